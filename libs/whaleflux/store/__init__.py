@@ -1,0 +1,51 @@
+"""State: one protocol (`api`), a model in memory (`memory`), etcd (`etcd`), and what services build on them.
+
+`cache` keeps a prefix in a dict, `election` gives fenced leadership, `batching` merges concurrent commits,
+`codec` keeps unknown fields, `once` retries unanswered commits safely.
+"""
+
+from whaleflux.store.api import (
+    ROOT,
+    Absent,
+    Batch,
+    Condition,
+    ConditionFailed,
+    Delete,
+    Entry,
+    Equals,
+    Event,
+    Fenced,
+    Held,
+    Leadership,
+    Lease,
+    Present,
+    Put,
+    Snapshot,
+    Store,
+    Unchanged,
+    Unknown,
+    Write,
+)
+
+__all__ = [
+    "ROOT",
+    "Absent",
+    "Batch",
+    "Condition",
+    "ConditionFailed",
+    "Delete",
+    "Entry",
+    "Equals",
+    "Event",
+    "Fenced",
+    "Held",
+    "Leadership",
+    "Lease",
+    "Present",
+    "Put",
+    "Snapshot",
+    "Store",
+    "Unchanged",
+    "Unknown",
+    "Write",
+]
