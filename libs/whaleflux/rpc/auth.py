@@ -1,0 +1,186 @@
+"""Who is calling, and may they? Identities come from certificates, permissions from `roles.TABLE`.
+
+The caller is the peer's certificate, unless the peer is the front door: then it is the certificate that Envoy
+verified and forwarded in `x-forwarded-client-cert`, which is believed from nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from whaleflux import names
+from whaleflux.errors import Denied, Unauthenticated
+from whaleflux.rpc import roles
+
+XFCC = "x-forwarded-client-cert"
+DEFAULT_TRUST_DOMAIN = "whaleflux"
+_URI = re.compile(
+    r"spiffe://(?P<domain>[a-z0-9._-]{1,255})/(?P<role>[a-z_]+)/(?P<name>[A-Za-z0-9._/-]{1,200})"
+)
+_SEGMENT = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
+_MAX_XFCC_CHARS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Somebody with a certificate: spiffe://{trust_domain}/{role}/{name}; an agent's name is "{site}/{node}"."""
+
+    role: str
+    name: str
+    trust_domain: str = DEFAULT_TRUST_DOMAIN
+
+    @property
+    def uri(self) -> str:
+        return f"spiffe://{self.trust_domain}/{self.role}/{self.name}"
+
+    @property
+    def node(self) -> str:
+        """The resource name of an agent's own node, "" for everybody else."""
+        if self.role != roles.AGENT:
+            return ""
+        site, _, node_id = self.name.partition("/")
+        return names.node(site, node_id)
+
+    @classmethod
+    def parse(cls, uri: str) -> Identity:
+        """The identity in a URI name; refuses anything that our CA would not have written."""
+        match = _URI.fullmatch(uri)
+        if not match or match["role"] not in roles.KNOWN:
+            raise Unauthenticated(
+                f"{uri[:200]!r} is not an identity; expected spiffe://<trust domain>/<role>/<name>"
+            )
+        segments = match["name"].split("/")
+        wanted = 2 if match["role"] == roles.AGENT else 1
+        if len(segments) != wanted or not all(_SEGMENT.fullmatch(segment) for segment in segments):
+            raise Unauthenticated(f"{uri[:200]!r}: a name of role {match['role']} has {wanted} segment(s)")
+        return cls(match["role"], match["name"], match["domain"])
+
+
+NOBODY = Identity(roles.ANONYMOUS, "-")
+
+
+class Authority:
+    """Turns the certificate and headers of a call into an identity, and checks it against the table."""
+
+    def __init__(self, trust_domain: str = DEFAULT_TRUST_DOMAIN, table: roles.Table | None = None) -> None:
+        self._trust_domain = trust_domain
+        self._table = roles.TABLE if table is None else table
+
+    def check(
+        self,
+        method: str,
+        peer_certificate: Mapping[str, Sequence[bytes]],
+        metadata: Sequence[tuple[str, str | bytes]],
+    ) -> Identity:
+        """The caller of `method`, or Unauthenticated (unknown), or Denied (known and not allowed)."""
+        peer = self._trusted(peer_uri(peer_certificate))
+        caller = self._forwarded(metadata) if peer.role == roles.FRONTDOOR else peer
+        wanted = roles.allowed(method, self._table)
+        if caller is NOBODY and roles.FRONTDOOR in wanted:
+            caller = peer
+        if caller.role in wanted:
+            return caller
+        if caller is NOBODY and wanted:
+            raise Unauthenticated(
+                f"{method} needs a certificate; log in or join first", metadata={"method": method}
+            )
+        raise Denied(
+            f"role {caller.role!r} may not call {method}" + ("" if wanted else " (no role may)"),
+            metadata={"method": method, "role": caller.role, "needs": ",".join(sorted(wanted))},
+        )
+
+    def _trusted(self, uri: str) -> Identity:
+        identity = Identity.parse(uri)
+        if identity.trust_domain != self._trust_domain:
+            raise Unauthenticated(
+                f"trust domain {identity.trust_domain!r} is not ours ({self._trust_domain!r})"
+            )
+        return identity
+
+    def _forwarded(self, metadata: Sequence[tuple[str, str | bytes]]) -> Identity:
+        headers = [value for key, value in metadata if key.lower() == XFCC]
+        if not headers:
+            return NOBODY
+        if len(headers) > 1 or not isinstance(headers[0], str) or len(headers[0]) > _MAX_XFCC_CHARS:
+            raise Unauthenticated(f"{XFCC} must be one header; the front door has to use SANITIZE_SET")
+        uri = forwarded_uri(headers[0])
+        return self._trusted(uri) if uri else NOBODY
+
+
+def peer_uri(certificate: Mapping[str, Sequence[bytes]]) -> str:
+    """The one URI name of the peer's certificate, from gRPC's auth context."""
+    uris = [value.decode("utf-8", "replace") for value in certificate.get("peer_uri", ())]
+    if len(uris) != 1:
+        raise Unauthenticated("no certificate with one spiffe:// name was shown")
+    return uris[0]
+
+
+def forwarded_uri(header: str) -> str:
+    """The URI in Envoy's x-forwarded-client-cert, "" when it names none; refuses several certificates or URIs."""
+    elements = _split(header, ",")
+    if len(elements) != 1:
+        raise Unauthenticated(
+            f"{XFCC} names {len(elements)} certificates; the front door has to use SANITIZE_SET"
+        )
+    pairs = [pair.partition("=") for pair in _split(elements[0], ";")]
+    uris = [_unquoted(value) for key, _, value in pairs if key.strip().lower() == "uri" and value]
+    if len(uris) > 1:
+        raise Unauthenticated(f"{XFCC} has {len(uris)} URIs; our certificates have one")
+    return uris[0] if uris else ""
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Splits at `separator` outside of double quotes; a backslash escapes a quote."""
+    parts, quoted, escaped = [""], False, False
+    for character in text:
+        if character == separator and not quoted:
+            parts.append("")
+            continue
+        parts[-1] += character
+        if character == '"' and not escaped:
+            quoted = not quoted
+        escaped = character == "\\" and not escaped
+    return parts
+
+
+def _unquoted(value: str) -> str:
+    value = value.strip()
+    if len(value) >= 2 and value[0] == value[-1] == '"':
+        return value[1:-1].replace('\\"', '"')
+    return value
+
+
+_caller: ContextVar[Identity] = ContextVar("whaleflux_caller")
+
+
+def caller() -> Identity:
+    """Who makes the call being served; `Unauthenticated` outside of one."""
+    try:
+        return _caller.get()
+    except LookupError:
+        raise Unauthenticated("no call is being served here") from None
+
+
+@contextlib.contextmanager
+def acting_as(identity: Identity) -> Iterator[None]:
+    """Serves the block on behalf of `identity`: the boundary for each call, unit tests for themselves."""
+    token = _caller.set(identity)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def require_own_node(name: str) -> None:
+    """Refuses an agent that touches another node than its own; other roles were judged by the table."""
+    who = caller()
+    if who.role == roles.AGENT and who.node != name:
+        raise Denied(
+            f"agent {who.name} may touch only {who.node}, not {name[:200]!r}",
+            reason="NOT_OWN_NODE",
+            metadata={"agent": who.name, "name": name},
+        )

@@ -1,0 +1,45 @@
+"""Traces, metrics and logs of one process. Services import this; the command line must not (it is slow to import).
+
+Everything has a registered name: attributes, metrics and event names live in `registry`, and asking for another
+one raises, so that dashboards and queries never chase a misspelling.
+"""
+
+from whaleflux.telemetry.logs import get_logger, setup_logging
+from whaleflux.telemetry.metrics import MetricsServer, counter, gauge, histogram, start_metrics
+from whaleflux.telemetry.registry import Attribute, Event, Metric, UnregisteredName
+from whaleflux.telemetry.traces import (
+    attach,
+    current_trace_id,
+    current_traceparent,
+    emit_span,
+    flush,
+    new_traceparent,
+    setup_tracing,
+    span,
+    span_from,
+    tracer,
+)
+
+__all__ = [
+    "Attribute",
+    "Event",
+    "Metric",
+    "MetricsServer",
+    "UnregisteredName",
+    "attach",
+    "counter",
+    "current_trace_id",
+    "current_traceparent",
+    "emit_span",
+    "flush",
+    "gauge",
+    "get_logger",
+    "histogram",
+    "new_traceparent",
+    "setup_logging",
+    "setup_tracing",
+    "span",
+    "span_from",
+    "start_metrics",
+    "tracer",
+]

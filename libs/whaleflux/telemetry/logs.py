@@ -1,0 +1,76 @@
+"""Structured logs: one JSON object per line on stdout with the trace id, or readable lines on a terminal.
+
+Events are names (`Event.NODE_DRAINED`), their circumstances are fields. Lines of libraries that use `logging` take
+the same form. Fields whose names say that they are secret are masked, whoever logs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+from whaleflux.telemetry.traces import current_trace_id
+
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|authorization|api_?key|private_?key|key_pem)$", re.IGNORECASE
+)
+_Event = MutableMapping[str, Any]
+
+
+def setup_logging(service: str, *, level: str = "info", stream: TextIO | None = None) -> None:
+    """Configures structlog and `logging` for this process; `level` is debug, info, warning or error."""
+    out = stream or sys.stdout
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        _adds(service),
+        _masks,
+    ]
+    rendering: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if out.isatty()
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
+    )
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *rendering])
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(name: str = "whaleflux") -> structlog.typing.FilteringBoundLogger:
+    """The logger to call with an `Event` and its fields."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(name)
+    return logger
+
+
+def _adds(service: str) -> structlog.typing.Processor:
+    def add(_logger: Any, _method: str, event: _Event) -> _Event:
+        event.setdefault("service", service)
+        if trace_id := current_trace_id():
+            event["trace_id"] = trace_id
+        return event
+
+    return add
+
+
+def _masks(_logger: Any, _method: str, event: _Event) -> _Event:
+    for key in event:
+        if _SECRET.search(key) and event[key]:
+            event[key] = "***"
+    return event

@@ -1,0 +1,103 @@
+"""Prometheus metrics by registered name, and the small HTTP server that shows them beside the health probes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+
+from whaleflux.telemetry.registry import METRICS, Metric, MetricSpec, UnregisteredName
+
+
+_BY_NAME: dict[str, MetricSpec] = {metric.value: spec for metric, spec in METRICS.items()}
+
+
+def _spec(name: str, kind: str) -> MetricSpec:
+    spec = _BY_NAME.get(name)
+    if spec is None:
+        raise UnregisteredName(f"metric {name!r} is not in whaleflux.telemetry.registry.METRICS")
+    if spec.kind != kind:
+        raise UnregisteredName(f"metric {name!r} is registered as a {spec.kind}, not as a {kind}")
+    return spec
+
+
+@cache
+def counter(name: str) -> Counter:
+    """The counter registered as `name`; raises UnregisteredName for any other."""
+    spec = _spec(name, "counter")
+    return Counter(name, spec.help, spec.labels)
+
+
+@cache
+def gauge(name: str) -> Gauge:
+    """The gauge registered as `name`; raises UnregisteredName for any other."""
+    spec = _spec(name, "gauge")
+    return Gauge(name, spec.help, spec.labels)
+
+
+@cache
+def histogram(name: str) -> Histogram:
+    """The histogram registered as `name`; raises UnregisteredName for any other."""
+    spec = _spec(name, "histogram")
+    return Histogram(name, spec.help, spec.labels, buckets=spec.buckets)
+
+
+class MetricsServer:
+    """Serves /metrics, /healthz (the process runs) and /readyz (it takes work) over plain HTTP."""
+
+    def __init__(self, host: str, port: int, ready: Callable[[], bool]) -> None:
+        self._server = ThreadingHTTPServer((host, port), _handler(ready))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The bound port, also when 0 was asked for."""
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stops serving; blocks at most a tenth of a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def start_metrics(
+    host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[], bool] = lambda: True
+) -> MetricsServer:
+    """Starts the server; port 0 picks a free one. Raises OSError when the port is taken."""
+    return MetricsServer(host, port, ready)
+
+
+def _handler(ready: Callable[[], bool]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 5  # seconds for one request; a silent peer does not keep its thread
+
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._answer(200, generate_latest(), CONTENT_TYPE_LATEST)
+            elif self.path == "/healthz":
+                self._answer(200, b"ok\n")
+            elif self.path == "/readyz":
+                up = ready()
+                self._answer(200 if up else 503, b"ready\n" if up else b"not ready\n")
+            else:
+                self._answer(404, b"try /metrics, /healthz or /readyz\n")
+
+        def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes every few seconds are not news."""
+
+    return Handler

@@ -1,0 +1,172 @@
+"""Every attribute, metric and log event that WhaleFlux emits. Add a name here before you use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+class UnregisteredName(ValueError):  # noqa: N818  # like our refusals, named for what is wrong
+    """A name that is not in this file; add it here, with its meaning, or correct the spelling."""
+
+
+class Attribute(StrEnum):
+    """Span attributes. Resource names are full names (sites/a/nodes/n1)."""
+
+    RPC_SYSTEM = "rpc.system"  # always "grpc"
+    RPC_SERVICE = "rpc.service"
+    RPC_METHOD = "rpc.method"
+    RPC_STATUS = "rpc.grpc.status_code"  # number
+    RPC_ATTEMPTS = "whaleflux.rpc.attempts"  # client: how often it was tried
+    CALLER = "whaleflux.caller"  # spiffe URI
+    REASON = "whaleflux.reason"  # of a refusal, UPPER_SNAKE
+    CAUSE = "whaleflux.cause"  # the event or request that led here
+    SITE = "whaleflux.site"
+    NODE = "whaleflux.node"
+    NODES = "whaleflux.nodes"
+    GPUS = "whaleflux.gpus"  # number
+    JOB = "whaleflux.job"
+    QUEUE = "whaleflux.queue"
+    EPOCH = "whaleflux.epoch"  # attempt number of a job
+    TASK = "whaleflux.task"
+    RANK = "whaleflux.rank"
+    PHASE = "whaleflux.phase"
+    INCIDENT = "whaleflux.incident"
+    CHECKPOINT = "whaleflux.checkpoint"
+    STEP = "whaleflux.step"  # training step
+    BYTES = "whaleflux.bytes"
+    MODEL = "whaleflux.model"
+    REPLICA = "whaleflux.replica"
+    DATASET = "whaleflux.dataset"
+    REVISION = "whaleflux.revision"  # of the store
+    SIMULATED = "whaleflux.simulated"  # true where a machine's profile is played
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """What a metric is; `labels` have few values (methods, kinds), ids only where the id is the point (a job's loss)."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metric(StrEnum):
+    """Prometheus metrics; described in `METRICS`."""
+
+    RPC_REQUESTS = "whaleflux_rpc_requests_total"
+    RPC_DURATION = "whaleflux_rpc_duration_seconds"
+    RPC_IN_FLIGHT = "whaleflux_rpc_in_flight"
+    RPC_STREAMS = "whaleflux_rpc_open_streams"
+    CERTIFICATE_EXPIRY = "whaleflux_certificate_expiry_seconds"
+    LOOP_LAG = "whaleflux_event_loop_lag_seconds"
+    PLAN_DURATION = "whaleflux_plan_duration_seconds"
+    QUEUE_DEPTH = "whaleflux_queue_depth"
+    WATCH_LAG = "whaleflux_watch_lag_revisions"
+    WATCH_RESUMES = "whaleflux_watch_resumes_total"
+    CAS_CONFLICTS = "whaleflux_cas_conflicts_total"
+    LEADER = "whaleflux_leader"
+    LEADER_LOSSES = "whaleflux_leader_losses_total"
+    EVENTS_PUBLISHED = "whaleflux_events_published_total"
+    EVENTS_CONSUMED = "whaleflux_events_consumed_total"
+    NODES = "whaleflux_nodes"
+    GPUS = "whaleflux_gpus"
+    GPUS_ALLOCATED = "whaleflux_gpus_allocated"
+    JOBS = "whaleflux_jobs"
+    RECOVERIES = "whaleflux_recoveries_total"
+    RECOVERY_DURATION = "whaleflux_recovery_duration_seconds"
+    DETECTION_DURATION = "whaleflux_detection_duration_seconds"
+    CHECKPOINTS = "whaleflux_checkpoints"
+    CHECKPOINT_COMMITS = "whaleflux_checkpoint_commits_total"
+    ROUTE_DURATION = "whaleflux_route_duration_seconds"
+    ROUTE_DECISIONS = "whaleflux_route_decisions_total"
+    REPLICAS = "whaleflux_replicas"
+    FIRST_TOKEN = "whaleflux_first_token_seconds"  # noqa: S105  # tokens of text
+    TASKS = "whaleflux_tasks"
+    TRAINING_STEP = "whaleflux_training_step"
+    TRAINING_LOSS = "whaleflux_training_loss"
+
+
+METRICS: dict[Metric, MetricSpec] = {
+    Metric.RPC_REQUESTS: MetricSpec("counter", "Calls answered, by gRPC status name.", ("method", "code")),
+    Metric.RPC_DURATION: MetricSpec("histogram", "Time to answer a unary call.", ("method",), _SECONDS),
+    Metric.RPC_IN_FLIGHT: MetricSpec("gauge", "Unary calls being answered."),
+    Metric.RPC_STREAMS: MetricSpec("gauge", "Open streams.", ("method",)),
+    Metric.CERTIFICATE_EXPIRY: MetricSpec("gauge", "Unix time at which this process's certificate ends."),
+    Metric.LOOP_LAG: MetricSpec("histogram", "How late a timer of the event loop fires.", (), _SECONDS),
+    Metric.PLAN_DURATION: MetricSpec("histogram", "Time that one decision takes.", ("kind",), _SECONDS),
+    Metric.QUEUE_DEPTH: MetricSpec("gauge", "Items that wait.", ("queue",)),
+    Metric.WATCH_LAG: MetricSpec("gauge", "Store revisions that a cache is behind.", ("prefix",)),
+    Metric.WATCH_RESUMES: MetricSpec("counter", "Watches resumed after a break.", ("prefix",)),
+    Metric.CAS_CONFLICTS: MetricSpec("counter", "Compare-and-swap writes that lost.", ("kind",)),
+    Metric.LEADER: MetricSpec("gauge", "1 while this process leads.", ("name",)),
+    Metric.LEADER_LOSSES: MetricSpec("counter", "Leaderships lost other than by resigning.", ("name",)),
+    Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
+    Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
+    Metric.NODES: MetricSpec("gauge", "Nodes by phase.", ("phase",)),
+    Metric.GPUS: MetricSpec("gauge", "GPUs of schedulable nodes, by model.", ("model",)),
+    Metric.GPUS_ALLOCATED: MetricSpec("gauge", "GPUs allocated to jobs, by model.", ("model",)),
+    Metric.JOBS: MetricSpec("gauge", "Jobs by state.", ("state",)),
+    Metric.RECOVERIES: MetricSpec("counter", "Attempts started after a failure, by cause.", ("cause",)),
+    Metric.RECOVERY_DURATION: MetricSpec(
+        "histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)
+    ),
+    Metric.DETECTION_DURATION: MetricSpec(
+        "histogram", "Last sign of life to verdict.", ("verdict",), _SECONDS
+    ),
+    Metric.CHECKPOINTS: MetricSpec("gauge", "Checkpoints by state.", ("state",)),
+    Metric.CHECKPOINT_COMMITS: MetricSpec("counter", "Manifests, by outcome.", ("outcome",)),
+    Metric.ROUTE_DURATION: MetricSpec("histogram", "Time that one routing decision takes.", (), _SECONDS),
+    Metric.ROUTE_DECISIONS: MetricSpec("counter", "Routing decisions, by outcome.", ("outcome",)),
+    Metric.REPLICAS: MetricSpec("gauge", "Replicas by state.", ("state",)),
+    Metric.FIRST_TOKEN: MetricSpec("histogram", "Request to first byte of the answer.", ("model",), _SECONDS),
+    Metric.TASKS: MetricSpec("gauge", "Tasks on this node by phase.", ("phase",)),
+    Metric.TRAINING_STEP: MetricSpec("gauge", "Newest step that a job reported.", ("job",)),
+    Metric.TRAINING_LOSS: MetricSpec("gauge", "Newest loss that a job reported.", ("job",)),
+}
+
+
+class Event(StrEnum):
+    """Names of log events: what happened, in the past tense; the circumstances are the event's fields."""
+
+    SERVICE_STARTED = "service_started"
+    SERVICE_STOPPING = "service_stopping"
+    SERVICE_STOPPED = "service_stopped"
+    LOOP_LOST = "loop_lost"
+    LOOP_RESTARTED = "loop_restarted"
+    RPC_FAILED = "rpc_failed"
+    CERTIFICATE_RENEWED = "certificate_renewed"
+    CERTIFICATE_UNREADABLE = "certificate_unreadable"
+    SETTING_IGNORED = "setting_ignored"
+    LEADERSHIP_GAINED = "leadership_gained"
+    LEADERSHIP_LOST = "leadership_lost"
+    STORE_UNREACHABLE = "store_unreachable"
+    STORE_REACHABLE = "store_reachable"
+    BUS_UNREACHABLE = "bus_unreachable"
+    BUS_REACHABLE = "bus_reachable"
+    NODE_JOINED = "node_joined"
+    NODE_CORDONED = "node_cordoned"
+    NODE_DRAINED = "node_drained"
+    NODE_RETIRED = "node_retired"
+    NODE_SUSPECTED = "node_suspected"
+    NODE_FENCED = "node_fenced"
+    NODE_RECOVERED = "node_recovered"
+    JOB_SUBMITTED = "job_submitted"
+    JOB_PLACED = "job_placed"
+    JOB_STARTED = "job_started"
+    JOB_FAILED = "job_failed"
+    JOB_RECOVERING = "job_recovering"
+    JOB_FINISHED = "job_finished"
+    TASK_STARTED = "task_started"
+    TASK_ADOPTED = "task_adopted"
+    TASK_EXITED = "task_exited"
+    CHECKPOINT_COMMITTED = "checkpoint_committed"
+    CHECKPOINT_ABANDONED = "checkpoint_abandoned"
+    CHECKPOINT_EXPIRED = "checkpoint_expired"
+    REPLICA_UP = "replica_up"
+    REPLICA_DOWN = "replica_down"

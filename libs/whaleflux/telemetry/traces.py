@@ -1,0 +1,248 @@
+"""Spans, and the W3C trace contexts that jobs, events and calls carry between processes.
+
+A context is stored and passed on as its `traceparent` text. The span of a whole job outlives the processes that
+serve it: its id is chosen with the job (`new_traceparent`), children name it as their parent at once, and
+`emit_span` writes it when the job ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from whaleflux.errors import Refusal
+from whaleflux.rpc import propagation
+from whaleflux.telemetry.registry import Attribute, UnregisteredName
+
+Value = str | bool | int | float
+Attributes = Mapping[Attribute, Value]
+_ATTRIBUTES = frozenset(Attribute)
+_PROPAGATOR = TraceContextTextMapPropagator()
+_ids_to_use: ContextVar[tuple[int, int] | None] = ContextVar("whaleflux_ids_to_use", default=None)
+
+
+class _ChosenIds(RandomIdGenerator):
+    """Random ids, unless `emit_span` has chosen them."""
+
+    def generate_trace_id(self) -> int:
+        chosen = _ids_to_use.get()
+        return chosen[0] if chosen else super().generate_trace_id()
+
+    def generate_span_id(self) -> int:
+        chosen = _ids_to_use.get()
+        return chosen[1] if chosen else super().generate_span_id()
+
+
+def _new_provider(service: str, *, exporting: bool) -> TracerProvider:
+    """Without an exporter nothing is recorded, but ids are still made and passed on: logs and errors show them."""
+    return TracerProvider(
+        resource=Resource.create({"service.name": service}),
+        sampler=ParentBased(ALWAYS_ON if exporting else ALWAYS_OFF),
+        id_generator=_ChosenIds(),
+        shutdown_on_exit=False,
+    )
+
+
+_exporting = False
+_provider = _new_provider("unknown", exporting=False)
+_tracer = _provider.get_tracer("whaleflux")
+
+
+def setup_tracing(service: str, *, endpoint: str = "", exporter: SpanExporter | None = None) -> None:
+    """Sends the spans of this process to an OTLP/gRPC `endpoint` (http://host:4317), or to `exporter`, or nowhere.
+
+    At most 4096 spans wait for the exporter; more are dropped rather than kept when it does not answer.
+    """
+    global _exporting, _provider, _tracer
+    if endpoint and exporter is None:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=5)
+    _exporting = exporter is not None
+    _provider = _new_provider(service, exporting=_exporting)
+    if exporter is not None:
+        batches = BatchSpanProcessor(
+            exporter, max_queue_size=4096, schedule_delay_millis=500, export_timeout_millis=5000
+        )
+        _provider.add_span_processor(batches)
+    _tracer = _provider.get_tracer("whaleflux")
+    propagation.use(client_span)
+
+
+def flush(timeout_s: float = 3.0) -> bool:
+    """Sends what waits, blocking up to `timeout_s`; False when the exporter did not take it in time."""
+    return _provider.force_flush(int(timeout_s * 1000))
+
+
+def tracer() -> trace.Tracer:
+    """The tracer of this process; ask for it at each use, `setup_tracing` replaces it."""
+    return _tracer
+
+
+def current_traceparent() -> str:
+    """The running span as text to store or send; "" outside of a trace."""
+    return _text(trace.get_current_span().get_span_context())
+
+
+def current_trace_id() -> str:
+    """32 hex digits, "" outside of a trace."""
+    context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+
+
+def new_traceparent(parent: str = "") -> str:
+    """A context for a span to be emitted later, in the trace of `parent` (or of the running span, or a new trace)."""
+    context = trace.get_current_span(_context_of(parent)).get_span_context() if parent else _running()
+    ids, flags = _provider.id_generator, context.trace_flags if context.is_valid else _default_flags()
+    trace_id = context.trace_id if context.is_valid else ids.generate_trace_id()
+    return _text(trace.SpanContext(trace_id, ids.generate_span_id(), is_remote=False, trace_flags=flags))
+
+
+@contextlib.contextmanager
+def span(
+    name: str, attributes: Attributes | None = None, *, kind: SpanKind = SpanKind.INTERNAL
+) -> Iterator[Span]:
+    """A child of the running span."""
+    with _started(name, None, attributes, kind) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def span_from(
+    traceparent: str, name: str, attributes: Attributes | None = None, *, kind: SpanKind = SpanKind.INTERNAL
+) -> Iterator[Span]:
+    """A child of a stored or received context (a new trace when that is "" or malformed), for the steps of loops.
+
+    A refusal is noted with its reason; any other exception makes the span an error. Both are raised on.
+    """
+    with _started(name, _context_of(traceparent), attributes, kind) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def attach(traceparent: str) -> Iterator[None]:
+    """Runs the block as a child of `traceparent` without a span of its own (long streams)."""
+    token = otel_context.attach(_context_of(traceparent))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
+def emit_span(
+    name: str,
+    start_time: datetime,
+    end_time: datetime,
+    *,
+    traceparent: str = "",
+    parent: str = "",
+    error: str = "",
+    attributes: Attributes | None = None,
+) -> str:
+    """Writes a span that is over. `traceparent` is its own context when its id was chosen before (`new_traceparent`).
+
+    `error` says what went wrong ("" for nothing). Returns the span's own context.
+    """
+    own = trace.get_current_span(_context_of(traceparent)).get_span_context()
+    context = _context_of(parent)
+    if not parent and own.is_valid:  # a root whose id was chosen: sampled as its context says
+        context = otel_context.Context()
+    token = _ids_to_use.set((own.trace_id, own.span_id) if own.is_valid else None)
+    try:
+        written = _tracer.start_span(
+            name, context, attributes=_checked(attributes), start_time=_nanoseconds(start_time)
+        )
+    finally:
+        _ids_to_use.reset(token)
+    if error:
+        written.set_status(Status(StatusCode.ERROR, error))
+    written.end(end_time=_nanoseconds(end_time))
+    return _text(written.get_span_context())
+
+
+@contextlib.contextmanager
+def client_span(method: str, streaming: bool) -> Iterator[propagation.Headers]:
+    """The span of an outgoing unary call; a stream is opened inside the running span and gets none of its own."""
+    if streaming:
+        yield _headers()
+        return
+    service, _, name = method.lstrip("/").partition("/")
+    known: Attributes = {
+        Attribute.RPC_SYSTEM: "grpc",
+        Attribute.RPC_SERVICE: service,
+        Attribute.RPC_METHOD: name,
+    }
+    with _started(method.lstrip("/"), None, known, SpanKind.CLIENT) as started:
+        try:
+            yield _headers()
+        except Refusal as refusal:
+            started.set_status(Status(StatusCode.ERROR, refusal.reason))
+            raise
+
+
+@contextlib.contextmanager
+def _started(
+    name: str, context: otel_context.Context | None, attributes: Attributes | None, kind: SpanKind
+) -> Iterator[Span]:
+    with _tracer.start_as_current_span(
+        name, context, kind, _checked(attributes), record_exception=False, set_status_on_exception=False
+    ) as started:
+        try:
+            yield started
+        except Refusal as refusal:
+            started.set_attribute(Attribute.REASON.value, refusal.reason)
+            raise
+        except Exception as bug:
+            started.record_exception(bug)
+            started.set_status(Status(StatusCode.ERROR, type(bug).__name__))
+            raise
+
+
+def _checked(attributes: Attributes | None) -> dict[str, Value]:
+    for key in attributes or {}:
+        if key not in _ATTRIBUTES:
+            raise UnregisteredName(f"attribute {key!r} is not in whaleflux.telemetry.registry.Attribute")
+    return {Attribute(key).value: value for key, value in (attributes or {}).items()}
+
+
+def _running() -> trace.SpanContext:
+    return trace.get_current_span().get_span_context()
+
+
+def _default_flags() -> trace.TraceFlags:
+    return trace.TraceFlags(trace.TraceFlags.SAMPLED if _exporting else trace.TraceFlags.DEFAULT)
+
+
+def _context_of(traceparent: str) -> otel_context.Context:
+    """A context with only this remote parent: what runs here now must not leak into a stored trace."""
+    return _PROPAGATOR.extract({"traceparent": traceparent}, otel_context.Context())
+
+
+def _headers() -> propagation.Headers:
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier)
+    return tuple(carrier.items())
+
+
+def _text(context: trace.SpanContext) -> str:
+    if not context.is_valid:
+        return ""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _nanoseconds(instant: datetime) -> int:
+    return (
+        int(instant.timestamp() * 1_000_000) * 1000
+    )  # microseconds are exact in a float, nanoseconds are not
