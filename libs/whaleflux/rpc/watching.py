@@ -1,0 +1,171 @@
+"""Watch rpcs, both ends: `watch_resources` for servicers, `follow` for clients.
+
+`watch_resources` turns a store's watch into the changes to stream; `follow` keeps a client's stream open through
+restarts, resuming where it was.
+
+The contract is that of Kubernetes: from `resource_version` 0 everything that exists comes first as added, then a
+bookmark, then changes. A message's `resource_version` is where a broken stream may safely resume: 0 until the first
+listing is complete, and within one transaction that changed several resources the revision before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from whaleflux.clock import Clock, SystemClock
+from whaleflux.errors import Compacted, FieldViolation, Invalid, Refusal
+from whaleflux.store.api import Batch, Entry, Snapshot, Store
+
+T = TypeVar("T")
+BOOKMARK_EVERY_S = 10.0
+LIST_AT_ONCE = 500
+RETRY_FIRST_S = 0.1
+RETRY_MOST_S = 2.0
+
+
+class Kind(Enum):
+    """The fields of the oneof in every Watch response."""
+
+    ADDED = "added"
+    MODIFIED = "modified"
+    DELETED = "deleted"
+    BOOKMARK = "bookmark"
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[T]):
+    """One message of a watch. `value` is set for ADDED and MODIFIED, `key` for all but BOOKMARK.
+
+    `resource_version` is where a watch that breaks after this message resumes.
+    """
+
+    kind: Kind
+    resource_version: int
+    key: str = ""
+    value: T | None = None
+
+
+async def watch_resources(
+    store: Store,
+    prefix: str,
+    since: int,
+    decode: Callable[[Entry], T],
+    *,
+    clock: Clock | None = None,
+    bookmark_every_s: float = BOOKMARK_EVERY_S,
+) -> AsyncGenerator[Change[T], None]:
+    """Changes under `prefix` after revision `since`; 0: first everything that exists. Endless.
+
+    Raises Compacted when the history after `since` is gone, Invalid for a negative `since`.
+    """
+    if since < 0:
+        raise Invalid(
+            FieldViolation("resource_version", f"{since} is negative; use 0 or one that a listing gave")
+        )
+    if since == 0:
+        async for page in _pages(store, prefix):
+            for entry in page.entries:
+                yield Change(Kind.ADDED, 0, entry.key, decode(entry))
+            since = page.revision
+        yield Change(Kind.BOOKMARK, since)
+    time = clock or SystemClock()
+    told_s = time.monotonic()
+    async with contextlib.aclosing(store.watch(prefix, after=since)) as batches:
+        async for batch in batches:
+            if not batch.events and time.monotonic() - told_s < bookmark_every_s:
+                continue
+            for change in _changes(batch, decode):
+                yield change
+            told_s = time.monotonic()
+
+
+async def _pages(store: Store, prefix: str) -> AsyncIterator[Snapshot]:
+    """All entries of one state, in pages; at least one page, so that the state's revision is known."""
+    page = await store.list(prefix, limit=LIST_AT_ONCE)
+    yield page
+    while page.after:
+        page = await store.list(prefix, after=page.after, limit=LIST_AT_ONCE, at=page.revision)
+        yield page
+
+
+def _changes(batch: Batch, decode: Callable[[Entry], T]) -> list[Change[T]]:
+    if not batch.events:
+        return [Change(Kind.BOOKMARK, batch.revision)]
+    changes: list[Change[T]] = []
+    for position, event in enumerate(batch.events, start=1):
+        resume = batch.revision if position == len(batch.events) else batch.revision - 1
+        if event.entry is None:
+            changes.append(Change(Kind.DELETED, resume, event.key))
+        else:
+            kind = Kind.ADDED if event.entry.created == event.entry.revision else Kind.MODIFIED
+            changes.append(Change(kind, resume, event.key, decode(event.entry)))
+    return changes
+
+
+@dataclass(frozen=True, slots=True)
+class Followed(Generic[T]):
+    """What a follower is told: `value` exists now, or None: the resource `name` is gone; `synced` marks a full picture.
+
+    Each time the stream had to start from nothing, names that exist no more are told as gone before `synced`.
+    """
+
+    name: str = ""
+    value: T | None = None
+    synced: bool = False
+
+
+async def follow(
+    open_watch: Callable[[int], AsyncIterator[Any]],
+    *,
+    clock: Clock | None = None,
+    on_broken: Callable[[Refusal], None] = lambda _: None,
+) -> AsyncGenerator[Followed[Any], None]:
+    """A resource collection of another service, for ever: `open_watch(resource_version)` is its Watch rpc.
+
+    Broken streams are opened again with growing pauses (0.1 to 2 s) after the last message; on Compacted everything
+    is listed anew. `on_broken` hears why each stream ended. The responses need the oneof `event` of all our watches.
+    """
+    time = clock or SystemClock()
+    known: set[str] = set()
+    listed: set[str] | None = set()  # names of the first listing while it is being delivered, else None
+    since, pause_s = 0, RETRY_FIRST_S
+    while True:
+        try:
+            stream = open_watch(since)
+            async for response in stream:
+                pause_s = RETRY_FIRST_S
+                for told in _apply(response, known, listed):
+                    yield told
+                if response.WhichOneof("event") == Kind.BOOKMARK.value and listed is not None:
+                    for name in known - listed:
+                        yield Followed(name)
+                    known &= listed
+                    listed = None
+                    yield Followed(synced=True)
+                since = max(since, response.resource_version)
+        except Refusal as refusal:
+            on_broken(refusal)
+            if isinstance(refusal, Compacted):
+                since = 0
+        if since == 0:
+            listed = set()
+        await time.sleep(pause_s)
+        pause_s = min(2 * pause_s, RETRY_MOST_S)
+
+
+def _apply(response: Any, known: set[str], listed: set[str] | None) -> list[Followed[Any]]:
+    which = response.WhichOneof("event")
+    if which == Kind.DELETED.value:
+        known.discard(response.deleted)
+        return [Followed(response.deleted)]
+    if which in {Kind.ADDED.value, Kind.MODIFIED.value}:
+        value = getattr(response, which)
+        known.add(value.name)
+        if listed is not None:
+            listed.add(value.name)
+        return [Followed(value.name, value)]
+    return []
