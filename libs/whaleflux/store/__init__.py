@@ -5,7 +5,6 @@
 """
 
 from whaleflux.store.api import (
-    ROOT,
     Absent,
     Batch,
     Condition,
@@ -26,6 +25,7 @@ from whaleflux.store.api import (
     Unknown,
     Write,
 )
+from whaleflux.store.keys import ROOT
 
 __all__ = [
     "ROOT",

@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol, TypeAlias
 
 from whaleflux.errors import Conflict, FieldViolation, Invalid, Unavailable
 
-ROOT = "/whaleflux/v1/"
 MAX_OPERATIONS = 128  # etcd's --max-txn-ops: writes and conditions of one commit are counted apart
 MAX_COMMIT_BYTES = 1_572_864  # etcd's --max-request-bytes, 1.5 MiB
 _OPERATION_BYTES = 64  # what the framing of one write or condition takes at most

