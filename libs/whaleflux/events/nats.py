@@ -1,0 +1,429 @@
+"""The Bus on NATS JetStream; the only module that imports nats.
+
+Rests on four habits. Every call has a deadline. Reconnecting never ends. A publish that no stream takes first makes
+sure that the streams exist, since a server can come back empty. And a pull request is trusted only while its
+heartbeats arrive: a request that a restarted server has forgotten is otherwise waited for in silence (nats.py #504).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, TypeVar
+
+import nats.errors
+import nats.js.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as Inbox
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    ExternalStream,
+    StorageType,
+    StreamConfig,
+    StreamSource,
+)
+
+from whaleflux.errors import Refusal, Unavailable, WrongState
+from whaleflux.events import api
+from whaleflux.events.api import Ack, Delivery, Start
+from whaleflux.events.pull import HEARTBEAT_S, REQUEST_S, Notice, PullSubscription, Said
+from whaleflux.events.subjects import HUB
+from whaleflux.events.topology import StreamSpec, hub_streams, site_streams, streams_for
+from whaleflux.events.trace import with_trace
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+CALL_TIMEOUT_S = 5.0
+MAX_PUBLISHES_IN_FLIGHT = 256
+_NO_STREAM = 10059  # the server's error codes
+_NAME_IN_USE = 10058
+_NO_CONSUMER = 10014
+
+
+@dataclass(frozen=True, slots=True)
+class NatsOptions:
+    """How to reach the event bus. `location` is `hub`, or the site whose leaf server this is."""
+
+    servers: tuple[str, ...]  # nats://host:port or tls://host:port
+    location: str = HUB
+    user: str = ""
+    password: str = field(default="", repr=False)
+    tls: ssl.SSLContext | None = None
+    name: str = "whaleflux"  # shown in the server's connection list
+    streams: tuple[StreamSpec, ...] = ()  # what to create where absent; empty: the location's own
+
+    def wanted(self) -> tuple[StreamSpec, ...]:
+        """The streams that must exist here."""
+        return self.streams or (hub_streams() if self.location == HUB else site_streams(self.location))
+
+
+class NatsBus:
+    """A Bus on JetStream. Made by `NatsBus.connect`; survives its server."""
+
+    def __init__(self, client: Client, options: NatsOptions) -> None:
+        self.client, self.options = client, options
+        self._js: JetStreamContext = client.jetstream(timeout=CALL_TIMEOUT_S)
+        self._publishing = asyncio.Semaphore(MAX_PUBLISHES_IN_FLIGHT)
+        self._open: set[PullSubscription] = set()
+        self._closing = False
+
+    @classmethod
+    async def connect(cls, options: NatsOptions, *, timeout_s: float = 30.0) -> NatsBus:
+        """Connects and makes sure that the streams exist; raises Unavailable after `timeout_s`."""
+        client = Client()
+        bus = cls(client, options)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.connect(
+                    **_client_options(options),
+                    reconnected_cb=bus._reconnected,
+                    disconnected_cb=bus._disconnected,
+                )
+                await bus._until_ready()
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            await _close(client)
+            raise _unavailable(f"cannot connect to the event bus within {timeout_s} s", error) from error
+        except BaseException:
+            await _close(client)
+            raise
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands at this moment."""
+        return bool(self.client.is_connected)
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        id: str,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = api.PUBLISH_TIMEOUT_S,
+    ) -> Ack:
+        carried = with_trace(headers)
+        api.check_message(subject, data, id, carried)
+        carried["Nats-Msg-Id"] = id
+        try:
+            async with asyncio.timeout(timeout_s), self._publishing:
+                return await self._publish(subject, data, carried)
+        except (TimeoutError, nats.errors.Error) as error:
+            raise _refusal(f"publishing to {subject} was not acknowledged", error) from error
+
+    def subscribe(
+        self,
+        subjects: Sequence[str],
+        *,
+        durable: str,
+        start: Start = "all",
+        max_in_flight: int = api.MAX_IN_FLIGHT,
+        ack_wait_s: float = api.ACK_WAIT_S,
+        forget_after_s: float = 0.0,
+    ) -> PullSubscription:
+        filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s)
+        wanted = _consumer(durable, start, max_in_flight, ack_wait_s, forget_after_s)
+        feeds = [
+            _NatsFeed(self, stream, replace(wanted, filter_subjects=list(share)))
+            for stream, share in streams_for(self.options.location, filters)
+        ]
+        subscription = PullSubscription(feeds, min(max_in_flight, 64), self._open.discard)
+        self._open.add(subscription)
+        return subscription
+
+    async def forget(self, durable: str) -> None:
+        for spec in self.options.wanted():
+            try:
+                await self.call(self._js.delete_consumer(spec.name, durable))
+            except WrongState as refused:
+                if refused.metadata.get("err_code") not in {str(_NO_STREAM), str(_NO_CONSUMER)}:
+                    raise
+
+    async def close(self) -> None:
+        self._closing = True
+        for subscription in tuple(self._open):
+            await subscription.aclose()
+        await _close(self.client)
+
+    # What follows is for the subscription, for `backbone` and for tests.
+
+    def jetstream(self, domain: str | None = None, timeout_s: float = CALL_TIMEOUT_S) -> JetStreamContext:
+        """The JetStream interface of the own domain or of another one across a leaf link."""
+        return (
+            self._js
+            if domain in {None, self.options.location}
+            else self.client.jetstream(domain=domain, timeout=timeout_s)
+        )
+
+    async def call(self, request: Awaitable[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        """Awaits a request to the server; its errors become Unavailable or WrongState."""
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await request
+        except (TimeoutError, nats.errors.Error) as error:
+            raise _refusal("the event bus refused or did not answer", error) from error
+        if task and task.cancelling() > before:  # the client's wait_for can swallow it (Python 3.11)
+            raise asyncio.CancelledError
+        return answer
+
+    async def reaches(self, domain: str, timeout_s: float = 1.0) -> bool:
+        """Whether JetStream of a domain answers, for instance a site's through its leaf link."""
+        try:
+            await self.call(self.jetstream(domain, timeout_s).account_info(), timeout_s)
+        except Refusal:
+            return False
+        return True
+
+    async def ensure(self, specs: Iterable[StreamSpec], *, domain: str | None = None) -> None:
+        """Creates what is absent and leaves alone what exists (only its owner changes a stream)."""
+        for spec in specs:
+            try:
+                await self.call(self.jetstream(domain).add_stream(_config(spec)))
+            except WrongState as refused:
+                if refused.metadata.get("err_code") != str(_NAME_IN_USE):
+                    raise
+
+    async def apply(self, spec: StreamSpec, *, domain: str | None = None) -> None:
+        """Makes a stream be as `spec` says: creates or changes it."""
+        js = self.jetstream(domain)
+        try:
+            await self.call(js.update_stream(_config(spec)))
+        except WrongState as refused:
+            if refused.metadata.get("err_code") != str(_NO_STREAM):
+                raise
+            await self.call(js.add_stream(_config(spec)))
+
+    async def nudge(self, spec: StreamSpec, source: str, *, domain: str | None = None) -> None:
+        """Makes a stream ask the domain `source` anew at once, instead of at the server's next try (up to 40 s).
+
+        Its sources are taken out and put back; the server finds in the stream how far it had come. Call it when the
+        link to `source` is back. When it raises, `apply(spec)` must follow, or the stream stays without that source.
+        """
+        await self.apply(spec.without(source), domain=domain)
+        await self.apply(spec, domain=domain)
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, Any]) -> Ack:
+        try:
+            answer = await (await self._js.publish_async(subject, data, headers=headers))
+        except nats.js.errors.NoStreamResponseError:
+            await self.ensure(self.options.wanted())  # the server may have come back without its files
+            answer = await (await self._js.publish_async(subject, data, headers=headers))
+        return Ack(answer.stream, answer.seq, bool(answer.duplicate))
+
+    async def _until_ready(self) -> None:
+        """JetStream answers a little later than the server."""
+        while True:
+            try:
+                await self.ensure(self.options.wanted())
+                return
+            except Unavailable:
+                await asyncio.sleep(0.1)
+
+    async def _disconnected(self) -> None:
+        if not self._closing:
+            log.warning("bus_disconnected", client=self.options.name)
+
+    async def _reconnected(self) -> None:
+        log.info(
+            "bus_reconnected", server=str(self.client.connected_url and self.client.connected_url.netloc)
+        )
+        for subscription in tuple(self._open):
+            subscription.ask_again()
+
+
+class _NatsFeed:
+    """One durable pull consumer of one stream; see `pull.Feed`."""
+
+    def __init__(self, bus: NatsBus, stream: str, wanted: ConsumerConfig) -> None:
+        self._bus, self._stream, self._wanted = bus, stream, wanted
+        self.arrivals: asyncio.Queue[Delivery | Notice] = asyncio.Queue(
+            2 * (wanted.max_ack_pending or 1) + 16
+        )
+        self._inbox: Inbox | None = None
+        self._reply = ""
+
+    async def ensure(self) -> None:
+        js = self._bus.jetstream()
+        durable = self._wanted.durable_name
+        try:
+            known = (await self._bus.call(js.consumer_info(self._stream, durable))).config
+        except WrongState as refused:
+            if refused.metadata.get("err_code") not in {str(_NO_STREAM), str(_NO_CONSUMER)}:
+                raise
+            await self._bus.ensure(self._bus.options.wanted())
+            await self._bus.call(js.add_consumer(self._stream, self._wanted))
+        else:
+            if not _same(known, self._wanted):
+                await self._bus.call(js.add_consumer(self._stream, _changed(known, self._wanted)))
+        if self._inbox is None:
+            self._reply = self._bus.client.new_inbox()
+            self._inbox = await self._bus.call(
+                self._bus.client.subscribe(f"{self._reply}.*", cb=self._arrived)
+            )
+
+    async def ask(self, request: int, batch: int) -> None:
+        seconds = {"expires": REQUEST_S, "idle_heartbeat": HEARTBEAT_S}
+        body = {"batch": batch, **{name: int(value * 1e9) for name, value in seconds.items()}}
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._wanted.durable_name}"
+        await self._bus.call(
+            self._bus.client.publish(subject, json.dumps(body).encode(), reply=f"{self._reply}.{request}")
+        )
+
+    async def close(self) -> None:
+        if self._inbox:
+            with contextlib.suppress(nats.errors.Error):
+                await self._inbox.unsubscribe()
+
+    async def _arrived(self, message: Msg) -> None:
+        status = (message.headers or {}).get("Status", "")
+        if not status:
+            await self.arrivals.put(_delivery(message))
+            return
+        said = {"100": Said.HEARTBEAT, "404": Said.ENDED, "408": Said.ENDED}.get(status, Said.LOST)
+        if said is Said.HEARTBEAT and not self.arrivals.empty():
+            return  # events wait to be read, which is life enough
+        request = int(message.subject.rpartition(".")[2])
+        await self.arrivals.put(
+            Notice(said, request, f"{status} {(message.headers or {}).get('Description', '')}")
+        )
+
+
+def _delivery(message: Msg) -> Delivery:
+    async def settle(delay_s: float | None) -> None:
+        with contextlib.suppress(nats.errors.Error):  # settled before, or not connected: then it comes again
+            await (message.ack() if delay_s is None else message.nak(delay_s))
+
+    headers = message.headers or {}
+    place = message.metadata
+    return Delivery(
+        subject=message.subject,
+        data=message.data,
+        id=headers.get("Nats-Msg-Id", ""),
+        headers={name: value for name, value in headers.items() if not name.startswith("Nats-")},
+        stream=place.stream,
+        sequence=place.sequence.stream,
+        timestamp=place.timestamp,
+        attempt=place.num_delivered,
+        settle=settle,
+    )
+
+
+def _consumer(
+    durable: str, start: Start, max_in_flight: int, ack_wait_s: float, forget_after_s: float
+) -> ConsumerConfig:
+    policy = {"all": DeliverPolicy.ALL, "new": DeliverPolicy.NEW}
+    return ConsumerConfig(
+        name=durable,
+        durable_name=durable,
+        deliver_policy=policy[start] if isinstance(start, str) else DeliverPolicy.BY_START_TIME,
+        opt_start_time=start if isinstance(start, datetime) else None,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=ack_wait_s,
+        max_ack_pending=max_in_flight,
+        inactive_threshold=forget_after_s or None,
+    )
+
+
+def _same(known: ConsumerConfig, wanted: ConsumerConfig) -> bool:
+    """Whether the durable consumer is as wanted; where it started the first time does not count."""
+    filters = known.filter_subjects or ([known.filter_subject] if known.filter_subject else [])
+    return (
+        sorted(filters) == sorted(wanted.filter_subjects or [])
+        and known.ack_wait == wanted.ack_wait
+        and known.max_ack_pending == wanted.max_ack_pending
+        and (known.inactive_threshold or None) == wanted.inactive_threshold
+    )
+
+
+def _changed(known: ConsumerConfig, wanted: ConsumerConfig) -> ConsumerConfig:
+    """`known` with what may be changed of a durable consumer; its beginning may not."""
+    return replace(
+        known,
+        name=wanted.name,
+        filter_subject=None,
+        filter_subjects=wanted.filter_subjects,
+        ack_wait=wanted.ack_wait,
+        max_ack_pending=wanted.max_ack_pending,
+        inactive_threshold=wanted.inactive_threshold,
+    )
+
+
+def _client_options(options: NatsOptions) -> dict[str, Any]:
+    last = ""
+
+    async def note(error: Exception) -> None:
+        nonlocal last
+        text = f"{type(error).__name__}: {error}"
+        if last != text:  # an outage is one line, not one per attempt
+            last = text
+            log.warning("bus_connection_error", error=text)
+
+    chosen: dict[str, Any] = {
+        "servers": list(options.servers),
+        "name": options.name,
+        "error_cb": note,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.2,
+        "connect_timeout": 2,
+        "ping_interval": 2,  # a silent server is given up after three of these
+        "max_outstanding_pings": 2,
+        "pending_size": 4 << 20,
+        "flush_timeout": CALL_TIMEOUT_S,
+    }
+    if options.user:
+        chosen |= {"user": options.user, "password": options.password}
+    if options.tls:
+        chosen["tls"] = options.tls
+    return chosen
+
+
+def _config(spec: StreamSpec) -> StreamConfig:
+    return StreamConfig(
+        name=spec.name,
+        subjects=list(spec.subjects) or None,
+        sources=[
+            StreamSource(
+                name=s.stream, filter_subject=s.subjects, external=ExternalStream(api=f"$JS.{s.domain}.API")
+            )
+            for s in spec.sources
+        ],
+        storage=StorageType.FILE,
+        max_bytes=spec.limits.max_bytes,
+        max_age=spec.limits.max_age_s,
+        duplicate_window=spec.limits.duplicate_window_s,
+        num_replicas=spec.limits.replicas,
+    )
+
+
+def _refusal(what: str, error: BaseException) -> Refusal:
+    """A server's error with a 4xx code says no for good; all others may pass with time."""
+    if isinstance(error, nats.js.errors.APIError) and 400 <= (error.code or 0) < 500:
+        metadata = {"code": str(error.code), "err_code": str(error.err_code)}
+        return WrongState(f"{what}: {error.description}", reason="BUS_REFUSED", metadata=metadata)
+    return _unavailable(what, error)
+
+
+def _unavailable(what: str, error: BaseException) -> Unavailable:
+    return Unavailable(f"{what}: {type(error).__name__} {error}".rstrip(), reason="BUS_UNAVAILABLE")
+
+
+async def _close(client: Client) -> None:
+    with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+        async with asyncio.timeout(2):
+            if client.is_connected:
+                await client.flush()  # acknowledgements are on their way
+    with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+        async with asyncio.timeout(2):
+            await client.close()

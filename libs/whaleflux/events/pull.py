@@ -1,0 +1,186 @@
+"""Pulling events from a durable consumer so that no outage ends it in silence.
+
+A pull request lives in the server's memory: a restart forgets it, and its client would wait for ever (nats.py #504). So
+a request is trusted only while something arrives, an event or a heartbeat. After `silence_s` of nothing, or when the
+connection came back, the consumer is made sure of and asked anew. Nothing here knows the wire; see `nats.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import Protocol, Self
+
+import structlog
+
+from whaleflux.errors import Refusal, Unavailable
+from whaleflux.events.api import Delivery
+
+log = structlog.get_logger(__name__)
+HEARTBEAT_S = 1.0  # asked of the server while a request waits
+SILENCE_S = 3.0  # three missed: the request is gone
+REQUEST_S = 30.0  # how long one request waits for events
+RETRY_S = 0.25
+
+
+class Said(Enum):
+    """What the server says besides events."""
+
+    HEARTBEAT = "heartbeat"
+    ENDED = "ended"  # the request ran out; ask again
+    LOST = "lost"  # consumer or connection gone; make sure of it first
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A word about request number `request`; 0 means all of them."""
+
+    said: Said
+    request: int = 0
+    reason: str = ""
+
+
+class Feed(Protocol):
+    """One durable consumer of one stream, as the wire gives it."""
+
+    arrivals: asyncio.Queue[Delivery | Notice]
+
+    async def ensure(self) -> None:
+        """Makes the consumer exist as wanted; Unavailable when the server does not answer, WrongState when it refuses."""
+        ...
+
+    async def ask(self, request: int, batch: int) -> None:
+        """Requests up to `batch` events under this number."""
+        ...
+
+    async def close(self) -> None:
+        """Nothing more arrives."""
+        ...
+
+
+class _BrokenError(Exception):
+    """The request in hand will not be answered."""
+
+
+async def pull(
+    feed: Feed, out: asyncio.Queue[Delivery | Refusal], batch: int, silence_s: float = SILENCE_S
+) -> None:
+    """Moves events from `feed` to `out` until cancelled; ends only with a refusal that time does not cure."""
+    request, troubled = 0, False
+    while True:
+        try:
+            await feed.ensure()
+            if troubled:
+                log.info("pull_resumed")
+            troubled = False
+            while True:
+                request += 1
+                await feed.ask(request, batch)
+                await _receive(feed, out, request, batch, silence_s)
+        except (Unavailable, _BrokenError) as reason:
+            if not troubled:
+                log.warning("pull_interrupted", reason=str(reason))
+            troubled = True
+            await asyncio.sleep(RETRY_S)
+
+
+async def _receive(
+    feed: Feed, out: asyncio.Queue[Delivery | Refusal], request: int, batch: int, silence_s: float
+) -> None:
+    """Passes on what one request brings; waits at `out` when the reader is slow."""
+    while batch:
+        try:
+            async with asyncio.timeout(silence_s):
+                arrival = await feed.arrivals.get()
+        except TimeoutError:
+            raise _BrokenError(f"nothing for {silence_s} s, not even a heartbeat") from None
+        if isinstance(arrival, Delivery):
+            await _hand_over(arrival, out)
+            batch -= 1
+        elif arrival.request in {0, request}:  # else an older request speaks
+            if arrival.said is Said.LOST:
+                raise _BrokenError(arrival.reason)
+            if arrival.said is Said.ENDED:
+                return
+
+
+async def _hand_over(event: Delivery, out: asyncio.Queue[Delivery | Refusal]) -> None:
+    try:
+        await out.put(event)
+    except asyncio.CancelledError:  # nobody has seen it: the next reader need not wait for ack_wait_s
+        await event.nak()
+        raise
+
+
+class PullSubscription:
+    """Merges feeds into one bounded queue; the Subscription that a bus on a server gives out."""
+
+    def __init__(
+        self, feeds: Sequence[Feed], batch: int, on_close: Callable[[PullSubscription], object]
+    ) -> None:
+        self._feeds, self._batch, self._on_close = tuple(feeds), batch, on_close
+        self._ready: asyncio.Queue[Delivery | Refusal] = asyncio.Queue(1)
+        self._pulls: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        if self._closed:
+            raise StopAsyncIteration
+        if not self._pulls:
+            self._pulls = [asyncio.create_task(self._pull(feed)) for feed in self._feeds]
+        event = await self._ready.get()
+        if isinstance(event, Refusal):
+            if self._closed:
+                raise StopAsyncIteration
+            await self.aclose()
+            raise event
+        return event
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def ask_again(self) -> None:
+        """Call it when the connection came back: whatever was asked before is forgotten there."""
+        for feed in self._feeds:
+            with contextlib.suppress(asyncio.QueueFull):  # then events are there, and silence will tell
+                feed.arrivals.put_nowait(Notice(Said.LOST, reason="the connection was renewed"))
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._on_close(self)
+        for task in self._pulls:
+            task.cancel()
+        await asyncio.gather(*self._pulls, return_exceptions=True)
+        for feed in self._feeds:
+            await feed.close()
+            await _give_back(feed.arrivals)
+        await _give_back(self._ready)
+        self._ready.put_nowait(Unavailable("closed", reason="CLOSED"))  # wakes a reader that still waits
+
+    async def _pull(self, feed: Feed) -> None:
+        try:
+            await pull(feed, self._ready, self._batch)
+        except Refusal as refusal:
+            await self._ready.put(refusal)
+
+
+async def _give_back(queue: asyncio.Queue[Delivery | Notice] | asyncio.Queue[Delivery | Refusal]) -> None:
+    """What nobody has seen yet may be delivered to the next reader at once."""
+    while not queue.empty():
+        event = queue.get_nowait()
+        if isinstance(event, Delivery):
+            await event.nak()

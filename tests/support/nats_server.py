@@ -1,0 +1,117 @@
+"""A real nats-server for tests: start, kill, stop for a while, start again with its files; and a link that can be cut."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from whaleflux.embedded import nats as embedded
+from whaleflux.events.nats import NatsBus, NatsOptions
+
+USER, PASSWORD = "app", "app-secret"
+
+
+def free_address() -> str:
+    """An address of this machine that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+class NatsServer:
+    """One server process under `folder`; a hub by default, a leaf site when `hub_url` is given."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "hub",
+        *,
+        sites: dict[str, str] | None = None,
+        hub_url: str = "",
+        tls: embedded.Tls | None = None,
+    ) -> None:
+        self.name, self.folder = name, folder / name
+        self.address, self.monitor, self.leaf = free_address(), free_address(), free_address()
+        self._config = self.folder / "nats.conf"
+        self._process: subprocess.Popen[bytes] | None = None
+        common = (self.folder / "store", self.address, self.monitor, (embedded.User(USER, PASSWORD),), tls)
+        if hub_url:
+            text = embedded.site_config(embedded.Site(*common, site=name, hub_url=hub_url))
+        else:
+            leaves = tuple(embedded.User(site, secret) for site, secret in (sites or {}).items())
+            text = embedded.hub_config(
+                embedded.Hub(*common, leaf_address=self.leaf if sites else "", sites=leaves)
+            )
+        embedded.write_config(self._config, text)
+
+    async def start(self) -> None:
+        """Starts and waits until it is ready; keeps the files of earlier starts."""
+        self.launch()
+        await embedded.wait_ready(self.monitor, 15)
+
+    def launch(self) -> None:
+        """Starts and does not wait."""
+        with open(self.folder / "nats.log", "ab") as log:
+            self._process = subprocess.Popen(embedded.command(self._config), stdout=log, stderr=log)
+
+    def send(self, what: signal.Signals) -> None:
+        """SIGSTOP, SIGCONT or another signal."""
+        assert self._process
+        self._process.send_signal(what)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash."""
+        if self._process:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+    def options(self, location: str = "hub", **more: object) -> NatsOptions:
+        return NatsOptions((f"nats://{self.address}",), location, USER, PASSWORD, **more)  # type: ignore[arg-type]
+
+    async def connect(self, location: str = "hub") -> NatsBus:
+        return await NatsBus.connect(self.options(location), timeout_s=15)
+
+
+class Link:
+    """A TCP proxy to `target` that can be cut and mended."""
+
+    def __init__(self, target: str) -> None:
+        self.address, self._target = free_address(), target
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def mend(self) -> None:
+        host, port = self.address.split(":")
+        self._server = await asyncio.start_server(self._serve, host, int(port))
+
+    def cut(self) -> None:
+        """Closes every connection and takes no new one."""
+        if self._server:
+            self._server.close()
+            self._server = None
+        for writer in tuple(self._open):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = self._target.split(":")
+        try:
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            writer.transport.abort()
+            return
+        self._open |= {writer, far_writer}
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        self._open -= {writer, far_writer}
+
+    @staticmethod
+    async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.transport.abort()
