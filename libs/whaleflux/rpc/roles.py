@@ -29,10 +29,60 @@ ANYONE = KNOWN | {ANONYMOUS}
 
 Table = dict[str, frozenset[str]]
 
+_INVENTORY = "/whaleflux.v1.InventoryService/"
+_SCHEDULER = "/whaleflux.v1.SchedulerService/"
+_HEALTH = "/whaleflux.v1.HealthService/"
+_CHECKPOINT = "/whaleflux.v1.CheckpointService/"
+_ROUTER = "/whaleflux.v1.RouterService/"
+_READERS = PEOPLE | SERVICES
+
 TABLE: Table = {
     "/grpc.health.v1.Health/*": ANYONE,
     "/grpc.reflection.v1alpha.ServerReflection/*": KNOWN,
     "/grpc.reflection.v1.ServerReflection/*": KNOWN,
+    # inventory: everybody reads, operators change, agents speak for their own node
+    _INVENTORY + "*": OPERATORS,
+    _INVENTORY + "List*": _READERS | {AGENT},
+    _INVENTORY + "Get*": _READERS | {AGENT},
+    _INVENTORY + "WatchNodes": _READERS,
+    _INVENTORY + "ListJoinTokens": OPERATORS,
+    _INVENTORY + "Join": ANYONE,
+    _INVENTORY + "RenewCertificate": frozenset({AGENT}),
+    _INVENTORY + "RegisterNode": frozenset({AGENT}),
+    _INVENTORY + "ReportCachedDataset": frozenset({AGENT}),
+    _INVENTORY + "CreateDataset": PEOPLE,
+    # scheduler: people submit and cancel, the router runs replicas as jobs
+    _SCHEDULER + "*": PEOPLE | {INFERENCE_ROUTER},
+    _SCHEDULER + "CreateQueue": OPERATORS | {INFERENCE_ROUTER},
+    _SCHEDULER + "DeleteQueue": OPERATORS,
+    _SCHEDULER + "List*": _READERS,
+    _SCHEDULER + "Get*": _READERS,
+    _SCHEDULER + "WatchJobs": _READERS,
+    "/whaleflux.v1.TaskService/Sync": frozenset({AGENT}),
+    "/whaleflux.v1.NodeService/Probe": frozenset({HEALTH_MONITOR, AGENT, ADMIN, OPERATOR}),
+    # health_monitor alone judges; the scheduler asks it what a failure means
+    _HEALTH + "Heartbeat": frozenset({AGENT}),
+    _HEALTH + "ReportFailure": frozenset({SCHEDULER}),
+    _HEALTH + "Get*": _READERS,
+    _HEALTH + "List*": _READERS,
+    _HEALTH + "WatchNodeHealth": _READERS,
+    # checkpoint: written by agents on behalf of their ranks
+    _CHECKPOINT + "*": frozenset({AGENT}),
+    _CHECKPOINT + "Get*": _READERS | {AGENT},
+    _CHECKPOINT + "List*": _READERS | {AGENT},
+    _CHECKPOINT + "FindRestorable": frozenset({AGENT, SCHEDULER}) | PEOPLE,
+    # inference_router
+    _ROUTER + "*": OPERATORS,
+    _ROUTER + "Get*": _READERS,
+    _ROUTER + "List*": _READERS,
+    _ROUTER + "ListApiKeys": OPERATORS,
+    _ROUTER + "Route": PEOPLE | {APP},
+    _ROUTER + "CreateModel": PEOPLE,
+    _ROUTER + "UpdateModel": PEOPLE,
+    _ROUTER + "DeleteModel": PEOPLE,
+    # what Envoy asks on its own account
+    "/envoy.service.accesslog.v3.AccessLogService/*": frozenset({FRONTDOOR}),
+    "/envoy.service.endpoint.v3.EndpointDiscoveryService/*": frozenset({FRONTDOOR}),
 }
 
 

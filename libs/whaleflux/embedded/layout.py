@@ -1,0 +1,139 @@
+"""Where an embedded suite keeps its state: one folder, one set of ports, one small certificate authority.
+
+.whaleflux/
+ports.json     port of each part, chosen at the first start and kept
+context.json   what a client needs: front door, certificates, API key
+pki/           authority and identities, renewed at each start
+etcd/ nats/    state of the servers
+checkpoints/   default folder for jobs' checkpoints
+logs/ run/     one log and one pid file per process
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from whaleflux.errors import WrongState
+from whaleflux.rpc import pki
+
+_CERTIFICATE_LIFE = timedelta(days=30)
+_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths below one state folder."""
+
+    root: Path
+
+    @property
+    def ports_file(self) -> Path:
+        return self.root / "ports.json"
+
+    @property
+    def context_file(self) -> Path:
+        return self.root / "context.json"
+
+    @property
+    def pki(self) -> Path:
+        return self.root / "pki"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def pid_file(self) -> Path:
+        return self.root / "run" / "supervisor.pid"
+
+    def log(self, name: str) -> Path:
+        return self.root / "logs" / f"{name}.log"
+
+    def data(self, name: str) -> Path:
+        """State folder of one part."""
+        return self.root / name
+
+    def tls(self, name: str) -> pki.TlsFiles:
+        """Where the identity of one part is."""
+        return pki.TlsFiles.under(self.pki, name)
+
+    def create(self) -> None:
+        for folder in (self.root, self.root / "logs", self.root / "run", self.pki, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replaces `path` atomically; readable by the owner alone."""
+    pki.write_private(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def choose_ports(layout: Layout, names: Iterable[str], front_door: int = 0) -> dict[str, int]:
+    """A port of 127.0.0.1 for each name: last time's where it is still free, else a new one, written down.
+
+    The front door is different: agents and clients were told its port, so a taken one is refused, not replaced.
+    """
+    kept: dict[str, int] = json.loads(layout.ports_file.read_text()) if layout.ports_file.exists() else {}
+    if front_door:
+        kept["frontdoor"] = front_door
+    if "frontdoor" in kept and not _is_free(kept["frontdoor"]):
+        raise WrongState(
+            f"port {kept['frontdoor']} of 127.0.0.1, this suite's front door, is taken by another process; "
+            "stop that process, or choose another with: whaleflux up --port N",
+            reason="PORT_TAKEN",
+            metadata={"port": str(kept["frontdoor"])},
+        )
+    ports: dict[str, int] = {}
+    for name in names:
+        port = kept.get(name, 0)
+        ports[name] = (
+            port if port and _is_free(port) and port not in ports.values() else _free_port(ports.values())
+        )
+    write_json(layout.ports_file, ports)
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(taken: Iterable[int]) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in taken:
+            return port
+
+
+def issue_identities(layout: Layout, roles: Iterable[str]) -> pki.CertificateAuthority:
+    """Makes (once) the authority and (at each start) an identity per role and one for the local administrator."""
+    now = datetime.now(UTC)
+    authority = _authority(layout, now)
+    for role in roles:
+        hosts = _LOOPBACK_HOSTS if role == "frontdoor" else ()
+        layout.tls(role).save(authority.issue(role, "embedded", now, hosts=hosts, lifetime=_CERTIFICATE_LIFE))
+    user = os.environ.get("USER", "local").lower() or "local"
+    layout.tls("admin").save(authority.issue("admin", user, now, lifetime=_CERTIFICATE_LIFE))
+    return authority
+
+
+def _authority(layout: Layout, now: datetime) -> pki.CertificateAuthority:
+    key_file, certificate_file = layout.pki / "authority.key", layout.pki / "ca.crt"
+    if key_file.exists() and certificate_file.exists():
+        return pki.CertificateAuthority.load(certificate_file.read_bytes(), key_file.read_bytes())
+    authority = pki.CertificateAuthority.create(now)
+    pki.write_private(key_file, authority.key_pem)
+    pki.write_private(certificate_file, authority.certificate_pem)
+    return authority
