@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -73,7 +73,7 @@ class Authority:
     def check(
         self,
         method: str,
-        peer_certificate: Mapping[str, Sequence[bytes]],
+        peer_certificate: Mapping[str, Iterable[bytes]],
         metadata: Sequence[tuple[str, str | bytes]],
     ) -> Identity:
         """The caller of `method`, or Unauthenticated (unknown), or Denied (known and not allowed)."""
@@ -111,7 +111,7 @@ class Authority:
         return self._trusted(uri) if uri else NOBODY
 
 
-def peer_uri(certificate: Mapping[str, Sequence[bytes]]) -> str:
+def peer_uri(certificate: Mapping[str, Iterable[bytes]]) -> str:
     """The one URI name of the peer's certificate, from gRPC's auth context."""
     uris = [value.decode("utf-8", "replace") for value in certificate.get("peer_uri", ())]
     if len(uris) != 1:
@@ -163,6 +163,11 @@ def caller() -> Identity:
         return _caller.get()
     except LookupError:
         raise Unauthenticated("no call is being served here") from None
+
+
+def act_as(identity: Identity) -> None:
+    """Serves the rest of this task on behalf of `identity` (streams, whose task ends with them)."""
+    _caller.set(identity)
 
 
 @contextlib.contextmanager

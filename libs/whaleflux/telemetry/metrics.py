@@ -9,8 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
-from whaleflux.telemetry.registry import METRICS, Metric, MetricSpec, UnregisteredName
-
+from whaleflux.telemetry.registry import METRICS, MetricSpec, UnregisteredName
 
 _BY_NAME: dict[str, MetricSpec] = {metric.value: spec for metric, spec in METRICS.items()}
 

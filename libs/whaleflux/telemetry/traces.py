@@ -141,6 +141,34 @@ def attach(traceparent: str) -> Iterator[None]:
         otel_context.detach(token)
 
 
+def attach_for_good(traceparent: str) -> None:
+    """Makes the rest of this task run as a child of `traceparent`, without a span of its own (long streams)."""
+    otel_context.attach(_context_of(traceparent))
+
+
+@contextlib.contextmanager
+def server_span(method: str, headers: Mapping[str, str], *, traced: bool = True) -> Iterator[Span]:
+    """The span of a served call, child of the caller's. Its status is the boundary's business, whatever is raised."""
+    if not traced:
+        yield trace.INVALID_SPAN
+        return
+    service, _, name = method.lstrip("/").partition("/")
+    known: Attributes = {
+        Attribute.RPC_SYSTEM: "grpc",
+        Attribute.RPC_SERVICE: service,
+        Attribute.RPC_METHOD: name,
+    }
+    with _tracer.start_as_current_span(
+        method.lstrip("/"),
+        _PROPAGATOR.extract(headers, otel_context.Context()),
+        SpanKind.SERVER,
+        _checked(known),
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as started:
+        yield started
+
+
 def emit_span(
     name: str,
     start_time: datetime,

@@ -1,0 +1,95 @@
+"""How a call ends: what was raised becomes its status, its metric, its log line and its span's status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from whaleflux import telemetry
+from whaleflux.errors import Refusal, Unavailable
+from whaleflux.rpc.status import ServerFailure, from_rpc_error, on_the_wire
+from whaleflux.telemetry import Attribute, Event, Metric
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+_NUMBERS: dict[str, int] = {code.name: code.value[0] for code in grpc.StatusCode}
+_log = telemetry.get_logger("whaleflux.rpc")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call being answered. Streams have no span."""
+
+    method: str
+    context: Context
+    span: Span | None
+    draining: Callable[[], bool]
+
+
+def gone() -> Unavailable:
+    """What open streams and new ones get while the server drains."""
+    return Unavailable("this server is stopping; call again", reason="DRAINING", retry_after_s=0.1)
+
+
+@contextlib.asynccontextmanager
+async def answering(call: Call) -> AsyncIterator[None]:
+    """Around the whole handling of `call`. Answered by aborting, so that `AbortError` leaves it, or nothing."""
+    code = "OK"
+    try:
+        yield
+    except grpc.aio.AbortError:  # the handler answered by itself
+        code = str(getattr(call.context.code(), "name", "UNKNOWN"))
+        raise
+    except GeneratorExit:  # the client went while a message was on its way to it
+        code = "CANCELLED"
+        raise
+    except asyncio.CancelledError:
+        code = "CANCELLED"  # by the client, or its deadline has passed
+        if call.span is not None or not call.draining():
+            raise
+        code = "UNAVAILABLE"
+        await _refuse(call, gone())
+    except (Refusal, grpc.RpcError) as error:  # a bare channel raises the latter, ours raise refusals
+        refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
+        code = refusal.code
+        await (_confess(call, error) if code == "INTERNAL" else _refuse(call, refusal))
+    except Exception as bug:
+        code = "INTERNAL"
+        await _confess(call, bug)
+    finally:
+        if call.span is not None and code in _NUMBERS:
+            call.span.set_attribute(Attribute.RPC_STATUS.value, _NUMBERS[code])
+        telemetry.counter(Metric.RPC_REQUESTS).labels(call.method, code).inc()
+
+
+async def _refuse(call: Call, refusal: Refusal) -> None:
+    """A refusal is a right answer: the span says so and is no error."""
+    if call.span is not None:
+        call.span.set_attribute(Attribute.REASON.value, refusal.reason)
+    await call.context.abort(*on_the_wire(refusal))
+
+
+async def _confess(call: Call, bug: BaseException) -> None:
+    """A bug: everything for our own eyes, a trace id for the caller's."""
+    with _span_of(call) as span:
+        span.record_exception(bug)
+        span.set_status(Status(StatusCode.ERROR, type(bug).__name__))
+        trace_id = telemetry.current_trace_id()
+        _log.error(Event.RPC_FAILED, method=call.method, exc_info=bug)
+    hidden = ServerFailure(f"internal error, trace {trace_id}", metadata={"trace_id": trace_id})
+    await call.context.abort(*on_the_wire(hidden))
+
+
+@contextlib.contextmanager
+def _span_of(call: Call) -> Any:
+    """The call's span; for a stream a short one that exists only to carry its failure."""
+    if call.span is not None:
+        yield call.span
+        return
+    with telemetry.tracer().start_as_current_span(call.method.lstrip("/"), kind=SpanKind.SERVER) as span:
+        yield span

@@ -1,0 +1,231 @@
+"""The one server interceptor: identity, bounds, deadline, span, errors and metrics of every call.
+
+Servicers stay plain: they take messages, return messages, and raise refusals. What they get has an allowed caller
+(`auth.caller()`), a bounded size and a deadline; what they raise reaches the client as a status with details, and a
+bug as "internal error" with a trace id and nothing else.
+
+Streaming methods may be async generators (preferred) or coroutines that use `context.write`; requests of streaming
+methods come from the iterator, never from `context.read`. A stream has no span of its own: it may stay open for
+months. What it does runs as a child of its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from whaleflux import telemetry
+from whaleflux.errors import DeadlineExceeded, FieldViolation, Invalid, OverLimit
+from whaleflux.rpc import auth
+from whaleflux.rpc.answer import Call, Context, answering, gone
+from whaleflux.telemetry import Attribute, Metric
+
+_INFRASTRUCTURE = "/grpc."  # health and reflection are asked all the time: not worth spans
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one caller may ask of this server."""
+
+    request_bytes: int = 4 << 20  # of one message
+    deadline_s: float = 30.0  # of a unary call whose caller gave none
+    longest_deadline_s: float = 300.0
+    calls_per_caller: int = 1024  # unary calls at a time
+    streams_per_caller: int = 256
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """See the module. One per server; `drain` ends its streams."""
+
+    def __init__(self, authority: auth.Authority, limits: Limits | None = None) -> None:
+        self._authority, self._limits = authority, limits or Limits()
+        self._guarded: dict[str, tuple[Any, Any]] = {}  # handler and its guarded twin, by method
+        self._calls: Counter[auth.Identity] = Counter()
+        self._streams: Counter[auth.Identity] = Counter()
+        self._stream_tasks: set[asyncio.Task[Any]] = set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Ends open streams with UNAVAILABLE (reason DRAINING) and refuses new ones; their callers go elsewhere."""
+        self._draining = True
+        for task in self._stream_tasks:
+            task.cancel()
+
+    async def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:  # unknown method: gRPC itself answers UNIMPLEMENTED
+            return None
+        known, guarded = self._guarded.get(details.method, (None, None))
+        if known is not handler:
+            guarded = self._guard(details.method, handler)
+            self._guarded[details.method] = handler, guarded
+        return guarded
+
+    def _guard(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of the same arity that gets raw bytes: they are not parsed before the caller was admitted."""
+        parse = _Parser(handler.request_deserializer, self._limits.request_bytes)
+        if not (handler.request_streaming or handler.response_streaming):
+            behaviour = self._unary(method, handler.unary_unary, parse)
+            return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
+        take = parse.each if handler.request_streaming else parse
+        if not handler.response_streaming:
+            behaviour = self._collecting(method, handler.stream_unary, take)
+            return grpc.stream_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
+        behaviour = self._streaming(method, handler.unary_stream or handler.stream_stream, take)
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(behaviour, None, handler.response_serializer)
+
+    def _unary(self, method: str, behaviour: Any, take: Callable[[Any], Any]) -> Any:
+        async def answer(raw: bytes, context: Context) -> Any:
+            async with self._whole(method, context):
+                return await behaviour(take(raw), context)
+
+        return answer
+
+    def _collecting(self, method: str, behaviour: Any, take: Callable[[Any], Any]) -> Any:
+        async def answer(raw: Any, context: Context) -> Any:
+            async with self._endless(method, context):
+                return await behaviour(take(raw), context)
+
+        return answer
+
+    def _streaming(self, method: str, behaviour: Any, take: Callable[[Any], Any]) -> Any:
+        async def answer(raw: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._endless(method, context):
+                answers = behaviour(take(raw), context)
+                if inspect.isawaitable(answers):  # writes by itself
+                    await answers
+                    return
+                async with contextlib.aclosing(answers):
+                    async for message in answers:
+                        yield message
+
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _whole(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Around a unary call."""
+        started = time.monotonic()
+        in_flight = telemetry.gauge(Metric.RPC_IN_FLIGHT)
+        in_flight.inc()
+        metadata = _metadata(context)
+        try:
+            with telemetry.server_span(method, _text_only(metadata), traced=_traced(method)) as span:
+                async with answering(Call(method, context, span, lambda: False)):
+                    caller = self._authority.check(method, context.auth_context(), metadata)
+                    span.set_attribute(Attribute.CALLER.value, caller.uri)
+                    bound = self._limits.calls_per_caller
+                    with _counted(self._calls, caller, bound, "calls at a time"), auth.acting_as(caller):
+                        async with _deadline(method, self._time_for(context)):
+                            yield
+        finally:
+            in_flight.dec()
+            telemetry.histogram(Metric.RPC_DURATION).labels(method).observe(time.monotonic() - started)
+
+    @contextlib.asynccontextmanager
+    async def _endless(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Around a stream.
+
+        Context variables are set and never reset: the call's task ends with the call, and a generator that is closed
+        late would reset them in another task's context.
+        """
+        task = asyncio.current_task()
+        assert task is not None  # gRPC runs each call in a task of its own
+        metadata = _metadata(context)
+        telemetry.attach_for_good(_text_only(metadata).get("traceparent", ""))
+        open_streams = telemetry.gauge(Metric.RPC_STREAMS).labels(method)
+        async with answering(Call(method, context, None, lambda: self._draining)):
+            if self._draining:
+                raise gone()
+            caller = self._authority.check(method, context.auth_context(), metadata)
+            auth.act_as(caller)
+            with _counted(self._streams, caller, self._limits.streams_per_caller, "open streams"):
+                self._stream_tasks.add(task)
+                open_streams.inc()
+                try:
+                    yield
+                finally:
+                    open_streams.dec()
+                    self._stream_tasks.discard(task)
+
+    def _time_for(self, context: Context) -> float:
+        left_s = context.time_remaining()
+        return min(self._limits.deadline_s if left_s is None else left_s, self._limits.longest_deadline_s)
+
+
+class _Parser:
+    """Bytes to message, within a bound."""
+
+    def __init__(self, deserialize: Callable[[bytes], Any] | None, limit_bytes: int) -> None:
+        self._deserialize, self._limit_bytes = deserialize, limit_bytes
+
+    def __call__(self, raw: bytes) -> Any:
+        if len(raw) > self._limit_bytes:
+            raise OverLimit(
+                f"the request has {len(raw)} bytes; at most {self._limit_bytes} are taken, split it",
+                reason="REQUEST_TOO_LARGE",
+                metadata={"bytes": str(len(raw)), "limit_bytes": str(self._limit_bytes)},
+            )
+        if self._deserialize is None:
+            return raw
+        try:
+            return self._deserialize(raw)
+        except DecodeError:
+            raise Invalid(FieldViolation("request", "is not a valid message of the method's type")) from None
+
+    async def each(self, raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for raw in raws:
+            yield self(raw)
+
+
+@contextlib.asynccontextmanager
+async def _deadline(method: str, limit_s: float) -> AsyncIterator[None]:
+    late = DeadlineExceeded(f"{method} did not finish in {limit_s:.3f} s", metadata={"method": method})
+    if limit_s <= 0:
+        raise late
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            yield
+    except TimeoutError:
+        raise (late if limit.expired() else RuntimeError("a TimeoutError that no deadline caused")) from None
+
+
+@contextlib.contextmanager
+def _counted(counts: Counter[auth.Identity], caller: auth.Identity, bound: int, what: str) -> Iterator[None]:
+    if counts[caller] >= bound:
+        known = {"subject": caller.uri, "limit": str(bound)}
+        raise OverLimit(
+            f"{caller.uri} has {bound} {what}; wait", reason="TOO_MANY", metadata=known, retry_after_s=1.0
+        )
+    counts[caller] += 1
+    try:
+        yield
+    finally:
+        counts[caller] -= 1
+        if not counts[caller]:
+            del counts[caller]
+
+
+def _traced(method: str) -> bool:
+    return not method.startswith(_INFRASTRUCTURE)
+
+
+def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple(context.invocation_metadata() or ())
+
+
+def _text_only(metadata: tuple[tuple[str, str | bytes], ...]) -> dict[str, str]:
+    return {key: value for key, value in metadata if isinstance(value, str)}

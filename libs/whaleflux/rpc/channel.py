@@ -1,0 +1,309 @@
+"""Client side for asyncio: a channel whose stubs raise refusals, have deadlines, repeat what is safe, and re-dial.
+
+    channel = connect("10.0.0.5:7001", files, server=server_name("scheduler"))
+    stub = SchedulerServiceStub(channel)
+    job = await stub.GetJob(request)              # raises errors.NotFound, errors.Unavailable, ...
+    async for change in stub.WatchJobs(request):  # a broken stream raises errors.Unavailable: resume it
+
+Stubs keep working when the certificate on disk is renewed: new calls go over a new connection, open streams stay on
+the old one until they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, Self, TypeVar
+
+import grpc
+
+from whaleflux.errors import DeadlineExceeded, Invalid, Refusal, Unavailable
+from whaleflux.rpc import propagation
+from whaleflux.rpc.pki import Tls, TlsFiles
+from whaleflux.rpc.policy import CallPolicy, channel_options, repeatable
+from whaleflux.rpc.status import from_rpc_error
+
+Response = TypeVar("Response")
+Metadata = tuple[tuple[str, str], ...]
+_STAMP_EVERY_S = 1.0
+
+
+def connect(
+    target: str,
+    tls: Tls | TlsFiles,
+    *,
+    server: str = "",
+    policy: CallPolicy | None = None,
+    metadata: Metadata = (),
+) -> Channel:
+    """A channel to `target` (host:port, dns:///name:port), showing `tls`. Connects lazily; never raises for a dead peer.
+
+    `server` is the name that the peer's certificate must have (`pki.server_name`), "" checks the dialled host.
+    `metadata` goes with every call.
+    """
+    return Channel(target, tls, server, policy or CallPolicy(), metadata)
+
+
+class _Line:
+    """One gRPC channel and how many calls use it; an outdated one closes after its last call."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel, self.calls, self.outdated = channel, 0, False
+        self.callables: dict[str, Any] = {}
+
+    async def __aenter__(self) -> Self:
+        self.calls += 1
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.calls -= 1
+        if self.outdated and not self.calls:
+            await self.channel.close()
+
+
+class Channel:
+    """What a generated stub is built on. Use `connect`."""
+
+    def __init__(
+        self, target: str, tls: Tls | TlsFiles, server: str, policy: CallPolicy, metadata: Metadata
+    ) -> None:
+        self.target, self.policy, self.metadata = target, policy, metadata
+        self._tls, self._options = tls, channel_options(server)
+        self._stamp = tls.stamp() if isinstance(tls, TlsFiles) else None
+        self._stamped_at = time.monotonic()
+        self._line = self._dial()
+
+    def _dial(self) -> _Line:
+        tls = self._tls.load() if isinstance(self._tls, TlsFiles) else self._tls
+        credentials = grpc.ssl_channel_credentials(tls.roots, tls.key, tls.chain)
+        return _Line(grpc.aio.secure_channel(self.target, credentials, options=self._options))
+
+    async def line(self) -> _Line:
+        """The line for the next call, dialled afresh when the files of our certificate have changed."""
+        if isinstance(self._tls, TlsFiles) and time.monotonic() - self._stamped_at >= _STAMP_EVERY_S:
+            self._stamped_at = time.monotonic()
+            await self._redial_if_renewed(self._tls)
+        return self._line
+
+    async def _redial_if_renewed(self, files: TlsFiles) -> None:
+        try:
+            if (stamp := files.stamp()) == self._stamp:
+                return
+            fresh = self._dial()
+        except (OSError, Invalid):
+            return  # being replaced right now; the old certificate serves until the next look
+        self._stamp, old, self._line = stamp, self._line, fresh
+        old.outdated = True
+        if not old.calls:
+            await old.channel.close()
+
+    async def ready(self, timeout_s: float) -> None:
+        """Returns when the connection stands; raises Unavailable when it does not in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await (await self.line()).channel.channel_ready()
+        except TimeoutError:
+            raise Unavailable(
+                f"{self.target} did not answer within {timeout_s} s", reason="SERVER_UNREACHABLE"
+            ) from None
+
+    async def close(self) -> None:
+        """Ends the connection and the calls on it."""
+        await self._line.channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # What generated stubs call. The extra keyword `_registered_method` is gRPC's own.
+
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool = False,
+    ) -> Any:
+        return _Unary(self, "unary_unary", method, request_serializer, response_deserializer)
+
+    def stream_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool = False,
+    ) -> Any:
+        return _Unary(self, "stream_unary", method, request_serializer, response_deserializer)
+
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool = False,
+    ) -> Any:
+        return _Streaming(self, "unary_stream", method, request_serializer, response_deserializer)
+
+    def stream_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool = False,
+    ) -> Any:
+        return _Streaming(self, "stream_stream", method, request_serializer, response_deserializer)
+
+
+class _Callable:
+    def __init__(self, channel: Channel, kind: str, method: str, serializer: Any, deserializer: Any) -> None:
+        self._channel, self._kind, self._method = channel, kind, method
+        self._codecs = (serializer, deserializer)
+
+    def _on(self, line: _Line) -> Callable[..., Any]:
+        found = line.callables.get(self._method)
+        if found is None:
+            found = line.callables[self._method] = getattr(line.channel, self._kind)(
+                self._method, *self._codecs
+            )
+        return found  # type: ignore[no-any-return]  # gRPC's multi-callables have no common type
+
+
+class _Unary(_Callable):
+    """`await stub.Method(request)`: one answer, or a refusal."""
+
+    async def __call__(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        wait_for_ready: bool | None = None,
+    ) -> Any:
+        """`timeout` in seconds for all attempts together; the policy's when None."""
+        deadline = time.monotonic() + (self._channel.policy.timeout_s if timeout is None else timeout)
+        again = self._kind == "unary_unary" and repeatable(self._method, request)
+        with propagation.outgoing(self._method, streaming=False) as headers:
+            sent = (*self._channel.metadata, *headers, *metadata)
+            attempt = 1
+            while True:
+                try:
+                    return await self._once(request, deadline - time.monotonic(), sent, wait_for_ready)
+                except Refusal as refusal:
+                    left_s = deadline - time.monotonic()
+                    # A stream of requests is used up by its first attempt, whatever the server says.
+                    pause_s = (
+                        self._channel.policy.pause_s(attempt, refusal, again, left_s, random.random())
+                        if self._kind == "unary_unary"
+                        else None
+                    )
+                    if pause_s is None:
+                        raise
+                await asyncio.sleep(pause_s)
+                attempt += 1
+
+    async def _once(
+        self, request: Any, left_s: float, metadata: Metadata, wait_for_ready: bool | None
+    ) -> Any:
+        if left_s <= 0:
+            raise DeadlineExceeded(f"no time was left for {self._method}", metadata={"method": self._method})
+        async with await self._channel.line() as line:
+            call = self._on(line)(request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready)
+            return await _answered(call)
+
+
+class _Streaming(_Callable):
+    """`async for message in stub.Method(request)`: messages until the end, or a refusal."""
+
+    def __call__(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        wait_for_ready: bool | None = None,
+    ) -> Stream[Any]:
+        """`timeout` in seconds for the whole stream; none when None."""
+
+        def start(line: _Line) -> Any:
+            with propagation.outgoing(self._method, streaming=True) as headers:
+                sent = (*self._channel.metadata, *headers, *metadata)
+                return self._on(line)(request, timeout=timeout, metadata=sent, wait_for_ready=wait_for_ready)
+
+        return Stream(self._channel, start)
+
+
+class Stream(Generic[Response]):
+    """The answers of one call. It starts when first read; `aclose` (or leaving `async with`) ends it early."""
+
+    def __init__(self, channel: Channel, start: Callable[[_Line], Any]) -> None:
+        self._channel, self._start = channel, start
+        self._call: Any = None
+        self._line: _Line | None = None
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[Response]:
+        return self
+
+    async def __anext__(self) -> Response:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            await self._started()
+            message = await _answered(self._call.read())
+        except BaseException:
+            await self.aclose()
+            raise
+        if message is grpc.aio.EOF:
+            await self._finished()
+            raise StopAsyncIteration
+        return message  # type: ignore[no-any-return]  # the stub's deserializer knows the type
+
+    async def _started(self) -> None:
+        if self._line is None:
+            self._line = await (await self._channel.line()).__aenter__()
+            self._call = self._start(self._line)
+
+    async def _finished(self) -> None:
+        """After the last message comes the status, which may be a refusal."""
+        call = self._call
+        code = await call.code()
+        if code is not grpc.StatusCode.OK:
+            error = grpc.aio.AioRpcError(
+                code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+            )
+            await self.aclose()
+            raise from_rpc_error(error)
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels what is left of the call; nothing to do when it has ended."""
+        self._ended = True
+        line, self._line = self._line, None
+        if line is not None:
+            if self._call is not None:
+                self._call.cancel()
+            await line.__aexit__()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+async def _answered(waiting: Awaitable[Response]) -> Response:
+    """The answer, with failures as refusals, also when gRPC cancelled the call by itself (a closed channel)."""
+    task = asyncio.current_task()
+    asked = task.cancelling() if task else 0
+    try:
+        return await waiting
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
+    except grpc.aio.UsageError as error:  # the channel was closed under us
+        raise Unavailable(str(error), reason="CHANNEL_CLOSED") from None
+    except asyncio.CancelledError:
+        if task is not None and task.cancelling() > asked:
+            raise
+        raise Unavailable("the connection was closed", reason="CALL_CANCELLED", retry_after_s=0.1) from None
