@@ -19,6 +19,7 @@ INCIDENTS = ROOT + "incidents/"  # {incident}
 
 # checkpoint
 CHECKPOINTS = ROOT + "checkpoints/"  # {queue}/{job}/{checkpoint}
+CHECKPOINT_PIECES = ROOT + "checkpoint_pieces/"  # {queue}/{job}/{checkpoint}/{lowest rank of a report}
 
 # inference_router
 MODELS = ROOT + "models/"  # {model}
