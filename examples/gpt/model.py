@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class Gpt(nn.Module):
         return self.head(self.norm(x))
 
     @torch.no_grad()
-    def generate(self, prompt: str, length: int, temperature: float = 0.8, seed: int | None = None):
+    def generate(self, prompt: str, length: int, temperature: float = 0.8, seed: int | None = None) -> Iterator[str]:
         """Yields one character at a time."""
         generator = torch.Generator().manual_seed(seed if seed is not None else 0)
         tokens = [ord(c) for c in prompt if ord(c) < VOCABULARY] or [ord("\n")]

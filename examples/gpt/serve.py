@@ -57,7 +57,9 @@ class Replica(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             self.answer_text(200, f"engine_requests_running {Replica.under_way}\n")
         elif self.path == "/v1/models":
-            self.answer(200, {"object": "list", "data": [{"id": self.model_name, "object": "model", "owned_by": "whaleflux"}]})
+            self.answer(
+                200, {"object": "list", "data": [{"id": self.model_name, "object": "model", "owned_by": "whaleflux"}]}
+            )
         else:
             self.answer(404, error(f"no such path: {self.path}"))
 
@@ -138,12 +140,19 @@ def error(message: str) -> dict[str, Any]:
 def whole(model: str, prompt: str, text: str, chat: bool) -> dict[str, Any]:
     content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     used = {"prompt_tokens": len(prompt), "completion_tokens": len(text), "total_tokens": len(prompt) + len(text)}
-    return {**head(model, "chat.completion" if chat else "text_completion"), "choices": [{"index": 0, **content, "finish_reason": "length"}], "usage": used}
+    return {
+        **head(model, "chat.completion" if chat else "text_completion"),
+        "choices": [{"index": 0, **content, "finish_reason": "length"}],
+        "usage": used,
+    }
 
 
 def piece(model: str, text: str, chat: bool, reason: str | None = None) -> dict[str, Any]:
     content = {"delta": {"content": text}} if chat else {"text": text}
-    return {**head(model, "chat.completion.chunk" if chat else "text_completion"), "choices": [{"index": 0, **content, "finish_reason": reason}]}
+    return {
+        **head(model, "chat.completion.chunk" if chat else "text_completion"),
+        "choices": [{"index": 0, **content, "finish_reason": reason}],
+    }
 
 
 def head(model: str, kind: str) -> dict[str, Any]:

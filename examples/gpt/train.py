@@ -20,6 +20,7 @@ import torch.distributed as dist
 from model import VOCABULARY, Gpt, Shape
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+
 from whaleflux.sdk import Checkpointer, stabilise_buckets
 from whaleflux.sdk.state import state_digest
 

@@ -91,9 +91,7 @@ def choose_ports(layout: Layout, names: Iterable[str], front_door: int = 0) -> d
     ports: dict[str, int] = {}
     for name in names:
         port = kept.get(name, 0)
-        ports[name] = (
-            port if port and _is_free(port) and port not in ports.values() else _free_port(ports.values())
-        )
+        ports[name] = port if port and _is_free(port) and port not in ports.values() else _free_port(ports.values())
     write_json(layout.ports_file, ports)
     return ports
 

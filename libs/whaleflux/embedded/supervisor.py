@@ -104,12 +104,8 @@ class Supervisor:
         while True:
             started = time.monotonic()
             code = await self._running[child.name].wait()
-            pause = (
-                _FIRST_PAUSE_S if time.monotonic() - started > _STABLE_S else min(2 * pause, _LONGEST_PAUSE_S)
-            )
-            self._say(
-                f"{child.name} ended with code {code}; starting it again in {pause:g} s (log: {child.log})"
-            )
+            pause = _FIRST_PAUSE_S if time.monotonic() - started > _STABLE_S else min(2 * pause, _LONGEST_PAUSE_S)
+            self._say(f"{child.name} ended with code {code}; starting it again in {pause:g} s (log: {child.log})")
             await asyncio.sleep(pause)
             await self._spawn(child)
 
@@ -127,9 +123,7 @@ class Supervisor:
 
     def _failure(self, child: Child, what: str) -> str:
         lines = child.log.read_text(errors="replace").splitlines()[-5:] if child.log.exists() else []
-        return f"{child.name}: {what}; its last words, from {child.log}:\n" + "\n".join(
-            f"  {line}" for line in lines
-        )
+        return f"{child.name}: {what}; its last words, from {child.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,61 @@
+# WhaleFlux: `make demo` does the main job, `make test` passes the tests; each sets up what it needs.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+TORCH  ?= torch==2.13.0
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml hatch_build.py $(wildcard protos/whaleflux/v1/*.proto)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## Virtual environment with everything, in .venv
+
+demo: $(STAMP) ## The main job: a training run survives the loss of its node, then its model is served (KEEP=1 leaves it running)
+	@$(BIN)/whaleflux demo $(if $(KEEP),--keep)
+
+up: $(STAMP) ## The whole suite on this machine, until Ctrl-C
+	@$(BIN)/whaleflux up
+
+test: $(STAMP) ## All tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+unit: $(STAMP) ## Tests without sockets and real time
+	@$(BIN)/python -m pytest -q tests/unit $(ARGS)
+
+lint: $(STAMP) protos ## Format, rules, types, contract
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+protos: $(STAMP) ## Generates the stubs, checks the contract, and that it breaks nothing since the newest tag
+	@$(BIN)/python hatch_build.py
+	@$(BIN)/python tools/googleapis.py .build/googleapis
+	@$(BIN)/buf lint
+	@$(BIN)/buf format -d --exit-code protos
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); if [ -n "$$tag" ]; then $(BIN)/buf breaking --against ".git#tag=$$tag" --path protos; else echo "no tag yet: nothing to compare the contract with"; fi
+
+clients: $(STAMP) ## Clients for other languages: make clients LANG=go|typescript (see docs/clients.md)
+	@$(BIN)/python tools/clients.py "$(LANG)"
+
+bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing
+	@$(BIN)/python -m benchmarks.run $(NAME) $(ARGS)
+
+format: $(STAMP) ## Formats the code and the contract
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix -q . ; $(BIN)/buf format -w protos
+
+clean: ## Removes what make made, and the state of the embedded suite
+	@rm -rf $(VENV) .build .whaleflux .tox dist libs/whaleflux/v1
+
+.PHONY: help setup demo up test unit lint protos clients bench format clean
