@@ -81,7 +81,8 @@ async def serving(toy: Toy, limits: Limits | None = None) -> AsyncIterator[Serve
     """The toy behind the real boundary, on a free loopback port with mTLS."""
     server = Server(CA.issue("scheduler", "test", datetime.now(UTC)), Authority(table=TABLE), limits)
     server.add(add_toy, toy, NAME)
-    await server.start("127.0.0.1:0")
+    server.bind("127.0.0.1:0")
+    await server.start()
     try:
         yield server
     finally:

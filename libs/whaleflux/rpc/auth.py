@@ -18,9 +18,7 @@ from whaleflux.rpc import roles
 
 XFCC = "x-forwarded-client-cert"
 DEFAULT_TRUST_DOMAIN = "whaleflux"
-_URI = re.compile(
-    r"spiffe://(?P<domain>[a-z0-9._-]{1,255})/(?P<role>[a-z_]+)/(?P<name>[A-Za-z0-9._/-]{1,200})"
-)
+_URI = re.compile(r"spiffe://(?P<domain>[a-z0-9._-]{1,255})/(?P<role>[a-z_]+)/(?P<name>[A-Za-z0-9._/-]{1,200})")
 _SEGMENT = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
 _MAX_XFCC_CHARS = 8192
 
@@ -50,9 +48,7 @@ class Identity:
         """The identity in a URI name; refuses anything that our CA would not have written."""
         match = _URI.fullmatch(uri)
         if not match or match["role"] not in roles.KNOWN:
-            raise Unauthenticated(
-                f"{uri[:200]!r} is not an identity; expected spiffe://<trust domain>/<role>/<name>"
-            )
+            raise Unauthenticated(f"{uri[:200]!r} is not an identity; expected spiffe://<trust domain>/<role>/<name>")
         segments = match["name"].split("/")
         wanted = 2 if match["role"] == roles.AGENT else 1
         if len(segments) != wanted or not all(_SEGMENT.fullmatch(segment) for segment in segments):
@@ -85,9 +81,7 @@ class Authority:
         if caller.role in wanted:
             return caller
         if caller is NOBODY and wanted:
-            raise Unauthenticated(
-                f"{method} needs a certificate; log in or join first", metadata={"method": method}
-            )
+            raise Unauthenticated(f"{method} needs a certificate; log in or join first", metadata={"method": method})
         raise Denied(
             f"role {caller.role!r} may not call {method}" + ("" if wanted else " (no role may)"),
             metadata={"method": method, "role": caller.role, "needs": ",".join(sorted(wanted))},
@@ -96,9 +90,7 @@ class Authority:
     def _trusted(self, uri: str) -> Identity:
         identity = Identity.parse(uri)
         if identity.trust_domain != self._trust_domain:
-            raise Unauthenticated(
-                f"trust domain {identity.trust_domain!r} is not ours ({self._trust_domain!r})"
-            )
+            raise Unauthenticated(f"trust domain {identity.trust_domain!r} is not ours ({self._trust_domain!r})")
         return identity
 
     def _forwarded(self, metadata: Sequence[tuple[str, str | bytes]]) -> Identity:
@@ -123,9 +115,7 @@ def forwarded_uri(header: str) -> str:
     """The URI in Envoy's x-forwarded-client-cert, "" when it names none; refuses several certificates or URIs."""
     elements = _split(header, ",")
     if len(elements) != 1:
-        raise Unauthenticated(
-            f"{XFCC} names {len(elements)} certificates; the front door has to use SANITIZE_SET"
-        )
+        raise Unauthenticated(f"{XFCC} names {len(elements)} certificates; the front door has to use SANITIZE_SET")
     pairs = [pair.partition("=") for pair in _split(elements[0], ";")]
     uris = [_unquoted(value) for key, _, value in pairs if key.strip().lower() == "uri" and value]
     if len(uris) > 1:

@@ -82,9 +82,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
         behaviour = self._streaming(method, handler.unary_stream or handler.stream_stream, take)
         make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
         return make(behaviour, None, handler.response_serializer)
 
@@ -207,9 +205,7 @@ async def _deadline(method: str, limit_s: float) -> AsyncIterator[None]:
 def _counted(counts: Counter[auth.Identity], caller: auth.Identity, bound: int, what: str) -> Iterator[None]:
     if counts[caller] >= bound:
         known = {"subject": caller.uri, "limit": str(bound)}
-        raise OverLimit(
-            f"{caller.uri} has {bound} {what}; wait", reason="TOO_MANY", metadata=known, retry_after_s=1.0
-        )
+        raise OverLimit(f"{caller.uri} has {bound} {what}; wait", reason="TOO_MANY", metadata=known, retry_after_s=1.0)
     counts[caller] += 1
     try:
         yield

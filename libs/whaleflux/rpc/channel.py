@@ -66,9 +66,7 @@ class _Line:
 class Channel:
     """What a generated stub is built on. Use `connect`."""
 
-    def __init__(
-        self, target: str, tls: Tls | TlsFiles, server: str, policy: CallPolicy, metadata: Metadata
-    ) -> None:
+    def __init__(self, target: str, tls: Tls | TlsFiles, server: str, policy: CallPolicy, metadata: Metadata) -> None:
         self.target, self.policy, self.metadata = target, policy, metadata
         self._tls, self._options = tls, channel_options(server)
         self._stamp = tls.stamp() if isinstance(tls, TlsFiles) else None
@@ -166,9 +164,7 @@ class _Callable:
     def _on(self, line: _Line) -> Callable[..., Any]:
         found = line.callables.get(self._method)
         if found is None:
-            found = line.callables[self._method] = getattr(line.channel, self._kind)(
-                self._method, *self._codecs
-            )
+            found = line.callables[self._method] = getattr(line.channel, self._kind)(self._method, *self._codecs)
         return found  # type: ignore[no-any-return]  # gRPC's multi-callables have no common type
 
 
@@ -204,9 +200,7 @@ class _Unary(_Callable):
                 await asyncio.sleep(pause_s)
                 attempt += 1
 
-    async def _once(
-        self, request: Any, left_s: float, metadata: Metadata, wait_for_ready: bool | None
-    ) -> Any:
+    async def _once(self, request: Any, left_s: float, metadata: Metadata, wait_for_ready: bool | None) -> Any:
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left for {self._method}", metadata={"method": self._method})
         async with await self._channel.line() as line:

@@ -46,17 +46,11 @@ def parse_token(token: str, prefix: str) -> tuple[str, int]:
     try:
         if len(token) > MAX_TOKEN_CHARS:
             raise ValueError
-        revision, _, key = (
-            base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
-        )
-        if not (
-            revision.isascii() and revision.isdecimal() and len(revision) < 20 and key.startswith(prefix)
-        ):
+        revision, _, key = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
+        if not (revision.isascii() and revision.isdecimal() and len(revision) < 20 and key.startswith(prefix)):
             raise ValueError
     except (ValueError, binascii.Error):
-        raise Invalid(
-            FieldViolation("page_token", "is not a token of this listing; start again without one")
-        ) from None
+        raise Invalid(FieldViolation("page_token", "is not a token of this listing; start again without one")) from None
     return key, int(revision)
 
 

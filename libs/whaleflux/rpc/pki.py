@@ -34,9 +34,7 @@ from whaleflux.rpc.auth import DEFAULT_TRUST_DOMAIN, Identity
 
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(hours=24)
-CLOCK_SKEW = timedelta(
-    minutes=5
-)  # certificates are valid this much earlier, for machines whose clock is late
+CLOCK_SKEW = timedelta(minutes=5)  # certificates are valid this much earlier, for machines whose clock is late
 RENEW_BELOW = 1 / 3  # of the life is left
 
 
@@ -79,9 +77,7 @@ class TlsFiles:
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever one of the files was replaced; raises OSError when one is gone."""
-        return tuple(
-            (s.st_mtime_ns, s.st_ino) for s in (os.stat(p) for p in (self.key, self.chain, self.roots))
-        )
+        return tuple((s.st_mtime_ns, s.st_ino) for s in (os.stat(p) for p in (self.key, self.chain, self.roots)))
 
 
 def _read(field: str, path: Path) -> bytes:
@@ -94,9 +90,7 @@ def _read(field: str, path: Path) -> bytes:
 def _belongs(key: bytes, chain: bytes) -> bool:
     public = load_pem_private_key(key, None).public_key()
     spki = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return public.public_bytes(*spki) == x509.load_pem_x509_certificate(chain).public_key().public_bytes(
-        *spki
-    )
+    return public.public_bytes(*spki) == x509.load_pem_x509_certificate(chain).public_key().public_bytes(*spki)
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -127,18 +121,14 @@ def server_name(role: str, name: str = "", trust_domain: str = DEFAULT_TRUST_DOM
 def new_key_and_request() -> tuple[bytes, bytes]:
     """A fresh private key (PKCS #8) and a signing request for it. Names are the authority's to give, not to ask for."""
     key = ec.generate_private_key(ec.SECP256R1())
-    request = (
-        x509.CertificateSigningRequestBuilder().subject_name(_named("whaleflux")).sign(key, hashes.SHA256())
-    )
+    request = x509.CertificateSigningRequestBuilder().subject_name(_named("whaleflux")).sign(key, hashes.SHA256())
     return _key_pem(key), request.public_bytes(Encoding.PEM)
 
 
 class CertificateAuthority:
     """Signs identities of one trust domain. Its key belongs to inventory (or to `whaleflux up`) alone."""
 
-    def __init__(
-        self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, trust_domain: str
-    ) -> None:
+    def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, trust_domain: str) -> None:
         self._certificate, self._key, self.trust_domain = certificate, key, trust_domain
 
     @classmethod
@@ -195,9 +185,7 @@ class CertificateAuthority:
         """
         identity = Identity.parse(Identity(role, name, self.trust_domain).uri)
         public = _requested_key(request_pem)
-        builder = _builder(
-            _named(f"{role}/{name}"[-64:]), self._certificate.subject, public, now, now + lifetime
-        )
+        builder = _builder(_named(f"{role}/{name}"[-64:]), self._certificate.subject, public, now, now + lifetime)
         names = [x509.UniformResourceIdentifier(identity.uri)]
         dns = [server_name(role, name, self.trust_domain), *hosts]
         both = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
@@ -222,9 +210,7 @@ class CertificateAuthority:
     ) -> Tls:
         """Key and certificate in one step, where both ends are this process (`whaleflux up`, tests)."""
         key, request = new_key_and_request()
-        return Tls(
-            key, self.sign(request, role, name, now, hosts=hosts, lifetime=lifetime), self.certificate_pem
-        )
+        return Tls(key, self.sign(request, role, name, now, hosts=hosts, lifetime=lifetime), self.certificate_pem)
 
 
 def identity_of(chain_pem: bytes) -> Identity:
@@ -245,6 +231,11 @@ def renewal_in_s(chain_pem: bytes, now: datetime) -> float:
     return (end - (end - start) * RENEW_BELOW - now).total_seconds()
 
 
+def expiry(chain_pem: bytes) -> datetime:
+    """When the certificate ends, UTC."""
+    return x509.load_pem_x509_certificate(chain_pem).not_valid_after_utc
+
+
 def _requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
     try:
         request = x509.load_pem_x509_csr(request_pem)
@@ -252,11 +243,7 @@ def _requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
         public = request.public_key()
     except (ValueError, TypeError, InvalidSignature):
         raise Invalid(FieldViolation("csr", "is not a PEM certificate signing request")) from None
-    if (
-        not valid
-        or not isinstance(public, ec.EllipticCurvePublicKey)
-        or not isinstance(public.curve, ec.SECP256R1)
-    ):
+    if not valid or not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
         raise Invalid(FieldViolation("csr", "must be signed by its own ECDSA P-256 key"))
     return public
 

@@ -20,9 +20,7 @@ class CallPolicy:
     first_pause_s: float = 0.05
     longest_pause_s: float = 2.0
 
-    def pause_s(
-        self, attempt: int, refusal: Refusal, repeatable: bool, left_s: float, chance: float
-    ) -> float | None:
+    def pause_s(self, attempt: int, refusal: Refusal, repeatable: bool, left_s: float, chance: float) -> float | None:
         """Seconds to wait after failed attempt number `attempt` (from 1), or None to give up.
 
         `chance` in [0, 1) spreads the callers; a pause that the deadline would cut short is not begun.

@@ -37,7 +37,7 @@ _SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Heal
 
 
 class Server:
-    """One listening server. `add` before `start`; `drain` once."""
+    """One listening server: `bind` and `add`, then `start`; `drain` at the end, or again with less grace."""
 
     def __init__(self, tls: Tls | TlsFiles, authority: Authority, limits: Limits | None = None) -> None:
         limits = limits or Limits()
@@ -56,16 +56,19 @@ class Server:
         add_to_server(servicer, self._server)
         self._names.append(name)
 
-    async def start(self, listen: str, *, serving: bool = True) -> int:
-        """Binds `listen` (host:port, port 0 for a free one) and serves; returns the port. `Invalid` when it is taken."""
-        reflection.enable_server_reflection((*self._names, _HEALTH, reflection.SERVICE_NAME), self._server)
-        await self.set_serving(serving)
+    def bind(self, listen: str) -> int:
+        """Takes `listen` (host:port, port 0 for a free one) and returns the port. `Invalid` when it is taken."""
         try:
             self.port = self._server.add_secure_port(listen, self._credentials)
         except RuntimeError:
             raise Invalid(FieldViolation("listen", f"cannot bind {listen!r}; is the port taken?")) from None
-        await self._server.start()
         return self.port
+
+    async def start(self) -> None:
+        """Serves what was added, on the ports that were bound."""
+        reflection.enable_server_reflection((*self._names, _HEALTH, reflection.SERVICE_NAME), self._server)
+        await self.set_serving(True)
+        await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks and readiness probes see, for every service and for ""."""

@@ -103,9 +103,7 @@ def _details(refusal: Refusal) -> Iterator[Message]:
         over = error_details_pb2.QuotaFailure.Violation(subject=metadata.get("subject", ""), description=text)
         yield error_details_pb2.QuotaFailure(violations=[over])
     elif isinstance(refusal, errors.Compacted):
-        link = error_details_pb2.Help.Link(
-            description="list again and watch from the revision of that listing"
-        )
+        link = error_details_pb2.Help.Link(description="list again and watch from the revision of that listing")
         yield error_details_pb2.Help(links=[link])
 
 
@@ -116,9 +114,7 @@ def _bad_request(refusal: errors.Invalid) -> Message:
         )
         for v in refusal.violations[:MAX_ENTRIES]
     ]
-    while (
-        request := error_details_pb2.BadRequest(field_violations=violations)
-    ).ByteSize() > MAX_DETAILS_BYTES // 2:
+    while (request := error_details_pb2.BadRequest(field_violations=violations)).ByteSize() > MAX_DETAILS_BYTES // 2:
         violations.pop()
     return request  # type: ignore[no-any-return]  # google.rpc has no stubs
 
@@ -177,16 +173,10 @@ def from_rpc_error(error: grpc.RpcError) -> Refusal:
 
 
 def _from_code(code: grpc.StatusCode, text: str) -> Refusal:
-    if (
-        code is grpc.StatusCode.CANCELLED
-    ):  # by the server or a proxy: our own cancelling raises CancelledError
-        return errors.Unavailable(
-            text or "the server ended the call", reason="CALL_CANCELLED", retry_after_s=0.1
-        )
+    if code is grpc.StatusCode.CANCELLED:  # by the server or a proxy: our own cancelling raises CancelledError
+        return errors.Unavailable(text or "the server ended the call", reason="CALL_CANCELLED", retry_after_s=0.1)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.Unavailable(
-            text or "the server does not answer", reason="SERVER_UNREACHABLE", retry_after_s=0.1
-        )
+        return errors.Unavailable(text or "the server does not answer", reason="SERVER_UNREACHABLE", retry_after_s=0.1)
     return from_status(status_pb2.Status(code=code.value[0], message=text or code.name))
 
 

@@ -62,9 +62,7 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Unary(
-            self, method, self._channel.unary_unary(method, request_serializer, response_deserializer)
-        )
+        return _Unary(self, method, self._channel.unary_unary(method, request_serializer, response_deserializer))
 
     def stream_unary(
         self,
@@ -87,9 +85,7 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Streaming(
-            self, method, self._channel.unary_stream(method, request_serializer, response_deserializer)
-        )
+        return _Streaming(self, method, self._channel.unary_stream(method, request_serializer, response_deserializer))
 
     def stream_stream(
         self,
@@ -98,9 +94,7 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Streaming(
-            self, method, self._channel.stream_stream(method, request_serializer, response_deserializer)
-        )
+        return _Streaming(self, method, self._channel.stream_stream(method, request_serializer, response_deserializer))
 
 
 class _Unary:
@@ -142,9 +136,7 @@ class _Streaming:
     def __call__(self, request: Any, timeout: float | None = None, metadata: Metadata = ()) -> Iterator[Any]:
         """`timeout` in seconds for the whole stream. Closing the iterator (or Ctrl-C) cancels the call."""
         with propagation.outgoing(self._method, streaming=True) as headers:
-            call = self._callable(
-                request, timeout=timeout, metadata=(*self._channel.metadata, *headers, *metadata)
-            )
+            call = self._callable(request, timeout=timeout, metadata=(*self._channel.metadata, *headers, *metadata))
         return _messages(call)
 
 

@@ -63,9 +63,7 @@ async def watch_resources(
     Raises Compacted when the history after `since` is gone, Invalid for a negative `since`.
     """
     if since < 0:
-        raise Invalid(
-            FieldViolation("resource_version", f"{since} is negative; use 0 or one that a listing gave")
-        )
+        raise Invalid(FieldViolation("resource_version", f"{since} is negative; use 0 or one that a listing gave"))
     if since == 0:
         async for page in _pages(store, prefix):
             for entry in page.entries:
