@@ -13,6 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from whaleflux.errors import FieldViolation, Invalid
@@ -73,7 +74,9 @@ class Subscription(Protocol):
 
     async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(self, *_: object) -> None: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
     async def aclose(self) -> None:
         """Stops; the durable's position stays where its acknowledgements left it."""
@@ -139,9 +142,7 @@ def check_message(subject: str, data: bytes, id: str, headers: Mapping[str, str]
         )
     if not 0 < len(id) <= MAX_ID_CHARACTERS or not id.isprintable() or not id.isascii() or id != id.strip():
         raise Invalid(
-            FieldViolation(
-                "id", f"use 1-{MAX_ID_CHARACTERS} printable ASCII characters, such as key@revision"
-            )
+            FieldViolation("id", f"use 1-{MAX_ID_CHARACTERS} printable ASCII characters, such as key@revision")
         )
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or name.lower().startswith("nats-"):
@@ -151,17 +152,13 @@ def check_message(subject: str, data: bytes, id: str, headers: Mapping[str, str]
                 )
             )
         if not value.isprintable() or not value.isascii() or value != value.strip():
-            raise Invalid(
-                FieldViolation(f"headers[{name!r}]", "use printable ASCII without surrounding blanks")
-            )
+            raise Invalid(FieldViolation(f"headers[{name!r}]", "use printable ASCII without surrounding blanks"))
     size = sum(len(name) + len(value) + 4 for name, value in headers.items())
     if size > MAX_HEADERS_BYTES:
         raise Invalid(FieldViolation("headers", f"{size} bytes; at most {MAX_HEADERS_BYTES}"))
 
 
-def check_subscription(
-    subjects: Sequence[str], durable: str, max_in_flight: int, ack_wait_s: float
-) -> tuple[str, ...]:
+def check_subscription(subjects: Sequence[str], durable: str, max_in_flight: int, ack_wait_s: float) -> tuple[str, ...]:
     """The filters, valid and not overlapping; refuses otherwise, the same way for every bus."""
     if not _DURABLE.fullmatch(durable):
         raise Invalid(FieldViolation("durable", f"{durable[:64]!r}: use 1-64 of A-Z, a-z, 0-9, '_' and '-'"))
