@@ -1,0 +1,121 @@
+"""InventoryService: each rpc is one call of the part that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from whaleflux.rpc import auth
+from whaleflux.rpc.watching import Kind, watch_resources
+from whaleflux.store import keys
+from whaleflux.store.api import Store
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux.v1 import inventory_pb2_grpc as rpc
+from whaleflux_inventory import convert
+from whaleflux_inventory.core.intents import Intent
+from whaleflux_inventory.datasets import Datasets
+from whaleflux_inventory.joining import Joining
+from whaleflux_inventory.nodes import Nodes
+from whaleflux_inventory.sites import Sites
+
+Context = Any  # grpc.aio's, which no rpc here needs
+
+
+class InventoryServicer(rpc.InventoryServiceServicer):
+    """Who may call what is the boundary's business; that an agent touches only its own node is ours."""
+
+    def __init__(self, store: Store, sites: Sites, nodes: Nodes, joining: Joining, datasets: Datasets) -> None:
+        self._store, self._sites, self._nodes = store, sites, nodes
+        self._joining, self._datasets = joining, datasets
+
+    async def CreateSite(self, request: pb.CreateSiteRequest, context: Context) -> pb.Site:
+        return await self._sites.create(request)
+
+    async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:
+        page = await self._sites.page(request)
+        return pb.ListSitesResponse(sites=page.items, next_page_token=page.next_page_token)
+
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
+        return await self._joining.join(request)
+
+    async def RenewCertificate(
+        self, request: pb.RenewCertificateRequest, context: Context
+    ) -> pb.RenewCertificateResponse:
+        return await self._joining.renew(auth.caller().node, request)
+
+    async def RegisterNode(self, request: pb.RegisterNodeRequest, context: Context) -> pb.Node:
+        auth.require_own_node(request.name)
+        return await self._nodes.register(request)
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.get(request.name)
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
+        page = await self._nodes.page(request)
+        return pb.ListNodesResponse(
+            nodes=page.items, next_page_token=page.next_page_token, resource_version=page.revision
+        )
+
+    async def WatchNodes(self, request: pb.WatchNodesRequest, context: Context) -> AsyncIterator[pb.WatchNodesResponse]:
+        changes = watch_resources(self._store, keys.NODES, request.resource_version, convert.node_of)
+        async for change in changes:
+            response = pb.WatchNodesResponse(resource_version=change.resource_version)
+            if change.kind is Kind.BOOKMARK:
+                response.bookmark.SetInParent()
+            elif change.kind is Kind.DELETED:
+                response.deleted = name_of(change.key)
+            elif change.value is not None:
+                getattr(response, change.kind.value).CopyFrom(change.value)
+            yield response
+
+    async def UpdateNode(self, request: pb.UpdateNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.update(request)
+
+    async def CordonNode(self, request: pb.CordonNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.set_intent(request.name, Intent.CORDONED, request.reason, request.etag)
+
+    async def UncordonNode(self, request: pb.UncordonNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.set_intent(request.name, Intent.ACTIVE, "", request.etag)
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.set_intent(request.name, Intent.DRAINING, request.reason, request.etag)
+
+    async def RetireNode(self, request: pb.RetireNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.set_intent(request.name, Intent.RETIRED, request.reason, request.etag)
+
+    async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: Context) -> pb.JoinToken:
+        return await self._joining.create_token(request)
+
+    async def ListJoinTokens(self, request: pb.ListJoinTokensRequest, context: Context) -> pb.ListJoinTokensResponse:
+        page = await self._joining.list_tokens(request)
+        return pb.ListJoinTokensResponse(join_tokens=page.items, next_page_token=page.next_page_token)
+
+    async def DeleteJoinToken(self, request: pb.DeleteJoinTokenRequest, context: Context) -> Empty:
+        await self._joining.delete_token(request)
+        return Empty()
+
+    async def CreateDataset(self, request: pb.CreateDatasetRequest, context: Context) -> pb.Dataset:
+        return await self._datasets.create(request)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.Dataset:
+        return await self._datasets.get(request.name)
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
+        page = await self._datasets.page(request)
+        return pb.ListDatasetsResponse(datasets=page.items, next_page_token=page.next_page_token)
+
+    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> Empty:
+        await self._datasets.delete(request)
+        return Empty()
+
+    async def ReportCachedDataset(self, request: pb.ReportCachedDatasetRequest, context: Context) -> pb.Dataset:
+        auth.require_own_node(request.copy.node)
+        return await self._datasets.report_copy(request)
+
+
+def name_of(key: str) -> str:
+    """The resource name of a node's key."""
+    site, node = key.removeprefix(keys.NODES).split("/")
+    return f"sites/{site}/nodes/{node}"

@@ -1,0 +1,331 @@
+"""Inventory's rpcs over the memory store, called as the boundary would call them."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from whaleflux.clock import VirtualClock
+from whaleflux.convert import facts_to_proto, node_from_proto
+from whaleflux.errors import (
+    AlreadyExists,
+    Conflict,
+    Denied,
+    Invalid,
+    NotFound,
+    Unauthenticated,
+    WrongState,
+)
+from whaleflux.events.publisher import Change as Published
+from whaleflux.fleet import Gpu, Link, LinkKind, Node, Price, PriceKind
+from whaleflux.rpc import auth, pki
+from whaleflux.store import keys
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import events_pb2
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory import news
+from whaleflux_inventory.service import assemble
+
+N1 = "sites/a/nodes/n1"
+DOMAIN_NODE = Node(
+    N1, "a", (Gpu(0, "GPU-0", "H200", 141 << 30), Gpu(1, "GPU-1", "H200", 141 << 30)),
+    (Link(0, 1, LinkKind.NVLINK, 4.5e11),), zone="z1", memory_bytes=1 << 40, labels=(("rack", "r1"),),
+    price=Price(PriceKind.SPOT, 2.5), simulated=True,
+)  # fmt: skip
+
+
+class Around:
+    """Health and scheduler, as far as inventory asks them."""
+
+    dead, held = False, 0
+
+    async def unreachable(self, node):
+        return self.dead
+
+    async def gpus_held(self, node):
+        return self.held
+
+
+class World:
+    def __init__(self):
+        self.store, self.clock, self.around = MemoryStore(), VirtualClock(), Around()
+        self.ca = pki.CertificateAuthority.create(self.clock.now(), "whaleflux")
+        self.rpc = assemble(self.store, self.clock, self.ca, self.around)
+
+    async def call(self, method, request, role="operator", name="olga"):
+        with auth.acting_as(auth.Identity(role, name)):
+            return await getattr(self.rpc, method)(request, None)
+
+    async def register(self, name=N1, boot="boot-1", agent="a/n1", **facts):
+        request = pb.RegisterNodeRequest(name=name, facts=facts_to_proto(DOMAIN_NODE), boot_id=boot)
+        for field, value in facts.items():
+            setattr(request.facts, field, value)
+        return await self.call("RegisterNode", request, "agent", agent)
+
+
+@pytest.fixture
+async def world():
+    return World()
+
+
+async def test_registration_creates_site_and_node_and_writes_only_changes(world):
+    node = await world.register()
+    assert node_from_proto(node) == DOMAIN_NODE
+    assert (await world.call("ListSites", pb.ListSitesRequest())).sites[0].name == "sites/a"
+    again = await world.register()
+    assert again.etag == node.etag
+    rebooted = await world.register(boot="boot-2")
+    assert rebooted.etag != node.etag and rebooted.create_time == node.create_time
+
+
+async def test_an_agent_registers_only_its_own_node(world):
+    with pytest.raises(Denied) as refused:
+        await world.register(agent="a/n2")
+    assert refused.value.reason == "NOT_OWN_NODE"
+    assert await world.store.get(keys.of_name(keys.NODES, N1)) is None
+
+
+async def test_bad_facts_change_nothing(world):
+    before = (await world.store.list("")).revision
+    with pytest.raises(Invalid):
+        await world.register(memory_bytes=-1)
+    with pytest.raises(Invalid):
+        await world.call("RegisterNode", pb.RegisterNodeRequest(name="nodes/x", boot_id="b"), "admin", "root")
+    assert (await world.store.list("")).revision == before
+
+
+async def test_the_operator_overrides_survive_registrations_until_undone(world):
+    await world.register()
+    request = pb.UpdateNodeRequest(
+        node=pb.Node(name=N1, labels={"team": "nlp"}), update_mask={"paths": ["labels", "price", "facts.zone"]}
+    )
+    request.node.price.usd_per_gpu_hour = 9.0
+    request.node.facts.zone = "z9"
+    await world.call("UpdateNode", request)
+    seen = node_from_proto(await world.register(boot="boot-2"))
+    assert (seen.zone, seen.price.usd_per_gpu_hour) == ("z9", 9.0)
+    assert dict(seen.labels) == {"rack": "r1", "team": "nlp"}
+    undo = pb.UpdateNodeRequest(node=pb.Node(name=N1), update_mask={"paths": ["price", "facts.zone"]})
+    await world.call("UpdateNode", undo)
+    seen = node_from_proto(await world.register(boot="boot-3"))
+    assert (seen.zone, seen.price) == ("z1", DOMAIN_NODE.price)
+
+
+async def test_updates_check_mask_values_and_etag(world):
+    node = await world.register()
+    bad = [
+        pb.UpdateNodeRequest(node=pb.Node(name=N1)),
+        pb.UpdateNodeRequest(node=pb.Node(name=N1), update_mask={"paths": ["intent"]}),
+        pb.UpdateNodeRequest(node=pb.Node(name=N1, labels={"a b": ""}), update_mask={"paths": ["labels"]}),
+        pb.UpdateNodeRequest(node=pb.Node(name=N1, facts={"zone": "Z Z"}), update_mask={"paths": ["facts.zone"]}),
+        pb.UpdateNodeRequest(
+            node=pb.Node(name=N1, price={"usd_per_gpu_hour": float("nan")}), update_mask={"paths": ["price"]}
+        ),
+    ]
+    for request in bad:
+        with pytest.raises(Invalid):
+            await world.call("UpdateNode", request)
+    stale = pb.UpdateNodeRequest(
+        node=pb.Node(name=N1, labels={"a": "b"}, etag='"1"'), update_mask={"paths": ["labels"]}
+    )
+    with pytest.raises(Conflict):
+        await world.call("UpdateNode", stale)
+    assert (await world.call("GetNode", pb.GetNodeRequest(name=N1))).etag == node.etag
+    stale.node.etag = node.etag
+    assert (await world.call("UpdateNode", stale)).labels["a"] == "b"
+
+
+async def test_cordon_drain_uncordon_and_retire(world):
+    await world.register()
+    node = await world.call("CordonNode", pb.CordonNodeRequest(name=N1, reason="fan"))
+    assert (node.intent, node.intent_reason) == (pb.NODE_INTENT_CORDONED, "fan")
+    node = await world.call("DrainNode", pb.DrainNodeRequest(name=N1, reason="fan", etag=node.etag))
+    node = await world.call("UncordonNode", pb.UncordonNodeRequest(name=N1))
+    assert (node.intent, node.intent_reason) == (pb.NODE_INTENT_ACTIVE, "")
+    with pytest.raises(WrongState):
+        await world.call("RetireNode", pb.RetireNodeRequest(name=N1))
+    await world.call("DrainNode", pb.DrainNodeRequest(name=N1))
+    world.around.held = 3
+    with pytest.raises(WrongState) as refused:
+        await world.call("RetireNode", pb.RetireNodeRequest(name=N1))
+    assert refused.value.reason == "NODE_NOT_DRAINED"
+    world.around.held = 0
+    await world.call("RetireNode", pb.RetireNodeRequest(name=N1))
+    with pytest.raises(WrongState):
+        await world.register(boot="boot-9")
+    assert not (await world.call("ListNodes", pb.ListNodesRequest())).nodes
+    assert (await world.call("ListNodes", pb.ListNodesRequest(show_retired=True))).nodes
+
+
+async def test_an_unreachable_node_retires_though_it_held_gpus(world):
+    await world.register()
+    world.around.dead, world.around.held = True, 8
+    node = await world.call("RetireNode", pb.RetireNodeRequest(name=N1))
+    assert node.intent == pb.NODE_INTENT_RETIRED
+
+
+async def test_listing_by_site_and_missing_nodes(world):
+    for site in ("a", "b"):
+        for n in range(3):
+            await world.register(name=f"sites/{site}/nodes/n{n}", agent=f"{site}/n{n}")
+    page = await world.call("ListNodes", pb.ListNodesRequest(parent="sites/b", page_size=2))
+    rest = await world.call(
+        "ListNodes", pb.ListNodesRequest(parent="sites/b", page_size=2, page_token=page.next_page_token)
+    )
+    assert [n.name for n in (*page.nodes, *rest.nodes)] == [f"sites/b/nodes/n{n}" for n in range(3)]
+    assert len((await world.call("ListNodes", pb.ListNodesRequest(parent="sites/-"))).nodes) == 6
+    with pytest.raises(NotFound):
+        await world.call("GetNode", pb.GetNodeRequest(name="sites/a/nodes/none"))
+
+
+async def test_watching_nodes(world):
+    await world.register()
+    async with contextlib.aclosing(world.rpc.WatchNodes(pb.WatchNodesRequest(), None)) as watch:
+        first, mark = await anext(watch), await anext(watch)
+        assert first.added.name == N1 and mark.WhichOneof("event") == "bookmark"
+        await world.call("CordonNode", pb.CordonNodeRequest(name=N1))
+        async with asyncio.timeout(5):
+            change = await anext(watch)
+        assert change.modified.intent == pb.NODE_INTENT_CORDONED
+        assert change.modified.etag == f'"{change.resource_version}"'
+
+
+async def join(world, token, node_id="n1", csr=None):
+    csr = csr or pki.new_key_and_request()[1].decode()
+    request = pb.JoinRequest(token=token, node_id=node_id, certificate_request_pem=csr, addresses=["10.0.0.1"])
+    return csr, await world.call("Join", request, "anonymous", "-")
+
+
+async def test_joining_once_with_a_token_gives_the_identity_of_an_agent(world):
+    token = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    csr, joined = await join(world, token.secret)
+    assert joined.node == N1
+    assert pki.identity_of(joined.certificate_pem.encode()) == auth.Identity("agent", "a/n1")
+    assert joined.authority_pem.encode() == world.ca.certificate_pem
+    assert (await join(world, token.secret, csr=csr))[1].node == N1  # the first answer was lost
+    for again in ({"csr": None}, {"csr": csr, "node_id": "n2"}):
+        with pytest.raises(Unauthenticated) as refused:
+            await join(world, token.secret, **again)
+        assert refused.value.reason == "TOKEN_REFUSED"
+    [listed] = (await world.call("ListJoinTokens", pb.ListJoinTokensRequest())).join_tokens
+    assert (listed.used_by, listed.secret) == (N1, "")
+
+
+async def test_the_secret_is_nowhere_in_the_store(world):
+    token = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    secret = token.secret.partition(".")[2].encode()
+    assert all(secret not in entry.value for entry in (await world.store.list("")).entries)
+
+
+async def test_racing_joins_with_one_token_admit_one_node(world):
+    token = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    results = await asyncio.gather(*(join(world, token.secret, f"n{i}") for i in range(8)), return_exceptions=True)
+    assert sum(isinstance(r, tuple) for r in results) == 1
+    assert sum(isinstance(r, Unauthenticated) for r in results) == 7
+
+
+async def test_expired_revoked_and_malformed_tokens_are_refused_and_bad_requests_use_up_nothing(world):
+    token = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a", ttl_s=60))
+    for bad in ("no csr", "x" * 10_000):
+        with pytest.raises(Invalid):
+            await join(world, token.secret, csr=bad)
+    with pytest.raises(Invalid):
+        await join(world, token.secret, node_id="Not An Id")
+    await world.clock.advance(61)
+    for text in (token.secret, "", "x.y", "x" * 10**6):
+        with pytest.raises(Unauthenticated):
+            await join(world, text)
+    fresh = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    await world.call("DeleteJoinToken", pb.DeleteJoinTokenRequest(name=fresh.name))
+    with pytest.raises(Unauthenticated):
+        await join(world, fresh.secret)
+
+
+async def test_tokens_that_ended_a_day_ago_are_forgotten(world):
+    await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a", ttl_s=60))
+    await world.clock.advance(90_000)
+    fresh = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    listed = (await world.call("ListJoinTokens", pb.ListJoinTokensRequest())).join_tokens
+    assert [t.name for t in listed] == [fresh.name]
+
+
+async def test_renewal_keeps_the_identity_and_ends_with_the_node(world):
+    await world.register()
+    request = pb.RenewCertificateRequest(certificate_request_pem=pki.new_key_and_request()[1].decode())
+    renewed = await world.call("RenewCertificate", request, "agent", "a/n1")
+    assert pki.identity_of(renewed.certificate_pem.encode()).node == N1
+    world.around.dead = True
+    await world.call("RetireNode", pb.RetireNodeRequest(name=N1))
+    with pytest.raises(WrongState):
+        await world.call("RenewCertificate", request, "agent", "a/n1")
+
+
+async def test_without_an_authority_nobody_joins_and_no_token_is_used_up(world):
+    token = await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/a"))
+    world.rpc = assemble(world.store, world.clock, None, world.around)
+    with pytest.raises(WrongState) as refused:
+        await join(world, token.secret)
+    assert refused.value.reason == "NO_AUTHORITY"
+    world.rpc = assemble(world.store, world.clock, world.ca, world.around)
+    await join(world, token.secret)
+
+
+async def test_creating_is_idempotent_by_request_id_only(world):
+    for method, request in (
+        ("CreateSite", pb.CreateSiteRequest(site_id="s", site={"display_name": "S"}, request_id="r1")),
+        ("CreateDataset", pb.CreateDatasetRequest(dataset_id="d", dataset={"uri": "/d"}, request_id="r1")),
+    ):
+        first = await world.call(method, request)
+        assert await world.call(method, request) == first
+        for other in ("", "r2"):
+            request.request_id = other
+            with pytest.raises(AlreadyExists):
+                await world.call(method, request)
+
+
+async def test_the_control_planes_own_name_is_no_site(world):
+    with pytest.raises(Invalid):
+        await world.call("CreateSite", pb.CreateSiteRequest(site_id="hub"))
+    with pytest.raises(Invalid):
+        await world.call("CreateJoinToken", pb.CreateJoinTokenRequest(site="sites/hub"))
+
+
+async def test_datasets_and_their_copies(world):
+    await world.call(
+        "CreateDataset", pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://c4", "size_bytes": 10})
+    )
+    report = pb.ReportCachedDatasetRequest(
+        dataset="datasets/c4", copy={"node": N1, "present_bytes": 10, "pinned": True}
+    )
+    dataset = await world.call("ReportCachedDataset", report, "agent", "a/n1")
+    assert dataset.copies[0].pinned
+    with pytest.raises(Denied):
+        await world.call("ReportCachedDataset", report, "agent", "a/n2")
+    report.copy.present_bytes = 0
+    assert not (await world.call("ReportCachedDataset", report, "agent", "a/n1")).copies
+    with pytest.raises(Conflict):
+        await world.call("DeleteDataset", pb.DeleteDatasetRequest(name="datasets/c4", etag=dataset.etag))
+    await world.call("DeleteDataset", pb.DeleteDatasetRequest(name="datasets/c4"))
+    with pytest.raises(NotFound):
+        await world.call("GetDataset", pb.GetDatasetRequest(name="datasets/c4"))
+    for bad in ({"uri": ""}, {"uri": "/x", "size_bytes": -1}, {"uri": "x" * 3000}):
+        with pytest.raises(Invalid):
+            await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="d", dataset=bad))
+
+
+async def test_news_of_a_node(world):
+    await world.register()
+    key = keys.of_name(keys.NODES, N1)
+    born = await world.store.get(key)
+    await world.call("DrainNode", pb.DrainNodeRequest(name=N1, reason="fan"))
+    drained = await world.store.get(key)
+    told = [
+        news.of_node(Published(key, None, born, born.revision), world.clock.now()),
+        news.of_node(Published(key, born, drained, drained.revision), world.clock.now()),
+    ]
+    assert [t.subject for t in told] == ["wf.v1.hub.node.a_n1.created", "wf.v1.hub.node.a_n1.intent"]
+    event = events_pb2.Event.FromString(told[1].data)
+    assert (event.what, event.previous, event.site, event.revision) == (
+        "DRAINING", "ACTIVE", "a", drained.revision,
+    )  # fmt: skip
+    assert "fan" in event.message
