@@ -1,0 +1,299 @@
+"""The fleet in columns: one row per node, one aggregate per domain and level, kept current by deltas.
+
+Rows are sorted by place in the tree, so that every domain of every level is one range of rows. For each level, shape of node and
+count k, `at_least[level][shape, k, domain]` is how many schedulable nodes of that shape have at least k wholly free GPUs: a change of
+one node touches one entry per level. All state is integers, so undoing a change restores it exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whaleflux.fleet.links import Fabric
+from whaleflux.fleet.model import Gpu, Level, Node
+from whaleflux.fleet.wiring import Wiring, wiring_of
+
+Ints = NDArray[np.integer[Any]]
+DOMAIN_LEVELS: tuple[Level, ...] = (Level.FLEET, Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)
+SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)  # those with uplinks
+WHOLE_MILLI = 1000
+
+
+@dataclass(slots=True)
+class Row:
+    """What the engine is told about a node: inventory's facts and whether new work may go there."""
+
+    node: Node
+    schedulable: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Nodes with equal GPUs, wiring and network; per-GPU tuples are by position."""
+
+    indices: tuple[int, ...]  # as drivers count
+    models: tuple[str, ...]
+    memory_bytes: tuple[int, ...]
+    compute_capability: tuple[tuple[int, int], ...]
+    network_bytes_per_s: float
+    wiring: Wiring
+
+    @property
+    def size(self) -> int:
+        return len(self.models)
+
+
+class ShapeBook:
+    """Gives equal hardware the same number, in the order of rows. `wirings` outlives a rebuild: its tables are worth keeping."""
+
+    def __init__(self, wirings: dict[object, Wiring]) -> None:
+        self.shapes: list[Shape] = []
+        self._numbers: dict[object, int] = {}
+        self._wirings = wirings
+
+    def number(self, node: Node) -> int:
+        key = (tuple(map(_gpu_key, node.gpus)), node.links, node.network_bytes_per_s)
+        found = self._numbers.get(key)
+        if found is None:
+            found = self._numbers[key] = self._add(node)
+        return found
+
+    def _add(self, node: Node) -> int:
+        wiring = wiring_of(node)
+        wiring = self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring)
+        self.shapes.append(
+            Shape(
+                tuple(g.index for g in node.gpus),
+                tuple(g.model for g in node.gpus),
+                tuple(g.memory_bytes for g in node.gpus),
+                tuple(g.compute_capability for g in node.gpus),
+                node.network_bytes_per_s,
+                wiring,
+            )
+        )
+        return len(self.shapes) - 1
+
+
+def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
+    return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability)
+
+
+def whole_mask(node: Node) -> int:
+    """Positions of healthy GPUs that are not cut into MIG partitions."""
+    return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.healthy and not gpu.mig_profiles)
+
+
+def place_key(node: Node) -> tuple[str, str, str, str, str]:
+    return (node.site, node.zone, node.spine, node.leaf, node.name)
+
+
+class Columns:
+    """Built from rows, then changed only by `take`, `give`, `set_schedulable`, `refresh` and `cross`."""
+
+    def __init__(self, rows: Mapping[str, Row], book: ShapeBook, fabric: Fabric) -> None:
+        ordered = sorted(rows.values(), key=lambda r: place_key(r.node))
+        self.rows: list[Row] = ordered
+        self.book, self.fabric = book, fabric
+        self.names = [r.node.name for r in ordered]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.count = len(ordered)
+        self.shape_of = [book.number(r.node) for r in ordered]
+        self.shapes = np.array(self.shape_of, dtype=np.int32)
+        self.width = max((len(r.node.gpus) for r in ordered), default=0)
+        self._build_tree()
+        self._build_devices()
+        self._build_links()
+
+    # -- construction ---------------------------------------------------------------------------------------------------------
+
+    def _build_tree(self) -> None:
+        self.domain: dict[Level, list[int]] = {}
+        self.lo: dict[Level, Ints] = {}
+        self.hi: dict[Level, Ints] = {}
+        for depth, level in enumerate(DOMAIN_LEVELS):
+            ids, starts, before = [], [], None
+            for i, row in enumerate(self.rows):
+                path = place_key(row.node)[:depth]
+                if path != before:
+                    starts.append(i)
+                    before = path
+                ids.append(len(starts) - 1)
+            self.domain[level] = ids
+            self.lo[level] = np.array(starts, dtype=np.int64)
+            self.hi[level] = np.array([*starts[1:], self.count] if starts else [], dtype=np.int64)
+
+    def _build_devices(self) -> None:
+        self.usable = [whole_mask(r.node) for r in self.rows]  # healthy and whole, free or not
+        self.taken = [0] * self.count  # held by someone, wholly or in part
+        self.offered = [0] * self.count  # wholly free GPUs that new work may use
+        self.offer = np.zeros(self.count, dtype=np.int16)
+        self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
+        self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
+        self.milli_free = np.zeros((self.count, self.width), dtype=np.int16)
+        self.memory_free = np.zeros((self.count, self.width), dtype=np.int64)
+        self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
+        self.partitions: dict[tuple[int, int, str], int] = {}  # MIG partitions taken
+        shapes, kinds = len(self.book.shapes), self.width + 1
+        self.at_least = {
+            level: np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) for level in DOMAIN_LEVELS
+        }
+        self._trees = [(self.at_least[level], self.domain[level]) for level in DOMAIN_LEVELS]
+        for i, row in enumerate(self.rows):
+            for position, gpu in enumerate(row.node.gpus):
+                if self.usable[i] >> position & 1:
+                    self.milli_free[i, position] = WHOLE_MILLI
+                    self.memory_free[i, position] = gpu.memory_bytes
+            self.refresh(i)
+
+    def _build_links(self) -> None:
+        """Uplinks of each domain in lines of `fabric.nic_bytes_per_s`, and the flows that placed gangs send through them."""
+        nic = (
+            self.fabric.nic_bytes_per_s
+        )  # a node whose network is slower than one such line still has a line of its own
+        network = np.array([max(nic, r.node.network_bytes_per_s) for r in self.rows], dtype=np.float64)
+        self.links: dict[Level, list[float]] = {}
+        self.crossing: dict[Level, list[int]] = {}
+        for level in SHARED_LEVELS:
+            total = np.add.reduceat(network, self.lo[level]) if self.count else network
+            if level is Level.SITE:
+                lines = np.full(len(total), self.fabric.site_bytes_per_s / nic)
+            else:
+                lines = total / (nic * self.fabric.oversubscription(level))
+            self.links[level] = [max(x, 1e-3) for x in lines.tolist()]
+            self.crossing[level] = [0] * len(total)
+
+    # -- changes --------------------------------------------------------------------------------------------------------------
+
+    def free_mask(self, i: int) -> int:
+        """Wholly free, healthy GPUs of row `i`, whether or not new work may go there."""
+        return self.usable[i] & ~self.taken[i]
+
+    def take(self, i: int, mask: int) -> None:
+        """The GPUs of `mask` become wholly used; the caller has checked that they are free."""
+        self.taken[i] |= mask
+        self._devices(i, mask, free=False)
+        self.refresh(i)
+
+    def give(self, i: int, mask: int) -> None:
+        """The GPUs of `mask` become wholly free again."""
+        self.taken[i] &= ~mask
+        self._devices(i, mask, free=True)
+        self.refresh(i)
+
+    def _devices(self, i: int, mask: int, *, free: bool) -> None:
+        gpus, milli, memory = self.rows[i].node.gpus, self.milli_free[i], self.memory_free[i]
+        usable = self.usable[i]
+        while mask:
+            low = mask & -mask
+            position = low.bit_length() - 1
+            if usable & low:
+                milli[position] = WHOLE_MILLI if free else 0
+                memory[position] = gpus[position].memory_bytes if free else 0
+            mask ^= low
+
+    def share(self, i: int, position: int, milli: int, memory_bytes: int, sign: int) -> None:
+        """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
+        key = (i, position)
+        holders = self.holders[key] = self.holders.get(key, 0) + sign
+        if self.usable[i] >> position & 1:
+            self.milli_free[i, position] -= sign * milli
+            self.memory_free[i, position] -= sign * memory_bytes
+        if holders:
+            self.taken[i] |= 1 << position
+        else:
+            del self.holders[key]
+            self.taken[i] &= ~(1 << position)
+        self.refresh(i)
+
+    def partition(self, i: int, position: int, profile: str, sign: int) -> None:
+        """A MIG partition of the profile on that GPU is taken (+1) or given back (-1)."""
+        key = (i, position, profile)
+        self.partitions[key] = self.partitions.get(key, 0) + sign
+        if not self.partitions[key]:
+            del self.partitions[key]
+
+    def host(self, i: int, cpu_millicores: int, memory_bytes: int, sign: int) -> None:
+        """CPU and host memory of the node are taken (+1) or given back (-1)."""
+        self.cpu_free[i] -= sign * cpu_millicores
+        self.host_free[i] -= sign * memory_bytes
+
+    def set_schedulable(self, i: int, schedulable: bool, reason: str) -> None:
+        self.rows[i].schedulable, self.rows[i].reason = schedulable, reason
+        self.refresh(i)
+
+    def refresh(self, i: int) -> None:
+        """Recomputes what row `i` offers and carries the difference up the tree: one entry per level."""
+        new = (self.usable[i] & ~self.taken[i]).bit_count() if self.rows[i].schedulable else 0
+        old = self.offered[i]
+        if new == old:
+            return
+        self.offered[i] = new
+        self.offer[i] = new
+        shape = self.shape_of[i]
+        low, high, step = (old + 1, new + 1, 1) if new > old else (new + 1, old + 1, -1)
+        for table, domain in self._trees:
+            table[shape, low:high, domain[i]] += step
+
+    def cross(self, rows: Iterable[int], flows: int, sign: int) -> None:
+        """A gang on `rows` starts (+1) or stops (-1) sending `flows` through the uplinks of every domain that does not hold all of it."""
+        rows = list(rows)
+        for level in SHARED_LEVELS:
+            domain = self.domain[level]
+            touched = {domain[i] for i in rows}
+            if len(touched) > 1:
+                crossing = self.crossing[level]
+                for d in touched:
+                    crossing[d] += sign * flows
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    def shape(self, i: int) -> Shape:
+        return self.book.shapes[self.shape_of[i]]
+
+    def children(self, level: Level, d: int) -> tuple[int, int]:
+        """The range of next-level domains inside domain `d`; below a leaf, the range of its rows."""
+        lo, hi = int(self.lo[level][d]), int(self.hi[level][d])
+        if level is Level.LEAF:
+            return lo, hi
+        below = self.domain[Level(level + 1)]
+        return below[lo], below[hi - 1] + 1
+
+    def domain_name(self, level: Level, d: int) -> str:
+        """For people: "site onprem, leaf sw-3"; "" parts are left out."""
+        if level >= Level.NODE:
+            return self.names[d]
+        node = self.rows[int(self.lo[level][d])].node
+        parts = (("site", node.site), ("zone", node.zone), ("spine", node.spine), ("leaf", node.leaf))
+        shown = [f"{kind} {name}" for kind, name in parts[: int(level)] if name]
+        return ", ".join(shown) or "the fleet"
+
+    def smallest_domain(self, rows: Iterable[int]) -> tuple[Level, int]:
+        """The deepest domain that holds all of `rows` (at least one)."""
+        members = list(rows)
+        if len(set(members)) == 1:
+            return Level.NODE, members[0]
+        low, high = min(members), max(members)
+        for level in reversed(DOMAIN_LEVELS):
+            if self.domain[level][low] == self.domain[level][high]:
+                return level, self.domain[level][low]
+        return Level.FLEET, 0
+
+    def digest(self) -> str:
+        """Changes when anything does that a decision could depend on; equal after a rollback."""
+        seal = hashlib.sha256()
+        for row in self.rows:
+            seal.update(repr((row.node, row.schedulable)).encode())
+        seal.update(repr((self.usable, self.taken, self.offered, self.links, self.crossing)).encode())
+        seal.update(repr((sorted(self.holders.items()), sorted(self.partitions.items()))).encode())
+        for array in (self.offer, self.cpu_free, self.host_free, self.milli_free, self.memory_free):
+            seal.update(array.tobytes())
+        for level in DOMAIN_LEVELS:
+            seal.update(self.at_least[level].tobytes())
+        return seal.hexdigest()

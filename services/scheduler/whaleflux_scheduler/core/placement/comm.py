@@ -1,0 +1,120 @@
+"""How long a gang's collectives take on the links it would get: the cost that "closer" is measured in.
+
+A ring visits the nodes in the order of the tree, so each domain that holds part of the gang is entered and left once. Its rate is
+bounded by the slowest of: the ring inside each node, the NICs behind the GPUs taken there, and the uplinks of every domain that is
+crossed, shared with the gangs already there (`expected_slowdown`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from whaleflux.fleet.links import DEFAULT_BYTES_PER_S, HOP_S, all_reduce_s, all_to_all_s, expected_slowdown
+from whaleflux.fleet.model import Level, LinkKind
+from whaleflux_scheduler.core.placement.api import Bottleneck, CommModel
+from whaleflux_scheduler.core.placement.columns import SHARED_LEVELS, Columns
+
+_NO_NETWORK = DEFAULT_BYTES_PER_S[LinkKind.ETHERNET]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Modelled seconds of communication per step, and the link that bounds them."""
+
+    step_s: float
+    bottleneck: Bottleneck
+
+
+def flows_of(columns: Columns, parts: Sequence[tuple[int, int]]) -> int:
+    """NIC flows that the gang's ring sends through each boundary it crosses: those behind the GPUs of its narrowest node."""
+    return max(
+        1,
+        math.ceil(min(node_rate(columns, i, mask) for i, mask in parts) / columns.fabric.nic_bytes_per_s - 1e-9),
+    )
+
+
+def node_rate(columns: Columns, i: int, mask: int) -> float:
+    """Bytes per second that the GPUs of `mask` can send out of their node: their part of its NICs."""
+    shape = columns.shape(i)
+    network = shape.network_bytes_per_s or _NO_NETWORK
+    return network * mask.bit_count() / shape.size
+
+
+def estimate(columns: Columns, parts: Sequence[tuple[int, int]], comm: CommModel, subgroup: int = 1) -> Estimate:
+    """Of `parts`, (row, mask of GPUs) with each row once."""
+    level, _ = columns.smallest_domain(i for i, _ in parts)
+    ranks = sum(mask.bit_count() for _, mask in parts)
+    inside, kind = _inside(columns, parts)
+    bus, hop = inside, HOP_S[kind]
+    if len(parts) > 1:
+        across, link = _across(columns, parts)
+        hop = HOP_S[link]
+        if across < inside:
+            bus, kind = across, link
+    hops = 2 * (len(parts) - 1) if len(parts) > 1 else 2 * (ranks - 1)
+    step_s = all_reduce_s(comm.all_reduce_bytes, ranks, bus, hop, hops) if comm.all_reduce_bytes else 0.0
+    if comm.all_to_all_bytes:
+        step_s += all_to_all_s(comm.all_to_all_bytes, ranks, _rank_rate(columns, parts, bus))
+    if comm.subgroup_bytes and subgroup > 1:
+        step_s += all_reduce_s(comm.subgroup_bytes, subgroup, _subgroup_rate(columns, parts, subgroup, bus))
+    return Estimate(step_s, Bottleneck(_island_level(columns, parts, level), kind, bus if math.isfinite(bus) else 0.0))
+
+
+def _inside(columns: Columns, parts: Sequence[tuple[int, int]]) -> tuple[float, LinkKind]:
+    slowest, at = math.inf, parts[0]
+    for i, mask in parts:
+        rate = columns.shape(i).wiring.ring_bytes_per_s(mask)
+        if rate < slowest:
+            slowest, at = rate, (i, mask)
+    return slowest, (columns.shape(at[0]).wiring.slowest_kind(at[1]) if math.isfinite(slowest) else LinkKind.NVLINK)
+
+
+def _across(columns: Columns, parts: Sequence[tuple[int, int]]) -> tuple[float, LinkKind]:
+    """Rate of a ring over these nodes, and whether the network or the WAN between sites bounds it."""
+    rate = min(node_rate(columns, i, mask) for i, mask in parts)
+    flows = max(1, math.ceil(rate / columns.fabric.nic_bytes_per_s - 1e-9))
+    rows, slowdown, wan = [i for i, _ in parts], 1.0, math.inf
+    for level in SHARED_LEVELS:
+        domain = columns.domain[level]
+        touched = {domain[i] for i in rows}
+        if len(touched) == 1:
+            continue
+        if level is Level.SITE:
+            crossing = max(columns.crossing[level][d] for d in touched)
+            wan = columns.fabric.site_bytes_per_s * flows / (crossing + flows)
+        else:
+            slowdown = max(slowdown, uplink_slowdown(columns, level, touched, flows))
+    return (wan, LinkKind.WAN) if wan < rate / slowdown else (rate / slowdown, LinkKind.ETHERNET)
+
+
+def uplink_slowdown(columns: Columns, level: Level, touched: set[int], flows: int) -> float:
+    """Of the slowest flow over the busiest uplink group of these domains, counting our own other flows."""
+    load = max((columns.crossing[level][d] + flows - 1) / columns.links[level][d] for d in touched)
+    return expected_slowdown(round(load, 4), flows * len(touched), columns.fabric.hashed)
+
+
+def _rank_rate(columns: Columns, parts: Sequence[tuple[int, int]], bus: float) -> float:
+    """All-to-all: what one rank can send; inside a node its links, between nodes its part of the NICs after sharing."""
+    if len(parts) == 1:
+        return bus
+    return min(bus, *(node_rate(columns, i, mask) / mask.bit_count() for i, mask in parts))
+
+
+def _subgroup_rate(columns: Columns, parts: Sequence[tuple[int, int]], size: int, bus: float) -> float:
+    """The slowest innermost subgroup: the ring of its node when it fits there, else the whole gang's."""
+    if any(mask.bit_count() % size for _, mask in parts):
+        return bus
+    return min(
+        columns.shape(i).wiring.ring_bytes_per_s(columns.shape(i).wiring.choose(mask, size, size)) for i, mask in parts
+    )
+
+
+def _island_level(columns: Columns, parts: Sequence[tuple[int, int]], level: Level) -> Level:
+    if level is not Level.NODE:
+        return level
+    i, mask = parts[0]
+    if mask.bit_count() == 1:
+        return Level.GPU
+    return Level.ISLAND if any(mask & ~island == 0 for island in columns.shape(i).wiring.islands) else Level.NODE

@@ -1,0 +1,358 @@
+"""The engine: the fleet as it is, what is placed on it, and where the next gang should go.
+
+Placing is pure; `apply` and `release` change state; a transaction takes back everything that was not committed. State is a function of
+the nodes and the placements alone: a rebuild gives the same columns, byte for byte (`check`), whatever the history was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
+from whaleflux.fleet.links import Fabric
+from whaleflux.fleet.model import Node
+from whaleflux.fleet.wiring import Wiring
+from whaleflux_scheduler.core.placement import preempt as preemption
+from whaleflux_scheduler.core.placement.api import (
+    DatasetFact,
+    NodeAssignment,
+    NoPlacement,
+    Placement,
+    PlaceRequest,
+    PreemptionPlan,
+    Victim,
+)
+from whaleflux_scheduler.core.placement.columns import Columns, Row, ShapeBook, place_key
+from whaleflux_scheduler.core.placement.comm import flows_of
+from whaleflux_scheduler.core.placement.decide import decide
+from whaleflux_scheduler.core.placement.explain import explain
+from whaleflux_scheduler.core.placement.validate import check_request
+
+MAX_GPUS_PER_NODE = 64
+
+
+@dataclass(slots=True)
+class Transaction:
+    """Everything since its start is undone at its end unless `commit` was called."""
+
+    committed: bool = False
+
+    def commit(self) -> None:
+        self.committed = True
+
+
+class Engine:
+    """Not thread-safe: one thread owns it."""
+
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        self.fabric = fabric or Fabric()
+        self._rows: dict[str, Row] = {}
+        self._placed: dict[str, Placement] = {}
+        self._flows: dict[str, int] = {}
+        self._datasets: dict[str, DatasetFact] = {}
+        self._wirings: dict[object, Wiring] = {}
+        self._columns: Columns | None = None
+        self._empty_columns: Columns | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._depth = 0
+
+    # -- the fleet ------------------------------------------------------------------------------------------------------------
+
+    def upsert_node(self, node: Node) -> None:
+        """A node appears or its facts change; what is placed on it stays. New nodes are schedulable."""
+        self._outside_transactions("upsert_node")
+        if len(node.gpus) > MAX_GPUS_PER_NODE:
+            raise Invalid(
+                FieldViolation("node.gpus", f"{len(node.gpus)} GPUs on one node; at most {MAX_GPUS_PER_NODE}")
+            )
+        row = self._rows.get(node.name)
+        if row is None:
+            self._rows[node.name] = Row(node)
+        elif row.node != node:
+            row.node = node
+        else:
+            return
+        self._columns = self._empty_columns = None
+
+    def remove_node(self, name: str) -> None:
+        """The node is gone. What is placed on it stays placed, so that it can be released, and returns if the node does."""
+        self._outside_transactions("remove_node")
+        if self._rows.pop(name, None) is None:
+            raise NotFound("node", name)
+        self._columns = self._empty_columns = None
+
+    def set_schedulable(self, name: str, schedulable: bool, reason: str = "") -> None:
+        """Whether new work may go to the node, and if not, why ("cordoned", "suspect"); what runs there stays."""
+        row = self._rows.get(name)
+        if row is None:
+            raise NotFound("node", name)
+        before = (row.schedulable, row.reason)
+        if before == (schedulable, reason):
+            return
+        self._set_schedulable(name, schedulable, reason)
+        self._remember(lambda: self._set_schedulable(name, *before))
+
+    def _set_schedulable(self, name: str, schedulable: bool, reason: str) -> None:
+        columns = self.columns
+        columns.set_schedulable(columns.index[name], schedulable, reason)
+
+    def upsert_dataset(self, dataset: DatasetFact) -> None:
+        """A dataset's size or the nodes that hold it changed."""
+        self._datasets[dataset.name] = dataset
+
+    def remove_dataset(self, name: str) -> None:
+        self._datasets.pop(name, None)
+
+    @property
+    def columns(self) -> Columns:
+        """The current state; rebuilt after nodes came, went or changed their hardware."""
+        if self._columns is None:
+            self._columns = self._rebuilt()
+        return self._columns
+
+    def _rebuilt(self) -> Columns:
+        columns = Columns(self._rows, self._book(), self.fabric)
+        self._flows = {}
+        for id_ in sorted(self._placed):
+            self._flows[id_] = _count(columns, self._placed[id_], 1, flows=None)
+        return columns
+
+    def _book(self) -> ShapeBook:
+        book = ShapeBook(self._wirings)
+        for row in sorted(self._rows.values(), key=lambda r: place_key(r.node)):
+            book.number(row.node)
+        return book
+
+    # -- deciding -------------------------------------------------------------------------------------------------------------
+
+    def place(self, request: PlaceRequest) -> Placement | NoPlacement:
+        """Where the request would go now, or what stands in its way. Changes nothing. Raises Invalid for a malformed request."""
+        check_request(request)
+        return decide(self.columns, request, self._datasets) or self.explain(request)
+
+    def fits(self, request: PlaceRequest) -> Placement | None:
+        """As `place`, without the work of explaining a refusal."""
+        check_request(request)
+        return decide(self.columns, request, self._datasets)
+
+    def explain(self, request: PlaceRequest) -> NoPlacement:
+        """Why the request waits. Meant for requests that `place` refused; says so if it fits."""
+        check_request(request)
+        return explain(self.columns, request, self._datasets, self._empty)
+
+    def _empty(self) -> Columns:
+        """The fleet with nothing placed and everything schedulable, to tell "not now" from "never"."""
+        if self._empty_columns is None:
+            rows = {name: replace(row, schedulable=True) for name, row in self._rows.items()}
+            self._empty_columns = Columns(rows, self._book(), self.fabric)
+        return self._empty_columns
+
+    def explain_placed(self, id_: str) -> Placement:
+        """The decision as it was made: reasons, cost and alternatives. Raises NotFound."""
+        if id_ not in self._placed:
+            raise NotFound("placement", id_)
+        return self._placed[id_]
+
+    def preempt(self, request: PlaceRequest, victims: Sequence[Victim]) -> PreemptionPlan | NoPlacement:
+        """The cheapest of `victims` to stop so that the request fits. Changes nothing."""
+        check_request(request)
+        return preemption.plan(self, request, victims) or self.explain(request)
+
+    # -- changing -------------------------------------------------------------------------------------------------------------
+
+    def apply(self, placement: Placement) -> None:
+        """The GPUs are taken. Also for placements made elsewhere or earlier, on nodes that take no new work, or that are gone.
+
+        Raises AlreadyExists for a known id, Conflict when a GPU is not free; nothing is changed then.
+        """
+        if placement.id in self._placed:
+            raise AlreadyExists("placement", placement.id)
+        self._check_free(placement)
+        self._add(placement)
+        self._remember(lambda: self._drop(placement.id))
+
+    def release(self, id_: str, nodes: Collection[str] | None = None) -> None:
+        """The GPUs are free again; with `nodes` only those there, the rest stays held. Raises NotFound."""
+        placement = self._placed.get(id_)
+        if placement is None:
+            raise NotFound("placement", id_)
+        self._drop(id_)
+        kept = () if nodes is None else tuple(a for a in placement.nodes if a.node not in nodes)
+        if kept:
+            self._add(replace(placement, nodes=kept))
+        self._remember(lambda: self._restore(placement, dropped=not kept))
+
+    def _restore(self, placement: Placement, *, dropped: bool) -> None:
+        if not dropped:
+            self._drop(placement.id)
+        self._add(placement)
+
+    def _add(self, placement: Placement) -> None:
+        columns = self.columns
+        self._placed[placement.id] = placement
+        self._flows[placement.id] = _count(columns, placement, 1, flows=None)
+
+    def _drop(self, id_: str) -> None:
+        columns = self.columns
+        _count(columns, self._placed.pop(id_), -1, flows=self._flows.pop(id_))
+
+    def _check_free(self, placement: Placement) -> None:
+        columns = self.columns
+        seen: dict[int, int] = {}
+        for part in placement.nodes:
+            i = columns.index.get(part.node)
+            if i is None:
+                continue
+            if part.share:
+                self._check_share(columns, i, part)
+                continue
+            mask = _mask(columns, i, part.gpus)
+            if mask & (columns.taken[i] | seen.get(i, 0)):
+                raise Conflict(
+                    f"{part.node}: a GPU of {part.gpus} is held by other work",
+                    reason="GPU_TAKEN",
+                    metadata={"node": part.node},
+                )
+            seen[i] = seen.get(i, 0) | mask
+
+    @staticmethod
+    def _check_share(columns: Columns, i: int, part: NodeAssignment) -> None:
+        share = part.share
+        assert share is not None
+        indices = columns.shape(i).indices
+        for gpu in set(part.gpus):
+            if gpu not in indices:
+                continue
+            position, count = indices.index(gpu), part.gpus.count(gpu)
+            if share.mig_profile:
+                whole = columns.rows[i].node.gpus[position].mig_profiles.count(share.mig_profile)
+                fits = whole - columns.partitions.get((i, position, share.mig_profile), 0) >= count
+            else:
+                fits = columns.milli_free[i, position] >= share.compute_milli * count
+                fits = bool(fits and columns.memory_free[i, position] >= share.memory_bytes * count)
+            if not fits:
+                raise Conflict(
+                    f"{part.node}: GPU {gpu} has no room for the share",
+                    reason="GPU_TAKEN",
+                    metadata={"node": part.node},
+                )
+
+    # -- transactions ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """`with engine.transaction() as t: ...; t.commit()`. Nested ones undo their own part only. Nodes may not come or go inside."""
+        _ = self.columns
+        mark, this = len(self._undo), Transaction()
+        self._depth += 1
+        try:
+            yield this
+        finally:
+            self._depth -= 1
+            if not this.committed:
+                while len(self._undo) > mark:
+                    self._undo.pop()()
+            if not self._depth:
+                self._undo.clear()
+
+    def _remember(self, inverse: Callable[[], None]) -> None:
+        if self._depth:
+            self._undo.append(inverse)
+
+    def _outside_transactions(self, what: str) -> None:
+        if self._depth:
+            raise WrongState(f"{what} inside a transaction; commit or leave it first", reason="IN_TRANSACTION")
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def placements(self) -> Mapping[str, Placement]:
+        return self._placed
+
+    @property
+    def nodes(self) -> Mapping[str, Row]:
+        return self._rows
+
+    def free_gpus(self) -> int:
+        """Wholly free GPUs that new work may use now."""
+        return int(self.columns.offer.sum())
+
+    def digest(self) -> str:
+        """Equal digests mean equal decisions on equal requests."""
+        return self.columns.digest()
+
+    def check(self) -> None:
+        """Rebuilds everything from nodes and placements and raises AssertionError where the live state differs, or a GPU is held twice."""
+        live, fresh = self.columns, self._fresh()
+        for what in ("taken", "usable", "offered", "crossing", "holders", "partitions"):
+            assert getattr(live, what) == getattr(fresh, what), f"{what} differs from a rebuild"
+        assert live.digest() == fresh.digest(), "columns differ from a rebuild"
+        _check_not_twice(live, self._placed.values())
+
+    def _fresh(self) -> Columns:
+        columns = Columns(self._rows, self._book(), self.fabric)
+        for id_ in sorted(self._placed):
+            _count(columns, self._placed[id_], 1, flows=None)
+        return columns
+
+
+def _mask(columns: Columns, i: int, gpus: Sequence[int]) -> int:
+    """Positions of driver indices; an index that the node no longer has is left out."""
+    indices = columns.shape(i).indices
+    if indices == tuple(range(len(indices))):
+        return sum(1 << g for g in set(gpus) if g < len(indices))
+    return sum(1 << indices.index(g) for g in set(gpus) if g in indices)
+
+
+def _count(columns: Columns, placement: Placement, sign: int, flows: int | None) -> int:
+    """Takes (+1) or gives back (-1) all that a placement holds; returns the flows it sends across domains."""
+    masks: dict[int, int] = {}
+    for part in placement.nodes:
+        i = columns.index.get(part.node)
+        if i is None:
+            continue
+        if part.cpu_millicores or part.host_memory_bytes:
+            columns.host(i, part.cpu_millicores, part.host_memory_bytes, sign)
+        mask = _mask(columns, i, part.gpus)
+        masks[i] = masks.get(i, 0) | mask
+        if part.share:
+            _count_shares(columns, i, part, sign)
+        elif sign > 0:
+            columns.take(i, mask)
+        else:
+            columns.give(i, mask)
+    parts = [(i, mask) for i, mask in masks.items() if mask]
+    if len(parts) < 2:
+        return 0
+    if flows is None:
+        flows = flows_of(columns, parts)
+    columns.cross([i for i, _ in parts], flows, sign)
+    return flows
+
+
+def _count_shares(columns: Columns, i: int, part: NodeAssignment, sign: int) -> None:
+    share = part.share
+    assert share is not None
+    indices = columns.shape(i).indices
+    for gpu in part.gpus:
+        if gpu not in indices:
+            continue
+        if share.mig_profile:
+            columns.partition(i, indices.index(gpu), share.mig_profile, sign)
+        else:
+            columns.share(i, indices.index(gpu), share.compute_milli, share.memory_bytes, sign)
+
+
+def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> None:
+    holder: dict[tuple[str, int], str] = {}
+    for placement in placements:
+        for part in placement.nodes:
+            for gpu in part.gpus if not part.share else ():
+                other = holder.setdefault((part.node, gpu), placement.id)
+                assert other == placement.id, f"{part.node} GPU {gpu} held by {other} and {placement.id}"
+    for i, position in columns.holders:
+        healthy = columns.usable[i] >> position & 1
+        assert not healthy or columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
+        assert not healthy or columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"

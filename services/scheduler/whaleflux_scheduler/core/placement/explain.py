@@ -1,0 +1,291 @@
+"""Why a request waits: counts per constraint, the nearest miss, and the smallest change that would admit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from whaleflux.fleet.model import Level
+from whaleflux_scheduler.core.placement.api import (
+    Blocked,
+    DatasetFact,
+    GpuOption,
+    GpuRequirement,
+    GroupRequest,
+    NoPlacement,
+    PlaceRequest,
+    Share,
+)
+from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
+from whaleflux_scheduler.core.placement.decide import decide
+from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
+
+Datasets = Mapping[str, DatasetFact]
+
+
+def explain(columns: Columns, request: PlaceRequest, datasets: Datasets, empty: Callable[[], Columns]) -> NoPlacement:
+    """Of a request that does not fit now. `empty` gives the fleet with nothing placed."""
+    counted, left = _count(columns, request, datasets)
+    free, total = _gpus(columns, request, left)
+    wanted = min((request.units * o.per_unit for o in request.requirement.any_of), default=0)
+    ever = decide(empty(), request, datasets) is not None
+    return NoPlacement(
+        request.id,
+        tuple(counted),
+        _nearest_miss(columns, request, left, wanted),
+        _smallest_change(columns, request, datasets),
+        ever,
+        wanted,
+        free,
+        total,
+    )
+
+
+def _count(columns: Columns, request: PlaceRequest, datasets: Datasets) -> tuple[list[Blocked], Bools]:
+    """Each node counts under the first constraint it fails; what is left passes them all."""
+    left = np.ones(columns.count, dtype=np.bool_)
+    counted: list[Blocked] = []
+    for constraint, field, passes in _constraints(columns, request, datasets):
+        failed = int((left & ~passes).sum())
+        if failed:
+            counted.append(Blocked(constraint, failed, field))
+        left &= passes
+    return counted, left
+
+
+def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[tuple[str, str, Bools]]:
+    """From what never changes to what changes every second."""
+    need, rows = request.requirement, columns.rows
+    if request.sites:
+        yield (
+            f"not in site {' or '.join(request.sites)}",
+            "sites",
+            _rows(columns, lambda i: rows[i].node.site in request.sites),
+        )
+    if request.exclude_nodes:
+        excluded = set(request.exclude_nodes)
+        yield "excluded by name", "exclude_nodes", _rows(columns, lambda i: columns.names[i] not in excluded)
+    yield from _hardware(columns, need)
+    if need.labels or need.nvme:
+        what = ", ".join([f"{k}={v}" for k, v in need.labels] + ["NVMe"] * need.nvme)
+        yield f"without {what}", "requirement.labels", _rows(columns, lambda i: node_conditions(columns, i, need))
+    if request.hard_locality and request.datasets:
+        holders = [set(datasets[d].cached_on) if d in datasets else set() for d in request.datasets]
+        yield (
+            "without the datasets",
+            "hard_locality",
+            _rows(columns, lambda i: all(columns.names[i] in h for h in holders)),
+        )
+    states = ["" if r.schedulable else r.reason or "not schedulable" for r in rows]
+    for reason in sorted(set(states) - {""}):
+        yield reason, "", np.array([state != reason for state in states], dtype=np.bool_)
+    yield from _room(columns, request)
+
+
+def _hardware(columns: Columns, need: GpuRequirement) -> Iterator[tuple[str, str, Bools]]:
+    models = [o.model for o in need.any_of]
+    if all(models):
+        yield (
+            f"gpu model is not {' or '.join(models)}",
+            "requirement.any_of",
+            _shapes(columns, lambda s: any(m in models for m in columns.book.shapes[s].models)),
+        )
+    if need.min_memory_bytes:
+        yield (
+            f"gpu memory < {need.min_memory_bytes / 1e9:.4g} GB",
+            "requirement.min_memory_bytes",
+            _shapes(
+                columns, lambda s: _any(columns, s, GpuRequirement(min_memory_bytes=need.min_memory_bytes), models)
+            ),
+        )
+    if need.min_compute_capability > (0, 0):
+        major, minor = need.min_compute_capability
+        only = GpuRequirement(
+            min_memory_bytes=need.min_memory_bytes, min_compute_capability=need.min_compute_capability
+        )
+        yield (
+            f"compute capability < {major}.{minor}",
+            "requirement.min_compute_capability",
+            _shapes(columns, lambda s: _any(columns, s, only, models)),
+        )
+    if need.min_network_bytes_per_s:
+        yield (
+            f"network < {need.min_network_bytes_per_s / 1e9:.4g} GB/s",
+            "requirement.min_network_bytes_per_s",
+            _shapes(columns, lambda s: columns.book.shapes[s].network_bytes_per_s >= need.min_network_bytes_per_s),
+        )
+    yield "no GPU", "", _shapes(columns, lambda s: columns.book.shapes[s].size > 0)
+
+
+def _any(columns: Columns, s: int, need: GpuRequirement, models: list[str]) -> bool:
+    return any(matching_positions(columns.book.shapes[s], need, m) for m in models)
+
+
+def _room(columns: Columns, request: PlaceRequest) -> Iterator[tuple[str, str, Bools]]:
+    """Free GPUs, CPU and memory, per node."""
+    need = request.requirement
+    if need.cpu_millicores_per_gpu:
+        passes = columns.cpu_free >= need.cpu_millicores_per_gpu
+        yield (
+            f"free CPU < {need.cpu_millicores_per_gpu / 1000:g} cores per GPU",
+            "requirement.cpu_millicores_per_gpu",
+            passes,
+        )
+    if need.host_memory_bytes_per_gpu:
+        passes = columns.host_free >= need.host_memory_bytes_per_gpu
+        yield (
+            f"free memory < {need.host_memory_bytes_per_gpu / 2**30:.4g} GiB per GPU",
+            "requirement.host_memory_bytes_per_gpu",
+            passes,
+        )
+    shares = [g.share for g in request.groups if g.share]
+    if shares:
+        yield "no GPU with room for the share", "groups.share", _share_room(columns, shares)
+        return
+    yield "no free GPU", "", columns.offer > 0
+    least = min((per_node_need(g) for g in request.groups), default=1) * min(o.per_unit for o in need.any_of)
+    if least > 1:
+        yield f"fewer than {least} free GPUs", "groups.gpus_per_node", columns.offer >= least
+
+
+def per_node_need(group: GroupRequest) -> int:
+    """The fewest GPUs that are of any use on one node."""
+    if (group.level or Level.FLEET) >= Level.NODE:
+        return group.gpus
+    inner = max((s.size for s in group.subgroups if s.required and s.level >= Level.NODE), default=1)
+    return max(inner, group.gpus_per_node)
+
+
+def _share_room(columns: Columns, shares: list[Share]) -> Bools:
+    passes = np.ones(columns.count, dtype=np.bool_)
+    for share in shares:
+        if share.mig_profile:
+            passes &= _rows(columns, lambda i, s=share: _partition_free(columns, i, s.mig_profile))  # type: ignore[misc]
+        else:
+            fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
+            passes &= fits.any(axis=1)
+    return passes
+
+
+def _partition_free(columns: Columns, i: int, profile: str) -> bool:
+    return any(
+        g.mig_profiles.count(profile) > columns.partitions.get((i, p, profile), 0)
+        for p, g in enumerate(columns.rows[i].node.gpus)
+    )
+
+
+def _rows(columns: Columns, passes: Callable[[int], bool]) -> Bools:
+    return np.array([passes(i) for i in range(columns.count)], dtype=np.bool_)
+
+
+def _shapes(columns: Columns, passes: Callable[[int], bool]) -> Bools:
+    """Answers once per shape and spreads it over the nodes."""
+    table = np.array([passes(s) for s in range(len(columns.book.shapes))] or [False], dtype=np.bool_)
+    return table[columns.shapes] if columns.count else np.zeros(0, dtype=np.bool_)
+
+
+def _gpus(columns: Columns, request: PlaceRequest, left: Bools) -> tuple[int, int]:
+    """Free GPUs on nodes that pass every constraint, and all healthy GPUs of the right kind."""
+    masks = [
+        max(
+            (matching_positions(s, request.requirement, o.model) for o in request.requirement.any_of), key=int.bit_count
+        )
+        for s in columns.book.shapes
+    ]
+    total = sum((columns.usable[i] & masks[columns.shape_of[i]]).bit_count() for i in range(columns.count))
+    return int(columns.offer[left].sum()), total
+
+
+def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: int) -> str:
+    """Among the domains that the request allows, the one with most usable GPUs and how many it lacks."""
+    if any(g.share for g in request.groups) or not columns.count:
+        return ""
+    widest = max([request.level or Level.FLEET, *(g.level or Level.FLEET for g in request.groups)])
+    free = np.where(left, columns.offer, 0).astype(np.int64)
+    if widest >= Level.NODE:
+        best = int(np.argmax(free))
+        return f"{columns.names[best]} has {int(free[best])} of {wanted} GPUs free"
+    level = Level(min(widest, Level.LEAF))
+    room = np.add.reduceat(free, columns.lo[level])
+    d = int(np.argmax(room))
+    name = columns.domain_name(level, d)
+    if room[d] >= wanted:
+        return f"{name} has {int(room[d])} GPUs free, but not {wanted} in the shape asked for"
+    return f"{name} has {int(room[d])} of {wanted} GPUs free"
+
+
+def _smallest_change(columns: Columns, request: PlaceRequest, datasets: Datasets) -> str:
+    """Single changes in the order of how little they ask of the user; the first that fits."""
+    for text, changed in _changes(request):
+        if decide(columns, changed, datasets) is not None:
+            return text
+    fewer = _fewer_gpus(columns, request, datasets)
+    return f"would fit with {fewer} GPUs" if fewer else ""
+
+
+def _changes(request: PlaceRequest) -> Iterator[tuple[str, PlaceRequest]]:
+    need = request.requirement
+    if request.exclude_nodes:
+        yield "would fit without exclude_nodes", replace(request, exclude_nodes=())
+    if request.hard_locality:
+        yield "would fit with soft data locality", replace(request, hard_locality=False)
+    for level in _wider(request.level):
+        yield f"would fit within one {level.name.lower()} (level)", replace(request, level=level)
+    for at, group in enumerate(request.groups):
+        for level in _wider(group.level):
+            groups = (*request.groups[:at], replace(group, level=level), *request.groups[at + 1 :])
+            yield f"would fit with group {group.name} within one {level.name.lower()}", replace(request, groups=groups)
+    if request.min_nodes > 1:
+        yield "would fit without min_nodes", replace(request, min_nodes=0)
+    if request.max_nodes:
+        yield "would fit without max_nodes", replace(request, max_nodes=0)
+    if any(g.gpus_per_node for g in request.groups):
+        groups = tuple(replace(g, gpus_per_node=0) for g in request.groups)
+        yield "would fit without gpus_per_node", replace(request, groups=groups)
+    if any(g.subgroups for g in request.groups):
+        groups = tuple(replace(g, subgroups=()) for g in request.groups)
+        yield "would fit without required subgroups", replace(request, groups=groups)
+    for name, relaxed in (
+        ("cpu_millicores_per_gpu", replace(need, cpu_millicores_per_gpu=0)),
+        ("host_memory_bytes_per_gpu", replace(need, host_memory_bytes_per_gpu=0)),
+        ("min_interconnect_bytes_per_s", replace(need, min_interconnect_bytes_per_s=0)),
+        ("min_network_bytes_per_s", replace(need, min_network_bytes_per_s=0)),
+    ):
+        if relaxed != need:
+            yield f"would fit without {name}", replace(request, requirement=relaxed)
+    if need.labels or need.nvme:
+        yield "would fit without its labels", replace(request, requirement=replace(need, labels=(), nvme=False))
+    if request.sites:
+        yield "would fit in another site", replace(request, sites=())
+    if need.min_compute_capability > (0, 0):
+        free = replace(need, min_compute_capability=(0, 0))
+        yield "would fit without min_compute_capability", replace(request, requirement=free)
+    if need.min_memory_bytes:
+        yield "would fit without min_memory_bytes", replace(request, requirement=replace(need, min_memory_bytes=0))
+    if any(o.model for o in need.any_of):
+        yield "would fit on another GPU model", replace(request, requirement=replace(need, any_of=(GpuOption(),)))
+
+
+def _wider(level: Level | None) -> list[Level]:
+    if level is None:
+        return []
+    return [one for one in reversed((*DOMAIN_LEVELS, Level.NODE, Level.ISLAND)) if one < level]
+
+
+def _fewer_gpus(columns: Columns, request: PlaceRequest, datasets: Datasets) -> int:
+    """The most GPUs that would fit now in the same shape: by bisection over whole steps of the group."""
+    if len(request.groups) != 1:
+        return 0
+    group = request.groups[0]
+    step = max([group.gpus_per_node or 1, *(s.size for s in group.subgroups if s.required)])
+    low, high = 0, group.gpus // step
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = replace(request, groups=(replace(group, gpus=middle * step),))
+        if smaller.min_nodes <= middle * step and decide(columns, smaller, datasets) is not None:
+            low = middle
+        else:
+            high = middle
+    return low * step

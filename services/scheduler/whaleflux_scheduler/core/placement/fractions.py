@@ -1,0 +1,117 @@
+"""Parts of GPUs: memory, thousandths of compute, MIG partitions, each counted per device.
+
+A part goes to the device where it fits tightest, so that whole GPUs and large parts stay free for those who need them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from whaleflux_scheduler.core.placement.api import GpuRequirement, Share
+from whaleflux_scheduler.core.placement.columns import Columns
+from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
+
+Device = tuple[int, int]  # (row, position)
+
+
+def place_parts(
+    columns: Columns,
+    need: GpuRequirement,
+    model: str,
+    share: Share,
+    count: int,
+    *,
+    allowed: Bools | None,
+    one_node: bool,
+) -> list[Device] | None:
+    """`count` parts of `share`, on one node if asked, else on as few devices and nodes as hold them; None when they do not fit."""
+    taken: list[Device] = []
+    try:
+        while len(taken) < count:
+            device = _best(
+                columns,
+                need,
+                model,
+                share,
+                allowed,
+                within={i for i, _ in taken} if taken and one_node else None,
+            )
+            if device is None:
+                return None
+            _count(columns, device, share, 1)
+            taken.append(device)
+    finally:
+        for device in taken:
+            _count(columns, device, share, -1)
+    return sorted(taken)
+
+
+def _count(columns: Columns, device: Device, share: Share, sign: int) -> None:
+    if share.mig_profile:
+        columns.partition(*device, share.mig_profile, sign)
+    else:
+        columns.share(*device, share.compute_milli, share.memory_bytes, sign)
+
+
+def _best(
+    columns: Columns,
+    need: GpuRequirement,
+    model: str,
+    share: Share,
+    allowed: Bools | None,
+    *,
+    within: set[int] | None,
+) -> Device | None:
+    rows = _rows(columns, need, allowed, within)
+    if share.mig_profile:
+        return _free_partition(columns, need, model, share.mig_profile, rows)
+    fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
+    fits &= rows[:, None] & _matching(columns, need, model)
+    places = np.argwhere(fits)
+    if not len(places):
+        return None
+    milli = columns.milli_free[fits].astype(np.int64)
+    memory = columns.memory_free[fits]
+    offer = columns.offer[places[:, 0]].astype(np.int64)
+    best = int(np.lexsort((offer, memory, milli))[0])  # tightest compute, then memory, then the fullest node
+    return int(places[best][0]), int(places[best][1])
+
+
+def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None, within: set[int] | None) -> Bools:
+    ok = np.array([r.schedulable for r in columns.rows], dtype=np.bool_)
+    if allowed is not None:
+        ok &= allowed
+    if within is not None:
+        near = np.zeros(columns.count, dtype=np.bool_)
+        near[list(within)] = True
+        ok &= near
+    if need.labels or need.nvme:
+        ok &= np.array([node_conditions(columns, i, need) for i in range(columns.count)], dtype=np.bool_)
+    if need.cpu_millicores_per_gpu:
+        ok &= columns.cpu_free >= need.cpu_millicores_per_gpu
+    if need.host_memory_bytes_per_gpu:
+        ok &= columns.host_free >= need.host_memory_bytes_per_gpu
+    return ok
+
+
+def _matching(columns: Columns, need: GpuRequirement, model: str) -> Bools:
+    """Which devices are of the right kind, one row per node."""
+    by_shape = np.zeros((len(columns.book.shapes), columns.width), dtype=np.bool_)
+    for s, shape in enumerate(columns.book.shapes):
+        mask = matching_positions(shape, need, model)
+        by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
+    return by_shape[columns.shapes]
+
+
+def _free_partition(columns: Columns, need: GpuRequirement, model: str, profile: str, rows: Bools) -> Device | None:
+    """The device with fewest free partitions of the profile that still has one."""
+    matching = _matching(columns, need, model)
+    best: tuple[int, Device] | None = None
+    for i in np.flatnonzero(rows & matching.any(axis=1)):
+        for position, gpu in enumerate(columns.rows[i].node.gpus):
+            if not gpu.healthy or not matching[i, position]:
+                continue
+            free = gpu.mig_profiles.count(profile) - columns.partitions.get((int(i), position, profile), 0)
+            if free > 0 and (best is None or free < best[0]):
+                best = (free, (int(i), position))
+    return best[1] if best else None

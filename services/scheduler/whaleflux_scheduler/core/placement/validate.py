@@ -1,0 +1,105 @@
+"""What a request must satisfy before the engine looks at it: every number bounded, every combination meaningful."""
+
+from __future__ import annotations
+
+import math
+
+from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.fleet.model import Level
+from whaleflux_scheduler.core.placement.api import GroupRequest, PlaceRequest, Share
+
+MAX_GPUS = 1_000_000
+MAX_GROUPS = 64
+MAX_OPTIONS = 32
+
+
+def check_request(request: PlaceRequest) -> None:
+    """Raises Invalid naming every bad field with its limit."""
+    bad = list(_problems(request))
+    if bad:
+        raise Invalid(bad)
+
+
+def _problems(request: PlaceRequest) -> list[FieldViolation]:
+    bad: list[FieldViolation] = []
+    if not request.id:
+        bad.append(FieldViolation("id", "is empty; name the attempt"))
+    if not 1 <= len(request.groups) <= MAX_GROUPS:
+        bad.append(FieldViolation("groups", f"{len(request.groups)} groups; 1-{MAX_GROUPS} are allowed"))
+    if len({g.name for g in request.groups}) != len(request.groups):
+        bad.append(FieldViolation("groups", "two groups have the same name"))
+    for at, group in enumerate(request.groups):
+        bad += _group(group, f"groups[{at}]")
+    bad += _requirement(request)
+    if request.min_nodes < 0 or request.max_nodes < 0:
+        bad.append(FieldViolation("min_nodes", "node bounds are 0 (none) or positive"))
+    if request.max_nodes and request.min_nodes > request.max_nodes:
+        bad.append(FieldViolation("min_nodes", f"{request.min_nodes} exceeds max_nodes {request.max_nodes}"))
+    if request.min_nodes > request.units:
+        bad.append(
+            FieldViolation("min_nodes", f"{request.min_nodes} nodes for {request.units} GPUs; at most one node per GPU")
+        )
+    wish = request.preference
+    numbers = (wish.work_gpu_s, wish.deadline_s or 0.0, wish.budget_usd or 0.0, wish.comm_fraction)
+    if any(not math.isfinite(x) or x < 0 for x in numbers):
+        bad.append(FieldViolation("preference", "work, deadline, budget and comm_fraction are finite and not negative"))
+    comm = request.comm
+    if any(not math.isfinite(x) or x < 0 for x in (comm.all_reduce_bytes, comm.all_to_all_bytes, comm.subgroup_bytes)):
+        bad.append(FieldViolation("comm", "bytes per step are finite and not negative"))
+    return bad
+
+
+def _group(group: GroupRequest, path: str) -> list[FieldViolation]:
+    bad: list[FieldViolation] = []
+    if not 1 <= group.gpus <= MAX_GPUS:
+        return [FieldViolation(f"{path}.gpus", f"{group.gpus} is outside 1-{MAX_GPUS:,}")]
+    if group.gpus_per_node < 0 or (group.gpus_per_node and group.gpus % group.gpus_per_node):
+        bad.append(FieldViolation(f"{path}.gpus_per_node", f"{group.gpus_per_node} does not divide {group.gpus} GPUs"))
+    for at, sub in enumerate(group.subgroups):
+        if sub.size < 1 or group.gpus % sub.size:
+            bad.append(FieldViolation(f"{path}.subgroups[{at}].size", f"{sub.size} does not divide {group.gpus} GPUs"))
+        elif group.gpus_per_node and sub.level >= Level.NODE and group.gpus_per_node % sub.size:
+            bad.append(
+                FieldViolation(
+                    f"{path}.subgroups[{at}].size", f"{sub.size} does not divide {group.gpus_per_node} per node"
+                )
+            )
+    if group.share:
+        bad += _share(group.share, group, f"{path}.share")
+    elif group.level is Level.GPU and group.gpus > 1:
+        bad.append(FieldViolation(f"{path}.level", "several whole GPUs cannot lie in one GPU; use ISLAND or NODE"))
+    return bad
+
+
+def _share(share: Share, group: GroupRequest, path: str) -> list[FieldViolation]:
+    bad: list[FieldViolation] = []
+    if not 0 <= share.compute_milli <= 1000:
+        bad.append(FieldViolation(f"{path}.compute_milli", f"{share.compute_milli} is outside 0-1000"))
+    if share.memory_bytes < 0:
+        bad.append(FieldViolation(f"{path}.memory_bytes", "is negative"))
+    if bool(share.mig_profile) == bool(share.memory_bytes or share.compute_milli):
+        bad.append(FieldViolation(path, "names either a MIG profile, or memory and compute"))
+    if group.subgroups:
+        bad.append(FieldViolation(path, "parts of GPUs have no subgroups"))
+    return bad
+
+
+def _requirement(request: PlaceRequest) -> list[FieldViolation]:
+    need, bad = request.requirement, []
+    if not 1 <= len(need.any_of) <= MAX_OPTIONS:
+        bad.append(FieldViolation("requirement.any_of", f"{len(need.any_of)} options; 1-{MAX_OPTIONS} are allowed"))
+    for at, option in enumerate(need.any_of):
+        if not 1 <= option.per_unit <= 64:
+            bad.append(FieldViolation(f"requirement.any_of[{at}].per_unit", f"{option.per_unit} is outside 1-64"))
+        if not (math.isfinite(option.throughput) and option.throughput > 0):
+            bad.append(FieldViolation(f"requirement.any_of[{at}].throughput", "is positive and finite"))
+    for name in (
+        "min_memory_bytes",
+        "min_interconnect_bytes_per_s",
+        "min_network_bytes_per_s",
+        "cpu_millicores_per_gpu",
+        "host_memory_bytes_per_gpu",
+    ):
+        if not math.isfinite(getattr(need, name)) or getattr(need, name) < 0:
+            bad.append(FieldViolation(f"requirement.{name}", "is finite and not negative"))
+    return bad
