@@ -88,7 +88,7 @@ class _FileSource(PydanticBaseSettingsSource):
         return self().get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        return dict(getattr(self.settings_cls, "_file_content", {}))
+        return dict(getattr(self.settings_cls, "__file_content__", {}))
 
 
 def load(kind: type[S], argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> S:
@@ -104,7 +104,7 @@ def load(kind: type[S], argv: Sequence[str], *, environ: Mapping[str, str] | Non
     path = flags.pop("config", "") or environment.get(f"{PREFIX}CONFIG", "")
     content = _read(kind, Path(path)) if path else {}
     _warn_of_misspelt(kind, environment)
-    with_file: type[S] = type(kind.__name__, (kind,), {"_file_content": content, "__module__": kind.__module__})
+    with_file: type[S] = type(kind.__name__, (kind,), {"__file_content__": content, "__module__": kind.__module__})
     try:
         settings = with_file(**flags)
     except ValidationError as error:
