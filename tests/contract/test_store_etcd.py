@@ -1,0 +1,356 @@
+"""The etcd store while its server is killed, stopped, unreachable or demands certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import ipaddress
+import itertools
+import logging
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.support.etcd_server import EtcdServer, free_ports
+from whaleflux.embedded import etcd as embedded
+from whaleflux.errors import Invalid, NotFound, Unavailable
+from whaleflux.store import Absent, Batch, Delete, Put, Unknown
+from whaleflux.store.cache import Cache
+from whaleflux.store.election import elect
+from whaleflux.store.etcd import EtcdStore, Tls
+from whaleflux.store.once import commit_once
+
+pytestmark = pytest.mark.integration
+PREFIX = "/t/"
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EtcdServer]:
+    async with EtcdServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def store(server: EtcdServer) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore([server.endpoint], timeout_s=2)
+    yield store
+    await store.close()
+
+
+class Traffic:
+    """Writers that never stop, each write made once; and a watch that records all it is told."""
+
+    def __init__(self, store: EtcdStore) -> None:
+        self._store, self._numbers = store, itertools.count()
+        self.acknowledged: dict[str, bytes] = {}
+        self.seen: list[Batch] = []
+
+    @contextlib.asynccontextmanager
+    async def running(self, start: int, writers: int = 20) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._watch(start)), *(asyncio.create_task(self._write()) for _ in range(writers))]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self) -> None:
+        while True:
+            number = next(self._numbers)
+            key, value = f"{PREFIX}{number:06}", random.randbytes(8)
+            twin = [Put(f"{key}/twin", value)] * (number % 3 == 0)
+            await commit_once(self._store, Put(key, value), *twin, when=[Absent(key)], key=key, within_s=30)
+            self.acknowledged[key] = value
+            await asyncio.sleep(0.002)  # leaves room on a small machine
+
+    async def _watch(self, start: int) -> None:
+        async with contextlib.aclosing(self._store.watch(PREFIX, after=start)) as batches:
+            async for batch in batches:
+                self.seen.append(batch)
+
+    async def more(self, events: int, within_s: float) -> None:
+        """Returns when the watch has told `events` more revisions than now."""
+        enough = len(self.seen) + events
+        async with asyncio.timeout(within_s):
+            while len(self.seen) < enough:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async def check(self, start: int) -> None:
+        """The record against the history as read afterwards, undisturbed."""
+        last = max(batch.revision for batch in self.seen)
+        revisions = [batch.revision for batch in self.seen]
+        assert revisions == sorted(set(revisions))
+        assert [batch for batch in self.seen if batch.events] == await history(self._store, start, last)
+        told = {e.key: e.entry.value for batch in self.seen for e in batch.events if e.entry}
+        final = {entry.key: entry for entry in (await self._store.list(PREFIX)).entries}
+        for key, value in self.acknowledged.items():
+            assert final[key].value == value
+            assert final[key].version == 1  # in effect exactly once
+            assert final[key].revision > last or told[key] == value
+
+
+async def history(store: EtcdStore, start: int, last: int) -> list[Batch]:
+    found = []
+    async with asyncio.timeout(20), contextlib.aclosing(store.watch(PREFIX, after=start)) as batches:
+        async for batch in batches:
+            if batch.revision <= last and batch.events:
+                found.append(batch)
+            if batch.revision >= last:
+                return found
+    raise AssertionError
+
+
+async def test_a_watch_is_exact_through_kills(server: EtcdServer, store: EtcdStore) -> None:
+    """SIGKILL and restart three times under concurrent writers: no gap, no repetition, whole transactions."""
+    start = await store.commit(Put("/begin", b""))
+    traffic = Traffic(store)
+    async with traffic.running(start):
+        for _ in range(3):
+            await traffic.more(200, within_s=15)
+            await server.restart()
+        await traffic.more(200, within_s=15)
+    await traffic.check(start)
+
+
+async def test_a_watch_notices_a_stopped_server_and_resumes(
+    server: EtcdServer, store: EtcdStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGSTOP for 5 s: noticed within 4 s though the connection stays open, resumed without a gap or a repetition."""
+    caplog.set_level(logging.INFO, "whaleflux.store.etcd")
+    start = await store.commit(Put("/begin", b""))
+    traffic = Traffic(store)
+    async with traffic.running(start):
+        await traffic.more(200, within_s=15)
+        caplog.clear()
+        stopped = time.time()
+        await server.stopped_for(5)
+        await traffic.more(200, within_s=8)
+    noticed = [record.created - stopped for record in caplog.records if "silent for" in record.getMessage()]
+    assert noticed
+    assert noticed[0] <= 4
+    await traffic.check(start)
+
+
+async def test_history_compacted_while_the_watch_was_cut_is_listed_again(server: EtcdServer, store: EtcdStore) -> None:
+    """A cache whose watch cannot resume ends with the right contents, deletions included."""
+    await store.commit(Put(PREFIX + "kept", b"1"), Put(PREFIX + "gone", b"1"), Put(PREFIX + "changed", b"1"))
+    relay = Relay(server.client_port)
+    async with relay, Cache(cut_off := EtcdStore([relay.endpoint]), PREFIX, lambda entry: entry.value) as cache:
+        relay.cut()
+        await store.commit(Put(PREFIX + "changed", b"2"))
+        await store.commit(Put(PREFIX + "new", b"1"))
+        await store.commit(Delete(PREFIX + "gone"))
+        for _ in range(3):
+            last = await store.commit(Put(PREFIX + "changed", b"3"))
+        await store.compact(last)
+        relay.heal()
+        await cache.at_least(last, timeout_s=10)
+        assert dict(cache.values) == {PREFIX + "kept": b"1", PREFIX + "new": b"1", PREFIX + "changed": b"3"}
+        await cut_off.close()
+
+
+class Relay:
+    """A TCP relay in front of the server, whose connections can be cut and refused."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._open = port, True
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Relay:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cut()
+        self._server.close()
+
+    def cut(self) -> None:
+        self._open = False
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def heal(self) -> None:
+        self._open = True
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._open:
+            writer.transport.abort()
+            return
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers |= {writer, there_writer}
+        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
+        self._writers -= {writer, there_writer}
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.transport.abort()
+
+
+async def test_a_lease_is_lost_before_the_server_lets_it_expire(server: EtcdServer, store: EtcdStore) -> None:
+    """A stopped server answers no keepalive: the holder knows within the TTL, with room to spare."""
+    lease = await store.lease(2)
+    await store.commit(Put(PREFIX + "a", b"", lease))
+    await asyncio.sleep(lease.ttl_s / 3)  # not in step with the keepalives
+    stopped = time.monotonic()
+    server.stop()
+    try:
+        async with asyncio.timeout(lease.ttl_s):
+            await lease.lost.wait()
+    finally:
+        server.resume()
+    assert time.monotonic() - stopped < 0.9 * lease.ttl_s
+
+
+async def test_a_lease_outlives_a_restart_of_the_server(server: EtcdServer, store: EtcdStore) -> None:
+    lease = await store.lease(5)
+    await store.commit(Put(PREFIX + "a", b"", lease))
+    await server.restart()
+    await asyncio.sleep(lease.ttl_s / 2)  # at least one keepalive after the restart
+    assert not lease.lost.is_set()
+    assert await store.get(PREFIX + "a") is not None
+    await lease.revoke()
+
+
+async def test_a_dead_leader_is_replaced_within_the_documented_time(server: EtcdServer, store: EtcdStore) -> None:
+    """2.5 s expected with the default TTL; half a second of room for a loaded machine."""
+    dying = EtcdStore([server.endpoint])
+    dead = elect(dying, "x", "dead")
+    await dead.__aenter__()
+    await dying.close()  # its keepalives end, its lease does not
+    died = time.monotonic()
+    async with asyncio.timeout(10), elect(store, "x", "next"):
+        took_s = time.monotonic() - died
+    assert 1 < took_s < 3
+    dead.gen = None  # its process is gone: it never resigns
+
+
+async def test_an_unanswered_commit_is_unknown_and_a_safe_repetition_is_in_effect_once(server: EtcdServer) -> None:
+    store = EtcdStore([server.endpoint], timeout_s=0.5)
+    await store.commit(Put(PREFIX + "warm", b""))
+    stopping = asyncio.create_task(server.stopped_for(1.5))
+    await asyncio.sleep(0)
+    with pytest.raises(Unknown):
+        await store.commit(Put(PREFIX + "a", b"1"), when=[Absent(PREFIX + "a")])
+    key = PREFIX + "b"
+    revision = await commit_once(store, Put(key, b"1"), when=[Absent(key)], key=key)
+    entry = await store.get(key)
+    assert entry is not None
+    assert (entry.version, entry.revision) == (1, revision)
+    await stopping
+    await store.close()
+
+
+async def test_an_absent_server_is_unavailable_and_nothing_was_sent() -> None:
+    store = EtcdStore([f"127.0.0.1:{free_ports(1)[0]}"], timeout_s=0.5)
+    for call in (store.get("a"), store.list("a"), store.commit(Put("a", b"")), store.lease(1)):
+        with pytest.raises(Unavailable) as refused:
+            await call
+        assert not isinstance(refused.value, Unknown)
+    await store.close()
+
+
+async def test_calls_and_watches_go_to_the_next_endpoint(server: EtcdServer) -> None:
+    store = EtcdStore([f"127.0.0.1:{free_ports(1)[0]}", server.endpoint], timeout_s=3)
+    revision = await store.commit(Put(PREFIX + "a", b"1"))
+    assert (await store.get(PREFIX + "a")).revision == revision
+    assert [b.revision for b in await history(store, revision - 1, revision)] == [revision]
+    await store.close()
+
+
+async def test_calls_wait_for_a_restart(server: EtcdServer, store: EtcdStore) -> None:
+    await store.commit(Put(PREFIX + "a", b"1"))
+    server.kill()
+    server.launch()
+    entry = await store.get(PREFIX + "a")
+    assert entry is not None
+    assert entry.value == b"1"
+
+
+def test_an_empty_list_of_endpoints_is_refused() -> None:
+    with pytest.raises(Invalid, match="endpoints"):
+        EtcdStore([])
+
+
+async def test_mutual_tls(tmp_path: Path) -> None:
+    """Calls and watches show the client's certificate; without one there is no connection."""
+    ca, client, files = write_certificates(tmp_path)
+    client_port, peer_port = free_ports(2)
+    server_tls = embedded.EtcdTls(files["server.pem"], files["server.key"], ca)
+    command = embedded.command(
+        embedded.find(), tmp_path / "data", client_port=client_port, peer_port=peer_port, tls=server_tls
+    )
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        context.load_cert_chain(files["client.pem"], files["client.key"])
+        await embedded.wait_ready("127.0.0.1", client_port, tls=context)
+        store = EtcdStore([f"127.0.0.1:{client_port}"], tls=client)
+        revision = await store.commit(Put(PREFIX + "a", b"1"))
+        assert [b.revision for b in await history(store, revision - 1, revision)] == [revision]
+        await store.close()
+        stranger = EtcdStore([f"127.0.0.1:{client_port}"], timeout_s=0.5)
+        with pytest.raises(Unavailable):
+            await stranger.get("a")
+        await stranger.close()
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def write_certificates(folder: Path) -> tuple[Path, Tls, dict[str, Path]]:
+    authority_key = ec.generate_private_key(ec.SECP256R1())
+    authority = _certificate("ca", authority_key, None, authority_key)
+    files = {"ca.pem": authority.public_bytes(serialization.Encoding.PEM)}
+    for name in ("server", "client"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        files[f"{name}.pem"] = _certificate(name, key, authority, authority_key).public_bytes(
+            serialization.Encoding.PEM
+        )
+        files[f"{name}.key"] = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    paths = {name: folder / name for name in files}
+    return paths["ca.pem"], Tls(paths["ca.pem"], paths["client.pem"], paths["client.key"]), paths
+
+
+def _certificate(
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: x509.Certificate | None,
+    signer: ec.EllipticCurvePrivateKey,
+) -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = dt.datetime.now(dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(minutes=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(signer, hashes.SHA256())
+    )
+
+
+def test_a_binary_that_is_no_etcd_is_refused() -> None:
+    with pytest.raises(NotFound, match="version"):
+        embedded.version(Path("/bin/echo"))
