@@ -73,21 +73,22 @@ def write_json(path: Path, content: object) -> None:
     pki.write_private(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def choose_ports(layout: Layout, names: Iterable[str], front_door: int = 0) -> dict[str, int]:
-    """A port of 127.0.0.1 for each name: last time's where it is still free, else a new one, written down.
+def choose_ports(layout: Layout, names: Iterable[str], **told: int) -> dict[str, int]:
+    """A port of 127.0.0.1 for each name: as told, else last time's where it is free, else a new one; written down.
 
-    The front door is different: agents and clients were told its port, so a taken one is refused, not replaced.
+    Agents and clients were told the ports of the front door and of the inference API (`frontdoor`, `http`): a taken
+    one is refused, not replaced.
     """
     kept: dict[str, int] = json.loads(layout.ports_file.read_text()) if layout.ports_file.exists() else {}
-    if front_door:
-        kept["frontdoor"] = front_door
-    if "frontdoor" in kept and not _is_free(kept["frontdoor"]):
-        raise WrongState(
-            f"port {kept['frontdoor']} of 127.0.0.1, this suite's front door, is taken by another process; "
-            "stop that process, or choose another with: whaleflux up --port N",
-            reason="PORT_TAKEN",
-            metadata={"port": str(kept["frontdoor"])},
-        )
+    kept |= {name: port for name, port in told.items() if port}
+    for name in told:
+        if name in kept and not _is_free(kept[name]):
+            raise WrongState(
+                f"port {kept[name]} of 127.0.0.1 ({name}) is taken by another process; stop that process, or choose "
+                "other ports with: whaleflux up --port N --http-port M",
+                reason="PORT_TAKEN",
+                metadata={"port": str(kept[name]), "name": name},
+            )
     ports: dict[str, int] = {}
     for name in names:
         port = kept.get(name, 0)

@@ -1,0 +1,115 @@
+"""A simulated hybrid fleet: real agent processes that play the profiles of machines, in three sites."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from whaleflux.context import Context
+from whaleflux.sdk.client import AsyncClient
+from whaleflux.v1 import inventory_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One simulated node: where it stands and whose profile its agent plays."""
+
+    site: str
+    node: str
+    profile: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"sites/{self.site}/nodes/{self.node}"
+
+
+FLEET = (
+    Machine("onprem", "h200-a", "h200x8"),
+    Machine("onprem", "h200-b", "h200x8"),
+    Machine("cloud", "a100-a", "a100x8"),
+    Machine("edge", "rtx-a", "rtx4090x2"),
+    Machine("edge", "rtx-b", "rtx4090x2"),
+)
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Agents that this process started; all of them are ended by `stop`, by pid, with what they run."""
+
+    state: Path
+    context: Context
+    otlp_endpoint: str = ""
+    agents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    async def join(self, client: AsyncClient, machines: Sequence[Machine]) -> None:
+        """A token and an agent process for each machine."""
+        for machine in machines:
+            token = await client.inventory.CreateJoinToken(
+                inventory_pb2.CreateJoinTokenRequest(site=f"sites/{machine.site}", ttl_s=600), timeout=10
+            )
+            self.agents[machine.name] = self._start(machine, token.secret)
+
+    def kill_node(self, name: str) -> list[int]:
+        """What a power cut does to a machine: SIGKILL to its agent and to everything that it runs, at once."""
+        pids = [self.agents.pop(name).pid, *processes_of(f"WHALEFLUX_NODE={name}")]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return pids
+
+    def stop(self) -> None:
+        """Ends all agents and whatever tasks are left of this fleet."""
+        for process in self.agents.values():
+            process.terminate()
+        for process in self.agents.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            process.kill()
+        for machine in FLEET:
+            for pid in processes_of(f"WHALEFLUX_NODE={machine.name}", f"WHALEFLUX_AGENT_SOCKET={self.state}"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _start(self, machine: Machine, token: str) -> subprocess.Popen[bytes]:
+        folder = self.state / "agents" / f"{machine.site}-{machine.node}"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "server": self.context.server,
+            "server_ca": self.context.ca,
+            "join_token": token,
+            "node_id": machine.node,
+            "site": machine.site,
+            "profile": machine.profile,
+            "state_dir": str(folder),
+            "otlp_endpoint": self.otlp_endpoint,
+        }
+        variables = {f"WHALEFLUX_{key.upper()}": value for key, value in settings.items() if value}
+        with (folder / "agent.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "whaleflux_agent"],
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
+def processes_of(*markers: str) -> list[int]:
+    """Pids of processes in whose environment each marker begins a variable (NAME=prefix of its value)."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if all(any(v.startswith(m.encode()) for v in variables) for m in markers):
+                found.append(int(folder.name))
+    return found
