@@ -9,13 +9,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import REGISTRY
+
+from tests.support.toy_rpc import CA, NAME, Stub, Toy, dial, serving, text
 from whaleflux import errors, telemetry
 from whaleflux.rpc import auth
 from whaleflux.rpc.boundary import Limits
 from whaleflux.rpc.status import ServerFailure
 from whaleflux.telemetry import traces
-
-from tests.support.toy_rpc import CA, NAME, Stub, Toy, dial, serving, text
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def count(method, code):
 
 async def until(condition, timeout_s=3.0):
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # a metric has no event to wait for
             await asyncio.sleep(0.005)
 
 
@@ -155,6 +155,16 @@ class TestBounds:
                 await Stub(channel).unary("GetEcho")(text("x" * 2000))
         assert caught.value.reason == "REQUEST_TOO_LARGE"
         assert caught.value.metadata["limit_bytes"] == "1000"
+
+    @pytest.mark.parametrize("unit", ["x", "\u00e9", "\U0001f40b"])
+    async def test_a_refusal_that_quotes_megabytes_arrives(self, unit):
+        async def refuse(request, context):
+            raise errors.Invalid([errors.FieldViolation(unit * 100_000, unit * 100_000)] * 5)
+
+        async with serving(Toy({"Refuse": refuse})) as server, dial(server) as channel:
+            with pytest.raises(errors.Invalid, match=r"\.\.\. \(1000008 characters\)") as caught:
+                await Stub(channel).unary("Refuse")(text())
+        assert caught.value.violations[0].field.startswith(unit)
 
     async def test_bytes_that_are_no_message_are_the_callers_fault(self):
         async with serving(Toy({"GetEcho": echo})) as server, dial(server) as channel:

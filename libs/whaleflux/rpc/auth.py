@@ -47,7 +47,7 @@ class Identity:
     def parse(cls, uri: str) -> Identity:
         """The identity in a URI name; refuses anything that our CA would not have written."""
         match = _URI.fullmatch(uri)
-        if not match or match["role"] not in roles.KNOWN:
+        if not match or match["role"] not in roles.CERTIFIED:
             raise Unauthenticated(f"{uri[:200]!r} is not an identity; expected spiffe://<trust domain>/<role>/<name>")
         segments = match["name"].split("/")
         wanted = 2 if match["role"] == roles.AGENT else 1
@@ -74,10 +74,8 @@ class Authority:
     ) -> Identity:
         """The caller of `method`, or Unauthenticated (unknown), or Denied (known and not allowed)."""
         peer = self._trusted(peer_uri(peer_certificate))
-        caller = self._forwarded(metadata) if peer.role == roles.FRONTDOOR else peer
         wanted = roles.allowed(method, self._table)
-        if caller is NOBODY and roles.FRONTDOOR in wanted:
-            caller = peer
+        caller = self._behind(peer, wanted, metadata) if peer.role == roles.FRONTDOOR else peer
         if caller.role in wanted:
             return caller
         if caller is NOBODY and wanted:
@@ -93,10 +91,14 @@ class Authority:
             raise Unauthenticated(f"trust domain {identity.trust_domain!r} is not ours ({self._trust_domain!r})")
         return identity
 
-    def _forwarded(self, metadata: Sequence[tuple[str, str | bytes]]) -> Identity:
+    def _behind(
+        self, frontdoor: Identity, wanted: frozenset[str], metadata: Sequence[tuple[str, str | bytes]]
+    ) -> Identity:
+        """Whom the front door speaks for: a certificate's owner, nobody, or (only where the table says so) itself."""
         headers = [value for key, value in metadata if key.lower() == XFCC]
         if not headers:
-            return NOBODY
+            own = roles.FRONTDOOR in wanted and roles.ANONYMOUS not in wanted
+            return frontdoor if own else NOBODY
         if len(headers) > 1 or not isinstance(headers[0], str) or len(headers[0]) > _MAX_XFCC_CHARS:
             raise Unauthenticated(f"{XFCC} must be one header; the front door has to use SANITIZE_SET")
         uri = forwarded_uri(headers[0])

@@ -1,7 +1,7 @@
 """Refusals on the wire: `Refusal` <-> `google.rpc.Status` with AIP-193 details.
 
-Everything here is bounded: gRPC carries a status in trailers, which peers limit to 8 KiB, so that a refusal that
-quotes a 10 MB name must still arrive.
+Everything here is bounded: gRPC carries a status in trailers, which peers limit to 8 KiB (the message three bytes for
+one when it is not ASCII, details four for three), and a refusal that quotes a 10 MB name must still arrive.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from whaleflux import errors
 from whaleflux.errors import DOMAIN, Refusal
 
 DETAILS_KEY = "grpc-status-details-bin"
-MAX_TEXT_CHARS = 1024
-MAX_VALUE_CHARS = 256
-MAX_ENTRIES = 16
-MAX_DETAILS_BYTES = 4096
+MAX_MESSAGE_BYTES = 1024
+MAX_STATUS_BYTES = 3072  # message and details
+_MAX_VALUE_BYTES = 256
+_MAX_METADATA_BYTES = 1024
+_MAX_VIOLATIONS_BYTES = 1024
 
 Trailers = tuple[tuple[str, bytes], ...]
 
@@ -50,12 +51,13 @@ _BY_CODE: dict[str, type[Refusal]] = {
 }
 
 
-def clip(text: str, limit: int) -> str:
-    """`text`, shortened to `limit` characters with its true length said."""
-    if len(text) <= limit:
-        return text
+def clip(text: str, limit_bytes: int) -> str:
+    """`text`, shortened to `limit_bytes` of UTF-8 with its true length said."""
+    raw = text[: limit_bytes + 1].encode("utf-8", "replace")
+    if len(raw) <= limit_bytes:
+        return raw.decode()
     note = f"... ({len(text)} characters)"
-    return text[: limit - len(note)] + note
+    return raw[: limit_bytes - len(note)].decode("utf-8", "ignore") + note
 
 
 def on_the_wire(refusal: Refusal) -> tuple[grpc.StatusCode, str, Trailers]:
@@ -68,20 +70,19 @@ def on_the_wire(refusal: Refusal) -> tuple[grpc.StatusCode, str, Trailers]:
 def to_status(refusal: Refusal) -> Any:
     """The `google.rpc.Status` of a refusal; details that would not fit into trailers are left out, last first."""
     code: int = grpc.StatusCode[refusal.code].value[0]
-    status = status_pb2.Status(code=code, message=clip(refusal.message, MAX_TEXT_CHARS))
+    status = status_pb2.Status(code=code, message=clip(refusal.message, MAX_MESSAGE_BYTES))
     for detail in _details(refusal):
         packed = status.details.add()
         packed.Pack(detail)
-        if status.ByteSize() > MAX_DETAILS_BYTES:
+        if status.ByteSize() > MAX_STATUS_BYTES:
             del status.details[-1]
     return status
 
 
 def _details(refusal: Refusal) -> Iterator[Message]:
-    clipped = list(refusal.metadata.items())[:MAX_ENTRIES]
-    metadata = {clip(key, 64): clip(str(value), MAX_VALUE_CHARS) for key, value in clipped}
+    metadata = _metadata(refusal)
     yield error_details_pb2.ErrorInfo(reason=refusal.reason[:63], domain=DOMAIN, metadata=metadata)
-    text = clip(refusal.message, MAX_VALUE_CHARS)
+    text = clip(refusal.message, _MAX_VALUE_BYTES)
     if refusal.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(refusal.retry_after_s * 1e9))
@@ -91,7 +92,7 @@ def _details(refusal: Refusal) -> Iterator[Message]:
     elif isinstance(refusal, errors.NotFound | errors.AlreadyExists):
         yield error_details_pb2.ResourceInfo(
             resource_type=clip(refusal.kind, 64),
-            resource_name=clip(refusal.name, MAX_VALUE_CHARS),
+            resource_name=clip(refusal.name, _MAX_VALUE_BYTES),
             description=text,
         )
     elif isinstance(refusal, errors.WrongState):
@@ -107,16 +108,30 @@ def _details(refusal: Refusal) -> Iterator[Message]:
         yield error_details_pb2.Help(links=[link])
 
 
+def _metadata(refusal: Refusal) -> dict[str, str]:
+    """As much of the metadata, in its own order, as there is room for."""
+    kept: dict[str, str] = {}
+    room = _MAX_METADATA_BYTES
+    for key, value in refusal.metadata.items():
+        key, value = clip(key, 64), clip(str(value), _MAX_VALUE_BYTES)
+        room -= len(key.encode()) + len(value.encode())
+        if room < 0:
+            break
+        kept[key] = value
+    return kept
+
+
 def _bad_request(refusal: errors.Invalid) -> Message:
-    violations = [
-        error_details_pb2.BadRequest.FieldViolation(
-            field=clip(v.field, MAX_VALUE_CHARS), description=clip(v.description, MAX_VALUE_CHARS)
+    """As many of the violations as there is room for; the first is always there."""
+    bad = error_details_pb2.BadRequest()
+    for violation in refusal.violations:
+        bad.field_violations.add(
+            field=clip(violation.field, _MAX_VALUE_BYTES), description=clip(violation.description, _MAX_VALUE_BYTES)
         )
-        for v in refusal.violations[:MAX_ENTRIES]
-    ]
-    while (request := error_details_pb2.BadRequest(field_violations=violations)).ByteSize() > MAX_DETAILS_BYTES // 2:
-        violations.pop()
-    return request  # type: ignore[no-any-return]  # google.rpc has no stubs
+        if bad.ByteSize() > _MAX_VIOLATIONS_BYTES:
+            del bad.field_violations[-1]
+            break
+    return bad  # type: ignore[no-any-return]  # google.rpc has no stubs
 
 
 def from_status(status: Any) -> Refusal:
