@@ -41,7 +41,7 @@ def count(method, code):
 
 async def until(condition, timeout_s=3.0):
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # a metric has no event to wait for
+        while not condition():  # a metric has no event to wait for
             await asyncio.sleep(0.005)
 
 
@@ -162,7 +162,7 @@ class TestBounds:
             raise errors.Invalid([errors.FieldViolation(unit * 100_000, unit * 100_000)] * 5)
 
         async with serving(Toy({"Refuse": refuse})) as server, dial(server) as channel:
-            with pytest.raises(errors.Invalid, match=r"\.\.\. \(1000008 characters\)") as caught:
+            with pytest.raises(errors.Invalid, match=r"\(1\d{6} characters\)") as caught:
                 await Stub(channel).unary("Refuse")(text())
         assert caught.value.violations[0].field.startswith(unit)
 

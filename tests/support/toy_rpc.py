@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
+
 from whaleflux.rpc import roles
 from whaleflux.rpc.auth import Authority
 from whaleflux.rpc.boundary import Limits

@@ -16,9 +16,7 @@ import structlog
 
 from whaleflux.telemetry.traces import current_trace_id
 
-_SECRET = re.compile(
-    r"(^|_)(token|secret|password|passwd|authorization|api_?key|private_?key|key_pem)$", re.IGNORECASE
-)
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|authorization|api_?key|private_?key|key_pem)$", re.IGNORECASE)
 _Event = MutableMapping[str, Any]
 
 
@@ -39,9 +37,7 @@ def setup_logging(service: str, *, level: str = "info", stream: TextIO | None = 
     )
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler = logging.StreamHandler(out)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *rendering])
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *rendering]))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -50,9 +50,7 @@ class MetricsServer:
     def __init__(self, host: str, port: int, ready: Callable[[], bool]) -> None:
         self._server = ThreadingHTTPServer((host, port), _handler(ready))
         self._server.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
 
     @property
@@ -67,9 +65,7 @@ class MetricsServer:
         self._thread.join()
 
 
-def start_metrics(
-    host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[], bool] = lambda: True
-) -> MetricsServer:
+def start_metrics(host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[], bool] = lambda: True) -> MetricsServer:
     """Starts the server; port 0 picks a free one. Raises OSError when the port is taken."""
     return MetricsServer(host, port, ready)
 

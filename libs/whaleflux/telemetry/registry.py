@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 
-class UnregisteredName(ValueError):  # noqa: N818  # like our refusals, named for what is wrong
+class UnregisteredName(ValueError):  # like our refusals, named for what is wrong
     """A name that is not in this file; add it here, with its meaning, or correct the spelling."""
 
 
@@ -86,7 +86,7 @@ class Metric(StrEnum):
     ROUTE_DURATION = "whaleflux_route_duration_seconds"
     ROUTE_DECISIONS = "whaleflux_route_decisions_total"
     REPLICAS = "whaleflux_replicas"
-    FIRST_TOKEN = "whaleflux_first_token_seconds"  # noqa: S105  # tokens of text
+    FIRST_TOKEN = "whaleflux_first_token_seconds"  # tokens of text
     TASKS = "whaleflux_tasks"
     TRAINING_STEP = "whaleflux_training_step"
     TRAINING_LOSS = "whaleflux_training_loss"
@@ -113,12 +113,8 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.GPUS_ALLOCATED: MetricSpec("gauge", "GPUs allocated to jobs, by model.", ("model",)),
     Metric.JOBS: MetricSpec("gauge", "Jobs by state.", ("state",)),
     Metric.RECOVERIES: MetricSpec("counter", "Attempts started after a failure, by cause.", ("cause",)),
-    Metric.RECOVERY_DURATION: MetricSpec(
-        "histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)
-    ),
-    Metric.DETECTION_DURATION: MetricSpec(
-        "histogram", "Last sign of life to verdict.", ("verdict",), _SECONDS
-    ),
+    Metric.RECOVERY_DURATION: MetricSpec("histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)),
+    Metric.DETECTION_DURATION: MetricSpec("histogram", "Last sign of life to verdict.", ("verdict",), _SECONDS),
     Metric.CHECKPOINTS: MetricSpec("gauge", "Checkpoints by state.", ("state",)),
     Metric.CHECKPOINT_COMMITS: MetricSpec("counter", "Manifests, by outcome.", ("outcome",)),
     Metric.ROUTE_DURATION: MetricSpec("histogram", "Time that one routing decision takes.", (), _SECONDS),

@@ -111,9 +111,7 @@ def new_traceparent(parent: str = "") -> str:
 
 
 @contextlib.contextmanager
-def span(
-    name: str, attributes: Attributes | None = None, *, kind: SpanKind = SpanKind.INTERNAL
-) -> Iterator[Span]:
+def span(name: str, attributes: Attributes | None = None, *, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:
     """A child of the running span."""
     with _started(name, None, attributes, kind) as started:
         yield started
@@ -271,6 +269,4 @@ def _text(context: trace.SpanContext) -> str:
 
 
 def _nanoseconds(instant: datetime) -> int:
-    return (
-        int(instant.timestamp() * 1_000_000) * 1000
-    )  # microseconds are exact in a float, nanoseconds are not
+    return int(instant.timestamp() * 1_000_000) * 1000  # microseconds are exact in a float, nanoseconds are not
