@@ -88,7 +88,7 @@ def row_of(scarcity: float) -> float:
     if scarcity >= SCARCITY[LAST]:
         return float(LAST)
     row = int(np.searchsorted(SCARCITY, scarcity, side="right")) - 1
-    return row + (scarcity - SCARCITY[row]) / (SCARCITY[row + 1] - SCARCITY[row])
+    return float(row + (scarcity - SCARCITY[row]) / (SCARCITY[row + 1] - SCARCITY[row]))
 
 
 @compiled
