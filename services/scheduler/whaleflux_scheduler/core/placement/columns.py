@@ -85,9 +85,13 @@ def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
     return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability)
 
 
-def whole_mask(node: Node) -> int:
-    """Positions of healthy GPUs that are not cut into MIG partitions."""
-    return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.healthy and not gpu.mig_profiles)
+def uncut_mask(node: Node) -> int:
+    """Positions of GPUs that are not cut into MIG partitions."""
+    return sum(1 << i for i, gpu in enumerate(node.gpus) if not gpu.mig_profiles)
+
+
+def healthy_mask(node: Node) -> int:
+    return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.healthy)
 
 
 def place_key(node: Node) -> tuple[str, str, str, str, str]:
@@ -130,14 +134,17 @@ class Columns:
             self.hi[level] = np.array([*starts[1:], self.count] if starts else [], dtype=np.int64)
 
     def _build_devices(self) -> None:
-        self.usable = [whole_mask(r.node) for r in self.rows]  # healthy and whole, free or not
+        self.uncut = [uncut_mask(r.node) for r in self.rows]
+        self.usable = [self.uncut[i] & healthy_mask(r.node) for i, r in enumerate(self.rows)]  # free or not
         self.taken = [0] * self.count  # held by someone, wholly or in part
         self.offered = [0] * self.count  # wholly free GPUs that new work may use
         self.offer = np.zeros(self.count, dtype=np.int16)
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
-        self.milli_free = np.zeros((self.count, self.width), dtype=np.int16)
+        # Accounts of every device that is not cut up, healthy or not; `healthy` says where new work may go.
+        self.milli_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.memory_free = np.zeros((self.count, self.width), dtype=np.int64)
+        self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
         self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
         self.partitions: dict[tuple[int, int, str], int] = {}  # MIG partitions taken
         shapes, kinds = len(self.book.shapes), self.width + 1
@@ -147,7 +154,8 @@ class Columns:
         self._trees = [(self.at_least[level], self.domain[level]) for level in DOMAIN_LEVELS]
         for i, row in enumerate(self.rows):
             for position, gpu in enumerate(row.node.gpus):
-                if self.usable[i] >> position & 1:
+                self.healthy[i, position] = gpu.healthy
+                if self.uncut[i] >> position & 1:
                     self.milli_free[i, position] = WHOLE_MILLI
                     self.memory_free[i, position] = gpu.memory_bytes
             self.refresh(i)
@@ -189,20 +197,19 @@ class Columns:
 
     def _devices(self, i: int, mask: int, *, free: bool) -> None:
         gpus, milli, memory = self.rows[i].node.gpus, self.milli_free[i], self.memory_free[i]
-        usable = self.usable[i]
+        mask &= self.uncut[i]
         while mask:
             low = mask & -mask
             position = low.bit_length() - 1
-            if usable & low:
-                milli[position] = WHOLE_MILLI if free else 0
-                memory[position] = gpus[position].memory_bytes if free else 0
+            milli[position] = WHOLE_MILLI if free else 0
+            memory[position] = gpus[position].memory_bytes if free else 0
             mask ^= low
 
     def share(self, i: int, position: int, milli: int, memory_bytes: int, sign: int) -> None:
         """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
         key = (i, position)
         holders = self.holders[key] = self.holders.get(key, 0) + sign
-        if self.usable[i] >> position & 1:
+        if self.uncut[i] >> position & 1:
             self.milli_free[i, position] -= sign * milli
             self.memory_free[i, position] -= sign * memory_bytes
         if holders:

@@ -95,8 +95,10 @@ class Engine:
         self._remember(lambda: self._set_schedulable(name, *before))
 
     def _set_schedulable(self, name: str, schedulable: bool, reason: str) -> None:
-        columns = self.columns
-        columns.set_schedulable(columns.index[name], schedulable, reason)
+        if self._columns is None:  # the rebuild to come will see it
+            self._rows[name].schedulable, self._rows[name].reason = schedulable, reason
+        else:
+            self._columns.set_schedulable(self._columns.index[name], schedulable, reason)
 
     def upsert_dataset(self, dataset: DatasetFact) -> None:
         """A dataset's size or the nodes that hold it changed."""
@@ -353,6 +355,6 @@ def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> Non
                 other = holder.setdefault((part.node, gpu), placement.id)
                 assert other == placement.id, f"{part.node} GPU {gpu} held by {other} and {placement.id}"
     for i, position in columns.holders:
-        healthy = columns.usable[i] >> position & 1
-        assert not healthy or columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
-        assert not healthy or columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"
+        whole = columns.uncut[i] >> position & 1
+        assert not whole or columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
+        assert not whole or columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"

@@ -164,7 +164,8 @@ def _share_room(columns: Columns, shares: list[Share]) -> Bools:
         if share.mig_profile:
             passes &= _rows(columns, lambda i, s=share: _partition_free(columns, i, s.mig_profile))  # type: ignore[misc]
         else:
-            fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
+            fits = columns.healthy & (columns.milli_free >= max(1, share.compute_milli))
+            fits &= columns.memory_free >= share.memory_bytes
             passes &= fits.any(axis=1)
     return passes
 

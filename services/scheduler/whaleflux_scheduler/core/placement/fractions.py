@@ -66,7 +66,7 @@ def _best(
     if share.mig_profile:
         return _free_partition(columns, need, model, share.mig_profile, rows)
     fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
-    fits &= rows[:, None] & _matching(columns, need, model)
+    fits &= rows[:, None] & columns.healthy & _matching(columns, need, model)
     places = np.argwhere(fits)
     if not len(places):
         return None

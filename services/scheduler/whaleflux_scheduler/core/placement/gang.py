@@ -45,8 +45,9 @@ def splits(supply: Supply, bounds: Bounds, most: int = 6) -> Iterator[Split]:
     """Even splits of the demand over nodes, fewest nodes first."""
     demand = supply.demand
     if demand.per_node:
-        if demand.gpus % demand.per_node == 0:
-            yield Split(demand.gpus // demand.per_node, demand.per_node)
+        nodes = demand.gpus // demand.per_node
+        if bounds.min_nodes <= nodes <= (bounds.max_nodes or nodes) and demand.per_node % demand.unit == 0:
+            yield Split(nodes, demand.per_node)
         return
     largest = _largest_node(supply)
     if demand.most_per_node:
