@@ -116,7 +116,7 @@ def _fullness(demand: Demand, cpu_left: int, free_milli: Ints) -> float:
     """Best-fit: 1 for a node that is full afterwards."""
     cpu = cpu_left - demand.cpu_millicores
     idle = free_milli.sum() - demand.gpus * demand.gpu_milli
-    return 1.0 - 0.5 * cpu / LARGEST_CPU_MILLICORES - 0.5 * idle / LARGEST_GPU_MILLI
+    return float(1.0 - 0.5 * cpu / LARGEST_CPU_MILLICORES - 0.5 * idle / LARGEST_GPU_MILLI)
 
 
 @compiled
