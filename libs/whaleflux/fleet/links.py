@@ -81,9 +81,7 @@ def expected_slowdown(others_per_link: float, flows: int, hashed: bool = True) -
         term *= others_per_link / k
 
 
-def all_reduce_s(
-    size_bytes: float, ranks: int, bus_bytes_per_s: float, hop_s: float = 0.0, hops: int = 0
-) -> float:
+def all_reduce_s(size_bytes: float, ranks: int, bus_bytes_per_s: float, hop_s: float = 0.0, hops: int = 0) -> float:
     """Ring all-reduce: each rank sends 2 (n-1)/n of the buffer; latency is one hop per step."""
     if ranks < 2:
         return 0.0

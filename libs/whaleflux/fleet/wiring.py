@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import combinations
 
 from whaleflux.fleet.links import DEFAULT_BYTES_PER_S
@@ -17,6 +18,7 @@ _THROUGH_HOST = DEFAULT_BYTES_PER_S[LinkKind.PCIE_HOST]
 Matrix = tuple[tuple[float, ...], ...]
 
 
+@lru_cache(maxsize=65536)
 def bits(mask: int) -> tuple[int, ...]:
     """Positions of the set bits, lowest first."""
     found = []
@@ -107,9 +109,7 @@ class Wiring:
             units = self.island_units(mask, unit) if unit > 1 else 0
             return (self.ring_bytes_per_s(mask), units, -split, self._largest_island(rest), self._sum(mask))
 
-        return max(
-            (mask_of(c) for c in combinations(members, count)), key=worth
-        )  # first of equals: lowest positions
+        return max((mask_of(c) for c in combinations(members, count)), key=worth)  # first of equals: lowest positions
 
     def _choose_by_islands(self, free: int, count: int) -> int:
         parts = sorted((free & island for island in self.islands), key=lambda m: (m.bit_count(), m))
@@ -178,9 +178,7 @@ def _best_ring(matrix: Matrix, members: tuple[int, ...]) -> float:
             if visited == 1 << last:
                 continue
             before = visited & ~(1 << last)
-            best[visited, last] = max(
-                min(best[before, p], matrix[others[p]][others[last]]) for p in bits(before)
-            )
+            best[visited, last] = max(min(best[before, p], matrix[others[p]][others[last]]) for p in bits(before))
     full = (1 << len(others)) - 1
     return max(min(best[full, last], matrix[others[last]][first]) for last in range(len(others)))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Gpu, Level, Node
-from whaleflux.fleet.wiring import Wiring, wiring_of
+from whaleflux.fleet.wiring import Wiring, bits, wiring_of
 
 Ints = NDArray[np.integer[Any]]
 DOMAIN_LEVELS: tuple[Level, ...] = (Level.FLEET, Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)
@@ -48,6 +50,20 @@ class Shape:
     @property
     def size(self) -> int:
         return len(self.models)
+
+    def mask(self, gpus: tuple[int, ...]) -> int:
+        """Positions of driver indices; an index that the node does not have (any more) is left out."""
+        if self.indices == _PLAIN[: len(self.indices)]:
+            return _plain_mask(gpus) & ((1 << len(self.indices)) - 1)
+        return sum(1 << self.indices.index(g) for g in set(gpus) if g in self.indices)
+
+
+_PLAIN = tuple(range(64))
+
+
+@lru_cache(maxsize=4096)
+def _plain_mask(gpus: tuple[int, ...]) -> int:
+    return sum(1 << g for g in set(gpus))
 
 
 class ShapeBook:
@@ -111,6 +127,9 @@ class Columns:
         self.shape_of = [book.number(r.node) for r in ordered]
         self.shapes = np.array(self.shape_of, dtype=np.int32)
         self.width = max((len(r.node.gpus) for r in ordered), default=0)
+        self.matches: dict[
+            object, Any
+        ] = {}  # answers that depend on shapes alone, kept by those who ask (supply, decide)
         self._build_tree()
         self._build_devices()
         self._build_links()
@@ -119,19 +138,18 @@ class Columns:
 
     def _build_tree(self) -> None:
         self.domain: dict[Level, list[int]] = {}
-        self.lo: dict[Level, Ints] = {}
-        self.hi: dict[Level, Ints] = {}
+        self.domains: dict[Level, Ints] = {}
+        self.lo: dict[Level, Ints] = {Level.NODE: np.arange(self.count)}
+        self.hi: dict[Level, Ints] = {Level.NODE: np.arange(1, self.count + 1)}
+        places = [place_key(r.node) for r in self.rows]
         for depth, level in enumerate(DOMAIN_LEVELS):
-            ids, starts, before = [], [], None
-            for i, row in enumerate(self.rows):
-                path = place_key(row.node)[:depth]
-                if path != before:
-                    starts.append(i)
-                    before = path
-                ids.append(len(starts) - 1)
-            self.domain[level] = ids
-            self.lo[level] = np.array(starts, dtype=np.int64)
-            self.hi[level] = np.array([*starts[1:], self.count] if starts else [], dtype=np.int64)
+            differs = [a[:depth] != b[:depth] for a, b in pairwise(places)]
+            ids = np.cumsum(np.array([False, *differs][: self.count], dtype=np.int64))
+            starts = np.flatnonzero(np.array([True, *differs][: self.count], dtype=np.bool_))
+            self.domains[level] = ids
+            self.domain[level] = ids.tolist()
+            self.lo[level] = starts
+            self.hi[level] = np.append(starts[1:], self.count) if self.count else starts
 
     def _build_devices(self) -> None:
         self.uncut = [uncut_mask(r.node) for r in self.rows]
@@ -152,19 +170,26 @@ class Columns:
             level: np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) for level in DOMAIN_LEVELS
         }
         self._trees = [(self.at_least[level], self.domain[level]) for level in DOMAIN_LEVELS]
+        self.whole_memory = np.zeros((shapes or 1, self.width), dtype=np.int64)  # bytes per device, by shape
+        for s, shape in enumerate(self.book.shapes):
+            self.whole_memory[s, : shape.size] = shape.memory_bytes
         for i, row in enumerate(self.rows):
+            size = len(row.node.gpus)
+            if self.uncut[i] == self.usable[i] == (1 << size) - 1:  # nearly every node
+                self.healthy[i, :size] = True
+                self.milli_free[i, :size] = WHOLE_MILLI
+                self.memory_free[i] = self.whole_memory[self.shape_of[i]]
+                continue
             for position, gpu in enumerate(row.node.gpus):
                 self.healthy[i, position] = gpu.healthy
                 if self.uncut[i] >> position & 1:
                     self.milli_free[i, position] = WHOLE_MILLI
                     self.memory_free[i, position] = gpu.memory_bytes
-            self.refresh(i)
+        self._refresh_many(np.arange(self.count))
 
     def _build_links(self) -> None:
         """Uplinks of each domain in lines of `fabric.nic_bytes_per_s`, and the flows that placed gangs send through them."""
-        nic = (
-            self.fabric.nic_bytes_per_s
-        )  # a node whose network is slower than one such line still has a line of its own
+        nic = self.fabric.nic_bytes_per_s  # a node with a slower network still has one line of its own
         network = np.array([max(nic, r.node.network_bytes_per_s) for r in self.rows], dtype=np.float64)
         self.links: dict[Level, list[float]] = {}
         self.crossing: dict[Level, list[int]] = {}
@@ -186,24 +211,35 @@ class Columns:
     def take(self, i: int, mask: int) -> None:
         """The GPUs of `mask` become wholly used; the caller has checked that they are free."""
         self.taken[i] |= mask
-        self._devices(i, mask, free=False)
+        self._devices(i, mask, WHOLE_MILLI, free=False)
         self.refresh(i)
 
     def give(self, i: int, mask: int) -> None:
         """The GPUs of `mask` become wholly free again."""
         self.taken[i] &= ~mask
-        self._devices(i, mask, free=True)
+        self._devices(i, mask, WHOLE_MILLI, free=True)
         self.refresh(i)
 
-    def _devices(self, i: int, mask: int, *, free: bool) -> None:
-        gpus, milli, memory = self.rows[i].node.gpus, self.milli_free[i], self.memory_free[i]
-        mask &= self.uncut[i]
-        while mask:
-            low = mask & -mask
-            position = low.bit_length() - 1
-            milli[position] = WHOLE_MILLI if free else 0
-            memory[position] = gpus[position].memory_bytes if free else 0
-            mask ^= low
+    def _devices(self, i: int, mask: int, whole_milli: int, *, free: bool) -> None:
+        positions = bits(mask & self.uncut[i])
+        if len(positions) == 1:
+            at = positions[0]
+            self.milli_free[i, at] = whole_milli if free else 0
+            self.memory_free[i, at] = self.whole_memory[self.shape_of[i], at] if free else 0
+        elif positions:
+            chosen = list(positions)
+            self.milli_free[i, chosen] = whole_milli if free else 0
+            self.memory_free[i, chosen] = self.whole_memory[self.shape_of[i], chosen] if free else 0
+
+    def take_whole(self, rows: list[int], sign: int) -> None:
+        """All GPUs of nodes that are wholly usable are taken (+1) or given back (-1): one pass for a large gang."""
+        for i in rows:
+            self.taken[i] = self.usable[i] if sign > 0 else 0
+        at = np.array(rows)
+        free = self.whole_memory[self.shapes[at]] if sign < 0 else 0
+        self.memory_free[at] = free
+        self.milli_free[at] = np.where(self.healthy[at], WHOLE_MILLI, 0) if sign < 0 else 0
+        self._refresh_many(at)
 
     def share(self, i: int, position: int, milli: int, memory_bytes: int, sign: int) -> None:
         """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
@@ -247,6 +283,27 @@ class Columns:
         low, high, step = (old + 1, new + 1, 1) if new > old else (new + 1, old + 1, -1)
         for table, domain in self._trees:
             table[shape, low:high, domain[i]] += step
+
+    def _refresh_many(self, rows: Ints) -> None:
+        """`refresh` of many rows in one pass per level."""
+        listed = rows.tolist()
+        old = np.array([self.offered[i] for i in listed], dtype=np.int64)
+        for i in listed:
+            self.offered[i] = (self.usable[i] & ~self.taken[i]).bit_count() if self.rows[i].schedulable else 0
+        new = np.array([self.offered[i] for i in listed], dtype=np.int64)
+        self.offer[rows] = new
+        counts = np.arange(self.width + 1)
+        change = (counts <= new[:, None]).astype(np.int32) - (counts <= old[:, None])
+        change[:, 0] = 0
+        for level in DOMAIN_LEVELS:
+            shape, domain = self.shapes[rows].astype(np.int64), self.domains[level][rows]
+            key = shape * (len(self.lo[level]) + 1) + domain
+            order = np.argsort(key, kind="stable")
+            key = key[order]
+            starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])) if len(key) else order
+            if len(starts):
+                first = order[starts]
+                self.at_least[level][shape[first], :, domain[first]] += np.add.reduceat(change[order], starts, axis=0)
 
     def cross(self, rows: Iterable[int], flows: int, sign: int) -> None:
         """A gang on `rows` starts (+1) or stops (-1) sending `flows` through the uplinks of every domain that does not hold all of it."""

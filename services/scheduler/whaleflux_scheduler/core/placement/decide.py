@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -82,14 +83,22 @@ def candidates(columns: Columns, request: PlaceRequest, datasets: Mapping[str, D
 
 def _pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[frozenset[int]]:
     """Shapes that a gang may mix: alike in model, ring and network first, then all of one model."""
+    key = ("pools", request.requirement, option.model)
+    found = columns.matches.get(key)
+    if found is None:
+        found = columns.matches[key] = _find_pools(columns, request, option)
+    return cast("list[frozenset[int]]", found)
+
+
+def _find_pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[frozenset[int]]:
     alike: dict[tuple[str, float, float], set[int]] = {}
     models: dict[str, set[int]] = {}
     probe = Demand.of(GroupRequest(), request, option)
     supply = Supply(columns, probe)
-    for s in supply.matched:
+    for s in supply.match.shapes:
         shape = columns.book.shapes[s]
-        model = shape.models[(supply.positions[s] & -supply.positions[s]).bit_length() - 1]
-        ring = shape.wiring.ring_bytes_per_s(supply.positions[s])
+        model = shape.models[(supply.match.positions[s] & -supply.match.positions[s]).bit_length() - 1]
+        ring = shape.wiring.ring_bytes_per_s(supply.match.positions[s])
         alike.setdefault((model, ring, shape.network_bytes_per_s), set()).add(s)
         models.setdefault(model, set()).add(s)
     pools = [frozenset(p) for _, p in sorted(alike.items(), reverse=True)]
@@ -161,7 +170,8 @@ class _Place:
             yield together
 
     def _bounds(self, group: GroupRequest, inside: tuple[Level, int] | None) -> Bounds:
-        widest = Level(min(max(group.level or 0, self.request.level or 0), Level.LEAF))
+        own = max(group.level or 0, self.request.level or 0)
+        widest = Level(min(own, Level.LEAF))
         outer = next((s for s in group.subgroups if s.required and s.level < Level.NODE), None)
         chunk = (outer.size * self.option.per_unit, outer.level) if outer else None
         alone = len(self.request.groups) == 1
@@ -189,7 +199,7 @@ class _Place:
                 yield Group(group, devices=tuple(devices))
             return
         supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
-        if supply.matched:
+        if supply.match.shapes:
             for counts in self._counts(supply, self._bounds(group, inside)):
                 yield Group(group, self._masks(supply, counts))
 
@@ -234,8 +244,8 @@ class _Place:
         everything = Supply(
             self.columns, Demand.of(GroupRequest(), self.request, self.option), self.allowed, self.shapes
         )
-        for level in reversed(DOMAIN_LEVELS):
-            if level < widest:
+        for level in (Level.NODE, *reversed(DOMAIN_LEVELS)):
+            if level < min(widest, Level.NODE):
                 return None
             room = everything.total(level)
             fitting = (

@@ -210,7 +210,7 @@ class Engine:
             if part.share:
                 self._check_share(columns, i, part)
                 continue
-            mask = _mask(columns, i, part.gpus)
+            mask = columns.shape(i).mask(part.gpus)
             if mask & (columns.taken[i] | seen.get(i, 0)):
                 raise Conflict(
                     f"{part.node}: a GPU of {part.gpus} is held by other work",
@@ -300,31 +300,32 @@ class Engine:
         return columns
 
 
-def _mask(columns: Columns, i: int, gpus: Sequence[int]) -> int:
-    """Positions of driver indices; an index that the node no longer has is left out."""
-    indices = columns.shape(i).indices
-    if indices == tuple(range(len(indices))):
-        return sum(1 << g for g in set(gpus) if g < len(indices))
-    return sum(1 << indices.index(g) for g in set(gpus) if g in indices)
-
-
 def _count(columns: Columns, placement: Placement, sign: int, flows: int | None) -> int:
     """Takes (+1) or gives back (-1) all that a placement holds; returns the flows it sends across domains."""
     masks: dict[int, int] = {}
+    whole: list[int] = []
     for part in placement.nodes:
         i = columns.index.get(part.node)
         if i is None:
             continue
         if part.cpu_millicores or part.host_memory_bytes:
             columns.host(i, part.cpu_millicores, part.host_memory_bytes, sign)
-        mask = _mask(columns, i, part.gpus)
+        shape = columns.shape(i)
+        mask = shape.mask(part.gpus)
         masks[i] = masks.get(i, 0) | mask
         if part.share:
             _count_shares(columns, i, part, sign)
+        elif mask == columns.usable[i] == columns.uncut[i] == (1 << shape.size) - 1:
+            whole.append(i)
         elif sign > 0:
             columns.take(i, mask)
         else:
             columns.give(i, mask)
+    if len(whole) >= 8:
+        columns.take_whole(whole, sign)
+    else:
+        for i in whole:
+            (columns.take if sign > 0 else columns.give)(i, masks[i])
     parts = [(i, mask) for i, mask in masks.items() if mask]
     if len(parts) < 2:
         return 0

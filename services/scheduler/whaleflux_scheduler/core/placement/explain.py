@@ -70,7 +70,7 @@ def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) ->
     yield from _hardware(columns, need)
     if need.labels or need.nvme:
         what = ", ".join([f"{k}={v}" for k, v in need.labels] + ["NVMe"] * need.nvme)
-        yield f"without {what}", "requirement.labels", _rows(columns, lambda i: node_conditions(columns, i, need))
+        yield f"without {what}", "requirement.labels", node_conditions(columns, need)
     if request.hard_locality and request.datasets:
         holders = [set(datasets[d].cached_on) if d in datasets else set() for d in request.datasets]
         yield (

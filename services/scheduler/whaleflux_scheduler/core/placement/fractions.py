@@ -86,7 +86,7 @@ def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None, within:
         near[list(within)] = True
         ok &= near
     if need.labels or need.nvme:
-        ok &= np.array([node_conditions(columns, i, need) for i in range(columns.count)], dtype=np.bool_)
+        ok &= node_conditions(columns, need)
     if need.cpu_millicores_per_gpu:
         ok &= columns.cpu_free >= need.cpu_millicores_per_gpu
     if need.host_memory_bytes_per_gpu:

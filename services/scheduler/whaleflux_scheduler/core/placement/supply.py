@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,43 @@ class Demand:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which shapes satisfy a demand, and whether the aggregates by shape suffice to count them. Depends on shapes alone."""
+
+    positions: tuple[int, ...]  # per shape, mask of suitable GPUs
+    shapes: tuple[int, ...]  # those with any
+    present: Bools
+    every: bool  # all shapes of the fleet
+    devices_matter: bool  # which GPUs of a node are free decides how many can be used
+
+    @staticmethod
+    def of(columns: Columns, demand: Demand, within: frozenset[int] | None) -> Match:
+        key = (demand.need, demand.model, demand.island, within)
+        found = columns.matches.get(key)
+        if found is None:
+            found = columns.matches[key] = Match._find(columns.book.shapes, demand, within)
+        return cast("Match", found)
+
+    @staticmethod
+    def _find(shapes: list[Shape], demand: Demand, within: frozenset[int] | None) -> Match:
+        positions = tuple(
+            matching_positions(shape, demand.need, demand.model) if within is None or s in within else 0
+            for s, shape in enumerate(shapes)
+        )
+        present = np.array([bool(p) for p in positions] or [False], dtype=np.bool_)
+        matched = tuple(s for s, p in enumerate(positions) if p)
+        matter = any(_devices_matter(shapes[s], positions[s], demand) for s in matched)
+        return Match(positions, matched, present, len(matched) == len(positions), matter)
+
+
+def _devices_matter(shape: Shape, positions: int, demand: Demand) -> bool:
+    wiring, least = shape.wiring, demand.need.min_interconnect_bytes_per_s
+    if positions != (1 << shape.size) - 1 or (demand.island and len(wiring.islands) > 1):
+        return True
+    return least > 0 and not (wiring.uniform and least <= wiring.ring_bytes_per_s(positions))
+
+
 class Supply:
     """Usable GPUs for one demand. Reads the live columns, so it is valid until the next change."""
 
@@ -74,38 +112,24 @@ class Supply:
         shapes: frozenset[int] | None = None,
     ) -> None:
         self.columns, self.demand = columns, demand
-        self.positions = [
-            matching_positions(s, demand.need, demand.model) if shapes is None or at in shapes else 0
-            for at, s in enumerate(columns.book.shapes)
-        ]
-        self.matched = [s for s, mask in enumerate(self.positions) if mask]
+        self.match = Match.of(columns, demand, shapes)
         self._column = self._mask_column(allowed) if self._needs_column(allowed) else None
         self._counts: dict[tuple[Level, int], Ints] = {}
-        present = np.zeros(len(self.positions), dtype=np.bool_)
-        present[self.matched] = True
-        self._present = present
 
     def _needs_column(self, allowed: Bools | None) -> bool:
-        need, shapes = self.demand.need, self.columns.book.shapes
+        need = self.demand.need
         return bool(
             allowed is not None
+            or self.match.devices_matter
             or need.cpu_millicores_per_gpu
             or need.host_memory_bytes_per_gpu
             or need.labels
             or need.nvme
-            or any(self.positions[s] != (1 << shapes[s].size) - 1 for s in self.matched)
-            or any(
-                need.min_interconnect_bytes_per_s > shapes[s].wiring.ring_bytes_per_s(self.positions[s])
-                for s in self.matched
-            )
-            or (self.demand.island and any(len(shapes[s].wiring.islands) > 1 for s in self.matched))
         )
 
     def _mask_column(self, allowed: Bools | None) -> Ints:
         columns, need = self.columns, self.demand.need
-        ok = np.zeros(len(self.positions) or 1, dtype=np.bool_)
-        ok[self.matched] = True
-        fit = ok[columns.shapes] if columns.count else ok[:0]
+        fit = self.match.present[columns.shapes]
         if allowed is not None:
             fit &= allowed
         usable = np.where(fit, columns.offer, 0).astype(np.int64)
@@ -114,28 +138,16 @@ class Supply:
         if need.host_memory_bytes_per_gpu:
             np.minimum(usable, columns.host_free // need.host_memory_bytes_per_gpu, out=usable)
         np.maximum(usable, 0, out=usable)
-        if self._device_matters():
-            for i in np.flatnonzero(usable):
-                usable[i] = min(int(usable[i]), self.devices(int(i)))
+        if self.match.devices_matter:
+            for i in np.flatnonzero(usable).tolist():
+                usable[i] = min(int(usable[i]), self.devices(i))
         if need.labels or need.nvme:
-            for i in np.flatnonzero(usable):
-                if not node_conditions(columns, int(i), need):
-                    usable[i] = 0
+            usable[~node_conditions(columns, need)] = 0
         return usable
-
-    def _device_matters(self) -> bool:
-        """Whether which GPUs of a node are free decides how many can be used."""
-        shapes, need = self.columns.book.shapes, self.demand.need
-        return any(
-            self.positions[s] != (1 << shapes[s].size) - 1
-            or (self.demand.island and len(shapes[s].wiring.islands) > 1)
-            or need.min_interconnect_bytes_per_s > shapes[s].wiring.ring_bytes_per_s(self.positions[s])
-            for s in self.matched
-        )
 
     def candidates(self, i: int) -> int:
         """Mask of the free GPUs of row `i` that satisfy the demand."""
-        return self.columns.free_mask(i) & self.positions[self.columns.shape_of[i]]
+        return self.columns.free_mask(i) & self.match.positions[self.columns.shape_of[i]]
 
     def devices(self, i: int) -> int:
         """How many GPUs of row `i` the demand can use, given which are free."""
@@ -159,14 +171,16 @@ class Supply:
         if self._column is not None:
             return np.add.reduceat((self._column >= count).astype(np.int64), columns.lo[level])
         table: Ints = columns.at_least[level]
-        if len(self.matched) == 1:
-            one: Ints = table[self.matched[0], count]
+        if len(self.match.shapes) == 1:
+            one: Ints = table[self.match.shapes[0], count]
             return one
-        several: Ints = table[self.matched, count].sum(axis=0, dtype=np.int64)
+        several: Ints = table[list(self.match.shapes), count].sum(axis=0, dtype=np.int64)
         return several
 
     def total(self, level: Level) -> Ints:
-        """Per domain: usable GPUs in whole units, with the bound per node."""
+        """Per domain (or row, for `NODE`): usable GPUs in whole units, with the bound per node."""
+        if level is Level.NODE:
+            return self.usable(0, self.columns.count)
         unit, most = self.demand.unit, self.demand.most_per_node or self.columns.width
         steps = range(unit, most + 1, unit)
         total = np.zeros(len(self.columns.lo[level]), dtype=np.int64)
@@ -179,17 +193,26 @@ class Supply:
         if self._column is not None:
             return self._column[lo:hi]
         offer = self.columns.offer[lo:hi]
-        if len(self.matched) == len(self.positions):
+        if self.match.every:
             return offer
-        return np.where(self._present[self.columns.shapes[lo:hi]], offer, 0)
+        return np.where(self.match.present[self.columns.shapes[lo:hi]], offer, 0)
 
 
-def node_conditions(columns: Columns, i: int, need: GpuRequirement) -> bool:
-    """Labels and NVMe: facts of the node itself."""
-    node = columns.rows[i].node
-    if need.nvme and not any(d.nvme for d in node.disks):
-        return False
-    return all(label in node.labels for label in need.labels)
+def node_conditions(columns: Columns, need: GpuRequirement) -> Bools:
+    """Labels and NVMe, facts of the node itself: which rows have them. Kept until nodes change."""
+    key = (need.labels, need.nvme)
+    found = columns.matches.get(key)
+    if found is None:
+        nodes = [row.node for row in columns.rows]
+        found = np.array(
+            [
+                (not need.nvme or any(d.nvme for d in n.disks)) and all(label in n.labels for label in need.labels)
+                for n in nodes
+            ],
+            dtype=np.bool_,
+        )
+        columns.matches[key] = found
+    return cast("Bools", found)
 
 
 def allowed_rows(columns: Columns, request: PlaceRequest, only: Callable[[int], bool] | None = None) -> Bools | None:

@@ -28,6 +28,8 @@ def _problems(request: PlaceRequest) -> list[FieldViolation]:
         bad.append(FieldViolation("groups", f"{len(request.groups)} groups; 1-{MAX_GROUPS} are allowed"))
     if len({g.name for g in request.groups}) != len(request.groups):
         bad.append(FieldViolation("groups", "two groups have the same name"))
+    if len(request.groups) > 1 and (request.level or Level.FLEET) > Level.NODE:
+        bad.append(FieldViolation("level", "several groups share a node at most; ask for an island with one group"))
     for at, group in enumerate(request.groups):
         bad += _group(group, f"groups[{at}]")
     bad += _requirement(request)

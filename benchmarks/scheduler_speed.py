@@ -1,0 +1,234 @@
+"""How fast the placement engine decides, on one core.
+
+One decision is everything between a request and its durable-ready record: filter, score, topology, modelled time, reasons, quota check,
+apply, and a journal line written to a buffered file. Releases that keep the fleet at its load are not counted as decisions but their
+time is (half of each pair), since a scheduler must do both. The first decisions of each kind are excluded (tables by wiring are filled).
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import json
+import pstats
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import IO
+
+from benchmarks.common import Options, Report, Row, Target, main, percentile
+from whaleflux.fleet import Gpu, Link, LinkKind, Node, Price
+from whaleflux_scheduler.core.placement.api import (
+    GroupRequest,
+    NoPlacement,
+    Placement,
+    PlaceRequest,
+    PreemptionPlan,
+    Subgroup,
+    Victim,
+)
+from whaleflux_scheduler.core.placement.engine import Engine
+
+GB = 10**9
+_LINKS = tuple(Link(a, b, LinkKind.NVLINK, 347e9) for a, b in combinations(range(8), 2))
+
+
+def fleet(nodes: int, per_leaf: int = 8, leaves_per_spine: int = 64) -> list[Node]:
+    """`nodes` H100 nodes of 8 GPUs with 400 Gb/s each, 8 nodes to a leaf, 64 leaves to a spine, one site."""
+    return [
+        Node(
+            name=f"sites/a/nodes/n{n:05}",
+            site="a",
+            gpus=tuple(Gpu(i, f"{n}-{i}", "H100-80GB", 80 * GB, (9, 0)) for i in range(8)),
+            links=_LINKS,
+            spine=f"p{n // per_leaf // leaves_per_spine:03}",
+            leaf=f"l{n // per_leaf:05}",
+            cpu_millicores=96_000,
+            memory_bytes=1000 * GB,
+            network_bytes_per_s=400e9,
+            price=Price(usd_per_gpu_hour=2.0),
+        )
+        for n in range(nodes)
+    ]
+
+
+class Bench:
+    """An engine at a steady load, with a quota table and a journal."""
+
+    def __init__(self, nodes: int, load: float, seed: int, journal: IO[str]) -> None:
+        self.random = random.Random(seed)
+        self.engine = Engine()
+        for node in fleet(nodes):
+            self.engine.upsert_node(node)
+        self.journal = journal
+        self.total = nodes * 8
+        self.queues = {f"q{i}": self.total for i in range(20)}
+        self.used = dict.fromkeys(self.queues, 0)
+        self.running: deque[tuple[str, str, int]] = deque()
+        self.held = 0
+        self.next_id = 0
+        self.fill(load)
+
+    def fill(self, load: float) -> None:
+        """Jobs of 1 to 64 GPUs until the load is reached, then a fifth of them leave at random and others come."""
+        sizes = [1, 1, 1, 2, 4, 8, 8, 16, 32, 64]
+        while self.held < load * self.total:
+            self.decide(self.request(self.random.choice(sizes)))
+        for _ in range(len(self.running) // 5):
+            self.running.rotate(self.random.randrange(len(self.running)))
+            self.finish()
+        while self.held < load * self.total:
+            self.decide(self.request(self.random.choice(sizes)))
+        self.random.shuffle(self.running)
+
+    def request(self, gpus: int) -> PlaceRequest:
+        self.next_id += 1
+        subgroups = (Subgroup(8),) if gpus >= 8 else ()
+        return PlaceRequest(f"job-{self.next_id}", (GroupRequest(gpus=gpus, subgroups=subgroups),))
+
+    def decide(self, request: PlaceRequest) -> bool:
+        queue = f"q{self.next_id % 20}"
+        gpus = request.units
+        if self.used[queue] + gpus > self.queues[queue]:
+            return False
+        placement = self.engine.fits(request)
+        if placement is None:
+            return False
+        self.engine.apply(placement)
+        self.used[queue] += gpus
+        self.held += gpus
+        self.running.append((request.id, queue, gpus))
+        self.journal.write(journal_line(placement))
+        return True
+
+    def finish(self) -> None:
+        id_, queue, gpus = self.running.popleft()
+        self.engine.release(id_)
+        self.used[queue] -= gpus
+        self.held -= gpus
+        self.journal.write(f'{{"end":"{id_}"}}\n')
+
+
+def journal_line(placement: Placement) -> str:
+    return (
+        json.dumps({"id": placement.id, "on": [(a.node, a.gpus) for a in placement.nodes]}, separators=(",", ":"))
+        + "\n"
+    )
+
+
+def timed(bench: Bench, sizes: Sequence[int], rounds: int) -> list[float]:
+    """Seconds of each decision, with the release that follows it."""
+    latencies, level = [], bench.held
+    for at in range(rounds + 20):
+        request = bench.request(sizes[at % len(sizes)])
+        begun = time.perf_counter()
+        placed = bench.decide(request)
+        decided = time.perf_counter()
+        assert placed, "the fleet is too full for this benchmark"
+        while bench.held > level and bench.running:
+            bench.finish()
+        released = time.perf_counter()
+        if at >= 20:
+            latencies.append((decided - begun, released - begun))
+    return [both for _, both in latencies]
+
+
+def row(name: str, nodes: int, latencies: list[float]) -> Row:
+    mean = sum(latencies) / len(latencies)
+    return {
+        "what": name,
+        "nodes": nodes,
+        "decisions_per_s": 1 / mean,
+        "p50_ms": percentile(latencies, 50) * 1e3,
+        "p99_ms": percentile(latencies, 99) * 1e3,
+    }
+
+
+def preemption(seed: int, nodes: int = 2000, victims: int = 700, rounds: int = 5) -> list[float]:
+    """Seconds for one plan: a full fleet, `victims` jobs of lower priority, a 256-GPU gang that needs some of them."""
+    with tempfile.TemporaryFile("w") as journal:
+        bench = Bench(nodes, 0.0, seed, journal)
+        pick, placed = random.Random(seed), 0
+        while bench.engine.free_gpus():
+            sizes = [8, 16, 32, 64] if placed < victims else [64, 8, 4, 2, 1]
+            gpus = next(s for s in sorted(sizes, key=lambda _: pick.random()) if s <= bench.engine.free_gpus())
+            if not bench.decide(bench.request(gpus)):
+                bench.decide(bench.request(1))
+            placed += 1
+        ids = sorted(bench.engine.placements, key=lambda _: pick.random())[:victims]
+        low = [Victim(id_, pick.randrange(3), pick.random() * 1e5) for id_ in ids]
+        seconds = []
+        for at in range(rounds + 1):
+            request = PlaceRequest(f"big-{at}", (GroupRequest(gpus=256, subgroups=(Subgroup(8),)),), priority=10)
+            begun = time.perf_counter()
+            plan = bench.engine.preempt(request, low)
+            seconds.append(time.perf_counter() - begun)
+            assert isinstance(plan, PreemptionPlan), plan
+            low = [v for v in low if v.id != plan.victims[-1]]
+        return seconds[1:]
+
+
+def waiting(seed: int, nodes: int, journal: IO[str]) -> list[float]:
+    """Seconds to explain requests that do not fit on a full fleet."""
+    bench = Bench(nodes, 0.985, seed, journal)
+    seconds = []
+    for gpus in [bench.total, 4096, 2048, 1024, 8 * nodes + 8] * 4:
+        begun = time.perf_counter()
+        answer = bench.engine.place(bench.request(gpus))
+        seconds.append(time.perf_counter() - begun)
+        assert isinstance(answer, NoPlacement)
+    return seconds[5:]
+
+
+def profile(run: Callable[[], object], lines: int = 12) -> list[str]:
+    """The functions in which the time goes, own time, largest first."""
+    profiler = cProfile.Profile()
+    profiler.runcall(run)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(lines)
+    table = text.getvalue().splitlines()
+    start = next(i for i, line in enumerate(table) if "tottime" in line)
+    return [line.strip() for line in table[start : start + lines + 1] if line.strip()]
+
+
+def measure(options: Options) -> Report:
+    """Decisions per second on one core, latency of large gangs, preemption, explanations, and growth with the fleet."""
+    report = Report(simulated="the fleet and the jobs; the engine is the production one")
+    rounds = 400 if options.quick else 3000
+    gang = [8, 16, 32, 64]
+    with tempfile.TemporaryFile("w") as journal:
+        means: dict[int, float] = {}
+        for nodes in (1000, 5000, 12_500):
+            bench = Bench(nodes, 0.7, options.seed, journal)
+            single = timed(bench, [1], rounds)
+            gangs = timed(bench, gang, rounds)
+            big = timed(bench, [1024], rounds // 10)
+            report.rows += [row("1 GPU", nodes, single), row("8-64 GPUs", nodes, gangs), row("1,024 GPUs", nodes, big)]
+            means[nodes] = sum(gangs) / len(gangs)
+            if nodes == 5000:
+                at_5000 = (single, gangs, big)
+                profiled = profile(lambda b=bench: timed(b, gang, 300))  # type: ignore[misc]
+        explained = waiting(options.seed, 5000, journal)
+        report.rows.append(row("explain a refusal", 5000, explained))
+    stopped = preemption(options.seed)
+    report.rows.append(row("256 GPUs by preempting among 700", 2000, stopped))
+    single, gangs, big = at_5000
+    log_growth = 1.3662  # log(12,500) / log(1,000)
+    report.targets = [
+        Target("single_gpu_decisions_per_s", len(single) / sum(single), 10_000, "/s", "higher"),
+        Target("gang_decisions_per_s", len(gangs) / sum(gangs), 1_000, "/s", "higher"),
+        Target("gang_1024_p99_ms", percentile(big, 99) * 1e3, 5, "ms"),
+        Target("preempt_700_victims_ms", max(stopped) * 1e3, 100, "ms"),
+        Target("growth_1000_to_12500_nodes", means[12_500] / means[1000], log_growth, "x"),
+        Target("explain_ms", max(explained) * 1e3, 10, "ms"),
+    ]
+    report.notes = ["one core; warm-up of 20 decisions per kind excluded", *(f"profile: {line}" for line in profiled)]
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main("scheduler_speed", measure))
