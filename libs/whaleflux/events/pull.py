@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import structlog
 
@@ -47,6 +47,7 @@ class Notice:
 class Feed(Protocol):
     """One durable consumer of one stream, as the wire gives it."""
 
+    stream: str
     arrivals: asyncio.Queue[Delivery | Notice]
 
     async def ensure(self) -> None:
@@ -57,8 +58,8 @@ class Feed(Protocol):
         """Requests up to `batch` events under this number."""
         ...
 
-    async def close(self) -> None:
-        """Nothing more arrives."""
+    async def close(self, unseen: Sequence[Delivery] = ()) -> None:
+        """Nothing more arrives; `unseen` and `arrivals` go to the next reader at once and in order, not after ack_wait_s."""
         ...
 
 
@@ -66,9 +67,23 @@ class _BrokenError(Exception):
     """The request in hand will not be answered."""
 
 
-async def pull(
-    feed: Feed, out: asyncio.Queue[Delivery | Refusal], batch: int, silence_s: float = SILENCE_S
-) -> None:
+@dataclass(slots=True)
+class Out:
+    """Where events go: a bounded queue, and those that were on their way into it when the reader left."""
+
+    ready: asyncio.Queue[Delivery | Refusal] = field(default_factory=lambda: asyncio.Queue(1))
+    unseen: list[Delivery] = field(default_factory=list)
+
+    async def put(self, event: Delivery) -> None:
+        """Waits while the reader is slow."""
+        try:
+            await self.ready.put(event)
+        except asyncio.CancelledError:
+            self.unseen.append(event)
+            raise
+
+
+async def pull(feed: Feed, out: Out, batch: int, silence_s: float = SILENCE_S) -> None:
     """Moves events from `feed` to `out` until cancelled; ends only with a refusal that time does not cure."""
     request, troubled = 0, False
     while True:
@@ -88,10 +103,8 @@ async def pull(
             await asyncio.sleep(RETRY_S)
 
 
-async def _receive(
-    feed: Feed, out: asyncio.Queue[Delivery | Refusal], request: int, batch: int, silence_s: float
-) -> None:
-    """Passes on what one request brings; waits at `out` when the reader is slow."""
+async def _receive(feed: Feed, out: Out, request: int, batch: int, silence_s: float) -> None:
+    """Passes on what one request brings."""
     while batch:
         try:
             async with asyncio.timeout(silence_s):
@@ -99,7 +112,7 @@ async def _receive(
         except TimeoutError:
             raise _BrokenError(f"nothing for {silence_s} s, not even a heartbeat") from None
         if isinstance(arrival, Delivery):
-            await _hand_over(arrival, out)
+            await out.put(arrival)
             batch -= 1
         elif arrival.request in {0, request}:  # else an older request speaks
             if arrival.said is Said.LOST:
@@ -108,22 +121,12 @@ async def _receive(
                 return
 
 
-async def _hand_over(event: Delivery, out: asyncio.Queue[Delivery | Refusal]) -> None:
-    try:
-        await out.put(event)
-    except asyncio.CancelledError:  # nobody has seen it: the next reader need not wait for ack_wait_s
-        await event.nak()
-        raise
-
-
 class PullSubscription:
     """Merges feeds into one bounded queue; the Subscription that a bus on a server gives out."""
 
-    def __init__(
-        self, feeds: Sequence[Feed], batch: int, on_close: Callable[[PullSubscription], object]
-    ) -> None:
+    def __init__(self, feeds: Sequence[Feed], batch: int, on_close: Callable[[PullSubscription], object]) -> None:
         self._feeds, self._batch, self._on_close = tuple(feeds), batch, on_close
-        self._ready: asyncio.Queue[Delivery | Refusal] = asyncio.Queue(1)
+        self._out = Out()
         self._pulls: list[asyncio.Task[None]] = []
         self._closed = False
 
@@ -135,7 +138,7 @@ class PullSubscription:
             raise StopAsyncIteration
         if not self._pulls:
             self._pulls = [asyncio.create_task(self._pull(feed)) for feed in self._feeds]
-        event = await self._ready.get()
+        event = await self._out.ready.get()
         if isinstance(event, Refusal):
             if self._closed:
                 raise StopAsyncIteration
@@ -165,22 +168,19 @@ class PullSubscription:
         for task in self._pulls:
             task.cancel()
         await asyncio.gather(*self._pulls, return_exceptions=True)
+        out = [*drain(self._out.ready), *self._out.unseen]
         for feed in self._feeds:
-            await feed.close()
-            await _give_back(feed.arrivals)
-        await _give_back(self._ready)
-        self._ready.put_nowait(Unavailable("closed", reason="CLOSED"))  # wakes a reader that still waits
+            await feed.close([event for event in out if event.stream == feed.stream])
+        self._out.ready.put_nowait(Unavailable("closed", reason="CLOSED"))  # wakes a reader that still waits
 
     async def _pull(self, feed: Feed) -> None:
         try:
-            await pull(feed, self._ready, self._batch)
+            await pull(feed, self._out, self._batch)
         except Refusal as refusal:
-            await self._ready.put(refusal)
+            await self._out.ready.put(refusal)
 
 
-async def _give_back(queue: asyncio.Queue[Delivery | Notice] | asyncio.Queue[Delivery | Refusal]) -> None:
-    """What nobody has seen yet may be delivered to the next reader at once."""
-    while not queue.empty():
-        event = queue.get_nowait()
-        if isinstance(event, Delivery):
-            await event.nak()
+def drain(queue: asyncio.Queue[Any]) -> list[Delivery]:
+    """Takes out what is there and returns the events among it."""
+    waiting = [queue.get_nowait() for _ in range(queue.qsize())]
+    return [item for item in waiting if isinstance(item, Delivery)]

@@ -49,9 +49,7 @@ class Subject:
         """The subject about a resource name: `of("sites/a/nodes/n1", "LINK_LOST")` is wf.v1.hub.node.a_n1.link-lost."""
         parts = name.split("/")
         if len(parts) % 2 or not parts[-2]:
-            raise Invalid(
-                FieldViolation("name", f"{name[:100]!r} is not a resource name such as sites/a/nodes/n1")
-            )
+            raise Invalid(FieldViolation("name", f"{name[:100]!r} is not a resource name such as sites/a/nodes/n1"))
         return cls(site, parts[-2].removesuffix("s"), tuple(parts[1::2]), what.lower().replace("_", "-"))
 
     @classmethod
@@ -102,9 +100,7 @@ def check_filters(filters: Sequence[str]) -> tuple[str, ...]:
     for i, one in enumerate(filters):
         for other in filters[i + 1 :]:
             if overlap(one, other):
-                raise Invalid(
-                    FieldViolation("subjects", f"{one!r} and {other!r} overlap; leave one out or narrow it")
-                )
+                raise Invalid(FieldViolation("subjects", f"{one!r} and {other!r} overlap; leave one out or narrow it"))
     return tuple(filters)
 
 
@@ -112,9 +108,7 @@ def matches(filter: str, subject: str) -> bool:
     """Whether `filter` (with `*` for one token, `>` for one or more at the end) lets `subject` through."""
     wanted, tokens = filter.split("."), subject.split(".")
     if wanted[-1] == ">":
-        return len(tokens) >= len(wanted) and all(
-            w in {"*", t} for w, t in zip(wanted[:-1], tokens, strict=False)
-        )
+        return len(tokens) >= len(wanted) and all(w in {"*", t} for w, t in zip(wanted[:-1], tokens, strict=False))
     return len(tokens) == len(wanted) and all(w in {"*", t} for w, t in zip(wanted, tokens, strict=True))
 
 

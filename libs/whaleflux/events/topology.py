@@ -27,9 +27,7 @@ class Limits:
 
     max_bytes: int = 512 << 20
     max_age_s: float = 7 * 86400.0
-    duplicate_window_s: float = (
-        600.0  # longer than any publisher keeps repeating itself; held in server memory
-    )
+    duplicate_window_s: float = 600.0  # longer than any publisher keeps repeating itself; held in server memory
     replicas: int = 1  # servers of a cluster that keep a copy
 
 
@@ -62,14 +60,10 @@ def hub_streams(sites: Iterable[str] = (), limits: Limits | None = None) -> tupl
     return (StreamSpec(EVENTS, (EVERYTHING,), sources, limits or Limits()),)
 
 
-def site_streams(
-    site: str, others: Iterable[str] = (), limits: Limits | None = None
-) -> tuple[StreamSpec, ...]:
+def site_streams(site: str, others: Iterable[str] = (), limits: Limits | None = None) -> tuple[StreamSpec, ...]:
     """One site's streams; `others` are the further sites whose events it hears through the hub."""
     (own,) = _checked([site])
-    heard = tuple(
-        Source(HUB, EVENTS, f"{ROOT}.{said}.>") for said in (HUB, *(o for o in _checked(others) if o != own))
-    )
+    heard = tuple(Source(HUB, EVENTS, f"{ROOT}.{said}.>") for said in (HUB, *(o for o in _checked(others) if o != own)))
     bounds = limits or Limits()
     return StreamSpec(EVENTS, (f"{ROOT}.{own}.>",), (), bounds), StreamSpec(HEARD, (), heard, bounds)
 
@@ -92,7 +86,5 @@ def streams_for(location: str, filters: Sequence[str]) -> tuple[tuple[str, tuple
 def _checked(sites: Iterable[str]) -> tuple[str, ...]:
     unique = tuple(dict.fromkeys(check_id("site", site) for site in sites))
     if HUB in unique:
-        raise Invalid(
-            FieldViolation("site", f"{HUB!r} is the control plane's own name; give the site another")
-        )
+        raise Invalid(FieldViolation("site", f"{HUB!r} is the control plane's own name; give the site another"))
     return unique
