@@ -13,6 +13,7 @@ pydantic-settings takes a quarter of a second to import.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -175,12 +176,22 @@ def _parse(kind: type[ServiceSettings], argv: Sequence[str]) -> dict[str, Any]:
             if flag.startswith("--") and not equals and rest and not rest[0].startswith("--"):
                 rest.pop(0)  # its value, which is not a second mistake
         elif equals or rest:
-            found[name] = value if equals else rest.pop(0)
+            found[name] = _from_text(kind, name, value if equals else rest.pop(0))
         else:
             wrong.append(FieldViolation(flag, "needs a value"))
     if wrong:
         raise Invalid(wrong)
     return found
+
+
+def _from_text(kind: type[ServiceSettings], name: str, text: str) -> Any:
+    """Lists and objects are given as JSON, as in variables; everything else is for pydantic to read."""
+    if name == "config" or kind.model_fields[name].annotation is str or not text.startswith(("[", "{")):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Invalid(FieldViolation(_flag(name), f"is not JSON: {error}")) from None
 
 
 def _is_switch(kind: type[ServiceSettings], name: str) -> bool:

@@ -7,6 +7,7 @@ verified and forwarded in `x-forwarded-client-cert`, which is believed from nobo
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -56,6 +57,7 @@ class Identity:
         return cls(match["role"], match["name"], match["domain"])
 
 
+_parsed = functools.lru_cache(maxsize=8192)(Identity.parse)  # the same callers come again and again
 NOBODY = Identity(roles.ANONYMOUS, "-")
 
 
@@ -65,6 +67,7 @@ class Authority:
     def __init__(self, trust_domain: str = DEFAULT_TRUST_DOMAIN, table: roles.Table | None = None) -> None:
         self._trust_domain = trust_domain
         self._table = roles.TABLE if table is None else table
+        self._allowed: dict[str, frozenset[str]] = {}  # by method; only methods that exist are asked for
 
     def check(
         self,
@@ -74,7 +77,8 @@ class Authority:
     ) -> Identity:
         """The caller of `method`, or Unauthenticated (unknown), or Denied (known and not allowed)."""
         peer = self._trusted(peer_uri(peer_certificate))
-        wanted = roles.allowed(method, self._table)
+        if (wanted := self._allowed.get(method)) is None:
+            wanted = self._allowed[method] = roles.allowed(method, self._table)
         caller = self._behind(peer, wanted, metadata) if peer.role == roles.FRONTDOOR else peer
         if caller.role in wanted:
             return caller
@@ -86,7 +90,7 @@ class Authority:
         )
 
     def _trusted(self, uri: str) -> Identity:
-        identity = Identity.parse(uri)
+        identity = _parsed(uri)
         if identity.trust_domain != self._trust_domain:
             raise Unauthenticated(f"trust domain {identity.trust_domain!r} is not ours ({self._trust_domain!r})")
         return identity

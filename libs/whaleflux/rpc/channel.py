@@ -12,9 +12,10 @@ the old one until they end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -180,21 +181,17 @@ class _Unary(_Callable):
     ) -> Any:
         """`timeout` in seconds for all attempts together; the policy's when None."""
         deadline = time.monotonic() + (self._channel.policy.timeout_s if timeout is None else timeout)
-        again = self._kind == "unary_unary" and repeatable(self._method, request)
+        again = repeatable(self._method, request)
+        # A stream of requests is used up by its first attempt, whatever the server says.
+        attempt = 1 if self._kind == "unary_unary" else self._channel.policy.attempts
         with propagation.outgoing(self._method, streaming=False) as headers:
             sent = (*self._channel.metadata, *headers, *metadata)
-            attempt = 1
             while True:
                 try:
                     return await self._once(request, deadline - time.monotonic(), sent, wait_for_ready)
                 except Refusal as refusal:
                     left_s = deadline - time.monotonic()
-                    # A stream of requests is used up by its first attempt, whatever the server says.
-                    pause_s = (
-                        self._channel.policy.pause_s(attempt, refusal, again, left_s, random.random())
-                        if self._kind == "unary_unary"
-                        else None
-                    )
+                    pause_s = self._channel.policy.pause_s(attempt, refusal, again, left_s, random.random())
                     if pause_s is None:
                         raise
                 await asyncio.sleep(pause_s)
@@ -204,8 +201,8 @@ class _Unary(_Callable):
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left for {self._method}", metadata={"method": self._method})
         async with await self._channel.line() as line:
-            call = self._on(line)(request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready)
-            return await _answered(call)
+            with _refusals():
+                return await self._on(line)(request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready)
 
 
 class _Streaming(_Callable):
@@ -244,8 +241,9 @@ class Stream(Generic[Response]):
         if self._ended:
             raise StopAsyncIteration
         try:
-            await self._started()
-            message = await _answered(self._call.read())
+            with _refusals():
+                await self._started()
+                message = await self._call.read()
         except BaseException:
             await self.aclose()
             raise
@@ -287,12 +285,13 @@ class Stream(Generic[Response]):
         await self.aclose()
 
 
-async def _answered(waiting: Awaitable[Response]) -> Response:
-    """The answer, with failures as refusals, also when gRPC cancelled the call by itself (a closed channel)."""
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Failures as refusals, also those that gRPC reports by cancelling (a closed channel): nobody cancelled us."""
     task = asyncio.current_task()
     asked = task.cancelling() if task else 0
     try:
-        return await waiting
+        yield
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
     except grpc.aio.UsageError as error:  # the channel was closed under us

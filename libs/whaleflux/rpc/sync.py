@@ -105,17 +105,17 @@ class _Unary:
         """`timeout` in seconds for all attempts together; the policy's when None."""
         policy = self._channel.policy
         deadline = time.monotonic() + (policy.timeout_s if timeout is None else timeout)
-        again = not self._consumes and repeatable(self._method, request)
+        again = repeatable(self._method, request)
+        attempt = policy.attempts if self._consumes else 1  # a stream of requests is used up by its first attempt
         with propagation.outgoing(self._method, streaming=False) as headers:
             sent = (*self._channel.metadata, *headers, *metadata)
-            attempt = 1
             while True:
                 try:
                     return self._once(request, deadline - time.monotonic(), sent)
                 except Refusal as refusal:
                     left_s = deadline - time.monotonic()
                     pause_s = policy.pause_s(attempt, refusal, again, left_s, random.random())
-                    if pause_s is None or self._consumes:
+                    if pause_s is None:
                         raise
                 time.sleep(pause_s)
                 attempt += 1

@@ -17,6 +17,7 @@ import structlog
 from whaleflux.telemetry.traces import current_trace_id
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|authorization|api_?key|private_?key|key_pem)$", re.IGNORECASE)
+_FRAMES = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # locals may be secret
 _Event = MutableMapping[str, Any]
 
 
@@ -33,7 +34,7 @@ def setup_logging(service: str, *, level: str = "info", stream: TextIO | None = 
     rendering: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer()]
         if out.isatty()
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
+        else [structlog.processors.ExceptionRenderer(_FRAMES), structlog.processors.JSONRenderer(default=str)]
     )
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler = logging.StreamHandler(out)

@@ -23,23 +23,38 @@ def _spec(name: str, kind: str) -> MetricSpec:
     return spec
 
 
-@cache
 def counter(name: str) -> Counter:
     """The counter registered as `name`; raises UnregisteredName for any other."""
+    return _counter(str(name))
+
+
+def gauge(name: str) -> Gauge:
+    """The gauge registered as `name`; raises UnregisteredName for any other."""
+    return _gauge(str(name))
+
+
+def histogram(name: str) -> Histogram:
+    """The histogram registered as `name`; raises UnregisteredName for any other."""
+    return _histogram(str(name))
+
+
+# Cached by plain text: a cache would take an enum's member and its value for two names.
+
+
+@cache
+def _counter(name: str) -> Counter:
     spec = _spec(name, "counter")
     return Counter(name, spec.help, spec.labels)
 
 
 @cache
-def gauge(name: str) -> Gauge:
-    """The gauge registered as `name`; raises UnregisteredName for any other."""
+def _gauge(name: str) -> Gauge:
     spec = _spec(name, "gauge")
     return Gauge(name, spec.help, spec.labels)
 
 
 @cache
-def histogram(name: str) -> Histogram:
-    """The histogram registered as `name`; raises UnregisteredName for any other."""
+def _histogram(name: str) -> Histogram:
     spec = _spec(name, "histogram")
     return Histogram(name, spec.help, spec.labels, buckets=spec.buckets)
 

@@ -182,20 +182,17 @@ def emit_span(
     `error` says what went wrong ("" for nothing). Returns the span's own context.
     """
     own = trace.get_current_span(_context_of(traceparent)).get_span_context()
-    context = _context_of(parent)
-    if not parent and own.is_valid:  # a root whose id was chosen: sampled as its context says
-        context = otel_context.Context()
     token = _ids_to_use.set((own.trace_id, own.span_id) if own.is_valid else None)
     try:
         written = _tracer.start_span(
-            name, context, attributes=_checked(attributes), start_time=_nanoseconds(start_time)
+            name, _context_of(parent), attributes=_checked(attributes), start_time=_nanoseconds(start_time)
         )
     finally:
         _ids_to_use.reset(token)
     if error:
         written.set_status(Status(StatusCode.ERROR, error))
     written.end(end_time=_nanoseconds(end_time))
-    return _text(written.get_span_context())
+    return traceparent if own.is_valid else _text(written.get_span_context())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,254 @@
+"""Our channels against servers that fail, restart, drain and hang."""
+
+import asyncio
+import contextlib
+import threading
+from datetime import UTC, datetime
+
+import pytest
+
+from tests.support.toy_rpc import CA, NAME, TABLE, Stub, Toy, add_toy, dial, serving, text
+from whaleflux import errors
+from whaleflux.rpc import sync
+from whaleflux.rpc.auth import Authority
+from whaleflux.rpc.channel import connect
+from whaleflux.rpc.pki import server_name
+from whaleflux.rpc.policy import CallPolicy
+from whaleflux.rpc.server import Server
+
+PATIENT = CallPolicy(attempts=20, first_pause_s=0.05, longest_pause_s=0.2, timeout_s=8)
+
+
+def failing(times, refusal):
+    """A method that refuses `times` times and then answers how often it was called."""
+    calls = []
+
+    async def method(request, context):
+        calls.append(request.value)
+        if len(calls) <= times:
+            raise refusal
+        return text(str(len(calls)))
+
+    return method
+
+
+async def start(toy, port=0):
+    server = Server(CA.issue("scheduler", "test", datetime.now(UTC)), Authority(table=TABLE))
+    server.add(add_toy, toy, NAME)
+    server.bind(f"127.0.0.1:{port}")
+    await server.start()
+    return server
+
+
+class TestRepeats:
+    async def test_a_read_is_repeated_until_it_is_answered(self):
+        toy = Toy({"GetIt": failing(2, errors.Unavailable("store away", retry_after_s=0.0))})
+        async with serving(toy) as server, dial(server, policy=PATIENT) as channel:
+            assert (await Stub(channel).unary("GetIt")(text())).value == "3"
+
+    async def test_a_mutation_is_not_unless_the_server_did_nothing(self):
+        unknown = errors.Unavailable("lost", reason="COMMIT_UNKNOWN", retry_after_s=0.0)
+        follower = errors.Unavailable("not me", reason="NOT_LEADER", retry_after_s=0.0)
+        toy = Toy({"CreateIt": failing(1, unknown), "DeleteIt": failing(1, follower)})
+        async with serving(toy) as server, dial(server, policy=PATIENT) as channel:
+            with pytest.raises(errors.Unavailable) as caught:
+                await Stub(channel).unary("CreateIt")(text())
+            assert caught.value.reason == "COMMIT_UNKNOWN"
+            assert (await Stub(channel).unary("DeleteIt")(text())).value == "2"
+
+    async def test_other_refusals_come_at_once(self):
+        toy = Toy({"GetIt": failing(99, errors.NotFound("job", "queues/q/jobs/j"))})
+        async with serving(toy) as server, dial(server, policy=PATIENT) as channel:
+            with pytest.raises(errors.NotFound):
+                await Stub(channel).unary("GetIt")(text())
+
+    async def test_all_attempts_together_keep_the_deadline(self):
+        toy = Toy({"GetIt": failing(10**6, errors.Unavailable("store away", retry_after_s=0.0))})
+        loop = asyncio.get_running_loop()
+        async with serving(toy) as server, dial(server, policy=PATIENT) as channel:
+            began = loop.time()
+            with pytest.raises((errors.Unavailable, errors.DeadlineExceeded)):
+                await Stub(channel).unary("GetIt")(text(), timeout=0.5)
+            assert loop.time() - began < 1.5
+
+    async def test_a_timeout_of_nothing_is_not_even_sent(self):
+        toy = Toy({"GetIt": failing(0, errors.Unavailable("x"))})
+        async with serving(toy) as server, dial(server) as channel:
+            with pytest.raises(errors.DeadlineExceeded, match="no time was left"):
+                await Stub(channel).unary("GetIt")(text(), timeout=0)
+
+
+class TestRestart:
+    async def test_calls_go_on_when_the_server_comes_back_on_its_port(self):
+        toy = Toy({"GetIt": failing(0, errors.Unavailable("x"))})
+        server = await start(toy)
+        port = server.port
+        async with dial(server, policy=PATIENT) as channel:
+            ask = Stub(channel).unary("GetIt")
+            assert (await ask(text())).value == "1"
+            await server.drain(0)
+            waiting = asyncio.create_task(ask(text()))
+            second = await start(toy, port)
+            try:
+                assert (await waiting).value == "2"
+            finally:
+                await second.drain(0)
+
+    async def test_a_stream_whose_server_dies_is_unavailable_and_not_cancelled(self):
+        async def watch(request, context):
+            yield text("one")
+            await asyncio.sleep(60)
+
+        server = await start(Toy(stream={"Watch": watch}))
+        async with dial(server) as channel:
+            stream = Stub(channel).stream("Watch")(text())
+            await anext(stream)
+            await server._server.stop(0)  # without the courtesy of draining
+            with pytest.raises(errors.Unavailable):
+                await anext(stream)
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    async def test_nobody_there_is_unavailable_within_the_deadline(self):
+        tls = CA.issue("user", "ann", datetime.now(UTC))
+        async with connect("127.0.0.1:1", tls, policy=CallPolicy(attempts=1)) as channel:
+            with pytest.raises(errors.Unavailable) as caught:
+                await Stub(channel).unary("CreateIt")(text())
+            assert caught.value.reason == "SERVER_UNREACHABLE"
+            with pytest.raises(errors.Unavailable, match="did not answer within"):
+                await channel.ready(0.1)
+
+    async def test_a_server_that_accepts_and_says_nothing_costs_the_deadline_only(self):
+        async def silent(reader, writer):
+            await reader.read()
+
+        listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        tls = CA.issue("user", "ann", datetime.now(UTC))
+        async with connect(f"127.0.0.1:{port}", tls, policy=CallPolicy(attempts=1)) as channel:
+            with pytest.raises((errors.DeadlineExceeded, errors.Unavailable)):
+                async with asyncio.timeout(3):
+                    await Stub(channel).unary("GetIt")(text(), timeout=0.2)
+        listener.close()
+
+
+class TestClosing:
+    async def test_a_closed_channel_refuses_and_does_not_cancel_the_task(self):
+        async def linger(request, context):
+            await asyncio.sleep(60)
+
+        async def watch(request, context):
+            yield text("one")
+            await asyncio.sleep(60)
+
+        async with serving(Toy({"Linger": linger}, {"Watch": watch})) as server:
+            channel = dial(server)
+            stream = Stub(channel).stream("Watch")(text())
+            await anext(stream)
+            unary = asyncio.create_task(Stub(channel).unary("Linger")(text()))
+            following = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0)
+            await channel.close()
+            for task in (unary, following):
+                with pytest.raises(errors.Unavailable):
+                    await task
+            with pytest.raises(errors.Unavailable) as caught:
+                await Stub(channel).unary("GetIt")(text())
+            assert caught.value.reason == "CHANNEL_CLOSED"
+
+    async def test_ones_own_cancelling_stays_a_cancelling(self):
+        async def watch(request, context):
+            yield text("one")
+            await asyncio.sleep(60)
+
+        async with serving(Toy(stream={"Watch": watch})) as server, dial(server) as channel:
+            stream = Stub(channel).stream("Watch")(text())
+            await anext(stream)
+            following = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.01)
+            following.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await following
+
+
+@contextlib.contextmanager
+def serving_in_a_thread(toy):
+    """The server in its own loop, for clients that block."""
+    ready, state = threading.Event(), {}
+
+    async def run():
+        state["stop"], state["loop"] = asyncio.Event(), asyncio.get_running_loop()
+        async with serving(toy) as server:
+            state["server"] = server
+            ready.set()
+            await state["stop"].wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    assert ready.wait(5)
+    try:
+        yield state["server"]
+    finally:
+        state["loop"].call_soon_threadsafe(state["stop"].set)
+        thread.join(5)
+
+
+class TestSync:
+    def test_the_same_refusals_repeats_and_streams_without_asyncio(self):
+        closed = threading.Event()
+
+        async def watch(request, context):
+            yield text("one")
+            yield text("two")
+            raise errors.Compacted(9)
+
+        async def forever(request, context):
+            try:
+                while True:
+                    yield text("tick")
+                    await asyncio.sleep(0.01)
+            finally:
+                closed.set()
+
+        async def refuse(request, context):
+            raise errors.WrongState("drain first", reason="NODE_NOT_DRAINED")
+
+        read = failing(2, errors.Unavailable("x", retry_after_s=0.0))
+        toy = Toy({"GetIt": read, "Refuse": refuse}, {"Watch": watch, "Forever": forever})
+        with serving_in_a_thread(toy) as server:
+            tls = CA.issue("user", "ann", datetime.now(UTC))
+            target = f"127.0.0.1:{server.port}"
+            with sync.connect(target, tls, server=server_name("scheduler"), policy=PATIENT) as channel:
+                stub = Stub(channel)
+                assert stub.unary("GetIt")(text()).value == "3"
+                with pytest.raises(errors.WrongState) as caught:
+                    stub.unary("Refuse")(text())
+                assert caught.value.reason == "NODE_NOT_DRAINED"
+                seen = []
+                with pytest.raises(errors.Compacted):
+                    seen.extend(message.value for message in stub.stream("Watch")(text()))
+                endless = stub.stream("Forever")(text())
+                assert next(endless).value == "tick"
+                endless.close()
+                assert closed.wait(3), "leaving the iterator ends the stream at the server"
+
+    def test_nobody_there(self):
+        tls = CA.issue("user", "ann", datetime.now(UTC))
+        with sync.connect("127.0.0.1:1", tls, policy=CallPolicy(attempts=2, first_pause_s=0.01)) as channel:
+            with pytest.raises(errors.Unavailable):
+                Stub(channel).unary("GetIt")(text())
+            with pytest.raises(errors.Unavailable):
+                next(Stub(channel).stream("Watch")(text()))
+
+
+def test_dialling_needs_neither_opentelemetry_nor_structlog():
+    """The command line pays for neither."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import whaleflux.rpc.sync, whaleflux.rpc.channel;"
+        "print([m for m in ('opentelemetry', 'structlog', 'prometheus_client', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "[]"
