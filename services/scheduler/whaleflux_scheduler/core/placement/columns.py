@@ -154,6 +154,7 @@ class Columns:
     def _build_devices(self) -> None:
         self.uncut = [uncut_mask(r.node) for r in self.rows]
         self.usable = [self.uncut[i] & healthy_mask(r.node) for i, r in enumerate(self.rows)]  # free or not
+        self.usable_masks = np.array(self.usable, dtype=np.uint64)
         self.taken = [0] * self.count  # held by someone, wholly or in part
         self.offered = [0] * self.count  # wholly free GPUs that new work may use
         self.offer = np.zeros(self.count, dtype=np.int16)

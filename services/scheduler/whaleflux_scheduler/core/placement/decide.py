@@ -65,20 +65,34 @@ def decide(columns: Columns, request: PlaceRequest, datasets: Mapping[str, Datas
     return assemble(columns, request, ordered[0], ordered[1:])
 
 
+def feasible(columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]) -> bool:
+    """Whether anything fits at all: the first place found, not costed."""
+    return next(_places(columns, request, datasets), None) is not None
+
+
 def candidates(columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]) -> Iterator[Candidate]:
     """Every option on every pool of like nodes, with and without the data's nodes, and by price where price decides."""
+    for option, groups in _places(columns, request, datasets):
+        yield price(columns, request, option, groups, datasets)
+
+
+def _places(
+    columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]
+) -> Iterator[tuple[GpuOption, tuple[Group, ...]]]:
     if not columns.count:
         return
     allowed = allowed_rows(columns, request)
+    near = frozenset(columns.index[n] for n in request.near_nodes if n in columns.index)
     for option in request.requirement.any_of:
         any_found = False
         for subset in _restrictions(columns, request, datasets, allowed):
             for shapes in _pools(columns, request, option):
-                for candidate in _on(columns, request, option, datasets, subset, shapes):
+                for groups in _Place(columns, request, option, subset, shapes, near).all_groups():
                     any_found = True
-                    yield candidate
+                    yield option, groups
         if not any_found and not request.hard_locality:
-            yield from _on(columns, request, option, datasets, allowed, None)
+            for groups in _Place(columns, request, option, allowed, None, near).all_groups():
+                yield option, groups
 
 
 def _pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[frozenset[int]]:
@@ -132,20 +146,6 @@ def _local_rows(columns: Columns, request: PlaceRequest, datasets: Mapping[str, 
             here[[columns.index[n] for n in datasets[name].cached_on if n in columns.index]] = True
         rows &= here
     return rows
-
-
-def _on(
-    columns: Columns,
-    request: PlaceRequest,
-    option: GpuOption,
-    datasets: Mapping[str, DatasetFact],
-    *rest: Bools | frozenset[int] | None,
-) -> Iterator[Candidate]:
-    allowed, shapes = rest
-    near = frozenset(columns.index[n] for n in request.near_nodes if n in columns.index)
-    place = _Place(columns, request, option, allowed, shapes, near)  # type: ignore[arg-type]
-    for groups in place.all_groups():
-        yield price(columns, request, option, groups, datasets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.columns import Columns, Row, ShapeBook, place_key
 from whaleflux_scheduler.core.placement.comm import flows_of
-from whaleflux_scheduler.core.placement.decide import decide
+from whaleflux_scheduler.core.placement.decide import decide, feasible
 from whaleflux_scheduler.core.placement.explain import explain
 from whaleflux_scheduler.core.placement.validate import check_request
 
@@ -138,6 +138,10 @@ class Engine:
         """As `place`, without the work of explaining a refusal."""
         check_request(request)
         return decide(self.columns, request, self._datasets)
+
+    def feasible(self, request: PlaceRequest) -> bool:
+        """Whether the request fits now, for the least work: no cost, no reasons."""
+        return feasible(self.columns, request, self._datasets)
 
     def explain(self, request: PlaceRequest) -> NoPlacement:
         """Why the request waits. Meant for requests that `place` refused; says so if it fits."""

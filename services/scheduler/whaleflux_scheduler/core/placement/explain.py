@@ -19,7 +19,7 @@ from whaleflux_scheduler.core.placement.api import (
     Share,
 )
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
-from whaleflux_scheduler.core.placement.decide import decide
+from whaleflux_scheduler.core.placement.decide import feasible
 from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
 
 Datasets = Mapping[str, DatasetFact]
@@ -30,7 +30,7 @@ def explain(columns: Columns, request: PlaceRequest, datasets: Datasets, empty: 
     counted, left = _count(columns, request, datasets)
     free, total = _gpus(columns, request, left)
     wanted = min((request.units * o.per_unit for o in request.requirement.any_of), default=0)
-    ever = decide(empty(), request, datasets) is not None
+    ever = feasible(empty(), request, datasets)
     return NoPlacement(
         request.id,
         tuple(counted),
@@ -189,14 +189,12 @@ def _shapes(columns: Columns, passes: Callable[[int], bool]) -> Bools:
 
 def _gpus(columns: Columns, request: PlaceRequest, left: Bools) -> tuple[int, int]:
     """Free GPUs on nodes that pass every constraint, and all healthy GPUs of the right kind."""
+    need = request.requirement
     masks = [
-        max(
-            (matching_positions(s, request.requirement, o.model) for o in request.requirement.any_of), key=int.bit_count
-        )
-        for s in columns.book.shapes
+        max((matching_positions(s, need, o.model) for o in need.any_of), key=int.bit_count) for s in columns.book.shapes
     ]
-    total = sum((columns.usable[i] & masks[columns.shape_of[i]]).bit_count() for i in range(columns.count))
-    return int(columns.offer[left].sum()), total
+    suitable = columns.usable_masks & np.array(masks or [0], dtype=np.uint64)[columns.shapes]
+    return int(columns.offer[left].sum()), int(np.bitwise_count(suitable).sum())
 
 
 def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: int) -> str:
@@ -220,7 +218,7 @@ def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: 
 def _smallest_change(columns: Columns, request: PlaceRequest, datasets: Datasets) -> str:
     """Single changes in the order of how little they ask of the user; the first that fits."""
     for text, changed in _changes(request):
-        if decide(columns, changed, datasets) is not None:
+        if feasible(columns, changed, datasets):
             return text
     fewer = _fewer_gpus(columns, request, datasets)
     return f"would fit with {fewer} GPUs" if fewer else ""
@@ -285,7 +283,7 @@ def _fewer_gpus(columns: Columns, request: PlaceRequest, datasets: Datasets) -> 
     while high - low > 1:
         middle = (low + high) // 2
         smaller = replace(request, groups=(replace(group, gpus=middle * step),))
-        if smaller.min_nodes <= middle * step and decide(columns, smaller, datasets) is not None:
+        if smaller.min_nodes <= middle * step and feasible(columns, smaller, datasets):
             low = middle
         else:
             high = middle

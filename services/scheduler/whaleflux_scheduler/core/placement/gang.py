@@ -99,8 +99,10 @@ def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
     columns = supply.columns
     lo_row, hi_row = _range(supply, bounds)
     for exactly in range(count, columns.width + 1):
+        if supply.at_least(Level.FLEET, exactly)[0] == supply.at_least(Level.FLEET, exactly + 1)[0]:
+            continue
         here = supply.at_least(Level.LEAF, exactly) - supply.at_least(Level.LEAF, exactly + 1)
-        leaves: Ints = np.flatnonzero(here)
+        leaves: Ints = here.nonzero()[0]
         if bounds.inside:
             inside = (columns.hi[Level.LEAF][leaves] > lo_row) & (columns.lo[Level.LEAF][leaves] < hi_row)
             leaves = leaves[inside]
@@ -109,7 +111,7 @@ def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
         leaf = int(leaves[0]) if len(leaves) == 1 else _tightest(supply, leaves, bounds)
         lo = max(int(columns.lo[Level.LEAF][leaf]), lo_row)
         hi = min(int(columns.hi[Level.LEAF][leaf]), hi_row)
-        rows = np.flatnonzero(supply.usable(lo, hi) == exactly)
+        rows = (supply.usable(lo, hi) == exactly).nonzero()[0]
         if len(rows):
             found = [lo + int(r) for r in rows]
             return min(found, key=lambda i: (i not in bounds.near, i)) if bounds.near else found[0]

@@ -14,54 +14,70 @@ if TYPE_CHECKING:
 def plan(engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> PreemptionPlan | None:
     """The plan, or None when even stopping every victim of lower priority makes no room.
 
-    The shortest sufficient run of victims in order is found by bisection; then each, most valuable first, is spared if the request
-    still fits without its room. All inside one transaction that is always rolled back.
+    Victims are stopped in order until the request fits. Those outside the place found are spared at once, the others one by one, most
+    valuable first, whenever the request still fits without their room. One transaction, always rolled back, moves one victim at a
+    time: nothing is recounted.
     """
-    order = _order(engine, request, victims)
     with engine.transaction():
-        needed = _shortest_run(engine, request, order)
-        if needed is None:
+        return _Plan(engine, request, victims).find()
+
+
+class _Plan:
+    def __init__(self, engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> None:
+        self.engine, self.request = engine, request
+        known = [v for v in victims if v.priority < request.priority and v.id in engine.placements]
+        self.order = sorted(known, key=lambda v: (v.priority, v.lost_gpu_s, v.id))
+        self.placed: dict[str, Placement] = {v.id: engine.placements[v.id] for v in self.order}
+
+    def stop(self, victims: Sequence[Victim]) -> None:
+        for victim in victims:
+            self.engine.release(victim.id)
+
+    def spare(self, victims: Sequence[Victim]) -> None:
+        for victim in victims:
+            self.engine.apply(self.placed[victim.id])
+
+    def find(self) -> PreemptionPlan | None:
+        stopped = self._shortest_run()
+        if stopped is None:
             return None
-        run = order[:needed]
-        placement = _without(engine, request, run)
-        if placement is None:
-            return None
-        return _reprieve(engine, request, run, placement)
+        self._spare_outside(stopped)
+        for victim in reversed(list(stopped)):
+            self.spare([victim])
+            if self.engine.feasible(self.request):
+                stopped.remove(victim)
+            else:
+                self.stop([victim])
+        placement = self.engine.fits(self.request)
+        assert placement is not None
+        return PreemptionPlan(tuple(v.id for v in stopped), placement, sum(v.lost_gpu_s for v in stopped))
 
+    def _shortest_run(self) -> list[Victim] | None:
+        """The shortest prefix of the order that makes room, left stopped: by doubling, then by bisection of the last step."""
+        low = high = 0
+        while not self.engine.feasible(self.request):
+            if high == len(self.order):
+                return None
+            low, high = high, min(len(self.order), 2 * high + 1)
+            self.stop(self.order[low:high])
+        at = high
+        while low + 1 < high:  # `high` is enough, `low` is not, `at` are stopped
+            middle = (low + high) // 2
+            self.spare(self.order[middle:at])
+            self.stop(self.order[at:middle])
+            at = middle
+            if self.engine.feasible(self.request):
+                high = middle
+            else:
+                low = middle
+        self.stop(self.order[at:high])
+        return self.order[:high]
 
-def _order(engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> list[Victim]:
-    known = [v for v in victims if v.priority < request.priority and v.id in engine.placements]
-    return sorted(known, key=lambda v: (v.priority, v.lost_gpu_s, v.id))
-
-
-def _shortest_run(engine: Engine, request: PlaceRequest, order: list[Victim]) -> int | None:
-    """How many victims, in order, make room. More room never hurts, so bisection is exact."""
-    low, high = 0, len(order)
-    if _without(engine, request, order) is None:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if _without(engine, request, order[:middle]) is not None:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _without(engine: Engine, request: PlaceRequest, stopped: Sequence[Victim]) -> Placement | None:
-    with engine.transaction():
-        for victim in stopped:
-            engine.release(victim.id)
-        return engine.fits(request)
-
-
-def _reprieve(engine: Engine, request: PlaceRequest, run: list[Victim], placement: Placement) -> PreemptionPlan:
-    """Victims outside the chosen place are spared at once; the rest one by one, most valuable first."""
-    inside = set(placement.node_names)
-    stopped = [v for v in run if any(a.node in inside for a in engine.placements[v.id].nodes)]
-    for victim in reversed(list(stopped)):
-        fewer = [v for v in stopped if v is not victim]
-        found = _without(engine, request, fewer)
-        if found is not None:
-            stopped, placement = fewer, found
-    return PreemptionPlan(tuple(v.id for v in stopped), placement, sum(v.lost_gpu_s for v in stopped))
+    def _spare_outside(self, stopped: list[Victim]) -> None:
+        """Nobody outside the place that was found needs to go."""
+        placement = self.engine.fits(self.request)
+        assert placement is not None
+        inside = set(placement.node_names)
+        outside = [v for v in stopped if not any(a.node in inside for a in self.placed[v.id].nodes)]
+        self.spare(outside)
+        stopped[:] = [v for v in stopped if v not in outside]
