@@ -286,7 +286,7 @@ async def test_an_event_of_the_greatest_size_passes(bus, site):
 @pytest.mark.parametrize(
     "wrong",
     [{"durable": "a.b"}, {"durable": ""}, {"subjects": ["wf.v1.>", "wf.v1.a.>"]}, {"subjects": []}, {"max_in_flight": 0},
-     {"ack_wait_s": 0.0}],
+     {"ack_wait_s": 0.0}, {"forget_after_s": -5.0}],
 )  # fmt: skip
 async def test_bad_subscriptions_are_refused_at_once(bus, wrong):
     arguments = {"subjects": ["wf.v1.>"], "durable": "d"} | wrong

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from whaleflux.embedded import nats as embedded
 from whaleflux.events.nats import NatsBus, NatsOptions
@@ -33,19 +35,21 @@ class NatsServer:
         sites: dict[str, str] | None = None,
         hub_url: str = "",
         tls: embedded.Tls | None = None,
+        confined: str = "",
     ) -> None:
         self.name, self.folder = name, folder / name
         self.address, self.monitor, self.leaf = free_address(), free_address(), free_address()
         self._config = self.folder / "nats.conf"
         self._process: subprocess.Popen[bytes] | None = None
-        common = (self.folder / "store", self.address, self.monitor, (embedded.User(USER, PASSWORD),), tls)
+        users = [embedded.User(USER, PASSWORD)]
+        if confined:
+            users.append(embedded.publishing_user("agent", "agent-secret", confined))
+        common = (self.folder / "store", self.address, self.monitor, tuple(users), tls)
         if hub_url:
             text = embedded.site_config(embedded.Site(*common, site=name, hub_url=hub_url))
         else:
             leaves = tuple(embedded.User(site, secret) for site, secret in (sites or {}).items())
-            text = embedded.hub_config(
-                embedded.Hub(*common, leaf_address=self.leaf if sites else "", sites=leaves)
-            )
+            text = embedded.hub_config(embedded.Hub(*common, leaf_address=self.leaf if sites else "", sites=leaves))
         embedded.write_config(self._config, text)
 
     async def start(self) -> None:
@@ -70,8 +74,13 @@ class NatsServer:
             self._process.wait(10)
             self._process = None
 
-    def options(self, location: str = "hub", **more: object) -> NatsOptions:
-        return NatsOptions((f"nats://{self.address}",), location, USER, PASSWORD, **more)  # type: ignore[arg-type]
+    def lose_files(self) -> None:
+        """The next start finds nothing of what was stored."""
+        shutil.rmtree(self.folder / "store")
+
+    def options(self, location: str = "hub", **more: Any) -> NatsOptions:
+        """To reach this server as its ordinary user."""
+        return NatsOptions((f"nats://{self.address}",), location, **{"user": USER, "password": PASSWORD, **more})
 
     async def connect(self, location: str = "hub") -> NatsBus:
         return await NatsBus.connect(self.options(location), timeout_s=15)

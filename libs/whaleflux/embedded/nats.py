@@ -69,6 +69,14 @@ class Site(Server):
     hub_url: str = field(default="", repr=False)
 
 
+def publishing_user(name: str, password: str, subjects: str) -> User:
+    """A client that may publish under `subjects` and hear the acknowledgements, nothing else (an agent's).
+
+    It connects with `NatsOptions(create_streams=False)`.
+    """
+    return User(name, password, publish=(subjects,), subscribe=("_INBOX.>",))
+
+
 def hub_config(hub: Hub) -> str:
     """The hub's configuration file."""
     leaves = ""
@@ -155,7 +163,7 @@ async def wait_ready(monitor_address: str, timeout_s: float = 20.0) -> None:
     """Returns when the server is ready; raises Unavailable after `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not await is_ready(monitor_address):  # noqa: ASYNC110  # another process: nothing to wait on
+            while not await is_ready(monitor_address):  # another process: nothing to wait on
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise Unavailable(

@@ -158,7 +158,9 @@ def check_message(subject: str, data: bytes, id: str, headers: Mapping[str, str]
         raise Invalid(FieldViolation("headers", f"{size} bytes; at most {MAX_HEADERS_BYTES}"))
 
 
-def check_subscription(subjects: Sequence[str], durable: str, max_in_flight: int, ack_wait_s: float) -> tuple[str, ...]:
+def check_subscription(
+    subjects: Sequence[str], durable: str, max_in_flight: int, ack_wait_s: float, forget_after_s: float
+) -> tuple[str, ...]:
     """The filters, valid and not overlapping; refuses otherwise, the same way for every bus."""
     if not _DURABLE.fullmatch(durable):
         raise Invalid(FieldViolation("durable", f"{durable[:64]!r}: use 1-64 of A-Z, a-z, 0-9, '_' and '-'"))
@@ -166,4 +168,6 @@ def check_subscription(subjects: Sequence[str], durable: str, max_in_flight: int
         raise Invalid(FieldViolation("max_in_flight", f"{max_in_flight}: use 1 to 10000"))
     if not 0.1 <= ack_wait_s <= 3600:
         raise Invalid(FieldViolation("ack_wait_s", f"{ack_wait_s}: use 0.1 to 3600 seconds"))
+    if forget_after_s != 0 and not 1 <= forget_after_s <= 30 * 86400:
+        raise Invalid(FieldViolation("forget_after_s", f"{forget_after_s}: use 1 second to 30 days, or 0 for never"))
     return names.check_filters(subjects)

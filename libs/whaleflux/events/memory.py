@@ -144,7 +144,7 @@ class MemoryBus:
         ack_wait_s: float = api.ACK_WAIT_S,
         forget_after_s: float = 0.0,
     ) -> MemorySubscription:
-        filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s)
+        filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s, forget_after_s)
         known = self._durables.get(durable)
         if known is None:
             known = self._durables[durable] = Durable(filters, self._first(start), ack_wait_s, max_in_flight)

@@ -28,6 +28,7 @@ from nats.js.api import (
     ConsumerConfig,
     DeliverPolicy,
     ExternalStream,
+    PubAck,
     StorageType,
     StreamConfig,
     StreamSource,
@@ -62,6 +63,7 @@ class NatsOptions:
     tls: ssl.SSLContext | None = None
     name: str = "whaleflux"  # shown in the server's connection list
     streams: tuple[StreamSpec, ...] = ()  # what to create where absent; empty: the location's own
+    create_streams: bool = True  # False for users who may only publish
 
     def wanted(self) -> tuple[StreamSpec, ...]:
         """The streams that must exist here."""
@@ -77,6 +79,7 @@ class NatsBus:
         self._publishing = asyncio.Semaphore(MAX_PUBLISHES_IN_FLIGHT)
         self._open: set[PullSubscription] = set()
         self._closing = False
+        self._renewed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def connect(cls, options: NatsOptions, *, timeout_s: float = 30.0) -> NatsBus:
@@ -132,7 +135,7 @@ class NatsBus:
         ack_wait_s: float = api.ACK_WAIT_S,
         forget_after_s: float = 0.0,
     ) -> PullSubscription:
-        filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s)
+        filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s, forget_after_s)
         wanted = _consumer(durable, start, max_in_flight, ack_wait_s, forget_after_s)
         feeds = [
             _NatsFeed(self, stream, replace(wanted, filter_subjects=list(share)))
@@ -217,17 +220,32 @@ class NatsBus:
 
     async def _publish(self, subject: str, data: bytes, headers: dict[str, Any]) -> Ack:
         try:
-            answer = await (await self._js.publish_async(subject, data, headers=headers))
+            answer = await self._acknowledged(subject, data, headers)
         except nats.js.errors.NoStreamResponseError:
+            if not self.options.create_streams:
+                raise
             await self.ensure(self.options.wanted())  # the server may have come back without its files
-            answer = await (await self._js.publish_async(subject, data, headers=headers))
+            answer = await self._acknowledged(subject, data, headers)
         return Ack(answer.stream, answer.seq, bool(answer.duplicate))
+
+    async def _acknowledged(self, subject: str, data: bytes, headers: dict[str, Any]) -> PubAck:
+        """Sends, and again on a new connection: the answer to what went over the old one never comes. The id makes it safe."""
+        while True:
+            renewed = self._renewed
+            answer = await self._js.publish_async(subject, data, headers=dict(headers))
+            try:
+                await asyncio.wait({answer, renewed}, return_when=asyncio.FIRST_COMPLETED)
+                if answer.done():
+                    return answer.result()
+            finally:
+                answer.cancel()
 
     async def _until_ready(self) -> None:
         """JetStream answers a little later than the server."""
         while True:
             try:
-                await self.ensure(self.options.wanted())
+                if self.options.create_streams:
+                    await self.ensure(self.options.wanted())
                 return
             except Unavailable:
                 await asyncio.sleep(0.1)
@@ -237,6 +255,8 @@ class NatsBus:
             log.warning("bus_disconnected", client=self.options.name)
 
     async def _reconnected(self) -> None:
+        self._renewed.set_result(None)
+        self._renewed = asyncio.get_running_loop().create_future()
         log.info("bus_reconnected", server=str(self.client.connected_url and self.client.connected_url.netloc))
         for subscription in tuple(self._open):
             subscription.ask_again()
@@ -262,6 +282,11 @@ class _NatsFeed:
             await self._bus.ensure(self._bus.options.wanted())
             await self._bus.call(js.add_consumer(self.stream, self._wanted))
         else:
+            if known.deliver_subject:
+                raise WrongState(
+                    f"consumer {durable!r} of {self.stream} was made by somebody else, to push; choose another durable",
+                    reason="BUS_REFUSED",
+                )
             if not _same(known, self._wanted):
                 await self._bus.call(js.add_consumer(self.stream, _changed(known, self._wanted)))
         if self._inbox is None:
