@@ -1,0 +1,86 @@
+"""What people write for sizes, times and money, and the numbers that the contract wants."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, date, datetime, timedelta
+
+_BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400}  # fmt: skip
+_NUMBER = re.compile(r"\s*(?:>=)?\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*")
+
+
+def size_bytes(value: object) -> int:
+    """80 GB, 1.5 TiB, ">= 24 GB" or a number of bytes. Raises ValueError with what would be right."""
+    return int(_scaled(value, _BYTES, "a size such as 80 GB or 512 MiB"))
+
+
+def seconds(value: object) -> float:
+    """10 min, 500 ms, 2h or a number of seconds. Raises ValueError with what would be right."""
+    return _scaled(value, _SECONDS, "a time such as 10 min, 30 s or 2 h")
+
+
+def dollars(value: object) -> float:
+    """12000 USD, $12000 or a number. Raises ValueError with what would be right."""
+    if isinstance(value, str):
+        value = value.strip().removeprefix("$")
+    return _scaled(value, {"": 1, "usd": 1}, "an amount such as 12000 USD; other currencies are not converted")
+
+
+def instant(value: object) -> datetime:
+    """2026-12-01T08:00Z, or the same with another offset; without one it is UTC. Raises ValueError."""
+    if isinstance(value, datetime):
+        moment = value
+    elif isinstance(value, date):
+        moment = datetime(value.year, value.month, value.day, tzinfo=UTC)
+    elif isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+        except ValueError:
+            raise ValueError("must be a time such as 2026-12-01T08:00Z") from None
+    else:
+        raise ValueError("must be a time such as 2026-12-01T08:00Z")
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _scaled(value: object, units: dict[str, float] | dict[str, int], wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"must be {wanted}")
+    if isinstance(value, (int, float)):
+        if not 0 <= value < 10**18 or math.isnan(value):
+            raise ValueError(f"must be {wanted}, not negative")
+        return value
+    match = _NUMBER.fullmatch(value)
+    if match is None or match[2].lower() not in units:
+        raise ValueError(f"must be {wanted}")
+    return float(match[1]) * units[match[2].lower()]
+
+
+def shown_bytes(count: float) -> str:
+    """1.5 TB, 141 GB: three digits are enough for people."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def shown_duration(span: timedelta | float) -> str:
+    """3d4h, 2h5m, 4m10s, 12s."""
+    total = int(span.total_seconds() if isinstance(span, timedelta) else span)
+    for size, big, step, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if total >= size:
+            rest = total % size // step
+            return f"{total // size}{big}" + (f"{rest}{small}" if rest else "")
+    return f"{total}s"
