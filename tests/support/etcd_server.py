@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,15 @@ class EtcdServer:
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+    def back_up(self) -> None:
+        """Keeps a copy of the data of a server that does not run."""
+        shutil.copytree(self._data / "etcd", self._data / "backup")
+
+    def restore(self) -> None:
+        """Goes back to the copy."""
+        shutil.rmtree(self._data / "etcd")
+        shutil.copytree(self._data / "backup", self._data / "etcd")
 
     async def restart(self) -> None:
         self.kill()

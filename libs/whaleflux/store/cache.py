@@ -14,7 +14,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeAlias, TypeVar
 
 from whaleflux.errors import Compacted, Unavailable
 from whaleflux.store.api import Entry, Snapshot, Store
@@ -24,6 +24,14 @@ log = logging.getLogger(__name__)
 
 _REFRESH_AFTER_S = 1.0  # a watch tells of quiet revisions late; after this a waiter looks for itself
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 1.0
+
+
+_Mark: TypeAlias = tuple[int, int]
+
+
+def _mark(entry: Entry) -> _Mark:
+    """Tells an entry from others of its key, also from one with its revision in a history that was lost."""
+    return entry.revision, hash(entry.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,11 @@ class Cache(Generic[T]):
     def __init__(self, store: Store, prefix: str, decode: Callable[[Entry], T]) -> None:
         self._store, self._prefix, self._decode = store, prefix, decode
         self._values: dict[str, T] = {}
-        self._seen: dict[str, int] = {}  # key -> revision that it was read at
+        self._seen: dict[str, _Mark] = {}
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []  # heap by revision
         self._order = itertools.count()
         self._subscribers: set[_Pending[T]] = set()
-        self._loading = asyncio.Lock()
+        self._catching_up = asyncio.Lock()
         self._group = asyncio.TaskGroup()
         self._task: asyncio.Task[None] | None = None
         self.revision = 0
@@ -85,7 +93,7 @@ class Cache(Generic[T]):
                     async with asyncio.timeout(_REFRESH_AFTER_S):
                         return await self._wait_for(revision)
                 except TimeoutError:
-                    await self._load()
+                    await self._catch_up()
                 await self._wait_for(revision)
         except TimeoutError:
             told = f"{self._prefix} is known up to revision {self.revision}, not {revision}, after {timeout_s:g} s"
@@ -117,7 +125,7 @@ class Cache(Generic[T]):
             while True:
                 with contextlib.suppress(Compacted):
                     await self._follow()
-                await self._load_patiently()
+                await self._load_patiently()  # whatever its revision: a restored backup goes back in time
         finally:
             asyncio.get_running_loop().call_soon(self._wake_all)
 
@@ -136,22 +144,24 @@ class Cache(Generic[T]):
         delay_s = _SHORTEST_RETRY_S
         while True:
             try:
-                return await self._load()
+                return self._adopt(await self._store.list(self._prefix))
             except (Unavailable, Compacted) as reason:
                 log.warning("listing %s failed, trying again: %s", self._prefix, reason)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
 
-    async def _load(self) -> None:
-        async with self._loading:
+    async def _catch_up(self) -> None:
+        """Lists for a waiter, beside the watch."""
+        async with self._catching_up:
             snapshot = await self._store.list(self._prefix)
         if snapshot.revision > self.revision:
-            self._apply(self._difference(snapshot), snapshot.revision)
+            self._adopt(snapshot)
 
-    def _difference(self, snapshot: Snapshot) -> dict[str, Entry | None]:
+    def _adopt(self, snapshot: Snapshot) -> None:
         listed = {entry.key: entry for entry in snapshot.entries}
-        gone: dict[str, Entry | None] = dict.fromkeys(key for key in self._seen if key not in listed)
-        return gone | {key: entry for key, entry in listed.items() if self._seen.get(key) != entry.revision}
+        changed: dict[str, Entry | None] = dict.fromkeys(key for key in self._seen if key not in listed)
+        changed |= {key: entry for key, entry in listed.items() if self._seen.get(key) != _mark(entry)}
+        self._apply(changed, snapshot.revision)
 
     def _apply(self, entries: Mapping[str, Entry | None], revision: int) -> None:
         changes = [change for key, entry in entries.items() if (change := self._set(key, entry, revision))]
@@ -169,7 +179,7 @@ class Cache(Generic[T]):
         old = self._values.pop(key, None)
         new = self._read(entry) if entry else None
         if entry:
-            self._seen[key] = entry.revision
+            self._seen[key] = _mark(entry)
         else:
             self._seen.pop(key, None)
         if new is not None:

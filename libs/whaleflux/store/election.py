@@ -41,9 +41,7 @@ class Leader:
 
 
 @contextlib.asynccontextmanager
-async def elect(
-    store: Store, name: str, identity: str, *, ttl_s: float = TTL_S
-) -> AsyncGenerator[Leader, None]:
+async def elect(store: Store, name: str, identity: str, *, ttl_s: float = TTL_S) -> AsyncGenerator[Leader, None]:
     """Waits until this process leads `name`; resigns at the end of the block.
 
     `identity` is what `leader_of` tells others, such as an address. The block is not cancelled when leadership is lost:

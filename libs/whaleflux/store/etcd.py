@@ -61,6 +61,7 @@ _PAGE_ENTRIES = 1000  # a long listing is read in pages of one revision, so that
 _CONNECT_S = 1.0
 _PROGRESS_S, _SILENCE_S = 1.0, 3.0  # ask an open watch for a sign of life; without any it counts as broken
 _ORDERED_PROGRESS = (3, 5, 8)  # older servers' answers to that question overtake events still under way
+_BEHIND_LIMIT = 5  # streams in a row from members that know less than was told: no lag, but lost history
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 1.0
 _REQUIRE_LEADER = (("hasleader", "true"),)  # a member cut off from its quorum ends the stream
 _CHANNEL_OPTIONS = (
@@ -91,9 +92,7 @@ class Tls:
     key: Path
 
     def credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(
-            self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
-        )
+        return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes())
 
 
 class Endpoints:
@@ -115,20 +114,22 @@ class Endpoints:
 
 
 class _Link:
-    """One channel with its stubs."""
+    """One channel with its stubs, closed when it was left and nobody uses it any more.
+
+    gRPC raises usage errors and cancellations in calls whose channel is closed under them.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
         self.kv, self.leases = rpc.KVStub(channel), rpc.LeaseStub(channel)
+        self.users = 0
 
     async def ready(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
-                while (
-                    state := self.channel.get_state(try_to_connect=True)
-                ) != grpc.ChannelConnectivity.READY:
+                while (state := self.channel.get_state(try_to_connect=True)) != grpc.ChannelConnectivity.READY:
                     await self.channel.wait_for_state_change(state)
-        except TimeoutError:
+        except (TimeoutError, grpc.aio.UsageError):  # the latter when the store is closed meanwhile
             return False
         return True
 
@@ -141,43 +142,56 @@ class _Connection:
         self._attempt_s = timeout_s / min(endpoints.count, 3)
         self._link = _Link(endpoints.open())
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
-    async def link(self, timeout_s: float) -> _Link:
+    @contextlib.asynccontextmanager
+    async def link(self, timeout_s: float) -> AsyncGenerator[_Link, None]:
         """A connected link; Unavailable when there is none, and then nothing was sent."""
         end_s = _now_s() + timeout_s
-        while (left_s := end_s - _now_s()) > 0:
+        while (left_s := end_s - _now_s()) > 0 and not self._closed:
             link = self._link
-            if await link.ready(min(_CONNECT_S, left_s)):
-                return link
-            self.leave(link)
+            link.users += 1
+            try:
+                if await link.ready(min(_CONNECT_S, left_s)):
+                    yield link
+                    return
+                self.leave(link)
+            finally:
+                link.users -= 1
+                self._close_unused(link)
+        if self._closed:
+            raise Unavailable("this store was closed", reason="STORE_CLOSED")
         raise Unavailable(f"no etcd member could be reached within {timeout_s:g} s")
 
     def leave(self, link: _Link) -> None:
         """The next call uses the next member; calls under way on this link keep it until their deadline."""
-        if link is not self._link:
-            return
-        self._link = _Link(self._endpoints.open())
-        closing = asyncio.get_running_loop().create_task(link.channel.close(grace=self.timeout_s))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        if link is self._link:
+            self._link = _Link(self._endpoints.open())
+
+    def _close_unused(self, link: _Link) -> None:
+        if link is not self._link and not link.users:
+            closing = asyncio.get_running_loop().create_task(link.channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def ask(self, method: Callable[[_Link], Any], request: Any) -> Any:
         """A call that may be repeated: tries member after member until one answers or the time is up."""
         end_s = _now_s() + self.timeout_s
         while True:
-            link = await self.link(end_s - _now_s())
-            try:
-                return await method(link)(request, timeout=max(0.001, min(self._attempt_s, end_s - _now_s())))
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _TRANSIENT or _now_s() >= end_s:
-                    raise _refusal(error) from error
-                self.leave(link)
+            async with self.link(end_s - _now_s()) as link:
+                try:
+                    left_s = max(0.001, end_s - _now_s())
+                    return await method(link)(request, timeout=min(self._attempt_s, left_s))
+                except grpc.aio.AioRpcError as error:
+                    if error.code() not in _TRANSIENT or _now_s() >= end_s:
+                        raise _refusal(error) from error
+                    self.leave(link)
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
-        for task in self._closing:
-            task.cancel()
-        await self._link.channel.close()
+        self._closed = True
+        await self._link.channel.close(grace=1.0)
+        await asyncio.gather(*self._closing)
 
 
 def _now_s() -> float:
@@ -245,9 +259,7 @@ def _compare(condition: Condition) -> Any:
         case Equals(_, value):
             return rpc.Compare(key=key, target=target.VALUE, result=result.EQUAL, value=value)
         case Held(leader):
-            return rpc.Compare(
-                key=key, target=target.CREATE, result=result.EQUAL, create_revision=leader.created
-            )
+            return rpc.Compare(key=key, target=target.CREATE, result=result.EQUAL, create_revision=leader.created)
 
 
 def _look(condition: Condition) -> Any:
@@ -269,19 +281,20 @@ class _BrokenError(Exception):
 class _Watch:
     """A watch that survives its server: every revision exactly once, in order, whole.
 
-    It resumes after the last *delivered* event. Progress proves that the server lives; it becomes a bookmark only when
-    it came in order with the events (see `_bookmark`), and never moves the resume point.
+    It resumes with the last *delivered* revision, which must come again as it was: a server that forgot what it told (a
+    restored backup, or one before 3.5.5 that was killed) has another history, and then the caller lists again. Progress
+    proves that the server lives; it becomes a bookmark only when it came in order with the events (see `_bookmark`),
+    and never moves the resume point.
     """
 
     def __init__(self, endpoints: Endpoints, prefix: str, after: int) -> None:
         self._endpoints = endpoints
         key, range_end = _span(prefix)
         # Fragments bound a message; an answer counts only when its last part is there.
-        self._create = rpc.WatchCreateRequest(
-            key=key, range_end=range_end, fragment=True, progress_notify=True
-        )
-        self._delivered = self._told = after
-        self._cluster_id = 0
+        self._create = rpc.WatchCreateRequest(key=key, range_end=range_end, fragment=True, progress_notify=True)
+        self._after = self._told = after
+        self._last: Batch | None = None  # with events
+        self._cluster_id = self._times_behind = 0
 
     async def run(self) -> AsyncGenerator[Batch, None]:
         delay_s = _SHORTEST_RETRY_S
@@ -291,11 +304,10 @@ class _Watch:
                     async for batch in stream:
                         delay_s = _SHORTEST_RETRY_S
                         self._told = batch.revision
-                        if batch.events:
-                            self._delivered = batch.revision
+                        self._last = batch if batch.events else self._last
                         yield batch
             except _BrokenError as reason:
-                log.info("watch of %s broke after revision %d: %s", self._create.key, self._delivered, reason)
+                log.info("watch of %s broke after revision %d: %s", self._create.key, self._told, reason)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
 
@@ -305,24 +317,35 @@ class _Watch:
             call = rpc.WatchStub(channel).Watch(metadata=_REQUIRE_LEADER)
             asking = asyncio.create_task(self._ask(call))
             try:
-                events: list[Any] = []
-                while True:
-                    response = await self._read(call)
-                    events.extend(response.events)
-                    if response.fragment:  # the rest of this revision is still to come
-                        continue
-                    for revision, group in itertools.groupby(events, lambda event: event.kv.mod_revision):
-                        yield Batch(revision, tuple(map(_event, group)))
-                    if not events and self._bookmark(response, ordered=ordered):
-                        yield Batch(response.header.revision)
-                    events.clear()
+                async with contextlib.aclosing(self._responses(call)) as responses:
+                    repeated = self._last
+                    async for response, batches in responses:
+                        if not batches and self._bookmark(response, ordered=ordered):
+                            batches = (Batch(response.header.revision),)
+                        if batches and repeated:  # what was delivered last comes again, before all else
+                            self._check_repeated(repeated, batches[0])
+                            batches, repeated = batches[1:], None
+                        for batch in batches:
+                            yield batch
             finally:
                 asking.cancel()
                 call.cancel()
 
+    async def _responses(self, call: Any) -> AsyncGenerator[tuple[Any, tuple[Batch, ...]], None]:
+        """Each whole answer with its revisions; the parts of a fragmented one are put together."""
+        events: list[Any] = []
+        while True:
+            response = await self._read(call)
+            events.extend(response.events)
+            if not response.fragment:
+                groups = itertools.groupby(events, lambda event: event.kv.mod_revision)
+                yield response, tuple(Batch(revision, tuple(map(_event, group))) for revision, group in groups)
+                events = []
+
     async def _ask(self, call: Any) -> None:
         """Creates the watch, then asks for a sign of life at each interval."""
-        create = rpc.WatchCreateRequest(start_revision=self._delivered + 1)
+        start = self._last.revision if self._last else self._after + 1
+        create = rpc.WatchCreateRequest(start_revision=start)
         create.MergeFrom(self._create)
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # _read reports it
             await call.write(rpc.WatchRequest(create_request=create))
@@ -343,6 +366,8 @@ class _Watch:
         self._check_cluster(response.header.cluster_id)
         if response.compact_revision:
             raise Compacted(response.compact_revision)
+        if response.created:
+            self._check_position(response.header.revision)
         if response.canceled:
             if "permission denied" in response.cancel_reason:
                 raise Denied(f"etcd: {response.cancel_reason}")
@@ -354,6 +379,20 @@ class _Watch:
         if cluster_id != self._cluster_id:
             told = f"the endpoints belong to cluster {cluster_id:x}, the watch began on {self._cluster_id:x}"
             raise WrongState(f"{told}; restart on one cluster", reason="STORE_REPLACED")
+
+    def _check_position(self, revision: int) -> None:
+        """A member may lag behind what another one has told, but not for long."""
+        self._times_behind = self._times_behind + 1 if revision < self._told else 0
+        if self._times_behind > _BEHIND_LIMIT:
+            log.error("etcd is at revision %d and has told %d before: it lost history", revision, self._told)
+            raise Compacted(revision)
+        if self._times_behind:
+            raise _BrokenError(f"this member is at revision {revision}, {self._told} is known")
+
+    def _check_repeated(self, last: Batch, again: Batch) -> None:
+        if again != last:
+            log.error("etcd tells revision %d otherwise than before: it lost history", last.revision)
+            raise Compacted(again.revision)
 
     def _bookmark(self, response: Any, *, ordered: bool) -> bool:
         """Whether this answer proves that all events up to its revision have been read.
@@ -367,9 +406,7 @@ class _Watch:
 
 async def _progress_is_ordered(channel: grpc.aio.Channel) -> bool:
     try:
-        status = await rpc.MaintenanceStub(channel).Status(
-            rpc.StatusRequest(), timeout=_SILENCE_S, wait_for_ready=True
-        )
+        status = await rpc.MaintenanceStub(channel).Status(rpc.StatusRequest(), timeout=_SILENCE_S, wait_for_ready=True)
     except grpc.aio.AioRpcError as error:
         raise _broken_or_refused(error) from error
     numbers = status.version.partition("-")[0].split(".")
@@ -461,20 +498,16 @@ class EtcdStore:
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         check(writes, when)
-        request = rpc.TxnRequest(
-            compare=map(_compare, when), success=map(_operation, writes), failure=map(_look, when)
-        )
-        link = await self._connection.link(self._connection.timeout_s)
-        try:
-            answer = await link.kv.Txn(request, timeout=self._connection.timeout_s)
-        except grpc.aio.AioRpcError as error:
-            if error.code() not in _TRANSIENT:
-                raise _refusal(error) from error
-            self._connection.leave(link)
-            told = f"{error.code().name}: {error.details()}"
-            raise Unknown(
-                f"the commit was sent but not answered ({told}); read back before trying again"
-            ) from error
+        request = rpc.TxnRequest(compare=map(_compare, when), success=map(_operation, writes), failure=map(_look, when))
+        async with self._connection.link(self._connection.timeout_s) as link:
+            try:
+                answer = await link.kv.Txn(request, timeout=self._connection.timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _TRANSIENT:
+                    raise _refusal(error) from error
+                self._connection.leave(link)
+                told = f"the commit was sent and not answered ({error.code().name}: {error.details()})"
+                raise Unknown(f"{told}; read back before trying again") from error
         if not answer.succeeded:
             raise _failed(when, answer)
         return int(answer.header.revision)
@@ -492,18 +525,18 @@ class EtcdStore:
 
     async def renew(self, lease_id: int, timeout_s: float) -> float:
         """One keepalive; the seconds that the lease has now, 0 when it is gone."""
-        link = await self._connection.link(timeout_s)
-        call = link.leases.LeaseKeepAlive(timeout=timeout_s, metadata=_REQUIRE_LEADER)
         answer: Any = grpc.aio.EOF
-        try:
-            await call.write(rpc.LeaseKeepAliveRequest(ID=lease_id))
-            answer = await call.read()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise Unavailable(f"etcd did not renew the lease: {error}") from error
-        finally:
-            call.cancel()
-            if answer is grpc.aio.EOF:
-                self._connection.leave(link)
+        async with self._connection.link(timeout_s) as link:
+            call = link.leases.LeaseKeepAlive(timeout=timeout_s, metadata=_REQUIRE_LEADER)
+            try:
+                await call.write(rpc.LeaseKeepAliveRequest(ID=lease_id))
+                answer = await call.read()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise Unavailable(f"etcd did not renew the lease: {error}") from error
+            finally:
+                call.cancel()
+                if answer is grpc.aio.EOF:
+                    self._connection.leave(link)
         if answer is grpc.aio.EOF:
             raise Unavailable("etcd ended the stream instead of renewing the lease")
         return float(answer.TTL)
@@ -511,9 +544,7 @@ class EtcdStore:
     async def revoke(self, lease_id: int) -> None:
         """Ends a lease with its keys; one that is gone already is no error."""
         with contextlib.suppress(NotFound):
-            await self._connection.ask(
-                lambda link: link.leases.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease_id)
-            )
+            await self._connection.ask(lambda link: link.leases.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease_id))
 
     async def compact(self, revision: int) -> None:
         """Forgets the history before `revision`; for operators and tests, servers compact by themselves."""

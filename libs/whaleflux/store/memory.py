@@ -70,9 +70,7 @@ class MemoryStore:
     async def list(self, prefix: str, *, after: str = "", limit: int = 0, at: int = 0) -> Snapshot:
         self._reach()
         revision = at or self._revision
-        keys, entries = (
-            (self._keys, self._entries) if revision >= self._revision else self._state_at(revision)
-        )
+        keys, entries = (self._keys, self._entries) if revision >= self._revision else self._state_at(revision)
         first = max(bisect.bisect_left(keys, prefix), bisect.bisect_right(keys, after) if after else 0)
         found = itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(keys, first, None))
         page = tuple(entries[key] for key in itertools.islice(found, limit + 1 if limit else None))
@@ -83,9 +81,7 @@ class MemoryStore:
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         check(writes, when)
         self._reach()
-        if failed := [
-            condition for condition in when if not holds(condition, self._entries.get(condition.key))
-        ]:
+        if failed := [condition for condition in when if not holds(condition, self._entries.get(condition.key))]:
             raise conflict(failed)
         leases = [write.lease.id for write in writes if isinstance(write, Put) and write.lease]
         if unknown := [lease for lease in leases if lease not in self._leases]:
@@ -99,9 +95,7 @@ class MemoryStore:
             while not self._down and position < self._revision:
                 if position < self._compacted:
                     raise Compacted(self._compacted)
-                revision = self._history[
-                    position - self._revision
-                ]  # the history ends with the newest revision
+                revision = self._history[position - self._revision]  # the history ends with the newest revision
                 position = revision.number
                 if events := tuple(event for event in revision.events if event.key.startswith(prefix)):
                     told = position

@@ -42,12 +42,7 @@ async def commit_once(
     unanswered: Unknown | None = None
     while True:
         try:
-            return await store.commit(*writes, when=when)
-        except ConditionFailed:
-            entry = await store.get(key) if unanswered else None
-            if entry is not None and is_mine(entry):
-                return entry.revision
-            raise
+            return await _commit_or_find(store, writes, when, key, is_mine if unanswered else None)
         except Unavailable as silence:
             unanswered = silence if isinstance(silence, Unknown) else unanswered
             if _now_s() >= end_s:
@@ -55,13 +50,27 @@ async def commit_once(
         await asyncio.sleep(_RETRY_S)
 
 
+async def _commit_or_find(
+    store: Store,
+    writes: Sequence[Write],
+    when: Sequence[Condition],
+    key: str,
+    is_mine: Callable[[Entry], bool] | None,
+) -> int:
+    try:
+        return await store.commit(*writes, when=when)
+    except ConditionFailed:
+        entry = await store.get(key) if is_mine else None
+        if entry is not None and is_mine is not None and is_mine(entry):
+            return entry.revision
+        raise
+
+
 def _guarded_value(writes: Sequence[Write], when: Sequence[Condition], key: str) -> bytes:
     guarded = any(isinstance(c, Absent | Unchanged) and c.key == key for c in when)
     values = [write.value for write in writes if isinstance(write, Put) and write.key == key]
     if not (guarded and values):
-        raise Invalid(
-            FieldViolation("key", f"{key!r} must be put and compared by Absent or Unchanged in this commit")
-        )
+        raise Invalid(FieldViolation("key", f"{key!r} must be put and compared by Absent or Unchanged in this commit"))
     return values[0]
 
 
