@@ -27,15 +27,6 @@ SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.L
 WHOLE_MILLI = 1000
 
 
-@dataclass(slots=True)
-class Row:
-    """What the engine is told about a node: inventory's facts and whether new work may go there."""
-
-    node: Node
-    schedulable: bool = True
-    reason: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Nodes with equal GPUs, wiring and network; per-GPU tuples are by position."""
@@ -58,6 +49,16 @@ class Shape:
         return sum(1 << self.indices.index(g) for g in set(gpus) if g in self.indices)
 
 
+@dataclass(slots=True)
+class Row:
+    """What the engine is told about a node: inventory's facts and whether new work may go there."""
+
+    node: Node
+    shape: Shape
+    schedulable: bool = True
+    reason: str = ""
+
+
 _PLAIN = tuple(range(64))
 
 
@@ -66,35 +67,30 @@ def _plain_mask(gpus: tuple[int, ...]) -> int:
     return sum(1 << g for g in set(gpus))
 
 
-class ShapeBook:
-    """Gives equal hardware the same number, in the order of rows. `wirings` outlives a rebuild: its tables are worth keeping."""
+class Shapes:
+    """Gives equal hardware the same `Shape`. Lives as long as the engine: the tables of a wiring are worth keeping."""
 
-    def __init__(self, wirings: dict[object, Wiring]) -> None:
-        self.shapes: list[Shape] = []
-        self._numbers: dict[object, int] = {}
-        self._wirings = wirings
+    def __init__(self) -> None:
+        self._shapes: dict[object, Shape] = {}
+        self._wirings: dict[object, Wiring] = {}
 
-    def number(self, node: Node) -> int:
+    def of(self, node: Node) -> Shape:
         key = (tuple(map(_gpu_key, node.gpus)), node.links, node.network_bytes_per_s)
-        found = self._numbers.get(key)
+        found = self._shapes.get(key)
         if found is None:
-            found = self._numbers[key] = self._add(node)
+            found = self._shapes[key] = self._new(node)
         return found
 
-    def _add(self, node: Node) -> int:
+    def _new(self, node: Node) -> Shape:
         wiring = wiring_of(node)
-        wiring = self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring)
-        self.shapes.append(
-            Shape(
-                tuple(g.index for g in node.gpus),
-                tuple(g.model for g in node.gpus),
-                tuple(g.memory_bytes for g in node.gpus),
-                tuple(g.compute_capability for g in node.gpus),
-                node.network_bytes_per_s,
-                wiring,
-            )
+        return Shape(
+            tuple(g.index for g in node.gpus),
+            tuple(g.model for g in node.gpus),
+            tuple(g.memory_bytes for g in node.gpus),
+            tuple(g.compute_capability for g in node.gpus),
+            node.network_bytes_per_s,
+            self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring),
         )
-        return len(self.shapes) - 1
 
 
 def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
@@ -117,14 +113,18 @@ def place_key(node: Node) -> tuple[str, str, str, str, str]:
 class Columns:
     """Built from rows, then changed only by `take`, `give`, `set_schedulable`, `refresh` and `cross`."""
 
-    def __init__(self, rows: Mapping[str, Row], book: ShapeBook, fabric: Fabric) -> None:
+    def __init__(self, rows: Mapping[str, Row], fabric: Fabric) -> None:
         ordered = sorted(rows.values(), key=lambda r: place_key(r.node))
         self.rows: list[Row] = ordered
-        self.book, self.fabric = book, fabric
+        self.fabric = fabric
         self.names = [r.node.name for r in ordered]
         self.index = {name: i for i, name in enumerate(self.names)}
         self.count = len(ordered)
-        self.shape_of = [book.number(r.node) for r in ordered]
+        numbers: dict[
+            int, int
+        ] = {}  # by identity; numbered in the order of rows, so that equal fleets give equal columns
+        self.shape_of = [numbers.setdefault(id(r.shape), len(numbers)) for r in ordered]
+        self.kinds = list({id(r.shape): r.shape for r in ordered}.values())
         self.shapes = np.array(self.shape_of, dtype=np.int32)
         self.width = max((len(r.node.gpus) for r in ordered), default=0)
         self.matches: dict[
@@ -166,13 +166,13 @@ class Columns:
         self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
         self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
         self.partitions: dict[tuple[int, int, str], int] = {}  # MIG partitions taken
-        shapes, kinds = len(self.book.shapes), self.width + 1
+        shapes, kinds = len(self.kinds), self.width + 1
         self.at_least = {
             level: np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) for level in DOMAIN_LEVELS
         }
         self._trees = [(self.at_least[level], self.domain[level]) for level in DOMAIN_LEVELS]
         self.whole_memory = np.zeros((shapes or 1, self.width), dtype=np.int64)  # bytes per device, by shape
-        for s, shape in enumerate(self.book.shapes):
+        for s, shape in enumerate(self.kinds):
             self.whole_memory[s, : shape.size] = shape.memory_bytes
         for i, row in enumerate(self.rows):
             size = len(row.node.gpus)
@@ -320,7 +320,7 @@ class Columns:
     # -- reading --------------------------------------------------------------------------------------------------------------
 
     def shape(self, i: int) -> Shape:
-        return self.book.shapes[self.shape_of[i]]
+        return self.rows[i].shape
 
     def children(self, level: Level, d: int) -> tuple[int, int]:
         """The range of next-level domains inside domain `d`; below a leaf, the range of its rows."""

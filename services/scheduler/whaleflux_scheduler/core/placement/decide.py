@@ -24,7 +24,7 @@ from whaleflux_scheduler.core.placement.api import (
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
 from whaleflux_scheduler.core.placement.comm import Estimate, estimate
 from whaleflux_scheduler.core.placement.fractions import Device, place_parts
-from whaleflux_scheduler.core.placement.gang import Bounds, Counts, even, ragged, splits
+from whaleflux_scheduler.core.placement.gang import Bounds, Counts, even, possible, ragged, splits
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows
 
 Part = tuple[int, int]  # (row, mask of positions)
@@ -66,33 +66,36 @@ def decide(columns: Columns, request: PlaceRequest, datasets: Mapping[str, Datas
 
 
 def feasible(columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]) -> bool:
-    """Whether anything fits at all: the first place found, not costed."""
-    return next(_places(columns, request, datasets), None) is not None
+    """Whether anything fits at all, for the least work."""
+    return any(place.possible() for _, place in _searches(columns, request, datasets))
 
 
 def candidates(columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]) -> Iterator[Candidate]:
     """Every option on every pool of like nodes, with and without the data's nodes, and by price where price decides."""
-    for option, groups in _places(columns, request, datasets):
-        yield price(columns, request, option, groups, datasets)
+    found: set[GpuOption] = set()
+    for option, place in _searches(columns, request, datasets):
+        if place.last_resort and option in found:
+            continue
+        for groups in place.all_groups():
+            found.add(option)
+            yield price(columns, request, option, groups, datasets)
 
 
-def _places(
+def _searches(
     columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact]
-) -> Iterator[tuple[GpuOption, tuple[Group, ...]]]:
+) -> Iterator[tuple[GpuOption, _Place]]:
+    """For each option: pools of like nodes on each set of rows, and all matching nodes together as the last resort."""
     if not columns.count:
         return
     allowed = allowed_rows(columns, request)
     near = frozenset(columns.index[n] for n in request.near_nodes if n in columns.index)
     for option in request.requirement.any_of:
-        any_found = False
+        pools = _pools(columns, request, option)
         for subset in _restrictions(columns, request, datasets, allowed):
-            for shapes in _pools(columns, request, option):
-                for groups in _Place(columns, request, option, subset, shapes, near).all_groups():
-                    any_found = True
-                    yield option, groups
-        if not any_found and not request.hard_locality:
-            for groups in _Place(columns, request, option, allowed, None, near).all_groups():
-                yield option, groups
+            for shapes in pools:
+                yield option, _Place(columns, request, option, subset, shapes, near)
+        if not request.hard_locality and len(pools) > 1:
+            yield option, _Place(columns, request, option, allowed, None, near, last_resort=True)
 
 
 def _pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[frozenset[int]]:
@@ -110,7 +113,7 @@ def _find_pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> l
     probe = Demand.of(GroupRequest(), request, option)
     supply = Supply(columns, probe)
     for s in supply.match.shapes:
-        shape = columns.book.shapes[s]
+        shape = columns.kinds[s]
         model = shape.models[(supply.match.positions[s] & -supply.match.positions[s]).bit_length() - 1]
         ring = shape.wiring.ring_bytes_per_s(supply.match.positions[s])
         alike.setdefault((model, ring, shape.network_bytes_per_s), set()).add(s)
@@ -158,6 +161,14 @@ class _Place:
     allowed: Bools | None
     shapes: frozenset[int] | None
     near: frozenset[int]
+    last_resort: bool = False
+
+    def possible(self) -> bool:
+        if len(self.request.groups) > 1 or self.request.groups[0].share:
+            return next(self.all_groups(), None) is not None
+        group = self.request.groups[0]
+        supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
+        return bool(supply.match.shapes) and possible(supply, self._bounds(group, None))
 
     def all_groups(self) -> Iterator[tuple[Group, ...]]:
         if len(self.request.groups) == 1:

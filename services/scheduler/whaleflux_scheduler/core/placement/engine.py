@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Node
-from whaleflux.fleet.wiring import Wiring
 from whaleflux_scheduler.core.placement import preempt as preemption
 from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
@@ -24,7 +23,7 @@ from whaleflux_scheduler.core.placement.api import (
     PreemptionPlan,
     Victim,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Row, ShapeBook, place_key
+from whaleflux_scheduler.core.placement.columns import Columns, Row, Shapes
 from whaleflux_scheduler.core.placement.comm import flows_of
 from whaleflux_scheduler.core.placement.decide import decide, feasible
 from whaleflux_scheduler.core.placement.explain import explain
@@ -52,7 +51,7 @@ class Engine:
         self._placed: dict[str, Placement] = {}
         self._flows: dict[str, int] = {}
         self._datasets: dict[str, DatasetFact] = {}
-        self._wirings: dict[object, Wiring] = {}
+        self._shapes = Shapes()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
         self._undo: list[Callable[[], None]] = []
@@ -69,9 +68,9 @@ class Engine:
             )
         row = self._rows.get(node.name)
         if row is None:
-            self._rows[node.name] = Row(node)
+            self._rows[node.name] = Row(node, self._shapes.of(node))
         elif row.node != node:
-            row.node = node
+            row.node, row.shape = node, self._shapes.of(node)
         else:
             return
         self._columns = self._empty_columns = None
@@ -115,17 +114,11 @@ class Engine:
         return self._columns
 
     def _rebuilt(self) -> Columns:
-        columns = Columns(self._rows, self._book(), self.fabric)
+        columns = Columns(self._rows, self.fabric)
         self._flows = {}
         for id_ in sorted(self._placed):
             self._flows[id_] = _count(columns, self._placed[id_], 1, flows=None)
         return columns
-
-    def _book(self) -> ShapeBook:
-        book = ShapeBook(self._wirings)
-        for row in sorted(self._rows.values(), key=lambda r: place_key(r.node)):
-            book.number(row.node)
-        return book
 
     # -- deciding -------------------------------------------------------------------------------------------------------------
 
@@ -152,7 +145,7 @@ class Engine:
         """The fleet with nothing placed and everything schedulable, to tell "not now" from "never"."""
         if self._empty_columns is None:
             rows = {name: replace(row, schedulable=True) for name, row in self._rows.items()}
-            self._empty_columns = Columns(rows, self._book(), self.fabric)
+            self._empty_columns = Columns(rows, self.fabric)
         return self._empty_columns
 
     def explain_placed(self, id_: str) -> Placement:
@@ -298,7 +291,7 @@ class Engine:
         _check_not_twice(live, self._placed.values())
 
     def _fresh(self) -> Columns:
-        columns = Columns(self._rows, self._book(), self.fabric)
+        columns = Columns(self._rows, self.fabric)
         for id_ in sorted(self._placed):
             _count(columns, self._placed[id_], 1, flows=None)
         return columns

@@ -90,7 +90,7 @@ def _hardware(columns: Columns, need: GpuRequirement) -> Iterator[tuple[str, str
         yield (
             f"gpu model is not {' or '.join(models)}",
             "requirement.any_of",
-            _shapes(columns, lambda s: any(m in models for m in columns.book.shapes[s].models)),
+            _shapes(columns, lambda s: any(m in models for m in columns.kinds[s].models)),
         )
     if need.min_memory_bytes:
         yield (
@@ -114,13 +114,13 @@ def _hardware(columns: Columns, need: GpuRequirement) -> Iterator[tuple[str, str
         yield (
             f"network < {need.min_network_bytes_per_s / 1e9:.4g} GB/s",
             "requirement.min_network_bytes_per_s",
-            _shapes(columns, lambda s: columns.book.shapes[s].network_bytes_per_s >= need.min_network_bytes_per_s),
+            _shapes(columns, lambda s: columns.kinds[s].network_bytes_per_s >= need.min_network_bytes_per_s),
         )
-    yield "no GPU", "", _shapes(columns, lambda s: columns.book.shapes[s].size > 0)
+    yield "no GPU", "", _shapes(columns, lambda s: columns.kinds[s].size > 0)
 
 
 def _any(columns: Columns, s: int, need: GpuRequirement, models: list[str]) -> bool:
-    return any(matching_positions(columns.book.shapes[s], need, m) for m in models)
+    return any(matching_positions(columns.kinds[s], need, m) for m in models)
 
 
 def _room(columns: Columns, request: PlaceRequest) -> Iterator[tuple[str, str, Bools]]:
@@ -183,16 +183,14 @@ def _rows(columns: Columns, passes: Callable[[int], bool]) -> Bools:
 
 def _shapes(columns: Columns, passes: Callable[[int], bool]) -> Bools:
     """Answers once per shape and spreads it over the nodes."""
-    table = np.array([passes(s) for s in range(len(columns.book.shapes))] or [False], dtype=np.bool_)
+    table = np.array([passes(s) for s in range(len(columns.kinds))] or [False], dtype=np.bool_)
     return table[columns.shapes] if columns.count else np.zeros(0, dtype=np.bool_)
 
 
 def _gpus(columns: Columns, request: PlaceRequest, left: Bools) -> tuple[int, int]:
     """Free GPUs on nodes that pass every constraint, and all healthy GPUs of the right kind."""
     need = request.requirement
-    masks = [
-        max((matching_positions(s, need, o.model) for o in need.any_of), key=int.bit_count) for s in columns.book.shapes
-    ]
+    masks = [max((matching_positions(s, need, o.model) for o in need.any_of), key=int.bit_count) for s in columns.kinds]
     suitable = columns.usable_masks & np.array(masks or [0], dtype=np.uint64)[columns.shapes]
     return int(columns.offer[left].sum()), int(np.bitwise_count(suitable).sum())
 

@@ -96,8 +96,8 @@ def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None, within:
 
 def _matching(columns: Columns, need: GpuRequirement, model: str) -> Bools:
     """Which devices are of the right kind, one row per node."""
-    by_shape = np.zeros((len(columns.book.shapes), columns.width), dtype=np.bool_)
-    for s, shape in enumerate(columns.book.shapes):
+    by_shape = np.zeros((len(columns.kinds), columns.width), dtype=np.bool_)
+    for s, shape in enumerate(columns.kinds):
         mask = matching_positions(shape, need, model)
         by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
     return by_shape[columns.shapes]

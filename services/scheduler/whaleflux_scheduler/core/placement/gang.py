@@ -88,6 +88,19 @@ def even(supply: Supply, split: Split, bounds: Bounds) -> Iterator[Counts]:
                 yield _shorten(nodes, split, supply.demand.unit)
 
 
+def possible(supply: Supply, bounds: Bounds) -> bool:
+    """Whether any place exists, from the aggregates alone where they tell."""
+    for split in splits(supply, bounds):
+        if split.nodes == 1:
+            if single(supply, split.per_node, bounds) is not None:
+                return True
+            continue
+        for level in DOMAIN_LEVELS:
+            if level >= bounds.widest and _best_domain(supply, level, split, bounds) is not None:
+                return True
+    return not bounds.slice and next(ragged(supply, bounds), None) is not None
+
+
 def _shorten(nodes: list[int], split: Split, unit: int) -> Counts:
     nodes.sort()
     full = len(nodes) - split.short

@@ -79,7 +79,7 @@ class Match:
         key = (demand.need, demand.model, demand.island, within)
         found = columns.matches.get(key)
         if found is None:
-            found = columns.matches[key] = Match._find(columns.book.shapes, demand, within)
+            found = columns.matches[key] = Match._find(columns.kinds, demand, within)
         return cast("Match", found)
 
     @staticmethod

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from whaleflux.errors import FieldViolation, Invalid
 from whaleflux.fleet.model import Level
-from whaleflux_scheduler.core.placement.api import GroupRequest, PlaceRequest, Share
+from whaleflux_scheduler.core.placement.api import GpuRequirement, GroupRequest, PlaceRequest, Share
 
 MAX_GPUS = 1_000_000
 MAX_GROUPS = 64
@@ -32,7 +33,7 @@ def _problems(request: PlaceRequest) -> list[FieldViolation]:
         bad.append(FieldViolation("level", "several groups share a node at most; ask for an island with one group"))
     for at, group in enumerate(request.groups):
         bad += _group(group, f"groups[{at}]")
-    bad += _requirement(request)
+    bad += _requirement(request.requirement)
     if request.min_nodes < 0 or request.max_nodes < 0:
         bad.append(FieldViolation("min_nodes", "node bounds are 0 (none) or positive"))
     if request.max_nodes and request.min_nodes > request.max_nodes:
@@ -86,8 +87,10 @@ def _share(share: Share, group: GroupRequest, path: str) -> list[FieldViolation]
     return bad
 
 
-def _requirement(request: PlaceRequest) -> list[FieldViolation]:
-    need, bad = request.requirement, []
+@lru_cache(maxsize=1024)
+def _requirement(need: GpuRequirement) -> tuple[FieldViolation, ...]:
+    """Requests of one kind repeat, and so do their requirements."""
+    bad: list[FieldViolation] = []
     if not 1 <= len(need.any_of) <= MAX_OPTIONS:
         bad.append(FieldViolation("requirement.any_of", f"{len(need.any_of)} options; 1-{MAX_OPTIONS} are allowed"))
     for at, option in enumerate(need.any_of):
@@ -104,4 +107,4 @@ def _requirement(request: PlaceRequest) -> list[FieldViolation]:
     ):
         if not math.isfinite(getattr(need, name)) or getattr(need, name) < 0:
             bad.append(FieldViolation(f"requirement.{name}", "is finite and not negative"))
-    return bad
+    return tuple(bad)
