@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from prometheus_client import Counter
 
 from whaleflux import telemetry
 from whaleflux.errors import Refusal, Unavailable
@@ -64,7 +66,12 @@ async def answering(call: Call) -> AsyncIterator[None]:
     finally:
         if call.span is not None and code in _NUMBERS:
             call.span.set_attribute(Attribute.RPC_STATUS.value, _NUMBERS[code])
-        telemetry.counter(Metric.RPC_REQUESTS).labels(call.method, code).inc()
+        _requests(call.method, code).inc()
+
+
+@cache  # as many as there are methods and codes
+def _requests(method: str, code: str) -> Counter:
+    return telemetry.counter(Metric.RPC_REQUESTS).labels(method, code)
 
 
 async def _refuse(call: Call, refusal: Refusal) -> None:

@@ -18,10 +18,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from prometheus_client import Histogram
 
 from whaleflux import telemetry
 from whaleflux.errors import DeadlineExceeded, FieldViolation, Invalid, OverLimit
@@ -131,7 +133,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                             yield
         finally:
             in_flight.dec()
-            telemetry.histogram(Metric.RPC_DURATION).labels(method).observe(time.monotonic() - started)
+            _durations(method).observe(time.monotonic() - started)
 
     @contextlib.asynccontextmanager
     async def _endless(self, method: str, context: Context) -> AsyncIterator[None]:
@@ -213,6 +215,11 @@ def _counted(counts: Counter[auth.Identity], caller: auth.Identity, bound: int, 
         counts[caller] -= 1
         if not counts[caller]:
             del counts[caller]
+
+
+@cache  # as many as there are methods
+def _durations(method: str) -> Histogram:
+    return telemetry.histogram(Metric.RPC_DURATION).labels(method)
 
 
 def _traced(method: str) -> bool:
