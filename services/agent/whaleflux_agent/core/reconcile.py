@@ -1,0 +1,131 @@
+"""From what is desired and what is there to what to do next. Pure, and safe to ask at any time and again.
+
+The rules, in order of weight: an epoch below the highest ever accepted for its job never starts; a task starts only
+when no process of an older epoch of its job and no holder of its GPUs is left on the node; what is not desired stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from whaleflux_agent.core.work import Have, Stage, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Take the task on: persist its epoch, choose a rendezvous where that is ours, report ACCEPTED."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start its processes."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End its processes (or drop it, when none were started); `reason` is for people."""
+
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nobody wants its result any more."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Never start it; `reason` is reported."""
+
+    task: str
+    reason: str
+
+
+Action = Accept | Start | Stop | Forget | Refuse
+
+
+def reconcile(
+    desired: Mapping[str, Work], actual: Mapping[str, Have], epochs: Mapping[str, int], *, fresh: bool
+) -> list[Action]:
+    """What to do now. `epochs` holds the highest accepted epoch of each job.
+
+    `fresh` is false until the control plane has spoken to this process: what it wanted of an earlier one is kept
+    running, but nothing new is begun on its word and no result is forgotten.
+    """
+    highest = _highest(desired.values(), epochs)
+    actions: list[Action] = []
+    for have in actual.values():
+        actions += _with(have, desired.get(have.task), highest.get(have.job, 0), fresh=fresh)
+    stopped = {action.task for action in actions}
+    if fresh:
+        for want in desired.values():
+            if want.task not in stopped:
+                actions += _toward(want, actual, highest[want.job])
+    return actions
+
+
+def _highest(desired: Iterable[Work], epochs: Mapping[str, int]) -> dict[str, int]:
+    highest = dict(epochs)
+    for want in desired:
+        highest[want.job] = max(want.epoch, highest.get(want.job, 0))
+    return highest
+
+
+def _with(have: Have, want: Work | None, highest: int, *, fresh: bool) -> list[Action]:
+    """What to do about a task that is there."""
+    old = have.epoch < highest
+    if want is not None and not old:
+        return []
+    if have.stage in (Stage.ENDED, Stage.REFUSED):
+        return [Forget(have.task)] if want is None and fresh else []
+    if have.stage is Stage.STOPPING:
+        return []
+    return [Stop(have.task, f"epoch {have.epoch} is over, the job is in {highest}" if old else "no longer desired")]
+
+
+def _toward(want: Work, actual: Mapping[str, Have], highest: int) -> list[Action]:
+    """What brings a desired task one step further."""
+    have = actual.get(want.task)
+    if have is None:
+        if want.epoch < highest:
+            return [Refuse(want.task, f"epoch {want.epoch} is over, the job is in {highest}")]
+        return [Accept(want.task)]
+    ready = want.start and (want.rendezvous or want.group_rank == 0)
+    if have.stage is Stage.ACCEPTED and ready and not blockers(want, actual.values()):
+        return [Start(want.task)]
+    return []
+
+
+def blockers(want: Work, actual: Iterable[Have]) -> list[str]:
+    """Tasks whose processes must be gone before `want` may start: other attempts of its job, holders of its GPUs."""
+    gpus = set(want.gpu_indices)
+    return [
+        have.task
+        for have in actual
+        if have.task != want.task and have.stage.holds and (have.job == want.job or gpus & set(have.gpu_indices))
+    ]
+
+
+def defect(want: Work, gpus: Iterable[int], runtimes: Iterable[str]) -> str:
+    """Why this node can never run `want`, "" when it can. `gpus` are the healthy indices, `runtimes` what is offered."""
+    known = set(gpus)
+    missing = [index for index in want.gpu_indices if index not in known]
+    if missing:
+        return f"GPU {missing[0]} is not there or not healthy; this node has {sorted(known)}"
+    if len(set(want.gpu_indices)) != len(want.gpu_indices) or not want.gpu_indices:
+        return f"gpu_indices {list(want.gpu_indices)} must name each GPU once, and at least one"
+    if want.image and "docker" not in runtimes:
+        return f"image {want.image!r} needs a container engine, and this node has none"
+    if not want.image and not want.command:
+        return "neither a command nor an image is given"
+    if want.first_rank < 0 or want.ranks.stop > want.world_size:
+        return f"ranks {want.first_rank} to {want.ranks.stop - 1} do not fit into a world of {want.world_size}"
+    return ""

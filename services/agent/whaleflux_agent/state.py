@@ -1,0 +1,200 @@
+"""What the agent must not forget: files below its state directory, each written whole and durably.
+
+    desired.pb          what the control plane last wanted
+    epochs.json         highest accepted epoch of each job, newest jobs last
+    sequence            reports below this number may have been sent
+    reports/<n>.pb      reports that the scheduler has not acknowledged
+    tasks/<task>/       one folder per task: task.pb, meta.json, result.pb, logs, the runtime's records
+    saves/<n>.pb        checkpoint pieces that the checkpoint service has not taken
+
+All of it is read and written in one thread, so that writes keep their order and the event loop never waits for a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import quote, unquote
+
+from google.protobuf.message import DecodeError
+
+from whaleflux.v1 import agent_pb2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_EPOCHS_KEPT = 10_000
+_SEQUENCES_RESERVED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMeta:
+    """What the agent itself chose for a task."""
+
+    token: str
+    rendezvous: str = ""  # chosen here, for group rank 0
+    endpoint: str = ""  # host:port, for services
+    ports: tuple[int, ...] = ()
+    traceparent: str = ""  # of the launch span
+    stopping: str = ""  # why its end was ordered; "": it was not
+    reaped: bool = False  # nothing of it is left on the node
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A task as found on disk."""
+
+    desired: agent_pb2.DesiredTask
+    meta: TaskMeta
+    result: agent_pb2.TaskReport | None  # its last report, when that was a final one
+
+
+class StateDir:
+    """The files. Methods block; call them through `run`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        for folder in (root, root / "reports", root / "tasks", root / "saves", root / "work"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs `function` in the one disk thread, after all that was asked for before."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    def close(self) -> None:
+        """Finishes what is being written."""
+        self._thread.shutdown(wait=True)
+
+    # what is desired
+
+    def load_desired(self) -> agent_pb2.DesiredTasks:
+        """The last desired set; empty when there was none, or it is unreadable."""
+        with contextlib.suppress(OSError, DecodeError):
+            return agent_pb2.DesiredTasks.FromString((self.root / "desired.pb").read_bytes())
+        return agent_pb2.DesiredTasks()
+
+    def save_desired(self, desired: agent_pb2.DesiredTasks) -> None:
+        write(self.root / "desired.pb", desired.SerializeToString())
+
+    # epochs
+
+    def load_epochs(self) -> dict[str, int]:
+        """Highest accepted epoch by job."""
+        content = read_json(self.root / "epochs.json")
+        return {job: epoch for job, epoch in content.items() if isinstance(epoch, int)}
+
+    def save_epochs(self, epochs: dict[str, int]) -> None:
+        """Keeps the jobs that were accepted last; a dictionary keeps its order."""
+        newest = dict(list(epochs.items())[-_EPOCHS_KEPT:])
+        write(self.root / "epochs.json", json.dumps(newest).encode())
+
+    # reports
+
+    def load_reports(self) -> list[agent_pb2.TaskReport]:
+        """Unacknowledged reports in order."""
+        reports = []
+        for path in sorted((self.root / "reports").glob("*.pb")):
+            with contextlib.suppress(OSError, DecodeError):
+                reports.append(agent_pb2.TaskReport.FromString(path.read_bytes()))
+        return reports
+
+    def save_report(self, report: agent_pb2.TaskReport) -> None:
+        write(self.root / "reports" / f"{report.sequence:016d}.pb", report.SerializeToString())
+
+    def drop_reports(self, sequences: list[int]) -> None:
+        for sequence in sequences:
+            (self.root / "reports" / f"{sequence:016d}.pb").unlink(missing_ok=True)
+
+    def reserve_sequences(self) -> range:
+        """Numbers that no report has ever had, also across a crash."""
+        path = self.root / "sequence"
+        first = int(path.read_text()) if path.exists() else 1
+        write(path, str(first + _SEQUENCES_RESERVED).encode())
+        return range(first, first + _SEQUENCES_RESERVED)
+
+    # tasks
+
+    def task_folder(self, task: str) -> Path:
+        """The folder of a task; its id cannot name another place."""
+        return self.root / "tasks" / quote(task, safe="").replace(".", "%2E")
+
+    def load_tasks(self) -> list[TaskRecord]:
+        """Every task that has a readable record, oldest first."""
+        records = []
+        for folder in sorted((self.root / "tasks").iterdir(), key=lambda path: path.stat().st_mtime):
+            with contextlib.suppress(OSError, DecodeError, ValueError, TypeError):
+                desired = agent_pb2.DesiredTask.FromString((folder / "task.pb").read_bytes())
+                meta = _meta(json.loads((folder / "meta.json").read_text()))
+                result = folder / "result.pb"
+                records.append(
+                    TaskRecord(
+                        desired,
+                        meta,
+                        agent_pb2.TaskReport.FromString(result.read_bytes()) if result.exists() else None,
+                    )
+                )
+        return records
+
+    def save_task(self, desired: agent_pb2.DesiredTask, meta: TaskMeta) -> Path:
+        folder = self.task_folder(desired.task.id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        write(folder / "task.pb", desired.SerializeToString())
+        self.save_meta(desired.task.id, meta)
+        return folder
+
+    def save_meta(self, task: str, meta: TaskMeta) -> None:
+        write(self.task_folder(task) / "meta.json", json.dumps(asdict(meta)).encode())
+
+    def save_result(self, report: agent_pb2.TaskReport) -> None:
+        write(self.task_folder(report.task) / "result.pb", report.SerializeToString())
+
+    def collect(self, keep_tasks: int, in_use: frozenset[str]) -> list[str]:
+        """Deletes the oldest task folders beyond `keep_tasks`, never one that is in use; returns the deleted ids."""
+        folders = sorted((self.root / "tasks").iterdir(), key=lambda path: path.stat().st_mtime)
+        spare = [folder for folder in folders if unquote(folder.name) not in in_use]
+        gone = spare[: max(0, len(spare) - keep_tasks)]
+        for folder in gone:
+            shutil.rmtree(folder, ignore_errors=True)
+        return [unquote(folder.name) for folder in gone]
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replaces `path` atomically and durably; readable by the owner alone."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _meta(content: dict[str, Any]) -> TaskMeta:
+    return TaskMeta(**{**content, "ports": tuple(content["ports"])})
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object in `path`; empty when it is absent or unreadable."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

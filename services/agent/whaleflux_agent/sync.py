@@ -1,0 +1,105 @@
+"""The stream to the scheduler: reports, progress and logs go up, desired state comes down."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+from whaleflux import telemetry
+from whaleflux.clock import Clock
+from whaleflux.errors import Refusal
+from whaleflux.rpc.channel import Channel
+from whaleflux.telemetry import Event
+from whaleflux.v1 import agent_pb2, agent_pb2_grpc
+from whaleflux_agent.core.backoff import pause_s
+from whaleflux_agent.log_streams import LogStreams
+from whaleflux_agent.reports import ReportLog
+from whaleflux_agent.supervisor import Supervisor
+
+PROGRESS_EVERY_S = 0.5
+_log = telemetry.get_logger("whaleflux.agent")
+
+
+class SyncLoop:
+    """Keeps one stream open for ever; without it the node goes on with what it was last told."""
+
+    def __init__(
+        self, channel: Channel, node: str, boot_id: str, supervisor: Supervisor, reports: ReportLog, clock: Clock
+    ) -> None:
+        self._stub = agent_pb2_grpc.TaskServiceStub(channel)
+        self._node, self._boot_id = node, boot_id
+        self._supervisor, self._reports, self._clock = supervisor, reports, clock
+        self._news = asyncio.Event()
+        self.connected = False
+
+    async def run(self) -> None:
+        """Opens the stream again after every end."""
+        failures = 0
+        while True:
+            try:
+                await self._once()
+                failures = 0  # the server ended it in order
+            except Refusal as refusal:
+                failures = 1 if self.connected else failures + 1
+                level = _log.info if self.connected or failures % 20 == 1 else _log.debug
+                level(Event.STREAM_BROKEN, stream="sync", reason=refusal.message, failures=failures)
+            finally:
+                self.connected = False
+            await self._clock.sleep(max(0.05, pause_s(failures, random.random())))
+
+    async def _once(self) -> None:
+        logs = LogStreams(self._supervisor.newest_of, self._news.set)
+        self._reports.on_news = self._news.set
+        try:
+            async with self._stub.Sync(self._requests(logs)) as responses:
+                async for response in responses:
+                    if not self.connected:
+                        self.connected = True
+                        _log.info(Event.STREAM_OPENED, stream="sync")
+                    await self._take(response, logs)
+        finally:
+            await logs.close()
+
+    async def _requests(self, logs: LogStreams) -> AsyncIterator[agent_pb2.SyncRequest]:
+        yield agent_pb2.SyncRequest(
+            hello=agent_pb2.SyncHello(node=self._node, boot_id=self._boot_id, tasks=self._supervisor.reports())
+        )
+        sent, progress_at = 0, self._clock.monotonic()
+        while True:
+            self._news.clear()
+            for report in self._reports.after(sent):
+                yield agent_pb2.SyncRequest(report=report)
+                sent = report.sequence
+            if self._clock.monotonic() >= progress_at:
+                progress_at = self._clock.monotonic() + PROGRESS_EVERY_S
+                if moved := self._supervisor.take_progress():
+                    yield agent_pb2.SyncRequest(progress=agent_pb2.ProgressReport(tasks=moved))
+            if chunk := logs.take():
+                yield agent_pb2.SyncRequest(log=chunk)
+                continue  # one chunk, then reports again: logs never delay them
+            await self._news_or_pause(progress_at - self._clock.monotonic())
+
+    async def _news_or_pause(self, longest_s: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, longest_s)):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+
+    async def _take(self, response: agent_pb2.SyncResponse, logs: LogStreams) -> None:
+        match response.WhichOneof("message"):
+            case "desired":
+                await self._supervisor.desire(response.desired)
+            case "changed":
+                await self._supervisor.change(response.changed)
+            case "removed":
+                await self._supervisor.remove(response.removed)
+            case "acknowledged_sequence":
+                await self._reports.acknowledge(response.acknowledged_sequence)
+            case "logs":
+                logs.start(response.logs)
+            case "cancel_logs":
+                logs.cancel(response.cancel_logs)
+            case _:
+                pass  # of a newer scheduler; what matters is in the desired set
