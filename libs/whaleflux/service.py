@@ -98,7 +98,7 @@ class ServiceContext(Generic[S]):
     def channel_to(self, target: str, server: str, policy: CallPolicy | None = None) -> Channel:
         """A channel to `target`, whose certificate must be that of `server` (`pki.server_name`); made once."""
         if (target, server) not in self._channels:
-            self._channels[target, server] = connect(target, self.tls, server=server, policy=policy)
+            self._channels[target, server] = connect(target, self.tls, server=server, policy=policy, follow_leader=True)
         return self._channels[target, server]
 
 

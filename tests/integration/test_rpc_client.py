@@ -132,6 +132,79 @@ class TestRestart:
         listener.close()
 
 
+class TestLeader:
+    """A follower names the leader, and calls go there by themselves."""
+
+    @contextlib.asynccontextmanager
+    async def pair(self):
+        led = []
+
+        async def lead(request, context):
+            led.append(request.value)
+            return text("from the leader")
+
+        async def follow(request, context):
+            raise not_leader()
+
+        async def lead_stream(request, context):
+            yield text("from the leader")
+
+        async def follow_stream(request, context):
+            raise not_leader()
+            yield
+
+        def not_leader():
+            known = {"leader": f"127.0.0.1:{leader.port}"}
+            return errors.Unavailable("not me", reason="NOT_LEADER", metadata=known, retry_after_s=0.0)
+
+        leader = await start(Toy({"CreateIt": lead}, {"Watch": lead_stream}))
+        follower = await start(Toy({"CreateIt": follow}, {"Watch": follow_stream}))
+        try:
+            yield leader, follower, led
+        finally:
+            await leader.drain(0)
+            await follower.drain(0)
+
+    def dial(self, server, **more):
+        tls = CA.issue("user", "ann", datetime.now(UTC))
+        target = f"127.0.0.1:{server.port}"
+        return connect(target, tls, server=server_name("scheduler"), policy=PATIENT, **more)
+
+    async def test_calls_and_streams_find_it(self):
+        async with self.pair() as (_, follower, led), self.dial(follower, follow_leader=True) as channel:
+            assert (await Stub(channel).unary("CreateIt")(text("job"))).value == "from the leader"
+            assert led == ["job"]
+        async with self.pair() as (_, follower, _), self.dial(follower, follow_leader=True) as channel:
+            with pytest.raises(errors.Unavailable):
+                await anext(Stub(channel).stream("Watch")(text()))
+            assert (await anext(Stub(channel).stream("Watch")(text()))).value == "from the leader"
+
+    async def test_when_it_is_gone_they_ask_the_first_address_again(self):
+        async with self.pair() as (leader, follower, _), self.dial(follower, follow_leader=True) as channel:
+            ask = Stub(channel).unary("CreateIt")
+            await ask(text())
+            port = leader.port
+            await leader.drain(0)
+            with pytest.raises(errors.Unavailable):
+                await ask(text())
+            again = await start(Toy({"CreateIt": failing(0, errors.NotFound("x", "y"))}), port)
+            try:
+                assert (await ask(text())).value == "1", "through the follower to the new leader"
+            finally:
+                await again.drain(0)
+
+    async def test_only_when_asked_to_and_only_to_an_address(self):
+        async with self.pair() as (_, follower, led), self.dial(follower) as channel:
+            with pytest.raises(errors.Unavailable):
+                await Stub(channel).unary("CreateIt")(text(), timeout=0.3)
+            assert not led
+        tls = CA.issue("user", "ann", datetime.now(UTC))
+        async with connect("127.0.0.1:1", tls, follow_leader=True) as channel:
+            for leader in ("", "scheduler-1", "unix:/tmp/x", "dns://evil/x:1", "a:1,b:2"):
+                await channel.lines.heed(errors.Unavailable("x", reason="NOT_LEADER", metadata={"leader": leader}))
+                assert channel.lines._at == "127.0.0.1:1"
+
+
 class TestClosing:
     async def test_a_closed_channel_refuses_and_does_not_cancel_the_task(self):
         async def linger(request, context):

@@ -136,7 +136,7 @@ class TestReflection:
 
 class TestRenewal:
     async def test_server_and_stubs_go_on_with_renewed_files_and_open_streams_stay(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("whaleflux.rpc.channel._STAMP_EVERY_S", 0.0)
+        monkeypatch.setattr("whaleflux.rpc.lines._STAMP_EVERY_S", 0.0)
         release = asyncio.Event()
 
         async def watch(request, context):
@@ -170,7 +170,7 @@ class TestRenewal:
             await server.drain(0)
 
     async def test_half_replaced_files_change_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("whaleflux.rpc.channel._STAMP_EVERY_S", 0.0)
+        monkeypatch.setattr("whaleflux.rpc.lines._STAMP_EVERY_S", 0.0)
         served, shown = TlsFiles.under(tmp_path, "scheduler"), TlsFiles.under(tmp_path, "client")
         served.save(CA.issue("scheduler", "1", now()))
         shown.save(CA.issue("user", "ann", now()))

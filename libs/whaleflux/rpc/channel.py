@@ -20,15 +20,15 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from whaleflux.errors import DeadlineExceeded, Invalid, Refusal, Unavailable
+from whaleflux.errors import DeadlineExceeded, Refusal, Unavailable
 from whaleflux.rpc import propagation
+from whaleflux.rpc.lines import Line, Lines
 from whaleflux.rpc.pki import Tls, TlsFiles
-from whaleflux.rpc.policy import CallPolicy, channel_options, repeatable
+from whaleflux.rpc.policy import CallPolicy, repeatable
 from whaleflux.rpc.status import from_rpc_error
 
 Response = TypeVar("Response")
 Metadata = tuple[tuple[str, str], ...]
-_STAMP_EVERY_S = 1.0
 
 
 def connect(
@@ -38,71 +38,34 @@ def connect(
     server: str = "",
     policy: CallPolicy | None = None,
     metadata: Metadata = (),
+    follow_leader: bool = False,
 ) -> Channel:
     """A channel to `target` (host:port, dns:///name:port), showing `tls`. Connects lazily; never raises for a dead peer.
 
     `server` is the name that the peer's certificate must have (`pki.server_name`), "" checks the dialled host.
-    `metadata` goes with every call.
+    `metadata` goes with every call. With `follow_leader` a follower's NOT_LEADER sends the next attempt, and streams
+    opened later, to the leader it names; without one behind it that answers, back to `target`.
     """
-    return Channel(target, tls, server, policy or CallPolicy(), metadata)
-
-
-class _Line:
-    """One gRPC channel and how many calls use it; an outdated one closes after its last call."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.channel, self.calls, self.outdated = channel, 0, False
-        self.callables: dict[str, Any] = {}
-
-    async def __aenter__(self) -> Self:
-        self.calls += 1
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.calls -= 1
-        if self.outdated and not self.calls:
-            await self.channel.close()
+    lines = Lines(target, tls, server, follow_leader=follow_leader)
+    return Channel(lines, policy or CallPolicy(), metadata)
 
 
 class Channel:
     """What a generated stub is built on. Use `connect`."""
 
-    def __init__(self, target: str, tls: Tls | TlsFiles, server: str, policy: CallPolicy, metadata: Metadata) -> None:
-        self.target, self.policy, self.metadata = target, policy, metadata
-        self._tls, self._options = tls, channel_options(server)
-        self._stamp = tls.stamp() if isinstance(tls, TlsFiles) else None
-        self._stamped_at = time.monotonic()
-        self._line = self._dial()
+    def __init__(self, lines: Lines, policy: CallPolicy, metadata: Metadata) -> None:
+        self.lines, self.policy, self.metadata = lines, policy, metadata
 
-    def _dial(self) -> _Line:
-        tls = self._tls.load() if isinstance(self._tls, TlsFiles) else self._tls
-        credentials = grpc.ssl_channel_credentials(tls.roots, tls.key, tls.chain)
-        return _Line(grpc.aio.secure_channel(self.target, credentials, options=self._options))
-
-    async def line(self) -> _Line:
-        """The line for the next call, dialled afresh when the files of our certificate have changed."""
-        if isinstance(self._tls, TlsFiles) and time.monotonic() - self._stamped_at >= _STAMP_EVERY_S:
-            self._stamped_at = time.monotonic()
-            await self._redial_if_renewed(self._tls)
-        return self._line
-
-    async def _redial_if_renewed(self, files: TlsFiles) -> None:
-        try:
-            if (stamp := files.stamp()) == self._stamp:
-                return
-            fresh = self._dial()
-        except (OSError, Invalid):
-            return  # being replaced right now; the old certificate serves until the next look
-        self._stamp, old, self._line = stamp, self._line, fresh
-        old.outdated = True
-        if not old.calls:
-            await old.channel.close()
+    @property
+    def target(self) -> str:
+        """Where it was asked to connect to."""
+        return self.lines.target
 
     async def ready(self, timeout_s: float) -> None:
         """Returns when the connection stands; raises Unavailable when it does not in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                await (await self.line()).channel.channel_ready()
+                await (await self.lines.current()).channel.channel_ready()
         except TimeoutError:
             raise Unavailable(
                 f"{self.target} did not answer within {timeout_s} s", reason="SERVER_UNREACHABLE"
@@ -110,7 +73,7 @@ class Channel:
 
     async def close(self) -> None:
         """Ends the connection and the calls on it."""
-        await self._line.channel.close()
+        await self.lines.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,7 +125,7 @@ class _Callable:
         self._channel, self._kind, self._method = channel, kind, method
         self._codecs = (serializer, deserializer)
 
-    def _on(self, line: _Line) -> Callable[..., Any]:
+    def _on(self, line: Line) -> Callable[..., Any]:
         found = line.callables.get(self._method)
         if found is None:
             found = line.callables[self._method] = getattr(line.channel, self._kind)(self._method, *self._codecs)
@@ -190,6 +153,7 @@ class _Unary(_Callable):
                 try:
                     return await self._once(request, deadline - time.monotonic(), sent, wait_for_ready)
                 except Refusal as refusal:
+                    await self._channel.lines.heed(refusal)
                     left_s = deadline - time.monotonic()
                     pause_s = self._channel.policy.pause_s(attempt, refusal, again, left_s, random.random())
                     if pause_s is None:
@@ -200,7 +164,7 @@ class _Unary(_Callable):
     async def _once(self, request: Any, left_s: float, metadata: Metadata, wait_for_ready: bool | None) -> Any:
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left for {self._method}", metadata={"method": self._method})
-        async with await self._channel.line() as line:
+        async with await self._channel.lines.current() as line:
             with _refusals():
                 return await self._on(line)(request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready)
 
@@ -217,7 +181,7 @@ class _Streaming(_Callable):
     ) -> Stream[Any]:
         """`timeout` in seconds for the whole stream; none when None."""
 
-        def start(line: _Line) -> Any:
+        def start(line: Line) -> Any:
             with propagation.outgoing(self._method, streaming=True) as headers:
                 sent = (*self._channel.metadata, *headers, *metadata)
                 return self._on(line)(request, timeout=timeout, metadata=sent, wait_for_ready=wait_for_ready)
@@ -228,10 +192,10 @@ class _Streaming(_Callable):
 class Stream(Generic[Response]):
     """The answers of one call. It starts when first read; `aclose` (or leaving `async with`) ends it early."""
 
-    def __init__(self, channel: Channel, start: Callable[[_Line], Any]) -> None:
+    def __init__(self, channel: Channel, start: Callable[[Line], Any]) -> None:
         self._channel, self._start = channel, start
         self._call: Any = None
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self._ended = False
 
     def __aiter__(self) -> AsyncIterator[Response]:
@@ -244,8 +208,8 @@ class Stream(Generic[Response]):
             with _refusals():
                 await self._started()
                 message = await self._call.read()
-        except BaseException:
-            await self.aclose()
+        except BaseException as failure:
+            await self._failed(failure)
             raise
         if message is grpc.aio.EOF:
             await self._finished()
@@ -254,7 +218,7 @@ class Stream(Generic[Response]):
 
     async def _started(self) -> None:
         if self._line is None:
-            self._line = await (await self._channel.line()).__aenter__()
+            self._line = await (await self._channel.lines.current()).__aenter__()
             self._call = self._start(self._line)
 
     async def _finished(self) -> None:
@@ -265,9 +229,15 @@ class Stream(Generic[Response]):
             error = grpc.aio.AioRpcError(
                 code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
             )
-            await self.aclose()
-            raise from_rpc_error(error)
+            refusal = from_rpc_error(error)
+            await self._failed(refusal)
+            raise refusal
         await self.aclose()
+
+    async def _failed(self, failure: BaseException) -> None:
+        await self.aclose()
+        if isinstance(failure, Refusal):
+            await self._channel.lines.heed(failure)
 
     async def aclose(self) -> None:
         """Cancels what is left of the call; nothing to do when it has ended."""
