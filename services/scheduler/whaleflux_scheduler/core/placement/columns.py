@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +27,7 @@ SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.L
 WHOLE_MILLI = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """Nodes with equal GPUs, wiring and network; per-GPU tuples are by position."""
 
@@ -38,9 +38,14 @@ class Shape:
     network_bytes_per_s: float
     wiring: Wiring
 
-    @property
+    @cached_property
     def size(self) -> int:
         return len(self.models)
+
+    @cached_property
+    def value(self) -> tuple[float, float]:
+        """What such a node is worth to others: its links, then its memory."""
+        return self.wiring.ring_bytes_per_s((1 << self.size) - 1), float(max(self.memory_bytes, default=0))
 
     def mask(self, gpus: tuple[int, ...]) -> int:
         """Positions of driver indices; an index that the node does not have (any more) is left out."""
@@ -342,9 +347,9 @@ class Columns:
     def smallest_domain(self, rows: Iterable[int]) -> tuple[Level, int]:
         """The deepest domain that holds all of `rows` (at least one)."""
         members = list(rows)
-        if len(set(members)) == 1:
-            return Level.NODE, members[0]
         low, high = min(members), max(members)
+        if low == high:
+            return Level.NODE, low
         for level in reversed(DOMAIN_LEVELS):
             if self.domain[level][low] == self.domain[level][high]:
                 return level, self.domain[level][low]

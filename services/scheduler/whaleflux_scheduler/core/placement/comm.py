@@ -27,6 +27,9 @@ class Estimate:
     bottleneck: Bottleneck
 
 
+_ALONE = Estimate(0.0, Bottleneck(Level.GPU, LinkKind.NVLINK, 0.0))  # one GPU talks to nobody
+
+
 def flows_of(columns: Columns, parts: Sequence[tuple[int, int]]) -> int:
     """NIC flows that the gang's ring sends through each boundary it crosses: those behind the GPUs of its narrowest node."""
     return max(
@@ -44,6 +47,8 @@ def node_rate(columns: Columns, i: int, mask: int) -> float:
 
 def estimate(columns: Columns, parts: Sequence[tuple[int, int]], comm: CommModel, subgroup: int = 1) -> Estimate:
     """Of `parts`, (row, mask of GPUs) with each row once."""
+    if len(parts) == 1 and parts[0][1].bit_count() == 1:
+        return _ALONE
     level, _ = columns.smallest_domain(i for i, _ in parts)
     ranks = sum(mask.bit_count() for _, mask in parts)
     inside, kind = _inside(columns, parts)

@@ -321,14 +321,22 @@ def price(
             merged[i] = merged.get(i, 0) | 1 << position
             usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
     parts = sorted(merged.items())
-    inner = max((s.size for g in groups for s in g.request.subgroups if s.level >= Level.NODE), default=1)
-    found = estimate(columns, parts, request.comm, inner * option.per_unit)
-    fetch_s = max((_fetch_s(columns, i, request, datasets) for i, _ in parts), default=0.0) if request.datasets else 0.0
+    found = estimate(columns, parts, request.comm, inner_size(request) * option.per_unit)
+    fetch_s = max(_fetch_s(columns, i, request, datasets) for i, _ in parts) if request.datasets else 0.0
     run_s = _run_s(columns, request, option, parts, found)
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
     first = columns.shape(parts[0][0])
-    value = (first.wiring.ring_bytes_per_s((1 << first.size) - 1), float(max(first.memory_bytes)))
-    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), value)
+    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), first.value)
+
+
+def inner_size(request: PlaceRequest) -> int:
+    """Ranks of the largest subgroup that lives inside a node; 1 when there is none."""
+    size = 1
+    for group in request.groups:
+        for sub in group.subgroups:
+            if sub.level >= Level.NODE:
+                size = max(size, sub.size)
+    return size
 
 
 def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
@@ -432,7 +440,7 @@ def assemble(columns: Columns, request: PlaceRequest, best: Candidate, others: l
 
 def _assignments(columns: Columns, request: PlaceRequest, group: Group, rank_at: int) -> list[NodeAssignment]:
     need, made = request.requirement, []
-    size = max((s.size for s in group.request.subgroups if s.level >= Level.NODE), default=1)
+    size = inner_size(request)
     per_node: dict[int, list[int]] = {}
     for i, mask in group.parts:
         per_node[i] = list(columns.shape(i).wiring.rank_order(mask, size))

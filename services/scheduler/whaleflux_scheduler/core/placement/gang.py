@@ -176,7 +176,7 @@ def _best_domain(supply: Supply, level: Level, split: Split, bounds: Bounds) -> 
     if bounds.inside and level < bounds.inside[0]:
         return None
     nodes = _fitting_nodes(supply, level, split.per_node, bounds)[first:last]
-    fitting = np.flatnonzero(nodes >= split.nodes)
+    fitting = (nodes >= split.nodes).nonzero()[0]
     if not len(fitting):
         return None
     if len(fitting) == 1:
@@ -211,7 +211,7 @@ def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) 
     """The fullest nodes of a leaf that still have `per_node` GPUs."""
     lo, hi = int(supply.columns.lo[Level.LEAF][leaf]), int(supply.columns.hi[Level.LEAF][leaf])
     usable = supply.usable(lo, hi)
-    rows = np.flatnonzero(usable >= per_node)
+    rows = (usable >= per_node).nonzero()[0]
     if len(rows) < nodes:
         return None
     if len(rows) > nodes:
@@ -273,7 +273,7 @@ def _largest_first(order: Ints, room: Ints, nodes: int, first: int) -> Counts:
     chosen = [(first + int(c), int(room[c])) for c in order[:last]]
     remainder = nodes - sum(take for _, take in chosen)
     rest, fits = order[last:], sizes[last:]
-    holding = np.flatnonzero(fits >= remainder)
+    holding = (fits >= remainder).nonzero()[0]
     tight = rest[holding[int(np.argmin(fits[holding]))]]
     return [*chosen, (first + int(tight), remainder)]
 
@@ -288,7 +288,7 @@ def ragged(supply: Supply, bounds: Bounds) -> Iterator[Counts]:
             return
         first, last = _domains_inside(supply, level, bounds)
         total = supply.total(level)[first:last]
-        fitting = np.flatnonzero(total >= demand.gpus)
+        fitting = (total >= demand.gpus).nonzero()[0]
         for d in fitting[np.argsort(total[fitting], kind="stable")][:4]:
             counts = _collect(supply, level, first + int(d), bounds)
             if counts is not None:

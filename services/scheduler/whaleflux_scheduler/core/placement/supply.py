@@ -47,17 +47,19 @@ class Demand:
 
     @staticmethod
     def of(group: GroupRequest, request: PlaceRequest, option: GpuOption) -> Demand:
-        inner = [s for s in group.subgroups if s.required and s.level >= Level.NODE]
-        unit = max((s.size for s in inner), default=1)
-        whole = max(group.level or 0, request.level or 0)  # a group that must share a node or an island is one run
-        if whole >= Level.NODE:
-            unit = group.gpus * option.per_unit
+        unit, island = 1, False
+        for sub in group.subgroups:
+            if sub.required and sub.level >= Level.NODE:
+                unit, island = max(unit, sub.size), island or sub.level >= Level.ISLAND
+        whole = max(group.level or 0, request.level or 0)
+        if whole >= Level.NODE:  # a group that must share a node or an island is one run
+            unit, island = group.gpus * option.per_unit, island or whole >= Level.ISLAND
         spread = -(-group.gpus // request.min_nodes) if request.min_nodes else 0
         return Demand(
             group.gpus * option.per_unit,
             group.gpus_per_node * option.per_unit,
             unit,
-            whole >= Level.ISLAND or any(s.level >= Level.ISLAND for s in inner),
+            island,
             option.model,
             request.requirement,
             spread * option.per_unit,

@@ -7,7 +7,14 @@ from functools import lru_cache
 
 from whaleflux.errors import FieldViolation, Invalid
 from whaleflux.fleet.model import Level
-from whaleflux_scheduler.core.placement.api import GpuRequirement, GroupRequest, PlaceRequest, Share
+from whaleflux_scheduler.core.placement.api import (
+    CommModel,
+    GpuRequirement,
+    GroupRequest,
+    PlaceRequest,
+    Preference,
+    Share,
+)
 
 MAX_GPUS = 1_000_000
 MAX_GROUPS = 64
@@ -42,14 +49,22 @@ def _problems(request: PlaceRequest) -> list[FieldViolation]:
         bad.append(
             FieldViolation("min_nodes", f"{request.min_nodes} nodes for {request.units} GPUs; at most one node per GPU")
         )
-    wish = request.preference
+    return bad + list(_wishes(request.preference)) + list(_comm(request.comm))
+
+
+@lru_cache(maxsize=1024)
+def _wishes(wish: Preference) -> tuple[FieldViolation, ...]:
     numbers = (wish.work_gpu_s, wish.deadline_s or 0.0, wish.budget_usd or 0.0, wish.comm_fraction)
-    if any(not math.isfinite(x) or x < 0 for x in numbers):
-        bad.append(FieldViolation("preference", "work, deadline, budget and comm_fraction are finite and not negative"))
-    comm = request.comm
-    if any(not math.isfinite(x) or x < 0 for x in (comm.all_reduce_bytes, comm.all_to_all_bytes, comm.subgroup_bytes)):
-        bad.append(FieldViolation("comm", "bytes per step are finite and not negative"))
-    return bad
+    if all(math.isfinite(x) and x >= 0 for x in numbers):
+        return ()
+    return (FieldViolation("preference", "work, deadline, budget and comm_fraction are finite and not negative"),)
+
+
+@lru_cache(maxsize=1024)
+def _comm(comm: CommModel) -> tuple[FieldViolation, ...]:
+    if all(math.isfinite(x) and x >= 0 for x in (comm.all_reduce_bytes, comm.all_to_all_bytes, comm.subgroup_bytes)):
+        return ()
+    return (FieldViolation("comm", "bytes per step are finite and not negative"),)
 
 
 def _group(group: GroupRequest, path: str) -> list[FieldViolation]:
