@@ -1,0 +1,23 @@
+"""The scheduler: python -m whaleflux_scheduler --help."""
+
+from __future__ import annotations
+
+from whaleflux.service import Parts, ServiceContext, main
+from whaleflux_scheduler.bootstrap import Peers, assemble
+from whaleflux_scheduler.settings import Settings
+
+
+async def build(ctx: ServiceContext[Settings]) -> Parts:
+    """Any replica reads and takes jobs; one at a time decides and serves the agents."""
+    settings = ctx.settings
+    peers = Peers.dial(
+        inventory=ctx.channel("inventory") if settings.inventory else None,
+        health=ctx.channel("health_monitor") if settings.health_monitor else None,
+        checkpoint=ctx.channel("checkpoint") if settings.checkpoint else None,
+    )
+    service = assemble(ctx.store, ctx.bus, ctx.clock, peers, settings.limits(), ctx.address, settings.keep_ended_jobs)
+    return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
+
+
+if __name__ == "__main__":
+    main("scheduler", Settings, build)

@@ -1,0 +1,130 @@
+"""The leader's memory beside the store: who is on which node, what was reported and not stored yet, who waits and why.
+
+Nothing here is true by itself: a new leader starts with an empty book and fills it from the store, the feeds and the agents' hellos.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from whaleflux_scheduler.convert import StoredJob
+from whaleflux_scheduler.core.model import ACTIVE, Decision, Job, JobState, Task
+from whaleflux_scheduler.core.observed import Break, Report
+from whaleflux_scheduler.hub import Connection
+from whaleflux_scheduler.judge import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A report on its way into the store."""
+
+    report: Report
+    connection: Connection
+    sequence: int  # 0: not to be acknowledged
+
+    def stored(self) -> None:
+        if self.sequence:
+            self.connection.stored(self.sequence)
+
+
+@dataclass(slots=True)
+class Progress:
+    """The newest step of a job's current attempt."""
+
+    epoch: int
+    step: int
+    loss: float
+    stored_at: datetime  # when a step was last written to the store
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A job as it was offered to the planner: what was stored, what follows from the news, and the news that this accounts for."""
+
+    stored: StoredJob
+    job: Job
+    heard: tuple[Heard, ...]
+
+
+@dataclass(slots=True)
+class Note:
+    """What the leader remembers about one unfinished job."""
+
+    heard: list[Heard] = field(default_factory=list)
+    progress: Progress | None = None
+    broken: Break | None = None  # why its last attempt was fenced
+    inquiring: int = 0  # epoch that others are being asked about
+    finding: Finding | None = None
+    shunned: dict[str, datetime] = field(default_factory=dict)  # node -> until
+    launches: dict[str, str] = field(default_factory=dict)  # task -> traceparent of its launch
+    offer: Offer | None = None
+    waits: Decision | None = None
+    due: datetime | None = None
+
+
+class Book:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, Note] = {}
+        self.ended: dict[str, datetime] = {}  # job -> when
+        self.states: Counter[JobState] = Counter()
+        self._on_node: dict[str, set[str]] = {}
+        self._nodes_of: dict[str, frozenset[str]] = {}
+
+    def note(self, name: str) -> Note:
+        return self.notes.setdefault(name, Note())
+
+    def jobs_on(self, node: str) -> frozenset[str]:
+        """Jobs with tasks on the node whose GPUs are taken, or that should run there."""
+        return frozenset(self._on_node.get(node, ()))
+
+    def record(self, name: str, old: Job | None, new: Job | None) -> frozenset[str]:
+        """A job changed in the store; returns the nodes that this concerns."""
+        if old is not None:
+            self.states[old.state] -= 1
+        if new is not None:
+            self.states[new.state] += 1
+        nodes = frozenset(task.node for _, task in new.holding()) if new is not None else frozenset[str]()
+        before = self._nodes_of.pop(name, frozenset())
+        for node in before - nodes:
+            self._on_node[node].discard(name)
+        for node in nodes:
+            self._on_node.setdefault(node, set()).add(name)
+        if nodes:
+            self._nodes_of[name] = nodes
+        self.ended.pop(name, None)
+        if new is not None and new.ended:
+            self.ended[name] = new.end_time or new.create_time
+        return nodes | before
+
+    def next_due(self) -> datetime | None:
+        """When the first job has to be looked at again."""
+        return min((note.due for note in self.notes.values() if note.due is not None), default=None)
+
+    def due_by(self, now: datetime) -> list[str]:
+        return [name for name, note in self.notes.items() if note.due is not None and note.due <= now]
+
+
+def desired_tasks(stored: StoredJob, node: str) -> Iterator[Task]:
+    """The tasks of a job that should be on the node."""
+    job = stored.value
+    if job.state in ACTIVE and job.attempt is not None:
+        yield from (task for task in job.attempt.tasks if task.node == node and not task.over)
+
+
+def find_task(job: Job, task_id: str) -> Task | None:
+    """The task of any kept attempt; its id ends with its position, so large gangs are not searched."""
+    position = task_id.rpartition(".")[2]
+    at = int(position) if position.isdecimal() and len(position) < 7 else 0
+    for attempt in job.attempts():
+        if at < len(attempt.tasks) and attempt.tasks[at].id == task_id:
+            return attempt.tasks[at]
+        if len(attempt.tasks) <= at:  # a past attempt of which only some tasks are kept
+            found = next((task for task in attempt.tasks if task.id == task_id), None)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,529 @@
+"""The leader's loop: wake on news, work out what follows, write it, go on. Never polls.
+
+A round takes everything that came since the last one: reports, phases of nodes, judgements, changes of jobs, deadlines. Each job
+makes at most one move per round (`core.lifecycle`), waiting jobs are placed (`core.planner`, in its own thread), and all moves are
+written at once, each under the job's revision and this leadership. What a move leads to is the next round's news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import NamedTuple, TypeVar
+
+from whaleflux import telemetry
+from whaleflux.clock import Clock
+from whaleflux.errors import Denied, Invalid, OverLimit
+from whaleflux.store import keys
+from whaleflux.store.api import Absent, ConditionFailed, Delete, Fenced, Held, Put, Store, Unchanged, Write
+from whaleflux.store.cache import Cache
+from whaleflux.store.election import Leader
+from whaleflux.store.once import commit_once
+from whaleflux.telemetry import Metric
+from whaleflux.v1 import agent_pb2, scheduler_pb2
+from whaleflux_scheduler import convert, spans
+from whaleflux_scheduler.book import Book, Heard, Note, Offer, Progress, desired_tasks, find_task
+from whaleflux_scheduler.convert import StoredJob, StoredQueue
+from whaleflux_scheduler.core import breaks, lifecycle
+from whaleflux_scheduler.core.model import ACTIVE, Decision, Job, JobState, TaskPhase
+from whaleflux_scheduler.core.observed import Limits, Report, Seen, Standing
+from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.planner import Choice, News, Planner
+from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.fleet import Fleet
+from whaleflux_scheduler.hub import Connection, Hub
+from whaleflux_scheduler.judge import Inquiry, Judge, reconstruct
+
+STEP_EVERY_S = 10.0  # how often a job's step is written when nothing else is
+UNSTORED_REPORTS = 10_000  # of one agent
+DELETE_AT_ONCE = 50
+T = TypeVar("T")
+_log = telemetry.get_logger("whaleflux.scheduler")
+
+
+class Sources(NamedTuple):
+    """What the leader reads, all current and owned by others."""
+
+    jobs: Cache[StoredJob]
+    queues: Cache[StoredQueue]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A job's next state, and the reports that it accounts for."""
+
+    stored: StoredJob
+    after: Job
+    heard: tuple[Heard, ...] = ()
+    choice: Choice | None = None
+
+
+class Brain:
+    """One term of leadership."""
+
+    def __init__(
+        self,
+        store: Store,
+        leader: Leader,
+        sources: Sources,
+        hub: Hub,
+        fleet: Fleet,
+        judge: Judge,
+        clock: Clock,
+        limits: Limits,
+        *,
+        keep_ended: int = 10_000,
+    ) -> None:
+        self._store, self._leader, self._sources = store, leader, sources
+        self._hub, self._fleet, self._judge, self._clock, self._limits = hub, fleet, judge, clock, limits
+        self._keep_ended = keep_ended
+        self._book, self._planner = Book(), Planner(clock)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._dirty: set[str] = set()
+        self._queues_changed = True
+        self._datasets: tuple[DatasetFact, ...] = ()
+        self._unstored: dict[str, int] = {}
+        self._wake, self._rescheduled = asyncio.Event(), asyncio.Event()
+        fleet.on_change = self._wake.set
+        self._inquiries: asyncio.TaskGroup | None = None
+        self.rounds = 0
+
+    async def run(self) -> None:
+        """Until cancelled; raises Fenced (in a group) when another leads."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._inquiries = group
+                group.create_task(self._follow_jobs())
+                group.create_task(self._follow_queues())
+                group.create_task(self._alarm())
+                group.create_task(self._rounds())
+        finally:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+    # what others tell
+
+    def datasets_are(self, facts: tuple[DatasetFact, ...]) -> None:
+        """Which datasets exist and where they are."""
+        self._datasets += facts
+        self._wake.set()
+
+    def connect(self, hello: agent_pb2.SyncHello) -> Connection:
+        """An agent's stream begins: what it runs is compared with what should run."""
+        connection = Connection(hello.node, self._desired)
+        self._hub.add(connection)
+        for message in hello.tasks:
+            self.report(connection, message)
+        self._miss(connection, {message.task for message in hello.tasks})
+        self._fleet.touch(hello.node)
+        return connection
+
+    def disconnect(self, connection: Connection) -> None:
+        """The stream ended: no new work goes there, and nothing else follows from it."""
+        connection.close()
+        if self._hub.remove(connection):
+            self._fleet.touch(connection.node)
+
+    def report(self, connection: Connection, message: agent_pb2.TaskReport) -> None:
+        """News about a task; acknowledged once the store has it. Raises OverLimit, Denied."""
+        stored = self._sources.jobs.get(_key(message.job))
+        task = find_task(stored.value, message.task) if stored else None
+        if task is not None and task.node != connection.node:
+            raise Denied(f"{message.task} is not on {connection.node}", reason="NOT_OWN_NODE")
+        if message.sequence:
+            connection.received(message.sequence)
+        if task is None:  # its job is deleted or its attempt long over
+            connection.stored(message.sequence)
+            return
+        if self._unstored.get(connection.node, 0) >= UNSTORED_REPORTS:
+            raise OverLimit(f"{connection.node} has {UNSTORED_REPORTS} reports waiting", retry_after_s=1.0)
+        self._hear(message.job, Heard(convert.report_of(message), connection, message.sequence))
+
+    def progress(self, connection: Connection, moved: agent_pb2.TaskProgress) -> None:
+        """A step was completed; kept in memory, written now and then."""
+        stored = self._sources.jobs.get(_key(moved.job))
+        attempt = stored.value.attempt if stored else None
+        if stored is None or attempt is None or attempt.epoch != moved.epoch or stored.value.state not in ACTIVE:
+            return
+        note = self._book.note(moved.job)
+        known = note.progress
+        if known is None or known.epoch != moved.epoch:
+            now = self._clock.now()
+            note.progress = Progress(moved.epoch, moved.step, moved.loss, now)
+            self._schedule(note, now + timedelta(seconds=STEP_EVERY_S))
+        elif moved.step >= known.step:
+            known.step, known.loss = moved.step, moved.loss
+        spans.show_progress(moved.job, moved.step, moved.loss)
+
+    # what others ask
+
+    def present(self, stored: StoredJob) -> scheduler_pb2.Job:
+        """The job as callers see it: with its cost up to now, its live step, and why it waits."""
+        job, message = stored.value, scheduler_pb2.Job()
+        message.CopyFrom(stored.message)
+        message.cost_usd = job.cost_at(self._clock.now())
+        note = self._book.notes.get(job.name)
+        if note is None:
+            return message
+        if note.progress and job.attempt is not None and note.progress.epoch == job.attempt.epoch:
+            message.step, message.loss = note.progress.step, note.progress.loss
+        if note.waits is not None and job.state is JobState.QUEUED:
+            message.decision.CopyFrom(convert.decision_message(note.waits))
+            message.state_message = note.waits.summary
+        return message
+
+    async def explain(self, job: Job) -> Decision:
+        """Why a waiting job waits, decided afresh."""
+        note = self._book.notes.get(job.name)
+        now = self._clock.now()
+        shunned = [node for node, until in (note.shunned if note else {}).items() if until > now]
+        return await self._on_worker(lambda: self._planner.explain(job, shunned, now))
+
+    async def dry_run(self, job: Job) -> Decision:
+        """What would be decided for a job that is not submitted."""
+        return await self._on_worker(lambda: self._planner.dry_run(job, self._clock.now()))
+
+    # feeds
+
+    async def _follow_jobs(self) -> None:
+        async for changes in self._sources.jobs.changes():
+            for change in changes:
+                old = change.old.value if change.old is not None else None
+                new = change.new.value if change.new is not None else None
+                known = new or old
+                assert known is not None
+                for node in self._book.record(known.name, old, new):
+                    self._hub.kick(node)
+                idle = new is not None and new.ended and not any(new.holding())
+                if old is not None or not idle:
+                    self._dirty.add(known.name)
+            self._wake.set()
+
+    async def _follow_queues(self) -> None:
+        async for _ in self._sources.queues.changes():
+            self._queues_changed = True
+            self._wake.set()
+
+    async def _alarm(self) -> None:
+        """Wakes the loop when a deadline of a job has come."""
+        while True:
+            self._rescheduled.clear()
+            at = self._book.next_due()
+            waiting: set[asyncio.Task[object]] = {asyncio.create_task(self._rescheduled.wait())}
+            if at is not None:
+                left_s = (at - self._clock.now()).total_seconds()
+                waiting.add(asyncio.create_task(self._clock.sleep(max(left_s, 0.0) + 0.001)))
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in waiting:
+                    task.cancel()
+            if self._book.due_by(self._clock.now()):
+                self._wake.set()
+                await self._clock.sleep(0.01)  # the round that this starts sets new deadlines
+
+    async def _rounds(self) -> None:
+        await self._found()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._round()
+            self.rounds += 1
+
+    async def _found(self) -> None:
+        """The queue that exists from the start."""
+        key = keys.QUEUES + "default"
+        queue = scheduler_pb2.Queue(name="queues/default", weight=1.0, create_time=convert.timestamp(self._clock.now()))
+        try:
+            await self._store.commit(
+                Put(key, queue.SerializeToString(deterministic=True)), when=[Absent(key), Held(self._leader)]
+            )
+        except Fenced:
+            raise
+        except ConditionFailed:
+            return
+
+    # one round
+
+    async def _round(self) -> None:
+        now = self._clock.now()
+        changed = self._fleet.take()
+        names, self._dirty = self._dirty | set(self._book.due_by(now)), set()
+        for node in changed.touched:
+            names |= self._book.jobs_on(node)
+        moves: dict[str, Move] = {}
+        jobs: list[Job] = []
+        gone: list[str] = []
+        candidates: dict[str, Candidate | None] = {}
+        for name in names:
+            stored = self._sources.jobs.get(_key(name))
+            if stored is None:
+                gone.append(name)
+                self._forget(name)
+                continue
+            jobs.append(stored.value)
+            candidates[name] = self._look(stored, now, moves)
+        queues = {q.value.name.split("/")[1]: q.value for q in self._sources.queues.values.values()}
+        news = News(
+            nodes=tuple(changed.nodes.values()),
+            removed=tuple(changed.removed),
+            closed={node: self._fleet.closed(node) for node in changed.touched},
+            jobs=tuple(jobs),
+            gone=tuple(gone),
+            candidates=candidates,
+            queues=queues if self._queues_changed else None,
+            datasets=self._datasets,
+        )
+        self._queues_changed, self._datasets = False, ()
+        with telemetry.histogram(Metric.PLAN_DURATION).labels("round").time():
+            choices = await self._on_worker(lambda: self._plan(news))
+        for choice in choices:
+            self._choose(choice, now, moves)
+        await self._write(moves)
+        if self._planner.unfinished:
+            self._wake.set()
+        await self._prune()
+        self._show()
+
+    def _plan(self, news: News) -> list[Choice]:
+        self._planner.learn(news)
+        return self._planner.decide()
+
+    def _look(self, stored: StoredJob, now: datetime, moves: dict[str, Move]) -> Candidate | None:
+        """Notes the job's move, if it makes one; returns it as a candidate when it may be placed."""
+        job = stored.value
+        note = self._book.note(job.name)
+        note.offer = None
+        seen = self._seen(job, note)
+        heard = tuple(note.heard)
+        after = self._with_step(lifecycle.advance(job, seen, now, self._limits), note, now)
+        note.due = self._due(job, note, seen, now)
+        if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
+            if note.finding is not None and note.finding.verdict.epoch == job.epoch:
+                return self._offer(Offer(stored, after, heard), note, now)
+            self._inquire(job, note)
+        if after != job:
+            if job.state in ACTIVE and after.state is JobState.RECOVERING:
+                note.broken = breaks.find(lifecycle.observe(job, seen), seen, now, self._limits)
+            moves[job.name] = Move(stored, after, heard)
+            return None
+        self._settle(note, heard)
+        if job.state is JobState.QUEUED and (job.not_before is None or job.not_before <= now):
+            return self._offer(Offer(stored, job, heard), note, now)
+        if job.ended:
+            self._book.notes.pop(job.name)
+        return None
+
+    def _seen(self, job: Job, note: Note) -> Seen:
+        nodes: dict[str, Standing] = {task.node: self._fleet.standing(task.node) for _, task in job.holding()}
+        verdict = note.finding.verdict if note.finding is not None else None
+        return Seen(tuple(heard.report for heard in note.heard), nodes, verdict)
+
+    def _with_step(self, job: Job, note: Note, now: datetime) -> Job:
+        """With the newest step, when it is time to write it or something else changes anyway."""
+        progress, attempt = note.progress, job.attempt
+        if progress is None or attempt is None or attempt.epoch != progress.epoch:
+            return job
+        if (job.step, job.loss) == (progress.step, progress.loss):
+            return job
+        return replace(job, step=progress.step, loss=progress.loss)
+
+    def _due(self, job: Job, note: Note, seen: Seen, now: datetime) -> datetime | None:
+        dues = [at for at in note.shunned.values() if at > now]
+        if (at := lifecycle.due(job, seen, now, self._limits)) is not None:
+            dues.append(at)
+        if note.progress is not None and job.state in ACTIVE:
+            dues.append(max(note.progress.stored_at, now) + timedelta(seconds=STEP_EVERY_S))
+        self._rescheduled.set()
+        return min(dues, default=None)
+
+    def _schedule(self, note: Note, at: datetime) -> None:
+        if note.due is None or at < note.due:
+            note.due = at
+            self._rescheduled.set()
+
+    def _offer(self, offer: Offer, note: Note, now: datetime) -> Candidate:
+        note.offer = offer
+        note.shunned = {node: until for node, until in note.shunned.items() if until > now}
+        return Candidate(offer.job, frozenset(note.shunned))
+
+    def _choose(self, choice: Choice, now: datetime, moves: dict[str, Move]) -> None:
+        note = self._book.note(choice.job)
+        if (offer := note.offer) is None:
+            return
+        ready = offer.job
+        if choice.place is not None:
+            restore = note.finding.verdict.restore_checkpoint if note.finding is not None else ""
+            traceparent = telemetry.new_traceparent(spans.parent_of(ready, note))
+            after = lifecycle.place(ready, choice.place, choice.decision, now, traceparent=traceparent, restore=restore)
+        elif ready.state is JobState.RECOVERING:
+            after = lifecycle.requeue(ready, choice.decision.summary)
+        else:
+            note.waits = choice.decision
+            after = ready
+        if after is not ready:
+            note.offer = None
+            moves[choice.job] = Move(offer.stored, after, offer.heard, choice)
+        for name in choice.victims:
+            victim = self._sources.jobs.get(_key(name))
+            if victim is not None and victim.value.state is JobState.RUNNING and name not in moves:
+                moves[name] = Move(victim, lifecycle.suspend(victim.value, choice.job, now))
+
+    # writing
+
+    async def _write(self, moves: Mapping[str, Move]) -> None:
+        if not moves:
+            return
+        async with asyncio.TaskGroup() as group:
+            writing = [(move, group.create_task(self._commit(move))) for move in moves.values()]
+        done = [(move, revision) for move, task in writing if (revision := task.result())]
+        if done:
+            await self._sources.jobs.at_least(max(revision for _, revision in done))
+        for move, _ in done:
+            self._written(move)
+
+    async def _commit(self, move: Move) -> int:
+        """The revision, or 0 when someone else changed the job meanwhile: then it is looked at again."""
+        before, after = move.stored.value, move.after
+        entry = move.stored.entry
+        writes: list[Write] = [convert.JOBS.put(entry.key, after, move.stored)]
+        if after.epoch != before.epoch:
+            writes.append(Put(keys.of_name(keys.JOB_FENCES, after.name), b"%d" % after.epoch))
+        try:
+            return await commit_once(self._store, *writes, when=[Unchanged(entry), Held(self._leader)], key=entry.key)
+        except Fenced:
+            raise
+        except ConditionFailed:
+            telemetry.counter(Metric.CAS_CONFLICTS).labels("job").inc()
+            self._dirty.add(after.name)
+            self._wake.set()
+            await self._refresh()
+            return 0
+        except Invalid as too_large:
+            note = self._book.note(after.name)
+            note.offer, note.waits = None, Decision(self._clock.now(), placed=False, summary=f"waits: {too_large}")
+            _log.error("job_too_large", job=after.name, reason=str(too_large))
+            return 0
+
+    async def _refresh(self) -> None:
+        """The cache as new as the store is now: what won against us is in it."""
+        newest = await self._store.list(keys.JOBS, limit=1)
+        await self._sources.jobs.at_least(newest.revision)
+
+    def _written(self, move: Move) -> None:
+        before, after = move.stored.value, move.after
+        note = self._book.note(after.name)
+        self._settle(note, move.heard)
+        now = self._clock.now()
+        if note.progress is not None:
+            note.progress.stored_at = now
+        if after.state is JobState.STARTING and before.state is not JobState.STARTING:
+            spans.placed(before, after, note, move.choice, now)
+            note.finding = note.broken = note.waits = note.offer = None
+        if before.state is not after.state:
+            spans.moved(before, after, note, now)
+        if after.ended:
+            self._book.notes.pop(after.name, None)
+
+    def _settle(self, note: Note, heard: tuple[Heard, ...]) -> None:
+        """These reports are in the store, or say nothing new."""
+        for one in heard:
+            note.heard.remove(one)
+            self._unstored[one.connection.node] -= 1
+            one.stored()
+
+    # hearing and asking
+
+    def _hear(self, name: str, heard: Heard) -> None:
+        note = self._book.note(name)
+        note.heard.append(heard)
+        node = heard.connection.node
+        self._unstored[node] = self._unstored.get(node, 0) + 1
+        if heard.report.traceparent:
+            note.launches[heard.report.task] = heard.report.traceparent
+        self._dirty.add(name)
+        self._wake.set()
+
+    def _miss(self, connection: Connection, known: set[str]) -> None:
+        """Tasks that should have something to show on this node, and of which its agent says nothing, are gone."""
+        for name in self._book.jobs_on(connection.node):
+            stored = self._sources.jobs.get(_key(name))
+            if stored is None:
+                continue
+            job = stored.value
+            current = job.attempt if job.state in ACTIVE else None
+            for attempt, task in job.holding():
+                begun = attempt is not current or task.phase >= TaskPhase.STARTING
+                if task.node == connection.node and task.id not in known and begun:
+                    gone = Report(task.id, TaskPhase.GONE, message="its agent came back without it")
+                    self._hear(name, Heard(gone, connection, 0))
+
+    def _inquire(self, job: Job, note: Note) -> None:
+        """Asks what the end of the attempt means, once per epoch."""
+        if note.inquiring == job.epoch or job.attempt is None:
+            return
+        assert self._inquiries is not None
+        note.inquiring = job.epoch
+        broken = note.broken or reconstruct(job)
+        disconnected = tuple(node for node in job.attempt.nodes if node not in self._hub.connected)
+        inquiry = Inquiry(job, broken, note.launches.get(broken.task, ""), disconnected)
+        self._inquiries.create_task(self._judged(inquiry))
+
+    async def _judged(self, inquiry: Inquiry) -> None:
+        finding = await self._judge.judge(inquiry)
+        name = inquiry.job.name
+        note = self._book.notes.get(name)
+        if note is None:
+            return
+        note.finding, note.launches = finding, {}
+        until = self._clock.now() + timedelta(seconds=self._limits.shun_s)
+        note.shunned |= dict.fromkeys(finding.verdict.culprits, until)
+        self._dirty.add(name)
+        self._wake.set()
+
+    # housekeeping
+
+    def _forget(self, name: str) -> None:
+        note = self._book.notes.pop(name, None)
+        if note is not None:
+            self._settle(note, tuple(note.heard))
+        spans.forget(name)
+
+    async def _prune(self) -> None:
+        """Deletes the oldest ended jobs beyond what is kept."""
+        if len(self._book.ended) < self._keep_ended + DELETE_AT_ONCE:
+            return
+        oldest = sorted(self._book.ended, key=self._book.ended.__getitem__)[:DELETE_AT_ONCE]
+        for name in oldest:
+            stored = self._sources.jobs.get(_key(name))
+            if stored is None or any(stored.value.holding()):
+                continue
+            try:
+                await self._store.commit(Delete(stored.entry.key), when=[Unchanged(stored.entry), Held(self._leader)])
+            except Fenced:
+                raise
+            except ConditionFailed:
+                continue
+
+    def _show(self) -> None:
+        for state in JobState:
+            if state:
+                telemetry.gauge(Metric.JOBS).labels(state.name).set(self._book.states[state])
+        telemetry.gauge(Metric.QUEUE_DEPTH).labels("jobs").set(self._planner.waiting)
+
+    def _desired(self, node: str) -> tuple[dict[str, agent_pb2.DesiredTask], int]:
+        wanted: dict[str, agent_pb2.DesiredTask] = {}
+        for name in self._book.jobs_on(node):
+            stored = self._sources.jobs.get(_key(name))
+            if stored is not None:
+                wanted |= {task.id: convert.desired_task(stored, task) for task in desired_tasks(stored, node)}
+        return wanted, self._sources.jobs.revision
+
+    async def _on_worker(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+
+def _key(name: str) -> str:
+    return keys.of_name(keys.JOBS, name)

@@ -1,0 +1,346 @@
+"""A scheduler in this process with a fleet that tests play: nodes, their health, and agents that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from whaleflux import names
+from whaleflux.clock import Clock, SystemClock
+from whaleflux.convert import facts_to_proto
+from whaleflux.errors import NotFound, Refusal
+from whaleflux.fleet.model import Gpu, Link, LinkKind, Node, Price
+from whaleflux.rpc import auth
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import agent_pb2, checkpoint_pb2, health_pb2, inventory_pb2
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.bootstrap import Peers, Service, assemble
+from whaleflux_scheduler.core.observed import Limits
+
+USER = auth.Identity("user", "ada")
+GB = 10**9
+
+
+async def until(
+    true: Callable[[], object] | Callable[[], Awaitable[object]], what: str = "", timeout_s: float = 5.0
+) -> object:
+    """Polls a condition; fails with `what` when it does not hold in time."""
+    end = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        found = true()
+        if asyncio.iscoroutine(found):
+            found = await found
+        if found:
+            return found
+        assert asyncio.get_running_loop().time() < end, f"not in {timeout_s} s: {what or true}"
+        await asyncio.sleep(0.002)
+
+
+def node(name: str, gpus: int = 4, *, model: str = "H100-80GB", usd: float = 2.0, leaf: str = "l0") -> Node:
+    """`name` is "site/node"."""
+    site, node_id = name.split("/")
+    pairs = itertools.combinations(range(gpus), 2)
+    return Node(
+        names.node(site, node_id),
+        site,
+        gpus=tuple(Gpu(i, f"GPU-{name}-{i}", model, 80 * GB, (9, 0)) for i in range(gpus)),
+        links=tuple(Link(a, b, LinkKind.NVLINK, 300e9) for a, b in pairs),
+        leaf=leaf,
+        cpu_millicores=64_000,
+        memory_bytes=512 * GB,
+        network_bytes_per_s=50e9,
+        price=Price(usd_per_gpu_hour=usd),
+        simulated=True,
+    )
+
+
+class FakeHealth:
+    """Answers ReportFailure as the test says; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[health_pb2.ReportFailureRequest] = []
+        self.answer: Callable[[health_pb2.ReportFailureRequest], health_pb2.Incident] = lambda request: (
+            health_pb2.Incident(name="incidents/i1", application_fault=request.exit_code != 0, message="it failed")
+        )
+        self.down: Refusal | None = None
+
+    async def ReportFailure(self, request, timeout=None):
+        self.asked.append(request)
+        if self.down:
+            raise self.down
+        return self.answer(request)
+
+    def WatchNodeHealth(self, request):
+        return _endless()
+
+
+class FakeCheckpoint:
+    """Names the checkpoint to restore, if there is one."""
+
+    def __init__(self) -> None:
+        self.newest = ""
+        self.asked: list[str] = []
+
+    async def FindRestorable(self, request, timeout=None):
+        self.asked.append(request.job)
+        if not self.newest:
+            raise NotFound("checkpoint", request.job)
+        return checkpoint_pb2.Checkpoint(name=self.newest)
+
+
+class FakeInventory:
+    """Knows the datasets that a test names."""
+
+    def __init__(self) -> None:
+        self.datasets: dict[str, inventory_pb2.Dataset] = {}
+
+    async def GetDataset(self, request, timeout=None):
+        if request.name not in self.datasets:
+            raise NotFound("dataset", request.name)
+        return self.datasets[request.name]
+
+    async def ListDatasets(self, request, timeout=None):
+        return inventory_pb2.ListDatasetsResponse(datasets=self.datasets.values())
+
+    def WatchNodes(self, request):
+        return _endless()
+
+
+async def _endless() -> AsyncIterator[object]:
+    await asyncio.Event().wait()
+    yield
+
+
+@dataclass
+class Agent:
+    """Accepts, starts and stops what it is told, unless a test takes over (`obey` False, `refuse` set)."""
+
+    world: World
+    node: str
+    obey: bool = True
+    refuse: str = ""
+    slow_to_die: bool = False
+    tasks: dict[str, agent_pb2.DesiredTask] = field(default_factory=dict)
+    reports: dict[str, agent_pb2.TaskReport] = field(default_factory=dict)
+    acknowledged: int = 0
+    logs: list[agent_pb2.LogRequest] = field(default_factory=list)
+    cancelled_logs: list[str] = field(default_factory=list)
+    history: list[str] = field(default_factory=list)
+    refusal: Refusal | None = None
+    _sequence: int = 0
+    _outbox: asyncio.Queue[agent_pb2.SyncRequest | None] | None = None
+    _running: asyncio.Task[None] | None = None
+
+    async def connect(self) -> Agent:
+        self._outbox = asyncio.Queue()
+        hello = agent_pb2.SyncHello(node=self.node, boot_id="b", tasks=self.reports.values())
+        self._outbox.put_nowait(agent_pb2.SyncRequest(hello=hello))
+        self._running = asyncio.create_task(self._stream(self._outbox))
+        await until(lambda: self.node in self.world.service.hub.connected, f"{self.node} connects")
+        return self
+
+    async def disconnect(self) -> None:
+        assert self._running is not None
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await until(lambda: self.node not in self.world.service.hub.connected, f"{self.node} disconnects")
+
+    def report(self, task: str, phase: int, exit_code: int = 0, **more) -> None:
+        known = self.tasks.get(task)
+        self._sequence += 1
+        report = agent_pb2.TaskReport(
+            task=task,
+            job=known.job if known else self.reports[task].job,
+            epoch=known.epoch if known else self.reports[task].epoch,
+            phase=phase,
+            exit_code=exit_code,
+            sequence=self._sequence,
+            traceparent=known.traceparent if known else "",
+            **more,
+        )
+        self.reports[task] = report
+        self.history.append(f"{task} {pb.TaskPhase.Name(phase).removeprefix('TASK_PHASE_')}")
+        self.say(agent_pb2.SyncRequest(report=report))
+
+    def exit(self, code: int = 0, task: str = "", message: str = "") -> None:
+        """All its tasks, or one, end by themselves."""
+        for name in [task] if task else list(self.tasks):
+            self.report(name, pb.TASK_PHASE_EXITED, code, message=message)
+
+    def say(self, request: agent_pb2.SyncRequest) -> None:
+        if self._outbox is not None:
+            self._outbox.put_nowait(request)
+
+    def step(self, job: str, epoch: int, step: int, loss: float) -> None:
+        moved = agent_pb2.TaskProgress(job=job, epoch=epoch, step=step, loss=loss)
+        self.say(agent_pb2.SyncRequest(progress=agent_pb2.ProgressReport(tasks=[moved])))
+
+    async def _stream(self, outbox: asyncio.Queue[agent_pb2.SyncRequest | None]) -> None:
+        site, node_id = self.node.split("/")[1::2]
+
+        async def requests() -> AsyncIterator[agent_pb2.SyncRequest]:
+            while (request := await outbox.get()) is not None:
+                yield request
+
+        with auth.acting_as(auth.Identity("agent", f"{site}/{node_id}")):
+            try:
+                async with contextlib.aclosing(self.world.tasks.Sync(requests(), None)) as answers:
+                    async for answer in answers:
+                        self._take(answer)
+            except Refusal as refusal:
+                self.refusal = refusal
+
+    def _take(self, answer: agent_pb2.SyncResponse) -> None:
+        match answer.WhichOneof("message"):
+            case "desired":
+                wanted = {task.task.id: task for task in answer.desired.tasks}
+                for name in [*self.tasks, *self.reports]:
+                    if name not in wanted:
+                        self._stop(name)
+                for task in wanted.values():
+                    self._want(task)
+            case "changed":
+                self._want(answer.changed)
+            case "removed":
+                self._stop(answer.removed)
+            case "acknowledged_sequence":
+                self.acknowledged = answer.acknowledged_sequence
+            case "logs":
+                self.logs.append(answer.logs)
+            case "cancel_logs":
+                self.cancelled_logs.append(answer.cancel_logs)
+
+    def _want(self, task: agent_pb2.DesiredTask) -> None:
+        name = task.task.id
+        self.tasks[name] = task
+        if self.refuse:
+            self.report(name, pb.TASK_PHASE_REFUSED, message=self.refuse)
+        elif not self.obey:
+            return
+        elif not task.start:
+            leads = task.task.group_rank == 0
+            self.report(name, pb.TASK_PHASE_ACCEPTED, rendezvous="10.0.0.1:29500" if leads else "")
+        elif self.reports.get(name) is None or self.reports[name].phase < pb.TASK_PHASE_RUNNING:
+            self.report(name, pb.TASK_PHASE_RUNNING)
+
+    def _stop(self, name: str) -> None:
+        last = self.reports.get(name)
+        if last is not None and last.phase < pb.TASK_PHASE_EXITED and not self.slow_to_die:
+            self.report(name, pb.TASK_PHASE_KILLED, -15)
+        self.tasks.pop(name, None)
+        if not self.slow_to_die:
+            self.reports.pop(name, None)
+
+
+class World:
+    """`async with World() as world:` leads at once."""
+
+    def __init__(self, *, clock: Clock | None = None, limits: Limits | None = None, keep_ended: int = 10_000) -> None:
+        self.clock = clock or SystemClock()
+        self.store = MemoryStore(self.clock)
+        self.health, self.checkpoint, self.inventory = FakeHealth(), FakeCheckpoint(), FakeInventory()
+        self.limits, self.keep_ended = limits or Limits(), keep_ended
+        self.agents: dict[str, Agent] = {}
+        self.nodes: dict[str, inventory_pb2.Node] = {}
+        self.phases: dict[str, health_pb2.NodeHealth] = {}
+
+    async def __aenter__(self) -> World:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+        await self.store.close()
+
+    async def start(self) -> None:
+        peers = Peers(self.inventory, self.health, self.checkpoint)
+        self.service: Service = assemble(
+            self.store, None, self.clock, peers, self.limits, "here:1", self.keep_ended
+        )
+        self.scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
+        self._loop = asyncio.create_task(self.service.loops[0]())
+        await until(lambda: self.service.term.brain is not None or self._loop.done(), "it leads")
+        if self._loop.done():
+            self._loop.result()
+        for name, message in self.nodes.items():
+            self.fleet.set_node(name, message)
+        for name, phase in self.phases.items():
+            self.fleet.set_health(name, phase)
+
+    async def stop(self) -> None:
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)
+
+    async def restart(self) -> None:
+        """Another process takes over; agents dial again."""
+        await self.stop()
+        await self.start()
+        for agent in self.agents.values():
+            if agent._running is not None:
+                await asyncio.gather(agent._running, return_exceptions=True)
+                await agent.connect()
+
+    @property
+    def fleet(self):
+        return self.service.fleets[-1]
+
+    @property
+    def brain(self):
+        assert self.service.term.brain is not None
+        return self.service.term.brain
+
+    async def add(self, *nodes: Node, connect: bool = True) -> list[Agent]:
+        """Nodes that are READY, with their agents."""
+        added = []
+        for fact in nodes:
+            message = inventory_pb2.Node(
+                name=fact.name, facts=facts_to_proto(fact), intent=inventory_pb2.NODE_INTENT_ACTIVE
+            )
+            self.nodes[fact.name] = message
+            self.fleet.set_node(fact.name, message)
+            self.phase(fact.name, health_pb2.NODE_PHASE_READY)
+            agent = self.agents[fact.name] = Agent(self, fact.name)
+            added.append(await agent.connect() if connect else agent)
+        return added
+
+    def phase(self, name: str, phase: int, reason: str = "") -> None:
+        health = health_pb2.NodeHealth(name=name, phase=phase, reason=reason, message=reason.lower())
+        health.transition_time.FromDatetime(self.clock.now())
+        self.phases[name] = health
+        self.fleet.set_health(name, health)
+
+    def intend(self, name: str, intent: int, reason: str = "") -> None:
+        message = inventory_pb2.Node()
+        message.CopyFrom(self.nodes[name])
+        message.intent, message.intent_reason = intent, reason
+        self.nodes[name] = message
+        self.fleet.set_node(name, message)
+
+    async def submit(self, gpus: int = 1, *, job_id: str = "", queue: str = "default", **spec) -> str:
+        return (await self.create(gpus, job_id=job_id, queue=queue, **spec)).name
+
+    async def create(
+        self, gpus: int = 1, *, job_id: str = "", queue: str = "default", request_id: str = "", dry=False, **spec
+    ) -> pb.Job:
+        job = pb.Job(spec=pb.JobSpec(command=["python", "train.py"], gpus=gpus, **spec))
+        request = pb.CreateJobRequest(
+            parent=f"queues/{queue}", job_id=job_id, job=job, request_id=request_id, validate_only=dry
+        )
+        with auth.acting_as(USER):
+            return await self.scheduler.CreateJob(request, None)
+
+    async def job(self, name: str) -> pb.Job:
+        return await self.scheduler.GetJob(pb.GetJobRequest(name=name), None)
+
+    async def reaches(self, name: str, state: str, timeout_s: float = 5.0) -> pb.Job:
+        wanted = pb.JobState.Value(f"JOB_STATE_{state}")
+
+        async def there() -> pb.Job | None:
+            job = await self.job(name)
+            return job if job.state == wanted else None
+
+        found = await until(there, f"{name} is {state}, it is {await self.job(name)}", timeout_s)
+        return found  # type: ignore[return-value]
