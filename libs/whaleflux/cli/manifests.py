@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > _MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested more than {_MAX_DEPTH} deep")
