@@ -225,6 +225,19 @@ class TestBounds:
             await waiting
             await Stub(ann).unary("GetEcho")(text("and so is ann, afterwards"))
 
+    async def test_one_caller_cannot_call_too_often_and_nobody_hardly_at_all(self):
+        limits = Limits(calls_per_s=0.001, burst=3, anonymous_per_s=1)
+        toy = Toy({"GetEcho": echo, "Join": echo})
+        async with serving(toy, limits) as server, dial(server) as ann, dial(server, "frontdoor", "1") as door:
+            for _ in range(3):
+                await Stub(ann).unary("GetEcho")(text())
+            with pytest.raises(errors.OverLimit, match="too often") as caught:
+                await Stub(ann).unary("GetEcho")(text())
+            assert caught.value.retry_after_s == pytest.approx(1000, rel=0.01)
+            await Stub(door).unary("Join")(text())
+            with pytest.raises(errors.OverLimit, match="anonymous"):
+                await Stub(door).unary("Join")(text())
+
 
 class TestStreams:
     async def test_messages_then_a_refusal_with_its_details(self, spans):

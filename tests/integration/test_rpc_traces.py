@@ -76,3 +76,5 @@ def test_a_collector_that_is_away_costs_neither_time_nor_memory():
     assert time.monotonic() - began < 3
     (processor,) = traces._provider._active_span_processor._span_processors
     assert len(processor._batch_processor._queue) <= 4096
+    processor._batch_processor._exporter.shutdown()  # ends its retries, which would outlive the test
+    traces._provider.shutdown()

@@ -29,9 +29,11 @@ from whaleflux import telemetry
 from whaleflux.errors import DeadlineExceeded, FieldViolation, Invalid, OverLimit
 from whaleflux.rpc import auth
 from whaleflux.rpc.answer import Call, Context, answering, gone
+from whaleflux.rpc.rate import Rate
 from whaleflux.telemetry import Attribute, Metric
 
-_INFRASTRUCTURE = "/grpc."  # health and reflection are asked all the time: not worth spans
+_Metadata = tuple[tuple[str, str | bytes], ...]
+_INFRASTRUCTURE = "/grpc."  # health and reflection are asked all the time: not worth spans, nor counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class Limits:
     longest_deadline_s: float = 300.0
     calls_per_caller: int = 1024  # unary calls at a time
     streams_per_caller: int = 256
+    calls_per_s: float = 5000.0  # unary calls and streams that one caller may begin, and its burst
+    burst: float = 10_000.0
+    anonymous_per_s: float = 100.0  # of all who show no certificate together, that is who join
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -50,6 +55,8 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def __init__(self, authority: auth.Authority, limits: Limits | None = None) -> None:
         self._authority, self._limits = authority, limits or Limits()
+        self._rate = Rate(self._limits.calls_per_s, self._limits.burst)
+        self._anonymous = Rate(self._limits.anonymous_per_s, self._limits.anonymous_per_s)
         self._guarded: dict[str, tuple[Any, Any]] = {}  # handler and its guarded twin, by method
         self._calls: Counter[auth.Identity] = Counter()
         self._streams: Counter[auth.Identity] = Counter()
@@ -125,7 +132,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         try:
             with telemetry.server_span(method, _text_only(metadata), traced=_traced(method)) as span:
                 async with answering(Call(method, context, span, lambda: False)):
-                    caller = self._authority.check(method, context.auth_context(), metadata)
+                    caller = self._admitted(method, context, metadata)
                     span.set_attribute(Attribute.CALLER.value, caller.uri)
                     bound = self._limits.calls_per_caller
                     with _counted(self._calls, caller, bound, "calls at a time"), auth.acting_as(caller):
@@ -150,7 +157,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         async with answering(Call(method, context, None, lambda: self._draining)):
             if self._draining:
                 raise gone()
-            caller = self._authority.check(method, context.auth_context(), metadata)
+            caller = self._admitted(method, context, metadata)
             auth.act_as(caller)
             with _counted(self._streams, caller, self._limits.streams_per_caller, "open streams"):
                 self._stream_tasks.add(task)
@@ -160,6 +167,17 @@ class Boundary(grpc.aio.ServerInterceptor):
                 finally:
                     open_streams.dec()
                     self._stream_tasks.discard(task)
+
+    def _admitted(self, method: str, context: Context, metadata: _Metadata) -> auth.Identity:
+        """The caller, allowed and within its rate."""
+        caller = self._authority.check(method, context.auth_context(), metadata)
+        rate = self._anonymous if caller is auth.NOBODY else self._rate
+        if _traced(method) and (wait_s := rate.wait_s(caller, time.monotonic())):
+            known = {"subject": caller.uri}
+            raise OverLimit(
+                f"{caller.uri} calls too often; wait", reason="TOO_OFTEN", metadata=known, retry_after_s=wait_s
+            )
+        return caller
 
     def _time_for(self, context: Context) -> float:
         left_s = context.time_remaining()
@@ -226,9 +244,9 @@ def _traced(method: str) -> bool:
     return not method.startswith(_INFRASTRUCTURE)
 
 
-def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
+def _metadata(context: Context) -> _Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-def _text_only(metadata: tuple[tuple[str, str | bytes], ...]) -> dict[str, str]:
+def _text_only(metadata: _Metadata) -> dict[str, str]:
     return {key: value for key, value in metadata if isinstance(value, str)}
