@@ -30,6 +30,7 @@ from whaleflux.store import (
 from whaleflux.store.api import MAX_COMMIT_BYTES, MAX_OPERATIONS
 from whaleflux.store.batching import GroupCommit
 from whaleflux.store.cache import Cache, Change
+from whaleflux.store.chunks import get_large, put_large
 from whaleflux.store.election import elect, lead, leader_of
 from whaleflux.store.etcd import EtcdStore
 from whaleflux.store.memory import MemoryStore
@@ -582,3 +583,13 @@ class TestCache:
             await cache.at_least(await case.store.commit(Put(case.key("bad"), b"2")))
             assert cache.get(case.key("bad")) == 2
             assert not cache.unreadable
+
+
+async def test_a_value_larger_than_one_commit_comes_back(case: Case) -> None:
+    value = bytes(range(256)) * 10_000
+    await put_large(case.store, case.key("large"), value, when=[Absent(case.key("large"))])
+    with pytest.raises(ConditionFailed):
+        await put_large(case.store, case.key("large"), value[1:], when=[Absent(case.key("large"))])
+    large = await get_large(case.store, case.key("large"))
+    assert large is not None
+    assert large.value == value

@@ -1,7 +1,7 @@
 """State: one protocol (`api`), a model in memory (`memory`), etcd (`etcd`), and what services build on them.
 
 `cache` keeps a prefix in a dict, `election` gives fenced leadership, `batching` merges concurrent commits,
-`codec` keeps unknown fields, `once` retries unanswered commits safely.
+`codec` keeps unknown fields, `once` repeats unanswered commits safely, `chunks` carries what one commit cannot.
 """
 
 from whaleflux.store.api import (

@@ -7,10 +7,12 @@ know stay as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, MutableSequence
+import copy
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.message import Message
 
 from whaleflux.store.api import Entry, Put
@@ -58,22 +60,18 @@ class Codec(Generic[T, M]):
 
 
 def merge_repeated(
-    messages: MutableSequence[M],
+    messages: RepeatedCompositeFieldContainer[M],
     values: Iterable[T],
     *,
     message_key: Callable[[M], Hashable],
     value_key: Callable[[T], Hashable],
     merge: Callable[[T, M], None],
-    new: Callable[[], M],
 ) -> None:
     """Makes `messages` say `values`, in their order; an element with a known key keeps its unknown fields."""
-    known = {message_key(message): message for message in messages}
-    merged = []
+    known = {message_key(message): copy.deepcopy(message) for message in messages}
+    del messages[:]
     for value in values:
-        message = new()
+        message = messages.add()
         if (old := known.get(value_key(value))) is not None:
             message.CopyFrom(old)
         merge(value, message)
-        merged.append(message)
-    del messages[:]
-    messages.extend(merged)
