@@ -47,6 +47,7 @@ class ServiceSettings(BaseSettings):
 
     store: str = Field("", description="etcd endpoints, comma separated (http://host:2379), or memory://.")
     nats: str = Field("", description="NATS servers, comma separated (nats://host:4222), or memory://.")
+    nats_timeout_s: float = Field(30.0, gt=0, description="Seconds to wait for NATS when starting.")
     nats_location: str = Field("hub", description='"hub", or the site whose leaf server this is.')
     nats_user: str = Field("", description="User at NATS; empty for none.")
     nats_password: SecretStr = Field(SecretStr(""), description="Password at NATS.")

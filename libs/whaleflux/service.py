@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from whaleflux import telemetry
 from whaleflux.clock import Clock, SystemClock
 from whaleflux.config import ServiceSettings, load
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.errors import FieldViolation, Invalid, Refusal
 from whaleflux.events.api import Bus
 from whaleflux.rpc.auth import Authority, Identity
 from whaleflux.rpc.boundary import Limits
@@ -117,9 +117,9 @@ def main(role: str, kind: type[S], build: Build[S], *, limits: Limits | None = N
     telemetry.setup_tracing(role, endpoint=settings.otlp_endpoint)
     try:
         code = asyncio.run(run_service(role, settings, build, limits=limits))
-    except Invalid as wrong:
-        _log.error(Event.SERVICE_STOPPED, reason=wrong.message)
-        code = 2
+    except Refusal as refusal:  # settings that only the start could judge, or a bus that does not answer
+        _log.error(Event.SERVICE_STOPPED, reason=refusal.message)
+        code = 2 if isinstance(refusal, Invalid) else 1
     telemetry.flush()
     raise SystemExit(code)
 
@@ -267,7 +267,7 @@ async def _open_bus(ctx: ServiceContext[S]) -> Bus:
         tls=_ssl_context(ctx.tls) if secure else None,
         name=f"{ctx.role}/{settings.name}",
     )
-    return await NatsBus.connect(options)
+    return await NatsBus.connect(options, timeout_s=settings.nats_timeout_s)
 
 
 def _endpoints(field_name: str, text: str, *, plain: str, encrypted: str) -> tuple[list[str], bool]:

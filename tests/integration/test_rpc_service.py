@@ -173,3 +173,11 @@ async def test_missing_certificates_are_bad_settings_too(tmp_path):
         assert await toy.ended() == 2
         (line,) = await toy.log()
         assert "cannot read /nowhere.key" in line["reason"]
+
+
+async def test_a_bus_that_does_not_answer_is_told_without_a_trace(tmp_path):
+    async with running(tmp_path, "--nats=nats://127.0.0.1:1", "--nats-timeout-s=0.5", ready=False) as toy:
+        assert await toy.ended() == 1
+        last = (await toy.log())[-1]
+        assert "cannot connect to the event bus within 0.5 s" in last["reason"]
+        assert not await toy.process.stderr.read()
