@@ -175,7 +175,7 @@ def create_token(
     if context is not None:
         output.note(
             "on the new node: WHALEFLUX_JOIN_TOKEN=<token> whaleflux agent "
-            f"--server {context.server} --server-ca {context.ca} --site {site} --node-id NAME"
+            f"--server {context.server} --server-name {context.server_name} --ca-file {context.ca} --site {site} --node-id NAME"
         )
 
 

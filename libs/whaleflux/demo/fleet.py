@@ -82,12 +82,14 @@ class Fleet:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "server": self.context.server,
-            "server_ca": self.context.ca,
+            "server_name": self.context.server_name,
+            "ca_file": self.context.ca,
             "join_token": token,
             "node_id": machine.node,
             "site": machine.site,
             "profile": machine.profile,
             "state_dir": str(folder),
+            "checkpoint_root": str(self.state / "checkpoints"),  # one folder that all nodes reach, as a shared mount
             "otlp_endpoint": self.otlp_endpoint,
         }
         variables = {f"WHALEFLUX_{key.upper()}": value for key, value in settings.items() if value}

@@ -59,7 +59,8 @@ async def submit(client: AsyncClient, spec: scheduler_pb2.JobSpec, job_id: str, 
     for other in planned.decision.alternatives[:2]:
         say(f"      next best: {other.summary}")
     request.validate_only = False
-    return await client.scheduler.CreateJob(request, timeout=20)
+    job: scheduler_pb2.Job = await client.scheduler.CreateJob(request, timeout=20)
+    return job
 
 
 async def watch_logs(client: AsyncClient, watched: Watched, say: Say) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from whaleflux.errors import WrongState
 from whaleflux.rpc import pki
+from whaleflux.rpc.pki import TlsFiles
 
 _CERTIFICATE_LIFE = timedelta(days=30)
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -59,9 +60,9 @@ class Layout:
         """State folder of one part."""
         return self.root / name
 
-    def tls(self, name: str) -> pki.TlsFiles:
+    def tls(self, name: str) -> TlsFiles:
         """Where the identity of one part is."""
-        return pki.TlsFiles.under(self.pki, name)
+        return TlsFiles.under(self.pki, name)
 
     def create(self) -> None:
         for folder in (self.root, self.root / "logs", self.root / "run", self.pki, self.checkpoints):

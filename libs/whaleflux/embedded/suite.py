@@ -130,8 +130,6 @@ class Suite:
     def _own_settings(self, role: str) -> dict[str, str]:
         if role == "inventory":
             return {"ca_cert": str(self.layout.pki / "ca.crt"), "ca_key": str(self.layout.pki / "authority.key")}
-        if role == "scheduler":
-            return {"checkpoint_location": str(self.layout.checkpoints)}
         if role == "inference_router":
             return {"policy_listen": self.address("policy")}
         return {}
