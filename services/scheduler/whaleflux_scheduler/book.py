@@ -72,6 +72,7 @@ class Book:
         self.notes: dict[str, Note] = {}
         self.ended: dict[str, datetime] = {}  # job -> when
         self.states: Counter[JobState] = Counter()
+        self._state_of: dict[str, JobState] = {}
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
 
@@ -82,15 +83,16 @@ class Book:
         """Jobs with tasks on the node whose GPUs are taken, or that should run there."""
         return frozenset(self._on_node.get(node, ()))
 
-    def record(self, name: str, old: Job | None, new: Job | None) -> frozenset[str]:
-        """A job changed in the store; returns the nodes that this concerns."""
-        if old is not None:
-            self.states[old.state] -= 1
+    def record(self, name: str, new: Job | None) -> frozenset[str]:
+        """A job as it is in the store now; returns the nodes that this concerns."""
+        if (before := self._state_of.pop(name, None)) is not None:
+            self.states[before] -= 1
         if new is not None:
+            self._state_of[name] = new.state
             self.states[new.state] += 1
         nodes = frozenset(task.node for _, task in new.holding()) if new is not None else frozenset[str]()
-        before = self._nodes_of.pop(name, frozenset())
-        for node in before - nodes:
+        left = self._nodes_of.pop(name, frozenset())
+        for node in left - nodes:
             self._on_node[node].discard(name)
         for node in nodes:
             self._on_node.setdefault(node, set()).add(name)
@@ -99,7 +101,7 @@ class Book:
         self.ended.pop(name, None)
         if new is not None and new.ended:
             self.ended[name] = new.end_time or new.create_time
-        return nodes | before
+        return nodes | left
 
     def next_due(self) -> datetime | None:
         """When the first job has to be looked at again."""

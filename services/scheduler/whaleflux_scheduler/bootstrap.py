@@ -112,6 +112,7 @@ def assemble(
         sources = Sources(jobs_cache, queues_cache)
         brain = Brain(batched, leader, sources, hub, fleet, judge, clock, limits, keep_ended=keep_ended)
         service.fleets[:] = [fleet]
+        brain.load()
         term.brain = brain
         try:
             async with asyncio.TaskGroup() as group:

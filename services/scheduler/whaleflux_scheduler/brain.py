@@ -91,6 +91,11 @@ class Brain:
         self._inquiries: asyncio.TaskGroup | None = None
         self.rounds = 0
 
+    def load(self) -> None:
+        """Learns what the store holds. Before this, an agent would be told that nothing is desired."""
+        for stored in self._sources.jobs.values.values():
+            self._book.record(stored.value.name, stored.value)
+
     async def run(self) -> None:
         """Until cancelled; raises Fenced (in a group) when another leads."""
         try:
@@ -114,8 +119,8 @@ class Brain:
         """An agent's stream begins: what it runs is compared with what should run."""
         connection = Connection(hello.node, self._desired)
         self._hub.add(connection)
-        for message in hello.tasks:
-            self.report(connection, message)
+        for message in hello.tasks:  # not acknowledged: older reports of other tasks may still be on their way
+            self.report(connection, message, acknowledge=False)
         self._miss(connection, {message.task for message in hello.tasks})
         self._fleet.touch(hello.node)
         return connection
@@ -126,20 +131,20 @@ class Brain:
         if self._hub.remove(connection):
             self._fleet.touch(connection.node)
 
-    def report(self, connection: Connection, message: agent_pb2.TaskReport) -> None:
+    def report(self, connection: Connection, message: agent_pb2.TaskReport, *, acknowledge: bool = True) -> None:
         """News about a task; acknowledged once the store has it. Raises OverLimit, Denied."""
         stored = self._sources.jobs.get(_key(message.job))
         task = find_task(stored.value, message.task) if stored else None
         if task is not None and task.node != connection.node:
             raise Denied(f"{message.task} is not on {connection.node}", reason="NOT_OWN_NODE")
-        if message.sequence:
-            connection.received(message.sequence)
+        sequence = message.sequence if acknowledge else 0
+        connection.received(sequence)
         if task is None:  # its job is deleted or its attempt long over
-            connection.stored(message.sequence)
+            connection.stored(sequence)
             return
         if self._unstored.get(connection.node, 0) >= UNSTORED_REPORTS:
             raise OverLimit(f"{connection.node} has {UNSTORED_REPORTS} reports waiting", retry_after_s=1.0)
-        self._hear(message.job, Heard(convert.report_of(message), connection, message.sequence))
+        self._hear(message.job, Heard(convert.report_of(message), connection, sequence))
 
     def progress(self, connection: Connection, moved: agent_pb2.TaskProgress) -> None:
         """A step was completed; kept in memory, written now and then."""
@@ -194,7 +199,7 @@ class Brain:
                 new = change.new.value if change.new is not None else None
                 known = new or old
                 assert known is not None
-                for node in self._book.record(known.name, old, new):
+                for node in self._book.record(known.name, new):
                     self._hub.kick(node)
                 idle = new is not None and new.ended and not any(new.holding())
                 if old is not None or not idle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -177,28 +176,25 @@ def _merge_job(job: Job, message: pb.Job) -> None:
 
 
 def _merge_attempts(job: Job, message: pb.Job) -> None:
-    known = pb.Job()
-    known.past_attempts.extend(message.past_attempts)
+    """The usual write changes the current attempt only; a new attempt pushes the last one to the past."""
+    past = [attempt.epoch for attempt in message.past_attempts]
+    if past == [a.epoch for a in job.past_attempts] and job.attempt and message.attempt.epoch == job.attempt.epoch:
+        for kept, attempt in zip(message.past_attempts, job.past_attempts, strict=True):
+            _merge_attempt(attempt, kept)
+        _merge_attempt(job.attempt, message.attempt)
+        return
     if message.HasField("attempt"):
-        known.past_attempts.append(message.attempt)
+        message.past_attempts.append(message.attempt)
     message.ClearField("attempt")
-    _merge_each(known.past_attempts, job.attempts())
-    count = len(known.past_attempts) - (job.attempt is not None)
-    if job.attempt is not None:
-        message.attempt.CopyFrom(known.past_attempts[count])
-    del message.past_attempts[:]
-    message.past_attempts.extend(known.past_attempts[:count])
-
-
-def _merge_each(messages: Any, attempts: Iterable[Attempt]) -> None:
     merge_repeated(
-        messages,
-        attempts,
+        message.past_attempts,
+        job.attempts(),
         message_key=lambda m: m.epoch,
         value_key=lambda a: a.epoch,
         merge=_merge_attempt,
-        new=pb.Attempt,
     )
+    if job.attempt is not None:
+        message.attempt.CopyFrom(message.past_attempts.pop())
 
 
 def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
@@ -215,13 +211,16 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
         ("end_time", attempt.end_time),
     ):
         _set_instant(message, field, at)
+    if [task.id for task in message.tasks] == [task.id for task in attempt.tasks]:
+        for kept, task in zip(message.tasks, attempt.tasks, strict=True):
+            _merge_task(task, kept)
+        return
     merge_repeated(
         message.tasks,
         attempt.tasks,
         message_key=lambda m: m.id,
         value_key=lambda t: t.id,
         merge=_merge_task,
-        new=pb.Task,
     )
 
 

@@ -51,6 +51,7 @@ class Connection:
     def stored(self, sequence: int) -> None:
         """What the report said is in the store, or will never be."""
         self._pending.discard(sequence)
+        self._highest = max(self._highest, sequence)
         self._some.set()
 
     def send(self, response: agent_pb2.SyncResponse) -> None:

@@ -61,31 +61,29 @@ class LogDesk:
                     reader.chunks.put_nowait(ended)
 
     def ask(self, reader: Reader, job: Job, asked: scheduler_pb2.StreamLogsRequest, told: set[tuple[str, int]]) -> None:
-        """Asks every node with output of the job that was not `told` yet."""
+        """Asks every connected node for its newest output of the job, where it was not `told` yet."""
         rank = -1 if asked.all_ranks or asked.rank < 0 else asked.rank
+        newest: dict[str, int] = {}
         for attempt in job.attempts():
             for task in attempt.tasks:
-                where = (task.node, attempt.epoch)
-                has_rank = rank < 0 or task.first_rank <= rank < task.first_rank + len(task.gpus)
-                connection = self._hub.connected.get(task.node)
-                if where in told or not has_rank or connection is None:
-                    continue
-                told.add(where)
-                request = names.ulid()
-                connection.send(
-                    agent_pb2.SyncResponse(
-                        logs=agent_pb2.LogRequest(
-                            request=request,
-                            job=job.name,
-                            rank=rank,
-                            follow=asked.follow,
-                            tail_lines=asked.tail_lines,
-                            epoch=attempt.epoch,
-                        )
-                    )
-                )
-                reader.requests[request] = where
-                self._readers[request] = reader
+                if rank < 0 or task.first_rank <= rank < task.first_rank + len(task.gpus):
+                    newest[task.node] = attempt.epoch
+        for where in newest.items():
+            connection = self._hub.connected.get(where[0])
+            if where in told or connection is None:
+                continue
+            told.add(where)
+            request = agent_pb2.LogRequest(
+                request=names.ulid(),
+                job=job.name,
+                rank=rank,
+                follow=asked.follow,
+                tail_lines=asked.tail_lines,
+                epoch=where[1],
+            )
+            connection.send(agent_pb2.SyncResponse(logs=request))
+            reader.requests[request.request] = where
+            self._readers[request.request] = reader
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[Reader]:
