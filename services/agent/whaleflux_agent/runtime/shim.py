@@ -95,11 +95,14 @@ def main(folder: str) -> None:
     with open(folder + "/launch.json") as file:
         plan = json.load(file)
     ranks: dict[int, int] = {}
+    executed, executing = os.pipe()  # closed by exec: at its end every rank is what it should be, or has failed
     for index, rank in enumerate(plan["ranks"]):
         pid = os.fork()
         if pid == 0:
             become(**rank, directory=plan["working_directory"])
         ranks[pid] = index
+    os.close(executing)
+    os.read(executed, 1)
     born = [{"pid": pid, "start_time": start_time(pid)} for pid in ranks]
     me = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
     write(folder + "/started.json", {"shim": me, "ranks": born})
