@@ -59,6 +59,7 @@ class NodeState:
     probed_s: float = float("-inf")  # when the newest probe began
     probing: bool = False
     concluded_s: float = float("-inf")  # when a probe last came back
+    witness_s: float = float("-inf")  # when a neighbour was last asked to dial it
     urgent: bool = False  # probe it now, whatever its beats say
     peer_exit_s: float | None = None  # ranks elsewhere ended that worked with this node's
     beat_s: float = 0.0  # last beat, for the gaps between beats

@@ -10,13 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from whaleflux_health_monitor.core import groups
-from whaleflux_health_monitor.core.evidence import NodeState, Probe, Progress, Running
+from whaleflux_health_monitor.core.evidence import REACHES_HOST, NodeState, Probe, Progress, Running
 from whaleflux_health_monitor.core.groups import Breaker, Groups
 from whaleflux_health_monitor.core.judge import Doubt, Verdict, View, judge
 from whaleflux_health_monitor.core.phases import Intent, Phase, may_become
 from whaleflux_health_monitor.core.timing import Arrivals, Timing
 
 _FORGET_EVERY_S = 10.0
+WITNESS_EVERY_S = 0.5  # a silent node is dialled by one witness at a time
+WITNESS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Monitor:
         self.progress = Progress()
         self.groups = Groups()
         self._breaker = Breaker(self.timing)
+        self._unreached: list[NodeState] = []
         self._ticked_s, self._forgot_s = now_s, now_s
         for each in known:
             node = self._node(each.name, now_s)
@@ -125,11 +128,30 @@ class Monitor:
         elif node.beat_s < node.probed_s:  # else it was heard while the probe was under way
             node.probe = outcome
 
+    def witnessed(self, address: str, witness: str, outcome: Probe) -> None:
+        """A node of the same site dialled `address` for us; what it saw counts where we see nothing ourselves."""
+        by = self.nodes.get(witness)
+        for node in self.nodes.values():
+            if by and by is not node and node.probe_address == address and node.site == by.site:
+                doubtful = node.lost_s is not None or node.probe is not None
+                if doubtful and node.probe in {None, Probe.NO_ROUTE} and outcome in REACHES_HOST:
+                    node.probe = outcome
+
     # conclusions
 
     def probes_due(self, now_s: float) -> list[tuple[str, str]]:
         """Name and address of every node that is worth a probe now."""
         return [(n.name, n.probe_address) for n in self.nodes.values() if n.wants_probe(now_s)]
+
+    def witness_for(self, name: str, now_s: float) -> list[str]:
+        """Addresses that `name`, which just beat, should dial for us: silent nodes of its site that we cannot reach."""
+        by = self.nodes[name]
+        asked: list[str] = []
+        for node in self._unreached:
+            if node.site == by.site and node is not by and now_s - node.witness_s >= WITNESS_EVERY_S:
+                node.witness_s = now_s
+                asked.append(node.probe_address)
+        return asked[:WITNESS_AT_ONCE]
 
     def tick(self, now_s: float) -> list[Verdict]:
         """Judges everybody and returns what changed. Call it every 0.1 s; a long gap means that we slept."""
@@ -137,6 +159,7 @@ class Monitor:
         self._regroup(now_s)
         lost = groups.all_streams_lost(self.nodes.values(), now_s, self.timing.reconnect_s)
         view = View(now_s, self.groups, self.progress, front_door_lost=lost)
+        self._unreached = [n for n in self.nodes.values() if n.probe is Probe.NO_ROUTE and n.probe_address]
         changed = [v for node in self.nodes.values() if (v := self._judged(node, view))]
         if now_s - self._forgot_s >= _FORGET_EVERY_S:
             self._forgot_s = now_s
