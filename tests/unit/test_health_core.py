@@ -203,6 +203,29 @@ def test_an_agent_whose_way_to_us_is_broken_but_answers_probes_is_alive():
     assert not fleet.verdicts
 
 
+@pytest.mark.parametrize("probe", [Probe.CONNECTS, Probe.NO_ROUTE, Probe.REFUSED])
+def test_a_suspicion_that_lasts_is_said_once_whatever_later_probes_do(probe):
+    fleet = Fleet(*FIVE)
+    fleet.kill(A1, probe)
+    fleet.run(4)
+    assert [v.phase for _, v in fleet.verdicts] == [Phase.SUSPECT] * len(fleet.verdicts)
+
+
+def test_a_neighbour_that_is_refused_proves_what_cannot_be_seen_from_here():
+    fleet = Fleet(*FIVE)
+    fleet.run(3, fleet.train(A1, A2))
+    fleet.kill(A1, Probe.NO_ROUTE)
+    fleet.monitor.peers_lost([A1], fleet.now_s)
+    fleet.run(1)
+    assert fleet.phase(A1) is Phase.SUSPECT
+    assert fleet.monitor.witness_for(A2, fleet.now_s) == ["10.0.0.1:7000"]
+    assert fleet.monitor.witness_for(A2, fleet.now_s) == []  # one at a time
+    assert fleet.monitor.witness_for(B1, fleet.now_s) == []
+    fleet.monitor.witnessed("10.0.0.1:7000", A2, Probe.REFUSED)
+    fleet.run(0.6)
+    assert fleet.phase(A1) is Phase.UNREACHABLE
+
+
 def test_an_announced_restart_has_a_minute():
     fleet = Fleet(*FIVE)
     left_s = fleet.now_s

@@ -55,7 +55,8 @@ class NodeState:
     lost_s: float | None = None  # when the stream ended without a goodbye
     announced_s: float | None = None  # when it said that it restarts
     stopped: bool = False  # it said goodbye for good
-    probe: Probe | None = None  # newest outcome since the last other sign of life
+    probe: Probe | None = None  # newest outcome since the last sign of life of the agent's own
+    witnessed: Probe | None = None  # what a neighbour saw of its host since then
     probed_s: float = float("-inf")  # when the newest probe began
     probing: bool = False
     concluded_s: float = float("-inf")  # when a probe last came back
@@ -70,11 +71,16 @@ class NodeState:
         """Since the last sign of life; negative during the grace."""
         return now_s - self.life_s
 
+    @property
+    def seen(self) -> Probe | None:
+        """What dialling it gives, by the neighbour's word where nothing comes back to us."""
+        return self.witnessed or self.probe if self.probe in {None, Probe.NO_ROUTE} else self.probe
+
     def lives(self, now_s: float) -> None:
         """A sign of life from the agent itself: what spoke against it is void."""
         self.life_s = now_s  # also when a grace would have lasted longer: from now on it is judged by its beats
         self.heard = True
-        self.lost_s = self.announced_s = self.probe = None
+        self.lost_s = self.announced_s = self.probe = self.witnessed = None
         self.stopped = False
 
     def shift(self, gap_s: float) -> None:

@@ -85,13 +85,13 @@ def _lost(node: NodeState, now_s: float) -> float:
     if node.announced_s is not None or node.reason == "AGENT_SILENT_RANKS_ALIVE":
         return 0.0  # its ranks run on without their agent
     missing = node.lost_s is not None or node.silence_s(now_s) >= LATE_BEATS_S
-    if node.probe is Probe.REFUSED and missing:
+    if node.seen is Probe.REFUSED and missing:
         return 0.97
     if node.phase is Phase.SUSPECT:
         return 0.9
-    if node.lost_s is not None and node.probe is not Probe.ANSWERED:
+    if node.lost_s is not None and node.seen is not Probe.ANSWERED:
         return 0.85
-    if node.probe is Probe.NO_ROUTE and missing:
+    if node.seen is Probe.NO_ROUTE and missing:
         return 0.7
     return 0.0
 

@@ -61,7 +61,7 @@ def _silent_as_one(members: list[NodeState], share: float, now_s: float, togethe
 
 def _gives_no_sign(node: NodeState, now_s: float) -> bool:
     unheard = node.silence_s(now_s) >= node.timing.suspect_s and node.announced_s is None
-    return unheard and node.probe not in REACHES_HOST
+    return unheard and node.seen not in REACHES_HOST
 
 
 def all_streams_lost(nodes: Iterable[NodeState], now_s: float, within_s: float) -> bool:

@@ -80,9 +80,9 @@ def _silent(node: NodeState, silence_s: float) -> Doubt:
     heard = f"no sign of life for {silence_s:.1f} s"
     if node.announced_s is not None:
         return Doubt("AGENT_RESTARTING", f"{heard}; the agent of {node.name} announced a restart", 0.3)
-    if node.probe is Probe.REFUSED:
+    if node.seen is Probe.REFUSED:
         return Doubt("HOST_REFUSES", f"{heard}, and the host of {node.name} refuses connections", 0.95)
-    if node.probe is Probe.CONNECTS:
+    if node.seen is Probe.CONNECTS:
         return Doubt("AGENT_HUNG", f"{heard}, though something listens at {node.probe_address}", 0.7)
     return Doubt("HEARTBEAT_LOST", f"{heard} from {node.name}", 0.8)
 
@@ -90,12 +90,12 @@ def _silent(node: NodeState, silence_s: float) -> Doubt:
 def _stream_lost(node: NodeState, now_s: float) -> Doubt | None:
     """The agent's stream ended without a goodbye: dead, or about to dial again? A probe tells, or a moment does."""
     assert node.lost_s is not None
-    if node.probe is Probe.REFUSED:
+    if node.seen is Probe.REFUSED:
         return Doubt("HOST_REFUSES", f"the stream of {node.name} broke and its host refuses connections", 0.9)
     without_s = now_s - max(node.lost_s, node.life_s)
-    if node.probe is Probe.ANSWERED:  # only its way to us is broken; silence is judged as ever
+    if node.seen is Probe.ANSWERED:  # only its way to us is broken; silence is judged as ever
         return None
-    undecided = node.probing or (node.probe is None and node.probe_address)
+    undecided = node.seen is None and node.probe_address
     patience_s = node.timing.probe_answer_s if undecided else node.timing.reconnect_s
     if without_s < patience_s:
         return None
@@ -118,13 +118,13 @@ def provably_dead(node: NodeState) -> bool:
     if node.announced_s is not None or node.lost_s is None or node.peer_exit_s is None:
         return False
     same_event = node.peer_exit_s >= node.lost_s - PEERS_FIRST_S
-    return same_event and node.probe is Probe.REFUSED
+    return same_event and node.seen is Probe.REFUSED
 
 
 def _patience_s(node: NodeState, view: View) -> float:
     if node.announced_s is not None:
         return node.timing.restart_s
-    if node.probe is Probe.CONNECTS:  # its host lives: a slow step of its ranks is worth waiting for
+    if node.seen is Probe.CONNECTS:  # its host lives: a slow step of its ranks is worth waiting for
         slow_s = min(3 * view.progress.step_s(node), node.timing.slowest_step_s)
         return max(node.timing.fence_s, slow_s)
     return node.timing.fence_s

@@ -103,7 +103,8 @@ class Monitor:
         if node is None or node.stream != stream or not node.connected:
             return
         node.connected = False
-        node.lost_s, node.probe, node.probed_s = now_s, None, float("-inf")
+        node.lost_s, node.probed_s = now_s, float("-inf")
+        node.probe = node.witnessed = None
 
     def peers_lost(self, culprits: Iterable[str], now_s: float) -> None:
         """Ranks elsewhere ended whose peers run on these nodes: look at those at once."""
@@ -131,11 +132,12 @@ class Monitor:
     def witnessed(self, address: str, witness: str, outcome: Probe) -> None:
         """A node of the same site dialled `address` for us; what it saw counts where we see nothing ourselves."""
         by = self.nodes.get(witness)
+        if by is None or outcome not in REACHES_HOST:
+            return
         for node in self.nodes.values():
-            if by and by is not node and node.probe_address == address and node.site == by.site:
-                doubtful = node.lost_s is not None or node.probe is not None
-                if doubtful and node.probe in {None, Probe.NO_ROUTE} and outcome in REACHES_HOST:
-                    node.probe = outcome
+            neighbour = node is not by and node.site == by.site
+            if neighbour and node.probe_address == address and node.probe is Probe.NO_ROUTE:
+                node.witnessed = outcome
 
     # conclusions
 
