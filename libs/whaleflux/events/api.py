@@ -23,7 +23,7 @@ MAX_DATA_BYTES = 768 * 1024  # the server takes 1 MiB for headers and data toget
 MAX_HEADERS_BYTES = 16 * 1024
 MAX_ID_CHARACTERS = 512
 PUBLISH_TIMEOUT_S = 5.0
-ACK_WAIT_S = 30.0
+ACK_WAIT_S = 10.0
 MAX_IN_FLIGHT = 64
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -116,8 +116,10 @@ class Bus(Protocol):
         """Events whose subject matches one of `subjects` (wildcards `*` and `>`; they must not overlap).
 
         `durable` names the position, which the bus keeps: who subscribes with it again goes on there, and several
-        subscribers at once share the events. At most `max_in_flight` are unacknowledged at a time. `start` counts
-        only when the durable is new; `forget_after_s` > 0 drops the position when nobody has read for so long.
+        subscribers at once share the events. Each holds at most `max_in_flight` unacknowledged events. What it does
+        not settle within `ack_wait_s` comes again, to it or another; so does what a crash of the server made it
+        forget, which means repeats and a late event out of order. `start` counts only when the durable is new;
+        `forget_after_s` > 0 drops the position when nobody has read for so long.
         """
         ...
 

@@ -35,10 +35,11 @@ class Stored:
     timestamp: datetime
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Unsettled:
     due_s: float  # monotonic: when it is delivered again
     attempt: int
+    reader: int  # who holds it until then; 0: nobody
 
 
 @dataclass(slots=True)
@@ -48,23 +49,25 @@ class Durable:
     filters: tuple[str, ...]
     position: int
     ack_wait_s: float
-    max_in_flight: int
     unsettled: dict[int, _Unsettled] = field(default_factory=dict)
 
-    def take(self, log: Mapping[int, Stored], last: int, now_s: float) -> tuple[Stored, int] | None:
-        """The next event and which attempt this is, or None when nothing may be delivered now."""
+    def take(
+        self, log: Mapping[int, Stored], last: int, now_s: float, reader: int, max_in_flight: int
+    ) -> tuple[Stored, int] | None:
+        """The next event and which attempt this is, or None when nothing may be delivered to this reader now."""
+        held = sum(1 for u in self.unsettled.values() if u.reader == reader and u.due_s > now_s)
+        if held >= max_in_flight:
+            return None
         for sequence in sorted(self.unsettled):
             again = self.unsettled[sequence]
             if sequence not in log:  # aged out of the stream meanwhile
                 del self.unsettled[sequence]
             elif again.due_s <= now_s:
-                self.unsettled[sequence] = _Unsettled(now_s + self.ack_wait_s, again.attempt + 1)
-                return log[sequence], again.attempt + 1
-        while self.position <= last and len(self.unsettled) < self.max_in_flight:
+                return self._given(log[sequence], now_s, again.attempt + 1, reader)
+        while self.position <= last:
             event, self.position = log.get(self.position), self.position + 1
             if event and any(matches(one, event.subject) for one in self.filters):
-                self.unsettled[event.sequence] = _Unsettled(now_s + self.ack_wait_s, 1)
-                return event, 1
+                return self._given(event, now_s, 1, reader)
         return None
 
     def settle(self, sequence: int, attempt: int, again_at_s: float | None) -> None:
@@ -72,11 +75,15 @@ class Durable:
         if again_at_s is None:
             self.unsettled.pop(sequence, None)
         elif sequence in self.unsettled and self.unsettled[sequence].attempt == attempt:
-            self.unsettled[sequence] = _Unsettled(again_at_s, attempt)
+            self.unsettled[sequence] = _Unsettled(again_at_s, attempt, 0)
 
-    def due_s(self) -> float | None:
-        """When the next redelivery is due (monotonic), if any."""
-        return min((again.due_s for again in self.unsettled.values()), default=None)
+    def due_s(self, now_s: float) -> float | None:
+        """When the next redelivery is due (monotonic), if any is still to come."""
+        return min((u.due_s for u in self.unsettled.values() if u.due_s > now_s), default=None)
+
+    def _given(self, event: Stored, now_s: float, attempt: int, reader: int) -> tuple[Stored, int]:
+        self.unsettled[event.sequence] = _Unsettled(now_s + self.ack_wait_s, attempt, reader)
+        return event, attempt
 
 
 class MemoryBus:
@@ -94,6 +101,7 @@ class MemoryBus:
         self._durables: dict[str, Durable] = {}
         self._waiting: set[asyncio.Future[None]] = set()
         self._open: set[MemorySubscription] = set()
+        self._readers = 0
 
     @property
     def reachable(self) -> bool:
@@ -147,9 +155,10 @@ class MemoryBus:
         filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s, forget_after_s)
         known = self._durables.get(durable)
         if known is None:
-            known = self._durables[durable] = Durable(filters, self._first(start), ack_wait_s, max_in_flight)
-        known.filters, known.ack_wait_s, known.max_in_flight = filters, ack_wait_s, max_in_flight
-        subscription = MemorySubscription(self, known)
+            known = self._durables[durable] = Durable(filters, self._first(start), ack_wait_s)
+        known.filters, known.ack_wait_s = filters, ack_wait_s
+        self._readers += 1
+        subscription = MemorySubscription(self, known, self._readers, max_in_flight)
         self._open.add(subscription)
         return subscription
 
@@ -181,9 +190,11 @@ class MemoryBus:
             if timer:
                 timer.cancel()
 
-    def take(self, durable: Durable) -> tuple[Stored, int] | None:
-        """The next event for `durable`, none while the bus is not reachable."""
-        return durable.take(self._log, self._last, self.clock.monotonic()) if self.reachable else None
+    def take(self, durable: Durable, reader: int, max_in_flight: int) -> tuple[Stored, int] | None:
+        """The next event for this reader of `durable`, none while the bus is not reachable."""
+        if not self.reachable:
+            return None
+        return durable.take(self._log, self._last, self.clock.monotonic(), reader, max_in_flight)
 
     def closed(self, subscription: MemorySubscription) -> None:
         self._open.discard(subscription)
@@ -205,17 +216,18 @@ class MemoryBus:
 class MemorySubscription:
     """One reader of a durable position."""
 
-    def __init__(self, bus: MemoryBus, durable: Durable) -> None:
+    def __init__(self, bus: MemoryBus, durable: Durable, reader: int, max_in_flight: int) -> None:
         self._bus, self._durable, self._closed = bus, durable, False
+        self._reader, self._max_in_flight = reader, max_in_flight
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
         while not self._closed:
-            if taken := self._bus.take(self._durable):
+            if taken := self._bus.take(self._durable, self._reader, self._max_in_flight):
                 return self._delivery(*taken)
-            await self._bus.wait(self._durable.due_s() if self._bus.reachable else None)
+            await self._bus.wait(self._durable.due_s(self._bus.clock.monotonic()))
         raise StopAsyncIteration
 
     async def __aenter__(self) -> Self:

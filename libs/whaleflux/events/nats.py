@@ -37,7 +37,7 @@ from nats.js.api import (
 from whaleflux.errors import Refusal, Unavailable, WrongState
 from whaleflux.events import api
 from whaleflux.events.api import Ack, Delivery, Start
-from whaleflux.events.pull import HEARTBEAT_S, REQUEST_S, Notice, PullSubscription, Said, drain
+from whaleflux.events.pull import HEARTBEAT_S, MAX_BATCH, REQUEST_S, Notice, PullSubscription, Said, drain
 from whaleflux.events.subjects import HUB
 from whaleflux.events.topology import StreamSpec, hub_streams, site_streams, streams_for
 from whaleflux.events.trace import with_trace
@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 CALL_TIMEOUT_S = 5.0
 MAX_PUBLISHES_IN_FLIGHT = 256
+SERVER_MAX_UNACKNOWLEDGED = 20_000  # more than a crash can make it forget; see `pull`
 _NO_STREAM = 10059  # the server's error codes
 _NAME_IN_USE = 10058
 _NO_CONSUMER = 10014
@@ -136,12 +137,12 @@ class NatsBus:
         forget_after_s: float = 0.0,
     ) -> PullSubscription:
         filters = api.check_subscription(subjects, durable, max_in_flight, ack_wait_s, forget_after_s)
-        wanted = _consumer(durable, start, max_in_flight, ack_wait_s, forget_after_s)
+        wanted = _consumer(durable, start, ack_wait_s, forget_after_s)
         feeds = [
             _NatsFeed(self, stream, replace(wanted, filter_subjects=list(share)))
             for stream, share in streams_for(self.options.location, filters)
         ]
-        subscription = PullSubscription(feeds, min(max_in_flight, 64), self._open.discard)
+        subscription = PullSubscription(feeds, max_in_flight, ack_wait_s, self._open.discard)
         self._open.add(subscription)
         return subscription
 
@@ -267,7 +268,7 @@ class _NatsFeed:
 
     def __init__(self, bus: NatsBus, stream: str, wanted: ConsumerConfig) -> None:
         self._bus, self.stream, self._wanted = bus, stream, wanted
-        self.arrivals: asyncio.Queue[Delivery | Notice] = asyncio.Queue(2 * (wanted.max_ack_pending or 1) + 16)
+        self.arrivals: asyncio.Queue[Delivery | Notice] = asyncio.Queue(2 * MAX_BATCH)
         self._inbox: Inbox | None = None
         self._reply = ""
 
@@ -353,9 +354,7 @@ def _taken_at(reply: str) -> datetime:
     return _EPOCH + timedelta(microseconds=int(tokens[7 if len(tokens) == 9 else 9]) // 1000)
 
 
-def _consumer(
-    durable: str, start: Start, max_in_flight: int, ack_wait_s: float, forget_after_s: float
-) -> ConsumerConfig:
+def _consumer(durable: str, start: Start, ack_wait_s: float, forget_after_s: float) -> ConsumerConfig:
     policy = {"all": DeliverPolicy.ALL, "new": DeliverPolicy.NEW}
     return ConsumerConfig(
         name=durable,
@@ -364,7 +363,7 @@ def _consumer(
         opt_start_time=start if isinstance(start, datetime) else None,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait_s,
-        max_ack_pending=max_in_flight,
+        max_ack_pending=SERVER_MAX_UNACKNOWLEDGED,
         inactive_threshold=forget_after_s or None,
     )
 

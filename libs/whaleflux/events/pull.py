@@ -2,15 +2,20 @@
 
 A pull request lives in the server's memory: a restart forgets it, and its client would wait for ever (nats.py #504). So
 a request is trusted only while something arrives, an event or a heartbeat. After `silence_s` of nothing, or when the
-connection came back, the consumer is made sure of and asked anew. Nothing here knows the wire; see `nats.py`.
+connection came back, the consumer is made sure of and asked anew.
+
+How many events may be unacknowledged is counted here (`Window`), not by the server: a crash makes a server believe that
+the last acknowledged events still are not, and with its own small limit it would deliver nothing until `ack_wait_s` is
+over. Nothing here knows the wire; see `nats.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -25,6 +30,8 @@ HEARTBEAT_S = 1.0  # asked of the server while a request waits
 SILENCE_S = 3.0  # three missed: the request is gone
 REQUEST_S = 30.0  # how long one request waits for events
 RETRY_S = 0.25
+MAX_BATCH = 256
+GATHER_S = 0.005
 
 
 class Said(Enum):
@@ -83,7 +90,46 @@ class Out:
             raise
 
 
-async def pull(feed: Feed, out: Out, batch: int, silence_s: float = SILENCE_S) -> None:
+class Window:
+    """How many events one reader may hold: those delivered, not settled, and not yet due for delivery elsewhere."""
+
+    def __init__(self, capacity: int, hold_s: float) -> None:
+        self._capacity, self._hold_s = capacity, hold_s
+        self._held: dict[int, float] = {}  # sequence -> when the server gives up waiting, oldest first
+        self._freed = asyncio.Event()
+
+    def hold(self, event: Delivery) -> Delivery:
+        """Counts the event until it is settled through what this returns."""
+
+        async def settle(delay_s: float | None) -> None:
+            if self._held.pop(event.sequence, None) is not None:
+                self._freed.set()
+            await event.settle(delay_s)
+
+        self._held.pop(event.sequence, None)
+        self._held[event.sequence] = time.monotonic() + self._hold_s
+        return replace(event, settle=settle)
+
+    async def room(self) -> int:
+        """Waits for room and returns how much there is; a moment longer when it is little, to ask less often."""
+        if (room := self._room()) * 2 >= self._capacity:
+            return room
+        await asyncio.sleep(GATHER_S)
+        while not (room := self._room()):
+            self._freed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(next(iter(self._held.values()))):
+                    await self._freed.wait()
+        return room
+
+    def _room(self) -> int:
+        now_s = time.monotonic()
+        while self._held and next(iter(self._held.values())) <= now_s:
+            del self._held[next(iter(self._held))]
+        return self._capacity - len(self._held)
+
+
+async def pull(feed: Feed, out: Out, window: Window, silence_s: float = SILENCE_S) -> None:
     """Moves events from `feed` to `out` until cancelled; ends only with a refusal that time does not cure."""
     request, troubled = 0, False
     while True:
@@ -93,9 +139,9 @@ async def pull(feed: Feed, out: Out, batch: int, silence_s: float = SILENCE_S) -
                 log.info("pull_resumed")
             troubled = False
             while True:
-                request += 1
+                request, batch = request + 1, min(await window.room(), MAX_BATCH)
                 await feed.ask(request, batch)
-                await _receive(feed, out, request, batch, silence_s)
+                await _receive(feed, out, window, request, batch, silence_s)
         except (Unavailable, _BrokenError) as reason:
             if not troubled:
                 log.warning("pull_interrupted", reason=str(reason))
@@ -103,7 +149,7 @@ async def pull(feed: Feed, out: Out, batch: int, silence_s: float = SILENCE_S) -
             await asyncio.sleep(RETRY_S)
 
 
-async def _receive(feed: Feed, out: Out, request: int, batch: int, silence_s: float) -> None:
+async def _receive(feed: Feed, out: Out, window: Window, request: int, batch: int, silence_s: float) -> None:
     """Passes on what one request brings."""
     while batch:
         try:
@@ -112,7 +158,7 @@ async def _receive(feed: Feed, out: Out, request: int, batch: int, silence_s: fl
         except TimeoutError:
             raise _BrokenError(f"nothing for {silence_s} s, not even a heartbeat") from None
         if isinstance(arrival, Delivery):
-            await out.put(arrival)
+            await out.put(window.hold(arrival))
             batch -= 1
         elif arrival.request in {0, request}:  # else an older request speaks
             if arrival.said is Said.LOST:
@@ -124,8 +170,15 @@ async def _receive(feed: Feed, out: Out, request: int, batch: int, silence_s: fl
 class PullSubscription:
     """Merges feeds into one bounded queue; the Subscription that a bus on a server gives out."""
 
-    def __init__(self, feeds: Sequence[Feed], batch: int, on_close: Callable[[PullSubscription], object]) -> None:
-        self._feeds, self._batch, self._on_close = tuple(feeds), batch, on_close
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        max_in_flight: int,
+        ack_wait_s: float,
+        on_close: Callable[[PullSubscription], object],
+    ) -> None:
+        self._feeds, self._on_close = tuple(feeds), on_close
+        self._windows = [Window(-(-max_in_flight // len(feeds)), ack_wait_s) for _ in feeds]
         self._out = Out()
         self._pulls: list[asyncio.Task[None]] = []
         self._closed = False
@@ -137,7 +190,9 @@ class PullSubscription:
         if self._closed:
             raise StopAsyncIteration
         if not self._pulls:
-            self._pulls = [asyncio.create_task(self._pull(feed)) for feed in self._feeds]
+            self._pulls = [
+                asyncio.create_task(self._pull(*one)) for one in zip(self._feeds, self._windows, strict=True)
+            ]
         event = await self._out.ready.get()
         if isinstance(event, Refusal):
             if self._closed:
@@ -173,9 +228,9 @@ class PullSubscription:
             await feed.close([event for event in out if event.stream == feed.stream])
         self._out.ready.put_nowait(Unavailable("closed", reason="CLOSED"))  # wakes a reader that still waits
 
-    async def _pull(self, feed: Feed) -> None:
+    async def _pull(self, feed: Feed, window: Window) -> None:
         try:
-            await pull(feed, self._out, self._batch)
+            await pull(feed, self._out, window)
         except Refusal as refusal:
             await self._out.ready.put(refusal)
 
