@@ -405,8 +405,11 @@ class _Watch:
 
 
 async def _progress_is_ordered(channel: grpc.aio.Channel) -> bool:
+    """Asks the member for its version; also the first sign of life of a new stream."""
+    if not await _Link(channel).ready(_CONNECT_S):
+        raise _BrokenError(f"not reachable within {_CONNECT_S:g} s")
     try:
-        status = await rpc.MaintenanceStub(channel).Status(rpc.StatusRequest(), timeout=_SILENCE_S, wait_for_ready=True)
+        status = await rpc.MaintenanceStub(channel).Status(rpc.StatusRequest(), timeout=_SILENCE_S)
     except grpc.aio.AioRpcError as error:
         raise _broken_or_refused(error) from error
     numbers = status.version.partition("-")[0].split(".")
@@ -439,7 +442,8 @@ class _EtcdLease:
     async def _keep(self) -> None:
         while (left_s := self._lost_at_s - _now_s()) > 0:
             sent_s = _now_s()
-            if (ttl_s := await self._renew(min(left_s, self.ttl_s / 3))) is None:
+            # Short attempts: one stuck member must leave time enough to ask the others, also during an election.
+            if (ttl_s := await self._renew(min(left_s, self.ttl_s / 6))) is None:
                 await asyncio.sleep(min(0.05, left_s))
             elif ttl_s <= 0:  # the server has already ended it
                 break
@@ -451,9 +455,8 @@ class _EtcdLease:
 
     async def _renew(self, timeout_s: float) -> float | None:
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._store.renew(self.id, timeout_s)
-        except (TimeoutError, Refusal):
+            return await self._store.renew(self.id, timeout_s)
+        except Refusal:
             return None
 
 
@@ -526,8 +529,10 @@ class EtcdStore:
     async def renew(self, lease_id: int, timeout_s: float) -> float:
         """One keepalive; the seconds that the lease has now, 0 when it is gone."""
         answer: Any = grpc.aio.EOF
+        end_s = _now_s() + timeout_s
         async with self._connection.link(timeout_s) as link:
-            call = link.leases.LeaseKeepAlive(timeout=timeout_s, metadata=_REQUIRE_LEADER)
+            left_s = max(0.001, end_s - _now_s())
+            call = link.leases.LeaseKeepAlive(timeout=left_s, metadata=_REQUIRE_LEADER)
             try:
                 await call.write(rpc.LeaseKeepAliveRequest(ID=lease_id))
                 answer = await call.read()
