@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import ssl
 import time
 from datetime import UTC, datetime
@@ -138,13 +137,13 @@ async def test_a_stalled_server_delays_and_loses_nothing(tmp_path):
             background(publish_stream(bus, "wf.v1.a.node.n.x", acknowledged, stop)) as publishing,
         ):
             await until(lambda: len(got) > 50)
-            server.send(signal.SIGSTOP)
+            server.stall()
             began = time.monotonic()
             with pytest.raises(Unavailable):  # a deadline holds also when nobody answers
                 await bus.publish("wf.v1.a.node.n.y", b"", id="y", timeout_s=0.5)
             assert time.monotonic() - began < 1.5
             await asyncio.sleep(5 - (time.monotonic() - began))
-            server.send(signal.SIGCONT)
+            server.resume()
             before = len(acknowledged)
             assert await until(lambda: len(acknowledged) > before + 20) < 3
             stop.set()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,18 @@ class NatsServer:
         with open(self.folder / "nats.log", "ab") as log:
             self._process = subprocess.Popen(embedded.command(self._config), stdout=log, stderr=log)
 
-    def send(self, what: signal.Signals) -> None:
-        """SIGSTOP, SIGCONT or another signal."""
+    def stall(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers. Returns when every thread has stopped."""
         assert self._process
-        self._process.send_signal(what)
+        self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        while not all("State:\tT" in (task / "status").read_text() for task in tasks.iterdir()):
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Ends a stall."""
+        assert self._process
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, as a crash."""
