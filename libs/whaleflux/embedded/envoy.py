@@ -162,6 +162,11 @@ def _http_listener(front: FrontDoor) -> dict[str, Any]:
         "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.005s"},
     }
     routes = [
+        {
+            "match": {"prefix": "/v1/models"},
+            "route": {"cluster": "policy", "timeout": "5s"},
+            "typed_per_filter_config": _without_policy(),
+        },
         {"match": {"prefix": "/v1/"}, "route": {"cluster": "replicas", "timeout": "0s", "retry_policy": retry}},
         {
             "match": {"path": "/health"},

@@ -174,5 +174,6 @@ class Event(StrEnum):
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_ABANDONED = "checkpoint_abandoned"
     CHECKPOINT_EXPIRED = "checkpoint_expired"
+    ROUTE_FAILED = "route_failed"
     REPLICA_UP = "replica_up"
     REPLICA_DOWN = "replica_down"

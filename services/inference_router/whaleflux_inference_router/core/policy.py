@@ -1,0 +1,193 @@
+"""Where a request goes: a pure function of the request, an immutable snapshot, the loads and the time.
+
+The answer is the whole ranking with reasons, not only the winner: the front door's second try, `explain` and the
+`Route` rpc all use the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from whaleflux.errors import FieldViolation, Invalid, NotFound, Unavailable
+
+BYTES_PER_TOKEN = 4  # rule of thumb for English text with current tokenizers; only a length class hangs on it
+LONG_PROMPT_TOKENS = 8192
+BIG_MEMORY_BYTES = 70 * 10**9  # "80 GB" cards show a little less
+TIER = 8.0  # a card of the preferred class is worth waiting behind this many requests
+PRICE_STEP = 2.0  # and a cheaper one, for short requests, behind this many
+FAILURE = 20.0  # a replica that just failed is worse than one with this many requests
+HALF_LIFE_S = 5.0  # of that
+RANKED = 4  # names that the front door gets: one and three retries
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClass:
+    """Prompts up to `max_prompt_tokens` (0: any) prefer these GPU models, best first."""
+
+    max_prompt_tokens: int
+    gpu_models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What routing needs to know of a model."""
+
+    id: str
+    context_window_tokens: int = 0
+    classes: tuple[RequestClass, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What routing needs to know of a replica."""
+
+    name: str
+    address: str
+    ready: bool
+    state: str = "READY"
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
+    usd_per_hour: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A replica's requests under way, and its recent failures as of `failures_at_s` (monotonic)."""
+
+    in_flight: int = 0
+    failures: float = 0.0
+    failures_at_s: float = 0.0
+    last_used: int = 0
+
+    def penalty(self, now_s: float) -> float:
+        """Failures decay: a replica that was restarted gets requests again."""
+        return float(FAILURE * self.failures * 0.5 ** ((now_s - self.failures_at_s) / HALF_LIFE_S))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Models and their replicas at one moment; never changed, only replaced."""
+
+    models: Mapping[str, Model] = field(default_factory=dict)
+    replicas: Mapping[str, tuple[Replica, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a decision depends on. `prompt_tokens` 0: estimated from bytes."""
+
+    model: str
+    prompt_tokens: int = 0
+    max_output_tokens: int = 0
+    prompt_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens or -(-self.prompt_bytes // BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One replica in a ranking; a smaller score is better."""
+
+    replica: Replica
+    score: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Best first, and who was left out and why."""
+
+    request: Request
+    ranking: tuple[Ranked, ...]
+    excluded: tuple[tuple[Replica, str], ...] = ()
+
+
+def decide(
+    request: Request,
+    snapshot: Snapshot,
+    loads: Mapping[str, Load],
+    now_s: float,
+    reachable: frozenset[str] | None = None,
+) -> Decision:
+    """The ranking for a request.
+
+    `reachable`: addresses that the front door knows (None: not asked). Raises NotFound for an unknown model, Invalid
+    for a request that fits into no context window, Unavailable when no replica can take it now.
+    """
+    model = snapshot.models.get(request.model)
+    if model is None:
+        known = ", ".join(sorted(snapshot.models)) or "none"
+        raise NotFound("model", request.model[:100], f"models that exist: {known}")
+    _check_context(request, model)
+    excluded, fit = [], []
+    for replica in snapshot.replicas.get(request.model, ()):
+        reason = _unfit(replica, reachable)
+        if reason:
+            excluded.append((replica, reason))
+        else:
+            fit.append(replica)
+    if not fit:
+        counts = "; ".join(f"{r.name}: {why}" for r, why in excluded[:5]) or "it has no replicas"
+        raise Unavailable(
+            f"no replica of {request.model} can answer now ({counts}); try again in a second",
+            reason="NO_READY_REPLICA",
+            metadata={"model": request.model},
+        )
+    prices = sorted({replica.usd_per_hour for replica in fit})
+    ranked = [_score(request, model, replica, loads.get(replica.name, Load()), prices, now_s) for replica in fit]
+    ranked.sort(
+        key=lambda r: (r.score, r.replica.usd_per_hour, loads.get(r.replica.name, Load()).last_used, r.replica.name)
+    )
+    return Decision(request, tuple(ranked), tuple(excluded))
+
+
+def _check_context(request: Request, model: Model) -> None:
+    window = model.context_window_tokens
+    # An estimate must not refuse what would have fitted: only a sure excess is refused here, the engine knows the rest.
+    sure_tokens = request.prompt_tokens or request.prompt_bytes // (4 * BYTES_PER_TOKEN)
+    if window and sure_tokens + request.max_output_tokens > window:
+        raise Invalid(
+            FieldViolation(
+                "max_tokens",
+                f"prompt ({sure_tokens} tokens or more) and answer ({request.max_output_tokens}) do not fit into the "
+                f"{window} tokens of {model.id}; shorten the prompt or ask for a shorter answer",
+            )
+        )
+
+
+def _unfit(replica: Replica, reachable: frozenset[str] | None) -> str:
+    if not replica.ready:
+        return f"it is {replica.state}"
+    if not replica.address:
+        return "its address is not known yet"
+    if reachable is not None and replica.address not in reachable:
+        return "the front door does not know it yet"
+    return ""
+
+
+def _score(
+    request: Request, model: Model, replica: Replica, load: Load, prices: Sequence[float], now_s: float
+) -> Ranked:
+    tier, why = _tier(request, model, replica, prices)
+    penalty = load.penalty(now_s)
+    reasons = [why, f"{load.in_flight} in flight"]
+    if penalty > 0.5:
+        reasons.append(f"failed recently (+{penalty:.1f})")
+    return Ranked(replica, load.in_flight + tier + penalty, tuple(filter(None, reasons)))
+
+
+def _tier(request: Request, model: Model, replica: Replica, prices: Sequence[float]) -> tuple[float, str]:
+    """How far the replica's card is from the one that this length of request wants, in requests, and why."""
+    for rule in model.classes:
+        if not rule.max_prompt_tokens or request.tokens <= rule.max_prompt_tokens:
+            wanted = rule.gpu_models
+            place = wanted.index(replica.gpu_model) if replica.gpu_model in wanted else len(wanted)
+            return TIER * place, f"choice {place + 1} for {request.tokens} tokens: {replica.gpu_model or 'any GPU'}"
+    if request.tokens >= LONG_PROMPT_TOKENS:
+        big = replica.gpu_memory_bytes >= BIG_MEMORY_BYTES
+        return (0.0, "long prompt on a big card") if big else (TIER, "long prompt, small card")
+    place = prices.index(replica.usd_per_hour)
+    return PRICE_STEP * place, f"short prompt, price rank {place + 1} of {len(prices)}"
