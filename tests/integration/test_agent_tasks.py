@@ -211,7 +211,7 @@ async def test_reports_survive_the_control_plane_and_the_agent(control, state):
         control.tasks.want(desired(python("import time; time.sleep(0.5)")))
         await until(lambda: control.tasks.phases("train-1-0")[-1:] == ["RUNNING"])
         await control.stop()
-        await until(lambda: (state / "tasks" / "train-1-0" / "result.pb").exists())
+        await until((state / "tasks" / "train-1-0" / "result.pb").exists)
     async with agent(control, state):
         await control.start()
         await until(lambda: "EXITED" in control.tasks.phases("train-1-0"))

@@ -40,6 +40,7 @@ def main() -> None:
 
 async def run(settings: AgentSettings) -> int:
     """Joins if need be, then serves. Raises the refusal when this node is not admitted."""
+    settings = settings.model_copy(update={"state_dir": settings.state_dir.resolve()})  # ranks work elsewhere
     tls = identity.files(settings.state_dir)
     clock = SystemClock()
     node = identity.known_identity(tls, clock.now())

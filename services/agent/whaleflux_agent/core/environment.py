@@ -27,7 +27,7 @@ class Place:
     gpu_uuids: tuple[str, ...]  # of the task's GPUs in rank order; empty: simulated, none is visible
     traceparent: str  # of the launch span
     ports: tuple[int, ...] = ()  # one per local rank, for services
-    datasets: tuple[tuple[str, str], ...] = ()  # dataset id, local path
+    datasets: tuple[tuple[str, str], ...] = ()  # datasets/{dataset}, local path
 
 
 def rank_environment(
@@ -84,7 +84,7 @@ def _ours(work: Work, place: Place, local_rank: int) -> dict[str, str]:
         "WHALEFLUX_TRACEPARENT": place.traceparent,
     }
     for dataset, path in place.datasets:
-        ours["WHALEFLUX_DATASET_" + dataset.upper().replace("-", "_")] = path
+        ours["WHALEFLUX_DATASET_" + dataset.rpartition("/")[2].upper().replace("-", "_")] = path
     if place.ports:
         ours["PORT"] = str(place.ports[local_rank])
     return ours

@@ -55,6 +55,8 @@ class Profile:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Profile:
         """From the content of a file. Raises KeyError, ValueError or TypeError."""
+        if not isinstance(content, Mapping):
+            raise TypeError("it must hold one object")
         price = content.get("price", {})
         return cls(
             model=str(content["model"]),

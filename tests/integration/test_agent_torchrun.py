@@ -1,0 +1,41 @@
+"""The contract against the program that defines it: one run of torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from whaleflux_agent.core.environment import Place, rank_environment
+from whaleflux_agent.core.work import Work
+
+pytestmark = pytest.mark.integration
+_OWN = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS"}
+_DECIDED = {"TORCHELASTIC_USE_AGENT_STORE"}  # rank 0 hosts the store here, torchrun's agent does there
+
+
+def test_torchrun_sets_nothing_that_is_missing_here(tmp_path):
+    """Same names, same values, but for addresses and files, which are each launcher's own."""
+    pytest.importorskip("torch")
+    script = tmp_path / "show.py"
+    script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=1", "--standalone", script],
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    work = Work("t", "queues/q/jobs/j", 1, (0,), world_size=1, group_world_size=1, rendezvous="h:1", command=("x",))
+    place = Place("sites/s/nodes/n", "token", "/rank.sock", (), "")
+    ours = rank_environment(work, place, 0, inherited=clean, error_file="/e.json")
+    contract = {n for n in theirs if n in ours or n.startswith(("TORCH", "RANK", "LOCAL", "GROUP", "ROLE", "MASTER"))}
+    contract -= {name for name in contract if name.startswith("TORCHINDUCTOR")}
+    assert contract - set(ours) <= {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    same = contract - _OWN - _DECIDED - {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    assert len(same) >= 13  # else torchrun has changed its names
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
