@@ -84,7 +84,7 @@ def test_a_request_without_gpus_spares_the_nodes_whose_gpus_need_their_cpu():
 
 def test_a_full_node_strands_nothing_and_an_idle_one_what_the_table_says():
     assert node_value(LEVEL, CORE, GIB, np.zeros(8, dtype=np.int64)) == 0.0
-    assert node_value(LEVEL, 80 * CORE, 320 * GIB, np.full(8, 1000)) == pytest.approx(8 * 500)
+    assert node_value(LEVEL, 80 * CORE, 320 * GIB, np.full(8, 1000)) == pytest.approx(8 * 100)
 
 
 @pytest.mark.parametrize("row", range(len(SCARCITY)))

@@ -4,7 +4,7 @@ Fragmentation is a forecast. A hole of 190 thousandths of a GPU is waste when no
 a free GPU is waste when its host's CPU is gone. So each node is valued by what becomes of its holes:
 
     value(node) = sum over its GPUs of table[scarcity(node), free part of that GPU]
-    cost(placement) = value(node after) - value(node before) + TIGHTNESS_MILLI * (what is left on the node)
+    cost(placement) = value(node after) - value(node before) + tightness * (what is left on the node)
 
 in thousandths of a GPU; the cheapest placement wins. `scarcity` is the host CPU or memory (the scarcer) left per idle GPU, in multiples
 of what the usual request takes per GPU. The table is learned by `sharing_replay.learn` from the history of arrivals. Nothing in the cost
@@ -28,8 +28,7 @@ SCARCITY = np.concatenate(
     [[0, 0.1, 0.2, 0.3, 0.4], np.arange(0.5, 1.475, 0.05), [1.5, 1.6, 1.7, 1.8, 2, 2.25, 2.5, 3, 4, 6]]
 )
 LAST = len(SCARCITY) - 1  # plenty is plenty
-# Among nodes that strand alike, the fuller one: at most this much for a wholly idle node of the usual size.
-TIGHTNESS_MILLI = 3.0
+TIGHTNESS_MILLI = 3.0  # breaks ties for the fuller node; more keeps nodes whole for gangs, and strands more
 USUAL_GPUS = 8
 
 Ints = NDArray[np.int64]
@@ -55,16 +54,22 @@ class IdleTable(NamedTuple):
     """Expected final idle part of a GPU, thousandths, by `SCARCITY` (rows) and free part in steps of `STEP_MILLI` (columns).
 
     `cpu_millicores` and `memory_bytes` are what the history's requests took per GPU: the unit of scarcity, above zero.
+    `tightness_milli` is what leaving a wholly idle node of the usual size costs, and a fuller one in proportion.
     """
 
     idle_milli: Floats
     cpu_millicores: float
     memory_bytes: float
+    tightness_milli: float = TIGHTNESS_MILLI
 
 
 def untaught(cpu_millicores: float, memory_bytes: float) -> IdleTable:
-    """Before any history: half of each hole stays idle. To start learning from; alone it packs worse than best-fit."""
-    idle_milli = np.tile(np.arange(COLUMNS) * (STEP_MILLI / 2), (len(SCARCITY), 1))
+    """Without a history, only the means per GPU asked for: idle GPUs are used as far as the host's CPU and memory reach.
+
+    On openb this alone packs better than FGD; a tenth of even the best hole is taken to stay idle.
+    """
+    usable = 0.9 * np.minimum(1.0, SCARCITY)[:, None]
+    idle_milli = (1.0 - usable) * np.arange(COLUMNS) * STEP_MILLI
     return IdleTable(idle_milli, max(cpu_millicores, 1.0), max(memory_bytes, 1.0))
 
 
@@ -162,7 +167,7 @@ def placement_cost(
         value = node_value(table, cpu, memory, scratch)
     idle = free_milli.sum() - demand.gpus * demand.gpu_milli
     left = 0.5 * cpu / (table.cpu_millicores * USUAL_GPUS) + 0.5 * idle / (WHOLE_MILLI * USUAL_GPUS)
-    return value - value_before + TIGHTNESS_MILLI * left, device
+    return value - value_before + table.tightness_milli * left, device
 
 
 @compiled

@@ -97,10 +97,10 @@ def learn(fleet: Fleet, kinds: Kinds, history: Ints, *, seed: int, schedule: Sch
 
 
 def needs_per_gpu(kinds: Kinds, history: Ints) -> tuple[float, float]:
-    """CPU millicores and memory bytes per GPU asked for, over the requests that ask for GPUs."""
+    """CPU millicores and memory bytes per GPU asked for, over the requests that ask for GPUs; (0, 0) when none does."""
     gpu = history[kinds.gpus[history] > 0]
     if not len(gpu):
-        return 1.0, 1.0
+        return 0.0, 0.0
     gpus = float((kinds.gpus[gpu] * kinds.gpu_milli[gpu]).sum()) / WHOLE_MILLI
     return float(kinds.cpu_millicores[gpu].sum()) / gpus, float(kinds.memory_bytes[gpu].sum()) / gpus
 
