@@ -266,6 +266,16 @@ def test_a_paused_agent_whose_ranks_make_progress_is_not_fenced():
     assert fleet.when(A1, Phase.UNREACHABLE) == math.inf
 
 
+def test_a_dead_node_among_peers_that_do_not_need_it_is_fenced_after_a_minute():
+    fleet = Fleet(*FIVE)
+    training = fleet.train(A1, A2)
+    fleet.run(5, training)
+    killed_s = fleet.now_s
+    fleet.kill(A1)
+    fleet.run(70, training)
+    assert 59 <= fleet.when(A1, Phase.UNREACHABLE) - killed_s <= 61
+
+
 def test_when_the_ranks_of_a_paused_agent_stall_too_it_is_fenced():
     fleet = Fleet(*FIVE)
     training = fleet.train(A1, A2)

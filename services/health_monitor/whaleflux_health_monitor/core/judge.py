@@ -131,6 +131,13 @@ def _patience_s(node: NodeState, view: View) -> float:
 
 
 def _ranks_alive(node: NodeState, view: View) -> bool:
+    """Whether peers show that the ranks live.
+
+    A stopped agent is waited for as long as they do; one that is gone or out of reach only as long as a restart may
+    take, since work that does not need all its peers would hide a dead node for ever.
+    """
+    if node.seen is not Probe.CONNECTS and node.silence_s(view.now_s) >= node.timing.restart_s:
+        return False
     return view.progress.alive_without(node, node.life_s, view.now_s)
 
 
