@@ -22,6 +22,7 @@ from whaleflux.fleet.model import Gpu, Level, Node
 from whaleflux.fleet.wiring import Wiring, bits, wiring_of
 
 Ints = NDArray[np.integer[Any]]
+Floats = NDArray[np.float64]
 DOMAIN_LEVELS: tuple[Level, ...] = (Level.FLEET, Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)
 SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)  # those with uplinks
 WHOLE_MILLI = 1000
@@ -197,16 +198,16 @@ class Columns:
         """Uplinks of each domain in lines of `fabric.nic_bytes_per_s`, and the flows that placed gangs send through them."""
         nic = self.fabric.nic_bytes_per_s  # a node with a slower network still has one line of its own
         network = np.array([max(nic, r.node.network_bytes_per_s) for r in self.rows], dtype=np.float64)
-        self.links: dict[Level, list[float]] = {}
-        self.crossing: dict[Level, list[int]] = {}
+        self.links: dict[Level, Floats] = {}
+        self.crossing: dict[Level, Ints] = {}
         for level in SHARED_LEVELS:
             total = np.add.reduceat(network, self.lo[level]) if self.count else network
             if level is Level.SITE:
                 lines = np.full(len(total), self.fabric.site_bytes_per_s / nic)
             else:
                 lines = total / (nic * self.fabric.oversubscription(level))
-            self.links[level] = [max(x, 1e-3) for x in lines.tolist()]
-            self.crossing[level] = [0] * len(total)
+            self.links[level] = np.maximum(lines, 1e-3)
+            self.crossing[level] = np.zeros(len(total), dtype=np.int64)
 
     # -- changes --------------------------------------------------------------------------------------------------------------
 
@@ -318,9 +319,7 @@ class Columns:
             domain = self.domain[level]
             touched = {domain[i] for i in rows}
             if len(touched) > 1:
-                crossing = self.crossing[level]
-                for d in touched:
-                    crossing[d] += sign * flows
+                self.crossing[level][list(touched)] += sign * flows
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
@@ -360,10 +359,12 @@ class Columns:
         seal = hashlib.sha256()
         for row in self.rows:
             seal.update(repr((row.node, row.schedulable)).encode())
-        seal.update(repr((self.usable, self.taken, self.offered, self.links, self.crossing)).encode())
+        seal.update(repr((self.usable, self.taken, self.offered)).encode())
         seal.update(repr((sorted(self.holders.items()), sorted(self.partitions.items()))).encode())
         for array in (self.offer, self.cpu_free, self.host_free, self.milli_free, self.memory_free):
             seal.update(array.tobytes())
         for level in DOMAIN_LEVELS:
             seal.update(self.at_least[level].tobytes())
+        for level in SHARED_LEVELS:
+            seal.update(self.links[level].tobytes() + self.crossing[level].tobytes())
         return seal.hexdigest()

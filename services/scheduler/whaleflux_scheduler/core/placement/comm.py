@@ -87,7 +87,7 @@ def _across(columns: Columns, parts: Sequence[tuple[int, int]]) -> tuple[float, 
         if len(touched) == 1:
             continue
         if level is Level.SITE:
-            crossing = max(columns.crossing[level][d] for d in touched)
+            crossing = int(max(columns.crossing[level][d] for d in touched))
             wan = columns.fabric.site_bytes_per_s * flows / (crossing + flows)
         else:
             slowdown = max(slowdown, uplink_slowdown(columns, level, touched, flows))
@@ -96,8 +96,9 @@ def _across(columns: Columns, parts: Sequence[tuple[int, int]]) -> tuple[float, 
 
 def uplink_slowdown(columns: Columns, level: Level, touched: set[int], flows: int) -> float:
     """Of the slowest flow over the busiest uplink group of these domains, counting our own other flows."""
-    load = max((columns.crossing[level][d] + flows - 1) / columns.links[level][d] for d in touched)
-    return expected_slowdown(round(load, 4), flows * len(touched), columns.fabric.hashed)
+    chosen = list(touched)
+    load = ((columns.crossing[level][chosen] + flows - 1) / columns.links[level][chosen]).max()
+    return expected_slowdown(round(float(load), 4), flows * len(touched), columns.fabric.hashed)
 
 
 def _rank_rate(columns: Columns, parts: Sequence[tuple[int, int]], bus: float) -> float:

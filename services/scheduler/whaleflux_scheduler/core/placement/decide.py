@@ -23,13 +23,14 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
 from whaleflux_scheduler.core.placement.comm import Estimate, estimate
+from whaleflux_scheduler.core.placement.cover import Counts
 from whaleflux_scheduler.core.placement.fractions import Device, place_parts
-from whaleflux_scheduler.core.placement.gang import Bounds, Counts, even, possible, ragged, splits
+from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows
 
 Part = tuple[int, int]  # (row, mask of positions)
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
-_EQUAL = 0.02  # costs this close are equal; the next criterion decides
+_EQUAL = 0.005  # costs this close are equal; the next criterion decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,19 +216,16 @@ class _Place:
                 yield Group(group, self._masks(supply, counts))
 
     def _counts(self, supply: Supply, bounds: Bounds) -> Iterator[Counts]:
-        """The tightest even split, and a wider one only where it stays in a smaller domain."""
+        """Each even split that is tight in its domain: wider domains only while uplinks are shared, wider splits only where closer."""
         deepest: Level | None = None
         for split in splits(supply, bounds):
-            if bounds.max_nodes and split.nodes > bounds.max_nodes:
-                break
             limit = bounds if deepest is None else replace(bounds, widest=Level(deepest + 1))
-            counts = next(even(supply, split, limit), None)
-            if counts is None:
-                continue
-            yield counts
-            deepest = self.columns.smallest_domain(i for i, _ in counts)[0]
-            if deepest >= Level.LEAF:
-                return
+            for counts in even(supply, split, limit):
+                yield counts
+                level = self.columns.smallest_domain(i for i, _ in counts)[0]
+                deepest = level if deepest is None else max(level, deepest)
+                if level >= Level.LEAF:
+                    return
         if deepest is None and not bounds.slice:
             yield from ragged(supply, bounds)
 

@@ -285,7 +285,7 @@ class Engine:
     def check(self) -> None:
         """Rebuilds everything from nodes and placements and raises AssertionError where the live state differs, or a GPU is held twice."""
         live, fresh = self.columns, self._fresh()
-        for what in ("taken", "usable", "offered", "crossing", "holders", "partitions"):
+        for what in ("taken", "usable", "offered", "holders", "partitions"):
             assert getattr(live, what) == getattr(fresh, what), f"{what} differs from a rebuild"
         assert live.digest() == fresh.digest(), "columns differ from a rebuild"
         _check_not_twice(live, self._placed.values())

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from whaleflux.fleet.links import expected_slowdown
 from whaleflux.fleet.model import Level
-from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, SHARED_LEVELS, Ints
+from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Ints
+from whaleflux_scheduler.core.placement.cover import Children, Counts, cheapest
 from whaleflux_scheduler.core.placement.supply import Supply
-
-Counts = list[tuple[int, int]]  # (row, GPUs), in the order of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +76,19 @@ def even(supply: Supply, split: Split, bounds: Bounds) -> Iterator[Counts]:
         if row is not None:
             yield [(row, split.per_node)]
         return
+    tried: set[tuple[int, int]] = set()
     for level in reversed(DOMAIN_LEVELS):
-        if level < bounds.widest:
+        if level < bounds.widest or (bounds.inside and level < bounds.inside[0]):
             return
-        d = _best_domain(supply, level, split, bounds)
-        if d is not None:
+        for d in _fitting(supply, level, split, bounds):
+            rows = (int(supply.columns.lo[level][d]), int(supply.columns.hi[level][d]))
+            if rows in tried:  # a spine with one leaf and the like
+                continue
+            tried.add(rows)
             nodes = _spread(supply, level, d, split.per_node, split.nodes, bounds=bounds)
             if nodes is not None:
                 yield _shorten(nodes, split, supply.demand.unit)
+                break
 
 
 def possible(supply: Supply, bounds: Bounds) -> bool:
@@ -96,7 +99,7 @@ def possible(supply: Supply, bounds: Bounds) -> bool:
                 return True
             continue
         for level in DOMAIN_LEVELS:
-            if level >= bounds.widest and _best_domain(supply, level, split, bounds) is not None:
+            if level >= bounds.widest and _fitting(supply, level, split, bounds):
                 return True
     return not bounds.slice and next(ragged(supply, bounds), None) is not None
 
@@ -170,41 +173,89 @@ def _fitting_nodes(supply: Supply, level: Level, per_node: int, bounds: Bounds) 
     return total
 
 
-def _best_domain(supply: Supply, level: Level, split: Split, bounds: Bounds) -> int | None:
-    """The domain with enough nodes and least room to spare; near ones first."""
-    first, last = _domains_inside(supply, level, bounds)
+def _fitting(supply: Supply, level: Level, split: Split, bounds: Bounds) -> list[int]:
+    """Domains with enough nodes, best first: near ones, then the least slowdown inside, then the least room to spare."""
     if bounds.inside and level < bounds.inside[0]:
-        return None
+        return []
+    first, last = _domains_inside(supply, level, bounds)
     nodes = _fitting_nodes(supply, level, split.per_node, bounds)[first:last]
     fitting = (nodes >= split.nodes).nonzero()[0]
-    if not len(fitting):
-        return None
-    if len(fitting) == 1:
-        return first + int(fitting[0])
+    if len(fitting) < 2:
+        return [first + int(d) for d in fitting]
     if bounds.near:
         ids = supply.columns.domain[level]
         met = np.bincount([ids[i] for i in bounds.near], minlength=last)[first:last][fitting]
         fitting = fitting[met == met.max()]
     anything = supply.at_least(level, 1)[first:last][fitting]
     key = nodes[fitting].astype(np.int64) * (supply.columns.count + 1) + anything
-    return first + int(fitting[int(np.argmin(key))])
+    if level is Level.LEAF:
+        return [first + int(fitting[int(np.argmin(key))])]
+    order = fitting[np.argsort(key, kind="stable")]
+    return [
+        d
+        for _, d in sorted(
+            (_inside_key(supply, level, d, split, bounds), d) for d in _few(supply, level, order + first, split)
+        )
+    ]
+
+
+def _few(supply: Supply, level: Level, domains: Ints, split: Split, most: int = 3) -> list[int]:
+    """The tightest of these domains, and those with most room behind uplinks that nobody uses."""
+    if len(domains) <= 2 * most:
+        return [int(d) for d in domains]
+    columns = supply.columns
+    quiet = np.where(columns.crossing[Level.LEAF] == 0, supply.at_least(Level.LEAF, split.per_node), 0)
+    owner = columns.domains[level][columns.lo[Level.LEAF]]
+    room = np.bincount(owner, weights=quiet, minlength=len(columns.lo[level]))[domains]
+    quietest = domains[np.argsort(-room, kind="stable")[:most]]
+    return list(dict.fromkeys([int(d) for d in domains[:most]] + [int(d) for d in quietest]))
+
+
+def _inside_key(supply: Supply, level: Level, d: int, split: Split, bounds: Bounds) -> tuple[float, int, int]:
+    if level < Level.SITE:
+        return (0.0, 0, 0)
+    cover = cheapest(
+        supply.columns, _leaves(supply, level, d, split.per_node, bounds), split.nodes, supply.flows(split.per_node)
+    )
+    return cover.key if cover else (float("inf"), 0, 0)
+
+
+def _leaves(supply: Supply, level: Level, d: int, per_node: int, bounds: Bounds) -> Children:
+    """All leaves of a domain, whatever lies between."""
+    columns = supply.columns
+    ids = columns.domain[Level.LEAF]
+    first, last = ids[int(columns.lo[level][d])], ids[int(columns.hi[level][d]) - 1] + 1
+    return _children(supply, Level.LEAF, first, last, per_node, bounds=bounds)
+
+
+def _children(supply: Supply, level: Level, first: int, last: int, per_node: int, *, bounds: Bounds) -> Children:
+    room = _fitting_nodes(supply, level, per_node, bounds)[first:last]
+    if not bounds.near:
+        return Children(level, first, room)
+    ids = supply.columns.domain[level]
+    inside = [ids[i] - first for i in bounds.near if first <= ids[i] < last]
+    return Children(level, first, room, np.bincount(inside, minlength=len(room)))
 
 
 def _spread(supply: Supply, level: Level, d: int, per_node: int, nodes: int, *, bounds: Bounds) -> list[int] | None:
-    """Chooses `nodes` nodes of domain `d`: sub-domains first, level by level, then rows."""
+    """Chooses `nodes` nodes of domain `d`: its leaves at once, or level by level where slices or sites have to be kept together."""
     if level is Level.LEAF:
         return _rows(supply, d, per_node, nodes, bounds)
-    first, last = supply.columns.children(level, d)
-    below = Level(level + 1)
-    room = _fitting_nodes(supply, below, per_node, bounds)[first:last]
+    step_by_step = level is Level.FLEET or (bounds.slice is not None and level < bounds.slice[1] < Level.LEAF)
+    if step_by_step:
+        below = Level(level + 1)
+        first, last = supply.columns.children(level, d)
+        children = _children(supply, below, first, last, per_node, bounds=bounds)
+    else:
+        below, children = Level.LEAF, _leaves(supply, level, d, per_node, bounds)
+    cover = cheapest(supply.columns, children, nodes, supply.flows(per_node))
     found: list[int] = []
-    flows = max(1, per_node)
-    for child, take in _cover(supply, below, first, room=room, nodes=nodes, flows=flows, bounds=bounds):
+    for child, take in cover.takes if cover else []:
         inner = _spread(supply, below, child, per_node, take, bounds=bounds)
         if inner is None:
             return None
         found += inner
-    return found
+    return found or None
 
 
 def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) -> list[int] | None:
@@ -220,62 +271,6 @@ def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) 
             key += np.array([0 if lo + int(r) in bounds.near else 100 for r in rows])
         rows = rows[np.argsort(key, kind="stable")[:nodes]]
     return [lo + int(r) for r in rows]
-
-
-def _cover(supply: Supply, level: Level, first: int, *, room: Ints, nodes: int, flows: int, bounds: Bounds) -> Counts:
-    """Which sub-domains give how many nodes: the least modelled slowdown, then fewest of them, then least left over.
-
-    Tried for each distinct load of uplinks: only sub-domains at most so loaded, largest first, the last one the tightest that holds
-    the remainder. Few loads differ, as they are numbers of flows over lines.
-    """
-    candidates = np.flatnonzero(room)
-    if bounds.near:
-        ids = supply.columns.domain[level]
-        near = np.bincount(
-            [ids[i] - first for i in bounds.near if 0 <= ids[i] - first < len(room)], minlength=len(room)
-        )
-    else:
-        near = None
-    order = candidates[np.lexsort((-room[candidates],) if near is None else (-room[candidates], -near[candidates]))]
-    if level not in SHARED_LEVELS:
-        return _largest_first(order, room, nodes, first)
-    crossing, links = supply.columns.crossing[level], supply.columns.links[level]
-    load = np.array([(crossing[first + int(c)] + flows - 1) / links[first + int(c)] for c in order])
-    best: tuple[tuple[float, int, int], Counts] | None = None
-    for limit in _distinct(load):
-        chosen = _largest_first(order[load <= limit], room, nodes, first)
-        if not chosen:
-            continue
-        loads = [(crossing[c] + flows - 1) / links[c] for c, _ in chosen]
-        slowdown = expected_slowdown(round(max(loads), 4), flows * len(chosen), supply.columns.fabric.hashed)
-        spare = int(room[chosen[-1][0] - first]) - chosen[-1][1]
-        key = (round(slowdown, 3), len(chosen), spare)
-        if best is None or key < best[0]:
-            best = (key, chosen)
-    return best[1] if best else []
-
-
-def _distinct(load: Ints, most: int = 8) -> list[float]:
-    """The distinct loads, lowest first; at most `most` of them, always including the highest."""
-    values = np.unique(load)
-    if len(values) > most:
-        values = values[np.linspace(0, len(values) - 1, most).astype(int)]
-    return [float(v) for v in values]
-
-
-def _largest_first(order: Ints, room: Ints, nodes: int, first: int) -> Counts:
-    """Fills sub-domains in `order` (largest first); the last is the tightest of the rest that holds what remains."""
-    sizes = room[order]
-    filled = np.cumsum(sizes)
-    if not len(order) or filled[-1] < nodes:
-        return []
-    last = int(np.searchsorted(filled, nodes))
-    chosen = [(first + int(c), int(room[c])) for c in order[:last]]
-    remainder = nodes - sum(take for _, take in chosen)
-    rest, fits = order[last:], sizes[last:]
-    holding = (fits >= remainder).nonzero()[0]
-    tight = rest[holding[int(np.argmin(fits[holding]))]]
-    return [*chosen, (first + int(tight), remainder)]
 
 
 def ragged(supply: Supply, bounds: Bounds) -> Iterator[Counts]:

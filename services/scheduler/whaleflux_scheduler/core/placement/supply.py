@@ -6,6 +6,7 @@ on single nodes (labels, CPU, cached data, excluded nodes, several islands) get 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -146,6 +147,13 @@ class Supply:
         if need.labels or need.nvme:
             usable[~node_conditions(columns, need)] = 0
         return usable
+
+    def flows(self, per_node: int) -> int:
+        """NIC flows that a node of the demand's kind sends when it gives `per_node` GPUs."""
+        shape = self.columns.kinds[self.match.shapes[0]]
+        return max(
+            1, math.ceil(shape.network_bytes_per_s * per_node / shape.size / self.columns.fabric.nic_bytes_per_s - 1e-9)
+        )
 
     def candidates(self, i: int) -> int:
         """Mask of the free GPUs of row `i` that satisfy the demand."""
