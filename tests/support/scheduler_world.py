@@ -257,9 +257,7 @@ class World:
 
     async def start(self) -> None:
         peers = Peers(self.inventory, self.health, self.checkpoint)
-        self.service: Service = assemble(
-            self.store, None, self.clock, peers, self.limits, "here:1", self.keep_ended
-        )
+        self.service: Service = assemble(self.store, None, self.clock, peers, self.limits, "here:1", self.keep_ended)
         self.scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self._loop = asyncio.create_task(self.service.loops[0]())
         await until(lambda: self.service.term.brain is not None or self._loop.done(), "it leads")

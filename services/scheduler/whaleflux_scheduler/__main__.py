@@ -15,7 +15,8 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         health=ctx.channel("health_monitor") if settings.health_monitor else None,
         checkpoint=ctx.channel("checkpoint") if settings.checkpoint else None,
     )
-    service = assemble(ctx.store, ctx.bus, ctx.clock, peers, settings.limits(), ctx.address, settings.keep_ended_jobs)
+    bus = ctx.bus if settings.nats else None
+    service = assemble(ctx.store, bus, ctx.clock, peers, settings.limits(), ctx.address, settings.keep_ended_jobs)
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 
 

@@ -5,6 +5,7 @@ Nothing here is true by itself: a new leader starts with an empty book and fills
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Progress:
     epoch: int
     step: int
     loss: float
-    stored_at: datetime  # when a step was last written to the store
+    next_store: datetime  # when it is written to the store, if nothing else is written before
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Book:
         self._state_of: dict[str, JobState] = {}
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
+        self._dues: list[tuple[datetime, str]] = []  # heap; may hold what is not due any more
 
     def note(self, name: str) -> Note:
         return self.notes.setdefault(name, Note())
@@ -103,12 +105,30 @@ class Book:
             self.ended[name] = new.end_time or new.create_time
         return nodes | left
 
+    def schedule(self, name: str, at: datetime | None) -> None:
+        """The job is to be looked at again at that time, and not at another."""
+        note = self.note(name)
+        if at is not None and at != note.due:
+            heapq.heappush(self._dues, (at, name))
+        note.due = at
+
     def next_due(self) -> datetime | None:
         """When the first job has to be looked at again."""
-        return min((note.due for note in self.notes.values() if note.due is not None), default=None)
+        while self._dues:
+            at, name = self._dues[0]
+            if (note := self.notes.get(name)) is not None and note.due == at:
+                return at
+            heapq.heappop(self._dues)  # rescheduled or over since
+        return None
 
-    def due_by(self, now: datetime) -> list[str]:
-        return [name for name, note in self.notes.items() if note.due is not None and note.due <= now]
+    def take_due(self, now: datetime) -> set[str]:
+        """Jobs whose time has come; each is told once."""
+        due = set()
+        while (at := self.next_due()) is not None and at <= now:
+            name = heapq.heappop(self._dues)[1]
+            self.notes[name].due = None
+            due.add(name)
+        return due
 
 
 def desired_tasks(stored: StoredJob, node: str) -> Iterator[Task]:

@@ -40,6 +40,9 @@ from whaleflux_scheduler.judge import Inquiry, Judge, reconstruct
 STEP_EVERY_S = 10.0  # how often a job's step is written when nothing else is
 UNSTORED_REPORTS = 10_000  # of one agent
 DELETE_AT_ONCE = 50
+MOVES_AT_ONCE = 1_000  # being written
+COALESCE_S = 0.002  # news that come together are one round
+SHOW_EVERY_S = 1.0
 T = TypeVar("T")
 _log = telemetry.get_logger("whaleflux.scheduler")
 
@@ -88,7 +91,12 @@ class Brain:
         self._unstored: dict[str, int] = {}
         self._wake, self._rescheduled = asyncio.Event(), asyncio.Event()
         fleet.on_change = self._wake.set
-        self._inquiries: asyncio.TaskGroup | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._busy: set[str] = set()  # jobs being written
+        self._again: set[str] = set()  # of these, those to look at again afterwards
+        self._room = asyncio.Event()
+        self._suspend: dict[str, str] = {}  # job -> for whom it makes room
+        self._shown_s = 0.0
         self.rounds = 0
 
     def load(self) -> None:
@@ -100,7 +108,7 @@ class Brain:
         """Until cancelled; raises Fenced (in a group) when another leads."""
         try:
             async with asyncio.TaskGroup() as group:
-                self._inquiries = group
+                self._tasks = group
                 group.create_task(self._follow_jobs())
                 group.create_task(self._follow_queues())
                 group.create_task(self._alarm())
@@ -155,9 +163,10 @@ class Brain:
         note = self._book.note(moved.job)
         known = note.progress
         if known is None or known.epoch != moved.epoch:
-            now = self._clock.now()
-            note.progress = Progress(moved.epoch, moved.step, moved.loss, now)
-            self._schedule(note, now + timedelta(seconds=STEP_EVERY_S))
+            at = self._clock.now() + timedelta(seconds=STEP_EVERY_S)
+            note.progress = Progress(moved.epoch, moved.step, moved.loss, at)
+            if note.due is None or note.due > at:
+                self._schedule(moved.job, at)
         elif moved.step >= known.step:
             known.step, known.loss = moved.step, moved.loss
         spans.show_progress(moved.job, moved.step, moved.loss)
@@ -225,14 +234,18 @@ class Brain:
             finally:
                 for task in waiting:
                     task.cancel()
-            if self._book.due_by(self._clock.now()):
+            if due := self._book.take_due(self._clock.now()):
+                self._dirty |= due
                 self._wake.set()
-                await self._clock.sleep(0.01)  # the round that this starts sets new deadlines
 
     async def _rounds(self) -> None:
         await self._found()
         while True:
             await self._wake.wait()
+            await self._clock.sleep(COALESCE_S)
+            while len(self._busy) >= MOVES_AT_ONCE:
+                self._room.clear()
+                await self._room.wait()
             self._wake.clear()
             await self._round()
             self.rounds += 1
@@ -255,7 +268,7 @@ class Brain:
     async def _round(self) -> None:
         now = self._clock.now()
         changed = self._fleet.take()
-        names, self._dirty = self._dirty | set(self._book.due_by(now)), set()
+        names, self._dirty = self._dirty, set()
         for node in changed.touched:
             names |= self._book.jobs_on(node)
         moves: dict[str, Move] = {}
@@ -263,6 +276,9 @@ class Brain:
         gone: list[str] = []
         candidates: dict[str, Candidate | None] = {}
         for name in names:
+            if name in self._busy:
+                self._again.add(name)
+                continue
             stored = self._sources.jobs.get(_key(name))
             if stored is None:
                 gone.append(name)
@@ -286,11 +302,12 @@ class Brain:
             choices = await self._on_worker(lambda: self._plan(news))
         for choice in choices:
             self._choose(choice, now, moves)
-        await self._write(moves)
+        self._write(moves)
         if self._planner.unfinished:
             self._wake.set()
         await self._prune()
-        self._show()
+        if self._clock.monotonic() - self._shown_s >= SHOW_EVERY_S:
+            self._show()
 
     def _plan(self, news: News) -> list[Choice]:
         self._planner.learn(news)
@@ -303,8 +320,12 @@ class Brain:
         note.offer = None
         seen = self._seen(job, note)
         heard = tuple(note.heard)
-        after = self._with_step(lifecycle.advance(job, seen, now, self._limits), note, now)
-        note.due = self._due(job, note, seen, now)
+        after = lifecycle.advance(job, seen, now, self._limits)
+        if after is job:
+            after = self._preempted(job, now)
+        if after is not job or (note.progress is not None and now >= note.progress.next_store):
+            after = _with_step(after, note)
+        self._schedule(job.name, self._due(job, note, seen, now))
         if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
             if note.finding is not None and note.finding.verdict.epoch == job.epoch:
                 return self._offer(Offer(stored, after, heard), note, now)
@@ -326,27 +347,19 @@ class Brain:
         verdict = note.finding.verdict if note.finding is not None else None
         return Seen(tuple(heard.report for heard in note.heard), nodes, verdict)
 
-    def _with_step(self, job: Job, note: Note, now: datetime) -> Job:
-        """With the newest step, when it is time to write it or something else changes anyway."""
-        progress, attempt = note.progress, job.attempt
-        if progress is None or attempt is None or attempt.epoch != progress.epoch:
-            return job
-        if (job.step, job.loss) == (progress.step, progress.loss):
-            return job
-        return replace(job, step=progress.step, loss=progress.loss)
-
     def _due(self, job: Job, note: Note, seen: Seen, now: datetime) -> datetime | None:
         dues = [at for at in note.shunned.values() if at > now]
         if (at := lifecycle.due(job, seen, now, self._limits)) is not None:
             dues.append(at)
         if note.progress is not None and job.state in ACTIVE:
-            dues.append(max(note.progress.stored_at, now) + timedelta(seconds=STEP_EVERY_S))
-        self._rescheduled.set()
+            at = note.progress.next_store
+            dues.append(at if at > now else now + timedelta(seconds=STEP_EVERY_S))
         return min(dues, default=None)
 
-    def _schedule(self, note: Note, at: datetime) -> None:
-        if note.due is None or at < note.due:
-            note.due = at
+    def _schedule(self, name: str, at: datetime | None) -> None:
+        before = self._book.next_due()
+        self._book.schedule(name, at)
+        if at is not None and (before is None or at < before):
             self._rescheduled.set()
 
     def _offer(self, offer: Offer, note: Note, now: datetime) -> Candidate:
@@ -372,22 +385,41 @@ class Brain:
             note.offer = None
             moves[choice.job] = Move(offer.stored, after, offer.heard, choice)
         for name in choice.victims:
-            victim = self._sources.jobs.get(_key(name))
-            if victim is not None and victim.value.state is JobState.RUNNING and name not in moves:
-                moves[name] = Move(victim, lifecycle.suspend(victim.value, choice.job, now))
+            self._suspend[name] = choice.job
+            self._dirty.add(name)
+            self._wake.set()
+
+    def _preempted(self, job: Job, now: datetime) -> Job:
+        """The job on its way out, when it was chosen to make room for one that still waits."""
+        by = self._suspend.pop(job.name, "")
+        waiting = self._sources.jobs.get(_key(by)) if by else None
+        if waiting is None or waiting.value.state is not JobState.QUEUED or job.state is not JobState.RUNNING:
+            return job
+        return lifecycle.suspend(job, by, now)
 
     # writing
 
-    async def _write(self, moves: Mapping[str, Move]) -> None:
-        if not moves:
-            return
-        async with asyncio.TaskGroup() as group:
-            writing = [(move, group.create_task(self._commit(move))) for move in moves.values()]
-        done = [(move, revision) for move, task in writing if (revision := task.result())]
-        if done:
-            await self._sources.jobs.at_least(max(revision for _, revision in done))
-        for move, _ in done:
-            self._written(move)
+    def _write(self, moves: Mapping[str, Move]) -> None:
+        """Starts writing; until a job is written it is left alone, while others go on."""
+        assert self._tasks is not None
+        for name, move in moves.items():
+            self._busy.add(name)
+            self._tasks.create_task(self._carry_out(move))
+
+    async def _carry_out(self, move: Move) -> None:
+        name = move.after.name
+        try:
+            if revision := await self._commit(move):
+                await self._sources.jobs.at_least(revision)
+                self._written(move)
+        finally:
+            self._busy.discard(name)
+            if len(self._busy) < MOVES_AT_ONCE:
+                self._room.set()
+        if name in self._again:
+            self._again.discard(name)
+            self._dirty.add(name)
+            self._wake.set()
 
     async def _commit(self, move: Move) -> int:
         """The revision, or 0 when someone else changed the job meanwhile: then it is looked at again."""
@@ -402,9 +434,8 @@ class Brain:
             raise
         except ConditionFailed:
             telemetry.counter(Metric.CAS_CONFLICTS).labels("job").inc()
-            self._dirty.add(after.name)
-            self._wake.set()
             await self._refresh()
+            self._again.add(after.name)
             return 0
         except Invalid as too_large:
             note = self._book.note(after.name)
@@ -423,7 +454,7 @@ class Brain:
         self._settle(note, move.heard)
         now = self._clock.now()
         if note.progress is not None:
-            note.progress.stored_at = now
+            note.progress.next_store = now + timedelta(seconds=STEP_EVERY_S)
         if after.state is JobState.STARTING and before.state is not JobState.STARTING:
             spans.placed(before, after, note, move.choice, now)
             note.finding = note.broken = note.waits = note.offer = None
@@ -469,12 +500,12 @@ class Brain:
         """Asks what the end of the attempt means, once per epoch."""
         if note.inquiring == job.epoch or job.attempt is None:
             return
-        assert self._inquiries is not None
+        assert self._tasks is not None
         note.inquiring = job.epoch
         broken = note.broken or reconstruct(job)
         disconnected = tuple(node for node in job.attempt.nodes if node not in self._hub.connected)
         inquiry = Inquiry(job, broken, note.launches.get(broken.task, ""), disconnected)
-        self._inquiries.create_task(self._judged(inquiry))
+        self._tasks.create_task(self._judged(inquiry))
 
     async def _judged(self, inquiry: Inquiry) -> None:
         finding = await self._judge.judge(inquiry)
@@ -513,6 +544,7 @@ class Brain:
                 continue
 
     def _show(self) -> None:
+        self._shown_s = self._clock.monotonic()
         for state in JobState:
             if state:
                 telemetry.gauge(Metric.JOBS).labels(state.name).set(self._book.states[state])
@@ -532,3 +564,13 @@ class Brain:
 
 def _key(name: str) -> str:
     return keys.of_name(keys.JOBS, name)
+
+
+def _with_step(job: Job, note: Note) -> Job:
+    """With the newest step of its attempt."""
+    progress, attempt = note.progress, job.attempt
+    if progress is None or attempt is None or attempt.epoch != progress.epoch:
+        return job
+    if (job.step, job.loss) == (progress.step, progress.loss):
+        return job
+    return replace(job, step=progress.step, loss=progress.loss)
