@@ -28,7 +28,7 @@ from whaleflux_health_monitor.core.failures import Failure, classify, decided
 from whaleflux_health_monitor.core.judge import Verdict
 from whaleflux_health_monitor.core.monitor import Monitor
 from whaleflux_health_monitor.core.phases import Phase
-from whaleflux_health_monitor.core.timing import Timing
+from whaleflux_health_monitor.core.timing import BEAT_S, LONGEST_BEAT_S, Timing
 from whaleflux_health_monitor.ledger import EmitSpan, Ledger
 from whaleflux_health_monitor.recorder import Recorder
 
@@ -91,14 +91,14 @@ class Watch:
 
     def hello(self, hello: pb.HeartbeatHello) -> int:
         """An agent opened its stream."""
-        interval_s = hello.interval.ToMilliseconds() / 1000
+        interval_s = hello.interval.ToMilliseconds() / 1000 or BEAT_S
         self._recorder.submit(self._ledger.booted(hello.node, hello.boot_id))
         stream = self.monitor.hello(
             hello.node,
             self._tools.clock.monotonic(),
             boot_id=hello.boot_id,
             probe_address=hello.probe_address,
-            interval_s=interval_s or 0.5,
+            interval_s=min(max(interval_s, BEAT_S), LONGEST_BEAT_S),
         )
         self._hurry.set()
         return stream

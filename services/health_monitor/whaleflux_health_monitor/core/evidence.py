@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from whaleflux_health_monitor.core.phases import Intent, Phase
+from whaleflux_health_monitor.core.phases import ALIVE, Intent, Phase
 from whaleflux_health_monitor.core.timing import BEAT_S, Arrivals, Timing
 
 
@@ -70,6 +70,18 @@ class NodeState:
     def silence_s(self, now_s: float) -> float:
         """Since the last sign of life; negative during the grace."""
         return now_s - self.life_s
+
+    def calm(self, now_s: float) -> bool:
+        """Nothing speaks against it and nothing is to be said: at each tick true of nearly every node, so kept cheap."""
+        return (
+            now_s - self.life_s < self.timing.probe_least_s
+            and self.heard
+            and self.lost_s is None
+            and self.announced_s is None
+            and not (self.stopped or self.urgent)
+            and self.phase is ALIVE[self.intent]
+            and self.reason != ""
+        )
 
     @property
     def seen(self) -> Probe | None:

@@ -64,11 +64,15 @@ def _gives_no_sign(node: NodeState, now_s: float) -> bool:
     return unheard and node.seen not in REACHES_HOST
 
 
-def all_streams_lost(nodes: Iterable[NodeState], now_s: float, within_s: float) -> bool:
+def all_streams_lost(nodes: Iterable[NodeState], within_s: float) -> bool:
     """Whether every agent that this leader has heard lost its stream in the same moment: then the front door went."""
-    heard = [node for node in nodes if node.heard and node.phase not in _NOT_COUNTED]
-    lost = [node.lost_s for node in heard if node.lost_s is not None]
-    return len(heard) >= 2 and len(lost) == len(heard) and max(lost) - min(lost) <= within_s
+    lost: list[float] = []
+    for node in nodes:
+        if node.heard and node.phase not in _NOT_COUNTED:
+            if node.lost_s is None:
+                return False
+            lost.append(node.lost_s)
+    return len(lost) >= 2 and max(lost) - min(lost) <= within_s
 
 
 class Breaker:

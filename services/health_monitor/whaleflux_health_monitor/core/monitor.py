@@ -19,6 +19,7 @@ from whaleflux_health_monitor.core.timing import Arrivals, Timing
 _FORGET_EVERY_S = 10.0
 WITNESS_EVERY_S = 0.5  # a silent node is dialled by one witness at a time
 WITNESS_AT_ONCE = 8
+_WATCHED = frozenset(Phase) - {Phase.UNREACHABLE, Phase.RETIRED}  # in these a neighbour's look may change something
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,8 @@ class Monitor:
 
     def probes_due(self, now_s: float) -> list[tuple[str, str]]:
         """Name and address of every node that is worth a probe now."""
-        return [(n.name, n.probe_address) for n in self.nodes.values() if n.wants_probe(now_s)]
+        restless = (n for n in self.nodes.values() if not n.calm(now_s))
+        return [(n.name, n.probe_address) for n in restless if n.wants_probe(now_s)]
 
     def witness_for(self, name: str, now_s: float) -> list[str]:
         """Addresses that `name`, which just beat, should dial for us: silent nodes of its site that we cannot reach."""
@@ -158,15 +160,19 @@ class Monitor:
     def tick(self, now_s: float) -> list[Verdict]:
         """Judges everybody and returns what changed. Call it every 0.1 s; a long gap means that we slept."""
         self._forgive_own_sleep(now_s)
-        self._regroup(now_s)
-        lost = groups.all_streams_lost(self.nodes.values(), now_s, self.timing.reconnect_s)
-        view = View(now_s, self.groups, self.progress, front_door_lost=lost)
-        self._unreached = [n for n in self.nodes.values() if n.probe is Probe.NO_ROUTE and n.probe_address]
-        changed = [v for node in self.nodes.values() if (v := self._judged(node, view))]
+        restless = [node for node in self.nodes.values() if not node.calm(now_s)]
+        self._unreached = [n for n in restless if n.probe is Probe.NO_ROUTE and n.phase in _WATCHED]
+        changed = self._judge(restless, now_s) if restless or self.groups != Groups() else []
         if now_s - self._forgot_s >= _FORGET_EVERY_S:
             self._forgot_s = now_s
             self.progress.forget_but({(t.job, t.epoch) for n in self.nodes.values() for t in n.tasks})
         return changed
+
+    def _judge(self, restless: list[NodeState], now_s: float) -> list[Verdict]:
+        self._regroup(now_s)
+        lost = groups.all_streams_lost(self.nodes.values(), self.timing.reconnect_s)
+        view = View(now_s, self.groups, self.progress, front_door_lost=lost)
+        return [v for node in restless if (v := self._judged(node, view))]
 
     def _judged(self, node: NodeState, view: View) -> Verdict | None:
         verdict = judge(node, view)
@@ -183,7 +189,7 @@ class Monitor:
 
     def _fenced_if_admitted(self, node: NodeState, verdict: Verdict, view: View) -> Verdict:
         """The verdict, or suspicion where the step or the breaker forbids it."""
-        fleet = sum(n.phase is not Phase.RETIRED for n in self.nodes.values())
+        fleet = sum(n.phase is not Phase.RETIRED for n in self.nodes.values())  # only in the rare tick that fences
         if self._breaker.admits(fleet, view.now_s):
             if node.phase is Phase.SUSPECT:
                 self._breaker.fenced(node.name, view.now_s)

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 BEAT_S = 0.5  # what agents beat at, and what the defaults below are made for
+LONGEST_BEAT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Timing:
 
     def scaled(self, interval_s: float) -> Timing:
         """The limits for an agent that beats every `interval_s` (at least every 0.5 s, at most every 30 s)."""
-        factor = min(max(interval_s, BEAT_S), 30.0) / BEAT_S
+        factor = min(max(interval_s, BEAT_S), LONGEST_BEAT_S) / BEAT_S
         if factor == 1.0:
             return self
         return replace(
