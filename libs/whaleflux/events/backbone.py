@@ -11,14 +11,13 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import structlog
-
 from whaleflux.clock import Clock, SystemClock
 from whaleflux.errors import Refusal
 from whaleflux.events.subjects import HUB
 from whaleflux.events.topology import HEARD, Limits, StreamSpec, hub_streams, site_streams
+from whaleflux.telemetry import Event, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 CHECK_EVERY_S = 1.0
 
 
@@ -73,12 +72,12 @@ class Backbone:
                     await self._servers.apply(spec)
                 self._hub_is_right = True
         except Refusal as refusal:
-            log.warning("backbone_hub_waits", reason=str(refusal))
+            log.warning(Event.BACKBONE_WAITING, reason=str(refusal))
             return
         answers = await asyncio.gather(*(self._servers.reaches(site) for site in sites))
         up = {site for site, answer in zip(sites, answers, strict=True) if answer}
         for site in self.linked - up:
-            log.warning("backbone_link_lost", site=site)
+            log.warning(Event.SITE_CUT_OFF, site=site)
         self.linked &= up
         for site in sorted(up - self.linked):
             await self._link(site, sites)
@@ -94,7 +93,7 @@ class Backbone:
                 await self._servers.nudge(spec, site)
             self._hub_is_right = True
         except Refusal as refusal:  # the next look tries again
-            log.warning("backbone_link_waits", site=site, reason=str(refusal))
+            log.warning(Event.BACKBONE_WAITING, site=site, reason=str(refusal))
         else:
             self.linked.add(site)
-            log.info("backbone_link_up", site=site)
+            log.info(Event.SITE_LINKED, site=site)

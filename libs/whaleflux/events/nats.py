@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import nats.errors
 import nats.js.errors
-import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as Inbox
@@ -41,8 +40,9 @@ from whaleflux.events.pull import HEARTBEAT_S, MAX_BATCH, REQUEST_S, Notice, Pul
 from whaleflux.events.subjects import HUB
 from whaleflux.events.topology import StreamSpec, hub_streams, site_streams, streams_for
 from whaleflux.events.trace import with_trace
+from whaleflux.telemetry import Event, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 T = TypeVar("T")
 CALL_TIMEOUT_S = 5.0
 MAX_PUBLISHES_IN_FLIGHT = 256
@@ -253,12 +253,12 @@ class NatsBus:
 
     async def _disconnected(self) -> None:
         if not self._closing:
-            log.warning("bus_disconnected", client=self.options.name)
+            log.warning(Event.BUS_UNREACHABLE, client=self.options.name)
 
     async def _reconnected(self) -> None:
         self._renewed.set_result(None)
         self._renewed = asyncio.get_running_loop().create_future()
-        log.info("bus_reconnected", server=str(self.client.connected_url and self.client.connected_url.netloc))
+        log.info(Event.BUS_REACHABLE, server=str(self.client.connected_url and self.client.connected_url.netloc))
         for subscription in tuple(self._open):
             subscription.ask_again()
 
@@ -400,7 +400,7 @@ def _client_options(options: NatsOptions) -> dict[str, Any]:
         text = f"{type(error).__name__}: {error}"
         if last != text:  # an outage is one line, not one per attempt
             last = text
-            log.warning("bus_connection_error", error=text)
+            log.warning(Event.BUS_ERROR, error=text)
 
     chosen: dict[str, Any] = {
         "servers": list(options.servers),

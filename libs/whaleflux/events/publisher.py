@@ -12,16 +12,15 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import structlog
-
 from whaleflux.clock import Clock, SystemClock
 from whaleflux.errors import Compacted, Refusal, Unavailable
 from whaleflux.events.api import Bus
 from whaleflux.events.subjects import change_id
 from whaleflux.store import keys
 from whaleflux.store.api import Batch, Entry, Held, Leadership, Put, Store
+from whaleflux.telemetry import Event, Metric, counter, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 SAVE_EVERY_S = 1.0  # what a crash makes it publish again, at most
 SAVE_IDLE_REVISIONS = 1_000  # saved without events too, or an idle prefix falls behind compaction
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -87,12 +86,12 @@ class Publisher:
             try:
                 await self._follow()
             except Compacted:
-                log.warning("publisher_history_compacted", prefix=self._prefix, revision=self.revision)
+                log.warning(Event.PUBLISHER_RELISTED, prefix=self._prefix, revision=self.revision)
                 self._begun = True
                 await self._catch_up()
             except Unavailable as outage:
                 failures = failures + 1 if self.revision == before else 0
-                log.warning("publisher_waits", prefix=self._prefix, reason=str(outage))
+                log.warning(Event.PUBLISHER_WAITING, prefix=self._prefix, reason=str(outage))
                 await self._clock.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
 
     async def _follow(self) -> None:
@@ -165,7 +164,7 @@ class Publisher:
         try:
             return self._describe(change)
         except Exception:  # one malformed value must not hold up all others for ever
-            log.exception("event_not_described", key=change.key, revision=change.revision)
+            log.exception(Event.EVENT_SKIPPED, key=change.key, revision=change.revision)
             return None
 
     async def _publish_one(self, change: Change, news: News) -> None:
@@ -174,14 +173,15 @@ class Publisher:
             try:
                 event_id = change_id(change.key, change.revision)
                 await self._bus.publish(news.subject, news.data, id=event_id, headers=news.headers)
+                counter(Metric.EVENTS_PUBLISHED).labels(news.subject.rpartition(".")[2]).inc()
                 return
             except Unavailable as outage:  # the id makes repeating safe
                 if failures == 0:
-                    log.warning("event_waits_for_bus", key=change.key, reason=str(outage))
+                    log.warning(Event.EVENT_DELAYED, key=change.key, reason=str(outage))
                 await self._clock.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
             except Refusal as refusal:
-                log.error("event_refused", key=change.key, revision=change.revision, reason=str(refusal))
+                log.error(Event.EVENT_SKIPPED, key=change.key, revision=change.revision, reason=str(refusal))
                 return
 
     async def _keep_saving(self) -> None:

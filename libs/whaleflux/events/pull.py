@@ -20,12 +20,11 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import structlog
-
 from whaleflux.errors import Refusal, Unavailable
 from whaleflux.events.api import Delivery
+from whaleflux.telemetry import Event, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 HEARTBEAT_S = 1.0  # asked of the server while a request waits
 SILENCE_S = 3.0  # three missed: the request is gone
 REQUEST_S = 30.0  # how long one request waits for events
@@ -136,7 +135,7 @@ async def pull(feed: Feed, out: Out, window: Window, silence_s: float = SILENCE_
         try:
             await feed.ensure()
             if troubled:
-                log.info("pull_resumed")
+                log.info(Event.PULL_RESUMED)
             troubled = False
             while True:
                 request, batch = request + 1, min(await window.room(), MAX_BATCH)
@@ -144,7 +143,7 @@ async def pull(feed: Feed, out: Out, window: Window, silence_s: float = SILENCE_
                 await _receive(feed, out, window, request, batch, silence_s)
         except (Unavailable, _BrokenError) as reason:
             if not troubled:
-                log.warning("pull_interrupted", reason=str(reason))
+                log.warning(Event.PULL_INTERRUPTED, reason=str(reason))
             troubled = True
             await asyncio.sleep(RETRY_S)
 
