@@ -542,7 +542,7 @@ def failure(**more):
 
 def blame(fleet, **more):
     told = failure(**more)
-    return classify(told, [fleet.monitor.nodes[n] for n in told.others], fleet.now_s)
+    return classify(told, [fleet.monitor.nodes[n] for n in told.nodes], fleet.now_s)
 
 
 def test_a_rank_that_ends_among_healthy_peers_ended_by_itself():
@@ -571,6 +571,19 @@ def test_a_lost_peer_is_to_blame_as_soon_as_its_stream_is_gone():
 def test_a_peer_that_the_scheduler_lost_is_to_blame():
     got = blame(Fleet(*FIVE), disconnected=(A1,))
     assert (got.fault, got.culprits) == (Fault.PEER_LOST, (A1,))
+
+
+def test_a_task_whose_own_node_is_gone_was_lost_with_it():
+    fleet = Fleet(*FIVE)
+    fleet.kill(A2)
+    fleet.run(6)
+    got = blame(fleet)
+    assert (got.fault, got.culprits, got.application_fault) == (Fault.NODE_LOST, (A2,), False)
+    assert blame(Fleet(*FIVE), disconnected=(A2,)).fault is Fault.NODE_LOST
+
+
+def test_nodes_that_have_nothing_to_do_with_the_attempt_are_not_blamed():
+    assert blame(Fleet(*FIVE), disconnected=(B1,)).fault is Fault.PROCESS_EXIT
 
 
 def test_a_peer_whose_agent_merely_restarts_is_not():

@@ -134,6 +134,7 @@ class Watch:
             return known
         begun_s = self._tools.clock.monotonic()
         self.monitor.peers_lost(failure.others, begun_s)
+        self.monitor.look_at(failure.node)
         self._hurry.set()
         while not self._decided(failure, begun_s):
             await self._tools.clock.sleep(_LOOK_EVERY_S)
@@ -150,7 +151,7 @@ class Watch:
         return now_s - begun_s >= DECIDE_WITHIN_S or decided(failure, self._states(failure), begun_s, now_s)
 
     def _states(self, failure: Failure) -> list[NodeState]:
-        return [state for name in failure.others if (state := self.monitor.nodes.get(name))]
+        return [state for name in {failure.node, *failure.nodes} if (state := self.monitor.nodes.get(name))]
 
     @staticmethod
     async def _in_effect(done: asyncio.Future[None]) -> None:

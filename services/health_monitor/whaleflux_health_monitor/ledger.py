@@ -27,6 +27,7 @@ from whaleflux_health_monitor.core.phases import Phase
 SPAN = "health.failure"
 KEPT_INCIDENTS = 1000
 MAX_CONDITIONS = 16
+JOB_INCIDENT = "incidents/f-"
 PARTITIONED = "SITE_PARTITIONED"
 
 
@@ -205,7 +206,7 @@ class Ledger:
         return [
             self._ended(incident, message)
             for incident in self.incidents.values()
-            if incident.kind == pb.INCIDENT_KIND_PEER_LOST
+            if incident.name.startswith(JOB_INCIDENT)
             and list(incident.nodes) == [name]
             and not incident.HasField("end_time")
         ]
@@ -262,7 +263,7 @@ class Ledger:
 
 def _name_of(job: str, epoch: int) -> str:
     """The same for every report of one attempt, whoever leads."""
-    return f"incidents/f-{hashlib.sha256(f'{job}@{epoch}'.encode()).hexdigest()[:24]}"
+    return f"{JOB_INCIDENT}{hashlib.sha256(f'{job}@{epoch}'.encode()).hexdigest()[:24]}"
 
 
 def _put(prefix: str, message: pb.NodeHealth | pb.Incident) -> Put:

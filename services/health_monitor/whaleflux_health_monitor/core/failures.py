@@ -17,6 +17,7 @@ LATE_BEATS_S = 1.0  # two beats missing: enough to believe a probe that came bac
 class Fault(Enum):
     """Names as in the contract's IncidentKind."""
 
+    NODE_LOST = "NODE_LOST"  # the task's own node is gone
     PROCESS_EXIT = "PROCESS_EXIT"
     PEER_LOST = "PEER_LOST"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -52,16 +53,16 @@ class Blame:
     message: str
 
 
-def classify(failure: Failure, others: Sequence[NodeState], now_s: float) -> Blame:
-    """The likeliest cause, given the states of the attempt's other nodes."""
-    lost = {node.name: weight for node in others if (weight := _lost(node, now_s))}
-    for name in failure.disconnected:
-        if name in failure.others:
-            lost[name] = max(lost.get(name, 0.0), 0.8)
-    if failure.node in failure.disconnected:  # its own agent went away with it
-        lost[failure.node] = 0.8
+def classify(failure: Failure, nodes: Sequence[NodeState], now_s: float) -> Blame:
+    """The likeliest cause, given the states of the attempt's nodes."""
+    lost = {node.name: weight for node in nodes if (weight := _lost(node, now_s))}
+    for name in {*failure.disconnected} & {failure.node, *failure.nodes}:
+        lost[name] = max(lost.get(name, 0.0), 0.8)
     if lost:
         names = tuple(sorted(lost))
+        if failure.node in lost:
+            told = f"task {failure.task} was lost with its node {failure.node}"
+            return Blame(Fault.NODE_LOST, names, False, max(lost.values()), told)
         told = f"task {failure.task} ended ({_exit(failure)}) because {', '.join(names)} was lost"
         return Blame(Fault.PEER_LOST, names, False, max(lost.values()), told)
     if _OUT_OF_MEMORY.search(failure.message):
@@ -71,11 +72,11 @@ def classify(failure: Failure, others: Sequence[NodeState], now_s: float) -> Bla
     return Blame(Fault.PROCESS_EXIT, (), True, 0.9, told)
 
 
-def decided(failure: Failure, others: Sequence[NodeState], asked_s: float, now_s: float) -> bool:
-    """Whether the answer will not change: a culprit is known, or every peer was probed since `asked_s`."""
-    if classify(failure, others, now_s).fault is Fault.PEER_LOST:
+def decided(failure: Failure, nodes: Sequence[NodeState], asked_s: float, now_s: float) -> bool:
+    """Whether the answer will not change: a culprit is known, or every node was probed since `asked_s`."""
+    if classify(failure, nodes, now_s).culprits:
         return True
-    return all(node.concluded_s >= asked_s or not node.probe_address for node in others)
+    return all(node.concluded_s >= asked_s or not node.probe_address for node in nodes)
 
 
 def _lost(node: NodeState, now_s: float) -> float:

@@ -107,12 +107,17 @@ class Monitor:
         node.lost_s, node.probed_s = now_s, float("-inf")
         node.probe = node.witnessed = None
 
-    def peers_lost(self, culprits: Iterable[str], now_s: float) -> None:
+    def peers_lost(self, suspects: Iterable[str], now_s: float) -> None:
         """Ranks elsewhere ended whose peers run on these nodes: look at those at once."""
-        for name in culprits:
+        for name in suspects:
             if node := self.nodes.get(name):
                 node.peer_exit_s = now_s
                 node.urgent = True
+
+    def look_at(self, name: str) -> None:
+        """Probe this node now, whatever its beats say."""
+        if node := self.nodes.get(name):
+            node.urgent = True
 
     def probe_begins(self, name: str, now_s: float) -> None:
         """One probe of a node at a time."""
