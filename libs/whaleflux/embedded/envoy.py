@@ -440,3 +440,20 @@ def _upstream_tls(front: FrontDoor, role: str) -> dict[str, Any]:
             "common_tls_context": _common_tls(front, names),
         },
     }
+
+
+def deployed() -> FrontDoor:
+    """As in deploy/: every service under its own host name, certificates where a volume or a Secret puts them."""
+    return FrontDoor(
+        grpc_port=7443,
+        http_port=8080,
+        admin_port=9901,
+        tls=TlsFiles.under(Path("/identity"), "service"),
+        upstreams={role: f"{role.replace('_', '-')}:7000" for role in set(ROUTES.values())},
+        policy="inference-router:7010",
+        listen_host="0.0.0.0",
+    )
+
+
+if __name__ == "__main__":
+    print(render(deployed()), end="")

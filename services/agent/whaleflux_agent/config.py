@@ -31,6 +31,7 @@ class AgentSettings(ServiceSettings):
     usd_per_gpu_hour: float = Field(-1.0, description="Price of one GPU for an hour; negative: as the profile says.")
     host_address: str = Field("", description="Address for ranks on other nodes; empty: the way to the front door.")
 
+    run: bool = Field(True, description="Take work; --no-run only senses: GPUs, health, heartbeats.")
     heartbeat_every_s: float = Field(0.5, gt=0, le=60, description="Seconds between signs of life.")
     checkpoint_root: Path | None = Field(
         None, description="Folder for checkpoints of jobs that name none; others may be deleted below it only."
