@@ -235,6 +235,18 @@ async def test_the_next_monitor_goes_on_where_the_killed_one_was(suite, phases):
     }
 
 
+async def test_nobody_is_fenced_while_the_store_is_away_nor_after(suite, phases):
+    lost = time.monotonic()
+    suite.etcd.kill()
+    await asyncio.sleep(7)  # longer than the fence: real time is the point
+    await suite.etcd.start()
+    back = time.monotonic()
+    suite.kill("b/n1")  # and whoever really dies now is found
+    assert await phases.until("b/n1", "SUSPECT", 15, back) - back <= 10
+    verdicts = {name for at, name, phase, *_ in phases.history if at > lost and phase in {"SUSPECT", "UNREACHABLE"}}
+    assert verdicts == {named("b/n1")}
+
+
 async def test_a_node_joins_with_a_token_and_registers(suite):
     operator = suite.stub(InventoryServiceStub, "inventory", suite.inventory)
     request = inventory_pb2.CreateJoinTokenRequest(site="sites/edge")

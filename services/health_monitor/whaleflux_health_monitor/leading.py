@@ -37,6 +37,7 @@ TICK_S = 0.1
 PROBES_AT_ONCE = 64
 DECIDE_WITHIN_S = 0.2  # of a reported failure; then the best guess counts
 _LOOK_EVERY_S = 0.01
+_RETRY_S = 0.2
 
 ProbeNode = Callable[[str, str], Awaitable[Probe]]
 OpenWatch = Callable[[int], AsyncIterator[inventory_pb2.WatchNodesResponse]]
@@ -247,11 +248,19 @@ class Leading:
     async def _work(self, leader: Leader) -> None:
         telemetry.gauge(Metric.LEADER).labels(NAME).set(1)
         try:
-            self.watch = await Watch.begin(self._tools, leader)
+            self.watch = await self._begun(leader)
             await self.watch.run()
         finally:
             self.watch = None
             telemetry.gauge(Metric.LEADER).labels(NAME).set(0)
+
+    async def _begun(self, leader: Leader) -> Watch:
+        while True:  # until the leadership is lost, which cancels
+            try:
+                return await Watch.begin(self._tools, leader)
+            except Unavailable as outage:
+                _log.warning(Event.STORE_UNREACHABLE, reason=outage.message)
+                await self._tools.clock.sleep(_RETRY_S)
 
     async def leading(self) -> Watch:
         """The current watch; refuses with NOT_LEADER, naming the leader if it is known, on every other replica."""
