@@ -74,6 +74,6 @@ def admits(token: Token, secret: str, node: str, key_sha256: bytes, now: datetim
 def refused() -> Unauthenticated:
     """The one answer to any token that does not admit."""
     return Unauthenticated(
-        "this join token is unknown, used or expired; ask an operator for a new one (whaleflux nodes token)",
+        "this join token is unknown, used or expired; ask an operator for a new one (whaleflux token create --site SITE)",
         reason="TOKEN_REFUSED",
     )
