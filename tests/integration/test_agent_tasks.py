@@ -8,8 +8,11 @@ import sys
 from functools import partial
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from tests.support.fake_control_plane import JOB, NODE, ControlPlane, admit, agent, desired, until
+from whaleflux import telemetry
 from whaleflux.v1 import agent_pb2, scheduler_pb2
 from whaleflux_agent.runtime import procfs
 
@@ -22,6 +25,14 @@ async def control(tmp_path):
     await plane.start()
     yield plane
     await plane.stop()
+
+
+@pytest.fixture
+def spans():
+    exporter = InMemorySpanExporter()
+    telemetry.setup_tracing("agent", exporter=exporter)
+    yield exporter
+    telemetry.setup_tracing("agent")
 
 
 @pytest.fixture
@@ -259,3 +270,37 @@ async def test_logs_are_followed_until_the_task_ends(control, state):
     data = b"".join(chunk.data for chunk in control.tasks.logs if chunk.request == "f")
     assert data.decode().splitlines() == [f"line {i}" for i in range(5)]
     assert "no logs" in control.tasks.logs[-1].error
+
+
+async def test_logs_are_kept_when_the_result_is_forgotten(control, state):
+    async with agent(control, state):
+        control.tasks.want(desired(python("print('hello')")))
+        await until(lambda: "EXITED" in control.tasks.phases("train-1-0"))
+        control.tasks.unwant("train-1-0")
+        asked = agent_pb2.LogRequest(request="a", job=JOB, rank=-1, tail_lines=1)
+        control.tasks.tell(agent_pb2.SyncResponse(logs=asked))
+        await until(lambda: any(chunk.end for chunk in control.tasks.logs))
+    async with agent(control, state):
+        await until(lambda: len(control.tasks.hellos) == 2)
+        asked.request = "b"
+        control.tasks.tell(agent_pb2.SyncResponse(logs=asked))
+        await until(lambda: control.tasks.logs[-1].request == "b" and control.tasks.logs[-1].end)
+    for request in ("a", "b"):
+        assert b"".join(chunk.data for chunk in control.tasks.logs if chunk.request == request) == b"hello\n"
+
+
+async def test_launch_and_failure_are_in_the_trace_of_the_cause(control, state, spans):
+    cause = telemetry.new_traceparent()
+    async with agent(control, state):
+        failing = desired(python("raise SystemExit(3)"), edit=lambda task: setattr(task, "traceparent", cause))
+        control.tasks.want(failing)
+        await until(lambda: "EXITED" in control.tasks.phases("train-1-0"))
+        running = next(r for r in control.tasks.reports if r.phase == scheduler_pb2.TASK_PHASE_RUNNING)
+    telemetry.flush()
+    launch = next(span for span in spans.get_finished_spans() if span.name == "agent.launch")
+    ended = next(span for span in spans.get_finished_spans() if span.name == "agent.exit")
+    assert f"{launch.parent.span_id:016x}" == cause.split("-")[2]
+    assert running.traceparent.split("-")[2] == f"{launch.context.span_id:016x}"
+    assert ended.parent.span_id == launch.context.span_id
+    assert ended.status.status_code is StatusCode.ERROR
+    assert launch.attributes["whaleflux.simulated"] is True

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.fake_control_plane import ControlPlane, admit, agent, desired, until
 from whaleflux_agent.core.environment import Place, rank_environment
 from whaleflux_agent.core.work import Work
 
@@ -39,3 +40,26 @@ def test_torchrun_sets_nothing_that_is_missing_here(tmp_path):
     same = contract - _OWN - _DECIDED - {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
     assert len(same) >= 13  # else torchrun has changed its names
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+
+
+ADD = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(total)
+assert total.item() == 3.0, total
+print("world", dist.get_world_size(), "sum", total.item())
+"""
+
+
+async def test_a_distributed_program_runs_unchanged(tmp_path):
+    """Two ranks meet over the rendezvous that the agent chose, as they would under torchrun."""
+    pytest.importorskip("torch")
+    control = ControlPlane(tmp_path)
+    await control.start()
+    admit(control, tmp_path / "state")
+    async with agent(control, tmp_path / "state", "--host-address", "127.0.0.1"):
+        control.tasks.want(desired([sys.executable, "-c", ADD], gpus=(0, 1)))
+        await until(lambda: "EXITED" in control.tasks.phases("train-1-0"), timeout_s=90)
+    await control.stop()
+    assert control.tasks.last("train-1-0").exit_code == 0, control.tasks.last("train-1-0").message

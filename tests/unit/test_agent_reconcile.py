@@ -75,6 +75,12 @@ def test_a_gpu_that_another_task_holds_blocks_the_start():
     assert act([want(), other], [holder, have(Stage.ACCEPTED, "o-1-0", job=other.job, gpus=(0, 1))]) == []
 
 
+def test_of_two_that_want_one_gpu_only_the_first_starts():
+    other = want("o-1-0", job="queues/q/jobs/o")
+    accepted = [have(Stage.ACCEPTED), have(Stage.ACCEPTED, "o-1-0", job=other.job)]
+    assert act([want(), other], accepted) == [Start("j-1-0")]
+
+
 def test_nothing_new_begins_before_the_control_plane_has_spoken():
     assert act([want()], fresh=False) == []
     assert act([want()], [have(Stage.ACCEPTED)], fresh=False) == []
@@ -211,7 +217,7 @@ class Node(RuleBasedStateMachine):
 
 
 TestNode = Node.TestCase
-TestNode.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestNode.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))

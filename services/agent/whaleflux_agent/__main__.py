@@ -15,6 +15,7 @@ from whaleflux.service import run_service
 from whaleflux_agent import identity
 from whaleflux_agent.app import build
 from whaleflux_agent.config import AgentSettings
+from whaleflux_agent.state import exclusive
 
 _BAD_SETTINGS = 2
 
@@ -41,6 +42,11 @@ def main() -> None:
 async def run(settings: AgentSettings) -> int:
     """Joins if need be, then serves. Raises the refusal when this node is not admitted."""
     settings = settings.model_copy(update={"state_dir": settings.state_dir.resolve()})  # ranks work elsewhere
+    with exclusive(settings.state_dir):
+        return await _run_alone(settings)
+
+
+async def _run_alone(settings: AgentSettings) -> int:
     tls = identity.files(settings.state_dir)
     clock = SystemClock()
     node = identity.known_identity(tls, clock.now())
@@ -56,7 +62,7 @@ def _asked(settings: AgentSettings) -> identity.JoinAs:
     if settings.join_token_file is not None:
         token = _read("join_token_file", settings.join_token_file).decode().strip()
     if not token:
-        fix = "make one with `whaleflux nodes token` and give it as WHALEFLUX_JOIN_TOKEN"
+        fix = "make one with `whaleflux token create --site NAME` and give it as WHALEFLUX_JOIN_TOKEN"
         raise Invalid(FieldViolation("join_token", f"is needed: this node has no valid certificate; {fix}"))
     if settings.ca_file is None:
         raise Invalid(FieldViolation("ca_file", "is needed to join: the fleet's CA certificate, PEM"))

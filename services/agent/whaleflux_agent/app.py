@@ -42,12 +42,14 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
     boot = procfs.boot_id()
     inventory = inventory_pb2_grpc.InventoryServiceStub(_channel(ctx, "inventory"))
     checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(_channel(ctx, "checkpoint"))
-    runtimes = await asyncio.to_thread(_runtimes, settings, node)
+    runtimes = await asyncio.to_thread(_runtimes, settings, node) if settings.run else {}
+    host_address = settings.address_for_ranks()
+    address = _reachable(ctx.address, host_address)
     about = About(
         node=node,
         boot_id=boot,
-        address=ctx.address,
-        host_address=settings.address_for_ranks(),
+        address=address,
+        host_address=host_address,
         agent_version=_version(),
         runtimes=tuple(runtimes),
         zone=settings.zone,
@@ -93,7 +95,7 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
     ranks = RankServicer(supervisor, saves, checkpoints, host.checkpoint_root, clock)
     rank_server = RankServer(socket, ranks, supervisor)
     await rank_server.start()
-    hello = health_pb2.HeartbeatHello(node=node, boot_id=boot, probe_address=ctx.address)
+    hello = health_pb2.HeartbeatHello(node=node, boot_id=boot, probe_address=address)
     hello.interval.FromMilliseconds(int(settings.heartbeat_every_s * 1000))
 
     async def witness(address: str) -> None:
@@ -123,15 +125,6 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
             await datasets.tidy()
             await clock.sleep(_TIDY_EVERY_S)
 
-    async def say_goodbye() -> None:
-        """Before the streams are cut, so that the silence to come is known to be meant."""
-        try:
-            await ctx.stopping.wait()
-            await heartbeat.goodbye()
-            await asyncio.Event().wait()
-        finally:
-            await source.close()
-
     return Parts(
         servicers=[
             (
@@ -143,16 +136,15 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
         loops=[
             registration.run,
             supervisor.run,
-            sync.run,
+            *([sync.run] if settings.run else []),  # the scheduler gives work only to agents that it hears
             heartbeat.run,
             saves.run,
             rank_server.run,
             Renewal(ctx.tls, inventory, clock).run,
             watch_devices,
             tidy_datasets,
-            say_goodbye,
         ],
-        on_stop=[lambda: asyncio.to_thread(state.close)],
+        on_stop=[source.close, lambda: asyncio.to_thread(state.close)],
     )
 
 
@@ -166,6 +158,14 @@ def _channel(ctx: ServiceContext[AgentSettings], role: str) -> Channel:
             FieldViolation("server", f"is not set; name the front door (--server), or --{role.replace('_', '-')}")
         )
     return ctx.channel_to(settings.server, settings.server_name)
+
+
+def _reachable(address: str, host_address: str) -> str:
+    """A port bound on all interfaces is reached under the address that ranks use."""
+    host, _, port = address.rpartition(":")
+    if host in ("0.0.0.0", "[::]", ""):
+        return f"[{host_address}]:{port}" if ":" in host_address else f"{host_address}:{port}"
+    return address
 
 
 def _runtimes(settings: AgentSettings, node: str) -> dict[str, Runtime]:

@@ -57,7 +57,7 @@ class Observations:
 
 
 class HeartbeatLoop:
-    """Keeps one stream open; `restarting` says in the goodbye that work goes on."""
+    """Keeps one stream open."""
 
     def __init__(
         self,
@@ -78,9 +78,19 @@ class HeartbeatLoop:
         self.connected = False
 
     async def run(self) -> None:
-        """Opens the stream again after every end, until goodbye was said."""
+        """Keeps the stream until cancelled; then says goodbye, so that the silence to come is known to be meant."""
+        beating = asyncio.create_task(self._beat())
+        try:
+            await asyncio.shield(beating)
+        finally:
+            await self._goodbye()
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        """Opens the stream again after every end."""
         failures = 0
-        while True:
+        while not self._leaving.is_set():
             try:
                 await self._once()
                 failures = 0
@@ -92,8 +102,8 @@ class HeartbeatLoop:
                 self.connected = False
             await self._clock.sleep(max(0.05, pause_s(failures, random.random())))
 
-    async def goodbye(self) -> None:
-        """Says that the silence to come is meant; waits at most a second for it to be sent."""
+    async def _goodbye(self) -> None:
+        """Waits at most a second for it to be sent."""
         self._leaving.set()
         self._news.set()
         if not self.connected:

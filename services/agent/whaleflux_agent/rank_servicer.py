@@ -8,6 +8,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,29 @@ class RankServicer(agent_pb2_grpc.RankServiceServicer):
         answer = agent_pb2.GetRestoreResponse(
             location=checkpoint_folder(task.work, self._root), every_steps=task.work.every_steps
         )
-        known: dict[Attribute, str | int] = {Attribute.JOB: task.work.job, Attribute.EPOCH: task.work.epoch}
-        with telemetry.span_from(task.meta.traceparent, "checkpoint.restore", known) as span:
+        began = self._clock.now()
+        with telemetry.attach(task.meta.traceparent):
             if request.corrupt_checkpoint:
                 await self._until_answered(self._mark_lost, request)
             found = await self._until_answered(self._restorable, task, request.corrupt_checkpoint)
-            if found is not None:
-                answer.checkpoint.CopyFrom(found)
-                span.set_attribute(Attribute.CHECKPOINT.value, found.name)
-                span.set_attribute(Attribute.STEP.value, found.step)
+        if found is not None:
+            answer.checkpoint.CopyFrom(found)
+            self._trace_restore(task, found, began)
         return answer
+
+    def _trace_restore(self, task: Task, found: checkpoint_pb2.Checkpoint, began: datetime) -> None:
+        """One span for all ranks of the task that restore the same checkpoint."""
+        if task.restored == found.name:
+            return
+        task.restored = found.name
+        known: dict[Attribute, str | int] = {
+            Attribute.JOB: task.work.job,
+            Attribute.EPOCH: task.work.epoch,
+            Attribute.CHECKPOINT: found.name,
+            Attribute.STEP: found.step,
+        }
+        now = self._clock.now()
+        telemetry.emit_span("checkpoint.restore", began, now, parent=task.meta.traceparent, attributes=known)
 
     async def _restorable(self, task: Task, corrupt: str) -> checkpoint_pb2.Checkpoint | None:
         """The one that the scheduler picked for this attempt, so that all ranks agree; else the newest there is."""

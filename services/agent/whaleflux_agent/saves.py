@@ -125,8 +125,8 @@ class Saves:
                 return False
             _log.warning(Event.SAVE_REFUSED, checkpoint=batch[0].checkpoint, reason=refusal.message)
         for entry in batch:
-            self._waiting.remove(entry)
             await self._state.run(entry.path.unlink, missing_ok=True)
+            self._waiting.remove(entry)
         return True
 
     async def _send(self, batch: list[Waiting]) -> None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from urllib.parse import quote, unquote
 
 from google.protobuf.message import DecodeError
 
+from whaleflux.errors import FieldViolation, Invalid
 from whaleflux.v1 import agent_pb2
 
 P = ParamSpec("P")
@@ -164,6 +167,26 @@ class StateDir:
         for folder in gone:
             shutil.rmtree(folder, ignore_errors=True)
         return [unquote(folder.name) for folder in gone]
+
+
+@contextlib.contextmanager
+def exclusive(root: Path, wait_s: float = 15.0) -> Iterator[None]:
+    """Holds `root` for this process: two agents on one state would each kill what the other starts.
+
+    Waits for an agent that is about to stop; raises Invalid when it does not.
+    """
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    deadline = time.monotonic() + wait_s
+    with open(root / "lock", "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise Invalid(FieldViolation("state_dir", f"{root} is in use by another agent")) from None
+            time.sleep(0.1)
+        yield
 
 
 def write(path: Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from whaleflux import telemetry
-from whaleflux.errors import OverLimit
+from whaleflux.errors import OverLimit, Unavailable
 from whaleflux.telemetry import Event, Metric
 from whaleflux.v1 import agent_pb2, health_pb2, scheduler_pb2
 from whaleflux_agent import ports
@@ -16,6 +16,7 @@ from whaleflux_agent.convert import work_from_proto
 from whaleflux_agent.core.reconcile import Accept, Action, Forget, Refuse, Start, Stop, defect, reconcile
 from whaleflux_agent.core.work import Stage, Work
 from whaleflux_agent.runtime import logs, procfs
+from whaleflux_agent.runtime.api import Runtime
 from whaleflux_agent.state import StateDir, TaskMeta, TaskRecord
 from whaleflux_agent.tasks import Host, Life, Task
 
@@ -44,6 +45,7 @@ class Supervisor:
         self._epochs: dict[str, int] = {}
         self._fresh = False
         self._tasks: dict[str, Task] = {}
+        self._forgotten: dict[str, Task] = {}  # only their logs are left
         self._wake = asyncio.Event()
         self._progress: dict[str, agent_pb2.TaskProgress] = {}
 
@@ -107,12 +109,10 @@ class Supervisor:
         )
 
     def newest_of(self, job: str) -> Task | None:
-        """The task of the job's newest epoch that this node knows."""
-        return max(
-            (task for task in self._tasks.values() if task.work.job == job),
-            key=lambda task: task.work.epoch,
-            default=None,
-        )
+        """The task of the job's newest epoch that has logs here, also when its result is forgotten."""
+        known = (*self._tasks.values(), *self._forgotten.values())
+        ran = [task for task in known if task.work.job == job and task.stage is not Stage.REFUSED]
+        return max(ran, key=lambda task: task.work.epoch, default=None)
 
     def datasets_in_use(self) -> frozenset[str]:
         """Names of the datasets that tasks with processes read."""
@@ -149,13 +149,12 @@ class Supervisor:
         if record.meta.reaped or (record.result and record.result.phase == scheduler_pb2.TASK_PHASE_REFUSED):
             refused = record.result is not None and record.result.phase == scheduler_pb2.TASK_PHASE_REFUSED
             task.stage = Stage.REFUSED if refused else Stage.ENDED
-            if work.task in self._desired:  # else it is only a folder with logs
-                self._tasks[work.task] = task
+            (self._tasks if work.task in self._desired else self._forgotten)[work.task] = task
             return
         if record.meta.stopping:
             task.stop.set()
         plan = await self._state.run(self._life.plan, task, adopting=True)
-        task.running = await self._host.runtimes["docker" if work.image else "process"].adopt(plan)
+        task.running = await self._runtime(work).adopt(plan)
         if task.running is not None:
             task.stage = Stage.STOPPING if record.meta.stopping or record.result else Stage.RUNNING
             _log.info(Event.TASK_ADOPTED, task=work.task, job=work.job, epoch=work.epoch)
@@ -166,6 +165,13 @@ class Supervisor:
             phase = scheduler_pb2.TASK_PHASE_RUNNING if running else scheduler_pb2.TASK_PHASE_ACCEPTED
             task.last = self._life.snapshot(task, phase)
         self._tasks[work.task] = task
+
+    def _runtime(self, work: Work) -> Runtime:
+        """The runtime that started `work`. Raises Unavailable when it is gone: its tasks may be running all the same."""
+        name = "docker" if work.image else "process"
+        if name not in self._host.runtimes:
+            raise Unavailable(f"task {work.task} runs in {name}, which does not answer", reason="RUNTIME_UNREACHABLE")
+        return self._host.runtimes[name]
 
     async def _report_strangers(self) -> None:
         """Processes that claim to be of this node and are of no task that we know: left alone, and told."""
@@ -213,9 +219,10 @@ class Supervisor:
             case Stop(name, reason):
                 await self._stop(self._tasks[name], reason)
             case Forget(name):
-                del self._tasks[name]
+                self._forgotten[name] = self._tasks.pop(name)
                 in_use = frozenset(self._tasks)
-                await self._state.run(self._state.collect, self._limits.kept_tasks, in_use)
+                for gone in await self._state.run(self._state.collect, self._limits.kept_tasks, in_use):
+                    self._forgotten.pop(gone, None)
 
     async def _accept(self, work: Work) -> None:
         """Persists the epoch before anything is promised for it."""

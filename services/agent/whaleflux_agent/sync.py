@@ -18,6 +18,7 @@ from whaleflux_agent.reports import ReportLog
 from whaleflux_agent.supervisor import Supervisor
 
 PROGRESS_EVERY_S = 0.5
+_QUIET_S = 30.0  # then an empty message says that the stream lives: proxies end idle ones
 _log = telemetry.get_logger("whaleflux.agent")
 
 
@@ -66,6 +67,7 @@ class SyncLoop:
             hello=agent_pb2.SyncHello(node=self._node, boot_id=self._boot_id, tasks=self._supervisor.reports())
         )
         sent, progress_at = 0, self._clock.monotonic()
+        quiet_at = progress_at + _QUIET_S
         while True:
             self._news.clear()
             for report in self._reports.after(sent):
@@ -73,7 +75,9 @@ class SyncLoop:
                 sent = report.sequence
             if self._clock.monotonic() >= progress_at:
                 progress_at = self._clock.monotonic() + PROGRESS_EVERY_S
-                if moved := self._supervisor.take_progress():
+                moved = self._supervisor.take_progress()
+                if moved or progress_at > quiet_at:
+                    quiet_at = progress_at + _QUIET_S
                     yield agent_pb2.SyncRequest(progress=agent_pb2.ProgressReport(tasks=moved))
             if chunk := logs.take():
                 yield agent_pb2.SyncRequest(log=chunk)

@@ -68,6 +68,7 @@ class Task:
     running: Running | None = None
     last: agent_pb2.TaskReport | None = None  # newest report
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    restored: str = ""  # checkpoint that its ranks were told to restore
     steps: dict[int, tuple[int, float]] = field(default_factory=dict)  # by rank: step, loss
 
     @property

@@ -7,7 +7,7 @@ when no process of an older epoch of its job and no holder of its GPUs is left o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from whaleflux_agent.core.work import Have, Stage, Work
 
@@ -65,10 +65,13 @@ def reconcile(
     for have in actual.values():
         actions += _with(have, desired.get(have.task), highest.get(have.job, 0), fresh=fresh)
     stopped = {action.task for action in actions}
-    if fresh:
-        for want in desired.values():
-            if want.task not in stopped:
-                actions += _toward(want, actual, highest[want.job])
+    soon = dict(actual)
+    for want in desired.values() if fresh else ():
+        if want.task not in stopped:
+            for action in _toward(want, soon, highest[want.job]):
+                actions.append(action)
+                if isinstance(action, Start):  # what starts in this round holds its GPUs against the rest of it
+                    soon[want.task] = replace(soon[want.task], stage=Stage.LAUNCHING)
     return actions
 
 
