@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import bmat, csr_matrix, diags
 
@@ -37,16 +38,18 @@ def bound_pct(kinds: Kinds, arrivals: Ints, gpus: int) -> float:
     cuts = cuts_of(np.unique(kinds.gpu_milli[arrivals][is_share(kinds)[arrivals]])) if probe >= 0 else None
     if cuts is None:
         return 100.0
-    marks = np.linspace(0, len(arrivals), GRID + 1).astype(np.int64)
+    supply = supply_of(kinds, arrivals, cuts)
     best = 0.0
-    for begin, end in pairwise(marks):
-        best = max(best, _most_milli(kinds, arrivals, gpus, cuts, probe, int(begin), int(end)))
+    for begin, end in pairwise(np.linspace(0, len(arrivals), GRID + 1).astype(np.int64)):
+        until_rejection = (arrivals[:begin] == probe).sum()
+        forced = np.where(cuts.sizes_milli == kinds.gpu_milli[probe], until_rejection, 0)
+        best = max(best, most_milli(cuts, supply, forced, _whole_gpus(kinds, arrivals, probe, int(end)), gpus))
     return min(100.0, 100.0 * best / (gpus * WHOLE_MILLI))
 
 
-def is_share(kinds: Kinds) -> Ints:
-    shares = (kinds.gpus == 1) & (kinds.gpu_milli < WHOLE_MILLI)
-    return np.asarray(shares)
+def is_share(kinds: Kinds) -> NDArray[np.bool_]:
+    """Which kinds take part of one GPU."""
+    return np.asarray((kinds.gpus == 1) & (kinds.gpu_milli < WHOLE_MILLI))
 
 
 def choose_probe(kinds: Kinds, arrivals: Ints) -> int:
@@ -75,15 +78,12 @@ def cuts_of(sizes_milli: Ints) -> Cuts | None:
     return Cuts(np.array(sizes), np.array(found)) if complete else None
 
 
-def _most_milli(kinds: Kinds, arrivals: Ints, gpus: int, cuts: Cuts, probe: int, begin: int, end: int) -> float:
-    """The programme for a first rejection of the probe after `begin` and at the latest at `end` arrivals.
+def most_milli(cuts: Cuts, supply: Ints, forced: Ints, whole_gpus: int, gpus: int) -> float:
+    """The most thousandths that fit `gpus` devices, given so many requests per size, of which `forced` must be in.
 
-    Variables: devices per cut, whole GPUs given, and per size the places in cuts that stay empty.
+    Variables: devices per cut, whole GPUs given, and per size the places in cuts that stay empty. 0 if the forced do not fit.
     """
     sizes, ways = len(cuts.sizes_milli), len(cuts.counts)
-    shares = arrivals[is_share(kinds)[arrivals]]
-    supply = np.array([(kinds.gpu_milli[shares] == size).sum() for size in cuts.sizes_milli])
-    forced = np.where(cuts.sizes_milli == kinds.gpu_milli[probe], (arrivals[:begin] == probe).sum(), 0)
     places, empty = csr_matrix(cuts.counts.T), diags(np.ones(sizes))
     no_whole = csr_matrix((sizes, 1))
     devices = csr_matrix(np.concatenate([np.ones(ways + 1), np.zeros(sizes)])[None, :])
@@ -91,17 +91,23 @@ def _most_milli(kinds: Kinds, arrivals: Ints, gpus: int, cuts: Cuts, probe: int,
         np.concatenate([-cuts.counts @ cuts.sizes_milli, [-WHOLE_MILLI], cuts.sizes_milli]),
         A_ub=bmat(
             [
-                [bmat([[places, no_whole, -empty]])],  # no more than arrive
+                [bmat([[places, no_whole, -empty]])],  # no more than there are
                 [bmat([[-places, no_whole, empty]])],  # the forced are in; no more empty places than places
                 [devices],
             ],
             format="csr",
         ),
         b_ub=np.concatenate([supply, -forced, [gpus]]),
-        bounds=[(0, None)] * ways + [(0, _whole_gpus(kinds, arrivals, probe, end))] + [(0, None)] * sizes,
+        bounds=[(0, None)] * ways + [(0, whole_gpus)] + [(0, None)] * sizes,
         method="highs",
     )
     return -float(found.fun) if found.status == 0 else 0.0
+
+
+def supply_of(kinds: Kinds, pods: Ints, cuts: Cuts) -> Ints:
+    """How many shares of each size of `cuts` are among the pods."""
+    shares = kinds.gpu_milli[pods[is_share(kinds)[pods]]]
+    return np.array([(shares == size).sum() for size in cuts.sizes_milli], dtype=np.int64)
 
 
 def _whole_gpus(kinds: Kinds, arrivals: Ints, probe: int, end: int) -> int:

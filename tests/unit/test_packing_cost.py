@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux_scheduler.core.placement.fragmentation import (
-    COLUMNS,
+    FREE_MILLI,
     SCARCITY,
-    STEP_MILLI,
     Demand,
     IdleTable,
     node_value,
@@ -37,7 +36,7 @@ def whole(gpus, cpu=CORE):
 
 def table_where(stays_idle):
     """A table that does not care for scarcity: `stays_idle(free)` of a hole of `free` stays idle."""
-    row = np.array([float(stays_idle(c * STEP_MILLI)) for c in range(COLUMNS)])
+    row = np.array([float(stays_idle(int(free))) for free in FREE_MILLI])
     return IdleTable(np.tile(row, (len(SCARCITY), 1)), 10.0 * CORE, 40.0 * GIB)
 
 
@@ -74,7 +73,7 @@ def test_among_nodes_that_strand_alike_the_fuller_wins():
 
 
 def test_a_request_without_gpus_spares_the_nodes_whose_gpus_need_their_cpu():
-    idle = np.outer(1.0 / (1.0 + SCARCITY), np.arange(COLUMNS) * STEP_MILLI)
+    idle = np.outer(1.0 / (1.0 + SCARCITY), FREE_MILLI)
     table = IdleTable(idle, 10.0 * CORE, 40.0 * GIB)
     cpu, memory, free = nodes([1000, 1000], [1000, 1000], [0, 0])
     cpu = np.array([24 * CORE, 200 * CORE, 24 * CORE])

@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 
 WHOLE_MILLI = 1000  # capacities and requests of GPUs are thousandths of one GPU
 STEP_MILLI = 10  # width of a column of the table: a hole is rounded down to it
-COLUMNS = WHOLE_MILLI // STEP_MILLI + 1
+USUAL_GPUS = 8  # of a node; wholly free GPUs are told apart by how many of them their node has, up to this many
+PARTS = WHOLE_MILLI // STEP_MILLI  # columns of partly free GPUs
+COLUMNS = PARTS + USUAL_GPUS
+FREE_MILLI = np.minimum(np.arange(COLUMNS) * STEP_MILLI, WHOLE_MILLI)  # what a column's GPU has free
 # Rows of the table, finest around 1, where a node has just the CPU and memory that its idle GPUs will ask for.
 SCARCITY = np.concatenate(
     [[0, 0.1, 0.2, 0.3, 0.4], np.arange(0.5, 1.475, 0.05), [1.5, 1.6, 1.7, 1.8, 2, 2.25, 2.5, 3, 4, 6]]
 )
 LAST = len(SCARCITY) - 1  # plenty is plenty
 TIGHTNESS_MILLI = 3.0  # breaks ties for the fuller node; more keeps nodes whole for gangs, and strands more
-USUAL_GPUS = 8
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -51,7 +53,7 @@ class Demand(NamedTuple):
 
 
 class IdleTable(NamedTuple):
-    """Expected final idle part of a GPU, thousandths, by `SCARCITY` (rows) and free part in steps of `STEP_MILLI` (columns).
+    """Expected final idle part of a GPU, thousandths, by `SCARCITY` (rows) and free part (columns, see `column_of`).
 
     `cpu_millicores` and `memory_bytes` are what the history's requests took per GPU: the unit of scarcity, above zero.
     `tightness_milli` is what leaving a wholly idle node of the usual size costs, and a fuller one in proportion.
@@ -69,7 +71,7 @@ def untaught(cpu_millicores: float, memory_bytes: float) -> IdleTable:
     On openb this alone packs better than FGD; a tenth of even the best hole is taken to stay idle.
     """
     usable = 0.9 * np.minimum(1.0, SCARCITY)[:, None]
-    idle_milli = (1.0 - usable) * np.arange(COLUMNS) * STEP_MILLI
+    idle_milli = (1.0 - usable) * FREE_MILLI
     return IdleTable(idle_milli, max(cpu_millicores, 1.0), max(memory_bytes, 1.0))
 
 
@@ -104,6 +106,21 @@ def node_row(table: IdleTable, cpu_left: int, memory_left: int, idle_milli: int)
 
 
 @compiled
+def column_of(free_milli: int, whole: int) -> int:
+    """The column of a GPU with so much free, on a node with `whole` wholly free ones."""
+    return PARTS - 1 + min(whole, USUAL_GPUS) if free_milli == WHOLE_MILLI else free_milli // STEP_MILLI
+
+
+@compiled
+def count_whole(free_milli: Ints) -> int:
+    whole = 0
+    for free in free_milli:
+        if free == WHOLE_MILLI:
+            whole += 1
+    return whole
+
+
+@compiled
 def node_value(table: IdleTable, cpu_left: int, memory_left: int, free_milli: Ints) -> float:
     """How much of one node's idle GPU capacity is expected to stay idle, in thousandths of a GPU."""
     idle_milli = free_milli.sum()
@@ -113,10 +130,11 @@ def node_value(table: IdleTable, cpu_left: int, memory_left: int, free_milli: In
     row = int(exact)
     above = min(row + 1, LAST)
     part = exact - row
+    whole = count_whole(free_milli)
     value = 0.0
     for free in free_milli:
-        column = free // STEP_MILLI
-        if column > 0:
+        if free > 0:
+            column = column_of(free, whole)
             value += (1.0 - part) * table.idle_milli[row, column] + part * table.idle_milli[above, column]
     return value
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from whaleflux_scheduler.core.placement.fragmentation import (
     LAST,
-    STEP_MILLI,
     WHOLE_MILLI,
     Demand,
     Floats,
     IdleTable,
     Ints,
+    column_of,
     compiled,
+    count_whole,
     fits,
     node_row,
     node_value,
@@ -216,9 +217,10 @@ def _account(node: Ints, exact_row: Floats, free_then: Ints, free_now: Ints, tot
         row = int(exact_row[s])
         above = min(row + 1, LAST)
         part = exact_row[s] - row
+        whole = count_whole(free_then[s])
         for slot in range(free_then.shape[1]):
-            column = free_then[s, slot] // STEP_MILLI
-            if column > 0:
+            if free_then[s, slot] > 0:
+                column = column_of(free_then[s, slot], whole)
                 total[row, column] += (1 - part) * free_now[node[s], slot]
                 count[row, column] += 1 - part
                 total[above, column] += part * free_now[node[s], slot]
