@@ -63,9 +63,7 @@ def facts_to_proto(node: Node) -> inventory_pb2.NodeFacts:
         leaf=node.leaf,
         cpu_millicores=node.cpu_millicores,
         memory_bytes=node.memory_bytes,
-        disks=[
-            types_pb2.Disk(mount=d.mount, capacity_bytes=d.capacity_bytes, nvme=d.nvme) for d in node.disks
-        ],
+        disks=[types_pb2.Disk(mount=d.mount, capacity_bytes=d.capacity_bytes, nvme=d.nvme) for d in node.disks],
         network_bytes_per_s=node.network_bytes_per_s,
         labels=dict(node.labels),
         price=price_to_proto(node.price),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
+
 from whaleflux.clock import VirtualClock
 from whaleflux.errors import Compacted, Conflict, Invalid, Unavailable
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -110,9 +111,7 @@ async def test_filtered_pages_are_full_and_end():
     assert sum(pages, ()) == tuple(str(n) for n in range(0, 20, 2))
 
 
-@pytest.mark.parametrize(
-    "token", ["x", "!!", page_token("/elsewhere/k", 3), "a" * 5000, page_token(P + "a", 10**30)]
-)
+@pytest.mark.parametrize("token", ["x", "!!", page_token("/elsewhere/k", 3), "a" * 5000, page_token(P + "a", 10**30)])
 def test_foreign_tokens_are_refused(token):
     with pytest.raises(Invalid):
         parse_token(token, P)
