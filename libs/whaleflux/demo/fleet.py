@@ -58,11 +58,18 @@ class Fleet:
 
     def kill_node(self, name: str) -> list[int]:
         """What a power cut does to a machine: SIGKILL to its agent and to everything that it runs, at once."""
-        pids = [self.agents.pop(name).pid, *processes_of(f"WHALEFLUX_NODE={name}")]
+        process = self.agents.pop(name)
+        # The agent's own environment is inherited by the parents of ranks; ranks have the name of their node.
+        pids = {
+            process.pid,
+            *processes_of(f"WHALEFLUX_NODE={name}"),
+            *processes_of(f"WHALEFLUX_STATE_DIR={self._folder(name)}"),
+        }
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return pids
+        process.wait()
+        return sorted(pids)
 
     def stop(self) -> None:
         """Ends all agents and whatever tasks are left of this fleet."""
@@ -77,8 +84,12 @@ class Fleet:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def _folder(self, name: str) -> Path:
+        _, site, _, node = name.split("/")
+        return self.state / "agents" / f"{site}-{node}"
+
     def _start(self, machine: Machine, token: str) -> subprocess.Popen[bytes]:
-        folder = self.state / "agents" / f"{machine.site}-{machine.node}"
+        folder = self._folder(machine.name)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "server": self.context.server,

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from whaleflux import names
 from whaleflux.errors import OverLimit, Unavailable
 from whaleflux.v1 import agent_pb2, scheduler_pb2
-from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.model import Job, TaskPhase
 from whaleflux_scheduler.hub import Hub
 
 CHUNKS = 64  # of at most 64 KiB each, waiting for one reader
@@ -66,7 +66,8 @@ class LogDesk:
         newest: dict[str, int] = {}
         for attempt in job.attempts():
             for task in attempt.tasks:
-                if rank < 0 or task.first_rank <= rank < task.first_rank + len(task.gpus):
+                has_it = rank < 0 or task.first_rank <= rank < task.first_rank + len(task.gpus)
+                if has_it and task.phase >= TaskPhase.STARTING:  # before, its agent has no output to follow
                     newest[task.node] = attempt.epoch
         for where in newest.items():
             connection = self._hub.connected.get(where[0])
