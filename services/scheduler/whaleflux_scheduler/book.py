@@ -5,6 +5,7 @@ Nothing here is true by itself: a new leader starts with an empty book and fills
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import Counter
 from collections.abc import Iterator
@@ -71,12 +72,19 @@ class Book:
 
     def __init__(self) -> None:
         self.notes: dict[str, Note] = {}
+        self.dirty: set[str] = set()  # jobs with news
+        self.news, self.rescheduled = asyncio.Event(), asyncio.Event()
         self.ended: dict[str, datetime] = {}  # job -> when
         self.states: Counter[JobState] = Counter()
         self._state_of: dict[str, JobState] = {}
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
         self._dues: list[tuple[datetime, str]] = []  # heap; may hold what is not due any more
+
+    def touch(self, *names: str) -> None:
+        """These jobs are to be looked at."""
+        self.dirty.update(names)
+        self.news.set()
 
     def note(self, name: str) -> Note:
         return self.notes.setdefault(name, Note())
@@ -110,6 +118,8 @@ class Book:
         note = self.note(name)
         if at is not None and at != note.due:
             heapq.heappush(self._dues, (at, name))
+            if self._dues[0] == (at, name):
+                self.rescheduled.set()
         note.due = at
 
     def next_due(self) -> datetime | None:

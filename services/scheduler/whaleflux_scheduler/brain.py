@@ -8,43 +8,40 @@ written at once, each under the job's revision and this leadership. What a move 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import Denied, Invalid, OverLimit
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Delete, Fenced, Held, Put, Store, Unchanged, Write
+from whaleflux.store.api import Absent, ConditionFailed, Fenced, Held, Put, Store, Unchanged
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader
-from whaleflux.store.once import commit_once
 from whaleflux.telemetry import Metric
-from whaleflux.v1 import agent_pb2, scheduler_pb2
+from whaleflux.v1 import scheduler_pb2
 from whaleflux_scheduler import convert, spans
-from whaleflux_scheduler.book import Book, Heard, Note, Offer, Progress, desired_tasks, find_task
+from whaleflux_scheduler.agents import STEP_EVERY_S, Agents
+from whaleflux_scheduler.book import Book, Note, Offer
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import breaks, lifecycle
-from whaleflux_scheduler.core.model import ACTIVE, Decision, Job, JobState, TaskPhase
-from whaleflux_scheduler.core.observed import Limits, Report, Seen, Standing
+from whaleflux_scheduler.core.model import ACTIVE, Decision, Job, JobState, Queue
+from whaleflux_scheduler.core.observed import Limits, Seen, Standing
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.planner import Choice, News, Planner
 from whaleflux_scheduler.core.queueing import Candidate
 from whaleflux_scheduler.fleet import Fleet
-from whaleflux_scheduler.hub import Connection, Hub
+from whaleflux_scheduler.hub import Hub
+from whaleflux_scheduler.jobs import deletion, key_of
 from whaleflux_scheduler.judge import Inquiry, Judge, reconstruct
+from whaleflux_scheduler.writer import Answers, Move, Writer
 
-STEP_EVERY_S = 10.0  # how often a job's step is written when nothing else is
-UNSTORED_REPORTS = 10_000  # of one agent
 DELETE_AT_ONCE = 50
-MOVES_AT_ONCE = 1_000  # being written
 COALESCE_S = 0.002  # news that come together are one round
 SHOW_EVERY_S = 1.0
 T = TypeVar("T")
-_log = telemetry.get_logger("whaleflux.scheduler")
 
 
 class Sources(NamedTuple):
@@ -52,16 +49,6 @@ class Sources(NamedTuple):
 
     jobs: Cache[StoredJob]
     queues: Cache[StoredQueue]
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A job's next state, and the reports that it accounts for."""
-
-    stored: StoredJob
-    after: Job
-    heard: tuple[Heard, ...] = ()
-    choice: Choice | None = None
 
 
 class Brain:
@@ -84,17 +71,14 @@ class Brain:
         self._hub, self._fleet, self._judge, self._clock, self._limits = hub, fleet, judge, clock, limits
         self._keep_ended = keep_ended
         self._book, self._planner = Book(), Planner(clock)
+        self.agents = Agents(sources.jobs, self._book, hub, fleet, clock)
+        answers = Answers(self._written, self._book.touch, self._refused)
+        self._writer = Writer(store, leader, sources.jobs, answers)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        self._dirty: set[str] = set()
         self._queues_changed = True
         self._datasets: tuple[DatasetFact, ...] = ()
-        self._unstored: dict[str, int] = {}
-        self._wake, self._rescheduled = asyncio.Event(), asyncio.Event()
-        fleet.on_change = self._wake.set
+        fleet.on_change = self._book.news.set
         self._tasks: asyncio.TaskGroup | None = None
-        self._busy: set[str] = set()  # jobs being written
-        self._again: set[str] = set()  # of these, those to look at again afterwards
-        self._room = asyncio.Event()
         self._suspend: dict[str, str] = {}  # job -> for whom it makes room
         self._shown_s = 0.0
         self.rounds = 0
@@ -103,12 +87,15 @@ class Brain:
         """Learns what the store holds. Before this, an agent would be told that nothing is desired."""
         for stored in self._sources.jobs.values.values():
             self._book.record(stored.value.name, stored.value)
+            if not stored.value.ended or any(stored.value.holding()):
+                self._book.touch(stored.value.name)
 
     async def run(self) -> None:
         """Until cancelled; raises Fenced (in a group) when another leads."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
+                self._writer.runs_in(group)
                 group.create_task(self._follow_jobs())
                 group.create_task(self._follow_queues())
                 group.create_task(self._alarm())
@@ -121,55 +108,7 @@ class Brain:
     def datasets_are(self, facts: tuple[DatasetFact, ...]) -> None:
         """Which datasets exist and where they are."""
         self._datasets += facts
-        self._wake.set()
-
-    def connect(self, hello: agent_pb2.SyncHello) -> Connection:
-        """An agent's stream begins: what it runs is compared with what should run."""
-        connection = Connection(hello.node, self._desired)
-        self._hub.add(connection)
-        for message in hello.tasks:  # not acknowledged: older reports of other tasks may still be on their way
-            self.report(connection, message, acknowledge=False)
-        self._miss(connection, {message.task for message in hello.tasks})
-        self._fleet.touch(hello.node)
-        return connection
-
-    def disconnect(self, connection: Connection) -> None:
-        """The stream ended: no new work goes there, and nothing else follows from it."""
-        connection.close()
-        if self._hub.remove(connection):
-            self._fleet.touch(connection.node)
-
-    def report(self, connection: Connection, message: agent_pb2.TaskReport, *, acknowledge: bool = True) -> None:
-        """News about a task; acknowledged once the store has it. Raises OverLimit, Denied."""
-        stored = self._sources.jobs.get(_key(message.job))
-        task = find_task(stored.value, message.task) if stored else None
-        if task is not None and task.node != connection.node:
-            raise Denied(f"{message.task} is not on {connection.node}", reason="NOT_OWN_NODE")
-        sequence = message.sequence if acknowledge else 0
-        connection.received(sequence)
-        if task is None:  # its job is deleted or its attempt long over
-            connection.stored(sequence)
-            return
-        if self._unstored.get(connection.node, 0) >= UNSTORED_REPORTS:
-            raise OverLimit(f"{connection.node} has {UNSTORED_REPORTS} reports waiting", retry_after_s=1.0)
-        self._hear(message.job, Heard(convert.report_of(message), connection, sequence))
-
-    def progress(self, connection: Connection, moved: agent_pb2.TaskProgress) -> None:
-        """A step was completed; kept in memory, written now and then."""
-        stored = self._sources.jobs.get(_key(moved.job))
-        attempt = stored.value.attempt if stored else None
-        if stored is None or attempt is None or attempt.epoch != moved.epoch or stored.value.state not in ACTIVE:
-            return
-        note = self._book.note(moved.job)
-        known = note.progress
-        if known is None or known.epoch != moved.epoch:
-            at = self._clock.now() + timedelta(seconds=STEP_EVERY_S)
-            note.progress = Progress(moved.epoch, moved.step, moved.loss, at)
-            if note.due is None or note.due > at:
-                self._schedule(moved.job, at)
-        elif moved.step >= known.step:
-            known.step, known.loss = moved.step, moved.loss
-        spans.show_progress(moved.job, moved.step, moved.loss)
+        self._book.news.set()
 
     # what others ask
 
@@ -212,20 +151,19 @@ class Brain:
                     self._hub.kick(node)
                 idle = new is not None and new.ended and not any(new.holding())
                 if old is not None or not idle:
-                    self._dirty.add(known.name)
-            self._wake.set()
+                    self._book.touch(known.name)
 
     async def _follow_queues(self) -> None:
         async for _ in self._sources.queues.changes():
             self._queues_changed = True
-            self._wake.set()
+            self._book.news.set()
 
     async def _alarm(self) -> None:
         """Wakes the loop when a deadline of a job has come."""
         while True:
-            self._rescheduled.clear()
+            self._book.rescheduled.clear()
             at = self._book.next_due()
-            waiting: set[asyncio.Task[object]] = {asyncio.create_task(self._rescheduled.wait())}
+            waiting: set[asyncio.Task[object]] = {asyncio.create_task(self._book.rescheduled.wait())}
             if at is not None:
                 left_s = (at - self._clock.now()).total_seconds()
                 waiting.add(asyncio.create_task(self._clock.sleep(max(left_s, 0.0) + 0.001)))
@@ -235,18 +173,15 @@ class Brain:
                 for task in waiting:
                     task.cancel()
             if due := self._book.take_due(self._clock.now()):
-                self._dirty |= due
-                self._wake.set()
+                self._book.touch(*due)
 
     async def _rounds(self) -> None:
         await self._found()
         while True:
-            await self._wake.wait()
+            await self._book.news.wait()
             await self._clock.sleep(COALESCE_S)
-            while len(self._busy) >= MOVES_AT_ONCE:
-                self._room.clear()
-                await self._room.wait()
-            self._wake.clear()
+            await self._writer.room()
+            self._book.news.clear()
             await self._round()
             self.rounds += 1
 
@@ -268,7 +203,7 @@ class Brain:
     async def _round(self) -> None:
         now = self._clock.now()
         changed = self._fleet.take()
-        names, self._dirty = self._dirty, set()
+        names, self._book.dirty = self._book.dirty, set()
         for node in changed.touched:
             names |= self._book.jobs_on(node)
         moves: dict[str, Move] = {}
@@ -276,17 +211,16 @@ class Brain:
         gone: list[str] = []
         candidates: dict[str, Candidate | None] = {}
         for name in names:
-            if name in self._busy:
-                self._again.add(name)
+            if name in self._writer.busy:
+                self._writer.later(name)
                 continue
-            stored = self._sources.jobs.get(_key(name))
+            stored = self._sources.jobs.get(key_of(name))
             if stored is None:
                 gone.append(name)
                 self._forget(name)
                 continue
             jobs.append(stored.value)
             candidates[name] = self._look(stored, now, moves)
-        queues = {q.value.name.split("/")[1]: q.value for q in self._sources.queues.values.values()}
         news = News(
             nodes=tuple(changed.nodes.values()),
             removed=tuple(changed.removed),
@@ -294,7 +228,7 @@ class Brain:
             jobs=tuple(jobs),
             gone=tuple(gone),
             candidates=candidates,
-            queues=queues if self._queues_changed else None,
+            queues=self._queues() if self._queues_changed else None,
             datasets=self._datasets,
         )
         self._queues_changed, self._datasets = False, ()
@@ -302,12 +236,15 @@ class Brain:
             choices = await self._on_worker(lambda: self._plan(news))
         for choice in choices:
             self._choose(choice, now, moves)
-        self._write(moves)
+        self._writer.write(moves)
         if self._planner.unfinished:
-            self._wake.set()
+            self._book.news.set()
         await self._prune()
         if self._clock.monotonic() - self._shown_s >= SHOW_EVERY_S:
             self._show()
+
+    def _queues(self) -> dict[str, Queue]:
+        return {stored.value.name.split("/")[1]: stored.value for stored in self._sources.queues.values.values()}
 
     def _plan(self, news: News) -> list[Choice]:
         self._planner.learn(news)
@@ -325,7 +262,7 @@ class Brain:
             after = self._preempted(job, now)
         if after is not job or (note.progress is not None and now >= note.progress.next_store):
             after = _with_step(after, note)
-        self._schedule(job.name, self._due(job, note, seen, now))
+        self._book.schedule(job.name, self._due(job, note, seen, now))
         if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
             if note.finding is not None and note.finding.verdict.epoch == job.epoch:
                 return self._offer(Offer(stored, after, heard), note, now)
@@ -335,10 +272,10 @@ class Brain:
                 note.broken = breaks.find(lifecycle.observe(job, seen), seen, now, self._limits)
             moves[job.name] = Move(stored, after, heard)
             return None
-        self._settle(note, heard)
+        self.agents.settle(note, heard)
         if job.state is JobState.QUEUED and (job.not_before is None or job.not_before <= now):
             return self._offer(Offer(stored, job, heard), note, now)
-        if job.ended:
+        if job.ended and not note.heard:
             self._book.notes.pop(job.name)
         return None
 
@@ -355,12 +292,6 @@ class Brain:
             at = note.progress.next_store
             dues.append(at if at > now else now + timedelta(seconds=STEP_EVERY_S))
         return min(dues, default=None)
-
-    def _schedule(self, name: str, at: datetime | None) -> None:
-        before = self._book.next_due()
-        self._book.schedule(name, at)
-        if at is not None and (before is None or at < before):
-            self._rescheduled.set()
 
     def _offer(self, offer: Offer, note: Note, now: datetime) -> Candidate:
         note.offer = offer
@@ -386,72 +317,22 @@ class Brain:
             moves[choice.job] = Move(offer.stored, after, offer.heard, choice)
         for name in choice.victims:
             self._suspend[name] = choice.job
-            self._dirty.add(name)
-            self._wake.set()
+            self._book.touch(name)
 
     def _preempted(self, job: Job, now: datetime) -> Job:
         """The job on its way out, when it was chosen to make room for one that still waits."""
         by = self._suspend.pop(job.name, "")
-        waiting = self._sources.jobs.get(_key(by)) if by else None
+        waiting = self._sources.jobs.get(key_of(by)) if by else None
         if waiting is None or waiting.value.state is not JobState.QUEUED or job.state is not JobState.RUNNING:
             return job
         return lifecycle.suspend(job, by, now)
 
-    # writing
-
-    def _write(self, moves: Mapping[str, Move]) -> None:
-        """Starts writing; until a job is written it is left alone, while others go on."""
-        assert self._tasks is not None
-        for name, move in moves.items():
-            self._busy.add(name)
-            self._tasks.create_task(self._carry_out(move))
-
-    async def _carry_out(self, move: Move) -> None:
-        name = move.after.name
-        try:
-            if revision := await self._commit(move):
-                await self._sources.jobs.at_least(revision)
-                self._written(move)
-        finally:
-            self._busy.discard(name)
-            if len(self._busy) < MOVES_AT_ONCE:
-                self._room.set()
-        if name in self._again:
-            self._again.discard(name)
-            self._dirty.add(name)
-            self._wake.set()
-
-    async def _commit(self, move: Move) -> int:
-        """The revision, or 0 when someone else changed the job meanwhile: then it is looked at again."""
-        before, after = move.stored.value, move.after
-        entry = move.stored.entry
-        writes: list[Write] = [convert.JOBS.put(entry.key, after, move.stored)]
-        if after.epoch != before.epoch:
-            writes.append(Put(keys.of_name(keys.JOB_FENCES, after.name), b"%d" % after.epoch))
-        try:
-            return await commit_once(self._store, *writes, when=[Unchanged(entry), Held(self._leader)], key=entry.key)
-        except Fenced:
-            raise
-        except ConditionFailed:
-            telemetry.counter(Metric.CAS_CONFLICTS).labels("job").inc()
-            await self._refresh()
-            self._again.add(after.name)
-            return 0
-        except Invalid as too_large:
-            note = self._book.note(after.name)
-            note.offer, note.waits = None, Decision(self._clock.now(), placed=False, summary=f"waits: {too_large}")
-            _log.error("job_too_large", job=after.name, reason=str(too_large))
-            return 0
-
-    async def _refresh(self) -> None:
-        """The cache as new as the store is now: what won against us is in it."""
-        newest = await self._store.list(keys.JOBS, limit=1)
-        await self._sources.jobs.at_least(newest.revision)
+    # after writing
 
     def _written(self, move: Move) -> None:
         before, after = move.stored.value, move.after
         note = self._book.note(after.name)
-        self._settle(note, move.heard)
+        self.agents.settle(note, move.heard)
         now = self._clock.now()
         if note.progress is not None:
             note.progress.next_store = now + timedelta(seconds=STEP_EVERY_S)
@@ -460,41 +341,13 @@ class Brain:
             note.finding = note.broken = note.waits = note.offer = None
         if before.state is not after.state:
             spans.moved(before, after, note, now)
-        if after.ended:
-            self._book.notes.pop(after.name, None)
 
-    def _settle(self, note: Note, heard: tuple[Heard, ...]) -> None:
-        """These reports are in the store, or say nothing new."""
-        for one in heard:
-            note.heard.remove(one)
-            self._unstored[one.connection.node] -= 1
-            one.stored()
+    def _refused(self, move: Move, why: str) -> None:
+        """The store will never take it; the job waits with that as its reason."""
+        note = self._book.note(move.after.name)
+        note.offer, note.waits = None, Decision(self._clock.now(), placed=False, summary=f"waits: {why}")
 
-    # hearing and asking
-
-    def _hear(self, name: str, heard: Heard) -> None:
-        note = self._book.note(name)
-        note.heard.append(heard)
-        node = heard.connection.node
-        self._unstored[node] = self._unstored.get(node, 0) + 1
-        if heard.report.traceparent:
-            note.launches[heard.report.task] = heard.report.traceparent
-        self._dirty.add(name)
-        self._wake.set()
-
-    def _miss(self, connection: Connection, known: set[str]) -> None:
-        """Tasks that should have something to show on this node, and of which its agent says nothing, are gone."""
-        for name in self._book.jobs_on(connection.node):
-            stored = self._sources.jobs.get(_key(name))
-            if stored is None:
-                continue
-            job = stored.value
-            current = job.attempt if job.state in ACTIVE else None
-            for attempt, task in job.holding():
-                begun = attempt is not current or task.phase >= TaskPhase.STARTING
-                if task.node == connection.node and task.id not in known and begun:
-                    gone = Report(task.id, TaskPhase.GONE, message="its agent came back without it")
-                    self._hear(name, Heard(gone, connection, 0))
+    # asking
 
     def _inquire(self, job: Job, note: Note) -> None:
         """Asks what the end of the attempt means, once per epoch."""
@@ -516,15 +369,14 @@ class Brain:
         note.finding, note.launches = finding, {}
         until = self._clock.now() + timedelta(seconds=self._limits.shun_s)
         note.shunned |= dict.fromkeys(finding.verdict.culprits, until)
-        self._dirty.add(name)
-        self._wake.set()
+        self._book.touch(name)
 
     # housekeeping
 
     def _forget(self, name: str) -> None:
         note = self._book.notes.pop(name, None)
         if note is not None:
-            self._settle(note, tuple(note.heard))
+            self.agents.settle(note, tuple(note.heard))
         spans.forget(name)
 
     async def _prune(self) -> None:
@@ -533,11 +385,11 @@ class Brain:
             return
         oldest = sorted(self._book.ended, key=self._book.ended.__getitem__)[:DELETE_AT_ONCE]
         for name in oldest:
-            stored = self._sources.jobs.get(_key(name))
+            stored = self._sources.jobs.get(key_of(name))
             if stored is None or any(stored.value.holding()):
                 continue
             try:
-                await self._store.commit(Delete(stored.entry.key), when=[Unchanged(stored.entry), Held(self._leader)])
+                await self._store.commit(*deletion(stored), when=[Unchanged(stored.entry), Held(self._leader)])
             except Fenced:
                 raise
             except ConditionFailed:
@@ -550,20 +402,8 @@ class Brain:
                 telemetry.gauge(Metric.JOBS).labels(state.name).set(self._book.states[state])
         telemetry.gauge(Metric.QUEUE_DEPTH).labels("jobs").set(self._planner.waiting)
 
-    def _desired(self, node: str) -> tuple[dict[str, agent_pb2.DesiredTask], int]:
-        wanted: dict[str, agent_pb2.DesiredTask] = {}
-        for name in self._book.jobs_on(node):
-            stored = self._sources.jobs.get(_key(name))
-            if stored is not None:
-                wanted |= {task.id: convert.desired_task(stored, task) for task in desired_tasks(stored, node)}
-        return wanted, self._sources.jobs.revision
-
     async def _on_worker(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
-
-
-def _key(name: str) -> str:
-    return keys.of_name(keys.JOBS, name)
 
 
 def _with_step(job: Job, note: Note) -> Job:

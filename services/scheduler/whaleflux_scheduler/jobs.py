@@ -8,7 +8,7 @@ from whaleflux import names
 from whaleflux.errors import NotFound
 from whaleflux.rpc.paging import page_size, page_token, parse_token
 from whaleflux.store import keys
-from whaleflux.store.api import Store
+from whaleflux.store.api import Delete, Store, Write
 from whaleflux.store.cache import Cache
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
@@ -16,12 +16,25 @@ from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.model import Job
 
 _SCOPE = "jobs:"
+MADE_ID_CHARS = 26  # of a ULID
+
+
+def key_of(name: str) -> str:
+    """The store's key of a job name that is known to be one."""
+    return keys.of_name(keys.JOBS, name)
 
 
 def job_key(name: str) -> str:
     """The store's key of a job name; refuses what is no such name."""
     names.split(name, "queues", "jobs")
-    return keys.of_name(keys.JOBS, name)
+    return key_of(name)
+
+
+def deletion(stored: StoredJob) -> list[Write]:
+    """What removes a job. The fence of a name that may come again stays: agents remember its highest epoch."""
+    once = len(stored.value.id) == MADE_ID_CHARS
+    fence = [Delete(keys.of_name(keys.JOB_FENCES, stored.value.name))] if once else []
+    return [Delete(stored.entry.key), *fence]
 
 
 class Jobs:

@@ -75,9 +75,9 @@ class Judge:
             fault = broken.end in (End.EXIT, End.VANISHED) and not inquiry.disconnected
             culprits = tuple(dict.fromkeys((*broken.nodes, *inquiry.disconnected)))
             return Verdict(job.epoch, fault, broken.message, "", failure, culprits, restore)
-        message = incident.message or broken.message
-        culprits = tuple(dict.fromkeys((*incident.nodes, *broken.nodes)))
         fault = incident.application_fault
+        message = broken.message if fault else (incident.message or broken.message)  # ours quotes the program
+        culprits = tuple(dict.fromkeys((*incident.nodes, *broken.nodes)))
         return Verdict(job.epoch, fault, message, incident.name, failure, culprits, restore)
 
     async def _incident(self, inquiry: Inquiry) -> health_pb2.Incident | None:

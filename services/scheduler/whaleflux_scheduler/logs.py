@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 from whaleflux import names
 from whaleflux.errors import OverLimit, Unavailable
@@ -125,22 +126,24 @@ async def merged(
         raise Unavailable(
             f"no agent that ran {state.name} is connected; its output stays on its nodes", reason="NODES_UNREACHABLE"
         )
-    news = asyncio.ensure_future(anext(jobs)) if asked.follow else None
+    news = asyncio.create_task(_next(jobs)) if asked.follow else None
     try:
         while reader.requests or (news is not None and not state.ended):
-            chunk = asyncio.ensure_future(reader.chunks.get())
-            waiting = {chunk} | ({news} if news is not None else set())
+            chunk = asyncio.create_task(reader.chunks.get())
+            waiting: set[asyncio.Task[Any]] = {chunk} if news is None else {chunk, news}
             try:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                if not chunk.done():
-                    chunk.cancel()
+                chunk.cancel()  # of no effect when it is done
             if reader.slow:
                 raise OverLimit("the reader was too slow; read again", reason="READER_TOO_SLOW", retry_after_s=1.0)
             if news is not None and news.done():
-                state = news.result()
-                desk.ask(reader, state, asked, told)
-                news = None if state.ended else asyncio.ensure_future(anext(jobs))
+                changed = news.result()
+                news = None
+                if changed is not None:
+                    state = changed
+                    desk.ask(reader, state, asked, told)
+                    news = None if state.ended else asyncio.create_task(_next(jobs))
             if chunk.done() and not chunk.cancelled():
                 got = chunk.result()
                 if got.data:
@@ -150,3 +153,12 @@ async def merged(
     finally:
         if news is not None:
             news.cancel()
+            await asyncio.gather(news, return_exceptions=True)
+
+
+async def _next(jobs: AsyncIterator[Job]) -> Job | None:
+    """The next state; None: the job was deleted."""
+    try:
+        return await anext(jobs)
+    except StopAsyncIteration:
+        return None

@@ -16,7 +16,7 @@ from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import list_page, page_size, page_token, parse_token
 from whaleflux.rpc.watching import Kind, watch_resources
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Put, Store, Unchanged, Write
+from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Put, Store, Unchanged
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
 from whaleflux_scheduler import convert, logs
@@ -24,7 +24,7 @@ from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Cause, JobState
 from whaleflux_scheduler.core.validate import check_queue
-from whaleflux_scheduler.jobs import Jobs, job_key
+from whaleflux_scheduler.jobs import Jobs, deletion, job_key
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.term import Term
 
@@ -239,13 +239,6 @@ class Scheduler(rpc.SchedulerServiceServicer):
             shown.cost_usd = stored.value.cost_at(self._clock.now())
         shown.etag = etag_of(stored.entry)
         return shown
-
-
-def deletion(stored: StoredJob) -> list[Write]:
-    """What removes a job. The fence of a name that may come again stays: agents remember its highest epoch."""
-    made = len(stored.value.id) == 26
-    fence = [Delete(keys.of_name(keys.JOB_FENCES, stored.value.name))] if made else []
-    return [Delete(stored.entry.key), *fence]
 
 
 def _check_deletable(stored: StoredJob) -> None:

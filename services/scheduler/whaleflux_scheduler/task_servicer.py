@@ -34,7 +34,7 @@ class Tasks(rpc.TaskServiceServicer):
     ) -> AsyncIterator[agent_pb2.SyncResponse]:
         hello = await _hello(requests)
         brain = await self._term.leading()
-        connection = brain.connect(hello)
+        connection = brain.agents.connect(hello)
         _log.info(Event.NODE_CONNECTED, node=hello.node, tasks=len(hello.tasks))
         reading = asyncio.create_task(self._read(requests, brain, connection))
         try:
@@ -42,7 +42,7 @@ class Tasks(rpc.TaskServiceServicer):
                 yield response
         finally:
             reading.cancel()
-            brain.disconnect(connection)
+            brain.agents.disconnect(connection)
             self._desk.node_gone(hello.node)
             _log.info(Event.NODE_DISCONNECTED, node=hello.node)
 
@@ -52,10 +52,10 @@ class Tasks(rpc.TaskServiceServicer):
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "report":
-                        brain.report(connection, request.report)
+                        brain.agents.report(connection, request.report)
                     case "progress":
                         for moved in request.progress.tasks:
-                            brain.progress(connection, moved)
+                            brain.agents.progress(connection, moved)
                     case "log":
                         await self._desk.take(request.log)
                     case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from whaleflux.fleet.model import Node
@@ -48,13 +48,18 @@ def placed(job: Job, placement: Placement, nodes: Mapping[str, Node], epoch: int
     )
 
 
-def waits(no: NoPlacement, now: datetime) -> Decision:
-    """The record of a job that cannot be placed now."""
+def waits(no: NoPlacement, now: datetime, avoided: Collection[str] = ()) -> Decision:
+    """The record of a job that cannot be placed now. `avoided`: nodes that it does not get because they failed it."""
+    summary = no.summary.replace("excluded by name", "avoided after a failure")
+    reasons = [] if no.ever or avoided else ["the fleet could not hold it even if it were empty"]
+    if avoided:
+        names = ", ".join(sorted(avoided)[:3]) + (" and more" if len(avoided) > 3 else "")
+        reasons.append(f"it avoids {names} for a while, since work of it failed there")
     return Decision(
         time=now,
         placed=False,
-        summary=f"waits: {no.summary}" if no.summary else "waits: no room",
-        reasons=() if no.ever else ("the fleet could not hold it even if it were empty",),
+        summary=f"waits: {summary}" if summary else "waits: no room",
+        reasons=tuple(reasons),
         exclusions=tuple((blocked.constraint, blocked.nodes) for blocked in no.blocked),
         smallest_change=no.smallest_change,
     )

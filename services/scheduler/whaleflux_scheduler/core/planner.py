@@ -147,11 +147,12 @@ class Planner:
             return decisions.held_back(f"pauses until {job.not_before.isoformat()} after a failure", now)
         if why := over_limit(job, self._queues, self._queue_held, own):
             return self._in_line(decisions.held_back(why, now, "raise the queue's max_gpus"), job)
+        avoided = frozenset(exclude)
         with self._without_own(job.name):
-            answer = self._engine.place(place_request(f"{job.name}?", job.spec, exclude_nodes=frozenset(exclude)))
+            answer = self._engine.place(place_request(f"{job.name}?", job.spec, exclude_nodes=avoided))
         if isinstance(answer, Placement):
             return self._in_line(decisions.held_back("it is its turn any moment", now), job)
-        return self._in_line(decisions.waits(answer, now), job)
+        return self._in_line(decisions.waits(answer, now, avoided), job)
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
         """GPUs of open nodes and GPUs held, by model; for metrics."""
@@ -280,14 +281,14 @@ class Planner:
         shape = replace(request, id="")
         refused = self._refused.get(shape)
         if refused is not None and not own:
-            return Choice(job.name, decisions.waits(refused, now))
+            return Choice(job.name, decisions.waits(refused, now, candidate.exclude))
         with self._without_own(job.name):
             answer = self._engine.place(request)
         if isinstance(answer, Placement):
             return self._give(job, answer, now)
         if not own:
             self._refused[shape] = answer
-        return self._make_room(job, request, answer, now)
+        return self._make_room(candidate, request, answer, now)
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Choice:
         decision = decisions.placed(job, placement, self._nodes, next_epoch(job), now)
@@ -299,8 +300,9 @@ class Planner:
         self._hold(job, wanted)
         return Choice(job.name, decision, place)
 
-    def _make_room(self, job: Job, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Choice:
-        decision = decisions.waits(answer, now)
+    def _make_room(self, candidate: Candidate, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Choice:
+        job = candidate.job
+        decision = decisions.waits(answer, now, candidate.exclude)
         stopping = {name for name in self._making_room.get(job.name, ()) if name in self._held}
         if stopping:
             return Choice(job.name, replace(decision, preempts=tuple(sorted(stopping))[:_MOST_AHEAD]))
