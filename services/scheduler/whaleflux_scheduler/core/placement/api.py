@@ -138,6 +138,7 @@ class PlaceRequest:
     exclude_nodes: tuple[str, ...] = ()
     near_nodes: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
+    data_reads: float = 1.0  # how often the job reads its datasets as a whole; a node that keeps them fetches them once
     hard_locality: bool = False  # only nodes that hold every dataset
     comm: CommModel = field(default_factory=CommModel)
     preference: Preference = field(default_factory=Preference)

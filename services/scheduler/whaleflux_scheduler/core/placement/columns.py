@@ -63,6 +63,7 @@ class Row:
     shape: Shape
     schedulable: bool = True
     reason: str = ""
+    cache_room_bytes: int | None = None  # what datasets could still take of its NVMe; None: all of it
 
 
 _PLAIN = tuple(range(64))
@@ -110,6 +111,10 @@ def uncut_mask(node: Node) -> int:
 
 def healthy_mask(node: Node) -> int:
     return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.healthy)
+
+
+def nvme_bytes(row: Row) -> int:
+    return sum(d.capacity_bytes for d in row.node.disks if d.nvme)
 
 
 def place_key(node: Node) -> tuple[str, str, str, str, str]:
@@ -273,6 +278,10 @@ class Columns:
         """CPU and host memory of the node are taken (+1) or given back (-1)."""
         self.cpu_free[i] -= sign * cpu_millicores
         self.host_free[i] -= sign * memory_bytes
+
+    def cache_room(self) -> Ints:
+        """Bytes per row that datasets could take."""
+        return np.array([nvme_bytes(r) if r.cache_room_bytes is None else r.cache_room_bytes for r in self.rows])
 
     def set_schedulable(self, i: int, schedulable: bool, reason: str) -> None:
         self.rows[i].schedulable, self.rows[i].reason = schedulable, reason

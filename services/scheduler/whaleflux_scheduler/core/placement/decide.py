@@ -16,17 +16,18 @@ from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
     Goal,
     GpuOption,
+    GpuRequirement,
     GroupRequest,
     NodeAssignment,
     Placement,
     PlaceRequest,
 )
-from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
+from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns, nvme_bytes
 from whaleflux_scheduler.core.placement.comm import Estimate, estimate
 from whaleflux_scheduler.core.placement.cover import Counts
 from whaleflux_scheduler.core.placement.fractions import Device, place_parts
 from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
-from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows
+from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows, node_conditions
 
 Part = tuple[int, int]  # (row, mask of positions)
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
@@ -126,12 +127,22 @@ def _find_pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> l
 def _restrictions(
     columns: Columns, request: PlaceRequest, datasets: Mapping[str, DatasetFact], allowed: Bools | None
 ) -> Iterator[Bools | None]:
-    """Row sets to try: nodes that hold the data, all nodes, and nodes up to each price when price matters."""
+    """Row sets to try: nodes that hold the data, nodes that could keep it, nodes up to each price when price matters, all nodes.
+
+    Work without data tries nodes without NVMe first while there are datasets that could use them.
+    """
     local = _local_rows(columns, request, datasets)
     if local is not None:
         yield local if allowed is None else local & allowed
         if request.hard_locality:
             return
+        size = sum(datasets[d].size_bytes for d in request.datasets if d in datasets)
+        keeps = columns.cache_room() >= max(size, 1)
+        yield keeps if allowed is None else keeps & allowed
+    elif datasets:
+        plain = ~node_conditions(columns, GpuRequirement(nvme=True))
+        if plain.any() and not plain.all() and not request.requirement.nvme:
+            yield plain if allowed is None else plain & allowed
     if request.preference.goal is not Goal.CLOSEST:
         price = np.array([r.node.price.usd_per_gpu_hour for r in columns.rows])
         for limit in np.unique(price)[:-1][:8]:
@@ -347,12 +358,13 @@ def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
 
 
 def _fetch_s(columns: Columns, i: int, request: PlaceRequest, datasets: Mapping[str, DatasetFact]) -> float:
-    name, network = columns.names[i], columns.rows[i].node.network_bytes_per_s
-    total = 0.0
-    for dataset in (datasets[d] for d in request.datasets if d in datasets):
-        if name not in dataset.cached_on:
-            total += dataset.size_bytes / min(dataset.origin_bytes_per_s, network or dataset.origin_bytes_per_s)
-    return total
+    """Seconds of reading from afar: once where the node can keep the data, each time where it cannot, nothing where it has it."""
+    name, row = columns.names[i], columns.rows[i]
+    network = row.node.network_bytes_per_s
+    missing = [datasets[d] for d in request.datasets if d in datasets and name not in datasets[d].cached_on]
+    room = nvme_bytes(row) if row.cache_room_bytes is None else row.cache_room_bytes
+    times = 1.0 if sum(d.size_bytes for d in missing) <= room else max(1.0, request.data_reads)
+    return times * sum(d.size_bytes / min(d.origin_bytes_per_s, network or d.origin_bytes_per_s) for d in missing)
 
 
 def _run_s(

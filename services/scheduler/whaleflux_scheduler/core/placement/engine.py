@@ -103,6 +103,12 @@ class Engine:
         """A dataset's size or the nodes that hold it changed."""
         self._datasets[dataset.name] = dataset
 
+    def set_cache_room(self, name: str, room_bytes: int) -> None:
+        """What datasets could still take of the node's NVMe (by default all of it)."""
+        if name not in self._rows:
+            raise NotFound("node", name)
+        self._rows[name].cache_room_bytes = room_bytes
+
     def remove_dataset(self, name: str) -> None:
         self._datasets.pop(name, None)
 

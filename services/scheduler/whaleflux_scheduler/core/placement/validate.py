@@ -49,6 +49,8 @@ def _problems(request: PlaceRequest) -> list[FieldViolation]:
         bad.append(
             FieldViolation("min_nodes", f"{request.min_nodes} nodes for {request.units} GPUs; at most one node per GPU")
         )
+    if not (math.isfinite(request.data_reads) and request.data_reads >= 0):
+        bad.append(FieldViolation("data_reads", "is finite and not negative"))
     return bad + list(_wishes(request.preference)) + list(_comm(request.comm))
 
 
