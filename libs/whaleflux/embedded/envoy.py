@@ -32,16 +32,12 @@ ROUTES = {
     "CheckpointService": "checkpoint",
     "RouterService": "inference_router",
 }
+NO_REPLICA_STATUS = 424  # the policy's word for 503: Envoy takes a 5xx of the policy for its failure and drops the body
 MAX_BODY_BYTES = 16 << 20  # of an inference request; more is answered with 413
 _TYPE = "@type"
 _URL = "type.googleapis.com/"
-_STRIPPED = (  # a client chooses neither its replica nor its decision id nor its retries nor its identity
-    "x-gateway-destination-endpoint",
-    "x-wf-decision-id",
-    "x-envoy-retry-on",
-    "x-envoy-max-retries",
-    "x-forwarded-client-cert",
-)
+# A client chooses neither its replica nor its decision id, nor its retries and time-outs, nor its identity.
+_STRIPPED = ("x-gateway-", "x-wf-", "x-envoy-", "x-forwarded-client-cert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,27 +153,42 @@ def _grpc_listener(front: FrontDoor) -> dict[str, Any]:
 def _http_listener(front: FrontDoor) -> dict[str, Any]:
     retry = {
         # All of it before the first byte of the answer; each attempt goes to the next name of the ranking.
-        "retry_on": "connect-failure,refused-stream,reset-before-request,reset",
+        "retry_on": "connect-failure,refused-stream,reset-before-request,reset,retriable-status-codes",
+        "retriable_status_codes": [503],  # how an engine says that it has not begun: loading, or full
         "num_retries": 3,
         "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.005s"},
     }
-    routes = [
+    routes: list[dict[str, Any]] = [
         {
-            "match": {"prefix": "/v1/models"},
+            "match": {"path_separated_prefix": "/v1/models", "headers": [_method("GET")]},
             "route": {"cluster": "policy", "timeout": "5s"},
             "typed_per_filter_config": _without_policy(),
         },
-        {"match": {"prefix": "/v1/"}, "route": {"cluster": "replicas", "timeout": "0s", "retry_policy": retry}},
+        {
+            "match": {"prefix": "/v1/"},
+            "route": {"cluster": "replicas", "timeout": "0s", "retry_policy": retry},
+            # A key opens the whole API; it is no business of the one engine that answers.
+            "request_headers_to_remove": ["authorization"],
+        },
         {
             "match": {"path": "/health"},
             "direct_response": {"status": 200, "body": {"inline_string": "ok\n"}},
             "typed_per_filter_config": _without_policy(),
         },
-        {"match": {"prefix": "/"}, "direct_response": _not_found(), "typed_per_filter_config": _without_policy()},
+        {
+            "match": {"prefix": "/"},
+            "direct_response": _not_found(),
+            "response_headers_to_add": [_header("content-type", "application/json")],
+            "typed_per_filter_config": _without_policy(),
+        },
     ]
     manager = {
         **_manager("http", routes),
         "stream_idle_timeout": "600s",
+        # What the policy judged is what an engine gets: no detours to paths beside the API.
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "REJECT_REQUEST",
         "access_log": [_record_log("request")],
         "http_filters": [_strip(), _authorise(), _router(upstream_log=[_failed_attempts_log()])],
         "local_reply_config": _openai_errors(),
@@ -207,7 +218,12 @@ def _strip() -> dict[str, Any]:
         "name": "envoy.filters.http.header_mutation",
         "typed_config": {
             _TYPE: _URL + "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
-            "mutations": {"request_mutations": [{"remove": header} for header in _STRIPPED]},
+            "mutations": {
+                "request_mutations": [
+                    {"remove_on_match": {"key_matcher": {"prefix": header, "ignore_case": True}}}
+                    for header in _STRIPPED
+                ]
+            },
         },
     }
 
@@ -264,7 +280,7 @@ def _record_log(name: str) -> dict[str, Any]:
             "common_config": {
                 "log_name": name,
                 "transport_api_version": "V3",
-                "grpc_service": {"envoy_grpc": {"cluster_name": "inference_router"}},
+                "grpc_service": _ask_router(),
                 "buffer_flush_interval": "0.05s",  # the default of 1 s would keep load that is gone
                 "buffer_size_bytes": 16384,
             },
@@ -272,10 +288,16 @@ def _record_log(name: str) -> dict[str, Any]:
     }
 
 
+def _ask_router() -> dict[str, Any]:
+    """A gRPC stream to the router that is soon there again when the router is (the default waits for up to 30 s)."""
+    backoff = {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}}
+    return {"envoy_grpc": {"cluster_name": "inference_router", "retry_policy": backoff}}
+
+
 def _failed_attempts_log() -> dict[str, Any]:
     """One record per failed attempt, so that the replica that failed is named too."""
     flags = {"response_flag_filter": {"flags": ["UF", "UC", "UR", "UH", "UT", "UPE"]}}
-    return {**_record_log("attempt"), "filter": flags}
+    return {**_record_log("attempt"), "filter": {"or_filter": {"filters": [flags, _status("GE", 500)]}}}
 
 
 def _openai_errors() -> dict[str, Any]:
@@ -285,31 +307,30 @@ def _openai_errors() -> dict[str, Any]:
         (503, "no replica could answer at this moment; try again in a second"),
         (504, "no replica answered in time; try again"),
     )
-    return {
-        "mappers": [
-            {
-                "filter": {
-                    "and_filter": {
-                        "filters": [
-                            {"status_code_filter": {"comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "none"}}}},
-                            {"response_flag_filter": {}} if status != 413 else _status_is(413),
-                        ]
-                    }
-                },
-                "body_format_override": {
-                    "json_format": {"error": {"message": message, "type": "server_error", "code": status}},
-                    "content_type": "application/json",
-                },
-            }
-            for status, message in cases
-        ]
-    }  # fmt: skip
+    own = [
+        {
+            "filter": _status("EQ", status),
+            "body_format_override": {
+                "json_format": {"error": {"message": message, "type": "server_error", "code": status}},
+                "content_type": "application/json",
+            },
+        }
+        for status, message in cases
+    ]
+    return {"mappers": [{"filter": _status("EQ", NO_REPLICA_STATUS), "status_code": 503}, *own]}
 
 
-def _status_is(status: int) -> dict[str, Any]:
-    return {
-        "status_code_filter": {"comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "none"}}}
-    }
+def _status(comparison: str, status: int) -> dict[str, Any]:
+    value = {"default_value": status, "runtime_key": "none"}
+    return {"status_code_filter": {"comparison": {"op": comparison, "value": value}}}
+
+
+def _method(name: str) -> dict[str, Any]:
+    return {"name": ":method", "string_match": {"exact": name}}
+
+
+def _header(name: str, value: str) -> dict[str, Any]:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _not_found() -> dict[str, Any]:
@@ -344,7 +365,7 @@ def _replicas_cluster() -> dict[str, Any]:
                 "api_config_source": {
                     "api_type": "GRPC",
                     "transport_api_version": "V3",
-                    "grpc_services": [{"envoy_grpc": {"cluster_name": "inference_router"}}],
+                    "grpc_services": [_ask_router()],
                 },
             }
         },

@@ -1,8 +1,9 @@
 """The front door's question, answered over HTTP: may a request go on, and to which replicas in which order.
 
 Envoy sends each inference request here with its whole body (ext_authz); 200 with a ranking lets it go on, anything else
-is the client's answer. What needs no replica (GET /v1/models) Envoy routes here outright. An own small server rather than a framework: this is on the path of every request. It listens
-where only the front door can reach it (loopback, or the pod's network) and speaks no TLS.
+is the client's answer. What needs no replica (GET /v1/models) Envoy routes here outright. An own small server rather
+than a framework: this is on the path of every request. It listens where only the front door can reach it (loopback, or
+the pod's network) and speaks no TLS.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httptools
 import orjson
 
 from whaleflux import telemetry
+from whaleflux.embedded.envoy import NO_REPLICA_STATUS
 from whaleflux.errors import FieldViolation, Invalid, NotFound, Refusal, Unavailable
 from whaleflux.telemetry import Metric
-from whaleflux_inference_router.core.policy import Request
+from whaleflux_inference_router.core.policy import RANKED, Request
 from whaleflux_inference_router.routing import Routing
 
 MAX_BODY_BYTES = 17 << 20  # the front door refuses above 16 MiB; a little more, so that its answer is the one seen
@@ -29,7 +31,6 @@ _KINDS = {
     404: "not_found_error",
     413: "invalid_request_error",
 }
-_DEFAULT_OUTPUT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,17 @@ class Gate:
                 401, "this API needs a key: Authorization: Bearer <key>; make one with: whaleflux keys create"
             )
         path = path.partition("?")[0]
-        if method == "GET" and path.rstrip("/") == "/v1/models":
-            return _json(200, self._models())
-        if method == "GET" and path.startswith("/v1/models/"):
-            return self._model(path.removeprefix("/v1/models/"))
-        if method != "POST":
+        about_models = path == "/v1/models" or path.startswith("/v1/models/")
+        if method == "GET" and about_models:
+            name = path.removeprefix("/v1/models").strip("/")
+            return self._model(name) if name else _json(200, self._models())
+        if method != "POST" or about_models:
             return _error(404, f"{method} {path[:200]} is not part of the API; see GET /v1/models")
         try:
             decision_id, decision = self._routing.send(request_of(body))
         except Refusal as refusal:
             return _refused(refusal)
-        names = ",".join(ranked.replica.address for ranked in decision.ranking[:4])
+        names = ",".join(ranked.replica.address for ranked in decision.ranking[:RANKED])
         return Answer(200, (("x-gateway-destination-endpoint", names), ("x-wf-decision-id", decision_id)))
 
     def _models(self) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def request_of(body: bytes) -> Request:
     asked = content.get("max_completion_tokens", content.get("max_tokens"))
     if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or not 0 < asked <= 10**9):
         raise Invalid(FieldViolation("max_tokens", "must be a whole number above 0"))
-    return Request(content["model"], 0, _DEFAULT_OUTPUT_TOKENS if asked is None else asked, _prompt_bytes(content))
+    # Without a limit the engine answers as long as fits: nothing to refuse here.
+    return Request(content["model"], 0, asked or 0, _prompt_bytes(content))
 
 
 def _prompt_bytes(content: dict[str, Any]) -> int:
@@ -190,7 +192,8 @@ def _refused(refusal: Refusal) -> Answer:
     if isinstance(refusal, Invalid):
         return _error(400, refusal.message)
     if isinstance(refusal, Unavailable):
-        return _error(503, refusal.message, ("retry-after", "1"))
+        answer = _error(503, refusal.message, ("retry-after", "1"))
+        return replace(answer, status=NO_REPLICA_STATUS)  # the front door turns it into 503 again
     return _error(500, refusal.message)
 
 

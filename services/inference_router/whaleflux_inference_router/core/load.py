@@ -40,6 +40,11 @@ class LoadBook:
         """By replica name; read it, do not change it."""
         return self._loads
 
+    @property
+    def open_count(self) -> int:
+        """Requests that no record has ended yet."""
+        return len(self._open)
+
     def open(self, decision_id: str, replica: str, now_s: float) -> None:
         """A request was sent to `replica`."""
         self._expire(now_s)

@@ -1,0 +1,67 @@
+"""`python -m tests.support.small_engine`: an OpenAI-like server in a process of its own; prints its port, then serves.
+
+The request says how it behaves: `pause_s` before the answer, `stream` with `chunks` and `gap_s`, `fail_at` a list of
+ports that answer `fail_with` (a status) instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Engine(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    served = 0
+
+    def do_GET(self) -> None:
+        self._answer(200, {"ok": True, "served": Engine.served})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        Engine.served += 1
+        port = self.server.server_address[1]
+        time.sleep(asked.get("pause_s", 0))
+        if port in asked.get("fail_at", ()):
+            self._answer(asked["fail_with"], {"error": {"message": "the engine is not well"}})
+        elif asked.get("stream"):
+            self._stream(asked.get("chunks", 3), asked.get("gap_s", 0.0))
+        else:
+            self._answer(200, {"replica": port, "path": self.path, "headers": dict(self.headers)})
+
+    def _answer(self, status: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _stream(self, chunks: int, gap_s: float) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for number in range(chunks):
+            event = f"data: {number}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            self.wfile.flush()
+            time.sleep(gap_s)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: object) -> None:
+        """Silent: the tests read stdout."""
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+
+if __name__ == "__main__":
+    server = Server(("127.0.0.1", 0), Engine)
+    print(server.server_address[1], flush=True)
+    sys.stdout.close()
+    server.serve_forever()
