@@ -4,7 +4,7 @@ import random
 from itertools import permutations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.mixed_pools import exact
@@ -33,6 +33,7 @@ def test_a_job_too_large_for_every_pool_is_left_out():
     assert cheapest([Work("huge", H, (Choice(0, 9, H),))], [CHEAP]).assignments == ()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6)), min_size=1, max_size=30))
 def test_a_skyline_never_holds_more_than_its_pool(jobs):
     skyline, placed = Skyline(8), []

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import combinations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fleets import node, nvlink
@@ -38,6 +38,7 @@ def test_a_pair_without_nvlink_talks_through_host_memory():
     assert math.isinf(wiring.ring_bytes_per_s(0b1))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_ring_bound_equals_trying_every_tour(data):
     size = data.draw(st.integers(3, 6))
@@ -77,6 +78,7 @@ def test_how_many_gpus_reach_a_bandwidth():
     assert wiring.widest(0, 100e9) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**16 - 1))
 def test_bits_and_masks_are_inverse(mask):
     assert mask_of(bits(mask)) == mask

@@ -1,0 +1,232 @@
+"""Jobs find their data where they run: how much of it, and what that costs them.
+
+A fleet of 240 nodes of 8 GPUs under 30 leaves, a third of the nodes with 15 TB of NVMe (every third, as racks are). Jobs are Philly's sizes
+and lives at 0.8 load; a quarter of the demand reads one of 60 datasets of 20 GB-3 TB (popular ones more often) 5 to 20 times over,
+at no more than half of a node's link, so that short jobs read small ones. Both
+policies run the production engine on the same arrivals; "blind" does not tell it about datasets. A node that can keep a dataset reads
+it from its home once and from NVMe afterwards; one that cannot reads from the home each time. Reading from afar goes at 1.25 GB/s per node
+and stretches the job when its reads do not fit beside its computing; communication stretches it as the engine's model says.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import sys
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from benchmarks.common import Options, Report, Row, Target, main, percentile
+from benchmarks.topology import read_jobs
+from whaleflux.fleet import Disk, Gpu, Link, LinkKind, Node
+from whaleflux_scheduler.core.placement.api import DatasetFact, GroupRequest, Placement, PlaceRequest, Subgroup
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.placement.locality import PinBook, Source
+
+TB = 10**12
+NVME_BYTES = 15 * TB
+HOME_BYTES_PER_S = 1.25e9
+OWNERS = ("vision", "speech", "language")
+QUOTA_BYTES = 400 * TB
+_LINKS = tuple(Link(a, b, LinkKind.NVLINK, 347e9) for a, b in combinations(range(8), 2))
+
+
+def fleet(nodes: int) -> list[Node]:
+    return [
+        Node(
+            name=f"sites/a/nodes/n{n:03}",
+            site="a",
+            gpus=tuple(Gpu(i, f"{n}-{i}", "H100-80GB", 80 * 10**9) for i in range(8)),
+            links=_LINKS,
+            spine=f"p{n // 80}",
+            leaf=f"l{n // 8:02}",
+            disks=(Disk("/nvme", NVME_BYTES),) if n % 3 == 0 else (),
+            network_bytes_per_s=400e9,
+        )
+        for n in range(nodes)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    id: str
+    gpus: int
+    arrives_s: float
+    lasts_s: float  # when all data is local and nothing is shared
+    dataset: str
+    reads: float
+    owner: str
+
+
+def draw(
+    philly: list[tuple[int, float]], nodes: int, load: float, count: int, seed: int
+) -> tuple[list[Job], dict[str, int]]:
+    """Jobs, and the size of each dataset in bytes."""
+    pick = random.Random(seed)
+    sizes = {f"d{n:02}": int(2 * 10**10 * 150 ** pick.random()) for n in range(60)}
+    weights = {name: 1 / (1 + n) for n, name in enumerate(sizes)}
+    kinds = [pick.choice(philly) for _ in range(count)]
+    kinds = [(gpus, max(seconds, 600.0)) for gpus, seconds in kinds]
+    rate = load * nodes * 8 / (sum(g * s for g, s in kinds) / count)
+    at, jobs = 0.0, []
+    for n, (gpus, seconds) in enumerate(kinds):
+        at += pick.expovariate(rate)
+        dataset, reads = "", 0.0
+        most_bytes = seconds * HOME_BYTES_PER_S / 2
+        readable = [name for name, size in sizes.items() if 5 * size <= most_bytes]
+        if readable and pick.random() < 0.25:
+            dataset = pick.choices(readable, [weights[name] for name in readable])[0]
+            reads = min(pick.uniform(5, 20), most_bytes / sizes[dataset])
+        jobs.append(Job(f"j{n}", min(gpus, 128), at, seconds, dataset, reads, pick.choice(OWNERS)))
+    return jobs, sizes
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes by where they were read from, and how long jobs took."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    took_s: list[float] = field(default_factory=list)
+    stretched: list[float] = field(default_factory=list)
+    with_data_s: list[float] = field(default_factory=list)
+    holds: Counter[str] = field(default_factory=Counter)
+
+
+class Run:
+    """One policy's fleet: the engine, the book of held datasets, a first-come queue."""
+
+    def __init__(self, nodes: int, sizes: dict[str, int], *, aware: bool, shrink: float = 1.0) -> None:
+        self.engine, self.book, self.sizes, self.aware = (
+            Engine(),
+            PinBook(dict.fromkeys(OWNERS, QUOTA_BYTES)),
+            sizes,
+            aware,
+        )
+        for node in fleet(nodes):
+            self.engine.upsert_node(node)
+            room = int(sum(d.capacity_bytes for d in node.disks) * shrink)
+            self.book.set_capacity(node.name, room)
+            self.engine.set_cache_room(node.name, room)
+        if aware:
+            for name, size in sizes.items():
+                self.engine.upsert_dataset(DatasetFact(name, size, (), HOME_BYTES_PER_S))
+        self.ends: list[tuple[float, str]] = []
+        self.waiting: deque[Job] = deque()
+        self.tally = Tally()
+
+    def play(self, jobs: Sequence[Job]) -> Tally:
+        for at, job in enumerate(jobs):
+            self._until(job.arrives_s)
+            self.waiting.append(job)
+            self._start(job.arrives_s)
+            if at % 500 == 0:
+                self.book.check()
+        self._until(float("inf"))
+        self.book.check()
+        return self.tally
+
+    def _until(self, now_s: float) -> None:
+        while self.ends and self.ends[0][0] <= now_s:
+            at, id_ = heapq.heappop(self.ends)
+            touched = self.engine.placements[id_].node_names
+            self.engine.release(id_)
+            self.book.release(id_)
+            for node in touched:
+                self.engine.set_cache_room(node, self.book.room_bytes(node))
+            self._start(at)
+
+    def _start(self, now_s: float) -> None:
+        while self.waiting:
+            job = self.waiting[0]
+            subgroups = (Subgroup(8),) if job.gpus % 8 == 0 else ()
+            request = PlaceRequest(
+                job.id,
+                (GroupRequest(gpus=job.gpus, subgroups=subgroups),),
+                datasets=(job.dataset,) if job.dataset and self.aware else (),
+                data_reads=job.reads,
+            )
+            placement = self.engine.fits(request)
+            if placement is None:
+                return
+            self.waiting.popleft()
+            self.engine.apply(placement)
+            heapq.heappush(self.ends, (now_s + self._run_s(job, placement, now_s), job.id))
+
+    def _run_s(self, job: Job, placement: Placement, now_s: float) -> float:
+        """Computing, stretched by communication beyond an idle network's, or reading from afar if that takes longer."""
+        ideal = 2e9 * 2 * (job.gpus - 1) / job.gpus / 347e9
+        slower = placement.cost.step_communication_s / ideal - 1 if ideal else 0.0
+        run_s = job.lasts_s * (1 + 0.1 * max(0.0, slower))
+        far_bytes = self._read(job, placement, now_s) if job.dataset else 0.0
+        run_s = max(run_s, far_bytes / HOME_BYTES_PER_S)
+        self.tally.took_s.append(now_s - job.arrives_s + run_s)
+        self.tally.stretched.append(run_s / job.lasts_s)
+        if job.dataset:
+            self.tally.with_data_s.append(now_s - job.arrives_s + run_s)
+        return run_s
+
+    def _read(self, job: Job, placement: Placement, now_s: float) -> float:
+        """Accounts the job's reads, each node its part; returns the most that one node reads from afar."""
+        nodes, size = placement.node_names, self.sizes[job.dataset]
+        total, most = size * job.reads, 0.0
+        for node in nodes:
+            hold = self.book.hold(job.id, job.owner, node, job.dataset, size, now_s)
+            self.tally.holds[hold.source.value] += 1
+            part = total / len(nodes)  # every read is divided among the nodes of the gang
+            once = min(part, float(size))
+            far = {Source.LOCAL: 0.0, Source.FETCH: once, Source.REMOTE: part}[hold.source]
+            self.tally.read["afar"] += int(far)
+            self.tally.read["nvme"] += int(part - far) if hold.source is not Source.FETCH else int(part - once)
+            most = max(most, far)
+            self.engine.set_cache_room(node, self.book.room_bytes(node))
+        if self.aware:
+            self._tell(job.dataset)
+        return most
+
+    def _tell(self, dataset: str) -> None:
+        """Evictions change other datasets too, so all that changed are told."""
+        for name in self.sizes:
+            where = self.book.holders_of(name)
+            self.engine.upsert_dataset(DatasetFact(name, self.sizes[name], where, HOME_BYTES_PER_S))
+
+
+def row(policy: str, tally: Tally) -> Row:
+    total = sum(tally.read.values())
+    return {
+        "policy": policy,
+        "from_nvme_percent": 100 * tally.read["nvme"] / total,
+        "afar_TB": tally.read["afar"] / TB,
+        "mean_completion_s": sum(tally.took_s) / len(tally.took_s),
+        "p95_completion_s": percentile(tally.took_s, 95),
+        "mean_with_data_s": sum(tally.with_data_s) / len(tally.with_data_s),
+        "found_local": tally.holds["local"],
+        "fetched": tally.holds["fetch"],
+        "remote": tally.holds["remote"],
+    }
+
+
+def measure(options: Options) -> Report:
+    """Bytes read from held NVMe copies and completion time, against placement that does not know where data is."""
+    philly = read_jobs(options.trace("pollux", "philly.csv.gz"))
+    count, nodes = (1500, 240) if options.quick else (8000, 240)
+    report = Report(simulated="fleet, datasets, reads and clock; engine and book of holds are the production ones")
+    jobs, sizes = draw(philly, nodes, 0.8, count, options.seed)
+    aware, blind = Run(nodes, sizes, aware=True).play(jobs), Run(nodes, sizes, aware=False).play(jobs)
+    full = Run(nodes, sizes, aware=True, shrink=0.1).play(jobs)
+    report.rows = [row("whaleflux", aware), row("blind", blind), row("whaleflux, NVMe a tenth as large", full)]
+    share = 100 * aware.read["nvme"] / sum(aware.read.values())
+    longer = 100 * (sum(aware.took_s) / sum(blind.took_s) - 1)
+    report.targets = [
+        Target("bytes_from_held_nvme_percent", share, 90, "%", "higher"),
+        Target("completion_longer_than_blind_percent", longer, 2, "%"),
+        Target("jobs_refused_when_full", count - len(full.took_s), 0, "jobs"),
+        Target("read_from_afar_when_full", full.holds["remote"], 1, "holds", "higher"),
+    ]
+    report.notes = ["capacities, quotas and sums are checked every 500 jobs (an AssertionError would end the run)"]
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main("locality", measure))
