@@ -6,7 +6,8 @@ request is put before the router's policy with its whole body (ext_authz), which
 replicas; `override_host` tries them in that order until one has begun to answer. Replicas arrive by EDS from the router
 and stay when it is away. How each request ended goes back to the router as access-log records.
 
-Envoy 1.40. The same template makes deploy/envoy/envoy.yaml (`python -m whaleflux.embedded.envoy`).
+Envoy 1.40. The same template makes deploy/envoy/envoy.yaml (`python -m whaleflux.embedded.envoy
+> deploy/envoy/envoy.yaml`).
 """
 
 from __future__ import annotations

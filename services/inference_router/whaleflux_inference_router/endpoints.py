@@ -19,6 +19,7 @@ from google.protobuf import any_pb2
 from whaleflux_inference_router.routing import Routing
 
 CLUSTER = "replicas"
+REMEMBERED = 16
 TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 
@@ -32,13 +33,15 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
 
     async def StreamEndpoints(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         stream = next(self._streams)
-        sent: dict[str, frozenset[str]] = {}
+        sent: dict[str, frozenset[str]] = {}  # by nonce; the last few, as nobody acknowledges older ones
+        nonces = map(str, itertools.count(1))
         wake = asyncio.Event()
 
         async def read() -> None:
             async for request in requests:
-                if request.response_nonce and not request.HasField("error_detail"):
-                    self._acknowledge(stream, sent.get(request.response_nonce, frozenset()))
+                known = sent.get(request.response_nonce)
+                if known is not None and not request.HasField("error_detail"):
+                    self._acknowledge(stream, known)
                 wake.set()
 
         reading = asyncio.create_task(read())
@@ -48,9 +51,10 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
             while not reading.done():
                 changed, addresses = self._routing.changed, self._addresses()
                 if addresses != last:
-                    nonce = str(len(sent) + 1)
-                    sent = {nonce: addresses} if len(sent) > 1000 else {**sent, nonce: addresses}
-                    last = addresses
+                    nonce, last = next(nonces), addresses
+                    sent[nonce] = addresses
+                    if len(sent) > REMEMBERED:
+                        del sent[next(iter(sent))]
                     yield _response(addresses, nonce)
                 await _first(changed.wait(), reading)
         finally:

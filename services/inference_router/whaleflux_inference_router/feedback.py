@@ -52,7 +52,7 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
         ended = Ended(decision_id, _upstream(common), first_byte_s, common.HasField("time_to_last_downstream_tx_byte"))
         self._routing.book.close(ended)
         replica = self._routing.replica_at(ended.address)
-        if replica and first_byte_s is not None:
+        if replica and first_byte_s is not None and ended.completed:
             telemetry.histogram(Metric.FIRST_TOKEN).labels(replica.split("/")[1]).observe(first_byte_s)
 
 

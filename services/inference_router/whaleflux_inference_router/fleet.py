@@ -95,6 +95,10 @@ class Fleet:
         self.jobs.pop(name, None)
         return True
 
+    def has_ended(self, job: str) -> bool:
+        """Whether a job that is known has ended."""
+        return job in self.jobs and self.jobs[job].state in ENDED
+
     def endpoint(self, job: str) -> tuple[str, str, int]:
         """Address and node of a job's running process and its GPUs; empty while it has none."""
         found = self.jobs.get(job)

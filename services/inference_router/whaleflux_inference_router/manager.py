@@ -7,7 +7,8 @@ what differs; what fails is tried again at the next turn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 from urllib.parse import quote
 
 from whaleflux import telemetry
@@ -37,6 +38,7 @@ TURN_S = 0.25
 PROBE_S = 1.0
 PROBES_AT_ONCE = 64
 READY_EVERY_S = 1.0  # between probes of a replica that is READY
+REPLACE_EVERY_S = 10.0  # for a job that has ended
 DRAIN_S = 30.0  # longest wait for requests under way
 _log = telemetry.get_logger(__name__)
 
@@ -44,11 +46,21 @@ _log = telemetry.get_logger(__name__)
 class Manager:
     """One leadership's work; remembers nothing that the store or a probe could not tell the next one."""
 
-    def __init__(self, store: Store, clock: Clock, routing: Routing, fleet: Fleet, leader: Leadership) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        routing: Routing,
+        fleet: Fleet,
+        leader: Leadership,
+        probe: Callable[[str, str], Awaitable[bool]] | None = None,
+    ) -> None:
         self._store, self._clock, self._routing, self._fleet = store, clock, routing, fleet
+        self._probe = probe or answers
         self._held = Held(leader)
         self._failed: dict[str, int] = {}  # probes failed in a row, by replica and address
         self._probed_at_s: dict[str, float] = {}
+        self._replaced_at_s: dict[str, float] = {}
         self._draining_since_s: dict[str, float] = {}
         self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
 
@@ -75,28 +87,25 @@ class Manager:
         for replica in self._routing.replicas.values.values():
             replicas.setdefault(convert.model_of(replica.name), {})[replica.name.rsplit("/", 1)[1]] = replica
         work = [self._model(models.get(m), m, replicas.get(m, {})) for m in models.keys() | replicas.keys()]
-        for outcome in await asyncio.gather(*work, return_exceptions=True):
-            if isinstance(outcome, Fenced):
-                raise outcome
-            if isinstance(outcome, BaseException) and not isinstance(outcome, Refusal):
-                raise outcome
-            if isinstance(outcome, Refusal):
-                _log.info(Event.REPLICA_DOWN, reason=outcome.message)
+        await _all(*work)
+        self._forget()
         counts = [convert.state_of(r) for r in self._routing.replicas.values.values()]
         for state in State:
             telemetry.gauge(Metric.REPLICAS).labels(state.value).set(counts.count(state))
 
     async def _model(self, model: pb.Model | None, model_id: str, existing: dict[str, pb.Replica]) -> None:
         should = wanted(model_id, model.replicas.min, model.engine.addresses) if model else ()
-        for replica_id in surplus(existing, should):
-            await self._remove(existing[replica_id])
-        for one in should:
-            assert model is not None  # there is nothing wanted without a model
-            replica = existing.get(one.id)
-            if replica is None:
-                await self._create(model_id, one)
-            else:
-                await self._refresh(model, one, replica)
+        await _all(*(self._remove(existing[replica_id]) for replica_id in surplus(existing, should)))
+        if model is not None:  # side by side: a replica that hangs does not keep the others waiting
+            await _all(*(self._keep(model, model_id, one, existing.get(one.id)) for one in should))
+
+    async def _keep(self, model: pb.Model, model_id: str, one: Wanted, replica: pb.Replica | None) -> None:
+        if replica is None:
+            await self._create(model_id, one)
+        elif convert.state_of(replica) is State.DRAINING:  # wanted again: it goes first, then a new one comes
+            await self._remove(replica)
+        else:
+            await self._refresh(model, one, replica)
 
     async def _create(self, model_id: str, one: Wanted) -> None:
         name = f"models/{model_id}/replicas/{one.id}"
@@ -108,8 +117,7 @@ class Manager:
         """Brings a replica's record to what its job and its health path say."""
         address, place = one.address, Place()
         if not one.address:
-            if self._fleet.synced and replica.job not in self._fleet.jobs:
-                await self._fleet.ensure_job(model, one.id)
+            await self._ensure_job(model, one, replica.job)
             address, node, gpus = self._fleet.endpoint(replica.job)
             place = await self._fleet.place(node, gpus) if node else Place()
         failed = await self._health(replica, address, model.engine.health_path or "/health")
@@ -124,6 +132,26 @@ class Manager:
         if changed != replica:
             await self._write(changed, replica)
 
+    async def _ensure_job(self, model: pb.Model, one: Wanted, job: str) -> None:
+        """A replica's job exists and has not ended; a replica that ends again and again is started now and then."""
+        if not self._fleet.synced:
+            return
+        if job not in self._fleet.jobs:
+            await self._fleet.ensure_job(model, one.id)
+        elif self._fleet.has_ended(job):
+            now_s = self._clock.monotonic()
+            if now_s - self._replaced_at_s.get(job, -REPLACE_EVERY_S) >= REPLACE_EVERY_S:
+                self._replaced_at_s[job] = now_s
+                await self._fleet.end_job(job)
+
+    def _forget(self) -> None:
+        """What is known of replicas that exist no more."""
+        replicas = self._routing.replicas.values.values()
+        addresses, jobs = {f"{r.name}@{r.address}" for r in replicas}, {r.job for r in replicas}
+        for known, kept in ((self._failed, addresses), (self._probed_at_s, addresses), (self._replaced_at_s, jobs)):
+            for gone in known.keys() - kept:
+                del known[gone]
+
     async def _health(self, replica: pb.Replica, address: str, path: str) -> int:
         """Probes failed in a row; -1 before the first. READY ones are asked less often, unless they just failed."""
         key = f"{replica.name}@{address}"
@@ -135,7 +163,7 @@ class Manager:
             return failures
         self._probed_at_s[key] = now_s
         async with self._probing:
-            alive = await _answers(address, path)
+            alive = await self._probe(address, path)
         self._failed[key] = 0 if alive else max(failures, 0) + 1
         return self._failed[key]
 
@@ -177,13 +205,22 @@ class Manager:
         await self._routing.replicas.at_least(revision)
 
 
+async def _all(*work: Coroutine[Any, Any, None]) -> None:
+    """All of it side by side; a refusal is said and tried again at the next turn, anything else is raised."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, Refusal) and not isinstance(outcome, Fenced):
+            _log.info(Event.REPLICA_DOWN, reason=outcome.message)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+
+
 def _unchanged(replica: pb.Replica) -> Unchanged:
     """The replica's key is still at the revision that its etag names."""
     revision = int(replica.etag.strip('"'))
     return Unchanged(Entry(convert.replica_key(replica.name), b"", revision, 0))
 
 
-async def _answers(address: str, path: str) -> bool:
+async def answers(address: str, path: str) -> bool:
     """Whether GET `path` there is answered with 200 within `PROBE_S`."""
     host, _, port = address.rpartition(":")
     request = f"GET {quote(path)} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n"

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from whaleflux.clock import Clock
 from whaleflux.names import ulid
@@ -48,6 +49,11 @@ class Routing:
         if found is None:
             return False
         return not found.expire_time.seconds or found.expire_time.seconds > self._clock.now().timestamp()
+
+    async def seen(self, cache: Cache[Any], revision: int) -> None:
+        """Returns when decisions here know `cache` at `revision`: whoever is told of a change can use it."""
+        await cache.at_least(revision)
+        self._swap()
 
     def replica_at(self, address: str) -> str:
         """Name of the replica with this address, "" when there is none."""

@@ -10,7 +10,7 @@ from google.protobuf import empty_pb2
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound
+from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
 from whaleflux.rpc.etags import check_etag
 from whaleflux.rpc.paging import list_page, page_size
 from whaleflux.store import keys
@@ -40,13 +40,19 @@ class Router(rpc.RouterServiceServicer):
         made.CopyFrom(request.model)
         made.name, made.ready_replicas = name, 0
         made.create_time.FromDatetime(self._clock.now())
-        if request.validate_only:
-            return made
         key = convert.model_key(name)
+        if request.validate_only:
+            if await self._store.get(key) is not None:
+                raise _exists(name)
+            return made
         try:
             revision = await commit_once(self._store, Put(key, convert.encode(made)), when=[Absent(key)], key=key)
         except ConditionFailed:
-            raise AlreadyExists("model", name, "change it with UpdateModel, or delete it first") from None
+            existing = await self._store.get(key)
+            if existing is None or not (request.request_id and _same_model(existing, made)):
+                raise _exists(name) from None
+            return self._shown(convert.model(existing))
+        await self._routing.seen(self._routing.models, revision)
         made.etag = f'"{revision}"'
         return made
 
@@ -66,12 +72,14 @@ class Router(rpc.RouterServiceServicer):
         check_etag(request.model.etag, entry)
         changed = pb.Model()
         changed.CopyFrom(request.model)
+        _check_engine(convert.model(entry), changed)
         changed.create_time.CopyFrom(convert.model(entry).create_time)
         changed.ready_replicas = 0
         try:
             revision = await self._store.commit(Put(key, convert.encode(changed)), when=[Unchanged(entry)])
         except ConditionFailed:
             raise Conflict(f"{request.model.name} was changed at the same time; read it again and repeat") from None
+        await self._routing.seen(self._routing.models, revision)
         changed.etag = f'"{revision}"'
         return self._shown(changed)
 
@@ -80,9 +88,10 @@ class Router(rpc.RouterServiceServicer):
         entry = await self._existing("model", key, request.name)
         check_etag(request.etag, entry)
         try:
-            await self._store.commit(Delete(key), when=[Unchanged(entry)])
+            revision = await self._store.commit(Delete(key), when=[Unchanged(entry)])
         except ConditionFailed:
             raise Conflict(f"{request.name} was changed at the same time; repeat") from None
+        await self._routing.seen(self._routing.models, revision)
         return empty_pb2.Empty()
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: _Context | None) -> pb.ListReplicasResponse:
@@ -125,7 +134,7 @@ class Router(rpc.RouterServiceServicer):
         revision = await self._store.commit(
             Put(keys.API_KEYS + key_id, made.SerializeToString()), when=[Absent(keys.API_KEYS + key_id)]
         )
-        await self._routing.api_keys.at_least(revision)  # so that the key works at once, at least here
+        await self._routing.seen(self._routing.api_keys, revision)  # so that the key works at once, at least here
         made.secret = secret
         return made
 
@@ -141,7 +150,7 @@ class Router(rpc.RouterServiceServicer):
         names.split(request.name, "apiKeys")
         key = keys.of_name(keys.API_KEYS, request.name)
         entry = await self._existing("apikey", key, request.name)
-        await self._store.commit(Delete(entry.key))
+        await self._routing.seen(self._routing.api_keys, await self._store.commit(Delete(entry.key)))
         return empty_pb2.Empty()
 
     def _shown(self, model: pb.Model) -> pb.Model:
@@ -156,3 +165,31 @@ class Router(rpc.RouterServiceServicer):
         if entry is None:
             raise NotFound(kind, name)
         return entry
+
+
+def _exists(name: str) -> AlreadyExists:
+    return AlreadyExists("model", name, "change it with UpdateModel, or delete it first")
+
+
+def _same_model(existing: Entry, made: pb.Model) -> bool:
+    """Whether a repeated CreateModel asks for what is there."""
+    found = convert.model(existing)
+    found.etag = ""
+    found.create_time.CopyFrom(made.create_time)
+    return found == made
+
+
+def _check_engine(before: pb.Model, after: pb.Model) -> None:
+    """Replicas that run keep their engine: what they serve must not differ from what the model says."""
+    old, new = pb.Engine(), pb.Engine()
+    old.CopyFrom(before.engine)
+    new.CopyFrom(after.engine)
+    if old.addresses and new.addresses:  # servers that run elsewhere come and go
+        new.addresses[:] = old.addresses
+    if old != new:
+        raise WrongState(
+            f"the engine of {before.name} cannot change while it is served; delete the model and create it again, or "
+            "serve the new engine under another name",
+            reason="ENGINE_FIXED",
+            metadata={"model": before.name},
+        )
