@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Gpu, Level, Node
 from whaleflux.fleet.wiring import Wiring, bits, wiring_of
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
@@ -138,9 +141,9 @@ class Columns:
         self.kinds = list({id(r.shape): r.shape for r in ordered}.values())
         self.shapes = np.array(self.shape_of, dtype=np.int32)
         self.width = max((len(r.node.gpus) for r in ordered), default=0)
-        self.matches: dict[
-            object, Any
-        ] = {}  # answers that depend on shapes alone, kept by those who ask (supply, decide)
+        self.idle_table: IdleTable | None = None  # what past requests teach about stranding, once learned
+        # Answers that depend on shapes alone, kept by those who ask (supply, decide).
+        self.matches: dict[object, Any] = {}
         self._build_tree()
         self._build_devices()
         self._build_links()

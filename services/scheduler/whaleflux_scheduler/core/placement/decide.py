@@ -25,7 +25,7 @@ from whaleflux_scheduler.core.placement.api import (
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns, nvme_bytes
 from whaleflux_scheduler.core.placement.comm import Estimate, estimate
 from whaleflux_scheduler.core.placement.cover import Counts
-from whaleflux_scheduler.core.placement.fractions import Device, place_parts
+from whaleflux_scheduler.core.placement.fractions import Device, least_stranding_node, place_parts
 from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows, node_conditions
 
@@ -223,8 +223,21 @@ class _Place:
             return
         supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
         if supply.match.shapes:
+            row = self._by_table(supply, inside)
+            if row is not None:
+                yield Group(group, self._masks(supply, [(row, supply.demand.gpus)]))
+                return
             for counts in self._counts(supply, self._bounds(group, inside)):
                 yield Group(group, self._masks(supply, counts))
+
+    def _by_table(self, supply: Supply, inside: tuple[Level, int] | None) -> int | None:
+        """Single-node work that states its CPU or memory goes where it strands least, once that was learned."""
+        demand, need = supply.demand, supply.demand.need
+        states = need.cpu_millicores_per_gpu or need.host_memory_bytes_per_gpu
+        alone = demand.gpus <= (demand.most_per_node or demand.gpus) and demand.per_node in (0, demand.gpus)
+        if self.columns.idle_table is None or not states or not alone or self.near:
+            return None
+        return least_stranding_node(supply, demand.gpus, Bounds(inside=inside))
 
     def _counts(self, supply: Supply, bounds: Bounds) -> Iterator[Counts]:
         """Each even split that is tight in its domain: wider domains only while uplinks are shared, wider splits only where closer."""

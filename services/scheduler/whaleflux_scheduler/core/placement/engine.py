@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
 from whaleflux.fleet.links import Fabric
@@ -28,6 +29,9 @@ from whaleflux_scheduler.core.placement.comm import flows_of
 from whaleflux_scheduler.core.placement.decide import decide, feasible
 from whaleflux_scheduler.core.placement.explain import explain
 from whaleflux_scheduler.core.placement.validate import check_request
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
 
 MAX_GPUS_PER_NODE = 64
 
@@ -52,6 +56,7 @@ class Engine:
         self._flows: dict[str, int] = {}
         self._datasets: dict[str, DatasetFact] = {}
         self._shapes = Shapes()
+        self._idle_table: IdleTable | None = None
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
         self._undo: list[Callable[[], None]] = []
@@ -109,6 +114,12 @@ class Engine:
             raise NotFound("node", name)
         self._rows[name].cache_room_bytes = room_bytes
 
+    def learn(self, table: IdleTable | None) -> None:
+        """From now on parts of GPUs, and single-node work that states its CPU or memory, go where they strand least."""
+        self._idle_table = table
+        if self._columns is not None:
+            self._columns.idle_table = table
+
     def remove_dataset(self, name: str) -> None:
         self._datasets.pop(name, None)
 
@@ -121,6 +132,7 @@ class Engine:
 
     def _rebuilt(self) -> Columns:
         columns = Columns(self._rows, self.fabric)
+        columns.idle_table = self._idle_table
         self._flows = {}
         for id_ in sorted(self._placed):
             self._flows[id_] = _count(columns, self._placed[id_], 1, flows=None)

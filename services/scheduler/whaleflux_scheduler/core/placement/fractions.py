@@ -1,15 +1,22 @@
 """Parts of GPUs: memory, thousandths of compute, MIG partitions, each counted per device.
 
-A part goes to the device where it fits tightest, so that whole GPUs and large parts stay free for those who need them.
+A part goes to the device where it strands least: by the table that was learned from the history of requests (`fragmentation`), or, before
+there is one, where it fits tightest, so that whole GPUs and large parts stay free for those who need them.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from whaleflux_scheduler.core.placement.api import GpuRequirement, Share
-from whaleflux_scheduler.core.placement.columns import Columns
-from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
+from whaleflux_scheduler.core.placement.columns import WHOLE_MILLI, Columns, Floats, Ints
+from whaleflux_scheduler.core.placement.gang import Bounds, row_range
+from whaleflux_scheduler.core.placement.supply import Bools, Supply, matching_positions, node_conditions
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
 
 Device = tuple[int, int]  # (row, position)
 
@@ -67,14 +74,49 @@ def _best(
         return _free_partition(columns, need, model, share.mig_profile, rows)
     fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
     fits &= rows[:, None] & columns.healthy & _matching(columns, need, model)
-    places = np.argwhere(fits)
-    if not len(places):
+    if not fits.any():
         return None
-    milli = columns.milli_free[fits].astype(np.int64)
+    if columns.idle_table is not None and 0 < share.compute_milli < WHOLE_MILLI:
+        return _least_stranding(columns, columns.idle_table, need, share.compute_milli, fits)
+    places = np.argwhere(fits)
+    milli = columns.milli_free[fits]
     memory = columns.memory_free[fits]
     offer = columns.offer[places[:, 0]].astype(np.int64)
     best = int(np.lexsort((offer, memory, milli))[0])  # tightest compute, then memory, then the fullest node
     return int(places[best][0]), int(places[best][1])
+
+
+def _least_stranding(
+    columns: Columns, table: IdleTable, need: GpuRequirement, milli: int, fits: Bools
+) -> Device | None:
+    """Only devices with room count as free, so that none without the memory is chosen."""
+    costs, devices = _costs(columns, table, need, 1, milli, np.where(fits, columns.milli_free, 0))
+    costs[~fits.any(axis=1)] = np.inf
+    best = int(np.argmin(costs))
+    return (best, int(devices[best])) if np.isfinite(costs[best]) else None
+
+
+def _costs(
+    columns: Columns, table: IdleTable, need: GpuRequirement, gpus: int, milli: int, free: Ints
+) -> tuple[Floats, Ints]:
+    from whaleflux_scheduler.core.placement.fragmentation import Demand, placement_costs  # compiled on first use
+
+    demand = Demand(need.cpu_millicores_per_gpu * gpus, need.host_memory_bytes_per_gpu * gpus, gpus, milli)
+    return placement_costs(table, demand, columns.cpu_free, columns.host_free, np.ascontiguousarray(free))
+
+
+def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | None:
+    """The node on which `count` whole GPUs strand least, by the learned table; None when no single node has room."""
+    columns = supply.columns
+    assert columns.idle_table is not None
+    usable = supply.usable(0, columns.count)
+    lo, hi = row_range(supply, bounds)
+    free = np.where(columns.healthy, columns.milli_free, 0)
+    costs, _ = _costs(columns, columns.idle_table, supply.demand.need, count, WHOLE_MILLI, free)
+    costs[usable < count] = np.inf
+    costs[:lo] = costs[hi:] = np.inf
+    best = int(np.argmin(costs)) if len(costs) else 0
+    return best if len(costs) and np.isfinite(costs[best]) else None
 
 
 def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None, within: set[int] | None) -> Bools:

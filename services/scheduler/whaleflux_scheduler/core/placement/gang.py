@@ -113,7 +113,7 @@ def _shorten(nodes: list[int], split: Split, unit: int) -> Counts:
 def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
     """The fullest node that still has `count` GPUs, in the leaf with the least room: whole nodes and leaves stay whole."""
     columns = supply.columns
-    lo_row, hi_row = _range(supply, bounds)
+    lo_row, hi_row = row_range(supply, bounds)
     for exactly in range(count, columns.width + 1):
         if supply.at_least(Level.FLEET, exactly)[0] == supply.at_least(Level.FLEET, exactly + 1)[0]:
             continue
@@ -144,7 +144,8 @@ def _tightest(supply: Supply, leaves: Ints, bounds: Bounds) -> int:
     return int(leaves[int(np.argmin(room))])
 
 
-def _range(supply: Supply, bounds: Bounds) -> tuple[int, int]:
+def row_range(supply: Supply, bounds: Bounds) -> tuple[int, int]:
+    """The rows that the request's domain leaves."""
     if not bounds.inside:
         return 0, supply.columns.count
     level, d = bounds.inside
@@ -153,7 +154,7 @@ def _range(supply: Supply, bounds: Bounds) -> tuple[int, int]:
 
 def _domains_inside(supply: Supply, level: Level, bounds: Bounds) -> tuple[int, int]:
     """The range of domains of `level` that lie in the allowed one."""
-    lo, hi = _range(supply, bounds)
+    lo, hi = row_range(supply, bounds)
     ids = supply.columns.domain[level]
     return (ids[lo], ids[hi - 1] + 1) if hi > lo else (0, 0)
 
