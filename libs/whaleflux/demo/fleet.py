@@ -79,10 +79,11 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
             process.kill()
-        for machine in FLEET:
-            for pid in processes_of(f"WHALEFLUX_NODE={machine.name}", f"WHALEFLUX_AGENT_SOCKET={self.state}"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        agents = self.state / "agents"
+        left = {pid for name in ("STATE_DIR", "AGENT_SOCKET") for pid in processes_of(f"WHALEFLUX_{name}={agents}/")}
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _folder(self, name: str) -> Path:
         _, site, _, node = name.split("/")

@@ -25,7 +25,8 @@ from whaleflux.demo import training
 from whaleflux.demo.fleet import FLEET, Fleet
 from whaleflux.demo.serving import Served, lose_a_replica, serve
 from whaleflux.demo.training import Failure, Watched, follow, lose_a_node, submit, until, watch_logs
-from whaleflux.errors import Unavailable
+from whaleflux.embedded.layout import Layout, running_pid
+from whaleflux.errors import Unavailable, WrongState
 from whaleflux.sdk.client import ENDED, AsyncClient
 from whaleflux.v1 import health_pb2, scheduler_pb2
 
@@ -59,7 +60,9 @@ class Teller:
 def run(options: Options) -> int:
     """The demo; returns the exit code: 0 when everything that it claims was seen."""
     say, state = Teller(), options.state.resolve()
-    if not options.keep and state.exists():
+    if (pid := running_pid(Layout(state))) is not None:
+        raise WrongState(f"a demo that was kept still runs (pid {pid}); stop it with: whaleflux down --state {state}")
+    if state.exists():
         shutil.rmtree(state)  # a demo starts from nothing
     state.mkdir(parents=True, exist_ok=True)
     suite = _start_suite(options, state)
@@ -78,7 +81,8 @@ def run(options: Options) -> int:
         print(
             f"\nEverything still runs. Look around with: export WHALEFLUX_CONTEXT={state / 'context.json'}; whaleflux status"
         )
-        print(f"Stop it with: whaleflux down --state {state}; pkill is not needed")
+        pids = " ".join(str(process.pid) for process in fleet.agents.values())
+        print(f"Stop it with: kill {pids}; whaleflux down --state {state}")
     return 0 if report["passed"] else 1
 
 

@@ -11,6 +11,7 @@ logs/ run/     one log and one pid file per process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -137,3 +138,12 @@ def _authority(layout: Layout, now: datetime) -> pki.CertificateAuthority:
     pki.write_private(key_file, authority.key_pem)
     pki.write_private(certificate_file, authority.certificate_pem)
     return authority
+
+
+def running_pid(layout: Layout) -> int | None:
+    """Pid of the supervisor of this state folder, None when there is none; a recycled pid does not count."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(layout.pid_file.read_text())
+        if b"whaleflux" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return None

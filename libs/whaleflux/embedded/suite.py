@@ -7,7 +7,6 @@ For evaluation, tests and single hosts; production runs the same services from `
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from whaleflux.context import Context
 from whaleflux.embedded import envoy, etcd, nats
-from whaleflux.embedded.layout import Layout, choose_ports, issue_identities, write_json
+from whaleflux.embedded.layout import Layout, choose_ports, issue_identities, running_pid, write_json
 from whaleflux.embedded.supervisor import Child, Supervisor
 from whaleflux.errors import Unavailable, WrongState
 
@@ -243,12 +242,3 @@ def run_down(state: Path, timeout_s: float = 60.0) -> bool:
             raise Unavailable(f"the suite (pid {pid}) did not stop within {timeout_s:g} s; see {layout.root / 'logs'}")
         time.sleep(0.05)
     return True
-
-
-def running_pid(layout: Layout) -> int | None:
-    """Pid of the supervisor of this state folder, None when there is none; a recycled pid does not count."""
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(layout.pid_file.read_text())
-        if b"whaleflux" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    return None
