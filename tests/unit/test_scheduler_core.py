@@ -13,7 +13,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle, machine
 from whaleflux_scheduler.core.model import ENDED, Decision, Job, JobKind, JobState, Queue, Rule, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import Limits, Report, Seen, Standing, Verdict
-from whaleflux_scheduler.core.queueing import Candidate, Turns, over_limit
+from whaleflux_scheduler.core.queueing import Line, Lines, over_limit
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
 
@@ -298,31 +298,48 @@ class TestVerdict:
 
 
 class TestTurns:
-    def candidate(self, name, queue="q", priority=0, at=0):
+    def job(self, name, queue="q", priority=0, at=0):
         spec = replace(GOOD, priority=priority)
-        return Candidate(job(name=f"queues/{queue}/jobs/{name}", spec=spec, create_time=after(at)))
+        return job(name=f"queues/{queue}/jobs/{name}", spec=spec, create_time=after(at))
 
-    def order(self, *candidates, queues=None, held=None):
-        return [c.job.id for c in Turns(candidates, queues or {}, held or {})]
+    def order(self, *jobs, queues=None, held=None, shapes=lambda _: 1):
+        """In which order they go when each holds 8 GPUs once it went."""
+        lines, held = Lines(), dict(held or {})
+        for each in jobs:
+            lines.join(Line(each.spec.priority, each.queue, shapes(each)), each)
+        order = []
+        while (line := lines.next_turn(lines.all(), queues or {}, held)) is not None:
+            name = lines.first(line)[1]
+            lines.leave(name)
+            order.append(name.split("/")[3])
+            held[line.queue] = held.get(line.queue, 0) + 8
+        assert len(lines) == 0
+        return order
 
-    def test_priority_then_submission(self):
-        line = [self.candidate("b", at=2), self.candidate("a", at=1), self.candidate("c", priority=5, at=3)]
-        assert self.order(*line) == ["c", "a", "b"]
+    @pytest.mark.parametrize("shapes", [lambda _: 1, lambda j: hash(j.name)])
+    def test_priority_then_submission(self, shapes):
+        jobs = [self.job("b", at=2), self.job("a", at=1), self.job("c", priority=5, at=3)]
+        assert self.order(*jobs, shapes=shapes) == ["c", "a", "b"]
 
     def test_the_queue_that_holds_less_for_its_weight_goes_first(self):
-        line = [self.candidate("a", "busy", at=0), self.candidate("b", "idle", at=1)]
-        assert self.order(*line, held={"busy": 8}) == ["b", "a"]
+        jobs = [self.job("a", "busy", at=0), self.job("b", "idle", at=1)]
+        assert self.order(*jobs, held={"busy": 8}) == ["b", "a"]
         heavy = {"busy": Queue("queues/busy", 10.0), "idle": Queue("queues/idle", 1.0)}
-        assert self.order(*line, queues=heavy, held={"busy": 8, "idle": 4}) == ["a", "b"]
+        assert self.order(*jobs, queues=heavy, held={"busy": 8, "idle": 4}) == ["a", "b"]
 
     def test_what_is_held_counts_as_it_changes(self):
-        held = {"x": 0, "y": 0}
-        line = [self.candidate(f"{q}{n}", q, at=n) for n in range(3) for q in "xy"]
-        order = []
-        for candidate in Turns(line, {}, held):
-            order.append(candidate.job.id)
-            held[candidate.job.queue] += 8
-        assert order == ["x0", "y0", "x1", "y1", "x2", "y2"]
+        jobs = [self.job(f"{q}{n}", q, at=n) for n in range(3) for q in "xy"]
+        assert self.order(*jobs) == ["x0", "y0", "x1", "y1", "x2", "y2"]
+
+    def test_a_job_that_left_and_came_back_has_one_place(self):
+        lines, one, line = Lines(), self.job("a"), Line(0, "q", 1)
+        lines.join(line, one)
+        lines.leave(one.name)
+        lines.join(line, one)
+        assert lines.first(line)[1] == one.name
+        lines.leave(one.name)
+        assert lines.first(line) is None
+        assert lines.all() == set()
 
     def test_a_queue_limit_counts_what_others_hold(self):
         queues = {"q": Queue("queues/q", 1.0, 10)}

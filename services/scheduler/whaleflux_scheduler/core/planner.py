@@ -32,13 +32,14 @@ from whaleflux_scheduler.core.placement.api import (
     Victim,
 )
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.queueing import Candidate, Turns, over_limit
+from whaleflux_scheduler.core.queueing import Candidate, Line, Lines, order_of, over_limit
 from whaleflux_scheduler.core.request import place_request
 
 log = logging.getLogger(__name__)
 
 Holding = dict[str, frozenset[int]]  # node -> GPU indices
 _MOST_AHEAD = 10
+_MOST_SHAPES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,15 @@ class Choice:
     ended: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A candidate with what it asks of the engine, worked out once."""
+
+    candidate: Candidate
+    request: PlaceRequest
+    line: Line
+
+
 class Planner:
     """See the module."""
 
@@ -79,10 +89,14 @@ class Planner:
         self._disputed: set[str] = set()  # jobs whose holding the engine could not take
         self._queue_held: Counter[str] = Counter()
         self._queues: Mapping[str, Queue] = {}
-        self._waiting: dict[str, Candidate] = {}
-        self._untried: set[str] = set()
+        self._waiting: dict[str, Waiting] = {}
+        self._lines = Lines()
+        self._untried: set[Line] = set()  # something changed since the first of the line was tried
+        self._untold: set[str] = set()  # jobs that wait and were not given a reason yet
         self._making_room: dict[str, frozenset[str]] = {}  # waiting job -> jobs suspended for it
-        self._refused: dict[PlaceRequest, NoPlacement] = {}  # shapes that do not fit at present
+        self._shapes: dict[PlaceRequest, int] = {}  # what is asked for, whoever asks, by number
+        self._numbered = 0
+        self._refused: dict[int, NoPlacement] = {}  # shapes that do not fit at present
 
     @property
     def waiting(self) -> int:
@@ -91,8 +105,8 @@ class Planner:
 
     @property
     def unfinished(self) -> bool:
-        """True when `decide` ran out of time before it had tried every job."""
-        return bool(self._untried)
+        """True when `decide` ran out of time before it had answered every job."""
+        return bool(self._untried or self._untold)
 
     def learn(self, news: News) -> None:
         """Takes in what changed; cheap, decides nothing."""
@@ -115,17 +129,45 @@ class Planner:
             self._wait(name, candidate)
 
     def decide(self, budget_s: float = 0.05) -> list[Choice]:
-        """Tries waiting jobs in turn until all were tried or `budget_s` is over."""
+        """Tries the first of each line in turn, the next when it fits, until none does or `budget_s` is over."""
         end_s = self._clock.monotonic() + budget_s
-        candidates = [self._waiting[name] for name in self._untried if name in self._waiting]
-        self._untried.clear()
         choices: list[Choice] = []
-        turns = iter(Turns(candidates, self._queues, self._queue_held))
-        for candidate in turns:
-            choices.append(self._choose(candidate))
-            if self._clock.monotonic() >= end_s:
-                self._untried.update(left.job.name for left in turns)
+        while self._untried and self._clock.monotonic() < end_s:
+            line = self._lines.next_turn(self._untried, self._queues, self._queue_held)
+            if line is None:
+                self._untried.clear()
+                break
+            choice = self._choose(self._first(line))
+            choices.append(choice)
+            if choice.place is None:
+                self._untried.discard(line)
+        return choices + self._tell(end_s)
+
+    def _first(self, line: Line) -> Waiting:
+        first = self._lines.first(line)
+        assert first is not None
+        return self._waiting[first[1]]
+
+    def _tell(self, end_s: float) -> list[Choice]:
+        """Those behind the first of a line that does not fit wait for the same reason."""
+        choices = []
+        now = self._clock.now()
+        for name in list(self._untold):
+            waiting = self._waiting[name]
+            if waiting.line in self._untried or self._clock.monotonic() >= end_s:
+                continue
+            self._untold.discard(name)
+            choices.append(Choice(name, self._why(waiting, now)))
         return choices
+
+    def _why(self, waiting: Waiting, now: datetime) -> Decision:
+        job = waiting.candidate.job
+        if why := self._over_limit(job):
+            return decisions.held_back(why, now, "raise the queue's max_gpus")
+        refused = self._refused.get(waiting.line.shape)
+        if refused is None:
+            return decisions.held_back("others of its kind go first", now)
+        return decisions.waits(refused, now, waiting.candidate.exclude)
 
     def dry_run(self, job: Job, now: datetime) -> Decision:
         """What `decide` would answer for a job that does not exist yet; changes nothing."""
@@ -256,39 +298,60 @@ class Planner:
     def _wait(self, name: str, candidate: Candidate | None) -> None:
         if candidate is None:
             self._waiting.pop(name, None)
-            self._untried.discard(name)
+            self._lines.leave(name)
+            self._untold.discard(name)
             self._making_room.pop(name, None)
-        elif self._waiting.get(name) != candidate:
-            self._waiting[name] = candidate
-            self._untried.add(name)
+            return
+        known = self._waiting.get(name)
+        if known is not None and known.candidate == candidate:
+            return
+        job = candidate.job
+        near = job.attempt.nodes if job.attempt else ()
+        request = place_request(name, job.spec, exclude_nodes=candidate.exclude, near_nodes=near)
+        line = Line(job.spec.priority, job.queue, self._shape(request))
+        self._waiting[name] = Waiting(candidate, request, line)
+        self._lines.join(line, job)
+        self._untold.add(name)
+        own = bool(self._held.get(name))
+        if own or line.shape not in self._refused or self._lines.first(line) == (order_of(job)[1], name):
+            self._untried.add(line)
+
+    def _shape(self, request: PlaceRequest) -> int:
+        """The number of what is asked for; numbers are small to compare, requests are not."""
+        if len(self._shapes) >= _MOST_SHAPES:
+            used = {waiting.line.shape for waiting in self._waiting.values()}
+            self._shapes = {asked: number for asked, number in self._shapes.items() if number in used}
+        self._numbered += 1
+        return self._shapes.setdefault(replace(request, id=""), self._numbered)
 
     def _try_all(self) -> None:
         self._refused.clear()
-        self._untried.update(self._waiting)
+        self._untried = self._lines.all()
 
-    def _choose(self, candidate: Candidate) -> Choice:
+    def _over_limit(self, job: Job) -> str:
+        return over_limit(job, self._queues, self._queue_held, _count(self._held.get(job.name, {})))
+
+    def _choose(self, waiting: Waiting) -> Choice:
         begun = self._clock.now()
-        choice = self._try(candidate, begun)
+        self._untold.discard(waiting.candidate.job.name)
+        choice = self._try(waiting, begun)
         return replace(choice, begun=begun, ended=self._clock.now())
 
-    def _try(self, candidate: Candidate, now: datetime) -> Choice:
-        job = candidate.job
-        own = _count(self._held.get(job.name, {}))
-        if why := over_limit(job, self._queues, self._queue_held, own):
+    def _try(self, waiting: Waiting, now: datetime) -> Choice:
+        job, request = waiting.candidate.job, waiting.request
+        if why := self._over_limit(job):
             return Choice(job.name, decisions.held_back(why, now, "raise the queue's max_gpus"))
-        near = job.attempt.nodes if job.attempt else ()
-        request = place_request(job.name, job.spec, exclude_nodes=candidate.exclude, near_nodes=near)
-        shape = replace(request, id="")
-        refused = self._refused.get(shape)
+        own = bool(self._held.get(job.name))
+        refused = self._refused.get(waiting.line.shape)
         if refused is not None and not own:
-            return Choice(job.name, decisions.waits(refused, now, candidate.exclude))
+            return Choice(job.name, decisions.waits(refused, now, waiting.candidate.exclude))
         with self._without_own(job.name):
             answer = self._engine.place(request)
         if isinstance(answer, Placement):
             return self._give(job, answer, now)
         if not own:
-            self._refused[shape] = answer
-        return self._make_room(candidate, request, answer, now)
+            self._refused[waiting.line.shape] = answer
+        return self._make_room(waiting.candidate, request, answer, now)
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Choice:
         decision = decisions.placed(job, placement, self._nodes, next_epoch(job), now)
@@ -328,11 +391,11 @@ class Planner:
 
     def _in_line(self, decision: Decision, job: Job) -> Decision:
         """With its position in its queue, and who goes first."""
-        line = Turns([c for c in self._waiting.values() if c.job.name != job.name], self._queues, self._queue_held)
-        key = (-job.spec.priority, job.create_time.timestamp(), job.name)
-        first = [c.job for c in line if (-c.job.spec.priority, c.job.create_time.timestamp(), c.job.name) < key]
-        same = sum(other.queue == job.queue for other in first)
-        return replace(decision, ahead=tuple(other.name for other in first[:_MOST_AHEAD]), position=same + 1)
+        key = order_of(job)
+        others = (waiting.candidate.job for waiting in self._waiting.values())
+        first = sorted((order_of(other), other.queue) for other in others if order_of(other) < key)
+        same = sum(queue == job.queue for _, queue in first)
+        return replace(decision, ahead=tuple(name for (_, _, name), _ in first[:_MOST_AHEAD]), position=same + 1)
 
 
 def _holding(job: Job) -> Holding:
