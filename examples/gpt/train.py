@@ -64,7 +64,6 @@ def train(args: argparse.Namespace) -> None:
     with Checkpointer(model=net, optimizer=optimizer, every=args.every, location=args.checkpoints) as saved:
         if rank == 0:
             print(f"start at step {saved.step} of {args.steps} from {saved.restored_from or 'scratch'}", flush=True)
-        mean = torch.full((), float("nan"))  # stays so when the newest checkpoint is already the end
         for step, batch in saved.steps(lambda step: batch_at(text, step, args, rank), total=args.steps):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(model, batch)
@@ -77,13 +76,21 @@ def train(args: argparse.Namespace) -> None:
             if rank == 0 and (step % args.print_every == 0 or step + 1 == args.steps):
                 print(f"step {step} loss {mean.item():.9f}", flush=True)
         if rank == 0:
-            finish(args, net, saved, float(mean))
+            finish(args, net, saved, text)
 
 
-def finish(args: argparse.Namespace, net: Gpt, saved: Checkpointer, loss: float) -> None:
+@torch.no_grad()
+def final_loss(net: Gpt, text: torch.Tensor, args: argparse.Namespace) -> float:
+    """Mean loss on batches that the training has not seen: a function of the parameters alone."""
+    losses = [loss_of(net, batch_at(text, args.steps + i, args, rank=0)) for i in range(16)]
+    return torch.stack(losses).mean().item()
+
+
+def finish(args: argparse.Namespace, net: Gpt, saved: Checkpointer, text: torch.Tensor) -> None:
     """Writes the weights and a record that two runs can be compared by."""
     if not args.output:
         return
+    loss = final_loss(net, text, args)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     shape = {"layers": args.layers, "width": args.width, "heads": 4, "context": args.context}

@@ -59,17 +59,23 @@ class Fleet:
     def kill_node(self, name: str) -> list[int]:
         """What a power cut does to a machine: SIGKILL to its agent and to everything that it runs, at once."""
         process = self.agents.pop(name)
-        # The agent's own environment is inherited by the parents of ranks; ranks have the name of their node.
-        pids = {
-            process.pid,
-            *processes_of(f"WHALEFLUX_NODE={name}"),
-            *processes_of(f"WHALEFLUX_STATE_DIR={self._folder(name)}"),
-        }
+        pids = {process.pid, *self.processes_on(name)}
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         return sorted(pids)
+
+    def processes_on(self, name: str) -> list[int]:
+        """Pids of a machine's ranks and of their parents; of this fleet alone, others may use the same names."""
+        return processes_of(f"WHALEFLUX_NODE={name}", self._mark()) + started_with(f"{self._folder(name)}/")
+
+    def processes_of_job(self, job: str) -> list[int]:
+        """Pids of a job's ranks, on this fleet alone."""
+        return processes_of(f"WHALEFLUX_JOB={job}", self._mark())
+
+    def _mark(self) -> str:
+        return f"WHALEFLUX_CHECKPOINT_LOCATION={self.state}/"
 
     def stop(self) -> None:
         """Ends all agents and whatever tasks are left of this fleet."""
@@ -79,9 +85,7 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
             process.kill()
-        agents = self.state / "agents"
-        left = {pid for name in ("STATE_DIR", "AGENT_SOCKET") for pid in processes_of(f"WHALEFLUX_{name}={agents}/")}
-        for pid in left:
+        for pid in {*processes_of(self._mark()), *started_with(f"{self.state / 'agents'}/")}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -126,4 +130,15 @@ def processes_of(*markers: str) -> list[int]:
             variables = (folder / "environ").read_bytes().split(b"\0")
             if all(any(v.startswith(m.encode()) for v in variables) for m in markers):
                 found.append(int(folder.name))
+    return found
+
+
+def started_with(text: str) -> list[int]:
+    """Pids of processes with `text` in their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if text.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
     return found

@@ -177,6 +177,8 @@ async def _train_undisturbed(
         raise Unavailable(
             f"the undisturbed run ended as {scheduler_pb2.JobState.Name(ended.state)}: {ended.state_message}"
         )
+    if ended.restarts or ended.recoveries:
+        raise Unavailable("the undisturbed run was disturbed; something else on this machine killed its processes")
     result = training.result_of(state / "out-unfailed")
     say(f"      loss {result['loss']:.6f}")
     return result
@@ -203,7 +205,7 @@ async def _serve(
     )
     replicas = await serve(client, declared.model_id, model, say)
     served = Served()
-    await lose_a_replica(client, fleet.context, declared.model_id, replicas, served, say)
+    await lose_a_replica(client, fleet, declared.model_id, replicas, served, say)
     return served
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whaleflux.context import Context
-from whaleflux.demo.fleet import processes_of
+from whaleflux.demo.fleet import Fleet
 from whaleflux.demo.training import Say, until
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import router_pb2
@@ -85,7 +85,7 @@ async def send_requests(
 
 
 async def lose_a_replica(
-    client: AsyncClient, context: Context, model_id: str, replicas: list[router_pb2.Replica], served: Served, say: Say
+    client: AsyncClient, fleet: Fleet, model_id: str, replicas: list[router_pb2.Replica], served: Served, say: Say
 ) -> None:
     """Requests all the while; a third of the way through, SIGKILL to the processes of one replica."""
     victim, total = replicas[0], 120
@@ -93,7 +93,7 @@ async def lose_a_replica(
     def kill_at_a_third(number: int) -> None:
         if number != total // 3:
             return
-        pids = processes_of(f"WHALEFLUX_JOB={victim.job}")
+        pids = fleet.processes_of_job(victim.job)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ async def lose_a_replica(
         say(f"KILL  {victim.name}: SIGKILL to its {len(pids)} processes, request {number} of {total} being sent")
 
     began = time.monotonic()
-    await send_requests(context, model_id, served, total, 4, kill_at_a_third)
+    await send_requests(fleet.context, model_id, served, total, 4, kill_at_a_third)
     say(f"      {served.asked} requests asked, {served.failed} failed")
     ready: list[int] = []
 
