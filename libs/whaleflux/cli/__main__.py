@@ -11,7 +11,18 @@ import typer
 from whaleflux.cli import fleet_commands, job_commands, model_commands, suite_commands
 from whaleflux.cli.output import fail, note
 from whaleflux.cli.state import GLOBAL
-from whaleflux.errors import Invalid, NotFound, Refusal, Unavailable
+from whaleflux.errors import (
+    AlreadyExists,
+    Conflict,
+    DeadlineExceeded,
+    Denied,
+    Invalid,
+    NotFound,
+    OverLimit,
+    Refusal,
+    Unauthenticated,
+    Unavailable,
+)
 
 _START = """Every GPU you own or rent as one cluster.
 
@@ -90,19 +101,39 @@ def main() -> None:
 
 
 def _explain(refusal: Refusal) -> None:
+    """One line per mistake, each ending with what to do: the next command, where the message names none."""
     if isinstance(refusal, Invalid):
-        for violation in refusal.violations:
+        for violation in refusal.violations[:-1]:
             fail(f"{violation.field}: {violation.description}")
-    else:
-        fail(refusal.message)
-    if isinstance(refusal, Unavailable):
-        note("is it running? see: whaleflux config; start it with: whaleflux up")
-    elif isinstance(refusal, NotFound):
-        note(f"see what exists with: whaleflux {refusal.kind}s")
+    message = refusal.message
+    if isinstance(refusal, Invalid) and refusal.violations:
+        message = f"{refusal.violations[-1].field}: {refusal.violations[-1].description}"
+    hint = _next_command(refusal)
+    fail(message if "whaleflux " in message or not hint else f"{message.rstrip('.')}; {hint}")
+
+
+_LISTS = {"apikey": "keys list", "join_token": "token list", "token": "token list", "health": "nodes", "datasets": "datasets"}  # fmt: skip
+
+
+def _next_command(refusal: Refusal) -> str:
+    called = " ".join(word for word in sys.argv[1:3] if word.isalpha())
+    if isinstance(refusal, Invalid):
+        return f"see: whaleflux {called} --help".replace("  ", " ")
+    if isinstance(refusal, NotFound):
+        return f"see what exists with: whaleflux {_LISTS.get(refusal.kind, refusal.kind + 's')}"
+    if isinstance(refusal, Unavailable | DeadlineExceeded):
+        return "is the fleet running? see: whaleflux config; start one with: whaleflux up"
+    if isinstance(refusal, Unauthenticated | Denied):
+        return "see who you are there with: whaleflux config"
+    if isinstance(refusal, AlreadyExists):
+        return f"see it with: whaleflux {refusal.kind}s"
+    if isinstance(refusal, Conflict | OverLimit):
+        return f"repeat: whaleflux {called}"
+    return "see the state with: whaleflux status"
 
 
 def _code(refusal: Refusal) -> int:
-    return 2 if isinstance(refusal, Invalid) else 3 if isinstance(refusal, Unavailable) else 1
+    return 2 if isinstance(refusal, Invalid) else 3 if isinstance(refusal, Unavailable | DeadlineExceeded) else 1
 
 
 if __name__ == "__main__":

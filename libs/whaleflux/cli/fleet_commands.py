@@ -215,7 +215,12 @@ def uncordon(node: NodeArgument) -> None:
 
 
 def drain(node: NodeArgument, message: Reason = "", yes: Yes = False) -> None:
-    """No new work on a node; running work is moved elsewhere through its checkpoints."""
+    """No new work on a node; running work is moved elsewhere through its checkpoints.
+
+    \b
+      whaleflux drain n7 -m "fan is loud"
+      whaleflux drain onprem/n7 -m "kernel update" --yes
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import inventory_pb2
 
     with fleet() as client:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -21,10 +21,10 @@ def _read(file: str) -> tuple[str, Path]:
     """Text of a file and the folder that its relative paths are below."""
     from whaleflux.errors import FieldViolation, Invalid
 
-    if file == "-":
-        return sys.stdin.read(2 << 20), Path.cwd()
     try:
-        with Path(file).open() as stream:
+        if file == "-":
+            return sys.stdin.read(2 << 20), Path.cwd()
+        with Path(file).open(encoding="utf-8") as stream:
             return stream.read(2 << 20), Path(file).resolve().parent
     except OSError as error:
         raise Invalid(FieldViolation("file", f"cannot read {file}: {error.strerror}")) from None
@@ -38,23 +38,22 @@ def _state(job: Any) -> str:
     return output.enum_name(scheduler_pb2.JobState, job.state, "JOB_STATE_")
 
 
-def show_plan(decision: Any, request: Any) -> None:
-    """What would happen now, on stdout."""
-    print(f"PLAN  {decision.summary}")
+def show_plan(decision: Any, stream: TextIO) -> None:
+    """What would happen now."""
+    lines = [f"PLAN  {decision.summary}"]
     if decision.placed:
-        print(f"  cost       ${decision.usd_per_hour:.2f}/h")
-    for reason in decision.reasons[:4]:
-        print(f"  why here   {reason}")
+        lines.append(f"  cost       ${decision.usd_per_hour:.2f}/h")
+    lines += [f"  why here   {reason}" for reason in decision.reasons[:4]]
     for other in decision.alternatives[:2]:
         more = f" ({other.relative_communication:.1f}x the communication)" if other.relative_communication else ""
-        print(f"  next best  {other.summary}{more}")
-    for exclusion in decision.exclusions[:_SHOWN]:
-        print(f"  excluded   {exclusion.nodes} node(s): {exclusion.constraint}")
+        lines.append(f"  next best  {other.summary}{more}")
+    lines += [f"  excluded   {e.nodes} node(s): {e.constraint}" for e in decision.exclusions[:_SHOWN]]
     if decision.smallest_change:
-        print(f"  to admit   {decision.smallest_change}")
+        lines.append(f"  to admit   {decision.smallest_change}")
     if decision.ahead:
-        print(f"  ahead      {len(decision.ahead)} job(s), first {decision.ahead[0]}")
-    print("  preempts   " + (", ".join(decision.preempts[:_SHOWN]) or "nothing"))
+        lines.append(f"  ahead      {len(decision.ahead)} job(s), first {decision.ahead[0]}")
+    lines.append("  preempts   " + (", ".join(decision.preempts[:_SHOWN]) or "nothing"))
+    print("\n".join(lines), file=stream)
 
 
 def submit(
@@ -66,8 +65,14 @@ def submit(
 ) -> None:
     """Plans a job file, asks, submits it, and follows it. Ctrl-C stops following, not the job.
 
+    \b
+      whaleflux submit job.yaml             plan, ask, run, follow
+      whaleflux submit job.yaml --dry-run   only the plan
+      whaleflux submit job.yaml -y -d       do not ask, do not follow
+      make-job | whaleflux submit - -y      from a pipe
+
     Exit code: 0 submitted (or, when followed, succeeded), 1 the job failed or you said no, 2 the file is wrong.
-    """
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.cli.manifests import job_from_yaml
     from whaleflux.errors import FieldViolation, Invalid
     from whaleflux.names import ulid
@@ -85,8 +90,7 @@ def submit(
     with fleet() as client:
         request.validate_only = True
         planned = client.scheduler.CreateJob(request, timeout=20)
-        if fmt is Format.table:
-            show_plan(planned.decision, request)
+        show_plan(planned.decision, sys.stdout if fmt is Format.table else sys.stderr)
         if dry_run:
             if fmt is not Format.table:
                 output.show_one(planned, [], fmt)
@@ -126,17 +130,14 @@ def follow(client: Any, name: str) -> int:
 
 def validate(file: File) -> None:
     """Checks a job or model file without a fleet."""
-    import yaml
-
-    from whaleflux.cli.manifests import job_from_yaml, model_from_yaml
+    from whaleflux.cli.manifests import is_model, job_from_yaml, model_from_yaml
 
     text, base = _read(file)
-    try:
-        is_model = isinstance(content := yaml.safe_load(text), dict) and "model" in content
-    except (yaml.YAMLError, ValueError):
-        is_model = False
-    (model_from_yaml if is_model else job_from_yaml)(text, base)
-    output.note(f"{file} is a valid {'model' if is_model else 'job'} file")
+    served = is_model(text)
+    (model_from_yaml if served else job_from_yaml)(text, base)
+    output.note(
+        f"{file} is a valid {'model' if served else 'job'} file; next: whaleflux {'serve' if served else 'submit'} {file}"
+    )
 
 
 def jobs(
@@ -147,7 +148,13 @@ def jobs(
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
-    """Unfinished jobs and the last that ended."""
+    """Unfinished jobs and the last that ended.
+
+    \b
+      whaleflux jobs                        what runs and waits
+      whaleflux jobs research -a -n 20      the last 20 of a queue, ended ones too
+      whaleflux jobs -o json | jq .[].name
+    """  # noqa: D301 - the escape tells click to keep the lines
     import time
 
     from whaleflux.errors import FieldViolation, Invalid
@@ -210,7 +217,12 @@ def job(name: JobArgument, fmt: Output = Format.table) -> None:
 
 
 def explain(name: JobArgument, fmt: Output = Format.table) -> None:
-    """Why a job waits, or why it runs where it does and what else was considered."""
+    """Why a job waits, or why it runs where it does and what else was considered.
+
+    \b
+      whaleflux explain llama-70b-sft       in queue default
+      whaleflux explain research/sft-2      in queue research
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import scheduler_pb2
 
     with fleet() as client:
@@ -247,7 +259,12 @@ def logs(
     rank: Annotated[int, typer.Option("--rank", help="Only this rank; default: rank 0. -1: all ranks.", min=-1)] = 0,
     tail: Annotated[int, typer.Option("--tail", help="Only the last lines.", min=0)] = 0,
 ) -> None:
-    """What a job's processes print. Ctrl-C stops reading, not the job."""
+    """What a job's processes print. Ctrl-C stops reading, not the job.
+
+    \b
+      whaleflux logs -f llama-70b-sft       rank 0, on and on
+      whaleflux logs --rank -1 --tail 20 J  the last lines of every rank
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import scheduler_pb2
 
     request = scheduler_pb2.StreamLogsRequest(

@@ -218,6 +218,12 @@ def model_from_yaml(text: str, base: Path) -> ModelManifest:
     return ModelManifest(model_id, model)
 
 
+def is_model(text: str) -> bool:
+    """Whether a file declares a model rather than a job; raises Invalid where it is no YAML."""
+    content = _load(text)
+    return isinstance(content, dict) and "model" in content
+
+
 def _load(text: str) -> object:
     if len(text) > MAX_FILE_BYTES:
         raise Invalid(FieldViolation("file", f"has {len(text)} characters, at most {MAX_FILE_BYTES}"))

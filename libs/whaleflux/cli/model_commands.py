@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,26 +12,60 @@ from whaleflux.cli.job_commands import _read
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, Yes, fleet, pages
 
+if TYPE_CHECKING:
+    from whaleflux.cli.manifests import ModelManifest
+
 keys = typer.Typer(no_args_is_help=True, help="Keys of the inference API.")
 token = typer.Typer(no_args_is_help=True, help="Join tokens: each admits one agent, once.")
 
 
 def serve(file: Annotated[str, typer.Argument(help="Model file, or - for stdin.")], yes: Yes = False) -> None:
-    """Declares a model; its replicas are started and kept running."""
+    """Declares a model, or changes one that is declared; its replicas are started and kept running.
+
+    \b
+      whaleflux serve model.yaml
+      whaleflux replicas MODEL              how far they are
+      whaleflux route MODEL                 where a request would go, and why
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.cli.manifests import model_from_yaml
+    from whaleflux.errors import FieldViolation, Invalid, NotFound
+    from whaleflux.names import ulid
     from whaleflux.v1 import router_pb2
 
+    if file == "-" and not yes:
+        raise Invalid(FieldViolation("--yes", "a model file from stdin cannot be asked about; add -y"))
     manifest = model_from_yaml(*_read(file))
-    request = router_pb2.CreateModelRequest(model_id=manifest.model_id, model=manifest.model, validate_only=True)
+    name = f"models/{manifest.model_id}"
     with fleet() as client:
-        client.router.CreateModel(request, timeout=20)
-        count, gpus = manifest.model.replicas.min, manifest.model.engine.gpus
-        where = ", ".join(manifest.model.engine.gpu_models) or "any GPU"
-        print(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {gpus} GPU(s) on {where}")
-        confirm("serve it?", yes)
-        request.validate_only = False
-        model = client.router.CreateModel(request, timeout=20)
-    output.note(f"{model.name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
+        try:
+            before = client.router.GetModel(router_pb2.GetModelRequest(name=name), timeout=10)
+        except NotFound:
+            request = router_pb2.CreateModelRequest(
+                model_id=manifest.model_id, model=manifest.model, validate_only=True, request_id=ulid()
+            )
+            client.router.CreateModel(request, timeout=20)
+            _show_model_plan(manifest, None)
+            confirm("serve it?", yes)
+            request.validate_only = False
+            client.router.CreateModel(request, timeout=20)
+        else:
+            manifest.model.name, manifest.model.etag = name, before.etag
+            _show_model_plan(manifest, before)
+            confirm("change it?", yes)
+            client.router.UpdateModel(router_pb2.UpdateModelRequest(model=manifest.model), timeout=20)
+    output.note(f"{name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
+
+
+def _show_model_plan(manifest: ModelManifest, before: Any) -> None:
+    """On stdout: what will be served, and how many replicas there were."""
+    count, engine = manifest.model.replicas.min, manifest.model.engine
+    if engine.addresses:
+        print(f"PLAN  serve {manifest.model_id} by {len(engine.addresses)} server(s) that run elsewhere")
+    else:
+        where = ", ".join(engine.gpu_models) or "any GPU"
+        print(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {engine.gpus} GPU(s) on {where}")
+    if before is not None:
+        print(f"  now        {before.replicas.min} replica(s), {before.ready_replicas} ready")
 
 
 def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whaleflux.cli import output
 from whaleflux.cli.output import Format
 from whaleflux.cli.state import GLOBAL, Output, fleet
+
+if TYPE_CHECKING:
+    from whaleflux.cli.watching import Told
 
 State = Annotated[Path, typer.Option("--state", help="Folder of its state.")]
 
@@ -88,56 +91,105 @@ def version(fmt: Output = Format.table) -> None:
         output.table([], [[what, found] for what, found in versions.items()])
 
 
-def config() -> None:
+def config(fmt: Output = Format.table) -> None:
     """Which fleet this program talks to."""
+    import json
     from dataclasses import asdict
 
     from whaleflux.context import Context, find
 
     path = find(GLOBAL.context)
     shown = asdict(Context.load(path)) | {"api_key": "***"}
+    if fmt is Format.json:
+        print(json.dumps({"context": str(path), **shown}, indent=2))
+        return
     output.table([], [["context", str(path)], *([key, value] for key, value in shown.items())])
 
 
 def events(
     watch: Annotated[bool, typer.Option("-w", "--watch", help="Go on as things happen.")] = False,
-    for_: Annotated[str, typer.Option("--for", metavar="NAME", help="Only names that contain this.")] = "",
+    for_: Annotated[str, typer.Option("--for", metavar="WHAT", help="TYPE/NAME, or a part of a name.")] = "",
+    since: Annotated[str, typer.Option(help="Not older than this: 5m, 1h, or 2026-12-01T08:00Z.")] = "",
     fmt: Output = Format.table,
 ) -> None:
-    """What happens in the fleet: jobs, nodes and their health, as each owner tells it."""
-    import json
+    """What happened in the fleet, oldest first: jobs, nodes and their health, incidents, checkpoints.
+
+    \b
+      whaleflux events --since 1h
+      whaleflux events --watch --for job/llama-70b-sft
+      whaleflux events --watch -o json | jq .what
+
+    The past is what each owner still knows: the last attempt of a job, not all of them.
+    """  # noqa: D301 - the escape tells click to keep the lines
     import queue
     import threading
-    import time
 
-    from whaleflux.cli.watching import Told, streams
+    from whaleflux.cli.watching import Events, Listed, sources
 
-    told: queue.Queue[Told | None] = queue.Queue(maxsize=10_000)
+    oldest_s = _since(since)
+    told: Events = queue.Queue(maxsize=10_000)
+    past: list[Told] | None = []
     with fleet() as client:
-        sources = streams(client)
-        threads = [threading.Thread(target=source, args=(told, watch), daemon=True) for source in sources]
-        for thread in threads:
-            thread.start()
-        ended = 0
+        readers = sources(client)
+        for read in readers:
+            threading.Thread(target=read, args=(told, watch), daemon=True).start()
+        waiting, refusals = len(readers), []
         try:
-            while ended < len(sources):
+            while waiting or watch:
                 event = told.get()
-                if event is None:
-                    ended += 1
-                elif for_ in event.name:
-                    stamp = time.strftime("%H:%M:%S", time.localtime(event.at_s))
-                    line: Any = {
-                        "time": event.at_s,
-                        "kind": event.kind,
-                        "name": event.name,
-                        "what": event.what,
-                        "message": event.message,
-                    }
-                    print(
-                        json.dumps(line)
-                        if fmt is Format.json
-                        else f"{stamp}  {event.what:<12} {event.name}  {event.message}",
-                        flush=True,
-                    )
+                if isinstance(event, Listed):
+                    waiting -= 1
+                    if event.refusal is not None and waiting >= 0:
+                        refusals.append(event.refusal)
+                elif event.is_about(for_) and event.at_s >= oldest_s:
+                    if past is None:
+                        _print_event(event, fmt)
+                    else:
+                        past.append(event)
+                if waiting == 0 and past is not None:
+                    for event in sorted(past, key=lambda event: event.at_s):
+                        _print_event(event, fmt)
+                    past = None
+                    if len(refusals) == len(readers):
+                        raise refusals[0]
+                    for refusal in refusals:
+                        output.note(f"not told: {refusal.message}")
         except KeyboardInterrupt:
             return
+
+
+def _since(text: str) -> float:
+    """Unix time that a duration back from now, or an instant, stands for; 0 for none."""
+    import time
+
+    from whaleflux.cli import quantities
+    from whaleflux.errors import FieldViolation, Invalid
+
+    if not text:
+        return 0.0
+    try:
+        return time.time() - quantities.seconds(text)
+    except ValueError:
+        pass
+    try:
+        return quantities.instant(text).timestamp()
+    except ValueError:
+        raise Invalid(
+            FieldViolation("--since", "must be a duration such as 5m, or a time such as 2026-12-01T08:00Z")
+        ) from None
+
+
+def _print_event(event: Told, fmt: Format) -> None:
+    import json
+    import time
+    from dataclasses import asdict
+
+    if fmt is Format.json:
+        print(json.dumps(asdict(event)), flush=True)
+        return
+    if fmt is Format.name:
+        print(event.name, flush=True)
+        return
+    today = time.time() - event.at_s < 43200
+    stamp = time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", time.localtime(event.at_s))
+    print(f"{stamp}  {event.what:<12} {event.name}  {event.message}".rstrip(), flush=True)

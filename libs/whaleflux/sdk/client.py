@@ -10,12 +10,14 @@ the server refuses is raised as a class of `whaleflux.errors` with its reason an
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from whaleflux.context import Context, find
-from whaleflux.errors import Unavailable
+from whaleflux.errors import NotFound, Unavailable
 from whaleflux.rpc import channel as aio
 from whaleflux.rpc import sync
 from whaleflux.rpc.pki import TlsFiles
@@ -31,6 +33,7 @@ from whaleflux.v1 import (
 ENDED = frozenset(
     {scheduler_pb2.JOB_STATE_SUCCEEDED, scheduler_pb2.JOB_STATE_FAILED, scheduler_pb2.JOB_STATE_CANCELLED}
 )
+_AGAIN_S = 0.2  # between two attempts to follow a job while the control plane is away
 
 
 class _Stubs:
@@ -76,20 +79,21 @@ class AsyncClient(_Stubs):
             try:
                 async with self.scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(name=name)) as changes:
                     async for change in changes:
-                        job = _job_of(change)
+                        job = _job_of(change, name)
                         if job is not None and job.etag != last:
                             last = job.etag
                             yield job
                             if job.state in ENDED:
                                 return
             except Unavailable:
-                continue  # the channel paces the next attempt
+                pass
+            await asyncio.sleep(_AGAIN_S)
 
     async def wait(self, name: str) -> scheduler_pb2.Job:
         """The job once it has ended."""
         job = scheduler_pb2.Job()
-        async for job in self.follow_job(name):
-            pass
+        async for latest in self.follow_job(name):
+            job = latest
         return job
 
 
@@ -119,23 +123,26 @@ class Client(_Stubs):
         while True:
             try:
                 for change in self.scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(name=name)):
-                    job = _job_of(change)
+                    job = _job_of(change, name)
                     if job is not None and job.etag != last:
                         last = job.etag
                         yield job
                         if job.state in ENDED:
                             return
             except Unavailable:
-                continue
+                pass
+            time.sleep(_AGAIN_S)
 
     def wait(self, name: str) -> scheduler_pb2.Job:
         """As `AsyncClient.wait`."""
         job = scheduler_pb2.Job()
-        for job in self.follow_job(name):
-            pass
+        for latest in self.follow_job(name):
+            job = latest
         return job
 
 
-def _job_of(change: scheduler_pb2.WatchJobsResponse) -> scheduler_pb2.Job | None:
+def _job_of(change: scheduler_pb2.WatchJobsResponse, name: str) -> scheduler_pb2.Job | None:
     which = change.WhichOneof("event")
+    if which == "deleted" and change.deleted == name:
+        raise NotFound("job", name, "its record was deleted")
     return getattr(change, which) if which in {"added", "modified"} else None
