@@ -39,7 +39,8 @@ from whaleflux_scheduler.judge import Inquiry, Judge, reconstruct
 from whaleflux_scheduler.writer import Answers, Move, Writer
 
 DELETE_AT_ONCE = 50
-COALESCE_S = 0.002  # news that come together are one round
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.02  # between rounds: news that come together are one round
+SMALL_FLEET, SMALL_BUDGET_S = 256, 0.004  # nodes; decisions for fewer are too short to be worth another thread
 SHOW_EVERY_S = 1.0
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ class Brain:
         self._tasks: asyncio.TaskGroup | None = None
         self._suspend: dict[str, str] = {}  # job -> for whom it makes room
         self._shown_s = 0.0
+        self._asked = 0  # questions to the planner in its thread
         self.rounds = 0
 
     def load(self) -> None:
@@ -152,6 +154,8 @@ class Brain:
                 idle = new is not None and new.ended and not any(new.holding())
                 if old is not None or not idle:
                     self._book.touch(known.name)
+            if self._too_many_ended:
+                self._book.news.set()
 
     async def _follow_queues(self) -> None:
         async for _ in self._sources.queues.changes():
@@ -177,12 +181,15 @@ class Brain:
 
     async def _rounds(self) -> None:
         await self._found()
+        took_s = 0.0
         while True:
             await self._book.news.wait()
-            await self._clock.sleep(COALESCE_S)
+            await self._clock.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, 2 * took_s)))
             await self._writer.room()
             self._book.news.clear()
+            begun_s = self._clock.monotonic()
             await self._round()
+            took_s = self._clock.monotonic() - begun_s
             self.rounds += 1
 
     async def _found(self) -> None:
@@ -233,7 +240,7 @@ class Brain:
         )
         self._queues_changed, self._datasets = False, ()
         with telemetry.histogram(Metric.PLAN_DURATION).labels("round").time():
-            choices = await self._on_worker(lambda: self._plan(news))
+            choices = await self._plan(news)
         for choice in choices:
             self._choose(choice, now, moves)
         self._writer.write(moves)
@@ -246,9 +253,18 @@ class Brain:
     def _queues(self) -> dict[str, Queue]:
         return {stored.value.name.split("/")[1]: stored.value for stored in self._sources.queues.values.values()}
 
-    def _plan(self, news: News) -> list[Choice]:
-        self._planner.learn(news)
-        return self._planner.decide()
+    async def _plan(self, news: News) -> list[Choice]:
+        """In the planner's thread, unless that would take longer than the decision."""
+        small = self._planner.nodes <= SMALL_FLEET and not self._planner.unfinished and not self._asked
+        if small:
+            self._planner.learn(news)
+            return self._planner.decide(SMALL_BUDGET_S)
+
+        def plan() -> list[Choice]:
+            self._planner.learn(news)
+            return self._planner.decide()
+
+        return await self._on_worker(plan)
 
     def _look(self, stored: StoredJob, now: datetime, moves: dict[str, Move]) -> Candidate | None:
         """Notes the job's move, if it makes one; returns it as a candidate when it may be placed."""
@@ -379,9 +395,13 @@ class Brain:
             self.agents.settle(note, tuple(note.heard))
         spans.forget(name)
 
+    @property
+    def _too_many_ended(self) -> bool:
+        return len(self._book.ended) >= self._keep_ended + DELETE_AT_ONCE
+
     async def _prune(self) -> None:
         """Deletes the oldest ended jobs beyond what is kept."""
-        if len(self._book.ended) < self._keep_ended + DELETE_AT_ONCE:
+        if not self._too_many_ended:
             return
         oldest = sorted(self._book.ended, key=self._book.ended.__getitem__)[:DELETE_AT_ONCE]
         for name in oldest:
@@ -403,7 +423,12 @@ class Brain:
         telemetry.gauge(Metric.QUEUE_DEPTH).labels("jobs").set(self._planner.waiting)
 
     async def _on_worker(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        """The planner belongs to one thread at a time: to the worker while it is asked something."""
+        self._asked += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        finally:
+            self._asked -= 1
 
 
 def _with_step(job: Job, note: Note) -> Job:

@@ -104,6 +104,11 @@ class Planner:
         return len(self._waiting)
 
     @property
+    def nodes(self) -> int:
+        """Nodes that it knows."""
+        return len(self._nodes)
+
+    @property
     def unfinished(self) -> bool:
         """True when `decide` ran out of time before it had answered every job."""
         return bool(self._untried or self._untold)
