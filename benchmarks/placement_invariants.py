@@ -153,7 +153,12 @@ class History:
             share = pick.choice(
                 [Share(4 * GB, 100), Share(10 * GB, 250), Share(1 * GB, 500), Share(mig_profile="3g.71gb")]
             )
-            return PlaceRequest(id_, (GroupRequest("i", pick.choice([1, 1, 3]), share=share),))
+            parts = pick.choice([1, 1, 3])
+            level = pick.choice([None, None, Level.GPU, Level.NODE, Level.LEAF])
+            group = GroupRequest("i", parts, share=share, level=level)
+            light = GpuRequirement(cpu_millicores_per_gpu=need.cpu_millicores_per_gpu, labels=need.labels)
+            spread = pick.choice([0, 2]) if parts > 1 and level in (None, Level.LEAF) else 0
+            return PlaceRequest(id_, (group,), light, min_nodes=spread)
         if kind < 0.4:
             groups = (GroupRequest("a", pick.choice([2, 8])), GroupRequest("b", pick.choice([1, 3]), level=Level.NODE))
             return PlaceRequest(id_, groups, level=pick.choice([None, Level.LEAF, Level.SPINE]))
@@ -211,6 +216,8 @@ class History:
             mine = [a for a in answer.nodes if a.group == group.name]
             if group.level is Level.NODE:
                 assert len(mine) == 1
+            if group.level is Level.GPU:
+                assert len({(a.node, g) for a in mine for g in a.gpus}) == 1
             if group.gpus_per_node:
                 assert all(len(a.gpus) == group.gpus_per_node * answer.option.per_unit for a in mine)
             if group.level is Level.LEAF:

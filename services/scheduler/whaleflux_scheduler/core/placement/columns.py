@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whaleflux.fleet.links import Fabric
-from whaleflux.fleet.model import Gpu, Level, Node
-from whaleflux.fleet.wiring import Wiring, bits, wiring_of
+from whaleflux.fleet.model import Level, Node
+from whaleflux.fleet.wiring import bits
+from whaleflux_scheduler.core.placement.shapes import Shape
 
 if TYPE_CHECKING:
     from whaleflux_scheduler.core.placement.fragmentation import IdleTable
@@ -31,33 +31,6 @@ SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.L
 WHOLE_MILLI = 1000
 
 
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """Nodes with equal GPUs, wiring and network; per-GPU tuples are by position."""
-
-    indices: tuple[int, ...]  # as drivers count
-    models: tuple[str, ...]
-    memory_bytes: tuple[int, ...]
-    compute_capability: tuple[tuple[int, int], ...]
-    network_bytes_per_s: float
-    wiring: Wiring
-
-    @cached_property
-    def size(self) -> int:
-        return len(self.models)
-
-    @cached_property
-    def value(self) -> tuple[float, float]:
-        """What such a node is worth to others: its links, then its memory."""
-        return self.wiring.ring_bytes_per_s((1 << self.size) - 1), float(max(self.memory_bytes, default=0))
-
-    def mask(self, gpus: tuple[int, ...]) -> int:
-        """Positions of driver indices; an index that the node does not have (any more) is left out."""
-        if self.indices == _PLAIN[: len(self.indices)]:
-            return _plain_mask(gpus) & ((1 << len(self.indices)) - 1)
-        return sum(1 << self.indices.index(g) for g in set(gpus) if g in self.indices)
-
-
 @dataclass(slots=True)
 class Row:
     """What the engine is told about a node: inventory's facts and whether new work may go there."""
@@ -67,44 +40,6 @@ class Row:
     schedulable: bool = True
     reason: str = ""
     cache_room_bytes: int | None = None  # what datasets could still take of its NVMe; None: all of it
-
-
-_PLAIN = tuple(range(64))
-
-
-@lru_cache(maxsize=4096)
-def _plain_mask(gpus: tuple[int, ...]) -> int:
-    return sum(1 << g for g in set(gpus))
-
-
-class Shapes:
-    """Gives equal hardware the same `Shape`. Lives as long as the engine: the tables of a wiring are worth keeping."""
-
-    def __init__(self) -> None:
-        self._shapes: dict[object, Shape] = {}
-        self._wirings: dict[object, Wiring] = {}
-
-    def of(self, node: Node) -> Shape:
-        key = (tuple(map(_gpu_key, node.gpus)), node.links, node.network_bytes_per_s)
-        found = self._shapes.get(key)
-        if found is None:
-            found = self._shapes[key] = self._new(node)
-        return found
-
-    def _new(self, node: Node) -> Shape:
-        wiring = wiring_of(node)
-        return Shape(
-            tuple(g.index for g in node.gpus),
-            tuple(g.model for g in node.gpus),
-            tuple(g.memory_bytes for g in node.gpus),
-            tuple(g.compute_capability for g in node.gpus),
-            node.network_bytes_per_s,
-            self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring),
-        )
-
-
-def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
-    return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability)
 
 
 def uncut_mask(node: Node) -> int:

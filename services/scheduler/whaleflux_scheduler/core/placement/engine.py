@@ -24,10 +24,12 @@ from whaleflux_scheduler.core.placement.api import (
     PreemptionPlan,
     Victim,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Row, Shapes
+from whaleflux_scheduler.core.placement.columns import Columns, Row
 from whaleflux_scheduler.core.placement.comm import flows_of
-from whaleflux_scheduler.core.placement.decide import decide, feasible
+from whaleflux_scheduler.core.placement.decide import decide
 from whaleflux_scheduler.core.placement.explain import explain
+from whaleflux_scheduler.core.placement.search import feasible
+from whaleflux_scheduler.core.placement.shapes import Shapes
 from whaleflux_scheduler.core.placement.validate import check_request
 
 if TYPE_CHECKING:

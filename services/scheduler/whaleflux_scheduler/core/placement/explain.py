@@ -19,7 +19,7 @@ from whaleflux_scheduler.core.placement.api import (
     Share,
 )
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
-from whaleflux_scheduler.core.placement.decide import feasible
+from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
 
 Datasets = Mapping[str, DatasetFact]

@@ -6,6 +6,8 @@ there is one, where it fits tightest, so that whole GPUs and large parts stay fr
 
 from __future__ import annotations
 
+from collections import Counter
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
 Device = tuple[int, int]  # (row, position)
 
 
+class Together(Enum):
+    """What must hold all parts of a group."""
+
+    ANYWHERE = "anywhere"
+    NODE = "node"
+    DEVICE = "device"
+
+
 def place_parts(
     columns: Columns,
     need: GpuRequirement,
@@ -29,47 +39,50 @@ def place_parts(
     count: int,
     *,
     allowed: Bools | None,
-    one_node: bool,
+    most_per_node: int,
+    together: Together = Together.ANYWHERE,
 ) -> list[Device] | None:
-    """`count` parts of `share`, on one node if asked, else on as few devices and nodes as hold them; None when they do not fit."""
+    """`count` parts of `share` on as few devices and nodes as hold them, at most so many on one node; None when they do not fit."""
     taken: list[Device] = []
     try:
         while len(taken) < count:
-            device = _best(
-                columns,
-                need,
-                model,
-                share,
-                allowed,
-                within={i for i, _ in taken} if taken and one_node else None,
-            )
-            if device is None:
+            device = _best(columns, need, model, share, _open_rows(columns, allowed, taken, most_per_node, together))
+            if device is None or (together is Together.DEVICE and taken and device != taken[0]):
                 return None
-            _count(columns, device, share, 1)
+            _count(columns, need, device, share, 1)
             taken.append(device)
     finally:
         for device in taken:
-            _count(columns, device, share, -1)
+            _count(columns, need, device, share, -1)
     return sorted(taken)
 
 
-def _count(columns: Columns, device: Device, share: Share, sign: int) -> None:
+def _open_rows(
+    columns: Columns, allowed: Bools | None, taken: list[Device], most_per_node: int, together: Together
+) -> Bools | None:
+    """Rows where the next part may go, given where the others went."""
+    if not taken:
+        return allowed
+    per_node = Counter(i for i, _ in taken)
+    if together is not Together.ANYWHERE:
+        rows = np.zeros(columns.count, dtype=np.bool_)
+        rows[list(per_node)] = True
+        return rows
+    rows = np.ones(columns.count, dtype=np.bool_) if allowed is None else allowed.copy()
+    rows[[i for i, n in per_node.items() if n >= most_per_node]] = False
+    return rows
+
+
+def _count(columns: Columns, need: GpuRequirement, device: Device, share: Share, sign: int) -> None:
+    columns.host(device[0], need.cpu_millicores_per_gpu, need.host_memory_bytes_per_gpu, sign)
     if share.mig_profile:
         columns.partition(*device, share.mig_profile, sign)
     else:
         columns.share(*device, share.compute_milli, share.memory_bytes, sign)
 
 
-def _best(
-    columns: Columns,
-    need: GpuRequirement,
-    model: str,
-    share: Share,
-    allowed: Bools | None,
-    *,
-    within: set[int] | None,
-) -> Device | None:
-    rows = _rows(columns, need, allowed, within)
+def _best(columns: Columns, need: GpuRequirement, model: str, share: Share, allowed: Bools | None) -> Device | None:
+    rows = _rows(columns, need, allowed)
     if share.mig_profile:
         return _free_partition(columns, need, model, share.mig_profile, rows)
     fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
@@ -119,14 +132,10 @@ def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | No
     return best if len(costs) and np.isfinite(costs[best]) else None
 
 
-def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None, within: set[int] | None) -> Bools:
+def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bools:
     ok = np.array([r.schedulable for r in columns.rows], dtype=np.bool_)
     if allowed is not None:
         ok &= allowed
-    if within is not None:
-        near = np.zeros(columns.count, dtype=np.bool_)
-        near[list(within)] = True
-        ok &= near
     if need.labels or need.nvme:
         ok &= node_conditions(columns, need)
     if need.cpu_millicores_per_gpu:

@@ -39,18 +39,26 @@ class _Plan:
 
     def find(self) -> PreemptionPlan | None:
         stopped = self._shortest_run()
-        if stopped is None:
+        placement = None if stopped is None else self.engine.fits(self.request)
+        if stopped is None or placement is None:
             return None
-        self._spare_outside(stopped)
+        outside = self._outside(stopped, placement)  # the placement holds without their room
+        self.spare(outside)
+        stopped = [v for v in stopped if v not in outside]
         for victim in reversed(list(stopped)):
             self.spare([victim])
-            if self.engine.feasible(self.request):
+            found = self.engine.fits(self.request)
+            if found is not None:
+                placement = found
                 stopped.remove(victim)
             else:
                 self.stop([victim])
-        placement = self.engine.fits(self.request)
-        assert placement is not None
         return PreemptionPlan(tuple(v.id for v in stopped), placement, sum(v.lost_gpu_s for v in stopped))
+
+    def _outside(self, stopped: list[Victim], placement: Placement) -> list[Victim]:
+        """Nobody outside the place that was found needs to go."""
+        inside = set(placement.node_names)
+        return [v for v in stopped if not any(a.node in inside for a in self.placed[v.id].nodes)]
 
     def _shortest_run(self) -> list[Victim] | None:
         """The shortest prefix of the order that makes room, left stopped: by doubling, then by bisection of the last step."""
@@ -72,12 +80,3 @@ class _Plan:
                 low = middle
         self.stop(self.order[at:high])
         return self.order[:high]
-
-    def _spare_outside(self, stopped: list[Victim]) -> None:
-        """Nobody outside the place that was found needs to go."""
-        placement = self.engine.fits(self.request)
-        assert placement is not None
-        inside = set(placement.node_names)
-        outside = [v for v in stopped if not any(a.node in inside for a in self.placed[v.id].nodes)]
-        self.spare(outside)
-        stopped[:] = [v for v in stopped if v not in outside]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.placement.api import GpuOption, GpuRequirement, GroupRequest, PlaceRequest
-from whaleflux_scheduler.core.placement.columns import Columns, Ints, Shape
+from whaleflux_scheduler.core.placement.columns import Columns, Ints
+from whaleflux_scheduler.core.placement.shapes import Shape
 
 Bools = NDArray[np.bool_]
 

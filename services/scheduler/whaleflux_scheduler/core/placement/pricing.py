@@ -1,0 +1,103 @@
+"""What a place costs: communication, fetching data, money, and what the GPUs taken are worth to others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from whaleflux.fleet.links import HOP_S, all_reduce_s
+from whaleflux.fleet.model import Level, LinkKind
+from whaleflux_scheduler.core.placement.api import Cost, GpuOption, PlaceRequest
+from whaleflux_scheduler.core.placement.columns import Columns, nvme_bytes
+from whaleflux_scheduler.core.placement.comm import Estimate, estimate
+from whaleflux_scheduler.core.placement.search import Datasets, Group, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A feasible place and what it costs."""
+
+    option: GpuOption
+    groups: tuple[Group, ...]
+    estimate: Estimate
+    cost: Cost
+    value: tuple[float, float]  # what the GPUs taken are worth to others: lower is taken first
+
+    @property
+    def rows(self) -> list[int]:
+        return [i for g in self.groups for i in ([i for i, _ in g.parts] or [i for i, _ in g.devices])]
+
+
+def price(
+    columns: Columns,
+    request: PlaceRequest,
+    option: GpuOption,
+    groups: tuple[Group, ...],
+    datasets: Datasets,
+) -> Candidate:
+    """What the place costs in time and money."""
+    merged: dict[int, int] = {}
+    usd = 0.0
+    for group in groups:
+        for i, mask in group.parts:
+            merged[i] = merged.get(i, 0) | mask
+            usd += columns.rows[i].node.price.usd_per_gpu_hour * mask.bit_count()
+        for i, position in group.devices:
+            merged[i] = merged.get(i, 0) | 1 << position
+            usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
+    parts = sorted(merged.items())
+    found = estimate(columns, parts, request.comm, inner_size(request) * option.per_unit)
+    fetch_s = max(_fetch_s(columns, i, request, datasets) for i, _ in parts) if request.datasets else 0.0
+    run_s = _run_s(columns, request, option, parts, found)
+    total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
+    first = columns.shape(parts[0][0])
+    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), first.value)
+
+
+def inner_size(request: PlaceRequest) -> int:
+    """Ranks of the largest subgroup that lives inside a node; 1 when there is none."""
+    size = 1
+    for group in request.groups:
+        for sub in group.subgroups:
+            if sub.level >= Level.NODE:
+                size = max(size, sub.size)
+    return size
+
+
+def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
+    """The larger of the memory and the compute share: what nobody else can use any more."""
+    share, gpu = group.request.share, columns.rows[i].node.gpus[position]
+    assert share is not None
+    if share.mig_profile:
+        return 1 / max(1, len(gpu.mig_profiles))
+    return max(share.compute_milli / 1000, share.memory_bytes / gpu.memory_bytes if gpu.memory_bytes else 0.0)
+
+
+def _fetch_s(columns: Columns, i: int, request: PlaceRequest, datasets: Datasets) -> float:
+    """Seconds of reading from afar: once where the node can keep the data, each time where it cannot, nothing where it has it."""
+    name, row = columns.names[i], columns.rows[i]
+    network = row.node.network_bytes_per_s
+    missing = [datasets[d] for d in request.datasets if d in datasets and name not in datasets[d].cached_on]
+    room = nvme_bytes(row) if row.cache_room_bytes is None else row.cache_room_bytes
+    times = 1.0 if sum(d.size_bytes for d in missing) <= room else max(1.0, request.data_reads)
+    return times * sum(d.size_bytes / min(d.origin_bytes_per_s, network or d.origin_bytes_per_s) for d in missing)
+
+
+def _run_s(
+    columns: Columns, request: PlaceRequest, option: GpuOption, parts: list[Part], found: Estimate
+) -> float | None:
+    work = request.preference.work_gpu_s
+    if not work:
+        return None
+    ideal = ideal_step_s(columns, request, parts)
+    slower = found.step_s / ideal - 1 if ideal else 0.0
+    return work / (request.units * option.throughput) * (1 + request.preference.comm_fraction * max(0.0, slower))
+
+
+def ideal_step_s(columns: Columns, request: PlaceRequest, parts: list[Part]) -> float:
+    """Communication on the same GPUs if no link were shared or split: whole nodes, their full network."""
+    ranks = sum(m.bit_count() for _, m in parts)
+    shape = columns.shape(parts[0][0])
+    bus = shape.wiring.ring_bytes_per_s((1 << shape.size) - 1)
+    if ranks > shape.size and shape.network_bytes_per_s:
+        bus = min(bus, shape.network_bytes_per_s)
+    return all_reduce_s(request.comm.all_reduce_bytes, ranks, bus, HOP_S[LinkKind.NVLINK], 2 * (ranks - 1))

@@ -1,0 +1,74 @@
+"""Kinds of nodes: equal hardware is one `Shape`, so that questions about hardware are answered once per kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from whaleflux.fleet.model import Gpu, Node
+from whaleflux.fleet.wiring import Wiring, wiring_of
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Nodes with equal GPUs, wiring and network; per-GPU tuples are by position."""
+
+    indices: tuple[int, ...]  # as drivers count
+    models: tuple[str, ...]
+    memory_bytes: tuple[int, ...]
+    compute_capability: tuple[tuple[int, int], ...]
+    network_bytes_per_s: float
+    wiring: Wiring
+
+    @cached_property
+    def size(self) -> int:
+        return len(self.models)
+
+    @cached_property
+    def value(self) -> tuple[float, float]:
+        """What such a node is worth to others: its links, then its memory."""
+        return self.wiring.ring_bytes_per_s((1 << self.size) - 1), float(max(self.memory_bytes, default=0))
+
+    def mask(self, gpus: tuple[int, ...]) -> int:
+        """Positions of driver indices; an index that the node does not have (any more) is left out."""
+        if self.indices == _PLAIN[: len(self.indices)]:
+            return _plain_mask(gpus) & ((1 << len(self.indices)) - 1)
+        return sum(1 << self.indices.index(g) for g in set(gpus) if g in self.indices)
+
+
+_PLAIN = tuple(range(64))
+
+
+@lru_cache(maxsize=4096)
+def _plain_mask(gpus: tuple[int, ...]) -> int:
+    return sum(1 << g for g in set(gpus))
+
+
+class Shapes:
+    """Gives equal hardware the same `Shape`. Lives as long as the engine: the tables of a wiring are worth keeping."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[object, Shape] = {}
+        self._wirings: dict[object, Wiring] = {}
+
+    def of(self, node: Node) -> Shape:
+        key = (tuple(map(_gpu_key, node.gpus)), node.links, node.network_bytes_per_s)
+        found = self._shapes.get(key)
+        if found is None:
+            found = self._shapes[key] = self._new(node)
+        return found
+
+    def _new(self, node: Node) -> Shape:
+        wiring = wiring_of(node)
+        return Shape(
+            tuple(g.index for g in node.gpus),
+            tuple(g.model for g in node.gpus),
+            tuple(g.memory_bytes for g in node.gpus),
+            tuple(g.compute_capability for g in node.gpus),
+            node.network_bytes_per_s,
+            self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring),
+        )
+
+
+def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
+    return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability)
