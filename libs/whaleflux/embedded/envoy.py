@@ -12,7 +12,6 @@ Envoy 1.40. The same template makes deploy/envoy/envoy.yaml (`python -m whaleflu
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whaleflux.embedded import readiness
 from whaleflux.errors import Unavailable
 from whaleflux.rpc.pki import TlsFiles, server_name
 
@@ -102,28 +102,12 @@ def command(config: Path) -> list[str]:
 
 async def is_ready(admin_address: str, timeout_s: float = 1.0) -> bool:
     """Whether Envoy answers and its listeners are warm."""
-    host, _, port = admin_address.rpartition(":")
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            try:
-                writer.write(f"GET /ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                answer = await reader.read(4096)
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return b" 200 " in answer.split(b"\r\n", 1)[0]
+    return readiness.is_ok(await readiness.get(admin_address, "/ready", timeout_s))
 
 
 async def wait_ready(admin_address: str, timeout_s: float = 20.0) -> None:
     """Returns when Envoy serves; raises Unavailable after `timeout_s`."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not await is_ready(admin_address):
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise Unavailable(f"envoy at {admin_address} is not ready after {timeout_s:g} s; read its log") from None
+    await readiness.wait_for(lambda: is_ready(admin_address), f"envoy at {admin_address}", timeout_s)
 
 
 def _grpc_listener(front: FrontDoor) -> dict[str, Any]:

@@ -6,7 +6,6 @@ process is its caller's business.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib.util
 import json
@@ -17,7 +16,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from whaleflux.errors import NotFound, Unavailable
+from whaleflux.embedded import readiness
+from whaleflux.errors import NotFound
 
 _LOSES_CONSISTENCY = range(3)  # 3.5.0-3.5.2: a crash under load could make members differ (upstream notice)
 
@@ -90,27 +90,16 @@ def command(binary: Path, data: Path, *, client_port: int, peer_port: int, tls: 
 
 async def healthy(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 1.0) -> bool:
     """Whether the etcd there has a leader and takes writes; `tls` is a client's context where it asks for one."""
+    body = (await readiness.get(f"{host}:{port}", "/health", timeout_s, tls)).partition(b"\r\n\r\n")[2]
     try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port, ssl=tls)
-            try:
-                writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                body = (await reader.read(65536)).partition(b"\r\n\r\n")[2]
-            finally:
-                writer.close()
         return bool(json.loads(body).get("health") == "true")
-    except (OSError, TimeoutError, ValueError):
+    except ValueError:
         return False
 
 
 async def wait_ready(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 20.0) -> None:
     """Returns as soon as `healthy`; raises Unavailable after `timeout_s`."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not await healthy(host, port, tls=tls):  # another process gives no signal
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise Unavailable(f"etcd at {host}:{port} was not ready within {timeout_s:g} s; see its log") from None
+    await readiness.wait_for(lambda: healthy(host, port, tls=tls), f"etcd at {host}:{port}", timeout_s)
 
 
 def sound(number: tuple[int, int, int]) -> bool:

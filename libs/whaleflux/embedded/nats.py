@@ -7,7 +7,6 @@ environment. Secrets stand in the file (mode 0600), never on the command line.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from whaleflux.embedded import readiness
 from whaleflux.errors import FieldViolation, Invalid, Unavailable
 from whaleflux.names import check_id
 
@@ -145,31 +145,13 @@ def command(config: Path) -> list[str]:
 
 async def is_ready(monitor_address: str, timeout_s: float = 1.0) -> bool:
     """Whether the server answers and its streams are recovered."""
-    host, _, port = monitor_address.rpartition(":")
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            try:
-                writer.write(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                answer = await reader.read(4096)
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return b" 200 " in answer.split(b"\r\n", 1)[0]
+    return readiness.is_ok(await readiness.get(monitor_address, "/healthz", timeout_s))
 
 
 async def wait_ready(monitor_address: str, timeout_s: float = 20.0) -> None:
     """Returns when the server is ready; raises Unavailable after `timeout_s`."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not await is_ready(monitor_address):  # another process: nothing to wait on
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise Unavailable(
-            f"nats-server at {monitor_address} is not ready after {timeout_s} s; read its log",
-            reason="BUS_UNAVAILABLE",
-        ) from None
+    what = f"nats-server at {monitor_address}"
+    await readiness.wait_for(lambda: is_ready(monitor_address), what, timeout_s, reason="BUS_UNAVAILABLE")
 
 
 def _common(name: str, server: Server) -> str:

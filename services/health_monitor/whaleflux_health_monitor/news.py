@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from whaleflux.events.changes import state_news
 from whaleflux.events.publisher import Change, News
-from whaleflux.events.subjects import HUB, Subject, change_id
-from whaleflux.v1 import events_pb2
 from whaleflux.v1 import health_pb2 as pb
+from whaleflux.v1 import types_pb2
 
 SOURCE = "health_monitor"
 
@@ -20,12 +20,19 @@ def of_health(change: Change, now: datetime) -> News | None:
     before, what = _phase(old) if old else "", _phase(new) if new else "DELETED"
     if before == what:
         return None
-    event = _event(change, now, health.name, what, before, health.message if new else f"{health.name} was removed")
-    event.site = health.name.split("/")[1]
-    event.cause.resource = health.incident
-    event.attributes["reason"] = health.reason
-    event.attributes["confidence"] = f"{health.confidence:.2f}"
-    return News(str(Subject.of(health.name, "phase")), event.SerializeToString())
+    return state_news(
+        change,
+        now,
+        source=SOURCE,
+        resource=health.name,
+        what=what,
+        previous=before,
+        kind="phase",
+        message=health.message if new else f"{health.name} was removed",
+        site=health.name.split("/")[1],
+        cause=types_pb2.Cause(resource=health.incident),
+        attributes={"reason": health.reason, "confidence": f"{health.confidence:.2f}"},
+    )
 
 
 def of_incident(change: Change, now: datetime) -> News | None:
@@ -37,16 +44,24 @@ def of_incident(change: Change, now: datetime) -> News | None:
     what = _stage(incident)
     if what == before:
         return None
-    event = _event(change, now, incident.name, what, before, incident.message)
-    event.attributes["kind"] = pb.IncidentKind.Name(incident.kind).removeprefix("INCIDENT_KIND_")
-    event.attributes["nodes"] = ",".join(incident.nodes)[:1000]
-    event.attributes["jobs"] = ",".join(incident.jobs)[:1000]
-    event.attributes["application_fault"] = str(incident.application_fault).lower()
-    event.epoch = max(incident.epochs.values(), default=0)
-    trace = next(iter(incident.traceparents.values()), "")
-    event.cause.traceparent = trace
-    headers = {"traceparent": trace} if trace else None
-    return News(str(Subject.of(incident.name, "failure")), event.SerializeToString(), headers)
+    return state_news(
+        change,
+        now,
+        source=SOURCE,
+        resource=incident.name,
+        what=what,
+        previous=before,
+        kind="failure",
+        message=incident.message,
+        epoch=max(incident.epochs.values(), default=0),
+        cause=types_pb2.Cause(traceparent=next(iter(incident.traceparents.values()), "")),
+        attributes={
+            "kind": pb.IncidentKind.Name(incident.kind).removeprefix("INCIDENT_KIND_"),
+            "nodes": ",".join(incident.nodes)[:1000],
+            "jobs": ",".join(incident.jobs)[:1000],
+            "application_fault": str(incident.application_fault).lower(),
+        },
+    )
 
 
 def _phase(health: pb.NodeHealth) -> str:
@@ -57,18 +72,3 @@ def _stage(incident: pb.Incident) -> str:
     if incident.HasField("end_time") and incident.end_time != incident.detect_time:
         return "CLOSED"
     return "FENCED" if incident.HasField("fence_time") else "OPENED"
-
-
-def _event(change: Change, now: datetime, resource: str, what: str, previous: str, message: str) -> events_pb2.Event:
-    event = events_pb2.Event(
-        id=change_id(change.key, change.revision),
-        resource=resource,
-        what=what,
-        previous=previous,
-        revision=change.revision,
-        message=message,
-        source=SOURCE,
-        site=HUB,
-    )
-    event.time.FromDatetime(now)
-    return event

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from whaleflux.events.changes import state_news
 from whaleflux.events.publisher import Change, News
-from whaleflux.events.subjects import HUB, Subject, change_id
-from whaleflux.v1 import events_pb2
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert
 
@@ -27,12 +26,18 @@ def of_node(change: Change, now: datetime) -> News:
         what, message = after, f"{node.name} is {after}" + (f": {new.intent_reason}" if new.intent_reason else "")
     else:
         what, message = "CHANGED", f"{node.name} reports other facts, or its labels or price were set"
-    site = node.name.split("/")[1]
-    event = _event(change, now, resource=node.name, what=what, previous=before, message=message, site=site)
-    event.attributes["gpus"] = str(len(node.facts.gpus))
-    event.attributes["simulated"] = str(node.facts.simulated).lower()
-    kind = {"CREATED": "created", "DELETED": "deleted", "CHANGED": "changed"}.get(what, "intent")
-    return News(str(Subject.of(node.name, kind)), event.SerializeToString())
+    return state_news(
+        change,
+        now,
+        source=SOURCE,
+        resource=node.name,
+        what=what,
+        previous=before,
+        kind={"CREATED": "created", "DELETED": "deleted", "CHANGED": "changed"}.get(what, "intent"),
+        message=message,
+        site=node.name.split("/")[1],
+        attributes={"gpus": str(len(node.facts.gpus)), "simulated": str(node.facts.simulated).lower()},
+    )
 
 
 def of_dataset(change: Change, now: datetime) -> News:
@@ -45,22 +50,4 @@ def of_dataset(change: Change, now: datetime) -> News:
         what, message = "CREATED", f"{dataset.name} is declared, {dataset.size_bytes} bytes"
     else:
         what, message = "COPIES", f"{dataset.name} is cached on {len(dataset.copies)} node(s)"
-    event = _event(change, now, resource=dataset.name, what=what, previous="", message=message, site=HUB)
-    return News(str(Subject.of(dataset.name, what.lower())), event.SerializeToString())
-
-
-def _event(
-    change: Change, now: datetime, *, resource: str, what: str, previous: str, message: str, site: str
-) -> events_pb2.Event:
-    event = events_pb2.Event(
-        id=change_id(change.key, change.revision),
-        resource=resource,
-        what=what,
-        previous=previous,
-        revision=change.revision,
-        message=message,
-        source=SOURCE,
-        site=site,
-    )
-    event.time.FromDatetime(now)
-    return event
+    return state_news(change, now, source=SOURCE, resource=dataset.name, what=what, message=message)
