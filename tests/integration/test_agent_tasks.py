@@ -164,6 +164,13 @@ async def test_what_cannot_run_here_is_refused_with_the_reason(control, state, e
     assert word in control.tasks.last("train-1-0").message
 
 
+async def test_an_agent_that_only_senses_beats_and_takes_no_work(control, state):
+    async with agent(control, state, "--no-run"):
+        await until(lambda: control.inventory.registered and len(control.health.beats) > 2)
+    assert list(control.inventory.registered[0].facts.runtimes) == []
+    assert control.tasks.hellos == []  # the scheduler gives work only to agents that it hears
+
+
 async def test_an_old_epoch_is_refused_also_by_the_next_agent(control, state):
     async with agent(control, state):
         control.tasks.want(desired(SLEEP, epoch=5))
@@ -296,7 +303,7 @@ async def test_launch_and_failure_are_in_the_trace_of_the_cause(control, state, 
         control.tasks.want(failing)
         await until(lambda: "EXITED" in control.tasks.phases("train-1-0"))
         running = next(r for r in control.tasks.reports if r.phase == scheduler_pb2.TASK_PHASE_RUNNING)
-    telemetry.flush()
+        await until(lambda: telemetry.flush() and "agent.exit" in {span.name for span in spans.get_finished_spans()})
     launch = next(span for span in spans.get_finished_spans() if span.name == "agent.launch")
     ended = next(span for span in spans.get_finished_spans() if span.name == "agent.exit")
     assert f"{launch.parent.span_id:016x}" == cause.split("-")[2]

@@ -96,13 +96,15 @@ def test_nothing_new_begins_before_the_control_plane_has_spoken():
         ({"gpu_indices": (0, 0)}, "once"),
         ({"gpu_indices": ()}, "at least one"),
         ({"image": "i"}, "container engine"),
+        ({"runtimes": ()}, "only senses"),
         ({"command": ()}, "neither"),
         ({"first_rank": 3}, "do not fit"),
     ],
 )
 def test_what_a_node_can_never_run_is_named(changes, word):
     fields = {"gpu_indices": (0,), "command": ("x",), "world_size": 1, **changes}
-    found = defect(Work("t", JOB, 1, **fields), {0, 1}, {"process"})
+    runtimes = fields.pop("runtimes", {"process"})
+    found = defect(Work("t", JOB, 1, **fields), {0, 1}, runtimes)
     assert word in found
     assert bool(found) == bool(word)
 

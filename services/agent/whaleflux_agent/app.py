@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 from importlib import metadata
 
 from whaleflux.errors import FieldViolation, Invalid
@@ -42,7 +44,8 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
     boot = procfs.boot_id()
     inventory = inventory_pb2_grpc.InventoryServiceStub(_channel(ctx, "inventory"))
     checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(_channel(ctx, "checkpoint"))
-    runtimes = await asyncio.to_thread(_runtimes, settings, node) if settings.run else {}
+    groups = await asyncio.to_thread(_groups, settings) if settings.run else None
+    runtimes = await asyncio.to_thread(_runtimes, settings, groups) if settings.run else {}
     host_address = settings.address_for_ranks()
     address = _reachable(ctx.address, host_address)
     about = About(
@@ -144,7 +147,7 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
             watch_devices,
             tidy_datasets,
         ],
-        on_stop=[source.close, lambda: asyncio.to_thread(state.close)],
+        on_stop=[source.close, lambda: asyncio.to_thread(state.close), lambda: asyncio.to_thread(_tidy, groups)],
     )
 
 
@@ -168,9 +171,21 @@ def _reachable(address: str, host_address: str) -> str:
     return address
 
 
-def _runtimes(settings: AgentSettings, node: str) -> dict[str, Runtime]:
-    name = "whaleflux-" + node.replace("/", "-")
-    found: dict[str, Runtime] = {"process": ProcessRuntime(Cgroups.find(name) if settings.cgroups else None)}
+def _groups(settings: AgentSettings) -> Cgroups | None:
+    """Named after the state directory: nodes of two fleets on one host may have one name."""
+    digest = hashlib.sha256(str(settings.state_dir.resolve()).encode()).hexdigest()
+    return Cgroups.find(f"whaleflux-{digest[:16]}") if settings.cgroups else None
+
+
+def _tidy(groups: Cgroups | None) -> None:
+    """Leaves no empty group behind; one with ranks in it stays."""
+    if groups is not None:
+        with contextlib.suppress(OSError):
+            groups.root.rmdir()
+
+
+def _runtimes(settings: AgentSettings, groups: Cgroups | None) -> dict[str, Runtime]:
+    found: dict[str, Runtime] = {"process": ProcessRuntime(groups)}
     if settings.docker and (engine := open_docker()) is not None:
         found["docker"] = engine
     return found

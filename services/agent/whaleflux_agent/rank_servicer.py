@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 import tempfile
@@ -157,8 +156,6 @@ class RankServicer(agent_pb2_grpc.RankServiceServicer):
         if request.rank not in task.work.ranks:
             raise Invalid(FieldViolation("rank", f"{request.rank} does not run here; this task has {task.work.ranks}"))
         self._supervisor.note_progress(task, request.rank, request.step, request.loss)
-        if request.rank == 0 and not math.isnan(request.loss):
-            telemetry.gauge(telemetry.Metric.TRAINING_LOSS).labels(task.work.job).set(request.loss)
         return agent_pb2.ReportProgressResponse()
 
     def _task(self, context: Any) -> Task:

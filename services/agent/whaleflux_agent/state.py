@@ -127,7 +127,8 @@ class StateDir:
 
     def task_folder(self, task: str) -> Path:
         """The folder of a task; its id cannot name another place."""
-        return self.root / "tasks" / quote(task, safe="").replace(".", "%2E")
+        name = quote(task, safe="")
+        return self.root / "tasks" / (f"%2E{name[1:]}" if name.startswith(".") else name)
 
     def load_tasks(self) -> list[TaskRecord]:
         """Every task that has a readable record, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ class Supervisor:
 
     def note_progress(self, task: Task, rank: int, step: int, loss: float) -> None:
         """A rank has completed a step; what is sent is the newest of the lowest rank here."""
+        if math.isnan(loss) and rank in task.steps:
+            loss = task.steps[rank][1]  # not every step has one
         task.steps[rank] = (step, loss)
         if rank != min(task.steps):
             return

@@ -125,7 +125,10 @@ def defect(want: Work, gpus: Iterable[int], runtimes: Iterable[str]) -> str:
         return f"GPU {missing[0]} is not there or not healthy; this node has {sorted(known)}"
     if len(set(want.gpu_indices)) != len(want.gpu_indices) or not want.gpu_indices:
         return f"gpu_indices {list(want.gpu_indices)} must name each GPU once, and at least one"
-    if want.image and "docker" not in runtimes:
+    offered = set(runtimes)
+    if not offered:
+        return "this node only senses: its agent was started with --no-run"
+    if want.image and "docker" not in offered:
         return f"image {want.image!r} needs a container engine, and this node has none"
     if not want.image and not want.command:
         return "neither a command nor an image is given"
