@@ -13,6 +13,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle, machine
 from whaleflux_scheduler.core.model import ENDED, Decision, Job, JobKind, JobState, Queue, Rule, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import Limits, Report, Seen, Standing, Verdict
+from whaleflux_scheduler.core.placement.validate import check_request
 from whaleflux_scheduler.core.queueing import Line, Lines, over_limit
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
@@ -124,16 +125,17 @@ class TestSpec:
     @given(
         st.builds(
             Spec,
-            command=st.lists(st.text(max_size=5), max_size=3).map(tuple),
-            gpus=st.integers(-(2**31), 2**31 - 1),
-            min_nodes=st.integers(-(2**31), 2**31 - 1),
-            max_nodes=st.integers(-(2**31), 2**31 - 1),
-            min_compute_capability=st.integers(-(2**31), 2**31 - 1),
+            command=st.lists(st.text(max_size=5), max_size=3).map(tuple) | st.just(("python",)),
+            gpus=st.integers(-(2**31), 2**31 - 1) | st.integers(1, 64),
+            min_nodes=st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9),
+            max_nodes=st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9),
+            min_compute_capability=st.integers(-(2**31), 2**31 - 1) | st.integers(0, 100),
             placement=st.lists(
                 st.builds(Rule, st.text(max_size=3), st.integers(-1, 9), st.integers(-5, 20)), max_size=2
             ).map(tuple),
-            budget_usd=st.floats(),
+            budget_usd=st.floats() | st.just(0.0),
             backoff_s=st.none() | st.floats(),
+            any_of=st.lists(st.sampled_from([f"M{i}" for i in range(40)]), max_size=40).map(tuple),
             environment=st.lists(st.tuples(st.text(max_size=8), st.text(max_size=4)), max_size=2).map(tuple),
         )
     )
@@ -144,6 +146,7 @@ class TestSpec:
         except Invalid:
             return
         request = place_request("queues/q/jobs/j", spec)
+        check_request(request)
         assert request.units == spec.gpus >= 1
 
 

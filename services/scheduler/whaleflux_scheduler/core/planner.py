@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, Conflict
+from whaleflux.errors import AlreadyExists, Conflict, Invalid
 from whaleflux.fleet.model import Level, LinkKind, Node
 from whaleflux_scheduler.core import decisions
 from whaleflux_scheduler.core.lifecycle import Place, next_epoch
@@ -226,8 +226,12 @@ class Planner:
     def _upsert(self, node: Node) -> None:
         if self._nodes.get(node.name) == node:
             return
+        try:
+            self._engine.upsert_node(node)
+        except Invalid as strange:  # inventory checks facts; what it let through must not stop the others
+            log.error("%s is left out: %s", node.name, strange)
+            return
         self._nodes[node.name] = node
-        self._engine.upsert_node(node)
         if node.name not in self._open:
             self._engine.set_schedulable(node.name, False, "not ready yet")
         self._try_all()
@@ -350,8 +354,11 @@ class Planner:
         refused = self._refused.get(waiting.line.shape)
         if refused is not None and not own:
             return Choice(job.name, decisions.waits(refused, now, waiting.candidate.exclude))
-        with self._without_own(job.name):
-            answer = self._engine.place(request)
+        try:
+            with self._without_own(job.name):
+                answer = self._engine.place(request)
+        except Invalid as never:  # of an older version's rules
+            return Choice(job.name, decisions.held_back(str(never), now, "cancel it and submit it in another shape"))
         if isinstance(answer, Placement):
             return self._give(job, answer, now)
         if not own:

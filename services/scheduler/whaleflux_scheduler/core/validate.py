@@ -20,6 +20,7 @@ MAX_TEXT_CHARS = 4_096
 MAX_COMMAND_BYTES = 64 * 1024
 MAX_ENVIRONMENT = 500
 MAX_LIST = 100
+MAX_MODELS = 32
 MAX_PRIORITY = 1_000
 MAX_RESTARTS = 1_000_000
 MAX_DURATION_S = 366 * 24 * 3600.0
@@ -101,7 +102,7 @@ def _gpus(spec: Spec, at: str) -> Violations:
         yield FieldViolation(f"{at}.nodes.min", text)
     if 0 < spec.max_nodes < spec.min_nodes:
         yield FieldViolation(f"{at}.nodes.max", f"{spec.max_nodes} is below nodes.min ({spec.min_nodes})")
-    yield from _list(f"{at}.gpu.any_of", spec.any_of, _MODEL, "a catalogue name such as H200 or A100-80GB")
+    yield from _list(f"{at}.gpu.any_of", spec.any_of, _MODEL, "a catalogue name such as H200 or A100-80GB", MAX_MODELS)
     yield from _number(f"{at}.gpu.min_memory_bytes", spec.min_memory_bytes, 0, MAX_MEMORY_BYTES)
     yield from _number(f"{at}.gpu.min_compute_capability", spec.min_compute_capability, 0, 999)
 
@@ -169,10 +170,12 @@ def _text(field: str, text: str, limit: int = MAX_TEXT_CHARS) -> Violations:
         yield FieldViolation(field, "contains characters that cannot be printed; remove them")
 
 
-def _list(field: str, items: tuple[str, ...], pattern: re.Pattern[str], wanted: str) -> Violations:
-    if len(items) > MAX_LIST:
-        yield FieldViolation(field, f"{len(items)} entries; at most {MAX_LIST}")
-    for i, item in enumerate(items[:MAX_LIST]):
+def _list(
+    field: str, items: tuple[str, ...], pattern: re.Pattern[str], wanted: str, limit: int = MAX_LIST
+) -> Violations:
+    if len(items) > limit:
+        yield FieldViolation(field, f"{len(items)} entries; at most {limit}")
+    for i, item in enumerate(items[:limit]):
         if not pattern.fullmatch(item):
             yield FieldViolation(f"{field}[{i}]", f"{_shown(item)!r} is not {wanted}")
     if len(set(items)) < len(items):
