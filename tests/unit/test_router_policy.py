@@ -118,6 +118,8 @@ def test_every_ready_replica_is_ranked_exactly_once(fleet, tokens):
     decision = decide(Request("m", tokens), snapshot(*replicas), loads, 0)
     assert sorted(r.replica.name for r in decision.ranking) == sorted(ready)
     assert [r.score for r in decision.ranking] == sorted(r.score for r in decision.ranking)
+    best = decide(Request("m", tokens), snapshot(*replicas), loads, 0, most=2)
+    assert best.ranking == decision.ranking[:2], "what the front door gets is the head of what `route` shows"
     assert (
         decision == decide(Request("m", tokens), snapshot(*reversed(replicas)), loads, 0) or len(decision.excluded) > 1
     )

@@ -21,7 +21,7 @@ from whaleflux import telemetry
 from whaleflux.embedded.envoy import NO_REPLICA_STATUS
 from whaleflux.errors import FieldViolation, Invalid, NotFound, Refusal, Unavailable
 from whaleflux.telemetry import Metric
-from whaleflux_inference_router.core.policy import RANKED, Request
+from whaleflux_inference_router.core.policy import Request
 from whaleflux_inference_router.routing import Routing
 
 MAX_BODY_BYTES = 17 << 20  # the front door refuses above 16 MiB; a little more, so that its answer is the one seen
@@ -66,7 +66,7 @@ class Gate:
             decision_id, decision = self._routing.send(request_of(body))
         except Refusal as refusal:
             return _refused(refusal)
-        names = ",".join(ranked.replica.address for ranked in decision.ranking[:RANKED])
+        names = ",".join(ranked.replica.address for ranked in decision.ranking)
         return Answer(200, (("x-gateway-destination-endpoint", names), ("x-wf-decision-id", decision_id)))
 
     def _models(self) -> dict[str, Any]:

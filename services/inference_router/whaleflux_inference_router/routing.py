@@ -16,7 +16,7 @@ from whaleflux.store.cache import Cache
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router import convert
 from whaleflux_inference_router.core.load import LoadBook
-from whaleflux_inference_router.core.policy import Decision, Model, Replica, Request, Snapshot, decide
+from whaleflux_inference_router.core.policy import RANKED, Decision, Model, Replica, Request, Snapshot, decide
 
 
 class Routing:
@@ -33,13 +33,13 @@ class Routing:
         self._hashes: dict[str, pb.ApiKey] = {}
         self.changed = asyncio.Event()
 
-    def decide(self, request: Request) -> Decision:
-        """The ranking now; adds no load."""
-        return decide(request, self.snapshot, self.book.loads, self._clock.monotonic(), self.reachable)
+    def decide(self, request: Request, most: int = 0) -> Decision:
+        """The ranking now, whole or the best `most`; adds no load."""
+        return decide(request, self.snapshot, self.book.loads, self._clock.monotonic(), self.reachable, most)
 
     def send(self, request: Request) -> tuple[str, Decision]:
         """Decides and counts the request at the first of the ranking; returns the decision's id with it."""
-        decision, decision_id = self.decide(request), ulid()
+        decision, decision_id = self.decide(request, RANKED), ulid()
         self.book.open(decision_id, decision.ranking[0].replica.name, self._clock.monotonic())
         return decision_id, decision
 

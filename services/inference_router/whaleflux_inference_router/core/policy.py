@@ -6,8 +6,10 @@ The answer is the whole ranking with reasons, not only the winner: the front doo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from whaleflux.errors import FieldViolation, Invalid, NotFound, Unavailable
 
@@ -27,6 +29,13 @@ class RequestClass:
 
     max_prompt_tokens: int
     gpu_models: tuple[str, ...]
+
+    def admits(self, tokens: int) -> bool:
+        return not self.max_prompt_tokens or tokens <= self.max_prompt_tokens
+
+    def place(self, gpu_model: str) -> int:
+        """0 for the first choice; behind all for a model that is not named."""
+        return self.gpu_models.index(gpu_model) if gpu_model in self.gpu_models else len(self.gpu_models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,10 @@ class Load:
     def penalty(self, now_s: float) -> float:
         """Failures decay: a replica that was restarted gets requests again."""
         return float(FAILURE * self.failures * 0.5 ** ((now_s - self.failures_at_s) / HALF_LIFE_S))
+
+
+_NONE = Load()
+_ORDER = itemgetter(0, 1, 2, 3)  # score, then price, then whoever was used longest ago
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +124,9 @@ def decide(
     loads: Mapping[str, Load],
     now_s: float,
     reachable: frozenset[str] | None = None,
+    most: int = 0,
 ) -> Decision:
-    """The ranking for a request.
+    """The ranking for a request, whole, or the best `most` of it.
 
     `reachable`: addresses that the front door knows (None: not asked). Raises NotFound for an unknown model, Invalid
     for a request that fits into no context window, Unavailable when no replica can take it now.
@@ -136,12 +150,24 @@ def decide(
             reason="NO_READY_REPLICA",
             metadata={"model": request.model},
         )
-    prices = sorted({replica.usd_per_hour for replica in fit})
-    ranked = [_score(request, model, replica, loads.get(replica.name, Load()), prices, now_s) for replica in fit]
-    ranked.sort(
-        key=lambda r: (r.score, r.replica.usd_per_hour, loads.get(r.replica.name, Load()).last_used, r.replica.name)
-    )
-    return Decision(request, tuple(ranked), tuple(excluded))
+    prices = {price: place for place, price in enumerate(sorted({replica.usd_per_hour for replica in fit}))}
+    scored = [
+        (
+            _score(request, model, replica, load, prices, now_s),
+            replica.usd_per_hour,
+            load.last_used,
+            replica.name,
+            replica,
+        )
+        for replica in fit
+        for load in (loads.get(replica.name, _NONE),)
+    ]
+    best = heapq.nsmallest(most, scored, key=_ORDER) if most else sorted(scored, key=_ORDER)
+    ranking = [
+        Ranked(replica, score, _reasons(request, model, replica, loads.get(replica.name, _NONE), prices, now_s))
+        for score, _, _, _, replica in best
+    ]
+    return Decision(request, tuple(ranking), tuple(excluded))
 
 
 def _check_context(request: Request, model: Model) -> None:
@@ -169,25 +195,38 @@ def _unfit(replica: Replica, reachable: frozenset[str] | None) -> str:
 
 
 def _score(
-    request: Request, model: Model, replica: Replica, load: Load, prices: Sequence[float], now_s: float
-) -> Ranked:
-    tier, why = _tier(request, model, replica, prices)
-    penalty = load.penalty(now_s)
-    reasons = [why, f"{load.in_flight} in flight"]
-    if penalty > 0.5:
-        reasons.append(f"failed recently (+{penalty:.1f})")
-    return Ranked(replica, load.in_flight + tier + penalty, tuple(filter(None, reasons)))
+    request: Request, model: Model, replica: Replica, load: Load, prices: Mapping[float, int], now_s: float
+) -> float:
+    penalty = load.penalty(now_s) if load.failures else 0.0
+    return load.in_flight + penalty + _distance(request, model, replica, prices)
 
 
-def _tier(request: Request, model: Model, replica: Replica, prices: Sequence[float]) -> tuple[float, str]:
-    """How far the replica's card is from the one that this length of request wants, in requests, and why."""
+def _distance(request: Request, model: Model, replica: Replica, prices: Mapping[float, int]) -> float:
+    """How far the replica's card is from the one that this length of request wants, in requests."""
     for rule in model.classes:
-        if not rule.max_prompt_tokens or request.tokens <= rule.max_prompt_tokens:
-            wanted = rule.gpu_models
-            place = wanted.index(replica.gpu_model) if replica.gpu_model in wanted else len(wanted)
-            return TIER * place, f"choice {place + 1} for {request.tokens} tokens: {replica.gpu_model or 'any GPU'}"
+        if rule.admits(request.tokens):
+            return TIER * rule.place(replica.gpu_model)
+    if request.tokens >= LONG_PROMPT_TOKENS:
+        return 0.0 if replica.gpu_memory_bytes >= BIG_MEMORY_BYTES else TIER
+    return PRICE_STEP * prices[replica.usd_per_hour]
+
+
+def _reasons(
+    request: Request, model: Model, replica: Replica, load: Load, prices: Mapping[float, int], now_s: float
+) -> tuple[str, ...]:
+    """The parts of `_score` in words; only for those that are named, as they cost more than the score."""
+    reasons = [_why_this_card(request, model, replica, prices), f"{load.in_flight} in flight"]
+    if (penalty := load.penalty(now_s)) > 0.5:
+        reasons.append(f"failed recently (+{penalty:.1f})")
+    return tuple(reasons)
+
+
+def _why_this_card(request: Request, model: Model, replica: Replica, prices: Mapping[float, int]) -> str:
+    for rule in model.classes:
+        if rule.admits(request.tokens):
+            place = rule.place(replica.gpu_model) + 1
+            return f"choice {place} for {request.tokens} tokens: {replica.gpu_model or 'any GPU'}"
     if request.tokens >= LONG_PROMPT_TOKENS:
         big = replica.gpu_memory_bytes >= BIG_MEMORY_BYTES
-        return (0.0, "long prompt on a big card") if big else (TIER, "long prompt, small card")
-    place = prices.index(replica.usd_per_hour)
-    return PRICE_STEP * place, f"short prompt, price rank {place + 1} of {len(prices)}"
+        return "long prompt on a big card" if big else "long prompt, small card"
+    return f"short prompt, price rank {prices[replica.usd_per_hour] + 1} of {len(prices)}"
