@@ -79,6 +79,7 @@ class Columns:
         self.idle_table: IdleTable | None = None  # what past requests teach about stranding, once learned
         # Answers that depend on shapes alone, kept by those who ask (supply, decide).
         self.matches: dict[object, Any] = {}
+        self._domain_names: dict[tuple[Level, int], str] = {}
         self._build_tree()
         self._build_devices()
         self._build_links()
@@ -107,6 +108,7 @@ class Columns:
         self.taken = [0] * self.count  # held by someone, wholly or in part
         self.offered = [0] * self.count  # wholly free GPUs that new work may use
         self.offer = np.zeros(self.count, dtype=np.int16)
+        self.open = np.array([r.schedulable for r in self.rows], dtype=np.bool_)
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
         # Accounts of every device that is not cut up, healthy or not; `healthy` says where new work may go.
@@ -223,6 +225,7 @@ class Columns:
 
     def set_schedulable(self, i: int, schedulable: bool, reason: str) -> None:
         self.rows[i].schedulable, self.rows[i].reason = schedulable, reason
+        self.open[i] = schedulable
         self.refresh(i)
 
     def refresh(self, i: int) -> None:
@@ -285,6 +288,12 @@ class Columns:
         """For people: "site onprem, leaf sw-3"; "" parts are left out."""
         if level >= Level.NODE:
             return self.names[d]
+        known = self._domain_names.get((level, d))
+        if known is None:
+            known = self._domain_names[level, d] = self._name_domain(level, d)
+        return known
+
+    def _name_domain(self, level: Level, d: int) -> str:
         node = self.rows[int(self.lo[level][d])].node
         parts = (("site", node.site), ("zone", node.zone), ("spine", node.spine), ("leaf", node.leaf))
         shown = [f"{kind} {name}" for kind, name in parts[: int(level)] if name]

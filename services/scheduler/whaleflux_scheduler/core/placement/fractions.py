@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -133,9 +133,7 @@ def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | No
 
 
 def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bools:
-    ok = np.array([r.schedulable for r in columns.rows], dtype=np.bool_)
-    if allowed is not None:
-        ok &= allowed
+    ok = columns.open.copy() if allowed is None else columns.open & allowed
     if need.labels or need.nvme:
         ok &= node_conditions(columns, need)
     if need.cpu_millicores_per_gpu:
@@ -146,12 +144,16 @@ def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bool
 
 
 def _matching(columns: Columns, need: GpuRequirement, model: str) -> Bools:
-    """Which devices are of the right kind, one row per node."""
-    by_shape = np.zeros((len(columns.kinds), columns.width), dtype=np.bool_)
-    for s, shape in enumerate(columns.kinds):
-        mask = matching_positions(shape, need, model)
-        by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
-    return by_shape[columns.shapes]
+    """Which devices are of the right kind, one row per node; kept until nodes change."""
+    key = ("devices", need, model)
+    found = columns.matches.get(key)
+    if found is None:
+        by_shape = np.zeros((len(columns.kinds), columns.width), dtype=np.bool_)
+        for s, shape in enumerate(columns.kinds):
+            mask = matching_positions(shape, need, model)
+            by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
+        found = columns.matches[key] = by_shape[columns.shapes]
+    return cast("Bools", found)
 
 
 def _free_partition(columns: Columns, need: GpuRequirement, model: str, profile: str, rows: Bools) -> Device | None:

@@ -66,7 +66,11 @@ def splits(supply: Supply, bounds: Bounds, most: int = 6) -> Iterator[Split]:
 
 
 def _largest_node(supply: Supply) -> int:
-    return next((k for k in range(supply.columns.width, 0, -1) if supply.at_least(Level.FLEET, k)[0]), 0)
+    counts = supply.fleet()
+    largest = len(counts) - 1
+    while largest and not counts[largest]:
+        largest -= 1
+    return largest
 
 
 def even(supply: Supply, split: Split, bounds: Bounds) -> Iterator[Counts]:
@@ -114,8 +118,9 @@ def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
     """The fullest node that still has `count` GPUs, in the leaf with the least room: whole nodes and leaves stay whole."""
     columns = supply.columns
     lo_row, hi_row = row_range(supply, bounds)
+    counts = supply.fleet()
     for exactly in range(count, columns.width + 1):
-        if supply.at_least(Level.FLEET, exactly)[0] == supply.at_least(Level.FLEET, exactly + 1)[0]:
+        if counts[exactly] == counts[exactly + 1]:
             continue
         here = supply.at_least(Level.LEAF, exactly) - supply.at_least(Level.LEAF, exactly + 1)
         leaves: Ints = here.nonzero()[0]

@@ -119,6 +119,7 @@ class Supply:
         self.match = Match.of(columns, demand, shapes)
         self._column = self._mask_column(allowed) if self._needs_column(allowed) else None
         self._counts: dict[tuple[Level, int], Ints] = {}
+        self._fleet: list[int] | None = None
 
     def _needs_column(self, allowed: Bools | None) -> bool:
         need = self.demand.need
@@ -174,6 +175,16 @@ class Supply:
         if key not in self._counts:
             self._counts[key] = self._at_least(level, count)
         return self._counts[key]
+
+    def fleet(self) -> list[int]:
+        """Of the whole fleet: nodes with at least k usable GPUs, for k from 0 to one more than any node has."""
+        if self._fleet is None:
+            columns = self.columns
+            if self._column is None and len(self.match.shapes) == 1:
+                self._fleet = [*columns.at_least[Level.FLEET][self.match.shapes[0], :, 0].tolist(), 0]
+            else:
+                self._fleet = [0, *(int(self.at_least(Level.FLEET, k)[0]) for k in range(1, columns.width + 1)), 0]
+        return self._fleet
 
     def _at_least(self, level: Level, count: int) -> Ints:
         columns = self.columns
@@ -232,8 +243,9 @@ def allowed_rows(columns: Columns, request: PlaceRequest, only: Callable[[int], 
         return None
     allowed = np.ones(columns.count, dtype=np.bool_)
     if request.sites:
-        inside = [r.node.site in request.sites for r in columns.rows]
-        allowed &= np.array(inside, dtype=np.bool_)
+        first = columns.lo[Level.SITE]  # one row of each site
+        inside = np.array([columns.rows[i].node.site in request.sites for i in first.tolist()], dtype=np.bool_)
+        allowed &= inside[columns.domains[Level.SITE]]
     for name in request.exclude_nodes:
         if name in columns.index:
             allowed[columns.index[name]] = False

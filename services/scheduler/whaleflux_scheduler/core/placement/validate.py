@@ -69,10 +69,11 @@ def _comm(comm: CommModel) -> tuple[FieldViolation, ...]:
     return (FieldViolation("comm", "bytes per step are finite and not negative"),)
 
 
-def _group(group: GroupRequest, path: str) -> list[FieldViolation]:
+@lru_cache(maxsize=4096)
+def _group(group: GroupRequest, path: str) -> tuple[FieldViolation, ...]:
     bad: list[FieldViolation] = []
     if not 1 <= group.gpus <= MAX_GPUS:
-        return [FieldViolation(f"{path}.gpus", f"{group.gpus} is outside 1-{MAX_GPUS:,}")]
+        return (FieldViolation(f"{path}.gpus", f"{group.gpus} is outside 1-{MAX_GPUS:,}"),)
     if group.gpus_per_node < 0 or (group.gpus_per_node and group.gpus % group.gpus_per_node):
         bad.append(FieldViolation(f"{path}.gpus_per_node", f"{group.gpus_per_node} does not divide {group.gpus} GPUs"))
     for at, sub in enumerate(group.subgroups):
@@ -88,7 +89,7 @@ def _group(group: GroupRequest, path: str) -> list[FieldViolation]:
         bad += _share(group.share, group, f"{path}.share")
     elif group.level is Level.GPU and group.gpus > 1:
         bad.append(FieldViolation(f"{path}.level", "several whole GPUs cannot lie in one GPU; use ISLAND or NODE"))
-    return bad
+    return tuple(bad)
 
 
 def _share(share: Share, group: GroupRequest, path: str) -> list[FieldViolation]:
