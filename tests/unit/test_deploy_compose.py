@@ -134,8 +134,10 @@ def test_docker_compose_accepts_it(files):
 
 
 def test_envoys_configuration_is_the_one_that_is_generated():
-    kept = (DEPLOY / "envoy" / "envoy.yaml").read_text()
-    assert kept == envoy.render(envoy.deployed()), "run: python -m whaleflux.embedded.envoy > deploy/envoy/envoy.yaml"
+    command = "run: python -m whaleflux.embedded.envoy deploy/envoy"
+    front = envoy.deployed()
+    assert (DEPLOY / "envoy" / "envoy.yaml").read_text() == envoy.render(front), command
+    assert (DEPLOY / "envoy" / "secrets.yaml").read_text() == envoy.render_secrets(front), command
 
 
 def test_envoy_finds_every_service_of_the_file():

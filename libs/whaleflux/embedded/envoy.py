@@ -54,6 +54,7 @@ class FrontDoor:
     trust_domain: str = "whaleflux"
     listen_host: str = "127.0.0.1"
     admin_host: str = field(default="127.0.0.1")
+    secrets: str = ""  # file with `render_secrets`: Envoy takes up renewed certificates; "": read once, at the start
 
 
 def render(front: FrontDoor) -> str:
@@ -83,6 +84,13 @@ def render(front: FrontDoor) -> str:
         },
     }  # fmt: skip
     return json.dumps(config, indent=1) + "\n"
+
+
+def render_secrets(front: FrontDoor) -> str:
+    """The file that `secrets` names: only certificates that come by such a file (SDS) are watched and read again."""
+    kind = _URL + "envoy.extensions.transport_sockets.tls.v3.Secret"
+    secret = {_TYPE: kind, "name": "identity", "tls_certificate": _certificate(front)}
+    return json.dumps({"resources": [secret]}, indent=1) + "\n"
 
 
 def program() -> str:
@@ -408,14 +416,25 @@ def _address(address: str) -> dict[str, Any]:
 
 def _common_tls(front: FrontDoor, verify: dict[str, Any]) -> dict[str, Any]:
     return {
-        "tls_certificates": [
-            {
-                "certificate_chain": {"filename": str(front.tls.chain), "watched_directory": _folder(front.tls.chain)},
-                "private_key": {"filename": str(front.tls.key)},
-            }
-        ],
+        **_own_certificate(front),
         "validation_context": {"trusted_ca": {"filename": str(front.tls.roots)}, **verify},
         "alpn_protocols": ["h2"],
+    }
+
+
+def _own_certificate(front: FrontDoor) -> dict[str, Any]:
+    if front.secrets:
+        source = {"path": front.secrets, "watched_directory": {"path": os.path.dirname(front.secrets)}}
+        config = {"resource_api_version": "V3", "path_config_source": source}
+        return {"tls_certificate_sds_secret_configs": [{"name": "identity", "sds_config": config}]}
+    return {"tls_certificates": [_certificate(front)]}
+
+
+def _certificate(front: FrontDoor) -> dict[str, Any]:
+    return {
+        "certificate_chain": {"filename": str(front.tls.chain)},
+        "private_key": {"filename": str(front.tls.key)},
+        "watched_directory": _folder(front.tls.chain),
     }
 
 
@@ -458,8 +477,11 @@ def deployed() -> FrontDoor:
         upstreams={role: f"{role.replace('_', '-')}:7000" for role in set(ROUTES.values())},
         policy="inference-router:7010",
         listen_host="0.0.0.0",
+        secrets="/etc/envoy/secrets.yaml",
     )
 
 
-if __name__ == "__main__":
-    print(render(deployed()), end="")
+if __name__ == "__main__":  # python -m whaleflux.embedded.envoy deploy/envoy
+    folder = Path(sys.argv[1])
+    (folder / "envoy.yaml").write_text(render(deployed()))
+    (folder / "secrets.yaml").write_text(render_secrets(deployed()))
