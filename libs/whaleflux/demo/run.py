@@ -26,6 +26,7 @@ from whaleflux.demo.fleet import FLEET, Fleet
 from whaleflux.demo.serving import Served, lose_a_replica, serve
 from whaleflux.demo.training import Failure, Watched, follow, lose_a_node, submit, until, watch_logs
 from whaleflux.embedded.layout import Layout, running_pid
+from whaleflux.embedded.supervisor import end_with_parent
 from whaleflux.errors import Unavailable, WrongState
 from whaleflux.sdk.client import ENDED, AsyncClient
 from whaleflux.v1 import health_pb2, scheduler_pb2
@@ -91,7 +92,15 @@ def _start_suite(options: Options, state: Path) -> subprocess.Popen[bytes]:
     if options.otlp_endpoint:
         argv += ["--otlp-endpoint", options.otlp_endpoint]
     with (state / "up.log").open("ab") as log:
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        end_with_us = None if options.keep else end_with_parent  # a killed demo leaves no suite behind
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_us,  # noqa: PLW1509 - no threads yet
+        )
 
 
 def _wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable[[str], None]) -> Context:

@@ -81,7 +81,7 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches us alone; we end the children in order
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         self._running[child.name] = process
         (self._run_folder / f"{child.name}.pid").write_text(str(process.pid))
@@ -126,6 +126,6 @@ class Supervisor:
         return f"{child.name}: {what}; its last words, from {child.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: the kernel sends SIGTERM when the supervisor dies, so that a killed suite leaves nothing behind."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
