@@ -165,7 +165,9 @@ async def test_only_a_task_that_runs_is_listened_to(control, state):
             control.tasks.unwant("train-1-0")
             await until(lambda: control.tasks.phases("train-1-0")[-1] == "KILLED")
             with pytest.raises(Exception, match="not the token"):
-                await rank.ask("ReportProgress", agent_pb2.ReportProgressRequest())
+                async with asyncio.timeout(10):
+                    while True:  # until the agent itself has noted what it has reported
+                        await rank.ask("ReportProgress", agent_pb2.ReportProgressRequest())
 
 
 async def test_datasets_are_fetched_once_and_told_of(control, state, tmp_path):

@@ -198,6 +198,19 @@ async def test_the_next_epoch_starts_only_when_the_one_before_is_reaped(control,
     assert order.index(("train-1-0", "TASK_PHASE_KILLED")) < order.index(("train-2-0", "TASK_PHASE_STARTING"))
 
 
+async def test_minds_may_be_changed_faster_than_the_disk_writes(control, state):
+    async with agent(control, state):
+        await until(lambda: control.tasks.hellos)
+        for epoch in range(1, 31):
+            control.tasks.want(desired(SLEEP, epoch=epoch))
+            if epoch % 3 == 0:
+                await until(lambda: control.tasks.reports)
+            control.tasks.unwant(f"train-{epoch}-0")
+        control.tasks.want(desired(SLEEP, epoch=99))
+        await until(lambda: control.tasks.phases("train-99-0")[-1:] == ["RUNNING"])
+        await until(lambda: len(ranks_of(state)) == 1)
+
+
 async def test_gpus_of_a_living_task_are_not_given_to_another_job(control, state):
     async with agent(control, state):
         control.tasks.want(desired(SLEEP, gpus=(0, 1)))

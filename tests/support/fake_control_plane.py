@@ -292,7 +292,7 @@ def flags(control: ControlPlane, state: Path, *more: str) -> list[str]:
     return [
         *("--server", f"127.0.0.1:{control.port}", "--server-name", control.server_name),
         *("--ca-file", str(control.ca_file), "--node-id", NODE_ID, "--profile", "h200x4"),
-        *("--state-dir", str(state), "--listen", "127.0.0.1:0", "--heartbeat-every-s", "0.1", *more),
+        *("--state-dir", str(state), "--listen", "127.0.0.1:0", "--heartbeat-every-s", "0.1", "--no-cgroups", *more),
     ]
 
 

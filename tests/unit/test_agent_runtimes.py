@@ -179,6 +179,20 @@ def test_a_group_counts_as_populated_until_the_kernel_says_otherwise(tmp_path):
     assert (tmp_path / "cgroup.kill").read_text() == "1"
 
 
+async def test_a_tasks_group_holds_all_of_it_and_is_removed_in_the_end(tmp_path):
+    groups = cgroups.Cgroups.find(f"whaleflux-test-{tmp_path.name}")
+    if groups is None:
+        pytest.skip("no cgroup v2 that we may write")
+    assert not groups.root.exists()
+    running = await ProcessRuntime(groups).start(process_plan(tmp_path, "import time; time.sleep(600)"))
+    folder = groups.root / "j-1-0" / "r0"
+    assert (folder / "cgroup.procs").read_text().split() == [str(rank.pid) for rank in running._ranks]
+    await end(running, grace_s=5.0)
+    assert not cgroups.populated([folder])
+    await running.release()
+    assert not groups.root.exists()
+
+
 def process_plan(folder, code):
     environment = (("WHALEFLUX_TASK_TOKEN", f"token-of-{folder.name}"), ("PATH", "/usr/bin:/bin"))
     ranks = (RankPlan(0, (sys.executable, "-c", code), environment, folder / "rank-0.log"),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from importlib import metadata
 
@@ -147,7 +146,7 @@ async def build(ctx: ServiceContext[AgentSettings]) -> Parts:
             watch_devices,
             tidy_datasets,
         ],
-        on_stop=[source.close, lambda: asyncio.to_thread(state.close), lambda: asyncio.to_thread(_tidy, groups)],
+        on_stop=[source.close, lambda: asyncio.to_thread(state.close)],
     )
 
 
@@ -175,13 +174,6 @@ def _groups(settings: AgentSettings) -> Cgroups | None:
     """Named after the state directory: nodes of two fleets on one host may have one name."""
     digest = hashlib.sha256(str(settings.state_dir.resolve()).encode()).hexdigest()
     return Cgroups.find(f"whaleflux-{digest[:16]}") if settings.cgroups else None
-
-
-def _tidy(groups: Cgroups | None) -> None:
-    """Leaves no empty group behind; one with ranks in it stays."""
-    if groups is not None:
-        with contextlib.suppress(OSError):
-            groups.root.rmdir()
 
 
 def _runtimes(settings: AgentSettings, groups: Cgroups | None) -> dict[str, Runtime]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from whaleflux import telemetry
@@ -199,24 +199,27 @@ class Supervisor:
                 self._wake.clear()
 
     async def _act(self, lives: asyncio.TaskGroup) -> None:
-        desired = {name: work_from_proto(task) for name, task in self._desired.items()}
+        wanted = dict(self._desired)  # as of now: it may change while something is written to disk
+        desired = {name: work_from_proto(task) for name, task in wanted.items()}
         for name, work in desired.items():
             if (known := self._tasks.get(name)) is not None and known.stage is Stage.ACCEPTED:
                 known.work = work  # the rendezvous has become known, or it may start
         actual = {name: task.have for name, task in self._tasks.items()}
         for action in reconcile(desired, actual, self._epochs, fresh=self._fresh):
-            await self._perform(action, desired, lives)
+            await self._perform(action, wanted, lives)
         _show(self._tasks.values())
 
-    async def _perform(self, action: Action, desired: dict[str, Work], lives: asyncio.TaskGroup) -> None:
+    async def _perform(
+        self, action: Action, wanted: Mapping[str, agent_pb2.DesiredTask], lives: asyncio.TaskGroup
+    ) -> None:
         match action:
             case Accept(name):
-                await self._accept(desired[name])
+                await self._accept(wanted[name])
             case Refuse(name, reason):
-                await self._life.refuse(await self._new(desired[name], TaskMeta(secrets.token_hex(16))), reason)
+                await self._refuse(wanted[name], reason)
             case Start(name):
                 task = self._tasks[name]
-                await self._state.run(self._state.save_task, self._desired[name], task.meta)
+                await self._state.run(self._state.save_task, wanted[name], task.meta)
                 task.stage = Stage.LAUNCHING
                 lives.create_task(self._live(task))
             case Stop(name, reason):
@@ -227,21 +230,25 @@ class Supervisor:
                 for gone in await self._state.run(self._state.collect, self._limits.kept_tasks, in_use):
                     self._forgotten.pop(gone, None)
 
-    async def _accept(self, work: Work) -> None:
+    async def _accept(self, wanted: agent_pb2.DesiredTask) -> None:
         """Persists the epoch before anything is promised for it."""
+        work = work_from_proto(wanted)
         if reason := defect(work, self._healthy_gpus(), self._host.runtimes):
-            await self._life.refuse(await self._new(work, TaskMeta(secrets.token_hex(16))), reason)
+            await self._refuse(wanted, reason)
             return
         self._epochs.pop(work.job, None)
         self._epochs[work.job] = work.epoch
-        await self._state.run(self._state.save_epochs, self._epochs)
+        await self._state.run(self._state.save_epochs, dict(self._epochs))
         try:
             meta = self._chosen(work)
         except OverLimit as full:
-            await self._life.refuse(await self._new(work, TaskMeta(secrets.token_hex(16))), str(full))
+            await self._refuse(wanted, str(full))
             return
-        await self._life.report(await self._new(work, meta), scheduler_pb2.TASK_PHASE_ACCEPTED)
+        await self._life.report(await self._new(wanted, meta), scheduler_pb2.TASK_PHASE_ACCEPTED)
         self._wake.set()  # it may be told to start already
+
+    async def _refuse(self, wanted: agent_pb2.DesiredTask, reason: str) -> None:
+        await self._life.refuse(await self._new(wanted, TaskMeta(secrets.token_hex(16))), reason)
 
     def _chosen(self, work: Work) -> TaskMeta:
         """Token, and ports where it is ours to choose them."""
@@ -262,9 +269,9 @@ class Supervisor:
                 if task.meta.rendezvous:
                     yield int(task.meta.rendezvous.rpartition(":")[2])
 
-    async def _new(self, work: Work, meta: TaskMeta) -> Task:
-        folder = await self._state.run(self._state.save_task, self._desired[work.task], meta)
-        task = self._tasks[work.task] = Task(work, meta, folder)
+    async def _new(self, wanted: agent_pb2.DesiredTask, meta: TaskMeta) -> Task:
+        folder = await self._state.run(self._state.save_task, wanted, meta)
+        task = self._tasks[wanted.task.id] = Task(work_from_proto(wanted), meta, folder)
         return task
 
     async def _stop(self, task: Task, reason: str) -> None:

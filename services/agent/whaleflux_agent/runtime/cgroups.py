@@ -22,7 +22,7 @@ class Cgroups:
 
     @classmethod
     def find(cls, name: str) -> Cgroups | None:
-        """A subtree called `name` below the agent's own group; None where that is not allowed."""
+        """A subtree called `name` below the agent's own group; None where that is not allowed. Made when it is needed."""
         own = own_group()
         if own is None:
             return None
@@ -32,25 +32,26 @@ class Cgroups:
             controllers = _delegate(own, root)
         except OSError:
             return None
+        remove([root])
         return cls(root, controllers)
 
     def create(self, task: str, ranks: int, *, cpu_millicores: int, memory_bytes: int) -> list[Path]:
         """Groups for `ranks` ranks with their limits (0: none). Raises OSError."""
         parent = self.root / task
-        parent.mkdir(exist_ok=True)
-        _enable(parent, self.controllers)
-        folders = []
-        for index in range(ranks):
-            folder = parent / f"r{index}"
+        for folder in (self.root, parent):
             folder.mkdir(exist_ok=True)
-            if cpu_millicores and "cpu" in self.controllers:
-                (folder / "cpu.max").write_text(f"{cpu_millicores * _PERIOD_US // 1000} {_PERIOD_US}")
-            if memory_bytes and "memory" in self.controllers:
-                (folder / "memory.max").write_text(str(memory_bytes))
-                with contextlib.suppress(OSError):  # swap accounting may be off
-                    (folder / "memory.swap.max").write_text("0")
-            folders.append(folder)
-        return folders
+            _enable(folder, self.controllers)
+        return [self._rank(parent / f"r{index}", cpu_millicores, memory_bytes) for index in range(ranks)]
+
+    def _rank(self, folder: Path, cpu_millicores: int, memory_bytes: int) -> Path:
+        folder.mkdir(exist_ok=True)
+        if cpu_millicores and "cpu" in self.controllers:
+            (folder / "cpu.max").write_text(f"{cpu_millicores * _PERIOD_US // 1000} {_PERIOD_US}")
+        if memory_bytes and "memory" in self.controllers:
+            (folder / "memory.max").write_text(str(memory_bytes))
+            with contextlib.suppress(OSError):  # swap accounting may be off
+                (folder / "memory.swap.max").write_text("0")
+        return folder
 
 
 def own_group() -> Path | None:
@@ -118,9 +119,15 @@ def out_of_memory(folder: Path) -> bool:
     return int(counts.get("oom_kill", "0")) > 0
 
 
+def release(folders: Sequence[Path]) -> None:
+    """Removes the empty groups of a task's ranks, then the task's, then the subtree when this was its last task."""
+    tasks = {folder.parent for folder in folders}
+    remove([*folders, *tasks, *{task.parent for task in tasks}])
+
+
 def remove(folders: Sequence[Path]) -> None:
-    """Removes empty groups and their common parent."""
-    for folder in (*folders, *{folder.parent for folder in folders}):
+    """Removes those groups that are empty."""
+    for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 

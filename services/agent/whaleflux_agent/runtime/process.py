@@ -186,7 +186,7 @@ class ProcessRunning:
         return not procfs.find(TASK_TOKEN, self._plan.token)
 
     async def release(self) -> None:
-        await asyncio.to_thread(cgroups.remove, self._folders)
+        await asyncio.to_thread(cgroups.release, self._folders)
 
 
 async def until_ended(process: Process) -> None:
@@ -226,7 +226,7 @@ def _clear(plan: LaunchPlan, shim: subprocess.Popen[bytes], folders: list[Path])
         procfs.signal_all(left, signal.SIGKILL)
         time.sleep(_POLL_S)
     shim.wait(timeout=_RECORD_TIMEOUT_S)
-    cgroups.remove(folders)
+    cgroups.release(folders)
 
 
 def write_private(path: Path, text: str) -> None:
