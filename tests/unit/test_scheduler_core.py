@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux.errors import Invalid
+from whaleflux.store.api import MAX_COMMIT_BYTES
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle, machine
@@ -47,6 +48,10 @@ def step(of, *, now=NOW, nodes=None, verdict=None, said=()):
 def running(nodes=2):
     started = step(placed(nodes=nodes), said=reports(placed(nodes=nodes), TaskPhase.ACCEPTED, rendezvous="h:1"))
     return step(started, said=reports(started, TaskPhase.RUNNING))
+
+
+def decisions_with_tasks():
+    return Decision(NOW, placed=True, summary="here", tasks=placed().attempt.tasks * 1000)
 
 
 class TestMachine:
@@ -359,6 +364,16 @@ class TestConvert:
         message.spec.CopyFrom(pb.JobSpec(command=GOOD.command, gpus=8, kind=pb.JOB_KIND_TRAINING))
         back = convert.job_of(message)
         assert replace(back, spec=live.spec, decision=live.decision) == live
+
+    def test_the_largest_gang_fits_into_one_record_also_when_all_of_it_fails(self):
+        nodes = tuple((f"sites/onprem-europe/nodes/h200-{i:05d}", tuple(range(8))) for i in range(12_500))
+        large = job(name="queues/research/jobs/01m8218f0ffxykfangdd4d4yf6", spec=replace(GOOD, gpus=100_000))
+        decision = decisions_with_tasks()
+        attempt = lifecycle.place(large, lifecycle.Place(nodes), decision, NOW)
+        failed = step(attempt, said=reports(attempt, TaskPhase.EXITED, exit_code=1, message="x" * 2000))
+        assert failed.state is JobState.RECOVERING
+        for each in (attempt, failed):
+            assert len(convert.JOBS.encode(each)) < MAX_COMMIT_BYTES
 
     def test_fields_of_a_newer_version_survive_a_write(self):
         live = running()

@@ -38,11 +38,13 @@ class Agents:
         self._fleet.touch(hello.node)
         return connection
 
-    def disconnect(self, connection: Connection) -> None:
-        """The stream ended: no new work goes there, and nothing else follows from it."""
+    def disconnect(self, connection: Connection) -> bool:
+        """The stream ended: no new work goes there, and nothing else follows. False: the node has a newer stream."""
         connection.close()
-        if self._hub.remove(connection):
+        newest = self._hub.remove(connection)
+        if newest:
             self._fleet.touch(connection.node)
+        return newest
 
     def report(self, connection: Connection, message: agent_pb2.TaskReport, *, acknowledge: bool = True) -> None:
         """News about a task; acknowledged once the store has it. Raises OverLimit, Denied."""

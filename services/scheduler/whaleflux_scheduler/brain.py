@@ -8,6 +8,7 @@ written at once, each under the job's revision and this leadership. What a move 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,9 +40,11 @@ from whaleflux_scheduler.judge import Inquiry, Judge, reconstruct
 from whaleflux_scheduler.writer import Answers, Move, Writer
 
 DELETE_AT_ONCE = 50
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.02  # between rounds: news that come together are one round
+COALESCE_S = 0.0005  # news that come together are one round
+ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
 SMALL_FLEET, SMALL_BUDGET_S = 256, 0.004  # nodes; decisions for fewer are too short to be worth another thread
 SHOW_EVERY_S = 1.0
+CAUGHT_UP_S = 1.0
 T = TypeVar("T")
 
 
@@ -83,7 +86,7 @@ class Brain:
         self._suspend: dict[str, str] = {}  # job -> for whom it makes room
         self._shown_s = 0.0
         self._asked = 0  # questions to the planner in its thread
-        self.rounds = 0
+        self._round_over = asyncio.Event()  # another one for each round
 
     def load(self) -> None:
         """Learns what the store holds. Before this, an agent would be told that nothing is desired."""
@@ -131,6 +134,7 @@ class Brain:
 
     async def explain(self, job: Job) -> Decision:
         """Why a waiting job waits, decided afresh."""
+        await self._caught_up()
         note = self._book.notes.get(job.name)
         now = self._clock.now()
         shunned = [node for node, until in (note.shunned if note else {}).items() if until > now]
@@ -138,7 +142,15 @@ class Brain:
 
     async def dry_run(self, job: Job) -> Decision:
         """What would be decided for a job that is not submitted."""
+        await self._caught_up()
         return await self._on_worker(lambda: self._planner.dry_run(job, self._clock.now()))
+
+    async def _caught_up(self) -> None:
+        """Returns when the planner knows what has come so far, or after a second of ever more news."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CAUGHT_UP_S):
+                while self._book.news.is_set():
+                    await self._round_over.wait()
 
     # feeds
 
@@ -181,16 +193,18 @@ class Brain:
 
     async def _rounds(self) -> None:
         await self._found()
-        took_s = 0.0
+        next_s = 0.0  # a round at once when it is quiet, else so many that most of the time is left for others
         while True:
             await self._book.news.wait()
-            await self._clock.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, 2 * took_s)))
+            await self._clock.sleep(max(COALESCE_S, next_s - self._clock.monotonic()))
             await self._writer.room()
             self._book.news.clear()
             begun_s = self._clock.monotonic()
             await self._round()
             took_s = self._clock.monotonic() - begun_s
-            self.rounds += 1
+            next_s = begun_s + min(took_s + LONGEST_PAUSE_S, max(ROUND_EVERY_S, 3 * took_s))
+            done, self._round_over = self._round_over, asyncio.Event()
+            done.set()
 
     async def _found(self) -> None:
         """The queue that exists from the start."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from whaleflux import telemetry
 from whaleflux.convert import node_from_proto
-from whaleflux.errors import Refusal
+from whaleflux.errors import Invalid, Refusal
 from whaleflux.fleet.model import Node
 from whaleflux.rpc.watching import follow
 from whaleflux.telemetry import Event
@@ -77,9 +77,14 @@ class Fleet:
             self._changed.nodes.pop(name, None)
             self._changed.removed.add(name)
         else:
+            try:
+                fact = node_from_proto(node)
+            except Invalid as strange:
+                _log.error(Event.FEED_BROKEN, feed="inventory", node=name, reason=str(strange))
+                return
             self._nodes[name] = node
             self._changed.removed.discard(name)
-            self._changed.nodes[name] = node_from_proto(node)
+            self._changed.nodes[name] = fact
         self.touch(name)
 
     def set_health(self, name: str, health: health_pb2.NodeHealth | None) -> None:

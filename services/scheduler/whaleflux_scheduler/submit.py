@@ -6,7 +6,7 @@ import hashlib
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, FieldViolation, Invalid, NotFound
+from whaleflux.errors import AlreadyExists, FieldViolation, Invalid, NotFound, Unavailable
 from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Present, Put, Store, Unchanged
@@ -83,6 +83,8 @@ class Submissions:
 
     async def _why_not(self, queue: str, name: str) -> Exception:
         if await self._store.get(keys.QUEUES + queue) is None:
+            if queue == "default":  # always exists: the first leader of a fresh store is about to make it
+                return Unavailable("no scheduler has led yet; try again", reason="NOT_LEADER", retry_after_s=0.2)
             return NotFound("queue", f"queues/{queue}", 'create it, or use "queues/default"')
         return AlreadyExists("job", name, "it is being changed at this moment; try again")
 

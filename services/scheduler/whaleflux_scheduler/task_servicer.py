@@ -42,8 +42,8 @@ class Tasks(rpc.TaskServiceServicer):
                 yield response
         finally:
             reading.cancel()
-            brain.agents.disconnect(connection)
-            self._desk.node_gone(hello.node)
+            if brain.agents.disconnect(connection):
+                self._desk.node_gone(hello.node)
             _log.info(Event.NODE_DISCONNECTED, node=hello.node)
 
     async def _read(self, requests: AsyncIterator[agent_pb2.SyncRequest], brain: Brain, connection: Connection) -> None:

@@ -13,6 +13,7 @@ from whaleflux_scheduler.core.placement.api import NoPlacement, Placement
 
 MOST_ALTERNATIVES = 5
 MOST_REASONS = 10
+_EXCLUDED, _AVOIDED = "excluded by name", "avoided after a failure"  # the engine's word, and why we asked for it
 
 
 def place_of(placement: Placement) -> Place:
@@ -50,7 +51,7 @@ def placed(job: Job, placement: Placement, nodes: Mapping[str, Node], epoch: int
 
 def waits(no: NoPlacement, now: datetime, avoided: Collection[str] = ()) -> Decision:
     """The record of a job that cannot be placed now. `avoided`: nodes that it does not get because they failed it."""
-    summary = no.summary.replace("excluded by name", "avoided after a failure")
+    summary = no.summary.replace(_EXCLUDED, _AVOIDED)
     reasons = [] if no.ever or avoided else ["the fleet could not hold it even if it were empty"]
     if avoided:
         names = ", ".join(sorted(avoided)[:3]) + (" and more" if len(avoided) > 3 else "")
@@ -60,7 +61,7 @@ def waits(no: NoPlacement, now: datetime, avoided: Collection[str] = ()) -> Deci
         placed=False,
         summary=f"waits: {summary}" if summary else "waits: no room",
         reasons=tuple(reasons),
-        exclusions=tuple((blocked.constraint, blocked.nodes) for blocked in no.blocked),
+        exclusions=tuple((b.constraint.replace(_EXCLUDED, _AVOIDED), b.nodes) for b in no.blocked),
         smallest_change=no.smallest_change,
     )
 

@@ -28,6 +28,7 @@ from whaleflux_scheduler.core.observed import STARTLESS, Break, End, Limits, Rep
 PAST_ATTEMPTS = 10
 SUSPEND_MARGIN_S = 10.0  # beyond the grace: what agents may need to report
 PAST_TASKS = 64  # of a larger past attempt only the tasks that still hold GPUs are kept
+TOLD_TASKS = 40  # of a larger attempt the messages of so many tasks are kept
 DEFAULT_RESTARTS = 3
 DEFAULT_BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0
 SERVICE_BACKOFF_S, LONGEST_SERVICE_BACKOFF_S = 1.0, 60.0
@@ -95,7 +96,7 @@ def place(
         epoch=epoch,
         attempt=attempt,
         past_attempts=_kept(past),
-        decision=decision,
+        decision=replace(decision, tasks=()),  # the attempt has them
         state_message=decision.summary,
         not_before=None,
     )
@@ -187,7 +188,17 @@ def _with_reports(job: Job, reports: Sequence[Report]) -> Job:
 
 def _reported(attempt: Attempt, by_task: Mapping[str, Report]) -> Attempt:
     tasks = tuple(_task_after(task, by_task.get(task.id)) for task in attempt.tasks)
+    if len(tasks) > TOLD_TASKS:
+        tasks = tuple(_brief(tasks))
     return attempt if all(a is b for a, b in zip(tasks, attempt.tasks, strict=True)) else replace(attempt, tasks=tasks)
+
+
+def _brief(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Of a large gang the words of some tasks are enough; those of all would not fit into one record."""
+    told = 0
+    for task in tasks:
+        told += bool(task.message)
+        yield replace(task, message="") if task.message and told > TOLD_TASKS else task
 
 
 def _met(attempt: Attempt, reports: Sequence[Report]) -> Attempt:
