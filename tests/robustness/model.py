@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from tests.robustness import guarantees as g
 from tests.robustness.guarantees import Guarantee
-from tests.robustness.history import Change, CheckpointRecord, FenceRecord, JobRecord
+from tests.robustness.history import Change, CheckpointRecord, FenceRecord, Gpu, JobRecord
 
 # The states of a job, as its contract has them.
 NEXT = {
@@ -86,11 +86,14 @@ class Model:
         return [_old(f"{new.name} of epoch {new.epoch} was committed at revision {revision}, in epoch {now}")]
 
     def _double(self, revision: int) -> list[Violation]:
-        counts = Counter(gpu for job in self.jobs.values() for gpu in job.held)
+        holders: dict[Gpu, list[str]] = defaultdict(list)
+        for job in self.jobs.values():
+            for gpu in job.held:
+                holders[gpu].append(f"{job.name} ({job.state}, epoch {job.epoch})")
         return [
-            Violation(g.NO_GPU_TWICE, f"GPU {index} of {node} is held {count} times at revision {revision}")
-            for (node, index), count in counts.items()
-            if count > 1
+            Violation(g.NO_GPU_TWICE, f"GPU {index} of {node} at revision {revision} is held by {', '.join(by)}")
+            for (node, index), by in holders.items()
+            if len(by) > 1
         ]
 
 

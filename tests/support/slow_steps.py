@@ -1,7 +1,7 @@
 """A training program without training: it steps, reports, saves and restores as a real one does, and costs nothing.
 
 Each rank writes a line per step to its record, (monotonic seconds, step, epoch), and one per restore; it ends when the
-folder has a file `finish`. Saves run beside the steps, one at a time, as the PyTorch checkpointer does it.
+folder has a file `finish`. A rank waits for its peers as a collective would make it wait. Saves run beside the steps, one at a time, as the PyTorch checkpointer does it.
 """
 
 from __future__ import annotations
@@ -56,6 +56,22 @@ def save(keeper: Keeper, step: int) -> None:
     keeper.finish(target, RANK, [SavedPiece(file.name, len(content), checksum(content))])
 
 
+def all_reduce(folder: Path, step: int) -> None:
+    """Returns when every rank of this attempt has come to `step`, or all may end."""
+    (folder / f"at-{EPOCH}-{RANK}").write_text(str(step))
+    peers = [folder / f"at-{EPOCH}-{rank}" for rank in range(WORLD)]
+    while not (folder / "finish").exists() and any(at(peer) < step for peer in peers):
+        time.sleep(0.01)
+
+
+def at(peer: Path) -> int:
+    """The step of a peer; -1 before its first, or while it is being written."""
+    try:
+        return int(peer.read_text() or -1)
+    except FileNotFoundError:
+        return -1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -69,6 +85,7 @@ def main() -> None:
         record.write(f"restored {step} {EPOCH} {restored or '-'}\n")
         while not (args.folder / "finish").exists():
             time.sleep(args.pause_s)
+            all_reduce(args.folder, step)
             step += 1
             keeper.progress(RANK, step, 1 / step)
             record.write(f"{time.monotonic():.6f} {step} {EPOCH}\n")
