@@ -135,7 +135,8 @@ async def test_a_replica_is_killed_under_load_and_no_request_fails(tmp_path, eng
             group.create_task(murder())
             for _ in range(12):
                 group.create_task(client())
-        assert [a.status for a in answers] == [200] * 300
+        assert [a for a in answers if a.status != 200] == []
+        assert len(answers) == 300
         by_whom = [a.json["replica"] for a in answers if b"replica" in a.body]
         assert {p.port for p in processes} == set(by_whom[:80]), "both served before"
         assert set(by_whom[-50:]) == {processes[1].port}

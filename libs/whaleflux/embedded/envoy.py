@@ -350,6 +350,7 @@ def _replicas_cluster() -> dict[str, Any]:
     return {
         "name": "replicas",
         "type": "EDS",
+        "circuit_breakers": _many(),
         "connect_timeout": "1s",
         "eds_cluster_config": {
             "eds_config": {
@@ -375,6 +376,7 @@ def _policy_cluster(front: FrontDoor) -> dict[str, Any]:
         "name": "policy",
         **_where(front.policy),
         "connect_timeout": "0.5s",
+        "circuit_breakers": _many(),
         "load_assignment": _assignment("policy", front.policy),
     }
 
@@ -393,9 +395,15 @@ def _service_cluster(front: FrontDoor, role: str) -> dict[str, Any]:
         "load_assignment": _assignment(role, front.upstreams[role]),
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2},
         "transport_socket": _upstream_tls(front, role),
-        # Calls fail at once while a service is down, but a fleet of agents may have many streams.
-        "circuit_breakers": {"thresholds": [{"max_connections": 1024, "max_pending_requests": 65536, "max_requests": 65536}]},
+        "circuit_breakers": _many(),
     }  # fmt: skip
+
+
+def _many() -> dict[str, Any]:
+    """A fleet has many streams, and a dying replica fails all of its requests at once: the default of 3 retries at a
+    time would answer most of them with 503. What limits work is the listeners and the engines, not a guess here."""
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {"thresholds": [dict.fromkeys(limits, 65536)]}
 
 
 def _where(address: str) -> dict[str, Any]:
