@@ -400,8 +400,10 @@ def _service_cluster(front: FrontDoor, role: str) -> dict[str, Any]:
 
 
 def _many() -> dict[str, Any]:
-    """A fleet has many streams, and a dying replica fails all of its requests at once: the default of 3 retries at a
-    time would answer most of them with 503. What limits work is the listeners and the engines, not a guess here."""
+    """Limits that no fleet reaches; what limits work is the listeners and the engines.
+
+    A dying replica fails all of its requests at once: Envoy's default of 3 retries at a time answers the others with 503.
+    """
     limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     return {"thresholds": [dict.fromkeys(limits, 65536)]}
 
