@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=int(os.environ.get("PORT", "8000")))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    saved = torch.load(args.weights, weights_only=True)
+    saved = torch.load(args.weights, weights_only=True, map_location="cpu")
     Replica.model = Gpt(Shape(**saved["shape"])).eval()
     Replica.model.load_state_dict(saved["weights"])
     Replica.model_name, Replica.lock = args.name, threading.Lock()

@@ -39,11 +39,16 @@ def read_text() -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(found)[:TEXT_BYTES]), dtype=torch.uint8).long()
 
 
+def device() -> torch.device:
+    """This rank's GPU, where it was given one."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def batch_at(text: torch.Tensor, step: int, args: argparse.Namespace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, (batch, context) each: a pure function of seed, step and rank."""
     generator = torch.Generator().manual_seed(((args.seed * 1_000_003 + step) << 12) + rank)
     starts = torch.randint(len(text) - args.context - 1, (args.batch,), generator=generator)
-    rows = torch.stack([text[s : s + args.context + 1] for s in starts])
+    rows = torch.stack([text[s : s + args.context + 1] for s in starts]).to(device())
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -56,7 +61,7 @@ def train(args: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     text = read_text()
     torch.manual_seed(args.seed)  # the same parameters on every rank
-    net = Gpt(Shape(args.layers, args.width, 4, args.context))
+    net = Gpt(Shape(args.layers, args.width, 4, args.context)).to(device())
     model = DistributedDataParallel(net)
     stabilise_buckets(model, lambda: loss_of(model, batch_at(text, 0, args, rank)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
@@ -116,7 +121,9 @@ def main() -> None:
     parser.add_argument("--output", default="", help="folder for the trained weights")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # one thread per rank: same bits, and faster
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         train(args)
     finally:
