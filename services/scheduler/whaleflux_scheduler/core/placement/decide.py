@@ -18,6 +18,7 @@ from whaleflux_scheduler.core.placement.pricing import Candidate, inner_size, pr
 from whaleflux_scheduler.core.placement.search import Datasets, Group, searches
 
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
+_BREAKING_S = 600.0  # seconds that breaking a whole node is taken to cost those who wait for one
 _EQUAL = 0.005  # costs this close are equal; the next criterion decides
 
 
@@ -64,14 +65,20 @@ def _time(candidate: Candidate) -> float:
 
 
 def _closest(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
-    """Least time lost to communication and fetching; near-equal ones by price, then by what they leave to others."""
+    """Least time lost to communication and fetching; near-equal ones by price, then by what they leave to others.
+
+    Breaking a whole node counts as time lost too, by those who wait for one."""
     fastest = min((c.cost.step_communication_s for c in found if c.cost.step_communication_s), default=0.0)
     speed = max(c.option.throughput for c in found)
 
     def lost(c: Candidate) -> float:
         run = c.cost.run_s or _UNKNOWN_RUN_S
         slower = c.cost.step_communication_s / fastest - 1 if fastest else 0.0
-        return run * (request.preference.comm_fraction * slower + speed / c.option.throughput - 1) + c.cost.fetch_s
+        return (
+            run * (request.preference.comm_fraction * slower + speed / c.option.throughput - 1)
+            + c.cost.fetch_s
+            + _BREAKING_S * c.broken
+        )
 
     least = min(map(lost, found))
     slack = _EQUAL * _UNKNOWN_RUN_S * request.preference.comm_fraction

@@ -20,6 +20,7 @@ class Candidate:
     groups: tuple[Group, ...]
     estimate: Estimate
     cost: Cost
+    broken: int  # nodes that were wholly free and are now only partly so
     value: tuple[float, float]  # what the GPUs taken are worth to others: lower is taken first
 
     @property
@@ -50,7 +51,8 @@ def price(
     run_s = _run_s(columns, request, option, parts, found)
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
     first = columns.shape(parts[0][0])
-    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), first.value)
+    broken = sum(columns.taken[i] == 0 and mask != columns.usable[i] for i, mask in parts)
+    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), broken, first.value)
 
 
 def inner_size(request: PlaceRequest) -> int:
