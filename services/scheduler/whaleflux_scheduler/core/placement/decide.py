@@ -67,7 +67,8 @@ def _time(candidate: Candidate) -> float:
 def _closest(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
     """Least time lost to communication and fetching; near-equal ones by price, then by what they leave to others.
 
-    Breaking a whole node counts as time lost too, by those who wait for one."""
+    Work of one node that breaks a whole one loses time too: that of those who wait for whole nodes.
+    """
     fastest = min((c.cost.step_communication_s for c in found if c.cost.step_communication_s), default=0.0)
     speed = max(c.option.throughput for c in found)
 
@@ -77,7 +78,7 @@ def _closest(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
         return (
             run * (request.preference.comm_fraction * slower + speed / c.option.throughput - 1)
             + c.cost.fetch_s
-            + _BREAKING_S * c.broken
+            + _BREAKING_S * c.breaks
         )
 
     least = min(map(lost, found))

@@ -20,7 +20,7 @@ class Candidate:
     groups: tuple[Group, ...]
     estimate: Estimate
     cost: Cost
-    broken: int  # nodes that were wholly free and are now only partly so
+    breaks: bool  # work of one node takes part of a node that was wholly free
     value: tuple[float, float]  # what the GPUs taken are worth to others: lower is taken first
 
     @property
@@ -51,8 +51,9 @@ def price(
     run_s = _run_s(columns, request, option, parts, found)
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
     first = columns.shape(parts[0][0])
-    broken = sum(columns.taken[i] == 0 and mask != columns.usable[i] for i, mask in parts)
-    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), broken, first.value)
+    only, mask = parts[0]
+    breaks = len(parts) == 1 and columns.taken[only] == 0 and mask != columns.usable[only]
+    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
 
 
 def inner_size(request: PlaceRequest) -> int:
