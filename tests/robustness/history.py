@@ -8,6 +8,16 @@ Gpu = tuple[str, int]  # node, index
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """A GPU held by an attempt of a job; `lost`: its node is unreachable, so it may still be in use there."""
+
+    gpu: Gpu
+    job: str
+    epoch: int
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """A CreateJob; `acknowledged` False: refused or unanswered, so the job may exist or not."""
 
@@ -23,7 +33,7 @@ class JobRecord:
     name: str
     state: str
     epoch: int
-    held: tuple[Gpu, ...] = ()  # one entry per task that holds it, so that a repetition shows
+    held: tuple[Holding, ...] = ()  # one per task that holds a GPU, so that a repetition shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class Listing:
     """One answer of ListAllocations."""
 
     at_s: float
-    held: tuple[Gpu, ...]
+    held: tuple[Holding, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tests.robustness import guarantees as g
 from tests.robustness.guarantees import Guarantee
-from tests.robustness.history import Change, CheckpointRecord, FenceRecord, Gpu, JobRecord
+from tests.robustness.history import Change, CheckpointRecord, FenceRecord, Gpu, Holding, JobRecord
 
 # The states of a job, as its contract has them.
 NEXT = {
@@ -86,15 +87,27 @@ class Model:
         return [_old(f"{new.name} of epoch {new.epoch} was committed at revision {revision}, in epoch {now}")]
 
     def _double(self, revision: int) -> list[Violation]:
-        holders: dict[Gpu, list[str]] = defaultdict(list)
-        for job in self.jobs.values():
-            for gpu in job.held:
-                holders[gpu].append(f"{job.name} ({job.state}, epoch {job.epoch})")
-        return [
-            Violation(g.NO_GPU_TWICE, f"GPU {index} of {node} at revision {revision} is held by {', '.join(by)}")
-            for (node, index), by in holders.items()
-            if len(by) > 1
-        ]
+        return given_twice((held for job in self.jobs.values() for held in job.held), f"at revision {revision}")
+
+
+def given_twice(held: Iterable[Holding], when: str) -> list[Violation]:
+    """GPUs that are held by several jobs, twice by one attempt, or again by a job that may still use them elsewhere.
+
+    Only the job itself may start again on GPUs where its own remains are being killed: its agent starts nothing before
+    they are gone. A lost node's agent cannot, so lost GPUs are nobody's.
+    """
+    by_gpu: dict[Gpu, list[Holding]] = defaultdict(list)
+    for each in held:
+        by_gpu[each.gpu].append(each)
+    return [
+        Violation(
+            g.NO_GPU_TWICE, f"GPU {gpu[1]} of {gpu[0]} {when}: {', '.join(f'{h.job}@{h.epoch}' for h in holders)}"
+        )
+        for gpu, holders in by_gpu.items()
+        if len({h.job for h in holders}) > 1
+        or len({h.epoch for h in holders}) < len(holders)
+        or (len(holders) > 1 and any(h.lost for h in holders))
+    ]
 
 
 def _old(detail: str) -> Violation:

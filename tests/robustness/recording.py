@@ -14,6 +14,7 @@ from tests.robustness.history import (
     CheckpointRecord,
     FenceRecord,
     History,
+    Holding,
     JobRecord,
     Listing,
     Seen,
@@ -73,7 +74,11 @@ class Traffic:
                 answer = await self._client.scheduler.ListAllocations(
                     scheduler_pb2.ListAllocationsRequest(page_size=5000), timeout=2
                 )
-                held = tuple((a.task.node, index) for a in answer.allocations for index in a.task.gpu_indices)
+                held = tuple(
+                    Holding((a.task.node, index), a.job, a.epoch, a.task.lost)
+                    for a in answer.allocations
+                    for index in a.task.gpu_indices
+                )
                 self._history.listings.append(Listing(time.monotonic(), held))
             except Refusal:
                 pass
@@ -158,7 +163,7 @@ def _change(revision: int, key: str, value: bytes | None) -> list[Change]:
 def _job(name: str, value: bytes) -> Value:
     job = scheduler_pb2.Job.FromString(value)
     held = tuple(
-        (task.node, index)
+        Holding((task.node, index), name, attempt.epoch, task.lost)
         for attempt in (*job.past_attempts, *([job.attempt] if job.HasField("attempt") else []))
         for task in attempt.tasks
         if task.phase not in _OVER

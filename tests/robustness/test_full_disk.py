@@ -6,9 +6,11 @@ import asyncio
 import itertools
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small file system"),
 ]
 
-SMALL = Machine("edge", "small-disk", "rtx4090x1")
+SMALL = Machine("edge", "small-disk", "rtx4090x2")
 FULL_S = 4.0
 
 
@@ -66,44 +68,49 @@ async def test_a_full_disk_stops_no_task_and_loses_no_result(suite):
 
 
 async def _through_a_full_disk(suite: RunningSuite, client: AsyncClient) -> None:
-    folder = suite.state / "full-disk"
-    folder.mkdir()
-    job = await _submit(client, folder)
-    await until(lambda: steps_of(folder), "the rank steps", 30)
+    """One task only steps, the other saves as well; both end while the disk is full."""
+    steady = await _submit(suite, client, "full-disk-steady", every=10**6)
+    saver = await _submit(suite, client, "full-disk-saver", every=20)
+    await until(lambda: steps_of(steady) and steps_of(saver), "both ranks step", 30)
     agent = suite.fleet.agents[SMALL.name]
     filler = fill(suite.fleet._folder(SMALL.name))
     full_at = time.monotonic()
-    await asyncio.sleep(FULL_S)  # saves, reports and logs meet the full disk
-    (folder / "finish").touch()  # and the result too
-    await until(lambda: _quiet(folder), "the rank has ended", 10)
+    await asyncio.sleep(FULL_S)  # reports of saves meet the full disk
+    for folder in (steady, saver):
+        (folder / "finish").touch()  # and so do the results
+    await until(lambda: _quiet(steady), "the steady rank has ended", 10)
     assert agent.poll() is None, "the agent ended"
     assert await ready_nodes(client, {SMALL.name}), "the node is not READY any more"
-    steps = steps_of(folder)
-    assert max(b.at_s - a.at_s for a, b in itertools.pairwise(steps)) < 2, "the task stood still"
+    steps = steps_of(steady)
+    assert max(b.at_s - a.at_s for a, b in itertools.pairwise(steps)) < 2, "the steady task stood still"
     assert steps[-1].at_s > full_at + FULL_S - 1
     filler.unlink()
-
-    async def ended_well() -> bool:
-        found = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=job), timeout=5)
-        assert found.epoch == 1, found.state_message
-        return bool(found.state == scheduler_pb2.JOB_STATE_SUCCEEDED)
-
-    await until(ended_well, "the result arrives once there is room", 30)
+    for folder in (steady, saver):
+        await until(partial(_ended_well, client, folder.name), "the result arrives once there is room", 30)
 
 
-async def _submit(client: AsyncClient, folder: Path) -> str:
-    import sys
+async def _ended_well(client: AsyncClient, job: str) -> bool:
+    name = f"queues/default/jobs/{job}"
+    found = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=name), timeout=5)
+    assert found.epoch == 1, found.state_message
+    return bool(found.state == scheduler_pb2.JOB_STATE_SUCCEEDED)
 
+
+async def _submit(suite: RunningSuite, client: AsyncClient, job: str, every: int) -> Path:
+    """Returns the folder of the rank's record."""
+    folder = suite.state / job
+    folder.mkdir()
     spec = scheduler_pb2.JobSpec(
-        command=[sys.executable, str(SCRIPT), str(folder), "--every", "20"],
+        command=[sys.executable, str(SCRIPT), str(folder), "--every", str(every)],
         gpus=1,
         gpu=scheduler_pb2.GpuRequirement(any_of=["RTX4090"]),
-        checkpoint=scheduler_pb2.CheckpointPolicy(every_steps=20, keep=2),
+        checkpoint=scheduler_pb2.CheckpointPolicy(keep=2),
     )
     request = scheduler_pb2.CreateJobRequest(
-        parent="queues/default", job_id="full-disk", job=scheduler_pb2.Job(spec=spec), request_id="full-disk"
+        parent="queues/default", job_id=job, job=scheduler_pb2.Job(spec=spec), request_id=job
     )
-    return (await client.scheduler.CreateJob(request, timeout=20)).name
+    await client.scheduler.CreateJob(request, timeout=20)
+    return folder
 
 
 async def _quiet(folder: Path) -> bool:

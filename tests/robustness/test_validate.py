@@ -11,6 +11,7 @@ from tests.robustness.history import (
     CheckpointRecord,
     FenceRecord,
     History,
+    Holding,
     JobRecord,
     Listing,
     Outage,
@@ -20,7 +21,8 @@ from tests.robustness.history import (
 )
 
 A, B = "queues/q/jobs/a", "queues/q/jobs/b"
-GPU = ("sites/s/nodes/n", 0)
+GPU, OTHER_GPU = ("sites/s/nodes/n", 0), ("sites/s/nodes/n", 1)
+BY_A, BY_B = Holding(GPU, A, 1), Holding(GPU, B, 1)
 
 
 def sound() -> History:
@@ -28,13 +30,13 @@ def sound() -> History:
     return History(
         submissions=[Submission(A, 0.0, acknowledged=True), Submission(B, 0.0, acknowledged=False)],
         watched=[Seen(A, 1), Seen(A, 2), Seen(A, 4)],
-        listings=[Listing(0.0, ()), Listing(1.0, (GPU, ("sites/s/nodes/n", 1)))],
+        listings=[Listing(0.0, ()), Listing(1.0, (BY_A, Holding(OTHER_GPU, A, 1)))],
         truth=[
             Change(1, A, JobRecord(A, "QUEUED", 0)),
             Change(2, f"fences/{A}", FenceRecord(A, 1)),
-            Change(2, A, JobRecord(A, "STARTING", 1, (GPU,))),
+            Change(2, A, JobRecord(A, "STARTING", 1, (BY_A,))),
             Change(3, saved.name, saved),
-            Change(4, A, JobRecord(A, "RUNNING", 1, (GPU,))),
+            Change(4, A, JobRecord(A, "RUNNING", 1, (BY_A,))),
             Change(5, saved.name, replace(saved, state="COMMITTED")),
         ],
     )
@@ -56,13 +58,13 @@ def test_guarantees_have_distinct_names_and_quote_their_contract():
 @pytest.mark.parametrize(
     ("change", "guarantee"),
     [
-        (Change(6, B, JobRecord(B, "STARTING", 1, (GPU,))), g.NO_GPU_TWICE),
+        (Change(6, B, JobRecord(B, "STARTING", 1, (BY_B,))), g.NO_GPU_TWICE),
         (Change(6, A, JobRecord(A, "RECOVERING", 0)), g.OLD_EPOCHS_CHANGE_NOTHING),
         (Change(6, A, JobRecord(A, "QUEUED", 1)), g.OLD_EPOCHS_CHANGE_NOTHING),
         (Change(6, f"fences/{A}", FenceRecord(A, 0)), g.OLD_EPOCHS_CHANGE_NOTHING),
         (Change(6, "c", CheckpointRecord(f"{A}/checkpoints/s2-e0", "COMMITTED", 0)), g.OLD_EPOCHS_CHANGE_NOTHING),
         (Change(6, A, None), g.ACKNOWLEDGED_JOBS_STAY),
-        (Change(6, A, JobRecord(A, "RUNNING", 1, (GPU, GPU))), g.NO_GPU_TWICE),
+        (Change(6, A, JobRecord(A, "RUNNING", 1, (BY_A, BY_A))), g.NO_GPU_TWICE),
     ],
 )
 def test_damage_in_the_store_is_named(change, guarantee):
@@ -88,8 +90,14 @@ def test_a_watch_that_is_not_whole_is_named(watched):
 
 def test_a_listing_that_shows_a_gpu_twice_is_named():
     history = sound()
-    history.listings.append(Listing(2.0, (GPU, GPU)))
+    history.listings.append(Listing(2.0, (BY_A, BY_B)))
     assert broken(history) == {g.NO_GPU_TWICE.name}
+
+
+def test_a_job_may_start_again_where_its_remains_are_being_killed_but_not_where_they_are_lost():
+    again = replace(BY_A, epoch=2)
+    assert validate.listed_once([Listing(0.0, (BY_A, again))]) == []
+    assert validate.listed_once([Listing(0.0, (replace(BY_A, lost=True), again))])
 
 
 def test_an_acknowledged_job_that_was_never_stored_is_named():
@@ -102,7 +110,7 @@ def test_a_gpu_may_be_handed_on_in_one_transaction():
     history = sound()
     history.truth += [
         Change(6, A, JobRecord(A, "SUCCEEDED", 1)),
-        Change(6, B, JobRecord(B, "STARTING", 1, (GPU,))),
+        Change(6, B, JobRecord(B, "STARTING", 1, (BY_B,))),
     ]
     history.watched += [Seen(A, 6), Seen(B, 6)]
     assert validate.validate(history) == []

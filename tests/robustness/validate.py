@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 from tests.robustness import guarantees as g
 from tests.robustness.history import Change as Truth
 from tests.robustness.history import History, JobRecord, Listing, Outage, Seen, Step, Submission
-from tests.robustness.model import Model, Violation
+from tests.robustness.model import Model, Violation, given_twice
 
 
 def validate(history: History) -> list[Violation]:
@@ -31,12 +31,7 @@ def replay(truth: Iterable[Truth]) -> list[Violation]:
 
 def listed_once(listings: Iterable[Listing]) -> list[Violation]:
     """No answer of ListAllocations shows a GPU twice."""
-    return [
-        Violation(g.NO_GPU_TWICE, f"ListAllocations shows GPU {gpu[1]} of {gpu[0]} {count} times")
-        for listing in listings
-        for gpu, count in Counter(listing.held).items()
-        if count > 1
-    ]
+    return [wrong for listing in listings for wrong in given_twice(listing.held, "in ListAllocations")]
 
 
 def acknowledged_kept(submissions: Iterable[Submission], truth: Iterable[Truth]) -> list[Violation]:

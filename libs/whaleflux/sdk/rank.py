@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _TOKEN_HEADER = "x-wf-task-token"
 _CALL_S = 10.0
+_PATIENCE_S, _PAUSE_S = 600.0, 0.5
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class AgentKeeper:
 
     def start(self, step: int, layout: str, data_position: bytes) -> Target:
         request = agent_pb2.StartSaveRequest(step=step, layout=layout, data_position=data_position)
-        answer = self._stub.StartSave(request, timeout=_CALL_S, metadata=self._metadata, wait_for_ready=True)
+        answer = self._patiently(self._stub.StartSave, request)
         return Target(answer.checkpoint, Path(answer.location))
 
     def finish(self, target: Target, rank: int, pieces: Sequence[SavedPiece]) -> None:
@@ -110,7 +113,19 @@ class AgentKeeper:
             for p in pieces
         ]
         request = agent_pb2.FinishSaveRequest(checkpoint=target.name, rank=rank, pieces=listed)
-        self._stub.FinishSave(request, timeout=_CALL_S, metadata=self._metadata, wait_for_ready=True)
+        self._patiently(self._stub.FinishSave, request)
+
+    def _patiently(self, call: Any, request: Any) -> Any:
+        """Repeats while the agent restarts or waits for room on its disk: a save runs beside the training."""
+        end_s = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return call(request, timeout=_CALL_S, metadata=self._metadata, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() not in _PASSING or time.monotonic() > end_s:
+                    raise
+                log.warning("the agent does not take a save yet: %s", error.details())
+            time.sleep(_PAUSE_S)
 
     def progress(self, rank: int, step: int, loss: float) -> None:
         with self._wake:

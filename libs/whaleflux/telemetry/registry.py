@@ -67,11 +67,8 @@ class Metric(StrEnum):
     LOOP_LAG = "whaleflux_event_loop_lag_seconds"
     PLAN_DURATION = "whaleflux_plan_duration_seconds"
     QUEUE_DEPTH = "whaleflux_queue_depth"
-    WATCH_LAG = "whaleflux_watch_lag_revisions"
-    WATCH_RESUMES = "whaleflux_watch_resumes_total"
     CAS_CONFLICTS = "whaleflux_cas_conflicts_total"
     LEADER = "whaleflux_leader"
-    LEADER_LOSSES = "whaleflux_leader_losses_total"
     EVENTS_PUBLISHED = "whaleflux_events_published_total"
     EVENTS_CONSUMED = "whaleflux_events_consumed_total"
     NODES = "whaleflux_nodes"
@@ -81,7 +78,6 @@ class Metric(StrEnum):
     RECOVERIES = "whaleflux_recoveries_total"
     RECOVERY_DURATION = "whaleflux_recovery_duration_seconds"
     DETECTION_DURATION = "whaleflux_detection_duration_seconds"
-    CHECKPOINTS = "whaleflux_checkpoints"
     CHECKPOINT_COMMITS = "whaleflux_checkpoint_commits_total"
     ROUTE_DURATION = "whaleflux_route_duration_seconds"
     ROUTE_DECISIONS = "whaleflux_route_decisions_total"
@@ -101,11 +97,8 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.LOOP_LAG: MetricSpec("histogram", "How late a timer of the event loop fires.", (), _SECONDS),
     Metric.PLAN_DURATION: MetricSpec("histogram", "Time that one decision takes.", ("kind",), _SECONDS),
     Metric.QUEUE_DEPTH: MetricSpec("gauge", "Items that wait.", ("queue",)),
-    Metric.WATCH_LAG: MetricSpec("gauge", "Store revisions that a cache is behind.", ("prefix",)),
-    Metric.WATCH_RESUMES: MetricSpec("counter", "Watches resumed after a break.", ("prefix",)),
     Metric.CAS_CONFLICTS: MetricSpec("counter", "Compare-and-swap writes that lost.", ("kind",)),
     Metric.LEADER: MetricSpec("gauge", "1 while this process leads.", ("name",)),
-    Metric.LEADER_LOSSES: MetricSpec("counter", "Leaderships lost other than by resigning.", ("name",)),
     Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
     Metric.NODES: MetricSpec("gauge", "Nodes by phase.", ("phase",)),
@@ -115,7 +108,6 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.RECOVERIES: MetricSpec("counter", "Attempts started after a failure, by cause.", ("cause",)),
     Metric.RECOVERY_DURATION: MetricSpec("histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)),
     Metric.DETECTION_DURATION: MetricSpec("histogram", "Last sign of life to verdict.", ("verdict",), _SECONDS),
-    Metric.CHECKPOINTS: MetricSpec("gauge", "Checkpoints by state.", ("state",)),
     Metric.CHECKPOINT_COMMITS: MetricSpec("counter", "Manifests, by outcome.", ("outcome",)),
     Metric.ROUTE_DURATION: MetricSpec("histogram", "Time that one routing decision takes.", (), _SECONDS),
     Metric.ROUTE_DECISIONS: MetricSpec("counter", "Routing decisions, by outcome.", ("outcome",)),
@@ -179,6 +171,7 @@ class Event(StrEnum):
     STREAM_OPENED = "stream_opened"
     STREAM_BROKEN = "stream_broken"
     DEVICES_UNREADABLE = "devices_unreadable"
+    DISK_FULL = "disk_full"  # folder, reason
     SAVE_REFUSED = "save_refused"
     DATASET_CACHED = "dataset_cached"
     CHECKPOINT_COMMITTED = "checkpoint_committed"

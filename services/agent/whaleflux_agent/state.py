@@ -8,16 +8,19 @@
     saves/<n>.pb        checkpoint pieces that the checkpoint service has not taken
 
 All of it is read and written in one thread, so that writes keep their order and the event loop never waits for a disk.
+A full disk makes that thread wait for room: nothing counts before it is durable, and what runs goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +31,18 @@ from urllib.parse import quote, unquote
 
 from google.protobuf.message import DecodeError
 
+from whaleflux import telemetry
 from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.telemetry import Event
 from whaleflux.v1 import agent_pb2
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _EPOCHS_KEPT = 10_000
 _SEQUENCES_RESERVED = 1000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_LOOK_FOR_ROOM_EVERY_S = 0.5
+_log = telemetry.get_logger("whaleflux.agent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +73,34 @@ class StateDir:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._closing = threading.Event()
         for folder in (root, root / "reports", root / "tasks", root / "saves", root / "work"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs `function` in the one disk thread, after all that was asked for before."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        """Runs `function` in the one disk thread, after all that was asked for before; again when the disk was full."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: self._with_room(lambda: function(*args, **kwargs))
+        )
+
+    def _with_room(self, function: Callable[[], R]) -> R:
+        """What `function` returns once there is room for what it writes; raises its OSError when closing."""
+        full = False
+        while True:
+            try:
+                return function()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                if not full:
+                    _log.error(Event.DISK_FULL, folder=str(self.root), reason=error.strerror)
+                full = True
+                if self._closing.wait(_LOOK_FOR_ROOM_EVERY_S):
+                    raise
 
     def close(self) -> None:
-        """Finishes what is being written."""
+        """Finishes what is being written, unless there is no room for it."""
+        self._closing.set()
         self._thread.shutdown(wait=True)
 
     # what is desired

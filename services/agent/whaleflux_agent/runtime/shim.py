@@ -66,20 +66,29 @@ def prefer_as_victim() -> None:
         pass  # not ours to raise in this container
 
 
-def reap(ranks: dict[int, int], folder: str) -> None:
-    """Writes down each rank that has ended; `ranks` maps the pids that are left to their position."""
+def reap(ranks: dict[int, int], ended: dict[int, object]) -> None:
+    """Moves each rank that has ended to `ended`, by position; `ranks` maps the pids that are left to theirs."""
     while ranks:
         pid, status, usage = os.wait4(-1, os.WNOHANG)
         if pid == 0:
             return
         if pid in ranks:
-            record = {
+            ended[ranks.pop(pid)] = {
                 "code": os.waitstatus_to_exitcode(status),
                 "max_rss_bytes": usage.ru_maxrss * 1024,
                 "user_s": usage.ru_utime,
                 "system_s": usage.ru_stime,
             }
-            write(f"{folder}/exit-{ranks.pop(pid)}.json", record)
+
+
+def write_down(ended: dict[int, object], folder: str) -> None:
+    """Writes how ranks ended; what a full disk does not take stays in `ended`."""
+    for position, record in list(ended.items()):
+        try:
+            write(f"{folder}/exit-{position}.json", record)
+        except OSError:
+            return
+        del ended[position]
 
 
 def forward(number: int, ranks: dict[int, int]) -> None:
@@ -106,12 +115,13 @@ def main(folder: str) -> None:
     born = [{"pid": pid, "start_time": start_time(pid)} for pid in ranks]
     me = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
     write(folder + "/started.json", {"shim": me, "ranks": born})
-    while ranks:
-        number = signal.sigwait(WATCHED)
-        if number == signal.SIGCHLD:
-            reap(ranks, folder)
-        else:
-            forward(number, ranks)
+    ended: dict[int, object] = {}
+    while ranks or ended:
+        came = signal.sigtimedwait(WATCHED, 1.0) if ended else signal.sigwaitinfo(WATCHED)
+        if came is not None and came.si_signo != signal.SIGCHLD:
+            forward(came.si_signo, ranks)
+        reap(ranks, ended)
+        write_down(ended, folder)
 
 
 if __name__ == "__main__":
