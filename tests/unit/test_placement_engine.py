@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.fleets import GB, Level, node, nodes, nvlink
 from whaleflux.errors import AlreadyExists, Conflict, Invalid, NotFound, WrongState
-from whaleflux.fleet import Disk
+from whaleflux.fleet import Disk, Price, PriceKind
 from whaleflux_scheduler.core.placement.api import (
     CommModel,
     DatasetFact,
@@ -219,6 +219,18 @@ class TestRequirements:
         assert placed(made.place(want(4, "c", requirement=hungry)))
         answer = refused(made.place(want(16, requirement=hungry)))
         assert "cpu_millicores_per_gpu" in answer.smallest_change
+
+    def test_no_spot_for_those_who_do_not_want_it(self):
+        spot, owned = replace(node("spot"), price=Price(PriceKind.SPOT, 1.0)), node("owned", usd=3.0)
+        made = engine(spot, owned)
+        assert placed(made.place(want(8, preference=Preference(goal=Goal.CHEAPEST)))).node_names == (
+            "sites/a/nodes/spot",
+        )
+        steady = GpuRequirement(price_kinds=(PriceKind.OWNED, PriceKind.RESERVED))
+        assert placed(made.place(want(8, "x", requirement=steady))).node_names == ("sites/a/nodes/owned",)
+        answer = refused(made.place(want(16, "y", requirement=steady)))
+        assert [b.constraint for b in answer.blocked] == ["without owned or reserved"]
+        assert answer.smallest_change == "would fit without its conditions on the node"
 
     def test_sites_and_exclusions(self):
         made = engine(*nodes(sites=2, spines=1, leaves=1, per_leaf=1))

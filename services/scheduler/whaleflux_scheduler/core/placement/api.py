@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from whaleflux.fleet.model import Level, LinkKind
+from whaleflux.fleet.model import Level, LinkKind, PriceKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,12 @@ class GpuRequirement:
     host_memory_bytes_per_gpu: int = 0
     labels: tuple[tuple[str, str], ...] = ()  # every one must be on the node
     nvme: bool = False
+    price_kinds: tuple[PriceKind, ...] = ()  # how the node may be paid for; () any (no spot: all but SPOT)
+
+    @property
+    def of_node(self) -> bool:
+        """Whether anything is asked of the node itself rather than of its GPUs."""
+        return bool(self.labels or self.nvme or self.price_kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 DOMAIN_LEVELS: tuple[Level, ...] = (Level.FLEET, Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)
 SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)  # those with uplinks
 WHOLE_MILLI = 1000
+_MOST_ANSWERS = 4096  # requests differ without end; each answer is at most a few bytes per node
+Kept = TypeVar("Kept")
 
 
 @dataclass(slots=True)
@@ -153,6 +155,13 @@ class Columns:
                 lines = total / (nic * self.fabric.oversubscription(level))
             self.links[level] = np.maximum(lines, 1e-3)
             self.crossing[level] = np.zeros(len(total), dtype=np.int64)
+
+    def keep(self, key: object, answer: Kept) -> Kept:
+        """Remembers an answer that holds until nodes change; all are forgotten when there are too many."""
+        if len(self.matches) >= _MOST_ANSWERS:
+            self.matches.clear()
+        self.matches[key] = answer
+        return answer
 
     # -- changes --------------------------------------------------------------------------------------------------------------
 

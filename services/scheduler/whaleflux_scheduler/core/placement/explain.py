@@ -68,8 +68,9 @@ def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) ->
         excluded = set(request.exclude_nodes)
         yield "excluded by name", "exclude_nodes", _rows(columns, lambda i: columns.names[i] not in excluded)
     yield from _hardware(columns, need)
-    if need.labels or need.nvme:
-        what = ", ".join([f"{k}={v}" for k, v in need.labels] + ["NVMe"] * need.nvme)
+    if need.of_node:
+        wanted = [f"{k}={v}" for k, v in need.labels] + ["NVMe"] * need.nvme
+        what = ", ".join([*wanted, *([" or ".join(k.value for k in need.price_kinds)] if need.price_kinds else [])])
         yield f"without {what}", "requirement.labels", node_conditions(columns, need)
     if request.hard_locality and request.datasets:
         holders = [set(datasets[d].cached_on) if d in datasets else set() for d in request.datasets]
@@ -252,8 +253,9 @@ def _changes(request: PlaceRequest) -> Iterator[tuple[str, PlaceRequest]]:
     ):
         if relaxed != need:
             yield f"would fit without {name}", replace(request, requirement=relaxed)
-    if need.labels or need.nvme:
-        yield "would fit without its labels", replace(request, requirement=replace(need, labels=(), nvme=False))
+    if need.of_node:
+        bare = replace(need, labels=(), nvme=False, price_kinds=())
+        yield "would fit without its conditions on the node", replace(request, requirement=bare)
     if request.sites:
         yield "would fit in another site", replace(request, sites=())
     if need.min_compute_capability > (0, 0):

@@ -134,7 +134,7 @@ def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | No
 
 def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bools:
     ok = columns.open.copy() if allowed is None else columns.open & allowed
-    if need.labels or need.nvme:
+    if need.of_node:
         ok &= node_conditions(columns, need)
     if need.cpu_millicores_per_gpu:
         ok &= columns.cpu_free >= need.cpu_millicores_per_gpu
@@ -152,7 +152,7 @@ def _matching(columns: Columns, need: GpuRequirement, model: str) -> Bools:
         for s, shape in enumerate(columns.kinds):
             mask = matching_positions(shape, need, model)
             by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
-        found = columns.matches[key] = by_shape[columns.shapes]
+        found = columns.keep(key, by_shape[columns.shapes])
     return cast("Bools", found)
 
 

@@ -62,7 +62,7 @@ def _pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[f
     key = ("pools", request.requirement, option.model)
     found = columns.matches.get(key)
     if found is None:
-        found = columns.matches[key] = _find_pools(columns, request, option)
+        found = columns.keep(key, _find_pools(columns, request, option))
     return cast("list[frozenset[int]]", found)
 
 

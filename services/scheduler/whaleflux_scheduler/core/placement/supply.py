@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from whaleflux.fleet.model import Level
+from whaleflux.fleet.model import Level, Node
 from whaleflux_scheduler.core.placement.api import GpuOption, GpuRequirement, GroupRequest, PlaceRequest
 from whaleflux_scheduler.core.placement.columns import Columns, Ints
 from whaleflux_scheduler.core.placement.shapes import Shape
@@ -83,7 +83,7 @@ class Match:
         key = (demand.need, demand.model, demand.island, within)
         found = columns.matches.get(key)
         if found is None:
-            found = columns.matches[key] = Match._find(columns.kinds, demand, within)
+            found = columns.keep(key, Match._find(columns.kinds, demand, within))
         return cast("Match", found)
 
     @staticmethod
@@ -128,8 +128,7 @@ class Supply:
             or self.match.devices_matter
             or need.cpu_millicores_per_gpu
             or need.host_memory_bytes_per_gpu
-            or need.labels
-            or need.nvme
+            or need.of_node
         )
 
     def _mask_column(self, allowed: Bools | None) -> Ints:
@@ -146,7 +145,7 @@ class Supply:
         if self.match.devices_matter:
             for i in np.flatnonzero(usable).tolist():
                 usable[i] = min(int(usable[i]), self.devices(i))
-        if need.labels or need.nvme:
+        if need.of_node:
             usable[~node_conditions(columns, need)] = 0
         return usable
 
@@ -221,20 +220,21 @@ class Supply:
 
 
 def node_conditions(columns: Columns, need: GpuRequirement) -> Bools:
-    """Labels and NVMe, facts of the node itself: which rows have them. Kept until nodes change."""
-    key = (need.labels, need.nvme)
+    """Labels, NVMe and how it is paid for, facts of the node itself: which rows fit. Kept until nodes change."""
+    key = (need.labels, need.nvme, need.price_kinds)
     found = columns.matches.get(key)
     if found is None:
-        nodes = [row.node for row in columns.rows]
-        found = np.array(
-            [
-                (not need.nvme or any(d.nvme for d in n.disks)) and all(label in n.labels for label in need.labels)
-                for n in nodes
-            ],
-            dtype=np.bool_,
-        )
-        columns.matches[key] = found
+        fitting = [_node_fits(row.node, need) for row in columns.rows]
+        found = columns.keep(key, np.array(fitting, dtype=np.bool_))
     return cast("Bools", found)
+
+
+def _node_fits(node: Node, need: GpuRequirement) -> bool:
+    if need.nvme and not any(d.nvme for d in node.disks):
+        return False
+    if need.price_kinds and node.price.kind not in need.price_kinds:
+        return False
+    return all(label in node.labels for label in need.labels)
 
 
 def allowed_rows(columns: Columns, request: PlaceRequest, only: Callable[[int], bool] | None = None) -> Bools | None:
