@@ -18,6 +18,8 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard protos/whaleflux/v1/*.proto)
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@# xds-protos brings older copies of opentelemetry-proto's modules to the same place: the newer ones have to win.
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps opentelemetry-proto
 	@touch $@
 
 setup: $(STAMP) ## Virtual environment with everything, in .venv

@@ -27,7 +27,9 @@ _PORTS = (
     "frontdoor", "http", "admin", "etcd", "etcd_peer", "nats", "nats_monitor", "policy",
     *ROLES, *(f"{role}_metrics" for role in ROLES),
 )  # fmt: skip
+_IDENTITIES = (*ROLES, "frontdoor")
 _READY_S = 60.0
+_RENEW_EVERY_S = 86_400.0  # certificates live for 30 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Suite:
         self._options, self._say = options, say
         self.layout.create()
         self.ports = choose_ports(self.layout, _PORTS, frontdoor=options.port, http=options.http_port)
-        self._authority = issue_identities(self.layout, (*ROLES, "frontdoor"))
+        issue_identities(self.layout, _IDENTITIES)
         self.supervisor = Supervisor(self.layout.root / "run", say)
 
     async def start(self) -> Context:
@@ -61,6 +63,12 @@ class Suite:
         context = await self._context()
         write_json(self.layout.context_file, asdict(context))
         return context
+
+    async def keep_identities(self) -> None:
+        """Renews every certificate each day, until cancelled; the processes take the files up by themselves."""
+        while True:
+            await asyncio.sleep(_RENEW_EVERY_S)
+            issue_identities(self.layout, _IDENTITIES)
 
     async def stop(self) -> None:
         """Stops all in reverse order."""
@@ -134,7 +142,7 @@ class Suite:
         return {}
 
     def _envoy(self) -> Child:
-        config = self.layout.root / "envoy.yaml"
+        config, secrets_file = self.layout.root / "envoy.yaml", self.layout.root / "run" / "envoy-secrets.yaml"
         front = envoy.FrontDoor(
             grpc_port=self.ports["frontdoor"],
             http_port=self.ports["http"],
@@ -142,8 +150,10 @@ class Suite:
             tls=self.layout.tls("frontdoor"),
             upstreams={role: self.address(role) for role in ROLES},
             policy=self.address("policy"),
+            secrets=str(secrets_file),  # so that renewed certificates are taken up
         )
         config.write_text(envoy.render(front))
+        secrets_file.write_text(envoy.render_secrets(front))
         return self._child("envoy", envoy.command(config), lambda: envoy.wait_ready(self.address("admin"), _READY_S))
 
     def _child(
@@ -221,7 +231,9 @@ async def _until_signalled(suite: Suite, ready: Callable[[Suite], None]) -> None
         if not stop.is_set():
             await starting
             ready(suite)
+            renewing = asyncio.create_task(suite.keep_identities())
             await stop.wait()
+            renewing.cancel()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
     finally:

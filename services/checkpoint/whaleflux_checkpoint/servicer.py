@@ -16,6 +16,7 @@ from whaleflux.errors import Conflict, FieldViolation, Invalid, NotFound
 from whaleflux.rpc.paging import list_page, page_size
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Equals, Put, Store, Unchanged
+from whaleflux.telemetry import Metric
 from whaleflux.v1 import checkpoint_pb2 as pb
 from whaleflux.v1 import checkpoint_pb2_grpc as rpc
 from whaleflux_checkpoint import convert
@@ -142,6 +143,7 @@ class Checkpoints(rpc.CheckpointServiceServicer):
             except ConditionFailed as lost:
                 self._refuse_if_fenced(lost, convert.job_of(name), known.epoch)
                 continue  # another report committed it first: look again
+            telemetry.counter(Metric.CHECKPOINT_COMMITS).labels("committed").inc()
             await self._retain(known)
             return known
         raise Conflict(f"{name} changes too fast; report again", retry_after_s=1.0)
@@ -192,6 +194,7 @@ class Checkpoints(rpc.CheckpointServiceServicer):
     @staticmethod
     def _refuse_if_fenced(lost: ConditionFailed, job: str, epoch: int) -> None:
         if any(isinstance(condition, Equals) for condition in lost.failed):
+            telemetry.counter(Metric.CHECKPOINT_COMMITS).labels("fenced").inc()
             raise Conflict(
                 f"epoch {epoch} of {job} is over; a newer attempt runs, this one must stop",
                 reason="EPOCH_FENCED",

@@ -9,7 +9,10 @@ from functools import partial
 
 from whaleflux.clock import Clock
 from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.events.api import Bus
+from whaleflux.events.backbone import Backbone
 from whaleflux.events.publisher import Change, News, Publisher
+from whaleflux.names import check_id
 from whaleflux.rpc.pki import CertificateAuthority
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
@@ -61,8 +64,21 @@ async def _publish(ctx: Context) -> None:
                 told = partial(_described, describe, ctx.clock)
                 publisher = Publisher(ctx.store, ctx.bus, prefix, told, name=name, leader=leader, clock=ctx.clock)
                 group.create_task(publisher.run())
+            if sites := [site.strip() for site in ctx.settings.leaf_sites.split(",") if site.strip()]:
+                group.create_task(_backbone(ctx.bus, sites, ctx.clock).run())
 
     await lead(ctx.store, ROLE, ctx.address, work)
+
+
+def _backbone(bus: Bus, sites: list[str], clock: Clock) -> Backbone:
+    """Streams of the sites' own servers, and a nudge for a link that came back."""
+    from whaleflux.events.nats import NatsBus
+
+    for site in sites:
+        check_id("leaf_sites", site)
+    if not isinstance(bus, NatsBus):
+        raise Invalid(FieldViolation("leaf_sites", "needs a NATS server as the bus (--nats nats://host:4222)"))
+    return Backbone(bus, sites, clock=clock)
 
 
 def _described(describe: Callable[[Change, datetime], News], clock: Clock, change: Change) -> News:

@@ -16,3 +16,4 @@ class InventorySettings(ServiceSettings):
         None, description="CA certificate, PEM; without it joining is left to another certificate manager."
     )
     ca_key: Path | None = Field(None, description="The CA's private key, PEM; readable by inventory alone.")
+    leaf_sites: str = Field("", description="Sites with a NATS server of their own, comma separated; empty: none.")
