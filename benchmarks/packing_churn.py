@@ -74,7 +74,15 @@ def measure(options: Options) -> Report:
     return report
 
 
-def load_rows(fleet: Fleet, work: Workload, table: IdleTable, load: float, span: Span, seed: int) -> Iterator[Row]:
+def load_rows(
+    fleet: Fleet,
+    work: Workload,
+    table: IdleTable,
+    load: float,
+    span: Span,
+    seed: int,
+    policies: tuple[tuple[str, int, float], ...],
+) -> Iterator[Row]:
     capacity = int(fleet.free_milli.sum())
     days = span.warm_up_days + span.measured_days
     stream = draw_stream(work, capacity, load, days, span.longest_s, seed)
