@@ -83,7 +83,7 @@ def assemble(
     store: Store, bus: Bus | None, clock: Clock, peers: Peers, limits: Limits, address: str, keep_ended: int = 10_000
 ) -> Service:
     """`address` is told to callers who ask a follower."""
-    batched = GroupCommit(store)
+    batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
     jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode)
     queues_cache = Cache(store, keys.QUEUES, convert.QUEUES.decode)
     hub, term, jobs = Hub(), Term(store), Jobs(store, jobs_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -51,9 +52,21 @@ def seconds(message: Any, field: str) -> float | None:
 
 # specs
 
+SMALL_SPEC_BYTES = 4096  # larger ones are not remembered
+
 
 def spec_of(message: pb.JobSpec) -> Spec:
-    """What a job asks for; unknown kinds count as TRAINING."""
+    """What a job asks for; unknown kinds count as TRAINING. Specs never change and are read with every state of their job."""
+    data = message.SerializeToString()
+    return _known_spec(data) if len(data) <= SMALL_SPEC_BYTES else _read_spec(message)
+
+
+@lru_cache(maxsize=4096)
+def _known_spec(data: bytes) -> Spec:
+    return _read_spec(pb.JobSpec.FromString(data))
+
+
+def _read_spec(message: pb.JobSpec) -> Spec:
     retry = message.retry
     has_retry = message.HasField("retry")
     return Spec(

@@ -29,12 +29,14 @@ class Connection:
         self._highest = self._acknowledged = 0
         self._outbox: deque[agent_pb2.SyncResponse] = deque()
         self._some = asyncio.Event()
+        self._kicked = True  # what is desired may differ from what was sent
         self._end: Refusal | None = None
         self.open = True
         self._some.set()
 
     def kick(self) -> None:
         """Something that concerns this node may have changed."""
+        self._kicked = True
         self._some.set()
 
     def close(self, reason: Refusal | None = None) -> None:
@@ -74,7 +76,8 @@ class Connection:
                 yield response
 
     def _due(self) -> list[agent_pb2.SyncResponse]:
-        responses = self._desired()
+        responses = self._desired() if self._kicked else []
+        self._kicked = False
         stored = min(self._pending) - 1 if self._pending else self._highest
         if stored > self._acknowledged:
             self._acknowledged = stored

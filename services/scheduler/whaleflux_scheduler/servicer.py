@@ -123,7 +123,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
     ) -> AsyncIterator[pb.WatchJobsResponse]:
         only = job_key(request.name) if request.name else ""
         changes = watch_resources(
-            self._store, only or keys.JOBS, request.resource_version, convert.JOBS.decode, clock=self._clock
+            self._store, only or keys.JOBS, request.resource_version, self._jobs.decode, clock=self._clock
         )
         async with contextlib.aclosing(changes):
             async for change in changes:
