@@ -325,8 +325,8 @@ def measure(options: Options) -> Report:
     report.targets += exact
     report.notes = [
         "pods of 8: rivals are told that gangs want whole hosts, their best case; pods of 1: they are told GPUs only, as Philly's jobs say",
-        "bound: each gang alone on an empty fleet on the fewest leaves, so no policy can be below it by more than chance in hashing;"
-        " where rivals are within 2 % of it (pods of 8) nobody can use 20 % less than they",
+        "bound: each gang alone on an empty fleet on the fewest leaves; no policy can be below it by more than chance in hashing",
+        "where rivals are within 2 % of the bound (pods of 8) nobody can need 20 % less than they",
         "quick runs do not reach the offered load" if options.quick else "the first third of the jobs is warm-up",
     ]
     return report

@@ -17,6 +17,14 @@ from whaleflux_scheduler.core.placement.columns import Columns
 from whaleflux_scheduler.core.placement.pricing import Candidate, inner_size, price
 from whaleflux_scheduler.core.placement.search import Datasets, Group, searches
 
+_PLURAL = {
+    Level.FLEET: "fleets",
+    Level.SITE: "sites",
+    Level.ZONE: "zones",
+    Level.SPINE: "spines",
+    Level.LEAF: "leaves",
+    Level.NODE: "nodes",
+}
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
 _BREAKING_S = 600.0  # seconds that breaking a whole node is taken to cost those who wait for one
 _EQUAL = 0.005  # costs this close are equal; the next criterion decides
@@ -143,6 +151,9 @@ def reasons(columns: Columns, request: PlaceRequest, best: Candidate) -> tuple[s
     shape, nodes = columns.shape(rows[0]), len(set(rows))
     model = best.option.model or shape.models[0]
     lines = [f"{count} x {model} on {nodes} node{'s' * (nodes > 1)}, {where(columns, level, d)}"]
+    among, several = best.groups[0].considered
+    if several > 1:
+        lines.append(f"best of {several} {_PLURAL[among]} with room")
     link = best.estimate.bottleneck
     if link.bandwidth_bytes_per_s:
         lines.append(f"collectives at {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s, bound by {link.link.value}")

@@ -119,6 +119,8 @@ def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
     columns = supply.columns
     lo_row, hi_row = row_range(supply, bounds)
     counts = supply.fleet()
+    if count < len(counts):
+        supply.considered = (Level.NODE, counts[count])
     for exactly in range(count, columns.width + 1):
         if counts[exactly] == counts[exactly + 1]:
             continue
@@ -186,6 +188,8 @@ def _fitting(supply: Supply, level: Level, split: Split, bounds: Bounds) -> list
     first, last = _domains_inside(supply, level, bounds)
     nodes = _fitting_nodes(supply, level, split.per_node, bounds)[first:last]
     fitting = (nodes >= split.nodes).nonzero()[0]
+    if len(fitting):
+        supply.considered = (level, len(fitting))
     if len(fitting) < 2:
         return [first + int(d) for d in fitting]
     if bounds.near:

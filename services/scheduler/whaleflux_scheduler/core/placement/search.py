@@ -35,6 +35,7 @@ class Group:
     request: GroupRequest
     parts: tuple[Part, ...] = ()
     devices: tuple[Device, ...] = ()
+    considered: tuple[Level, int] = (Level.NODE, 0)  # how many domains of which level had room
 
 
 def feasible(columns: Columns, request: PlaceRequest, datasets: Datasets) -> bool:
@@ -184,7 +185,7 @@ class Place:
                 yield Group(group, self._masks(supply, [(row, supply.demand.gpus)]))
                 return
             for counts in self._counts(supply, self._bounds(group, inside)):
-                yield Group(group, self._masks(supply, counts))
+                yield Group(group, self._masks(supply, counts), considered=supply.considered)
 
     def _share_domains(self, group: GroupRequest, inside: tuple[Level, int] | None) -> list[tuple[Level, int] | None]:
         """Where a group of parts may be: anywhere allowed, or each domain of the level that must hold it."""

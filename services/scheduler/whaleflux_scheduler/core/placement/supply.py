@@ -120,6 +120,10 @@ class Supply:
         self._column = self._mask_column(allowed) if self._needs_column(allowed) else None
         self._counts: dict[tuple[Level, int], Ints] = {}
         self._fleet: list[int] | None = None
+        self.considered: tuple[Level, int] = (
+            Level.NODE,
+            0,
+        )  # how many domains of which level had room, for explanations
 
     def _needs_column(self, allowed: Bools | None) -> bool:
         need = self.demand.need
