@@ -372,6 +372,27 @@ class TestOthers:
         watching.cancel()
         assert {c.added.name or c.modified.name for c in seen if not c.HasField("bookmark")} == {one}
 
+    async def test_metrics_say_what_is_offered_held_and_waiting(self, world, monkeypatch):
+        monkeypatch.setattr("whaleflux_scheduler.brain.SHOW_EVERY_S", 0.01)
+        await world.add(node("s/a"), node("s/b", model="H200"))
+        await running(world, 3, gpu={"any_of": ["H200"]})
+        await world.submit(99)
+
+        def value(metric, *labels):
+            return telemetry.gauge(metric).labels(*labels)._value.get()
+
+        def right():
+            metric = telemetry.Metric
+            return (
+                value(metric.GPUS, "H200"),
+                value(metric.GPUS_ALLOCATED, "H200"),
+                value(metric.GPUS_ALLOCATED, "H100-80GB"),
+                value(metric.JOBS, "RUNNING"),
+                value(metric.QUEUE_DEPTH, "jobs"),
+            ) == (4, 3, 0, 1, 1)
+
+        await until(right, "the gauges show it")
+
     async def test_states_are_published_once_each(self):
         world = World()
         bus = MemoryBus()

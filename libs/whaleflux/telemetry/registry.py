@@ -72,6 +72,8 @@ class Metric(StrEnum):
     EVENTS_PUBLISHED = "whaleflux_events_published_total"
     EVENTS_CONSUMED = "whaleflux_events_consumed_total"
     NODES = "whaleflux_nodes"
+    GPUS = "whaleflux_gpus"
+    GPUS_ALLOCATED = "whaleflux_gpus_allocated"
     JOBS = "whaleflux_jobs"
     RECOVERIES = "whaleflux_recoveries_total"
     RECOVERY_DURATION = "whaleflux_recovery_duration_seconds"
@@ -100,6 +102,8 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
     Metric.NODES: MetricSpec("gauge", "Nodes by phase.", ("phase",)),
+    Metric.GPUS: MetricSpec("gauge", "GPUs of nodes that take work, by model.", ("model",)),
+    Metric.GPUS_ALLOCATED: MetricSpec("gauge", "GPUs held by jobs, lost ones too, by model.", ("model",)),
     Metric.JOBS: MetricSpec("gauge", "Jobs by state.", ("state",)),
     Metric.RECOVERIES: MetricSpec("counter", "Attempts started after a failure, by cause.", ("cause",)),
     Metric.RECOVERY_DURATION: MetricSpec("histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)),

@@ -84,7 +84,8 @@ class Brain:
         fleet.on_change = self._book.news.set
         self._tasks: asyncio.TaskGroup | None = None
         self._suspend: dict[str, str] = {}  # job -> for whom it makes room
-        self._shown_s = 0.0
+        self._rounds_done = 0
+        self._models: set[str] = set()  # of which gauges exist
         self._asked = 0  # questions to the planner in its thread
         self._round_over = asyncio.Event()  # another one for each round
 
@@ -105,6 +106,7 @@ class Brain:
                 group.create_task(self._follow_queues())
                 group.create_task(self._alarm())
                 group.create_task(self._rounds())
+                group.create_task(self._keep_showing())
         finally:
             self._worker.shutdown(wait=False, cancel_futures=True)
 
@@ -203,6 +205,7 @@ class Brain:
             await self._round()
             took_s = self._clock.monotonic() - begun_s
             next_s = begun_s + min(took_s + LONGEST_PAUSE_S, max(ROUND_EVERY_S, 3 * took_s))
+            self._rounds_done += 1
             done, self._round_over = self._round_over, asyncio.Event()
             done.set()
 
@@ -261,8 +264,6 @@ class Brain:
         if self._planner.unfinished:
             self._book.news.set()
         await self._prune()
-        if self._clock.monotonic() - self._shown_s >= SHOW_EVERY_S:
-            self._show()
 
     def _queues(self) -> dict[str, Queue]:
         return {stored.value.name.split("/")[1]: stored.value for stored in self._sources.queues.values.values()}
@@ -429,12 +430,26 @@ class Brain:
             except ConditionFailed:
                 continue
 
-    def _show(self) -> None:
-        self._shown_s = self._clock.monotonic()
+    async def _keep_showing(self) -> None:
+        """Metrics are at most a second older than the last round."""
+        shown = 0
+        while True:
+            if shown == self._rounds_done:
+                await self._round_over.wait()
+            await self._clock.sleep(SHOW_EVERY_S)
+            shown = self._rounds_done
+            await self._show()
+
+    async def _show(self) -> None:
         for state in JobState:
             if state:
                 telemetry.gauge(Metric.JOBS).labels(state.name).set(self._book.states[state])
         telemetry.gauge(Metric.QUEUE_DEPTH).labels("jobs").set(self._planner.waiting)
+        offered, held = await self._on_worker(self._planner.gpus)
+        for metric, gpus in ((Metric.GPUS, offered), (Metric.GPUS_ALLOCATED, held)):
+            for model in self._models | gpus.keys():
+                telemetry.gauge(metric).labels(model).set(gpus[model])
+        self._models |= offered.keys() | held.keys()
 
     async def _on_worker(self, work: Callable[[], T]) -> T:
         """The planner belongs to one thread at a time: to the worker while it is asked something."""
