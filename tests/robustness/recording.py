@@ -132,7 +132,7 @@ async def truth_of(endpoint: str, after: int) -> list[Change]:
         async with asyncio.timeout(30), aclosing(store.watch(keys.ROOT, after=after)) as batches:
             async for batch in batches:
                 for event in batch.events:
-                    found += _change(batch.revision, event.key, event.entry.value if event.entry else None)
+                    found += change_of(batch.revision, event.key, event.entry.value if event.entry else None)
                 if batch.revision >= end:
                     return found
     finally:
@@ -149,7 +149,8 @@ async def revision_of(endpoint: str) -> int:
         await store.close()
 
 
-def _change(revision: int, key: str, value: bytes | None) -> list[Change]:
+def change_of(revision: int, key: str, value: bytes | None) -> list[Change]:
+    """What an event of the store means to the model; nothing for keys that it does not know."""
     for prefix, read in _READ.items():
         if key.startswith(prefix):
             rest = key.removeprefix(prefix).split("/")

@@ -138,3 +138,8 @@ def test_slow_convergence_is_named():
     well = Outage("etcd", 0.0, 2.0, 5.0)
     assert validate.converged([well], 10) == []
     assert validate.converged([replace(well, converged_s=12.5)], 10)
+
+
+def test_a_committed_checkpoint_with_damaged_files_is_named():
+    assert validate.restorable({"c1": "", "c2": ""}) == []
+    assert validate.restorable({"c1": "", "c2": "rank-0.json is damaged"})

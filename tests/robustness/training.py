@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from tests.robustness.history import Step
 from tests.robustness.recording import restores_of, steps_of
@@ -26,7 +29,9 @@ class Training:
     folder: Path
 
     @classmethod
-    async def start(cls, suite: RunningSuite, client: AsyncClient, id_: str) -> Training:
+    async def start(
+        cls, suite: RunningSuite, client: AsyncClient, id_: str, sites: Sequence[str] = ("onprem", "cloud")
+    ) -> Training:
         """Submits it and returns when both ranks step."""
         folder = suite.state / id_
         folder.mkdir()
@@ -34,6 +39,7 @@ class Training:
             command=[sys.executable, str(SCRIPT), str(folder), "--every", str(EVERY)],
             gpus=2,
             nodes=scheduler_pb2.NodeCount(min=2),
+            sites=sites,
             checkpoint=scheduler_pb2.CheckpointPolicy(every_steps=EVERY, keep=3),
         )
         spec.retry.backoff.FromMilliseconds(200)
@@ -71,6 +77,16 @@ class Training:
         """Newest first."""
         return [c for c in await self.checkpoints() if c.state in _RESTORABLE]
 
+    async def faults(self) -> dict[str, str]:
+        """What is wrong with the files of each restorable checkpoint; call it when nothing is saved any more."""
+        found = {}
+        for listed in await self.restorable():
+            request = checkpoint_pb2.GetCheckpointRequest(name=listed.name)
+            whole = await self.client.checkpoint.GetCheckpoint(request, timeout=5)
+            faults = [fault for piece in whole.pieces if (fault := _fault(Path(whole.location), piece))]
+            found[whole.name] = "; ".join(faults) if whole.pieces else "it has no pieces"
+        return found
+
     async def finish(self) -> scheduler_pb2.Job:
         """Lets the ranks end; returns the job when it has."""
         (self.folder / "finish").touch()
@@ -82,3 +98,11 @@ class Training:
 
         await until(over, f"{self.name} ends", 30)
         return ended
+
+
+def _fault(folder: Path, piece: checkpoint_pb2.Piece) -> str:
+    try:
+        content = (folder / piece.path).read_bytes()
+    except OSError as error:
+        return f"{piece.path}: {error.strerror}"
+    return "" if piece.checksum == f"xxh3-128:{xxhash.xxh3_128_hexdigest(content)}" else f"{piece.path} is damaged"

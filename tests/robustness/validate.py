@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tests.robustness import guarantees as g
 from tests.robustness.history import Change as Truth
@@ -105,3 +105,8 @@ def converged(outages: Iterable[Outage], limit_s: float) -> list[Violation]:
         for o in outages
         if o.converged_s - o.back_s > limit_s
     ]
+
+
+def restorable(faults: Mapping[str, str]) -> list[Violation]:
+    """No checkpoint that counts as committed has damaged or missing files; `faults` by name, "" for none."""
+    return [Violation(g.CHECKPOINTS_RESTORE, f"{name}: {fault}") for name, fault in faults.items() if fault]
