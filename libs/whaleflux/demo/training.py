@@ -27,7 +27,7 @@ class Failure:
 
     node: str
     pids: int
-    at: float = field(default_factory=time.time)
+    at: float
     step: int = -1
     committed_step: int = 0
     suspect_s: float = -1.0
@@ -124,8 +124,9 @@ async def lose_a_node(client: AsyncClient, fleet: Fleet, watched: Watched, say: 
     live = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=watched.job.name), timeout=10)
     safe = await newest_committed(client, watched.job.name)
     epoch = watched.job.epoch
+    killed_at = time.time()
     pids = fleet.kill_node(victim)
-    failure = Failure(victim, len(pids), step=live.step, committed_step=safe)
+    failure = Failure(victim, len(pids), killed_at, step=live.step, committed_step=safe)
     say(f"KILL  {victim}: SIGKILL to its agent and its ranks ({len(pids)} processes) at step {live.step}")
     async with asyncio.TaskGroup() as group:
         group.create_task(_time_health(client, failure, say))
