@@ -198,7 +198,9 @@ def _gpus(columns: Columns, request: PlaceRequest, left: Bools) -> tuple[int, in
 
 def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: int) -> str:
     """Among the domains that the request allows, the one with most usable GPUs and how many it lacks."""
-    if any(g.share for g in request.groups) or not columns.count:
+    if not columns.count:
+        return "the fleet has no nodes"
+    if any(g.share for g in request.groups):
         return ""
     widest = max([request.level or Level.FLEET, *(g.level or Level.FLEET for g in request.groups)])
     free = np.where(left, columns.offer, 0).astype(np.int64)
@@ -230,11 +232,11 @@ def _changes(request: PlaceRequest) -> Iterator[tuple[str, PlaceRequest]]:
     if request.hard_locality:
         yield "would fit with soft data locality", replace(request, hard_locality=False)
     for level in _wider(request.level):
-        yield f"would fit within one {level.name.lower()} (level)", replace(request, level=level)
+        yield f"would fit {_within(level)} (level)", replace(request, level=level)
     for at, group in enumerate(request.groups):
         for level in _wider(group.level):
             groups = (*request.groups[:at], replace(group, level=level), *request.groups[at + 1 :])
-            yield f"would fit with group {group.name} within one {level.name.lower()}", replace(request, groups=groups)
+            yield f"would fit with group {group.name} {_within(level)}", replace(request, groups=groups)
     if request.min_nodes > 1:
         yield "would fit without min_nodes", replace(request, min_nodes=0)
     if request.max_nodes:
@@ -265,6 +267,10 @@ def _changes(request: PlaceRequest) -> Iterator[tuple[str, PlaceRequest]]:
         yield "would fit without min_memory_bytes", replace(request, requirement=replace(need, min_memory_bytes=0))
     if any(o.model for o in need.any_of):
         yield "would fit on another GPU model", replace(request, requirement=replace(need, any_of=(GpuOption(),)))
+
+
+def _within(level: Level) -> str:
+    return "anywhere" if level is Level.FLEET else f"within one {level.name.lower()}"
 
 
 def _wider(level: Level | None) -> list[Level]:
