@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.robustness import validate
@@ -26,6 +26,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("cancel"), st.integers(0, 9)),
     st.tuples(st.just("lose"), NODE),
     st.tuples(st.just("find"), NODE),
+    st.tuples(st.just("linger"), NODE),
+    st.tuples(st.just("reap"), NODE),
     st.tuples(st.just("restart"), st.none()),
 )
 
@@ -56,9 +58,22 @@ class Simulation:
                 await self._lose(str(argument))
             case "find" if str(argument) in self.lost:
                 await self._find(str(argument))
+            case "linger":
+                self.world.agents[str(argument)].slow_to_die = True
+            case "reap":
+                self._reap(str(argument))
             case "restart":
                 await self._restart()
         await self.settle()
+
+    def _reap(self, name: str) -> None:
+        """What was to stop on this node, and took its time, is gone now."""
+        agent = self.world.agents[name]
+        agent.slow_to_die = False
+        for task in [task for task in agent.reports if task not in agent.tasks]:
+            if agent.reports[task].phase < pb.TASK_PHASE_EXITED:
+                agent.report(task, pb.TASK_PHASE_KILLED, -15)
+            agent.reports.pop(task)
 
     async def _lose(self, name: str) -> None:
         self.lost.add(name)
@@ -94,6 +109,7 @@ class Simulation:
 
         async def over() -> bool:
             for name in self.world.agents:
+                await self.act("reap", name)
                 await self.act("exit", name)
             return all([(await self.world.job(name)).HasField("end_time") for name in self.jobs])
 
@@ -125,7 +141,11 @@ async def simulate(actions: list[tuple[str, object]]) -> None:
     assert validate.replay(truth) == []
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(ACTIONS, min_size=3, max_size=14))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@example(
+    [("submit", 8), *(("linger", f"sites/s/nodes/{n}") for n in "abc"), ("submit", 8), ("fail", "sites/s/nodes/a")]
+)
+@example([("submit", 8), *(("linger", f"sites/s/nodes/{n}") for n in "abc"), ("submit", 8), ("cancel", 0)])
+@given(st.lists(ACTIONS, min_size=3, max_size=20))
 def test_no_order_of_faults_breaks_a_guarantee(actions):
     asyncio.run(simulate(actions))
