@@ -20,6 +20,7 @@ from whaleflux.telemetry import Attribute, Event, Metric
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 _NUMBERS: dict[str, int] = {code.name: code.value[0] for code in grpc.StatusCode}
+_STATUS = Attribute.RPC_STATUS.value
 _log = telemetry.get_logger("whaleflux.rpc")
 
 
@@ -41,32 +42,42 @@ def gone() -> Unavailable:
 @contextlib.asynccontextmanager
 async def answering(call: Call) -> AsyncIterator[None]:
     """Around the whole handling of `call`. Answered by aborting, so that `AbortError` leaves it, or nothing."""
-    code = "OK"
     try:
         yield
-    except grpc.aio.AbortError:  # the handler answered by itself
-        code = str(getattr(call.context.code(), "name", "UNKNOWN"))
+    except BaseException as error:
+        await failed(call, error)
         raise
-    except GeneratorExit:  # the client went while a message was on its way to it
-        code = "CANCELLED"
-        raise
-    except asyncio.CancelledError:
-        code = "CANCELLED"  # by the client, or its deadline has passed
-        if call.span is not None or not call.draining():
-            raise
-        code = "UNAVAILABLE"
-        await _refuse(call, gone())
-    except (Refusal, grpc.RpcError) as error:  # a bare channel raises the latter, ours raise refusals
-        refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
-        code = refusal.code
-        await (_confess(call, error) if code == "INTERNAL" else _refuse(call, refusal))
-    except Exception as bug:
-        code = "INTERNAL"
-        await _confess(call, bug)
-    finally:
-        if call.span is not None and code in _NUMBERS:
-            call.span.set_attribute(Attribute.RPC_STATUS.value, _NUMBERS[code])
-        _requests(call.method, code).inc()
+    succeeded(call)
+
+
+def succeeded(call: Call) -> None:
+    """Notes that the handler has given its answer."""
+    _note(call, "OK")
+
+
+async def failed(call: Call, error: BaseException) -> None:
+    """Answers by aborting, which raises AbortError; returns when `error` itself is to be raised on."""
+    match error:
+        case grpc.aio.AbortError():  # the handler answered by itself
+            _note(call, str(getattr(call.context.code(), "name", "UNKNOWN")))
+        case asyncio.CancelledError() if call.span is None and call.draining():
+            _note(call, "UNAVAILABLE")
+            await _refuse(call, gone())
+        case GeneratorExit() | asyncio.CancelledError():  # the client went, or its deadline has passed
+            _note(call, "CANCELLED")
+        case Refusal() | grpc.RpcError():  # a bare channel raises the latter, ours raise refusals
+            refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
+            _note(call, refusal.code)
+            await (_confess(call, error) if refusal.code == "INTERNAL" else _refuse(call, refusal))
+        case Exception():
+            _note(call, "INTERNAL")
+            await _confess(call, error)
+
+
+def _note(call: Call, code: str) -> None:
+    if call.span is not None and code in _NUMBERS:
+        call.span.set_attribute(_STATUS, _NUMBERS[code])
+    _requests(call.method, code).inc()
 
 
 @cache  # as many as there are methods and codes

@@ -16,7 +16,7 @@ import contextlib
 import inspect
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +28,7 @@ from prometheus_client import Histogram
 from whaleflux import telemetry
 from whaleflux.errors import DeadlineExceeded, FieldViolation, Invalid, OverLimit
 from whaleflux.rpc import auth
-from whaleflux.rpc.answer import Call, Context, answering, gone
+from whaleflux.rpc.answer import Call, Context, answering, failed, gone, succeeded
 from whaleflux.rpc.rate import Rate
 from whaleflux.telemetry import Attribute, Metric
 
@@ -96,11 +96,49 @@ class Boundary(grpc.aio.ServerInterceptor):
         return make(behaviour, None, handler.response_serializer)
 
     def _unary(self, method: str, behaviour: Any, take: Callable[[Any], Any]) -> Any:
+        """One function with plain blocks: what runs around every call is most of what a small call costs."""
+        in_flight, durations, traced = telemetry.gauge(Metric.RPC_IN_FLIGHT), _durations(method), _traced(method)
+
         async def answer(raw: bytes, context: Context) -> Any:
-            async with self._whole(method, context):
-                return await behaviour(take(raw), context)
+            started = time.monotonic()
+            in_flight.inc()
+            metadata = _metadata(context)
+            try:
+                with telemetry.server_span(method, metadata, traced=traced) as span:
+                    call = Call(method, context, span, lambda: False)
+                    try:
+                        answered = await self._served(call, behaviour, take, raw, metadata)
+                    except BaseException as error:
+                        await failed(call, error)
+                        raise
+                    succeeded(call)
+                    return answered
+            finally:
+                in_flight.dec()
+                durations.observe(time.monotonic() - started)
 
         return answer
+
+    async def _served(
+        self, call: Call, behaviour: Any, take: Callable[[Any], Any], raw: bytes, metadata: _Metadata
+    ) -> Any:
+        """What a unary handler answers to an admitted caller in time."""
+        caller = self._admitted(call.method, call.context, metadata)
+        assert call.span is not None
+        if call.span.is_recording():
+            call.span.set_attribute(Attribute.CALLER.value, caller.uri)
+        auth.act_as(caller)  # never reset: the call's task ends with the call
+        limit_s = self._time_for(call.context)
+        with _counted(self._calls, caller, self._limits.calls_per_caller, "calls at a time"):
+            if limit_s <= 0:
+                raise _late(call.method, limit_s)
+            try:
+                async with asyncio.timeout(limit_s) as limit:
+                    return await behaviour(take(raw), call.context)
+            except TimeoutError:
+                if limit.expired():
+                    raise _late(call.method, limit_s) from None
+                raise RuntimeError("a TimeoutError that no deadline caused") from None
 
     def _collecting(self, method: str, behaviour: Any, take: Callable[[Any], Any]) -> Any:
         async def answer(raw: Any, context: Context) -> Any:
@@ -123,26 +161,6 @@ class Boundary(grpc.aio.ServerInterceptor):
         return answer
 
     @contextlib.asynccontextmanager
-    async def _whole(self, method: str, context: Context) -> AsyncIterator[None]:
-        """Around a unary call."""
-        started = time.monotonic()
-        in_flight = telemetry.gauge(Metric.RPC_IN_FLIGHT)
-        in_flight.inc()
-        metadata = _metadata(context)
-        try:
-            with telemetry.server_span(method, _text_only(metadata), traced=_traced(method)) as span:
-                async with answering(Call(method, context, span, lambda: False)):
-                    caller = self._admitted(method, context, metadata)
-                    span.set_attribute(Attribute.CALLER.value, caller.uri)
-                    bound = self._limits.calls_per_caller
-                    with _counted(self._calls, caller, bound, "calls at a time"), auth.acting_as(caller):
-                        async with _deadline(method, self._time_for(context)):
-                            yield
-        finally:
-            in_flight.dec()
-            _durations(method).observe(time.monotonic() - started)
-
-    @contextlib.asynccontextmanager
     async def _endless(self, method: str, context: Context) -> AsyncIterator[None]:
         """Around a stream.
 
@@ -152,7 +170,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         task = asyncio.current_task()
         assert task is not None  # gRPC runs each call in a task of its own
         metadata = _metadata(context)
-        telemetry.attach_for_good(_text_only(metadata).get("traceparent", ""))
+        telemetry.attach_for_good(_traceparent(metadata))
         open_streams = telemetry.gauge(Metric.RPC_STREAMS).labels(method)
         async with answering(Call(method, context, None, lambda: self._draining)):
             if self._draining:
@@ -209,30 +227,30 @@ class _Parser:
             yield self(raw)
 
 
-@contextlib.asynccontextmanager
-async def _deadline(method: str, limit_s: float) -> AsyncIterator[None]:
-    late = DeadlineExceeded(f"{method} did not finish in {limit_s:.3f} s", metadata={"method": method})
-    if limit_s <= 0:
-        raise late
-    try:
-        async with asyncio.timeout(limit_s) as limit:
-            yield
-    except TimeoutError:
-        raise (late if limit.expired() else RuntimeError("a TimeoutError that no deadline caused")) from None
+def _late(method: str, limit_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"{method} did not finish in {limit_s:.3f} s", metadata={"method": method})
 
 
-@contextlib.contextmanager
-def _counted(counts: Counter[auth.Identity], caller: auth.Identity, bound: int, what: str) -> Iterator[None]:
-    if counts[caller] >= bound:
-        known = {"subject": caller.uri, "limit": str(bound)}
-        raise OverLimit(f"{caller.uri} has {bound} {what}; wait", reason="TOO_MANY", metadata=known, retry_after_s=1.0)
-    counts[caller] += 1
-    try:
-        yield
-    finally:
-        counts[caller] -= 1
-        if not counts[caller]:
-            del counts[caller]
+class _counted:  # noqa: N801  # a context manager without a generator: around every call
+    """One more of the caller's calls while the block runs; refuses beyond `bound`."""
+
+    __slots__ = ("_caller", "_counts")
+
+    def __init__(self, counts: Counter[auth.Identity], caller: auth.Identity, bound: int, what: str) -> None:
+        if counts[caller] >= bound:
+            known = {"subject": caller.uri, "limit": str(bound)}
+            raise OverLimit(
+                f"{caller.uri} has {bound} {what}; wait", reason="TOO_MANY", metadata=known, retry_after_s=1.0
+            )
+        self._counts, self._caller = counts, caller
+
+    def __enter__(self) -> None:
+        self._counts[self._caller] += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._counts[self._caller] -= 1
+        if not self._counts[self._caller]:
+            del self._counts[self._caller]
 
 
 @cache  # as many as there are methods
@@ -245,8 +263,8 @@ def _traced(method: str) -> bool:
 
 
 def _metadata(context: Context) -> _Metadata:
-    return tuple(context.invocation_metadata() or ())
+    return context.invocation_metadata() or ()  # type: ignore[return-value]  # a tuple, whatever its stub says
 
 
-def _text_only(metadata: _Metadata) -> dict[str, str]:
-    return {key: value for key, value in metadata if isinstance(value, str)}
+def _traceparent(metadata: _Metadata) -> str:
+    return next((value for key, value in metadata if key == "traceparent" and isinstance(value, str)), "")

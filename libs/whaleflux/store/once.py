@@ -67,7 +67,7 @@ async def _commit_or_find(
 
 
 def _guarded_value(writes: Sequence[Write], when: Sequence[Condition], key: str) -> bytes:
-    guarded = any(isinstance(c, Absent | Unchanged) and c.key == key for c in when)
+    guarded = any(isinstance(c, (Absent, Unchanged)) and c.key == key for c in when)
     values = [write.value for write in writes if isinstance(write, Put) and write.key == key]
     if not (guarded and values):
         raise Invalid(FieldViolation("key", f"{key!r} must be put and compared by Absent or Unchanged in this commit"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 
@@ -31,6 +31,7 @@ Value = str | bool | int | float
 Attributes = Mapping[Attribute, Value]
 _ATTRIBUTES = frozenset(Attribute)
 _PROPAGATOR = TraceContextTextMapPropagator()
+_PROPAGATED = frozenset(_PROPAGATOR.fields)
 _ids_to_use: ContextVar[tuple[int, int] | None] = ContextVar("whaleflux_ids_to_use", default=None)
 
 
@@ -154,10 +155,16 @@ def attach_for_good(traceparent: str) -> None:
 
 
 @contextlib.contextmanager
-def server_span(method: str, headers: Mapping[str, str], *, traced: bool = True) -> Iterator[Span]:
+def server_span(method: str, headers: Iterable[tuple[str, str | bytes]], *, traced: bool = True) -> Iterator[Span]:
     """The span of a served call, child of the caller's. Its status is the boundary's business, whatever is raised."""
     if not traced:
         yield trace.INVALID_SPAN
+        return
+    remote = {key: value for key, value in headers if key in _PROPAGATED and isinstance(value, str)}
+    parent = _PROPAGATOR.extract(remote, otel_context.Context()) if remote else otel_context.Context()
+    if not _exporting:
+        with trace.use_span(_unrecorded(parent), record_exception=False, set_status_on_exception=False) as unrecorded:
+            yield unrecorded
         return
     service, _, name = method.lstrip("/").partition("/")
     known: Attributes = {
@@ -167,13 +174,26 @@ def server_span(method: str, headers: Mapping[str, str], *, traced: bool = True)
     }
     with _tracer.start_as_current_span(
         method.lstrip("/"),
-        _PROPAGATOR.extract(headers, otel_context.Context()),
+        parent,
         SpanKind.SERVER,
         _checked(known),
         record_exception=False,
         set_status_on_exception=False,
     ) as started:
         yield started
+
+
+def _unrecorded(parent: otel_context.Context) -> Span:
+    """Only ids, to show and to pass on: a fifth of what the tracer takes for a span that nobody will see."""
+    context = trace.get_current_span(parent).get_span_context()
+    ids = _provider.id_generator
+    if context.is_valid:
+        own = trace.SpanContext(
+            context.trace_id, ids.generate_span_id(), False, context.trace_flags, context.trace_state
+        )
+    else:
+        own = trace.SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False)
+    return trace.NonRecordingSpan(own)
 
 
 def emit_span(
