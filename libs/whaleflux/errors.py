@@ -114,7 +114,9 @@ class Unavailable(Refusal):
     code = "UNAVAILABLE"
     default_reason = "STORE_UNAVAILABLE"
 
-    def __init__(self, message: str, *, reason: str = "", metadata: Mapping[str, str] | None = None, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self, message: str, *, reason: str = "", metadata: Mapping[str, str] | None = None, retry_after_s: float = 1.0
+    ) -> None:
         super().__init__(message, reason=reason, metadata=metadata, retry_after_s=retry_after_s)
 
 

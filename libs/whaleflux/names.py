@@ -17,6 +17,7 @@ from whaleflux.errors import FieldViolation, Invalid
 
 ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
 
 
 def check_id(field: str, value: str) -> str:
@@ -25,7 +26,9 @@ def check_id(field: str, value: str) -> str:
         return value
     shown = value if len(value) <= 64 else f"{value[:61]}... ({len(value)} characters)"
     raise Invalid(
-        FieldViolation(field, f"{shown!r} is not an id: use 1-63 of a-z, 0-9 and '-', starting and ending with a letter or digit")
+        FieldViolation(
+            field, f"{shown!r} is not an id: use 1-63 of a-z, 0-9 and '-', starting and ending with a letter or digit"
+        )
     )
 
 
@@ -58,4 +61,4 @@ def ulid(now_s: float | None = None) -> str:
     """A ULID in lower case: 26 characters, sortable by time, valid as an id (github.com/ulid/spec)."""
     millis = int((time.time() if now_s is None else now_s) * 1000)
     number = (millis << 80) | int.from_bytes(os.urandom(10))
-    return "".join(_CROCKFORD[(number >> shift) & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
