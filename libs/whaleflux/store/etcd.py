@@ -126,6 +126,8 @@ class _Link:
 
     async def ready(self, timeout_s: float) -> bool:
         try:
+            if self.channel.get_state() is grpc.ChannelConnectivity.READY:  # as nearly always: spares a timer
+                return True
             async with asyncio.timeout(timeout_s):
                 while (state := self.channel.get_state(try_to_connect=True)) != grpc.ChannelConnectivity.READY:
                     await self.channel.wait_for_state_change(state)
@@ -240,32 +242,45 @@ def _span(prefix: str) -> tuple[bytes, bytes]:
     return (raw, raw[:-1] + bytes([raw[-1] + 1])) if raw else (b"\0", b"\0")
 
 
-def _operation(write: Write) -> Any:
-    if isinstance(write, Put):
-        lease = write.lease.id if write.lease else 0
-        return rpc.RequestOp(request_put=rpc.PutRequest(key=_raw(write.key), value=write.value, lease=lease))
-    return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=_raw(write.key)))
+def _transaction(writes: Sequence[Write], when: Sequence[Condition]) -> Any:
+    """Filled in place: parts made apart are copied into it, and this runs for every commit.
+
+    The compared keys are read when the comparison fails, to tell afterwards which condition failed.
+    """
+    request = rpc.TxnRequest()
+    for write in writes:
+        operation = request.success.add()
+        if isinstance(write, Put):
+            put = operation.request_put
+            put.key, put.value = _raw(write.key), write.value
+            if write.lease:
+                put.lease = write.lease.id
+        else:
+            operation.request_delete_range.key = _raw(write.key)
+    for condition in when:
+        _compare(condition, request.compare.add())
+        look = request.failure.add().request_range
+        look.key, look.keys_only = _raw(condition.key), not isinstance(condition, Equals)
+    return request
 
 
-def _compare(condition: Condition) -> Any:
-    key, target, result = _raw(condition.key), rpc.Compare.CompareTarget, rpc.Compare.CompareResult
+_CREATED, _CHANGED, _VALUE = rpc.Compare.CREATE, rpc.Compare.MOD, rpc.Compare.VALUE
+_EQUAL, _GREATER = rpc.Compare.EQUAL, rpc.Compare.GREATER
+
+
+def _compare(condition: Condition, compare: Any) -> None:
+    compare.key, compare.result, compare.target = _raw(condition.key), _EQUAL, _CREATED
     match condition:
         case Absent():
-            return rpc.Compare(key=key, target=target.CREATE, result=result.EQUAL, create_revision=0)
+            compare.create_revision = 0
         case Present():
-            return rpc.Compare(key=key, target=target.CREATE, result=result.GREATER, create_revision=0)
+            compare.create_revision, compare.result = 0, _GREATER
         case Unchanged(entry):
-            return rpc.Compare(key=key, target=target.MOD, result=result.EQUAL, mod_revision=entry.revision)
+            compare.mod_revision, compare.target = entry.revision, _CHANGED
         case Equals(_, value):
-            return rpc.Compare(key=key, target=target.VALUE, result=result.EQUAL, value=value)
+            compare.value, compare.target = value, _VALUE
         case Held(leader):
-            return rpc.Compare(key=key, target=target.CREATE, result=result.EQUAL, create_revision=leader.created)
-
-
-def _look(condition: Condition) -> Any:
-    """Reads a compared key in the same transaction, to tell afterwards which condition failed."""
-    keys_only = not isinstance(condition, Equals)
-    return rpc.RequestOp(request_range=rpc.RangeRequest(key=_raw(condition.key), keys_only=keys_only))
+            compare.create_revision = leader.created
 
 
 def _failed(when: Sequence[Condition], answer: Any) -> ConditionFailed:
@@ -501,7 +516,7 @@ class EtcdStore:
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         check(writes, when)
-        request = rpc.TxnRequest(compare=map(_compare, when), success=map(_operation, writes), failure=map(_look, when))
+        request = _transaction(writes, when)
         async with self._connection.link(self._connection.timeout_s) as link:
             try:
                 answer = await link.kv.Txn(request, timeout=self._connection.timeout_s)

@@ -33,7 +33,7 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.queueing import Candidate, Line, Lines, order_of, over_limit
-from whaleflux_scheduler.core.request import place_request
+from whaleflux_scheduler.core.request import place_request, shape
 
 log = logging.getLogger(__name__)
 
@@ -316,8 +316,9 @@ class Planner:
             return
         job = candidate.job
         near = job.attempt.nodes if job.attempt else ()
-        request = place_request(name, job.spec, exclude_nodes=candidate.exclude, near_nodes=near)
-        line = Line(job.spec.priority, job.queue, self._shape(request))
+        asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
+        request = replace(asked, id=name)
+        line = Line(job.spec.priority, job.queue, self._number(asked))
         self._waiting[name] = Waiting(candidate, request, line)
         self._lines.join(line, job)
         self._untold.add(name)
@@ -325,13 +326,13 @@ class Planner:
         if own or line.shape not in self._refused or self._lines.first(line) == (order_of(job)[1], name):
             self._untried.add(line)
 
-    def _shape(self, request: PlaceRequest) -> int:
+    def _number(self, asked: PlaceRequest) -> int:
         """The number of what is asked for; numbers are small to compare, requests are not."""
         if len(self._shapes) >= _MOST_SHAPES:
             used = {waiting.line.shape for waiting in self._waiting.values()}
-            self._shapes = {asked: number for asked, number in self._shapes.items() if number in used}
+            self._shapes = {known: number for known, number in self._shapes.items() if number in used}
         self._numbered += 1
-        return self._shapes.setdefault(replace(request, id=""), self._numbered)
+        return self._shapes.setdefault(asked, self._numbered)
 
     def _try_all(self) -> None:
         self._refused.clear()

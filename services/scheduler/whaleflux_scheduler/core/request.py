@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.model import Rule, Spec
@@ -18,13 +20,19 @@ from whaleflux_scheduler.core.placement.api import (
 def place_request(
     id: str, spec: Spec, *, exclude_nodes: Collection[str] = (), near_nodes: tuple[str, ...] = ()
 ) -> PlaceRequest:
-    """The gang of `spec`. Rules over all ranks bound the gang, rules with a size bound its runs of ranks."""
+    """The gang of `spec`."""
+    return replace(shape(spec, tuple(sorted(exclude_nodes)), near_nodes), id=id)
+
+
+@lru_cache(maxsize=256)
+def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str, ...] = ()) -> PlaceRequest:
+    """What is asked for, whoever asks. Rules over all ranks bound the gang, rules with a size bound its runs of ranks."""
     whole = [rule for rule in spec.placement if rule.size in (0, spec.gpus)]
     parts = [rule for rule in spec.placement if rule.size not in (0, spec.gpus)]
     required = max((rule.level for rule in whole if not rule.preferred), default=0)
     preferred = max((rule.level for rule in whole if rule.preferred), default=0)
     return PlaceRequest(
-        id=id,
+        id="",
         groups=(GroupRequest(gpus=spec.gpus, subgroups=_subgroups(parts_of=parts)),),
         requirement=requirement(spec),
         level=Level(required) if required else None,
@@ -33,7 +41,7 @@ def place_request(
         max_nodes=spec.max_nodes,
         priority=spec.priority,
         sites=tuple(site.removeprefix("sites/") for site in spec.sites),
-        exclude_nodes=tuple(sorted(exclude_nodes)),
+        exclude_nodes=exclude_nodes,
         near_nodes=near_nodes,
         datasets=tuple(f"datasets/{name.removeprefix('datasets/')}" for name in spec.datasets),
         hard_locality=spec.require_local_data,

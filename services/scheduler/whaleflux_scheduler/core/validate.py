@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import lru_cache
 
 from whaleflux.errors import FieldViolation, Invalid
 from whaleflux.fleet.model import Level
@@ -15,6 +16,7 @@ from whaleflux_scheduler.core.model import Queue, Rule, Spec
 MAX_GPUS = 100_000
 MAX_NODES = 100_000
 MAX_SPEC_BYTES = 256 * 1024
+SMALL_BYTES = 4096  # what was found in larger specs is not remembered
 MAX_ARGUMENTS = 1_000
 MAX_TEXT_CHARS = 4_096
 MAX_COMMAND_BYTES = 64 * 1024
@@ -58,13 +60,20 @@ def check_spec(spec: Spec, size_bytes: int, now: datetime, at: str = "job.spec")
     if size_bytes > MAX_SPEC_BYTES:
         too_large = f"{size_bytes} bytes; at most {MAX_SPEC_BYTES}: put files into the image or a dataset"
         raise Invalid(FieldViolation(at, too_large))
-    checks: tuple[Callable[[Spec, str], Violations], ...] = (_work, _gpus, _placement, _data, _environment, _numbers)
-    found = [violation for check in checks for violation in check(spec, at)]
+    found = list((_known if size_bytes <= SMALL_BYTES else _violations)(spec, at))
     if spec.deadline is not None and spec.deadline <= now:
         late = f"{spec.deadline.isoformat()} is over; use an instant after {now.isoformat()} or leave it out"
         found.append(FieldViolation(f"{at}.deadline_time", late))
     if found:
         raise Invalid(found)
+
+
+def _violations(spec: Spec, at: str) -> tuple[FieldViolation, ...]:
+    checks: tuple[Callable[[Spec, str], Violations], ...] = (_work, _gpus, _placement, _data, _environment, _numbers)
+    return tuple(violation for check in checks for violation in check(spec, at))
+
+
+_known = lru_cache(maxsize=1024)(_violations)  # the same job is submitted again and again
 
 
 def check_queue(queue: Queue) -> None:
