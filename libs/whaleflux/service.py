@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -115,6 +116,7 @@ def main(role: str, kind: type[S], build: Build[S], *, limits: Limits | None = N
         raise SystemExit(2) from None
     telemetry.setup_logging(role, level=settings.log_level)
     telemetry.setup_tracing(role, endpoint=settings.otlp_endpoint)
+    _collect_rarely()
     try:
         code = asyncio.run(run_service(role, settings, build, limits=limits))
     except Refusal as refusal:  # settings that only the start could judge, or a bus that does not answer
@@ -122,6 +124,16 @@ def main(role: str, kind: type[S], build: Build[S], *, limits: Limits | None = N
         code = 2 if isinstance(refusal, Invalid) else 1
     telemetry.flush()
     raise SystemExit(code)
+
+
+def _collect_rarely() -> None:
+    """What was imported lives as long as the process, and nearly all that a call makes dies by its reference count.
+
+    With the defaults the cycle collector takes a fourteenth of the scheduler's time under load, and finds next to nothing.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(25_000, 20, 20)
 
 
 async def run_service(
