@@ -120,6 +120,7 @@ BASELINES = {
     Policy.RANDOM: "random",
 }
 PUBLISHED = {Policy.FGD: "FGD", Policy.FGD_BEST_FIT: "", Policy.BEST_FIT: "BestFit", Policy.RANDOM: "Random"}
+VALID_WITHIN = {"FGD": 0.2, "best-fit": 0.3}  # points, of means over ten seeds; a quick run has three and may miss it
 EVERY_ORDER = (Policy.FGD, Policy.FGD_BEST_FIT)
 
 
@@ -232,16 +233,15 @@ def targets(outcomes: dict[str, dict[str, Row]]) -> list[Target]:
         for name, rows in outcomes.items()
     }
     spread = max(rows[OURS]["spread"] for rows in outcomes.values())
-    error = max(
-        abs(rows[label]["allocated %"] - rows[label]["published %"])
-        for rows in outcomes.values()
-        for label in ("FGD", "best-fit")
-    )
     found = [
         Target("least gain over the better of FGD and FGD + best-fit", min(gain.values()), 0.0, "points", "higher"),
         Target("largest spread over orders and ties", spread, 0.1, "points", "lower"),
-        Target("largest deviation of a baseline from its published mean", error, 0.4, "points", "lower"),
     ]
+    for label, tolerance in VALID_WITHIN.items():
+        error = max(abs(rows[label]["allocated %"] - rows[label]["published %"]) for rows in outcomes.values())
+        found.append(
+            Target(f"largest deviation of {label} from its published mean", error, tolerance, "points", "lower")
+        )
     if "default" in ours:
         found.insert(0, Target("default", ours["default"], 95.9, "%", "higher"))
         found.insert(1, Target("default, stretch", ours["default"], 96.5, "%", "higher"))

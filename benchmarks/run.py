@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = ("__init__", "common", "run")
+NOT_BENCHMARKS = ("common", "run")
 
 
 def names() -> list[str]:
     return sorted(
         path.stem
         for path in HERE.glob("*.py")
-        if path.stem not in NOT_BENCHMARKS and not path.stem.startswith("baselines")
+        if path.stem not in NOT_BENCHMARKS and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
     )
 
 
