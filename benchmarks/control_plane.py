@@ -1,7 +1,9 @@
 """How fast is the control plane: durable submissions next to bare etcd puts, and time from submission to running.
 
 Submissions go through gRPC over mTLS into etcd and are acknowledged when etcd has them on disk. The bare puts are etcd's own Put calls
-with a value of the same size, made from the same process in turn with the submissions: the limit that the disk and etcd set.
+with a value of the same size: the limit that the disk and etcd set. Both are generated stubs on one plain grpc.aio channel each, called by
+the same process with as many callers in turn, so that what differs is what is between the caller and the disk. The puts are as bare as a
+Python client can make them: without the checks and retries of a client library, without TLS, and to etcd itself.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from benchmarks.common import Options, Report, Row, Target, main, percentile
 from benchmarks.control_plane_suite import Suite, machine, request
 from whaleflux.v1 import agent_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 
 CONCURRENCY = (1, 64)
 WAITING = {"gpu": pb.GpuRequirement(any_of=["no-such-gpu"])}  # so that what is measured is submitting alone
@@ -46,18 +49,18 @@ async def rate(work: Callable[[int], Awaitable[object]], concurrency: int, secon
 
 
 async def throughput(suite: Suite, *, rounds: int, seconds: float) -> list[Row]:
-    stub: Any = suite.stub()
-    sample = await stub.CreateJob(request(8, **WAITING))
-    value = sample.SerializeToString()
+    asked = request(8, **WAITING)
     rows: list[Row] = []
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{suite.client_port}") as channel:
-        kv = etcd_grpc.KVStub(channel)
+    etcd = f"127.0.0.1:{suite.client_port}"
+    async with grpc.aio.insecure_channel(etcd) as bare_channel, suite.plain_channel() as channel:
+        kv, stub = etcd_grpc.KVStub(bare_channel), SchedulerServiceStub(channel)
+        value = (await stub.CreateJob(asked)).SerializeToString()
 
         async def put(number: int) -> None:
             await kv.Put(etcd_rpc.PutRequest(key=b"/bare/%d" % number, value=value))
 
         async def submit(_: int) -> None:
-            await stub.CreateJob(request(8, **WAITING))
+            await stub.CreateJob(asked)
 
         for concurrency in CONCURRENCY:
             await rate(submit, concurrency, 0.3)

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from whaleflux import names
 from whaleflux.convert import facts_to_proto
 from whaleflux.embedded import etcd
@@ -296,6 +298,13 @@ class Suite:
 
     def stub(self, role: str = "user", name: str = "ada") -> SchedulerServiceStub:
         return SchedulerServiceStub(self.channel(role, name))
+
+    def plain_channel(self, role: str = "user", name: str = "ada") -> grpc.aio.Channel:
+        """A channel of gRPC's own with nothing of ours around it, for load whose sender should cost as little as it can."""
+        tls = self.tls(role, name)
+        credentials = grpc.ssl_channel_credentials(tls.roots, tls.key, tls.chain)
+        options = [("grpc.ssl_target_name_override", server_name("scheduler"))]
+        return grpc.aio.secure_channel(f"127.0.0.1:{self.scheduler_port}", credentials, options=options)
 
     def ports(self) -> dict[str, int]:
         """What the scheduler says it listens on."""
