@@ -40,8 +40,8 @@ def join(*pairs: tuple[str, str]) -> str:
 def split(name: str, *collections: str, field: str = "name") -> tuple[str, ...]:
     """The ids in `name`, which must consist of exactly these collections in this order."""
     parts = name.split("/")
-    wanted = "/".join(f"{c}/{{{c.rstrip('s')}}}" for c in collections)
     if len(parts) != 2 * len(collections) or tuple(parts[::2]) != collections:
+        wanted = "/".join(f"{c}/{{{c.rstrip('s')}}}" for c in collections)
         shown = name if len(name) <= 100 else name[:97] + "..."
         raise Invalid(FieldViolation(field, f"{shown!r} does not have the form {wanted}"))
     return tuple(check_id(field, part) for part in parts[1::2])

@@ -231,9 +231,14 @@ def _entry(kv: Any) -> Entry:
     return Entry(_text(kv.key), kv.value, kv.mod_revision, kv.create_revision, kv.version)
 
 
+_DELETED = rpc.Event.EventType.DELETE
+
+
 def _event(event: Any) -> Event:
-    deleted = event.type == rpc.Event.EventType.DELETE
-    return Event(_text(event.kv.key), None if deleted else _entry(event.kv))
+    if event.type == _DELETED:
+        return Event(_text(event.kv.key), None)
+    entry = _entry(event.kv)
+    return Event(entry.key, entry)
 
 
 def _span(prefix: str) -> tuple[bytes, bytes]:

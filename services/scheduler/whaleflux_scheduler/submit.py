@@ -37,7 +37,8 @@ class Submissions:
             raise Invalid(FieldViolation("job.spec", "is not set; say what to run and on how many GPUs"))
         now = self._clock.now()
         check_spec(convert.spec_of(request.job.spec), request.job.spec.ByteSize(), now)
-        await self._check_datasets(request.job.spec)
+        if request.job.spec.datasets:
+            await self._check_datasets(request.job.spec)
         job = pb.Job(
             name=f"queues/{queue}/jobs/{job_id}",
             spec=request.job.spec,
