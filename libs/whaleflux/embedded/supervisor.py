@@ -84,7 +84,9 @@ class Supervisor:
                 preexec_fn=end_with_parent,
             )
         self._running[child.name] = process
-        (self._run_folder / f"{child.name}.pid").write_text(str(process.pid))
+        part = self._run_folder / f".{child.name}.pid"
+        part.write_text(str(process.pid))
+        part.replace(self._run_folder / f"{child.name}.pid")  # whole or not at all, for whoever reads it meanwhile
 
     async def _ready_or_dead(self, child: Child) -> None:
         ready = asyncio.ensure_future(child.ready())
