@@ -81,6 +81,7 @@ class TestStreams:
     async def test_no_report_is_acknowledged_while_the_store_is_down(self, world):
         (a,) = await world.add(node("s/a"))
         name = await running(world)
+        await until(lambda: a.acknowledged == a._sequence, "what it reported so far is acknowledged")
         before = a.acknowledged
         world.store.down = True
         a.exit()
