@@ -40,8 +40,12 @@ class RunningSuite:
         argv = [sys.executable, "-m", "whaleflux.cli", "up", "--state", str(self.state)]
         if self._otlp_endpoint:
             argv += ["--otlp-endpoint", self._otlp_endpoint]
+        # These tests lose more than half of a small fleet within minutes; the breaker against that has tests of its own.
+        environment = {**os.environ, "WHALEFLUX_BREAKER_SHARE": "1"}
         with (self.state / "up.log").open("ab") as log:
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _ready(self) -> Context:
         deadline = time.monotonic() + READY_S
