@@ -167,9 +167,7 @@ def git_revision() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
-    )
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
@@ -191,9 +189,7 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _memory_gib() -> float:
@@ -241,8 +237,7 @@ def print_table(rows: Iterable[Mapping[str, Any]]) -> None:
     numeric = [any(isinstance(row.get(c), int | float) for row in rows) for c in columns]
     for line in [columns, *cells]:
         padded = (
-            text.rjust(w) if right else text.ljust(w)
-            for text, w, right in zip(line, widths, numeric, strict=True)
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, numeric, strict=True)
         )
         print("  ".join(padded).rstrip())
 
