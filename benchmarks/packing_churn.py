@@ -37,7 +37,6 @@ POLICIES = (
 )
 # While pods leave, gangs wait for whole nodes: the fuller node is worth more than in a fleet that only fills up.
 RUNNING_TIGHTNESS_MILLI = 1000.0
-SAMPLES = 48  # moments at which the bound is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,11 @@ class Span:
     warm_up_days: float
     measured_days: float
     longest_s: float
+    samples: int  # moments at which the bound is computed
 
 
-FULL = Span(8.0, 30.0, LATEST_LIFE_S)
-SHORT = Span(0.25, 0.1, 0.2 * DAY_S)  # too short to compare policies by: that the benchmark works
+FULL = Span(8.0, 30.0, LATEST_LIFE_S, 48)
+SHORT = Span(0.12, 0.05, 0.1 * DAY_S, 8)  # too short to compare policies by: that the benchmark works
 
 
 def measure(options: Options) -> Report:
@@ -86,7 +86,7 @@ def load_rows(
     capacity = int(fleet.free_milli.sum())
     days = span.warm_up_days + span.measured_days
     stream = draw_stream(work, capacity, load, days, span.longest_s, seed)
-    bound = bound_pct(work, stream, capacity, span.warm_up_days * DAY_S)
+    bound = bound_pct(work, stream, capacity, span.warm_up_days * DAY_S, span.samples)
     typical = typical_pods(work.kinds, work.pods)
     fuller = table._replace(tightness_milli=RUNNING_TIGHTNESS_MILLI)
     for label, policy, budget in policies:
@@ -116,12 +116,12 @@ def load_rows(
         }
 
 
-def bound_pct(work: Workload, stream: Stream, capacity_milli: int, from_s: float) -> float:
+def bound_pct(work: Workload, stream: Stream, capacity_milli: int, from_s: float, samples: int) -> float:
     """No policy allocates more, whatever it drops or moves: what it runs at a moment would also run on an endless fleet."""
     cuts = cuts_of(np.unique(work.kinds.gpu_milli[work.pods][is_share(work.kinds)[work.pods]]))
     if cuts is None:
         return 100.0
-    moments = np.linspace(from_s, stream.time_s[-1], SAMPLES)
+    moments = np.linspace(from_s, stream.time_s[-1], samples)
     most = [_most_at(work, stream, cuts, capacity_milli, moment) for moment in moments]
     return 100.0 * float(np.mean(most)) / capacity_milli
 
