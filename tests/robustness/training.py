@@ -85,7 +85,9 @@ class Training:
             whole = await self.client.checkpoint.GetCheckpoint(request, timeout=5)
             faults = [fault for piece in whole.pieces if (fault := _fault(Path(whole.location), piece))]
             found[whole.name] = "; ".join(faults) if whole.pieces else "it has no pieces"
-        return found
+        # The agents deliver the last saves after the job has ended: what was replaced meanwhile need not have its files.
+        still = {checkpoint.name for checkpoint in await self.restorable()}
+        return {name: fault for name, fault in found.items() if name in still}
 
     async def finish(self) -> scheduler_pb2.Job:
         """Lets the ranks end; returns the job when it has."""
