@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 
 from whaleflux.clock import Clock
@@ -31,6 +32,7 @@ class Agents:
     def connect(self, hello: agent_pb2.SyncHello) -> Connection:
         """An agent's stream begins: what it runs is compared with what should run."""
         connection = Connection(hello.node, self.desired)
+        connection.told = {message.task for message in hello.tasks}
         self._hub.add(connection)
         for message in hello.tasks:  # not acknowledged: older reports of other tasks may still be on their way
             self.report(connection, message, acknowledge=False)
@@ -84,7 +86,26 @@ class Agents:
         for name in self._book.jobs_on(node):
             if (stored := self._jobs.get(key_of(name))) is not None:
                 wanted |= {task.id: convert.desired_task(stored, task) for task in desired_tasks(stored, node)}
+        self._withdraw(node, wanted.keys())
         return wanted, self._jobs.revision
+
+    def _withdraw(self, node: str, wanted: Collection[str]) -> None:
+        """Tasks that ended before their agent was ever told of them are gone: it will not report what it does not know."""
+        connection = self._hub.connected.get(node)
+        if connection is None:
+            return
+        holding: set[str] = set()
+        for name in self._book.jobs_on(node):
+            stored = self._jobs.get(key_of(name))
+            for _, task in stored.value.holding() if stored else ():
+                if task.node != node or task.id in wanted:
+                    continue
+                holding.add(task.id)
+                if task.id not in connection.told and task.phase is TaskPhase.UNSPECIFIED:
+                    connection.told.add(task.id)  # heard once
+                    gone = Report(task.id, TaskPhase.GONE, message="it ended before its agent was told of it")
+                    self._hear(name, Heard(gone, connection, 0))
+        connection.told &= holding | set(wanted)
 
     def settle(self, note: Note, heard: tuple[Heard, ...]) -> None:
         """These reports, the oldest of the note, are in the store or say nothing new."""

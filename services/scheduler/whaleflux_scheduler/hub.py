@@ -25,6 +25,7 @@ class Connection:
         self.node = node
         self._wanted = wanted
         self._sent: dict[str, bytes] | None = None  # by task, as last sent; None: nothing yet
+        self.told: set[str] = set()  # tasks that its agent knows of, from us or by itself, while they hold GPUs
         self._pending: set[int] = set()  # sequences that are not stored yet
         self._highest = self._acknowledged = 0
         self._outbox: deque[agent_pb2.SyncResponse] = deque()
@@ -90,6 +91,7 @@ class Connection:
         tasks, revision = self._wanted(self.node)
         now = {name: task.SerializeToString(deterministic=True) for name, task in tasks.items()}
         before, self._sent = self._sent, now
+        self.told |= now.keys()
         if before is None:
             everything = agent_pb2.DesiredTasks(tasks=tasks.values(), revision=revision)
             return [agent_pb2.SyncResponse(desired=everything)]
