@@ -88,9 +88,10 @@ class PinBook:
         self._by_job.setdefault(job, []).append((node, dataset))
 
     def release(self, job: str) -> None:
-        """The job ended: its copies stay where they are until somebody needs the room."""
+        """The job ended: its copies stay where they are until somebody needs the room, or the node has shrunk meanwhile."""
         for node, dataset in list(self._by_job.get(job, ())):
             self._release(job, node, dataset)
+            self._evict(node, 0)
 
     def _release(self, job: str, node: str, dataset: str) -> None:
         copy = self._copies[node][dataset]
