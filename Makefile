@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard protos/whaleflux/v1/*.proto)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@# xds-protos brings older copies of opentelemetry-proto's modules to the same place: the newer ones have to win.
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps opentelemetry-proto
+	@$(BIN)/python -m compileall -q libs services  # else the first `up` would compile in seven processes at once
 	@touch $@
 
 setup: $(STAMP) ## Virtual environment with everything, in .venv
@@ -30,16 +31,26 @@ demo: $(STAMP) ## The main job: a training run survives the loss of its node, th
 up: $(STAMP) ## The whole suite on this machine, until Ctrl-C
 	@$(BIN)/whaleflux up
 
-test: $(STAMP) ## All tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: $(STAMP) ## All tests, in two lanes side by side
+	@$(BIN)/python -m tools.test_lanes $(ARGS)
 
 unit: $(STAMP) ## Tests without sockets and real time
 	@$(BIN)/python -m pytest -q tests/unit $(ARGS)
 
-lint: $(STAMP) protos ## Format, rules, types, contract
+lint: $(STAMP) protos audit-deps ## Format, rules, types, contract, known vulnerabilities
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+audit-deps: $(STAMP) ## Known vulnerabilities of what images hold (ADVISORIES=a folder or zip file of OSV records: without network)
+	@ADVISORIES="$(ADVISORIES)" $(BIN)/python -m tools.audit_deps $(ARGS)
+
+locks: $(STAMP) ## What goes into each image, by hash, from pyproject.toml (UPGRADE=1: the newest versions that fit), and its SBOM
+	@$(BIN)/python -m tools.locks $(if $(UPGRADE),--upgrade)
+	@$(BIN)/python -m tools.sbom
+
+sbom: $(STAMP) ## The bill of materials of each image, from its lock
+	@$(BIN)/python -m tools.sbom
 
 protos: $(STAMP) ## Generates the stubs, checks the contract, and that it breaks nothing since the newest tag
 	@$(BIN)/python hatch_build.py
@@ -51,8 +62,18 @@ protos: $(STAMP) ## Generates the stubs, checks the contract, and that it breaks
 clients: $(STAMP) ## Clients for other languages: make clients LANG=go|typescript (see docs/clients.md)
 	@$(BIN)/python tools/clients.py "$(LANG)"
 
+soak: $(STAMP) ## Long forms of tests: the checkpointer over ranks, then 1,000 random histories, in hours (HISTORIES=n HISTORY_SEED=n)
+	@WHALEFLUX_TEST_KILLS=$${WHALEFLUX_TEST_KILLS:-10} $(BIN)/python -m pytest -q tests/integration/test_sdk_ranks.py
+	@HISTORIES=$${HISTORIES:-1000} $(BIN)/python -m pytest -q -rA tests/robustness/test_random_histories.py $(ARGS)
+
 bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing
 	@$(BIN)/python -m benchmarks.run $(NAME) $(ARGS)
+
+docs: $(STAMP) ## The docs as a site, in .build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q && echo "open .build/site/index.html"
+
+generate: $(STAMP) ## Writes what docs/ and deploy/ repeat of the code's tables
+	@$(BIN)/python -m tools.generate
 
 format: $(STAMP) ## Formats the code and the contract
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix -q . ; $(BIN)/buf format -w protos
@@ -60,4 +81,4 @@ format: $(STAMP) ## Formats the code and the contract
 clean: ## Removes what make made, and the state of the embedded suite
 	@rm -rf $(VENV) .build .whaleflux .tox dist libs/whaleflux/v1
 
-.PHONY: help setup demo up test unit lint protos clients bench format clean
+.PHONY: help setup demo up test unit soak lint audit-deps locks sbom protos clients bench docs generate format clean

@@ -1,5 +1,8 @@
 """Generates libs/whaleflux/v1 from protos/ when the package is built or installed in place."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,28 @@ def generate(root: Path) -> None:
     (root / "libs/whaleflux/v1/__init__.py").touch()
 
 
+def note_commit(root: Path) -> None:
+    """For `whaleflux --version` of a wheel; a checkout asks git itself (libs/whaleflux/version.py).
+
+    WHALEFLUX_REVISION says it where there is no checkout, as in the build of an image.
+    """
+    said = os.environ.get("WHALEFLUX_REVISION", "")
+    if not said and shutil.which("git"):
+        asked = ["git", "-C", str(root), "describe", "--tags", "--always", "--dirty=, changed"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    if said:
+        (root / "libs/whaleflux/built-from.txt").write_text(said)
+
+
 class ProtoHook(BuildHookInterface):  # type: ignore[misc, type-arg]  # hatchling is untyped here
     """Called by hatchling before wheel and editable builds."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Generates in place; the artifacts setting puts the result into the wheel."""
-        generate(Path(self.root))
+        """Generates in place; the artifacts setting puts the result into the wheel, with the commit it was built from."""
+        root = Path(self.root)
+        generate(root)
+        if version != "editable":
+            note_commit(root)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Demand, Floats, Ints, compiled, fits, take
-from whaleflux_scheduler.core.placement.sharing_replay import FIRST, Filled, Fleet, Kinds
+from benchmarks.placement_lab.sharing_replay import FIRST, DeviceArrays, Filled, Kinds
+from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Floats, Ints, PartDemand, compiled, fits, take
 
 TYPICAL_SHARE = 0.95
 LARGEST_CPU_MILLICORES, LARGEST_GPU_MILLI = 128_000, 8_000  # best-fit measures what is left against the largest node
@@ -55,7 +55,7 @@ def typical_pods(kinds: Kinds, pods: Ints, share: float = TYPICAL_SHARE) -> Typi
 
 
 def fill_by(
-    policy: Policy, fleet: Fleet, kinds: Kinds, arrivals: Ints, typical: Typical, *, tie_seed: int = FIRST
+    policy: Policy, fleet: DeviceArrays, kinds: Kinds, arrivals: Ints, typical: Typical, *, tie_seed: int = FIRST
 ) -> Filled:
     """Places arrivals in order; one that fits nowhere is dropped. Ties: the first node, or drawn with `tie_seed` >= 0."""
     return _fill(int(policy), fleet, kinds, arrivals, typical, tie_seed)
@@ -85,7 +85,7 @@ def fragmentation_milli(typical: Typical, cpu_left: int, model: int, free_milli:
 
 @compiled
 def _fgd(
-    typical: Typical, demand: Demand, cpu_left: int, model: int, free_milli: Ints, scratch: Ints
+    typical: Typical, demand: PartDemand, cpu_left: int, model: int, free_milli: Ints, scratch: Ints
 ) -> tuple[float, int]:
     """FGD's whole-number score and the first best device."""
     before = fragmentation_milli(typical, cpu_left, model, free_milli)
@@ -112,7 +112,7 @@ def _whole_number(gain_milli: float) -> float:
 
 
 @compiled
-def _fullness(demand: Demand, cpu_left: int, free_milli: Ints) -> float:
+def _fullness(demand: PartDemand, cpu_left: int, free_milli: Ints) -> float:
     """Best-fit: 1 for a node that is full afterwards."""
     cpu = cpu_left - demand.cpu_millicores
     idle = free_milli.sum() - demand.gpus * demand.gpu_milli
@@ -120,7 +120,7 @@ def _fullness(demand: Demand, cpu_left: int, free_milli: Ints) -> float:
 
 
 @compiled
-def _tightest(demand: Demand, free_milli: Ints) -> int:
+def _tightest(demand: PartDemand, free_milli: Ints) -> int:
     chosen, least = -1, WHOLE_MILLI + 1
     for device in range(len(free_milli)):
         if demand.gpu_milli <= free_milli[device] < least:
@@ -129,7 +129,7 @@ def _tightest(demand: Demand, free_milli: Ints) -> int:
 
 
 @compiled
-def _any(demand: Demand, free_milli: Ints) -> int:
+def _any(demand: PartDemand, free_milli: Ints) -> int:
     chosen, able = -1, 0
     for device in range(len(free_milli)):
         if free_milli[device] >= demand.gpu_milli:
@@ -141,7 +141,7 @@ def _any(demand: Demand, free_milli: Ints) -> int:
 
 @compiled
 def _scored(
-    policy: int, typical: Typical, demand: Demand, cpu_left: int, model: int, free_milli: Ints, scratch: Ints
+    policy: int, typical: Typical, demand: PartDemand, cpu_left: int, model: int, free_milli: Ints, scratch: Ints
 ) -> tuple[float, int]:
     shares = demand.gpus == 1 and demand.gpu_milli < WHOLE_MILLI
     if policy == RANDOM:
@@ -156,7 +156,7 @@ def _scored(
 
 
 @compiled
-def _fill(policy: int, fleet: Fleet, kinds: Kinds, arrivals: Ints, typical: Typical, tie_seed: int) -> Filled:
+def _fill(policy: int, fleet: DeviceArrays, kinds: Kinds, arrivals: Ints, typical: Typical, tie_seed: int) -> Filled:
     """One loop, read straight down: scores are kept per (kind, node) and computed again only for nodes that changed since."""
     np.random.seed(max(tie_seed, 0))  # noqa: NPY002
     cpu, memory = fleet.cpu_millicores.copy(), fleet.memory_bytes.copy()
@@ -172,7 +172,9 @@ def _fill(policy: int, fleet: Fleet, kinds: Kinds, arrivals: Ints, typical: Typi
     random_ties = tie_seed >= 0 or policy == RANDOM
     for arrival in range(len(arrivals)):
         kind = arrivals[arrival]
-        demand = Demand(kinds.cpu_millicores[kind], kinds.memory_bytes[kind], kinds.gpus[kind], kinds.gpu_milli[kind])
+        demand = PartDemand(
+            kinds.cpu_millicores[kind], kinds.memory_bytes[kind], kinds.gpus[kind], kinds.gpu_milli[kind]
+        )
         models = kinds.models[kind] if demand.gpus > 0 else 0
         best, chosen, equal = -np.inf, -1, 0
         for n in range(nodes):

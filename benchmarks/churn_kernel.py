@@ -13,19 +13,19 @@ import numpy as np
 
 from benchmarks.baselines_packing import Typical, _scored
 from benchmarks.packing_openb import Workload
+from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
 from whaleflux_scheduler.core.placement.fragmentation import (
     WHOLE_MILLI,
-    Demand,
     Floats,
     IdleTable,
     Ints,
+    PartDemand,
     compiled,
     fits,
     node_value,
     placement_cost,
     take,
 )
-from whaleflux_scheduler.core.placement.sharing_replay import Fleet, Kinds
 
 MOVE_S = 300.0
 MOVE_BUDGET = 0.01  # GPU time spent on moves over GPU time allocated
@@ -96,7 +96,7 @@ def by_time_in_use(work: Workload, size: int, longest_s: float, seed: int) -> In
 
 
 def run_churn(
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     stream: Stream,
     warm_up_s: float,
@@ -110,14 +110,14 @@ def run_churn(
 
 
 @compiled
-def _demand(kinds: Kinds, kind: int) -> Demand:
-    return Demand(kinds.cpu_millicores[kind], kinds.memory_bytes[kind], kinds.gpus[kind], kinds.gpu_milli[kind])
+def _demand(kinds: Kinds, kind: int) -> PartDemand:
+    return PartDemand(kinds.cpu_millicores[kind], kinds.memory_bytes[kind], kinds.gpus[kind], kinds.gpu_milli[kind])
 
 
 @compiled
 def _refresh(
     scores: Scores,
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     state: State,
     table: IdleTable,
@@ -147,7 +147,7 @@ def _refresh(
 @compiled
 def _cheapest(
     scores: Scores,
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     state: State,
     table: IdleTable,
@@ -169,7 +169,7 @@ def _cheapest(
 
 
 @compiled
-def _put(state: State, table: IdleTable, demand: Demand, pod: int, n: int, device: int) -> None:
+def _put(state: State, table: IdleTable, demand: PartDemand, pod: int, n: int, device: int) -> None:
     before = state.free[n].copy()
     take(demand, device, state.free[n])
     mask = 0
@@ -183,7 +183,7 @@ def _put(state: State, table: IdleTable, demand: Demand, pod: int, n: int, devic
 
 
 @compiled
-def _settle(state: State, table: IdleTable, demand: Demand, pod: int, n: int, mask: int, sign: int) -> None:
+def _settle(state: State, table: IdleTable, demand: PartDemand, pod: int, n: int, mask: int, sign: int) -> None:
     state.cpu[n] -= sign * demand.cpu_millicores
     state.memory[n] -= sign * demand.memory_bytes
     state.changes[n] += 1
@@ -191,7 +191,7 @@ def _settle(state: State, table: IdleTable, demand: Demand, pod: int, n: int, ma
 
 
 @compiled
-def _remove(state: State, table: IdleTable, demand: Demand, pod: int) -> None:
+def _remove(state: State, table: IdleTable, demand: PartDemand, pod: int) -> None:
     n, mask = state.node_of[pod], state.devices_of[pod]
     for slot in range(state.free.shape[1]):
         if (mask >> slot) & 1:
@@ -207,7 +207,9 @@ def _remove(state: State, table: IdleTable, demand: Demand, pod: int) -> None:
 
 
 @compiled
-def _devices_to_clear(demand: Demand, kinds: Kinds, kind_of: Ints, state: State, n: int, load: Ints) -> tuple[int, int]:
+def _devices_to_clear(
+    demand: PartDemand, kinds: Kinds, kind_of: Ints, state: State, n: int, load: Ints
+) -> tuple[int, int]:
     """The bit mask of devices that would be cleared for the demand and the thousandths on them; (0, -1) when no clearing helps.
 
     `load` is scratch: what movable pods hold per device. Pods that hold several devices stay.
@@ -245,7 +247,7 @@ def _devices_to_clear(demand: Demand, kinds: Kinds, kind_of: Ints, state: State,
 
 @compiled
 def _run(
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     stream: Stream,
     warm_up_s: float,
@@ -339,14 +341,14 @@ def _run(
 @compiled
 def _make_room(
     scores: Scores,
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     kind_of: Ints,
     state: State,
     table: IdleTable,
     typical: Typical,
     policy: int,
-    demand: Demand,
+    demand: PartDemand,
     kind: int,
     scratch: Ints,
     load: Ints,
@@ -383,7 +385,7 @@ def _make_room(
 @compiled
 def _clear(
     scores: Scores,
-    fleet: Fleet,
+    fleet: DeviceArrays,
     kinds: Kinds,
     kind_of: Ints,
     state: State,

@@ -7,7 +7,8 @@ A benchmark is `python -m benchmarks.<name> [--data DIR] [--seed N] [--quick] --
     if __name__ == "__main__":
         sys.exit(main("packing", measure))
 
-The result file is `{"name", "git", "host", "quick", "seed", "simulated", "rows", "targets", "notes"}`.
+The result file is `{"name", "git", "host", "quick", "seed", "simulated", "rows", "targets", "notes"}`. `host.yardstick` says how fast the
+host is (`benchmarks/yardstick.py`), and targets that depend on that are read through it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.yardstick import Loop, Yardstick, facts, host_yardstick
+
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
@@ -42,8 +45,12 @@ class Options:
     extra: argparse.Namespace
 
     def trace(self, *parts: str) -> Path:
-        """A file under `data/traces`; ends the program with a clear line when it is absent."""
-        path = self.data.joinpath("traces", *parts)
+        """A file under `data/traces`."""
+        return self.file("traces", *parts)
+
+    def file(self, *parts: str) -> Path:
+        """A file under `data`; ends the program with a clear line when it is absent."""
+        path = self.data.joinpath(*parts)
         if not path.exists():
             sys.exit(f"{path} does not exist: point --data at a folder laid out like ../shared/data")
         return path
@@ -51,19 +58,39 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One promise: the measured `value` against `target` in `unit`; `better` says which direction is good."""
+    """One promise: the measured `value` against `target` in `unit`; `better` says which direction is good.
+
+    With `per`, the target is stated for the yardstick's reference host, and the value is compared as that host would have shown it: a rate
+    times, a time divided by, how many times slower this host runs that loop. Without, the figure does not depend on the host's speed.
+    """
 
     id: str
     value: float
     target: float
     unit: str
     better: Literal["higher", "lower"] = "lower"
+    per: Loop | None = None
 
-    @property
-    def met(self) -> bool:
-        if math.isnan(self.value):
-            return False
-        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+    def on_reference_host(self, host: Yardstick) -> float:
+        slowness = host.slowness(self.per) if self.per else 1.0
+        return self.value * slowness if self.better == "higher" else self.value / slowness
+
+    def met(self, host: Yardstick) -> bool:
+        """A value that could not be measured (NaN) meets nothing."""
+        value = self.on_reference_host(host)
+        return value >= self.target if self.better == "higher" else value <= self.target
+
+    def as_json(self, host: Yardstick) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "value": self.value,
+            "on_reference_host": self.on_reference_host(host),
+            "per": self.per or "",
+            "target": self.target,
+            "unit": self.unit,
+            "better": self.better,
+            "met": self.met(host),
+        }
 
 
 @dataclass(slots=True)
@@ -85,9 +112,10 @@ def main(
 ) -> int:
     """Runs `measure`, prints its tables, writes the JSON. Returns 0 even when a target is missed: a miss is a result."""
     options = parse(name, measure.__doc__ or "", add_arguments, argv)
-    begun = time.perf_counter()
+    host = host_yardstick()
+    load, begun = round(os.getloadavg()[0], 2), time.perf_counter()
     report = measure(options)
-    result = as_json(name, options, report, wall_s=time.perf_counter() - begun)
+    result = as_json(name, options, report, host, load_1min=load, wall_s=time.perf_counter() - begun)
     print_report(result)
     if options.json_path:
         write_json(options.json_path, result)
@@ -111,27 +139,20 @@ def parse(
     return Options(found.data, found.seed, found.quick, found.json, found)
 
 
-def as_json(name: str, options: Options, report: Report, *, wall_s: float) -> dict[str, Any]:
+def as_json(
+    name: str, options: Options, report: Report, host: Yardstick, *, load_1min: float, wall_s: float
+) -> dict[str, Any]:
+    """The result file's content; `load_1min` is the host's when the benchmark began, before its own work counted."""
     return {
         "name": name,
         "git": git_revision(),
-        "host": host_facts(),
+        "host": host_facts() | {"load_1min": load_1min, "yardstick": facts(host)},
         "quick": options.quick,
         "seed": options.seed,
         "wall_s": round(wall_s, 2),
         "simulated": report.simulated,
         "rows": report.rows,
-        "targets": [
-            {
-                "id": t.id,
-                "value": t.value,
-                "target": t.target,
-                "unit": t.unit,
-                "better": t.better,
-                "met": t.met,
-            }
-            for t in report.targets
-        ],
+        "targets": [target.as_json(host) for target in report.targets],
         "notes": report.notes,
     }
 
@@ -180,7 +201,6 @@ def host_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "libraries": {n: v for n in ("numpy", "numba", "grpcio", "torch") if (v := _version(n))},
-        "load_1min": round(os.getloadavg()[0], 2),
     }
 
 
@@ -205,7 +225,11 @@ def _version(package: str) -> str:
 
 def print_report(result: Mapping[str, Any]) -> None:
     quick = " (quick)" if result["quick"] else ""
-    print(f"{result['name']}{quick}: {result['host']['cpu']}, {result['wall_s']:.1f} s")
+    slowness = ", ".join(f"{loop} {times:.2f}" for loop, times in result["host"]["yardstick"]["slowness"].items())
+    print(
+        f"{result['name']}{quick}: {result['host']['cpu']}, {result['wall_s']:.1f} s, load {result['host']['load_1min']}"
+    )
+    print(f"this host's loops take, as multiples of the reference host's: {slowness}")
     if result["simulated"]:
         print(f"simulated: {result['simulated']}")
     print_table(result["rows"])
@@ -217,13 +241,20 @@ def print_report(result: Mapping[str, Any]) -> None:
 
 
 def _target_row(target: Mapping[str, Any]) -> Row:
-    sign = ">=" if target["better"] == "higher" else "<="
     return {
         "target": target["id"],
         "value": target["value"],
-        "wanted": f"{sign} {show(target['target'])} {target['unit']}".rstrip(),
+        "on the reference host": target["on_reference_host"] if target["per"] else "",
+        "wanted": wanted(target),
         "met": "yes" if target["met"] else "NO",
     }
+
+
+def wanted(target: Mapping[str, Any]) -> str:
+    """A target of a result file in words: ">= 10,000 /s per python loop"."""
+    sign = ">=" if target["better"] == "higher" else "<="
+    per = f" per {target['per']} loop" if target["per"] else ""
+    return f"{sign} {show(target['target'])} {target['unit']}".rstrip() + per
 
 
 def print_table(rows: Iterable[Mapping[str, Any]]) -> None:

@@ -163,7 +163,7 @@ def measure(options: Options) -> Report:
         targets=[
             Target("submissions/bare puts, concurrency 1", ratio[1], 0.3, "", "higher"),
             Target("submissions/bare puts, concurrency 64", ratio[64], 0.15, "", "higher"),
-            Target("submit to assignment, p99 at 100 jobs/s", assignment["p99 ms"], 100.0, "ms"),
+            Target("submit to assignment, p99 at 100 jobs/s", assignment["p99 ms"], 100.0, "ms", per="python"),
         ],
         simulated="16 nodes x 8 GPUs, their agents (accept and start at once, without processes), inventory and health monitor",
         notes=["etcd, the scheduler and the load generator (with the played agents) share the host's cores"],

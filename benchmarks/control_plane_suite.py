@@ -26,13 +26,14 @@ import grpc
 from whaleflux import names
 from whaleflux.convert import facts_to_proto
 from whaleflux.embedded import etcd
-from whaleflux.errors import Refusal, Unavailable
+from whaleflux.errors import StatusError, Unavailable
 from whaleflux.fleet.model import Gpu, Link, LinkKind, Node, Price
 from whaleflux.rpc import roles
 from whaleflux.rpc.auth import Authority
 from whaleflux.rpc.channel import Channel, connect
 from whaleflux.rpc.pki import CertificateAuthority, Tls, TlsFiles, server_name
 from whaleflux.rpc.server import Server
+from whaleflux.trust.ownership import note_asked
 from whaleflux.v1 import agent_pb2, health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1.agent_pb2_grpc import TaskServiceStub
@@ -80,6 +81,7 @@ class Played(InventoryServiceServicer, HealthServiceServicer):
         await asyncio.Event().wait()
 
     async def ListDatasets(self, request: Any, context: Any) -> inventory_pb2.ListDatasetsResponse:
+        note_asked()  # nobody's things
         return inventory_pb2.ListDatasetsResponse()
 
     async def WatchNodeHealth(
@@ -114,7 +116,7 @@ class Agent:
     async def run(self) -> None:
         """Redials for ever."""
         while True:
-            with contextlib.suppress(Refusal):
+            with contextlib.suppress(StatusError):
                 self.outbox = asyncio.Queue()
                 hello = agent_pb2.SyncHello(node=self.node, boot_id="boot", tasks=self.reports.values())
                 self.outbox.put_nowait(agent_pb2.SyncRequest(hello=hello))
@@ -267,7 +269,7 @@ class Suite:
             "-m",
             "whaleflux_scheduler",
             *("--listen", f"127.0.0.1:{self.scheduler_port}"),
-            *("--store", f"http://127.0.0.1:{self.client_port}"),
+            *("--store", f"http://127.0.0.1:{self.client_port}", "--plain-loopback"),
             *("--inventory", peers, "--health-monitor", peers),
             *("--tls-cert", str(files.chain), "--tls-key", str(files.key), "--tls-ca", str(files.roots)),
             *("--log-level", "warning"),
@@ -278,7 +280,7 @@ class Suite:
         async with asyncio.timeout(30):
             while True:
                 self.process.check()
-                with contextlib.suppress(Refusal):
+                with contextlib.suppress(StatusError):
                     await client.GetQueue(pb.GetQueueRequest(name="queues/default"), timeout=1)
                     return
                 await asyncio.sleep(0.05)
@@ -327,7 +329,7 @@ def free_ports(count: int) -> list[int]:
 def request(gpus: int = 1, **spec: Any) -> pb.CreateJobRequest:
     """A job of the kind that the measurements submit."""
     job = pb.Job(spec=pb.JobSpec(command=["python", "train.py", "--config", "sft.yaml"], gpus=gpus, **spec))
-    return pb.CreateJobRequest(parent="queues/default", job=job)
+    return pb.CreateJobRequest(parent="queues/default", job=job, wait_for_capacity=True)
 
 
 async def until(true: Callable[[], object], timeout_s: float = 10.0) -> float:

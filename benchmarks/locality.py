@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from benchmarks.common import Options, Report, Row, Target, main, percentile
+from benchmarks.placement_lab.locality import PinBook, Source
 from benchmarks.topology import read_jobs
 from whaleflux.fleet import Disk, Gpu, Link, LinkKind, Node
 from whaleflux_scheduler.core.placement.api import (
@@ -30,7 +31,6 @@ from whaleflux_scheduler.core.placement.api import (
     Subgroup,
 )
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.placement.locality import PinBook, Source
 
 TB = 10**12
 NODES = 240

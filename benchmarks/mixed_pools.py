@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Options, Report, Target, main
-from whaleflux_scheduler.core.placement.mixed import Choice, Plan, Pool, Work, cheapest, in_order
+from benchmarks.placement_lab.mixed import Choice, Plan, Pool, Work, cheapest, in_order
 
 SLOT_S = 3600.0
 # (name here, GPU in gpus.csv, provider and SKU in prices.csv, GPUs per job of the large fleet)
@@ -175,8 +175,8 @@ def large(report: Report, options: Options, prices: list[dict[str, str]], speed:
 
 def measure(options: Options) -> Report:
     """Cost of meeting a set of deadlines on mixed GPUs, against an exact optimum and two greedy orders."""
-    validation = options.data / "validation"
-    prices, speed = read(validation / "prices.csv"), speeds(read(validation / "gpus.csv"))
+    prices = read(options.file("validation", "prices.csv"))
+    speed = speeds(read(options.file("validation", "gpus.csv")))
     report = Report(simulated="the jobs; prices and GPU figures are listed ones, speeds follow from them")
     small(report, options, prices, speed)
     large(report, options, prices, speed)

@@ -15,17 +15,17 @@ from benchmarks.baselines_packing import Policy, fill_by, typical_pods
 from benchmarks.common import Options, Report, Row, Target, main
 from benchmarks.packing_bound import bound_pct
 from benchmarks.packing_openb import Workload, arrivals, ordered, read_fleet, read_workload, workload_names
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, IdleTable, Ints, untaught
-from whaleflux_scheduler.core.placement.sharing_replay import (
+from benchmarks.placement_lab.sharing_replay import (
     FIRST,
+    DeviceArrays,
     Filled,
-    Fleet,
     Kinds,
     Schedule,
     fill,
     learn,
     needs_per_gpu,
 )
+from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, IdleTable, Ints, untaught
 
 OURS = "learned idle"
 QUICK = ("default", "gpuspec25", "multigpu40")
@@ -33,7 +33,7 @@ ORDER_SEED = 1000  # node orders and ties must not repeat the numbers that shuff
 LEARN_SEED = 7
 RELEARN_AT = (0.002, 0.02, 0.1, 0.3)  # parts of the arrivals after which the online variant learns again
 ONLINE = Schedule(rounds=12)
-Fill = Callable[[Fleet, Ints, int], Filled]
+Fill = Callable[[DeviceArrays, Ints, int], Filled]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ class Setting:
     """One workload on the fleet, with the arrivals of every seed."""
 
     work: Workload
-    fleet: Fleet
+    fleet: DeviceArrays
     arrivals: dict[int, Ints]
 
     @property
@@ -75,7 +75,7 @@ def seeds(options: Options) -> range:
     return range(options.seed, options.seed + (3 if options.quick else 10))
 
 
-def prepare(work: Workload, fleet: Fleet, numbers: range) -> Setting:
+def prepare(work: Workload, fleet: DeviceArrays, numbers: range) -> Setting:
     capacity = int(fleet.free_milli.sum())
     return Setting(work, fleet, {seed: arrivals(work, capacity, seed) for seed in numbers})
 
@@ -93,7 +93,7 @@ def policy_rows(
     typical = typical_pods(setting.work.kinds, setting.work.pods)
     kinds = setting.work.kinds
 
-    def ours(fleet: Fleet, pods: Ints, tie_seed: int) -> Filled:
+    def ours(fleet: DeviceArrays, pods: Ints, tie_seed: int) -> Filled:
         return fill(fleet, kinds, pods, table, tie_seed=tie_seed)
 
     def by(policy: Policy) -> Fill:
@@ -101,7 +101,7 @@ def policy_rows(
 
     means = untaught(*needs_per_gpu(kinds, setting.work.pods))
 
-    def by_means(fleet: Fleet, pods: Ints, tie_seed: int) -> Filled:
+    def by_means(fleet: DeviceArrays, pods: Ints, tie_seed: int) -> Filled:
         return fill(fleet, kinds, pods, means, tie_seed=tie_seed)
 
     yield OURS, ours_row(setting, ours, options)
@@ -161,7 +161,7 @@ def described(setting: Setting, label: str, place: Fill, *, every_order: bool) -
     return row | dropped_columns(setting, filled)
 
 
-def shuffled(setting: Setting, seed: int) -> Fleet:
+def shuffled(setting: Setting, seed: int) -> DeviceArrays:
     random = np.random.default_rng(ORDER_SEED + seed)
     return ordered(setting.fleet, random.permutation(len(setting.fleet.model)))
 
@@ -169,7 +169,7 @@ def shuffled(setting: Setting, seed: int) -> Fleet:
 def order_columns(setting: Setting, place: Fill, in_random_order: float) -> Row:
     size = setting.fleet.free_milli.sum(axis=1)
 
-    def mean(fleet: Fleet, *, random_ties: bool = False) -> float:
+    def mean(fleet: DeviceArrays, *, random_ties: bool = False) -> float:
         return float(
             np.mean(
                 [
@@ -216,7 +216,7 @@ def online_pct(setting: Setting, pods: Ints) -> float:
     for part in (*RELEARN_AT, 1.0):
         mark = int(part * len(pods))
         filled = fill(fleet, kinds, pods[done:mark], table)
-        fleet = Fleet(filled.cpu_left, filled.memory_left, fleet.model, filled.free_milli)
+        fleet = DeviceArrays(filled.cpu_left, filled.memory_left, fleet.model, filled.free_milli)
         total, done = total + filled.allocated_milli, mark
         if part == RELEARN_AT[0]:
             table = untaught(*needs_per_gpu(kinds, pods[:mark]))

@@ -23,8 +23,8 @@ from benchmarks.churn_kernel import (
 from benchmarks.common import Options, Report, Row, Target, main
 from benchmarks.packing_bound import Cuts, cuts_of, is_share, most_milli, supply_of
 from benchmarks.packing_openb import LATEST_LIFE_S, Workload, read_fleet, read_workload
+from benchmarks.placement_lab.sharing_replay import DeviceArrays, Schedule, learn
 from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, IdleTable, Ints
-from whaleflux_scheduler.core.placement.sharing_replay import Fleet, Schedule, learn
 
 WORKLOAD = "default"
 LOADS = (1.05, 1.2)
@@ -75,7 +75,7 @@ def measure(options: Options) -> Report:
 
 
 def load_rows(
-    fleet: Fleet,
+    fleet: DeviceArrays,
     work: Workload,
     table: IdleTable,
     load: float,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
 from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Ints
-from whaleflux_scheduler.core.placement.sharing_replay import Fleet, Kinds
 
 MIB = 1 << 20
 PREFIX, SUFFIX = "openb_pod_list_", ".csv.gz"
@@ -33,13 +33,13 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(lines)
 
 
-def read_fleet(folder: Path) -> tuple[Fleet, dict[str, int]]:
+def read_fleet(folder: Path) -> tuple[DeviceArrays, dict[str, int]]:
     """The nodes with GPUs, in the order of the file, and the bit number of each GPU model."""
     nodes = list(rows(folder / "openb_node_list_gpu_node.csv.gz"))
     models = {model: bit for bit, model in enumerate(sorted({n["model"] for n in nodes}))}
     gpus = np.array([int(n["gpu"]) for n in nodes], dtype=np.int64)
     free = np.where(np.arange(gpus.max())[None, :] < gpus[:, None], WHOLE_MILLI, 0).astype(np.int64)
-    return Fleet(
+    return DeviceArrays(
         np.array([int(n["cpu_milli"]) for n in nodes], dtype=np.int64),
         np.array([int(n["memory_mib"]) * MIB for n in nodes], dtype=np.int64),
         np.array([models[n["model"]] for n in nodes], dtype=np.int64),
@@ -103,6 +103,6 @@ def arrivals(work: Workload, capacity_milli: int, seed: int, pressure: float = 1
         order.append(kind)
 
 
-def ordered(fleet: Fleet, order: Ints) -> Fleet:
+def ordered(fleet: DeviceArrays, order: Ints) -> DeviceArrays:
     """The same nodes in another order."""
-    return Fleet(*(column[order] for column in fleet))
+    return DeviceArrays(*(column[order] for column in fleet))

@@ -64,8 +64,10 @@ class Gpt(nn.Module):
         return self.head(self.norm(x))
 
     @torch.no_grad()
-    def generate(self, prompt: str, length: int, temperature: float = 0.8, seed: int | None = None) -> Iterator[str]:
-        """Yields one character at a time."""
+    def generate(
+        self, prompt: str, length: int, temperature: float = 0.8, seed: int | None = None, top_p: float = 1.0
+    ) -> Iterator[str]:
+        """Yields one character at a time, from the likeliest that make up `top_p` together."""
         generator = torch.Generator().manual_seed(seed if seed is not None else 0)
         tokens = [ord(c) for c in prompt if ord(c) < VOCABULARY] or [ord("\n")]
         for _ in range(length):
@@ -73,6 +75,8 @@ class Gpt(nn.Module):
             if temperature <= 0:
                 token = int(logits.argmax())
             else:
-                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+                chances, order = (logits / temperature).softmax(0).sort(descending=True)
+                chances[1:][chances.cumsum(0)[:-1] >= top_p] = 0
+                token = int(order[torch.multinomial(chances, 1, generator=generator)])
             tokens.append(token)
             yield chr(token)

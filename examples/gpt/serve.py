@@ -13,101 +13,119 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import torch
-from model import Gpt, Shape
+from completions import Asked, Refused, asked, head, streamed_choice, until_stop, usage, whole_choice
 
 MAX_BODY_BYTES = 1 << 20
-MAX_TOKENS = 4096
-
-
-class Bad(Exception):
-    """A request that cannot be served; its text says why."""
-
-
-def prompt_of(body: dict[str, Any], chat: bool) -> str:
-    """The text to go on from."""
-    if not chat:
-        prompt = body.get("prompt", "")
-        if not isinstance(prompt, str):
-            raise Bad("prompt: must be a string")
-        return prompt
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Bad("messages: must be a list with at least one message")
-    return "\n".join(str(message.get("content") or "") for message in messages)
+PATHS = {"/v1/completions": False, "/v1/chat/completions": True}  # whether it is a chat
 
 
 class Replica(BaseHTTPRequestHandler):
-    """One connection. `model`, `model_name` and `lock` are set on the class by main."""
+    """One connection. `model`, `model_name` and `lock` are set on the class by `server`."""
 
     protocol_version = "HTTP/1.1"
-    model: Gpt
+    model: Any
     model_name: str
     lock: threading.Lock
     under_way = 0
 
     def do_GET(self) -> None:
+        try:
+            self.read_body()
+        except Refused as refused:
+            self.answer(refused.status, refused.body())
+            return
         if self.path == "/health":
             self.answer(200, {"status": "ok"})
         elif self.path == "/metrics":
             self.answer_text(200, f"engine_requests_running {Replica.under_way}\n")
         elif self.path == "/v1/models":
-            self.answer(
-                200, {"object": "list", "data": [{"id": self.model_name, "object": "model", "owned_by": "whaleflux"}]}
-            )
+            listed = {"id": self.model_name, "object": "model", "owned_by": "whaleflux"}
+            self.answer(200, {"object": "list", "data": [listed]})
         else:
-            self.answer(404, error(f"no such path: {self.path}"))
+            self.answer(404, Refused("", f"no such path: {self.path}").body())
 
     def do_POST(self) -> None:
-        chat = self.path == "/v1/chat/completions"
-        if not chat and self.path != "/v1/completions":
-            self.answer(404, error(f"no such path: {self.path}"))
-            return
         try:
-            size = int(self.headers.get("content-length") or 0)
-            if size > MAX_BODY_BYTES:
-                raise Bad(f"body: {size} bytes, at most {MAX_BODY_BYTES}")
-            body = json.loads(self.rfile.read(size))
-            length = int(body.get("max_completion_tokens") or body.get("max_tokens") or 64)
-            if not 1 <= length <= MAX_TOKENS:
-                raise Bad(f"max_tokens: {length}, must be 1 to {MAX_TOKENS}")
-            prompt = prompt_of(body, chat)
-        except (Bad, ValueError, AttributeError) as problem:
-            self.answer(400, error(str(problem)))
+            request = self.request_of(self.read_body())
+        except Refused as refused:
+            self.answer(refused.status, refused.body())
             return
         Replica.under_way += 1
         try:
-            text = self.generate(prompt, length, float(body.get("temperature", 0.8)), body.get("seed"))
-            if body.get("stream"):
-                self.stream(text, chat)
+            if request.stream:
+                self.stream(request)
             else:
-                self.answer(200, whole(self.model_name, prompt, "".join(text), chat))
+                self.answer(200, self.whole(request))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client has gone
         finally:
             Replica.under_way -= 1
 
-    def generate(self, prompt: str, length: int, temperature: float, seed: int | None) -> Iterator[str]:
-        """Characters; requests take turns at each one, so that a long answer does not hold up a short one."""
-        characters = self.model.generate(prompt, length, temperature, seed)
+    def read_body(self) -> bytes:
+        """The whole body, whatever becomes of the request: what is left unread would be the next one's beginning.
+
+        Where it cannot be read the connection ends with the answer. Raises Refused.
+        """
+        given = self.headers.get("content-length", "0")
+        readable = given.isdecimal() and "transfer-encoding" not in self.headers
+        if readable and int(given) <= MAX_BODY_BYTES:
+            return self.rfile.read(int(given))
+        self.close_connection = True
+        if not readable:
+            raise Refused("", "the body needs a content-length", 411)
+        raise Refused("", f"the body has {given} bytes, at most {MAX_BODY_BYTES} are read", 413)
+
+    def request_of(self, data: bytes) -> Asked:
+        if self.path not in PATHS:
+            raise Refused("", f"no such path: {self.path}", 404)
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as wrong:
+            raise Refused("", f"the body is not JSON: {wrong}") from None
+        return asked(body, chat=PATHS[self.path])
+
+    def generate(self, request: Asked, prompt: str, seed: int | None) -> Iterator[tuple[str, str | None]]:
+        return until_stop(self.characters(request, prompt, seed), request.stops)
+
+    def characters(self, request: Asked, prompt: str, seed: int | None) -> Iterator[str]:
+        """Requests take turns at each one, so that a long answer does not hold up a short one."""
+        found = self.model.generate(prompt, request.tokens, request.temperature, seed, request.top_p)
         while True:
             with self.lock:
-                character = next(characters, None)
+                character = next(found, None)
             if character is None:
                 return
             yield character
 
-    def stream(self, text: Iterator[str], chat: bool) -> None:
+    def whole(self, request: Asked) -> dict[str, Any]:
+        choices, generated = [], 0
+        for index, prompt, seed in request.choices():
+            pieces = list(self.generate(request, prompt, seed))
+            text = "".join(piece for piece, _ in pieces)
+            generated += len(text)
+            choices.append(whole_choice(request, index, text, pieces[-1][1] or "length"))
+        kind = "chat.completion" if request.chat else "text_completion"
+        return {**head(self.model_name, kind), "choices": choices, "usage": usage(request, generated)}
+
+    def stream(self, request: Asked) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        for character in text:
-            self.chunk(piece(self.model_name, character, chat))
-        self.chunk(piece(self.model_name, "", chat, reason="length"))
+        first = head(self.model_name, "chat.completion.chunk" if request.chat else "text_completion")
+        if request.stream_usage:
+            first["usage"] = None
+        generated = 0
+        for index, prompt, seed in request.choices():
+            for text, reason in self.generate(request, prompt, seed):
+                generated += len(text)
+                self.chunk({**first, "choices": [streamed_choice(request, index, text, reason)]})
+        if request.stream_usage:
+            self.chunk({**first, "choices": [], "usage": usage(request, generated)})
         self.write_chunk(b"data: [DONE]\n\n")
         self.write_chunk(b"")
 
@@ -126,37 +144,26 @@ class Replica(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
+        if self.close_connection:
+            self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """For what the base class cannot read: other methods, broken request lines."""
+        self.close_connection = True
+        self.answer(code, Refused("", message or explain or "the request cannot be read").body())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Envoy keeps the access log."""
 
 
-def error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error"}}
-
-
-def whole(model: str, prompt: str, text: str, chat: bool) -> dict[str, Any]:
-    content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    used = {"prompt_tokens": len(prompt), "completion_tokens": len(text), "total_tokens": len(prompt) + len(text)}
-    return {
-        **head(model, "chat.completion" if chat else "text_completion"),
-        "choices": [{"index": 0, **content, "finish_reason": "length"}],
-        "usage": used,
-    }
-
-
-def piece(model: str, text: str, chat: bool, reason: str | None = None) -> dict[str, Any]:
-    content = {"delta": {"content": text}} if chat else {"text": text}
-    return {
-        **head(model, "chat.completion.chunk" if chat else "text_completion"),
-        "choices": [{"index": 0, **content, "finish_reason": reason}],
-    }
-
-
-def head(model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"gen-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": model}
+def server(model: Any, name: str, host: str, port: int) -> ThreadingHTTPServer:
+    """A bound server; `model` has `generate` as Gpt has it."""
+    Replica.model, Replica.model_name, Replica.lock = model, name, threading.Lock()
+    made = ThreadingHTTPServer((host, port), Replica)
+    made.daemon_threads = False  # SIGTERM lets answers end
+    return made
 
 
 def main() -> None:
@@ -166,17 +173,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("PORT", "8000")))
     args = parser.parse_args()
+    import torch
+    from model import Gpt, Shape
+
     torch.set_num_threads(1)
     saved = torch.load(args.weights, weights_only=True, map_location="cpu")
-    Replica.model = Gpt(Shape(**saved["shape"])).eval()
-    Replica.model.load_state_dict(saved["weights"])
-    Replica.model_name, Replica.lock = args.name, threading.Lock()
-    server = ThreadingHTTPServer((args.host, args.port), Replica)
-    server.daemon_threads = False  # SIGTERM lets answers end
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    model = Gpt(Shape(**saved["shape"])).eval()
+    model.load_state_dict(saved["weights"])
+    serving = server(model, args.name, args.host, args.port)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=serving.shutdown).start())
     print(f"serving {args.name} at http://{args.host}:{args.port}/v1", flush=True)
-    server.serve_forever()
-    server.server_close()
+    serving.serve_forever()
+    serving.server_close()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from whaleflux.sdk import Checkpointer, stabilise_buckets
-from whaleflux.sdk.state import state_digest
 
 TEXT_BYTES = 4_000_000
 
@@ -101,7 +100,7 @@ def finish(args: argparse.Namespace, net: Gpt, saved: Checkpointer, text: torch.
     shape = {"layers": args.layers, "width": args.width, "heads": 4, "context": args.context}
     torch.save({"shape": shape, "weights": net.state_dict()}, folder / "model.pt.part")
     (folder / "model.pt.part").replace(folder / "model.pt")
-    record = {"steps": args.steps, "loss": loss, "digest": state_digest(saved._state.targets(with_own=False))}
+    record = {"steps": args.steps, "loss": loss, "digest": saved.digest()}
     (folder / "result.json").write_text(json.dumps(record) + "\n")
     print(f"done: loss {loss:.9f} digest {record['digest'][:16]}", flush=True)
 

@@ -12,6 +12,8 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
+CLOCK_SKEW = timedelta(minutes=5)  # borne between the clocks of any two machines of a fleet, either way
+
 
 class Clock(Protocol):
     """What every loop and core takes its time from."""

@@ -6,13 +6,13 @@
     settings = load(SchedulerSettings, sys.argv[1:])
 
 Each field is a flag (--plan-every-s 0.5), a variable (WHALEFLUX_PLAN_EVERY_S) and a key of the YAML or TOML file that
---config or WHALEFLUX_CONFIG names. Unknown flags and keys are refused with the nearest known name. For services only:
-pydantic-settings takes a quarter of a second to import.
+--config or WHALEFLUX_CONFIG names; of an object given in several places, the keys are put together. Unknown flags and
+keys are refused with the nearest known name. For services only: pydantic takes a tenth of a second and 8 MB to import
+(pydantic-settings would take 4 MB more of each process, for the few lines that read variables).
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -20,24 +20,25 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.nearness import near
 
 PREFIX = "WHALEFLUX_"
 S = TypeVar("S", bound="ServiceSettings")
 _URL_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]+(?=@)")
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(BaseModel):
     """What every service can be told. Paths are files; durations end in `_s` and are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", env_ignore_empty=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what --help shows of it, title -> settings; none: all
+    examples: ClassVar[tuple[str, ...]] = ()  # lines of --help before the flags
 
     name: str = Field("1", description="This replica among those of its service; part of its identity in the store.")
     listen: str = Field("127.0.0.1:0", description="Where gRPC is served, host:port; port 0 picks a free one.")
@@ -45,23 +46,40 @@ class ServiceSettings(BaseSettings):
     metrics_listen: str = Field("127.0.0.1:0", description="Where /metrics, /healthz and /readyz are served over HTTP.")
     port_file: Path | None = Field(None, description="Written when serving: a JSON object of the bound ports.")
 
-    store: str = Field("", description="etcd endpoints, comma separated (http://host:2379), or memory://.")
-    nats: str = Field("", description="NATS servers, comma separated (nats://host:4222), or memory://.")
+    store: str = Field("", description="etcd endpoints, comma separated (https://host:2379), or memory://.")
+    nats: str = Field("", description="NATS servers, comma separated (tls://host:4222), or memory://.")
     nats_timeout_s: float = Field(30.0, gt=0, description="Seconds to wait for NATS when starting.")
     nats_location: str = Field("hub", description='"hub", or the site whose leaf server this is.')
     nats_user: str = Field("", description="User at NATS; empty for none.")
     nats_password: SecretStr = Field(SecretStr(""), description="Password at NATS.")
 
+    audit_dir: Path | None = Field(
+        None,
+        description="Folder of its own in which records of the audit trail wait for NATS, so that they survive the process; empty: memory.",
+    )
+    audit_spool_bytes: int = Field(64 << 20, ge=1 << 20, description="Most bytes of records that wait.")
+    audit_required: bool = Field(
+        False, description="Refuse changes while no more records can wait; else they are counted as lost."
+    )
+
     tls_cert: Path = Field(Path("tls/service.crt"), description="Certificate chain of this service, PEM.")
     tls_key: Path = Field(Path("tls/service.key"), description="Its private key, PEM.")
     tls_ca: Path = Field(Path("tls/ca.crt"), description="The CA that everybody's certificate must come from, PEM.")
+    store_cert: Path | None = Field(None, description="Certificate that etcd and NATS are shown, PEM; none: tls_cert.")
+    store_key: Path | None = Field(None, description="Its private key, PEM; none: tls_key.")
+    store_ca: Path | None = Field(None, description="The CA of etcd's and NATS' certificates, PEM; none: tls_ca.")
+    plain_loopback: bool = Field(
+        False, description="Take http:// and nats:// at loopback addresses: no certificates, for evaluation only."
+    )
     trust_domain: str = Field("whaleflux", description="Trust domain of identities: spiffe://<trust domain>/...")
 
-    inventory: str = Field("", description="Where the inventory service is, host:port.")
-    scheduler: str = Field("", description="Where the scheduler is, host:port.")
-    health_monitor: str = Field("", description="Where the health monitor is, host:port.")
-    checkpoint: str = Field("", description="Where the checkpoint service is, host:port.")
-    inference_router: str = Field("", description="Where the inference router is, host:port.")
+    # generated: addresses (libs/whaleflux/services.py, `make generate`)
+    inventory: str = Field("", description="Where inventory is, host:port.")
+    health_monitor: str = Field("", description="Where health_monitor is, host:port.")
+    checkpoint: str = Field("", description="Where checkpoint is, host:port.")
+    scheduler: str = Field("", description="Where scheduler is, host:port.")
+    inference_router: str = Field("", description="Where inference_router is, host:port.")
+    # end of addresses
 
     otlp_endpoint: str = Field("", description="OTLP/gRPC collector of traces (http://host:4317); empty: none.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
@@ -72,47 +90,24 @@ class ServiceSettings(BaseSettings):
         if not self.otlp_endpoint:
             self.otlp_endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # pydantic passes it by name
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags come as arguments, the file's content as the class attribute that `load` sets on a subclass."""
-        return init_settings, env_settings, _FileSource(settings_cls)
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self().get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return dict(getattr(self.settings_cls, "__file_content__", {}))
-
 
 def load(kind: type[S], argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> S:
-    """The effective settings. Raises Invalid naming each wrong flag, key or value, and what would be right.
+    """The effective settings. Raises InvalidArgument naming each wrong flag, key or value, and what would be right.
 
     `--help` and `--print-config` print to stdout and raise SystemExit(0).
     """
     environment = os.environ if environ is None else environ
-    if "--help" in argv or "-h" in argv:
-        print(usage(kind))
+    if {"--help", "-h", "--help-all"} & set(argv):
+        print(usage(kind, everything="--help-all" in argv))
         raise SystemExit(0)
     flags = _parse(kind, [arg for arg in argv if arg != "--print-config"])
     path = flags.pop("config", "") or environment.get(f"{PREFIX}CONFIG", "")
     content = _read(kind, Path(path)) if path else {}
     _warn_of_misspelt(kind, environment)
-    with_file: type[S] = type(kind.__name__, (kind,), {"__file_content__": content, "__module__": kind.__module__})
     try:
-        settings = with_file(**flags)
+        settings = kind(**_merged(content, _from_environment(kind, environment), flags))
     except ValidationError as error:
-        raise Invalid([_violation(kind, problem) for problem in error.errors()]) from None
-    except SettingsError as error:  # a list or object in a variable that is not JSON
-        raise Invalid(FieldViolation("environment", str(error))) from None
+        raise InvalidArgument([_violation(kind, problem) for problem in error.errors()]) from None
     if "--print-config" in argv:
         print(shown(settings), end="")
         raise SystemExit(0)
@@ -121,28 +116,57 @@ def load(kind: type[S], argv: Sequence[str], *, environ: Mapping[str, str] | Non
 
 def shown(settings: ServiceSettings) -> str:
     """The settings as YAML, without secrets, as a file that `--config` would take."""
+    import yaml  # 1 MB that a service does not need which is told all by variables
+
     values = {key: _presentable(value) for key, value in settings.model_dump().items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def usage(kind: type[ServiceSettings]) -> str:
-    """The flags with their meaning and default."""
-    lines = [
-        f"{kind.__doc__ or kind.__name__}".strip().splitlines()[0],
-        "",
-        "Flags (or variables, or keys of the file):",
-    ]
+def usage(kind: type[ServiceSettings], *, everything: bool = False) -> str:
+    """The flags with their meaning and default: in the groups of the kind where it has some, else all of them."""
+    lines: list[str | None] = [f"{kind.__doc__ or kind.__name__}".strip().splitlines()[0], "", *kind.examples]
+    groups = {"Flags (or variables, or keys of the file)": tuple(kind.model_fields)}
+    if kind.groups and not everything:
+        grouped = {name for names in kind.groups.values() for name in names}
+        rest = tuple(name for name in kind.model_fields if name not in {*grouped, *ServiceSettings.model_fields})
+        groups = {**kind.groups, **({"Other": rest} if rest else {})}
+    for title, names in groups.items():
+        lines += ["" if lines[-1] else None, f"{title}:"]
+        for name in names:
+            lines += _flag_lines(name, kind.model_fields[name])
+    lines += ["  --config FILE  (WHALEFLUX_CONFIG)", "      YAML or TOML with these keys."]
+    lines += ["  --print-config", "      Print the result and exit."]
+    if kind.groups and not everything:
+        lines += ["  --help-all", "      The settings that every service has, too."]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _flag_lines(name: str, field: FieldInfo) -> list[str]:
+    default = _presentable(field.default)
+    shown = "none" if default in (None, "") else default
+    return [f"  {_flag(name)}  ({PREFIX}{name.upper()})", f"      {field.description or ''} [{shown}]"]
+
+
+def table(kind: type[ServiceSettings], leave_out: Iterable[str] = ()) -> str:
+    """The settings as a table of Markdown, without those of the names given."""
+    lines = ["| setting | default | limits | |", "|---|---|---|---|"]
     for name, field in kind.model_fields.items():
-        default = _presentable(field.default)
-        lines.append(f"  {_flag(name)}  ({PREFIX}{name.upper()})")
-        lines.append(f"      {field.description or ''} [{'none' if default in (None, '') else default}]")
-    lines += [
-        "  --config FILE  (WHALEFLUX_CONFIG)",
-        "      YAML or TOML with these keys.",
-        "  --print-config",
-        "      Print the result and exit.",
-    ]
-    return "\n".join(lines)
+        if name not in set(leave_out):
+            default = _presentable(field.default)
+            shown = (
+                ""
+                if default in (None, "", {})
+                else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+            )
+            lines.append(f"| `{name}` | {shown} | {_limits(field)} | {field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _limits(field: FieldInfo) -> str:
+    """Of a number: "0 to 600", "above 0"."""
+    words = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
+    found = [text.format(getattr(m, key)) for m in field.metadata for key, text in words.items() if hasattr(m, key)]
+    return " ".join(found)
 
 
 def _presentable(value: Any) -> Any:
@@ -177,22 +201,47 @@ def _parse(kind: type[ServiceSettings], argv: Sequence[str]) -> dict[str, Any]:
             if flag.startswith("--") and not equals and rest and not rest[0].startswith("--"):
                 rest.pop(0)  # its value, which is not a second mistake
         elif equals or rest:
-            found[name] = _from_text(kind, name, value if equals else rest.pop(0))
+            found[name] = _from_text(kind, name, flag, value if equals else rest.pop(0))
         else:
             wrong.append(FieldViolation(flag, "needs a value"))
     if wrong:
-        raise Invalid(wrong)
+        raise InvalidArgument(wrong)
     return found
 
 
-def _from_text(kind: type[ServiceSettings], name: str, text: str) -> Any:
-    """Lists and objects are given as JSON, as in variables; everything else is for pydantic to read."""
-    if name == "config" or kind.model_fields[name].annotation is str or not text.startswith(("[", "{")):
+def _from_environment(kind: type[ServiceSettings], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What variables say; an empty one says nothing."""
+    variables = {name: PREFIX + name.upper() for name in kind.model_fields}
+    return {
+        name: _from_text(kind, name, variable, text)
+        for name, variable in variables.items()
+        if (text := environment.get(variable, ""))
+    }
+
+
+def _merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The later wins; of objects, key by key."""
+    found: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            earlier = found.get(name)
+            found[name] = {**earlier, **value} if isinstance(earlier, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _from_text(kind: type[ServiceSettings], name: str, source: str, text: str) -> Any:
+    """Lists and objects are given as JSON; everything else is for pydantic to read. `source` is the flag or variable."""
+    if name == "config" or not _takes_json(kind.model_fields[name].annotation) or not text.startswith(("[", "{")):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Invalid(FieldViolation(_flag(name), f"is not JSON: {error}")) from None
+        raise InvalidArgument(FieldViolation(source, f"is not JSON: {error}")) from None
+
+
+def _takes_json(annotation: Any) -> bool:
+    """Whether it is a list or an object. A password that begins with a bracket is neither."""
+    return get_origin(annotation) in (dict, list, tuple) or any(map(_takes_json, get_args(annotation)))
 
 
 def _is_switch(kind: type[ServiceSettings], name: str) -> bool:
@@ -204,25 +253,29 @@ def _flag(name: str) -> str:
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"is not a known {what}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help")
+    meant = near(name, known, 3)
+    return f"is not a known {what}" + (f"; did you mean {' or '.join(meant)}?" if meant else "; see --help")
 
 
 def _read(kind: type[ServiceSettings], path: Path) -> dict[str, Any]:
+    import yaml  # see `shown`
+
     try:
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
-        raise Invalid(FieldViolation("config", f"cannot read {path}: {error.strerror}")) from None
+        raise InvalidArgument(FieldViolation("config", f"cannot read {path}: {error.strerror}")) from None
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Invalid(FieldViolation("config", f"{path}: {error}")) from None
+        raise InvalidArgument(FieldViolation("config", f"{path}: {error}")) from None
     if not isinstance(content, dict | None):
-        raise Invalid(FieldViolation("config", f"{path} must hold keys and values, not a {type(content).__name__}"))
+        raise InvalidArgument(
+            FieldViolation("config", f"{path} must hold keys and values, not a {type(content).__name__}")
+        )
     keys = [str(key) for key in content or {}]
     if wrong := [
         FieldViolation(key, _unknown("key", key, kind.model_fields)) for key in keys if key not in kind.model_fields
     ]:
-        raise Invalid(wrong)
+        raise InvalidArgument(wrong)
     return dict(content or {})
 
 
@@ -237,6 +290,6 @@ def _warn_of_misspelt(kind: type[ServiceSettings], environment: Mapping[str, str
     """Only warns: other programs of the suite have variables of their own under the same prefix."""
     known = [PREFIX + name.upper() for name in kind.model_fields]
     for name in environment:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if name.startswith(PREFIX) else []
-        if near and name not in known:
-            print(f"ignored: {name} is not a known variable; did you mean {near[0]}?", file=sys.stderr)
+        meant = near(name, known) if name.startswith(PREFIX) else []
+        if meant and name not in known:
+            print(f"ignored: {name} is not a known variable; did you mean {meant[0]}?", file=sys.stderr)

@@ -6,6 +6,8 @@ What may be stored is checked by inventory when an agent registers.
 
 from __future__ import annotations
 
+from typing import Any
+
 from whaleflux import names
 from whaleflux.fleet.model import Disk, Gpu, Link, LinkKind, Node, Price, PriceKind
 from whaleflux.v1 import inventory_pb2, types_pb2
@@ -31,7 +33,7 @@ _PRICE_NUMBERS = {kind: number for number, kind in _PRICES.items()}
 def node_from_proto(node: inventory_pb2.Node) -> Node:
     """The node as placement sees it: the agent's facts, with the operator's labels and price over them.
 
-    Raises Invalid when the name is not sites/{site}/nodes/{node}.
+    Raises InvalidArgument when the name is not sites/{site}/nodes/{node}.
     """
     facts = node.facts
     site, _ = names.split(node.name, "sites", "nodes")
@@ -83,6 +85,10 @@ def gpu_from_proto(gpu: types_pb2.Gpu) -> Gpu:
         numa_node=gpu.numa_node,
         mig_profiles=tuple(gpu.mig_profiles),
         healthy=gpu.healthy,
+        unhealthy_reason=gpu.unhealthy_reason,
+        mig_profile=gpu.mig_profile,
+        parent_uuid=gpu.parent_uuid,
+        parent_memory_bytes=gpu.parent_memory_bytes,
     )
 
 
@@ -100,6 +106,10 @@ def gpu_to_proto(gpu: Gpu) -> types_pb2.Gpu:
         numa_node=gpu.numa_node,
         mig_profiles=gpu.mig_profiles,
         healthy=gpu.healthy,
+        unhealthy_reason=gpu.unhealthy_reason,
+        mig_profile=gpu.mig_profile,
+        parent_uuid=gpu.parent_uuid,
+        parent_memory_bytes=gpu.parent_memory_bytes,
     )
 
 
@@ -123,3 +133,11 @@ def price_to_proto(price: Price) -> types_pb2.Price:
     """US dollars per GPU-hour and how they are paid."""
     kind = _PRICE_NUMBERS[price.kind]
     return types_pb2.Price(kind=kind, usd_per_gpu_hour=price.usd_per_gpu_hour)
+
+
+def enum_name(enum: Any, number: int, prefix: str) -> str:
+    """RUNNING for JOB_STATE_RUNNING; UNKNOWN_17 for a number that only a newer version knows."""
+    try:
+        return str(enum.Name(number)).removeprefix(prefix)
+    except ValueError:
+        return f"UNKNOWN_{number}"

@@ -1,6 +1,6 @@
-"""Refusals as data: what went wrong, in which field, and what to do next.
+"""Status errors as data: what went wrong, in which field, and what to do next.
 
-A `Refusal` is raised by cores and servicers and becomes a `google.rpc.Status` with details at the boundary
+A `StatusError` is raised by cores and servicers and becomes a `google.rpc.Status` with details at the boundary
 (`whaleflux.rpc.boundary`). Callers match on the class or on `reason`, never on the text.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from whaleflux.reasons import ErrorReason
 
 DOMAIN = "whaleflux.dev"
 
@@ -21,7 +23,7 @@ class FieldViolation:
     description: str
 
 
-class Refusal(Exception):
+class StatusError(Exception):
     """Something was asked for that cannot be done; nothing was changed.
 
     `code` is the gRPC status name, `reason` an UPPER_SNAKE identifier (AIP-193), `metadata` every changing part
@@ -29,7 +31,7 @@ class Refusal(Exception):
     """
 
     code: ClassVar[str] = "INTERNAL"
-    default_reason: ClassVar[str] = "INTERNAL"
+    default_reason: ClassVar[str] = ErrorReason.INTERNAL
 
     def __init__(
         self,
@@ -46,11 +48,11 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Invalid(Refusal):
+class InvalidArgument(StatusError):
     """A field is wrong. `violations` names each with its limit and its fix."""
 
     code = "INVALID_ARGUMENT"
-    default_reason = "FIELD_INVALID"
+    default_reason = ErrorReason.FIELD_INVALID
 
     def __init__(self, violations: Sequence[FieldViolation] | FieldViolation, **more: str) -> None:
         self.violations = (violations,) if isinstance(violations, FieldViolation) else tuple(violations)
@@ -59,7 +61,7 @@ class Invalid(Refusal):
         super().__init__(text, metadata=metadata)
 
 
-class NotFound(Refusal):
+class NotFound(StatusError):
     """No such resource. `kind` is "node", "job", ...; `name` the full resource name."""
 
     code = "NOT_FOUND"
@@ -73,7 +75,7 @@ class NotFound(Refusal):
         self.kind, self.name = kind, name
 
 
-class AlreadyExists(Refusal):
+class AlreadyExists(StatusError):
     """The name is taken, or the request_id was used before with other content."""
 
     code = "ALREADY_EXISTS"
@@ -87,32 +89,32 @@ class AlreadyExists(Refusal):
         self.kind, self.name = kind, name
 
 
-class Conflict(Refusal):
+class Aborted(StatusError):
     """A compare-and-swap lost: the resource changed since it was read, or a fence moved on."""
 
     code = "ABORTED"
-    default_reason = "ETAG_MISMATCH"
+    default_reason = ErrorReason.ETAG_MISMATCH
 
 
-class WrongState(Refusal):
+class FailedPrecondition(StatusError):
     """The resource's state does not allow this (drain first, job already ended)."""
 
     code = "FAILED_PRECONDITION"
-    default_reason = "WRONG_STATE"
+    default_reason = ErrorReason.WRONG_STATE
 
 
-class OverLimit(Refusal):
+class ResourceExhausted(StatusError):
     """A quota, a rate or a size bound was reached."""
 
     code = "RESOURCE_EXHAUSTED"
-    default_reason = "QUOTA_EXCEEDED"
+    default_reason = ErrorReason.QUOTA_EXCEEDED
 
 
-class Unavailable(Refusal):
+class Unavailable(StatusError):
     """A dependency does not answer, or this replica does not lead; trying again helps."""
 
     code = "UNAVAILABLE"
-    default_reason = "STORE_UNAVAILABLE"
+    default_reason = ErrorReason.STORE_UNAVAILABLE
 
     def __init__(
         self, message: str, *, reason: str = "", metadata: Mapping[str, str] | None = None, retry_after_s: float = 1.0
@@ -120,11 +122,17 @@ class Unavailable(Refusal):
         super().__init__(message, reason=reason, metadata=metadata, retry_after_s=retry_after_s)
 
 
-class Compacted(Refusal):
-    """A watch asked for history that is gone: list again and watch from the listing's revision."""
+class OutOfRange(StatusError):
+    """What was asked for lies outside of what there is."""
 
     code = "OUT_OF_RANGE"
-    default_reason = "REVISION_COMPACTED"
+    default_reason = ErrorReason.OUT_OF_RANGE
+
+
+class Compacted(OutOfRange):
+    """A watch asked for history that is gone: list again and watch from the listing's revision."""
+
+    default_reason = ErrorReason.REVISION_COMPACTED
 
     def __init__(self, revision: int) -> None:
         super().__init__(
@@ -134,22 +142,44 @@ class Compacted(Refusal):
         self.revision = revision
 
 
-class Denied(Refusal):
+class PermissionDenied(StatusError):
     """The caller is known and may not do this."""
 
     code = "PERMISSION_DENIED"
-    default_reason = "ROLE_MISSING"
+    default_reason = ErrorReason.ROLE_MISSING
 
 
-class Unauthenticated(Refusal):
+class Unauthenticated(StatusError):
     """The caller showed no certificate or token, or one that is not valid."""
 
     code = "UNAUTHENTICATED"
-    default_reason = "IDENTITY_MISSING"
+    default_reason = ErrorReason.IDENTITY_MISSING
 
 
-class DeadlineExceeded(Refusal):
+class DeadlineExceeded(StatusError):
     """The work did not finish in the caller's time."""
 
     code = "DEADLINE_EXCEEDED"
-    default_reason = "DEADLINE_EXCEEDED"
+    default_reason = ErrorReason.DEADLINE_EXCEEDED
+
+
+def node_name_taken(node: str, holder: str, machine: str) -> FailedPrecondition:
+    """The refusal of a second machine under the name of a node whose agent is connected."""
+    return FailedPrecondition(
+        f"machine {holder[:12]} is connected as {node}; this is machine {machine[:12] or 'unnamed'}: give it another --node-id, "
+        f"or stop the agent there, drain the node and run `whaleflux replace {node}`",
+        reason=ErrorReason.NODE_NAME_TAKEN,
+        metadata={"node": node, "holder": holder[:12], "machine": machine[:12]},
+    )
+
+
+def node_runs_twice(node: str, holder: str, boot: str) -> FailedPrecondition:
+    """The refusal of the later of two machines that show one identity: their boots tell them apart."""
+    return FailedPrecondition(
+        f"{node} is connected from a machine that booted as {holder[:12]}; this one, of the same identity, booted as {boot[:12]}. If it has just "
+        "been rebooted it is let in within half a minute; if its disk is a copy, stop this agent and join it as a node of its own: "
+        "another --state-dir, another --node-id, and a token (whaleflux token create --site SITE)",
+        reason=ErrorReason.NODE_RUNS_TWICE,
+        metadata={"node": node, "holder": holder[:12], "boot": boot[:12]},
+        retry_after_s=1.0,
+    )

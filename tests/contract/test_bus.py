@@ -9,9 +9,10 @@ from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 from tests.support.nats_server import NatsServer
-from whaleflux.errors import Invalid
+from whaleflux.errors import InvalidArgument
 from whaleflux.events.api import MAX_DATA_BYTES
 from whaleflux.events.memory import MemoryBus
+from whaleflux.events.newest import newest
 from whaleflux.events.trace import context_of
 
 _numbers = itertools.count()
@@ -270,7 +271,7 @@ async def test_trace_context_crosses_the_bus(bus, site):
 async def test_bad_messages_are_refused_and_the_bus_goes_on(bus, site, message, field):
     good = {"subject": f"wf.v1.{site}.node.n1.x", "data": b"1", "id": f"{site}@1", "headers": {}}
     bad = good | message
-    with pytest.raises(Invalid) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         await bus.publish(bad["subject"], bad["data"], id=bad["id"], headers=bad["headers"])
     assert refused.value.violations[0].field.startswith(field)
     assert not (await bus.publish(good["subject"], b"", id=f"{site}@{field}{len(message)}{next(_numbers)}")).duplicate
@@ -290,5 +291,61 @@ async def test_an_event_of_the_greatest_size_passes(bus, site):
 )  # fmt: skip
 async def test_bad_subscriptions_are_refused_at_once(bus, wrong):
     arguments = {"subjects": ["wf.v1.>"], "durable": "d"} | wrong
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         bus.subscribe(arguments.pop("subjects"), **arguments)
+
+
+async def test_what_is_kept_can_be_read_from_anywhere_on(bus, site):
+    await say(bus, site, range(5))
+    await say(bus, site, range(10, 13), node="n2")
+    one = await bus.read([f"wf.v1.{site}.node.n1.*"])
+    assert (numbers(one.events), one.matching) == ([0, 1, 2, 3, 4], 5)
+    assert one.events[0].subject == f"wf.v1.{site}.node.n1.said"
+    assert one.events[0].id == f"{site}/n1/0"
+    part = await bus.read([f"wf.v1.{site}.>"], start=one.events[3].sequence, limit=3)
+    assert (numbers(part.events), part.matching) == ([3, 4, 10], 5)
+    assert part.first <= one.events[0].sequence < part.events[-1].sequence < part.last
+    since = await bus.read([f"wf.v1.{site}.>"], start=part.events[0].timestamp)
+    assert numbers(since.events)[-3:] == [10, 11, 12]
+    counted = await bus.read([f"wf.v1.{site}.>"], limit=0)
+    assert (counted.events, counted.matching) == ((), 8)
+    nothing = await bus.read([f"wf.v1.{site}.job.*.*"])
+    assert (nothing.events, nothing.matching) == ((), 0)
+
+
+async def test_more_than_one_batch_is_read_in_order(bus, site):
+    await asyncio.gather(*(say(bus, site, [n]) for n in range(600)))
+    kept = await bus.read([f"wf.v1.{site}.>"])
+    assert sorted(numbers(kept.events)) == list(range(600))
+    assert [e.sequence for e in kept.events] == sorted(e.sequence for e in kept.events)
+
+
+async def test_a_durable_may_begin_behind_what_was_read(bus, site):
+    await say(bus, site, range(3))
+    kept = await bus.read([f"wf.v1.{site}.>"])
+    async with bus.subscribe([f"wf.v1.{site}.>"], durable=site, start=kept.events[1].sequence + 1) as news:
+        assert numbers(await read(news, 1)) == [2]
+
+
+async def test_of_each_subject_of_accounting_the_newest_record_is_kept(bus, site):
+    for n in range(3):
+        await bus.publish(f"wf.account.{site}.user-a.j.u-1", b"%d" % n, id=f"{site}/u-1/{n}")
+    await bus.publish(f"wf.account.{site}.user-a.j.u-2", b"9", id=f"{site}/u-2")
+    kept = await bus.read([f"wf.account.{site}.>"])
+    assert (numbers(kept.events), kept.matching) == ([2, 9], 2)
+    assert (await bus.read(["wf.v1.*.j.*.*"], limit=0)).matching == 0
+
+
+@pytest.mark.parametrize("wrong", [{"subjects": ["wf.v1.>", "wf.account.>"]}, {"limit": 1001}, {"subjects": ["x.>"]}])
+async def test_bad_readings_are_refused(bus, wrong):
+    arguments = {"subjects": ["wf.v1.>"]} | wrong
+    with pytest.raises(InvalidArgument):
+        await bus.read(arguments.pop("subjects"), **arguments)
+
+
+async def test_the_newest_can_be_read_first(bus, site):
+    await say(bus, site, range(6))
+    page = await newest(bus, [f"wf.v1.{site}.node.n1.*"], limit=4)
+    assert numbers(page) == [5, 4, 3, 2]
+    rest = await newest(bus, [f"wf.v1.{site}.node.n1.*"], before=page[-1].sequence, limit=4)
+    assert numbers(rest) == [1, 0]

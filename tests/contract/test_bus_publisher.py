@@ -8,7 +8,9 @@ import pytest
 from tests.support.etcd_server import EtcdServer
 from tests.support.nats_server import NatsServer
 from whaleflux.errors import Unavailable
-from whaleflux.events.publisher import Change, News, Publisher
+from whaleflux.events import change_id
+from whaleflux.events.memory import MemoryBus
+from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
 from whaleflux.store import keys
 from whaleflux.store.api import Put
 from whaleflux.store.election import elect
@@ -17,9 +19,9 @@ from whaleflux.store.etcd import EtcdStore
 pytestmark = pytest.mark.integration
 
 
-def describe(change: Change) -> News:
+def describe(change: EntryChange) -> OutgoingEvent:
     name = change.key.rpartition("/")[2]
-    return News(f"wf.v1.hub.job.q_{name}.changed", change.new.value if change.new else b"")
+    return OutgoingEvent(f"wf.v1.hub.job.q_{name}.changed", change.new.value if change.new else b"")
 
 
 async def write(store, key, written, stop):
@@ -27,8 +29,8 @@ async def write(store, key, written, stop):
     number = 0
     while not stop.is_set():
         with contextlib.suppress(Unavailable):  # unknown or refused: its event may or may not come
-            revision = await store.commit(Put(key, b"%d" % number))
-            written.append(f"{key}@{revision}")
+            value = b"%d" % number
+            written.append(change_id(key, await store.commit(Put(key, value)), value))
         number += 1
         await asyncio.sleep(0.005)
 
@@ -44,6 +46,34 @@ async def until(condition, limit_s=20.0):
     async with asyncio.timeout(limit_s):
         while not condition():  # other tasks' lists tell nobody
             await asyncio.sleep(0.01)
+
+
+async def test_news_go_on_after_a_restored_backup(tmp_path):
+    etcd, bus = EtcdServer(tmp_path), MemoryBus()
+    try:
+        await etcd.start()
+        store = EtcdStore([etcd.endpoint], timeout_s=2)
+        await store.commit(Put(keys.JOBS + "q/a", b"1"))
+        etcd.kill()
+        etcd.back_up()
+        await etcd.start()
+        publisher = Publisher(store, bus, keys.JOBS, describe, name="test")
+        running = asyncio.create_task(publisher.run())
+        for n in range(20):
+            await store.commit(Put(keys.JOBS + "q/a", b"lost %d" % n))
+        await until(lambda: bus.events and bus.events[-1].data == b"lost 19")
+        etcd.kill()
+        etcd.restore()
+        await etcd.start()
+        await until(lambda: bus.events[-1].data == b"1")
+        await store.commit(Put(keys.JOBS + "q/a", b"2"))
+        await until(lambda: bus.events[-1].data == b"2")
+        assert not running.done()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await store.close()
+    finally:
+        etcd.kill()
 
 
 async def test_crashes_of_store_bus_and_publisher_lose_no_change_and_repeat_none(tmp_path):
@@ -88,7 +118,8 @@ async def test_crashes_of_store_bus_and_publisher_lose_no_change_and_repeat_none
         assert len({e.sequence for e in got}) == len(set(stored))  # what came again was a redelivery, not a second copy
         for name, changes in written.items():
             firsts = [i for i in dict.fromkeys(stored) if f"/{name}@" in i]
-            assert [int(i.rpartition("@")[2]) for i in firsts] == sorted(int(i.rpartition("@")[2]) for i in firsts)
+            revisions = [int(i.rpartition("@")[2].partition("-")[0]) for i in firsts]
+            assert revisions == sorted(revisions)
             assert set(changes) <= set(firsts)
         await bus.close()
         await store.close()

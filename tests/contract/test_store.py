@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.etcd_server import EtcdServer
-from whaleflux.errors import Compacted, Conflict, Invalid, NotFound
+from whaleflux.errors import Aborted, Compacted, InvalidArgument, NotFound, Unavailable
 from whaleflux.store import (
     Absent,
     Batch,
@@ -22,6 +22,7 @@ from whaleflux.store import (
     Equals,
     Fenced,
     Held,
+    NoneCreated,
     Present,
     Put,
     Store,
@@ -29,8 +30,7 @@ from whaleflux.store import (
 )
 from whaleflux.store.api import MAX_COMMIT_BYTES, MAX_OPERATIONS
 from whaleflux.store.batching import GroupCommit
-from whaleflux.store.cache import Cache, Change
-from whaleflux.store.chunks import get_large, put_large
+from whaleflux.store.cache import Cache, ValueChange
 from whaleflux.store.election import elect, lead, leader_of
 from whaleflux.store.etcd import EtcdStore
 from whaleflux.store.memory import MemoryStore
@@ -156,6 +156,11 @@ class TestReading:
         with pytest.raises(Compacted):
             await case.store.list(case.prefix, at=old)
 
+    async def test_a_state_that_is_not_there_yet_is_refused(self, case: Case) -> None:
+        newest = await case.store.commit(Put(case.key("a"), b""))
+        with pytest.raises(InvalidArgument):
+            await case.store.list(case.prefix, at=newest + 1000)
+
 
 class TestCommit:
     async def test_each_condition_holds_when_it_should_and_only_then(self, case: Case) -> None:
@@ -175,7 +180,7 @@ class TestCommit:
             with pytest.raises(ConditionFailed) as refused:
                 await case.store.commit(Put(probe, b""), when=[*good, condition])
             assert refused.value.failed == (condition,)
-            assert isinstance(refused.value, Conflict)
+            assert isinstance(refused.value, Aborted)
         assert await case.store.get(probe) is None
 
     async def test_unchanged_fails_for_a_key_made_again_with_the_same_value(self, case: Case) -> None:
@@ -187,6 +192,46 @@ class TestCommit:
         await case.store.commit(Put(key, b"1"))
         with pytest.raises(ConditionFailed):
             await case.store.commit(Put(key, b"2"), when=[Unchanged(entry)])
+
+    async def test_none_created_holds_until_a_key_is_made_under_the_prefix(self, case: Case) -> None:
+        under, beside, probe = case.key("of/a"), case.key("oz"), case.key("probe")
+        await case.store.commit(when=[NoneCreated(case.key("of/"), await case.now())])
+        seen = await case.store.commit(Put(under, b"1"))
+        none = NoneCreated(case.key("of/"), seen)
+        await case.store.commit(Put(under, b"2"), Put(beside, b""), when=[none])
+        await case.store.commit(Put(probe, b""), when=[none])
+        await case.store.commit(Delete(under), when=[none])
+        await case.store.commit(Put(probe, b""), when=[none])
+        await case.store.commit(Put(under, b"3"), when=[none])
+        with pytest.raises(ConditionFailed) as refused:
+            await case.store.commit(Delete(probe), when=[Present(probe), none])
+        assert refused.value.failed == (none,)
+        assert await case.store.get(probe) is not None
+
+    async def test_none_written_holds_until_a_key_is_made_or_written_again_under_the_prefix(self, case: Case) -> None:
+        under, probe = case.key("of/a"), case.key("probe")
+        seen = await case.store.commit(Put(under, b"1"))
+        none = NoneCreated(case.key("of/"), seen, or_written=True)
+        await case.store.commit(Put(case.key("oz"), b""), when=[none])
+        await case.store.commit(Put(under, b"2"), when=[none])
+        with pytest.raises(ConditionFailed) as refused:
+            await case.store.commit(Put(probe, b""), when=[none])
+        assert refused.value.failed == (none,)
+        await case.store.commit(Delete(under))
+        await case.store.commit(Put(probe, b""), when=[none])
+
+    async def test_a_parent_goes_only_without_children_however_commits_are_merged(self, case: Case) -> None:
+        for n in range(20):
+            parent, children = case.key(f"p{n}"), case.key(f"of-{n}/")
+            seen = await case.store.commit(Put(parent, b""))
+            await asyncio.gather(
+                *(case.store.commit(Put(case.key(f"other-{n}-{i}"), b"")) for i in range(3)),
+                case.store.commit(Put(children + "a", b""), when=[Present(parent)]),
+                case.store.commit(Delete(parent), when=[NoneCreated(children, seen)]),
+                return_exceptions=True,
+            )
+            gone, child = await case.store.get(parent) is None, await case.store.get(children + "a") is not None
+            assert gone is not child
 
     async def test_a_commit_is_one_revision(self, case: Case) -> None:
         before = await case.store.commit(Put(case.key("x"), b""))
@@ -266,16 +311,16 @@ class TestCommit:
     async def test_limits_are_named(self, case: Case) -> None:
         many = [Put(case.key(n), b"") for n in range(MAX_OPERATIONS + 1)]
         await case.store.commit(*many[:-1], when=[Absent(put.key) for put in many[:-1]])
-        with pytest.raises(Invalid, match=str(MAX_OPERATIONS)):
+        with pytest.raises(InvalidArgument, match=str(MAX_OPERATIONS)):
             await case.store.commit(*many)
-        with pytest.raises(Invalid, match=str(MAX_OPERATIONS)):
+        with pytest.raises(InvalidArgument, match=str(MAX_OPERATIONS)):
             await case.store.commit(many[0], when=[Present(put.key) for put in many])
         await case.store.commit(Put(case.key("big"), bytes(MAX_COMMIT_BYTES - 200)))
-        with pytest.raises(Invalid, match=str(MAX_COMMIT_BYTES)):
+        with pytest.raises(InvalidArgument, match=str(MAX_COMMIT_BYTES)):
             await case.store.commit(Put(case.key("big"), bytes(MAX_COMMIT_BYTES)))
-        with pytest.raises(Invalid, match="twice"):
+        with pytest.raises(InvalidArgument, match="twice"):
             await case.store.commit(Put(case.key("a"), b"1"), Put(case.key("a"), b"2"))
-        with pytest.raises(Invalid, match="empty"):
+        with pytest.raises(InvalidArgument, match="empty"):
             await case.store.commit(Put("", b""))
 
 
@@ -499,12 +544,29 @@ class TestElection:
             starts.append(leader.created)
             if len(starts) == 1:
                 await case.admin.commit(Delete(leader.key))
-            async with asyncio.TaskGroup() as group:  # as loops do: the refusal arrives in a group
+            async with asyncio.TaskGroup() as group:  # as loops do: the status error arrives in a group
                 group.create_task(case.store.commit(Put(case.key("a"), b""), when=[leader.held]))
 
         async with asyncio.timeout(10):
             await lead(case.store, name, "a", work)
         assert len(starts) == 2
+
+    async def test_an_outage_under_the_work_ends_that_leadership_and_not_the_loop(self, case: Case) -> None:
+        name, starts = case.prefix.strip("/"), []
+
+        async def work(leader: Any) -> None:
+            starts.append(leader.created)
+            if len(starts) < 3:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_unavailable())
+
+        async def _unavailable() -> None:
+            raise Unavailable("etcdserver: too many requests", reason="STORE_BUSY")
+
+        async with asyncio.timeout(10):
+            await lead(case.store, name, "a", work)
+        assert len(starts) == 3
+        assert starts == sorted(set(starts)), "each time as a leadership of its own"
 
     async def test_an_error_of_the_work_is_not_hidden(self, case: Case) -> None:
         async def work(_: Any) -> None:
@@ -569,13 +631,13 @@ class TestCache:
         await asyncio.wait_for(following, 5)  # it ends with the cache
 
     @staticmethod
-    def _play(change: Change[bytes], mirror: dict[str, bytes]) -> None:
+    def _play(change: ValueChange[bytes], mirror: dict[str, bytes]) -> None:
         if change.new is None:
             del mirror[change.key]
         else:
             mirror[change.key] = change.new
 
-    async def test_an_unreadable_value_is_named_and_left_out(self, case: Case) -> None:
+    async def test_an_unreadable_value_is_named_and_its_last_known_one_stays(self, case: Case) -> None:
         await case.store.commit(Put(case.key("good"), b"1"), Put(case.key("bad"), b"x"))
         async with Cache(case.store, case.prefix, lambda entry: int(entry.value)) as cache:
             assert dict(cache.values) == {case.key("good"): 1}
@@ -583,13 +645,9 @@ class TestCache:
             await cache.at_least(await case.store.commit(Put(case.key("bad"), b"2")))
             assert cache.get(case.key("bad")) == 2
             assert not cache.unreadable
-
-
-async def test_a_value_larger_than_one_commit_comes_back(case: Case) -> None:
-    value = bytes(range(256)) * 10_000
-    await put_large(case.store, case.key("large"), value, when=[Absent(case.key("large"))])
-    with pytest.raises(ConditionFailed):
-        await put_large(case.store, case.key("large"), value[1:], when=[Absent(case.key("large"))])
-    large = await get_large(case.store, case.key("large"))
-    assert large is not None
-    assert large.value == value
+            await cache.at_least(await case.store.commit(Put(case.key("bad"), b"y"), Put(case.key("good"), b"3")))
+            assert dict(cache.values) == {case.key("good"): 3, case.key("bad"): 2}, "not known is not gone"
+            assert list(cache.unreadable) == [case.key("bad")]
+            await cache.at_least(await case.store.commit(Delete(case.key("bad"))))
+            assert dict(cache.values) == {case.key("good"): 3}
+            assert not cache.unreadable

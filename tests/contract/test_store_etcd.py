@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
-import ipaddress
 import itertools
 import logging
 import random
-import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from aetcd import rpc
+from aetcd.rpc import rpc_pb2_grpc as etcd_grpc
 
 from tests.support.etcd_server import EtcdServer, free_ports
+from tests.support.relay import Relay
 from whaleflux.embedded import etcd as embedded
-from whaleflux.errors import Invalid, NotFound, Unavailable
+from whaleflux.errors import InvalidArgument, NotFound, Unavailable
 from whaleflux.store import Absent, Batch, Delete, Put, Unknown
 from whaleflux.store.batching import GroupCommit
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import elect
-from whaleflux.store.etcd import EtcdStore, Tls
+from whaleflux.store.etcd import EtcdStore
 from whaleflux.store.once import commit_once
 
 pytestmark = pytest.mark.integration
@@ -232,7 +230,7 @@ async def test_a_bookmark_is_never_ahead_of_events(
     server: EtcdServer, store: EtcdStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signs of life are asked for all the time while events come in fast; servers before 3.5.8 mix up their order."""
-    monkeypatch.setattr("whaleflux.store.etcd._PROGRESS_S", 0.001)
+    monkeypatch.setattr("whaleflux.store.etcd.watch_stream.PROGRESS_S", 0.001)
     start = await store.commit(Put("/begin", b""))
     writers, grouped = 40, GroupCommit(store)
 
@@ -251,52 +249,6 @@ async def test_a_bookmark_is_never_ahead_of_events(
                 break
     await asyncio.gather(*writing)
     assert revisions == sorted(set(revisions))
-
-
-class Relay:
-    """A TCP relay in front of the server, whose connections can be cut and refused."""
-
-    def __init__(self, port: int) -> None:
-        self._port, self._open = port, True
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Relay:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
-        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await asyncio.gather(*self._tasks)
-
-    def cut(self) -> None:
-        self._open = False
-        for writer in self._writers:
-            writer.transport.abort()
-
-    def heal(self) -> None:
-        self._open = True
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self._open:
-            writer.transport.abort()
-            return
-        self._tasks.add(task := asyncio.current_task())
-        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self._writers |= {writer, there_writer}
-        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
-        self._writers -= {writer, there_writer}
-        self._tasks.discard(task)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.transport.abort()
 
 
 async def test_a_lease_is_lost_before_the_server_lets_it_expire(server: EtcdServer, store: EtcdStore) -> None:
@@ -380,76 +332,158 @@ async def test_calls_wait_for_a_restart(server: EtcdServer, store: EtcdStore) ->
 
 
 def test_an_empty_list_of_endpoints_is_refused() -> None:
-    with pytest.raises(Invalid, match="endpoints"):
+    with pytest.raises(InvalidArgument, match="endpoints"):
         EtcdStore([])
-
-
-async def test_mutual_tls(tmp_path: Path) -> None:
-    """Calls and watches show the client's certificate; without one there is no connection."""
-    ca, client, files = write_certificates(tmp_path)
-    client_port, peer_port = free_ports(2)
-    server_tls = embedded.EtcdTls(files["server.pem"], files["server.key"], ca)
-    command = embedded.command(
-        embedded.find(), tmp_path / "data", client_port=client_port, peer_port=peer_port, tls=server_tls
-    )
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        context = ssl.create_default_context(cafile=str(ca))
-        context.load_cert_chain(files["client.pem"], files["client.key"])
-        await embedded.wait_ready("127.0.0.1", client_port, tls=context)
-        store = EtcdStore([f"127.0.0.1:{client_port}"], tls=client)
-        revision = await store.commit(Put(PREFIX + "a", b"1"))
-        assert [b.revision for b in await history(store, revision - 1, revision)] == [revision]
-        await store.close()
-        stranger = EtcdStore([f"127.0.0.1:{client_port}"], timeout_s=0.5)
-        with pytest.raises(Unavailable):
-            await stranger.get("a")
-        await stranger.close()
-    finally:
-        process.kill()
-        await process.wait()
-
-
-def write_certificates(folder: Path) -> tuple[Path, Tls, dict[str, Path]]:
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    authority = _certificate("ca", authority_key, None, authority_key)
-    files = {"ca.pem": authority.public_bytes(serialization.Encoding.PEM)}
-    for name in ("server", "client"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        files[f"{name}.pem"] = _certificate(name, key, authority, authority_key).public_bytes(
-            serialization.Encoding.PEM
-        )
-        files[f"{name}.key"] = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    paths = {name: folder / name for name in files}
-    return paths["ca.pem"], Tls(paths["ca.pem"], paths["client.pem"], paths["client.key"]), paths
-
-
-def _certificate(
-    name: str,
-    key: ec.EllipticCurvePrivateKey,
-    issuer: x509.Certificate | None,
-    signer: ec.EllipticCurvePrivateKey,
-) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = dt.datetime.now(dt.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(minutes=1))
-        .not_valid_after(now + dt.timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(signer, hashes.SHA256())
-    )
 
 
 def test_a_binary_that_is_no_etcd_is_refused() -> None:
     with pytest.raises(NotFound, match="version"):
         embedded.version(Path("/bin/echo"))
+
+
+class QuietServer(etcd_grpc.WatchServicer, etcd_grpc.MaintenanceServicer):
+    """A server to which nothing is written: as etcd since 3.5.14, it does not answer for progress then."""
+
+    def __init__(self) -> None:
+        self.streams = self.questions = 0
+
+    async def Status(self, request: rpc.StatusRequest, context: object) -> rpc.StatusResponse:
+        return rpc.StatusResponse(version="3.5.21")
+
+    async def Watch(
+        self, requests: AsyncIterator[rpc.WatchRequest], context: object
+    ) -> AsyncIterator[rpc.WatchResponse]:
+        self.streams += 1
+        taken = set[int]()
+        async for request in requests:
+            self.questions += request.HasField("progress_request")
+            if request.HasField("create_request"):
+                duplicate = request.create_request.watch_id in taken
+                new = -1 if duplicate else len(taken) + 1
+                taken.add(new)
+                yield rpc.WatchResponse(header={"revision": 7}, watch_id=new, created=True, canceled=duplicate)
+
+
+class LateServer(QuietServer):
+    """Its answer to a question about progress from before a watch began overtakes what that watch still has to hear."""
+
+    async def Watch(
+        self, requests: AsyncIterator[rpc.WatchRequest], context: object
+    ) -> AsyncIterator[rpc.WatchResponse]:
+        header = {"revision": 7}
+        async for request in requests:
+            if request.HasField("create_request"):
+                yield rpc.WatchResponse(header=header, watch_id=1, created=True)
+                yield rpc.WatchResponse(header=header, watch_id=-1)
+                key_value = {"key": f"{PREFIX}a".encode(), "mod_revision": 6, "create_revision": 6, "version": 1}
+                yield rpc.WatchResponse(header=header, watch_id=1, events=[{"kv": key_value}])
+
+
+@contextlib.asynccontextmanager
+async def played(servicer: QuietServer) -> AsyncIterator[str]:
+    """The endpoint of a server that a test plays."""
+    server = grpc.aio.server()
+    etcd_grpc.add_WatchServicer_to_server(servicer, server)
+    etcd_grpc.add_MaintenanceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+async def test_progress_from_before_a_watch_began_is_no_bookmark_of_it() -> None:
+    async with played(LateServer()) as endpoint:
+        store = EtcdStore([endpoint])
+        async with asyncio.timeout(5), contextlib.aclosing(store.watch(PREFIX, after=5)) as batches:
+            assert (await anext(batches)).revision == 6
+        await store.close()
+
+
+async def test_a_server_that_has_nothing_to_tell_is_not_taken_for_dead() -> None:
+    servicer = QuietServer()
+    async with played(servicer) as endpoint:
+        store = EtcdStore([endpoint])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5), contextlib.aclosing(store.watch(PREFIX, after=7)) as batches:
+                await anext(batches)
+        assert (servicer.streams, servicer.questions >= 2) == (1, True)
+        await store.close()
+
+
+async def test_a_taken_watch_id_is_refused_at_once(server: EtcdServer) -> None:
+    """What the sign of life of a quiet server rests on."""
+    async with grpc.aio.insecure_channel(server.endpoint) as channel:
+        call = rpc.WatchStub(channel).Watch()
+        for _ in range(2):
+            await call.write(rpc.WatchRequest(create_request=rpc.WatchCreateRequest(key=b"a", watch_id=5)))
+        async with asyncio.timeout(2):
+            first, second = await call.read(), await call.read()
+        call.cancel()
+    assert (first.created, first.canceled, first.watch_id) == (True, False, 5)
+    assert (second.created, second.canceled, second.watch_id) == (True, True, -1)
+
+
+async def test_all_watches_of_a_store_share_one_connection(server: EtcdServer) -> None:
+    async with Relay(server.client_port) as relay:
+        store = EtcdStore([relay.endpoint])
+        start = await store.commit(Put("/begin", b""))
+        tasks = [asyncio.create_task(first_batch(store, f"{PREFIX}{n}/", start)) for n in range(20)]
+        await asyncio.sleep(0.2)
+        for n in range(20):
+            await store.commit(Put(f"{PREFIX}{n}/key", b"%d" % n))
+        batches = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        assert [batch.events[0].entry.value for batch in batches] == [b"%d" % n for n in range(20)]
+        assert relay.accepted == 2  # one for calls, one for watches
+        await store.close()
+
+
+async def first_batch(store: EtcdStore, prefix: str, start: int) -> Batch:
+    async with contextlib.aclosing(store.watch(prefix, after=start)) as batches:
+        async for batch in batches:
+            if batch.events:
+                return batch
+    raise AssertionError
+
+
+async def test_a_watch_that_is_left_before_it_was_answered_ends_no_other(store: EtcdStore) -> None:
+    """The first watch of a stream has the id 0, which one whose id is not known yet must not be taken for."""
+    start = await store.commit(Put(f"{PREFIX}a", b"1"))
+    async with contextlib.aclosing(store.watch(PREFIX, after=start)) as first:
+        waiting = asyncio.ensure_future(anext(first))
+        await asyncio.sleep(0)
+        for number in range(50):
+            async with contextlib.aclosing(store.watch(f"/other/{number}/", after=start)) as left:
+                leaving = asyncio.ensure_future(anext(left))
+                for _ in range(number % 7):  # at each step of its creation
+                    await asyncio.sleep(0)
+                leaving.cancel()
+                await asyncio.gather(leaving, return_exceptions=True)
+        await store.commit(Put(f"{PREFIX}b", b"2"))
+        async with asyncio.timeout(10):
+            while not (batch := await waiting).events:
+                waiting = asyncio.ensure_future(anext(first))
+        assert [event.key for event in batch.events] == [f"{PREFIX}b"]
+
+
+async def test_a_slow_reader_holds_up_nobody_and_misses_nothing(
+    store: EtcdStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it is bounded; it begins again after what it has read."""
+    monkeypatch.setattr("whaleflux.store.etcd.watch_stream.BUFFER_BYTES", 20_000)
+    start = await store.commit(Put("/begin", b""))
+    async with (
+        contextlib.aclosing(store.watch(PREFIX, after=start)) as slow,
+        contextlib.aclosing(store.watch(PREFIX, after=start)) as brisk,
+    ):
+        revisions = [await store.commit(Put(PREFIX + "key", b"x" * 1000))]
+        async with asyncio.timeout(20):
+            assert (await anext(slow)).revision == revisions[0]  # and reads no more for now
+            brisk_seen = [(await anext(brisk)).revision]
+            for _ in range(100):
+                revisions.append(await store.commit(Put(PREFIX + "key", b"x" * 1000)))
+                while brisk_seen[-1] < revisions[-1]:
+                    brisk_seen.append((await anext(brisk)).revision)
+            slow_seen = revisions[:1]
+            while slow_seen[-1] < revisions[-1]:
+                slow_seen.append((await anext(slow)).revision)
+    assert slow_seen == brisk_seen == revisions

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.spans import Collector, SeenSpan, collecting
 from tests.support.suite import state_folder
-from whaleflux.demo.run import Options, run
+from whaleflux.demo.run import DemoOptions, run
 
 STEPS, EVERY = 80, 10
 
@@ -35,6 +35,8 @@ def main_run() -> Iterator[MainRun]:
 
 def _demo(folder, collector: Collector) -> MainRun:
     report, began = folder / "report.json", time.monotonic()
-    options = Options(state=folder / "demo", steps=STEPS, every=EVERY, report=report, otlp_endpoint=collector.endpoint)
+    options = DemoOptions(
+        state=folder / "demo", steps=STEPS, every=EVERY, report=report, otlp_endpoint=collector.endpoint
+    )
     code = run(options)  # stops the suite, which sends its last spans
     return MainRun(code, json.loads(report.read_text()), collector.spans, time.monotonic() - began)

@@ -18,7 +18,7 @@ def test_the_lost_node_is_suspect_fenced_and_replaced_in_time(main_run):
     assert 0 <= failure["suspect_s"] <= failure["fenced_s"]
     assert failure["suspect_s"] <= 2
     assert failure["fenced_s"] <= 6
-    assert failure["fenced_s"] <= failure["running_s"] <= 15
+    assert 0 < failure["running_s"] <= 15  # the end of its peers fences the attempt, perhaps before its node
     assert failure["processes_killed"] >= 3  # the agent and at least two ranks
 
 

@@ -104,11 +104,10 @@ def test_the_second_attempt_restores_under_its_launch(trace):
 
 def test_nothing_begins_before_its_cause(trace):
     story = ["scheduler.decide", "scheduler.allocate", "agent.launch", "health.failure", "checkpoint.restore"]
-    for span in trace.spans:
-        if span.name in story:
-            assert span.start_ns >= trace.parent(span).start_ns - 1_000_000, (
-                span.name
-            )  # clocks are read in microseconds
+    told = [span for span in trace.spans if span.name in story]
+    assert {span.name for span in told} == set(story)
+    early = [span.name for span in told if span.start_ns < trace.parent(span).start_ns - 1_000_000]
+    assert not early, "clocks are read in microseconds"
 
 
 def test_the_recovery_begins_with_the_fence(trace):

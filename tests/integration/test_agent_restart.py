@@ -10,36 +10,14 @@ import sys
 
 import pytest
 
-from tests.support.fake_control_plane import JOB, NODE, ControlPlane, admit, desired, flags, until
+from tests.support.fake_control_plane import JOB, NODE, desired, flags, ranks_of, until
 from whaleflux.clock import SystemClock
-from whaleflux.errors import Denied
+from whaleflux.errors import PermissionDenied
 from whaleflux.rpc.pki import identity_of
-from whaleflux.v1 import scheduler_pb2
+from whaleflux.v1 import health_pb2, scheduler_pb2
 from whaleflux_agent import identity
-from whaleflux_agent.runtime import procfs
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-async def control(tmp_path):
-    plane = ControlPlane(tmp_path)
-    await plane.start()
-    yield plane
-    await plane.stop()
-
-
-@pytest.fixture
-def state(control, tmp_path):
-    folder = tmp_path / "state"
-    admit(control, folder)
-    yield folder
-    for process in ranks_of(folder):
-        process.signal(signal.SIGKILL)
-
-
-def ranks_of(state) -> list[procfs.Process]:
-    return procfs.find("WHALEFLUX_AGENT_SOCKET", str(state / "rank.sock"))
 
 
 @contextlib.asynccontextmanager
@@ -86,7 +64,10 @@ async def test_a_killed_agent_is_followed_by_one_that_adopts_its_tasks(control, 
         (tmp_path / "go").touch()
         await until(lambda: control.tasks.phases("train-1-0")[-1] == "EXITED")
     assert control.tasks.last("train-1-0").exit_code == 7
-    assert control.tasks.phases("train-1-0").count("RUNNING") == 1
+    running = [report for report in control.tasks.reports if report.phase == scheduler_pb2.TASK_PHASE_RUNNING]
+    assert (
+        len({report.sequence for report in running}) == 1
+    )  # told again where the kill came before its acknowledgement
 
 
 async def test_an_exit_while_no_agent_lives_is_reported_exactly_by_the_next(control, state, tmp_path):
@@ -120,7 +101,7 @@ async def test_a_restart_without_control_plane_keeps_tasks_and_starts_nothing(co
         await kill(child)
     ranks = ranks_of(state)
     await control.stop()
-    socket = state / "rank.sock"
+    socket = state / "ranks" / "rank.sock"
     socket.unlink(missing_ok=True)
     async with agent_process(control, state):
         await until(socket.exists)  # made after the tasks were adopted
@@ -166,20 +147,19 @@ async def test_sigterm_stops_the_agent_and_not_its_tasks(control, state, tmp_pat
     async with agent_process(control, state) as child:
         control.tasks.want(desired(SLEEP_THEN_SEVEN, edit=waits_for_go(tmp_path)))
         await until(lambda: control.tasks.phases("train-1-0")[-1:] == ["RUNNING"])
-        await until(lambda: control.health.beats)
+        await until(lambda: control.health.heartbeats)
         child.send_signal(signal.SIGTERM)
         assert await child.wait() == 0
-    assert [goodbye.restarting for goodbye in control.health.goodbyes] == [True]
+    assert [goodbye.kind for goodbye in control.health.goodbyes] == [health_pb2.STOP_KIND_AGENT_RESTART]
     assert len(ranks_of(state)) == 1
 
 
 async def test_a_step_report_reaches_the_scheduler_and_the_beats(control, state):
     code = (
-        "import os, time, grpc\n"
-        "from whaleflux.v1 import agent_pb2 as a, agent_pb2_grpc as g\n"
-        "stub = g.RankServiceStub(grpc.insecure_channel('unix:' + os.environ['WHALEFLUX_AGENT_SOCKET']))\n"
-        "token = (('x-wf-task-token', os.environ['WHALEFLUX_TASK_TOKEN']),)\n"
-        "stub.ReportProgress(a.ReportProgressRequest(rank=0, step=12, loss=2.5), metadata=token, timeout=10)\n"
+        "import os, time\n"
+        "from whaleflux.sdk.agent_keeper import AgentKeeper\n"
+        "keeper = AgentKeeper(os.environ['WHALEFLUX_AGENT_SOCKET'], os.environ['WHALEFLUX_TASK_TOKEN'])\n"
+        "keeper.progress(0, 12, lambda: 2.5)\n"
         "time.sleep(600)"
     )
     async with agent_process(control, state):
@@ -187,12 +167,12 @@ async def test_a_step_report_reaches_the_scheduler_and_the_beats(control, state)
         await until(lambda: control.tasks.progress)
         progress = control.tasks.progress[0]
         assert (progress.job, progress.epoch, progress.step, progress.loss) == (JOB, 1, 12, 2.5)
-        await until(lambda: any(task.step == 12 for task in control.health.beats[-1].tasks))
+        await until(lambda: any(task.step == 12 for task in control.health.heartbeats[-1].tasks))
 
 
 async def test_joins_with_a_token_and_keeps_its_identity(control, tmp_path):
     state, tls = tmp_path / "fresh", identity.files(tmp_path / "fresh")
-    ask = identity.JoinAs(
+    ask = identity.JoinParameters(
         target=f"127.0.0.1:{control.join_port}",
         server=control.server_name,
         roots=control.ca.certificate_pem,
@@ -210,17 +190,17 @@ async def test_joins_with_a_token_and_keeps_its_identity(control, tmp_path):
 
 
 async def test_a_wrong_token_is_not_tried_again(control, tmp_path):
-    ask = identity.JoinAs(
+    ask = identity.JoinParameters(
         f"127.0.0.1:{control.join_port}", control.server_name, control.ca.certificate_pem, "bad", "n1"
     )
-    with pytest.raises(Denied):
+    with pytest.raises(PermissionDenied):
         await identity.join(identity.files(tmp_path / "fresh"), ask, SystemClock())
 
 
 async def test_a_lost_answer_is_asked_for_again_with_the_same_key(control, tmp_path):
     tls = identity.files(tmp_path / "fresh")
     await control.stop()
-    ask = identity.JoinAs(
+    ask = identity.JoinParameters(
         f"127.0.0.1:{control.join_port}", control.server_name, control.ca.certificate_pem, "good", "n1"
     )
     joining = asyncio.create_task(identity.join(tls, ask, SystemClock()))

@@ -11,20 +11,12 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from tests.support.fake_control_plane import JOB, NODE, ControlPlane, admit, agent, desired, until
+from tests.support.fake_control_plane import JOB, NODE, agent, desired, ranks_of, until
 from whaleflux import telemetry
-from whaleflux.v1 import agent_pb2, scheduler_pb2
+from whaleflux.v1 import agent_pb2, health_pb2, scheduler_pb2
 from whaleflux_agent.runtime import procfs
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-async def control(tmp_path):
-    plane = ControlPlane(tmp_path)
-    await plane.start()
-    yield plane
-    await plane.stop()
 
 
 @pytest.fixture
@@ -33,20 +25,6 @@ def spans():
     telemetry.setup_tracing("agent", exporter=exporter)
     yield exporter
     telemetry.setup_tracing("agent")
-
-
-@pytest.fixture
-def state(control, tmp_path):
-    folder = tmp_path / "state"
-    admit(control, folder)
-    yield folder
-    for process in ranks_of(folder):
-        process.signal(signal.SIGKILL)
-
-
-def ranks_of(state) -> list[procfs.Process]:
-    """Living processes that the agent of `state` has started."""
-    return procfs.find("WHALEFLUX_AGENT_SOCKET", str(state / "rank.sock"))
 
 
 def python(code: str) -> list[str]:
@@ -65,7 +43,7 @@ PRINT_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
 
 async def test_registers_what_the_profile_says_and_beats(control, state):
     async with agent(control, state):
-        await until(lambda: control.inventory.registered and len(control.health.beats) > 2)
+        await until(lambda: control.inventory.registered and len(control.health.heartbeats) > 2)
     (request,) = control.inventory.registered
     assert request.name == NODE
     assert request.boot_id == procfs.boot_id()
@@ -75,7 +53,7 @@ async def test_registers_what_the_profile_says_and_beats(control, state):
     assert len(request.facts.links) == 6
     assert "process" in request.facts.runtimes
     assert control.health.hellos[0].probe_address == request.facts.address
-    assert [beat.sequence for beat in control.health.beats[:3]] == [1, 2, 3]
+    assert [heartbeat.sequence for heartbeat in control.health.heartbeats[:3]] == [1, 2, 3]
 
 
 async def test_a_task_runs_to_its_end_with_torchruns_environment(control, state):
@@ -107,12 +85,12 @@ async def test_waits_after_acceptance_until_it_is_told_to_start(control, state):
         control.tasks.want(desired(SLEEP, start=False))
         await until(lambda: control.tasks.phases("train-1-0") == ["ACCEPTED"])
         rendezvous = control.tasks.last("train-1-0").rendezvous
-        beats = len(control.health.beats)
-        await until(lambda: len(control.health.beats) > beats + 3)
+        heartbeats = len(control.health.heartbeats)
+        await until(lambda: len(control.health.heartbeats) > heartbeats + 3)
         assert control.tasks.phases("train-1-0") == ["ACCEPTED"]
         control.tasks.want(desired(SLEEP, edit=lambda task: setattr(task, "rendezvous", rendezvous)))
         await until(lambda: control.tasks.phases("train-1-0")[-1] == "RUNNING")
-        await until(lambda: any(task.alive for task in control.health.beats[-1].tasks))
+        await until(lambda: any(task.alive for task in control.health.heartbeats[-1].tasks))
         control.tasks.unwant("train-1-0")
         await until(lambda: control.tasks.phases("train-1-0")[-1] == "KILLED")
         assert control.tasks.last("train-1-0").exit_code == -signal.SIGTERM
@@ -151,7 +129,7 @@ async def test_a_command_that_does_not_exist_ends_with_the_reason(control, state
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
-        (lambda task: task.task.gpu_indices.append(9), "GPU 9"),
+        (lambda task: task.task.gpu_uuids.append("GPU-gone"), "GPU GPU-gone"),
         (lambda task: setattr(task.spec, "image", "registry.example/train:1"), "container engine"),
         (lambda task: task.spec.command.pop(), "neither a command"),
         (lambda task: setattr(task.spec, "working_directory", "/no/such/folder"), "/no/such/folder"),
@@ -166,7 +144,7 @@ async def test_what_cannot_run_here_is_refused_with_the_reason(control, state, e
 
 async def test_an_agent_that_only_senses_beats_and_takes_no_work(control, state):
     async with agent(control, state, "--no-run"):
-        await until(lambda: control.inventory.registered and len(control.health.beats) > 2)
+        await until(lambda: control.inventory.registered and len(control.health.heartbeats) > 2)
     assert list(control.inventory.registered[0].facts.runtimes) == []
     assert control.tasks.hellos == []  # the scheduler gives work only to agents that it hears
 
@@ -217,8 +195,8 @@ async def test_gpus_of_a_living_task_are_not_given_to_another_job(control, state
         await until(lambda: control.tasks.phases("train-1-0")[-1:] == ["RUNNING"])
         control.tasks.want(desired(SLEEP, job="queues/default/jobs/other", gpus=(1, 2)))
         await until(lambda: control.tasks.phases("other-1-0") == ["ACCEPTED"])
-        beats = len(control.health.beats)
-        await until(lambda: len(control.health.beats) > beats + 3)
+        heartbeats = len(control.health.heartbeats)
+        await until(lambda: len(control.health.heartbeats) > heartbeats + 3)
         assert control.tasks.phases("other-1-0") == ["ACCEPTED"]
         control.tasks.unwant("train-1-0")
         await until(lambda: control.tasks.phases("other-1-0")[-1] == "RUNNING")
@@ -265,13 +243,21 @@ async def test_a_lost_control_plane_stops_nothing(control, state):
         assert told.phase == scheduler_pb2.TASK_PHASE_RUNNING
 
 
+async def test_an_agent_that_stops_waits_until_its_goodbye_is_on_record(control, state):
+    control.health.store_takes_s = 0.5
+    async with agent(control, state) as stopping:
+        await until(lambda: control.health.heartbeats)
+        stopping.set()
+    assert [goodbye.kind for goodbye in control.health.goodbyes] == [health_pb2.STOP_KIND_AGENT_RESTART]
+
+
 async def test_goodbye_is_said_on_an_orderly_stop_and_work_goes_on(control, state):
     async with agent(control, state) as stopping:
         control.tasks.want(desired(SLEEP))
         await until(lambda: control.tasks.phases("train-1-0")[-1:] == ["RUNNING"])
-        await until(lambda: control.health.beats)
+        await until(lambda: control.health.heartbeats)
         stopping.set()
-    assert [goodbye.restarting for goodbye in control.health.goodbyes] == [True]
+    assert [goodbye.kind for goodbye in control.health.goodbyes] == [health_pb2.STOP_KIND_AGENT_RESTART]
     (rank,) = ranks_of(state)
     assert rank.alive()
 
@@ -289,7 +275,7 @@ async def test_logs_are_followed_until_the_task_ends(control, state):
         await until(lambda: control.tasks.logs[-1].request == "g")
     data = b"".join(chunk.data for chunk in control.tasks.logs if chunk.request == "f")
     assert data.decode().splitlines() == [f"line {i}" for i in range(5)]
-    assert "no logs" in control.tasks.logs[-1].error
+    assert "is not kept any more" in control.tasks.logs[-1].error
 
 
 async def test_logs_are_kept_when_the_result_is_forgotten(control, state):

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tests.support.fake_control_plane import ControlPlane, admit, agent, desired, until
-from whaleflux_agent.core.environment import Place, rank_environment
+from whaleflux.manifests.job_fields import Spec
+from whaleflux_agent.core.environment import LaunchContext, rank_environment
 from whaleflux_agent.core.work import Work
 
 pytestmark = pytest.mark.integration
@@ -31,8 +32,17 @@ def test_torchrun_sets_nothing_that_is_missing_here(tmp_path):
         check=True,
     )
     theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    work = Work("t", "queues/q/jobs/j", 1, (0,), world_size=1, group_world_size=1, rendezvous="h:1", command=("x",))
-    place = Place("sites/s/nodes/n", "token", "/rank.sock", (), "")
+    work = Work(
+        "t",
+        "queues/q/jobs/j",
+        1,
+        ("GPU-0",),
+        world_size=1,
+        group_world_size=1,
+        rendezvous="h:1",
+        spec=Spec(command=("x",)),
+    )
+    place = LaunchContext("sites/s/nodes/n", "token", "/rank.sock", (), "")
     ours = rank_environment(work, place, 0, inherited=clean, error_file="/e.json")
     contract = {n for n in theirs if n in ours or n.startswith(("TORCH", "RANK", "LOCAL", "GROUP", "ROLE", "MASTER"))}
     contract -= {name for name in contract if name.startswith("TORCHINDUCTOR")}
@@ -49,6 +59,7 @@ total = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(total)
 assert total.item() == 3.0, total
 print("world", dist.get_world_size(), "sum", total.item())
+dist.destroy_process_group()  # torch aborts now and then when its threads outlive the interpreter
 """
 
 

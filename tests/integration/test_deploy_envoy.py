@@ -5,14 +5,16 @@ import json
 import socket
 import ssl
 import subprocess
+import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
-from whaleflux import bootstrap
-from whaleflux.embedded import envoy
+from whaleflux import bootstrap, frontdoor
 from whaleflux.errors import Unavailable
+from whaleflux.rpc.tls_files import TlsFiles
 
 pytestmark = pytest.mark.integration
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
@@ -20,20 +22,23 @@ DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
 
 def program():
     try:
-        return envoy.program()
+        return frontdoor.program()
     except Unavailable as missing:
         pytest.skip(missing.message)
 
 
 def identities(folder):
+    """As deployed, with the front door's certificate for the inference API too."""
     bootstrap.write_identities(folder, datetime.now(UTC), hosts=["localhost"], life=timedelta(days=1))
+    TlsFiles.under(folder / "public", "service").save(bootstrap.files_of(folder, "frontdoor").load())
 
 
 def placed(folder, ports):
     """The deployed files with paths and ports of this test."""
-    for name in ("envoy.yaml", "secrets.yaml"):
+    for name in ("envoy.yaml", "secrets.yaml", "public.yaml"):
         text = (DEPLOY / name).read_text().replace("/etc/envoy", str(folder))
         text = text.replace('"/identity', f'"{folder / "frontdoor"}').replace('"0.0.0.0"', '"127.0.0.1"')
+        text = text.replace('"/public', f'"{folder / "public"}')
         for port, own in ports.items():
             text = text.replace(f'"port_value": {port}\n', f'"port_value": {own}\n')
         (folder / name).write_text(text)
@@ -60,7 +65,7 @@ def test_the_real_envoy_accepts_it(tmp_path):
 def test_an_unknown_field_would_be_noticed(tmp_path):
     identities(tmp_path)
     path = placed(tmp_path, {})
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"listeners": []}))
+    path.write_text(json.dumps(yaml.safe_load(path.read_text()) | {"listeners": []}))
     command = [program(), "--mode", "validate", "-c", str(path)]
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0
 
@@ -78,17 +83,28 @@ async def shown(port):
         writer.close()
 
 
-async def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path):
+def health(port, scheme, roots):
+    """The status of /health at the inference API."""
+    context = ssl.create_default_context(cafile=str(roots)) if scheme == "https" else None
+    with urllib.request.urlopen(f"{scheme}://localhost:{port}/health", context=context, timeout=5) as answer:
+        return answer.status
+
+
+async def test_both_ports_speak_tls_alone_and_show_renewed_certificates_without_a_restart(tmp_path):
     program()
     identities(tmp_path)
     ports = free_ports(7443, 8080, 9901)
-    process = await asyncio.create_subprocess_exec(*envoy.command(placed(tmp_path, ports)))
+    process = await asyncio.create_subprocess_exec(*frontdoor.command(placed(tmp_path, ports)))
     try:
-        await envoy.wait_ready(f"127.0.0.1:{ports[9901]}", 30)
-        before = await shown(ports[7443])
+        await frontdoor.wait_ready(f"127.0.0.1:{ports[9901]}", 30)
+        roots = tmp_path / "frontdoor" / "ca.crt"
+        assert await asyncio.to_thread(health, ports[8080], "https", roots) == 200
+        with pytest.raises(OSError):
+            await asyncio.to_thread(health, ports[8080], "http", roots)
+        before = [await shown(ports[port]) for port in (7443, 8080)]
         identities(tmp_path)
         async with asyncio.timeout(15):
-            while await shown(ports[7443]) == before:
+            while set(before) & {await shown(ports[port]) for port in (7443, 8080)}:
                 await asyncio.sleep(0.1)
     finally:
         process.terminate()

@@ -16,12 +16,15 @@ from tests.support.nats_server import PASSWORD, USER, NatsServer
 from whaleflux.rpc import pki
 from whaleflux.rpc.channel import connect
 from whaleflux.rpc.pki import CertificateAuthority, TlsFiles, server_name
+from whaleflux.store import placements
+from whaleflux.store.etcd import EtcdStore
 from whaleflux.v1 import events_pb2, health_pb2, inventory_pb2
 from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 NODES = ("a/n1", "a/n2", "b/n1")
+RESTART_S = 10  # how long a dead agent on a living host is waited for
 
 
 def named(node):
@@ -49,7 +52,7 @@ class Suite:
         files.save(self.identity(role, "1"))
         command = [
             sys.executable, "-m", module, "--listen", listen, "--store", f"http://{self.etcd.endpoint}",
-            "--nats", f"nats://{self.nats.address}", "--nats-user", USER, "--nats-password", PASSWORD,
+            "--plain-loopback", "--nats", f"nats://{self.nats.address}", "--nats-user", USER, "--nats-password", PASSWORD,
             "--tls-cert", str(files.chain), "--tls-key", str(files.key), "--tls-ca", str(files.roots),
             "--inventory", self.inventory, "--health-monitor", self.health, *flags,
         ]  # fmt: skip
@@ -60,7 +63,7 @@ class Suite:
         self.start("whaleflux_inventory", "inventory", self.inventory, *ca)
 
     def start_health(self):
-        self.start("whaleflux_health_monitor", "health_monitor", self.health)
+        self.start("whaleflux_health_monitor", "health_monitor", self.health, "--restart-s", str(RESTART_S))
 
     def start_agent(self, node):
         folder = self.folder / node
@@ -125,6 +128,15 @@ class Phases:
                 await asyncio.sleep(0.01)
 
 
+async def place(etcd, nodes):
+    """The scheduler's word on where each site's job runs: what agents say of their tasks counts by it."""
+    store = EtcdStore([etcd.endpoint])
+    for site in {node.split("/")[0] for node in nodes}:
+        here = [named(node) for node in nodes if node.startswith(f"{site}/")]
+        await store.commit(placements.put(f"queues/q/jobs/{site}", 1, "uid", here))
+    await store.close()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(tmp_path_factory):
     folder = tmp_path_factory.mktemp("health")
@@ -132,6 +144,7 @@ async def suite(tmp_path_factory):
     async with EtcdServer(folder) as etcd:
         await nats.start()
         suite = Suite(folder, etcd, nats)
+        await place(etcd, NODES)
         try:
             suite.start_inventory()
             suite.start_health()
@@ -164,13 +177,15 @@ async def report(suite, *, node, nodes, epoch):
     return await stub.ReportFailure(request, timeout=5), time.monotonic() - begun
 
 
-async def test_a_killed_node_is_suspect_within_2_s_fenced_within_6_s_and_ready_when_it_is_back(suite, phases):
+async def test_an_agent_killed_alone_is_suspect_at_once_fenced_when_it_stays_away_and_ready_when_it_is_back(
+    suite, phases
+):
     killed = time.monotonic()
     suite.kill("b/n1")
     suspect = await phases.until("b/n1", "SUSPECT", 5, killed)
-    fenced = await phases.until("b/n1", "UNREACHABLE", 10, killed)
+    fenced = await phases.until("b/n1", "UNREACHABLE", RESTART_S + 5, killed)
     assert suspect - killed <= 2.0
-    assert 3.5 <= fenced - killed <= 6.0
+    assert RESTART_S - 1 <= fenced - killed <= RESTART_S + 2
     assert phases.now[named("a/n2")] == phases.now[named("a/n1")] == "READY"
     suite.start_agent("b/n1")
     await phases.until("b/n1", "READY", 10, fenced)
@@ -200,7 +215,11 @@ async def test_a_killed_node_that_ranks_elsewhere_miss_is_fenced_at_once(suite, 
     killed = time.monotonic()
     suite.kill("a/n1")
     incident, took_s = await report(suite, node="a/n2", nodes=["a/n1", "a/n2"], epoch=1)
-    assert incident.kind == health_pb2.INCIDENT_KIND_PEER_LOST and list(incident.nodes) == [named("a/n1")]
+    lost = (
+        health_pb2.INCIDENT_KIND_PEER_LOST,
+        health_pb2.INCIDENT_KIND_NODE_LOST,
+    )  # one incident, by who noticed first
+    assert incident.kind in lost and list(incident.nodes) == [named("a/n1")]
     assert took_s <= 0.5
     assert await phases.until("a/n1", "UNREACHABLE", 5, killed) - killed <= 2.0
 

@@ -5,29 +5,21 @@ import asyncio
 import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import REGISTRY
 
+from tests.support.spans import traced
 from tests.support.toy_rpc import CA, NAME, Stub, Toy, dial, serving, text
 from whaleflux import errors, telemetry
 from whaleflux.rpc import auth
-from whaleflux.rpc.boundary import Limits
+from whaleflux.rpc.limits import CallLimits
 from whaleflux.rpc.status import ServerFailure
-from whaleflux.telemetry import traces
 
 
 @pytest.fixture
-def spans(monkeypatch):
-    """Collects the spans of this process; tracing is as before afterwards."""
-    for name in ("_provider", "_tracer", "_exporting"):
-        monkeypatch.setattr(traces, name, getattr(traces, name))
-    collected = InMemorySpanExporter()
-    telemetry.setup_tracing("test", exporter=InMemorySpanExporter())
-    traces._provider.add_span_processor(SimpleSpanProcessor(collected))
-    yield collected
-    traces.propagation.use(traces.propagation._untraced)
+def spans():
+    with traced() as kept:
+        yield kept
 
 
 def server_spans(spans):
@@ -60,7 +52,7 @@ class TestUnary:
         assert span.attributes["whaleflux.caller"] == "spiffe://whaleflux/user/ann"
         assert count("GetEcho", "OK") == before + 1
 
-    async def test_a_refusal_arrives_as_its_class_and_is_no_error_of_the_span(self, spans):
+    async def test_a_status_error_arrives_as_its_class_and_is_no_error_of_the_span(self, spans):
         async def refuse(request, context):
             raise errors.NotFound("node", "sites/a/nodes/n1", "list them first")
 
@@ -87,9 +79,9 @@ class TestUnary:
         assert (span.attributes["rpc.grpc.status_code"], span.status.status_code) == (13, StatusCode.ERROR)
         assert [event.name for event in span.events] == ["exception"]
 
-    async def test_a_refusal_without_a_class_of_its_own_is_a_bug(self):
+    async def test_a_status_error_without_a_class_of_its_own_is_a_bug(self):
         async def vague(request, context):
-            raise errors.Refusal("secret internals")
+            raise errors.StatusError("secret internals")
 
         async with serving(Toy({"Vague": vague})) as server, dial(server) as channel:
             with pytest.raises(ServerFailure, match="internal error, trace"):
@@ -149,34 +141,34 @@ class TestUnary:
 
 class TestBounds:
     async def test_a_large_request_is_refused_before_it_is_parsed(self):
-        limits = Limits(request_bytes=1000)
+        limits = CallLimits(request_bytes=1000)
         async with serving(Toy({"GetEcho": echo}), limits) as server, dial(server) as channel:
-            with pytest.raises(errors.OverLimit) as caught:
+            with pytest.raises(errors.ResourceExhausted) as caught:
                 await Stub(channel).unary("GetEcho")(text("x" * 2000))
         assert caught.value.reason == "REQUEST_TOO_LARGE"
         assert caught.value.metadata["limit_bytes"] == "1000"
 
     @pytest.mark.parametrize("unit", ["x", "\u00e9", "\U0001f40b"])
-    async def test_a_refusal_that_quotes_megabytes_arrives(self, unit):
+    async def test_a_status_error_that_quotes_megabytes_arrives(self, unit):
         async def refuse(request, context):
-            raise errors.Invalid([errors.FieldViolation(unit * 100_000, unit * 100_000)] * 5)
+            raise errors.InvalidArgument([errors.FieldViolation(unit * 100_000, unit * 100_000)] * 5)
 
         async with serving(Toy({"Refuse": refuse})) as server, dial(server) as channel:
-            with pytest.raises(errors.Invalid, match=r"\(1\d{6} characters\)") as caught:
+            with pytest.raises(errors.InvalidArgument, match=r"\(1\d{6} characters\)") as caught:
                 await Stub(channel).unary("Refuse")(text())
         assert caught.value.violations[0].field.startswith(unit)
 
     async def test_bytes_that_are_no_message_are_the_callers_fault(self):
         async with serving(Toy({"GetEcho": echo})) as server, dial(server) as channel:
             raw = channel.unary_unary(f"/{NAME}/GetEcho", None, None)
-            with pytest.raises(errors.Invalid, match="not a valid message"):
+            with pytest.raises(errors.InvalidArgument, match="not a valid message"):
                 await raw(b"\xff\xff\xff")
 
     async def test_a_call_without_a_deadline_gets_the_servers(self):
         async def linger(request, context):
             await asyncio.sleep(60)
 
-        async with serving(Toy({"Linger": linger}), Limits(deadline_s=0.05)) as server:
+        async with serving(Toy({"Linger": linger}), CallLimits(deadline_s=0.05)) as server:
             async with raw_channel(server) as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await channel.unary_unary(f"/{NAME}/Linger")(b"")
@@ -213,12 +205,11 @@ class TestBounds:
             await release.wait()
             return text("done")
 
-        toy, limits = Toy({"Wait": wait, "GetEcho": echo}), Limits(calls_per_caller=1)
+        toy, limits = Toy({"Wait": wait, "GetEcho": echo}), CallLimits(calls_per_caller=1)
         async with serving(toy, limits) as server, dial(server) as ann, dial(server, name="bob") as bob:
             waiting = asyncio.create_task(Stub(ann).unary("Wait")(text()))
-            gauge = telemetry.gauge(telemetry.Metric.RPC_IN_FLIGHT)
-            await until(lambda: gauge._value.get() == 1)
-            with pytest.raises(errors.OverLimit, match="1 calls at a time"):
+            await until(lambda: REGISTRY.get_sample_value(telemetry.Metric.RPC_IN_FLIGHT) == 1)
+            with pytest.raises(errors.ResourceExhausted, match="1 calls at a time"):
                 await Stub(ann).unary("GetEcho")(text())
             await Stub(bob).unary("GetEcho")(text("others are served"))
             release.set()
@@ -226,21 +217,21 @@ class TestBounds:
             await Stub(ann).unary("GetEcho")(text("and so is ann, afterwards"))
 
     async def test_one_caller_cannot_call_too_often_and_nobody_hardly_at_all(self):
-        limits = Limits(calls_per_s=0.001, burst=3, anonymous_per_s=1)
+        limits = CallLimits(calls_per_s=0.001, burst=3, anonymous_per_s=1, anonymous_burst=1)
         toy = Toy({"GetEcho": echo, "Join": echo})
         async with serving(toy, limits) as server, dial(server) as ann, dial(server, "frontdoor", "1") as door:
             for _ in range(3):
                 await Stub(ann).unary("GetEcho")(text())
-            with pytest.raises(errors.OverLimit, match="too often") as caught:
+            with pytest.raises(errors.ResourceExhausted, match="too often") as caught:
                 await Stub(ann).unary("GetEcho")(text())
             assert caught.value.retry_after_s == pytest.approx(1000, rel=0.01)
             await Stub(door).unary("Join")(text())
-            with pytest.raises(errors.OverLimit, match="anonymous"):
+            with pytest.raises(errors.ResourceExhausted, match="anonymous"):
                 await Stub(door).unary("Join")(text())
 
 
 class TestStreams:
-    async def test_messages_then_a_refusal_with_its_details(self, spans):
+    async def test_messages_then_a_status_error_with_its_details(self, spans):
         async def watch(request, context):
             yield text("one")
             yield text("two")
@@ -326,14 +317,14 @@ class TestStreams:
             yield text("open")
             await asyncio.sleep(60)
 
-        limits = Limits(streams_per_caller=1)
+        limits = CallLimits(streams_per_caller=1)
         async with serving(Toy(stream={"Watch": watch}), limits) as server, dial(server) as channel:
             async with (
                 Stub(channel).stream("Watch")(text()) as first,
                 Stub(channel).stream("Watch")(text()) as second,
             ):
                 await anext(first)
-                with pytest.raises(errors.OverLimit, match="1 open streams"):
+                with pytest.raises(errors.ResourceExhausted, match="1 open streams"):
                     await anext(second)
 
 
@@ -356,8 +347,7 @@ class TestDrain:
             stream = Stub(channel).stream("Watch")(text())
             await anext(stream)
             unary = asyncio.create_task(Stub(channel).unary("Slow")(text()))
-            gauge = telemetry.gauge(telemetry.Metric.RPC_IN_FLIGHT)
-            await until(lambda: gauge._value.get() == 1)
+            await until(lambda: REGISTRY.get_sample_value(telemetry.Metric.RPC_IN_FLIGHT) == 1)
             drained = asyncio.create_task(server.drain(grace_s=5))
             with pytest.raises(errors.Unavailable) as caught:
                 await anext(stream)

@@ -7,26 +7,29 @@ from datetime import UTC, datetime
 
 import pytest
 
+from tests.support.relay import Relay
 from tests.support.toy_rpc import CA, NAME, TABLE, Stub, Toy, add_toy, dial, serving, text
 from whaleflux import errors
-from whaleflux.rpc import sync
+from whaleflux.retry import Backoff
+from whaleflux.rpc import auth, sync
 from whaleflux.rpc.auth import Authority
 from whaleflux.rpc.channel import connect
 from whaleflux.rpc.pki import server_name
-from whaleflux.rpc.policy import CallPolicy
+from whaleflux.rpc.retry_policy import CallPolicy
 from whaleflux.rpc.server import Server
+from whaleflux.rpc.tls_files import TlsFiles
 
-PATIENT = CallPolicy(attempts=20, first_pause_s=0.05, longest_pause_s=0.2, timeout_s=8)
+PATIENT = CallPolicy(attempts=20, backoff=Backoff(0.05, 0.2), timeout_s=8)
 
 
-def failing(times, refusal):
+def failing(times, error):
     """A method that refuses `times` times and then answers how often it was called."""
     calls = []
 
     async def method(request, context):
         calls.append(request.value)
         if len(calls) <= times:
-            raise refusal
+            raise error
         return text(str(len(calls)))
 
     return method
@@ -38,6 +41,14 @@ async def start(toy, port=0):
     server.bind(f"127.0.0.1:{port}")
     await server.start()
     return server
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+async def test_a_company_proxy_in_the_environment_is_not_the_way_to_a_service(monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    toy = Toy({"GetIt": failing(0, None)})
+    async with serving(toy) as server, dial(server, policy=CallPolicy(attempts=1, timeout_s=5)) as channel:
+        assert (await Stub(channel).unary("GetIt")(text())).value == "1"
 
 
 class TestRepeats:
@@ -56,7 +67,7 @@ class TestRepeats:
             assert caught.value.reason == "COMMIT_UNKNOWN"
             assert (await Stub(channel).unary("DeleteIt")(text())).value == "2"
 
-    async def test_other_refusals_come_at_once(self):
+    async def test_other_status_errors_come_at_once(self):
         toy = Toy({"GetIt": failing(99, errors.NotFound("job", "queues/q/jobs/j"))})
         async with serving(toy) as server, dial(server, policy=PATIENT) as channel:
             with pytest.raises(errors.NotFound):
@@ -100,14 +111,15 @@ class TestRestart:
             await asyncio.sleep(60)
 
         server = await start(Toy(stream={"Watch": watch}))
-        async with dial(server) as channel:
+        async with Relay(server.port) as relay, dial(server, at=relay.endpoint) as channel:
             stream = Stub(channel).stream("Watch")(text())
             await anext(stream)
-            await server._server.stop(0)  # without the courtesy of draining
+            relay.cut()  # without the courtesy of draining
             with pytest.raises(errors.Unavailable):
                 await anext(stream)
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
+        await server.drain(0)
 
     async def test_nobody_there_is_unavailable_within_the_deadline(self):
         tls = CA.issue("user", "ann", datetime.now(UTC))
@@ -201,8 +213,10 @@ class TestLeader:
         tls = CA.issue("user", "ann", datetime.now(UTC))
         async with connect("127.0.0.1:1", tls, follow_leader=True) as channel:
             for leader in ("", "scheduler-1", "unix:/tmp/x", "dns://evil/x:1", "a:1,b:2"):
-                await channel.lines.heed(errors.Unavailable("x", reason="NOT_LEADER", metadata={"leader": leader}))
-                assert channel.lines._at == "127.0.0.1:1"
+                await channel.connections.on_error(
+                    errors.Unavailable("x", reason="NOT_LEADER", metadata={"leader": leader})
+                )
+                assert channel.connections.at == "127.0.0.1:1"
 
 
 class TestClosing:
@@ -267,7 +281,25 @@ def serving_in_a_thread(toy):
 
 
 class TestSync:
-    def test_the_same_refusals_repeats_and_streams_without_asyncio(self):
+    def test_a_renewed_certificate_is_shown_by_the_same_stub(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("whaleflux.rpc.sync.STAMP_EVERY_S", 0.0)
+
+        async def who(request, context):
+            return text(auth.caller().name)
+
+        shown = TlsFiles.under(tmp_path, "client")
+        shown.save(CA.issue("user", "before", datetime.now(UTC)))
+        with serving_in_a_thread(Toy({"GetWho": who})) as server:
+            target = f"127.0.0.1:{server.port}"
+            with sync.connect(target, shown, server=server_name("scheduler")) as channel:
+                ask = Stub(channel).unary("GetWho")
+                assert ask(text(), timeout=5).value == "before"
+                shown.save(CA.issue("user", "after", datetime.now(UTC)))
+                assert ask(text(), timeout=5).value == "after"
+                shown.chain.unlink()  # being replaced just now
+                assert ask(text(), timeout=5).value == "after"
+
+    def test_the_same_status_errors_repeats_and_streams_without_asyncio(self):
         closed = threading.Event()
 
         async def watch(request, context):
@@ -284,7 +316,7 @@ class TestSync:
                 closed.set()
 
         async def refuse(request, context):
-            raise errors.WrongState("drain first", reason="NODE_NOT_DRAINED")
+            raise errors.FailedPrecondition("drain first", reason="NODE_NOT_DRAINED")
 
         read = failing(2, errors.Unavailable("x", retry_after_s=0.0))
         toy = Toy({"GetIt": read, "Refuse": refuse}, {"Watch": watch, "Forever": forever})
@@ -294,7 +326,7 @@ class TestSync:
             with sync.connect(target, tls, server=server_name("scheduler"), policy=PATIENT) as channel:
                 stub = Stub(channel)
                 assert stub.unary("GetIt")(text()).value == "3"
-                with pytest.raises(errors.WrongState) as caught:
+                with pytest.raises(errors.FailedPrecondition) as caught:
                     stub.unary("Refuse")(text())
                 assert caught.value.reason == "NODE_NOT_DRAINED"
                 seen = []
@@ -307,7 +339,7 @@ class TestSync:
 
     def test_nobody_there(self):
         tls = CA.issue("user", "ann", datetime.now(UTC))
-        with sync.connect("127.0.0.1:1", tls, policy=CallPolicy(attempts=2, first_pause_s=0.01)) as channel:
+        with sync.connect("127.0.0.1:1", tls, policy=CallPolicy(attempts=2, backoff=Backoff(0.01))) as channel:
             with pytest.raises(errors.Unavailable):
                 Stub(channel).unary("GetIt")(text())
             with pytest.raises(errors.Unavailable):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.etcd_server import EtcdServer, free_ports
 from tests.support.toy_rpc import CA, Stub, text
 from whaleflux import errors
 from whaleflux.rpc.channel import connect
 from whaleflux.rpc.pki import TlsFiles, server_name
-from whaleflux.rpc.policy import CallPolicy
+from whaleflux.rpc.retry_policy import CallPolicy
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,9 +91,13 @@ async def running(folder, *argv, ready=True):
         await process.communicate()
 
 
-def fetch(port, path):
+def fetch(port, path, scheme="http"):
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(
+            f"{scheme}://127.0.0.1:{port}{path}", timeout=5, context=unverified if scheme == "https" else None
+        ) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -129,7 +135,10 @@ async def test_sigterm_ends_it_in_order(tmp_path):
 
 
 async def test_a_lost_loop_ends_the_process_with_an_error(tmp_path):
-    async with running(tmp_path, "--crash") as toy:
+    async with running(tmp_path, "--crash", "--metrics-listen=0.0.0.0:0") as toy:
+        probe = await asyncio.to_thread(fetch, toy.ports["metrics"], "/healthz", "https")
+        assert probe == (200, "ok\n"), "what others can reach is not plain; a kubelet has no certificate"
+        assert (await asyncio.to_thread(fetch, toy.ports["metrics"], "/metrics", "https"))[0] == 403
         async with toy.dial() as channel:
             await Stub(channel).unary("GetIt")(text())
         assert await toy.ended() == 1
@@ -175,9 +184,54 @@ async def test_missing_certificates_are_bad_settings_too(tmp_path):
         assert "cannot read /nowhere.key" in line["reason"]
 
 
+async def test_a_folder_for_the_audit_trail_that_cannot_be_one_is_a_bad_setting(tmp_path):
+    (tmp_path / "file").write_text("")
+    async with running(tmp_path, f"--audit-dir={tmp_path / 'file'}", ready=False) as toy:
+        assert await toy.ended() == 2
+        assert "audit_dir: cannot be written to: Not a directory" in (await toy.log())[-1]["reason"]
+
+
 async def test_a_bus_that_does_not_answer_is_told_without_a_trace(tmp_path):
-    async with running(tmp_path, "--nats=nats://127.0.0.1:1", "--nats-timeout-s=0.5", ready=False) as toy:
+    async with running(
+        tmp_path, "--nats=nats://127.0.0.1:1", "--plain-loopback", "--nats-timeout-s=0.5", ready=False
+    ) as toy:
         assert await toy.ended() == 1
         last = (await toy.log())[-1]
         assert "cannot connect to the event bus within 0.5 s" in last["reason"]
         assert not await toy.process.stderr.read()
+
+
+async def test_a_service_without_its_store_is_not_ready_and_becomes_it_when_the_store_is_there(tmp_path):
+    etcd, (metrics,) = EtcdServer(tmp_path), free_ports(1)
+    flags = (f"--store=http://{etcd.endpoint}", "--plain-loopback", f"--metrics-listen=127.0.0.1:{metrics}")
+
+    def probe(path):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{metrics}{path}", timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as refused:
+            return refused.code
+        except OSError:
+            return 0
+
+    async def answered(path, status):
+        async with asyncio.timeout(30):
+            while await asyncio.to_thread(probe, path) != status:
+                await asyncio.sleep(0.05)
+
+    async with running(tmp_path, *flags, ready=False) as toy:
+        await answered("/healthz", 200)
+        assert await asyncio.to_thread(probe, "/readyz") == 503
+        assert not (tmp_path / "ports.json").exists(), "its presence says that it serves"
+        await etcd.start()
+        try:
+            await answered("/readyz", 200)
+            await until((tmp_path / "ports.json").exists)
+            etcd.stop()
+            await answered("/readyz", 503)
+            etcd.resume()
+            await answered("/readyz", 200)
+        finally:
+            etcd.kill()
+        await answered("/readyz", 503)
+        assert toy.process.returncode is None, "it waits for its store"

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from benchmarks.control_plane_suite import Suite, machine, request, until
-from whaleflux.errors import AlreadyExists, Conflict, Denied, Invalid, NotFound, WrongState
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from whaleflux.v1 import agent_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1.agent_pb2_grpc import TaskServiceStub
@@ -76,19 +76,19 @@ async def test_kills_of_scheduler_and_etcd_lose_nothing_and_stop_nothing(suite):
 
 async def test_what_callers_may_do(suite):
     stub, admin = suite.stub(), suite.stub("admin", "root")
-    with pytest.raises(Denied):
+    with pytest.raises(PermissionDenied):
         await stub.CreateQueue(pb.CreateQueueRequest(queue_id="x"))
     queue = await admin.CreateQueue(pb.CreateQueueRequest(queue_id="x", queue=pb.Queue(max_gpus=2)))
-    with pytest.raises(Conflict):
+    with pytest.raises(Aborted):
         await admin.DeleteQueue(pb.DeleteQueueRequest(name=queue.name, etag='"1"'))
     one = request(4)
     one.parent = queue.name
     name = (await stub.CreateJob(one)).name
     explained = await stub.ExplainJob(pb.ExplainJobRequest(name=name))
     assert explained.decision.summary == "waits: queue x holds 0 of at most 2 GPUs"
-    with pytest.raises(WrongState):
+    with pytest.raises(FailedPrecondition):
         await admin.DeleteQueue(pb.DeleteQueueRequest(name=queue.name))
-    with pytest.raises(WrongState):
+    with pytest.raises(FailedPrecondition):
         await stub.DeleteJob(pb.DeleteJobRequest(name=name))
     await stub.CancelJob(pb.CancelJobRequest(name=name))
     await stub.DeleteJob(pb.DeleteJobRequest(name=name))
@@ -105,7 +105,7 @@ async def test_an_agent_speaks_for_its_own_node_only(suite):
     async def hello():
         yield agent_pb2.SyncRequest(hello=agent_pb2.SyncHello(node="sites/s/nodes/n-1"))
 
-    with pytest.raises(Denied):
+    with pytest.raises(PermissionDenied):
         async for _ in TaskServiceStub(channel).Sync(hello()):
             pass
 
@@ -130,10 +130,10 @@ async def test_bad_jobs_change_nothing(suite):
     stub = suite.stub()
     before = (await stub.ListJobs(pb.ListJobsRequest(show_ended=True))).resource_version
     for bad in (request(10**9), request(-1), request(1, priority=-5), request(1, budget_usd=float("inf"))):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidArgument):
             await stub.CreateJob(bad)
     huge = request(1, working_directory="x" * 300_000)
-    with pytest.raises(Invalid) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         await stub.CreateJob(huge)
     assert refused.value.violations[0].field == "job.spec"
     after = await stub.ListJobs(pb.ListJobsRequest(show_ended=True))

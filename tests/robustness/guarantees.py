@@ -28,6 +28,11 @@ ACKNOWLEDGED_JOBS_STAY = Guarantee(
     "etcd is the truth: a CreateJob is answered after its transaction is committed, under a name that is kept.",
     "scheduler.proto, CreateJob; architecture, section 2",
 )
+ATTEMPTS_RUN_ONCE = Guarantee(
+    "no attempt is run twice",
+    "An attempt whose intent is written is adopted or proven gone, never started a second time in its epoch.",
+    "agent/README.md; seams, section 4",
+)
 OLD_EPOCHS_CHANGE_NOTHING = Guarantee(
     "an old epoch changes nothing",
     "Counts attempts; everything an older epoch tries to write is refused.",

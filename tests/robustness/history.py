@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Gpu = tuple[str, int]  # node, index
+Gpu = str  # its UUID, wherever it sits
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A GPU held by an attempt of a job; `lost`: its node is unreachable, so it may still be in use there."""
+    """A GPU held by an attempt of a job; `lost`: its node is unreachable, so it may still be in use there.
+
+    `share_bytes` of its memory only, 0: the whole GPU.
+    """
 
     gpu: Gpu
     job: str
     epoch: int
     lost: bool = False
+    share_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class CheckpointRecord:
     name: str
     state: str
     epoch: int
+    step: int = 0
 
     @property
     def job(self) -> str:
@@ -57,7 +62,14 @@ class FenceRecord:
     epoch: int
 
 
-Value = JobRecord | CheckpointRecord | FenceRecord
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """Memory of a node's GPUs, bytes."""
+
+    memory_bytes: dict[Gpu, int]
+
+
+Value = JobRecord | CheckpointRecord | FenceRecord | NodeRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tests.robustness import guarantees as g
 from tests.robustness.guarantees import Guarantee
-from tests.robustness.history import Change, CheckpointRecord, FenceRecord, Gpu, Holding, JobRecord
+from tests.robustness.history import Change, CheckpointRecord, FenceRecord, Gpu, Holding, JobRecord, NodeRecord
 
 # The states of a job, as its contract has them.
 NEXT = {
-    "QUEUED": {"STARTING", "CANCELLED"},
-    "STARTING": {"RUNNING", "RECOVERING", "FAILED", "CANCELLED"},
+    "QUEUED": {"STARTING", "SUCCEEDED", "CANCELLED"},
+    "STARTING": {"RUNNING", "RECOVERING", "SUCCEEDED", "FAILED", "CANCELLED"},
     "RUNNING": {"SUCCEEDED", "FAILED", "CANCELLED", "RECOVERING", "SUSPENDING"},
-    "RECOVERING": {"STARTING", "QUEUED", "FAILED", "CANCELLED"},
-    "SUSPENDING": {"QUEUED", "CANCELLED"},
+    "RECOVERING": {"STARTING", "QUEUED", "SUCCEEDED", "FAILED", "CANCELLED"},
+    "SUSPENDING": {"QUEUED", "SUCCEEDED", "CANCELLED"},
     "SUCCEEDED": set(),
     "FAILED": set(),
     "CANCELLED": set(),
@@ -41,6 +41,20 @@ class Model:
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     checkpoints: dict[str, CheckpointRecord] = field(default_factory=dict)
     fences: dict[str, int] = field(default_factory=dict)
+    memory_bytes: dict[Gpu, int] = field(default_factory=dict)
+
+    def begin(self, held: Iterable[Change]) -> None:
+        """What the store holds when the history begins; it is what it is."""
+        for change in held:
+            match change.value:
+                case FenceRecord() as fence:
+                    self.fences[fence.job] = fence.epoch
+                case JobRecord() as job:
+                    self.jobs[job.name] = job
+                case NodeRecord() as node:
+                    self.memory_bytes |= node.memory_bytes
+                case CheckpointRecord() as checkpoint:
+                    self.checkpoints[checkpoint.name] = checkpoint
 
     def apply(self, changes: list[Change]) -> list[Violation]:
         """One transaction: all changes of one revision."""
@@ -50,6 +64,8 @@ class Model:
                 wrong += self._fence(change.revision, change.value)
         for change in changes:
             match change.value:
+                case NodeRecord() as node:
+                    self.memory_bytes |= node.memory_bytes
                 case JobRecord() as job:
                     wrong += self._job(change.revision, job)
                 case CheckpointRecord() as checkpoint:
@@ -71,12 +87,22 @@ class Model:
         before, self.jobs[job.name] = self.jobs.get(job.name), job
         if before is None:
             return []
-        wrong = []
+        wrong = self._given_on_a_lost_node(revision, before, job)
         if job.epoch < before.epoch:
             wrong.append(_old(f"{job.name} went from epoch {before.epoch} back to {job.epoch} at revision {revision}"))
         if job.state not in NEXT[before.state] | {before.state}:
             wrong.append(_old(f"{job.name} went from {before.state} to {job.state} at revision {revision}"))
         return wrong
+
+    def _given_on_a_lost_node(self, revision: int, before: JobRecord, job: JobRecord) -> list[Violation]:
+        """GPUs that this job gets while an attempt, its own or another's, may still use them on a lost node."""
+        new = {(held.gpu, held.epoch) for held in job.held} - {(held.gpu, held.epoch) for held in before.held}
+        lost = {held.gpu for each in self.jobs.values() for held in each.held if held.lost}
+        return [
+            Violation(g.NO_GPU_TWICE, f"{gpu} of a lost node was given to {job.name}@{epoch} at revision {revision}")
+            for gpu, epoch in sorted(new)
+            if gpu in lost
+        ]
 
     def _checkpoint(self, revision: int, new: CheckpointRecord) -> list[Violation]:
         before, self.checkpoints[new.name] = self.checkpoints.get(new.name), new
@@ -87,27 +113,34 @@ class Model:
         return [_old(f"{new.name} of epoch {new.epoch} was committed at revision {revision}, in epoch {now}")]
 
     def _double(self, revision: int) -> list[Violation]:
-        return given_twice((held for job in self.jobs.values() for held in job.held), f"at revision {revision}")
+        held = (held for job in self.jobs.values() for held in job.held)
+        return given_twice(held, f"at revision {revision}", self.memory_bytes)
 
 
-def given_twice(held: Iterable[Holding], when: str) -> list[Violation]:
+def given_twice(held: Iterable[Holding], when: str, memory_bytes: Mapping[Gpu, int] | None = None) -> list[Violation]:
     """GPUs that are held by several jobs, twice by one attempt, or again by a job that may still use them elsewhere.
 
+    Shares of one GPU may have several holders, within its memory where that is known.
+
     Only the job itself may start again on GPUs where its own remains are being killed: its agent starts nothing before
-    they are gone. A lost node's agent cannot, so lost GPUs are nobody's.
+    they are gone. A lost node's agent cannot, so what is lost is given to nobody; what was given before is lost with it.
     """
     by_gpu: dict[Gpu, list[Holding]] = defaultdict(list)
     for each in held:
         by_gpu[each.gpu].append(each)
     return [
-        Violation(
-            g.NO_GPU_TWICE, f"GPU {gpu[1]} of {gpu[0]} {when}: {', '.join(f'{h.job}@{h.epoch}' for h in holders)}"
-        )
+        Violation(g.NO_GPU_TWICE, f"{gpu} {when}: {', '.join(f'{h.job}@{h.epoch}' for h in holders)}")
         for gpu, holders in by_gpu.items()
-        if len({h.job for h in holders}) > 1
-        or len({h.epoch for h in holders}) < len(holders)
-        or (len(holders) > 1 and any(h.lost for h in holders))
+        if (len({h.job for h in holders}) > 1 and not _fit_together(holders, (memory_bytes or {}).get(gpu)))
+        or len({(h.job, h.epoch) for h in holders}) < len(holders)
+        or any(len({h.lost for h in holders if h.job == job}) > 1 for job in {h.job for h in holders})
     ]
+
+
+def _fit_together(holders: list[Holding], memory_bytes: int | None) -> bool:
+    """Whether they are shares that fit; a job that starts again where its remains are being killed counts once."""
+    shares = {h.job: h.share_bytes for h in holders}
+    return all(shares.values()) and (memory_bytes is None or sum(shares.values()) <= memory_bytes)
 
 
 def _old(detail: str) -> Violation:

@@ -17,16 +17,18 @@ from tests.robustness.history import (
     Holding,
     JobRecord,
     Listing,
+    NodeRecord,
     Seen,
     Step,
     Submission,
     Value,
 )
-from whaleflux.errors import Refusal
+from whaleflux.errors import StatusError
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.store import keys
 from whaleflux.store.etcd import EtcdStore
-from whaleflux.v1 import checkpoint_pb2, scheduler_pb2
+from whaleflux.v1 import checkpoint_pb2, inventory_pb2, scheduler_pb2
+from whaleflux_scheduler import convert
 
 _OVER = (
     scheduler_pb2.TASK_PHASE_EXITED,
@@ -57,7 +59,7 @@ class Traffic:
         )
         try:
             await self._client.scheduler.CreateJob(request, timeout=4)
-        except Refusal:
+        except StatusError:
             self._history.submissions.append(Submission(name, at_s, acknowledged=False))
             return ""
         self._history.submissions.append(Submission(name, at_s, acknowledged=True))
@@ -75,12 +77,12 @@ class Traffic:
                     scheduler_pb2.ListAllocationsRequest(page_size=5000), timeout=2
                 )
                 held = tuple(
-                    Holding((a.task.node, index), a.job, a.epoch, a.task.lost)
+                    Holding(uuid, a.job, a.epoch, a.task.lost, a.task.share_memory_bytes)
                     for a in answer.allocations
-                    for index in a.task.gpu_indices
+                    for uuid in a.task.gpu_uuids
                 )
                 self._history.listings.append(Listing(time.monotonic(), held))
-            except Refusal:
+            except StatusError:
                 pass
             await asyncio.sleep(every_s)
 
@@ -94,7 +96,7 @@ class Traffic:
                     async for message in stream:
                         self._saw(message)
                         since = max(since, message.resource_version)
-            except Refusal:
+            except StatusError:
                 await asyncio.sleep(0.1)
 
     def _saw(self, message: scheduler_pb2.WatchJobsResponse) -> None:
@@ -124,9 +126,9 @@ class Traffic:
             await asyncio.gather(*loops, return_exceptions=True)
 
 
-async def truth_of(endpoint: str, after: int) -> list[Change]:
-    """The store's own history after a revision, read from etcd itself."""
-    store, found = EtcdStore([endpoint]), list[Change]()
+async def truth_of(store: EtcdStore, after: int) -> list[Change]:
+    """The store's own history after a revision, read from etcd itself; closes it."""
+    found = list[Change]()
     try:
         end = (await store.list(keys.ROOT, limit=1)).revision
         async with asyncio.timeout(30), aclosing(store.watch(keys.ROOT, after=after)) as batches:
@@ -140,13 +142,15 @@ async def truth_of(endpoint: str, after: int) -> list[Change]:
     return found
 
 
-async def revision_of(endpoint: str) -> int:
-    """The store's revision now."""
-    store = EtcdStore([endpoint])
+async def state_of(store: EtcdStore) -> tuple[int, list[Change]]:
+    """The store's revision now, and what it holds then: what later changes are changes of; closes it."""
     try:
-        return (await store.list(keys.ROOT, limit=1)).revision
+        held = await store.list(keys.ROOT)
     finally:
         await store.close()
+    return held.revision, [
+        change for entry in held.entries for change in change_of(held.revision, entry.key, entry.value)
+    ]
 
 
 def change_of(revision: int, key: str, value: bytes | None) -> list[Change]:
@@ -157,18 +161,21 @@ def change_of(revision: int, key: str, value: bytes | None) -> list[Change]:
             name = "/".join(
                 part for pair in zip(("queues", "jobs", "checkpoints"), rest, strict=False) for part in pair
             )
-            return [Change(revision, _NAME[prefix] + name, None if value is None else read(name, value))]
+            try:
+                return [Change(revision, _NAME[prefix] + name, None if value is None else read(name, value))]
+            except ValueError:  # a state that no enum has: an unreadable record says nothing
+                return []
     return []
 
 
 def _job(name: str, value: bytes) -> Value:
-    job = scheduler_pb2.Job.FromString(value)
+    job = convert.JOBS.read(value)
     held = tuple(
-        Holding((task.node, index), name, attempt.epoch, task.lost)
+        Holding(uuid, name, attempt.epoch, task.lost, task.share_memory_bytes)
         for attempt in (*job.past_attempts, *([job.attempt] if job.HasField("attempt") else []))
         for task in attempt.tasks
         if task.phase not in _OVER
-        for index in task.gpu_indices
+        for uuid in task.gpu_uuids
     )
     state = scheduler_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
     return JobRecord(name, state, job.epoch, held)
@@ -177,15 +184,19 @@ def _job(name: str, value: bytes) -> Value:
 def _checkpoint(name: str, value: bytes) -> Value:
     found = checkpoint_pb2.Checkpoint.FromString(value)
     state = checkpoint_pb2.CheckpointState.Name(found.state).removeprefix("CHECKPOINT_STATE_")
-    return CheckpointRecord(name, state, found.epoch)
+    return CheckpointRecord(name, state, found.epoch, found.step)
+
+
+def _node(name: str, value: bytes) -> Value:
+    return NodeRecord({gpu.uuid: gpu.memory_bytes for gpu in inventory_pb2.Node.FromString(value).facts.gpus})
 
 
 def _fence(name: str, value: bytes) -> Value:
     return FenceRecord(name, int(value))
 
 
-_READ = {keys.JOBS: _job, keys.CHECKPOINTS: _checkpoint, keys.JOB_FENCES: _fence}
-_NAME = {keys.JOBS: "", keys.CHECKPOINTS: "", keys.JOB_FENCES: "fences/"}
+_READ = {keys.JOBS: _job, keys.CHECKPOINTS: _checkpoint, keys.JOB_FENCES: _fence, keys.NODES: _node}
+_NAME = {keys.JOBS: "", keys.CHECKPOINTS: "", keys.JOB_FENCES: "fences/", keys.NODES: "nodes/"}
 
 
 def steps_of(folder: Path) -> list[Step]:

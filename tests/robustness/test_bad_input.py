@@ -13,23 +13,27 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.acting import Acting, agent
 from tests.support.messages import messages
 from tests.support.scheduler_world import World as SchedulerWorld
 from tests.support.scheduler_world import until
 from whaleflux import telemetry
 from whaleflux.clock import SystemClock, VirtualClock
-from whaleflux.errors import Conflict, Invalid, Refusal
+from whaleflux.errors import Aborted, InvalidArgument, StatusError
 from whaleflux.rpc import auth, pki
-from whaleflux.store import keys
+from whaleflux.services import ROLES
+from whaleflux.store import keys, placements
 from whaleflux.store.api import Put, Store
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import checkpoint_pb2, health_pb2, inventory_pb2, router_pb2, scheduler_pb2
 from whaleflux_checkpoint.servicer import Checkpoints
+from whaleflux_health_monitor.campaign import Campaign
 from whaleflux_health_monitor.core.evidence import Probe
 from whaleflux_health_monitor.core.timing import Timing
-from whaleflux_health_monitor.leading import Leading, Tools
+from whaleflux_health_monitor.leader_session import Dependencies
 from whaleflux_health_monitor.servicer import HealthServicer
-from whaleflux_inference_router.routing import routing
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
 from whaleflux_inventory.service import assemble
 
@@ -106,9 +110,15 @@ async def scheduler() -> AsyncIterator[Service]:
 @contextlib.asynccontextmanager
 async def checkpoint() -> AsyncIterator[Service]:
     store = MemoryStore()
-    await store.commit(Put(keys.of_name(keys.JOB_FENCES, "queues/default/jobs/j"), b"1"))
-    rpc = Checkpoints(store, VirtualClock())
+    job = "queues/default/jobs/j"
+    placed = placements.put(job, 1, "", ["sites/a/nodes/n1"])
+    await store.commit(Put(keys.of_name(keys.JOB_FENCES, job), b"1"), placed)
+    rpc = Acting(Checkpoints(store, VirtualClock()), agent("a/n1"))
     yield Service(rpc, store, checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"], _at_once)
+
+
+async def _no_such_name(host: str, port: int) -> list[str]:
+    raise OSError("Name or service not known")
 
 
 @contextlib.asynccontextmanager
@@ -116,9 +126,8 @@ async def inference_router() -> AsyncIterator[Service]:
     store, clock = MemoryStore(), SystemClock()
     async with routing(store, clock) as current:
         keeping = asyncio.create_task(current.keep_current())
-        service = Service(
-            Router(store, clock, current), store, router_pb2.DESCRIPTOR.services_by_name["RouterService"], _at_once
-        )
+        router = Router(store, clock, current, Resolver(clock, _no_such_name))
+        service = Service(router, store, router_pb2.DESCRIPTOR.services_by_name["RouterService"], _at_once)
         try:
             yield service
         finally:
@@ -143,10 +152,10 @@ async def health_monitor() -> AsyncIterator[Service]:
             await clock.advance(0.05)
         return await task
 
-    leading = Leading(Tools(store, clock, probe, watch_nodes, Timing(), telemetry.emit_span), "me:1")
-    loop = asyncio.create_task(leading.run())
+    campaign = Campaign(Dependencies(store, clock, probe, watch_nodes, Timing(), telemetry.emit_span), "me:1")
+    loop = asyncio.create_task(campaign.run())
     await clock.advance(0.1)
-    rpc = HealthServicer(store, leading, clock, asyncio.Event())
+    rpc = HealthServicer(store, campaign, clock, asyncio.Event())
     try:
         yield Service(rpc, store, health_pb2.DESCRIPTOR.services_by_name["HealthService"], finish)
     finally:
@@ -155,6 +164,7 @@ async def health_monitor() -> AsyncIterator[Service]:
 
 
 SERVICES = (inventory, scheduler, checkpoint, inference_router, health_monitor)
+assert {make.__name__ for make in SERVICES} == set(ROLES)
 
 
 @contextlib.contextmanager
@@ -186,14 +196,14 @@ def test_nothing_that_can_be_sent_breaks_a_service(service, data):
         before = await stands.revision()
         try:
             await stands.call(method.name, request)
-        except Refusal as refusal:
-            assert refusal.code != "INTERNAL"
-            assert refusal.reason
-            assert len(refusal.message) < 5000
+        except StatusError as error:
+            assert error.code != "INTERNAL"
+            assert error.reason
+            assert len(error.message) < 5000
             assert await stands.revision() == before, f"{method.name} refused and wrote"
         else:
-            if method.name.startswith(READS) or getattr(request, "validate_only", False):
-                assert await stands.revision() == before, f"{method.name} reads and wrote"
+            reads = method.name.startswith(READS) or getattr(request, "validate_only", False)
+            assert not reads or await stands.revision() == before, f"{method.name} reads and wrote"
 
     runner.run(send())
 
@@ -243,7 +253,7 @@ ABSURD = [
 async def test_absurd_sizes_are_refused_by_field_in_few_words(make, method, request_of, field):
     async with make() as stands:
         before = await stands.revision()
-        with pytest.raises(Invalid) as refused:
+        with pytest.raises(InvalidArgument) as refused:
             await stands.call(method, request_of())
         assert any(v.field.startswith(field) for v in refused.value.violations), refused.value.violations
         assert len(refused.value.message) < 2000
@@ -252,6 +262,10 @@ async def test_absurd_sizes_are_refused_by_field_in_few_words(make, method, requ
 
 WRONG_ETAGS = [
     (scheduler, "CancelJob", scheduler_pb2.CancelJobRequest(name=JOB, etag='"999"')),
+    (scheduler, "HoldJob", scheduler_pb2.HoldJobRequest(name=JOB, etag='"999"')),
+    (scheduler, "ReleaseJob", scheduler_pb2.ReleaseJobRequest(name=JOB, etag='"999"')),
+    (scheduler, "RequeueJob", scheduler_pb2.RequeueJobRequest(name=JOB, etag='"999"')),
+    (scheduler, "SetJobPriority", scheduler_pb2.SetJobPriorityRequest(name=JOB, etag='"999"')),
     (scheduler, "DeleteJob", scheduler_pb2.DeleteJobRequest(name=JOB, etag='"999"')),
     (scheduler, "DeleteQueue", scheduler_pb2.DeleteQueueRequest(name="queues/default", etag='"999"')),
     (inventory, "CordonNode", inventory_pb2.CordonNodeRequest(name="sites/a/nodes/n1", etag='"999"')),
@@ -264,7 +278,7 @@ WRONG_ETAGS = [
 async def test_a_wrong_etag_is_refused_as_such(make, method, request_):
     async with make() as stands:
         before = await stands.revision()
-        with pytest.raises(Conflict) as refused:
+        with pytest.raises(Aborted) as refused:
             await stands.call(method, request_)
         assert (refused.value.code, refused.value.reason) == ("ABORTED", "ETAG_MISMATCH")
         assert await stands.revision() == before

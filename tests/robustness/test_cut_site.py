@@ -14,9 +14,9 @@ import pytest
 
 from tests.robustness import validate
 from tests.robustness.training import EVERY, Training
-from tests.support.gate import Gate
+from tests.support.relay import Relay
 from tests.support.suite import RunningSuite, ready_nodes, until
-from whaleflux.demo.fleet import Fleet, Machine
+from whaleflux.demo.fleet import DemoFleet, Machine
 from whaleflux.v1 import scheduler_pb2
 
 pytestmark = [pytest.mark.robustness, pytest.mark.timeout(180)]
@@ -27,19 +27,19 @@ LONGEST_GAP_S = 4.0  # between steps of 50 ms: machines that are busy schedule l
 
 
 @pytest.fixture
-async def island(suite) -> AsyncIterator[Gate]:
-    """Two nodes whose only way to the front door is a gate."""
-    async with Gate("127.0.0.1", suite.port("envoy")).serving() as gate, suite.client() as client:
-        fleet = Fleet(suite.state / "island", replace(suite.context, server=gate.address))
+async def island(suite) -> AsyncIterator[Relay]:
+    """Two nodes whose only way to the front door is a relay."""
+    async with Relay(suite.port("envoy")) as uplink, suite.client() as client:
+        fleet = DemoFleet(suite.state / "island", replace(suite.context, server=uplink.endpoint))
         try:
             await fleet.join(client, ISLAND)
             await until(lambda: ready_nodes(client, {m.name for m in ISLAND}), "the island is READY", 60)
-            yield gate
+            yield uplink
         finally:
             fleet.stop()
 
 
-async def test_a_site_that_is_cut_off_keeps_its_job(suite: RunningSuite, island: Gate):
+async def test_a_site_that_is_cut_off_keeps_its_job(suite: RunningSuite, island: Relay):
     async with suite.client() as client:
         training = await Training.start(suite, client, "cut-off", sites=["island"])
         await until(training.restorable, "a checkpoint is committed", 20)

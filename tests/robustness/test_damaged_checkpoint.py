@@ -13,7 +13,7 @@ import pytest
 
 from tests.robustness.training import Training
 from tests.support.suite import RunningSuite, until
-from whaleflux.demo.fleet import processes_of
+from whaleflux.embedded.processes import with_variables
 from whaleflux.v1 import checkpoint_pb2, scheduler_pb2
 
 pytestmark = [pytest.mark.robustness, pytest.mark.timeout(180)]  # the first test waits for the whole run
@@ -44,7 +44,7 @@ async def _run(suite: RunningSuite) -> Run:
             return len(await training.restorable()) >= 2
 
         await until(two, "two checkpoints are committed", 30)
-        ranks = processes_of(f"WHALEFLUX_JOB={training.name}", "RANK=")
+        ranks = with_variables(f"WHALEFLUX_JOB={training.name}", "RANK=")
         _send(ranks, signal.SIGSTOP)  # nothing newer is saved from here on
         run.damaged, run.before_it = (await _settled(training))[:2]
         _flip_a_byte(Path(run.damaged.location) / "rank-1.json")

@@ -58,7 +58,7 @@ def fill(folder: Path) -> Path:
 
 
 async def test_a_full_disk_stops_no_task_and_loses_no_result(suite):
-    with small_file_system(suite.fleet._folder(SMALL.name)):
+    with small_file_system(suite.fleet.folder(SMALL.name)):
         await suite.join([SMALL])
         try:
             async with suite.client() as client:
@@ -73,7 +73,7 @@ async def _through_a_full_disk(suite: RunningSuite, client: AsyncClient) -> None
     saver = await _submit(suite, client, "full-disk-saver", every=20)
     await until(lambda: steps_of(steady) and steps_of(saver), "both ranks step", 30)
     agent = suite.fleet.agents[SMALL.name]
-    filler = fill(suite.fleet._folder(SMALL.name))
+    filler = fill(suite.fleet.folder(SMALL.name))
     full_at = time.monotonic()
     await asyncio.sleep(FULL_S)  # reports of saves meet the full disk
     for folder in (steady, saver):

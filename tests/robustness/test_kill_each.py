@@ -18,16 +18,17 @@ import pytest
 from tests.robustness import validate
 from tests.robustness.conftest import MACHINES
 from tests.robustness.history import History, JobRecord, Outage
-from tests.robustness.recording import Traffic, revision_of, truth_of
+from tests.robustness.recording import Traffic, state_of, truth_of
 from tests.robustness.training import EVERY, Training
 from tests.support.suite import RunningSuite, ready_nodes, until
 from whaleflux.embedded import etcd
 from whaleflux.sdk.client import AsyncClient
+from whaleflux.services import ROLES
 from whaleflux.v1 import checkpoint_pb2, inventory_pb2, router_pb2, scheduler_pb2
 
 pytestmark = [pytest.mark.robustness, pytest.mark.timeout(400)]  # the first test waits for the whole run
 
-KILLED = ("inventory", "scheduler", "health_monitor", "checkpoint", "inference_router", "etcd", "nats", "envoy")
+KILLED = (*ROLES, "etcd", "nats", "envoy")
 STOPPED = ("scheduler", "etcd")
 STOPPED_S = 5.0
 CONVERGED_WITHIN_S = 10.0
@@ -53,8 +54,8 @@ def run(suite) -> Run:
 
 
 async def _run(suite: RunningSuite) -> Run:
-    run, endpoint = Run(), f"127.0.0.1:{suite.port('etcd')}"
-    began = await revision_of(endpoint)
+    run = Run()
+    began, _ = await state_of(suite.store())
     async with suite.client() as client:
         traffic = Traffic(client, run.history, "small")
         async with traffic.flowing():
@@ -69,7 +70,7 @@ async def _run(suite: RunningSuite) -> Run:
             run.faults = await training.faults()
             traffic.stop_submitting()
             run.unfinished = await _unfinished(client, run.history)
-            run.history.truth = await truth_of(endpoint, began)
+            run.history.truth = await truth_of(suite.store(), began)
             await _caught_up(run.history, began)
     return run
 

@@ -14,6 +14,7 @@ from tests.robustness.history import (
     Holding,
     JobRecord,
     Listing,
+    NodeRecord,
     Outage,
     Seen,
     Step,
@@ -21,7 +22,7 @@ from tests.robustness.history import (
 )
 
 A, B = "queues/q/jobs/a", "queues/q/jobs/b"
-GPU, OTHER_GPU = ("sites/s/nodes/n", 0), ("sites/s/nodes/n", 1)
+GPU, OTHER_GPU = "GPU-1", "GPU-2"
 BY_A, BY_B = Holding(GPU, A, 1), Holding(GPU, B, 1)
 
 
@@ -51,7 +52,7 @@ def test_a_sound_history_breaks_nothing():
 
 
 def test_guarantees_have_distinct_names_and_quote_their_contract():
-    assert len({guarantee.name for guarantee in g.ALL}) == len(g.ALL) == 8
+    assert len({guarantee.name for guarantee in g.ALL}) == len(g.ALL) == 9
     assert all(guarantee.contract and guarantee.source for guarantee in g.ALL)
 
 
@@ -98,6 +99,16 @@ def test_a_job_may_start_again_where_its_remains_are_being_killed_but_not_where_
     again = replace(BY_A, epoch=2)
     assert validate.listed_once([Listing(0.0, (BY_A, again))]) == []
     assert validate.listed_once([Listing(0.0, (replace(BY_A, lost=True), again))])
+
+
+def test_shares_of_a_gpu_may_have_several_holders_within_its_memory_and_nobody_else_has_it():
+    ours, theirs = replace(BY_A, share_bytes=60), replace(BY_B, share_bytes=50)
+    records = [Change(6, A, JobRecord(A, "RUNNING", 1, (ours,))), Change(7, B, JobRecord(B, "STARTING", 1, (theirs,)))]
+    for memory, wrong in ((110, set()), (100, {g.NO_GPU_TWICE.name})):
+        known = Change(1, "nodes/n", NodeRecord({GPU: memory}))
+        assert {v.guarantee.name for v in validate.replay([known, *sound().truth, *records])} == wrong
+    for listing in ((ours, BY_B), (ours, ours)):
+        assert validate.listed_once([Listing(0.0, listing)])
 
 
 def test_an_acknowledged_job_that_was_never_stored_is_named():

@@ -22,9 +22,10 @@ def validate(history: History) -> list[Violation]:
     ]
 
 
-def replay(truth: Iterable[Truth]) -> list[Violation]:
-    """The store's history through the model: states, epochs, fences, GPUs."""
+def replay(truth: Iterable[Truth], held: Iterable[Truth] = ()) -> list[Violation]:
+    """The store's history through the model: states, epochs, fences, GPUs; `held` is what the store held before."""
     model = Model()
+    model.begin(held)
     by_revision = itertools.groupby(truth, key=lambda change: change.revision)
     return [wrong for _, changes in by_revision for wrong in model.apply(list(changes))]
 

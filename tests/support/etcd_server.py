@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from whaleflux.embedded import etcd
+from whaleflux.rpc.tls_files import client_context
 
 
 def free_ports(count: int) -> list[int]:
@@ -27,10 +28,10 @@ def free_ports(count: int) -> list[int]:
 class EtcdServer:
     """Use as `async with EtcdServer(tmp_path) as server: EtcdStore([server.endpoint])`."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, tls: etcd.EtcdTls | None = None) -> None:
         self.client_port, self.peer_port = free_ports(2)
         self.endpoint = f"127.0.0.1:{self.client_port}"
-        self._data, self._process = data, None
+        self._data, self._tls, self._process = data, tls, None
 
     async def __aenter__(self) -> EtcdServer:
         await self.start()
@@ -41,12 +42,13 @@ class EtcdServer:
 
     async def start(self) -> None:
         self.launch()
-        await etcd.wait_ready("127.0.0.1", self.client_port)
+        shown = client_context(self._tls.files) if self._tls else None
+        await etcd.wait_ready("127.0.0.1", self.client_port, tls=shown)
 
     def launch(self) -> None:
         """Starts the process and does not wait for it to serve."""
         ports = {"client_port": self.client_port, "peer_port": self.peer_port}
-        command = etcd.command(etcd.find(), self._data / "etcd", **ports)
+        command = etcd.command(etcd.find(), self._data / "etcd", **ports, tls=self._tls)
         with (self._data / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 

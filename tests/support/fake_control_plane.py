@@ -11,14 +11,17 @@ from typing import Any
 
 import grpc
 
+from tests.support.acting import Unowned
+from whaleflux import names
 from whaleflux.config import load
-from whaleflux.errors import Conflict, Denied, NotFound
+from whaleflux.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied
 from whaleflux.rpc import auth, roles
 from whaleflux.rpc.auth import Authority
 from whaleflux.rpc.boundary import Boundary
 from whaleflux.rpc.pki import CertificateAuthority, server_name
 from whaleflux.rpc.server import Server
 from whaleflux.service import run_service
+from whaleflux.trust import ownership
 from whaleflux.v1 import (
     agent_pb2,
     agent_pb2_grpc,
@@ -29,10 +32,14 @@ from whaleflux.v1 import (
     inventory_pb2,
     inventory_pb2_grpc,
     scheduler_pb2,
+    scheduler_pb2_grpc,
+    secrets_pb2,
 )
 from whaleflux_agent.app import build
-from whaleflux_agent.config import AgentSettings
+from whaleflux_agent.devices.profile import played_uuid
 from whaleflux_agent.identity import files
+from whaleflux_agent.runtime import procfs
+from whaleflux_agent.settings import Settings
 
 SITE, NODE_ID = "lab", "n1"
 NODE = f"sites/{SITE}/nodes/{NODE_ID}"
@@ -51,7 +58,7 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
 
     async def Join(self, request: Any, context: Any) -> Any:
         if request.token not in self.tokens:
-            raise Denied("the token is not valid", reason="TOKEN_INVALID")
+            raise PermissionDenied("the token is not valid", reason="TOKEN_INVALID")
         self.joined.append(request)
         return self._signed(inventory_pb2.JoinResponse(node=NODE), request, f"{SITE}/{request.node_id}")
 
@@ -89,6 +96,8 @@ class Tasks(agent_pb2_grpc.TaskServiceServicer):
         self.progress: list[agent_pb2.TaskProgress] = []
         self.logs: list[agent_pb2.LogChunk] = []
         self.acknowledging = True
+        self.secrets: dict[str, bytes] = {}  # secrets/{secret} -> value
+        self.opened: list[agent_pb2.OpenTaskSecretsRequest] = []
         self._down: set[asyncio.Queue[agent_pb2.SyncResponse]] = set()
 
     async def Sync(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -106,6 +115,12 @@ class Tasks(agent_pb2_grpc.TaskServiceServicer):
         finally:
             self._down.discard(down)
             reading.cancel()
+
+    async def OpenTaskSecrets(self, request: Any, context: Any) -> Any:
+        ownership.note_asked()
+        self.opened.append(request)
+        opened = [secrets_pb2.OpenedSecret(name=name, version=1, value=value) for name, value in self.secrets.items()]
+        return agent_pb2.OpenTaskSecretsResponse(secrets=opened)
 
     async def _read(self, requests: AsyncIterator[Any], down: asyncio.Queue[agent_pb2.SyncResponse]) -> None:
         async for request in requests:
@@ -149,20 +164,31 @@ class Tasks(agent_pb2_grpc.TaskServiceServicer):
 class Health(health_pb2_grpc.HealthServiceServicer):
     def __init__(self) -> None:
         self.hellos: list[health_pb2.HeartbeatHello] = []
-        self.beats: list[health_pb2.Beat] = []
+        self.heartbeats: list[health_pb2.Heartbeat] = []
         self.observations: list[health_pb2.Observation] = []
-        self.goodbyes: list[health_pb2.Goodbye] = []
+        self.goodbyes: list[health_pb2.Goodbye] = []  # on record
+        self.store_takes_s = 0.0
         self.probe: list[str] = []
 
     async def Heartbeat(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         async for request in requests:
             kind = request.WhichOneof("message")
-            {"hello": self.hellos, "beat": self.beats, "observation": self.observations, "goodbye": self.goodbyes}[
-                kind
-            ].append(getattr(request, kind))  # type: ignore[attr-defined]
-            if kind == "beat":
+            if kind == "goodbye":
+                await asyncio.sleep(self.store_takes_s)
+            {
+                "hello": self.hellos,
+                "heartbeat": self.heartbeats,
+                "observation": self.observations,
+                "goodbye": self.goodbyes,
+            }[kind].append(getattr(request, kind))  # type: ignore[attr-defined]
+            if kind == "heartbeat":
                 probe, self.probe = self.probe, []
-                yield health_pb2.HeartbeatResponse(acknowledged=request.beat.sequence, probe=probe)
+                yield health_pb2.HeartbeatResponse(acknowledged=request.heartbeat.sequence, indirect_probes=probe)
+            elif kind == "observation":
+                yield health_pb2.HeartbeatResponse(acknowledged_observation=request.observation.id)
+            elif kind == "goodbye":
+                yield health_pb2.HeartbeatResponse(goodbye_stored=True)
+                return
 
 
 class Checkpoints(checkpoint_pb2_grpc.CheckpointServiceServicer):
@@ -171,12 +197,12 @@ class Checkpoints(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self.reports: list[checkpoint_pb2.ReportPiecesRequest] = []
         self.deletable: list[checkpoint_pb2.Checkpoint] = []
         self.deleted: list[str] = []
-        self.lost: list[str] = []
+        self.lost: list[tuple[str, int, str]] = []  # name, epoch, damaged piece
         self.fence = 0
 
     async def BeginCheckpoint(self, request: Any, context: Any) -> Any:
         self._fenced(request.epoch)
-        name = f"{request.job}/checkpoints/s{request.step:012d}-e{request.epoch}"
+        name = f"{request.job}/checkpoints/{names.checkpoint_id(request.step, request.epoch, request.serial)}"
         return self.known.setdefault(
             name,
             checkpoint_pb2.Checkpoint(
@@ -186,12 +212,19 @@ class Checkpoints(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 world_size=request.world_size,
                 location=request.location,
                 state=checkpoint_pb2.CHECKPOINT_STATE_WRITING,
+                job_uid=request.job_uid,
+                storage=request.storage,
             ),
         )
 
+    async def AbandonCheckpoint(self, request: Any, context: Any) -> Any:
+        self.known[request.name].state = checkpoint_pb2.CHECKPOINT_STATE_ABANDONED
+        self.known[request.name].message = request.message
+        return self.known[request.name]
+
     def _fenced(self, epoch: int) -> None:
         if epoch < self.fence:
-            raise Conflict(f"epoch {epoch} is over", reason="EPOCH_FENCED")
+            raise Aborted(f"epoch {epoch} is over", reason="EPOCH_FENCED")
 
     async def ReportPieces(self, request: Any, context: Any) -> Any:
         self._fenced(request.epoch)
@@ -215,29 +248,49 @@ class Checkpoints(checkpoint_pb2_grpc.CheckpointServiceServicer):
         ]
         if not found:
             raise NotFound("checkpoint", request.job)
-        return max(found, key=lambda c: c.step)
+        left = [c for c in found if c.name not in request.exclude]
+        if not left:
+            raise FailedPrecondition("none can be restored from here", reason="CHECKPOINT_UNREACHABLE")
+        return max(left, key=lambda c: c.step)
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> Any:
+        of_job = [c for c in self.known.values() if c.name.startswith(f"{request.parent}/")]
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=of_job)
+
+    async def ListDeletable(self, request: Any, context: Any) -> Any:
+        return checkpoint_pb2.ListDeletableResponse(checkpoints=self.deletable)
 
     async def ConfirmDeleted(self, request: Any, context: Any) -> Any:
         self.deleted.extend(request.names)
         return checkpoint_pb2.ConfirmDeletedResponse()
 
     async def MarkLost(self, request: Any, context: Any) -> Any:
-        self.lost.append(request.name)
+        self.lost.append((request.name, request.epoch, request.read.path))
         self.known[request.name].state = checkpoint_pb2.CHECKPOINT_STATE_LOST
+        return self.known[request.name]
+
+    async def MarkIntact(self, request: Any, context: Any) -> Any:
+        self.known[request.name].state = checkpoint_pb2.CHECKPOINT_STATE_COMMITTED
         return self.known[request.name]
 
 
 class ControlPlane:
-    """All four behind one port, with the certificate of a front door; can be stopped and started again."""
+    """All of them behind one port, with the certificate of a front door; can be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tasks: Tasks | None = None,
+        scheduler: scheduler_pb2_grpc.SchedulerServiceServicer | None = None,
+    ) -> None:
         self.ca = CertificateAuthority.create(datetime.now(UTC))
         self.inventory, self.tasks, self.health, self.checkpoints = (
             Inventory(self.ca),
-            Tasks(),
+            tasks or Tasks(),
             Health(),
             Checkpoints(),
         )
+        self._scheduler = scheduler or scheduler_pb2_grpc.SchedulerServiceServicer()
         self.ca_file = folder / "ca.crt"
         self.ca_file.write_bytes(self.ca.certificate_pem)
         self.server_name = server_name("frontdoor")
@@ -251,10 +304,11 @@ class ControlPlane:
         for add, servicer, name in (
             (inventory_pb2_grpc.add_InventoryServiceServicer_to_server, self.inventory, "InventoryService"),
             (agent_pb2_grpc.add_TaskServiceServicer_to_server, self.tasks, "TaskService"),
+            (scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server, self._scheduler, "SchedulerService"),
             (health_pb2_grpc.add_HealthServiceServicer_to_server, self.health, "HealthService"),
             (checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server, self.checkpoints, "CheckpointService"),
         ):
-            server.add(add, servicer, f"whaleflux.v1.{name}")
+            server.add(add, Unowned(servicer), f"whaleflux.v1.{name}")
         self.port = server.bind(f"127.0.0.1:{self.port}")
         await server.start()
         self._server = server
@@ -274,9 +328,9 @@ class ControlPlane:
 class _Anybody(Authority):
     """The front door lets callers without a certificate through to Join; it is the only method behind this port."""
 
-    def check(self, method: str, peer_certificate: Any, metadata: Any) -> auth.Identity:
+    def identified(self, method: str, peer_certificate: Any, metadata: Any) -> auth.Identity:
         if not method.endswith("/Join"):
-            raise Denied("only Join is served here")
+            raise PermissionDenied("only Join is served here")
         return auth.NOBODY
 
 
@@ -301,10 +355,15 @@ def admit(control: ControlPlane, state: Path) -> None:
     files(state).save(control.ca.issue(roles.AGENT, f"{SITE}/{NODE_ID}", datetime.now(UTC)))
 
 
+def ranks_of(state: Path) -> list[procfs.Process]:
+    """Living processes that the agent of `state` has started."""
+    return procfs.find("WHALEFLUX_AGENT_SOCKET", str(state / "ranks" / "rank.sock"))
+
+
 @contextlib.asynccontextmanager
 async def agent(control: ControlPlane, state: Path, *more: str) -> AsyncIterator[asyncio.Event]:
     """An agent in this process; gives the event that stops it in order. Leaving the block ends it like a crash would."""
-    settings = load(AgentSettings, flags(control, state, *more), environ={})
+    settings = load(Settings, flags(control, state, *more), environ={})
     stopping = asyncio.Event()
     tls = files(state)
     own = settings.model_copy(update={"tls_key": tls.key, "tls_cert": tls.chain, "tls_ca": tls.roots})
@@ -331,10 +390,11 @@ def desired(
     grace_s: float = 2.0,
     edit: Callable[[agent_pb2.DesiredTask], None] = lambda _: None,
 ) -> agent_pb2.DesiredTask:
-    """A task for `NODE`, started at once on its own rendezvous."""
+    """A task for `NODE`, started at once on its own rendezvous; `gpus` are positions among those that the agent plays."""
+    uuids = [played_uuid(NODE, index) for index in gpus]
     wanted = agent_pb2.DesiredTask(
         task=scheduler_pb2.Task(
-            id=task or f"{job.rpartition('/')[2]}-{epoch}-0", node=NODE, gpu_indices=gpus, first_rank=first_rank
+            id=task or f"{job.rpartition('/')[2]}-{epoch}-0", node=NODE, gpu_uuids=uuids, first_rank=first_rank
         ),
         job=job,
         epoch=epoch,
@@ -344,5 +404,6 @@ def desired(
         start=start,
     )
     wanted.spec.stop_grace.FromMilliseconds(int(grace_s * 1000))
+    wanted.job_uid = "u1"
     edit(wanted)
     return wanted

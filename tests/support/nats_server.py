@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from whaleflux.embedded import nats as embedded
+from whaleflux.events import nats_config
 from whaleflux.events.nats import NatsBus, NatsOptions
+from whaleflux.rpc.tls_files import TlsFiles
 
 USER, PASSWORD = "app", "app-secret"
 
@@ -26,7 +28,11 @@ def free_address() -> str:
 
 
 class NatsServer:
-    """One server process under `folder`; a hub by default, a leaf site when `hub_url` is given."""
+    """One server process under `folder`; a hub by default, a leaf site when `hub_url` is given.
+
+    Plain, with a user that may do everything; with `tls` users are known by their certificates. `agents`: a user as agents of
+    this site are.
+    """
 
     def __init__(
         self,
@@ -35,22 +41,28 @@ class NatsServer:
         *,
         sites: dict[str, str] | None = None,
         hub_url: str = "",
-        tls: embedded.Tls | None = None,
-        confined: str = "",
+        tls: TlsFiles | None = None,
+        authority: Path | None = None,
+        agents: bool = False,
     ) -> None:
         self.name, self.folder = name, folder / name
         self.address, self.monitor, self.leaf = free_address(), free_address(), free_address()
         self._config = self.folder / "nats.conf"
         self._process: subprocess.Popen[bytes] | None = None
-        users = [embedded.User(USER, PASSWORD)]
-        if confined:
-            users.append(embedded.publishing_user("agent", "agent-secret", confined))
+        users = [] if tls else [nats_config.User(USER, PASSWORD)]
+        if agents:
+            users.append(nats_config.agents_user(name, "" if tls else "agent-secret"))
+        elif tls:
+            users += nats_config.service_users(sites or ())
         common = (self.folder / "store", self.address, self.monitor, tuple(users), tls)
         if hub_url:
-            text = embedded.site_config(embedded.Site(*common, site=name, hub_url=hub_url))
+            text = nats_config.site_config(
+                nats_config.Site(*common, site=name, hub_url=hub_url, hub_authority=authority)
+            )
         else:
-            leaves = tuple(embedded.User(site, secret) for site, secret in (sites or {}).items())
-            text = embedded.hub_config(embedded.Hub(*common, leaf_address=self.leaf if sites else "", sites=leaves))
+            leaves = tuple(nats_config.Leaf(site, secret) for site, secret in (sites or {}).items())
+            leaf = {"leaf_address": self.leaf if sites else "", "leaf_authority": authority}
+            text = nats_config.hub_config(nats_config.Hub(*common, **leaf, sites=leaves))
         embedded.write_config(self._config, text)
 
     async def start(self) -> None:
@@ -62,6 +74,11 @@ class NatsServer:
         """Starts and does not wait."""
         with open(self.folder / "nats.log", "ab") as log:
             self._process = subprocess.Popen(embedded.command(self._config), stdout=log, stderr=log)
+
+    def reload(self) -> None:
+        """SIGHUP: reads its configuration and certificates again."""
+        assert self._process
+        self._process.send_signal(signal.SIGHUP)
 
     def stall(self) -> None:
         """SIGSTOP: connections stay open and nothing answers. Returns when every thread has stopped."""

@@ -22,29 +22,34 @@ from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer
 from envoy.service.endpoint.v3.eds_pb2_grpc import add_EndpointDiscoveryServiceServicer_to_server
 from google.protobuf.wrappers_pb2 import StringValue
 
+from whaleflux import frontdoor, hostport
 from whaleflux.clock import SystemClock
-from whaleflux.embedded import envoy
 from whaleflux.rpc import auth
 from whaleflux.rpc.auth import Authority
 from whaleflux.rpc.channel import Channel, connect
 from whaleflux.rpc.pki import CertificateAuthority, TlsFiles, server_name
-from whaleflux.rpc.policy import CallPolicy
+from whaleflux.rpc.retry_policy import CallPolicy
 from whaleflux.rpc.server import Server
+from whaleflux.services import ROLES
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
+from whaleflux.trust.audit import AuditRecord, NoAudit
+from whaleflux.trust.ownership import note_asked
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
+from whaleflux_inference_router.core import allowed_networks
 from whaleflux_inference_router.endpoints import Endpoints
 from whaleflux_inference_router.feedback import Feedback
-from whaleflux_inference_router.fleet import Fleet
-from whaleflux_inference_router.http_policy import Gate, serving
-from whaleflux_inference_router.manager import Manager
-from whaleflux_inference_router.routing import Routing, routing
+from whaleflux_inference_router.policy_server import serving
+from whaleflux_inference_router.replica_jobs import ReplicaJobs
+from whaleflux_inference_router.replica_manager import ReplicaManager
+from whaleflux_inference_router.request_authorizer import RequestAuthorizer
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import RoutingState, routing
 from whaleflux_inference_router.servicer import Router
 
 CA = CertificateAuthority.create(datetime.now(UTC))
-ROLES = ("inventory", "scheduler", "health_monitor", "checkpoint", "inference_router")
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,14 +72,14 @@ async def until(true: Callable[[], Any], within_s: float = 10.0, what: str = "")
 class Process:
     """An engine of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.small_engine"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.support.small_engine", host], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert self.popen.stdout is not None
         self.port = int(self.popen.stdout.readline())
         self.popen.stdout.close()
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = hostport.join(host, self.port)
 
     def kill(self) -> None:
         self.popen.kill()
@@ -85,6 +90,7 @@ def echo_service(name: str, methods: list[str]) -> Callable[[Any, Any], None]:
     """A service whose methods answer with the caller as this server sees it."""
 
     async def who(request: StringValue, context: Any) -> StringValue:
+        note_asked()
         return StringValue(value=f"{auth.caller().role}/{auth.caller().name}")
 
     async def forever(request: StringValue, context: Any) -> AsyncIterator[StringValue]:
@@ -101,6 +107,13 @@ def echo_service(name: str, methods: list[str]) -> Callable[[Any, Any], None]:
     return add
 
 
+class Written(list[AuditRecord], NoAudit):
+    """What was written down."""
+
+    def record(self, record: AuditRecord) -> None:
+        self.append(record)
+
+
 @dataclass
 class World:
     """Ports are fixed for the world's life, so that a router that comes back is found where it was."""
@@ -108,13 +121,14 @@ class World:
     folder: Path
     store: MemoryStore = field(default_factory=MemoryStore)
     ports: dict[str, int] = field(default_factory=dict)
-    routing: Routing | None = None
-    front: envoy.FrontDoor | None = None
+    routing: RoutingState | None = None
+    front: frontdoor.FrontDoor | None = None
     envoy: subprocess.Popen[bytes] | None = None
-    _router: contextlib.AsyncExitStack | None = None
+    router: contextlib.AsyncExitStack | None = None
+    trail: Written = field(default_factory=Written)
 
     @property
-    def live(self) -> Routing:
+    def live(self) -> RoutingState:
         assert self.routing is not None
         return self.routing
 
@@ -137,60 +151,70 @@ class World:
 
     async def start_router(self) -> None:
         """Everything that `python -m whaleflux_inference_router` runs, over the store of this world."""
-        stack = self._router = contextlib.AsyncExitStack()
+        stack = self.router = contextlib.AsyncExitStack()
         clock = SystemClock()
         current = self.routing = await stack.enter_async_context(routing(self.store, clock))
-        await stack.enter_async_context(serving(Gate(current, open_access=False), f"127.0.0.1:{self.ports['policy']}"))
+        resolver = Resolver(clock, allowed=allowed_networks.parse("ordinary,127.0.0.0/8,::1/128"))
+        await stack.enter_async_context(
+            serving(
+                RequestAuthorizer(current, open_access=False, trail=self.trail),
+                f"127.0.0.1:{self.ports['policy']}",
+                self.files("inference_router"),
+            )
+        )
         server = Server(self.tls("inference_router", "t"), Authority())
         server.add(
-            add_RouterServiceServicer_to_server, Router(self.store, clock, current), "whaleflux.v1.RouterService"
+            add_RouterServiceServicer_to_server,
+            Router(self.store, clock, current, resolver),
+            "whaleflux.v1.RouterService",
         )
         server.add(
             add_AccessLogServiceServicer_to_server,
-            Feedback(current, clock),
+            Feedback(current, clock, self.trail),
             "envoy.service.accesslog.v3.AccessLogService",
         )
-        server.add(add_EndpointDiscoveryServiceServicer_to_server, Endpoints(current), "envoy.service.endpoint.v3.EndpointDiscoveryService")  # fmt: skip
+        server.add(add_EndpointDiscoveryServiceServicer_to_server, Endpoints(current, resolver), "envoy.service.endpoint.v3.EndpointDiscoveryService")  # fmt: skip
         server.bind(f"127.0.0.1:{self.ports['inference_router']}")
         await server.start()
         leader = await stack.enter_async_context(elect(self.store, "inference_router", "t"))
         tls = self.tls("inference_router", "t")
         nowhere = await stack.enter_async_context(connect("127.0.0.1:1", tls, policy=CallPolicy(attempts=1)))
-        fleet = Fleet(SchedulerServiceStub(nowhere), InventoryServiceStub(nowhere), clock)
-        manager = Manager(self.store, clock, current, fleet, leader)
+        fleet = ReplicaJobs(SchedulerServiceStub(nowhere), InventoryServiceStub(nowhere), clock)
+        manager = ReplicaManager(self.store, clock, current, fleet, leader, resolver=resolver)
         for loop in (current.keep_current(), manager.run()):
             task = asyncio.create_task(loop)
             stack.push_async_callback(_cancelled, task)
         stack.push_async_callback(server.drain, 0)
 
     async def stop_router(self) -> None:
-        assert self._router is not None
-        await self._router.aclose()
-        self._router = self.routing = None
+        assert self.router is not None
+        await self.router.aclose()
+        self.router = self.routing = None
 
-    async def start_inventory(self) -> Server:
-        server = Server(self.tls("inventory", "t"), Authority())
+    async def start_inventory(self, authority: Authority | None = None) -> Server:
+        server = Server(self.tls("inventory", "t"), authority or Authority())
         name = "whaleflux.v1.InventoryService"
-        server.add(echo_service(name, ["GetNode", "Join", "CordonNode"]), None, name)
+        server.add(echo_service(name, ["GetNode", "GetDataset", "Join", "CordonNode"]), None, name)
         server.bind(f"127.0.0.1:{self.ports['inventory']}")
-        await server.start()
+        await server.start(reflects_all=True)
         return server
 
     async def start_envoy(self) -> None:
-        self.front = envoy.FrontDoor(
+        self.front = frontdoor.FrontDoor(
             grpc_port=self.ports["front"],
             http_port=self.ports["http"],
             admin_port=self.ports["admin"],
             tls=self.files("frontdoor"),
             upstreams={role: f"127.0.0.1:{self.ports[role]}" for role in ROLES},
             policy=f"127.0.0.1:{self.ports['policy']}",
+            drains=True,
         )
         config = self.folder / "envoy.yaml"
-        config.write_text(envoy.render(self.front))
+        config.write_text(frontdoor.render(self.front))
         with (self.folder / "envoy.log").open("wb") as log:
-            self.envoy = await asyncio.to_thread(subprocess.Popen, envoy.command(config), stdout=log, stderr=log)
+            self.envoy = await asyncio.to_thread(subprocess.Popen, frontdoor.command(config), stdout=log, stderr=log)
         try:
-            await envoy.wait_ready(f"127.0.0.1:{self.ports['admin']}", 15)
+            await frontdoor.wait_ready(f"127.0.0.1:{self.ports['admin']}", 15)
         except Exception as error:
             raise RuntimeError((self.folder / "envoy.log").read_text()[-3000:]) from error
 
@@ -241,7 +265,7 @@ async def world(folder: Path, *, with_envoy: bool = True) -> AsyncIterator[World
         if made.envoy is not None:
             made.envoy.kill()
             made.envoy.wait(10)
-        if made._router is not None:
+        if made.router is not None:
             await made.stop_router()
 
 
@@ -253,6 +277,6 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 def have_envoy() -> bool:
     try:
-        return os.access(envoy.program(), os.X_OK)
+        return os.access(frontdoor.program(), os.X_OK)
     except Exception:
         return False

@@ -7,25 +7,33 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
+from tests.support.acting import AsAdmin
+from tests.support.virtual_time import LoopClock
 from whaleflux import names
-from whaleflux.clock import Clock, SystemClock
+from whaleflux.clock import Clock
+from whaleflux.code.memory import MemoryCode
 from whaleflux.convert import facts_to_proto
-from whaleflux.errors import NotFound, Refusal
+from whaleflux.errors import NotFound, StatusError
+from whaleflux.events.api import Bus
 from whaleflux.fleet.model import Gpu, Link, LinkKind, Node, Price
 from whaleflux.rpc import auth
 from whaleflux.store.memory import MemoryStore
-from whaleflux.v1 import agent_pb2, checkpoint_pb2, health_pb2, inventory_pb2
+from whaleflux.v1 import agent_pb2, checkpoint_pb2, health_pb2, inventory_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.bootstrap import Peers, Service, assemble
-from whaleflux_scheduler.core.observed import Limits
+from whaleflux_scheduler.core.model import Queue
+from whaleflux_scheduler.core.observed import Timeouts
+from whaleflux_scheduler.core.planner import Delta, Planner
 
 USER = auth.Identity("user", "ada")
 GB = 10**9
 
 
 async def until(
-    true: Callable[[], object] | Callable[[], Awaitable[object]], what: str = "", timeout_s: float = 5.0
+    true: Callable[[], object] | Callable[[], Awaitable[object]], what: str = "", timeout_s: float = 60.0
 ) -> object:
     """Polls a condition; fails with `what` when it does not hold in time."""
     end = asyncio.get_running_loop().time() + timeout_s
@@ -57,6 +65,13 @@ def node(name: str, gpus: int = 4, *, model: str = "H100-80GB", usd: float = 2.0
     )
 
 
+def planner_with_queues(clock: Clock, *names_: str) -> Planner:
+    """A planner that knows these queues, without limits."""
+    planner = Planner(clock)
+    planner.apply(Delta(queues={name: Queue(names.queue(name)) for name in names_ or ("q",)}))
+    return planner
+
+
 class FakeHealth:
     """Answers ReportFailure as the test says; remembers what it was asked."""
 
@@ -65,7 +80,7 @@ class FakeHealth:
         self.answer: Callable[[health_pb2.ReportFailureRequest], health_pb2.Incident] = lambda request: (
             health_pb2.Incident(name="incidents/i1", application_fault=request.exit_code != 0, message="it failed")
         )
-        self.down: Refusal | None = None
+        self.down: StatusError | None = None
 
     async def ReportFailure(self, request, timeout=None):
         self.asked.append(request)
@@ -96,17 +111,26 @@ class FakeInventory:
 
     def __init__(self) -> None:
         self.datasets: dict[str, inventory_pb2.Dataset] = {}
+        self.complete = False  # whether it tells that it has told of all nodes, which the tests set beside it
+        self.unreadable: list[str] = []
 
     async def GetDataset(self, request, timeout=None):
+        if request.name in self.unreadable:
+            return inventory_pb2.Dataset(name=request.name)
         if request.name not in self.datasets:
             raise NotFound("dataset", request.name)
         return self.datasets[request.name]
 
     async def ListDatasets(self, request, timeout=None):
-        return inventory_pb2.ListDatasetsResponse(datasets=self.datasets.values())
+        return inventory_pb2.ListDatasetsResponse(datasets=self.datasets.values(), unreadable=self.unreadable)
 
     def WatchNodes(self, request):
-        return _endless()
+        return _told() if self.complete else _endless()
+
+
+async def _told() -> AsyncIterator[object]:
+    yield inventory_pb2.WatchNodesResponse(bookmark=types_pb2.Bookmark())
+    await asyncio.Event().wait()
 
 
 async def _endless() -> AsyncIterator[object]:
@@ -123,41 +147,43 @@ class Agent:
     obey: bool = True
     refuse: str = ""
     slow_to_die: bool = False
+    network: str = ""
     tasks: dict[str, agent_pb2.DesiredTask] = field(default_factory=dict)
     reports: dict[str, agent_pb2.TaskReport] = field(default_factory=dict)
     acknowledged: int = 0
     logs: list[agent_pb2.LogRequest] = field(default_factory=list)
     cancelled_logs: list[str] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
-    refusal: Refusal | None = None
-    _sequence: int = 0
+    error: StatusError | None = None
+    sequence: int = 0
     _outbox: asyncio.Queue[agent_pb2.SyncRequest | None] | None = None
-    _running: asyncio.Task[None] | None = None
+    running: asyncio.Task[None] | None = None
 
-    async def connect(self) -> Agent:
+    async def connect(self, clock_behind_s: float = 0.0) -> Agent:
         self._outbox = asyncio.Queue()
-        hello = agent_pb2.SyncHello(node=self.node, boot_id="b", tasks=self.reports.values())
+        hello = agent_pb2.SyncHello(node=self.node, boot_id="b", tasks=self.reports.values(), network=self.network)
+        hello.time.FromDatetime(self.world.clock.now() - timedelta(seconds=clock_behind_s))
         self._outbox.put_nowait(agent_pb2.SyncRequest(hello=hello))
-        self._running = asyncio.create_task(self._stream(self._outbox))
-        await until(lambda: self.node in self.world.service.hub.connected, f"{self.node} connects")
+        self.running = asyncio.create_task(self._stream(self._outbox))
+        await until(lambda: self.node in self.world.service.sessions.connected, f"{self.node} connects")
         return self
 
     async def disconnect(self) -> None:
-        assert self._running is not None
-        self._running.cancel()
-        await asyncio.gather(self._running, return_exceptions=True)
-        await until(lambda: self.node not in self.world.service.hub.connected, f"{self.node} disconnects")
+        assert self.running is not None
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        await until(lambda: self.node not in self.world.service.sessions.connected, f"{self.node} disconnects")
 
     def report(self, task: str, phase: int, exit_code: int = 0, **more) -> None:
         known = self.tasks.get(task)
-        self._sequence += 1
+        self.sequence += 1
         report = agent_pb2.TaskReport(
             task=task,
             job=known.job if known else self.reports[task].job,
             epoch=known.epoch if known else self.reports[task].epoch,
             phase=phase,
             exit_code=exit_code,
-            sequence=self._sequence,
+            sequence=self.sequence,
             traceparent=known.traceparent if known else "",
             **more,
         )
@@ -173,6 +199,11 @@ class Agent:
     def say(self, request: agent_pb2.SyncRequest) -> None:
         if self._outbox is not None:
             self._outbox.put_nowait(request)
+
+    @property
+    def heard(self) -> bool:
+        """Whether the leader has taken all that it said: what leaves the outbox is dealt with before anything else runs."""
+        return self._outbox is None or self._outbox.empty()
 
     def step(self, job: str, epoch: int, step: int, loss: float) -> None:
         moved = agent_pb2.TaskProgress(job=job, epoch=epoch, step=step, loss=loss)
@@ -190,15 +221,17 @@ class Agent:
                 async with contextlib.aclosing(self.world.tasks.Sync(requests(), None)) as answers:
                     async for answer in answers:
                         self._take(answer)
-            except Refusal as refusal:
-                self.refusal = refusal
+            except StatusError as error:
+                self.error = error
 
     def _take(self, answer: agent_pb2.SyncResponse) -> None:
         match answer.WhichOneof("message"):
             case "desired":
                 wanted = {task.task.id: task for task in answer.desired.tasks}
-                for name in [*self.tasks, *self.reports]:
-                    if name not in wanted:
+                left_alone = set(answer.desired.unreadable_jobs)
+                for name in dict.fromkeys([*self.tasks, *self.reports]):
+                    known = self.tasks.get(name) or self.reports[name]
+                    if name not in wanted and known.job not in left_alone:
                         self._stop(name)
                 for task in wanted.values():
                     self._want(task)
@@ -238,13 +271,25 @@ class Agent:
 class World:
     """`async with World() as world:` leads at once."""
 
-    def __init__(self, *, clock: Clock | None = None, limits: Limits | None = None, keep_ended: int = 10_000) -> None:
-        self.clock = clock or SystemClock()
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        timeouts: Timeouts | None = None,
+        keep_ended: int = 10_000,
+        bus: Bus | None = None,
+        secrets: Any = None,
+    ) -> None:
+        self.bus = bus
+        self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
+        self.code = MemoryCode(self.clock)
         self.health, self.checkpoint, self.inventory = FakeHealth(), FakeCheckpoint(), FakeInventory()
-        self.limits, self.keep_ended = limits or Limits(), keep_ended
+        self.secrets = secrets  # stub of SecretService
+        self.timeouts, self.keep_ended = timeouts or Timeouts(), keep_ended
         self.agents: dict[str, Agent] = {}
         self.nodes: dict[str, inventory_pb2.Node] = {}
+        self.machines: dict[str, Node] = {}  # as they were added
         self.phases: dict[str, health_pb2.NodeHealth] = {}
 
     async def __aenter__(self) -> World:
@@ -256,17 +301,20 @@ class World:
         await self.store.close()
 
     async def start(self) -> None:
-        peers = Peers(self.inventory, self.health, self.checkpoint)
-        self.service: Service = assemble(self.store, None, self.clock, peers, self.limits, "here:1", self.keep_ended)
-        self.scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
+        peers = Peers(self.inventory, self.health, self.checkpoint, self.secrets)
+        self.service: Service = assemble(
+            self.store, self.bus, self.clock, peers, self.timeouts, "here:1", self.keep_ended, self.code
+        )
+        scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
+        self.scheduler = AsAdmin(scheduler)
         self._loop = asyncio.create_task(self.service.loops[0]())
-        await until(lambda: self.service.term.brain is not None or self._loop.done(), "it leads")
+        await until(lambda: self.service.leader_session.current is not None or self._loop.done(), "it leads")
         if self._loop.done():
             self._loop.result()
         for name, message in self.nodes.items():
-            self.fleet.set_node(name, message)
+            self.node_view.set_node(name, message)
         for name, phase in self.phases.items():
-            self.fleet.set_health(name, phase)
+            self.node_view.set_health(name, phase)
 
     async def stop(self) -> None:
         self._loop.cancel()
@@ -277,18 +325,39 @@ class World:
         await self.stop()
         await self.start()
         for agent in self.agents.values():
-            if agent._running is not None:
-                await asyncio.gather(agent._running, return_exceptions=True)
+            if agent.running is not None:
+                await asyncio.gather(agent.running, return_exceptions=True)
                 await agent.connect()
 
     @property
-    def fleet(self):
-        return self.service.fleets[-1]
+    def node_view(self):
+        return self.service.node_views[-1]
 
     @property
-    def brain(self):
-        assert self.service.term.brain is not None
-        return self.service.term.brain
+    def planner(self):
+        """The leader's planner."""
+        assert self.service.leader_session.current is not None
+        return self.service.leader_session.current.planner
+
+    async def held(self):
+        """GPUs held by job and node, as the leader's planner knows them."""
+        return await self.planner.ask(lambda planner: planner.held())
+
+    async def caught_up(self) -> None:
+        """Returns when the leader has dealt with all that the store holds and all that agents said."""
+        newest = (await self.store.list("", limit=1)).revision
+        await self.service.jobs.cache.at_least(newest)
+        await until(lambda: all(agent.heard for agent in self.agents.values()), "agents are heard")
+        current = self.service.leader_session.current
+        assert current is not None
+        await current.view.caught_up()
+
+    async def held_on(self, node: str) -> int:
+        """How many GPUs of the node are held."""
+        return sum(len(holding.get(node, ())) for holding in (await self.held()).values())
+
+    async def closed_reason(self, node: str) -> str:
+        return self.node_view.closed(node)
 
     async def add(self, *nodes: Node, connect: bool = True) -> list[Agent]:
         """Nodes that are READY, with their agents."""
@@ -297,8 +366,8 @@ class World:
             message = inventory_pb2.Node(
                 name=fact.name, facts=facts_to_proto(fact), intent=inventory_pb2.NODE_INTENT_ACTIVE
             )
-            self.nodes[fact.name] = message
-            self.fleet.set_node(fact.name, message)
+            self.nodes[fact.name], self.machines[fact.name] = message, fact
+            self.node_view.set_node(fact.name, message)
             self.phase(fact.name, health_pb2.NODE_PHASE_READY)
             agent = self.agents[fact.name] = Agent(self, fact.name)
             added.append(await agent.connect() if connect else agent)
@@ -308,24 +377,49 @@ class World:
         health = health_pb2.NodeHealth(name=name, phase=phase, reason=reason, message=reason.lower())
         health.transition_time.FromDatetime(self.clock.now())
         self.phases[name] = health
-        self.fleet.set_health(name, health)
+        self.node_view.set_health(name, health)
 
     def intend(self, name: str, intent: int, reason: str = "") -> None:
         message = inventory_pb2.Node()
         message.CopyFrom(self.nodes[name])
         message.intent, message.intent_reason = intent, reason
         self.nodes[name] = message
-        self.fleet.set_node(name, message)
+        self.node_view.set_node(name, message)
 
-    async def submit(self, gpus: int = 1, *, job_id: str = "", queue: str = "default", **spec) -> str:
-        return (await self.create(gpus, job_id=job_id, queue=queue, **spec)).name
+    def reports(self, fact: Node) -> None:
+        """The node's agent registers other facts."""
+        message = inventory_pb2.Node()
+        message.CopyFrom(self.nodes[fact.name])
+        message.facts.CopyFrom(facts_to_proto(fact))
+        self.nodes[fact.name] = message
+        self.node_view.set_node(fact.name, message)
+
+    async def submit(
+        self, gpus: int = 1, *, job_id: str = "", queue: str = "default", request_id: str = "", **spec
+    ) -> str:
+        made = await self.create(gpus, job_id=job_id, queue=queue, request_id=request_id, **spec)
+        await asyncio.sleep(0.001)  # of two jobs the one that was submitted later has the later name and time
+        return made.name
 
     async def create(
-        self, gpus: int = 1, *, job_id: str = "", queue: str = "default", request_id: str = "", dry=False, **spec
+        self,
+        gpus: int = 1,
+        *,
+        job_id: str = "",
+        queue: str = "default",
+        request_id: str = "",
+        dry=False,
+        wait_for_capacity=False,
+        **spec,
     ) -> pb.Job:
         job = pb.Job(spec=pb.JobSpec(command=["python", "train.py"], gpus=gpus, **spec))
         request = pb.CreateJobRequest(
-            parent=f"queues/{queue}", job_id=job_id, job=job, request_id=request_id, validate_only=dry
+            parent=f"queues/{queue}",
+            job_id=job_id,
+            job=job,
+            request_id=request_id,
+            validate_only=dry,
+            wait_for_capacity=wait_for_capacity,
         )
         with auth.acting_as(USER):
             return await self.scheduler.CreateJob(request, None)
@@ -333,7 +427,7 @@ class World:
     async def job(self, name: str) -> pb.Job:
         return await self.scheduler.GetJob(pb.GetJobRequest(name=name), None)
 
-    async def reaches(self, name: str, state: str, timeout_s: float = 5.0) -> pb.Job:
+    async def reaches(self, name: str, state: str, timeout_s: float = 60.0) -> pb.Job:
         wanted = pb.JobState.Value(f"JOB_STATE_{state}")
 
         async def there() -> pb.Job | None:

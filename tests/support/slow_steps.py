@@ -7,53 +7,42 @@ folder has a file `finish`. A rank waits for its peers as a collective would mak
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import operator
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import xxhash
-
-from whaleflux.sdk.rank import Keeper, SavedPiece, Target, keeper_of_environment
+from whaleflux.checkpoint_storage import storage_id, write_durably
+from whaleflux.sdk import files
+from whaleflux.sdk.keeper import Keeper, Refused, Target, keeper_of_environment
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 EPOCH = int(os.environ["WHALEFLUX_EPOCH"])
 
 
 def restore(keeper: Keeper) -> tuple[int, str]:
-    """Step and name of the newest checkpoint whose files are intact; (0, "") when there is none."""
-    corrupt = why = ""
-    while (target := keeper.newest(corrupt, why)) is not None:
-        why = next((fault for piece in target.pieces if (fault := fault_of(target.folder, piece))), "")
-        if not why:
+    """Step and name of the newest checkpoint whose files are intact; (0, "") when nothing was ever saved."""
+    refused: list[Refused] = []
+    while (target := keeper.newest(refused)) is not None:
+        faults = (files.find_fault(target.folder, piece) for piece in target.pieces)
+        if (fault := next(filter(None, faults), None)) is None:
             return int(json.loads((target.folder / f"rank-{RANK}.json").read_text())["step"]), target.name
-        corrupt = target.name
+        refused.append(Refused(target.name, fault))
     return 0, ""
 
 
-def fault_of(folder: Path, piece: SavedPiece) -> str:
-    try:
-        content = (folder / piece.path).read_bytes()
-    except OSError as error:
-        return f"{piece.path}: {error.strerror}"
-    return "" if checksum(content) == piece.checksum else f"{piece.path} has another checksum than when it was saved"
-
-
-def checksum(content: bytes) -> str:
-    return f"xxh3-128:{xxhash.xxh3_128_hexdigest(content)}"
-
-
 def save(keeper: Keeper, step: int) -> None:
-    target: Target = keeper.start(step, "replicated", json.dumps({"step": step}).encode())
+    """Each rank by itself, into the folder that all of them are given for a step."""
+    target: Target = keeper.start(step, 0, "replicated", json.dumps({"step": step}).encode())
     target.folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"step": step, "weights": [step] * 1000}).encode()
     file = target.folder / f"rank-{RANK}.json"
-    with file.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    keeper.finish(target, RANK, [SavedPiece(file.name, len(content), checksum(content))])
+    write_durably(file, json.dumps({"step": step, "weights": [step] * 1000}).encode())
+    if not any(storage_id(folder) == target.storage for folder in target.folder.parents):
+        raise OSError(f"{target.folder} is not on the storage that the save began on")  # the mount went away meanwhile
+    keeper.finish(target, RANK, [files.describe(target.folder, file)])
 
 
 def all_reduce(folder: Path, step: int) -> None:
@@ -87,7 +76,7 @@ def main() -> None:
             time.sleep(args.pause_s)
             all_reduce(args.folder, step)
             step += 1
-            keeper.progress(RANK, step, 1 / step)
+            keeper.progress(RANK, step, functools.partial(operator.truediv, 1, step))
             record.write(f"{time.monotonic():.6f} {step} {EPOCH}\n")
             if step % args.every == 0:
                 pending.result()

@@ -1,12 +1,14 @@
-"""`python -m tests.support.small_engine`: an OpenAI-like server in a process of its own; prints its port, then serves.
+"""`python -m tests.support.small_engine [HOST]`: an OpenAI-like server in a process of its own; prints its port, then serves.
 
 The request says how it behaves: `pause_s` before the answer, `stream` with `chunks` and `gap_s`, `fail_at` a list of
-ports that answer `fail_with` (a status) instead.
+ports that answer `fail_with` (a status) instead, `crash` the end of the process.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,10 +24,13 @@ class Engine(BaseHTTPRequestHandler):
         self._answer(200, {"ok": True, "served": Engine.served})
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = self.rfile.read(int(self.headers["content-length"]))
+        asked = json.loads(body) if body.startswith(b"{") else {}  # a form, or compressed: answered as it is
         Engine.served += 1
         port = self.server.server_address[1]
         time.sleep(asked.get("pause_s", 0))
+        if asked.get("crash"):
+            os._exit(1)
         if port in asked.get("fail_at", ()):
             self._answer(asked["fail_with"], {"error": {"message": "the engine is not well"}})
         elif asked.get("stream"):
@@ -63,7 +68,9 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    server = Server(("127.0.0.1", 0), Engine)
+    host = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
+    Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = Server((host, 0), Engine)
     print(server.server_address[1], flush=True)
     sys.stdout.close()
     server.serve_forever()

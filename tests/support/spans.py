@@ -12,6 +12,10 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as rpc
 from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from whaleflux import telemetry
+from whaleflux.rpc import propagation
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,23 @@ def collecting() -> Iterator[Collector]:
         yield collector
     finally:
         server.stop(1).wait()
+
+
+@contextmanager
+def traced() -> Iterator[InMemorySpanExporter]:
+    """Keeps the spans of this process as they end; afterwards nothing is traced, as before."""
+    kept = InMemorySpanExporter()
+    telemetry.setup_tracing("test", exporter=kept, at_once=True)
+    try:
+        yield kept
+    finally:
+        untraced()
+
+
+def untraced() -> None:
+    """Tracing as it is before anybody sets it up."""
+    telemetry.setup_tracing("unknown")
+    propagation.use(propagation.untraced)
 
 
 def _seen(service: object, span: trace_pb2.Span) -> SeenSpan:

@@ -12,10 +12,10 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from whaleflux.rpc import roles
 from whaleflux.rpc.auth import Authority
-from whaleflux.rpc.boundary import Limits
 from whaleflux.rpc.channel import Channel, connect
+from whaleflux.rpc.limits import CallLimits
 from whaleflux.rpc.pki import CertificateAuthority, server_name
-from whaleflux.rpc.policy import CallPolicy
+from whaleflux.rpc.retry_policy import CallPolicy
 from whaleflux.rpc.server import Server
 
 NAME = "test.v1.ToyService"
@@ -78,7 +78,7 @@ def text(value: str = "") -> StringValue:
 
 
 @contextlib.asynccontextmanager
-async def serving(toy: Toy, limits: Limits | None = None) -> AsyncIterator[Server]:
+async def serving(toy: Toy, limits: CallLimits | None = None) -> AsyncIterator[Server]:
     """The toy behind the real boundary, on a free loopback port with mTLS."""
     server = Server(CA.issue("scheduler", "test", datetime.now(UTC)), Authority(table=TABLE), limits)
     server.add(add_toy, toy, NAME)
@@ -90,7 +90,10 @@ async def serving(toy: Toy, limits: Limits | None = None) -> AsyncIterator[Serve
         await server.drain(0)
 
 
-def dial(server: Server, role: str = "user", name: str = "ann", policy: CallPolicy | None = None) -> Channel:
+def dial(
+    server: Server, role: str = "user", name: str = "ann", policy: CallPolicy | None = None, *, at: str = ""
+) -> Channel:
+    """A client of the server, or of what stands before it `at` "host:port"."""
     tls = CA.issue(role, name, datetime.now(UTC))
     once = policy or CallPolicy(attempts=1)
-    return connect(f"127.0.0.1:{server.port}", tls, server=server_name("scheduler"), policy=once)
+    return connect(at or f"127.0.0.1:{server.port}", tls, server=server_name("scheduler"), policy=once)

@@ -1,15 +1,23 @@
 """Who may import whom (docs/architecture.md): walked, not trusted."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks import run as benchmarks_run
+from benchmarks.doors import DOORS
+from tests.support.stray_words import python_files, strays
+
 ROOT = Path(__file__).parents[2]
 SERVICES = sorted(path.name for path in (ROOT / "services").iterdir() if path.is_dir())
-CORE_MAY = ("whaleflux.errors", "whaleflux.names", "whaleflux.clock", "whaleflux.fleet")
+CORE_MAY = (
+    "whaleflux.errors", "whaleflux.names", "whaleflux.clock", "whaleflux.fleet", "whaleflux.hostport", "whaleflux.manifests", "whaleflux.quantities",
+    "whaleflux.reasons",
+)  # fmt: skip
 ONLY = {
-    "aetcd": ["libs/whaleflux/store/etcd"],
+    "aetcd": ["libs/whaleflux/store/etcd/"],
     "nats": ["libs/whaleflux/events/nats", "libs/whaleflux/events/topology", "libs/whaleflux/events/pull"],
 }
 
@@ -62,6 +70,42 @@ def test_libs_never_import_services():
 
 @pytest.mark.parametrize(("module", "places"), ONLY.items())
 def test_only_one_place_knows_each_server(module, places):
-    for file in files(ROOT / "libs", ROOT / "services"):
-        if any(name.split(".")[0] == module for name in imports(file)):
-            assert str(file.relative_to(ROOT)).startswith(tuple(places)), f"{file} imports {module}"
+    everybody = files(ROOT / "libs", ROOT / "services")
+    knowing = [str(f.relative_to(ROOT)) for f in everybody if any(n.split(".")[0] == module for n in imports(f))]
+    assert knowing, f"nobody imports {module}: take it off the list"
+    assert [file for file in knowing if not file.startswith(tuple(places))] == []
+
+
+def test_reasons_conditions_and_words_of_events_are_used_from_their_lists():
+    found = {str(file.relative_to(ROOT)): words for file in python_files() if (words := strays(file.read_text()))}
+    assert not found, "use whaleflux.reasons, which names each once with its meaning"
+
+
+def test_a_stray_literal_would_be_seen():
+    assert strays('raise Aborted("x", reason="MADE_UP")') == ["MADE_UP"]
+    assert strays('if health.reason == "SITE_PARTITIONED": pass') == ["SITE_PARTITIONED"]
+    assert not strays("class Kind(Enum):\n    NODE_LOST = 'GPU_LOST'\n")
+
+
+COLLECTIONS = "sites|nodes|queues|jobs|checkpoints|models|replicas|datasets|incidents"
+MADE = re.compile(
+    rf"""f["'][^"'\n]*\b(?:{COLLECTIONS})/\{{|["'](?:[^"'\n]*/)?(?:{COLLECTIONS})/["'] *\+|\.split\(["']/["']\)\["""
+)
+TAKES_APART = {"libs/whaleflux/names.py", "libs/whaleflux/store/keys.py", "libs/whaleflux/events/subjects.py"}
+
+
+def test_names_of_resources_are_made_and_taken_apart_in_one_place():
+    elsewhere = [file for file in python_files() if str(file.relative_to(ROOT)) not in TAKES_APART]
+    assert len(elsewhere) > 100
+    assert [file for file in elsewhere if MADE.findall(file.read_text())] == [], "use whaleflux.names"
+
+
+def test_a_name_made_elsewhere_would_be_seen():
+    text = 'a = f"queues/{q}/jobs/{j}"\nb = f"{job}/checkpoints/{c}"\nd = "datasets/" + x\ne = node.split("/")[1]'
+    assert len(MADE.findall(text)) == 4
+
+
+def test_each_benchmark_has_a_door_or_says_what_it_waits_for():
+    assert set(DOORS) == set(benchmarks_run.names()) - {"yardstick"}, "benchmarks/doors.py: how does a user reach it?"
+    for name, door in DOORS.items():
+        assert bool(door.commands) != bool(door.waits_for), name

@@ -4,9 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whaleflux.errors import Denied, Refusal, Unauthenticated
+from whaleflux.clock import CLOCK_SKEW
+from whaleflux.errors import PermissionDenied, StatusError, Unauthenticated
 from whaleflux.rpc import roles
-from whaleflux.rpc.auth import XFCC, Authority, Identity, acting_as, caller, forwarded_uri, peer_uri, require_own_node
+from whaleflux.rpc.auth import (
+    CERTIFICATE_END,
+    XFCC,
+    Authority,
+    Identity,
+    acting_as,
+    caller,
+    forwarded_uri,
+    peer_uri,
+    require_own_node,
+)
 
 AGENT = "spiffe://whaleflux/agent/onprem/n1"
 USER = "spiffe://whaleflux/user/ann"
@@ -17,7 +28,8 @@ TABLE = {
     "/t.T/Join": roles.ANYONE,
     "/t.T/Access*": frozenset({roles.FRONTDOOR}),
 }
-AUTHORITY = Authority(table=TABLE)
+NOW_S = 1_800_000_000
+AUTHORITY = Authority(table=TABLE, now_s=lambda: NOW_S)
 
 
 def shows(*uris):
@@ -29,6 +41,10 @@ def shows(*uris):
 
 def check(method, *uris, headers=()):
     return AUTHORITY.check(method, shows(*uris), headers)
+
+
+def ends_in(seconds):
+    return CERTIFICATE_END, str(int(NOW_S + seconds))
 
 
 class TestIdentity:
@@ -75,13 +91,13 @@ class TestTable:
         assert check("/t.T/Get", USER) == Identity("user", "ann")
 
     def test_another_role_is_denied_by_name(self):
-        with pytest.raises(Denied, match="role 'agent' may not call") as caught:
+        with pytest.raises(PermissionDenied, match="role 'agent' may not call") as caught:
             check("/t.T/Get", AGENT)
         assert caught.value.metadata["needs"] == "admin,operator,user"
 
     def test_a_method_that_is_not_in_the_table_is_denied_to_everybody(self):
         for role in sorted(roles.KNOWN - {roles.AGENT}):
-            with pytest.raises(Denied, match="no role may"):
+            with pytest.raises(PermissionDenied, match="no role may"):
                 check("/t.Other/Get", f"spiffe://whaleflux/{role}/x")
 
     def test_a_certificate_of_another_domain_is_not_ours(self):
@@ -107,21 +123,29 @@ class TestFrontDoor:
     def test_nobody_else_can(self):
         header = "Hash=00;URI=spiffe://whaleflux/admin/root"
         assert check("/t.T/Get", USER, headers=[(XFCC, header)]).role == "user"
-        with pytest.raises(Denied):
+        with pytest.raises(PermissionDenied):
             check("/t.T/Get", AGENT, headers=[(XFCC, header)])
 
     def test_a_client_without_a_certificate_is_nobody(self):
         assert check("/t.T/Join", FRONTDOOR).role == roles.ANONYMOUS
-        with pytest.raises(Unauthenticated, match="log in or join"):
+        with pytest.raises(Unauthenticated, match="whaleflux login"):
             check("/t.T/Get", FRONTDOOR)
 
     def test_its_own_calls_are_its_own(self):
         assert check("/t.T/AccessLog", FRONTDOOR).role == roles.FRONTDOOR
 
+    def test_a_connection_that_outlives_its_certificate_is_nobodys(self):
+        """Else whoever keeps one open is admitted again once the revocation of its certificates is forgotten."""
+        for left_s in (3600, 0, -CLOCK_SKEW.total_seconds() + 60):
+            assert check("/t.T/Get", FRONTDOOR, headers=[(XFCC, f"URI={USER}"), ends_in(left_s)]).name == "ann"
+        with pytest.raises(Unauthenticated, match="has ended"):
+            check("/t.T/Get", FRONTDOOR, headers=[(XFCC, f"URI={USER}"), ends_in(-CLOCK_SKEW.total_seconds() - 60)])
+        assert check("/t.T/Join", FRONTDOOR, headers=[(CERTIFICATE_END, "-")]).role == roles.ANONYMOUS
+
     def test_a_client_behind_it_cannot_make_them(self):
-        with pytest.raises(Denied):
+        with pytest.raises(PermissionDenied):
             check("/t.T/AccessLog", FRONTDOOR, headers=[(XFCC, f"Hash=1;URI={USER}")])
-        with pytest.raises(Denied):
+        with pytest.raises(PermissionDenied):
             check("/t.T/AccessLog", USER)
 
     def test_a_header_without_a_uri_is_a_client_without_our_certificate(self):
@@ -151,11 +175,11 @@ class TestHeader:
         assert forwarded_uri(header) == USER
 
     @given(st.text(max_size=300))
-    def test_any_text_gives_a_uri_or_a_refusal(self, header):
+    def test_any_text_gives_a_uri_or_a_status_error(self, header):
         try:
             assert isinstance(forwarded_uri(header), str)
-        except Refusal as refusal:
-            assert isinstance(refusal, Unauthenticated)
+        except StatusError as error:
+            assert isinstance(error, Unauthenticated)
 
 
 class TestCaller:
@@ -163,7 +187,7 @@ class TestCaller:
         with acting_as(Identity.parse(AGENT)):
             require_own_node("sites/onprem/nodes/n1")
             for other in ("sites/onprem/nodes/n2", "sites/cloud/nodes/n1", "", "sites/onprem/nodes/n1/"):
-                with pytest.raises(Denied) as caught:
+                with pytest.raises(PermissionDenied) as caught:
                     require_own_node(other)
                 assert caught.value.reason == "NOT_OWN_NODE"
 

@@ -4,8 +4,10 @@ import pytest
 import yaml
 from pydantic import Field, SecretStr
 
-from whaleflux.config import ServiceSettings, load, shown
-from whaleflux.errors import Invalid
+from whaleflux.config import ServiceSettings, load, shown, usage
+from whaleflux.errors import InvalidArgument
+from whaleflux_agent import settings as agent
+from whaleflux_agent.settings import Settings as Agent
 
 
 class Settings(ServiceSettings):
@@ -14,6 +16,7 @@ class Settings(ServiceSettings):
     plan_every_s: float = Field(0.5, gt=0, description="Longest pause between two plans, seconds.")
     preempt: bool = Field(True, description="Whether running jobs may be preempted.")
     tags: tuple[str, ...] = Field((), description="Anything.")
+    labels: dict[str, str] = Field({}, description="Anything, named.")
     secret: SecretStr = Field(SecretStr(""), description="Not to be shown.")
 
 
@@ -29,9 +32,16 @@ def environment(monkeypatch):
 
 
 def refused(*argv):
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         load(Settings, argv)
     return {violation.field: violation.description for violation in caught.value.violations}
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "10001"])
+def test_a_price_that_is_no_price_is_refused_at_the_start(price):
+    """NaN would make every GPU of the node free."""
+    with pytest.raises(InvalidArgument, match="usd_per_gpu_hour"):
+        load(agent.Settings, ["--usd-per-gpu-hour", price])
 
 
 class TestSources:
@@ -73,6 +83,18 @@ class TestSources:
         environment.setenv("WHALEFLUX_PLAN_EVERY_S", "")
         assert load(Settings, []).plan_every_s == 0.5
 
+    def test_of_objects_the_keys_are_put_together(self, environment, tmp_path):
+        path = tmp_path / "s.yaml"
+        path.write_text("labels: {rack: r1, row: a}\n")
+        environment.setenv("WHALEFLUX_LABELS", '{"rack": "r2", "room": "x"}')
+        settings = load(Settings, ["--config", str(path), "--labels", '{"room": "y"}'])
+        assert settings.labels == {"rack": "r2", "row": "a", "room": "y"}
+
+    def test_a_password_may_look_like_a_list(self, environment):
+        environment.setenv("WHALEFLUX_NATS_PASSWORD", "[secret")
+        settings = load(Settings, ["--secret", "{secret"])
+        assert (settings.nats_password.get_secret_value(), settings.secret.get_secret_value()) == ("[secret", "{secret")
+
     def test_two_loads_do_not_share_a_file(self, tmp_path):
         path = tmp_path / "s.yaml"
         path.write_text("name: other\n")
@@ -80,7 +102,7 @@ class TestSources:
         assert load(Settings, []).name == "1"
 
 
-class TestRefusals:
+class TestStatusErrors:
     def test_an_unknown_flag_names_the_nearest(self):
         assert "did you mean --listen" in refused("--listn", "x")["--listn"]
 
@@ -110,6 +132,10 @@ class TestRefusals:
         assert "greater than 0" in found["plan_every_s"]
         assert "'debug', 'info'" in found["log_level"]
         assert "valid number" in found["drain_grace_s"]
+
+    def test_a_variable_that_is_no_json_is_named(self, environment):
+        environment.setenv("WHALEFLUX_TAGS", "[a, b")
+        assert "is not JSON" in refused()["WHALEFLUX_TAGS"]
 
     def test_a_misspelt_variable_is_pointed_out(self, environment, capsys):
         environment.setenv("WHALEFLUX_PLAN_EVRY_S", "9")
@@ -148,3 +174,18 @@ class TestShown:
     def test_secrets_do_not_reach_a_repr(self, environment):
         environment.setenv("WHALEFLUX_SECRET", "hunter2")
         assert "hunter2" not in repr(load(Settings, []))
+
+
+class TestGroupedHelp:
+    def test_an_agents_help_shows_what_is_its_own_in_groups_and_nothing_of_services(self):
+        shown = usage(Agent)
+        assert "Joining:" in shown
+        assert "WHALEFLUX_JOIN_TOKEN=... whaleflux agent" in shown
+        assert "--nats" not in shown
+        assert "--store" not in shown
+        own = set(Agent.model_fields) - set(ServiceSettings.model_fields)
+        assert all(f"--{name.replace('_', '-')} " in shown for name in own)
+
+    def test_everything_is_shown_to_who_asks_for_it(self):
+        shown = usage(Agent, everything=True)
+        assert all(f"--{name.replace('_', '-')} " in shown for name in Agent.model_fields)

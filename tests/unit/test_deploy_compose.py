@@ -4,14 +4,15 @@ import json
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.deploy_files import DEPLOY, SETTINGS, VERSIONS, unknown_settings
-from whaleflux import bootstrap
-from whaleflux.embedded import envoy
+from whaleflux import bootstrap, frontdoor, services
+from whaleflux.rpc import store_authority
 from whaleflux.telemetry.registry import METRICS
 
 COMPOSE = DEPLOY / "compose"
@@ -37,7 +38,9 @@ def test_what_a_container_names_exists(name):
     service = SERVICES[name]
     assert set(service.get("networks", [])) <= set(FILE["networks"])
     for volume in service.get("volumes", []):
-        source = volume.split(":")[0]
+        source = re.sub(r"\$\{(\w+)\}", lambda found: VERSIONS[found[1]], volume.rpartition(":ro")[0] or volume).split(
+            ":"
+        )[0]
         if source.startswith("."):
             assert (COMPOSE / source).exists(), source
         else:
@@ -61,7 +64,21 @@ def test_services_understand_what_they_are_told(name):
     environment = SERVICES[name]["environment"]
     assert not unknown_settings(name, environment)
     assert environment["WHALEFLUX_ADVERTISE"] == f"{name}:7000"
-    assert SERVICES[name]["healthcheck"]["test"][-1].count("/readyz") == 1
+    assert SERVICES[name]["healthcheck"]["test"] == ["CMD", "python", "-m", "whaleflux.healthcheck"]
+
+
+def test_what_runs_once_is_not_asked_whether_it_is_ready():
+    ours = {name for name, service in SERVICES.items() if service["image"].startswith("whaleflux/")}
+    assert all(SERVICES[name]["healthcheck"] == {"disable": True} for name in ours - set(SETTINGS))
+
+
+def test_agents_alone_have_a_root_with_a_shell():
+    assert FILE["x-agent"]["build"]["args"]["ROOT"] == "full"
+    assert not any(
+        "ROOT" in service["build"]["args"]
+        for name, service in SERVICES.items()
+        if name not in SETTINGS and "build" in service
+    )
 
 
 def test_the_check_of_settings_notices_a_misspelling():
@@ -70,15 +87,17 @@ def test_the_check_of_settings_notices_a_misspelling():
 
 def test_peers_are_named_as_the_services_are():
     settings = SERVICES["inventory"]["environment"]
-    for role in bootstrap.SERVICES:
+    for role in services.ROLES:
         host = settings[f"WHALEFLUX_{role.upper()}"].partition(":")[0]
         assert SERVICES[host]["build"]["args"] == {"ROLE": role}
 
 
 def test_each_service_sees_its_own_identity_and_inventory_alone_the_authority():
-    for role in bootstrap.SERVICES:
+    for role in services.ROLES:
         name = role.replace("_", "-")
-        wanted = {f"id-{name}:/identity:ro"} | ({"authority:/authority:ro"} if role == "inventory" else set())
+        wanted = {f"id-{name}:/identity:ro", f"state-{name}:/var/lib/whaleflux"} | (
+            {"authority:/authority:ro"} if role == "inventory" else set()
+        )
         assert set(SERVICES[name]["volumes"]) == wanted
     assert {n for n, s in SERVICES.items() if any("authority:" in v for v in s.get("volumes", []))} == {
         "bootstrap",
@@ -87,13 +106,60 @@ def test_each_service_sees_its_own_identity_and_inventory_alone_the_authority():
     }
 
 
-def test_bootstrap_writes_into_the_volumes_that_are_read():
+def test_bootstrap_writes_into_the_volumes_that_are_read(tmp_path):
     written = {Path(volume.split(":")[1]).name for volume in SERVICES["bootstrap"]["volumes"]}
-    assert written == {"authority", "admin", "frontdoor", "nats", *bootstrap.SERVICES}
+    bootstrap.write_identities(
+        tmp_path, datetime(2026, 1, 1, tzinfo=UTC), hosts=["h"], life=timedelta(1), sites=["site-a"]
+    )
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made <= written
     dockerfile = (DEPLOY / "docker" / "Dockerfile").read_text()
-    folders = re.search(r"for part in ([\w ]+);", dockerfile)
-    assert folders
-    assert written <= set(folders[1].split()), "a volume takes its owner from a folder of the image"
+    owned = set().union(*(found.split() for found in re.findall(r"for part in ([\w -]+);", dockerfile)))
+    data = {volume.split("/")[-1] for file in (FILE, ETCD3) for volume in file["services"]["folders"]["volumes"]}
+    assert written | data <= owned, "a volume takes its owner from a folder of the image"
+
+
+def test_keys_are_seen_by_who_shows_them_alone():
+    """And by who makes them; two parts of one authority never share a volume."""
+    readers = {}
+    for name, service in SERVICES.items():
+        for volume in service.get("volumes", []):
+            if volume.startswith(("id-", "authority:", "store-authority:")):
+                readers.setdefault(volume.split(":")[0], set()).add(name)
+    makers = {"bootstrap", "renewal"}
+    assert readers.pop("store-authority") == makers
+    assert readers.pop("authority") == {*makers, "inventory"}
+    assert readers.pop("id-admin") == {*makers, "tokens", "cli"}
+    assert readers.pop("id-scraper") == {*makers, "prometheus"}
+    assert readers.pop("id-backup") == makers
+    assert readers.pop("id-site-a") == {*makers, "nats-site-a"}
+    assert readers == {
+        f"id-{name}": {*makers, name} for name in (*map(hyphens, services.ROLES), "frontdoor", "etcd", "nats")
+    }
+
+
+def hyphens(role):
+    return role.replace("_", "-")
+
+
+@pytest.mark.parametrize("name", ["etcd", "nats", "nats-site-a", "frontdoor", "prometheus"])
+def test_programs_of_others_run_without_root_and_without_capabilities(name):
+    assert SERVICES[name]["user"] == "10001:10001"
+    assert "cap_add" not in SERVICES[name]
+
+
+@pytest.mark.parametrize("file", [FILE, ETCD3], ids=["one", "three"])
+def test_etcd_asks_everybody_for_a_certificate(file):
+    for name in (name for name in file["services"] if name.startswith("etcd")):
+        told = {**ETCD3["x-member"], **file["services"][name]}
+        flags = dict(flag.removeprefix("--").split("=", 1) for flag in told["command"][1:])
+        assert flags["client-cert-auth"] == flags["peer-client-cert-auth"] == "true"
+        assert flags["trusted-ca-file"] == flags["peer-trusted-ca-file"] == "/identity/ca.crt"
+        assert flags["peer-cert-allowed-hostname"] == store_authority.ETCD_MEMBER
+        plain = [name for name, value in flags.items() if "http://" in value]
+        assert plain == ["listen-metrics-urls"]
+        assert flags["listen-metrics-urls"].startswith("http://127.0.0.1:")
+        assert "id-etcd:/identity:ro" in told["volumes"]
 
 
 def test_nothing_is_published_beyond_what_was_asked_for():
@@ -105,7 +171,7 @@ def test_nothing_is_published_beyond_what_was_asked_for():
 def test_etcd_is_reached_by_services_alone():
     assert FILE["networks"]["store"]["internal"] is True
     on_store = {name for name, service in SERVICES.items() if "store" in (service.get("networks") or [])}
-    assert on_store == {"etcd", *(role.replace("_", "-") for role in bootstrap.SERVICES)}
+    assert on_store == {"etcd", *(role.replace("_", "-") for role in services.ROLES)}
 
 
 def test_three_members_of_etcd_know_one_another_and_are_known():
@@ -114,10 +180,10 @@ def test_three_members_of_etcd_know_one_another_and_are_known():
         told = ETCD3["services"][member]["environment"]
         cluster = dict(pair.split("=") for pair in told["ETCD_INITIAL_CLUSTER"].split(","))
         assert set(cluster) == members
-        assert cluster[told["ETCD_NAME"]] == told["ETCD_INITIAL_ADVERTISE_PEER_URLS"] == f"http://{member}:2380"
-    for role in bootstrap.SERVICES:
+        assert cluster[told["ETCD_NAME"]] == told["ETCD_INITIAL_ADVERTISE_PEER_URLS"] == f"https://{member}:2380"
+    for role in services.ROLES:
         store = ETCD3["services"][role.replace("_", "-")]["environment"]["WHALEFLUX_STORE"]
-        assert {url.removeprefix("http://").partition(":")[0] for url in store.split(",")} == members
+        assert {url.removeprefix("https://").partition(":")[0] for url in store.split(",")} == members
 
 
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.etcd3.yaml"]])
@@ -133,20 +199,13 @@ def test_docker_compose_accepts_it(files):
     assert checked.returncode == 0, checked.stderr
 
 
-def test_envoys_configuration_is_the_one_that_is_generated():
-    command = "run: python -m whaleflux.embedded.envoy deploy/envoy"
-    front = envoy.deployed()
-    assert (DEPLOY / "envoy" / "envoy.yaml").read_text() == envoy.render(front), command
-    assert (DEPLOY / "envoy" / "secrets.yaml").read_text() == envoy.render_secrets(front), command
-
-
 def test_envoy_finds_every_service_of_the_file():
-    front = envoy.deployed()
+    front = frontdoor.deployed()
     for role, address in front.upstreams.items():
         assert address == f"{role.replace('_', '-')}:7000"
         assert address.partition(":")[0] in SERVICES
     policy = SERVICES["inference-router"]["environment"]["WHALEFLUX_POLICY_LISTEN"]
-    assert front.policy == f"inference-router:{policy.rpartition(':')[2]}"
+    assert front.policy == policy
     published = {port.rpartition(":")[2] for port in SERVICES["frontdoor"]["ports"]}
     assert published == {str(front.grpc_port), str(front.http_port)}
 
@@ -203,5 +262,11 @@ class TestObservability:
             if name in SETTINGS
         }
         assert targets == measured
+        for job in config["scrape_configs"]:  # as whom it shows itself, and whom it expects
+            assert job["scheme"] == "https"
+            (target,), files = job["static_configs"][0]["targets"], job["tls_config"]
+            host, agent = target.partition(":")[0], job["static_configs"][0]["labels"]["service"] == "agent"
+            assert files["server_name"] == (f"{host}.site-a.agent.whaleflux" if agent else f"{host}.whaleflux")
+            assert {files[key].rpartition("/")[0] for key in ("ca_file", "cert_file", "key_file")} == {"/identity"}
         for name in SETTINGS:  # by way of a network that both are on
             assert set(SERVICES[name]["networks"]) & set(SERVICES["prometheus"]["networks"])

@@ -1,16 +1,13 @@
 """deploy/kubernetes: every document is valid, what it names exists, and what is rendered is confined."""
 
-import functools
-import shutil
-import subprocess
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.deploy_files import VERSIONS, settings_of, unknown_settings
-from whaleflux import bootstrap
+from tests.support.deploy_files import VERSIONS, of_kind, pods, rendered, settings_of, unknown_settings
+from whaleflux import bootstrap, services
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 KUBERNETES = "1.33"
@@ -20,32 +17,16 @@ FILES = sorted(
     for file in (FOLDER / folder).glob("*.yaml")
     if file.name not in ("kustomization.yaml", "service-patch.yaml")
 )
+# For what reads metrics, wherever that runs.
+NOT_MOUNTED = {"whaleflux-scraper"}
 OVERLAYS = ("overlays/dev", "overlays/production")  # both contain base and agent
-SECRETS = {f"whaleflux-{part.replace('_', '-')}" for part in (*bootstrap.SERVICES, "authority", "frontdoor", "nats")}
+SECRETS = {
+    f"whaleflux-{part.replace('_', '-')}" for part in (*services.ROLES, "authority", "frontdoor", "etcd", "nats")
+}
 
 
 def documents(file):
     return [document for document in yaml.safe_load_all(file.read_text()) if document]
-
-
-@functools.cache
-def rendered(overlay):
-    command = ["kubectl", "kustomize"] if shutil.which("kubectl") else ["kustomize", "build"]
-    if not shutil.which(command[0]):
-        pytest.skip("neither kubectl nor kustomize is on the PATH: what overlays make of the base is not checked here")
-    made = subprocess.run([*command, str(FOLDER / overlay)], capture_output=True, text=True, timeout=60, check=False)
-    assert made.returncode == 0, made.stderr
-    return [document for document in yaml.safe_load_all(made.stdout) if document]
-
-
-def of_kind(found, *kinds):
-    return [document for document in found if document["kind"] in kinds]
-
-
-def pods(found):
-    return [
-        (d["metadata"]["name"], d["spec"]["template"]) for d in of_kind(found, "Deployment", "StatefulSet", "DaemonSet")
-    ]
 
 
 BASE = [document for file in FILES for document in documents(file)]
@@ -69,22 +50,24 @@ def test_a_misspelt_field_would_be_noticed():
 
 
 def test_every_file_is_used():
-    for folder in ("base", "agent", "overlays/dev", "overlays/production"):
-        told = yaml.safe_load((FOLDER / folder / "kustomization.yaml").read_text())
+    folders = [file.parent for file in FOLDER.rglob("kustomization.yaml")]
+    assert {file.parent for file in FOLDER.rglob("*.yaml")} == set(folders)
+    for folder in folders:
+        told = yaml.safe_load((folder / "kustomization.yaml").read_text())
         patches = [patch["path"] for patch in told.get("patches", []) if "path" in patch]
-        named = {name for name in [*told["resources"], *patches] if name.endswith(".yaml")}
-        assert named == {file.name for file in (FOLDER / folder).glob("*.yaml")} - {"kustomization.yaml"}
+        named = {name for name in [*told.get("resources", []), *patches] if name.endswith(".yaml")}
+        assert named == {file.name for file in folder.glob("*.yaml")} - {"kustomization.yaml"}, folder
 
 
 def test_every_service_has_an_account_a_budget_and_a_network_name():
-    for role in (*(role.replace("_", "-") for role in bootstrap.SERVICES), "frontdoor", "etcd", "nats"):
+    for role in (*(role.replace("_", "-") for role in services.ROLES), "frontdoor", "etcd", "nats"):
         kinds = {document["kind"] for document in BASE if document["metadata"]["name"] == role}
         assert {"Service", "ServiceAccount", "PodDisruptionBudget"} <= kinds, role
 
 
 def test_no_account_has_a_token_of_the_cluster():
     accounts = of_kind(BASE, "ServiceAccount")
-    assert len(accounts) == 9
+    assert len(accounts) == len(services.ROLES) + len(("agent", "frontdoor", "etcd", "nats"))
     assert all(account["automountServiceAccountToken"] is False for account in accounts)
 
 
@@ -107,7 +90,7 @@ def test_secrets_are_those_that_bootstrap_makes(tmp_path):
     made = bootstrap.kubernetes_secrets(tmp_path)
     for secret in made:
         kubernetes_validate.validate(secret, KUBERNETES, strict=True)
-    assert {secret["metadata"]["name"] for secret in made} == SECRETS | {"whaleflux-admin"}
+    assert {secret["metadata"]["name"] for secret in made} == SECRETS | NOT_MOUNTED
     used = set()
     for name, template in pods(BASE):
         spec = template["spec"]
@@ -119,11 +102,13 @@ def test_secrets_are_those_that_bootstrap_makes(tmp_path):
 
 def test_services_understand_their_settings():
     settings = next(d["data"] for d in BASE if d["metadata"]["name"] == "whaleflux-settings")
-    for name, template in pods(BASE):
-        if template["metadata"]["labels"]["app.kubernetes.io/component"] == "service":
-            own = {variable["name"] for variable in template["spec"]["containers"][0].get("env", [])}
-            assert not unknown_settings(name, {*settings, *own})
-    for role in bootstrap.SERVICES:
+    component = "app.kubernetes.io/component"
+    ours = {name: t for name, t in pods(BASE) if t["metadata"]["labels"][component] == "service"}
+    assert len(ours) == len(services.ROLES)
+    for name, template in ours.items():
+        own = {variable["name"] for variable in template["spec"]["containers"][0].get("env", [])}
+        assert not unknown_settings(name, {*settings, *own})
+    for role in services.ROLES:
         host = settings[f"WHALEFLUX_{role.upper()}"].partition(":")[0]
         assert any(d["metadata"]["name"] == host for d in of_kind(BASE, "Service"))
 

@@ -1,48 +1,13 @@
-"""What consumers remember, what the memory bus models, and how the backbone follows its links."""
+"""What the memory bus models, and how stream links are followed."""
 
 import asyncio
 
 import pytest
 
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import Invalid, Unavailable
-from whaleflux.events import LastSeen
-from whaleflux.events.backbone import Backbone
+from whaleflux.errors import Unavailable
 from whaleflux.events.memory import MemoryBus
-
-
-class TestLastSeen:
-    def test_repeats_and_late_old_ones_are_no_news(self):
-        seen = LastSeen()
-        assert seen.is_news("a", 0)
-        assert seen.note("a", 5)
-        assert not seen.note("a", 5)
-        assert not seen.note("a", 4)
-        assert seen.is_news("a", 6)
-        assert seen.is_news("b", 1)
-
-    def test_asking_does_not_remember(self):
-        seen = LastSeen()
-        assert seen.is_news("a", 1)
-        assert seen.is_news("a", 1)
-
-    def test_the_key_not_touched_for_longest_is_forgotten(self):
-        seen = LastSeen(capacity=2)
-        for key in ("a", "b", "a", "c"):
-            seen.note(key, 1)
-        assert len(seen) == 2
-        assert seen.is_news("b", 1)
-        assert not seen.is_news("a", 1)
-
-    def test_a_forgotten_key_is_news_again(self):
-        seen = LastSeen()
-        seen.note("a", 1)
-        seen.forget("a")
-        assert seen.is_news("a", 1)
-
-    def test_no_room_is_refused(self):
-        with pytest.raises(Invalid):
-            LastSeen(0)
+from whaleflux.events.stream_links import StreamLinks
 
 
 class TestMemoryBus:
@@ -91,83 +56,85 @@ class TestMemoryBus:
 
 
 class Links:
-    """Servers as the backbone sees them; notes every nudge."""
+    """Servers as `StreamLinks` sees them; notes every nudge."""
 
     def __init__(self):
         self.up, self.applied, self.nudged, self.broken = {"a", "b"}, {}, [], False
 
-    async def reaches(self, domain):
-        return domain in self.up
+    async def reaches(self, api):
+        return api.split(".")[1] in self.up
 
-    async def apply(self, spec, *, domain=None):
-        if self.broken or (domain and domain not in self.up):
+    async def apply(self, spec, *, api=""):
+        if self.broken or (api.startswith("$JS.") and api.split(".")[1] not in self.up):
             raise Unavailable("away")
-        self.applied[domain, spec.name] = spec
+        self.applied[api, spec.name] = spec
 
-    async def nudge(self, spec, source, *, domain=None):
-        await self.apply(spec.without(source), domain=domain)
-        await self.apply(spec, domain=domain)
-        self.nudged.append((domain, source))
+    async def nudge(self, spec, *, api=""):
+        await self.apply(spec.without_sources(), api=api)
+        await self.apply(spec, api=api)
+        self.nudged.append(api)
 
 
-class TestBackbone:
-    async def test_both_ends_of_a_link_that_came_back_are_nudged_once(self):
+class TestStreamLinks:
+    async def test_a_link_that_came_back_is_nudged_once(self):
         links = Links()
-        backbone = Backbone(links, ["a", "b"], clock=VirtualClock())
-        await backbone.look()
-        assert backbone.linked == {"a", "b"}
-        assert links.nudged == [("a", "hub"), (None, "a"), ("b", "hub"), (None, "b")]
+        stream_links = StreamLinks(links, ["a", "b"], clock=VirtualClock())
+        await stream_links.look()
+        assert stream_links.linked == {"a", "b"}
+        assert links.nudged == ["taken.a.API", "taken.b.API"]
+        assert set(links.applied) == {
+            ("", "EVENTS"), ("", "ACCOUNTING"), ("", "AUDIT"), ("taken.a.API", "TAKEN-a"), ("taken.b.API", "TAKEN-b"),
+            ("$JS.a.API", "EVENTS"), ("$JS.b.API", "EVENTS"),
+        }  # fmt: skip
         links.nudged.clear()
         links.up.remove("a")
-        await backbone.look()
-        assert backbone.linked == {"b"}
+        await stream_links.look()
+        assert stream_links.linked == {"b"}
         assert links.nudged == []
         links.up.add("a")
-        await backbone.look()
-        await backbone.look()
-        assert links.nudged == [("a", "hub"), (None, "a")]
+        await stream_links.look()
+        await stream_links.look()
+        assert links.nudged == ["taken.a.API"]
 
-    async def test_a_new_site_is_heard_by_all(self):
+    async def test_a_new_site_is_taken_from(self):
         links = Links()
-        backbone = Backbone(links, ["a"], clock=VirtualClock())
-        await backbone.look()
-        backbone.set_sites(["a", "b"])
-        await backbone.look()
-        assert [s.domain for s in links.applied[None, "EVENTS"].sources] == ["a", "b"]
-        assert "wf.v1.b.>" in {s.subjects for s in links.applied["a", "HEARD"].sources}
+        stream_links = StreamLinks(links, ["a"], clock=VirtualClock())
+        await stream_links.look()
+        stream_links.set_sites(["a", "b"])
+        await stream_links.look()
+        assert [s.site for s in links.applied["", "EVENTS"].sources] == ["a", "b"]
 
     async def test_a_nudge_that_broke_in_the_middle_is_mended_at_the_next_look(self):
         links = Links()
-        backbone = Backbone(links, ["a"], clock=VirtualClock())
-        await backbone.look()
+        stream_links = StreamLinks(links, ["a"], clock=VirtualClock())
+        await stream_links.look()
         links.up.clear()
-        await backbone.look()
+        await stream_links.look()
         links.up.add("a")
-        apply, calls = links.apply, []
+        apply = links.apply
 
-        async def breaks_after_taking_the_source_out(spec, *, domain=None):
-            calls.append(domain)
-            if domain is None and not spec.without("a").sources == spec.sources:
+        async def breaks_after_taking_the_source_out(spec, *, api=""):
+            if spec.name == "TAKEN-a" and spec.sources:
                 raise Unavailable("the hub crashed")
-            await apply(spec, domain=domain)
+            await apply(spec, api=api)
 
         links.apply = breaks_after_taking_the_source_out
-        await backbone.look()
-        assert links.applied[None, "EVENTS"].sources == ()
-        assert backbone.linked == set()
+        await stream_links.look()
+        assert links.applied["taken.a.API", "TAKEN-a"].sources == ()
+        assert stream_links.linked == set()
         links.apply = apply
         links.up.clear()  # even when the site cannot be reached
-        await backbone.look()
-        assert [s.domain for s in links.applied[None, "EVENTS"].sources] == ["a"]
+        await stream_links.look()
+        assert [s.site for s in links.applied["taken.a.API", "TAKEN-a"].sources] == ["a"]
 
     async def test_it_looks_each_second_and_waits_out_a_hub_that_is_away(self):
         links, clock = Links(), VirtualClock()
         links.broken = True
-        backbone = Backbone(links, ["a"], clock=clock)
-        task = asyncio.create_task(backbone.run())
+        stream_links = StreamLinks(links, ["a"], clock=clock)
+        task = asyncio.create_task(stream_links.run())
         await clock.advance(5)
-        assert backbone.linked == set()
+        assert stream_links.linked == set()
         links.broken = False
         await clock.advance(1)
-        assert backbone.linked == {"a"}
+        assert stream_links.linked == {"a"}
         task.cancel()

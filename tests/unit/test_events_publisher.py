@@ -7,9 +7,10 @@ import random
 import pytest
 
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import Invalid
+from whaleflux.errors import InvalidArgument, PermissionDenied
+from whaleflux.events import change_id
 from whaleflux.events.memory import MemoryBus
-from whaleflux.events.publisher import SAVE_IDLE_REVISIONS, Change, News, Publisher
+from whaleflux.events.publisher import SAVE_IDLE_REVISIONS, EntryChange, OutgoingEvent, Publisher
 from whaleflux.store import keys
 from whaleflux.store.api import Delete, Fenced, Put
 from whaleflux.store.memory import MemoryStore
@@ -17,10 +18,10 @@ from whaleflux.store.memory import MemoryStore
 CURSOR = keys.PUBLISHERS + "test"
 
 
-def describe(change: Change) -> News:
+def describe(change: EntryChange) -> OutgoingEvent:
     """Old and new value as text, so that the tests see what the publisher knew."""
     old, new = (e.value.decode() if e else "-" for e in (change.old, change.new))
-    return News(f"wf.v1.hub.job.{change.key.rpartition('/')[2]}.changed", f"{old}>{new}".encode())
+    return OutgoingEvent(f"wf.v1.hub.job.{change.key.rpartition('/')[2]}.changed", f"{old}>{new}".encode())
 
 
 class Room:
@@ -65,7 +66,8 @@ async def test_each_change_is_published_with_what_was_before_under_key_and_revis
         revisions.append(await room.store.commit(Delete(keys.JOBS + "q/a")))
         await room.clock.advance(0)
     assert room.said == ["->1", "1>2", "2>-"]
-    assert room.ids == [f"{keys.JOBS}q/a@{revision}" for revision in revisions]
+    values = (b"1", b"2", None)
+    assert room.ids == [change_id(f"{keys.JOBS}q/a", *told) for told in zip(revisions, values, strict=True)]
 
 
 async def test_a_first_start_publishes_the_present_state(room):
@@ -171,6 +173,71 @@ async def test_compaction_under_a_running_publisher_still_tells_what_was_deleted
     assert sorted(room.said) == sorted(["->1", "->1", "->0", "1>-", "1>2"])
 
 
+@pytest.mark.parametrize("overtaken", [False, True])
+async def test_a_restored_backup_is_noticed_and_the_news_go_on(room, overtaken):
+    """What the lost history had and the backup has not is told as gone, what came back as changed, and ids never repeat."""
+    async with room.publishing():
+        backup = await room.put("q/a", "1")
+        await room.put("q/a", "lost")
+        await room.put("q/b", "lost")
+        await room.clock.advance(2)  # the position is saved, and lost with the rest
+        room.bus.reachable = False
+        await room.store.restore(backup)
+        for n in range(9 if overtaken else 1):
+            await room.put("q/c", str(n))
+        room.bus.reachable = True
+        await room.clock.advance(5)
+        before = len(room.said)
+        await room.put("q/a", "2")
+        await room.clock.advance(5)
+    assert room.said[:3] == ["->1", "1>lost", "->lost"]
+    assert sorted(room.said[3:before]) == sorted(["lost>1", "lost>-", "->8" if overtaken else "->0"])
+    assert room.said[before:] == ["1>2"]
+    assert len(set(room.ids)) == len(room.ids)
+    assert int((await room.store.get(CURSOR)).value.split()[0]) <= (await room.store.list("")).revision
+
+
+async def test_what_is_written_after_a_restoring_that_nobody_noticed_is_told(room):
+    async with room.publishing():
+        backup = await room.put("q/a", "1")
+        await room.put("q/a", "lost")
+        await room.clock.advance(2)
+    await room.store.restore(backup)
+    async with room.publishing():
+        await room.put("q/a", "2")  # under the revision of what was lost
+        await room.clock.advance(5)
+    assert room.said[-1].endswith(">2")
+
+
+@pytest.mark.parametrize("kept", [b"100000", b"no number", b""])
+async def test_a_kept_position_that_cannot_be_is_replaced_by_the_present_state(room, kept):
+    await room.put("q/a", "1")
+    await room.store.commit(Put(CURSOR, kept))
+    async with room.publishing() as task:
+        await room.put("q/a", "2")
+        await room.clock.advance(5)
+        assert not task.done()
+    assert room.said == ["->1", "1>2"]
+    assert int((await room.store.get(CURSOR)).value.split()[0]) <= (await room.store.list("")).revision
+
+
+async def test_no_error_of_store_or_bus_ends_it_but_the_loss_of_its_leadership(room):
+    """It runs in its leader's group: news that cannot be told must not end the leadership."""
+    listing, failures = room.store.list, [PermissionDenied("not this prefix"), ValueError("a bug"), InvalidArgument(())]
+
+    async def failing(*args, **more):
+        if failures:
+            raise failures.pop()
+        return await listing(*args, **more)
+
+    room.store.list = failing
+    async with room.publishing() as task:
+        await room.put("q/a", "1")
+        await room.clock.advance(60)
+        assert not task.done()
+    assert room.said == ["->1"]
+
+
 async def test_a_publisher_that_leads_no_more_stops(room):
     class Deposed:
         key, created = keys.LEADERS + "test", 1
@@ -190,20 +257,20 @@ async def test_what_cannot_be_described_or_published_is_skipped(room):
             raise KeyError(value)
         if value == "private":
             return None
-        return News("nonsense" if value == "bad" else "wf.v1.hub.job.a.changed", value.encode())
+        return OutgoingEvent("nonsense" if value == "bad" else "wf.v1.hub.job.a.changed", value.encode())
 
     async with room.publishing(picky):
         for value in ("1", "bug", "private", "bad", "2"):
             await room.put("q/a", value)
         await room.clock.advance(2)
     assert room.said == ["1", "2"]
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         await room.bus.publish("nonsense", b"", id="1")
 
 
 async def test_headers_of_the_description_travel_along(room):
     parent = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
-    async with room.publishing(lambda change: News("wf.v1.hub.job.a.changed", b"", parent)):
+    async with room.publishing(lambda change: OutgoingEvent("wf.v1.hub.job.a.changed", b"", parent)):
         await room.put("q/a", "1")
         await room.clock.advance(0)
     assert room.bus.events[0].headers == parent

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from whaleflux.errors import Unavailable, WrongState
+from whaleflux.errors import FailedPrecondition, Unavailable
 from whaleflux.events.api import Delivery
 from whaleflux.events.pull import Notice, Out, PullSubscription, Said, Window, pull
 
@@ -38,7 +38,9 @@ class ScriptedFeed:
         async def settle(delay_s):
             self.settled[sequence] = delay_s
 
-        return Delivery("wf.v1.a.b.c.d", b"", "", {}, self.stream, sequence, datetime.now(UTC), 1, settle)
+        return Delivery(
+            "wf.v1.a.b.c.d", b"", "", {}, self.stream, sequence, datetime(2026, 1, 1, tzinfo=UTC), 1, settle
+        )
 
 
 @contextlib.asynccontextmanager
@@ -106,13 +108,13 @@ async def test_what_older_requests_say_is_not_for_the_present_one():
         assert len(feed.asked) == 2
 
 
-async def test_outages_are_waited_out_and_refusals_are_not():
+async def test_outages_are_waited_out_and_status_errors_are_not():
     feed = ScriptedFeed(refuse=[Unavailable("away"), Unavailable("away")])
     async with pulling(feed):
         await until(lambda: feed.asked)
     assert feed.ensured >= 3
-    with pytest.raises(WrongState):
-        await pull(ScriptedFeed(refuse=[WrongState("no")]), Out(), Window(1, 1), SILENCE_S)
+    with pytest.raises(FailedPrecondition):
+        await pull(ScriptedFeed(refuse=[FailedPrecondition("no")]), Out(), Window(1, 1), SILENCE_S)
 
 
 async def test_no_more_is_asked_for_than_the_reader_may_hold():
@@ -163,9 +165,9 @@ async def test_closing_gives_back_what_nobody_has_seen():
     assert [event async for event in news] == []
 
 
-async def test_a_refusal_reaches_the_reader_and_closes():
-    news = PullSubscription([ScriptedFeed(refuse=[WrongState("no such thing")])], 1, 30, lambda _: None)
-    with pytest.raises(WrongState, match="no such thing"):
+async def test_a_status_error_reaches_the_reader_and_closes():
+    news = PullSubscription([ScriptedFeed(refuse=[FailedPrecondition("no such thing")])], 1, 30, lambda _: None)
+    with pytest.raises(FailedPrecondition, match="no such thing"):
         await anext(news)
     with pytest.raises(StopAsyncIteration):
         await anext(news)

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whaleflux.errors import Invalid
+from whaleflux.errors import InvalidArgument
 from whaleflux.events import Subject, change_id, observation_id, pattern
 from whaleflux.events.subjects import check, check_filters, matches, overlap
-from whaleflux.events.topology import EVENTS, HEARD, hub_streams, site_streams, streams_for
+from whaleflux.events.topology import ACCOUNTING, AUDIT, EVENTS, hub_streams, site_streams, streams_for, taken_stream
 
 ids = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 subjects = st.builds(Subject, ids, ids, st.lists(ids, min_size=1, max_size=3).map(tuple), ids)
@@ -32,7 +32,7 @@ def test_a_resource_name_gives_kind_and_joined_ids():
     "name", ["", "nodes", "sites/a/nodes", "sites/a/nodes/N 1", "sites/a.b/nodes/n", "sites/a/nodes/*"]
 )
 def test_what_is_no_resource_name_is_refused(name):
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         Subject.of(name, "x")
 
 
@@ -42,7 +42,7 @@ def test_what_is_no_resource_name_is_refused(name):
      "wf.v1.a.node.n1.x\r\nPUB y", "wf.v1.a.node." + "n" * 300 + ".x", "wf.v1.A.node.n1.x"],
 )  # fmt: skip
 def test_bad_subjects_are_refused_with_the_form_to_use(subject):
-    with pytest.raises(Invalid, match=r"wf\.v1\.<site>"):
+    with pytest.raises(InvalidArgument, match=r"wf\.v1\.<site>"):
         check(subject)
 
 
@@ -51,14 +51,14 @@ def test_bad_subjects_are_refused_with_the_form_to_use(subject):
     ["wf.v1", "wf.>", "wf.v1.>.x", "wf.v1.a", "wf.v1.a.node.*", "wf.v1.a.*.*.*.*", "x.v1.>", "wf.v1.a*.>"],
 )
 def test_bad_filters_are_refused(filter):
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         check_filters([filter])
 
 
 def test_overlapping_filters_are_refused_naming_both():
-    with pytest.raises(Invalid, match=r"wf\.v1\.a\.> *'? and"):
+    with pytest.raises(InvalidArgument, match=r"wf\.v1\.a\.> *'? and"):
         check_filters(["wf.v1.a.>", "wf.v1.*.node.>"])
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         check_filters([])
 
 
@@ -79,36 +79,45 @@ def test_pattern_leaves_open_what_is_not_given():
 
 
 def test_ids_name_the_key_and_the_revision_or_the_node_and_its_boot():
-    assert change_id("/whaleflux/v1/jobs/q/j", 7) == "/whaleflux/v1/jobs/q/j@7"
+    key = "/whaleflux/v1/jobs/q/j"
+    assert (change_id(key, 7, None), change_id(key, 7, b"", 9)) == (f"{key}@7", f"{key}@7-00000000~9")
+    assert change_id(key, 7, b"1") != change_id(key, 7, b"2")
     assert observation_id("sites/a/nodes/n", "b1", 3) != observation_id("sites/b/nodes/n", "b1", 3)
 
 
 def test_a_hub_without_sites_is_one_stream_and_sites_add_sources():
-    (alone,) = hub_streams()
+    alone, accounting, trail = hub_streams()
     assert (alone.name, alone.subjects, alone.sources) == (EVENTS, ("wf.v1.>",), ())
-    (linked,) = hub_streams(["a", "b", "a"])
-    assert [(s.domain, s.subjects) for s in linked.sources] == [("a", "wf.v1.a.>"), ("b", "wf.v1.b.>")]
-    assert [s.domain for s in linked.without("a").sources] == ["b"]
+    assert (accounting.name, accounting.subjects, accounting.limits.max_per_subject) == (
+        ACCOUNTING,
+        ("wf.account.>",),
+        1,
+    )
+    assert (trail.name, trail.subjects, trail.sealed) == (AUDIT, ("wf.audit.>",), True), "nobody deletes of it"
+    linked, *_ = hub_streams(["a", "b", "a"])
+    assert [(s.stream, s.subjects) for s in linked.sources] == [("TAKEN-a", "wf.v1.a.>"), ("TAKEN-b", "wf.v1.b.>")]
+    assert linked.without_sources() == alone
 
 
-def test_a_site_never_hears_itself():
-    own, heard = site_streams("a", ["a", "b"])
-    assert own.subjects == ("wf.v1.a.>",)
-    assert heard.subjects == ()
-    assert [s.subjects for s in heard.sources] == ["wf.v1.hub.>", "wf.v1.b.>"]
+def test_a_site_has_its_own_events_and_the_hub_keeps_apart_what_it_took_of_them():
+    (own,) = site_streams("a")
+    assert (own.subjects, own.sources) == (("wf.v1.a.>",), ())
+    taken = taken_stream("a")
+    assert taken.subjects == (), "no client of the hub says anything into it"
+    assert [(s.stream, s.api, s.subjects) for s in taken.sources] == [(EVENTS, "$JS.a.API", "wf.v1.a.>")]
 
 
 def test_a_site_may_not_be_called_hub():
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         hub_streams(["hub"])
 
 
 def test_each_event_is_read_from_exactly_one_stream():
     assert streams_for("hub", ["wf.v1.a.>"]) == ((EVENTS, ("wf.v1.a.>",)),)
+    both = streams_for("hub", ["wf.account.>", "wf.v1.a.>"])
+    assert both == ((EVENTS, ("wf.v1.a.>",)), (ACCOUNTING, ("wf.account.>",)))
     assert streams_for("a", ["wf.v1.a.node.>"]) == ((EVENTS, ("wf.v1.a.node.>",)),)
-    assert streams_for("a", ["wf.v1.hub.>"]) == ((HEARD, ("wf.v1.hub.>",)),)
-    assert streams_for("a", ["wf.v1.*.node.>"]) == (
-        (EVENTS, ("wf.v1.a.node.>",)),
-        (HEARD, ("wf.v1.*.node.>",)),
-    )
-    assert streams_for("a", ["wf.v1.>"]) == ((EVENTS, ("wf.v1.a.>",)), (HEARD, ("wf.v1.>",)))
+    assert streams_for("a", ["wf.v1.*.node.>"]) == ((EVENTS, ("wf.v1.a.node.>",)),)
+    assert streams_for("a", ["wf.v1.>"]) == ((EVENTS, ("wf.v1.a.>",)),)
+    with pytest.raises(InvalidArgument, match="the hub has all"):
+        streams_for("a", ["wf.v1.hub.>"])

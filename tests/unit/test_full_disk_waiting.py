@@ -1,13 +1,11 @@
-"""What must be durable waits for room on a full disk; ranks wait for an agent that waits."""
+"""What must be durable waits for room on a full disk."""
 
 import asyncio
 import errno
 import os
 
-import grpc
 import pytest
 
-from whaleflux.sdk import rank
 from whaleflux_agent import state as state_module
 from whaleflux_agent.runtime import shim
 from whaleflux_agent.state import StateDir
@@ -28,7 +26,7 @@ def full(times, number=errno.ENOSPC):
 
 @pytest.fixture
 def state(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "_LOOK_FOR_ROOM_EVERY_S", 0.01)
+    monkeypatch.setattr(state_module, "LOOK_FOR_ROOM_EVERY_S", 0.01)
     made = StateDir(tmp_path)
     yield made
     made.close()
@@ -61,63 +59,9 @@ async def test_stopping_does_not_wait_for_room(state):
 def test_how_a_rank_ended_is_kept_until_it_can_be_written_down(tmp_path, monkeypatch):
     ended, write = {0: {"code": 0}, 1: {"code": 3}}, shim.write
     monkeypatch.setattr(shim, "write", lambda *_: full(1)())
-    shim.write_down(ended, str(tmp_path))
+    shim.record_exits(ended, str(tmp_path))
     assert ended == {0: {"code": 0}, 1: {"code": 3}}
     monkeypatch.setattr(shim, "write", write)
-    shim.write_down(ended, str(tmp_path))
+    shim.record_exits(ended, str(tmp_path))
     assert ended == {}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["exit-0.json", "exit-1.json"]
-
-
-class Refused(grpc.RpcError):
-    def __init__(self, code):
-        self._code = code
-
-    def code(self):
-        return self._code
-
-    def details(self):
-        return "not now"
-
-
-@pytest.fixture
-def keeper(monkeypatch):
-    monkeypatch.setattr(rank, "_PAUSE_S", 0.0)
-    made = rank.AgentKeeper("/nowhere", "token")
-    yield made
-    made.close()
-
-
-def test_a_save_waits_for_an_agent_that_restarts_or_has_a_full_disk(keeper):
-    answers = [Refused(grpc.StatusCode.UNAVAILABLE), Refused(grpc.StatusCode.DEADLINE_EXCEEDED), "taken"]
-
-    def call(request, **_):
-        answer = answers.pop(0)
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
-
-    assert keeper._patiently(call, None) == "taken"
-
-
-@pytest.mark.parametrize("code", [grpc.StatusCode.ABORTED, grpc.StatusCode.UNAUTHENTICATED])
-def test_a_save_that_is_refused_is_not_repeated(keeper, code):
-    calls = []
-
-    def call(request, **_):
-        calls.append(request)
-        raise Refused(code)
-
-    with pytest.raises(Refused):
-        keeper._patiently(call, None)
-    assert len(calls) == 1
-
-
-def test_patience_ends(keeper, monkeypatch):
-    monkeypatch.setattr(rank, "_PATIENCE_S", 0.05)
-
-    def call(request, **_):
-        raise Refused(grpc.StatusCode.UNAVAILABLE)
-
-    with pytest.raises(Refused):
-        keeper._patiently(call, None)

@@ -1,13 +1,12 @@
 """Whatever is sent to inventory, it answers or refuses with a reason; what it refuses changes nothing."""
 
-import asyncio
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import virtual_time
 from whaleflux.clock import VirtualClock
 from whaleflux.convert import node_from_proto
-from whaleflux.errors import Refusal
+from whaleflux.errors import StatusError
 from whaleflux.rpc import auth, pki
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2 as pb
@@ -105,11 +104,11 @@ def test_nothing_that_can_be_sent_breaks_inventory(requests):
                 before = (await store.list("")).revision
                 try:
                     answer = await getattr(rpc, method)(request, None)
-                except Refusal as refusal:
-                    assert refusal.code != "INTERNAL" and refusal.reason
+                except StatusError as error:
+                    assert error.code != "INTERNAL" and error.reason
                     assert (await store.list("")).revision == before
                 else:
                     if isinstance(answer, pb.Node):
                         node_from_proto(answer)  # whatever was accepted, placement can read
 
-    asyncio.run(send_all())
+    virtual_time.run(send_all())

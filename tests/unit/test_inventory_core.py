@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whaleflux.errors import Invalid, Unauthenticated, WrongState
+from whaleflux.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from whaleflux.fleet import Disk, Gpu, Link, LinkKind, Node, Price
 from whaleflux_inventory.core import facts, intents, tokens
 from whaleflux_inventory.core.facts import Presence
@@ -22,7 +22,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def refused_fields(node=NODE, presence=HERE):
-    with pytest.raises(Invalid) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         facts.check_registration(node, presence)
     return {v.field for v in refused.value.violations}
 
@@ -77,9 +77,9 @@ def test_impossible_presence_is_refused_by_field(change, field):
     assert field in refused_fields(presence=replace(HERE, **change))
 
 
-def test_a_refusal_names_a_bounded_number_of_fields():
+def test_a_status_error_names_a_bounded_number_of_fields():
     node = replace(NODE, gpus=tuple(replace(g, memory_bytes=-1, model="") for g in GPUS), links=())
-    with pytest.raises(Invalid) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         facts.check_registration(node, HERE)
     assert len(refused.value.violations) == facts.Findings.MOST
 
@@ -100,13 +100,13 @@ def test_intents_move_as_the_contract_says():
 def _changes(now, wanted, **more):
     try:
         return intents.change("sites/a/nodes/n", now, wanted, **more) is wanted
-    except WrongState:
+    except FailedPrecondition:
         return False
 
 
 def test_asking_for_what_is_so_changes_nothing_and_retired_is_final():
     assert all(_changes(intent, intent) for intent in Intent)
-    with pytest.raises(WrongState) as refused:
+    with pytest.raises(FailedPrecondition) as refused:
         intents.change("n", Intent.RETIRED, Intent.ACTIVE)
     assert refused.value.reason == "NODE_RETIRED"
 
@@ -132,11 +132,15 @@ def test_a_token_admits_once_and_repeats_only_for_the_same_node_and_key():
 
 def test_wrong_secrets_and_late_uses_are_refused_alike():
     told = set()
-    for secret, now in (("x" * 43, NOW), (SECRET, NOW + timedelta(hours=1))):
+    for secret, now in (("x" * 43, NOW), (SECRET, NOW + timedelta(hours=1, minutes=5))):
         with pytest.raises(Unauthenticated) as refused:
             tokens.admits(TOKEN, secret, "n1", KEY, now)
         told.add(str(refused.value))
     assert len(told) == 1
+
+
+def test_a_token_counts_where_the_clock_is_five_minutes_ahead_of_the_one_that_made_it():
+    assert tokens.admits(TOKEN, SECRET, "n1", KEY, NOW + timedelta(hours=1, minutes=4, seconds=59))
 
 
 @given(st.text(max_size=200))
@@ -151,5 +155,5 @@ def test_whatever_is_no_token_is_refused_without_a_crash(text):
 def test_lifetimes():
     assert tokens.lifetime(0) == timedelta(hours=1)
     for bad in (-1, 604_801, 10**12):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidArgument):
             tokens.lifetime(bad)

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.baselines_packing import Policy, fill_by, fragmentation_milli, typical_pods
 from benchmarks.packing_bound import bound_pct, choose_probe, cuts_of
 from benchmarks.packing_openb import MIB, Workload, arrivals, read_workload
-from whaleflux_scheduler.core.placement.sharing_replay import Fleet, Kinds
+from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
 
 KINDS = Kinds(
     np.array([4000, 8000, 2000, 64_000]),
@@ -23,7 +23,7 @@ PODS = np.repeat([0, 1, 2, 3], [50, 30, 18, 2])
 def fleet(*nodes):
     """Nodes as (cores, GPUs)."""
     free = np.where(np.arange(8)[None, :] < np.array([[n[1]] for n in nodes]), 1000, 0).astype(np.int64)
-    return Fleet(
+    return DeviceArrays(
         np.array([n[0] * 1000 for n in nodes]),
         np.full(len(nodes), 100),
         np.ones(len(nodes), dtype=np.int64),

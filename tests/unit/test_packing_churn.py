@@ -7,8 +7,8 @@ from benchmarks.baselines_packing import Policy, typical_pods
 from benchmarks.churn_kernel import BY_TABLE, MOVE_S, Stream, run_churn
 from benchmarks.packing_churn import bound_pct
 from benchmarks.packing_openb import Workload
+from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
 from whaleflux_scheduler.core.placement.fragmentation import untaught
-from whaleflux_scheduler.core.placement.sharing_replay import Fleet, Kinds
 
 # half a GPU, a whole one, a gang of two
 KINDS = Kinds(
@@ -25,7 +25,7 @@ HOUR = 3600.0
 
 def fleet(*gpus):
     free = np.where(np.arange(4)[None, :] < np.array(gpus)[:, None], 1000, 0).astype(np.int64)
-    return Fleet(
+    return DeviceArrays(
         np.full(len(gpus), 100_000),
         np.full(len(gpus), 1000),
         np.zeros(len(gpus), dtype=np.int64),
@@ -102,9 +102,17 @@ def test_at_random_the_allocated_time_is_the_life_of_what_was_taken_and_within_t
     lived = np.minimum(pods.life_s, pods.time_s[-1] - pods.time_s)
     asked = (KINDS.gpus * KINDS.gpu_milli)[pods.kind] * lived
     assert 0 < seen.allocated_milli_s <= asked.sum() + seen.moving_milli_s + 1e-3
-    if seen.dropped == 0:
-        assert seen.allocated_milli_s == pytest.approx(asked.sum() + seen.moving_milli_s, rel=1e-3)
     whole = some.free_milli.sum() * pods.time_s[-1]
     work = Workload("made up", KINDS, pods.kind, np.ones(count, dtype=np.int64))
     assert 100 * seen.allocated_milli_s / whole <= bound_pct(work, pods, int(some.free_milli.sum()), 0.0, 48) + 2
     assert seen.moving_milli_s <= max(0.06 * seen.allocated_milli_s, MOVE_S * 4000)
+
+
+@pytest.mark.parametrize("policy", [BY_TABLE, int(Policy.FGD_BEST_FIT), int(Policy.BEST_FIT)])
+def test_where_there_is_room_for_all_the_allocated_time_is_the_life_of_all(policy):
+    pods = busy()
+    seen = run(fleet(*[4] * 60), pods, budget=0.0, policy=policy)
+    lived = np.minimum(pods.life_s, pods.time_s[-1] - pods.time_s)
+    asked = (KINDS.gpus * KINDS.gpu_milli)[pods.kind] * lived
+    assert seen.dropped == 0
+    assert seen.allocated_milli_s == pytest.approx(asked.sum(), rel=1e-3)

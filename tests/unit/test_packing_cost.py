@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from whaleflux_scheduler.core.placement.fragmentation import (
     FREE_MILLI,
     SCARCITY,
-    Demand,
     IdleTable,
+    PartDemand,
     node_value,
     placement_costs,
     row_of,
@@ -27,11 +27,11 @@ def nodes(*frees, cpu=1000 * CORE):
 
 
 def share(milli, cpu=CORE):
-    return Demand(cpu, GIB, 1, milli)
+    return PartDemand(cpu, GIB, 1, milli)
 
 
 def whole(gpus, cpu=CORE):
-    return Demand(cpu, GIB, gpus, 1000)
+    return PartDemand(cpu, GIB, gpus, 1000)
 
 
 def table_where(stays_idle):
@@ -77,7 +77,7 @@ def test_a_request_without_gpus_spares_the_nodes_whose_gpus_need_their_cpu():
     table = IdleTable(idle, 10.0 * CORE, 40.0 * GIB)
     cpu, memory, free = nodes([1000, 1000], [1000, 1000], [0, 0])
     cpu = np.array([24 * CORE, 200 * CORE, 24 * CORE])
-    costs, _ = placement_costs(table, Demand(20 * CORE, GIB, 0, 0), cpu, memory, free)
+    costs, _ = placement_costs(table, PartDemand(20 * CORE, GIB, 0, 0), cpu, memory, free)
     assert costs.argsort().tolist() == [2, 1, 0]
 
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.baselines_packing import Policy, fill_by, typical_pods
-from whaleflux_scheduler.core.placement.fragmentation import Demand, placement_costs, untaught
-from whaleflux_scheduler.core.placement.sharing_replay import (
+from benchmarks.placement_lab.sharing_replay import (
     PRESSURE,
-    Fleet,
+    DeviceArrays,
     Kinds,
     Schedule,
     draw,
@@ -15,6 +14,7 @@ from whaleflux_scheduler.core.placement.sharing_replay import (
     learn,
     needs_per_gpu,
 )
+from whaleflux_scheduler.core.placement.fragmentation import PartDemand, placement_costs, untaught
 
 CORE, GIB = 1000, 1 << 30
 
@@ -22,7 +22,7 @@ CORE, GIB = 1000, 1 << 30
 def fleet_of(*nodes):
     """Nodes as (GPUs, cores, model bit)."""
     gpus = np.array([n[0] for n in nodes])
-    return Fleet(
+    return DeviceArrays(
         np.array([n[1] * CORE for n in nodes]),
         np.full(len(nodes), 4096 * GIB),
         np.array([n[2] for n in nodes]),
@@ -62,7 +62,7 @@ def sample(seed):
 
 
 def demand(kind):
-    return Demand(*(int(column[kind]) for column in KINDS[:4]))
+    return PartDemand(*(int(column[kind]) for column in KINDS[:4]))
 
 
 def test_what_is_left_and_what_was_placed_add_up_on_every_node(table):
@@ -125,7 +125,7 @@ def test_neither_the_order_of_nodes_nor_of_ties_decides_how_much_fits(table):
     for seed in range(6):
         arrivals = sample(seed)
         for order in orders:
-            values.append((seed, fill(Fleet(*(c[order] for c in FLEET)), KINDS, arrivals, table)))
+            values.append((seed, fill(DeviceArrays(*(c[order] for c in FLEET)), KINDS, arrivals, table)))
         values.append((seed, fill(FLEET, KINDS, arrivals, table, tie_seed=seed)))
     means = [np.mean([f.allocated_milli for _, f in values[i::3]]) for i in range(3)]
     assert (max(means) - min(means)) / FLEET.free_milli.sum() < 0.002

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.fleets import GB, Level, node, nodes, nvlink
-from whaleflux.errors import AlreadyExists, Conflict, Invalid, NotFound, WrongState
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.fleet import Disk, Price, PriceKind
 from whaleflux_scheduler.core.placement.api import (
     CommModel,
@@ -264,16 +264,30 @@ class TestParts:
         made.release("x1")
         assert placed(made.place(want(1)))
 
-    def test_mig_partitions(self):
-        cut = node("n", gpus=2)
-        gpus = (replace(cut.gpus[0], mig_profiles=("3g.40gb", "3g.40gb")), cut.gpus[1])
-        made = engine(replace(cut, gpus=gpus))
-        for at in range(2):
-            found = placed(made.place(want(1, f"x{at}", share=Share(mig_profile="3g.40gb"))))
-            assert found.nodes[0].gpus == (0,)
-            made.apply(found)
-        assert isinstance(made.place(want(1, share=Share(mig_profile="3g.40gb"))), NoPlacement)
-        assert placed(made.place(want(1))).nodes[0].gpus == (1,), "a GPU that is cut up is not given whole"
+    def test_a_mig_instance_is_a_device_for_those_who_ask_for_one(self):
+        whole = node("n", gpus=2, usd=4.0)
+        cut = replace(
+            whole.gpus[0], model="A100 3g.40gb", mig_profile="3g.40gb", parent_uuid="GPU-0",
+            memory_bytes=20 * GB, parent_memory_bytes=80 * GB,
+        )  # fmt: skip
+        made = engine(replace(whole, gpus=(cut, whole.gpus[1], replace(cut, index=2, uuid="MIG-2"))))
+        instance = GpuRequirement(mig_profile="3g.40gb")
+        found = placed(made.place(want(2, "x", requirement=instance)))
+        assert found.nodes[0].gpus == (0, 2) and found.cost.usd_per_hour == 2.0, "a quarter of a GPU's price each"
+        made.apply(found)
+        none = refused(made.place(want(1, "y", requirement=GpuRequirement(any_of=(GpuOption("A100 3g.40gb"),)))))
+        assert none.ever
+        assert placed(made.place(want(1, "z"))).nodes[0].gpus == (1,), "who asks for a GPU gets a whole one"
+        assert not refused(made.place(want(2, "w"))).ever
+        assert not refused(made.place(want(1, "v", share=Share(40 * GB), requirement=instance))).ever
+
+    def test_parts_that_are_kept_apart_lie_on_different_gpus(self):
+        made = engine(node("n", gpus=2))
+        found = placed(made.place(want(2, "x", share=Share(10 * GB, apart=True))))
+        assert found.nodes[0].gpus == (0, 1)
+        made.apply(found)
+        assert not refused(made.place(want(3, "y", share=Share(10 * GB, apart=True)))).ever
+        assert isinstance(made.place(want(2, "z", share=Share(75 * GB, apart=True))), NoPlacement)
 
 
 class TestPreferences:
@@ -367,7 +381,7 @@ class TestState:
         made.apply(found)
         with pytest.raises(AlreadyExists):
             made.apply(found)
-        with pytest.raises(Conflict):
+        with pytest.raises(Aborted):
             made.apply(replace(found, id="other"))
         made.check()
 
@@ -396,7 +410,7 @@ class TestState:
 
     def test_nodes_do_not_come_or_go_inside_a_transaction(self):
         made = engine(*nodes())
-        with made.transaction(), pytest.raises(WrongState):
+        with made.transaction(), pytest.raises(FailedPrecondition):
             made.remove_node("sites/s0/nodes/s0-p0-l0-n0")
 
     def test_what_is_placed_survives_its_node(self):
@@ -447,7 +461,7 @@ class TestExplain:
         assert counted == {"gpu memory < 40 GB": 12, "cordoned": 1, "no free GPU": 5}
         assert answer.ever
         assert answer.smallest_change == "would fit without min_memory_bytes"
-        assert "48 GPUs" not in answer.summary
+        assert "48 GPUs" not in answer.nearest_miss
 
     def test_the_nearest_miss_and_fewer_gpus(self):
         made = engine(*nodes(spines=1, leaves=2, per_leaf=2))
@@ -483,7 +497,7 @@ class TestExplain:
         ],
     )
     def test_nonsense_is_refused_by_field(self, request_, field):
-        with pytest.raises(Invalid) as caught:
+        with pytest.raises(InvalidArgument) as caught:
             engine(*nodes()).place(request_)
         assert field in [v.field for v in caught.value.violations]
 
@@ -495,7 +509,7 @@ class TestStranding:
         from whaleflux_scheduler.core.placement.fragmentation import untaught
 
         made = engine(*nodes(spines=1, leaves=1, per_leaf=3))
-        made.learn(untaught(12_000, 100 * GB))
+        made.use_idle_table(untaught(12_000, 100 * GB))
         need = GpuRequirement(cpu_millicores_per_gpu=12_000)
         for at in range(6):
             made.apply(placed(made.place(want(1, f"x{at}", share=Share(10 * GB, 500), requirement=need))))
@@ -509,7 +523,7 @@ class TestStranding:
         from whaleflux_scheduler.core.placement.fragmentation import untaught
 
         made = engine(node("n", gpus=2))
-        made.learn(untaught(12_000, 100 * GB))
+        made.use_idle_table(untaught(12_000, 100 * GB))
         made.apply(placed(made.place(want(1, "big", share=Share(70 * GB, 100)))))
         small = placed(made.place(want(1, "next", share=Share(20 * GB, 100))))
         assert small.nodes[0].gpus != made.placements["big"].nodes[0].gpus

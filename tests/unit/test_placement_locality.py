@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from whaleflux_scheduler.core.placement.locality import PinBook, Source
+from benchmarks.placement_lab.locality import PinBook, Source
 
 SIZES = {"a": 10, "b": 40, "c": 60, "d": 100}
 

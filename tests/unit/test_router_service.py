@@ -1,11 +1,16 @@
 """RouterService over a store in memory, and the loop that keeps replicas as jobs, against a scheduler that is made up."""
 
 import contextlib
+import dataclasses
+import json
 
 import pytest
 
-from whaleflux.clock import SystemClock
-from whaleflux.errors import AlreadyExists, Conflict, Invalid, NotFound, Unavailable, WrongState
+from whaleflux import frontdoor
+from whaleflux.clock import VirtualClock
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from whaleflux.frontdoor.http_paths import TO_ENGINES
+from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Delete, Fenced, Put
 from whaleflux.store.election import elect
@@ -13,26 +18,34 @@ from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2, scheduler_pb2
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router.convert import encode
-from whaleflux_inference_router.core.load import Ended
-from whaleflux_inference_router.core.policy import Request
-from whaleflux_inference_router.fleet import Fleet
-from whaleflux_inference_router.http_policy import Gate, request_of
-from whaleflux_inference_router.manager import Manager
-from whaleflux_inference_router.routing import routing
+from whaleflux_inference_router.core import allowed_networks
+from whaleflux_inference_router.core.load_tracker import Ended
+from whaleflux_inference_router.core.ranking import Request
+from whaleflux_inference_router.replica_jobs import ReplicaJobs
+from whaleflux_inference_router.replica_manager import ReplicaManager
+from whaleflux_inference_router.request_authorizer import Answer, Asked, RequestAuthorizer
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
 
 NODE = "sites/edge/nodes/n1"
+ADMIN = auth.Identity("admin", "root")
 
 
 def model(**engine):
-    return pb.Model(engine=pb.Engine(**(engine or {"command": ["serve"]})), replicas=pb.ReplicaCount(min=2))
+    return pb.Model(engine=pb.Engine(**(engine or {"command": ["serve", "{port}"]})), replicas=pb.ReplicaCount(min=2))
 
 
 @contextlib.asynccontextmanager
 async def service():
-    store = MemoryStore()
-    async with routing(store, SystemClock()) as current:
-        yield Router(store, SystemClock(), current), current, store
+    store, clock = MemoryStore(), VirtualClock()
+    async with routing(store, clock) as current:
+        with auth.acting_as(ADMIN):
+            yield Router(store, clock, current, Resolver(clock, no_such_name)), current, store
+
+
+async def no_such_name(host, port):
+    raise OSError("Name or service not known")
 
 
 class TestModels:
@@ -44,7 +57,7 @@ class TestModels:
             made.replicas.min = 5
             changed = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
             assert (changed.replicas.min, changed.create_time) == (5, made.create_time)
-            with pytest.raises(Conflict):
+            with pytest.raises(Aborted):
                 await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
             await router.DeleteModel(pb.DeleteModelRequest(name="models/m", etag=changed.etag), None)
             with pytest.raises(NotFound):
@@ -73,9 +86,9 @@ class TestModels:
     async def test_the_engine_is_fixed_and_says_what_to_do(self):
         async with service() as (router, _, _):
             await router.CreateModel(pb.CreateModelRequest(model_id="m", model=model()), None)
-            other = model(command=["other"])
+            other = model(command=["other", "{port}"])
             other.name = "models/m"
-            with pytest.raises(WrongState, match="delete the model and create it again"):
+            with pytest.raises(FailedPrecondition, match="delete the model and create it again"):
                 await router.UpdateModel(pb.UpdateModelRequest(model=other), None)
             await router.CreateModel(pb.CreateModelRequest(model_id="e", model=model(addresses=["h:1"])), None)
             moved = model(addresses=["h:1", "h:2"])
@@ -87,15 +100,24 @@ class TestModels:
         [
             (pb.Model(), "model.engine"),
             (model(command=["x"], addresses=["h:1"]), "model.engine"),
-            (model(addresses=["no-port"]), "model.engine.addresses"),
+            (model(addresses=["ok:1", "no-port"]), "model.engine.addresses[1]"),
+            (model(addresses=["256.1.1.1:80"]), "model.engine.addresses[0]"),
+            (model(addresses=["http://x:80"]), "model.engine.addresses[0]"),
+            (model(addresses=["1.2.3.4:²"]), "model.engine.addresses[0]"),
             (model(command=["x"], gpus=1000), "model.engine.gpus"),
-            (pb.Model(engine=pb.Engine(command=["x"]), replicas=pb.ReplicaCount(min=-1)), "model.replicas.min"),
-            (pb.Model(engine=pb.Engine(command=["x"]), context_window_tokens=-1), "model.context_window_tokens"),
+            (
+                pb.Model(engine=pb.Engine(command=["x", "{port}"]), replicas=pb.ReplicaCount(min=-1)),
+                "model.replicas.min",
+            ),
+            (
+                pb.Model(engine=pb.Engine(command=["x", "{port}"]), context_window_tokens=-1),
+                "model.context_window_tokens",
+            ),
         ],
     )
     async def test_what_cannot_be_served_is_refused_by_field(self, bad, field):
         async with service() as (router, _, store):
-            with pytest.raises(Invalid) as refused:
+            with pytest.raises(InvalidArgument) as refused:
                 await router.CreateModel(pb.CreateModelRequest(model_id="m", model=bad), None)
             assert field in {v.field for v in refused.value.violations}
             assert not (await store.list(keys.MODELS)).entries
@@ -105,58 +127,136 @@ class TestKeys:
     async def test_made_once_shown_once_revoked_at_once(self):
         async with service() as (router, current, store):
             made = await router.CreateApiKey(pb.CreateApiKeyRequest(display_name="ci"), None)
-            assert current.knows_key(made.secret)
+            assert current.opened_by(made.secret)
             stored = (await store.list(keys.API_KEYS)).entries[0].value
             assert made.secret.encode() not in stored
             listed = (await router.ListApiKeys(pb.ListApiKeysRequest(), None)).api_keys
             assert [(k.display_name, k.secret) for k in listed] == [("ci", "")]
             await router.DeleteApiKey(pb.DeleteApiKeyRequest(name=made.name), None)
-            assert not current.knows_key(made.secret)
+            assert not current.opened_by(made.secret)
 
     async def test_bounds(self):
         async with service() as (router, _, _):
             for bad in (pb.CreateApiKeyRequest(ttl_s=-1), pb.CreateApiKeyRequest(display_name="x" * 201)):
-                with pytest.raises(Invalid):
+                with pytest.raises(InvalidArgument):
                     await router.CreateApiKey(bad, None)
 
 
-class TestGate:
+def post(path="/v1/chat/completions", **content):
+    return Asked("POST", path, json.dumps({"model": "m", **content}).encode())
+
+
+class TestAuthorizer:
     async def test_a_key_that_has_ended_opens_nothing(self):
         async with service() as (router, current, store):
             made = await router.CreateApiKey(pb.CreateApiKeyRequest(ttl_s=60), None)
-            gate = Gate(current, open_access=False)
-            assert gate.answer("GET", "/v1/models", f"Bearer {made.secret}", b"").status == 200
+            authorizer = RequestAuthorizer(current, open_access=False)
+            models = Asked("GET", "/v1/models", b"", f"Bearer {made.secret}")
+            assert authorizer.answer(models).status == 200
             entry = (await store.list(keys.API_KEYS)).entries[0]
             ended = pb.ApiKey.FromString(entry.value)
             ended.expire_time.FromSeconds(1)
             await current.seen(current.api_keys, await store.commit(Put(entry.key, ended.SerializeToString())))
-            assert gate.answer("GET", "/v1/models", f"Bearer {made.secret}", b"").status == 401
+            assert authorizer.answer(models).status == 401
 
-    @pytest.mark.parametrize(
-        ("body", "tokens", "output"),
-        [
-            (b'{"model":"m","prompt":"12345678"}', 2, 0),
-            (
-                b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"1234"}]}],"max_tokens":9}',
-                1,
-                9,
-            ),
-            (b'{"model":"m","input":["1234","5678"],"max_completion_tokens":3}', 2, 3),
-            (b'{"model":"m"}', 0, 0),
-        ],
-    )
-    def test_what_is_read_of_a_request(self, body, tokens, output):
-        asked = request_of(body)
-        assert (asked.model, asked.tokens, asked.max_output_tokens) == ("m", tokens, output)
+    async def test_what_has_begun_is_sent_to_one_more_replica_at_most_and_what_is_kept_to_none(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(3)
+            await t.turn(4)
+            authorizer = RequestAuthorizer(t.current, open_access=True)
 
-    @pytest.mark.parametrize(
-        "body",
-        [b"", b"[]", b"{", b'{"model":1}', b'{"model":""}', b'{"model":"m","max_tokens":-1}', b'{"model":"m","max_tokens":true}', b"[" * 100_000],
-    )  # fmt: skip
-    def test_bad_bodies_name_the_field(self, body):
-        with pytest.raises(Invalid) as refused:
-            request_of(body)
-        assert refused.value.violations[0].field in {"body", "model", "max_tokens"}
+            def sent(asked):
+                headers = dict(authorizer.answer(asked).headers)
+                return len(headers["x-gateway-destination-endpoint"].split(",")), headers.get("x-envoy-retry-on")
+
+            assert sent(post()) == (2, "reset")
+            assert sent(post(store=True)) == (3, None), "an attempt that could not begin is repeated all the same"
+            assert sent(post(background=True)) == (3, None)
+            assert sent(post("/v1/responses")) == (3, None)
+
+    async def test_a_request_that_ends_engine_after_engine_is_refused_for_a_while(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(3)
+            await t.turn(4)
+            authorizer = RequestAuthorizer(t.current, open_access=True)
+
+            def killing():
+                answer = authorizer.answer(post(prompt="deadly"))
+                return answer, dict(answer.headers).get("x-wf-decision-id", "")
+
+            now_s = t.clock.monotonic()
+            _, decision_id = killing()
+            for (
+                replica
+            ) in "aab":  # its attempt (a second copy of it at the same engine counts once), and the one repeat
+                t.current.load_tracker.engine_ended(decision_id, replica, now_s)
+            alone, decision_id = killing()
+            assert "x-envoy-retry-on" not in dict(alone.headers)
+            t.current.load_tracker.engine_ended(decision_id, "c", now_s)
+            refused, _ = killing()
+            assert refused.status == 422
+            assert b"change it" in refused.body
+            assert authorizer.answer(post(prompt="innocent")).status == 200
+            await t.clock.advance(601)
+            assert killing()[0].status == 200
+
+    async def test_a_request_that_was_answered_is_no_danger(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            authorizer = RequestAuthorizer(t.current, open_access=True)
+            for replica in "abcd":  # a rolling restart meets the same popular question again and again
+                headers = dict(authorizer.answer(post(prompt="popular")).headers)
+                t.current.load_tracker.engine_ended(headers["x-wf-decision-id"], replica, 0.0)
+                t.current.load_tracker.close(
+                    Ended(headers["x-wf-decision-id"], "", 0.1, completed=True, succeeded=True)
+                )
+
+    async def test_the_key_is_judged_by_the_headers_alone_and_wrong_ones_are_slowed_down_by_address(self):
+        async with service() as (router, current, _):
+            made = await router.CreateApiKey(pb.CreateApiKeyRequest(), None)
+            authorizer = RequestAuthorizer(current, open_access=False)
+
+            def asked(key, address="10.0.0.1"):
+                path = frontdoor.KEY_PREFIX + "/v1/chat/completions"
+                return authorizer.answer(Asked("POST", path, authorization=f"Bearer {key}", address=address))
+
+            assert asked(made.secret) == Answer(200)
+            answers = [asked("wf-wrong") for _ in range(40)]
+            assert answers[0].status == 401
+            assert answers[-1].status == 429
+            assert "retry-after" in dict(answers[-1].headers)
+            assert asked(made.secret).status == 200, "who has a key there is served all the same"
+            assert asked("wf-wrong", "10.0.0.2").status == 401
+
+    async def test_an_engine_gets_the_paths_of_its_kind_only(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            authorizer = RequestAuthorizer(t.current, open_access=True)
+            for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/metrics", "/v1/files"):
+                assert authorizer.answer(post(path)).status == 404
+            models = t.current.snapshot.models
+            models["m"] = dataclasses.replace(models["m"], engine="vllm")
+            other = next(row for row in TO_ENGINES.values() if "vllm" not in row.engines)
+            refused = authorizer.answer(post(other.path))
+            assert refused.status == 404
+            assert b"/v1/chat/completions" in refused.body, "what it answers is said"
+
+    async def test_a_form_without_a_model_goes_to_the_only_one(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            authorizer = RequestAuthorizer(t.current, open_access=True)
+            form = Asked(
+                "POST", "/v1/audio/transcriptions", b"--x\r\n\r\n--x--", content_type="multipart/form-data; boundary=x"
+            )
+            assert authorizer.answer(form).status == 200
 
 
 class Scheduler:
@@ -175,8 +275,13 @@ class Scheduler:
         if name in self.jobs:
             return self.jobs[name]
         self.created += 1
-        task = scheduler_pb2.Task(node=NODE, gpu_indices=[0], phase=scheduler_pb2.TASK_PHASE_RUNNING, endpoint=f"10.0.0.1:{9000 + self.created}")  # fmt: skip
-        job = scheduler_pb2.Job(name=name, state=scheduler_pb2.JOB_STATE_RUNNING)
+        task = scheduler_pb2.Task(node=NODE, gpu_uuids=["GPU-0"], phase=scheduler_pb2.TASK_PHASE_RUNNING, endpoint=f"10.0.0.1:{9000 + self.created}")  # fmt: skip
+        job = scheduler_pb2.Job(
+            name=name,
+            state=scheduler_pb2.JOB_STATE_RUNNING,
+            submitter=request.on_behalf_of or "inference_router/1",
+            spec=request.job.spec,
+        )
         job.attempt.tasks.append(task)
         self.jobs[name] = job
         return job
@@ -207,12 +312,22 @@ class Turns:
 
     def __init__(self, store, current, leader):
         self.scheduler, self.store, self.current, self.healthy = Scheduler(), store, current, set()
-        self.fleet = Fleet(self.scheduler, Inventory(), SystemClock())
-        self.fleet.synced = True
-        self.manager = Manager(store, SystemClock(), current, self.fleet, leader, self.probe)
+        self.clock, self.served, self.hosts = current.clock, None, {}
+        self.jobs = ReplicaJobs(self.scheduler, Inventory(), self.clock)
+        self.jobs.synced = True
+        resolver = Resolver(self.clock, self.look_up, allowed=allowed_networks.parse("ordinary,::1/128,127.0.0.1/32"))
+        self.manager = ReplicaManager(store, self.clock, current, self.jobs, leader, self, resolver)
 
-    async def probe(self, address, path):
+    async def look_up(self, host, port):
+        if host not in self.hosts:
+            raise OSError("Name or service not known")
+        return self.hosts[host]
+
+    async def is_well(self, address, path):
         return path == "/health" and ("*" in self.healthy or address in self.healthy)
+
+    async def served_models(self, address):
+        return self.served
 
     async def declare(self, count, **engine):
         wanted = model(**engine)
@@ -221,6 +336,7 @@ class Turns:
 
     async def turn(self, times=1):
         for _ in range(times):
+            await self.clock.advance(0.25)
             await self.manager.turn()
         await self.current.seen(self.current.replicas, self.current.replicas.revision)
 
@@ -255,21 +371,51 @@ class TestReplicas:
             t.healthy.add("*")
             await t.declare(2)
             await t.turn(4)
-            t.current.book.open("d1", "models/m/replicas/m-1", SystemClock().monotonic())
+            await t.clock.advance(600)
+            t.current.load_tracker.open("d1", "models/m/replicas/m-1", t.clock.monotonic())
             await t.declare(1)
             await t.turn(3)
             assert t.states == ["READY", "DRAINING"]
             assert [r.replica.name for r in t.current.decide(Request("m")).ranking] == ["models/m/replicas/m-0"]
-            t.current.book.close(Ended("d1", "", None, False))
+            t.current.load_tracker.close(Ended("d1", "", None, False))
             await t.turn(2)
             assert t.states == ["READY"]
             assert list(t.scheduler.jobs) == ["queues/serving/jobs/m-0"]
+
+    async def test_replicas_of_a_model_that_cannot_be_read_are_not_ended(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            replica = pb.Replica(name="models/m/replicas/m-0", state=pb.REPLICA_STATE_READY, address="10.0.0.1:80")
+            await t.store.commit(Put(keys.MODELS + "m", b"\xff\xff"), Put(keys.REPLICAS + "m/m-0", encode(replica)))
+            await t.current.seen(t.current.replicas, (await t.store.list(keys.MODELS)).revision)
+            await t.current.seen(t.current.models, (await t.store.list(keys.MODELS)).revision)
+            await t.turn(3)
+            assert t.states == ["READY"]
+
+    async def test_a_replica_in_a_state_of_a_newer_version_is_left_alone_and_the_others_go_on(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(2)
+            await t.turn(4)
+            newer = t.current.replicas.values[keys.REPLICAS + "m/m-0"]
+            changed = pb.Replica.FromString(encode(newer))
+            changed.state = 99
+            await t.current.seen(
+                t.current.replicas, await t.store.commit(Put(keys.REPLICAS + "m/m-0", encode(changed)))
+            )
+            await t.declare(0)
+            await t.turn(3)
+            kept = t.current.replicas.values[keys.REPLICAS + "m/m-0"]
+            assert kept.state == 99, "neither ended nor written over"
+            with pytest.raises(Unavailable, match="m-0: it is UNKNOWN; models/m/replicas/m-1: it is DRAINING"):
+                t.current.decide(Request("m"))
 
     async def test_a_replica_that_is_wanted_again_while_it_drains_comes_anew(self):
         async with turns() as t:
             t.healthy.add("*")
             await t.declare(1)
             await t.turn(4)
+            await t.clock.advance(600)
             await t.declare(0)
             await t.turn()
             assert t.states == ["DRAINING"]
@@ -277,13 +423,72 @@ class TestReplicas:
             await t.turn(5)
             assert t.states == ["READY"]
 
+    async def test_a_router_that_has_just_started_does_not_take_a_replica_for_idle(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            await t.declare(0)
+            await t.turn(3)
+            assert t.states == ["DRAINING"], "streams of before its start may be under way"
+            await t.clock.advance(30)
+            await t.turn()
+            assert t.states == []
+
+    async def test_a_host_name_is_looked_up_here_and_a_bad_one_is_its_own_trouble(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            t.hosts["good.example"] = ["10.0.0.7"]
+            await t.declare(0, addresses=["good.example:8000", "typo.example:8000", "[::1]:9000"])
+            await t.turn(4)
+            by_name = {r.declared_address: r for r in t.current.replicas.values.values()}
+            assert by_name["good.example:8000"].address == "10.0.0.7:8000"
+            assert by_name["[::1]:9000"].address == "[::1]:9000"
+            bad = by_name["typo.example:8000"]
+            assert (bad.state, bad.address) == (pb.REPLICA_STATE_STARTING, "")
+            assert "typo.example" in bad.message
+            assert "correct" in bad.message
+            ranked = t.current.decide(Request("m")).ranking
+            assert {r.replica.address for r in ranked} == {"10.0.0.7:8000", "[::1]:9000"}
+            t.hosts.clear()
+            await t.clock.advance(60)
+            await t.turn(2)
+            assert len(t.current.decide(Request("m")).ranking) == 2, "a silent name server takes nobody away"
+
+    async def test_replicas_that_run_elsewhere_are_known_by_their_address_not_by_their_place_in_the_list(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(0, addresses=["10.0.0.1:1", "10.0.0.2:1"])
+            await t.turn(4)
+            before = {r.declared_address: r.name for r in t.current.replicas.values.values()}
+            await t.declare(0, addresses=["10.0.0.2:1"])
+            await t.turn()
+            states = {r.name: pb.ReplicaState.Name(r.state) for r in t.current.replicas.values.values()}
+            assert states[before["10.0.0.2:1"]] == "REPLICA_STATE_READY"
+            assert states[before["10.0.0.1:1"]] == "REPLICA_STATE_DRAINING"
+
+    async def test_an_engine_that_serves_another_model_is_not_ready_and_says_so(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            t.served = frozenset({"llama"})
+            await t.declare(0, addresses=["10.0.0.1:1"])
+            await t.turn(4)
+            (replica,) = t.current.replicas.values.values()
+            assert (replica.state, replica.message) == (pb.REPLICA_STATE_STARTING, "serves llama and not m")
+            t.served = frozenset({"llama", "m"})
+            await t.turn(5)
+            assert t.states == ["READY"]
+            t.served = frozenset({"llama"})
+            await t.turn(41)
+            assert t.states == ["STARTING"], "an engine that was replaced on its port is noticed within ten seconds"
+
     async def test_a_job_that_ended_is_replaced_but_not_in_a_hurry(self):
         async with turns() as t:
             t.healthy.add("*")
             await t.declare(1)
             await t.turn(4)
             for _ in range(2):  # as the watch would tell
-                (job,) = t.fleet.jobs.values()
+                (job,) = t.jobs.jobs.values()
                 job.state = scheduler_pb2.JOB_STATE_FAILED
                 await t.turn(4)
             assert t.scheduler.created == 2
@@ -299,6 +504,32 @@ class TestReplicas:
             await t.turn(3)
             assert t.states == ["READY", "STARTING"]
             assert t.current.decide(Request("m")).ranking
+
+    async def test_a_new_leader_that_has_not_heard_of_the_scheduler_keeps_replicas_serving(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            t.jobs.jobs.clear()
+            t.jobs.synced = False
+            await t.turn(3)
+            assert t.states == ["READY"]
+            t.healthy.clear()
+            await t.turn(20)
+            assert t.states == ["STARTING"], "its health is asked all the same"
+
+    async def test_a_replica_whose_job_cannot_be_read_keeps_serving(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            (job,) = t.jobs.jobs.values()
+            job.state = 99
+            await t.turn(3)
+            assert t.states == ["READY"]
+            job.state = scheduler_pb2.JOB_STATE_RECOVERING
+            await t.turn(3)
+            assert t.states == ["STARTING"]
 
     async def test_a_deposed_leader_writes_nothing(self):
         async with turns() as t:

@@ -1,4 +1,4 @@
-"""Refusals survive the wire: every class, with what it carries, within what trailers can hold."""
+"""Status errors survive the wire: every class, with what it carries, within what trailers can hold."""
 
 import grpc
 import pytest
@@ -14,16 +14,17 @@ VIOLATIONS = (
     errors.FieldViolation("job.gpus", "is 0; use 1 to 16384"),
     errors.FieldViolation("job.name", "is empty; give one"),
 )
-REFUSALS = [
-    errors.Invalid(VIOLATIONS),
+STATUS_ERRORS = [
+    errors.InvalidArgument(VIOLATIONS),
     errors.NotFound("node", "sites/a/nodes/n1", "list them first"),
     errors.AlreadyExists("job", "queues/q/jobs/j"),
-    errors.Conflict("changed meanwhile", metadata={"etag": '"7"'}, retry_after_s=0.25),
-    errors.WrongState("drain it first", reason="NODE_NOT_DRAINED", metadata={"name": "sites/a/nodes/n1"}),
-    errors.OverLimit("4 of 4 GPUs used", metadata={"subject": "queues/q"}, retry_after_s=30.0),
+    errors.Aborted("changed meanwhile", metadata={"etag": '"7"'}, retry_after_s=0.25),
+    errors.FailedPrecondition("drain it first", reason="NODE_NOT_DRAINED", metadata={"name": "sites/a/nodes/n1"}),
+    errors.ResourceExhausted("4 of 4 GPUs used", metadata={"subject": "queues/q"}, retry_after_s=30.0),
     errors.Unavailable("no leader", reason="NOT_LEADER", retry_after_s=0.5),
+    errors.OutOfRange("past the end"),
     errors.Compacted(41),
-    errors.Denied("no", metadata={"role": "user"}),
+    errors.PermissionDenied("no", metadata={"role": "user"}),
     errors.Unauthenticated("who?"),
     errors.DeadlineExceeded("late"),
 ]
@@ -45,62 +46,62 @@ class Failed(grpc.RpcError):
         return self._answer[2]
 
 
-def travelled(refusal):
-    return status.from_rpc_error(Failed(*status.on_the_wire(refusal)))
+def travelled(error):
+    return status.from_rpc_error(Failed(*status.on_the_wire(error)))
 
 
-def test_the_list_above_has_every_kind_of_refusal():
+def test_the_list_above_has_every_kind_of_status_error():
     def leaves(kind):
         found = kind.__subclasses__()
         return {kind} if not found else set().union(*(leaves(sub) for sub in found))
 
-    ours = {kind for kind in leaves(errors.Refusal) if kind.__module__ == "whaleflux.errors"}
-    direct = {kind for kind in errors.Refusal.__subclasses__() if kind.__module__ == "whaleflux.errors"}
-    assert ours | direct <= {type(refusal) for refusal in REFUSALS}
+    ours = {kind for kind in leaves(errors.StatusError) if kind.__module__ == "whaleflux.errors"}
+    direct = {kind for kind in errors.StatusError.__subclasses__() if kind.__module__ == "whaleflux.errors"}
+    assert ours | direct <= {type(error) for error in STATUS_ERRORS}
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: type(refusal).__name__)
+@pytest.mark.parametrize("error", STATUS_ERRORS, ids=lambda error: type(error).__name__)
 class TestRoundTrip:
-    def test_nothing_is_lost(self, refusal):
-        arrived = travelled(refusal)
-        assert type(arrived) is type(refusal)
-        assert str(arrived) == str(refusal)
-        assert vars(arrived) == vars(refusal)
+    def test_nothing_is_lost(self, error):
+        arrived = travelled(error)
+        assert type(arrived) is type(error)
+        assert str(arrived) == str(error)
+        assert vars(arrived) == vars(error)
 
-    def test_the_details_are_those_of_the_table(self, refusal):
-        wire = status.to_status(refusal)
+    def test_the_details_are_those_of_the_table(self, error):
+        wire = status.to_status(error)
         kinds = [packed.TypeName().removeprefix("google.rpc.") for packed in wire.details]
         expected = {
-            errors.Invalid: "BadRequest",
+            errors.InvalidArgument: "BadRequest",
             errors.NotFound: "ResourceInfo",
             errors.AlreadyExists: "ResourceInfo",
-            errors.WrongState: "PreconditionFailure",
-            errors.OverLimit: "QuotaFailure",
+            errors.FailedPrecondition: "PreconditionFailure",
+            errors.ResourceExhausted: "QuotaFailure",
             errors.Compacted: "Help",
-        }.get(type(refusal))
+        }.get(type(error))
         assert kinds[0] == "ErrorInfo"
         assert len(set(kinds)) == len(kinds), "at most one of each type (AIP-193)"
         assert expected is None or expected in kinds
-        assert ("RetryInfo" in kinds) == (refusal.retry_after_s is not None)
+        assert ("RetryInfo" in kinds) == (error.retry_after_s is not None)
         info = error_details_pb2.ErrorInfo()
         wire.details[0].Unpack(info)
-        assert (info.domain, info.reason) == ("whaleflux.dev", refusal.reason)
-        assert dict(info.metadata) == refusal.metadata
+        assert (info.domain, info.reason) == ("whaleflux.dev", error.reason)
+        assert dict(info.metadata) == error.metadata
 
 
 @given(st.text(max_size=200), st.integers(1, 5_000))
 @settings(max_examples=30, deadline=None)
-def test_a_refusal_that_quotes_megabytes_still_fits_into_trailers(unit, times):
+def test_a_status_error_that_quotes_megabytes_still_fits_into_trailers(unit, times):
     huge = unit * times
-    for refusal in (
+    for error in (
         errors.NotFound("node", huge),
-        errors.Invalid([errors.FieldViolation(huge, huge)] * 100),
-        errors.WrongState(huge, metadata={huge: huge, "name": huge} | {f"k{i}": huge for i in range(100)}),
+        errors.InvalidArgument([errors.FieldViolation(huge, huge)] * 100),
+        errors.FailedPrecondition(huge, metadata={huge: huge, "name": huge} | {f"k{i}": huge for i in range(100)}),
     ):
-        _, message, ((_, packed),) = status.on_the_wire(refusal)
+        _, message, ((_, packed),) = status.on_the_wire(error)
         on_the_line = len(packed) * 4 / 3 + 3 * len(message.encode())
         assert on_the_line <= 7500, "trailers hold 8192 bytes, and others need some"
-        assert travelled(refusal).reason == refusal.reason
+        assert travelled(error).reason == error.reason
 
 
 class TestWithoutDetails:
@@ -112,18 +113,36 @@ class TestWithoutDetails:
             (grpc.StatusCode.UNAVAILABLE, errors.Unavailable, "SERVER_UNREACHABLE"),
             (grpc.StatusCode.CANCELLED, errors.Unavailable, "CALL_CANCELLED"),
             (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded, "DEADLINE_EXCEEDED"),
-            (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverLimit, "RESOURCE_EXHAUSTED"),
-            (grpc.StatusCode.INVALID_ARGUMENT, errors.Invalid, "INVALID_ARGUMENT"),
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.ResourceExhausted, "RESOURCE_EXHAUSTED"),
+            (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidArgument, "INVALID_ARGUMENT"),
             (grpc.StatusCode.NOT_FOUND, errors.NotFound, "NOT_FOUND"),
-            (grpc.StatusCode.OUT_OF_RANGE, errors.Compacted, "OUT_OF_RANGE"),
+            (grpc.StatusCode.OUT_OF_RANGE, errors.OutOfRange, "OUT_OF_RANGE"),
             (grpc.StatusCode.UNIMPLEMENTED, status.ServerFailure, "UNIMPLEMENTED"),
             (grpc.StatusCode.UNKNOWN, status.ServerFailure, "UNKNOWN"),
         ],
     )
     def test_the_code_alone_gives_the_class(self, code, kind, reason):
-        refusal = status.from_rpc_error(Failed(code, "as they say"))
-        assert type(refusal) is kind
-        assert (refusal.reason, refusal.message) == (reason, "as they say")
+        error = status.from_rpc_error(Failed(code, "as they say"))
+        assert type(error) is kind
+        assert error.reason == reason
+        assert error.message
+
+    @pytest.mark.parametrize(
+        ("code", "text", "said"),
+        [
+            ("UNKNOWN", "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))", "connection to the server broke"),
+            ("INTERNAL", "Received RST_STREAM with error code 2", "connection to the server broke"),
+            ("UNAVAILABLE", "failed to connect to all addresses; last error: ipv4:127.0.0.1:1: Connection refused", "refuses the connection"),
+            ("UNAVAILABLE", "upstream connect error or disconnect/reset before headers. reset reason: connection termination", "behind the front door"),
+            ("UNAVAILABLE", "no healthy upstream", "behind the front door"),
+            ("UNAVAILABLE", "anything", "does not answer"),
+        ],
+    )  # fmt: skip
+    def test_a_broken_connection_is_told_in_words_and_may_be_tried_again(self, code, text, said):
+        error = status.from_rpc_error(Failed(grpc.StatusCode[code], text))
+        assert isinstance(error, errors.Unavailable)
+        assert said in error.message
+        assert error.metadata["transport"] == text
 
     def test_garbage_instead_of_details_is_ignored(self):
         failed = Failed(grpc.StatusCode.NOT_FOUND, "gone", ((status.DETAILS_KEY, b"\xff\xff"),))

@@ -1,5 +1,7 @@
 """The scheduler's core alone: the state machine, what a spec may say, how an attempt ends, whose turn it is."""
 
+import random
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -7,21 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whaleflux.errors import Invalid
+from whaleflux.errors import InvalidArgument
+from whaleflux.manifests.job_fields import JobKind, Rule, Spec
 from whaleflux.store.api import MAX_COMMIT_BYTES
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core import lifecycle, machine
-from whaleflux_scheduler.core.model import ENDED, Decision, Job, JobKind, JobState, Queue, Rule, Spec, TaskPhase
-from whaleflux_scheduler.core.observed import Limits, Report, Seen, Standing, Verdict
+from whaleflux_scheduler.core import cost, lifecycle, state_machine, task_observations
+from whaleflux_scheduler.core.model import ENDED, Job, JobState, Queue, SchedulingDecision, TaskPhase
+from whaleflux_scheduler.core.observed import Diagnosis, NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.placement.validate import check_request
-from whaleflux_scheduler.core.queueing import Line, Lines, over_limit
+from whaleflux_scheduler.core.queueing import QueueBucket, QueueBuckets, over_limit
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 GOOD = Spec(command=("python", "train.py"), gpus=8)
-LIMITS = Limits()
+LIMITS = Timeouts()
 
 
 def after(seconds):
@@ -33,16 +36,18 @@ def job(**changes):
 
 
 def placed(of=None, nodes=2):
-    where = lifecycle.Place(tuple((f"sites/s/nodes/n{i}", (0, 1, 2, 3)) for i in range(nodes)), usd_per_hour=16.0)
-    return lifecycle.place(of or job(), where, Decision(NOW, placed=True, summary="here"), NOW)
+    where = lifecycle.GpuAssignment(
+        tuple((f"sites/s/nodes/n{i}", tuple(f"GPU-{i}-{g}" for g in range(4))) for i in range(nodes)), usd_per_hour=16.0
+    )
+    return lifecycle.place(of or job(), where, SchedulingDecision(NOW, placed=True, summary="here"), NOW)
 
 
 def reports(of, phase, **more):
     return tuple(Report(task.id, phase, **more) for task in of.attempt.tasks)
 
 
-def step(of, *, now=NOW, nodes=None, verdict=None, said=()):
-    return lifecycle.advance(of, Seen(tuple(said), nodes or {}, verdict), now, LIMITS)
+def step(of, *, now=NOW, nodes=None, diagnosis=None, said=()):
+    return lifecycle.advance(of, Observations(tuple(said), nodes or {}, diagnosis), now, LIMITS)
 
 
 def running(nodes=2):
@@ -51,14 +56,14 @@ def running(nodes=2):
 
 
 def decisions_with_tasks():
-    return Decision(NOW, placed=True, summary="here", tasks=placed().attempt.tasks * 1000)
+    return SchedulingDecision(NOW, placed=True, summary="here", tasks=placed().attempt.tasks * 1000)
 
 
 class TestMachine:
     def test_no_state_is_a_dead_end_and_all_are_in_the_table(self):
-        assert machine.dead_ends() == frozenset()
-        assert set(machine.NEXT) == set(JobState) - {JobState.UNSPECIFIED}
-        assert {state for state, following in machine.NEXT.items() if not following} == ENDED
+        assert state_machine.dead_ends() == frozenset()
+        assert set(state_machine.NEXT) == set(JobState) - {JobState.UNSPECIFIED}
+        assert {state for state, following in state_machine.NEXT.items() if not following} == ENDED
 
     def test_numbers_are_those_of_the_contract(self):
         for ours, theirs, prefix in (
@@ -69,8 +74,8 @@ class TestMachine:
             assert {prefix + member.name: member.value for member in ours} == dict(theirs.items())
 
     def test_an_impossible_move_is_a_bug(self):
-        with pytest.raises(machine.ImpossibleMove):
-            machine.move(job(), JobState.RUNNING)
+        with pytest.raises(state_machine.ImpossibleTransition):
+            state_machine.transition(job(), JobState.RUNNING)
 
 
 class TestSpec:
@@ -109,13 +114,13 @@ class TestSpec:
         ],
     )
     def test_each_wrong_field_is_named_with_its_limit(self, changes, field):
-        with pytest.raises(Invalid) as refused:
+        with pytest.raises(InvalidArgument) as refused:
             check_spec(replace(GOOD, **changes), 100, NOW)
         assert [v.field for v in refused.value.violations] == [field]
         assert len(str(refused.value)) < 1000
 
     def test_all_wrong_fields_are_named_at_once(self):
-        with pytest.raises(Invalid) as refused:
+        with pytest.raises(InvalidArgument) as refused:
             check_spec(replace(GOOD, gpus=-5, priority=-1, command=()), 100, NOW)
         assert {v.field for v in refused.value.violations} == {
             "job.spec.gpus",
@@ -124,7 +129,7 @@ class TestSpec:
         }
 
     def test_the_whole_has_a_limit_too(self):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidArgument):
             check_spec(GOOD, MAX_SPEC_BYTES + 1, NOW)
 
     @given(
@@ -148,7 +153,7 @@ class TestSpec:
     def test_what_passes_can_be_asked_of_the_engine(self, spec):
         try:
             check_spec(spec, 100, NOW)
-        except Invalid:
+        except InvalidArgument:
             return
         request = place_request("queues/q/jobs/j", spec)
         check_request(request)
@@ -189,6 +194,32 @@ class TestAttempt:
         assert step(fetching, now=after(3601)).state is JobState.RECOVERING
         assert step(started, now=after(121)).state is JobState.RECOVERING
 
+    def test_a_setup_is_seen_has_time_and_comes_before_the_ranks(self):
+        started = step(placed(), said=reports(placed(), TaskPhase.ACCEPTED, rendezvous="h:1"))
+        busy = step(started, said=reports(started, TaskPhase.SETTING_UP))
+        assert busy.state_message == "setup on sites/s/nodes/n0 and 1 more"
+        assert step(busy, said=reports(busy, TaskPhase.FETCHING)) is busy
+        assert step(busy, now=after(600)).state is JobState.STARTING
+        ready = step(busy, said=reports(busy, TaskPhase.RUNNING))
+        assert (ready.state, ready.state_message) == (JobState.RUNNING, "runs on 2 nodes")
+        failed = step(
+            busy, said=reports(busy, TaskPhase.EXITED, exit_code=3, message="setup on n0 ended with exit code 3")
+        )
+        assert failed.attempt.end_reason == "exit: setup on n0 ended with exit code 3"
+
+    def test_what_no_node_can_do_ends_the_job_when_the_first_says_so_again(self):
+        of = job()
+        for node in ("n0", "n1", "n0"):
+            assert of.state is not JobState.FAILED
+            where = lifecycle.GpuAssignment(((f"sites/s/nodes/{node}", ("GPU",)),))
+            live = lifecycle.place(of, where, SchedulingDecision(NOW, placed=True, summary=""), NOW)
+            told = step(live, said=reports(live, TaskPhase.REFUSED, unfit=True, message="directory '/x' is not here"))
+            assert told.attempt.end_reason.startswith("unfit: ")
+            of = step(told, diagnosis=Diagnosis(told.epoch))
+        assert of.state is JobState.FAILED
+        assert "directory '/x' is not here" in of.state_message
+        assert "no later try mends that on sites/s/nodes/n0, sites/s/nodes/n1" in of.state_message
+
     def test_reports_do_not_go_back(self):
         live = running()
         assert step(live, said=reports(live, TaskPhase.ACCEPTED)) is live
@@ -198,7 +229,21 @@ class TestAttempt:
         task = live.attempt.tasks[0]
         broken = step(live, said=[Report(task.id, TaskPhase.EXITED, -9, out_of_memory=True, message="rank 0 died")])
         assert broken.attempt.tasks[0].message == "out of memory; rank 0 died"
-        assert "signal 9" in broken.state_message
+        assert "ended with SIGKILL" in broken.state_message
+
+    @pytest.mark.parametrize(
+        ("code", "message", "reason"),
+        [
+            (137, "rank 0 ended with exit code 137 (128 + 9: what it ran was ended by SIGKILL)", "exit code 137 (128 + 9: what it ran was ended by SIGKILL)"),
+            (1, "rank 0 ended with exit code 1\nValueError: x", "exit code 1: ValueError: x"),
+            (-9, "rank 0 was ended by SIGKILL", "SIGKILL"),
+            (-9, "rank 0 was ended by its agent: it used 2 GB", "SIGKILL: rank 0 was ended by its agent: it used 2 GB"),
+        ],
+    )  # fmt: skip
+    def test_why_a_rank_ended_is_said_once_with_the_words_of_its_program(self, code, message, reason):
+        live = running()
+        broken = step(live, said=[Report(live.attempt.tasks[0].id, TaskPhase.EXITED, code, message=message)])
+        assert broken.state_message == f"ranks 0-3 on sites/s/nodes/n0 ended with {reason}"
 
     def test_the_epoch_moves_when_the_attempt_ends_and_the_next_uses_it(self):
         live = running()
@@ -206,6 +251,22 @@ class TestAttempt:
         assert (broken.epoch, broken.attempt.epoch) == (2, 1)
         again = placed(broken)
         assert (again.epoch, again.attempt.epoch, again.past_attempts[0].epoch) == (2, 2, 1)
+
+    def test_attempts_are_numbered_from_1_whatever_the_epoch_and_however_many_are_forgotten(self):
+        current = replace(job(), epoch=7)
+        for number in range(1, lifecycle.PAST_ATTEMPTS + 4):
+            current = placed(replace(current, state=JobState.QUEUED))
+            assert (current.attempt.number, current.attempt.epoch) == (number, 7 + number)
+            current = replace(
+                current,
+                attempt=replace(current.attempt, tasks=(replace(current.attempt.tasks[0], phase=TaskPhase.GONE),)),
+            )
+        assert len(current.past_attempts) == lifecycle.PAST_ATTEMPTS
+
+    def test_attempts_that_an_older_version_stored_are_counted(self):
+        stored = replace(placed(), state=JobState.QUEUED)
+        nameless = replace(stored, attempt=replace(stored.attempt, number=0))
+        assert placed(nameless).attempt.number == 2
 
     def test_gpus_of_survivors_stay_taken_until_they_are_killed(self):
         live = running()
@@ -218,15 +279,15 @@ class TestAttempt:
 
     def test_cost_grows_while_it_holds_gpus_and_stops_with_the_attempt(self):
         live = running()
-        assert live.cost_at(after(1800)) == pytest.approx(8.0)
+        assert cost.job_cost_usd(live, after(1800)) == pytest.approx(8.0)
         ended = lifecycle.cancel(live, lifecycle.Cause("request", "", "enough"), after(3600))
-        assert ended.cost_at(after(99999)) == ended.cost_usd == pytest.approx(16.0)
+        assert cost.job_cost_usd(ended, after(99999)) == ended.cost_usd == pytest.approx(16.0)
         assert ended.state_message == "enough"
 
     def test_a_budget_ends_it(self):
         live = replace(running(), spec=replace(GOOD, budget_usd=4.0))
         assert step(live, now=after(899)) is live
-        assert lifecycle.due(live, Seen(), NOW, LIMITS) <= after(901)
+        assert lifecycle.due(live, Observations(), NOW, LIMITS) <= after(901)
         spent = step(live, now=after(901))
         assert (spent.state, "budget" in spent.state_message) == (JobState.FAILED, True)
 
@@ -234,25 +295,25 @@ class TestAttempt:
 class TestNodes:
     def test_unreachable_ends_the_attempt_and_keeps_the_gpus(self):
         live = running()
-        down = {"sites/s/nodes/n1": Standing(unreachable="no heartbeat")}
+        down = {"sites/s/nodes/n1": NodeCondition(unreachable="no heartbeat")}
         broken = step(live, nodes=down)
         assert broken.state is JobState.RECOVERING
         assert [t.lost for t in broken.attempt.tasks] == [False, True]
         assert broken.state_message == "sites/s/nodes/n1 is lost: no heartbeat"
-        back = step(broken, nodes={"sites/s/nodes/n1": Standing()})
+        back = step(broken, nodes={"sites/s/nodes/n1": NodeCondition()})
         assert [t.lost for t in back.attempt.tasks] == [False, False]
 
     def test_retired_gives_them_back(self):
         live = running()
-        broken = step(live, nodes={"sites/s/nodes/n1": Standing(retired=True)})
+        broken = step(live, nodes={"sites/s/nodes/n1": NodeCondition(retired=True)})
         assert broken.state is JobState.RECOVERING
         assert [task.node for _, task in broken.holding()] == ["sites/s/nodes/n0"]
 
     def test_a_silent_site_is_waited_for(self):
         live = running()
-        silent = {"sites/s/nodes/n1": Standing(partitioned_since=NOW)}
+        silent = {"sites/s/nodes/n1": NodeCondition(partitioned_since=NOW)}
         assert step(live, now=after(599), nodes=silent) is live
-        assert lifecycle.due(live, Seen(nodes=silent), NOW, LIMITS) == after(600)
+        assert lifecycle.due(live, Observations(nodes=silent), NOW, LIMITS) == after(600)
         assert step(live, now=after(600), nodes=silent).state is JobState.RECOVERING
         patient = replace(live, spec=replace(GOOD, never_reroute=True))
         assert step(patient, now=after(10**7), nodes=silent) is patient
@@ -266,41 +327,41 @@ class TestVerdict:
         return step(live, said=[Report(live.attempt.tasks[0].id, TaskPhase.EXITED, 1)])
 
     def test_a_lost_node_costs_no_restart(self):
-        judged = step(self.broken(), verdict=Verdict(2, incident="incidents/i"))
+        judged = step(self.broken(), diagnosis=Diagnosis(2, incident="incidents/i"))
         assert (judged.state, judged.recoveries, judged.restarts) == (JobState.RECOVERING, 1, 0)
         assert judged.attempt.incident == "incidents/i"
 
     def test_a_fault_of_the_work_pauses_and_doubles(self):
-        judged = step(self.broken(), verdict=Verdict(2, application_fault=True))
+        judged = step(self.broken(), diagnosis=Diagnosis(2, application_fault=True))
         assert (judged.state, judged.restarts, judged.not_before) == (JobState.QUEUED, 1, after(5))
         twice = replace(self.broken(), restarts=1)
-        assert step(twice, verdict=Verdict(2, application_fault=True)).not_before == after(10)
+        assert step(twice, diagnosis=Diagnosis(2, application_fault=True)).not_before == after(10)
 
     def test_a_verdict_on_another_epoch_is_ignored(self):
         broken = self.broken()
-        assert step(broken, verdict=Verdict(1, application_fault=True)) is broken
+        assert step(broken, diagnosis=Diagnosis(1, application_fault=True)) is broken
 
     def test_restarts_are_limited(self):
         broken = replace(self.broken(), restarts=3)
-        assert step(broken, verdict=Verdict(2, application_fault=True)).state is JobState.FAILED
-        assert step(broken, verdict=Verdict(2)).state is JobState.RECOVERING
+        assert step(broken, diagnosis=Diagnosis(2, application_fault=True)).state is JobState.FAILED
+        assert step(broken, diagnosis=Diagnosis(2)).state is JobState.RECOVERING
 
     def test_a_service_starts_again_at_once_and_then_slower(self):
         broken = self.broken(kind=JobKind.SERVICE)
-        first = step(broken, verdict=Verdict(2, application_fault=True))
+        first = step(broken, diagnosis=Diagnosis(2, application_fault=True))
         assert (first.state, first.restarts) == (JobState.RECOVERING, 1)
         pauses = [
-            step(replace(broken, restarts=n), verdict=Verdict(2, application_fault=True)).not_before - NOW
+            step(replace(broken, restarts=n), diagnosis=Diagnosis(2, application_fault=True)).not_before - NOW
             for n in (1, 2, 3, 20)
         ]
         assert [pause.total_seconds() for pause in pauses] == [1, 2, 4, 60]
 
     def test_refusals_in_a_row_fail_a_job_but_not_a_service(self):
         current = job()
-        for _ in range(LIMITS.refusals):
+        for _ in range(LIMITS.max_refusals):
             attempt = placed(replace(current, state=JobState.QUEUED))
             refused = step(attempt, said=reports(attempt, TaskPhase.REFUSED, message="no such image"))
-            current = step(refused, verdict=Verdict(refused.epoch))
+            current = step(refused, diagnosis=Diagnosis(refused.epoch))
         assert current.state is JobState.FAILED
         assert "no such image" in current.state_message
 
@@ -312,9 +373,9 @@ class TestTurns:
 
     def order(self, *jobs, queues=None, held=None, shapes=lambda _: 1):
         """In which order they go when each holds 8 GPUs once it went."""
-        lines, held = Lines(), dict(held or {})
+        lines, held = QueueBuckets(), dict(held or {})
         for each in jobs:
-            lines.join(Line(each.spec.priority, each.queue, shapes(each)), each)
+            lines.join(QueueBucket(each.spec.priority, each.queue, shapes(each)), each)
         order = []
         while (line := lines.next_turn(lines.all(), queues or {}, held)) is not None:
             name = lines.first(line)[1]
@@ -340,7 +401,7 @@ class TestTurns:
         assert self.order(*jobs) == ["x0", "y0", "x1", "y1", "x2", "y2"]
 
     def test_a_job_that_left_and_came_back_has_one_place(self):
-        lines, one, line = Lines(), self.job("a"), Line(0, "q", 1)
+        lines, one, line = QueueBuckets(), self.job("a"), QueueBucket(0, "q", 1)
         lines.join(line, one)
         lines.leave(one.name)
         lines.join(line, one)
@@ -351,9 +412,10 @@ class TestTurns:
 
     def test_a_queue_limit_counts_what_others_hold(self):
         queues = {"q": Queue("queues/q", 1.0, 10)}
-        assert over_limit(job(), queues, {"q": 4}) != ""
-        assert over_limit(job(), queues, {"q": 4}, own=2) == ""
-        assert over_limit(job(), {}, {"q": 10**6}) == ""
+        assert over_limit(job(), queues, {"q": 4}) == ("q", 4, 10)
+        assert over_limit(job(), queues, {"q": 4}, own=2) is None
+        assert over_limit(job(), {"q": Queue("queues/q")}, {"q": 10**6}) is None
+        assert over_limit(job(), {}, {}) == ("q", 0, None)
 
 
 class TestConvert:
@@ -365,15 +427,26 @@ class TestConvert:
         back = convert.job_of(message)
         assert replace(back, spec=live.spec, decision=live.decision) == live
 
-    def test_the_largest_gang_fits_into_one_record_also_when_all_of_it_fails(self):
-        nodes = tuple((f"sites/onprem-europe/nodes/h200-{i:05d}", tuple(range(8))) for i in range(12_500))
-        large = job(name="queues/research/jobs/01m8218f0ffxykfangdd4d4yf6", spec=replace(GOOD, gpus=100_000))
+    @pytest.mark.parametrize(("count", "each"), [(7_000, 8), (16_000, 1)])
+    def test_a_large_gang_fits_into_one_record_also_when_all_of_it_fails_and_starts_again(self, count, each):
+        numbers = random.Random(1)
+        nodes = tuple(
+            (
+                f"sites/onprem-europe/nodes/h200-{i:05d}",
+                tuple(f"GPU-{uuid.UUID(int=numbers.getrandbits(128))}" for _ in range(each)),
+            )
+            for i in range(count)
+        )
+        large = job(name="queues/research/jobs/01m8218f0ffxykfangdd4d4yf6", spec=replace(GOOD, gpus=count * each))
         decision = decisions_with_tasks()
-        attempt = lifecycle.place(large, lifecycle.Place(nodes), decision, NOW)
+        attempt = lifecycle.place(large, lifecycle.GpuAssignment(nodes), decision, NOW)
         failed = step(attempt, said=reports(attempt, TaskPhase.EXITED, exit_code=1, message="x" * 2000))
         assert failed.state is JobState.RECOVERING
-        for each in (attempt, failed):
-            assert len(convert.JOBS.encode(each)) < MAX_COMMIT_BYTES
+        again = lifecycle.place(failed, lifecycle.GpuAssignment(nodes), decision, NOW)
+        for known in (attempt, failed, again):
+            stored = convert.JOBS.encode(known)
+            assert len(stored) < MAX_COMMIT_BYTES
+            assert len(convert.JOBS.read(stored).attempt.tasks) == count
 
     def test_fields_of_a_newer_version_survive_a_write(self):
         live = running()
@@ -388,3 +461,58 @@ class TestConvert:
         broken = step(live, said=[Report(live.attempt.tasks[0].id, TaskPhase.EXITED, 1)])
         convert.JOBS.merge(placed(broken), message)
         assert unknown in message.past_attempts[0].SerializeToString()
+
+
+class TestStuck:
+    """What cannot be ended on a node keeps its GPUs, whatever its phase, until the agent says that nothing is left."""
+
+    STUCK = "pid 7 (train): thread 8 D in nvidia_ioctl"
+
+    def held(self, of):
+        return {task.id for _, task in of.holding()}
+
+    def test_a_failed_task_that_turns_out_to_be_stuck_takes_its_gpus_again(self):
+        failed = step(running(), said=reports(running(), TaskPhase.EXITED, exit_code=1)[:1])
+        assert failed.attempt.tasks[0].id not in self.held(failed)
+        stuck = step(failed, said=reports(running(), TaskPhase.EXITED, exit_code=1, stuck=self.STUCK)[:1])
+        assert stuck.attempt.tasks[0].id in self.held(stuck)
+        assert convert.task_message(stuck.attempt.tasks[0]).stuck == self.STUCK
+        assert stuck.attempt.tasks[0].exit_code == 1
+        gone = step(stuck, said=reports(running(), TaskPhase.GONE)[:1])
+        assert gone.attempt.tasks[0].id not in self.held(gone)
+
+    def test_the_gpus_of_a_failed_task_are_taken_until_its_agent_has_ended_what_it_left(self):
+        failed = step(running(), said=reports(running(), TaskPhase.EXITED, exit_code=1, ending=True)[:1])
+        task = failed.attempt.tasks[0]
+        assert task.id in self.held(failed)
+        assert convert.task_of(convert.task_message(task)).ending
+        reaped = step(failed, said=reports(running(), TaskPhase.EXITED, exit_code=1)[:1])
+        assert task.id not in self.held(reaped)
+        without = step(failed, said=reports(running(), TaskPhase.GONE)[:1])
+        assert task.id not in self.held(without)
+        retired = step(failed, nodes={task.node: NodeCondition(retired=True)})
+        assert task.id not in self.held(retired)
+
+    @pytest.mark.parametrize("left", [{"stuck": STUCK}, {"ending": True}])
+    def test_a_gang_of_which_one_part_ended_well_and_left_something_for_a_while_ends_well(self, left):
+        first = step(running(), said=reports(running(), TaskPhase.EXITED, **left)[:1])
+        reaped = step(first, said=reports(running(), TaskPhase.GONE)[:1])
+        done = step(reaped, said=reports(running(), TaskPhase.EXITED)[1:])
+        assert done.state is JobState.SUCCEEDED
+        assert not self.held(done)
+
+    def test_the_end_of_a_stuck_task_frees_its_gpus(self):
+        stuck = step(running(), said=reports(running(), TaskPhase.RUNNING, stuck=self.STUCK))
+        assert [task.stuck for task in stuck.attempt.tasks] == [self.STUCK] * 2
+        killed = task_observations.observe(stuck, Observations(reports(running(), TaskPhase.KILLED), {}, None))
+        assert self.held(killed) == set()
+        assert [task.stuck for task in killed.attempt.tasks] == ["", ""]
+
+    def test_a_node_that_is_lost_keeps_what_is_stuck_and_one_that_is_retired_does_not(self):
+        failed = step(running(), said=reports(running(), TaskPhase.EXITED, exit_code=1, stuck=self.STUCK))
+        node = failed.attempt.tasks[0].node
+        lost = step(failed, nodes={node: NodeCondition(unreachable="silent")})
+        assert lost.attempt.tasks[0].id in self.held(lost)
+        assert not lost.attempt.tasks[0].lost
+        retired = step(failed, nodes={node: NodeCondition(retired=True)})
+        assert retired.attempt.tasks[0].id not in self.held(retired)

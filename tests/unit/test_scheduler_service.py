@@ -1,5 +1,7 @@
 """The scheduler over the memory store with agents that tests play: submit, start, end, fail, recover, drain, restart."""
 
+import asyncio
+
 import pytest
 
 from tests.support.scheduler_world import World, node, until
@@ -74,7 +76,7 @@ async def test_a_lost_node_moves_the_job_and_keeps_its_gpus_until_its_agent_is_b
     assert (job.epoch, job.restarts, job.recoveries) == (2, 0, 1)
     assert job.past_attempts[0].tasks[0].lost
     second = await world.submit(4)
-    await until(lambda: world.brain._planner.waiting == 1, "the GPUs of the lost node are not given away")
+    await until(lambda: world.planner.waiting == 1, "the GPUs of the lost node are not given away")
     world.phase(first.node, health_pb2.NODE_PHASE_READY)
     await first.connect()
     await world.reaches(second, "RUNNING")
@@ -88,9 +90,13 @@ async def test_a_retired_node_gives_its_gpus_back(world):
     await a.disconnect()
     world.phase(a.node, health_pb2.NODE_PHASE_UNREACHABLE)
     await world.reaches(name, "QUEUED")
-    assert world.brain._planner.held()
+    assert await world.held()
     world.intend(a.node, inventory_pb2.NODE_INTENT_RETIRED)
-    await until(lambda: not world.brain._planner.held(), "the allocation is released")
+
+    async def free():
+        return not await world.held()
+
+    await until(free, "the allocation is released")
 
 
 async def test_a_drain_moves_jobs_and_counts_as_nothing(world):
@@ -104,6 +110,19 @@ async def test_a_drain_moves_jobs_and_counts_as_nothing(world):
     assert (job.restarts, job.recoveries) == (0, 0)
     assert "new disks" in job.past_attempts[0].end_reason
     assert not world.health.asked
+
+
+async def test_a_drain_that_is_undone_gives_the_node_back_at_once(world):
+    (a,) = await world.add(node("s/a"))
+    name = await world.submit(2)
+    await world.reaches(name, "RUNNING")
+    world.intend(a.node, inventory_pb2.NODE_INTENT_DRAINING, "new disks")
+    job = await world.reaches(name, "QUEUED")
+    assert "failure" not in job.state_message
+    began = asyncio.get_running_loop().time()
+    world.intend(a.node, inventory_pb2.NODE_INTENT_ACTIVE)
+    await world.reaches(name, "RUNNING")
+    assert asyncio.get_running_loop().time() - began < 10
 
 
 async def test_one_refusal_releases_all_and_the_node_is_avoided(world):
@@ -131,7 +150,7 @@ async def test_application_faults_are_limited(world):
         a.exit(7)
     job = await world.reaches(name, "FAILED")
     assert "retry.max_restarts is 1" in job.state_message
-    assert not list(world.brain._planner.held())
+    assert not await world.held()
 
 
 async def test_a_service_restarts_for_ever_and_also_when_it_ends_well(world):

@@ -12,11 +12,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import Compacted, Denied, Invalid, OverLimit, Unavailable
+from whaleflux.errors import Compacted, InvalidArgument, PermissionDenied, Unavailable
 from whaleflux.store import Absent, ConditionFailed, Delete, Fenced, Present, Put, Unchanged, Unknown, Write
 from whaleflux.store.batching import GroupCommit
 from whaleflux.store.cache import Cache
-from whaleflux.store.chunks import CHUNK_BYTES, CHUNKS, MAX_CHUNKS, delete_large, get_large, put_large
 from whaleflux.store.codec import Codec, merge_repeated
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
@@ -129,7 +128,7 @@ class TestGroupCommit:
         store = GroupCommit(slow, in_flight=1, waiting=3)
         tasks = [asyncio.create_task(store.commit(Put(f"{n}", b""))) for n in range(4)]
         await settle()
-        with pytest.raises(OverLimit, match="3 commits wait"):
+        with pytest.raises(Unavailable, match="3 commits wait"):
             await store.commit(Put("one too many", b""))
         slow.gate.set()
         assert len(await asyncio.gather(*tasks)) == 4
@@ -179,13 +178,24 @@ class TestMemoryLease:
         assert await store.commit(Put("a", b"")) > 0
 
 
+class Granting(MemoryStore):
+    """Remembers the leases that it has given."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.granted = []
+
+    async def lease(self, ttl_s):
+        self.granted.append(await super().lease(ttl_s))
+        return self.granted[-1]
+
+
 async def test_a_paused_leader_is_replaced_and_fenced() -> None:
     """Its lease expires while it believes to lead; the next leader's writes go through, its own do not."""
     clock = VirtualClock()
-    store = MemoryStore(clock)
+    store = Granting(clock)
     async with elect(store, "x", "paused", ttl_s=2) as paused:
-        (lease,) = store._leases.values()
-        lease.silence()
+        store.granted[-1].silence()
         second = elect(store, "x", "second", ttl_s=2)
         entering = asyncio.create_task(second.__aenter__())
         await clock.advance(1.9)
@@ -259,13 +269,31 @@ class TestCache:
     async def test_what_no_retry_heals_ends_the_body(self) -> None:
         class Forbidden(MemoryStore):
             async def watch(self, prefix: str, *, after: int) -> AsyncIterator[Any]:
-                raise Denied("not this prefix")
+                raise PermissionDenied("not this prefix")
                 yield
 
         with pytest.raises(ExceptionGroup) as ended:
             async with Cache(Forbidden(), "/p/", lambda entry: entry.value):
                 await asyncio.Event().wait()
-        assert ended.group_contains(Denied)
+        assert ended.group_contains(PermissionDenied)
+
+    async def test_a_revision_of_a_lost_history_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A replica waits for what it wrote itself; a restored backup has not got it, and never will."""
+        monkeypatch.setattr("whaleflux.store.cache.REFRESH_AFTER_S", 0.0)
+        store = MemoryStore()
+        kept = await store.commit(Put("/p/a", b"1"))
+        async with Cache(store, "/p/", lambda entry: entry.value) as cache:
+            for n in range(5):
+                wrote = await store.commit(Put("/p/a", b"lost %d" % n))
+            await cache.at_least(wrote)
+            await store.restore(kept)
+            async with asyncio.timeout(5):
+                while cache.revision > kept:  # it hears of it
+                    await asyncio.sleep(0)
+            await cache.at_least(wrote, timeout_s=1.0)
+            assert dict(cache.values) == {"/p/a": b"1"}
+            await cache.at_least(await store.commit(Put("/p/a", b"2")))
+            assert dict(cache.values) == {"/p/a": b"2"}
 
     async def test_waiting_for_what_does_not_come_is_refused(self) -> None:
         store = MemoryStore()
@@ -322,7 +350,7 @@ class TestCommitOnce:
 
     async def test_a_write_that_could_apply_twice_is_refused(self) -> None:
         for when, key in (([], "a"), ([Absent("b")], "a"), ([Absent("b")], "b"), ([Present("a")], "a")):
-            with pytest.raises(Invalid):
+            with pytest.raises(InvalidArgument):
                 await commit_once(MemoryStore(), Put("a", b""), when=when, key=key)
 
 
@@ -356,6 +384,25 @@ def merge_job(value: tuple[str, tuple[str, ...]], message: Any) -> None:
 
 
 class TestCodec:
+    @pytest.mark.parametrize("length", [10, 5_000])
+    def test_large_values_are_packed_and_read_back(self, length):
+        def merge(value: str, message: Any) -> None:
+            message.name = value
+
+        codec: Codec[Any, Any] = Codec(message_types()[0], lambda m: m.name, merge, packed_from_bytes=1_000)
+        value = codec.encode("x" * length)
+        assert len(value) < 200
+        assert codec.read(value).name == "x" * length
+
+    @pytest.mark.parametrize("damage", [lambda value: value[:-3], lambda value: value[:9] + b"?" * 20])
+    def test_what_is_packed_and_damaged_is_no_message(self, damage):
+        def merge(value: str, message: Any) -> None:
+            message.name = value
+
+        codec: Codec[Any, Any] = Codec(message_types()[0], lambda m: m.name, merge, packed_from_bytes=1)
+        with pytest.raises(DecodeError, match="packed value"):
+            codec.read(damage(codec.encode("x" * 1_000)))
+
     async def test_an_older_version_keeps_what_a_newer_one_wrote(self) -> None:
         """Unknown fields of the message and of its repeated parts survive a read, a change and a write."""
         old_type, new_type = message_types()
@@ -385,46 +432,6 @@ class TestCodec:
         assert entry is not None
         with pytest.raises(DecodeError):
             codec.decode(entry)
-
-
-class TestChunks:
-    @pytest.mark.parametrize("size", [0, 10, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5])
-    async def test_values_of_any_size_come_back(self, size: int) -> None:
-        store = MemoryStore()
-        value = bytes(range(256)) * (size // 256 + 1)
-        revision = await put_large(store, "k", value[:size])
-        large = await get_large(store, "k")
-        assert large is not None
-        assert (large.value, large.head.revision) == (value[:size], revision)
-
-    async def test_the_flip_is_conditional_and_old_pieces_go(self) -> None:
-        store = MemoryStore()
-        await put_large(store, "k", b"1" * (2 * CHUNK_BYTES))
-        first = await get_large(store, "k")
-        assert first is not None
-        await put_large(store, "k", b"2" * (2 * CHUNK_BYTES), when=[Unchanged(first.head)])
-        with pytest.raises(ConditionFailed):
-            await put_large(store, "k", b"3" * (2 * CHUNK_BYTES), when=[Unchanged(first.head)])
-        large = await get_large(store, "k")
-        assert large is not None
-        assert large.value == b"2" * (2 * CHUNK_BYTES)
-        await put_large(store, "k", b"small")  # also removes what the refused write left
-        assert (await store.list(CHUNKS)).entries == ()
-        await put_large(store, "k", b"4" * (2 * CHUNK_BYTES))
-        await delete_large(store, "k")
-        assert await get_large(store, "k") is None
-        assert (await store.list(CHUNKS)).entries == ()
-
-    async def test_a_small_value_that_looks_like_a_head_comes_back(self) -> None:
-        store = MemoryStore()
-        await put_large(store, "k", b"\0chunks\0 not a head")
-        large = await get_large(store, "k")
-        assert large is not None
-        assert large.value == b"\0chunks\0 not a head"
-
-    async def test_what_is_too_large_names_the_limit(self) -> None:
-        with pytest.raises(Invalid, match=str(MAX_CHUNKS * CHUNK_BYTES)):
-            await put_large(MemoryStore(), "k", bytes(MAX_CHUNKS * CHUNK_BYTES + 1))
 
 
 async def test_memory_forgets_history_beyond_its_limit() -> None:

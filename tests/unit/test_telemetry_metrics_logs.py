@@ -50,6 +50,9 @@ def test_attribute_names_are_unique_dotted_lower_case():
     assert all(re.fullmatch(r"(rpc|whaleflux)(\.[a-z_]+)+", attribute) for attribute in Attribute)
 
 
+MADE_BEFORE = telemetry.get_logger("whaleflux.rpc")
+
+
 @pytest.fixture
 def lines():
     """Configured logging; afterwards as it was."""
@@ -114,7 +117,20 @@ class TestLogs:
         assert "hunter2" not in json.dumps(lines())
 
     def test_a_logger_made_before_the_set_up_follows_it(self, lines):
-        from whaleflux.rpc import answer
-
-        answer._log.error(Event.RPC_FAILED)
+        MADE_BEFORE.error(Event.RPC_FAILED)
         assert lines()[0]["service"] == "scheduler"
+
+
+def test_what_an_event_quotes_does_not_command_a_terminal(lines):
+    """`lines` puts logging back afterwards."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    telemetry.setup_logging("scheduler", level="info", stream=terminal)
+    hostile = "\x1b]0;owned\x07\x1b[2J"
+    telemetry.get_logger().info(Event.JOB_FAILED, job=hostile, reason=f"it said {hostile}")
+    logging.getLogger("library").warning("%s", hostile)
+    shown = terminal.getvalue()
+    assert shown.count("owned") == 3
+    assert "\x1b]" not in shown
+    assert "\x1b[2J" not in shown
+    assert "\x07" not in shown

@@ -3,30 +3,26 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from tests.support.spans import traced, untraced
 from whaleflux import errors, telemetry
 from whaleflux.rpc import propagation
-from whaleflux.telemetry import Attribute, UnregisteredName, traces
+from whaleflux.telemetry import Attribute, UnregisteredName
 
 T0 = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch):
-    for name in ("_provider", "_tracer", "_exporting"):
-        monkeypatch.setattr(traces, name, getattr(traces, name))
-    monkeypatch.setattr(propagation, "_maker", propagation._maker)
+def _as_before():
+    yield
+    untraced()
 
 
 @pytest.fixture
 def spans():
-    collected = InMemorySpanExporter()
-    telemetry.setup_tracing("test", exporter=InMemorySpanExporter())
-    traces._provider.add_span_processor(SimpleSpanProcessor(collected))
-    return collected
+    with traced() as kept:
+        yield kept
 
 
 def ids(traceparent):
@@ -88,7 +84,7 @@ class TestJob:
 
 
 class TestErrors:
-    def test_a_refusal_is_noted_and_no_error(self, spans):
+    def test_a_status_error_is_noted_and_no_error(self, spans):
         with pytest.raises(errors.NotFound), telemetry.span("step"):
             raise errors.NotFound("node", "n")
         span = named(spans, "step")

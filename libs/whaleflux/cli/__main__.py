@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from whaleflux.cli import fleet_commands, job_commands, model_commands, suite_commands
-from whaleflux.cli.output import fail, note
-from whaleflux.cli.state import GLOBAL
-from whaleflux.errors import (
-    AlreadyExists,
-    Conflict,
-    DeadlineExceeded,
-    Denied,
-    Invalid,
-    NotFound,
-    OverLimit,
-    Refusal,
-    Unauthenticated,
-    Unavailable,
+from whaleflux.cli import (
+    attach_commands,
+    audit_commands,
+    config_commands,
+    dataset_commands,
+    describe_commands,
+    event_commands,
+    file_commands,
+    fleet_commands,
+    gpu_commands,
+    history_commands,
+    import_command,
+    job_commands,
+    job_verb_commands,
+    log_commands,
+    login_commands,
+    model_commands,
+    next_step,
+    node_commands,
+    people_commands,
+    queue_commands,
+    secret_commands,
+    submit_commands,
+    suite_commands,
+    token_commands,
 )
+from whaleflux.cli.examples import epilog
+from whaleflux.cli.help import WIDEST, GroupedCommands
+from whaleflux.cli.output import fail, note, say
+from whaleflux.cli.state import GLOBAL
+from whaleflux.errors import InvalidArgument, StatusError
 
 _START = """Every GPU you own or rent as one cluster.
 
@@ -39,43 +56,78 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong input, 3 fleet not reached.
 """
 
 app = typer.Typer(
+    cls=GroupedCommands,
     help=_START,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
 
 _PANELS: dict[str, list[Callable[..., None]]] = {
-    "This machine": [suite_commands.up, suite_commands.down, suite_commands.demo],
+    "This machine": [suite_commands.up, suite_commands.down, suite_commands.profiles, suite_commands.demo],
     "Fleet": [
-        fleet_commands.status, fleet_commands.nodes, fleet_commands.gpus, fleet_commands.sites, fleet_commands.incidents,
-        fleet_commands.cordon, fleet_commands.uncordon, fleet_commands.drain, fleet_commands.retire,
-        suite_commands.events, model_commands.datasets,
+        fleet_commands.status, fleet_commands.nodes, gpu_commands.gpus, fleet_commands.sites, fleet_commands.incidents,
+        node_commands.cordon, node_commands.uncordon, node_commands.drain, node_commands.retire, node_commands.replace,
+        event_commands.events, describe_commands.describe,
     ],
     "Jobs": [
-        job_commands.submit, job_commands.validate, job_commands.jobs, job_commands.job, job_commands.logs,
-        job_commands.explain, job_commands.cancel, job_commands.delete, job_commands.checkpoints, job_commands.queues,
+        submit_commands.submit, file_commands.validate, file_commands.explain_field, import_command.import_, job_commands.jobs,
+        job_commands.job, history_commands.history,
+        log_commands.logs, job_commands.explain, job_commands.checkpoints, job_verb_commands.cancel, job_verb_commands.hold,
+        job_verb_commands.release, job_verb_commands.requeue, job_verb_commands.set_priority, job_verb_commands.delete,
+        queue_commands.queues,
     ],
+    "Inside of a job": [attach_commands.exec_, attach_commands.shell, attach_commands.port_forward, attach_commands.cp],
     "Models": [model_commands.serve, model_commands.models, model_commands.replicas, model_commands.route, model_commands.unserve],
-    "Client": [suite_commands.version, suite_commands.config],
+    "People": [login_commands.login, login_commands.logout, login_commands.whoami],
+    "Client": [suite_commands.version],
 }  # fmt: skip
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(_command.__name__, rich_help_panel=_panel)(_command)
+        _name = _command.__name__.strip("_").replace("_", "-")
+        app.command(_name, rich_help_panel=_panel, epilog=epilog(_name))(_command)
 app.command(
-    "agent", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    "agent",
+    rich_help_panel="This machine",
+    epilog=epilog("agent"),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )(suite_commands.agent)
-app.add_typer(model_commands.keys, name="keys")
-app.add_typer(model_commands.token, name="token")
+_GROUPS = [
+    ("audit", audit_commands.audit, "Fleet"),
+    ("config", config_commands.config, "Client"),
+    ("keys", model_commands.keys, "Models"),
+    ("datasets", dataset_commands.datasets, "Fleet"),
+    ("queue", queue_commands.queue, "Jobs"),
+    ("secrets", secret_commands.secrets, "Jobs"),
+    ("token", token_commands.token, "Fleet"),
+    ("user", people_commands.user, "People"),
+    ("group", people_commands.group, "People"),
+    ("tokens", people_commands.tokens, "People"),
+]
+for _name, _group, _panel in _GROUPS:
+    app.add_typer(_group, name=_name, rich_help_panel=_panel)
+    for _registered in _group.registered_commands:
+        _registered.epilog = _registered.epilog or epilog(f"{_name} {_registered.name}")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from whaleflux.version import version
+
+        say(f"whaleflux {version()}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     context: Annotated[
-        str, typer.Option("--context", envvar="WHALEFLUX_CONTEXT", help="Context file of the fleet.")
+        str, typer.Option("--context", envvar="WHALEFLUX_CONTEXT", help="Name or context file of the fleet.")
     ] = "",
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("-V", "--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     GLOBAL.context, GLOBAL.debug = context, debug
 
@@ -84,56 +136,52 @@ options.__doc__ = _START
 
 
 def main() -> None:
-    """Entry point: every refusal becomes one line that ends with what to do next."""
+    """Entry point: every error becomes one line that ends with what to do next."""
     try:
-        app()
-    except Refusal as refusal:
+        _run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `whaleflux jobs | head`
+        _write_no_more()
+        raise SystemExit(0) from None
+    except OSError as error:  # a file or folder that was named, or what the output goes to
         if GLOBAL.debug:
             raise
-        _explain(refusal)
-        raise SystemExit(_code(refusal)) from None
+        fail(next_step.of_the_system(error))
+        _write_no_more()
+        raise SystemExit(1) from None
+
+
+def _run() -> None:
+    try:
+        app()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    except StatusError as error:
+        if GLOBAL.debug:
+            raise
+        _explain(error)
+        raise SystemExit(next_step.exit_code(error)) from None
     except KeyboardInterrupt:
         note("\ninterrupted")
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `whaleflux jobs | head`
-        sys.stderr.close()
-        raise SystemExit(0) from None
 
 
-def _explain(refusal: Refusal) -> None:
+def _write_no_more() -> None:
+    """What is left in buffers has nowhere to go; the interpreter would complain about it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def _explain(error: StatusError) -> None:
     """One line per mistake, each ending with what to do: the next command, where the message names none."""
-    if isinstance(refusal, Invalid):
-        for violation in refusal.violations[:-1]:
-            fail(f"{violation.field}: {violation.description}")
-    message = refusal.message
-    if isinstance(refusal, Invalid) and refusal.violations:
-        message = f"{refusal.violations[-1].field}: {refusal.violations[-1].description}"
-    hint = _next_command(refusal)
+    message = error.message
+    if isinstance(error, InvalidArgument) and error.violations:
+        *others, message = [f"{next_step.field_in_the_file(v.field)}: {v.description}" for v in error.violations]
+        for other in others:
+            fail(other)
+    hint = next_step.after(error, sys.argv[1:])
     fail(message if "whaleflux " in message or not hint else f"{message.rstrip('.')}; {hint}")
-
-
-_LISTS = {"apikey": "keys list", "join_token": "token list", "token": "token list", "health": "nodes", "datasets": "datasets"}  # fmt: skip
-
-
-def _next_command(refusal: Refusal) -> str:
-    called = " ".join(word for word in sys.argv[1:3] if word.isalpha())
-    if isinstance(refusal, Invalid):
-        return f"see: whaleflux {called} --help".replace("  ", " ")
-    if isinstance(refusal, NotFound):
-        return f"see what exists with: whaleflux {_LISTS.get(refusal.kind, refusal.kind + 's')}"
-    if isinstance(refusal, Unavailable | DeadlineExceeded):
-        return "is the fleet running? see: whaleflux config; start one with: whaleflux up"
-    if isinstance(refusal, Unauthenticated | Denied):
-        return "see who you are there with: whaleflux config"
-    if isinstance(refusal, AlreadyExists):
-        return f"see it with: whaleflux {refusal.kind}s"
-    if isinstance(refusal, Conflict | OverLimit):
-        return f"repeat: whaleflux {called}"
-    return "see the state with: whaleflux status"
-
-
-def _code(refusal: Refusal) -> int:
-    return 2 if isinstance(refusal, Invalid) else 3 if isinstance(refusal, Unavailable | DeadlineExceeded) else 1
 
 
 if __name__ == "__main__":

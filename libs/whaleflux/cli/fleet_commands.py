@@ -1,127 +1,134 @@
-"""What exists and what state it is in: status, nodes, gpus, sites, incidents, and what operators do to nodes."""
+"""What exists and what state it is in: status, nodes, sites, incidents."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from collections import Counter, defaultdict
+from typing import Annotated, Any
 
 import typer
 
+from whaleflux import names
 from whaleflux.cli import output
+from whaleflux.cli.filters import Since, Sort, contains, enum_words, ordered, since_s, wanted, words
+from whaleflux.cli.fleet_reads import (
+    Held,
+    all_health,
+    all_nodes,
+    conditions,
+    failing,
+    free_in_shares,
+    gpu_groups,
+    held_gpus,
+    is_open,
+    models_of,
+    phase,
+    price_of,
+    shares_kept,
+    shown_phase,
+    why,
+)
 from whaleflux.cli.output import Column, Format
-from whaleflux.cli.state import NodeArgument, NoHeaders, Output, Reason, Yes, fleet, node_name, pages
+from whaleflux.cli.state import NoHeaders, Output, fleet, pages
 
 
-def _nodes(client: Any, retired: bool = False) -> list[Any]:
-    from whaleflux.v1 import inventory_pb2
+def node_lines(node: Any, health: Any, held_by: list[str]) -> list[tuple[str, str]]:
+    """What people want to know of a node first; `health` None: it was not judged yet."""
+    from whaleflux.quantities import shown_bytes
+    from whaleflux.v1 import inventory_pb2, types_pb2
 
-    request = inventory_pb2.ListNodesRequest(page_size=1000, show_retired=retired)
-    return pages(client.inventory.ListNodes, request, "nodes")
-
-
-def _health(client: Any) -> dict[str, Any]:
-    from whaleflux.v1 import health_pb2
-
-    listed = pages(client.health.ListNodeHealth, health_pb2.ListNodeHealthRequest(page_size=1000), "node_health")
-    return {h.name: h for h in listed}
-
-
-def _held(client: Any) -> Counter[str]:
-    """GPUs that are held, by node."""
-    from whaleflux.v1 import scheduler_pb2
-
-    listed = pages(client.scheduler.ListAllocations, scheduler_pb2.ListAllocationsRequest(), "allocations")
-    held: Counter[str] = Counter()
-    for allocation in listed:
-        held[allocation.task.node] += len(allocation.task.gpu_indices)
-    return held
-
-
-def _phase(health: dict[str, Any], name: str) -> str:
-    from whaleflux.v1 import health_pb2
-
-    found = health.get(name)
-    return output.enum_name(health_pb2.NodePhase, found.phase, "NODE_PHASE_") if found else "UNKNOWN"
+    known = {node.name: health} if health is not None else {}
+    failing = [
+        c for c in (health.conditions if health is not None else ()) if c.status == types_pb2.CONDITION_STATUS_FALSE
+    ]
+    intent = output.enum_name(inventory_pb2.NodeIntent, node.intent, "NODE_INTENT_")
+    asked = node.last_change
+    by = f", {asked.what.lower()} by {asked.actor}" if asked.what == intent else ""
+    return [
+        ("name", node.name),
+        ("phase", phase(known, node.name) + (f": {health.message}" if health is not None and health.message else "")),
+        ("intent", intent + (f": {node.intent_reason}" if node.intent_reason else "") + by),
+        ("incident", health.incident if health is not None else ""),
+        *(("broken", f"{c.type}: {c.reason} {c.message}") for c in failing),
+        ("gpus", models_of(node)),
+        ("price", f"${price_of(node):.2f} per GPU and hour"),
+        ("memory", shown_bytes(node.facts.memory_bytes)),
+        ("place", "/".join(filter(None, (node.facts.zone, node.facts.spine, node.facts.leaf)))),
+        ("agent", f"{node.facts.agent_version}, driver {node.facts.driver_version}".strip(", ")),
+        ("joined", f"{output.age(node.create_time)} ago"),
+        *([("isolation", isolation_of(node))] if node.facts.HasField("isolation") else []),
+        *(("held by", job) for job in held_by[:16]),
+    ]
 
 
-def _models(node: Any) -> str:
-    counts = Counter(gpu.model for gpu in node.facts.gpus)
-    return ", ".join(f"{n} x {model}" for model, n in counts.items()) + (" (simulated)" if node.facts.simulated else "")
+def isolation_of(node: Any) -> str:
+    """How ranks are kept apart there, and what of them is limited; "" where nothing is said."""
+    found = node.facts.isolation
+    if not found.kind:
+        return ""
+    if found.kind == "none":
+        apart = f"none ({found.reason})"
+    else:
+        apart = f"a user for each queue ({found.task_uids})" + (", own folders" if found.private_folders else "")
+    by = f" ({', '.join(found.limited_by)} by the kernel)" if found.limited_by else ""
+    return f"{apart}; limits {found.limits}{by}"
 
 
-def _price(node: Any) -> float:
-    return float((node.price if node.HasField("price") else node.facts.price).usd_per_gpu_hour)
+def nodes(
+    site: Annotated[str, typer.Option("--site", help="Of this site.")] = "",
+    state: Annotated[str, typer.Option("--state", help="In one of these phases: ready,suspect.")] = "",
+    gpu: Annotated[str, typer.Option("--gpu", help="With GPUs whose model has this in its name.")] = "",
+    sort: Sort = "",
+    retired: Annotated[bool, typer.Option("--retired", help="Retired ones too.")] = False,
+    fmt: Output = Format.table,
+    no_headers: NoHeaders = False,
+) -> None:
+    """Nodes: state, GPUs, price.
 
+    \b
+      whaleflux nodes --site onprem --state ready,suspect
+      whaleflux nodes --gpu h200 --sort -held
+      whaleflux nodes -o wide               with memory, driver, place in the network, and why
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.quantities import shown_bytes
+    from whaleflux.v1 import health_pb2, inventory_pb2
 
-def nodes(fmt: Output = Format.table, no_headers: NoHeaders = False, retired: bool = False) -> None:
-    """Nodes: state, GPUs, price."""
-    from whaleflux.cli.quantities import shown_bytes
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        listed, health, held = _nodes(client, retired), _health(client), _held(client)
+    phases = words(state, "--state", enum_words(health_pb2.NodePhase, "NODE_PHASE_"))
+    health: dict[str, Any] = {}
+    held: Held = defaultdict(Counter)
     columns = [
         Column("NAME", lambda n: n.name),
-        Column("PHASE", lambda n: _phase(health, n.name)),
+        Column("PHASE", lambda n: shown_phase(phase(health, n.name), held[n.name]), value=lambda n: phase(health, n.name)),
         Column("INTENT", lambda n: output.enum_name(inventory_pb2.NodeIntent, n.intent, "NODE_INTENT_")),
-        Column("GPUS", _models),
-        Column("HELD", lambda n: f"{held[n.name]}/{len(n.facts.gpus)}"),
-        Column("$/GPU-H", lambda n: f"{_price(n):.2f}"),
-        Column("AGE", lambda n: output.age(n.create_time)),
-        Column("MEMORY", lambda n: shown_bytes(n.facts.memory_bytes), wide=True),
+        Column("CONDITIONS", lambda n: conditions(health, n.name)),
+        Column("GPUS", models_of),
+        Column("HELD", lambda n: f"{len(held[n.name])}/{len(n.facts.gpus)}", value=lambda n: len(held[n.name])),
+        Column("$/GPU-H", lambda n: f"{price_of(n):.2f}" if n.facts.gpus else "-", value=price_of),
+        Column("AGE", lambda n: output.age(n.create_time), value=lambda n: output.age_s(n.create_time)),
+        Column("MEMORY", lambda n: shown_bytes(n.facts.memory_bytes), wide=True, value=lambda n: int(n.facts.memory_bytes)),
         Column("LEAF", lambda n: "/".join(filter(None, (n.facts.zone, n.facts.spine, n.facts.leaf))) or "-", wide=True),
         Column("DRIVER", lambda n: n.facts.driver_version, wide=True),
-        Column("WHY", lambda n: (health[n.name].message if n.name in health else "") or n.intent_reason, wide=True),
-    ]
+        Column("MEMORY LIMITS", lambda n: n.facts.memory_limits, wide=True),
+        Column("ISOLATION", lambda n: n.facts.isolation.kind, wide=True),
+        Column("GPU SHARES", shares_kept, wide=True),
+        Column("WHY", lambda n: why(health, n), wide=True),
+    ]  # fmt: skip
+    ordered([], columns, sort)  # a wrong word is told before the fleet is asked
+    with fleet() as client:
+        listed = all_nodes(client, retired)
+        health |= all_health(client)
+        held |= held_gpus(client)
+    matching = [
+        n for n in listed
+        if wanted(phases, phase(health, n.name)) and (not gpu or contains(gpu, *(g.model for g in n.facts.gpus)))
+        and (not site or names.top(n.name) == site.removeprefix("sites/"))
+    ]  # fmt: skip
     output.show(
-        listed,
+        ordered(matching, columns, sort),
         columns,
         fmt,
         headers=not no_headers,
-        empty="no nodes yet; make a token with: whaleflux token create --site NAME",
+        empty="no such nodes" if listed else "no nodes yet; make a token with: whaleflux token create --site NAME",
     )
-
-
-def gpus(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
-    """What GPUs there are, what is free, what they cost."""
-    import json
-
-    from whaleflux.cli.quantities import shown_bytes
-
-    with fleet() as client:
-        listed, health, held = _nodes(client), _health(client), _held(client)
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for node in listed:
-        site, ready = node.name.split("/")[1], _phase(health, node.name) == "READY" and node.intent in (0, 1)
-        for model, count in Counter(gpu.model for gpu in node.facts.gpus).items():
-            memory = next(g.memory_bytes for g in node.facts.gpus if g.model == model)
-            row = groups.setdefault(
-                (model, site),
-                {"model": model, "site": site, "memory_bytes": memory, "total": 0, "free": 0, "held": 0,
-                 "unavailable": 0, "nodes": 0, "usd_per_gpu_hour": _price(node), "simulated": node.facts.simulated},
-            )  # fmt: skip
-            taken = min(count, held[node.name])
-            row["total"] += count
-            row["nodes"] += 1
-            row["held"] += taken
-            row["free" if ready else "unavailable"] += count - taken
-            row["usd_per_gpu_hour"] = min(row["usd_per_gpu_hour"], _price(node))
-    rows = [groups[key] for key in sorted(groups)]
-    if fmt is Format.json:
-        print(json.dumps(rows, indent=2))
-        return
-    if fmt is Format.name:
-        print("\n".join(sorted({row["model"] for row in rows})))
-        return
-    if not rows:
-        output.note("no GPUs yet; make a token with: whaleflux token create --site NAME")
-        return
-    headers = ["MODEL", "SITE", "MEMORY", "TOTAL", "FREE", "HELD", "UNAVAILABLE", "NODES", "$/GPU-H", ""]
-    cells = [
-        [r["model"], r["site"], shown_bytes(r["memory_bytes"]), *(str(r[k]) for k in ("total", "free", "held", "unavailable", "nodes")),
-         f"{r['usd_per_gpu_hour']:.2f}", "simulated" if r["simulated"] else ""] for r in rows
-    ]  # fmt: skip
-    output.table([] if no_headers else headers, cells)
 
 
 def sites(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
@@ -137,120 +144,88 @@ def sites(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
 
 
 def incidents(
+    node: Annotated[str, typer.Option("--node", help="That concern a node with this in its name.")] = "",
+    job: Annotated[str, typer.Option("--job", help="That concern a job with this in its name.")] = "",
+    kind: Annotated[str, typer.Option("--kind", help="Of one of these kinds: node_lost,gpu_fault.")] = "",
+    since: Since = "",
+    sort: Sort = "",
+    all_: Annotated[bool, typer.Option("-a", "--all", help="Ended ones too.")] = False,
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
-    all_: bool = typer.Option(False, "-a", "--all", help="Ended ones too."),
 ) -> None:
-    """What went wrong, and what was done about it."""
+    """What went wrong, and what was done about it.
+
+    \b
+      whaleflux incidents --node h200-b -a
+      whaleflux incidents --since 1d -o csv
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import health_pb2
 
-    with fleet() as client:
-        listed = pages(client.health.ListIncidents, health_pb2.ListIncidentsRequest(show_ended=all_), "incidents")
+    kinds = words(kind, "--kind", enum_words(health_pb2.IncidentKind, "INCIDENT_KIND_"))
+    oldest_s = since_s(since)
     columns = [
         Column("NAME", lambda i: i.name),
         Column("KIND", lambda i: output.enum_name(health_pb2.IncidentKind, i.kind, "INCIDENT_KIND_")),
         Column("NODES", lambda i: ", ".join(i.nodes)),
         Column("JOBS", lambda i: ", ".join(i.jobs)),
-        Column("AGE", lambda i: output.age(i.start_time)),
+        Column("AGE", lambda i: output.age(i.start_time), value=lambda i: output.age_s(i.start_time)),
         Column("WHAT", lambda i: i.message),
         Column("ACTION", lambda i: i.action, wide=True),
     ]
-    output.show(listed, columns, fmt, headers=not no_headers, empty="no open incidents")
+    ordered([], columns, sort)
+    request = health_pb2.ListIncidentsRequest(show_ended=all_ or bool(since), page_size=1000)
+    with fleet() as client:
+        listed = pages(client.health.ListIncidents, request, "incidents")
+    matching = [
+        i for i in listed
+        if wanted(kinds, output.enum_name(health_pb2.IncidentKind, i.kind, "INCIDENT_KIND_"))
+        and contains(node, *i.nodes) and contains(job, *i.jobs)
+        and (not i.end_time.seconds or i.end_time.seconds >= oldest_s)
+    ]  # fmt: skip
+    empty = "no open incidents" if not all_ and not since else "no such incidents"
+    output.show(ordered(matching, columns, sort), columns, fmt, headers=not no_headers, empty=empty)
 
 
 def status(fmt: Output = Format.table) -> None:
     """The fleet at a glance: nodes by phase, GPUs, unfinished jobs, models."""
-    import json
-
     from whaleflux.v1 import router_pb2, scheduler_pb2
 
     with fleet() as client:
-        listed, health, held = _nodes(client), _health(client), _held(client)
+        listed, health, held = all_nodes(client), all_health(client), held_gpus(client)
         jobs = pages(client.scheduler.ListJobs, scheduler_pb2.ListJobsRequest(page_size=1000), "jobs")
         models = pages(client.router.ListModels, router_pb2.ListModelsRequest(), "models")
     total = sum(len(n.facts.gpus) for n in listed)
+    shares_bytes = sum(free_in_shares(n.facts.gpus, held[n.name], ready=is_open(health, n)) for n in listed)
+    free = sum(row["free"] for row in gpu_groups(listed, health, held))
+    counts = {"total": total, "held": sum(map(len, held.values())), "free": free, "free_in_shares_bytes": shares_bytes}
     summary: dict[str, Any] = {
-        "nodes": dict(Counter(_phase(health, n.name) for n in listed)),
-        "gpus": {"total": total, "held": sum(held.values())},
+        "nodes": dict(Counter(phase(health, n.name) for n in listed)),
+        "conditions": dict(Counter(c.reason for n in listed for c in failing(health, n.name))),
+        "gpus": counts,
         "jobs": dict(Counter(output.enum_name(scheduler_pb2.JobState, j.state, "JOB_STATE_") for j in jobs)),
         "models": {m.name: m.ready_replicas for m in models},
         "simulated": any(n.facts.simulated for n in listed),
     }
     if fmt is Format.json:
-        print(json.dumps(summary, indent=2))
+        output.say_json(summary)
         return
     rows = [
         ["nodes", _counted(summary["nodes"]) + (" (simulated ones among them)" if summary["simulated"] else "")],
-        ["GPUs", f"{sum(held.values())} of {total} held"],
+        ["not well", _counted(summary["conditions"]) + " (see: whaleflux nodes -o wide)"],
+        ["GPUs", f"{summary['gpus']['held']} of {total} held, {free} free" + _and_shares(shares_bytes)],
         ["jobs", _counted(summary["jobs"])],
-        ["models", ", ".join(f"{name.split('/')[1]} ({ready} ready)" for name, ready in summary["models"].items()) or "none"],
+        ["models", ", ".join(f"{names.top(name)} ({ready} ready)" for name, ready in summary["models"].items()) or "none"],
     ]  # fmt: skip
-    output.table([], rows)
+    output.table([], [row for row in rows if row[0] != "not well" or summary["conditions"]])
     if not listed:
         output.note("next: whaleflux token create --site NAME, then start an agent with it")
 
 
+def _and_shares(free_bytes: int) -> str:
+    from whaleflux.quantities import shown_bytes
+
+    return f", {shown_bytes(free_bytes)} free in shares" if free_bytes else ""
+
+
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts.items()) or "none"
-
-
-def cordon(node: NodeArgument, message: Reason = "") -> None:
-    """No new work on a node; running work stays."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        name = node_name(client, node)
-        client.inventory.CordonNode(inventory_pb2.CordonNodeRequest(name=name, reason=message), timeout=10)
-    output.note(f"{name} takes no new work; undo with: whaleflux uncordon {name}")
-
-
-def uncordon(node: NodeArgument) -> None:
-    """Undoes cordon and drain."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        name = node_name(client, node)
-        client.inventory.UncordonNode(inventory_pb2.UncordonNodeRequest(name=name), timeout=10)
-    output.note(f"{name} takes work again")
-
-
-def drain(node: NodeArgument, message: Reason = "", yes: Yes = False) -> None:
-    """No new work on a node; running work is moved elsewhere through its checkpoints.
-
-    \b
-      whaleflux drain n7 -m "fan is loud"
-      whaleflux drain onprem/n7 -m "kernel update" --yes
-    """  # noqa: D301 - the escape tells click to keep the lines
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        name = node_name(client, node)
-        confirm(f"move all work off {name}?", yes)
-        client.inventory.DrainNode(inventory_pb2.DrainNodeRequest(name=name, reason=message), timeout=10)
-    output.note(f"{name} is being drained; watch with: whaleflux jobs -w; undo with: whaleflux uncordon {name}")
-
-
-def retire(node: NodeArgument, message: Reason = "", yes: Yes = False) -> None:
-    """Removes a node for good; GPUs that it still holds are given up."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        name = node_name(client, node)
-        confirm(f"remove {name} for good?", yes)
-        client.inventory.RetireNode(inventory_pb2.RetireNodeRequest(name=name, reason=message), timeout=10)
-    output.note(f"{name} is retired")
-
-
-def confirm(question: str, yes: bool) -> None:
-    """Asks; refuses where nobody can answer."""
-    import sys
-
-    from whaleflux.errors import FieldViolation, Invalid
-
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise Invalid(FieldViolation("--yes", "nobody can be asked here (stdin is no terminal); repeat with -y"))
-    if not typer.confirm(question, err=True):
-        output.note("nothing was changed")
-        raise typer.Exit(1)

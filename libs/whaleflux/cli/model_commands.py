@@ -1,4 +1,4 @@
-"""Served models: declare, list, ask where a request would go; keys of the inference API; join tokens."""
+"""Served models: declare, list, ask where a request would go; keys of the inference API."""
 
 from __future__ import annotations
 
@@ -6,36 +6,53 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from whaleflux.cli import output
-from whaleflux.cli.fleet_commands import confirm
-from whaleflux.cli.job_commands import _read
+from whaleflux import names
+from whaleflux.cli import output, submission
+from whaleflux.cli.files import read
 from whaleflux.cli.output import Column, Format
-from whaleflux.cli.state import NoHeaders, Output, Yes, fleet, pages
+from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 
 if TYPE_CHECKING:
-    from whaleflux.cli.manifests import ModelManifest
+    from whaleflux.manifests.yaml_files import ModelManifest
 
+_MAX_TOKENS = 2**31 - 1
 keys = typer.Typer(no_args_is_help=True, help="Keys of the inference API.")
-token = typer.Typer(no_args_is_help=True, help="Join tokens: each admits one agent, once.")
 
 
-def serve(file: Annotated[str, typer.Argument(help="Model file, or - for stdin.")], yes: Yes = False) -> None:
+def serve(
+    file: Annotated[str, typer.Argument(help="Model file, or - for stdin.")],
+    yes: Yes = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until all of its replicas are READY; Ctrl-C ends the wait.")
+    ] = False,
+    allow_address: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-address",
+            metavar="IP:PORT",
+            help="Dial it though the router's networks leave it out; operators only.",
+        ),
+    ] = None,
+) -> None:
     """Declares a model, or changes one that is declared; its replicas are started and kept running.
 
     \b
       whaleflux serve model.yaml
+      whaleflux serve model.yaml --wait     and come back when it answers
       whaleflux replicas MODEL              how far they are
       whaleflux route MODEL                 where a request would go, and why
     """  # noqa: D301 - the escape tells click to keep the lines
-    from whaleflux.cli.manifests import model_from_yaml
-    from whaleflux.errors import FieldViolation, Invalid, NotFound
+    from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
+    from whaleflux.manifests.yaml_files import model_from_yaml
     from whaleflux.names import ulid
     from whaleflux.v1 import router_pb2
 
     if file == "-" and not yes:
-        raise Invalid(FieldViolation("--yes", "a model file from stdin cannot be asked about; add -y"))
-    manifest = model_from_yaml(*_read(file))
-    name = f"models/{manifest.model_id}"
+        raise InvalidArgument(FieldViolation("--yes", "a model file from stdin cannot be asked about; add -y"))
+    manifest = model_from_yaml(*read(file))
+    output.note(submission.secrets_in_clear([manifest.model.engine]))
+    manifest.model.allowed_addresses.extend(allow_address or ())
+    name = names.model(manifest.model_id)
     with fleet() as client:
         try:
             before = client.router.GetModel(router_pb2.GetModelRequest(name=name), timeout=10)
@@ -50,22 +67,28 @@ def serve(file: Annotated[str, typer.Argument(help="Model file, or - for stdin."
             client.router.CreateModel(request, timeout=20)
         else:
             manifest.model.name, manifest.model.etag = name, before.etag
+            if not allow_address:
+                manifest.model.allowed_addresses.extend(before.allowed_addresses)
             _show_model_plan(manifest, before)
             confirm("change it?", yes)
             client.router.UpdateModel(router_pb2.UpdateModelRequest(model=manifest.model), timeout=20)
-    output.note(f"{name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
+        output.note(f"{name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
+        if wait:
+            from whaleflux.cli.replica_waiting import until_ready
+
+            until_ready(client, name)
 
 
 def _show_model_plan(manifest: ModelManifest, before: Any) -> None:
     """On stdout: what will be served, and how many replicas there were."""
     count, engine = manifest.model.replicas.min, manifest.model.engine
     if engine.addresses:
-        print(f"PLAN  serve {manifest.model_id} by {len(engine.addresses)} server(s) that run elsewhere")
+        output.say(f"PLAN  serve {manifest.model_id} by {len(engine.addresses)} server(s) that run elsewhere")
     else:
         where = ", ".join(engine.gpu_models) or "any GPU"
-        print(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {engine.gpus} GPU(s) on {where}")
+        output.say(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {engine.gpus} GPU(s) on {where}")
     if before is not None:
-        print(f"  now        {before.replicas.min} replica(s), {before.ready_replicas} ready")
+        output.say(f"  now        {before.replicas.min} replica(s), {before.ready_replicas} ready")
 
 
 def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
@@ -79,6 +102,8 @@ def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
         Column("READY", lambda m: f"{m.ready_replicas}/{m.replicas.min}"),
         Column("ENGINE", lambda m: m.engine.kind),
         Column("ON", lambda m: ", ".join(m.engine.gpu_models) or "any"),
+        Column("OWNER", lambda m: m.owner or "-"),
+        Column("QUEUE", lambda m: names.last(m.queue) or "serving", wide=True),
         Column("AGE", lambda m: output.age(m.create_time)),
     ]
     output.show(
@@ -95,8 +120,10 @@ def replicas(
     from whaleflux.v1 import router_pb2
 
     with fleet() as client:
-        request = router_pb2.ListReplicasRequest(parent=f"models/{model or '-'}")
+        request = router_pb2.ListReplicasRequest(parent=names.model(model) if model else "models/-")
         listed = pages(client.router.ListReplicas, request, "replicas")
+        if model and not listed:  # a model that is not there is told
+            client.router.GetModel(router_pb2.GetModelRequest(name=request.parent), timeout=10)
     columns = [
         Column("NAME", lambda r: r.name),
         Column("STATE", lambda r: output.enum_name(router_pb2.ReplicaState, r.state, "REPLICA_STATE_")),
@@ -117,15 +144,15 @@ def unserve(model: Annotated[str, typer.Argument(help="Model.")], yes: Yes = Fal
     with fleet() as client:
         confirm(f"stop serving {model}?", yes)
         client.router.DeleteModel(
-            router_pb2.DeleteModelRequest(name=f"models/{model.removeprefix('models/')}"), timeout=10
+            router_pb2.DeleteModelRequest(name=names.model(model.removeprefix("models/"))), timeout=10
         )
     output.note(f"{model} is no longer served")
 
 
 def route(
     model: Annotated[str, typer.Argument(help="Model.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=0)] = 100,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=0)] = 100,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=0, max=_MAX_TOKENS)] = 100,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=0, max=_MAX_TOKENS)] = 100,
     fmt: Output = Format.table,
 ) -> None:
     """Where a request would go now, and why."""
@@ -148,17 +175,41 @@ def route(
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="What people call it.")] = "",
-    days: Annotated[int, typer.Option(min=0, help="0: for ever.")] = 0,
+    days: Annotated[int, typer.Option(min=0, max=3650, help="0: for ever.")] = 0,
+    expires: Annotated[str, typer.Option("--expires", metavar="TIME", help="Ends after this: 30d, 12h.")] = "",
+    model: Annotated[
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="Opens this one; none: all that you may use.")
+    ] = None,
+    owner: Annotated[
+        str, typer.Option("--owner", metavar="ROLE/NAME", help="Whose it is, as user/ann; operators only.")
+    ] = "",
 ) -> None:
-    """Makes a key; it is shown once."""
+    """Makes a key; it is shown once. It opens what its owner may use, for as long as they may.
+
+    \b
+      whaleflux keys create chatbot --expires 90d
+      whaleflux keys create ci --model llama-3-8b --expires 12h
+    """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import router_pb2
 
+    request = router_pb2.CreateApiKeyRequest(display_name=name, ttl_s=_ttl_s(days, expires), owner=owner)
+    request.models.extend(names.model(one.removeprefix("models/")) for one in model or ())
     with fleet() as client:
-        made = client.router.CreateApiKey(
-            router_pb2.CreateApiKeyRequest(display_name=name, ttl_s=86400 * days), timeout=10
-        )
-    print(made.secret)
+        made = client.router.CreateApiKey(request, timeout=10)
+    output.say(made.secret)
     output.note(f"{made.name}: shown this once, stored hashed; revoke it with: whaleflux keys delete {made.name}")
+
+
+def _ttl_s(days: int, expires: str) -> int:
+    from whaleflux import quantities
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if days and expires:
+        raise InvalidArgument(FieldViolation("--expires", "says when it ends, and so does --days; give one of them"))
+    try:
+        return round(quantities.seconds(expires)) if expires else 86_400 * days
+    except ValueError as error:
+        raise InvalidArgument(FieldViolation("--expires", f"{expires!r}: {error}; write 30d or 12h")) from None
 
 
 @keys.command("list")
@@ -171,6 +222,9 @@ def list_keys(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None
     columns = [
         Column("NAME", lambda k: k.name),
         Column("FOR", lambda k: k.display_name),
+        Column("OWNER", lambda k: k.owner or "-"),
+        Column("MODELS", lambda k: ", ".join(map(names.last, k.models)) or "all"),
+        Column("ENDS", lambda k: k.expire_time.ToJsonString() if k.expire_time.seconds else "never", wide=True),
         Column("AGE", lambda k: output.age(k.create_time)),
     ]
     output.show(listed, columns, fmt, headers=not no_headers, empty="no keys")
@@ -185,71 +239,3 @@ def delete_key(name: Annotated[str, typer.Argument(help="apiKeys/...")], yes: Ye
         confirm(f"revoke {name}?", yes)
         client.router.DeleteApiKey(router_pb2.DeleteApiKeyRequest(name=name), timeout=10)
     output.note("revoked")
-
-
-@token.command("create")
-def create_token(
-    site: Annotated[str, typer.Option(help="Site that it admits to; made when it does not exist.")],
-    hours: Annotated[float, typer.Option(min=0.01, max=168, help="Ends after this.")] = 1,
-    fmt: Output = Format.table,
-) -> None:
-    """Makes a join token; it is shown once and admits one agent."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        request = inventory_pb2.CreateJoinTokenRequest(
-            site=f"sites/{site.removeprefix('sites/')}", ttl_s=round(3600 * hours)
-        )
-        made = client.inventory.CreateJoinToken(request, timeout=10)
-        context = client.context
-    if fmt is Format.json:
-        output.show_one(made, [], fmt)
-        return
-    print(made.secret)
-    if context is not None:
-        output.note(
-            "on the new node: WHALEFLUX_JOIN_TOKEN=<token> whaleflux agent "
-            f"--server {context.server} --server-name {context.server_name} --ca-file {context.ca} --site {site} --node-id NAME"
-        )
-
-
-@token.command("list")
-def list_tokens(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
-    """Join tokens, without their secrets."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        listed = pages(client.inventory.ListJoinTokens, inventory_pb2.ListJoinTokensRequest(), "join_tokens")
-    columns = [
-        Column("NAME", lambda t: t.name),
-        Column("SITE", lambda t: t.site),
-        Column("USED BY", lambda t: t.used_by or "-"),
-        Column("AGE", lambda t: output.age(t.create_time)),
-    ]
-    output.show(listed, columns, fmt, headers=not no_headers, empty="no tokens")
-
-
-@token.command("delete")
-def delete_token(name: Annotated[str, typer.Argument(help="joinTokens/...")]) -> None:
-    """Revokes a token."""
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        client.inventory.DeleteJoinToken(inventory_pb2.DeleteJoinTokenRequest(name=name), timeout=10)
-    output.note("revoked")
-
-
-def datasets(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
-    """Datasets and where they are cached."""
-    from whaleflux.cli.quantities import shown_bytes
-    from whaleflux.v1 import inventory_pb2
-
-    with fleet() as client:
-        listed: list[Any] = pages(client.inventory.ListDatasets, inventory_pb2.ListDatasetsRequest(), "datasets")
-    columns = [
-        Column("NAME", lambda d: d.name),
-        Column("SIZE", lambda d: shown_bytes(d.size_bytes)),
-        Column("COPIES", lambda d: str(len(d.copies))),
-        Column("FROM", lambda d: d.uri),
-    ]
-    output.show(listed, columns, fmt, headers=not no_headers, empty="no datasets")

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from whaleflux import names
 from whaleflux.context import Context
+from whaleflux.embedded.processes import forget_secrets, shims_below, with_variables
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import inventory_pb2
 
@@ -27,7 +29,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        return f"sites/{self.site}/nodes/{self.node}"
+        return names.node(self.site, self.node)
 
 
 FLEET = (
@@ -40,7 +42,7 @@ FLEET = (
 
 
 @dataclass(slots=True)
-class Fleet:
+class DemoFleet:
     """Agents that this process started; all of them are ended by `stop`, by pid, with what they run."""
 
     state: Path
@@ -52,9 +54,13 @@ class Fleet:
         """A token and an agent process for each machine."""
         for machine in machines:
             token = await client.inventory.CreateJoinToken(
-                inventory_pb2.CreateJoinTokenRequest(site=f"sites/{machine.site}", ttl_s=600), timeout=10
+                inventory_pb2.CreateJoinTokenRequest(site=names.site(machine.site), ttl_s=600), timeout=10
             )
             self.agents[machine.name] = self._start(machine, token.secret)
+
+    def restart(self, machine: Machine) -> None:
+        """Starts the agent of a machine anew, under the identity that it has."""
+        self.agents[machine.name] = self._start(machine, token="")
 
     def kill_node(self, name: str) -> list[int]:
         """What a power cut does to a machine: SIGKILL to its agent and to everything that it runs, at once."""
@@ -68,11 +74,11 @@ class Fleet:
 
     def processes_on(self, name: str) -> list[int]:
         """Pids of a machine's ranks and of their parents; of this fleet alone, others may use the same names."""
-        return processes_of(f"WHALEFLUX_NODE={name}", self._mark()) + started_with(f"{self._folder(name)}/")
+        return [*with_variables(f"WHALEFLUX_NODE={name}", self._mark()), *shims_below(self.folder(name))]
 
     def processes_of_job(self, job: str) -> list[int]:
         """Pids of a job's ranks, on this fleet alone."""
-        return processes_of(f"WHALEFLUX_JOB={job}", self._mark())
+        return with_variables(f"WHALEFLUX_JOB={job}", self._mark())
 
     def _mark(self) -> str:
         return f"WHALEFLUX_CHECKPOINT_LOCATION={self.state}/"
@@ -85,16 +91,18 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
             process.kill()
-        for pid in {*processes_of(self._mark()), *started_with(f"{self.state / 'agents'}/")}:
+        for pid in {*with_variables(self._mark()), *shims_below(self.state / "agents")}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        forget_secrets(self.state / "agents")
 
-    def _folder(self, name: str) -> Path:
+    def folder(self, name: str) -> Path:
+        """Where the agent of that machine keeps its state."""
         _, site, _, node = name.split("/")
         return self.state / "agents" / f"{site}-{node}"
 
     def _start(self, machine: Machine, token: str) -> subprocess.Popen[bytes]:
-        folder = self._folder(machine.name)
+        folder = self.folder(machine.name)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "server": self.context.server,
@@ -118,27 +126,3 @@ class Fleet:
                 stderr=log,
                 start_new_session=True,
             )
-
-
-def processes_of(*markers: str) -> list[int]:
-    """Pids of processes in whose environment each marker begins a variable (NAME=prefix of its value)."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            if all(any(v.startswith(m.encode()) for v in variables) for m in markers):
-                found.append(int(folder.name))
-    return found
-
-
-def started_with(text: str) -> list[int]:
-    """Pids of processes with `text` in their command line."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                if text.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-    return found

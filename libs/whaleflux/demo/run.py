@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whaleflux.cli.manifests import job_from_yaml, model_from_yaml
 from whaleflux.context import Context
 from whaleflux.demo import training
-from whaleflux.demo.fleet import FLEET, Fleet
+from whaleflux.demo.fleet import FLEET, DemoFleet
 from whaleflux.demo.serving import Served, lose_a_replica, serve
 from whaleflux.demo.training import Failure, Watched, follow, lose_a_node, submit, until, watch_logs
 from whaleflux.embedded.layout import Layout, running_pid
 from whaleflux.embedded.supervisor import end_with_parent
-from whaleflux.errors import Unavailable, WrongState
+from whaleflux.errors import FailedPrecondition, Unavailable
+from whaleflux.foreign_text import in_one_line
+from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
 from whaleflux.sdk.client import ENDED, AsyncClient
+from whaleflux.services import ROLES
 from whaleflux.v1 import health_pb2, scheduler_pb2
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "gpt"
@@ -36,7 +38,7 @@ DEFAULT_STATE = Path(".whaleflux") / "demo"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DemoOptions:
     """`steps` of training, a checkpoint each `every`; `keep` leaves everything running."""
 
     state: Path = DEFAULT_STATE
@@ -55,19 +57,21 @@ class Teller:
         self._began = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        print(f"{time.monotonic() - self._began:6.1f} s  {line}", flush=True)
+        print(in_one_line(f"{time.monotonic() - self._began:6.1f} s  {line}"), flush=True)
 
 
-def run(options: Options) -> int:
+def run(options: DemoOptions) -> int:
     """The demo; returns the exit code: 0 when everything that it claims was seen."""
     say, state = Teller(), options.state.resolve()
     if (pid := running_pid(Layout(state))) is not None:
-        raise WrongState(f"a demo that was kept still runs (pid {pid}); stop it with: whaleflux down --state {state}")
+        raise FailedPrecondition(
+            f"a demo that was kept still runs (pid {pid}); stop it with: whaleflux down --state {state}"
+        )
     if state.exists():
         shutil.rmtree(state)  # a demo starts from nothing
     state.mkdir(parents=True, exist_ok=True)
     suite = _start_suite(options, state)
-    fleet = Fleet(state, Context("", "", "", ""), options.otlp_endpoint)
+    fleet = DemoFleet(state, Context("", "", "", ""), options.otlp_endpoint)
     try:
         fleet.context = _wait_for_context(suite, state, say)
         report = asyncio.run(_demo(options, state, fleet, say))
@@ -87,8 +91,8 @@ def run(options: Options) -> int:
     return 0 if report["passed"] else 1
 
 
-def _start_suite(options: Options, state: Path) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "whaleflux.cli", "up", "--state", str(state)]
+def _start_suite(options: DemoOptions, state: Path) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-m", "whaleflux.cli", "up", "--no-register", "--state", str(state)]
     if options.otlp_endpoint:
         argv += ["--otlp-endpoint", options.otlp_endpoint]
     with (state / "up.log").open("ab") as log:
@@ -104,7 +108,7 @@ def _start_suite(options: Options, state: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable[[str], None]) -> Context:
-    say("START etcd, NATS, Envoy, inventory, scheduler, health_monitor, checkpoint, inference_router")
+    say("START etcd, NATS, Envoy, " + ", ".join(ROLES))
     deadline = time.monotonic() + 120
     while not (state / "context.json").exists():
         if suite.poll() is not None or time.monotonic() > deadline:
@@ -113,7 +117,7 @@ def _wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable
     return Context.load(state / "context.json")
 
 
-async def _demo(options: Options, state: Path, fleet: Fleet, say: Callable[[str], None]) -> dict[str, Any]:
+async def _demo(options: DemoOptions, state: Path, fleet: DemoFleet, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.time()
     async with AsyncClient.from_context(state / "context.json") as client:
         await _join(client, fleet, say)
@@ -124,7 +128,7 @@ async def _demo(options: Options, state: Path, fleet: Fleet, say: Callable[[str]
         return _report(options, job, failed, failure, result, reference, served, time.time() - began)
 
 
-async def _join(client: AsyncClient, fleet: Fleet, say: Callable[[str], None]) -> None:
+async def _join(client: AsyncClient, fleet: DemoFleet, say: Callable[[str], None]) -> None:
     say(
         f"JOIN  {len(FLEET)} simulated nodes in {len({m.site for m in FLEET})} sites: "
         + ", ".join(f"{m.name} ({m.profile})" for m in FLEET)
@@ -139,7 +143,7 @@ async def _join(client: AsyncClient, fleet: Fleet, say: Callable[[str], None]) -
     say(f"      all {len(ready)} nodes are READY")
 
 
-def _spec(options: Options, state: Path, folder: str) -> scheduler_pb2.JobSpec:
+def _spec(options: DemoOptions, state: Path, folder: str) -> scheduler_pb2.JobSpec:
     """The example's job file with this run's length and a folder for its result."""
     spec = job_from_yaml((EXAMPLE / "job.yaml").read_text(), EXAMPLE).spec
     output = state / folder
@@ -151,7 +155,7 @@ def _spec(options: Options, state: Path, folder: str) -> scheduler_pb2.JobSpec:
 
 
 async def _train_through_a_failure(
-    client: AsyncClient, options: Options, state: Path, fleet: Fleet, say: Callable[[str], None]
+    client: AsyncClient, options: DemoOptions, state: Path, fleet: DemoFleet, say: Callable[[str], None]
 ) -> tuple[Watched, Failure, dict[str, Any]]:
     say(
         f"TRAIN a GPT of 0.83 M parameters on the standard library's sources: 4 ranks on 2 nodes, {options.steps} steps"
@@ -176,7 +180,7 @@ async def _train_through_a_failure(
 
 
 async def _train_undisturbed(
-    client: AsyncClient, options: Options, state: Path, say: Callable[[str], None]
+    client: AsyncClient, options: DemoOptions, state: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     say("CHECK the same training once more, without a failure, to compare")
     job = await submit(client, _spec(options, state, "out-unfailed"), "gpt-unfailed", lambda _: None)
@@ -194,7 +198,7 @@ async def _train_undisturbed(
 
 
 async def _serve(
-    client: AsyncClient, options: Options, state: Path, fleet: Fleet, say: Callable[[str], None]
+    client: AsyncClient, options: DemoOptions, state: Path, fleet: DemoFleet, say: Callable[[str], None]
 ) -> Served:
     say("SERVE the trained model with two replicas, through the front door")
     declared = model_from_yaml((EXAMPLE / "model.yaml").read_text(), EXAMPLE)
@@ -219,7 +223,7 @@ async def _serve(
 
 
 def _report(
-    options: Options,
+    options: DemoOptions,
     job: scheduler_pb2.Job,
     watched: Watched,
     failure: Failure,

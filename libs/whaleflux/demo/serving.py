@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from whaleflux import names
 from whaleflux.context import Context
-from whaleflux.demo.fleet import Fleet
+from whaleflux.demo.fleet import DemoFleet
 from whaleflux.demo.training import Say, until
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import router_pb2
@@ -43,7 +44,7 @@ async def serve(client: AsyncClient, model_id: str, model: router_pb2.Model, say
     async def look() -> None:
         while sum(r.state == router_pb2.REPLICA_STATE_READY for r in replicas) < model.replicas.min:
             answer = await client.router.ListReplicas(
-                router_pb2.ListReplicasRequest(parent=f"models/{model_id}"), timeout=10
+                router_pb2.ListReplicasRequest(parent=names.model(model_id)), timeout=10
             )
             replicas[:] = answer.replicas
             await asyncio.sleep(0.1)
@@ -59,7 +60,7 @@ async def send_requests(
     context: Context, model: str, served: Served, total: int, width: int, on_sent: Callable[[int], None]
 ) -> None:
     """`total` requests, `width` at a time, with the openai client and without any retries of its own."""
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     numbers = iter(range(total))
 
@@ -79,13 +80,17 @@ async def send_requests(
                 served.errors.append(f"{type(error).__name__}: {error}"[:300])
 
     async with AsyncOpenAI(
-        base_url=context.inference_url, api_key=context.api_key or "none", max_retries=0, timeout=30
+        base_url=context.inference_url,
+        api_key=context.api_key or "none",
+        max_retries=0,
+        timeout=30,
+        http_client=DefaultAsyncHttpxClient(trust_env=False),  # a proxy of the environment is no way to this machine
     ) as api:
         await asyncio.gather(*(worker(api) for _ in range(width)))
 
 
 async def lose_a_replica(
-    client: AsyncClient, fleet: Fleet, model_id: str, replicas: list[router_pb2.Replica], served: Served, say: Say
+    client: AsyncClient, fleet: DemoFleet, model_id: str, replicas: list[router_pb2.Replica], served: Served, say: Say
 ) -> None:
     """Requests all the while; a third of the way through, SIGKILL to the processes of one replica."""
     victim, total = replicas[0], 120
@@ -108,7 +113,7 @@ async def lose_a_replica(
     async def heal() -> None:
         while len(ready) < len(replicas):
             answer = await client.router.ListReplicas(
-                router_pb2.ListReplicasRequest(parent=f"models/{model_id}"), timeout=10
+                router_pb2.ListReplicasRequest(parent=names.model(model_id)), timeout=10
             )
             ready[:] = [1 for r in answer.replicas if r.state == router_pb2.REPLICA_STATE_READY]
             await asyncio.sleep(0.1)

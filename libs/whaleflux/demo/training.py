@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whaleflux.demo.fleet import Fleet
-from whaleflux.errors import Unavailable, WrongState
+from whaleflux import names
+from whaleflux.demo.fleet import DemoFleet
+from whaleflux.errors import FailedPrecondition, Unavailable
 from whaleflux.sdk.client import ENDED, AsyncClient
 from whaleflux.v1 import checkpoint_pb2, health_pb2, scheduler_pb2
 
@@ -50,7 +51,7 @@ class Watched:
 async def submit(client: AsyncClient, spec: scheduler_pb2.JobSpec, job_id: str, say: Say) -> scheduler_pb2.Job:
     """Plan, then apply: says where the job would go and why, and submits it."""
     request = scheduler_pb2.CreateJobRequest(
-        parent="queues/default", job_id=job_id, job=scheduler_pb2.Job(spec=spec), validate_only=True
+        parent=names.DEFAULT_QUEUE, job_id=job_id, job=scheduler_pb2.Job(spec=spec), validate_only=True
     )
     planned = await client.scheduler.CreateJob(request, timeout=20)
     say(f"PLAN  {planned.decision.summary}")
@@ -118,7 +119,7 @@ async def newest_committed(client: AsyncClient, job: str) -> int:
     return max((c.step for c in listed.checkpoints if c.state in good), default=0)
 
 
-async def lose_a_node(client: AsyncClient, fleet: Fleet, watched: Watched, say: Say) -> Failure:
+async def lose_a_node(client: AsyncClient, fleet: DemoFleet, watched: Watched, say: Say) -> Failure:
     """SIGKILLs the agent and all ranks of the job's second node, and times what follows."""
     victim = watched.job.attempt.tasks[-1].node
     live = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=watched.job.name), timeout=10)
@@ -166,7 +167,7 @@ async def _time_job(watched: Watched, failure: Failure, epoch: int, say: Say) ->
     )
     failure.replaced_s = since()
     nodes = ", ".join(task.node for task in watched.job.attempt.tasks)
-    say(f"      +{failure.replaced_s:.2f} s  placed again as attempt {watched.job.epoch}: {nodes}")
+    say(f"      +{failure.replaced_s:.2f} s  placed again as attempt {watched.job.attempt.number}: {nodes}")
     for reason in watched.job.decision.reasons[:2]:
         say(f"               why here: {reason}")
     await until(lambda: watched.job.state == scheduler_pb2.JOB_STATE_RUNNING, "the job to run again", 60)
@@ -185,6 +186,6 @@ def result_of(folder: Path) -> dict[str, Any]:
     """What the training wrote at its end: steps, loss, digest of its parameters and moments."""
     file = folder / "result.json"
     if not file.exists():
-        raise WrongState(f"{file} is missing: the training did not write its result; see the job's log")
+        raise FailedPrecondition(f"{file} is missing: the training did not write its result; see the job's log")
     content: dict[str, Any] = json.loads(file.read_text())
     return content

@@ -16,19 +16,20 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from whaleflux import hostport
 from whaleflux.embedded import readiness
 from whaleflux.errors import NotFound
+from whaleflux.rpc.tls_files import TlsFiles
 
 _LOSES_CONSISTENCY = range(3)  # 3.5.0-3.5.2: a crash under load could make members differ (upstream notice)
 
 
 @dataclass(frozen=True, slots=True)
 class EtcdTls:
-    """PEM files; every client must show a certificate of `ca`."""
+    """The member's own files; every client must show a certificate of the same authority, every member that of `member`."""
 
-    certificate: Path
-    key: Path
-    ca: Path
+    files: TlsFiles
+    member: str  # DNS name in the certificates of members
 
 
 def find() -> Path:
@@ -49,7 +50,14 @@ def find() -> Path:
 @functools.cache
 def version(binary: Path) -> tuple[int, int, int]:
     """What `etcd --version` says, as (major, minor, patch)."""
-    told = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    told = subprocess.run(
+        [binary, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+        start_new_session=True,  # Ctrl-C is for us alone: an etcd that it ends would be called a broken one
+    ).stdout
     found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", told)
     if found is None:
         raise NotFound("version", str(binary), "it does not answer --version like an etcd")
@@ -62,7 +70,7 @@ def command(binary: Path, data: Path, *, client_port: int, peer_port: int, tls: 
     The short election timeout lets leases expire promptly: take-over of a leadership in about 2.5 s.
     """
     scheme = "https" if tls else "http"
-    client, peer = f"{scheme}://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
+    client, peer = f"{scheme}://127.0.0.1:{client_port}", f"{scheme}://127.0.0.1:{peer_port}"
     flags = {
         "name": "embedded",
         "data-dir": str(data),
@@ -77,20 +85,24 @@ def command(binary: Path, data: Path, *, client_port: int, peer_port: int, tls: 
         "auto-compaction-retention": "30m",
         "quota-backend-bytes": str(4 * 1024**3),
         "log-level": "warn",
-        _progress_flag(binary): "1s",  # without it bookmarks of quiet prefixes come each 10 minutes
+        _progress_flag(binary): "5s",  # without it bookmarks of quiet prefixes come each 10 minutes
     }
     if tls:
-        flags |= {"cert-file": str(tls.certificate), "key-file": str(tls.key), "trusted-ca-file": str(tls.ca)}
-    return [
-        str(binary),
-        *(f"--{name}={value}" for name, value in flags.items()),
-        *(["--client-cert-auth"] if tls else []),
-    ]
+        flags |= _tls_flags(tls)
+    return [str(binary), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def _tls_flags(tls: EtcdTls) -> dict[str, str]:
+    """The server reads certificate and key again for each handshake: renewed ones need no restart."""
+    files = {"cert-file": str(tls.files.chain), "key-file": str(tls.files.key), "trusted-ca-file": str(tls.files.roots)}
+    peers = {f"peer-{name}": value for name, value in files.items()}
+    asked = {"client-cert-auth": "true", "peer-client-cert-auth": "true", "peer-cert-allowed-hostname": tls.member}
+    return {**files, **peers, **asked}
 
 
 async def healthy(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 1.0) -> bool:
     """Whether the etcd there has a leader and takes writes; `tls` is a client's context where it asks for one."""
-    body = (await readiness.get(f"{host}:{port}", "/health", timeout_s, tls)).partition(b"\r\n\r\n")[2]
+    body = (await readiness.get(hostport.join(host, port), "/health", timeout_s, tls)).partition(b"\r\n\r\n")[2]
     try:
         return bool(json.loads(body).get("health") == "true")
     except ValueError:
@@ -99,7 +111,7 @@ async def healthy(host: str, port: int, *, tls: ssl.SSLContext | None = None, ti
 
 async def wait_ready(host: str, port: int, *, tls: ssl.SSLContext | None = None, timeout_s: float = 20.0) -> None:
     """Returns as soon as `healthy`; raises Unavailable after `timeout_s`."""
-    await readiness.wait_for(lambda: healthy(host, port, tls=tls), f"etcd at {host}:{port}", timeout_s)
+    await readiness.wait_for(lambda: healthy(host, port, tls=tls), f"etcd at {hostport.join(host, port)}", timeout_s)
 
 
 def sound(number: tuple[int, int, int]) -> bool:

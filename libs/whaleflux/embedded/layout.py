@@ -4,8 +4,11 @@
 ports.json     port of each part, chosen at the first start and kept
 context.json   what a client needs: front door, certificates, API key
 pki/           authority and identities, renewed at each start
+pki/store/     the same for etcd and NATS, whose authority is another one
 etcd/ nats/    state of the servers
 checkpoints/   default folder for jobs' checkpoints
+simulated.json agents/   the nodes that are played, and what their agents keep
+audit/         records of the audit trail that wait for NATS
 logs/ run/     one log and one pid file per process
 """
 
@@ -14,14 +17,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from whaleflux.errors import WrongState
-from whaleflux.rpc import pki
+from whaleflux.errors import FailedPrecondition
+from whaleflux.reasons import ErrorReason
+from whaleflux.rpc import pki, store_authority
 from whaleflux.rpc.pki import TlsFiles
 
 _CERTIFICATE_LIFE = timedelta(days=30)
@@ -47,8 +52,27 @@ class Layout:
         return self.root / "pki"
 
     @property
+    def secrets_key(self) -> Path:
+        """What seals secrets."""
+        return self.pki / "secrets.keys"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def simulated_file(self) -> Path:
+        """Which nodes are played."""
+        return self.root / "simulated.json"
+
+    @property
+    def agents(self) -> Path:
+        """What the agents of simulated nodes keep, a folder each."""
+        return self.root / "agents"
+
+    def agent(self, name: str) -> Path:
+        """State folder of one of them."""
+        return self.agents / name
 
     @property
     def pid_file(self) -> Path:
@@ -64,6 +88,10 @@ class Layout:
     def tls(self, name: str) -> TlsFiles:
         """Where the identity of one part is."""
         return TlsFiles.under(self.pki, name)
+
+    def store_tls(self, role: str) -> TlsFiles:
+        """Where the identity is that etcd, NATS or a service shows of the store's authority."""
+        return TlsFiles.under(self.pki / "store", role)
 
     def create(self) -> None:
         for folder in (self.root, self.root / "logs", self.root / "run", self.pki, self.checkpoints):
@@ -85,10 +113,10 @@ def choose_ports(layout: Layout, names: Iterable[str], **told: int) -> dict[str,
     kept |= {name: port for name, port in told.items() if port}
     for name in told:
         if name in kept and not _is_free(kept[name]):
-            raise WrongState(
+            raise FailedPrecondition(
                 f"port {kept[name]} of 127.0.0.1 ({name}) is taken by another process; stop that process, or choose "
                 "other ports with: whaleflux up --port N --http-port M",
-                reason="PORT_TAKEN",
+                reason=ErrorReason.PORT_TAKEN,
                 metadata={"port": str(kept[name]), "name": name},
             )
     ports: dict[str, int] = {}
@@ -121,29 +149,55 @@ def _free_port(taken: Iterable[int]) -> int:
 def issue_identities(layout: Layout, roles: Iterable[str]) -> pki.CertificateAuthority:
     """Makes (once) the authority and (at each start) an identity per role and one for the local administrator."""
     now = datetime.now(UTC)
-    authority = _authority(layout, now)
+    authority = _authority(layout.pki, now, pki.CertificateAuthority.create)
     for role in roles:
         hosts = _LOOPBACK_HOSTS if role == "frontdoor" else ()
         layout.tls(role).save(authority.issue(role, "embedded", now, hosts=hosts, lifetime=_CERTIFICATE_LIFE))
-    user = os.environ.get("USER", "local").lower() or "local"
-    layout.tls("admin").save(authority.issue("admin", user, now, lifetime=_CERTIFICATE_LIFE))
+    layout.tls("admin").save(authority.issue("admin", local_admin(), now, lifetime=_CERTIFICATE_LIFE))
+    _issue_store_identities(layout, now)
     return authority
 
 
-def _authority(layout: Layout, now: datetime) -> pki.CertificateAuthority:
-    key_file, certificate_file = layout.pki / "authority.key", layout.pki / "ca.crt"
+def local_admin() -> str:
+    """The user who starts the suite, as an id: its first admin."""
+    plain = re.sub(r"[^a-z0-9]+", "-", os.environ.get("USER", "").lower()).strip("-")
+    return plain[:63].rstrip("-") or "local"
+
+
+def _issue_store_identities(layout: Layout, now: datetime) -> None:
+    authority = _authority(layout.pki / "store", now, store_authority.new_authority)
+    hosts = store_authority.StoreHosts(_LOOPBACK_HOSTS, _LOOPBACK_HOSTS)
+    for role, tls in store_authority.identities(authority, "embedded", now, _CERTIFICATE_LIFE, hosts):
+        layout.store_tls(role).save(tls)
+
+
+def _authority(
+    folder: Path, now: datetime, create: Callable[[datetime], pki.CertificateAuthority]
+) -> pki.CertificateAuthority:
+    key_file, certificate_file = folder / "authority.key", folder / "ca.crt"
     if key_file.exists() and certificate_file.exists():
         return pki.CertificateAuthority.load(certificate_file.read_bytes(), key_file.read_bytes())
-    authority = pki.CertificateAuthority.create(now)
+    authority = create(now)
     pki.write_private(key_file, authority.key_pem)
     pki.write_private(certificate_file, authority.certificate_pem)
     return authority
 
 
+def write_pid(layout: Layout) -> None:
+    """Says that this process is the supervisor of the state folder."""
+    layout.pid_file.write_text(f"{os.getpid()} {_start_time(os.getpid())}")
+
+
 def running_pid(layout: Layout) -> int | None:
     """Pid of the supervisor of this state folder, None when there is none; a recycled pid does not count."""
     with contextlib.suppress(OSError, ValueError):
-        pid = int(layout.pid_file.read_text())
-        if b"whaleflux" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        pid, began = map(int, layout.pid_file.read_text().split())
+        if _start_time(pid) == began:
             return pid
     return None
+
+
+def _start_time(pid: int) -> int:
+    """Clock ticks since boot (proc(5), field 22): with the pid it names a process for good; -1 once it has ended."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(fields[18])

@@ -6,17 +6,18 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 
+from whaleflux import hostport
 from whaleflux.errors import Unavailable
 
 
 async def get(address: str, path: str, timeout_s: float, tls: ssl.SSLContext | None = None) -> bytes:
     """The whole HTTP answer of host:port, b"" when there is none in time; `tls` where it asks for a certificate."""
-    host, _, port = address.rpartition(":")
+    host, port = hostport.parse(address)
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
                 return await reader.read(65536)
             finally:
                 writer.close()

@@ -1,4 +1,4 @@
-"""Starts child processes in order, restarts those that end, stops all of them by pid in reverse order."""
+"""Starts child processes side by side, restarts those that end, stops all of them by pid in reverse order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from whaleflux.errors import Unavailable
+from whaleflux.retry import Backoff
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_RETRY = Backoff(first_s=0.4, longest_s=5.0)
 _STABLE_S = 10.0  # a child that lived this long starts again without a growing pause
 _LOG_LIMIT_BYTES = 32 * 1024 * 1024
 _PR_SET_PDEATHSIG = 1
@@ -42,19 +43,35 @@ class Supervisor:
     def __init__(self, run_folder: Path, say: Say = lambda _: None) -> None:
         self._run_folder, self._say = run_folder, say
         self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._words_from: dict[str, int] = {}  # where in its log the present run of a child begins
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._children: dict[str, Child] = {}
 
-    async def start(self, child: Child) -> None:
-        """Starts one child and returns when it is ready; raises Unavailable, with its last words, if it never is."""
-        self._children[child.name] = child
-        await self._spawn(child)
+    async def start(self, children: Sequence[Child]) -> None:
+        """Starts all at once, in their order, and returns when each is ready.
+
+        Raises Unavailable for the first that never is, with its last words. What a child needs of another it waits for itself.
+        """
+        for child in children:
+            self._children[child.name] = child
+            await self._spawn(child)
+        waiting = [asyncio.create_task(self._started(child), name=f"start {child.name}") for child in children]
+        try:
+            await asyncio.gather(*waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _started(self, child: Child) -> None:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(child.ready_timeout_s):
                 await self._ready_or_dead(child)
         except TimeoutError:
             raise Unavailable(self._failure(child, f"not ready within {child.ready_timeout_s:g} s")) from None
         self._watchers[child.name] = asyncio.create_task(self._keep(child), name=f"keep {child.name}")
+        self._say(f"{child.name} is ready ({time.monotonic() - began:.1f} s)")
 
     def pid(self, name: str) -> int:
         """Pid of a running child; 0 while it is down."""
@@ -74,6 +91,7 @@ class Supervisor:
         if child.log.exists() and child.log.stat().st_size > _LOG_LIMIT_BYTES:
             child.log.replace(child.log.with_suffix(".log.1"))
         with child.log.open("ab") as log:
+            self._words_from[child.name] = log.tell()
             process = await asyncio.create_subprocess_exec(
                 *child.argv,
                 env={**os.environ, **child.environment},
@@ -84,9 +102,17 @@ class Supervisor:
                 preexec_fn=end_with_parent,
             )
         self._running[child.name] = process
-        part = self._run_folder / f".{child.name}.pid"
-        part.write_text(str(process.pid))
-        part.replace(self._run_folder / f"{child.name}.pid")  # whole or not at all, for whoever reads it meanwhile
+        self._write_pid(child, process.pid)
+
+    def _write_pid(self, child: Child, pid: int) -> None:
+        """Whole or not at all, for whoever reads it meanwhile; a disk that is full takes the file away, not the child."""
+        file, part = self._run_folder / f"{child.name}.pid", self._run_folder / f".{child.name}.pid"
+        file.unlink(missing_ok=True)  # of the child before: its number may be another process's by now
+        try:
+            part.write_text(str(pid))
+            part.replace(file)
+        except OSError as error:
+            self._say(f"{file}: {error.strerror}; {child.name} runs as {pid}")
 
     async def _ready_or_dead(self, child: Child) -> None:
         ready = asyncio.ensure_future(child.ready())
@@ -102,14 +128,27 @@ class Supervisor:
             await asyncio.gather(ready, dead, return_exceptions=True)
 
     async def _keep(self, child: Child) -> None:
-        pause = _FIRST_PAUSE_S
+        failures = 0
         while True:
             started = time.monotonic()
             code = await self._running[child.name].wait()
-            pause = _FIRST_PAUSE_S if time.monotonic() - started > _STABLE_S else min(2 * pause, _LONGEST_PAUSE_S)
-            self._say(f"{child.name} ended with code {code}; starting it again in {pause:g} s (log: {child.log})")
+            failures = 1 if time.monotonic() - started > _STABLE_S else failures + 1
+            pause = _RETRY.pause_s(failures)
+            self._say(f"{child.name} ended with code {code}; starting it again in {pause:.1f} s (log: {child.log})")
             await asyncio.sleep(pause)
-            await self._spawn(child)
+            await self._spawn_at_last(child)
+
+    async def _spawn_at_last(self, child: Child) -> None:
+        """Whatever the system refuses (no space, no memory, no more files) may be given later."""
+        failures = 0
+        while True:
+            try:
+                return await self._spawn(child)
+            except OSError as error:
+                failures += 1
+                pause = _RETRY.pause_s(failures)
+                self._say(f"{child.name} cannot be started ({error.strerror}); tried again in {pause:.1f} s")
+                await asyncio.sleep(pause)
 
     async def _end(self, child: Child, process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -124,7 +163,8 @@ class Supervisor:
         (self._run_folder / f"{child.name}.pid").unlink(missing_ok=True)
 
     def _failure(self, child: Child, what: str) -> str:
-        lines = child.log.read_text(errors="replace").splitlines()[-5:] if child.log.exists() else []
+        said = child.log.read_bytes()[self._words_from.get(child.name, 0) :] if child.log.exists() else b""
+        lines = said.decode(errors="replace").splitlines()[-5:]
         return f"{child.name}: {what}; its last words, from {child.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -1,7 +1,6 @@
 """Events: the Bus protocol, its memory and NATS implementations, and the publisher that derives events from the store."""
 
 from whaleflux.events.api import Ack, Bus, Delivery, Start, Subscription
-from whaleflux.events.idempotent import LastSeen
 from whaleflux.events.subjects import HUB, Subject, change_id, observation_id, pattern
 
 __all__ = [
@@ -9,7 +8,6 @@ __all__ = [
     "Ack",
     "Bus",
     "Delivery",
-    "LastSeen",
     "Start",
     "Subject",
     "Subscription",

@@ -16,23 +16,12 @@ from typing import Self
 from whaleflux.clock import Clock, SystemClock
 from whaleflux.errors import Unavailable
 from whaleflux.events import api
-from whaleflux.events.api import Ack, Delivery, Start
-from whaleflux.events.subjects import matches
+from whaleflux.events.api import Ack, Delivery, Excerpt, Start, StoredEvent
+from whaleflux.events.subjects import ACCOUNT_ROOT, matches
 from whaleflux.events.trace import with_trace
+from whaleflux.reasons import ErrorReason
 
 STREAM = "EVENTS"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One event in the stream."""
-
-    sequence: int
-    subject: str
-    data: bytes
-    id: str
-    headers: Mapping[str, str]
-    timestamp: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +41,8 @@ class Durable:
     unsettled: dict[int, _Unsettled] = field(default_factory=dict)
 
     def take(
-        self, log: Mapping[int, Stored], last: int, now_s: float, reader: int, max_in_flight: int
-    ) -> tuple[Stored, int] | None:
+        self, log: Mapping[int, StoredEvent], last: int, now_s: float, reader: int, max_in_flight: int
+    ) -> tuple[StoredEvent, int] | None:
         """The next event and which attempt this is, or None when nothing may be delivered to this reader now."""
         held = sum(1 for u in self.unsettled.values() if u.reader == reader and u.due_s > now_s)
         if held >= max_in_flight:
@@ -81,7 +70,7 @@ class Durable:
         """When the next redelivery is due (monotonic), if any is still to come."""
         return min((u.due_s for u in self.unsettled.values() if u.due_s > now_s), default=None)
 
-    def _given(self, event: Stored, now_s: float, attempt: int, reader: int) -> tuple[Stored, int]:
+    def _given(self, event: StoredEvent, now_s: float, attempt: int, reader: int) -> tuple[StoredEvent, int]:
         self.unsettled[event.sequence] = _Unsettled(now_s + self.ack_wait_s, attempt, reader)
         return event, attempt
 
@@ -95,8 +84,9 @@ class MemoryBus:
         self.clock: Clock = clock or SystemClock()
         self._reachable = True
         self._window_s, self._max_events = duplicate_window_s, max_events
-        self._log: OrderedDict[int, Stored] = OrderedDict()
+        self._log: OrderedDict[int, StoredEvent] = OrderedDict()
         self._last = 0
+        self._accounts: dict[str, int] = {}  # sequence by subject: of each the newest is kept
         self._ids: OrderedDict[str, tuple[float, int]] = OrderedDict()  # id -> (monotonic, sequence)
         self._durables: dict[str, Durable] = {}
         self._waiting: set[asyncio.Future[None]] = set()
@@ -114,7 +104,7 @@ class MemoryBus:
         self.wake()
 
     @property
-    def events(self) -> tuple[Stored, ...]:
+    def events(self) -> tuple[StoredEvent, ...]:
         """What the stream holds, for tests to look at."""
         return tuple(self._log.values())
 
@@ -131,13 +121,16 @@ class MemoryBus:
         api.check_message(subject, data, id, carried)
         await asyncio.sleep(0)  # as a real one, lets others run
         if not self.reachable:
-            raise Unavailable("the event bus does not answer", reason="BUS_UNAVAILABLE")
+            raise Unavailable("the event bus does not answer", reason=ErrorReason.BUS_UNAVAILABLE)
         now_s = self.clock.monotonic()
         self._drop_old(now_s)
         if id in self._ids:
             return Ack(STREAM, self._ids[id][1], duplicate=True)
         self._last += 1
-        self._log[self._last] = Stored(self._last, subject, data, id, carried, self.clock.now())
+        if subject.startswith(f"{ACCOUNT_ROOT}."):
+            self._log.pop(self._accounts.get(subject, 0), None)
+            self._accounts[subject] = self._last
+        self._log[self._last] = StoredEvent(self._last, subject, data, id, carried, self.clock.now())
         self._ids[id] = (now_s, self._last)
         self.wake()
         return Ack(STREAM, self._last, duplicate=False)
@@ -161,6 +154,19 @@ class MemoryBus:
         subscription = MemorySubscription(self, known, self._readers, max_in_flight)
         self._open.add(subscription)
         return subscription
+
+    async def read(self, subjects: Sequence[str], *, start: Start = "all", limit: int = api.MAX_READ) -> Excerpt:
+        filters = api.check_reading(subjects, limit)
+        await asyncio.sleep(0)
+        if not self.reachable:
+            raise Unavailable("the event bus does not answer", reason=ErrorReason.BUS_UNAVAILABLE)
+        first = self._first(start)
+        found = [
+            event
+            for sequence, event in self._log.items()
+            if sequence >= first and any(matches(one, event.subject) for one in filters)
+        ]
+        return Excerpt(tuple(found[:limit]), len(found), next(iter(self._log), self._last + 1), self._last)
 
     async def forget(self, durable: str) -> None:
         self._durables.pop(durable, None)
@@ -190,7 +196,7 @@ class MemoryBus:
             if timer:
                 timer.cancel()
 
-    def take(self, durable: Durable, reader: int, max_in_flight: int) -> tuple[Stored, int] | None:
+    def take(self, durable: Durable, reader: int, max_in_flight: int) -> tuple[StoredEvent, int] | None:
         """The next event for this reader of `durable`, none while the bus is not reachable."""
         if not self.reachable:
             return None
@@ -202,6 +208,8 @@ class MemoryBus:
     def _first(self, start: Start) -> int:
         if start == "all":
             return 1
+        if isinstance(start, int):
+            return max(1, start)
         if isinstance(start, datetime):
             return next((s for s, event in self._log.items() if event.timestamp >= start), self._last + 1)
         return self._last + 1
@@ -243,7 +251,7 @@ class MemorySubscription:
         self._bus.closed(self)
         self._bus.wake()
 
-    def _delivery(self, event: Stored, attempt: int) -> Delivery:
+    def _delivery(self, event: StoredEvent, attempt: int) -> Delivery:
         async def settle(delay_s: float | None) -> None:
             if self._bus.reachable:
                 again_at_s = None if delay_s is None else self._bus.clock.monotonic() + delay_s

@@ -13,7 +13,7 @@ import json
 import ssl
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, TypeVar
 
 import nats.errors
@@ -33,13 +33,15 @@ from nats.js.api import (
     StreamSource,
 )
 
-from whaleflux.errors import Refusal, Unavailable, WrongState
-from whaleflux.events import api
-from whaleflux.events.api import Ack, Delivery, Start
+from whaleflux.errors import FailedPrecondition, StatusError, Unavailable
+from whaleflux.events import api, nats_reading
+from whaleflux.events.api import Ack, Delivery, Excerpt, Start
+from whaleflux.events.nats_reading import taken_at
 from whaleflux.events.pull import HEARTBEAT_S, MAX_BATCH, REQUEST_S, Notice, PullSubscription, Said, drain
 from whaleflux.events.subjects import HUB
 from whaleflux.events.topology import StreamSpec, hub_streams, site_streams, streams_for
 from whaleflux.events.trace import with_trace
+from whaleflux.reasons import ErrorReason
 from whaleflux.telemetry import Event, get_logger
 
 log = get_logger(__name__)
@@ -47,10 +49,10 @@ T = TypeVar("T")
 CALL_TIMEOUT_S = 5.0
 MAX_PUBLISHES_IN_FLIGHT = 256
 SERVER_MAX_UNACKNOWLEDGED = 20_000  # more than a crash can make it forget; see `pull`
+_NOT_NOW = (408, 429)  # request timeout, too many requests
 _NO_STREAM = 10059  # the server's error codes
 _NAME_IN_USE = 10058
 _NO_CONSUMER = 10014
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class NatsOptions:
     password: str = field(default="", repr=False)
     tls: ssl.SSLContext | None = None
     name: str = "whaleflux"  # shown in the server's connection list
+    inbox: str = "_INBOX"  # below which answers are heard; a user may hear its own alone
     streams: tuple[StreamSpec, ...] = ()  # what to create where absent; empty: the location's own
     create_streams: bool = True  # False for users who may only publish
 
@@ -124,7 +127,7 @@ class NatsBus:
             async with asyncio.timeout(timeout_s), self._publishing:
                 return await self._publish(subject, data, carried)
         except (TimeoutError, nats.errors.Error) as error:
-            raise _refusal(f"publishing to {subject} was not acknowledged", error) from error
+            raise _status_error(f"publishing to {subject} was not acknowledged", error) from error
 
     def subscribe(
         self,
@@ -146,11 +149,26 @@ class NatsBus:
         self._open.add(subscription)
         return subscription
 
+    async def read(self, subjects: Sequence[str], *, start: Start = "all", limit: int = api.MAX_READ) -> Excerpt:
+        filters = api.check_reading(subjects, limit)
+        if self.options.location != HUB:
+            raise FailedPrecondition("history is kept at the hub; ask there", reason=ErrorReason.BUS_REFUSED)
+        if not self.connected:
+            raise _unavailable("the event bus does not answer", ConnectionError("not connected"))
+        ((stream, share),) = streams_for(HUB, filters)
+        try:
+            return await nats_reading.read(self, stream, share, start, limit)
+        except FailedPrecondition as refused:
+            if refused.metadata.get("err_code") != str(_NO_STREAM):
+                raise
+            await self.ensure(self.options.wanted())  # the server came back without its files
+            return await nats_reading.read(self, stream, share, start, limit)
+
     async def forget(self, durable: str) -> None:
         for spec in self.options.wanted():
             try:
                 await self.call(self._js.delete_consumer(spec.name, durable))
-            except WrongState as refused:
+            except FailedPrecondition as refused:
                 if refused.metadata.get("err_code") not in {str(_NO_STREAM), str(_NO_CONSUMER)}:
                     raise
 
@@ -160,64 +178,75 @@ class NatsBus:
             await subscription.aclose()
         await _close(self.client)
 
-    # What follows is for the subscription, for `backbone` and for tests.
+    # What follows is for the subscription, for `stream_links` and for tests.
 
-    def jetstream(self, domain: str | None = None, timeout_s: float = CALL_TIMEOUT_S) -> JetStreamContext:
-        """The JetStream interface of the own domain or of another one across a leaf link."""
-        return (
-            self._js
-            if domain in {None, self.options.location}
-            else self.client.jetstream(domain=domain, timeout=timeout_s)
-        )
+    def jetstream(self, api: str = "", timeout_s: float = CALL_TIMEOUT_S) -> JetStreamContext:
+        """The JetStream interface of the own account, or another one that is reached under `api` (see `topology`)."""
+        return self.client.jetstream(prefix=api, timeout=timeout_s) if api else self._js
 
     async def call(self, request: Awaitable[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
-        """Awaits a request to the server; its errors become Unavailable or WrongState."""
+        """Awaits a request to the server; its errors become Unavailable or FailedPrecondition."""
         task = asyncio.current_task()
         before = task.cancelling() if task else 0
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await request
         except (TimeoutError, nats.errors.Error) as error:
-            raise _refusal("the event bus refused or did not answer", error) from error
+            raise _status_error("the event bus refused or did not answer", error) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a site's server may answer anything
+            raise _unavailable("the event bus answered what is no answer", error) from error
         if task and task.cancelling() > before:  # the client's wait_for can swallow it (Python 3.11)
             raise asyncio.CancelledError
         return answer
 
-    async def reaches(self, domain: str, timeout_s: float = 1.0) -> bool:
-        """Whether JetStream of a domain answers, for instance a site's through its leaf link."""
+    async def reaches(self, api: str, timeout_s: float = 1.0) -> bool:
+        """Whether the JetStream there answers, for instance a site's through its leaf link."""
         try:
-            await self.call(self.jetstream(domain, timeout_s).account_info(), timeout_s)
-        except Refusal:
+            await self.call(self.jetstream(api, timeout_s).account_info(), timeout_s)
+        except StatusError:
             return False
         return True
 
-    async def ensure(self, specs: Iterable[StreamSpec], *, domain: str | None = None) -> None:
-        """Creates what is absent and leaves alone what exists (only its owner changes a stream)."""
+    async def ensure(self, specs: Iterable[StreamSpec]) -> None:
+        """Creates what is absent and leaves alone what exists (only its owner changes a stream).
+
+        Looks first: the server counts the bytes of a stream that is there once more when it is asked to make it again, and says
+        that there is no room.
+        """
+        js = self.jetstream()
         for spec in specs:
             try:
-                await self.call(self.jetstream(domain).add_stream(_config(spec)))
-            except WrongState as refused:
-                if refused.metadata.get("err_code") != str(_NAME_IN_USE):
+                await self.call(js.stream_info(spec.name))
+            except FailedPrecondition as refused:
+                if refused.metadata.get("err_code") != str(_NO_STREAM):
                     raise
+                await self._create(js, spec)
 
-    async def apply(self, spec: StreamSpec, *, domain: str | None = None) -> None:
+    async def _create(self, js: JetStreamContext, spec: StreamSpec) -> None:
+        try:
+            await self.call(js.add_stream(_config(spec)))
+        except FailedPrecondition as refused:
+            if refused.metadata.get("err_code") != str(_NAME_IN_USE):  # another service was quicker
+                raise
+
+    async def apply(self, spec: StreamSpec, *, api: str = "") -> None:
         """Makes a stream be as `spec` says: creates or changes it."""
-        js = self.jetstream(domain)
+        js = self.jetstream(api)
         try:
             await self.call(js.update_stream(_config(spec)))
-        except WrongState as refused:
+        except FailedPrecondition as refused:
             if refused.metadata.get("err_code") != str(_NO_STREAM):
                 raise
             await self.call(js.add_stream(_config(spec)))
 
-    async def nudge(self, spec: StreamSpec, source: str, *, domain: str | None = None) -> None:
-        """Makes a stream ask the domain `source` anew at once, instead of at the server's next try (up to 40 s).
+    async def nudge(self, spec: StreamSpec, *, api: str = "") -> None:
+        """Makes a stream ask its sources anew at once, instead of at the server's next try (up to 40 s).
 
-        Its sources are taken out and put back; the server finds in the stream how far it had come. Call it when the
-        link to `source` is back. When it raises, `apply(spec)` must follow, or the stream stays without that source.
+        They are taken out and put back; the server finds in the stream how far it had come. Call it when the link to them is
+        back. When it raises, `apply(spec)` must follow, or the stream stays without them.
         """
-        await self.apply(spec.without(source), domain=domain)
-        await self.apply(spec, domain=domain)
+        await self.apply(spec.without_sources(), api=api)
+        await self.apply(spec, api=api)
 
     async def _publish(self, subject: str, data: bytes, headers: dict[str, Any]) -> Ack:
         try:
@@ -277,16 +306,16 @@ class _NatsFeed:
         durable = self._wanted.durable_name
         try:
             known = (await self._bus.call(js.consumer_info(self.stream, durable))).config
-        except WrongState as refused:
+        except FailedPrecondition as refused:
             if refused.metadata.get("err_code") not in {str(_NO_STREAM), str(_NO_CONSUMER)}:
                 raise
             await self._bus.ensure(self._bus.options.wanted())
             await self._bus.call(js.add_consumer(self.stream, self._wanted))
         else:
             if known.deliver_subject:
-                raise WrongState(
+                raise FailedPrecondition(
                     f"consumer {durable!r} of {self.stream} was made by somebody else, to push; choose another durable",
-                    reason="BUS_REFUSED",
+                    reason=ErrorReason.BUS_REFUSED,
                 )
             if not _same(known, self._wanted):
                 await self._bus.call(js.add_consumer(self.stream, _changed(known, self._wanted)))
@@ -303,7 +332,7 @@ class _NatsFeed:
         )
 
     async def close(self, unseen: Sequence[Delivery] = ()) -> None:
-        with contextlib.suppress(nats.errors.Error, Refusal):
+        with contextlib.suppress(nats.errors.Error, StatusError):
             if self._inbox:
                 await self._inbox.unsubscribe()
             given_back = sorted([*unseen, *drain(self.arrivals)], key=lambda event: event.sequence)
@@ -338,29 +367,26 @@ def _delivery(message: Msg) -> Delivery:
         headers={name: value for name, value in headers.items() if not name.startswith("Nats-")},
         stream=place.stream,
         sequence=place.sequence.stream,
-        timestamp=_taken_at(message.reply),
+        timestamp=taken_at(message.reply),
         attempt=place.num_delivered,
         settle=settle,
     )
 
 
-def _taken_at(reply: str) -> datetime:
-    """When the stream took the event, rounded down, so that a consumer that starts at this instant gets it.
-
-    The acknowledgement's subject tells: $JS.ACK.<stream>.<consumer>.<...>.<ns>.<pending>, in newer servers with domain
-    and account in front. The client's own reading goes through a float and may round up.
-    """
-    tokens = reply.split(".")
-    return _EPOCH + timedelta(microseconds=int(tokens[7 if len(tokens) == 9 else 9]) // 1000)
+def beginning(start: Start) -> dict[str, Any]:
+    """The part of a consumer's configuration that says where it begins."""
+    if isinstance(start, datetime):
+        return {"deliver_policy": DeliverPolicy.BY_START_TIME, "opt_start_time": start}
+    if isinstance(start, int):
+        return {"deliver_policy": DeliverPolicy.BY_START_SEQUENCE, "opt_start_seq": max(1, start)}
+    return {"deliver_policy": {"all": DeliverPolicy.ALL, "new": DeliverPolicy.NEW}[start]}
 
 
 def _consumer(durable: str, start: Start, ack_wait_s: float, forget_after_s: float) -> ConsumerConfig:
-    policy = {"all": DeliverPolicy.ALL, "new": DeliverPolicy.NEW}
     return ConsumerConfig(
         name=durable,
         durable_name=durable,
-        deliver_policy=policy[start] if isinstance(start, str) else DeliverPolicy.BY_START_TIME,
-        opt_start_time=start if isinstance(start, datetime) else None,
+        **beginning(start),
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait_s,
         max_ack_pending=SERVER_MAX_UNACKNOWLEDGED,
@@ -405,6 +431,7 @@ def _client_options(options: NatsOptions) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "servers": list(options.servers),
         "name": options.name,
+        "inbox_prefix": options.inbox.encode(),
         "error_cb": note,
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": 0.2,
@@ -426,27 +453,33 @@ def _config(spec: StreamSpec) -> StreamConfig:
         name=spec.name,
         subjects=list(spec.subjects) or None,
         sources=[
-            StreamSource(name=s.stream, filter_subject=s.subjects, external=ExternalStream(api=f"$JS.{s.domain}.API"))
+            StreamSource(
+                name=s.stream, filter_subject=s.subjects, external=ExternalStream(api=s.api, deliver=s.deliver)
+            )
             for s in spec.sources
         ],
         storage=StorageType.FILE,
         max_bytes=spec.limits.max_bytes,
         max_age=spec.limits.max_age_s,
+        max_msgs_per_subject=spec.limits.max_per_subject or -1,
         duplicate_window=spec.limits.duplicate_window_s,
         num_replicas=spec.limits.replicas,
+        deny_delete=spec.sealed,
+        deny_purge=spec.sealed,
     )
 
 
-def _refusal(what: str, error: BaseException) -> Refusal:
-    """A server's error with a 4xx code says no for good; all others may pass with time."""
-    if isinstance(error, nats.js.errors.APIError) and 400 <= (error.code or 0) < 500:
+def _status_error(what: str, error: BaseException) -> StatusError:
+    """A server's error with a 4xx code says no for good, but for "too slow" and "too many"; all others pass with time."""
+    code = (error.code or 0) if isinstance(error, nats.js.errors.APIError) else 0
+    if isinstance(error, nats.js.errors.APIError) and 400 <= code < 500 and code not in _NOT_NOW:
         metadata = {"code": str(error.code), "err_code": str(error.err_code)}
-        return WrongState(f"{what}: {error.description}", reason="BUS_REFUSED", metadata=metadata)
+        return FailedPrecondition(f"{what}: {error.description}", reason=ErrorReason.BUS_REFUSED, metadata=metadata)
     return _unavailable(what, error)
 
 
 def _unavailable(what: str, error: BaseException) -> Unavailable:
-    return Unavailable(f"{what}: {type(error).__name__} {error}".rstrip(), reason="BUS_UNAVAILABLE")
+    return Unavailable(f"{what}: {str(error) or type(error).__name__}", reason=ErrorReason.BUS_UNAVAILABLE)
 
 
 async def _close(client: Client) -> None:

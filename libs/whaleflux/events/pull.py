@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from whaleflux.errors import Refusal, Unavailable
+from whaleflux.errors import StatusError, Unavailable
 from whaleflux.events.api import Delivery
+from whaleflux.reasons import ErrorReason
+from whaleflux.retry import Backoff
 from whaleflux.telemetry import Event, get_logger
 
 log = get_logger(__name__)
 HEARTBEAT_S = 1.0  # asked of the server while a request waits
 SILENCE_S = 3.0  # three missed: the request is gone
 REQUEST_S = 30.0  # how long one request waits for events
-RETRY_S = 0.25
+RETRY = Backoff(longest_s=0.5)
 MAX_BATCH = 256
 GATHER_S = 0.005
 
@@ -57,7 +58,7 @@ class Feed(Protocol):
     arrivals: asyncio.Queue[Delivery | Notice]
 
     async def ensure(self) -> None:
-        """Makes the consumer exist as wanted; Unavailable when the server does not answer, WrongState when it refuses."""
+        """Makes the consumer exist as wanted; Unavailable without an answer, FailedPrecondition when it is refused."""
         ...
 
     async def ask(self, request: int, batch: int) -> None:
@@ -77,7 +78,7 @@ class _BrokenError(Exception):
 class Out:
     """Where events go: a bounded queue, and those that were on their way into it when the reader left."""
 
-    ready: asyncio.Queue[Delivery | Refusal] = field(default_factory=lambda: asyncio.Queue(1))
+    ready: asyncio.Queue[Delivery | StatusError] = field(default_factory=lambda: asyncio.Queue(1))
     unseen: list[Delivery] = field(default_factory=list)
 
     async def put(self, event: Delivery) -> None:
@@ -106,7 +107,7 @@ class Window:
             await event.settle(delay_s)
 
         self._held.pop(event.sequence, None)
-        self._held[event.sequence] = time.monotonic() + self._hold_s
+        self._held[event.sequence] = asyncio.get_running_loop().time() + self._hold_s
         return replace(event, settle=settle)
 
     async def room(self) -> int:
@@ -122,30 +123,30 @@ class Window:
         return room
 
     def _room(self) -> int:
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()  # as the timeouts that wait for it
         while self._held and next(iter(self._held.values())) <= now_s:
             del self._held[next(iter(self._held))]
         return self._capacity - len(self._held)
 
 
 async def pull(feed: Feed, out: Out, window: Window, silence_s: float = SILENCE_S) -> None:
-    """Moves events from `feed` to `out` until cancelled; ends only with a refusal that time does not cure."""
-    request, troubled = 0, False
+    """Moves events from `feed` to `out` until cancelled; ends only with a status error that time does not cure."""
+    request, failures = 0, 0
     while True:
         try:
             await feed.ensure()
-            if troubled:
+            if failures:
                 log.info(Event.PULL_RESUMED)
-            troubled = False
+            failures = 0
             while True:
                 request, batch = request + 1, min(await window.room(), MAX_BATCH)
                 await feed.ask(request, batch)
                 await _receive(feed, out, window, request, batch, silence_s)
         except (Unavailable, _BrokenError) as reason:
-            if not troubled:
+            failures += 1
+            if failures == 1:
                 log.warning(Event.PULL_INTERRUPTED, reason=str(reason))
-            troubled = True
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY.pause_s(failures))
 
 
 async def _receive(feed: Feed, out: Out, window: Window, request: int, batch: int, silence_s: float) -> None:
@@ -193,7 +194,7 @@ class PullSubscription:
                 asyncio.create_task(self._pull(*one)) for one in zip(self._feeds, self._windows, strict=True)
             ]
         event = await self._out.ready.get()
-        if isinstance(event, Refusal):
+        if isinstance(event, StatusError):
             if self._closed:
                 raise StopAsyncIteration
             await self.aclose()
@@ -225,13 +226,13 @@ class PullSubscription:
         out = [*drain(self._out.ready), *self._out.unseen]
         for feed in self._feeds:
             await feed.close([event for event in out if event.stream == feed.stream])
-        self._out.ready.put_nowait(Unavailable("closed", reason="CLOSED"))  # wakes a reader that still waits
+        self._out.ready.put_nowait(Unavailable("closed", reason=ErrorReason.CLOSED))  # wakes a reader that still waits
 
     async def _pull(self, feed: Feed, window: Window) -> None:
         try:
             await pull(feed, self._out, window)
-        except Refusal as refusal:
-            await self._out.ready.put(refusal)
+        except StatusError as error:
+            await self._out.ready.put(error)
 
 
 def drain(queue: asyncio.Queue[Any]) -> list[Delivery]:

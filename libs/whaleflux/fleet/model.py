@@ -44,17 +44,31 @@ class PriceKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One physical GPU as its driver reports it."""
+    """One device that work can be given: a physical GPU, or a MIG instance of one."""
 
     index: int
     uuid: str
-    model: str  # catalogue name: "H200", "H100-80GB", "A100-80GB", "RTX4090"
+    model: str  # catalogue name: "H200", "H100-80GB", "A100-80GB", "RTX4090"; "H200 1g.18gb" of a MIG instance
     memory_bytes: int
     compute_capability: tuple[int, int] = (0, 0)
     pci_bus_id: str = ""
     numa_node: int = -1
-    mig_profiles: tuple[str, ...] = ()  # partitions in use, e.g. ("3g.71gb", "3g.71gb"); empty: whole
+    mig_profiles: tuple[str, ...] = ()  # of an agent that does not report instances as devices: nobody can have it
     healthy: bool = True
+    unhealthy_reason: str = ""  # "UPPER_SNAKE: words" while it is not
+    mig_profile: str = ""  # of a MIG instance: "1g.18gb"
+    parent_uuid: str = ""  # of a MIG instance: the GPU that it is part of
+    parent_memory_bytes: int = 0
+
+    @property
+    def offered(self) -> bool:
+        """Whether work can be given this very device."""
+        return self.healthy and not self.mig_profiles
+
+    @property
+    def part_of_gpu(self) -> float:
+        """How much of a GPU it is, by memory: what it costs of a GPU's price."""
+        return self.memory_bytes / self.parent_memory_bytes if self.parent_memory_bytes else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from prometheus_client import Counter
 
 from whaleflux import telemetry
-from whaleflux.errors import Refusal, Unavailable
+from whaleflux.errors import StatusError, Unavailable
+from whaleflux.reasons import ErrorReason
 from whaleflux.rpc.status import ServerFailure, from_rpc_error, on_the_wire
 from whaleflux.telemetry import Attribute, Event, Metric
 
@@ -36,7 +37,7 @@ class Call:
 
 def gone() -> Unavailable:
     """What open streams and new ones get while the server drains."""
-    return Unavailable("this server is stopping; call again", reason="DRAINING", retry_after_s=0.1)
+    return Unavailable("this server is stopping; call again", reason=ErrorReason.DRAINING, retry_after_s=0.1)
 
 
 @contextlib.asynccontextmanager
@@ -65,10 +66,10 @@ async def failed(call: Call, error: BaseException) -> None:
             await _refuse(call, gone())
         case GeneratorExit() | asyncio.CancelledError():  # the client went, or its deadline has passed
             _note(call, "CANCELLED")
-        case Refusal() | grpc.RpcError():  # a bare channel raises the latter, ours raise refusals
-            refusal = error if isinstance(error, Refusal) else from_rpc_error(error)
-            _note(call, refusal.code)
-            await (_confess(call, error) if refusal.code == "INTERNAL" else _refuse(call, refusal))
+        case StatusError() | grpc.RpcError():  # a bare channel raises the latter, ours raise status errors
+            status = error if isinstance(error, StatusError) else from_rpc_error(error)
+            _note(call, status.code)
+            await (_confess(call, error) if status.code == "INTERNAL" else _refuse(call, status))
         case Exception():
             _note(call, "INTERNAL")
             await _confess(call, error)
@@ -85,11 +86,11 @@ def _requests(method: str, code: str) -> Counter:
     return telemetry.counter(Metric.RPC_REQUESTS).labels(method, code)
 
 
-async def _refuse(call: Call, refusal: Refusal) -> None:
-    """A refusal is a right answer: the span says so and is no error."""
+async def _refuse(call: Call, error: StatusError) -> None:
+    """A status error is a right answer: the span says so and is no error."""
     if call.span is not None:
-        call.span.set_attribute(Attribute.REASON.value, refusal.reason)
-    await call.context.abort(*on_the_wire(refusal))
+        call.span.set_attribute(Attribute.REASON.value, error.reason)
+    await call.context.abort(*on_the_wire(error))
 
 
 async def _confess(call: Call, bug: BaseException) -> None:

@@ -9,15 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from whaleflux import names
-from whaleflux.errors import Denied, Unauthenticated
+from whaleflux.clock import CLOCK_SKEW
+from whaleflux.errors import PermissionDenied, Unauthenticated
+from whaleflux.reasons import ErrorReason
 from whaleflux.rpc import roles
 
 XFCC = "x-forwarded-client-cert"
+CLIENT_ADDRESS = "x-wf-client-address"  # who dialled the front door, as it alone says
+CERTIFICATE_END = (
+    "x-wf-certificate-end"  # of who dialled the front door, Unix seconds: connections outlive certificates
+)
 DEFAULT_TRUST_DOMAIN = "whaleflux"
 _URI = re.compile(r"spiffe://(?P<domain>[a-z0-9._-]{1,255})/(?P<role>[a-z_]+)/(?P<name>[A-Za-z0-9._/-]{1,200})")
 _SEGMENT = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
@@ -26,15 +34,25 @@ _MAX_XFCC_CHARS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Somebody with a certificate: spiffe://{trust_domain}/{role}/{name}; an agent's name is "{site}/{node}"."""
+    """Somebody with a certificate: spiffe://{trust_domain}/{role}/{name}[/{session}]; an agent's name is "{site}/{node}".
+
+    `session` is a ULID: the login, the token or the node's admission that the certificate came from. Certificates from elsewhere
+    (cert-manager, SPIRE) have none.
+    """
 
     role: str
     name: str
     trust_domain: str = DEFAULT_TRUST_DOMAIN
+    session: str = ""
 
     @property
     def uri(self) -> str:
-        return f"spiffe://{self.trust_domain}/{self.role}/{self.name}"
+        return f"spiffe://{self.trust_domain}/{self.role}/{self.name}" + (f"/{self.session}" if self.session else "")
+
+    @property
+    def subject(self) -> str:
+        """Who it is, whatever the session: "user/ann", "agent/onprem/n1"."""
+        return f"{self.role}/{self.name}"
 
     @property
     def node(self) -> str:
@@ -52,9 +70,10 @@ class Identity:
             raise Unauthenticated(f"{uri[:200]!r} is not an identity; expected spiffe://<trust domain>/<role>/<name>")
         segments = match["name"].split("/")
         wanted = 2 if match["role"] == roles.AGENT else 1
+        session = segments.pop() if len(segments) == wanted + 1 and names.is_ulid(segments[-1]) else ""
         if len(segments) != wanted or not all(_SEGMENT.fullmatch(segment) for segment in segments):
             raise Unauthenticated(f"{uri[:200]!r}: a name of role {match['role']} has {wanted} segment(s)")
-        return cls(match["role"], match["name"], match["domain"])
+        return cls(match["role"], "/".join(segments), match["domain"], session)
 
 
 _parsed = functools.lru_cache(maxsize=8192)(Identity.parse)  # the same callers come again and again
@@ -64,8 +83,13 @@ NOBODY = Identity(roles.ANONYMOUS, "-")
 class Authority:
     """Turns the certificate and headers of a call into an identity, and checks it against the table."""
 
-    def __init__(self, trust_domain: str = DEFAULT_TRUST_DOMAIN, table: roles.Table | None = None) -> None:
-        self._trust_domain = trust_domain
+    def __init__(
+        self,
+        trust_domain: str = DEFAULT_TRUST_DOMAIN,
+        table: roles.Table | None = None,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._trust_domain, self._now_s = trust_domain, now_s
         self._table = roles.TABLE if table is None else table
         self._allowed: dict[str, frozenset[str]] = {}  # by method; only methods that exist are asked for
 
@@ -75,19 +99,38 @@ class Authority:
         peer_certificate: Mapping[str, Iterable[bytes]],
         metadata: Sequence[tuple[str, str | bytes]],
     ) -> Identity:
-        """The caller of `method`, or Unauthenticated (unknown), or Denied (known and not allowed)."""
+        """The caller of `method`, or Unauthenticated (unknown), or PermissionDenied (known and not allowed)."""
+        return self.judged(method, self.identified(method, peer_certificate, metadata))
+
+    def identified(
+        self,
+        method: str,
+        peer_certificate: Mapping[str, Iterable[bytes]],
+        metadata: Sequence[tuple[str, str | bytes]],
+    ) -> Identity:
+        """Who calls `method`, allowed or not; Unauthenticated for what is nobody's certificate."""
         peer = self._trusted(peer_uri(peer_certificate))
-        if (wanted := self._allowed.get(method)) is None:
-            wanted = self._allowed[method] = roles.allowed(method, self._table)
-        caller = self._behind(peer, wanted, metadata) if peer.role == roles.FRONTDOOR else peer
+        return self._behind(peer, self._wanted(method), metadata) if peer.role == roles.FRONTDOOR else peer
+
+    def judged(self, method: str, caller: Identity) -> Identity:
+        """The caller, whose role may call `method`; raises as `check`."""
+        wanted = self._wanted(method)
         if caller.role in wanted:
             return caller
         if caller is NOBODY and wanted:
-            raise Unauthenticated(f"{method} needs a certificate; log in or join first", metadata={"method": method})
-        raise Denied(
+            raise Unauthenticated(
+                f"{method} needs a certificate; people log in (whaleflux login --server HOST:PORT), nodes join by a token (whaleflux token create)",
+                metadata={"method": method},
+            )
+        raise PermissionDenied(
             f"role {caller.role!r} may not call {method}" + ("" if wanted else " (no role may)"),
             metadata={"method": method, "role": caller.role, "needs": ",".join(sorted(wanted))},
         )
+
+    def _wanted(self, method: str) -> frozenset[str]:
+        if (wanted := self._allowed.get(method)) is None:
+            wanted = self._allowed[method] = roles.allowed(method, self._table)
+        return wanted
 
     def _trusted(self, uri: str) -> Identity:
         identity = _parsed(uri)
@@ -106,7 +149,38 @@ class Authority:
         if len(headers) > 1 or not isinstance(headers[0], str) or len(headers[0]) > _MAX_XFCC_CHARS:
             raise Unauthenticated(f"{XFCC} must be one header; the front door has to use SANITIZE_SET")
         uri = forwarded_uri(headers[0])
-        return self._trusted(uri) if uri else NOBODY
+        if not uri:
+            return NOBODY
+        _check_end(metadata, self._now_s())
+        return self._trusted(uri)
+
+
+def _check_end(metadata: Sequence[tuple[str, str | bytes]], now_s: float) -> None:
+    """Refuses a certificate that has ended since its handshake. A revocation is kept for no longer than certificates hold."""
+    told = next((value for key, value in metadata if key == CERTIFICATE_END), "")
+    if isinstance(told, str) and told.isdecimal() and int(told) + CLOCK_SKEW.total_seconds() < now_s:
+        raise Unauthenticated(
+            "the certificate of this connection has ended; renew it and connect again",
+            reason=ErrorReason.CERTIFICATE_ENDED,
+        )
+
+
+def address_of(
+    peer: str,
+    certificate: Mapping[str, Iterable[bytes]],
+    metadata: Sequence[tuple[str, str | bytes]],
+) -> str:
+    """The address of who dialled, without its port: what the front door says of its own caller, else the connection's peer."""
+    for uri in certificate.get("peer_uri", ()):
+        if b"/frontdoor/" in uri:
+            told = [value for key, value in metadata if key == CLIENT_ADDRESS and isinstance(value, str)]
+            return told[0][:64] if len(told) == 1 else ""
+    return _host_of(peer)
+
+
+@functools.lru_cache(maxsize=4096)  # one for each connection
+def _host_of(peer: str) -> str:
+    return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
 
 
 def peer_uri(certificate: Mapping[str, Iterable[bytes]]) -> str:
@@ -150,26 +224,70 @@ def _unquoted(value: str) -> str:
     return value
 
 
-_caller: ContextVar[Identity] = ContextVar("whaleflux_caller")
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A caller, and what the fleet's records say of it.
+
+    `groups`: ids of the groups it is in. `queues`: ids of the queues that its token is for; None: whichever the rules give.
+    """
+
+    identity: Identity
+    groups: frozenset[str] = frozenset()
+    queues: frozenset[str] | None = None
+
+    @property
+    def role(self) -> str:
+        return self.identity.role
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+    @property
+    def subject(self) -> str:
+        """How records name who submitted, changed, owns: "user/ann"."""
+        return self.identity.subject
+
+    @property
+    def is_service(self) -> bool:
+        """A part of the control plane."""
+        return self.identity.role in roles.SERVICES
+
+    @property
+    def is_operator(self) -> bool:
+        """Whoever runs the fleet."""
+        return self.identity.role in roles.OPERATORS
 
 
-def caller() -> Identity:
-    """Who makes the call being served; `Unauthenticated` outside of one."""
+_caller: ContextVar[Principal] = ContextVar("whaleflux_caller")
+
+
+def principal() -> Principal:
+    """Who makes the call being served, with groups; `Unauthenticated` outside of one."""
     try:
         return _caller.get()
     except LookupError:
         raise Unauthenticated("no call is being served here") from None
 
 
-def act_as(identity: Identity) -> None:
-    """Serves the rest of this task on behalf of `identity` (streams, whose task ends with them)."""
-    _caller.set(identity)
+def caller() -> Identity:
+    """Who makes the call being served; `Unauthenticated` outside of one."""
+    return principal().identity
+
+
+def _as_principal(who: Identity | Principal) -> Principal:
+    return who if isinstance(who, Principal) else Principal(who)
+
+
+def act_as(who: Identity | Principal) -> None:
+    """Serves the rest of this task on behalf of `who` (streams, whose task ends with them)."""
+    _caller.set(_as_principal(who))
 
 
 @contextlib.contextmanager
-def acting_as(identity: Identity) -> Iterator[None]:
-    """Serves the block on behalf of `identity`: the boundary for each call, unit tests for themselves."""
-    token = _caller.set(identity)
+def acting_as(who: Identity | Principal) -> Iterator[None]:
+    """Serves the block on behalf of `who`: the boundary for each call, unit tests for themselves."""
+    token = _caller.set(_as_principal(who))
     try:
         yield
     finally:
@@ -180,8 +298,8 @@ def require_own_node(name: str) -> None:
     """Refuses an agent that touches another node than its own; other roles were judged by the table."""
     who = caller()
     if who.role == roles.AGENT and who.node != name:
-        raise Denied(
+        raise PermissionDenied(
             f"agent {who.name} may touch only {who.node}, not {name[:200]!r}",
-            reason="NOT_OWN_NODE",
-            metadata={"agent": who.name, "name": name},
+            reason=ErrorReason.NOT_OWN_NODE,
+            metadata={"agent": who.name, "name": name[:200]},
         )

@@ -1,4 +1,4 @@
-"""Client side for asyncio: a channel whose stubs raise refusals, have deadlines, repeat what is safe, and re-dial.
+"""Client side for asyncio: a channel whose stubs raise status errors, have deadlines, repeat what is safe, and re-dial.
 
     channel = connect("10.0.0.5:7001", files, server=server_name("scheduler"))
     stub = SchedulerServiceStub(channel)
@@ -20,12 +20,13 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from whaleflux.errors import DeadlineExceeded, Refusal, Unavailable
+from whaleflux.errors import DeadlineExceeded, StatusError, Unavailable
+from whaleflux.reasons import ErrorReason
 from whaleflux.rpc import propagation
-from whaleflux.rpc.lines import Line, Lines
-from whaleflux.rpc.pki import Tls, TlsFiles
-from whaleflux.rpc.policy import CallPolicy, repeatable
+from whaleflux.rpc.connection_pool import Connection, ConnectionPool
+from whaleflux.rpc.retry_policy import CallPolicy, repeatable
 from whaleflux.rpc.status import from_rpc_error
+from whaleflux.rpc.tls_files import Tls, TlsFiles
 
 Response = TypeVar("Response")
 Metadata = tuple[tuple[str, str], ...]
@@ -46,34 +47,34 @@ def connect(
     `metadata` goes with every call. With `follow_leader` a follower's NOT_LEADER sends the next attempt, and streams
     opened later, to the leader it names; without one behind it that answers, back to `target`.
     """
-    lines = Lines(target, tls, server, follow_leader=follow_leader)
-    return Channel(lines, policy or CallPolicy(), metadata)
+    connections = ConnectionPool(target, tls, server, follow_leader=follow_leader)
+    return Channel(connections, policy or CallPolicy(), metadata)
 
 
 class Channel:
     """What a generated stub is built on. Use `connect`."""
 
-    def __init__(self, lines: Lines, policy: CallPolicy, metadata: Metadata) -> None:
-        self.lines, self.policy, self.metadata = lines, policy, metadata
+    def __init__(self, connections: ConnectionPool, policy: CallPolicy, metadata: Metadata) -> None:
+        self.connections, self.policy, self.metadata = connections, policy, metadata
 
     @property
     def target(self) -> str:
         """Where it was asked to connect to."""
-        return self.lines.target
+        return self.connections.target
 
     async def ready(self, timeout_s: float) -> None:
         """Returns when the connection stands; raises Unavailable when it does not in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                await (await self.lines.current()).channel.channel_ready()
+                await (await self.connections.current()).channel.channel_ready()
         except TimeoutError:
             raise Unavailable(
-                f"{self.target} did not answer within {timeout_s} s", reason="SERVER_UNREACHABLE"
+                f"{self.target} did not answer within {timeout_s} s", reason=ErrorReason.SERVER_UNREACHABLE
             ) from None
 
     async def close(self) -> None:
         """Ends the connection and the calls on it."""
-        await self.lines.close()
+        await self.connections.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,15 +126,17 @@ class _Callable:
         self._channel, self._kind, self._method = channel, kind, method
         self._codecs = (serializer, deserializer)
 
-    def _on(self, line: Line) -> Callable[..., Any]:
-        found = line.callables.get(self._method)
+    def _on(self, connection: Connection) -> Callable[..., Any]:
+        found = connection.callables.get(self._method)
         if found is None:
-            found = line.callables[self._method] = getattr(line.channel, self._kind)(self._method, *self._codecs)
+            found = connection.callables[self._method] = getattr(connection.channel, self._kind)(
+                self._method, *self._codecs
+            )
         return found  # type: ignore[no-any-return]  # gRPC's multi-callables have no common type
 
 
 class _Unary(_Callable):
-    """`await stub.Method(request)`: one answer, or a refusal."""
+    """`await stub.Method(request)`: one answer, or a status error."""
 
     async def __call__(
         self,
@@ -152,10 +155,10 @@ class _Unary(_Callable):
             while True:
                 try:
                     return await self._once(request, deadline - time.monotonic(), sent, wait_for_ready)
-                except Refusal as refusal:
-                    await self._channel.lines.heed(refusal)
+                except StatusError as error:
+                    await self._channel.connections.on_error(error)
                     left_s = deadline - time.monotonic()
-                    pause_s = self._channel.policy.pause_s(attempt, refusal, again, left_s, random.random())
+                    pause_s = self._channel.policy.pause_s(attempt, error, again, left_s, random.random())
                     if pause_s is None:
                         raise
                 await asyncio.sleep(pause_s)
@@ -164,13 +167,15 @@ class _Unary(_Callable):
     async def _once(self, request: Any, left_s: float, metadata: Metadata, wait_for_ready: bool | None) -> Any:
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left for {self._method}", metadata={"method": self._method})
-        async with await self._channel.lines.current() as line:
-            with _refusals():
-                return await self._on(line)(request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready)
+        async with await self._channel.connections.current() as connection:
+            with _as_status_errors():
+                return await self._on(connection)(
+                    request, timeout=left_s, metadata=metadata, wait_for_ready=wait_for_ready
+                )
 
 
 class _Streaming(_Callable):
-    """`async for message in stub.Method(request)`: messages until the end, or a refusal."""
+    """`async for message in stub.Method(request)`: messages until the end, or a status error."""
 
     def __call__(
         self,
@@ -181,10 +186,10 @@ class _Streaming(_Callable):
     ) -> Stream[Any]:
         """`timeout` in seconds for the whole stream; none when None."""
 
-        def start(line: Line) -> Any:
+        def start(connection: Connection) -> Any:
             with propagation.outgoing(self._method, streaming=True) as headers:
                 sent = (*self._channel.metadata, *headers, *metadata)
-                return self._on(line)(request, timeout=timeout, metadata=sent, wait_for_ready=wait_for_ready)
+                return self._on(connection)(request, timeout=timeout, metadata=sent, wait_for_ready=wait_for_ready)
 
         return Stream(self._channel, start)
 
@@ -192,10 +197,10 @@ class _Streaming(_Callable):
 class Stream(Generic[Response]):
     """The answers of one call. It starts when first read; `aclose` (or leaving `async with`) ends it early."""
 
-    def __init__(self, channel: Channel, start: Callable[[Line], Any]) -> None:
+    def __init__(self, channel: Channel, start: Callable[[Connection], Any]) -> None:
         self._channel, self._start = channel, start
         self._call: Any = None
-        self._line: Line | None = None
+        self._connection: Connection | None = None
         self._ended = False
 
     def __aiter__(self) -> AsyncIterator[Response]:
@@ -205,7 +210,7 @@ class Stream(Generic[Response]):
         if self._ended:
             raise StopAsyncIteration
         try:
-            with _refusals():
+            with _as_status_errors():
                 await self._started()
                 message = await self._call.read()
         except BaseException as failure:
@@ -217,36 +222,36 @@ class Stream(Generic[Response]):
         return message  # type: ignore[no-any-return]  # the stub's deserializer knows the type
 
     async def _started(self) -> None:
-        if self._line is None:
-            self._line = await (await self._channel.lines.current()).__aenter__()
-            self._call = self._start(self._line)
+        if self._connection is None:
+            self._connection = await (await self._channel.connections.current()).__aenter__()
+            self._call = self._start(self._connection)
 
     async def _finished(self) -> None:
-        """After the last message comes the status, which may be a refusal."""
+        """After the last message comes the status, which may be a status error."""
         call = self._call
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             error = grpc.aio.AioRpcError(
                 code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
             )
-            refusal = from_rpc_error(error)
-            await self._failed(refusal)
-            raise refusal
+            status = from_rpc_error(error)
+            await self._failed(status)
+            raise status
         await self.aclose()
 
     async def _failed(self, failure: BaseException) -> None:
         await self.aclose()
-        if isinstance(failure, Refusal):
-            await self._channel.lines.heed(failure)
+        if isinstance(failure, StatusError):
+            await self._channel.connections.on_error(failure)
 
     async def aclose(self) -> None:
         """Cancels what is left of the call; nothing to do when it has ended."""
         self._ended = True
-        line, self._line = self._line, None
-        if line is not None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
             if self._call is not None:
                 self._call.cancel()
-            await line.__aexit__()
+            await connection.__aexit__()
 
     async def __aenter__(self) -> Self:
         return self
@@ -256,8 +261,8 @@ class Stream(Generic[Response]):
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Failures as refusals, also those that gRPC reports by cancelling (a closed channel): nobody cancelled us."""
+def _as_status_errors() -> Iterator[None]:
+    """Failures as status errors, also those that gRPC reports by cancelling (a closed channel): nobody cancelled us."""
     task = asyncio.current_task()
     asked = task.cancelling() if task else 0
     try:
@@ -265,8 +270,8 @@ def _refusals() -> Iterator[None]:
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
     except grpc.aio.UsageError as error:  # the channel was closed under us
-        raise Unavailable(str(error), reason="CHANNEL_CLOSED") from None
+        raise Unavailable(str(error), reason=ErrorReason.CHANNEL_CLOSED) from None
     except asyncio.CancelledError:
         if task is not None and task.cancelling() > asked:
             raise
-        raise Unavailable("the connection was closed", reason="CALL_CANCELLED", retry_after_s=0.1) from None
+        raise Unavailable("the connection was closed", reason=ErrorReason.CALL_CANCELLED, retry_after_s=0.1) from None

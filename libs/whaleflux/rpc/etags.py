@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from whaleflux.errors import Conflict
+from whaleflux.errors import Aborted
 from whaleflux.store.api import Entry
 
 
@@ -12,9 +12,9 @@ def etag_of(entry: Entry) -> str:
 
 
 def check_etag(given: str, entry: Entry) -> None:
-    """Raises Conflict (ETAG_MISMATCH) when the caller read another version; "" means any version will do."""
+    """Raises Aborted (ETAG_MISMATCH) when the caller read another version; "" means any version will do."""
     if given and given != (current := etag_of(entry)):
-        raise Conflict(
+        raise Aborted(
             f"etag {given[:40]!r} is not the current {current}; read the resource again and repeat the change",
             metadata={"etag": given[:40], "current": current},
             retry_after_s=0.1,

@@ -3,18 +3,18 @@
 ECDSA P-256 throughout. Every certificate has one URI name, spiffe://{trust domain}/{role}/{name}, and one DNS name
 made of it (`server_name`), which clients check instead of the host: so a stolen agent key cannot play the scheduler,
 wherever it listens. Only the front door is known by its host names, because browsers and SDKs dial it.
+
+A fleet has two authorities. The store's (trust domain `store.whaleflux`) signs for etcd, NATS and the services that dial them, so that
+what admits a node or a person opens nothing there.
 """
 
 from __future__ import annotations
 
-import contextlib
+import enum
+import hashlib
 import ipaddress
-import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -29,62 +29,25 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.clock import CLOCK_SKEW
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.rpc.auth import DEFAULT_TRUST_DOMAIN, Identity
+from whaleflux.rpc.tls_files import Tls, TlsFiles, write_private
 
+__all__ = ["CertificateAuthority", "Tls", "TlsFiles", "write_private"]  # a module of its own for clients
+
+STORE_TRUST_DOMAIN = f"store.{DEFAULT_TRUST_DOMAIN}"
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(hours=24)
-CLOCK_SKEW = timedelta(minutes=5)  # certificates are valid this much earlier, for machines whose clock is late
 RENEW_BELOW = 1 / 3  # of the life is left
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """What one process shows and believes, all PEM."""
+class Purpose(enum.Enum):
+    """What a certificate may be shown for. Programs that check host names only must not take a client's for a server's."""
 
-    key: bytes
-    chain: bytes
-    roots: bytes
-
-    def __repr__(self) -> str:
-        return "Tls(key=***)"  # a key must not reach a log by way of a traceback
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Where a process keeps its identity; rewritten in place when it is renewed."""
-
-    key: Path
-    chain: Path
-    roots: Path
-
-    @classmethod
-    def under(cls, folder: Path, name: str) -> TlsFiles:
-        return cls(folder / f"{name}.key", folder / f"{name}.crt", folder / "ca.crt")
-
-    def load(self) -> Tls:
-        """Reads the three files; `Invalid` names the one that is missing, and a key that is not the certificate's."""
-        tls = Tls(_read("tls_key", self.key), _read("tls_cert", self.chain), _read("tls_ca", self.roots))
-        if not _belongs(tls.key, tls.chain):  # also seen for an instant while the pair is being renewed
-            raise Invalid(FieldViolation("tls_key", f"{self.key} is not the key of {self.chain}"))
-        return tls
-
-    def save(self, tls: Tls) -> None:
-        """Writes all three, each atomically and readable by the owner alone."""
-        write_private(self.roots, tls.roots)
-        write_private(self.key, tls.key)
-        write_private(self.chain, tls.chain)
-
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever one of the files was replaced; raises OSError when one is gone."""
-        return tuple((s.st_mtime_ns, s.st_ino) for s in (os.stat(p) for p in (self.key, self.chain, self.roots)))
-
-
-def _read(field: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Invalid(FieldViolation(field, f"cannot read {path}: {error.strerror}")) from None
+    BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+    SERVER = (ExtendedKeyUsageOID.SERVER_AUTH,)
+    CLIENT = (ExtendedKeyUsageOID.CLIENT_AUTH,)
 
 
 def _belongs(key: bytes, chain: bytes) -> bool:
@@ -93,25 +56,11 @@ def _belongs(key: bytes, chain: bytes) -> bool:
     return public.public_bytes(*spki) == x509.load_pem_x509_certificate(chain).public_key().public_bytes(*spki)
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Replaces `path` atomically and durably; mode 0600 from its first instant."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp creates it 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 def server_name(role: str, name: str = "", trust_domain: str = DEFAULT_TRUST_DOMAIN) -> str:
-    """The DNS name under which clients know a server: scheduler.whaleflux, n1.onprem.agent.whaleflux."""
+    """The DNS name under which a certificate is known: scheduler.whaleflux, n1.onprem.agent.whaleflux, onprem.site.whaleflux."""
     label = role.replace("_", "-")
+    if role == "site":
+        label = f"{name}.site"
     if role == "agent":
         site, _, node = name.partition("/")
         label = f"{node}.{site}.agent"
@@ -120,9 +69,16 @@ def server_name(role: str, name: str = "", trust_domain: str = DEFAULT_TRUST_DOM
 
 def new_key_and_request() -> tuple[bytes, bytes]:
     """A fresh private key (PKCS #8) and a signing request for it. Names are the authority's to give, not to ask for."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key_pem = _key_pem(ec.generate_private_key(ec.SECP256R1()))
+    return key_pem, request_for(key_pem)
+
+
+def request_for(key_pem: bytes) -> bytes:
+    """A signing request that proves to hold this key."""
+    key = load_pem_private_key(key_pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)  # ours all are
     request = x509.CertificateSigningRequestBuilder().subject_name(_named("whaleflux")).sign(key, hashes.SHA256())
-    return _key_pem(key), request.public_bytes(Encoding.PEM)
+    return request.public_bytes(Encoding.PEM)
 
 
 class CertificateAuthority:
@@ -155,7 +111,7 @@ class CertificateAuthority:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         key = load_pem_private_key(key_pem, None)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not _belongs(key_pem, certificate_pem):
-            raise Invalid(FieldViolation("ca_key", "is not the EC key of the CA certificate"))
+            raise InvalidArgument(FieldViolation("ca_key", "is not the EC key of the CA certificate"))
         return cls(certificate, key, _uri_names(certificate)[0].removeprefix("spiffe://"))
 
     @property
@@ -177,27 +133,37 @@ class CertificateAuthority:
         *,
         hosts: Sequence[str] = (),
         lifetime: timedelta = LEAF_LIFETIME,
+        session: str = "",
+        purpose: Purpose = Purpose.BOTH,
     ) -> bytes:
         """A certificate for the key in `request_pem`; every name in it is chosen here, none is taken from the request.
 
-        `hosts` are DNS names or IP addresses that browsers and SDKs dial (front door only). Refuses a malformed
+        `hosts` are DNS names or IP addresses by which it is dialled (front door, etcd, NATS); `session` is what the certificate came
+        from (`auth.Identity`). Refuses a malformed
         request, one whose signature is wrong, and keys other than P-256.
         """
-        identity = Identity.parse(Identity(role, name, self.trust_domain).uri)
+        identity = Identity.parse(Identity(role, name, self.trust_domain, session).uri)
         public = _requested_key(request_pem)
         builder = _builder(_named(f"{role}/{name}"[-64:]), self._certificate.subject, public, now, now + lifetime)
         names = [x509.UniformResourceIdentifier(identity.uri)]
         dns = [server_name(role, name, self.trust_domain), *hosts]
-        both = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = (
             builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True, key_cert_sign=False), critical=True)
-            .add_extension(both, critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purpose.value), critical=False)
             .add_extension(issuer_key, critical=False)
             .add_extension(x509.SubjectAlternativeName([*names, *map(_host_name, dns)]), critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def vouches_for(self, certificate_pem: bytes) -> bool:
+        """Whether this authority has signed the certificate, which may have ended."""
+        try:
+            x509.load_pem_x509_certificate(certificate_pem).verify_directly_issued_by(self._certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
 
     def issue(
         self,
@@ -207,10 +173,13 @@ class CertificateAuthority:
         *,
         hosts: Sequence[str] = (),
         lifetime: timedelta = LEAF_LIFETIME,
+        session: str = "",
+        purpose: Purpose = Purpose.BOTH,
     ) -> Tls:
         """Key and certificate in one step, where both ends are this process (`whaleflux up`, tests)."""
         key, request = new_key_and_request()
-        return Tls(key, self.sign(request, role, name, now, hosts=hosts, lifetime=lifetime), self.certificate_pem)
+        chain = self.sign(request, role, name, now, hosts=hosts, lifetime=lifetime, session=session, purpose=purpose)
+        return Tls(key, chain, self.certificate_pem)
 
 
 def identity_of(chain_pem: bytes) -> Identity:
@@ -231,6 +200,12 @@ def renewal_in_s(chain_pem: bytes, now: datetime) -> float:
     return (end - (end - start) * RENEW_BELOW - now).total_seconds()
 
 
+def request_key_sha256(request_pem: bytes) -> bytes:
+    """Fingerprint of the key that a signing request is for: SHA-256 of its SubjectPublicKeyInfo in DER. Raises ValueError, TypeError."""
+    public = x509.load_pem_x509_csr(request_pem).public_key()
+    return hashlib.sha256(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
+
+
 def expiry(chain_pem: bytes) -> datetime:
     """When the certificate ends, UTC."""
     return x509.load_pem_x509_certificate(chain_pem).not_valid_after_utc
@@ -242,9 +217,9 @@ def _requested_key(request_pem: bytes) -> ec.EllipticCurvePublicKey:
         valid = request.is_signature_valid
         public = request.public_key()
     except (ValueError, TypeError, InvalidSignature):
-        raise Invalid(FieldViolation("csr", "is not a PEM certificate signing request")) from None
+        raise InvalidArgument(FieldViolation("csr", "is not a PEM certificate signing request")) from None
     if not valid or not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
-        raise Invalid(FieldViolation("csr", "must be signed by its own ECDSA P-256 key"))
+        raise InvalidArgument(FieldViolation("csr", "must be signed by its own ECDSA P-256 key"))
     return public
 
 

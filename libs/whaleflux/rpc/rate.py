@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_CALLERS = 65_536
+
+
+@lru_cache(maxsize=4096)
+def sender(address: str) -> str:
+    """Whose an address is, as far as rates go: of IPv6 its /64, of which one subscriber has all addresses (RFC 6177)."""
+    if ":" not in address:
+        return address
+    try:
+        ip = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
 
 
 @dataclass(slots=True)
@@ -22,8 +38,12 @@ class Rate:
         self._per_s, self._burst, self._max_callers = per_s, burst, max_callers
         self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
 
-    def wait_s(self, caller: Hashable, now_s: float) -> float:
-        """Takes one token and returns 0, or takes none and returns the seconds until there will be one."""
+    def __len__(self) -> int:
+        """How many callers are remembered."""
+        return len(self._buckets)
+
+    def wait_s(self, caller: Hashable, now_s: float, cost: float = 1.0) -> float:
+        """Takes `cost` tokens and returns 0, or takes none and returns the seconds until there will be as many."""
         bucket = self._buckets.get(caller)
         if bucket is None:
             bucket = self._buckets[caller] = _Bucket(self._burst, now_s)
@@ -33,7 +53,7 @@ class Rate:
             self._buckets.move_to_end(caller)
             bucket.tokens = min(self._burst, bucket.tokens + (now_s - bucket.at_s) * self._per_s)
             bucket.at_s = now_s
-        if bucket.tokens >= 1:
-            bucket.tokens -= 1
+        if bucket.tokens >= cost:
+            bucket.tokens -= cost
             return 0.0
-        return (1 - bucket.tokens) / self._per_s
+        return (cost - bucket.tokens) / self._per_s

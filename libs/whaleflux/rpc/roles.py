@@ -7,9 +7,12 @@ forwards: its routes must not forward a method listed with it.
 
 from __future__ import annotations
 
+from whaleflux.services import ROLES
+
 ADMIN = "admin"
 OPERATOR = "operator"
 USER = "user"
+VIEWER = "viewer"  # reads what is nobody's private content, changes nothing
 APP = "app"
 AGENT = "agent"
 SCHEDULER = "scheduler"
@@ -19,23 +22,37 @@ INFERENCE_ROUTER = "inference_router"
 INVENTORY = "inventory"
 CONSOLE = "console"
 FRONTDOOR = "frontdoor"
+ETCD = "etcd"
+NATS = "nats"
+SITE = "site"  # a site's own event server, by the name of its site
+BACKUP = "backup"  # copies etcd and the bus' streams, and puts copies back
+SCRAPER = "scraper"  # reads figures over HTTP (/metrics), calls nothing
 ANONYMOUS = "anonymous"
 
-SERVICES = frozenset({SCHEDULER, HEALTH_MONITOR, CHECKPOINT, INFERENCE_ROUTER, INVENTORY, CONSOLE})
+SERVICES = frozenset({*ROLES, CONSOLE})
 PEOPLE = frozenset({ADMIN, OPERATOR, USER})
 OPERATORS = frozenset({ADMIN, OPERATOR})
-KNOWN = SERVICES | PEOPLE | {APP, AGENT}
-CERTIFIED = KNOWN | {FRONTDOOR}  # roles that a certificate can name
+HUMANS = PEOPLE | {VIEWER}  # PEOPLE: those of them who change things
+KNOWN = SERVICES | HUMANS | {APP, AGENT}
+LOGIN = HUMANS | {APP}  # whom records name: those who log in
+GIVEN = (ADMIN, OPERATOR, USER, VIEWER, APP)  # roles that a user, an account or a token can have, the highest first
+PARTS = frozenset(
+    {FRONTDOOR, ETCD, NATS, SITE, BACKUP, SCRAPER}
+)  # programs that are not ours; all but the first call nothing
+READS_METRICS = OPERATORS | {SCRAPER}
+CERTIFIED = KNOWN | PARTS  # roles that a certificate can name
 ANYONE = CERTIFIED | {ANONYMOUS}
 
 Table = dict[str, frozenset[str]]
 
 _INVENTORY = "/whaleflux.v1.InventoryService/"
+_SECRETS = "/whaleflux.v1.SecretService/"
 _SCHEDULER = "/whaleflux.v1.SchedulerService/"
 _HEALTH = "/whaleflux.v1.HealthService/"
 _CHECKPOINT = "/whaleflux.v1.CheckpointService/"
 _ROUTER = "/whaleflux.v1.RouterService/"
-_READERS = PEOPLE | SERVICES
+_IDENTITY = "/whaleflux.v1.IdentityService/"
+_READERS = HUMANS | SERVICES
 
 TABLE: Table = {
     "/grpc.health.v1.Health/*": ANYONE,
@@ -43,8 +60,9 @@ TABLE: Table = {
     "/grpc.reflection.v1.ServerReflection/*": KNOWN,
     # inventory: everybody reads, operators change, agents speak for their own node
     _INVENTORY + "*": OPERATORS,
-    _INVENTORY + "List*": _READERS | {AGENT},
-    _INVENTORY + "Get*": _READERS | {AGENT},
+    _INVENTORY + "List*": _READERS,
+    _INVENTORY + "Get*": _READERS,
+    _INVENTORY + "GetDataset": _READERS | {AGENT},  # what its tasks read
     _INVENTORY + "WatchNodes": _READERS,
     _INVENTORY + "ListJoinTokens": OPERATORS,
     _INVENTORY + "Join": ANYONE,
@@ -52,15 +70,50 @@ TABLE: Table = {
     _INVENTORY + "RegisterNode": frozenset({AGENT}),
     _INVENTORY + "ReportCachedDataset": frozenset({AGENT}),
     _INVENTORY + "CreateDataset": PEOPLE,
+    _INVENTORY + "DeleteDataset": PEOPLE,
+    # who people are: everybody asks who they are, people mind their own tokens, operators the others
+    _IDENTITY + "*": OPERATORS,
+    _IDENTITY + "GetLoginOptions": ANYONE,
+    _IDENTITY + "Login": ANYONE,
+    _IDENTITY + "RenewLogin": LOGIN,
+    _IDENTITY + "Logout": LOGIN,
+    _IDENTITY + "WhoAmI": KNOWN,
+    _IDENTITY + "Get*": _READERS,
+    _IDENTITY + "List*": _READERS,
+    _IDENTITY + "CreateLoginLink": PEOPLE,
+    _IDENTITY + "CreateToken": PEOPLE,
+    _IDENTITY + "RevokeToken": PEOPLE,
+    # secrets: whose they are, the servicer asks; their values go to the scheduler alone, for the agent of a task
+    _SECRETS + "*": PEOPLE,
+    _SECRETS + "GetSecret": HUMANS,
+    _SECRETS + "ListSecrets": HUMANS,
+    _SECRETS + "OpenSecrets": frozenset({SCHEDULER, INFERENCE_ROUTER}),  # whose values the scheduler alone is given
+    _SECRETS + "RewrapSecrets": frozenset({ADMIN}),
+    # what happened, wherever: whoever may read the records may read their history
+    "/whaleflux.v1.EventService/*": _READERS,
+    # who changed what: everybody reads what is written down of their own calls, operators all of it
+    "/whaleflux.v1.AuditService/ListAudit": HUMANS,
+    "/whaleflux.v1.AuditService/*": OPERATORS,
     # scheduler: people submit and cancel, the router runs replicas as jobs
     _SCHEDULER + "*": PEOPLE | {INFERENCE_ROUTER},
+    _SCHEDULER + "ExplainJob": _READERS,
+    _SCHEDULER + "HoldJob": PEOPLE,
+    _SCHEDULER + "ReleaseJob": PEOPLE,
+    _SCHEDULER + "RequeueJob": PEOPLE,
+    _SCHEDULER + "SetJobPriority": PEOPLE,
+    _SCHEDULER + "AttachJob": PEOPLE,  # commands inside of jobs are for those who may also cancel them
     _SCHEDULER + "CreateQueue": OPERATORS | {INFERENCE_ROUTER},
     _SCHEDULER + "DeleteQueue": OPERATORS,
+    _SCHEDULER + "UpdateQueue": OPERATORS,
     _SCHEDULER + "List*": _READERS,
     _SCHEDULER + "Get*": _READERS,
     _SCHEDULER + "WatchJobs": _READERS,
+    _SCHEDULER + "UploadCode": PEOPLE,
+    _SCHEDULER + "DownloadCode": frozenset({AGENT}),  # of tasks placed on its node: `code_transfer` asks for that
     "/whaleflux.v1.TaskService/Sync": frozenset({AGENT}),
-    "/whaleflux.v1.NodeService/Probe": frozenset({HEALTH_MONITOR, AGENT, ADMIN, OPERATOR}),
+    "/whaleflux.v1.TaskService/Attach": frozenset({AGENT}),
+    "/whaleflux.v1.TaskService/OpenTaskSecrets": frozenset({AGENT}),
+    "/whaleflux.v1.NodeService/Probe": frozenset({HEALTH_MONITOR, ADMIN, OPERATOR}),  # neighbours look at the port only
     # health_monitor alone judges; the scheduler asks it what a failure means
     _HEALTH + "Heartbeat": frozenset({AGENT}),
     _HEALTH + "ReportFailure": frozenset({SCHEDULER}),
@@ -76,7 +129,9 @@ TABLE: Table = {
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,
     _ROUTER + "List*": _READERS,
-    _ROUTER + "ListApiKeys": OPERATORS,
+    _ROUTER + "ListApiKeys": PEOPLE,
+    _ROUTER + "CreateApiKey": PEOPLE,
+    _ROUTER + "DeleteApiKey": PEOPLE,
     _ROUTER + "Route": PEOPLE | {APP},
     _ROUTER + "CreateModel": PEOPLE,
     _ROUTER + "UpdateModel": PEOPLE,
@@ -93,3 +148,12 @@ def allowed(method: str, table: Table) -> frozenset[str]:
         return table[method]
     prefixes = [key for key in table if key.endswith("*") and method.startswith(key[:-1])]
     return table[max(prefixes, key=len)] if prefixes else frozenset()
+
+
+def within(role: str, limit: str) -> bool:
+    """Whether `role` may do nothing that `limit` may not: what one may give, and what a certificate may still say. App is no reader."""
+    if role == limit:
+        return True
+    if role == APP:
+        return limit in PEOPLE
+    return role in HUMANS and limit in HUMANS and GIVEN.index(role) >= GIVEN.index(limit)

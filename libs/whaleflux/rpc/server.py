@@ -14,12 +14,15 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.rpc import reflection
 from whaleflux.rpc.auth import Authority
-from whaleflux.rpc.boundary import Boundary, Limits
-from whaleflux.rpc.pki import Tls, TlsFiles
+from whaleflux.rpc.boundary import Boundary
+from whaleflux.rpc.limits import CallLimits
+from whaleflux.rpc.tls_files import Tls, TlsFiles
+from whaleflux.trust.admission import Admission
+from whaleflux.trust.audit import Audit
 
 _TRANSPORT_SLACK_BYTES = 1 << 20  # so that the boundary refuses what is a little too large, with details
 _OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -28,8 +31,11 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # agents ping each 10 s, also when idle
-    ("grpc.http2.max_ping_strikes", 0),
+    (
+        "grpc.http2.min_ping_interval_without_data_ms",
+        1_000,
+    ),  # agents ping each 10 s, the front door each 5 s, also when idle
+    ("grpc.http2.max_ping_strikes", 5),  # then the connection ends: pings are no way to keep a server busy
     ("grpc.so_reuseport", 0),  # a second process on the same port is a mistake to be told about
 )
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -39,8 +45,8 @@ _SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Heal
 class Server:
     """One listening server: `bind` and `add`, then `start`; `drain` at the end, or again with less grace."""
 
-    def __init__(self, tls: Tls | TlsFiles, authority: Authority, limits: Limits | None = None) -> None:
-        limits = limits or Limits()
+    def __init__(self, tls: Tls | TlsFiles, authority: Authority, limits: CallLimits | None = None) -> None:
+        limits = limits or CallLimits()
         self._boundary = Boundary(authority, limits)
         size = ("grpc.max_receive_message_length", limits.request_bytes + _TRANSPORT_SLACK_BYTES)
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, size])
@@ -56,17 +62,25 @@ class Server:
         add_to_server(servicer, self._server)
         self._names.append(name)
 
+    def guard(self, admission: Admission, trail: Audit) -> None:
+        """Who is admitted beyond what certificates say, and where the audit trail goes; before `start`."""
+        self._boundary.guard(admission, trail)
+
+    async def end_streams_of_the_revoked(self) -> None:
+        """A loop for as long as the server runs."""
+        await self._boundary.end_streams_of_the_revoked()
+
     def bind(self, listen: str) -> int:
-        """Takes `listen` (host:port, port 0 for a free one) and returns the port. `Invalid` when it is taken."""
+        """Takes `listen` (host:port, port 0 for a free one), returns the port. `InvalidArgument` when it is taken."""
         try:
             self.port = self._server.add_secure_port(listen, self._credentials)
         except RuntimeError:
-            raise Invalid(FieldViolation("listen", f"cannot bind {listen!r}; is the port taken?")) from None
+            raise InvalidArgument(FieldViolation("listen", f"cannot bind {listen!r}; is the port taken?")) from None
         return self.port
 
-    async def start(self) -> None:
-        """Serves what was added, on the ports that were bound."""
-        reflection.enable_server_reflection((*self._names, _HEALTH, reflection.SERVICE_NAME), self._server)
+    async def start(self, *, reflects_all: bool = False) -> None:
+        """Serves what was added, on the ports that were bound. `reflects_all`: reflection speaks for the whole contract."""
+        reflection.enable(self._server, (*self._names, _HEALTH), whole_contract=reflects_all)
         await self.set_serving(True)
         await self._server.start()
 

@@ -1,4 +1,4 @@
-"""Client side without asyncio, for the command line and scripts: the same refusals, deadlines and repeats.
+"""Client side without asyncio, for the command line and scripts: the same status errors, deadlines and repeats.
 
     with connect(target, tls) as channel:
         node = InventoryServiceStub(channel).GetNode(request)
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import grpc
 
-from whaleflux.errors import DeadlineExceeded, Refusal
+from whaleflux.errors import DeadlineExceeded, InvalidArgument, StatusError
 from whaleflux.rpc import propagation
-from whaleflux.rpc.pki import Tls, TlsFiles
-from whaleflux.rpc.policy import CallPolicy, channel_options, repeatable
+from whaleflux.rpc.connection_pool import STAMP_EVERY_S
+from whaleflux.rpc.retry_policy import CallPolicy, channel_options, repeatable
 from whaleflux.rpc.status import from_rpc_error
+from whaleflux.rpc.tls_files import Tls, TlsFiles
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -33,18 +34,41 @@ def connect(
     metadata: Metadata = (),
 ) -> SyncChannel:
     """A channel to `target` showing `tls`; arguments as in `whaleflux.rpc.channel.connect`."""
-    shown = tls.load() if isinstance(tls, TlsFiles) else tls
-    credentials = grpc.ssl_channel_credentials(shown.roots, shown.key, shown.chain)
-    return SyncChannel(
-        grpc.secure_channel(target, credentials, channel_options(server)), policy or CallPolicy(), metadata
-    )
+
+    def dial() -> grpc.Channel:
+        shown = tls.load() if isinstance(tls, TlsFiles) else tls
+        credentials = grpc.ssl_channel_credentials(shown.roots, shown.key or None, shown.chain or None)
+        return grpc.secure_channel(target, credentials, channel_options(server))
+
+    return SyncChannel(dial(), policy, metadata, (tls, dial) if isinstance(tls, TlsFiles) else None)
 
 
 class SyncChannel:
-    """What a generated stub is built on. Use `connect`."""
+    """What a generated stub is built on. Use `connect`. `renewable`: files that are looked at again, and how one dials with them."""
 
-    def __init__(self, channel: grpc.Channel, policy: CallPolicy, metadata: Metadata) -> None:
-        self._channel, self.policy, self.metadata = channel, policy, metadata
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        policy: CallPolicy | None = None,
+        metadata: Metadata = (),
+        renewable: tuple[TlsFiles, Callable[[], grpc.Channel]] | None = None,
+    ) -> None:
+        self._channel, self.policy, self.metadata = channel, policy or CallPolicy(), metadata
+        self._renewable = renewable
+        self._stamp = renewable[0].stamp() if renewable else None
+        self._stamped_at = time.monotonic()
+
+    def current(self) -> grpc.Channel:
+        """The connection of the next call: dialled anew once the certificate was renewed. Calls on the one before end by themselves."""
+        if self._renewable is not None and time.monotonic() - self._stamped_at >= STAMP_EVERY_S:
+            self._stamped_at = time.monotonic()
+            files, dial = self._renewable
+            try:
+                if (stamp := files.stamp()) != self._stamp:
+                    self._channel, self._stamp = dial(), stamp
+            except (OSError, InvalidArgument):
+                pass  # being replaced right now; the old certificate serves until the next look
+        return self._channel
 
     def close(self) -> None:
         self._channel.close()
@@ -62,7 +86,7 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Unary(self, method, self._channel.unary_unary(method, request_serializer, response_deserializer))
+        return _Unary(self, _Callable(self, "unary_unary", method, request_serializer, response_deserializer))
 
     def stream_unary(
         self,
@@ -71,12 +95,8 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Unary(
-            self,
-            method,
-            self._channel.stream_unary(method, request_serializer, response_deserializer),
-            consumes=True,
-        )
+        made = _Callable(self, "stream_unary", method, request_serializer, response_deserializer)
+        return _Unary(self, made, consumes=True)
 
     def unary_stream(
         self,
@@ -85,7 +105,7 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Streaming(self, method, self._channel.unary_stream(method, request_serializer, response_deserializer))
+        return _Streaming(self, _Callable(self, "unary_stream", method, request_serializer, response_deserializer))
 
     def stream_stream(
         self,
@@ -94,12 +114,27 @@ class SyncChannel:
         response_deserializer: Any = None,
         _registered_method: bool = False,
     ) -> Any:
-        return _Streaming(self, method, self._channel.stream_stream(method, request_serializer, response_deserializer))
+        return _Streaming(self, _Callable(self, "stream_stream", method, request_serializer, response_deserializer))
+
+
+class _Callable:
+    """A method on the connection of the moment; made anew when that was."""
+
+    def __init__(self, channel: SyncChannel, kind: str, method: str, serialize: Any, deserialize: Any) -> None:
+        self._channel, self._kind, self.method = channel, kind, method
+        self._types = serialize, deserialize
+        self._made: tuple[grpc.Channel, Any] | None = None
+
+    def __call__(self, request: Any, **options: Any) -> Any:
+        connection, made = self._channel.current(), self._made
+        if made is None or made[0] is not connection:
+            made = self._made = connection, getattr(connection, self._kind)(self.method, *self._types)
+        return made[1](request, **options)
 
 
 class _Unary:
-    def __init__(self, channel: SyncChannel, method: str, callable_: Any, *, consumes: bool = False) -> None:
-        self._channel, self._method, self._callable, self._consumes = channel, method, callable_, consumes
+    def __init__(self, channel: SyncChannel, callable_: _Callable, *, consumes: bool = False) -> None:
+        self._channel, self._method, self._callable, self._consumes = channel, callable_.method, callable_, consumes
 
     def __call__(self, request: Any, timeout: float | None = None, metadata: Metadata = ()) -> Any:
         """`timeout` in seconds for all attempts together; the policy's when None."""
@@ -112,9 +147,9 @@ class _Unary:
             while True:
                 try:
                     return self._once(request, deadline - time.monotonic(), sent)
-                except Refusal as refusal:
+                except StatusError as error:
                     left_s = deadline - time.monotonic()
-                    pause_s = policy.pause_s(attempt, refusal, again, left_s, random.random())
+                    pause_s = policy.pause_s(attempt, error, again, left_s, random.random())
                     if pause_s is None:
                         raise
                 time.sleep(pause_s)
@@ -130,8 +165,8 @@ class _Unary:
 
 
 class _Streaming:
-    def __init__(self, channel: SyncChannel, method: str, callable_: Any) -> None:
-        self._channel, self._method, self._callable = channel, method, callable_
+    def __init__(self, channel: SyncChannel, callable_: _Callable) -> None:
+        self._channel, self._method, self._callable = channel, callable_.method, callable_
 
     def __call__(self, request: Any, timeout: float | None = None, metadata: Metadata = ()) -> Iterator[Any]:
         """`timeout` in seconds for the whole stream. Closing the iterator (or Ctrl-C) cancels the call."""

@@ -17,14 +17,17 @@ from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from whaleflux.clock import Clock, SystemClock
-from whaleflux.errors import Compacted, FieldViolation, Invalid, Refusal
+from whaleflux.errors import FieldViolation, InvalidArgument, OutOfRange, StatusError
+from whaleflux.retry import Backoff
+from whaleflux.store import keys
 from whaleflux.store.api import Batch, Entry, Snapshot, Store
+from whaleflux.store.reading import read_all
 
 T = TypeVar("T")
+R = TypeVar("R")
 BOOKMARK_EVERY_S = 10.0
 LIST_AT_ONCE = 500
-RETRY_FIRST_S = 0.1
-RETRY_MOST_S = 2.0
+RETRY = Backoff(longest_s=2.0)
 
 
 class Kind(Enum):
@@ -37,16 +40,18 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Change(Generic[T]):
+class WatchMessage(Generic[T]):
     """One message of a watch. `value` is set for ADDED and MODIFIED, `key` for all but BOOKMARK.
 
-    `resource_version` is where a watch that breaks after this message resumes.
+    `resource_version` is where a watch that breaks after this message resumes. `unreadable` of the BOOKMARK that ends a first
+    listing: keys that exist and were not added, since their records cannot be read.
     """
 
     kind: Kind
     resource_version: int
     key: str = ""
     value: T | None = None
+    unreadable: tuple[str, ...] = ()
 
 
 async def watch_resources(
@@ -57,19 +62,25 @@ async def watch_resources(
     *,
     clock: Clock | None = None,
     bookmark_every_s: float = BOOKMARK_EVERY_S,
-) -> AsyncGenerator[Change[T], None]:
+) -> AsyncGenerator[WatchMessage[T], None]:
     """Changes under `prefix` after revision `since`; 0: first everything that exists. Endless.
 
-    Raises Compacted when the history after `since` is gone, Invalid for a negative `since`.
+    Raises Compacted when the history after `since` is gone, InvalidArgument for a negative `since`. What cannot be read is
+    logged and left out; the bookmark of a first listing names it, since what is not listed counts as gone.
     """
     if since < 0:
-        raise Invalid(FieldViolation("resource_version", f"{since} is negative; use 0 or one that a listing gave"))
+        raise InvalidArgument(
+            FieldViolation("resource_version", f"{since} is negative; use 0 or one that a listing gave")
+        )
     if since == 0:
+        unreadable: list[str] = []
         async for page in _pages(store, prefix):
-            for entry in page.entries:
-                yield Change(Kind.ADDED, 0, entry.key, decode(entry))
+            read = read_all(page.entries, decode)
+            for entry, value in read.values:
+                yield WatchMessage(Kind.ADDED, 0, entry.key, value)
+            unreadable += read.unreadable
             since = page.revision
-        yield Change(Kind.BOOKMARK, since)
+        yield WatchMessage(Kind.BOOKMARK, since, unreadable=tuple(unreadable))
     time = clock or SystemClock()
     told_s = time.monotonic()
     async with contextlib.aclosing(store.watch(prefix, after=since)) as batches:
@@ -90,25 +101,42 @@ async def _pages(store: Store, prefix: str) -> AsyncIterator[Snapshot]:
         yield page
 
 
-def _changes(batch: Batch, decode: Callable[[Entry], T]) -> list[Change[T]]:
+def _changes(batch: Batch, decode: Callable[[Entry], T]) -> list[WatchMessage[T]]:
     if not batch.events:
-        return [Change(Kind.BOOKMARK, batch.revision)]
-    changes: list[Change[T]] = []
+        return [WatchMessage(Kind.BOOKMARK, batch.revision)]
+    changes: list[WatchMessage[T]] = []
     for position, event in enumerate(batch.events, start=1):
         resume = batch.revision if position == len(batch.events) else batch.revision - 1
         if event.entry is None:
-            changes.append(Change(Kind.DELETED, resume, event.key))
+            changes.append(WatchMessage(Kind.DELETED, resume, event.key))
         else:
             kind = Kind.ADDED if event.entry.created == event.entry.revision else Kind.MODIFIED
-            changes.append(Change(kind, resume, event.key, decode(event.entry)))
+            for _, value in read_all([event.entry], decode).values:  # else who watches keeps what it knows of it
+                changes.append(WatchMessage(kind, resume, event.key, value))
     return changes
+
+
+def fill(response: R, change: WatchMessage[Any], shown: Any = None) -> R:
+    """Says the change in a response of one of our watches, whose `event` has a field for each kind; `shown`: instead of its value."""
+    said: Any = response
+    said.resource_version = change.resource_version
+    match change.kind:
+        case Kind.BOOKMARK:
+            said.bookmark.unreadable.extend(map(keys.name_of, change.unreadable))
+            said.bookmark.SetInParent()
+        case Kind.DELETED:
+            said.deleted = keys.name_of(change.key)
+        case kind:
+            getattr(said, kind.value).CopyFrom(shown or change.value)
+    return response
 
 
 @dataclass(frozen=True, slots=True)
 class Followed(Generic[T]):
     """What a follower is told: `value` exists now, or None: the resource `name` is gone; `synced` marks a full picture.
 
-    Each time the stream had to start from nothing, names that exist no more are told as gone before `synced`.
+    Each time the stream had to start from nothing, names that exist no more are told as gone before `synced`; what exists and
+    cannot be read stays as it was known.
     """
 
     name: str = ""
@@ -120,7 +148,7 @@ async def follow(
     open_watch: Callable[[int], AsyncIterator[Any]],
     *,
     clock: Clock | None = None,
-    on_broken: Callable[[Refusal], None] = lambda _: None,
+    on_broken: Callable[[StatusError], None] = lambda _: None,
 ) -> AsyncGenerator[Followed[Any], None]:
     """A resource collection of another service, for ever: `open_watch(resource_version)` is its Watch rpc.
 
@@ -130,29 +158,30 @@ async def follow(
     time = clock or SystemClock()
     known: set[str] = set()
     listed: set[str] | None = set()  # names of the first listing while it is being delivered, else None
-    since, pause_s = 0, RETRY_FIRST_S
+    since, failures = 0, 0
     while True:
         try:
             stream = open_watch(since)
             async for response in stream:
-                pause_s = RETRY_FIRST_S
+                failures = 0
                 for told in _apply(response, known, listed):
                     yield told
                 if response.WhichOneof("event") == Kind.BOOKMARK.value and listed is not None:
+                    listed.update(response.bookmark.unreadable)
                     for name in known - listed:
                         yield Followed(name)
                     known &= listed
                     listed = None
                     yield Followed(synced=True)
                 since = max(since, response.resource_version)
-        except Refusal as refusal:
-            on_broken(refusal)
-            if isinstance(refusal, Compacted):
+        except StatusError as error:
+            on_broken(error)
+            if isinstance(error, OutOfRange):  # Compacted, or what a proxy left of it
                 since = 0
         if since == 0:
             listed = set()
-        await time.sleep(pause_s)
-        pause_s = min(2 * pause_s, RETRY_MOST_S)
+        failures += 1
+        await time.sleep(RETRY.pause_s(failures))
 
 
 def _apply(response: Any, known: set[str], listed: set[str] | None) -> list[Followed[Any]]:

@@ -8,16 +8,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whaleflux.sdk.checkpointer import Checkpointer, stabilise_buckets
+    from whaleflux.sdk.buckets import stabilise_buckets
+    from whaleflux.sdk.checkpointer import Checkpointer
     from whaleflux.sdk.client import AsyncClient, Client
+    from whaleflux.sdk.errors import CheckpointError, RestoreFailed, SaveFailed, WorldChanged
+    from whaleflux.sdk.gpu_share import keep_to_share
+    from whaleflux.sdk.words import state_of
 
-__all__ = ["AsyncClient", "Checkpointer", "Client", "stabilise_buckets"]
+__all__ = [
+    "AsyncClient",
+    "CheckpointError",
+    "Checkpointer",
+    "Client",
+    "RestoreFailed",
+    "SaveFailed",
+    "WorldChanged",
+    "keep_to_share",
+    "stabilise_buckets",
+    "state_of",
+]
 
 _HOME = {
     "Checkpointer": "whaleflux.sdk.checkpointer",
-    "stabilise_buckets": "whaleflux.sdk.checkpointer",
+    "stabilise_buckets": "whaleflux.sdk.buckets",
+    "keep_to_share": "whaleflux.sdk.gpu_share",
+    "CheckpointError": "whaleflux.sdk.errors",
+    "RestoreFailed": "whaleflux.sdk.errors",
+    "SaveFailed": "whaleflux.sdk.errors",
+    "WorldChanged": "whaleflux.sdk.errors",
     "AsyncClient": "whaleflux.sdk.client",
     "Client": "whaleflux.sdk.client",
+    "state_of": "whaleflux.sdk.words",
 }
 
 

@@ -1,7 +1,7 @@
 """State: one protocol (`api`), a model in memory (`memory`), etcd (`etcd`), and what services build on them.
 
 `cache` keeps a prefix in a dict, `election` gives fenced leadership, `batching` merges concurrent commits,
-`codec` keeps unknown fields, `once` repeats unanswered commits safely, `chunks` carries what one commit cannot.
+`codec` keeps unknown fields, `once` repeats unanswered commits safely.
 """
 
 from whaleflux.store.api import (
@@ -12,11 +12,12 @@ from whaleflux.store.api import (
     Delete,
     Entry,
     Equals,
-    Event,
     Fenced,
     Held,
+    KeyEvent,
     Leadership,
     Lease,
+    NoneCreated,
     Present,
     Put,
     Snapshot,
@@ -36,11 +37,12 @@ __all__ = [
     "Delete",
     "Entry",
     "Equals",
-    "Event",
     "Fenced",
     "Held",
+    "KeyEvent",
     "Leadership",
     "Lease",
+    "NoneCreated",
     "Present",
     "Put",
     "Snapshot",

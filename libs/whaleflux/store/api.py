@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-from whaleflux.errors import Conflict, FieldViolation, Invalid, Unavailable
+from whaleflux.errors import Aborted, FieldViolation, InvalidArgument, Unavailable
+from whaleflux.reasons import ErrorReason
 
 MAX_OPERATIONS = 128  # etcd's --max-txn-ops: writes and conditions of one commit are counted apart
 MAX_COMMIT_BYTES = 1_572_864  # etcd's --max-request-bytes, 1.5 MiB
@@ -42,7 +43,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class KeyEvent:
     """One key's change: its new entry, or None when it was deleted."""
 
     key: str
@@ -57,7 +58,7 @@ class Batch:
     """
 
     revision: int
-    events: tuple[Event, ...] = ()
+    events: tuple[KeyEvent, ...] = ()
 
 
 class Lease(Protocol):
@@ -136,6 +137,27 @@ class Equals:
 
 
 @dataclass(frozen=True, slots=True)
+class NoneCreated:
+    """No key under `prefix` that exists was made after the revision `after`: what was listed then is still all there is.
+
+    Keys that are written again (unless `or_written`) or deleted do not break it. It makes "there are none, so the parent may go"
+    one step.
+    """
+
+    prefix: str
+    after: int
+    or_written: bool = False  # none was written since either
+
+    @property
+    def key(self) -> str:
+        return self.prefix
+
+    def made(self, entry: Entry) -> int:
+        """The revision of the entry that counts."""
+        return entry.revision if self.or_written else entry.created
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """The leader's key is still the one that this leader made: the fence of every deciding loop's writes."""
 
@@ -147,10 +169,10 @@ class Held:
 
 
 Write: TypeAlias = Put | Delete
-Condition: TypeAlias = Unchanged | Absent | Present | Equals | Held
+Condition: TypeAlias = Unchanged | Absent | Present | Equals | NoneCreated | Held
 
 
-class ConditionFailed(Conflict):
+class ConditionFailed(Aborted):
     """Nothing was written. `failed` are the very condition objects that did not hold."""
 
     def __init__(self, failed: Sequence[Condition]) -> None:
@@ -162,7 +184,7 @@ class ConditionFailed(Conflict):
 class Fenced(ConditionFailed):
     """A `Held` did not hold: this process leads no more. Stop the loop and campaign again."""
 
-    default_reason: ClassVar[str] = "FENCED"
+    default_reason = ErrorReason.FENCED
 
 
 class Unknown(Unavailable):
@@ -171,7 +193,7 @@ class Unknown(Unavailable):
     Never repeat it blindly; read back, or use `once.commit_once`.
     """
 
-    default_reason: ClassVar[str] = "COMMIT_UNKNOWN"
+    default_reason = ErrorReason.COMMIT_UNKNOWN
 
 
 def conflict(failed: Sequence[Condition]) -> ConditionFailed:
@@ -180,7 +202,7 @@ def conflict(failed: Sequence[Condition]) -> ConditionFailed:
 
 
 def holds(condition: Condition, entry: Entry | None) -> bool:
-    """Whether `condition` is true while its key is `entry` (None: absent)."""
+    """Whether `condition` is true while its key is `entry` (None: absent); for `NoneCreated` the newest under its prefix."""
     match condition:
         case Absent():
             return entry is None
@@ -190,8 +212,15 @@ def holds(condition: Condition, entry: Entry | None) -> bool:
             return entry is not None and entry.revision == read.revision
         case Equals(_, value):
             return entry is not None and entry.value == value
+        case NoneCreated(_, after):
+            return entry is None or condition.made(entry) <= after
         case Held(leader):
             return entry is not None and entry.created == leader.created
+
+
+def depends_on(condition: Condition, key: str) -> bool:
+    """Whether writing `key` may change `condition`."""
+    return key.startswith(condition.prefix) if isinstance(condition, NoneCreated) else key == condition.key
 
 
 def size_bytes(writes: Sequence[Write], when: Sequence[Condition]) -> int:
@@ -203,24 +232,28 @@ def size_bytes(writes: Sequence[Write], when: Sequence[Condition]) -> int:
 
 
 def check(writes: Sequence[Write], when: Sequence[Condition]) -> None:
-    """Raises Invalid when one transaction cannot carry this, naming the limit."""
+    """Raises InvalidArgument when one transaction cannot carry this, naming the limit."""
     keys = [write.key for write in writes]
     if not all(keys) or not all(condition.key for condition in when):
-        raise Invalid(FieldViolation("key", "is empty; keys have at least one character"))
+        raise InvalidArgument(FieldViolation("key", "is empty; keys have at least one character"))
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise Invalid(FieldViolation("writes", f"{twice!r} is written twice; one commit writes a key once"))
+        raise InvalidArgument(FieldViolation("writes", f"{twice!r} is written twice; one commit writes a key once"))
     for field, items in (("writes", writes), ("when", when)):
         if len(items) > MAX_OPERATIONS:
             limit = f"{len(items)} operations are more than the {MAX_OPERATIONS} of one commit; split them"
-            raise Invalid(FieldViolation(field, limit))
+            raise InvalidArgument(FieldViolation(field, limit))
     if (size := size_bytes(writes, when)) > MAX_COMMIT_BYTES:
-        limit = f"{size} bytes are more than the {MAX_COMMIT_BYTES} of one commit; store large values with store.chunks"
-        raise Invalid(FieldViolation("writes", limit))
+        limit = f"{size} bytes are more than the {MAX_COMMIT_BYTES} of one commit; write less at once"
+        raise InvalidArgument(FieldViolation("writes", limit))
 
 
 class Store(Protocol):
-    """The one way to state. All calls have deadlines and raise Unavailable when the store does not answer."""
+    """The one way to state.
+
+    All calls have deadlines. Unavailable is raised when the store does not answer, is busy, or is full: the same call may be
+    answered later, and every loop waits it out. All other errors come again however often one asks.
+    """
 
     async def get(self, key: str) -> Entry | None:
         """The newest committed entry (linearizable)."""
@@ -229,15 +262,16 @@ class Store(Protocol):
     async def list(self, prefix: str, *, after: str = "", limit: int = 0, at: int = 0) -> Snapshot:
         """Entries under `prefix` behind the key `after`, at most `limit` (0: all), all of one revision.
 
-        `at` asks for an earlier state (a page token's revision) and raises Compacted when that is gone.
+        `at` asks for an earlier state (a page token's revision); raises Compacted when that is gone, InvalidArgument when it
+        is not there yet.
         """
         ...
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         """One transaction, all or nothing; returns its revision.
 
-        Raises ConditionFailed (a Conflict; Fenced for lost leadership) and then nothing was written, Unknown when
-        the answer never came, Unavailable when it was never sent, Invalid when it exceeds a limit.
+        Raises ConditionFailed (an Aborted; Fenced for lost leadership) and then nothing was written, Unknown when
+        the answer never came, Unavailable when it was never sent, InvalidArgument when it exceeds a limit.
         """
         ...
 

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from whaleflux.errors import OverLimit, Refusal, Unavailable
+from whaleflux.errors import StatusError, Unavailable
+from whaleflux.reasons import ErrorReason
 from whaleflux.store.api import (
     MAX_COMMIT_BYTES,
     MAX_OPERATIONS,
@@ -21,12 +22,14 @@ from whaleflux.store.api import (
     ConditionFailed,
     Entry,
     Lease,
+    NoneCreated,
     Snapshot,
     Store,
     Unknown,
     Write,
     check,
     conflict,
+    depends_on,
     size_bytes,
 )
 
@@ -40,10 +43,10 @@ class _Commit:
     size_bytes: int
     answer: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
-    def settle(self, result: int | Refusal) -> None:
+    def settle(self, result: int | StatusError) -> None:
         if self.answer.done():  # its caller was cancelled
             return
-        if isinstance(result, Refusal):
+        if isinstance(result, StatusError):
             self.answer.set_exception(result)
         else:
             self.answer.set_result(result)
@@ -78,6 +81,9 @@ class _Group:
             return False
         if not self._written.isdisjoint(written | {condition.key for condition in commit.when}):
             return False
+        ranges = [condition for condition in commit.when if isinstance(condition, NoneCreated)]
+        if any(depends_on(condition, key) for condition in ranges for key in self._written):
+            return False
         self.commits.append(commit)
         self._written |= written
         self._operations, self._size_bytes = operations, size
@@ -107,7 +113,8 @@ def settle_all(group: Sequence[_Commit], silence: Unavailable) -> None:
 class GroupCommit:
     """A Store around `store` that merges concurrent commits; everything else passes through.
 
-    At most `in_flight` transactions are under way at once and `waiting` commits queue behind them (OverLimit beyond).
+    At most `in_flight` transactions are under way at once and `waiting` commits queue behind them
+    (Unavailable beyond).
     """
 
     def __init__(self, store: Store, *, in_flight: int = 2, waiting: int = 10_000) -> None:
@@ -120,8 +127,8 @@ class GroupCommit:
         if self._free and not self._waiting:
             return await self._alone(writes, when)
         if len(self._waiting) >= self._limit:
-            raise OverLimit(
-                f"{self._limit} commits wait for the store; slow down", reason="STORE_BUSY", retry_after_s=1.0
+            raise Unavailable(
+                f"{self._limit} commits wait for the store; slow down", reason=ErrorReason.STORE_BUSY, retry_after_s=1.0
             )
         commit = _Commit(writes, tuple(when), size_bytes(writes, when))
         self._waiting.append(commit)
@@ -185,7 +192,7 @@ class GroupCommit:
                 group = lose(group, refused)
             except Unavailable as silence:
                 return settle_all(group, silence)
-            except Refusal as refused:
+            except StatusError as refused:
                 return await self._one_by_one(group, refused)
             else:
                 for commit in group:
@@ -193,7 +200,7 @@ class GroupCommit:
                 return None
         return None
 
-    async def _one_by_one(self, group: Sequence[_Commit], refused: Refusal) -> None:
+    async def _one_by_one(self, group: Sequence[_Commit], refused: StatusError) -> None:
         """One caller's fault, such as a lost lease, must not fail the others."""
         if len(group) == 1:
             return group[0].settle(refused)

@@ -17,13 +17,15 @@ from types import MappingProxyType, TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar
 
 from whaleflux.errors import Compacted, Unavailable
+from whaleflux.reasons import ErrorReason
+from whaleflux.retry import Backoff
 from whaleflux.store.api import Entry, Snapshot, Store
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_REFRESH_AFTER_S = 1.0  # a watch tells of quiet revisions late; after this a waiter looks for itself
-_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 1.0
+REFRESH_AFTER_S = 1.0  # a watch tells of quiet revisions late; after this a waiter looks for itself
+_RETRY = Backoff()
 
 
 _Mark: TypeAlias = tuple[int, int]
@@ -35,7 +37,7 @@ def _mark(entry: Entry) -> _Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Change(Generic[T]):
+class ValueChange(Generic[T]):
     """One key's value before and after; None is absent. `revision` is the store's."""
 
     key: str
@@ -47,12 +49,21 @@ class Change(Generic[T]):
 class Cache(Generic[T]):
     """`async with Cache(store, prefix, decode) as cache:` returns once the first listing is in.
 
-    A failure that no retry heals (permission, another cluster) cancels the body and is raised at its end. A value that
-    `decode` cannot read is logged, left out of `values` and named in `unreadable`: one bad record must not stop all.
+    A failure that no retry heals (permission, another cluster) cancels the body and is raised at its end.
+
+    A value that `decode` cannot read is logged and named in `unreadable`; it is not gone. Its last known value stays in
+    `values`, or what `stand_in` makes of the entry and of that value (None: there was none).
     """
 
-    def __init__(self, store: Store, prefix: str, decode: Callable[[Entry], T]) -> None:
-        self._store, self._prefix, self._decode = store, prefix, decode
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        decode: Callable[[Entry], T],
+        *,
+        stand_in: Callable[[Entry, T | None], T | None] = lambda _, last: last,
+    ) -> None:
+        self._store, self._prefix, self._decode, self._stand_in = store, prefix, decode, stand_in
         self._values: dict[str, T] = {}
         self._seen: dict[str, _Mark] = {}
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []  # heap by revision
@@ -86,27 +97,31 @@ class Cache(Generic[T]):
         return self._values.get(key)
 
     async def at_least(self, revision: int, *, timeout_s: float = 5.0) -> None:
-        """Returns when everything up to `revision` is in `values`; Unavailable when it takes longer."""
+        """Returns when everything up to `revision`, which a commit returned, is in `values`; Unavailable when it takes longer.
+
+        A store that went back to a backup has lost that commit; then `values` are what the backup has.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    async with asyncio.timeout(_REFRESH_AFTER_S):
+                    async with asyncio.timeout(REFRESH_AFTER_S):
                         return await self._wait_for(revision)
                 except TimeoutError:
-                    await self._catch_up()
-                await self._wait_for(revision)
+                    if await self._catch_up(revision):
+                        return None
+                return await self._wait_for(revision)
         except TimeoutError:
             told = f"{self._prefix} is known up to revision {self.revision}, not {revision}, after {timeout_s:g} s"
-            raise Unavailable(told, reason="CACHE_BEHIND") from None
+            raise Unavailable(told, reason=ErrorReason.CACHE_BEHIND) from None
 
-    async def changes(self) -> AsyncGenerator[tuple[Change[T], ...], None]:
+    async def changes(self) -> AsyncGenerator[tuple[ValueChange[T], ...], None]:
         """First what is there (as changes from None), then what changed since the last turn, for ever.
 
         A key that changed several times in between appears once, from its first old to its last new value, so a slow
         reader holds at most one change per key. Ends when the cache is closed.
         """
         pending = _Pending[T]()
-        pending.add(Change(key, None, value, self.revision) for key, value in self._values.items())
+        pending.add(ValueChange(key, None, value, self.revision) for key, value in self._values.items())
         self._subscribers.add(pending)
         try:
             while True:
@@ -141,21 +156,23 @@ class Cache(Generic[T]):
                     self._apply(entries, batch.revision)
 
     async def _load_patiently(self) -> None:
-        delay_s = _SHORTEST_RETRY_S
+        failures = 0
         while True:
             try:
                 return self._adopt(await self._store.list(self._prefix))
             except (Unavailable, Compacted) as reason:
                 log.warning("listing %s failed, trying again: %s", self._prefix, reason)
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
+            failures += 1
+            await asyncio.sleep(_RETRY.pause_s(failures))
 
-    async def _catch_up(self) -> None:
-        """Lists for a waiter, beside the watch."""
+    async def _catch_up(self, wanted: int) -> bool:
+        """Lists for a waiter, beside the watch. True: the store itself is not as far as `wanted`, it went back to a backup."""
         async with self._catching_up:
             snapshot = await self._store.list(self._prefix)
-        if snapshot.revision > self.revision:
+        lost = snapshot.revision < wanted
+        if lost or snapshot.revision > self.revision:
             self._adopt(snapshot)
+        return lost
 
     def _adopt(self, snapshot: Snapshot) -> None:
         listed = {entry.key: entry for entry in snapshot.entries}
@@ -174,25 +191,25 @@ class Cache(Generic[T]):
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _set(self, key: str, entry: Entry | None, revision: int) -> Change[T] | None:
+    def _set(self, key: str, entry: Entry | None, revision: int) -> ValueChange[T] | None:
         self.unreadable.pop(key, None)
         old = self._values.pop(key, None)
-        new = self._read(entry) if entry else None
+        new = self._read(entry, old) if entry else None
         if entry:
             self._seen[key] = _mark(entry)
         else:
             self._seen.pop(key, None)
         if new is not None:
             self._values[key] = new
-        return None if old is None and new is None else Change(key, old, new, revision)
+        return None if old is None and new is None else ValueChange(key, old, new, revision)
 
-    def _read(self, entry: Entry) -> T | None:
+    def _read(self, entry: Entry, last: T | None) -> T | None:
         try:
             return self._decode(entry)
         except Exception as error:
             log.exception("cannot read %s at revision %d", entry.key, entry.revision)
             self.unreadable[entry.key] = f"{type(error).__name__}: {error}"
-            return None
+            return self._stand_in(entry, last)
 
     async def _wait_for(self, revision: int) -> None:
         if self.revision < revision:
@@ -205,19 +222,19 @@ class _Pending(Generic[T]):
     """One subscriber's untaken changes, at most one per key."""
 
     def __init__(self) -> None:
-        self._changes: dict[str, Change[T]] = {}
+        self._changes: dict[str, ValueChange[T]] = {}
         self.some = asyncio.Event()
 
-    def add(self, changes: Iterable[Change[T]]) -> None:
+    def add(self, changes: Iterable[ValueChange[T]]) -> None:
         for change in changes:
             earlier = self._changes.pop(change.key, None)
             old = earlier.old if earlier else change.old
             if old is not None or change.new is not None:
-                self._changes[change.key] = Change(change.key, old, change.new, change.revision)
+                self._changes[change.key] = ValueChange(change.key, old, change.new, change.revision)
         if self._changes:
             self.some.set()
 
-    def take(self) -> tuple[Change[T], ...]:
+    def take(self) -> tuple[ValueChange[T], ...]:
         taken = tuple(self._changes.values())
         self._changes.clear()
         self.some.clear()

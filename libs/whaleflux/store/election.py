@@ -15,13 +15,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 from whaleflux.errors import Compacted, NotFound, Unavailable
+from whaleflux.retry import Backoff
 from whaleflux.store.api import Absent, ConditionFailed, Fenced, Held, Lease, Put, Store
 from whaleflux.store.keys import LEADERS
 
 log = logging.getLogger(__name__)
 
 TTL_S = 2.0
-_RETRY_S = 0.2
+_RETRY = Backoff()
+_SETTLED_S = 10.0  # a leadership that lasted so long begins counting its outages anew
 _RESIGN_S = 1.0
 
 
@@ -59,19 +61,33 @@ async def elect(store: Store, name: str, identity: str, *, ttl_s: float = TTL_S)
 async def lead(
     store: Store, name: str, identity: str, work: Callable[[Leader], Awaitable[None]], *, ttl_s: float = TTL_S
 ) -> None:
-    """Campaigns and works, again and again, until `work` returns or raises something else than Fenced.
+    """Campaigns and works, again and again, until `work` returns or raises something else than Fenced and Unavailable.
 
     When leadership is lost, `work` is cancelled; it is called afresh with the next leadership and must not remember
-    anything of the last one.
+    anything of the last one. An outage that `work` did not wait out leaves unknown what was under way: the leadership
+    is given up, and the next one finds out.
     """
-    done = False
+    done, failures = False, 0
     while not done:
         async with elect(store, name, identity, ttl_s=ttl_s) as leader:
             log.info("%s leads %s", identity, name)
+            began_s = asyncio.get_running_loop().time()
             try:
                 done = await _work(leader, work)
             except* Fenced:
                 log.warning("%s was replaced as leader of %s", identity, name)
+            except* Unavailable as outage:
+                lasted_s = asyncio.get_running_loop().time() - began_s
+                failures = failures + 1 if lasted_s < _SETTLED_S else 1
+                log.warning("%s gives up %s: %s", identity, name, _first(outage))
+        if failures and not done:
+            await asyncio.sleep(_RETRY.pause_s(failures))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error itself, out of however many groups."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def leader_of(store: Store, name: str) -> str:
@@ -100,6 +116,7 @@ async def _work(leader: Leader, work: Callable[[Leader], Awaitable[None]]) -> bo
 
 
 async def _campaign(store: Store, key: str, identity: str, ttl_s: float) -> tuple[Lease, Leader]:
+    failures = 0
     while True:
         try:
             await _vacancy(store, key)
@@ -107,7 +124,8 @@ async def _campaign(store: Store, key: str, identity: str, ttl_s: float) -> tupl
                 return won
         except (Unavailable, Compacted) as reason:
             log.info("campaign for %s goes on: %s", key, reason)
-            await asyncio.sleep(_RETRY_S)
+            failures += 1
+            await asyncio.sleep(_RETRY.pause_s(failures))
 
 
 async def _vacancy(store: Store, key: str) -> None:

@@ -6,12 +6,28 @@ ROOT = "/whaleflux/v1/"
 SITES = ROOT + "sites/"  # {site}
 NODES = ROOT + "nodes/"  # {site}/{node}
 DATASETS = ROOT + "datasets/"  # {dataset}
+NODE_IDENTITIES = ROOT + "node_identities/"  # {site}/{node}: which machine has the name
 JOIN_TOKENS = ROOT + "join_tokens/"  # {token}
+SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys
+SECRET_VALUES = ROOT + "secret_values/"  # {secret}/{version}: sealed
+TRUST = ROOT + "trust/"  # who is known, who is not admitted any more: read by every service (`trust.view`)
+PRINCIPALS = TRUST + "principals/"  # {user}
+GROUPS = TRUST + "groups/"  # {group}
+SESSIONS = TRUST + "sessions/"  # {session}
+REVOKED = TRUST + "revoked/"  # {role}/{name}, or {session}
+LOGIN_CODES = ROOT + "credentials/codes/"  # {session}: one-time codes, hashed
+ID_TOKENS = ROOT + "credentials/id_tokens/"  # {digest}: those that were used
+TOKENS = ROOT + "credentials/tokens/"  # {session}: hashed
+OIDC_SUBJECTS = ROOT + "oidc_subjects/"  # {digest of issuer and sub}: which user it is
 
 # scheduler
 QUEUES = ROOT + "queues/"  # {queue}
 JOBS = ROOT + "jobs/"  # {queue}/{job}
 JOB_FENCES = ROOT + "fences/jobs/"  # {queue}/{job}: the epoch in decimal; others compare it, never write it
+JOB_PLACEMENTS = (
+    ROOT + "fences/placements/"
+)  # {queue}/{job}: the nodes of the newest attempt; others read it (`store.placements`)
+JOB_REQUESTS = ROOT + "requests/jobs/"  # {digest}: name of the unnamed job that a request with an id made
 
 # health_monitor
 NODE_HEALTH = ROOT + "node_health/"  # {site}/{node}
@@ -19,7 +35,10 @@ INCIDENTS = ROOT + "incidents/"  # {incident}
 
 # checkpoint
 CHECKPOINTS = ROOT + "checkpoints/"  # {queue}/{job}/{checkpoint}
-CHECKPOINT_PIECES = ROOT + "checkpoint_pieces/"  # {queue}/{job}/{checkpoint}/{lowest rank of a report}
+CHECKPOINT_PIECES = ROOT + "checkpoint_pieces/"  # {queue}/{job}/{checkpoint}/{ranks of a report}
+CHECKPOINTS_DELETABLE = (
+    ROOT + "checkpoints_deletable/"
+)  # {queue}/{job}/{checkpoint}: its bytes may go; the value is its name
 
 # inference_router
 MODELS = ROOT + "models/"  # {model}
@@ -28,9 +47,41 @@ API_KEYS = ROOT + "api_keys/"  # {key}
 
 # shared machinery
 LEADERS = ROOT + "leaders/"  # {service}
+AUDIT_HEADS = ROOT + "audit/heads/"  # {role}/{replica}/{start}: each process its own; inventory forgets old ones
 PUBLISHERS = ROOT + "publishers/"  # {service}: last published revision
 
 
 def of_name(prefix: str, name: str) -> str:
     """Key of a resource name: `of_name(JOBS, "queues/q/jobs/j")` is "/whaleflux/v1/jobs/q/j"."""
     return prefix + "/".join(name.split("/")[1::2])
+
+
+_COLLECTIONS = {
+    SITES: ("sites",),
+    NODES: ("sites", "nodes"),
+    DATASETS: ("datasets",),
+    JOIN_TOKENS: ("joinTokens",),
+    SECRETS: ("secrets",),
+    PRINCIPALS: ("users",),
+    GROUPS: ("groups",),
+    TOKENS: ("tokens",),
+    QUEUES: ("queues",),
+    JOBS: ("queues", "jobs"),
+    JOB_PLACEMENTS: ("queues", "jobs"),
+    NODE_HEALTH: ("sites", "nodes"),
+    INCIDENTS: ("incidents",),
+    CHECKPOINTS: ("queues", "jobs", "checkpoints"),
+    CHECKPOINTS_DELETABLE: ("queues", "jobs", "checkpoints"),
+    MODELS: ("models",),
+    REPLICAS: ("models", "replicas"),
+    API_KEYS: ("apiKeys",),
+}
+
+
+def name_of(key: str) -> str:
+    """The resource name of a key: `name_of(of_name(prefix, name))` is the name. Other keys stay as they are."""
+    for prefix, collections in _COLLECTIONS.items():
+        ids = key.removeprefix(prefix).split("/") if key.startswith(prefix) else []
+        if len(ids) == len(collections):
+            return "/".join(f"{collection}/{item}" for collection, item in zip(collections, ids, strict=True))
+    return key

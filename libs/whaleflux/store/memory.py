@@ -13,13 +13,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from whaleflux.clock import Clock, SystemClock
-from whaleflux.errors import Compacted, NotFound, Unavailable
+from whaleflux.errors import Compacted, FieldViolation, InvalidArgument, NotFound, Unavailable
 from whaleflux.store.api import (
     Batch,
     Condition,
     Entry,
-    Event,
+    KeyEvent,
     Lease,
+    NoneCreated,
     Put,
     Snapshot,
     Write,
@@ -34,7 +35,7 @@ LOST_AFTER = 0.8  # of the TTL without an answered keepalive: its holder must st
 @dataclass(frozen=True, slots=True)
 class _Revision:
     number: int
-    events: tuple[Event, ...]
+    events: tuple[KeyEvent, ...]
     before: tuple[Entry | None, ...]  # what each event replaced, so that old states can be read
 
 
@@ -52,7 +53,7 @@ class MemoryStore:
         self._leases: dict[int, _MemoryLease] = {}
         self._attached: dict[str, int] = {}  # key -> lease id
         self._lease_ids = itertools.count(1)
-        self._down = False
+        self._down, self._restored = False, 0
 
     @property
     def down(self) -> bool:
@@ -70,7 +71,11 @@ class MemoryStore:
     async def list(self, prefix: str, *, after: str = "", limit: int = 0, at: int = 0) -> Snapshot:
         self._reach()
         revision = at or self._revision
-        keys, entries = (self._keys, self._entries) if revision >= self._revision else self._state_at(revision)
+        if revision > self._revision:
+            raise InvalidArgument(
+                FieldViolation("at", f"{revision} is a future revision; the newest is {self._revision}")
+            )
+        keys, entries = (self._keys, self._entries) if revision == self._revision else self._state_at(revision)
         first = max(bisect.bisect_left(keys, prefix), bisect.bisect_right(keys, after) if after else 0)
         found = itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(keys, first, None))
         page = tuple(entries[key] for key in itertools.islice(found, limit + 1 if limit else None))
@@ -81,17 +86,29 @@ class MemoryStore:
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         check(writes, when)
         self._reach()
-        if failed := [condition for condition in when if not holds(condition, self._entries.get(condition.key))]:
+        if failed := [condition for condition in when if not holds(condition, self._compared(condition))]:
             raise conflict(failed)
         leases = [write.lease.id for write in writes if isinstance(write, Put) and write.lease]
         if unknown := [lease for lease in leases if lease not in self._leases]:
             raise NotFound("lease", f"{unknown[0]:x}", "it expired or was revoked")
         return self._apply(writes)
 
+    def _compared(self, condition: Condition) -> Entry | None:
+        if not isinstance(condition, NoneCreated):
+            return self._entries.get(condition.key)
+        below = itertools.islice(self._keys, bisect.bisect_left(self._keys, condition.prefix), None)
+        under = itertools.takewhile(lambda key: key.startswith(condition.prefix), below)
+        return max((self._entries[key] for key in under), key=condition.made, default=None)
+
     async def watch(self, prefix: str, *, after: int) -> AsyncGenerator[Batch, None]:
         position = told = max(after, 1)  # the empty store's own revision has no events
+        if not self._down and position > self._revision:  # told by a history that is lost
+            raise Compacted(self._revision)
+        restored = self._restored
         while True:
             changed = self._changed
+            if not self._down and restored != self._restored:
+                raise Compacted(self._revision)
             while not self._down and position < self._revision:
                 if position < self._compacted:
                     raise Compacted(self._compacted)
@@ -129,6 +146,19 @@ class MemoryStore:
             if keys:
                 self._write([(key, None) for key in keys])
 
+    async def restore(self, revision: int) -> None:
+        """Goes back to the state at `revision`, as after a restored backup: what came later never was.
+
+        Revisions are given again; watches raise Compacted. Leases go on without the keys that the backup lacks.
+        """
+        self._reach()
+        self._keys, self._entries = list(self._state_at(revision)[0]), self._state_at(revision)[1]
+        while self._history and self._history[-1].number > revision:
+            self._history.pop()
+        self._revision, self._restored = revision, self._restored + 1
+        self._attached = {key: lease for key, lease in self._attached.items() if key in self._entries}
+        self._wake()
+
     def _reach(self) -> None:
         if self._down:
             raise Unavailable("the store does not answer")
@@ -149,7 +179,7 @@ class MemoryStore:
     def _write(self, changes: Sequence[tuple[str, Put | None]]) -> int:
         self._revision += 1
         before = tuple(self._entries.get(key) for key, _ in changes)
-        events = tuple(Event(key, self._set(key, put)) for key, put in changes)
+        events = tuple(KeyEvent(key, self._set(key, put)) for key, put in changes)
         self._history.append(_Revision(self._revision, events, before))
         if len(self._history) > self._history_limit:
             self._forget(self._revision - self._history_limit)

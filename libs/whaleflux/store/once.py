@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from whaleflux.errors import FieldViolation, Invalid, Unavailable
+from whaleflux.errors import FieldViolation, InvalidArgument, Unavailable
+from whaleflux.retry import Backoff
 from whaleflux.store.api import (
     Absent,
     Condition,
@@ -18,7 +19,7 @@ from whaleflux.store.api import (
     Write,
 )
 
-_RETRY_S = 0.1
+_RETRY = Backoff()
 
 
 async def commit_once(
@@ -40,6 +41,7 @@ async def commit_once(
     is_mine = mine or (lambda entry: entry.value == value)
     end_s = _now_s() + within_s
     unanswered: Unknown | None = None
+    failures = 0
     while True:
         try:
             return await _commit_or_find(store, writes, when, key, is_mine if unanswered else None)
@@ -47,7 +49,8 @@ async def commit_once(
             unanswered = silence if isinstance(silence, Unknown) else unanswered
             if _now_s() >= end_s:
                 raise (unanswered or silence) from silence
-        await asyncio.sleep(_RETRY_S)
+        failures += 1
+        await asyncio.sleep(_RETRY.pause_s(failures))
 
 
 async def _commit_or_find(
@@ -70,7 +73,9 @@ def _guarded_value(writes: Sequence[Write], when: Sequence[Condition], key: str)
     guarded = any(isinstance(c, (Absent, Unchanged)) and c.key == key for c in when)
     values = [write.value for write in writes if isinstance(write, Put) and write.key == key]
     if not (guarded and values):
-        raise Invalid(FieldViolation("key", f"{key!r} must be put and compared by Absent or Unchanged in this commit"))
+        raise InvalidArgument(
+            FieldViolation("key", f"{key!r} must be put and compared by Absent or Unchanged in this commit")
+        )
     return values[0]
 
 

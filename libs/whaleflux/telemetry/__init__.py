@@ -5,7 +5,7 @@ one raises, so that dashboards and queries never chase a misspelling.
 """
 
 from whaleflux.telemetry.logs import get_logger, setup_logging
-from whaleflux.telemetry.metrics import MetricsServer, counter, gauge, histogram, start_metrics
+from whaleflux.telemetry.metrics import MetricsServer, MetricsTls, counter, gauge, histogram, start_metrics
 from whaleflux.telemetry.registry import Attribute, Event, Metric, UnregisteredName
 from whaleflux.telemetry.traces import (
     attach,
@@ -19,6 +19,7 @@ from whaleflux.telemetry.traces import (
     setup_tracing,
     span,
     span_from,
+    trace_id_of,
     tracer,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "Event",
     "Metric",
     "MetricsServer",
+    "MetricsTls",
     "UnregisteredName",
     "attach",
     "attach_for_good",
@@ -45,5 +47,6 @@ __all__ = [
     "span",
     "span_from",
     "start_metrics",
+    "trace_id_of",
     "tracer",
 ]

@@ -6,15 +6,33 @@ the same form. Fields whose names say that they are secret are masked, whoever l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any, TextIO
 
-import structlog
-
+from whaleflux.foreign_text import harmless
 from whaleflux.telemetry.traces import current_trace_id
+
+
+@contextlib.contextmanager
+def _without(*unneeded: str) -> Iterator[None]:
+    """Imports in the block do not find these modules, unless they are there already."""
+    absent = [name for name in unneeded if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: the import system's word for "is not there"
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+# Structlog loads rich for tracebacks on a terminal where it finds it, a tenth of what an idle service holds, and colorama
+# for the colours of Windows.
+with _without("rich", "colorama"):
+    import structlog
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|authorization|api_?key|private_?key|key_pem)$", re.IGNORECASE)
 _FRAMES = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # locals may be secret
@@ -32,7 +50,7 @@ def setup_logging(service: str, *, level: str = "info", stream: TextIO | None = 
         _masks,
     ]
     rendering: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [_harmless, structlog.dev.ConsoleRenderer()]
         if out.isatty()
         else [structlog.processors.ExceptionRenderer(_FRAMES), structlog.processors.JSONRenderer(default=str)]
     )
@@ -54,6 +72,11 @@ def get_logger(name: str = "whaleflux") -> structlog.typing.FilteringBoundLogger
     """The logger to call with an `Event` and its fields."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(name)
     return logger
+
+
+def _harmless(_logger: Any, _method: str, event: _Event) -> _Event:
+    """What a program or a user wrote is quoted by many events; it commands no terminal."""
+    return {key: harmless(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def _adds(service: str) -> structlog.typing.Processor:

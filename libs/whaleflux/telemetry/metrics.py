@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
 from whaleflux.telemetry.registry import METRICS, MetricSpec, UnregisteredName
 
+_REQUEST_S = 5.0  # for one request, handshake included; a silent peer does not keep its thread
 _BY_NAME: dict[str, MetricSpec] = {metric.value: spec for metric, spec in METRICS.items()}
 
 
@@ -59,13 +65,22 @@ def _histogram(name: str) -> Histogram:
     return Histogram(name, spec.help, spec.labels, buckets=spec.buckets)
 
 
-class MetricsServer:
-    """Serves /metrics, /healthz (the process runs) and /readyz (it takes work) over plain HTTP."""
+@dataclass(frozen=True, slots=True)
+class MetricsTls:
+    """How figures are shown beyond loopback: to whom `may_read`; probes, which kubelets send, need no certificate."""
 
-    def __init__(self, host: str, port: int, ready: Callable[[], bool]) -> None:
-        self._server = ThreadingHTTPServer((host, port), _handler(ready))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+    context: ssl.SSLContext
+    may_read: Callable[[ssl.SSLSocket], bool]
+
+
+class MetricsServer:
+    """Serves /metrics, /healthz (the process runs) and /readyz (it takes work) over HTTP, plain or with `tls`."""
+
+    def __init__(self, host: str, port: int, ready: Callable[[], bool], tls: MetricsTls | None = None) -> None:
+        self._server = _HttpServer((host, port), _handler(ready, tls))
+        self._server.tls = tls
+        self._host, self._closing = host, False
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     @property
@@ -74,23 +89,47 @@ class MetricsServer:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Stops serving; blocks at most a tenth of a second."""
-        self._server.shutdown()
+        """Stops serving; waits for the request under way to be taken, not for its answer."""
+        self._closing = True
+        with contextlib.suppress(OSError), socket.create_connection((self._host, self.port), timeout=1):
+            self._thread.join(timeout=1)  # the connection has woken it
         self._server.server_close()
-        self._thread.join()
+
+    def _serve(self) -> None:
+        """Sleeps until somebody asks; `serve_forever` would look several times a second whether it shall end."""
+        while not self._closing:
+            self._server.handle_request()
 
 
-def start_metrics(host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[], bool] = lambda: True) -> MetricsServer:
+class _HttpServer(ThreadingHTTPServer):
+    """Handshakes in the thread of their request: a peer that does not end its own holds nobody up."""
+
+    daemon_threads = True
+    tls: MetricsTls | None = None
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        if self.tls is None:
+            return super().finish_request(request, client_address)
+        request.settimeout(_REQUEST_S)
+        with contextlib.suppress(OSError), self.tls.context.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
+
+
+def start_metrics(
+    host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[], bool] = lambda: True, tls: MetricsTls | None = None
+) -> MetricsServer:
     """Starts the server; port 0 picks a free one. Raises OSError when the port is taken."""
-    return MetricsServer(host, port, ready)
+    return MetricsServer(host, port, ready, tls)
 
 
-def _handler(ready: Callable[[], bool]) -> type[BaseHTTPRequestHandler]:
+def _handler(ready: Callable[[], bool], tls: MetricsTls | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 5  # seconds for one request; a silent peer does not keep its thread
+        timeout = _REQUEST_S
 
         def do_GET(self) -> None:
-            if self.path == "/metrics":
+            if self.path == "/metrics" and tls is not None and not tls.may_read(self.connection):
+                self._answer(403, b"figures are for a certificate of the role scraper, operator or admin\n")
+            elif self.path == "/metrics":
                 self._answer(200, generate_latest(), CONTENT_TYPE_LATEST)
             elif self.path == "/healthz":
                 self._answer(200, b"ok\n")

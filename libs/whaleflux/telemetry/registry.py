@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 
-class UnregisteredName(ValueError):  # like our refusals, named for what is wrong
+class UnregisteredName(ValueError):  # like our status errors, named for what is wrong
     """A name that is not in this file; add it here, with its meaning, or correct the spelling."""
 
 
@@ -20,7 +20,7 @@ class Attribute(StrEnum):
     RPC_STATUS = "rpc.grpc.status_code"  # number
     RPC_ATTEMPTS = "whaleflux.rpc.attempts"  # client: how often it was tried
     CALLER = "whaleflux.caller"  # spiffe URI
-    REASON = "whaleflux.reason"  # of a refusal, UPPER_SNAKE
+    REASON = "whaleflux.reason"  # of a status error, UPPER_SNAKE
     CAUSE = "whaleflux.cause"  # the event or request that led here
     SITE = "whaleflux.site"
     NODE = "whaleflux.node"
@@ -71,6 +71,7 @@ class Metric(StrEnum):
     LEADER = "whaleflux_leader"
     EVENTS_PUBLISHED = "whaleflux_events_published_total"
     EVENTS_CONSUMED = "whaleflux_events_consumed_total"
+    AUDIT_LOST = "whaleflux_audit_lost_total"
     NODES = "whaleflux_nodes"
     GPUS = "whaleflux_gpus"
     GPUS_ALLOCATED = "whaleflux_gpus_allocated"
@@ -79,8 +80,10 @@ class Metric(StrEnum):
     RECOVERY_DURATION = "whaleflux_recovery_duration_seconds"
     DETECTION_DURATION = "whaleflux_detection_duration_seconds"
     CHECKPOINT_COMMITS = "whaleflux_checkpoint_commits_total"
+    CLAIMS_REFUSED = "whaleflux_agent_claims_refused_total"
     ROUTE_DURATION = "whaleflux_route_duration_seconds"
     ROUTE_DECISIONS = "whaleflux_route_decisions_total"
+    ENDPOINTS_REFUSED = "whaleflux_endpoints_refused_total"
     REPLICAS = "whaleflux_replicas"
     FIRST_TOKEN = "whaleflux_first_token_seconds"  # tokens of text
     TASKS = "whaleflux_tasks"
@@ -101,6 +104,7 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.LEADER: MetricSpec("gauge", "1 while this process leads.", ("name",)),
     Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
+    Metric.AUDIT_LOST: MetricSpec("counter", "Records of the audit trail that there was no room for; alarm on any."),
     Metric.NODES: MetricSpec("gauge", "Nodes by phase.", ("phase",)),
     Metric.GPUS: MetricSpec("gauge", "GPUs of nodes that take work, by model.", ("model",)),
     Metric.GPUS_ALLOCATED: MetricSpec("gauge", "GPUs held by jobs, lost ones too, by model.", ("model",)),
@@ -109,8 +113,14 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.RECOVERY_DURATION: MetricSpec("histogram", "Failure to running again.", (), (*_SECONDS, 60.0, 120.0, 300.0)),
     Metric.DETECTION_DURATION: MetricSpec("histogram", "Last sign of life to verdict.", ("verdict",), _SECONDS),
     Metric.CHECKPOINT_COMMITS: MetricSpec("counter", "Manifests, by outcome.", ("outcome",)),
+    Metric.CLAIMS_REFUSED: MetricSpec(
+        "counter", "What agents said of tasks that are not placed on their node, dropped.", ("what",)
+    ),
     Metric.ROUTE_DURATION: MetricSpec("histogram", "Time that one routing decision takes.", (), _SECONDS),
     Metric.ROUTE_DECISIONS: MetricSpec("counter", "Routing decisions, by outcome.", ("outcome",)),
+    Metric.ENDPOINTS_REFUSED: MetricSpec(
+        "counter", "Updates of addresses that a front door refused; alarm on any.", ()
+    ),
     Metric.REPLICAS: MetricSpec("gauge", "Replicas by state.", ("state",)),
     Metric.FIRST_TOKEN: MetricSpec("histogram", "Request to first byte of the answer.", ("model",), _SECONDS),
     Metric.TASKS: MetricSpec("gauge", "Tasks on this node by phase.", ("phase",)),
@@ -126,9 +136,9 @@ class Event(StrEnum):
     SERVICE_STOPPING = "service_stopping"
     SERVICE_STOPPED = "service_stopped"
     LOOP_LOST = "loop_lost"
-    LOOP_RESTARTED = "loop_restarted"
     RPC_FAILED = "rpc_failed"
     CERTIFICATE_RENEWED = "certificate_renewed"
+    NODE_REVOKED = "node_revoked"
     CERTIFICATE_UNREADABLE = "certificate_unreadable"
     SETTING_IGNORED = "setting_ignored"
     LEADERSHIP_GAINED = "leadership_gained"
@@ -138,16 +148,22 @@ class Event(StrEnum):
     BUS_UNREACHABLE = "bus_unreachable"
     BUS_REACHABLE = "bus_reachable"
     BUS_ERROR = "bus_error"
+    AUDIT_WAITING = "audit_waiting"
+    AUDIT_LOST = "audit_lost"
     PULL_INTERRUPTED = "pull_interrupted"
     PULL_RESUMED = "pull_resumed"
     PUBLISHER_WAITING = "publisher_waiting"
     PUBLISHER_RELISTED = "publisher_relisted"
+    HISTORY_LOST = "history_lost"
+    RECORD_UNREADABLE = "record_unreadable"
     EVENT_DELAYED = "event_delayed"
     EVENT_SKIPPED = "event_skipped"
     SITE_LINKED = "site_linked"
     SITE_CUT_OFF = "site_cut_off"
-    BACKBONE_WAITING = "backbone_waiting"
+    STREAM_LINKS_WAITING = "stream_links_waiting"
     FEED_BROKEN = "feed_broken"
+    HEALTH_AWAITED = "health_awaited"
+    HEALTH_KNOWN = "health_known"
     NODE_JOINED = "node_joined"
     NODE_CONNECTED = "node_connected"
     NODE_DISCONNECTED = "node_disconnected"
@@ -167,16 +183,30 @@ class Event(StrEnum):
     TASK_ADOPTED = "task_adopted"
     TASK_EXITED = "task_exited"
     TASK_REFUSED = "task_refused"
+    SESSION_OPENED = "session_opened"  # who, job, rank, node, what (a command's first word, never its arguments)
+    SESSION_ENDED = "session_ended"  # the same, seconds, bytes, reason
+    TASK_STUCK = "task_stuck"  # task, job, epoch, reason
     PROCESS_UNKNOWN = "process_unknown"
     STREAM_OPENED = "stream_opened"
     STREAM_BROKEN = "stream_broken"
     DEVICES_UNREADABLE = "devices_unreadable"
+    GPU_UNHEALTHY = "gpu_unhealthy"
+    ISOLATION_PARTIAL = "isolation_partial"  # reason
+    ISOLATION_CHOSEN = "isolation_chosen"  # kind, reason, private_folders
     DISK_FULL = "disk_full"  # folder, reason
     SAVE_REFUSED = "save_refused"
+    SAVE_FAILED = "save_failed"
+    RANK_CALL_FAILED = "rank_call_failed"
     DATASET_CACHED = "dataset_cached"
+    CODE_CACHED = "code_cached"
+    SECRETS_KEY_MISSING = "secrets_key_missing"  # the file of keys that a setting names is not there
+    SECRETS_GIVEN = "secrets_given"  # to a task, by name and version
+    CODE_DELETED = "code_deleted"
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_ABANDONED = "checkpoint_abandoned"
     CHECKPOINT_EXPIRED = "checkpoint_expired"
     ROUTE_FAILED = "route_failed"
+    POLICY_REFUSED = "policy_refused"
+    ENDPOINTS_REFUSED = "endpoints_refused"
     REPLICA_UP = "replica_up"
     REPLICA_DOWN = "replica_down"

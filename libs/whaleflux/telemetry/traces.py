@@ -10,76 +10,49 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from whaleflux.errors import Refusal
+from whaleflux.errors import StatusError
 from whaleflux.rpc import propagation
 from whaleflux.telemetry.registry import Attribute, UnregisteredName
+from whaleflux.telemetry.span_ids import IdTracer, chosen_ids, new_span_id, new_trace_id, span_of_ids
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 Value = str | bool | int | float
 Attributes = Mapping[Attribute, Value]
 _ATTRIBUTES = frozenset(Attribute)
 _PROPAGATOR = TraceContextTextMapPropagator()
 _PROPAGATED = frozenset(_PROPAGATOR.fields)
-_ids_to_use: ContextVar[tuple[int, int] | None] = ContextVar("whaleflux_ids_to_use", default=None)
+_provider: TracerProvider | None = None  # none: nothing is exported
+_tracer: trace.Tracer = IdTracer()
 
 
-class _ChosenIds(RandomIdGenerator):
-    """Random ids, unless `emit_span` has chosen them."""
-
-    def generate_trace_id(self) -> int:
-        chosen = _ids_to_use.get()
-        return chosen[0] if chosen else super().generate_trace_id()
-
-    def generate_span_id(self) -> int:
-        chosen = _ids_to_use.get()
-        return chosen[1] if chosen else super().generate_span_id()
-
-
-def _new_provider(service: str, *, exporting: bool) -> TracerProvider:
-    """Without an exporter nothing is recorded, but ids are still made and passed on: logs and errors show them."""
-    return TracerProvider(
-        resource=Resource.create({"service.name": service}),
-        sampler=ParentBased(ALWAYS_ON if exporting else ALWAYS_OFF),
-        id_generator=_ChosenIds(),
-        shutdown_on_exit=False,
-    )
-
-
-_exporting = False
-_provider = _new_provider("unknown", exporting=False)
-_tracer = _provider.get_tracer("whaleflux")
-
-
-def setup_tracing(service: str, *, endpoint: str = "", exporter: SpanExporter | None = None) -> None:
+def setup_tracing(
+    service: str, *, endpoint: str = "", exporter: SpanExporter | None = None, at_once: bool = False
+) -> None:
     """Sends the spans of this process to an OTLP/gRPC `endpoint` (http://host:4317), or to `exporter`, or nowhere.
 
+    `at_once`: each span as it ends, by whom it ends, for those who look at them in the same process; else in batches.
     At most 4096 spans wait for the exporter; more are dropped rather than kept when it does not answer.
     """
-    global _exporting, _provider, _tracer
-    if endpoint and exporter is None:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    global _provider, _tracer
+    _provider, _tracer = None, IdTracer()
+    if endpoint or exporter is not None:
+        from whaleflux.telemetry import (
+            exporting,
+        )  # the SDK and gRPC's exporter: 4 MB that serve nobody without a collector
 
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=5)
-    _exporting = exporter is not None
-    _provider = _new_provider(service, exporting=_exporting)
-    if exporter is not None:
-        batches = BatchSpanProcessor(
-            exporter, max_queue_size=4096, schedule_delay_millis=500, export_timeout_millis=5000
-        )
-        _provider.add_span_processor(batches)
-    _tracer = _provider.get_tracer("whaleflux")
+        _provider = exporting.provider(service, exporter or exporting.to_collector(endpoint), at_once=at_once)
+        _tracer = _provider.get_tracer("whaleflux")
     propagation.use(client_span)
 
 
@@ -88,8 +61,9 @@ def flush(timeout_s: float = 3.0) -> bool:
 
     In a thread that nobody waits for longer: the SDK's own time limit does not count while its exporter retries.
     """
+    if (provider := _provider) is None:
+        return True
     taken: list[bool] = []
-    provider = _provider
     sending = threading.Thread(target=lambda: taken.append(provider.force_flush()), daemon=True)
     sending.start()
     sending.join(timeout_s)
@@ -108,16 +82,21 @@ def current_traceparent() -> str:
 
 def current_trace_id() -> str:
     """32 hex digits, "" outside of a trace."""
-    context = trace.get_current_span().get_span_context()
-    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+    return trace_id_of(trace.get_current_span())
+
+
+def trace_id_of(span: trace.Span) -> str:
+    """As `current_trace_id`, without looking for the span."""
+    number = span.get_span_context().trace_id
+    return f"{number:032x}" if number else ""
 
 
 def new_traceparent(parent: str = "") -> str:
     """A context for a span to be emitted later, in the trace of `parent` (or of the running span, or a new trace)."""
     context = trace.get_current_span(_context_of(parent)).get_span_context() if parent else _running()
-    ids, flags = _provider.id_generator, context.trace_flags if context.is_valid else _default_flags()
-    trace_id = context.trace_id if context.is_valid else ids.generate_trace_id()
-    return _text(trace.SpanContext(trace_id, ids.generate_span_id(), is_remote=False, trace_flags=flags))
+    flags = context.trace_flags if context.is_valid else _default_flags()
+    trace_id = context.trace_id if context.is_valid else new_trace_id()
+    return _text(trace.SpanContext(trace_id, new_span_id(), is_remote=False, trace_flags=flags))
 
 
 @contextlib.contextmanager
@@ -133,7 +112,7 @@ def span_from(
 ) -> Iterator[Span]:
     """A child of a stored or received context (a new trace when that is "" or malformed), for the steps of loops.
 
-    A refusal is noted with its reason; any other exception makes the span an error. Both are raised on.
+    A status error is noted with its reason; any other exception makes the span an error. Both are raised on.
     """
     with _started(name, _context_of(traceparent), attributes, kind) as started:
         yield started
@@ -162,8 +141,8 @@ def server_span(method: str, headers: Iterable[tuple[str, str | bytes]], *, trac
         return
     remote = {key: value for key, value in headers if key in _PROPAGATED and isinstance(value, str)}
     parent = _PROPAGATOR.extract(remote, otel_context.Context()) if remote else otel_context.Context()
-    if not _exporting:
-        with trace.use_span(_unrecorded(parent), record_exception=False, set_status_on_exception=False) as unrecorded:
+    if _provider is None:  # a fifth of what the rest would take for a span that nobody will see
+        with trace.use_span(span_of_ids(parent), record_exception=False, set_status_on_exception=False) as unrecorded:
             yield unrecorded
         return
     service, _, name = method.lstrip("/").partition("/")
@@ -183,19 +162,6 @@ def server_span(method: str, headers: Iterable[tuple[str, str | bytes]], *, trac
         yield started
 
 
-def _unrecorded(parent: otel_context.Context) -> Span:
-    """Only ids, to show and to pass on: a fifth of what the tracer takes for a span that nobody will see."""
-    context = trace.get_current_span(parent).get_span_context()
-    ids = _provider.id_generator
-    if context.is_valid:
-        own = trace.SpanContext(
-            context.trace_id, ids.generate_span_id(), False, context.trace_flags, context.trace_state
-        )
-    else:
-        own = trace.SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False)
-    return trace.NonRecordingSpan(own)
-
-
 def emit_span(
     name: str,
     start_time: datetime,
@@ -211,13 +177,13 @@ def emit_span(
     `error` says what went wrong ("" for nothing). Returns the span's own context.
     """
     own = trace.get_current_span(_context_of(traceparent)).get_span_context()
-    token = _ids_to_use.set((own.trace_id, own.span_id) if own.is_valid else None)
+    token = chosen_ids.set((own.trace_id, own.span_id) if own.is_valid else None)
     try:
         written = _tracer.start_span(
             name, _context_of(parent), attributes=_checked(attributes), start_time=_nanoseconds(start_time)
         )
     finally:
-        _ids_to_use.reset(token)
+        chosen_ids.reset(token)
     if error:
         written.set_status(Status(StatusCode.ERROR, error))
     written.end(end_time=_nanoseconds(end_time))
@@ -239,8 +205,8 @@ def client_span(method: str, streaming: bool) -> Iterator[propagation.Headers]:
     with _started(method.lstrip("/"), None, known, SpanKind.CLIENT) as started:
         try:
             yield _headers()
-        except Refusal as refusal:
-            started.set_status(Status(StatusCode.ERROR, refusal.reason))
+        except StatusError as error:
+            started.set_status(Status(StatusCode.ERROR, error.reason))
             raise
 
 
@@ -253,8 +219,8 @@ def _started(
     ) as started:
         try:
             yield started
-        except Refusal as refusal:
-            started.set_attribute(Attribute.REASON.value, refusal.reason)
+        except StatusError as error:
+            started.set_attribute(Attribute.REASON.value, error.reason)
             raise
         except Exception as bug:
             started.record_exception(bug)
@@ -274,7 +240,7 @@ def _running() -> trace.SpanContext:
 
 
 def _default_flags() -> trace.TraceFlags:
-    return trace.TraceFlags(trace.TraceFlags.SAMPLED if _exporting else trace.TraceFlags.DEFAULT)
+    return trace.TraceFlags(trace.TraceFlags.SAMPLED if _provider else trace.TraceFlags.DEFAULT)
 
 
 def _context_of(traceparent: str) -> otel_context.Context:

@@ -10,7 +10,8 @@ from pathlib import Path
 from whaleflux.v1 import agent_pb2
 from whaleflux_agent.core.work import Stage
 from whaleflux_agent.runtime import logs
-from whaleflux_agent.tasks import Task
+from whaleflux_agent.runtime.log_times import LineTimes
+from whaleflux_agent.task_runner import Task
 
 _CHUNKS_WAITING = 32  # of at most 64 KiB: a slow reader stops the readers of files, nobody else
 _REQUESTS = 64
@@ -19,8 +20,8 @@ _REQUESTS = 64
 class LogStreams:
     """Serves the log requests of one stream to the scheduler."""
 
-    def __init__(self, newest_of: Callable[[str], Task | None], on_news: Callable[[], None]) -> None:
-        self._newest_of, self._on_news = newest_of, on_news
+    def __init__(self, find: Callable[[str, int], Task | None], on_change: Callable[[], None]) -> None:
+        self._find, self._on_change = find, on_change
         self._chunks: asyncio.Queue[agent_pb2.LogChunk] = asyncio.Queue(_CHUNKS_WAITING)
         self._readers: dict[str, asyncio.Task[None]] = {}
 
@@ -51,21 +52,23 @@ class LogStreams:
         await asyncio.gather(*readers, return_exceptions=True)
 
     async def _serve(self, request: agent_pb2.LogRequest) -> None:
-        task, error = self._newest_of(request.job), ""
+        task, error = self._find(request.job, request.epoch), ""
         try:
             if task is None:
-                error = f"{request.job} has no logs on this node"
+                error = "its output is not kept any more: a node keeps that of the tasks that ended last"
             else:
                 await self._ranks(request, task)
-        except OSError as failure:
-            error = f"the log cannot be read: {failure.strerror}"
-        epoch = task.work.epoch if task else 0
+        except* OSError as failures:  # of all readers together
+            error = f"the log cannot be read: {_first(failures)}"
+        epoch = task.work.epoch if task else request.epoch
         await self._put(
             agent_pb2.LogChunk(request=request.request, rank=request.rank, end=True, error=error, epoch=epoch)
         )
 
     async def _ranks(self, request: agent_pb2.LogRequest, task: Task) -> None:
-        wanted = [rank for rank in task.work.ranks if request.rank in (-1, rank)]
+        wanted = [rank for rank in task.work.processes if request.rank in (-1, rank)]
+        if not wanted and request.rank in task.work.ranks:  # its output is in that of the node's one process
+            wanted = list(task.work.processes)
         async with asyncio.TaskGroup() as reading:
             for rank in wanted:
                 reading.create_task(self._rank(request, task, rank, task.log(rank)))
@@ -74,12 +77,29 @@ class LogStreams:
         def more() -> bool:
             return request.follow and task.stage not in (Stage.ENDED, Stage.REFUSED)
 
-        async with contextlib.aclosing(logs.follow(path, tail_lines=request.tail_lines, more=more)) as chunks:
-            async for data in chunks:
-                await self._put(
-                    agent_pb2.LogChunk(request=request.request, rank=rank, data=data, epoch=task.work.epoch)
+        epoch = task.work.epoch
+        after = next((known.offset for known in request.after if (known.rank, known.epoch) == (rank, epoch)), None)
+        since_ns = request.since_time.ToNanoseconds() if request.HasField("since_time") else 0
+        times = LineTimes(path).marks if request.times or since_ns else None
+        lines = logs.follow(path, tail_lines=request.tail_lines, after=after, since_ns=since_ns, times=times, more=more)
+        async with contextlib.aclosing(lines):
+            async for found in lines:
+                chunk = agent_pb2.LogChunk(
+                    request=request.request,
+                    rank=rank,
+                    data=found.data,
+                    epoch=epoch,
+                    next_offset=found.behind,
+                    progress=found.progress,
                 )
+                if request.times and found.at_ns:
+                    chunk.time.FromNanoseconds(found.at_ns)
+                await self._put(chunk)
 
     async def _put(self, chunk: agent_pb2.LogChunk) -> None:
         await self._chunks.put(chunk)
-        self._on_news()
+        self._on_change()
+
+
+def _first(failures: BaseException) -> BaseException:
+    return _first(failures.exceptions[0]) if isinstance(failures, BaseExceptionGroup) else failures

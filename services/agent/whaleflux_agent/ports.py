@@ -6,13 +6,14 @@ import random
 import socket
 from collections.abc import Collection
 
-from whaleflux.errors import OverLimit
+from whaleflux.errors import ResourceExhausted
+from whaleflux.reasons import ErrorReason
 
 
 def choose(first: int, last: int, taken: Collection[int], *, host: str = "") -> int:
-    """A port in [first, last] that nobody listens on and that is not in `taken`. Raises OverLimit when none is left.
+    """A port in [first, last] that nobody listens on and that is not in `taken`.
 
-    It is only looked up, not held: keep the range outside of net.ipv4.ip_local_port_range, from which the kernel
+    Raises ResourceExhausted when none is left. It is only looked up, not held: keep the range outside of net.ipv4.ip_local_port_range, from which the kernel
     serves outgoing connections and everybody who binds port 0.
     """
     ports = [port for port in range(first, last + 1) if port not in taken]
@@ -20,7 +21,11 @@ def choose(first: int, last: int, taken: Collection[int], *, host: str = "") -> 
     for port in ports:
         if _free(host, port):
             return port
-    raise OverLimit(f"no free port between {first} and {last}; widen --port-range", reason="NO_FREE_PORT")
+    raise ResourceExhausted(
+        f"no free port between {first} and {last}; widen it with --first-port and --last-port,"
+        " or see that --host-address is an address of this host",
+        reason=ErrorReason.NO_FREE_PORT,
+    )
 
 
 def _free(host: str, port: int) -> bool:

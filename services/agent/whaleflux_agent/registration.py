@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import dataclass, replace
 
-from whaleflux import telemetry
+from whaleflux import names, telemetry
 from whaleflux.clock import Clock
 from whaleflux.convert import facts_to_proto
-from whaleflux.errors import Refusal
+from whaleflux.errors import StatusError
 from whaleflux.fleet.model import Node, Price
+from whaleflux.reasons import ErrorReason
+from whaleflux.retry import Backoff
 from whaleflux.telemetry import Event
-from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
-from whaleflux_agent.core.backoff import pause_s
-from whaleflux_agent.devices.source import DeviceSource, DevicesUnreadable, Machine
+from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc, types_pb2
+from whaleflux_agent.devices.source import DeviceSource, Machine, MachineCondition
 
 _REREAD_EVERY_S = 30.0
+_LEAST_BETWEEN_READS_S = 1.0
 _CALL_S = 10.0
-_LONGEST_PAUSE_S = 5.0
+_RETRY = Backoff(longest_s=5.0)
+_MESSAGE_CHARS = 500
 _log = telemetry.get_logger("whaleflux.agent")
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class NodeDescription:
     """What the agent's settings and surroundings add to what its machine says."""
 
     node: str
@@ -32,27 +34,41 @@ class About:
     host_address: str
     agent_version: str
     runtimes: tuple[str, ...]
+    isolation: inventory_pb2.NodeIsolation | None = None  # None where nothing runs
+    conditions: tuple[MachineCondition, ...] = ()  # that hold while this agent runs
+    memory_limits: str = ""  # who sees to them: "kernel", "watched"; "" where nothing runs
     zone: str = ""
     spine: str = ""
     leaf: str = ""
     labels: tuple[tuple[str, str], ...] = ()
+    machine_id: str = ""
     price: Price | None = None  # None: the machine's own
 
 
-def facts(machine: Machine, about: About) -> inventory_pb2.NodeFacts:
+def facts(machine: Machine, description: NodeDescription) -> inventory_pb2.NodeFacts:
     """What is registered. Pure."""
     node = replace(
         machine.node,
-        zone=about.zone,
-        spine=about.spine,
-        leaf=about.leaf,
-        labels=about.labels,
-        price=about.price or machine.node.price,
+        zone=description.zone,
+        spine=description.spine,
+        leaf=description.leaf,
+        labels=description.labels,
+        price=description.price or machine.node.price,
     )
     found = facts_to_proto(node)
-    found.address, found.host_address = about.address, about.host_address
-    found.driver_version, found.agent_version = machine.driver_version, about.agent_version
-    found.runtimes.extend(about.runtimes)
+    found.address, found.host_address = description.address, description.host_address
+    found.driver_version, found.agent_version = machine.driver_version, description.agent_version
+    found.runtimes.extend(description.runtimes)
+    found.memory_limits = description.memory_limits
+    if description.isolation is not None:
+        found.isolation.CopyFrom(description.isolation)
+    for condition in (*machine.conditions, *description.conditions):
+        found.conditions.add(
+            type=condition.type,
+            status=types_pb2.CONDITION_STATUS_FALSE,
+            reason=condition.reason,
+            message=condition.message[:_MESSAGE_CHARS],
+        )
     return found
 
 
@@ -63,61 +79,83 @@ class Registration:
         self,
         source: DeviceSource,
         stub: inventory_pb2_grpc.InventoryServiceStub,
-        about: About,
+        description: NodeDescription,
         clock: Clock,
         *,
         reread_every_s: float = _REREAD_EVERY_S,
     ) -> None:
-        self._source, self._stub, self._about, self._clock = source, stub, about, clock
+        self._source, self._stub, self._description, self._clock = source, stub, description, clock
         self._reread_every_s = reread_every_s
-        site = about.node.split("/")[1]
-        self.machine = Machine(Node(name=about.node, site=site), "unreadable")
-        self.registered = asyncio.Event()
+        site = names.top(description.node)
+        self.machine = Machine(Node(name=description.node, site=site), "unreadable")
+        self._read_s = float("-inf")
+        self.registered, self._soon = asyncio.Event(), asyncio.Event()
 
     @property
     def simulated(self) -> bool:
         return self.machine.node.simulated
 
-    def healthy_gpus(self) -> frozenset[int]:
-        """Indices of the GPUs that work may use."""
-        return frozenset(gpu.index for gpu in self.machine.node.gpus if gpu.healthy)
-
-    def gpu_uuid(self, index: int) -> str:
-        """What CUDA_VISIBLE_DEVICES calls the GPU; "" where it is only played."""
-        if self.simulated:
-            return ""
-        return next((gpu.uuid for gpu in self.machine.node.gpus if gpu.index == index), "")
+    def healthy_gpus(self) -> frozenset[str]:
+        """UUIDs of the GPUs that work may use."""
+        return frozenset(gpu.uuid for gpu in self.machine.node.gpus if gpu.healthy and gpu.uuid)
 
     async def read(self) -> None:
-        """Looks at the machine; what was known stays when it cannot be read."""
-        try:
-            self.machine = await self._source.read(self._about.node)
-        except DevicesUnreadable as silence:
-            _log.warning(Event.DEVICES_UNREADABLE, reason=str(silence))
+        """Looks at the machine; what cannot be read says so itself."""
+        self._read_s = self._clock.monotonic()
+        before, self.machine = self.machine, await self._source.read(self._description.node)
+        for condition in self.machine.conditions:
+            if condition not in before.conditions:
+                _log.warning(Event.DEVICES_UNREADABLE, reason=condition.reason, detail=condition.message)
+        known = {gpu.uuid: gpu.unhealthy_reason for gpu in before.node.gpus}
+        for gpu in self.machine.node.gpus:
+            if not gpu.healthy and known.get(gpu.uuid) != gpu.unhealthy_reason:
+                _log.warning(Event.GPU_UNHEALTHY, gpu=gpu.index, uuid=gpu.uuid, reason=gpu.unhealthy_reason)
+
+    def read_soon(self) -> None:
+        """Something happened to a GPU: reads the machine now, not at the next turn."""
+        self._soon.set()
 
     async def run(self) -> None:
-        """Registers what was read, then reads again, for ever."""
+        """Registers what was read, then reads again, for ever; only the newest reading is registered."""
         known: inventory_pb2.NodeFacts | None = None
-        while True:
-            found = facts(self.machine, self._about)
-            if found != known:
-                await self._register(found)
-                known = found
-            await self._clock.sleep(self._reread_every_s)
-            await self.read()
-
-    async def _register(self, found: inventory_pb2.NodeFacts) -> None:
-        request = inventory_pb2.RegisterNodeRequest(name=self._about.node, facts=found, boot_id=self._about.boot_id)
         failures = 0
         while True:
-            try:
-                await self._stub.RegisterNode(request, timeout=_CALL_S)
-            except Refusal as refusal:
-                failures += 1
-                level = _log.warning if failures in (1, 10) or failures % 100 == 0 else _log.debug
-                level(Event.RPC_FAILED, method="RegisterNode", reason=refusal.message, failures=failures)
+            found = facts(self.machine, self._description)
+            if found == known or await self._registered(found, failures):
+                known, failures = found, 0
+                await self._next_turn(self._reread_every_s)
             else:
-                self.registered.set()
-                _log.info(Event.NODE_JOINED, node=self._about.node, gpus=len(found.gpus), simulated=found.simulated)
-                return
-            await self._clock.sleep(pause_s(failures, random.random(), longest_s=_LONGEST_PAUSE_S))
+                failures += 1
+                await self._next_turn(_RETRY.pause_s(failures))
+            await self.read()
+
+    async def _next_turn(self, longest_s: float) -> None:
+        turn = asyncio.ensure_future(self._clock.sleep(longest_s))
+        soon = asyncio.ensure_future(self._soon.wait())
+        try:
+            await asyncio.wait({turn, soon}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            turn.cancel()
+            soon.cancel()
+        await self._clock.sleep(self._read_s + _LEAST_BETWEEN_READS_S - self._clock.monotonic())
+        self._soon.clear()
+
+    async def _registered(self, found: inventory_pb2.NodeFacts, failures: int) -> bool:
+        request = inventory_pb2.RegisterNodeRequest(
+            name=self._description.node,
+            facts=found,
+            boot_id=self._description.boot_id,
+            machine_id=self._description.machine_id,
+        )
+        try:
+            await self._stub.RegisterNode(request, timeout=_CALL_S)
+        except StatusError as error:
+            if error.reason == ErrorReason.NODE_NAME_TAKEN:  # no trying again helps: the agent stops and says why
+                _log.error(Event.RPC_FAILED, method="RegisterNode", reason=error.message)
+                raise
+            level = _log.warning if failures in (0, 9) or failures % 100 == 99 else _log.debug
+            level(Event.RPC_FAILED, method="RegisterNode", reason=error.message, failures=failures + 1)
+            return False
+        self.registered.set()
+        _log.info(Event.NODE_JOINED, node=self._description.node, gpus=len(found.gpus), simulated=found.simulated)
+        return True

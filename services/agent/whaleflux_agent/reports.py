@@ -17,7 +17,7 @@ class ReportLog:
         self._waiting: dict[int, agent_pb2.TaskReport] = {}
         self._numbers = range(0)
         self._adding = asyncio.Lock()
-        self.on_news: Callable[[], None] = lambda: None  # called when there is something to send
+        self.on_change: Callable[[], None] = lambda: None  # called when there is something to send
 
     async def open(self) -> None:
         """Reads what an earlier agent could not deliver."""
@@ -33,7 +33,7 @@ class ReportLog:
             report.sequence, self._numbers = self._numbers[0], self._numbers[1:]
             await self._state.run(self._state.save_report, report)
             self._waiting[report.sequence] = report
-        self.on_news()
+        self.on_change()
 
     def after(self, sequence: int) -> list[agent_pb2.TaskReport]:
         """Unacknowledged reports above `sequence`, in order."""

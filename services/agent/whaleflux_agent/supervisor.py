@@ -3,56 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from whaleflux import telemetry
-from whaleflux.errors import OverLimit, Unavailable
+from whaleflux import hostport, telemetry
+from whaleflux.errors import ResourceExhausted, Unavailable
+from whaleflux.reasons import ErrorReason, What
 from whaleflux.telemetry import Event, Metric
 from whaleflux.v1 import agent_pb2, health_pb2, scheduler_pb2
 from whaleflux_agent import ports
 from whaleflux_agent.convert import work_from_proto
-from whaleflux_agent.core.reconcile import Accept, Action, Forget, Refuse, Start, Stop, defect, reconcile
+from whaleflux_agent.core.environment import unreachable
+from whaleflux_agent.core.reconcile import (
+    Accept,
+    Action,
+    Forget,
+    Refuse,
+    Start,
+    Stop,
+    blockers,
+    reconcile,
+    rejection_reason,
+)
 from whaleflux_agent.core.work import Stage, Work
-from whaleflux_agent.runtime import logs, procfs
+from whaleflux_agent.launch_plans import plan_of, setup_plan_of
+from whaleflux_agent.runtime import log_times, logs
 from whaleflux_agent.runtime.api import Runtime
 from whaleflux_agent.state import StateDir, TaskMeta, TaskRecord
-from whaleflux_agent.tasks import Host, Life, Task
+from whaleflux_agent.strangers import Stranger, find_strangers
+from whaleflux_agent.task_runner import NodeContext, Task, TaskRunner
+from whaleflux_agent.termination import STUCK_AFTER_S
 
-_BOUND_LOGS_EVERY_S = 5.0
+_MARK_LOGS_EVERY_S = 0.5
+_BOUND_LOGS_EVERY = 10  # marks
 _log = telemetry.get_logger("whaleflux.agent")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class NodeLimits:
     """Bounds of one node."""
 
     first_port: int = 20000
     last_port: int = 29999
     log_bytes_per_rank: int = logs.DEFAULT_LIMIT_BYTES
     kept_tasks: int = 20  # ended ones whose logs are kept
+    stuck_after_s: float = STUCK_AFTER_S  # from the first SIGKILL of a task until it is reported as stuck
 
 
 class Supervisor:
     """The one place that knows every task. Lives in one event loop."""
 
-    def __init__(self, host: Host, healthy_gpus: Callable[[], frozenset[int]], limits: Limits | None = None) -> None:
-        self._host, self._healthy_gpus, self._limits = host, healthy_gpus, limits or Limits()
-        self._life = Life(host)
+    def __init__(
+        self, context: NodeContext, healthy_gpus: Callable[[], frozenset[str]], limits: NodeLimits | None = None
+    ) -> None:
+        self._context, self._healthy_gpus, self._limits = context, healthy_gpus, limits or NodeLimits()
+        self._wake = asyncio.Event()
+        self._heard = asyncio.Event()  # the control plane has spoken to this process
+        self._runner = TaskRunner(context, self._wake.set, heard=self._heard, stuck_after_s=self._limits.stuck_after_s)
         self._desired: dict[str, agent_pb2.DesiredTask] = {}
         self._revision = 0
         self._epochs: dict[str, int] = {}
         self._fresh = False
+        self._left_alone: frozenset[str] = frozenset()  # jobs of which nobody knows what is wanted
         self._tasks: dict[str, Task] = {}
         self._forgotten: dict[str, Task] = {}  # only their logs are left
-        self._wake = asyncio.Event()
         self._progress: dict[str, agent_pb2.TaskProgress] = {}
+        self._strangers: list[Stranger] = []
 
     @property
     def _state(self) -> StateDir:
-        return self._host.state
+        return self._context.state
 
     # what is asked of it
 
@@ -60,6 +84,8 @@ class Supervisor:
         """The whole desired set, durably."""
         self._desired = {task.task.id: task for task in desired.tasks}
         self._revision, self._fresh = desired.revision, True
+        self._heard.set()
+        self._left_alone = frozenset(desired.unreadable_jobs)
         await self._desires_changed()
 
     async def change(self, desired: agent_pb2.DesiredTask) -> None:
@@ -73,11 +99,13 @@ class Supervisor:
             await self._desires_changed()
 
     async def _desires_changed(self) -> None:
-        whole = agent_pb2.DesiredTasks(tasks=self._desired.values(), revision=self._revision)
+        whole = agent_pb2.DesiredTasks(
+            tasks=self._desired.values(), revision=self._revision, unreadable_jobs=sorted(self._left_alone)
+        )
         await self._state.run(self._state.save_desired, whole)
         self._wake.set()
 
-    # what it tells
+    # what it reports
 
     def reports(self) -> list[agent_pb2.TaskReport]:
         """The newest report of every task that runs here or whose result is not forgotten."""
@@ -98,36 +126,47 @@ class Supervisor:
             if task.stage.holds
         ]
 
+    def holding(self) -> list[Task]:
+        """The tasks that may have processes."""
+        return [task for task in self._tasks.values() if task.stage.holds]
+
     def by_token(self, token: str) -> Task | None:
         """The task whose rank shows this token; None for a task that is over."""
         return next(
             (
                 task
                 for task in self._tasks.values()
-                if task.stage.holds and secrets.compare_digest(task.meta.token, token)
+                if task.stage.holds and secrets.compare_digest(task.meta.token.encode(), token.encode())
             ),
             None,
         )
 
-    def newest_of(self, job: str) -> Task | None:
-        """The task of the job's newest epoch that has logs here, also when its result is forgotten."""
+    def by_id(self, task: str) -> Task | None:
+        """The task of this id, also when its result is forgotten; None when nothing of it is known here any more."""
+        return self._tasks.get(task) or self._forgotten.get(task)
+
+    def with_logs(self, job: str, epoch: int) -> Task | None:
+        """The job's task of that epoch, also when its result is forgotten; `epoch` 0: of the newest that ran here."""
         known = (*self._tasks.values(), *self._forgotten.values())
-        ran = [task for task in known if task.work.job == job and task.stage is not Stage.REFUSED]
+        of_job = [task for task in known if task.work.job == job]
+        if epoch:
+            return next((task for task in of_job if task.work.epoch == epoch), None)
+        ran = [task for task in of_job if task.stage is not Stage.REFUSED]
         return max(ran, key=lambda task: task.work.epoch, default=None)
 
     def datasets_in_use(self) -> frozenset[str]:
         """Names of the datasets that tasks with processes read."""
-        return frozenset(name for task in self._tasks.values() if task.stage.holds for name in task.work.datasets)
+        return frozenset(name for task in self._tasks.values() if task.stage.holds for name in task.work.spec.datasets)
 
-    def note_progress(self, task: Task, rank: int, step: int, loss: float) -> None:
-        """A rank has completed a step; what is sent is the newest of the lowest rank here."""
-        if math.isnan(loss) and rank in task.steps:
+    def note_progress(self, task: Task, rank: int, step: int, loss: float | None) -> None:
+        """A rank has completed a step; what is sent is the newest of the lowest rank here. Any number is a loss."""
+        if loss is None and rank in task.steps:
             loss = task.steps[rank][1]  # not every step has one
         task.steps[rank] = (step, loss)
         if rank != min(task.steps):
             return
         progress = agent_pb2.TaskProgress(job=task.work.job, epoch=task.work.epoch, step=step, loss=loss)
-        progress.time.FromDatetime(self._host.clock.now())
+        progress.time.FromDatetime(self._context.clock.now())
         self._progress[task.work.task] = progress
 
     def take_progress(self) -> list[agent_pb2.TaskProgress]:
@@ -139,12 +178,19 @@ class Supervisor:
 
     async def restore(self) -> None:
         """Takes over what earlier agents on this node left: desired set, epochs, tasks, living processes."""
-        self._epochs = await self._state.run(self._state.load_epochs)
+        records = await self._state.run(self._state.load_tasks)
         desired = await self._state.run(self._state.load_desired)
+        if desired is None:  # what was desired of a task is in its own record, too
+            desired = agent_pb2.DesiredTasks(tasks=[record.desired for record in records if record.result is None])
         self._desired, self._revision = {task.task.id: task for task in desired.tasks}, desired.revision
-        for record in await self._state.run(self._state.load_tasks):
+        self._left_alone = frozenset(desired.unreadable_jobs)
+        self._epochs = await self._state.run(self._state.load_epochs)
+        for job, epoch in ((record.desired.job, record.desired.epoch) for record in records):
+            self._epochs[job] = max(epoch, self._epochs.get(job, 0))
+        for record in records:
             await self._restore(record)
-        await self._report_strangers()
+        await self._context.secrets.sweep(frozenset(n for n, task in self._tasks.items() if task.stage.holds))
+        await self._find_strangers()
 
     async def _restore(self, record: TaskRecord) -> None:
         work = work_from_proto(record.desired)
@@ -156,61 +202,65 @@ class Supervisor:
             return
         if record.meta.stopping:
             task.stop.set()
-        plan = await self._state.run(self._life.plan, task, adopting=True)
+        plan = await self._state.run(plan_of, self._context, task, adopting=True)
         task.running = await self._runtime(work).adopt(plan)
         if task.running is not None:
             task.stage = Stage.STOPPING if record.meta.stopping or record.result else Stage.RUNNING
             _log.info(Event.TASK_ADOPTED, task=work.task, job=work.job, epoch=work.epoch)
-        elif record.result is not None:
+        elif (setup := await self._state.run(setup_plan_of, self._context, task, adopting=True)) is not None:
+            task.setting_up = await self._runtime(work).adopt(setup)
+        if task.setting_up is not None:
+            task.stage = Stage.STOPPING if record.meta.stopping or record.result else Stage.LAUNCHING
+        elif task.running is None and record.result is not None:
             task.stage = Stage.ENDED
         if task.last is None:
-            running = task.running is not None
-            phase = scheduler_pb2.TASK_PHASE_RUNNING if running else scheduler_pb2.TASK_PHASE_ACCEPTED
-            task.last = self._life.snapshot(task, phase)
+            task.last = self._runner.snapshot(task, _phase_of(task))
         self._tasks[work.task] = task
 
     def _runtime(self, work: Work) -> Runtime:
         """The runtime that started `work`. Raises Unavailable when it is gone: its tasks may be running all the same."""
-        name = "docker" if work.image else "process"
-        if name not in self._host.runtimes:
-            raise Unavailable(f"task {work.task} runs in {name}, which does not answer", reason="RUNTIME_UNREACHABLE")
-        return self._host.runtimes[name]
+        name = "docker" if work.spec.image else "process"
+        if name not in self._context.runtimes:
+            raise Unavailable(
+                f"task {work.task} runs in {name}, which does not answer", reason=ErrorReason.RUNTIME_UNREACHABLE
+            )
+        return self._context.runtimes[name]
 
-    async def _report_strangers(self) -> None:
-        """Processes that claim to be of this node and are of no task that we know: left alone, and told."""
-        known = {task.meta.token for task in self._tasks.values()}
-        for process in await asyncio.to_thread(procfs.find, "WHALEFLUX_NODE", self._host.node):
-            entries = await asyncio.to_thread(procfs.environment, process.pid)
-            tokens = {e.partition(b"=")[2].decode("utf-8", "replace") for e in entries if e.startswith(_TOKEN_ENTRY)}
-            if tokens and not tokens & known:
-                _log.warning(Event.PROCESS_UNKNOWN, pid=process.pid)
-                self._host.observe("UNKNOWN_PROCESS", None, process.pid, "has a token of no task of this agent")
+    async def _find_strangers(self) -> None:
+        tokens = {task.meta.token for task in self._tasks.values()}
+        self._strangers = await asyncio.to_thread(find_strangers, self._context.node, tokens)
+        for stranger in self._strangers:
+            pid = stranger.process.pid
+            _log.warning(Event.PROCESS_UNKNOWN, pid=pid, gpus=stranger.gpu_uuids)
+            self._context.observe(What.UNKNOWN_PROCESS, None, pid, "has a token of no task of this agent")
 
     async def run(self) -> None:
         """Makes reality match, whenever either changes."""
-        async with asyncio.TaskGroup() as lives:
-            lives.create_task(self._bound_logs())
+        async with asyncio.TaskGroup() as runners:
+            runners.create_task(self._keep_logs())
+            runners.create_task(asyncio.to_thread(self._state.empty_trash))
             for task in self._tasks.values():
-                if task.running is not None:
-                    lives.create_task(self._live(task))
+                if task.running is not None or task.setting_up is not None:
+                    runners.create_task(self._run_task(task))
             while True:
-                await self._act(lives)
+                await self._act(runners)
                 await self._wake.wait()
                 self._wake.clear()
 
-    async def _act(self, lives: asyncio.TaskGroup) -> None:
+    async def _act(self, runners: asyncio.TaskGroup) -> None:
         wanted = dict(self._desired)  # as of now: it may change while something is written to disk
         desired = {name: work_from_proto(task) for name, task in wanted.items()}
         for name, work in desired.items():
             if (known := self._tasks.get(name)) is not None and known.stage is Stage.ACCEPTED:
                 known.work = work  # the rendezvous has become known, or it may start
-        actual = {name: task.have for name, task in self._tasks.items()}
-        for action in reconcile(desired, actual, self._epochs, fresh=self._fresh):
-            await self._perform(action, wanted, lives)
+        await self._refuse_hopeless()
+        actual = {name: task.actual for name, task in self._tasks.items()}
+        for action in reconcile(desired, actual, self._epochs, fresh=self._fresh, left_alone=self._left_alone):
+            await self._perform(action, wanted, runners)
         _show(self._tasks.values())
 
     async def _perform(
-        self, action: Action, wanted: Mapping[str, agent_pb2.DesiredTask], lives: asyncio.TaskGroup
+        self, action: Action, wanted: Mapping[str, agent_pb2.DesiredTask], runners: asyncio.TaskGroup
     ) -> None:
         match action:
             case Accept(name):
@@ -221,19 +271,22 @@ class Supervisor:
                 task = self._tasks[name]
                 await self._state.run(self._state.save_task, wanted[name], task.meta)
                 task.stage = Stage.LAUNCHING
-                lives.create_task(self._live(task))
+                runners.create_task(self._run_task(task))
             case Stop(name, reason):
                 await self._stop(self._tasks[name], reason)
             case Forget(name):
                 self._forgotten[name] = self._tasks.pop(name)
                 in_use = frozenset(self._tasks)
-                for gone in await self._state.run(self._state.collect, self._limits.kept_tasks, in_use):
+                if collected := await self._state.run(self._state.collect, self._limits.kept_tasks, in_use):
+                    runners.create_task(asyncio.to_thread(self._state.empty_trash))
+                for gone in collected:
                     self._forgotten.pop(gone, None)
 
     async def _accept(self, wanted: agent_pb2.DesiredTask) -> None:
         """Persists the epoch before anything is promised for it."""
         work = work_from_proto(wanted)
-        if reason := defect(work, self._healthy_gpus(), self._host.runtimes):
+        known = rejection_reason(work, self._healthy_gpus(), self._context.runtimes)
+        if reason := known or self._context.isolation.refused:
             await self._refuse(wanted, reason)
             return
         self._epochs.pop(work.job, None)
@@ -241,25 +294,44 @@ class Supervisor:
         await self._state.run(self._state.save_epochs, dict(self._epochs))
         try:
             meta = self._chosen(work)
-        except OverLimit as full:
+        except ResourceExhausted as full:
             await self._refuse(wanted, str(full))
             return
-        await self._life.report(await self._new(wanted, meta), scheduler_pb2.TASK_PHASE_ACCEPTED)
-        self._wake.set()  # it may be told to start already
+        await self._runner.report(await self._new(wanted, meta), scheduler_pb2.TASK_PHASE_ACCEPTED)
+        self._wake.set()  # the control plane may have ordered its start already
 
     async def _refuse(self, wanted: agent_pb2.DesiredTask, reason: str) -> None:
-        await self._life.refuse(await self._new(wanted, TaskMeta(secrets.token_hex(16))), reason)
+        await self._runner.refuse(await self._new(wanted, TaskMeta(secrets.token_hex(16))), reason)
+
+    async def _refuse_hopeless(self) -> None:
+        """A task whose turn may never come, or whose ranks could never meet, says so at once: it is tried elsewhere."""
+        for task in [task for task in self._tasks.values() if task.stage is Stage.ACCEPTED]:
+            if (
+                reason := self._behind_stuck(task.work)
+                or self._behind_stranger(task.work)
+                or unreachable(task.work, self._context.host_address)
+            ):
+                await self._runner.refuse(task, reason)
+
+    def _behind_stuck(self, work: Work) -> str:
+        ahead = blockers(work, [other.actual for other in self._tasks.values()])
+        stuck = next((name for name in ahead if self._tasks[name].meta.stuck), "")
+        return f"{stuck} cannot be ended here: {self._tasks[stuck].meta.stuck}" if stuck else ""
+
+    def _behind_stranger(self, work: Work) -> str:
+        self._strangers = [stranger for stranger in self._strangers if stranger.process.alive()]
+        found = blockers(work, [stranger.actual for stranger in self._strangers])
+        return f"{found[0]} holds its GPUs, of a task whose record is damaged: end it by hand" if found else ""
 
     def _chosen(self, work: Work) -> TaskMeta:
         """Token, and ports where it is ours to choose them."""
-        address, found = self._host.host_address, list[int]()
-        wanted = (len(work.gpu_indices) if work.service else 0) + (work.group_rank == 0 and not work.rendezvous)
+        address, found = self._context.host_address, list[int]()
+        wanted = (len(work.processes) if work.spec.is_service else 0) + (work.group_rank == 0 and not work.rendezvous)
         for _ in range(wanted):
             taken = {*self._ports_in_use(), *found}
             found.append(ports.choose(self._limits.first_port, self._limits.last_port, taken, host=address))
-        shown = f"[{address}]" if ":" in address else address
-        rendezvous = f"{shown}:{found.pop()}" if work.group_rank == 0 and not work.rendezvous else ""
-        endpoint = f"{shown}:{found[0]}" if work.service else ""
+        rendezvous = hostport.join(address, found.pop()) if work.group_rank == 0 and not work.rendezvous else ""
+        endpoint = hostport.join(address, found[0]) if work.spec.is_service else ""
         return TaskMeta(secrets.token_hex(16), rendezvous, endpoint, tuple(found))
 
     def _ports_in_use(self) -> Iterator[int]:
@@ -267,7 +339,7 @@ class Supervisor:
             if task.stage is not Stage.ENDED:
                 yield from task.meta.ports
                 if task.meta.rendezvous:
-                    yield int(task.meta.rendezvous.rpartition(":")[2])
+                    yield hostport.parse(task.meta.rendezvous).port
 
     async def _new(self, wanted: agent_pb2.DesiredTask, meta: TaskMeta) -> Task:
         folder = await self._state.run(self._state.save_task, wanted, meta)
@@ -275,30 +347,44 @@ class Supervisor:
         return task
 
     async def _stop(self, task: Task, reason: str) -> None:
-        await self._life.remember(task, stopping=reason)
-        if task.stage is Stage.ACCEPTED:  # nothing of it ever ran
+        await self._runner.remember(task, stopping=reason)
+        if task.stage is Stage.ACCEPTED:  # nothing of it ever ran, though an earlier agent may have been about to
             task.stage = Stage.ENDED
-            await self._life.report(task, scheduler_pb2.TASK_PHASE_GONE, message=reason)
-            await self._life.remember(task, reaped=True)
+            await self._runner.tidy(task)
+            await self._runner.report(task, scheduler_pb2.TASK_PHASE_GONE, message=reason)
+            await self._runner.remember(task, reaped=True)
             self._wake.set()
         else:
             task.stage = Stage.STOPPING
             task.stop.set()
 
-    async def _live(self, task: Task) -> None:
-        await self._life.live(task)
+    async def _run_task(self, task: Task) -> None:
+        await self._runner.run(task)
         self._wake.set()  # what waited for its GPUs or its job may go on
 
-    async def _bound_logs(self) -> None:
-        """Keeps the logs of living tasks within their bound."""
-        while True:
-            await self._host.clock.sleep(_BOUND_LOGS_EVERY_S)
-            paths = [task.log(rank) for task in self._tasks.values() if task.stage.holds for rank in task.work.ranks]
-            for path in paths:
-                await asyncio.to_thread(logs.bound, path, self._limits.log_bytes_per_rank)
+    async def _keep_logs(self) -> None:
+        """Notes when the logs of living tasks grow, and keeps them within their bound."""
+        for look in itertools.count(1):
+            await self._context.clock.sleep(_MARK_LOGS_EVERY_S)
+            paths = [
+                task.log(rank) for task in self._tasks.values() if task.stage.holds for rank in task.work.processes
+            ]
+            if paths:
+                await asyncio.to_thread(self._look_at, paths, bound=look % _BOUND_LOGS_EVERY == 0)
+
+    def _look_at(self, paths: Iterable[Path], *, bound: bool) -> None:
+        for path in paths:
+            with contextlib.suppress(OSError):  # a full disk; the next look tries again
+                log_times.mark(path)
+                if bound:
+                    logs.bound(path, self._limits.log_bytes_per_rank)
 
 
-_TOKEN_ENTRY = f"{procfs.TASK_TOKEN}=".encode()
+def _phase_of(task: Task) -> scheduler_pb2.TaskPhase:
+    """Where a task stands of which nothing was reported to the end."""
+    if task.setting_up is not None:
+        return scheduler_pb2.TASK_PHASE_SETTING_UP
+    return scheduler_pb2.TASK_PHASE_ACCEPTED if task.running is None else scheduler_pb2.TASK_PHASE_RUNNING
 
 
 def _show(tasks: Iterable[Task]) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import Refusal
+from whaleflux.errors import StatusError
+from whaleflux.retry import Backoff
 from whaleflux.rpc.channel import Channel
 from whaleflux.telemetry import Event
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc
-from whaleflux_agent.core.backoff import pause_s
 from whaleflux_agent.log_streams import LogStreams
 from whaleflux_agent.reports import ReportLog
+from whaleflux_agent.runtime import procfs
 from whaleflux_agent.supervisor import Supervisor
+
+RETRY = Backoff()
 
 PROGRESS_EVERY_S = 0.5
 _QUIET_S = 30.0  # then an empty message says that the stream lives: proxies end idle ones
@@ -23,15 +25,26 @@ _log = telemetry.get_logger("whaleflux.agent")
 
 
 class SyncLoop:
-    """Keeps one stream open for ever; without it the node goes on with what it was last told."""
+    """Keeps one stream open for ever; without it the node goes on with the last desired set."""
 
     def __init__(
-        self, channel: Channel, node: str, boot_id: str, supervisor: Supervisor, reports: ReportLog, clock: Clock
+        self,
+        channel: Channel,
+        node: str,
+        boot_id: str,
+        supervisor: Supervisor,
+        reports: ReportLog,
+        clock: Clock,
+        *,
+        machine_id: str = "",
+        attach: Callable[[agent_pb2.AttachOrder], None] = lambda _: None,
+        refused: Callable[[StatusError], None] = lambda _: None,
     ) -> None:
         self._stub = agent_pb2_grpc.TaskServiceStub(channel)
-        self._node, self._boot_id = node, boot_id
+        self._node, self._boot_id, self._machine_id = node, boot_id, machine_id
         self._supervisor, self._reports, self._clock = supervisor, reports, clock
-        self._news = asyncio.Event()
+        self._attach, self._refused = attach, refused
+        self._changed = asyncio.Event()
         self.connected = False
 
     async def run(self) -> None:
@@ -41,17 +54,18 @@ class SyncLoop:
             try:
                 await self._once()
                 failures = 0  # the server ended it in order
-            except Refusal as refusal:
+            except StatusError as error:
+                self._refused(error)
                 failures = 1 if self.connected else failures + 1
                 level = _log.info if self.connected or failures % 20 == 1 else _log.debug
-                level(Event.STREAM_BROKEN, stream="sync", reason=refusal.message, failures=failures)
+                level(Event.STREAM_BROKEN, stream="sync", reason=error.message, failures=failures)
             finally:
                 self.connected = False
-            await self._clock.sleep(max(0.05, pause_s(failures, random.random())))
+            await self._clock.sleep(RETRY.pause_s(failures))
 
     async def _once(self) -> None:
-        logs = LogStreams(self._supervisor.newest_of, self._news.set)
-        self._reports.on_news = self._news.set
+        logs = LogStreams(self._supervisor.with_logs, self._changed.set)
+        self._reports.on_change = self._changed.set
         try:
             async with self._stub.Sync(self._requests(logs)) as responses:
                 async for response in responses:
@@ -63,13 +77,19 @@ class SyncLoop:
             await logs.close()
 
     async def _requests(self, logs: LogStreams) -> AsyncIterator[agent_pb2.SyncRequest]:
-        yield agent_pb2.SyncRequest(
-            hello=agent_pb2.SyncHello(node=self._node, boot_id=self._boot_id, tasks=self._supervisor.reports())
+        hello = agent_pb2.SyncHello(
+            node=self._node,
+            boot_id=self._boot_id,
+            machine_id=self._machine_id,
+            tasks=self._supervisor.reports(),
+            network=procfs.network_stack(),
         )
+        hello.time.FromDatetime(self._clock.now())
+        yield agent_pb2.SyncRequest(hello=hello)
         sent, progress_at = 0, self._clock.monotonic()
         quiet_at = progress_at + _QUIET_S
         while True:
-            self._news.clear()
+            self._changed.clear()
             for report in self._reports.after(sent):
                 yield agent_pb2.SyncRequest(report=report)
                 sent = report.sequence
@@ -82,12 +102,12 @@ class SyncLoop:
             if chunk := logs.take():
                 yield agent_pb2.SyncRequest(log=chunk)
                 continue  # one chunk, then reports again: logs never delay them
-            await self._news_or_pause(progress_at - self._clock.monotonic())
+            await self._change_or_pause(progress_at - self._clock.monotonic())
 
-    async def _news_or_pause(self, longest_s: float) -> None:
+    async def _change_or_pause(self, longest_s: float) -> None:
         try:
             async with asyncio.timeout(max(0.0, longest_s)):
-                await self._news.wait()
+                await self._changed.wait()
         except TimeoutError:
             pass
 
@@ -105,5 +125,7 @@ class SyncLoop:
                 logs.start(response.logs)
             case "cancel_logs":
                 logs.cancel(response.cancel_logs)
+            case "attach":
+                self._attach(response.attach)
             case _:
                 pass  # of a newer scheduler; what matters is in the desired set

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from whaleflux.config import ServiceSettings
+import asyncio
+
 from whaleflux.events.publisher import Publisher
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
 from whaleflux.v1.checkpoint_pb2_grpc import add_CheckpointServiceServicer_to_server
+from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
+from whaleflux_checkpoint.collector import Collector
 from whaleflux_checkpoint.news import of_checkpoint
 from whaleflux_checkpoint.servicer import Checkpoints
-
-
-class Settings(ServiceSettings):
-    """What can be restored, and from where."""
+from whaleflux_checkpoint.settings import Settings
 
 
 async def build(ctx: ServiceContext[Settings]) -> Parts:
-    """Any replica answers; one at a time publishes."""
+    """Any replica answers; one at a time publishes and collects."""
 
     async def publish(leader: Leader) -> None:
         publisher = Publisher(
@@ -31,13 +31,23 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         )
         await publisher.run()
 
-    async def publish_while_leading() -> None:
-        await lead(ctx.store, "checkpoint", ctx.address, publish)
+    async def collect(leader: Leader) -> None:
+        if ctx.settings.scheduler:
+            scheduler = SchedulerServiceStub(ctx.channel("scheduler"))
+            await Collector(ctx.store, scheduler, ctx.clock, ctx.settings.deleted_job_grace_s, leader).run()
 
-    servicer = Checkpoints(ctx.store, ctx.clock)
+    async def work(leader: Leader) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(publish(leader))
+            group.create_task(collect(leader))
+
+    async def work_while_leading() -> None:
+        await lead(ctx.store, "checkpoint", ctx.address, work)
+
+    servicer = Checkpoints(ctx.store, ctx.clock, ctx.trust.queue_access)
     return Parts(
         servicers=[(add_CheckpointServiceServicer_to_server, servicer, "whaleflux.v1.CheckpointService")],
-        loops=[publish_while_leading],
+        loops=[work_while_leading],
     )
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import cast
 
 from whaleflux import names
+from whaleflux.convert import enum_name
+from whaleflux.manifests.job_fields import DEFAULT_CHECKPOINTS_KEPT
 from whaleflux.rpc.etags import etag_of
 from whaleflux.store import keys
-from whaleflux.store.api import Entry
+from whaleflux.store.api import Entry, Put
 from whaleflux.v1 import checkpoint_pb2 as pb
-from whaleflux_checkpoint.core.lifecycle import DEFAULT_KEEP, Saved, State
+from whaleflux_checkpoint.core.state_machine import Saved, State
 
+_STATES = {state.value: state for state in State}
 _PREFIX = "CHECKPOINT_STATE_"
 
 
 def state_of(message: pb.Checkpoint) -> State:
-    return State(pb.CheckpointState.Name(message.state).removeprefix(_PREFIX))
+    """UNKNOWN for a state that only a newer version knows."""
+    return _STATES.get(enum_name(pb.CheckpointState, message.state, _PREFIX), State.UNKNOWN)
 
 
 def state_number(state: State) -> pb.CheckpointState:
@@ -24,8 +29,8 @@ def state_number(state: State) -> pb.CheckpointState:
 
 
 def saved_of(message: pb.Checkpoint) -> Saved:
-    keep = message.keep or DEFAULT_KEEP
-    return Saved(message.name, message.epoch, message.step, state_of(message), message.layout, keep)
+    keep = message.keep or DEFAULT_CHECKPOINTS_KEPT
+    return Saved(message.name, message.epoch, message.step, state_of(message), keep, message.serial, message.job_uid)
 
 
 def decode(entry: Entry) -> pb.Checkpoint:
@@ -52,6 +57,27 @@ def pieces_prefix(name: str) -> str:
     return keys.of_name(keys.CHECKPOINT_PIECES, name) + "/"
 
 
+def report_key(name: str, ranks: Iterable[int]) -> str:
+    """One for each set of ranks: a report that is said again for some of them replaces none that said more."""
+    ordered = sorted(set(ranks))
+    return f"{pieces_prefix(name)}{ordered[0]:06d}-{hashlib.sha256(repr(ordered).encode()).hexdigest()[:12]}"
+
+
+def deletable_key(name: str) -> str:
+    return keys.of_name(keys.CHECKPOINTS_DELETABLE, name)
+
+
+def deletable_mark(message: pb.Checkpoint) -> Put:
+    """By which a checkpoint whose bytes may go is found: its name, and the sites whose agents may delete them."""
+    return Put(deletable_key(message.name), "\n".join((message.name, *message.sites)).encode())
+
+
+def marked(entry: Entry) -> tuple[str, list[str]]:
+    """Name and sites of such a mark."""
+    name, *sites = entry.value.decode().split("\n")
+    return name, sites
+
+
 def fence_key(job: str) -> str:
     names.split(job, "queues", "jobs", field="job")
     return keys.of_name(keys.JOB_FENCES, job)
@@ -61,14 +87,7 @@ def job_of(name: str) -> str:
     return name.rsplit("/checkpoints/", 1)[0]
 
 
-def add_reports(message: pb.Checkpoint, reports: Iterable[Entry]) -> set[int]:
-    """Adds all reported pieces, in order of rank and path; returns the complete ranks."""
-    complete: set[int] = set()
-    pieces: dict[tuple[int, str], pb.Piece] = {}
-    for entry in reports:
-        report = pb.ReportedPieces.FromString(entry.value)
-        complete.update(report.complete_ranks)
-        pieces.update({(piece.rank, piece.path): piece for piece in report.pieces})
-    message.pieces.extend(pieces[key] for key in sorted(pieces))
-    message.size_bytes = sum(piece.size_bytes for piece in message.pieces)
-    return complete
+def pieces_of(reports: Iterable[pb.ReportedPieces]) -> list[pb.Piece]:
+    """All reported pieces, each once, in order of rank and path."""
+    pieces = {(piece.rank, piece.path): piece for report in reports for piece in report.pieces}
+    return [pieces[key] for key in sorted(pieces)]

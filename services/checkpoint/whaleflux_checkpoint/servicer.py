@@ -6,40 +6,68 @@ commits compares the job's fence: an attempt that is over cannot commit, whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import grpc
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock, SystemClock
-from whaleflux.errors import Conflict, FieldViolation, Invalid, NotFound
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
+from whaleflux.manifests.job_fields import DEFAULT_CHECKPOINTS_KEPT
+from whaleflux.reasons import ErrorReason
 from whaleflux.rpc.paging import list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Equals, Put, Store, Unchanged
-from whaleflux.telemetry import Metric
+from whaleflux.store.api import (
+    Absent,
+    ConditionFailed,
+    Delete,
+    Entry,
+    NoneCreated,
+    Present,
+    Put,
+    Store,
+    Unchanged,
+)
+from whaleflux.trust.ownership import OPEN, Access
 from whaleflux.v1 import checkpoint_pb2 as pb
 from whaleflux.v1 import checkpoint_pb2_grpc as rpc
-from whaleflux_checkpoint import convert
-from whaleflux_checkpoint.core import lifecycle
-from whaleflux_checkpoint.core.lifecycle import State
+from whaleflux_checkpoint import convert, records
+from whaleflux_checkpoint.checks import check_names, check_place, check_proof, check_report
+from whaleflux_checkpoint.commit import RACES, Commit, fence_of, refuse_if_fenced
+from whaleflux_checkpoint.core import state_machine
+from whaleflux_checkpoint.core.state_machine import State
+from whaleflux_checkpoint.moves import move
+from whaleflux_checkpoint.rights import Rights
 
-MAX_PIECES_PER_REPORT = 4096
-_RACES = 20  # compare-and-swaps that may be lost in a row before the caller has to try again
+_DELETABLE_AT_ONCE = 100
+_NOTHING_YET = "nothing was committed yet; start from the beginning"
 _Context = grpc.aio.ServicerContext[object, object]
 
 
 class Checkpoints(rpc.CheckpointServiceServicer):
     """See the module."""
 
-    def __init__(self, store: Store, clock: Clock | None = None) -> None:
+    def __init__(
+        self, store: Store, clock: Clock | None = None, queue_access: Callable[[str], Access] = lambda _: OPEN
+    ) -> None:
         self._store, self._clock = store, clock or SystemClock()
+        self._commit, self._rights = Commit(store, self._clock), Rights(store, queue_access)
 
     async def BeginCheckpoint(self, request: pb.BeginCheckpointRequest, context: _Context | None) -> pb.Checkpoint:
-        lifecycle.check_begin(
-            request.step, request.epoch, request.world_size, request.location, request.data_position, request.keep
+        state_machine.check_begin(
+            request.step,
+            request.epoch,
+            request.serial,
+            request.world_size,
+            request.location,
+            request.data_position,
+            request.keep,
         )
-        fence = Equals(convert.fence_key(request.job), str(request.epoch).encode())
-        name = f"{request.job}/checkpoints/{lifecycle.checkpoint_id(request.step, request.epoch)}"
+        fence = fence_of(request.job, request.epoch)
+        placed = await self._rights.check_acts_for(request.job, request.epoch)
+        if placed is not None:
+            check_place(request, placed)
+        name = names.checkpoint(request.job, request.step, request.epoch, request.serial)
         key = convert.checkpoint_key(name)
         made = pb.Checkpoint(
             name=name,
@@ -50,194 +78,176 @@ class Checkpoints(rpc.CheckpointServiceServicer):
             state=pb.CHECKPOINT_STATE_WRITING,
             location=request.location,
             data_position=request.data_position,
-            keep=request.keep or lifecycle.DEFAULT_KEEP,
+            keep=request.keep or DEFAULT_CHECKPOINTS_KEPT,
             traceparent=telemetry.current_traceparent(),
+            job_uid=request.job_uid,
+            serial=request.serial,
+            storage=request.storage,
+            sites=sorted(placed.sites) if placed is not None else (),
         )
         made.create_time.FromDatetime(self._clock.now())
         try:
             await self._store.commit(Put(key, convert.encode(made)), when=[Absent(key), fence])
         except ConditionFailed as lost:
-            self._refuse_if_fenced(lost, request.job, request.epoch)
-        return convert.decode(await self._existing(key, name))
+            refuse_if_fenced(lost, request.job, request.epoch)
+        begun = convert.decode(await records.existing(self._store, key, name))
+        if convert.state_of(begun) is not State.WRITING:
+            raise AlreadyExists("checkpoint", name, "it is never written again; save with another serial")
+        return begun
 
     async def ReportPieces(self, request: pb.ReportPiecesRequest, context: _Context | None) -> pb.ReportPiecesResponse:
         key = convert.checkpoint_key(request.checkpoint)
-        entry = await self._existing(key, request.checkpoint)
+        placed = await self._rights.check_acts_for(convert.job_of(request.checkpoint), request.epoch)
+        entry = await records.existing(self._store, key, request.checkpoint)
         known = convert.decode(entry)
-        _check_report(request, known)
+        self._rights.check_own(known, placed)
+        check_report(request, known)
         if convert.state_of(known) is State.WRITING:
             await self._store_report(request, known)
-            known = await self._commit_if_complete(request.checkpoint)
+            known = await self._commit.if_complete(request.checkpoint)
         return pb.ReportPiecesResponse(checkpoint=known, deletable=await self._deletable(known))
 
     async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: _Context | None) -> pb.Checkpoint:
-        entry = await self._existing(convert.checkpoint_key(request.name), request.name)
-        return await self._whole(entry)
+        key = convert.checkpoint_key(request.name)
+        placed = await self._rights.check_reads(convert.job_of(request.name), "checkpoint", request.name)
+        entry = await records.existing(self._store, key, request.name)
+        self._rights.check_own(convert.decode(entry), placed)
+        return await records.whole(self._store, entry)
 
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: _Context | None
     ) -> pb.ListCheckpointsResponse:
+        scope = records.scope(request.parent)
+        shown = await self._rights.lists(request.parent)
         page = await list_page(
             self._store,
             keys.CHECKPOINTS,
             convert.decode,
             size=page_size(request.page_size),
             token=request.page_token,
-            scope=_scope(request.parent),
+            scope=scope,
+            keep=shown,
         )
         newest_first = sorted(page.items, key=lambda c: (convert.job_of(c.name), -c.step, -c.epoch))
-        return pb.ListCheckpointsResponse(checkpoints=newest_first, next_page_token=page.next_page_token)
+        return pb.ListCheckpointsResponse(
+            checkpoints=newest_first, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
 
     async def FindRestorable(self, request: pb.FindRestorableRequest, context: _Context | None) -> pb.Checkpoint:
         names.split(request.job, "queues", "jobs", field="job")
-        entries = {e.key: e for e in await self._of_job(request.job)}
-        found = lifecycle.newest_restorable(
-            (convert.saved_of(convert.decode(e)) for e in entries.values()), request.layout
-        )
-        if found is None:
-            raise NotFound(
-                "checkpoint", f"{request.job}/checkpoints/-", "nothing was committed yet; start from the beginning"
+        none = f"{request.job}/checkpoints/-"
+        placed = await self._rights.check_reads(request.job, "checkpoint", none, _NOTHING_YET)
+        job_uid = placed.job_uid if placed is not None else request.job_uid
+        known = await records.of_job(self._store, request.job)
+        entries = {entry.key: entry for entry, _ in known.values}
+        saved = [convert.saved_of(one) for _, one in known.values]
+        found = state_machine.newest_restorable(saved, job_uid=job_uid, exclude=frozenset(request.exclude))
+        if found is None and (known.unreadable or any(one.state is State.UNKNOWN for one in saved)):
+            raise FailedPrecondition(
+                f"{request.job} has checkpoints of a newer version, or damaged records, and no others; update the checkpoint service",
+                reason=ErrorReason.RECORD_UNREADABLE,
             )
-        return await self._whole(entries[convert.checkpoint_key(found.name)])
+        if found is None:
+            raise NotFound("checkpoint", none, _NOTHING_YET)
+        return await records.whole(self._store, entries[convert.checkpoint_key(found.name)])
+
+    async def ListDeletable(
+        self, request: pb.ListDeletableRequest, context: _Context | None
+    ) -> pb.ListDeletableResponse:
+        may_delete = self._rights.deletes()
+        page = await list_page(
+            self._store,
+            keys.CHECKPOINTS_DELETABLE,
+            convert.marked,
+            size=page_size(request.page_size),
+            token=request.page_token,
+            keep=lambda mark: may_delete(mark[1]),
+        )
+        entries = [await self._store.get(convert.checkpoint_key(name)) for name, _ in page.items]
+        found = [convert.decode(entry) for entry in entries if entry is not None]
+        return pb.ListDeletableResponse(checkpoints=found, next_page_token=page.next_page_token)
 
     async def ConfirmDeleted(
         self, request: pb.ConfirmDeletedRequest, context: _Context | None
     ) -> pb.ConfirmDeletedResponse:
-        for name in request.names:
-            entry = await self._store.get(convert.checkpoint_key(name))
-            if entry and convert.state_of(convert.decode(entry)) in lifecycle.DELETABLE:
-                await self._forget(name, entry)
+        check_names(request.names)
+        entries = [await self._store.get(convert.checkpoint_key(name)) for name in request.names]
+        known = [(entry, convert.decode(entry)) for entry in entries if entry is not None]
+        self._rights.check_deletes(one for _, one in known)
+        for entry, one in known:
+            if convert.state_of(one) in state_machine.DELETABLE:
+                await self._forget(one.name, entry)
         return pb.ConfirmDeletedResponse()
 
+    async def AbandonCheckpoint(self, request: pb.AbandonCheckpointRequest, context: _Context | None) -> pb.Checkpoint:
+        def given_up(known: pb.Checkpoint) -> State | None:
+            return State.ABANDONED if convert.state_of(known) is State.WRITING else None
+
+        return await self._change(request.name, request.epoch, given_up, request.message)
+
     async def MarkLost(self, request: pb.MarkLostRequest, context: _Context | None) -> pb.Checkpoint:
-        key = convert.checkpoint_key(request.name)
-        entry = await self._existing(key, request.name)
-        known = convert.decode(entry)
-        if convert.state_of(known) is not State.LOST:
-            lifecycle.check_step_to(convert.saved_of(known), State.LOST)
-            await self._move(entry, State.LOST, request.message[:1000])
-        return convert.decode(await self._existing(key, request.name))
+        def lost(known: pb.Checkpoint) -> State | None:
+            if convert.state_of(known) is State.LOST:
+                return None
+            state_machine.check_step_to(convert.saved_of(known), State.LOST)
+            check_proof(request.read, known)
+            return State.LOST
+
+        return await self._change(request.name, request.epoch, lost, request.message)
+
+    async def MarkIntact(self, request: pb.MarkIntactRequest, context: _Context | None) -> pb.Checkpoint:
+        def intact(known: pb.Checkpoint) -> State | None:
+            if convert.state_of(known) in state_machine.RESTORABLE:
+                return None
+            if convert.state_of(known) is not State.LOST:
+                state_machine.check_step_to(convert.saved_of(known), State.COMMITTED)
+                raise FailedPrecondition(f"{known.name} is not lost")
+            return State.COMMITTED
+
+        return await self._change(request.name, request.epoch, intact, "")
+
+    async def _change(
+        self, name: str, epoch: int, decide: Callable[[pb.Checkpoint], State | None], message: str
+    ) -> pb.Checkpoint:
+        """Moves a checkpoint on behalf of the job's current attempt; `decide` gives the next state, None to leave it."""
+        key = convert.checkpoint_key(name)
+        placed = await self._rights.check_acts_for(convert.job_of(name), epoch)
+        fence = fence_of(convert.job_of(name), epoch)
+        for _ in range(RACES):
+            entry = await records.existing(self._store, key, name)
+            known = await records.whole(self._store, entry)
+            self._rights.check_own(known, placed)
+            state = decide(known)
+            if state is None:
+                return known
+            try:
+                await move(self._store, entry, state, message[:1000], when=[fence])
+            except ConditionFailed as failed:
+                refuse_if_fenced(failed, convert.job_of(name), epoch)
+                continue  # it was changed meanwhile: look again
+            return convert.decode(await records.existing(self._store, key, name))
+        raise Aborted(f"{name} changes too fast; try again", retry_after_s=1.0)
 
     async def _store_report(self, request: pb.ReportPiecesRequest, known: pb.Checkpoint) -> None:
         report = pb.ReportedPieces(complete_ranks=request.complete_ranks, pieces=request.pieces)
-        key = f"{convert.pieces_prefix(known.name)}{min(request.complete_ranks):06d}"
-        fence = Equals(convert.fence_key(convert.job_of(known.name)), str(request.epoch).encode())
+        key = convert.report_key(known.name, request.complete_ranks)
+        fence, checkpoint_key = fence_of(convert.job_of(known.name), request.epoch), convert.checkpoint_key(known.name)
         try:
-            await self._store.commit(Put(key, report.SerializeToString()), when=[fence])
+            await self._store.commit(Put(key, report.SerializeToString()), when=[fence, Present(checkpoint_key)])
         except ConditionFailed as lost:
-            self._refuse_if_fenced(lost, convert.job_of(known.name), request.epoch)
-
-    async def _commit_if_complete(self, name: str) -> pb.Checkpoint:
-        key = convert.checkpoint_key(name)
-        for _ in range(_RACES):
-            entry = await self._existing(key, name)
-            known = await self._whole(entry)
-            complete = await self._complete_ranks(name)
-            if convert.state_of(known) is not State.WRITING or not lifecycle.is_complete(known.world_size, complete):
-                return known
-            known.state = pb.CHECKPOINT_STATE_COMMITTED
-            known.commit_time.FromDatetime(self._clock.now())
-            fence = Equals(convert.fence_key(convert.job_of(name)), str(known.epoch).encode())
-            try:
-                await self._store.commit(Put(key, convert.encode(known)), when=[Unchanged(entry), fence])
-            except ConditionFailed as lost:
-                self._refuse_if_fenced(lost, convert.job_of(name), known.epoch)
-                continue  # another report committed it first: look again
-            telemetry.counter(Metric.CHECKPOINT_COMMITS).labels("committed").inc()
-            await self._retain(known)
-            return known
-        raise Conflict(f"{name} changes too fast; report again", retry_after_s=1.0)
-
-    async def _retain(self, committed: pb.Checkpoint) -> None:
-        """Expires what is beyond the job's `keep`. Losing a race here is no harm: the next commit does it."""
-        entries = {e.key: e for e in await self._of_job(convert.job_of(committed.name))}
-        saved = [convert.saved_of(convert.decode(e)) for e in entries.values()]
-        plan = lifecycle.retain(saved, convert.saved_of(committed))
-        for old, state in [(s, State.EXPIRED) for s in plan.expire] + [(s, State.ABANDONED) for s in plan.abandon]:
-            try:
-                await self._move(entries[convert.checkpoint_key(old.name)], state, f"replaced by {committed.name}")
-            except ConditionFailed:
-                continue
-
-    async def _move(self, entry: Entry, state: State, message: str) -> None:
-        changed = convert.decode(entry)
-        changed.state, changed.message = convert.state_number(state), message
-        await self._store.commit(Put(entry.key, convert.encode(changed)), when=[Unchanged(entry)])
+            refuse_if_fenced(lost, convert.job_of(known.name), request.epoch)
+            await records.existing(self._store, checkpoint_key, known.name)  # it was deleted meanwhile
 
     async def _deletable(self, known: pb.Checkpoint) -> list[pb.Checkpoint]:
-        of_job = [convert.decode(e) for e in await self._of_job(convert.job_of(known.name))]
-        return [c for c in of_job if convert.state_of(c) in lifecycle.DELETABLE]
+        scope = keys.of_name(keys.CHECKPOINTS_DELETABLE, convert.job_of(known.name)) + "/"
+        marked = (await self._store.list(scope, limit=_DELETABLE_AT_ONCE)).entries
+        entries = [await self._store.get(convert.checkpoint_key(convert.marked(mark)[0])) for mark in marked]
+        return [convert.decode(entry) for entry in entries if entry is not None]
 
     async def _forget(self, name: str, entry: Entry) -> None:
-        reports = (await self._store.list(convert.pieces_prefix(name))).entries
-        for start in range(0, len(reports), 100):  # a transaction has at most 128 operations
-            await self._store.commit(*(Delete(e.key) for e in reports[start : start + 100]))
-        await self._store.commit(Delete(entry.key), when=[Unchanged(entry)])
-
-    async def _of_job(self, job: str) -> Sequence[Entry]:
-        return (await self._store.list(_scope(job))).entries
-
-    async def _complete_ranks(self, name: str) -> set[int]:
-        return convert.add_reports(pb.Checkpoint(), (await self._store.list(convert.pieces_prefix(name))).entries)
-
-    async def _whole(self, entry: Entry) -> pb.Checkpoint:
-        message = convert.decode(entry)
-        convert.add_reports(message, (await self._store.list(convert.pieces_prefix(message.name))).entries)
-        return message
-
-    async def _existing(self, key: str, name: str) -> Entry:
-        entry = await self._store.get(key)
-        if entry is None:
-            raise NotFound("checkpoint", name, "list what exists with: whaleflux checkpoints")
-        return entry
-
-    @staticmethod
-    def _refuse_if_fenced(lost: ConditionFailed, job: str, epoch: int) -> None:
-        if any(isinstance(condition, Equals) for condition in lost.failed):
-            telemetry.counter(Metric.CHECKPOINT_COMMITS).labels("fenced").inc()
-            raise Conflict(
-                f"epoch {epoch} of {job} is over; a newer attempt runs, this one must stop",
-                reason="EPOCH_FENCED",
-                metadata={"job": job, "epoch": str(epoch)},
-            ) from lost
-
-
-def _scope(parent: str) -> str:
-    """The key prefix of a parent: a job, or all jobs of a queue or of all queues ("-")."""
-    if parent in {"", "queues/-", "queues/-/jobs/-"}:
-        return keys.CHECKPOINTS
-    queue, job = names.split(parent.replace("/jobs/-", "/jobs/0"), "queues", "jobs", field="parent")
-    return f"{keys.CHECKPOINTS}{queue}/" + ("" if parent.endswith("/jobs/-") else f"{job}/")
-
-
-def _check_report(request: pb.ReportPiecesRequest, known: pb.Checkpoint) -> None:
-    bad = []
-    if request.epoch != known.epoch:
-        bad.append(FieldViolation("epoch", f"is {request.epoch}, the checkpoint is of epoch {known.epoch}"))
-    ranks = set(request.complete_ranks)
-    if not ranks or not ranks <= set(range(known.world_size)):
-        bad.append(FieldViolation("complete_ranks", f"must name at least one rank, each 0 to {known.world_size - 1}"))
-    if len(request.pieces) > MAX_PIECES_PER_REPORT:
-        bad.append(
-            FieldViolation(
-                "pieces", f"has {len(request.pieces)}, at most {MAX_PIECES_PER_REPORT}; report fewer ranks at a time"
-            )
-        )
-    for index, piece in enumerate(request.pieces):
-        path = piece.path
-        if piece.rank not in ranks:
-            bad.append(FieldViolation(f"pieces[{index}].rank", "is not among complete_ranks"))
-        if not path or path.startswith("/") or ".." in path.split("/") or len(path) > 1024:
-            bad.append(
-                FieldViolation(
-                    f"pieces[{index}].path", "must be a path below the location, at most 1024 characters, without '..'"
-                )
-            )
-        if piece.size_bytes < 0 or not piece.checksum or len(piece.checksum) > 256:
-            bad.append(
-                FieldViolation(
-                    f"pieces[{index}]", "needs a size of 0 or more bytes and a checksum of at most 256 characters"
-                )
-            )
-    if bad:
-        raise Invalid(bad[:20])
+        prefix = convert.pieces_prefix(name)
+        listed = await self._store.list(prefix)
+        for start in range(0, len(listed.entries), 100):  # a transaction has at most 128 operations
+            await self._store.commit(*(Delete(e.key) for e in listed.entries[start : start + 100]))
+        record = Delete(entry.key), Delete(convert.deletable_key(name))
+        await self._store.commit(*record, when=[Unchanged(entry), NoneCreated(prefix, listed.revision)])

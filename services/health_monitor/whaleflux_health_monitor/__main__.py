@@ -9,7 +9,7 @@ from functools import partial
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.events.publisher import Change, News, Publisher
+from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
@@ -17,13 +17,14 @@ from whaleflux.v1 import inventory_pb2
 from whaleflux.v1.health_pb2_grpc import add_HealthServiceServicer_to_server
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux_health_monitor import news
-from whaleflux_health_monitor.config import HealthSettings
+from whaleflux_health_monitor.campaign import Campaign
 from whaleflux_health_monitor.core.timing import Timing
-from whaleflux_health_monitor.leading import NAME, Leading, Tools
+from whaleflux_health_monitor.leader_session import NAME, Dependencies
 from whaleflux_health_monitor.prober import Prober
 from whaleflux_health_monitor.servicer import HealthServicer
+from whaleflux_health_monitor.settings import Settings
 
-Context = ServiceContext[HealthSettings]
+Context = ServiceContext[Settings]
 
 
 async def build(ctx: Context) -> Parts:
@@ -45,12 +46,12 @@ async def build(ctx: Context) -> Parts:
         breaker_share=settings.breaker_share,
     )
     prober = Prober(ctx.tls, settings.trust_domain)
-    tools = Tools(ctx.store, ctx.clock, prober.probe, watch_nodes, timing, telemetry.emit_span)
-    leading = Leading(tools, ctx.address)
-    servicer = HealthServicer(ctx.store, leading, ctx.clock, ctx.stopping)
+    dependencies = Dependencies(ctx.store, ctx.clock, prober.probe, watch_nodes, timing, telemetry.emit_span)
+    campaign = Campaign(dependencies, ctx.address)
+    servicer = HealthServicer(ctx.store, campaign, ctx.clock, ctx.stopping, ctx.trust.queue_access, ctx.trail)
     return Parts(
         servicers=[(add_HealthServiceServicer_to_server, servicer, "whaleflux.v1.HealthService")],
-        loops=[leading.run, *([lambda: _publish(ctx)] if settings.nats else [])],
+        loops=[campaign.run, *([lambda: _publish(ctx)] if settings.nats else [])],
     )
 
 
@@ -61,16 +62,18 @@ async def _publish(ctx: Context) -> None:
                 ("health-nodes", keys.NODE_HEALTH, news.of_health),
                 ("health-incidents", keys.INCIDENTS, news.of_incident),
             ):
-                told = partial(_described, describe, ctx.clock)
-                publisher = Publisher(ctx.store, ctx.bus, prefix, told, name=name, leader=leader, clock=ctx.clock)
+                described = partial(_described, describe, ctx.clock)
+                publisher = Publisher(ctx.store, ctx.bus, prefix, described, name=name, leader=leader, clock=ctx.clock)
                 group.create_task(publisher.run())
 
     await lead(ctx.store, f"{NAME}-news", ctx.address, work)
 
 
-def _described(describe: Callable[[Change, datetime], News | None], clock: Clock, change: Change) -> News | None:
+def _described(
+    describe: Callable[[EntryChange, datetime], OutgoingEvent | None], clock: Clock, change: EntryChange
+) -> OutgoingEvent | None:
     return describe(change, clock.now())
 
 
 if __name__ == "__main__":
-    main(NAME, HealthSettings, build)
+    main(NAME, Settings, build)

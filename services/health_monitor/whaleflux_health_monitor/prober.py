@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from whaleflux import names
-from whaleflux.errors import Refusal
+from whaleflux import hostport, names
+from whaleflux.errors import InvalidArgument, StatusError
 from whaleflux.rpc.channel import connect
 from whaleflux.rpc.pki import TlsFiles, server_name
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc
@@ -32,19 +32,18 @@ class Prober:
             async with connect(address, self._tls, server=expected) as channel:
                 stub = agent_pb2_grpc.NodeServiceStub(channel)
                 answer = await stub.Probe(agent_pb2.ProbeRequest(), timeout=ANSWER_S)
-        except Refusal:
+        except StatusError:
             return Probe.CONNECTS
         return Probe.ANSWERED if answer.node == node else Probe.CONNECTS
 
 
 async def _dial(address: str) -> Probe:
-    host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(CONNECT_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            _, writer = await asyncio.open_connection(*hostport.parse(address))
     except ConnectionRefusedError:
         return Probe.REFUSED
-    except (OSError, TimeoutError, ValueError):
+    except (OSError, TimeoutError, InvalidArgument):
         return Probe.NO_ROUTE
     writer.close()
     with contextlib.suppress(OSError):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from whaleflux.clock import Clock
 from whaleflux.errors import Unavailable
+from whaleflux.retry import Backoff
 from whaleflux.store.api import Held, Leadership, Store, Write
 
 AT_ONCE = 60  # writes of one transaction
-RETRY_S = 0.1
+RETRY = Backoff()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,13 +69,15 @@ class Recorder:
 
     async def _commit(self, batch: Sequence[_Waiting]) -> None:
         writes = [write for waiting in batch for write in waiting.writes]
+        failures = 0
         try:
             while True:
                 try:
                     await self._store.commit(*writes, when=[Held(self._leader)])
                     break
                 except Unavailable:
-                    await self._clock.sleep(RETRY_S)
+                    failures += 1
+                    await self._clock.sleep(RETRY.pause_s(failures))
         except BaseException:
             for waiting in batch:
                 waiting.done.cancel()

@@ -1,24 +1,31 @@
-"""HealthService: heartbeats and reported failures go to the leader's watch, reads come from the store."""
+"""HealthService: heartbeats and reported failures go to the leader's session, reads come from the store."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import FieldViolation, Invalid, NotFound
+from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
+from whaleflux.reasons import What
 from whaleflux.rpc import auth
 from whaleflux.rpc.paging import list_page, page_size
-from whaleflux.rpc.watching import Kind, watch_resources
+from whaleflux.rpc.watching import fill, watch_resources
 from whaleflux.store import keys
 from whaleflux.store.api import Store
+from whaleflux.store.reading import read_all
+from whaleflux.trust import ownership
+from whaleflux.trust.audit import Audit, AuditRecord, NoAudit
+from whaleflux.trust.ownership import OPEN, Access
+from whaleflux.trust.sight import Sight
 from whaleflux.v1 import health_pb2 as pb
 from whaleflux.v1 import health_pb2_grpc as rpc
 from whaleflux_health_monitor import convert
-from whaleflux_health_monitor.leading import Leading, Watch, not_leader
+from whaleflux_health_monitor.campaign import Campaign
+from whaleflux_health_monitor.leader_session import LeaderSession, not_leader
 
 HELLO_WITHIN_S = 10.0
 ACKNOWLEDGE_EVERY_S = 1.0
@@ -31,47 +38,61 @@ T = TypeVar("T")
 class HealthServicer(rpc.HealthServiceServicer):
     """`stopping` is set when this process goes: streams that it ends itself are no evidence."""
 
-    def __init__(self, store: Store, leading: Leading, clock: Clock, stopping: asyncio.Event) -> None:
-        self._store, self._leading, self._clock, self._stopping = store, leading, clock, stopping
+    def __init__(
+        self,
+        store: Store,
+        campaign: Campaign,
+        clock: Clock,
+        stopping: asyncio.Event,
+        access: Callable[[str], Access] = lambda _: OPEN,
+        trail: Audit | None = None,
+    ) -> None:
+        self._trail: Audit = NoAudit() if trail is None else trail
+        self._store, self._campaign, self._clock, self._stopping = store, campaign, clock, stopping
+        self._access = access
 
     async def Heartbeat(
         self, requests: AsyncIterator[pb.HeartbeatRequest], context: Context
     ) -> AsyncIterator[pb.HeartbeatResponse]:
-        watch = await self._leading.leading()
-        async with contextlib.aclosing(_while(requests, watch)) as messages:
+        session = await self._campaign.current()
+        async with contextlib.aclosing(_while(requests, session)) as messages:
             hello = await _hello(messages)
-            stream = watch.hello(hello)
+            stream = session.hello(hello)
             try:
                 yield pb.HeartbeatResponse()  # tells the agent that its stream stands
-                async for response in self._listen(watch, hello.node, stream, messages):
+                async for response in self._listen(session, hello.node, stream, messages):
                     yield response
             finally:
                 if not self._stopping.is_set():
-                    watch.stream_ended(hello.node, stream)
+                    session.stream_ended(hello.node, stream)
 
     async def _listen(
-        self, watch: Watch, node: str, stream: int, messages: AsyncIterator[pb.HeartbeatRequest]
+        self, session: LeaderSession, node: str, stream: int, messages: AsyncIterator[pb.HeartbeatRequest]
     ) -> AsyncIterator[pb.HeartbeatResponse]:
         acknowledged_s = float("-inf")
         async for message in messages:
             which = message.WhichOneof("message")
-            if which == "beat":
-                _check_beat(message.beat)
-                dial = watch.beat(node, stream, message.beat)
+            if which == "heartbeat":
+                _check_heartbeat(message.heartbeat)
+                dial = session.heartbeat(node, stream, message.heartbeat)
                 now_s = self._clock.monotonic()
                 if dial or now_s - acknowledged_s >= ACKNOWLEDGE_EVERY_S:
                     acknowledged_s = now_s
-                    yield pb.HeartbeatResponse(acknowledged=message.beat.sequence, probe=dial)
+                    yield pb.HeartbeatResponse(acknowledged=message.heartbeat.sequence, indirect_probes=dial)
             elif which == "observation":
-                watch.observed(node, message.observation)
+                session.observed(node, message.observation)
+                if message.observation.kind == What.RANK_REFUSED:
+                    self._trail.record(_refused_rank(node, message.observation))
+                yield pb.HeartbeatResponse(acknowledged_observation=message.observation.id)
             elif which == "goodbye":
-                watch.goodbye(node, stream, restarting=message.goodbye.restarting)
+                await session.goodbye(node, stream, message.goodbye.kind)
+                yield pb.HeartbeatResponse(goodbye_stored=True)
                 return
 
     async def ReportFailure(self, request: pb.ReportFailureRequest, context: Context) -> pb.Incident:
         _check_failure(request)
-        watch = await self._leading.leading()
-        return await watch.failed(convert.failure_of(request), request.traceparent)
+        session = await self._campaign.current()
+        return await session.failed(convert.failure_of(request), request.traceparent)
 
     async def GetNodeHealth(self, request: pb.GetNodeHealthRequest, context: Context) -> pb.NodeHealth:
         names.split(request.name, "sites", "nodes")
@@ -84,7 +105,10 @@ class HealthServicer(rpc.HealthServiceServicer):
         size = page_size(request.page_size, default=500, most=5000)
         page = await list_page(self._store, keys.NODE_HEALTH, convert.health_of, size=size, token=request.page_token)
         return pb.ListNodeHealthResponse(
-            node_health=page.items, next_page_token=page.next_page_token, resource_version=page.revision
+            node_health=page.items,
+            next_page_token=page.next_page_token,
+            resource_version=page.revision,
+            unreadable=page.unreadable,
         )
 
     async def WatchNodeHealth(
@@ -94,36 +118,50 @@ class HealthServicer(rpc.HealthServiceServicer):
             self._store, keys.NODE_HEALTH, request.resource_version, convert.health_of, clock=self._clock
         )
         async for change in changes:
-            response = pb.WatchNodeHealthResponse(resource_version=change.resource_version)
-            if change.kind is Kind.BOOKMARK:
-                response.bookmark.SetInParent()
-            elif change.kind is Kind.DELETED:
-                site, node = change.key.removeprefix(keys.NODE_HEALTH).split("/")
-                response.deleted = names.node(site, node)
-            elif change.value is not None:
-                getattr(response, change.kind.value).CopyFrom(change.value)
-            yield response
+            yield fill(pb.WatchNodeHealthResponse(), change)
 
     async def GetIncident(self, request: pb.GetIncidentRequest, context: Context) -> pb.Incident:
         names.split(request.name, "incidents")
+        sight = self._sight()
         entry = await self._store.get(keys.of_name(keys.INCIDENTS, request.name))
         if entry is None:
             raise NotFound("incident", request.name)
-        return convert.incident_of(entry)
+        return shown_incident(convert.incident_of(entry), sight)
 
     async def ListIncidents(self, request: pb.ListIncidentsRequest, context: Context) -> pb.ListIncidentsResponse:
-        size = page_size(request.page_size)
+        size, sight = page_size(request.page_size), self._sight()
         snapshot = await self._store.list(keys.INCIDENTS)  # the leader keeps at most about a thousand
-        incidents = [convert.incident_of(entry) for entry in snapshot.entries]
+        read = read_all(snapshot.entries, convert.incident_of)
+        incidents = [incident for _, incident in read.values]
         incidents.sort(key=lambda i: (i.start_time.ToNanoseconds(), i.name), reverse=True)
         shown = [i for i in incidents if request.show_ended or not i.HasField("end_time")]
         page, token = _page(shown, size, request.page_token)
-        return pb.ListIncidentsResponse(incidents=page, next_page_token=token)
+        unreadable = map(keys.name_of, read.unreadable)
+        told = (shown_incident(incident, sight) for incident in page)
+        return pb.ListIncidentsResponse(incidents=told, next_page_token=token, unreadable=unreadable)
+
+    def _sight(self) -> Sight:
+        ownership.note_asked()
+        return Sight(auth.principal(), self._access)
 
 
-async def _while(requests: AsyncIterator[T], watch: Watch) -> AsyncGenerator[T, None]:
+def shown_incident(incident: pb.Incident, sight: Sight) -> pb.Incident:
+    """What happened to nodes is everybody's to know; which jobs it hit, and the last words of a program, are not. Changes it."""
+    if sight.everything:
+        return incident
+    incident.message = sight.cleaned(incident.message.partition("\n")[0])
+    incident.action = sight.cleaned(incident.action)
+    incident.jobs[:] = sight.known(incident.jobs)
+    incident.ClearField("traceparents")
+    for by_job in (incident.epochs, incident.failed):
+        for job in [job for job in by_job if not sight.sees_named(job)]:
+            del by_job[job]
+    return incident
+
+
+async def _while(requests: AsyncIterator[T], session: LeaderSession) -> AsyncGenerator[T, None]:
     """The requests, until the leadership ends: then NOT_LEADER."""
-    ended = asyncio.ensure_future(watch.ended.wait())
+    ended = asyncio.ensure_future(session.ended.wait())
     following: asyncio.Future[T] | None = None
     iterator = aiter(requests)
     try:
@@ -143,6 +181,22 @@ async def _while(requests: AsyncIterator[T], watch: Watch) -> AsyncGenerator[T, 
             following.cancel()
 
 
+def _refused_rank(node: str, seen: pb.Observation) -> AuditRecord:
+    """What the audit trail keeps of a process of a job that asked its agent for what is not its own, as that agent tells it."""
+    call, _, rest = seen.detail.partition(" ")
+    reason, _, said = rest.partition(": ")
+    return AuditRecord(
+        f"rank/{seen.job or '-'}",
+        "",
+        f"rank socket {call}",
+        seen.job or node,
+        "PERMISSION_DENIED",
+        reason,
+        node,
+        after=said,
+    )
+
+
 async def _hello(messages: AsyncIterator[pb.HeartbeatRequest]) -> pb.HeartbeatHello:
     try:
         async with asyncio.timeout(HELLO_WITHIN_S):
@@ -150,19 +204,23 @@ async def _hello(messages: AsyncIterator[pb.HeartbeatRequest]) -> pb.HeartbeatHe
     except TimeoutError:
         first = pb.HeartbeatRequest()
     if first.WhichOneof("message") != "hello":
-        raise Invalid(FieldViolation("hello", f"must be the first message, within {HELLO_WITHIN_S:g} s"))
+        raise InvalidArgument(FieldViolation("hello", f"must be the first message, within {HELLO_WITHIN_S:g} s"))
     names.split(first.hello.node, "sites", "nodes", field="hello.node")
     auth.require_own_node(first.hello.node)
-    if len(first.hello.boot_id) > 64 or len(first.hello.probe_address) > 253:
-        raise Invalid(FieldViolation("hello", "boot_id has at most 64 characters, probe_address 253"))
+    if len(first.hello.boot_id) > 64 or len(first.hello.machine_id) > 64 or len(first.hello.probe_address) > 253:
+        raise InvalidArgument(
+            FieldViolation("hello", "boot_id and machine_id have at most 64 characters, probe_address 253")
+        )
     return first.hello
 
 
-def _check_beat(beat: pb.Beat) -> None:
-    if len(beat.tasks) > MAX_TASKS:
-        raise Invalid(FieldViolation("beat.tasks", f"{len(beat.tasks)} tasks; a node runs at most {MAX_TASKS}"))
-    if any(len(t.job) > 256 or len(t.task) > 256 or len(t.traceparent) > 128 for t in beat.tasks):
-        raise Invalid(FieldViolation("beat.tasks", "names have at most 256 characters, traceparents 128"))
+def _check_heartbeat(heartbeat: pb.Heartbeat) -> None:
+    if len(heartbeat.tasks) > MAX_TASKS:
+        raise InvalidArgument(
+            FieldViolation("heartbeat.tasks", f"{len(heartbeat.tasks)} tasks; a node runs at most {MAX_TASKS}")
+        )
+    if any(len(t.job) > 256 or len(t.task) > 256 or len(t.traceparent) > 128 for t in heartbeat.tasks):
+        raise InvalidArgument(FieldViolation("heartbeat.tasks", "names have at most 256 characters, traceparents 128"))
 
 
 def _check_failure(request: pb.ReportFailureRequest) -> None:
@@ -177,7 +235,7 @@ def _check_failure(request: pb.ReportFailureRequest) -> None:
     if len(request.nodes) > MAX_NODES or len(request.disconnected_nodes) > MAX_NODES:
         wrong.append(FieldViolation("nodes", f"at most {MAX_NODES}"))
     if wrong:
-        raise Invalid(wrong)
+        raise InvalidArgument(wrong)
 
 
 def _page(incidents: Sequence[pb.Incident], size: int, token: str) -> tuple[Sequence[pb.Incident], str]:
@@ -186,7 +244,7 @@ def _page(incidents: Sequence[pb.Incident], size: int, token: str) -> tuple[Sequ
     if token:
         at = next((i for i, incident in enumerate(incidents) if incident.name == token), None)
         if at is None:
-            raise Invalid(FieldViolation("page_token", "is no longer in the list; start again without one"))
+            raise InvalidArgument(FieldViolation("page_token", "is no longer in the list; start again without one"))
         start = at + 1
     page = incidents[start : start + size]
     return page, page[-1].name if start + size < len(incidents) else ""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 from typing import cast
 
+from whaleflux import names
+from whaleflux.convert import enum_name
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.manifests import model_checks
 from whaleflux.rpc.etags import etag_of
 from whaleflux.store import keys
 from whaleflux.store.api import Entry
 from whaleflux.v1 import router_pb2 as pb
-from whaleflux_inference_router.core import policy
-from whaleflux_inference_router.core.replicas import State, check_model
+from whaleflux_inference_router.core import ranking
+from whaleflux_inference_router.core.replicas import State
 
+_STATES = {state.value: state for state in State}
 _STATE = "REPLICA_STATE_"
 
 
 def state_of(replica: pb.Replica) -> State:
-    return State(pb.ReplicaState.Name(replica.state).removeprefix(_STATE))
+    """UNKNOWN for a state that only a newer version knows."""
+    return _STATES.get(enum_name(pb.ReplicaState, replica.state, _STATE), State.UNKNOWN)
 
 
 def state_number(state: State) -> pb.ReplicaState:
@@ -56,18 +62,23 @@ def replica_key(name: str) -> str:
 
 def model_of(name: str) -> str:
     """Id of the model that a replica or model name belongs to."""
-    return name.split("/")[1]
+    return names.top(name)
 
 
-def routed_model(found: pb.Model) -> policy.Model:
+def routed_model(found: pb.Model) -> ranking.Model:
     rules = sorted(found.classes, key=lambda c: c.max_prompt_tokens or float("inf"))
-    classes = tuple(policy.RequestClass(c.max_prompt_tokens, tuple(c.gpu_models)) for c in rules)
-    return policy.Model(model_of(found.name), found.context_window_tokens, classes)
+    classes = tuple(ranking.RequestClass(c.max_prompt_tokens, tuple(c.gpu_models)) for c in rules)
+    return ranking.Model(model_of(found.name), found.context_window_tokens, classes, found.engine.kind or "openai")
 
 
-def routed_replica(found: pb.Replica) -> policy.Replica:
+def exempt(found: pb.Model) -> tuple[str, ...]:
+    """ip:port that an operator allows it; checked when it was declared."""
+    return tuple(found.allowed_addresses)
+
+
+def routed_replica(found: pb.Replica) -> ranking.Replica:
     state = state_of(found)
-    return policy.Replica(
+    return ranking.Replica(
         found.name,
         found.address,
         state is State.READY,
@@ -75,23 +86,17 @@ def routed_replica(found: pb.Replica) -> policy.Replica:
         found.gpu_model,
         found.gpu_memory_bytes,
         found.usd_per_hour,
+        found.message,
     )
 
 
 def check(found: pb.Model) -> None:
-    """Refuses what cannot be served."""
-    check_model(
-        command=found.engine.command,
-        image=found.engine.image,
-        addresses=found.engine.addresses,
-        gpus=found.engine.gpus,
-        least=found.replicas.min,
-        most=found.replicas.max,
-        window=found.context_window_tokens,
-    )
+    """Refuses what cannot be served, naming each field, its limit and the fix."""
+    if wrong := model_checks.violations(found):
+        raise InvalidArgument([FieldViolation(f"model.{one.field}", one.description) for one in wrong])
 
 
-def response(decision_id: str, decision: policy.Decision) -> pb.RouteResponse:
+def response(decision_id: str, decision: ranking.RoutingDecision) -> pb.RouteResponse:
     return pb.RouteResponse(
         decision_id=decision_id,
         prompt_tokens=decision.request.tokens,

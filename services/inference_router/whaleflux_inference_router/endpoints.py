@@ -16,18 +16,23 @@ from envoy.service.discovery.v3 import discovery_pb2
 from envoy.service.endpoint.v3 import eds_pb2_grpc
 from google.protobuf import any_pb2
 
-from whaleflux_inference_router.routing import Routing
+from whaleflux import hostport, names, telemetry
+from whaleflux.telemetry import Event, Metric
+from whaleflux_inference_router import convert
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import RoutingState
 
 CLUSTER = "replicas"
 REMEMBERED = 16
+_log = telemetry.get_logger(__name__)
 TYPE_URL = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 
 class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[misc]  # generated without types
     """EndpointDiscoveryService for any number of front doors."""
 
-    def __init__(self, routing: Routing) -> None:
-        self._routing = routing
+    def __init__(self, routing: RoutingState, resolver: Resolver | None = None) -> None:
+        self._routing, self._resolver = routing, resolver or Resolver(routing.clock)
         self._acknowledged: dict[int, frozenset[str]] = {}  # by stream
         self._streams = itertools.count()
 
@@ -40,7 +45,9 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         async def read() -> None:
             async for request in requests:
                 known = sent.get(request.response_nonce)
-                if known is not None and not request.HasField("error_detail"):
+                if request.HasField("error_detail"):
+                    _alarm(request.error_detail.message)
+                elif known is not None:
                     self._acknowledge(stream, known)
                 wake.set()
 
@@ -63,8 +70,18 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
             self._tell()
 
     def _addresses(self) -> frozenset[str]:
-        """All replicas with an address, READY or not: the policy decides, this only makes them known early."""
-        return frozenset(r.address for r in self._routing.replicas.values.values() if r.address)
+        """All replicas with an address, READY or not: the policy decides, this only makes them known early.
+
+        Only addresses that may be dialled (whatever a record says), and can be as they are: one that the front door refuses would keep it
+        from learning any.
+        """
+        models = {model.name: convert.exempt(model) for model in self._routing.models.values.values()}
+        replicas = self._routing.replicas.values.values()
+        return frozenset(
+            r.address
+            for r in replicas
+            if r.address and self._resolver.may_dial(r.address, models.get(names.model(convert.model_of(r.name)), ()))
+        )
 
     def _acknowledge(self, stream: int, addresses: frozenset[str]) -> None:
         self._acknowledged[stream] = addresses
@@ -74,6 +91,12 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         """What every connected front door knows; None while none is connected."""
         known = list(self._acknowledged.values())
         self._routing.reachable = frozenset.intersection(*known) if known else None
+
+
+def _alarm(why: str) -> None:
+    """A refused update freezes the addresses of all models, so it must not go unseen: it is a bug of ours, never a user's."""
+    telemetry.counter(Metric.ENDPOINTS_REFUSED).inc()
+    _log.error(Event.ENDPOINTS_REFUSED, reason=why[:1000])
 
 
 async def _first(waiting: Any, other: asyncio.Task[None]) -> None:
@@ -98,5 +121,5 @@ def _response(addresses: frozenset[str], nonce: str) -> Any:
 
 
 def _address(address: str) -> Any:
-    host, _, port = address.rpartition(":")
-    return address_pb2.Address(socket_address=address_pb2.SocketAddress(address=host.strip("[]"), port_value=int(port)))
+    host, port = hostport.parse(address)
+    return address_pb2.Address(socket_address=address_pb2.SocketAddress(address=host, port_value=port))

@@ -9,22 +9,33 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from envoy.config.core.v3.base_pb2 import RequestMethod
 from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 
-from whaleflux import telemetry
+from whaleflux import hostport, names, telemetry
 from whaleflux.clock import Clock
+from whaleflux.frontdoor.http_paths import MALFORMED_KEY, NO_KEY, NO_SUCH_PATH, find
+from whaleflux.reasons import ErrorReason
+from whaleflux.rpc.auth import NOBODY
 from whaleflux.telemetry import Metric
-from whaleflux_inference_router.core.load import Ended
-from whaleflux_inference_router.routing import Routing
+from whaleflux.trust.audit import Audit, AuditRecord, NoAudit
+from whaleflux_inference_router.core.load_tracker import Ended
+from whaleflux_inference_router.routing_state import RoutingState
 
+_REFUSED = {  # names of routes
+    NO_SUCH_PATH: ("NOT_FOUND", ErrorReason.NO_SUCH_PATH),
+    NO_KEY: ("UNAUTHENTICATED", ErrorReason.KEY_MISSING),
+    MALFORMED_KEY: ("UNAUTHENTICATED", ErrorReason.KEY_UNKNOWN),
+}
 ATTEMPT_LOG = "attempt"  # one record per failed attempt; "request": one per request
 
 
 class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # generated without types
     """AccessLogService for the front door."""
 
-    def __init__(self, routing: Routing, clock: Clock) -> None:
+    def __init__(self, routing: RoutingState, clock: Clock, trail: Audit | None = None) -> None:
         self._routing, self._clock = routing, clock
+        self._trail: Audit = NoAudit() if trail is None else trail
 
     async def StreamAccessLogs(self, requests: AsyncIterator[Any], context: Any) -> Any:
         log_name = ""
@@ -39,26 +50,54 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
         return als_pb2.StreamAccessLogsResponse()
 
     def _attempt_failed(self, entry: Any) -> None:
-        replica = self._routing.replica_at(_upstream(entry.common_properties))
-        if replica:
-            self._routing.book.fail(replica, self._clock.monotonic())
+        common, now_s = entry.common_properties, self._clock.monotonic()
+        replica = self._routing.replica_at(_upstream(common))
+        if not replica:
+            return
+        self._routing.load_tracker.fail(replica, now_s)
+        flags = common.response_flags
+        if flags.upstream_connection_termination or flags.upstream_remote_reset:
+            self._routing.load_tracker.engine_ended(_decision_id(entry), replica, now_s)
 
     def _request_ended(self, entry: Any) -> None:
-        decision_id = entry.request.request_headers.get("x-wf-decision-id", "")
+        decision_id = _decision_id(entry)
+        if (route := entry.common_properties.route_name) in _REFUSED:
+            self._trail.record(_refusal(entry, route))
         if not decision_id:
             return  # refused by the policy, or not a request for a replica
         common = entry.common_properties
         first_byte_s = _seconds(common, "time_to_first_upstream_rx_byte")
-        ended = Ended(decision_id, _upstream(common), first_byte_s, common.HasField("time_to_last_downstream_tx_byte"))
-        self._routing.book.close(ended)
+        completed = common.HasField("time_to_last_downstream_tx_byte")
+        succeeded = 200 <= entry.response.response_code.value < 300
+        ended = Ended(decision_id, _upstream(common), first_byte_s, completed, succeeded)
+        self._routing.load_tracker.close(ended)
         replica = self._routing.replica_at(ended.address)
         if replica and first_byte_s is not None and ended.completed:
-            telemetry.histogram(Metric.FIRST_TOKEN).labels(replica.split("/")[1]).observe(first_byte_s)
+            telemetry.histogram(Metric.FIRST_TOKEN).labels(names.top(replica)).observe(first_byte_s)
+
+
+def _refusal(entry: Any, route: str) -> AuditRecord:
+    """What the audit trail keeps of a request that the front door refused by itself: without a key, or for a path that there is none of."""
+    address = entry.common_properties.downstream_remote_address.socket_address.address
+    method = RequestMethod.Name(entry.request.request_method)
+    path = entry.request.path.partition("?")[0]
+    code, reason = _REFUSED[route]
+    if (
+        route == NO_SUCH_PATH
+    ):  # an engine's own switch, perhaps; the object, so that those of one address are counted together
+        return AuditRecord(NOBODY.subject, "", f"{method} *", path, code, reason, address)
+    row = find(method, path)
+    known = path if row is None else row.path  # not the name below it, which may be another one each time
+    return AuditRecord(NOBODY.subject, "", f"{method} {known}", "", code, reason, address)
+
+
+def _decision_id(entry: Any) -> str:
+    return str(entry.request.request_headers.get("x-wf-decision-id", ""))
 
 
 def _upstream(common: Any) -> str:
     socket = common.upstream_remote_address.socket_address
-    return f"{socket.address}:{socket.port_value}" if socket.address else ""
+    return hostport.join(socket.address, socket.port_value) if socket.address else ""
 
 
 def _seconds(common: Any, field: str) -> float | None:

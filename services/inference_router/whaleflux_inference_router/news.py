@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
-from whaleflux.events.changes import state_news
-from whaleflux.events.publisher import Change, News
+from whaleflux.events.publisher import EntryChange, OutgoingEvent
+from whaleflux.events.state_events import asked_for, state_event
+from whaleflux.reasons import What
 from whaleflux.v1 import router_pb2 as pb
+from whaleflux.v1 import types_pb2
 from whaleflux_inference_router.convert import state_of
+from whaleflux_inference_router.rights import queue_of
 
 SOURCE = "inference_router"
 
 
-def of_model(change: Change, now: datetime) -> News:
-    entry = change.new or change.old
-    name = pb.Model.FromString(entry.value).name if entry else ""
-    what = "DELETED" if change.new is None else "CREATED" if change.old is None else "CHANGED"
-    return state_news(change, now, source=SOURCE, resource=name, what=what)
+def of_model(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, CHANGED with the fields that were, or DELETED."""
+    new = pb.Model.FromString(change.new.value) if change.new else None
+    old = pb.Model.FromString(change.old.value) if change.old else None
+    name, asked = (new or old or pb.Model()).name, asked_for(old, new)
+    if new is not None and new.last_change.what == What.DELETED:
+        return None  # about to go
+    what = What.DELETED if new is None else What.CREATED if old is None else What.CHANGED
+    message = asked.reason if asked is not None else ""
+    whose = {"queue": queue_of(new or old or pb.Model()), "owner": (new or old or pb.Model()).owner}
+    return state_event(
+        change, now, source=SOURCE, resource=name, what=what, message=message, asked=asked, attributes=whose
+    )
 
 
-def of_replica(change: Change, now: datetime) -> News | None:
+def of_api_key(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED or DELETED; nothing of the secret or its digest."""
+    new = pb.ApiKey.FromString(change.new.value) if change.new else None
+    old = pb.ApiKey.FromString(change.old.value) if change.old else None
+    if new is not None and old is not None:
+        return None
+    key, asked = new or old or pb.ApiKey(), asked_for(old, new)
+    what = What.DELETED if new is None else What.CREATED
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=key.name,
+        what=what,
+        message=key.display_name,
+        asked=asked,
+        attributes={"owner": key.owner, "models": ",".join(key.models)[:1000]},
+    )
+
+
+def of_replica(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     """The new state; nothing for writes that leave it as it was."""
     entry = change.new or change.old
     replica = pb.Replica.FromString(entry.value) if entry else pb.Replica()
@@ -27,8 +58,14 @@ def of_replica(change: Change, now: datetime) -> News | None:
     what = state_of(replica).value if change.new else "GONE"
     if what == previous:
         return None
-    attributes = {"address": replica.address, "node": replica.node, "gpu_model": replica.gpu_model}
-    return state_news(
+    attributes = {
+        "address": replica.address,
+        "node": replica.node,
+        "gpu_model": replica.gpu_model,
+        "queue": queue_of(replica),
+        "owner": replica.owner,
+    }
+    return state_event(
         change,
         now,
         source=SOURCE,
@@ -36,5 +73,7 @@ def of_replica(change: Change, now: datetime) -> News | None:
         what=what,
         previous=previous,
         message=replica.message,
-        attributes={key: value for key, value in attributes.items() if value},
+        attributes=attributes,
+        cause=types_pb2.Cause(resource=replica.job, actor=f"{SOURCE}/replicas"),
+        at=replica.transition_time.ToDatetime(tzinfo=UTC) if change.new else None,
     )

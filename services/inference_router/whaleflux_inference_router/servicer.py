@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-
 import grpc
 from google.protobuf import empty_pb2
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
+from whaleflux.reasons import ErrorReason, What
+from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag
 from whaleflux.rpc.paging import list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Put, Store, Unchanged
+from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Unchanged
 from whaleflux.store.once import commit_once
+from whaleflux.trust import ownership
+from whaleflux.trust.sight import Sight
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux.v1 import router_pb2_grpc as rpc
-from whaleflux_inference_router import convert
-from whaleflux_inference_router.core.policy import Request
+from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
+from whaleflux_inference_router import convert, model_addresses, model_secrets, rights
+from whaleflux_inference_router.api_keys import ApiKeys
+from whaleflux_inference_router.core.ranking import Request, unknown_model
 from whaleflux_inference_router.core.replicas import State
-from whaleflux_inference_router.routing import Routing
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import RoutingState
 
-MAX_KEY_TTL_S = 10 * 365 * 86400
 _Context = grpc.aio.ServicerContext[object, object]
 
 
 class Router(rpc.RouterServiceServicer):
     """See the module. Any replica of the router answers everything here."""
 
-    def __init__(self, store: Store, clock: Clock, routing: Routing) -> None:
-        self._store, self._clock, self._routing = store, clock, routing
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        routing: RoutingState,
+        resolver: Resolver | None = None,
+        secrets: SecretServiceStub | None = None,
+    ) -> None:
+        self._store, self._clock, self._routing, self._rights = store, clock, routing, routing.rights
+        self._resolver, self._secrets = resolver or Resolver(clock), secrets
+        self.keys = ApiKeys(store, clock, routing)
 
     async def CreateModel(self, request: pb.CreateModelRequest, context: _Context | None) -> pb.Model:
-        name = f"models/{names.check_id('model_id', request.model_id)}"
+        name = names.model(names.check_id("model_id", request.model_id))
         convert.check(request.model)
         made = pb.Model()
         made.CopyFrom(request.model)
-        made.name, made.ready_replicas = name, 0
+        made.name, made.ready_replicas, made.owner = name, 0, auth.principal().subject
+        self._rights.check_use(rights.queue_of(made))
+        model_addresses.settle_exemptions(made, (), by_operator=_is_operator())
+        await model_addresses.check(made, self._resolver)
+        await model_secrets.check(made, self._secrets)
         made.create_time.FromDatetime(self._clock.now())
+        made.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key = convert.model_key(name)
         if request.validate_only:
             if await self._store.get(key) is not None:
@@ -51,46 +68,65 @@ class Router(rpc.RouterServiceServicer):
             existing = await self._store.get(key)
             if existing is None or not (request.request_id and _same_model(existing, made)):
                 raise _exists(name) from None
-            return self._shown(convert.model(existing))
+            return self._shown(convert.model(existing), self._rights.sight())
         await self._routing.seen(self._routing.models, revision)
         made.etag = f'"{revision}"'
         return made
 
     async def GetModel(self, request: pb.GetModelRequest, context: _Context | None) -> pb.Model:
-        return self._shown(convert.model(await self._existing("model", convert.model_key(request.name), request.name)))
+        sight = self._rights.sight()
+        return self._shown(convert.model(await self._seen(request.name, sight)), sight)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: _Context | None) -> pb.ListModelsResponse:
+        sight = self._rights.sight()
         page = await list_page(
-            self._store, keys.MODELS, convert.model, size=page_size(request.page_size), token=request.page_token
+            self._store,
+            keys.MODELS,
+            convert.model,
+            size=page_size(request.page_size),
+            token=request.page_token,
+            keep=lambda model: rights.sees(sight, model),
         )
-        return pb.ListModelsResponse(models=map(self._shown, page.items), next_page_token=page.next_page_token)
+        return pb.ListModelsResponse(
+            models=[self._shown(model, sight) for model in page.items],
+            next_page_token=page.next_page_token,
+            unreadable=page.unreadable if sight.everything else (),
+        )
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: _Context | None) -> pb.Model:
-        key = convert.model_key(request.model.name)
         convert.check(request.model)
-        entry = await self._existing("model", key, request.model.name)
+        sight = self._rights.sight()
+        entry = await self._changeable(request.model.name, sight)
         check_etag(request.model.etag, entry)
         changed = pb.Model()
         changed.CopyFrom(request.model)
         _check_engine(convert.model(entry), changed)
-        changed.create_time.CopyFrom(convert.model(entry).create_time)
+        known = convert.model(entry)
+        changed.owner, changed.queue = known.owner, _fixed_queue(known, changed)
+        if _most(changed) > _most(known):
+            self._rights.check_more(known.name, rights.queue_of(known))
+        model_addresses.settle_exemptions(changed, known.allowed_addresses, by_operator=_is_operator())
+        await model_addresses.check(changed, self._resolver, known.engine.addresses)
+        changed.create_time.CopyFrom(known.create_time)
         changed.ready_replicas = 0
+        changed.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), _what_changed(entry, changed)))
         try:
-            revision = await self._store.commit(Put(key, convert.encode(changed)), when=[Unchanged(entry)])
+            revision = await self._store.commit(Put(entry.key, convert.encode(changed)), when=[Unchanged(entry)])
         except ConditionFailed:
-            raise Conflict(f"{request.model.name} was changed at the same time; read it again and repeat") from None
+            raise Aborted(f"{request.model.name} was changed at the same time; read it again and repeat") from None
         await self._routing.seen(self._routing.models, revision)
         changed.etag = f'"{revision}"'
-        return self._shown(changed)
+        return self._shown(changed, sight)
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: _Context | None) -> empty_pb2.Empty:
-        key = convert.model_key(request.name)
-        entry = await self._existing("model", key, request.name)
+        entry = await self._changeable(request.name, self._rights.sight())
         check_etag(request.etag, entry)
+        marked = convert.model(entry)
+        marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
         try:
-            revision = await self._store.commit(Delete(key), when=[Unchanged(entry)])
+            revision = await changes.delete(self._store, entry, convert.encode(marked))
         except ConditionFailed:
-            raise Conflict(f"{request.name} was changed at the same time; repeat") from None
+            raise Aborted(f"{request.name} was changed at the same time; repeat") from None
         await self._routing.seen(self._routing.models, revision)
         return empty_pb2.Empty()
 
@@ -98,6 +134,7 @@ class Router(rpc.RouterServiceServicer):
         (model,) = (
             ("",) if request.parent in {"", "models/-"} else names.split(request.parent, "models", field="parent")
         )
+        sight, owners = self._rights.sight(), self._owners()
         page = await list_page(
             self._store,
             keys.REPLICAS,
@@ -105,66 +142,70 @@ class Router(rpc.RouterServiceServicer):
             size=page_size(request.page_size, default=500),
             token=request.page_token,
             scope=f"{keys.REPLICAS}{model}/" if model else "",
+            keep=lambda one: sight.sees(rights.queue_of(one), owners.get(convert.model_of(one.name), "")),
         )
         shown = []
         for replica in page.items:
-            load = self._routing.book.loads.get(replica.name)
+            load = self._routing.load_tracker.loads.get(replica.name)
             replica.in_flight = load.in_flight if load else 0
-            shown.append(replica)
-        return pb.ListReplicasResponse(replicas=shown, next_page_token=page.next_page_token)
+            shown.append(rights.shown_replica(replica, sight, owners.get(convert.model_of(replica.name), "")))
+        unreadable = page.unreadable if sight.everything else ()
+        return pb.ListReplicasResponse(replicas=shown, next_page_token=page.next_page_token, unreadable=unreadable)
 
     async def Route(self, request: pb.RouteRequest, context: _Context | None) -> pb.RouteResponse:
         numbers = (request.prompt_tokens, request.max_output_tokens, request.prompt_bytes)
         if not request.model or any(not 0 <= number <= 10**12 for number in numbers):
-            raise Invalid(FieldViolation("request", "needs a model, and numbers of 0 or more"))
-        asked = Request(request.model.removeprefix("models/"), *numbers)
-        return convert.response("", self._routing.decide(asked))
+            raise InvalidArgument(FieldViolation("request", "needs a model, and numbers of 0 or more"))
+        asked, sight = Request(request.model.removeprefix("models/"), *numbers), self._rights.sight()
+        model = self._routing.model(asked.model)
+        if model is None or not rights.sees(sight, model):
+            raise unknown_model(asked.model)
+        response = convert.response("", self._routing.decide(asked))
+        return response if sight.reads(rights.queue_of(model), model.owner) else _without_addresses(response)
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: _Context | None) -> pb.ApiKey:
-        if not 0 <= request.ttl_s <= MAX_KEY_TTL_S:
-            raise Invalid(FieldViolation("ttl_s", f"is {request.ttl_s}; use 0 (never ends) to {MAX_KEY_TTL_S}"))
-        if len(request.display_name) > 200:
-            raise Invalid(FieldViolation("display_name", "is longer than 200 characters"))
-        key_id, secret = names.ulid(), f"wf-{secrets.token_urlsafe(32)}"
-        made = pb.ApiKey(name=f"apiKeys/{key_id}", display_name=request.display_name)
-        made.create_time.FromDatetime(self._clock.now())
-        if request.ttl_s:
-            made.expire_time.FromSeconds(made.create_time.seconds + request.ttl_s)
-        made.secret = hashlib.sha256(secret.encode()).hexdigest()
-        revision = await self._store.commit(
-            Put(keys.API_KEYS + key_id, made.SerializeToString()), when=[Absent(keys.API_KEYS + key_id)]
-        )
-        await self._routing.seen(self._routing.api_keys, revision)  # so that the key works at once, at least here
-        made.secret = secret
-        return made
+        return await self.keys.create(request)
 
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: _Context | None) -> pb.ListApiKeysResponse:
-        page = await list_page(
-            self._store, keys.API_KEYS, convert.api_key, size=page_size(request.page_size), token=request.page_token
-        )
-        for key in page.items:
-            key.secret = ""
-        return pb.ListApiKeysResponse(api_keys=page.items, next_page_token=page.next_page_token)
+        return await self.keys.page(request)
 
     async def DeleteApiKey(self, request: pb.DeleteApiKeyRequest, context: _Context | None) -> empty_pb2.Empty:
-        names.split(request.name, "apiKeys")
-        key = keys.of_name(keys.API_KEYS, request.name)
-        entry = await self._existing("apikey", key, request.name)
-        await self._routing.seen(self._routing.api_keys, await self._store.commit(Delete(entry.key)))
+        await self.keys.delete(request)
         return empty_pb2.Empty()
 
-    def _shown(self, model: pb.Model) -> pb.Model:
+    def _owners(self) -> dict[str, str]:
+        """Whose each model is, by its id."""
+        return {convert.model_of(model.name): model.owner for model in self._routing.models.values.values()}
+
+    def _shown(self, model: pb.Model, sight: Sight) -> pb.Model:
         replicas = self._routing.snapshot.replicas.get(convert.model_of(model.name), ())
         model.ready_replicas = sum(r.state == State.READY.value for r in replicas)
-        return model
+        return rights.shown_model(model, sight)
 
-    async def _existing(self, kind: str, key: str, name: str) -> Entry:
-        collection = "apiKeys" if kind == "apikey" else f"{kind}s"
-        names.split(name, collection)
-        entry = await self._store.get(key)
-        if entry is None:
-            raise NotFound(kind, name)
+    async def _seen(self, name: str, sight: Sight) -> Entry:
+        """The record; raises NotFound, the same for one that is not there for the caller."""
+        names.split(name, "models")
+        entry = await self._store.get(convert.model_key(name))
+        if entry is None or not rights.sees(sight, convert.model(entry)):
+            raise NotFound("model", name)
         return entry
+
+    async def _changeable(self, name: str, sight: Sight) -> Entry:
+        """The record; raises PermissionDenied (NOT_OWNER) where the caller only sees it."""
+        entry = await self._seen(name, sight)
+        model = convert.model(entry)
+        if not sight.changes(rights.queue_of(model), model.owner):
+            raise ownership.not_owner(name, model.owner)
+        return entry
+
+
+def _most(model: pb.Model) -> int:
+    """Replicas that it may have."""
+    return max(model.replicas.min, model.replicas.max)
+
+
+def _is_operator() -> bool:
+    return auth.caller().role in roles.OPERATORS
 
 
 def _exists(name: str) -> AlreadyExists:
@@ -176,7 +217,36 @@ def _same_model(existing: Entry, made: pb.Model) -> bool:
     found = convert.model(existing)
     found.etag = ""
     found.create_time.CopyFrom(made.create_time)
+    found.last_change.CopyFrom(made.last_change)
     return found == made
+
+
+def _what_changed(before: Entry, after: pb.Model) -> str:
+    """Names of the fields that differ."""
+    old = convert.model(before)
+    names_ = (field.name for field in pb.Model.DESCRIPTOR.fields)
+    skipped = {"name", "create_time", "ready_replicas", "last_change", "owner", "etag"}
+    return ", ".join(name for name in names_ if name not in skipped and getattr(old, name) != getattr(after, name))
+
+
+def _fixed_queue(before: pb.Model, after: pb.Model) -> str:
+    """Where its replicas run. Raises FailedPrecondition for another queue, in which it would be for others."""
+    if after.queue and after.queue != before.queue and rights.queue_of(after) != rights.queue_of(before):
+        raise FailedPrecondition(
+            f"{before.name} runs in {names.queue(rights.queue_of(before))}, which cannot change; delete the model and create it again",
+            reason=ErrorReason.ENGINE_FIXED,
+            metadata={"model": before.name},
+        )
+    return before.queue
+
+
+def _without_addresses(response: pb.RouteResponse) -> pb.RouteResponse:
+    """For who may use the model only: where its engines are is not told."""
+    for ranked in response.ranking:
+        ranked.address = ""
+    for excluded in response.excluded:
+        excluded.reason = excluded.reason.partition(":")[0]
+    return response
 
 
 def _check_engine(before: pb.Model, after: pb.Model) -> None:
@@ -187,9 +257,9 @@ def _check_engine(before: pb.Model, after: pb.Model) -> None:
     if old.addresses and new.addresses:  # servers that run elsewhere come and go
         new.addresses[:] = old.addresses
     if old != new:
-        raise WrongState(
+        raise FailedPrecondition(
             f"the engine of {before.name} cannot change while it is served; delete the model and create it again, or "
             "serve the new engine under another name",
-            reason="ENGINE_FIXED",
+            reason=ErrorReason.ENGINE_FIXED,
             metadata={"model": before.name},
         )

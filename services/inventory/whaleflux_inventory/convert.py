@@ -55,7 +55,8 @@ def shown_token(entry: Entry) -> pb.JoinToken:
 def token_of(record: pb.JoinTokenRecord) -> Token:
     """The core's view of a stored token."""
     expires = record.token.expire_time.ToDatetime(tzinfo=UTC)
-    return Token(record.token.site, record.secret_sha256, expires, record.token.used_by, record.key_sha256)
+    token = record.token
+    return Token(token.site, record.secret_sha256, expires, token.used_by, record.key_sha256, token.node)
 
 
 def intent_of(node: pb.Node) -> Intent:
@@ -83,6 +84,7 @@ def presence_of(request: pb.RegisterNodeRequest) -> Presence:
         driver_version=facts.driver_version,
         agent_version=facts.agent_version,
         runtimes=tuple(facts.runtimes),
+        conditions=tuple((c.type, c.reason, c.message) for c in facts.conditions),
     )
 
 

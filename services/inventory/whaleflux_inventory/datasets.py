@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
+
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, Conflict
+from whaleflux.errors import Aborted, AlreadyExists, InvalidArgument, NotFound
+from whaleflux.reasons import What
+from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Put, Store, Unchanged
+from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store
+from whaleflux.trust import ownership
+from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, records
+from whaleflux_inventory.core.datasets import (
+    PASSWORD_INSIDE,
+    has_credentials,
+    may_be_shown_credentials,
+    readable_by_agents,
+)
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
 
+SecretProblem = Callable[[str], Awaitable[str]]
+"""Why the caller may not use a secret, by its name; "" when it may."""
 MAX_URI = 2048
 MAX_COPIES = 10_000
+MAX_MEMBERS = 1_000
 
 
 class Datasets:
     """Declared by people, reported on by agents."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: Store, clock: Clock, secret_problem: SecretProblem) -> None:
+        self._store, self._clock, self._secret_problem = store, clock, secret_problem
 
     async def create(self, request: pb.CreateDatasetRequest) -> pb.Dataset:
         """Declares a dataset; the same request again (by its request_id) answers with what it made."""
@@ -29,17 +44,27 @@ class Datasets:
         found = Findings()
         found.text("request_id", request.request_id, 128)
         found.text("dataset.uri", request.dataset.uri, MAX_URI)
-        if not request.dataset.uri:
-            found.add("dataset.uri", "is empty; give a path or URL that agents can read")
+        if not readable_by_agents(request.dataset.uri):
+            found.add("dataset.uri", "is nothing that agents can read; use an absolute path, file:// or http(s)://")
+        if has_credentials(request.dataset.uri):
+            found.add("dataset.uri", PASSWORD_INSIDE)
         found.number("dataset.size_bytes", request.dataset.size_bytes, 0, MAX_DISK_BYTES)
+        await self._check_credentials(request.dataset, found)
+        _check_members(request.dataset.members, found)
         found.raise_if_any()
         dataset = pb.Dataset(
-            name=f"datasets/{request.dataset_id}",
+            name=names.dataset(request.dataset_id),
             uri=request.dataset.uri,
             size_bytes=request.dataset.size_bytes,
             request_fingerprint=convert.fingerprint(request.request_id, request.dataset_id, request.dataset),
+            owner=auth.caller().subject,
+            members=dict.fromkeys(request.dataset.members),
         )
+        if request.dataset.HasField("credentials"):
+            dataset.credentials.CopyFrom(request.dataset.credentials)
+            dataset.credentials.owner = changes.actor()
         dataset.create_time.FromDatetime(self._clock.now())
+        dataset.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key, value = keys.of_name(keys.DATASETS, dataset.name), dataset.SerializeToString()
         try:
             revision = await self._store.commit(Put(key, value), when=[Absent(key)])
@@ -47,32 +72,64 @@ class Datasets:
             return await self._made_before(dataset)
         return convert.dataset_of(Entry(key, value, revision, revision))
 
+    async def _check_credentials(self, dataset: pb.Dataset, found: Findings) -> None:
+        """A secret that whoever declares the dataset may use, for a server that may be shown it."""
+        if not dataset.HasField("credentials"):
+            return
+        if not may_be_shown_credentials(dataset.uri):
+            found.add(
+                "dataset.uri",
+                "must be https:// where a secret is shown to its server; anybody on the way could read it otherwise",
+            )
+        try:
+            names.split(dataset.credentials.secret, "secrets")
+        except InvalidArgument as wrong:
+            found.add("dataset.credentials.secret", wrong.violations[0].description)
+        else:
+            if problem := await self._secret_problem(dataset.credentials.secret):
+                found.add("dataset.credentials.secret", problem)
+
     async def _made_before(self, dataset: pb.Dataset) -> pb.Dataset:
         entry = await self._store.get(keys.of_name(keys.DATASETS, dataset.name))
         there = convert.dataset_of(entry) if entry else pb.Dataset()
-        if not dataset.request_fingerprint or there.request_fingerprint != dataset.request_fingerprint:
-            raise AlreadyExists("dataset", dataset.name)
+        same = (there.request_fingerprint, there.owner) == (dataset.request_fingerprint, dataset.owner)
+        if not (dataset.request_fingerprint and same):
+            raise AlreadyExists("dataset", dataset.name, "choose another name")
         return there
 
     async def get(self, name: str) -> pb.Dataset:
         """One dataset with its copies."""
-        names.split(name, "datasets")
-        return convert.dataset_of(await records.read(self._store, keys.DATASETS, name, "dataset"))
+        return convert.dataset_of(await self._seen(name))
 
     async def page(self, request: pb.ListDatasetsRequest) -> Page[pb.Dataset]:
-        """One page of datasets."""
+        """One page of the datasets that are there for the caller."""
         size = page_size(request.page_size)
-        return await list_page(self._store, keys.DATASETS, convert.dataset_of, size=size, token=request.page_token)
+        ownership.note_asked()
+        return await list_page(
+            self._store, keys.DATASETS, convert.dataset_of, size=size, token=request.page_token, keep=_sees
+        )
 
     async def delete(self, request: pb.DeleteDatasetRequest) -> None:
-        """Forgets a dataset."""
-        names.split(request.name, "datasets")
-        entry = await records.read(self._store, keys.DATASETS, request.name, "dataset")
+        """Forgets a dataset; for its owner, a group that it names, and operators."""
+        entry = await self._seen(request.name)
+        marked = pb.Dataset.FromString(entry.value)
+        if not ownership.may_change(auth.principal(), marked.owner, _access(marked)):
+            raise ownership.not_owner(request.name, marked.owner)
         check_etag(request.etag, entry)
+        marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
         try:
-            await self._store.commit(Delete(entry.key), when=[Unchanged(entry)])
+            await changes.delete(self._store, entry, marked.SerializeToString())
         except ConditionFailed:
-            raise Conflict(f"{request.name} changed while it was being deleted; read it again") from None
+            raise Aborted(f"{request.name} changed while it was being deleted; read it again") from None
+
+    async def _seen(self, name: str) -> Entry:
+        """The record; raises NotFound, the same for one that is not there for the caller."""
+        names.split(name, "datasets")
+        entry = await self._store.get(keys.of_name(keys.DATASETS, name))
+        if entry is None or not _sees(pb.Dataset.FromString(entry.value)):
+            ownership.note_asked()
+            raise NotFound("dataset", name)
+        return entry
 
     async def report_copy(self, request: pb.ReportCachedDatasetRequest) -> pb.Dataset:
         """Replaces what is known of one node's copy; 0 bytes present: the node has none any more."""
@@ -91,3 +148,22 @@ class Datasets:
 
         entry = await records.change(self._store, keys.DATASETS, request.dataset, pb.Dataset, note, kind="dataset")
         return convert.dataset_of(entry)
+
+
+def _access(dataset: pb.Dataset) -> Access:
+    return Access(frozenset(dataset.members))
+
+
+def _sees(dataset: pb.Dataset) -> bool:
+    """Whether it is there for the caller. Agents fetch what jobs name, and jobs name only what their owners may use."""
+    who = auth.principal()
+    seen = ownership.may_see(who, _access(dataset)) or ownership.is_owner(who, dataset.owner)
+    return seen or who.role == roles.AGENT
+
+
+def _check_members(members: Sequence[str], found: Findings) -> None:
+    if len(members) > MAX_MEMBERS:
+        found.add("dataset.members", f"are {len(members)}; name at most {MAX_MEMBERS}, or a group")
+    for i, member in enumerate(members[:MAX_MEMBERS]):
+        if not names.is_member(member):
+            found.add(f"dataset.members[{i}]", f"{member[:80]!r} is neither users/NAME nor groups/NAME")

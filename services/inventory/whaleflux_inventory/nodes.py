@@ -7,23 +7,26 @@ from typing import Protocol
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.convert import price_from_proto
-from whaleflux.errors import WrongState
+from whaleflux.errors import FailedPrecondition, node_runs_twice
+from whaleflux.reasons import ErrorReason, What
+from whaleflux.rpc import auth, changes
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store
+from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Write
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux_inventory import convert, records
+from whaleflux_inventory import convert, records, revocations
 from whaleflux_inventory.core import facts, intents
 from whaleflux_inventory.core.intents import Intent
+from whaleflux_inventory.core.node_identity import Claim
+from whaleflux_inventory.node_identities import NodeIdentities
 from whaleflux_inventory.sites import Sites
 
 PLACES = ("facts.zone", "facts.spine", "facts.leaf")
 UPDATABLE = ("labels", "price", *PLACES)
 PAGE_DEFAULT, PAGE_MOST = 500, 1000  # nodes of 64 GPUs are 40 KB each
-MAX_REASON = 500
 
 
-class Surroundings(Protocol):
+class Dependencies(Protocol):
     """What inventory asks other services before it lets a node go for good."""
 
     async def unreachable(self, node: str) -> bool:
@@ -34,20 +37,37 @@ class Surroundings(Protocol):
         """How many of its GPUs jobs still hold."""
         ...
 
+    async def connected_boot(self, node: str) -> str:
+        """Boot id of the machine whose agent gives signs of life as this node; "": of none, or nobody knows."""
+        ...
+
 
 class Nodes:
     """Everything that is done to nodes."""
 
-    def __init__(self, store: Store, clock: Clock, sites: Sites, around: Surroundings) -> None:
-        self._store, self._clock, self._sites, self._around = store, clock, sites, around
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        sites: Sites,
+        identities: NodeIdentities,
+        dependencies: Dependencies,
+        *,
+        own_certificates: bool,
+    ) -> None:
+        self._store, self._clock, self._sites, self._dependencies = store, clock, sites, dependencies
+        self._identities, self._own_certificates = identities, own_certificates
 
     async def register(self, request: pb.RegisterNodeRequest) -> pb.Node:
         """Records the facts of a node, creating it at the first call; writes nothing when nothing changed."""
         site, _ = names.split(request.name, "sites", "nodes")
         facts.check_registration(convert.facts_of(request), convert.presence_of(request))
+        claim = Claim(request.machine_id, request.facts.host_address, session=auth.caller().session)
+        await self._identities.check(request.name, claim, "registration")
         key = keys.of_name(keys.NODES, request.name)
         for _ in range(records.ATTEMPTS):
-            if await self._store.get(key):
+            if (known := await self._store.get(key)) is not None:
+                await self._check_only_one(request, convert.node_of(known))
                 return await self._register_again(request)
             node = pb.Node(
                 name=request.name,
@@ -56,8 +76,9 @@ class Nodes:
                 boot_id=request.boot_id,
             )
             node.create_time.FromDatetime(self._clock.now())
+            node.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
             node.register_time.CopyFrom(node.create_time)
-            writes, when = await self._sites.implied(f"sites/{site}")
+            writes, when = await self._sites.implied(names.site(site))
             value = node.SerializeToString(deterministic=True)
             try:
                 revision = await self._store.commit(Put(key, value), *writes, when=[Absent(key), *when])
@@ -65,6 +86,14 @@ class Nodes:
                 continue
             return convert.node_of(Entry(key, value, revision, revision))
         raise records.contended(request.name)
+
+    async def _check_only_one(self, request: pb.RegisterNodeRequest, known: pb.Node) -> None:
+        """Refuses a machine that booted otherwise than the one that is connected as this node: one of them is a copy."""
+        if not known.boot_id or known.boot_id == request.boot_id:
+            return
+        connected = await self._dependencies.connected_boot(request.name)
+        if connected and connected != request.boot_id:
+            raise node_runs_twice(request.name, connected, request.boot_id)
 
     async def _register_again(self, request: pb.RegisterNodeRequest) -> pb.Node:
         def renew(node: pb.Node) -> None:
@@ -78,6 +107,7 @@ class Nodes:
             node.facts.CopyFrom(reported)
             node.boot_id = request.boot_id
             node.register_time.FromDatetime(self._clock.now())
+            node.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), "its agent reports other facts"))
 
         return convert.node_of(await records.change(self._store, keys.NODES, request.name, pb.Node, renew, kind="node"))
 
@@ -114,8 +144,12 @@ class Nodes:
 
         def set_them(node: pb.Node) -> None:
             check_not_retired(node)
+            before = node.SerializeToString(deterministic=True)
             for path in paths:
                 _set_path(node, path, request.node)
+            if node.SerializeToString(deterministic=True) != before:
+                why = f"{', '.join(path.removeprefix('facts.') for path in paths)} set"
+                node.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), why))
 
         entry = await records.change(
             self._store,
@@ -132,28 +166,48 @@ class Nodes:
         """Cordon, uncordon, drain or retire."""
         names.split(name, "sites", "nodes")
         found = facts.Findings()
-        found.text("reason", reason, MAX_REASON)
+        found.text("reason", reason, facts.MAX_REASON)
         found.raise_if_any()
         unreachable = wanted is Intent.RETIRED and await self._may_retire(name)
 
         def intend(node: pb.Node) -> None:
             now = convert.intent_of(node)
             after = intents.change(name, now, wanted, unreachable=unreachable)
-            node.intent = convert.intent_number(after)
-            node.intent_reason = reason if after is not Intent.ACTIVE else ""
+            shown = reason if after is not Intent.ACTIVE else ""
+            if after is now and node.intent_reason == shown:
+                return  # asked for again
+            node.intent, node.intent_reason = convert.intent_number(after), shown
+            node.last_change.CopyFrom(changes.asked(after.value, self._clock.now(), reason))
 
-        entry = await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", etag=etag)
+        also = [self._revocation(name, reason)] if wanted is Intent.RETIRED else []
+        entry = await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", etag=etag, also=also)
         return convert.node_of(entry)
+
+    def _revocation(self, name: str, reason: str) -> Write:
+        why = f"{name} was retired{f' ({reason})' if reason else ''}, which is final; join this machine again under another --node-id"
+        return revocations.of_node(name, why, self._clock.now(), own_certificates=self._own_certificates)
+
+    async def replace(self, name: str) -> pb.Node:
+        """Frees the name for another machine; the one that had it is proven gone or holds nothing, and is refused."""
+        names.split(name, "sites", "nodes")
+        node = await self.get(name)
+        check_not_retired(node)
+        if not await self._may_retire(name):
+            intents.change(name, convert.intent_of(node), Intent.RETIRED)  # drained first, as when it is retired
+        why = f"{name} was given to another machine by an operator; join this one under another --node-id"
+        now = self._clock.now()
+        await self._identities.release(name, lambda admission: revocations.of_admission(admission, why, now))
+        return node
 
     async def _may_retire(self, name: str) -> bool:
         """Whether the node is unreachable; refuses one that is alive and at work."""
         await records.read(self._store, keys.NODES, name, "node")
-        if await self._around.unreachable(name):
+        if await self._dependencies.unreachable(name):
             return True
-        if held := await self._around.gpus_held(name):
-            raise WrongState(
+        if held := await self._dependencies.gpus_held(name):
+            raise FailedPrecondition(
                 f"{name} still runs work on {held} GPU(s); drain it and wait until it is empty",
-                reason="NODE_NOT_DRAINED",
+                reason=ErrorReason.NODE_NOT_DRAINED,
                 metadata={"name": name, "gpus_held": str(held)},
             )
         return False
@@ -162,9 +216,9 @@ class Nodes:
 def check_not_retired(node: pb.Node) -> None:
     """Refuses whatever would bring a retired node back."""
     if convert.intent_of(node) is Intent.RETIRED:
-        raise WrongState(
+        raise FailedPrecondition(
             f"{node.name} was retired; retirement is final, join the machine again under another id",
-            reason="NODE_RETIRED",
+            reason=ErrorReason.NODE_RETIRED,
             metadata={"name": node.name},
         )
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from whaleflux.errors import Conflict, NotFound
+from whaleflux.errors import Aborted, NotFound
 from whaleflux.rpc.etags import check_etag
 from whaleflux.store import keys
-from whaleflux.store.api import ConditionFailed, Entry, Put, Store, Unchanged
+from whaleflux.store.api import ConditionFailed, Entry, Put, Store, Unchanged, Write
 
 M = TypeVar("M", bound=Message)
+Change = Callable[[M], None]
 ATTEMPTS = 16  # of a change that others keep winning
 
 
@@ -33,10 +34,11 @@ async def change(
     *,
     kind: str,
     etag: str = "",
+    also: Sequence[Write] = (),
 ) -> Entry:
-    """Applies `how` to the stored message and writes it, again and again until nobody interfered.
+    """Applies `how` to the stored message and writes it, and `also` with it, again and again until nobody interfered.
 
-    Nothing is written when `how` changes nothing. Raises NotFound, Conflict (the etag does not match, or others kept
+    Nothing is written when `how` changes nothing. Raises NotFound, Aborted (the etag does not match, or others kept
     winning), and whatever `how` refuses.
     """
     for _ in range(ATTEMPTS):
@@ -48,13 +50,18 @@ async def change(
         if value == entry.value:
             return entry
         try:
-            revision = await store.commit(Put(entry.key, value), when=[Unchanged(entry)])
+            revision = await store.commit(Put(entry.key, value), *also, when=[Unchanged(entry)])
         except ConditionFailed:
             continue
         return Entry(entry.key, value, revision, entry.created, entry.version + 1)
     raise contended(name)
 
 
-def contended(name: str) -> Conflict:
+def not_found(kind: str, name: str) -> NotFound:
+    """The answer for what is not there, and for what is not there for the caller."""
+    return NotFound(kind, name)
+
+
+def contended(name: str) -> Aborted:
     """Too many writers at once."""
-    return Conflict(f"{name} keeps changing; try again", metadata={"name": name}, retry_after_s=0.5)
+    return Aborted(f"{name} keeps changing; try again", metadata={"name": name}, retry_after_s=0.5)

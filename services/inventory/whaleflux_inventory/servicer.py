@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from whaleflux.rpc import auth
-from whaleflux.rpc.watching import Kind, watch_resources
+from whaleflux.rpc.watching import fill, watch_resources
 from whaleflux.store import keys
 from whaleflux.store.api import Store
 from whaleflux.v1 import inventory_pb2 as pb
@@ -35,7 +35,7 @@ class InventoryServicer(rpc.InventoryServiceServicer):
 
     async def ListSites(self, request: pb.ListSitesRequest, context: Context) -> pb.ListSitesResponse:
         page = await self._sites.page(request)
-        return pb.ListSitesResponse(sites=page.items, next_page_token=page.next_page_token)
+        return pb.ListSitesResponse(sites=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable)
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         return await self._joining.join(request)
@@ -43,7 +43,7 @@ class InventoryServicer(rpc.InventoryServiceServicer):
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
-        return await self._joining.renew(auth.caller().node, request)
+        return await self._joining.renew(auth.caller(), request)
 
     async def RegisterNode(self, request: pb.RegisterNodeRequest, context: Context) -> pb.Node:
         auth.require_own_node(request.name)
@@ -55,20 +55,16 @@ class InventoryServicer(rpc.InventoryServiceServicer):
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
         page = await self._nodes.page(request)
         return pb.ListNodesResponse(
-            nodes=page.items, next_page_token=page.next_page_token, resource_version=page.revision
+            nodes=page.items,
+            next_page_token=page.next_page_token,
+            resource_version=page.revision,
+            unreadable=page.unreadable,
         )
 
     async def WatchNodes(self, request: pb.WatchNodesRequest, context: Context) -> AsyncIterator[pb.WatchNodesResponse]:
         changes = watch_resources(self._store, keys.NODES, request.resource_version, convert.node_of)
         async for change in changes:
-            response = pb.WatchNodesResponse(resource_version=change.resource_version)
-            if change.kind is Kind.BOOKMARK:
-                response.bookmark.SetInParent()
-            elif change.kind is Kind.DELETED:
-                response.deleted = name_of(change.key)
-            elif change.value is not None:
-                getattr(response, change.kind.value).CopyFrom(change.value)
-            yield response
+            yield fill(pb.WatchNodesResponse(), change)
 
     async def UpdateNode(self, request: pb.UpdateNodeRequest, context: Context) -> pb.Node:
         return await self._nodes.update(request)
@@ -85,12 +81,17 @@ class InventoryServicer(rpc.InventoryServiceServicer):
     async def RetireNode(self, request: pb.RetireNodeRequest, context: Context) -> pb.Node:
         return await self._nodes.set_intent(request.name, Intent.RETIRED, request.reason, request.etag)
 
+    async def ReplaceNode(self, request: pb.ReplaceNodeRequest, context: Context) -> pb.Node:
+        return await self._nodes.replace(request.name)
+
     async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: Context) -> pb.JoinToken:
         return await self._joining.create_token(request)
 
     async def ListJoinTokens(self, request: pb.ListJoinTokensRequest, context: Context) -> pb.ListJoinTokensResponse:
         page = await self._joining.list_tokens(request)
-        return pb.ListJoinTokensResponse(join_tokens=page.items, next_page_token=page.next_page_token)
+        return pb.ListJoinTokensResponse(
+            join_tokens=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
 
     async def DeleteJoinToken(self, request: pb.DeleteJoinTokenRequest, context: Context) -> Empty:
         await self._joining.delete_token(request)
@@ -104,7 +105,9 @@ class InventoryServicer(rpc.InventoryServiceServicer):
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
         page = await self._datasets.page(request)
-        return pb.ListDatasetsResponse(datasets=page.items, next_page_token=page.next_page_token)
+        who = auth.principal()
+        unreadable = page.unreadable if who.is_service or who.is_operator else ()
+        return pb.ListDatasetsResponse(datasets=page.items, next_page_token=page.next_page_token, unreadable=unreadable)
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> Empty:
         await self._datasets.delete(request)
@@ -113,9 +116,3 @@ class InventoryServicer(rpc.InventoryServiceServicer):
     async def ReportCachedDataset(self, request: pb.ReportCachedDatasetRequest, context: Context) -> pb.Dataset:
         auth.require_own_node(request.copy.node)
         return await self._datasets.report_copy(request)
-
-
-def name_of(key: str) -> str:
-    """The resource name of a node's key."""
-    site, node = key.removeprefix(keys.NODES).split("/")
-    return f"sites/{site}/nodes/{node}"

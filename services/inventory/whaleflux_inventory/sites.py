@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, FieldViolation, Invalid
+from whaleflux.errors import AlreadyExists, FieldViolation, InvalidArgument
 from whaleflux.events.subjects import HUB
+from whaleflux.reasons import What
+from whaleflux.rpc import changes
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, Condition, ConditionFailed, Present, Put, Store, Write
@@ -17,7 +19,7 @@ from whaleflux_inventory.core.facts import Findings
 def check_site_id(field: str, site_id: str) -> str:
     """A site's id; `hub` is taken by the control plane's own events."""
     if names.check_id(field, site_id) == HUB:
-        raise Invalid(FieldViolation(field, f"{HUB!r} names the control plane; choose another id"))
+        raise InvalidArgument(FieldViolation(field, f"{HUB!r} names the control plane; choose another id"))
     return site_id
 
 
@@ -35,11 +37,12 @@ class Sites:
         found.text("request_id", request.request_id, 128)
         found.raise_if_any()
         site = pb.Site(
-            name=f"sites/{site_id}",
+            name=names.site(site_id),
             display_name=request.site.display_name,
             request_fingerprint=convert.fingerprint(request.request_id, site_id, request.site),
         )
         site.create_time.FromDatetime(self._clock.now())
+        site.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key = keys.of_name(keys.SITES, site.name)
         try:
             await self._store.commit(Put(key, site.SerializeToString()), when=[Absent(key)])
@@ -65,4 +68,5 @@ class Sites:
             return [], [Present(key)]
         record = pb.Site(name=site)
         record.create_time.FromDatetime(self._clock.now())
+        record.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         return [Put(key, record.SerializeToString())], [Absent(key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from whaleflux.service import Parts, ServiceContext, main
+from whaleflux.service_connections import open_code_store
 from whaleflux_scheduler.bootstrap import Peers, assemble
 from whaleflux_scheduler.settings import Settings
 
@@ -16,7 +17,17 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         checkpoint=ctx.channel("checkpoint") if settings.checkpoint else None,
     )
     bus = ctx.bus if settings.nats else None
-    service = assemble(ctx.store, bus, ctx.clock, peers, settings.limits(), ctx.address, settings.keep_ended_jobs)
+    service = assemble(
+        ctx.store,
+        bus,
+        ctx.clock,
+        peers,
+        settings.timeouts(),
+        ctx.address,
+        settings.keep_ended_jobs,
+        open_code_store(bus, ctx.clock, settings.code_store_bytes) if bus else None,
+        settings.code_grace_s,
+    )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import Refusal, Unavailable
+from whaleflux.code.api import CodeStore
+from whaleflux.errors import StatusError
 from whaleflux.events.api import Bus
 from whaleflux.events.publisher import Publisher
 from whaleflux.store import keys
@@ -18,28 +20,34 @@ from whaleflux.store.api import Store
 from whaleflux.store.batching import GroupCommit
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader, lead
-from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2
 from whaleflux.v1.agent_pb2_grpc import add_TaskServiceServicer_to_server
 from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux.v1.scheduler_pb2_grpc import add_SchedulerServiceServicer_to_server
-from whaleflux_scheduler import convert, news
-from whaleflux_scheduler.brain import Brain, Sources
-from whaleflux_scheduler.core.observed import Limits
+from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
+from whaleflux_scheduler import convert, news, placements
+from whaleflux_scheduler.agent_sessions import AgentSessions
+from whaleflux_scheduler.attach import AttachBroker
+from whaleflux_scheduler.code_collection import CodeCollection
+from whaleflux_scheduler.code_transfer import CodeTransfer
+from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
-from whaleflux_scheduler.fleet import Fleet
-from whaleflux_scheduler.hub import Hub
+from whaleflux_scheduler.diagnosis import FailureDiagnosis
+from whaleflux_scheduler.job_access import JobAccess
+from whaleflux_scheduler.job_history import JobHistory
+from whaleflux_scheduler.job_secrets import JobSecrets
 from whaleflux_scheduler.jobs import Jobs
-from whaleflux_scheduler.judge import Judge
-from whaleflux_scheduler.logs import LogDesk
+from whaleflux_scheduler.leader_session import ELECTION, LeaderSession, Leading, not_leader
+from whaleflux_scheduler.logs import LogBroker
+from whaleflux_scheduler.node_view import NodeView
+from whaleflux_scheduler.reconciler import Reconciler, Sources
 from whaleflux_scheduler.servicer import Scheduler
+from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.task_servicer import Tasks
-from whaleflux_scheduler.term import ELECTION, Term, not_leader
 
-RETRY_S = 0.5
 DATASETS_EVERY_S = 30.0  # inventory offers no watch of datasets; where copies are changes slowly
 
 _log = telemetry.get_logger("whaleflux.scheduler")
@@ -52,6 +60,7 @@ class Peers:
     inventory: InventoryServiceStub | None = None
     health: HealthServiceStub | None = None
     checkpoint: CheckpointServiceStub | None = None
+    secrets: SecretServiceStub | None = None  # inventory's, too
 
     @classmethod
     def dial(cls, inventory: Any, health: Any, checkpoint: Any) -> Self:
@@ -60,6 +69,7 @@ class Peers:
             InventoryServiceStub(inventory) if inventory else None,
             HealthServiceStub(health) if health else None,
             CheckpointServiceStub(checkpoint) if checkpoint else None,
+            SecretServiceStub(inventory) if inventory else None,
         )
 
 
@@ -73,112 +83,145 @@ class Service:
     servicers: Sequence[tuple[Callable[[Any, Any], None], Any, str]]
     loops: Sequence[Loop]
     ready: Callable[[], bool]
-    term: Term
-    hub: Hub
+    leader_session: LeaderSession
+    sessions: AgentSessions
     jobs: Jobs
-    fleets: list[Fleet] = field(default_factory=list)  # the leader's, newest last
+    node_views: list[NodeView] = field(default_factory=list)  # the leader's
 
 
 def assemble(
-    store: Store, bus: Bus | None, clock: Clock, peers: Peers, limits: Limits, address: str, keep_ended: int = 10_000
+    store: Store,
+    bus: Bus | None,
+    clock: Clock,
+    peers: Peers,
+    timeouts: Timeouts,
+    address: str,
+    keep_ended: int = 10_000,
+    code: CodeStore | None = None,
+    code_grace_s: float = 7 * 86_400.0,
 ) -> Service:
-    """`address` is told to callers who ask a follower."""
+    """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
-    jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode)
+    jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode, stand_in=convert.unreadable_job)
     queues_cache = Cache(store, keys.QUEUES, convert.QUEUES.decode)
-    hub, term, jobs = Hub(), Term(store), Jobs(store, jobs_cache)
-    desk = LogDesk(hub)
-    submissions = Submissions(batched, clock, peers.inventory)
-    scheduler = Scheduler(batched, jobs, submissions, term, desk, clock)
+    sessions, leader_session, jobs = (
+        AgentSessions(),
+        LeaderSession(store),
+        Jobs(store, jobs_cache, JobAccess(store, queues_cache)),
+    )
+    broker, attaching = LogBroker(sessions), AttachBroker(sessions, clock, SessionNews(bus, clock))
+    secrets = JobSecrets(jobs, peers.secrets, peers.inventory)
+    submissions = Submissions(batched, clock, peers.inventory, jobs.access, secrets)
+    transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
+    scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
+    tasks = Tasks(leader_session, broker, attaching, secrets)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),
-            (add_TaskServiceServicer_to_server, Tasks(term, desk), "whaleflux.v1.TaskService"),
+            (add_TaskServiceServicer_to_server, tasks, "whaleflux.v1.TaskService"),
         ],
         loops=[],
         ready=lambda: jobs_cache.revision > 0,
-        term=term,
-        hub=hub,
+        leader_session=leader_session,
+        sessions=sessions,
         jobs=jobs,
     )
 
     async def decide(leader: Leader) -> None:
-        """One term: everything that it remembers ends with it."""
+        """One leadership: everything that it remembers ends with it."""
         newest = await store.list(keys.JOBS, limit=1)
         await jobs_cache.at_least(newest.revision, timeout_s=30.0)
         await queues_cache.at_least(newest.revision, timeout_s=30.0)
-        fleet = Fleet(hub.connected)
-        judge = Judge(peers.health, peers.checkpoint)
+        await placements.complete(batched, leader, jobs_cache.values.values())
+        nodes = NodeView(sessions.connected, monitored=peers.health is not None)
+        diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache)
-        brain = Brain(batched, leader, sources, hub, fleet, judge, clock, limits, keep_ended=keep_ended)
-        service.fleets[:] = [fleet]
-        brain.load()
-        term.brain = brain
+        publishers = _publishers(store, bus, leader, clock) if bus is not None else []
+        reconciler = Reconciler(
+            batched,
+            leader,
+            sources,
+            sessions,
+            nodes,
+            diagnosis,
+            clock,
+            timeouts,
+            keep_ended=keep_ended,
+            told=lambda: publishers[0].revision if publishers else math.inf,
+        )
+        service.node_views[:] = [nodes]
+        reconciler.load()
+        leader_session.begin(Leading(reconciler.agents, reconciler.view, reconciler.planner))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(brain.run())
-                for feed in _feeds(fleet, brain, peers, clock):
+                group.create_task(reconciler.run())
+                for feed in _feeds(nodes, reconciler, peers, clock):
                     group.create_task(feed())
-                if bus is not None:
-                    for publisher in _publishers(store, bus, leader, clock):
-                        group.create_task(publisher.run())
+                if code is not None:
+                    group.create_task(CodeCollection(code, jobs_cache, clock, code_grace_s).run())
+                for publisher in publishers:
+                    group.create_task(publisher.run())
         finally:
-            term.brain = None
-            hub.close(not_leader())
+            leader_session.end()
+            sessions.close(not_leader())
+            broker.end(not_leader())
+            attaching.end()
 
     async def run() -> None:
         async with jobs_cache, queues_cache:
-            while True:
-                try:
-                    await lead(store, ELECTION, address, decide)
-                except* Unavailable as outage:  # whatever was under way is unknown: a new term finds out
-                    _log.warning(Event.LOOP_RESTARTED, loop="scheduler", reason=str(outage.exceptions[0]))
-                await clock.sleep(RETRY_S)
+            await lead(store, ELECTION, address, decide)
 
     service.loops = [run]
     return service
 
 
-def _feeds(fleet: Fleet, brain: Brain, peers: Peers, clock: Clock) -> list[Loop]:
+def _feeds(nodes: NodeView, reconciler: Reconciler, peers: Peers, clock: Clock) -> list[Loop]:
     feeds: list[Loop] = []
     if peers.inventory is not None:
         inventory = peers.inventory
         feeds += [
-            lambda: fleet.follow_inventory(inventory),
-            lambda: _follow_datasets(brain, inventory, clock),
+            lambda: nodes.follow_inventory(inventory),
+            lambda: _follow_datasets(reconciler, inventory, clock),
         ]
     if peers.health is not None:
         health = peers.health
-        feeds.append(lambda: fleet.follow_health(health))
+        feeds.append(lambda: nodes.follow_health(health))
     return feeds
 
 
-async def _follow_datasets(brain: Brain, inventory: InventoryServiceStub, clock: Clock) -> None:
+async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceStub, clock: Clock) -> None:
     """Sizes and copies of datasets, as far as they differ from the last look."""
     known: dict[str, DatasetFact] = {}
     while True:
-        with contextlib.suppress(Refusal):  # asked again soon; placement knows what it last heard
-            facts = {fact.name: fact async for fact in _datasets(inventory)}
-            if changed := tuple(fact for name, fact in facts.items() if known.get(name) != fact):
-                brain.datasets_are(changed)
+        with contextlib.suppress(StatusError):  # asked again soon; placement knows what was last reported
+            facts = await _datasets(inventory, known)
+            changed = tuple(fact for name, fact in facts.items() if known.get(name) != fact)
+            gone = tuple(known.keys() - facts.keys())
+            if changed or gone:
+                reconciler.datasets_are(changed, gone)
             known = facts
         await clock.sleep(DATASETS_EVERY_S)
 
 
-async def _datasets(inventory: InventoryServiceStub) -> Any:
-    token = ""
-    while True:
+async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, DatasetFact]) -> dict[str, DatasetFact]:
+    """By name; those whose record cannot be read stay as they are known."""
+    facts: dict[str, DatasetFact] = {}
+    token, more = "", True
+    while more:
         request = inventory_pb2.ListDatasetsRequest(page_size=500, page_token=token)
         page = await inventory.ListDatasets(request, timeout=10.0)
         for dataset in page.datasets:
             whole = (copy.node for copy in dataset.copies if copy.present_bytes >= dataset.size_bytes)
-            yield DatasetFact(dataset.name, dataset.size_bytes, tuple(whole))
+            facts[dataset.name] = DatasetFact(dataset.name, dataset.size_bytes, tuple(whole))
+        facts |= {name: known[name] for name in page.unreadable if name in known}
         token = page.next_page_token
-        if not token:
-            return
+        more = bool(token)
+    return facts
 
 
 def _publishers(store: Store, bus: Bus, leader: Leader, clock: Clock) -> list[Publisher]:
+    """Jobs' first, then queues'."""
+
     def describe(change: Any) -> Any:
         return news.of_change(change, clock.now())
 

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from whaleflux import names
+from whaleflux.errors import FailedPrecondition
+from whaleflux.manifests.job_fields import Spec
+from whaleflux.manifests.job_spec import spec_of
+from whaleflux.reasons import ErrorReason
+from whaleflux.store import keys
+from whaleflux.store.api import Entry
 from whaleflux.store.codec import Codec, Stored, merge_repeated
 from whaleflux.v1 import agent_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core.model import (
     Attempt,
+    Awaited,
     Cause,
-    Decision,
+    Claim,
+    Hold,
     Job,
-    JobKind,
     JobState,
     Queue,
-    Rule,
-    Spec,
+    SchedulingDecision,
     Task,
     TaskPhase,
+    When,
 )
 from whaleflux_scheduler.core.observed import Report
 
 StoredJob = Stored[Job, pb.Job]
+UNREADABLE = "cannot be read by this version of the scheduler; update it"
 StoredQueue = Stored[Queue, pb.Queue]
 
 
@@ -42,75 +52,35 @@ def timestamp(at: datetime) -> Timestamp:
     return stamp
 
 
-def seconds(message: Any, field: str) -> float | None:
-    """A Duration field in seconds, None when it is not set."""
-    if not message.HasField(field):
-        return None
-    duration: Duration = getattr(message, field)
-    return duration.seconds + duration.nanos / 1e9
-
-
-# specs
-
-SMALL_SPEC_BYTES = 4096  # larger ones are not remembered
-
-
-def spec_of(message: pb.JobSpec) -> Spec:
-    """What a job asks for; unknown kinds count as TRAINING. Specs never change and are read with every state of their job."""
-    data = message.SerializeToString()
-    return _known_spec(data) if len(data) <= SMALL_SPEC_BYTES else _read_spec(message)
-
-
-@lru_cache(maxsize=4096)
-def _known_spec(data: bytes) -> Spec:
-    return _read_spec(pb.JobSpec.FromString(data))
-
-
-def _read_spec(message: pb.JobSpec) -> Spec:
-    retry = message.retry
-    has_retry = message.HasField("retry")
-    return Spec(
-        command=tuple(message.command),
-        image=message.image,
-        gpus=message.gpus,
-        min_nodes=message.nodes.min,
-        max_nodes=message.nodes.max,
-        any_of=tuple(message.gpu.any_of),
-        min_memory_bytes=message.gpu.min_memory_bytes,
-        min_compute_capability=message.gpu.min_compute_capability,
-        placement=tuple(Rule(r.group, r.level, r.size, r.preferred) for r in message.placement),
-        datasets=tuple(message.datasets),
-        require_local_data=message.require_local_data,
-        environment=tuple(message.environment.items()),
-        priority=message.priority,
-        max_restarts=retry.max_restarts if has_retry else None,
-        backoff_s=seconds(retry, "backoff") if has_retry else None,
-        checkpoint_every_steps=message.checkpoint.every_steps,
-        checkpoint_keep=message.checkpoint.keep,
-        checkpoint_location=message.checkpoint.location,
-        partition_wait_s=seconds(message.on_partition, "wait") if message.HasField("on_partition") else None,
-        never_reroute=message.on_partition.never_reroute,
-        deadline=instant(message, "deadline_time"),
-        budget_usd=message.budget_usd,
-        kind=JobKind.SERVICE if message.kind == pb.JOB_KIND_SERVICE else JobKind.TRAINING,
-        working_directory=message.working_directory,
-        cpu_millicores_per_rank=message.cpu_millicores_per_rank,
-        memory_bytes_per_rank=message.memory_bytes_per_rank,
-        stop_grace_s=seconds(message, "stop_grace"),
-        sites=tuple(message.sites),
-    )
-
-
 # jobs
 
 
+def loss_of(message: pb.Job | pb.Attempt | agent_pb2.TaskProgress) -> float | None:
+    """None: none was reported. All NaN are one object, so that what is the same compares as the same."""
+    if not message.HasField("loss"):
+        return None
+    return math.nan if math.isnan(message.loss) else message.loss
+
+
+def set_loss(message: pb.Job | pb.Attempt, loss: float | None) -> None:
+    if loss is None:
+        message.ClearField("loss")
+    else:
+        message.loss = loss
+
+
+_PHASES = frozenset(int(phase) for phase in TaskPhase)
+_WHENS = frozenset(int(when) for when in When)
+_STATES = frozenset(int(state) for state in JobState if state)
+
+
 def job_of(message: pb.Job) -> Job:
-    """The job as stored; its decision stays in the message."""
+    """The job as stored; its decision stays in the message. With a state or a phase of a newer version it is not `readable`."""
     created = instant(message, "create_time")
     return Job(
         name=message.name,
-        spec=spec_of(message.spec),
-        state=JobState(message.state),
+        spec=_spec(message),
+        state=JobState(message.state) if _is_known(message) else JobState.UNSPECIFIED,
         create_time=created or datetime.fromtimestamp(0, UTC),
         state_message=message.state_message,
         epoch=message.epoch,
@@ -120,14 +90,50 @@ def job_of(message: pb.Job) -> Job:
         start_time=instant(message, "start_time"),
         end_time=instant(message, "end_time"),
         traceparent=message.traceparent,
-        cause=Cause(message.cause.resource, message.cause.traceparent, message.cause.message),
+        cause=Cause(message.cause.resource, message.cause.traceparent, message.cause.message, message.cause.actor),
         step=message.step,
-        loss=message.loss,
+        loss=loss_of(message),
         cost_usd=message.cost_usd,
         past_attempts=tuple(map(attempt_of, message.past_attempts)),
         cancel_requested=message.cancel_requested,
         not_before=instant(message, "not_before_time"),
+        uid=message.uid,
+        state_time=instant(message, "state_time"),
+        run_s=message.run_s,
+        gpu_s=message.gpu_s,
+        awaits=tuple(Awaited(one.job, one.uid, _when(one.when)) for one in message.awaits),
+        hold=_hold(message.hold) if message.HasField("hold") else None,
+        priority=message.priority if message.HasField("priority") else None,
+        claim=claim_of(message.claim) if message.HasField("claim") else None,
     )
+
+
+def _spec(message: pb.Job) -> Spec:
+    """What was asked for, with the priority that it has now."""
+    spec = spec_of(message.spec)
+    return replace(spec, priority=message.priority) if message.HasField("priority") else spec
+
+
+def _when(value: int) -> When:
+    """A condition of a newer version is not read as another: the end of the job alone does not meet it."""
+    return When(value) if value in _WHENS else When.UNSPECIFIED
+
+
+def _hold(message: pb.Hold) -> Hold:
+    return Hold(message.by, message.reason, instant(message, "time") or datetime.fromtimestamp(0, UTC))
+
+
+def claim_of(message: pb.Claim) -> Claim:
+    return Claim(
+        nodes=tuple((node.node, tuple(node.gpu_uuids)) for node in message.nodes),
+        victims=tuple(message.victims),
+        expire_time=instant(message, "expire_time") or datetime.fromtimestamp(0, UTC),
+    )
+
+
+def _is_known(message: pb.Job) -> bool:
+    attempts = [*message.past_attempts, message.attempt]
+    return message.state in _STATES and all(task.phase in _PHASES for one in attempts for task in one.tasks)
 
 
 def attempt_of(message: pb.Attempt) -> Attempt:
@@ -145,6 +151,10 @@ def attempt_of(message: pb.Attempt) -> Attempt:
         communication_s=message.communication_s,
         usd_per_hour=message.usd_per_hour,
         started=message.started,
+        number=message.number,
+        gpus_by_model=tuple(sorted(message.gpus_by_model.items())),
+        step=message.step if message.HasField("end_time") else -1,
+        loss=loss_of(message),
     )
 
 
@@ -152,25 +162,38 @@ def task_of(message: pb.Task) -> Task:
     return Task(
         id=message.id,
         node=message.node,
-        gpus=tuple(message.gpu_indices),
+        gpus=tuple(message.gpu_uuids),
         first_rank=message.first_rank,
         group_rank=message.group_rank,
-        phase=TaskPhase(message.phase),
+        phase=TaskPhase(message.phase) if message.phase in _PHASES else TaskPhase.UNSPECIFIED,
         exit_code=message.exit_code,
         message=message.message,
         endpoint=message.endpoint,
         lost=message.lost,
+        stuck=message.stuck,
+        ending=message.ending,
+        unfit=message.unfit,
+        share_bytes=message.share_memory_bytes,
+        gpu_parts=message.gpu_parts,
+        cpu_ranks=message.ranks,
+        isolation=message.isolation,
     )
 
 
 def _merge_job(job: Job, message: pb.Job) -> None:
-    """Sets what this version knows; the spec never changes, and a decision only when there is a new one."""
+    """Sets what this version knows; the spec never changes, and a decision only when there is a new one.
+
+    Raises FailedPrecondition for a job that is not readable: nothing is written over what a newer version knows.
+    """
+    if not job.readable:
+        raise FailedPrecondition(f"the record of {job.name} {UNREADABLE}", reason=ErrorReason.RECORD_UNREADABLE)
     message.name = job.name
     message.state = job.state.value  # type: ignore[assignment]  # a test compares the enums
     message.state_message = job.state_message
     message.epoch = job.epoch
     message.restarts, message.recoveries = job.restarts, job.recoveries
-    message.step, message.loss, message.cost_usd = job.step, job.loss, job.cost_usd
+    message.step, message.cost_usd, message.run_s, message.gpu_s = job.step, job.cost_usd, job.run_s, job.gpu_s
+    set_loss(message, job.loss)
     message.traceparent = job.traceparent
     message.cancel_requested = job.cancel_requested
     for field, at in (
@@ -178,14 +201,40 @@ def _merge_job(job: Job, message: pb.Job) -> None:
         ("start_time", job.start_time),
         ("end_time", job.end_time),
         ("not_before_time", job.not_before),
+        ("state_time", job.state_time),
     ):
         _set_instant(message, field, at)
     message.cause.resource = job.cause.resource
     message.cause.traceparent = job.cause.traceparent
-    message.cause.message = job.cause.message
+    message.cause.message, message.cause.actor = job.cause.message, job.cause.actor
     if job.decision is not None:
         message.decision.CopyFrom(decision_message(job.decision))
+    _merge_claim(job.claim, message)
+    _merge_waiting(job, message)
     _merge_attempts(job, message)
+
+
+def _merge_claim(claim: Claim | None, message: pb.Job) -> None:
+    message.ClearField("claim")
+    if claim is not None:
+        nodes = (pb.ClaimedNode(node=node, gpu_uuids=uuids) for node, uuids in claim.nodes)
+        message.claim.CopyFrom(pb.Claim(nodes=nodes, victims=claim.victims, expire_time=timestamp(claim.expire_time)))
+
+
+def _merge_waiting(job: Job, message: pb.Job) -> None:
+    """What keeps it from being placed, and its priority where it was changed."""
+    if len(message.awaits) != len(job.awaits):  # they only become fewer
+        left = {(one.job, one.uid, one.when) for one in job.awaits}
+        kept = [one for one in message.awaits if (one.job, one.uid, _when(one.when)) in left]
+        del message.awaits[:]
+        message.awaits.extend(kept)
+    if job.hold is None:
+        message.ClearField("hold")
+    else:
+        message.hold.by, message.hold.reason = job.hold.by, job.hold.reason
+        message.hold.time.FromDatetime(job.hold.time)
+    if job.priority is not None:
+        message.priority = job.priority
 
 
 def _merge_attempts(job: Job, message: pb.Job) -> None:
@@ -217,7 +266,12 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
     message.traceparent = attempt.traceparent
     message.restore_checkpoint = attempt.restore_checkpoint
     message.communication_s, message.usd_per_hour = attempt.communication_s, attempt.usd_per_hour
-    message.started = attempt.started
+    message.started, message.number = attempt.started, attempt.number
+    if not message.gpus_by_model:
+        message.gpus_by_model.update(attempt.gpus_by_model)
+    if attempt.end_time is not None:
+        message.step = attempt.step
+        set_loss(message, attempt.loss)
     for field, at in (
         ("allocate_time", attempt.allocate_time),
         ("run_time", attempt.run_time),
@@ -239,11 +293,14 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
 
 def _merge_task(task: Task, message: pb.Task) -> None:
     message.id, message.node = task.id, task.node
-    message.gpu_indices[:] = task.gpus
+    message.gpu_uuids[:] = task.gpus
     message.first_rank, message.group_rank = task.first_rank, task.group_rank
     message.phase = task.phase.value  # type: ignore[assignment]
     message.exit_code, message.message = task.exit_code, task.message
     message.endpoint, message.lost = task.endpoint, task.lost
+    message.stuck, message.ending, message.unfit = task.stuck, task.ending, task.unfit
+    message.share_memory_bytes, message.gpu_parts = task.share_bytes, task.gpu_parts
+    message.ranks, message.isolation = task.cpu_ranks, task.isolation
 
 
 def _set_instant(message: Any, field: str, at: datetime | None) -> None:
@@ -253,7 +310,26 @@ def _set_instant(message: Any, field: str, at: datetime | None) -> None:
         getattr(message, field).FromDatetime(at)
 
 
-JOBS: Codec[Job, pb.Job] = Codec(pb.Job, job_of, _merge_job)
+PACKED_FROM_BYTES = 256 * 1024  # gangs of some thousand GPUs, each named by 40 bytes
+JOBS: Codec[Job, pb.Job] = Codec(pb.Job, job_of, _merge_job, packed_from_bytes=PACKED_FROM_BYTES)
+
+
+def unreadable_job(entry: Entry, last: StoredJob | None) -> StoredJob:
+    """What stands for a record that is no message of this version: the job as last known, and not `readable`."""
+    queue, _, id_ = entry.key.removeprefix(keys.JOBS).partition("/")
+    message = pb.Job(name=names.job(queue, id_))
+    if last is not None:
+        message.CopyFrom(last.message)
+    message.state_message = f"its record {UNREADABLE}" + ("; shown as last known" if last is not None else "")
+    return Stored(replace(job_of(message), state=JobState.UNSPECIFIED), message, entry)
+
+
+def read_job(entry: Entry, last: StoredJob | None = None) -> StoredJob:
+    """The job of any record; see `unreadable_job`."""
+    try:
+        return JOBS.decode(entry)
+    except (DecodeError, ValueError):
+        return unreadable_job(entry, last)
 
 
 def task_message(task: Task) -> pb.Task:
@@ -262,7 +338,7 @@ def task_message(task: Task) -> pb.Task:
     return message
 
 
-def decision_message(decision: Decision) -> pb.Decision:
+def decision_message(decision: SchedulingDecision) -> pb.Decision:
     """The record that users read."""
     return pb.Decision(
         time=timestamp(decision.time),
@@ -302,11 +378,9 @@ QUEUES: Codec[Queue, pb.Queue] = Codec(pb.Queue, queue_of, _merge_queue)
 
 # agents
 
-_PHASES = frozenset(int(phase) for phase in TaskPhase)
 
-
-def report_of(message: agent_pb2.TaskReport) -> Report:
-    """What an agent says of a task; a phase that this version does not know counts as not reported."""
+def report_of(message: agent_pb2.TaskReport, node: str) -> Report:
+    """What the agent of a node says of a task; a phase that this version does not know counts as not reported."""
     known = message.phase in _PHASES
     return Report(
         task=message.task,
@@ -318,11 +392,16 @@ def report_of(message: agent_pb2.TaskReport) -> Report:
         endpoint=message.endpoint[:300],
         traceparent=message.traceparent[:64],
         failed_rank=message.failed_rank,
+        stuck=message.stuck[:2000],
+        ending=message.ending,
+        unfit=message.unfit,
+        isolation=message.isolation[:200],
+        node=node,
     )
 
 
-def desired_task(stored: StoredJob, task: Task) -> agent_pb2.DesiredTask:
-    """One task as its agent should make it."""
+def desired_task(stored: StoredJob, task: Task, elsewhere: str = "") -> agent_pb2.DesiredTask:
+    """One task as its agent should make it. `elsewhere` is a node of the attempt with another network stack."""
     job, attempt = stored.value, stored.value.attempt
     assert attempt is not None
     message = agent_pb2.DesiredTask(
@@ -330,7 +409,7 @@ def desired_task(stored: StoredJob, task: Task) -> agent_pb2.DesiredTask:
         job=job.name,
         epoch=attempt.epoch,
         spec=stored.message.spec,
-        world_size=attempt.gpus,
+        world_size=attempt.ranks,
         group_world_size=len(attempt.tasks),
         rendezvous=attempt.rendezvous,
         start=attempt.started,
@@ -338,7 +417,19 @@ def desired_task(stored: StoredJob, task: Task) -> agent_pb2.DesiredTask:
         traceparent=attempt.traceparent,
         restore_checkpoint=attempt.restore_checkpoint,
         checkpoint_location=job.spec.checkpoint_location,
+        elsewhere=elsewhere,
+        job_uid=job.uid,
     )
-    for volatile in ("phase", "exit_code", "message", "endpoint", "lost"):  # the agent's own news is not sent back
+    for volatile in (
+        "phase",
+        "exit_code",
+        "message",
+        "endpoint",
+        "lost",
+        "stuck",
+        "ending",
+        "unfit",
+        "isolation",
+    ):  # the agent's own news is not sent back
         message.task.ClearField(volatile)
     return message

@@ -1,159 +1,272 @@
 """Logs on demand: a request goes down the streams of the agents that have the job's output, and their chunks are merged.
 
 A reader that does not keep up slows the agents' streams down for a moment and is then cut off: reports travel on the same streams.
+An agent that comes back while a reader follows is asked again, for what comes behind what the reader has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from whaleflux import names
-from whaleflux.errors import OverLimit, Unavailable
-from whaleflux.v1 import agent_pb2, scheduler_pb2
-from whaleflux_scheduler.core.model import Job, TaskPhase
-from whaleflux_scheduler.hub import Hub
+from whaleflux.errors import NotFound, ResourceExhausted, StatusError, Unavailable
+from whaleflux.reasons import ErrorReason
+from whaleflux.v1 import agent_pb2
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.agent_sessions import AgentSessions
+from whaleflux_scheduler.core import log_requests
+from whaleflux_scheduler.core.model import Attempt, Job, Task, TaskPhase
 
 CHUNKS = 64  # of at most 64 KiB each, waiting for one reader
 PATIENCE_S = 1.0
 READERS = 256
 
+Where = tuple[str, int]  # a node, and the epoch of the attempt that it is asked about
+
 
 class Reader:
     """One caller of StreamLogs."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: pb.StreamLogsRequest) -> None:
+        self.asked = asked
         self.chunks: asyncio.Queue[agent_pb2.LogChunk] = asyncio.Queue(CHUNKS)
-        self.requests: dict[str, tuple[str, int]] = {}  # request -> node and epoch, while it is open
-        self.slow = False
+        self.requests: dict[str, Where] = {}  # by id, while they are open
+        self.complete: set[Where] = set()  # all was read
+        self.lost: set[Where] = set()  # the agent went away in the middle
+        self.refused: list[str] = []  # what agents said that they cannot give
+        self.error: StatusError | None = None
+        self.woken = asyncio.Event()  # agents came or went
+        self._offsets = {(known.rank, known.epoch): known.offset for known in asked.after}
 
-    def end(self, request: str) -> None:
-        """Nothing more comes for this request."""
-        self.requests.pop(request, None)
+    @property
+    def rank(self) -> int:
+        """The one that is wanted; -1: all."""
+        return -1 if self.asked.all_ranks or self.asked.rank < 0 else self.asked.rank
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way to it."""
+        return not self.requests and self.chunks.empty()
+
+    def wanted(self, job: Job) -> Attempt | None:
+        """The attempt whose output is wanted now: the one that was asked for, else the newest that has any."""
+        if self.asked.attempt:
+            return next((attempt for number, attempt in job.numbered() if number == self.asked.attempt), None)
+        return next((one for one in reversed(tuple(job.attempts())) if any(self.with_output(one))), None)
+
+    def with_output(self, attempt: Attempt) -> Iterator[Task]:
+        """Tasks of its ranks, once their agents have any output to follow."""
+        for task in attempt.tasks:
+            mine = self.rank < 0 or task.first_rank <= self.rank < task.first_rank + task.ranks
+            if mine and task.phase.reached(TaskPhase.SETTING_UP):
+                yield task
+
+    def over(self, job: Job) -> bool:
+        """Whether nothing that it has not asked for will come."""
+        wanted = self.wanted(job) if self.asked.attempt else None
+        return job.ended or (wanted is not None and wanted.end_time is not None)
+
+    def took(self, chunk: agent_pb2.LogChunk) -> None:
+        """Its caller has the chunk."""
+        self._offsets[chunk.rank, chunk.epoch] = chunk.next_offset
+
+    def behind(self, epoch: int) -> list[pb.LogPosition]:
+        """What its caller has of an attempt."""
+        return [
+            pb.LogPosition(rank=r, epoch=e, offset=offset) for (r, e), offset in self._offsets.items() if e == epoch
+        ]
+
+    def fail(self, error: StatusError) -> None:
+        """Ends it."""
+        self.error = error
+        self.woken.set()
 
 
-class LogDesk:
-    """Open requests by id."""
+class LogBroker:
+    """Open requests by id, and who reads their answers."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._readers: dict[str, Reader] = {}
+    def __init__(self, sessions: AgentSessions) -> None:
+        self._sessions = sessions
+        self._requests: dict[str, Reader] = {}
+        self._open: set[Reader] = set()
 
-    async def take(self, chunk: agent_pb2.LogChunk) -> None:
-        """A chunk from an agent; waits up to a second for its reader."""
-        reader = self._readers.get(chunk.request)
-        if reader is None:
+    async def take(self, node: str, chunk: agent_pb2.LogChunk) -> None:
+        """A chunk from the agent of `node`; waits up to a second for its reader. What that agent was not asked for is dropped."""
+        reader = self._requests.get(chunk.request)
+        if reader is None or reader.requests[chunk.request][0] != node:
             return
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await reader.chunks.put(chunk)
         except TimeoutError:
-            reader.slow = True
+            too_slow = "the reader was too slow; read again"
+            reader.fail(ResourceExhausted(too_slow, reason=ErrorReason.READER_TOO_SLOW, retry_after_s=1.0))
             self._close(chunk.request, reader)
+
+    def node_connected(self, node: str) -> None:
+        """Readers that miss its output ask for it."""
+        for reader in self._open:
+            reader.woken.set()
 
     def node_gone(self, node: str) -> None:
         """The stream of a node ended: what was asked of it will not be answered."""
-        for request, reader in list(self._readers.items()):
-            if reader.requests.get(request, ("", 0))[0] == node:
-                ended = agent_pb2.LogChunk(request=request, end=True, error=f"{node} is not connected any more")
-                with contextlib.suppress(asyncio.QueueFull):
-                    reader.chunks.put_nowait(ended)
+        for request, reader in list(self._requests.items()):
+            if reader.requests[request][0] == node:
+                reader.lost.add(reader.requests[request])
+                self._forget(request, reader)
+                reader.woken.set()
 
-    def ask(self, reader: Reader, job: Job, asked: scheduler_pb2.StreamLogsRequest, told: set[tuple[str, int]]) -> None:
-        """Asks every connected node for its newest output of the job, where it was not `told` yet."""
-        rank = -1 if asked.all_ranks or asked.rank < 0 else asked.rank
-        newest: dict[str, int] = {}
-        for attempt in job.attempts():
-            for task in attempt.tasks:
-                has_it = rank < 0 or task.first_rank <= rank < task.first_rank + len(task.gpus)
-                if has_it and task.phase >= TaskPhase.STARTING:  # before, its agent has no output to follow
-                    newest[task.node] = attempt.epoch
-        for where in newest.items():
-            connection = self._hub.connected.get(where[0])
-            if where in told or connection is None:
-                continue
-            told.add(where)
-            request = agent_pb2.LogRequest(
-                request=names.ulid(),
-                job=job.name,
-                rank=rank,
-                follow=asked.follow,
-                tail_lines=asked.tail_lines,
-                epoch=where[1],
-            )
-            connection.send(agent_pb2.SyncResponse(logs=request))
-            reader.requests[request.request] = where
-            self._readers[request.request] = reader
+    def end(self, error: StatusError) -> None:
+        """Ends all readers: agents are served elsewhere from now on."""
+        for reader in self._open:
+            reader.fail(error)
+
+    def ask(self, reader: Reader, job: Job) -> bool:
+        """Asks every connected node for its output of the wanted attempt, unless it was asked; False: none has any."""
+        wanted = reader.wanted(job)
+        found = [] if wanted is None else [(task.node, wanted.epoch) for task in reader.with_output(wanted)]
+        asked = {*reader.complete, *reader.requests.values()}
+        for where in found:
+            if where not in asked and where[0] in self._sessions.connected:
+                self._ask(reader, job, where)
+        return bool(found)
+
+    def missing(self, reader: Reader, job: Job) -> set[str]:
+        """Nodes whose output was not read, since they are not connected or went away."""
+        attempt = reader.wanted(job) if reader.asked.attempt else job.attempt
+        found = set() if attempt is None else {(task.node, attempt.epoch) for task in reader.with_output(attempt)}
+        away = {where for where in found - reader.complete if where[0] not in self._sessions.connected}
+        return {node for node, _ in away | reader.lost}
+
+    def _ask(self, reader: Reader, job: Job, where: Where) -> None:
+        node, epoch = where
+        request = agent_pb2.LogRequest(
+            request=names.ulid(),
+            job=job.name,
+            rank=reader.rank,
+            follow=reader.asked.follow,
+            tail_lines=reader.asked.tail_lines,
+            epoch=epoch,
+            after=reader.behind(epoch),
+            times=reader.asked.times,
+        )
+        if reader.asked.HasField("since_time"):
+            request.since_time.CopyFrom(reader.asked.since_time)
+        self._sessions.connected[node].send(agent_pb2.SyncResponse(logs=request))
+        reader.lost.discard(where)
+        reader.requests[request.request] = where
+        self._requests[request.request] = reader
 
     @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[Reader]:
+    async def reading(self, asked: pb.StreamLogsRequest) -> AsyncIterator[Reader]:
         """A reader whose requests are cancelled at the end."""
-        if len({id(reader) for reader in self._readers.values()}) >= READERS:
-            raise OverLimit(f"{READERS} log readers are open; close some", reason="TOO_MANY_READERS")
-        reader = Reader()
+        if len(self._open) >= READERS:
+            raise ResourceExhausted(f"{READERS} log readers are open; close some", reason=ErrorReason.TOO_MANY_READERS)
+        reader = Reader(asked)
+        self._open.add(reader)
         try:
             yield reader
         finally:
+            self._open.discard(reader)
             for request in list(reader.requests):
                 self._close(request, reader)
 
-    def finished(self, request: str, reader: Reader) -> None:
+    def finished(self, chunk: agent_pb2.LogChunk, reader: Reader) -> None:
         """The agent said that nothing more comes."""
-        reader.end(request)
-        self._readers.pop(request, None)
+        if (where := reader.requests.get(chunk.request)) is not None:
+            reader.complete.add(where)
+            self._forget(chunk.request, reader)
+            if chunk.error:
+                reader.refused.append(f"{where[0]}: {chunk.error[:300]}")
+
+    def _forget(self, request: str, reader: Reader) -> None:
+        reader.requests.pop(request, None)
+        self._requests.pop(request, None)
 
     def _close(self, request: str, reader: Reader) -> None:
-        node = reader.requests.get(request, ("", 0))[0]
-        self.finished(request, reader)
-        connection = self._hub.connected.get(node)
-        if connection is not None and connection.open:
-            with contextlib.suppress(OverLimit):
-                connection.send(agent_pb2.SyncResponse(cancel_logs=request))
+        if (where := reader.requests.get(request)) is None:  # its reader left, or the node did
+            return
+        self._forget(request, reader)
+        session = self._sessions.connected.get(where[0])
+        if session is not None and session.open:
+            with contextlib.suppress(ResourceExhausted):
+                session.send(agent_pb2.SyncResponse(cancel_logs=request))
 
 
 async def merged(
-    desk: LogDesk, reader: Reader, jobs: AsyncIterator[Job], asked: scheduler_pb2.StreamLogsRequest
-) -> AsyncGenerator[scheduler_pb2.StreamLogsResponse, None]:
-    """Chunks of all nodes as they come; with `follow` also of later attempts, until the job has ended and all is read."""
-    told: set[tuple[str, int]] = set()
-    state = await anext(jobs)
-    desk.ask(reader, state, asked, told)
-    if not told and not (asked.follow and not state.ended):
-        if state.attempt is None:
-            return  # it never ran: there is nothing to read
-        raise Unavailable(
-            f"no agent that ran {state.name} is connected; its output stays on its nodes", reason="NODES_UNREACHABLE"
-        )
-    news = asyncio.create_task(_next(jobs)) if asked.follow else None
+    broker: LogBroker, reader: Reader, jobs: AsyncIterator[Job]
+) -> AsyncGenerator[pb.StreamLogsResponse, None]:
+    """Chunks of all nodes as they come; with `follow` also of later attempts, until the job has ended and all is read.
+
+    Of one attempt when it was asked for, until that is over.
+    """
+    follow, state = reader.asked.follow, await anext(jobs)
+    log_requests.check(reader.asked, state)
+    ran = broker.ask(reader, state)
+    if ran and reader.idle and (reader.over(state) or not follow):
+        raise _unreachable(f"no agent that ran {state.name} is connected")
+    changes = asyncio.create_task(_next(jobs)) if follow and not reader.over(state) else None
     try:
-        while reader.requests or (news is not None and not state.ended):
-            chunk = asyncio.create_task(reader.chunks.get())
-            waiting: set[asyncio.Task[Any]] = {chunk} if news is None else {chunk, news}
-            try:
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                chunk.cancel()  # of no effect when it is done
-            if reader.slow:
-                raise OverLimit("the reader was too slow; read again", reason="READER_TOO_SLOW", retry_after_s=1.0)
-            if news is not None and news.done():
-                changed = news.result()
-                news = None
-                if changed is not None:
-                    state = changed
-                    desk.ask(reader, state, asked, told)
-                    news = None if state.ended else asyncio.create_task(_next(jobs))
-            if chunk.done() and not chunk.cancelled():
-                got = chunk.result()
+        while changes is not None or not reader.idle:
+            got = await _first(reader, changes)
+            if reader.error is not None:
+                raise reader.error
+            if changes is not None and changes.done():
+                state = changes.result() or state
+                over = changes.result() is None or reader.over(state)
+                changes = None if over else asyncio.create_task(_next(jobs))
+            if got is not None:
                 if got.data:
-                    yield scheduler_pb2.StreamLogsResponse(rank=got.rank, epoch=got.epoch, data=got.data)
+                    yield _shown(got, state)
+                    reader.took(got)
                 if got.end:
-                    desk.finished(got.request, reader)
+                    broker.finished(got, reader)
+            if follow:
+                broker.ask(reader, state)
+        if missing := broker.missing(reader, state):
+            raise _unreachable(f"the output of {state.name} is not complete without {', '.join(sorted(missing))}")
+        if reader.refused:
+            raise NotFound("output", state.name, "; ".join(reader.refused))
     finally:
-        if news is not None:
-            news.cancel()
-            await asyncio.gather(news, return_exceptions=True)
+        if changes is not None:
+            changes.cancel()
+            await asyncio.gather(changes, return_exceptions=True)
+
+
+def _shown(chunk: agent_pb2.LogChunk, job: Job) -> pb.StreamLogsResponse:
+    response = pb.StreamLogsResponse(
+        rank=chunk.rank,
+        epoch=chunk.epoch,
+        data=chunk.data,
+        next_offset=chunk.next_offset,
+        progress=chunk.progress,
+        attempt=next((number for number, attempt in job.numbered() if attempt.epoch == chunk.epoch), 0),
+    )
+    if chunk.HasField("time"):
+        response.time.CopyFrom(chunk.time)
+    return response
+
+
+async def _first(reader: Reader, changes: asyncio.Task[Job | None] | None) -> agent_pb2.LogChunk | None:
+    """Returns when there is something to do, with the next chunk if there is one."""
+    chunk, woken = asyncio.create_task(reader.chunks.get()), asyncio.create_task(reader.woken.wait())
+    waiting: set[asyncio.Task[Any]] = {chunk, woken} if changes is None else {chunk, woken, changes}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        chunk.cancel()  # of no effect when it is done
+        woken.cancel()
+    reader.woken.clear()
+    return chunk.result() if chunk.done() and not chunk.cancelled() else None
+
+
+def _unreachable(what: str) -> Unavailable:
+    return Unavailable(
+        f"{what}; its output stays on its nodes", reason=ErrorReason.NODES_UNREACHABLE, retry_after_s=1.0
+    )
 
 
 async def _next(jobs: AsyncIterator[Job]) -> Job | None:

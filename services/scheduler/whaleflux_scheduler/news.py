@@ -2,69 +2,135 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from datetime import datetime
 
-from whaleflux.events.changes import state_news
-from whaleflux.events.publisher import Change, News
+from whaleflux import names
+from whaleflux.convert import enum_name
+from whaleflux.events.publisher import EntryChange, OutgoingEvent
+from whaleflux.events.state_events import asked_for, state_event
 from whaleflux.events.subjects import HUB
+from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import types_pb2
+from whaleflux_scheduler import accounts, convert
 
 SOURCE = "scheduler"
 
 
-def of_change(change: Change, now: datetime) -> News | None:
-    """Events of jobs and queues; nothing for writes that leave a job's state as it was."""
-    return of_queue(change, now) if change.key.startswith(keys.QUEUES) else of_job(change, now)
+def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
+    """Events of jobs and queues, nothing for writes that leave a job's state as it was; and what is over of a job, for accounting."""
+    if change.key.startswith(keys.QUEUES):
+        told = of_queue(change, now)
+        return () if told is None else (told,)
+    new = convert.JOBS.read(change.new.value) if change.new else None
+    old = convert.JOBS.read(change.old.value) if change.old else None
+    told = of_job(change, now, old, new)
+    return (*(() if told is None else (told,)), *accounts.of_change(old, new))
 
 
-def of_job(change: Change, now: datetime) -> News | None:
-    """QUEUED, STARTING, RUNNING, RECOVERING, ..., DELETED."""
-    new = pb.Job.FromString(change.new.value) if change.new else None
-    old = pb.Job.FromString(change.old.value) if change.old else None
+def of_job(change: EntryChange, now: datetime, old: pb.Job | None, new: pb.Job | None) -> OutgoingEvent | None:
+    """The new state (QUEUED, STARTING, RUNNING, ...), or DELETED.
+
+    In the same state: what somebody asked for, and LOSS_NOT_FINITE when a job that goes on first reports NaN or infinity.
+    """
     job = new or old or pb.Job()
-    previous = _state(old) if old else ""
-    what = _state(new) if new else "DELETED"
-    if what == previous:
-        return None
-    parent = job.cause.traceparent or job.traceparent
-    cause = types_pb2.Cause(resource=job.cause.resource, traceparent=parent, message=job.cause.message)
-    nodes = ",".join(dict.fromkeys(task.node for task in job.attempt.tasks))
-    attributes = {"gpus": str(job.spec.gpus), "cost_usd": f"{job.cost_usd:.4f}", "nodes": nodes[:4000]}
-    return state_news(
+    previous, asked = _state(old) if old else "", asked_for(old, new)
+    what, message = _state(new) if new else What.DELETED, job.state_message
+    at = convert.instant(job, "state_time") if new else None
+    if old is not None and at == convert.instant(old, "state_time"):
+        at = None  # an older version wrote it, or nothing of the state changed
+    if new is None:
+        message = f"its record is deleted; it was {previous}"
+    elif old is None and new.state == pb.JOB_STATE_QUEUED:
+        message = message or f"submitted, for {new.spec.gpus} GPU{'s' * (new.spec.gpus != 1)}"
+    elif what == previous and asked is not None and asked.what != What.DELETED:
+        what, message = asked.what or What.CHANGED, asked.reason
+    elif what == previous:
+        if not _loss_not_finite(job) or (old and _loss_not_finite(old)):
+            return None
+        what, message = What.LOSS_NOT_FINITE, f"the loss is {job.loss} at step {job.step}"
+    return state_event(
         change,
         now,
         source=SOURCE,
         resource=job.name,
         what=what,
         previous=previous,
-        message=job.state_message,
+        message=message,
         site=_site(job),
         epoch=job.epoch,
-        cause=cause,
-        attributes=attributes,
+        cause=_cause(job, what, asked, old),
+        attributes=_facts(job),
+        at=at,
+        asked=asked,
     )
 
 
-def of_queue(change: Change, now: datetime) -> News | None:
-    """CREATED or DELETED."""
+def _cause(job: pb.Job, what: str, asked: types_pb2.Change | None, old: pb.Job | None) -> types_pb2.Cause:
+    """What led to a state; who deleted or changed the record stands elsewhere, and the trace goes on."""
+    parent = job.cause.traceparent or job.traceparent
+    if what != _state(job):
+        pruned = what == What.DELETED and asked is None
+        return types_pb2.Cause(traceparent=parent, actor=f"{SOURCE}/pruning" if pruned else "")
+    told = (
+        old is not None and old.cause.message == job.cause.message
+    )  # by the event before: what follows has its own words
+    message = "" if told else job.cause.message
+    return types_pb2.Cause(resource=job.cause.resource, traceparent=parent, message=message, actor=job.cause.actor)
+
+
+def _facts(job: pb.Job) -> dict[str, str]:
+    attempt = job.attempt
+    exits = [task.exit_code for task in attempt.tasks if task.phase == pb.TASK_PHASE_EXITED and task.exit_code]
+    return {
+        "uid": job.uid,
+        "submitter": job.submitter,
+        "gpus": str(job.spec.gpus),
+        "cost_usd": f"{job.cost_usd:.4f}",
+        "nodes": ",".join(dict.fromkeys(task.node for task in attempt.tasks))[:4000],
+        "attempt": str(attempt.number or ""),
+        "end_reason": attempt.end_reason.partition(":")[0],
+        "exit_code": str(exits[0]) if exits else "",
+        "incident": attempt.incident,
+        "preempts": ",".join(job.decision.preempts)[:1000] if job.state == pb.JOB_STATE_STARTING else "",
+    }
+
+
+def of_queue(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, DELETED, or CHANGED when somebody asked for it."""
     entry = change.new or change.old
-    if entry is None or (change.old is not None and change.new is not None):
+    if entry is None:
         return None
     queue = pb.Queue.FromString(entry.value)
-    what = "CREATED" if change.new else "DELETED"
+    what = What.DELETED if change.new is None else What.CREATED if change.old is None else What.CHANGED
+    if what == What.CHANGED and queue.last_change.what == What.DELETED:
+        return None  # about to go
+    old = pb.Queue.FromString(change.old.value) if change.old else None
     limit = f", at most {queue.max_gpus} GPUs" if queue.max_gpus else ""
-    return state_news(
-        change, now, source=SOURCE, resource=queue.name, what=what, message=f"weight {queue.weight:g}{limit}"
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=queue.name,
+        what=what,
+        message=f"weight {queue.weight:g}{limit}",
+        at=convert.instant(queue, "create_time") if what == What.CREATED else None,
+        asked=asked_for(old, queue if change.new else None),
     )
+
+
+def _loss_not_finite(job: pb.Job) -> bool:
+    return job.HasField("loss") and not math.isfinite(job.loss)
 
 
 def _state(job: pb.Job) -> str:
-    return pb.JobState.Name(job.state).removeprefix("JOB_STATE_")
+    return enum_name(pb.JobState, job.state, "JOB_STATE_")
 
 
 def _site(job: pb.Job) -> str:
     """The one site of the attempt, "hub" for none or several."""
-    sites = {task.node.split("/")[1] for task in job.attempt.tasks}
+    sites = {names.top(task.node) for task in job.attempt.tasks}
     return sites.pop() if len(sites) == 1 else HUB

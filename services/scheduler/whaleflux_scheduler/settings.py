@@ -1,23 +1,47 @@
-"""What the scheduler can be told."""
+"""The scheduler's settings."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
-from whaleflux_scheduler.core.observed import Limits
+from whaleflux_scheduler.core.observed import Timeouts
+
+_DEFAULTS = Timeouts()
 
 
 class Settings(ServiceSettings):
     """Who runs where, and why."""
 
-    accept_s: float = Field(20.0, gt=0, description="Seconds that agents have to accept the tasks of a gang.")
-    start_s: float = Field(120.0, gt=0, description="Seconds from allocation until all ranks must run.")
-    fetch_s: float = Field(3600.0, gt=0, description="The same while images are pulled or data is fetched, seconds.")
-    partition_wait_s: float = Field(600.0, ge=0, description="How long jobs wait for a silent site, seconds.")
-    shun_s: float = Field(60.0, ge=0, description="How long a job avoids a node that refused or failed it, seconds.")
-    keep_ended_jobs: int = Field(10_000, ge=0, description="Ended jobs that are kept; the oldest are deleted.")
+    accept_s: float = Field(
+        _DEFAULTS.accept_s, gt=0, description="Seconds that agents have to accept the tasks of a gang."
+    )
+    start_s: float = Field(_DEFAULTS.start_s, gt=0, description="Seconds from allocation until all ranks must run.")
+    fetch_s: float = Field(
+        _DEFAULTS.fetch_s, gt=0, description="The same while images are pulled or data is fetched, seconds."
+    )
+    partition_wait_s: float = Field(
+        _DEFAULTS.partition_wait_s, ge=0, description="How long jobs wait for a silent site, seconds."
+    )
+    avoid_s: float = Field(
+        _DEFAULTS.avoid_s, ge=0, description="How long a job avoids a node that refused or failed it, seconds."
+    )
+    keep_ended_jobs: int = Field(
+        10_000,
+        ge=0,
+        description="Ended jobs that are kept; the oldest are deleted, and later their checkpoints (deleted_job_grace_s).",
+    )
 
-    def limits(self) -> Limits:
+    code_grace_s: float = Field(
+        7 * 86_400.0,
+        ge=SHORTEST_GRACE_S,
+        description="How long code is kept that no job names any more, seconds; submitting it again begins anew.",
+    )
+    code_store_bytes: int = Field(
+        2 << 30, ge=128 << 20, description="Most bytes of code that the event bus keeps (its stream CODE)."
+    )
+
+    def timeouts(self) -> Timeouts:
         """As the core wants them."""
-        return Limits(self.accept_s, self.start_s, self.fetch_s, self.partition_wait_s, self.shun_s)
+        return Timeouts(self.accept_s, self.start_s, self.fetch_s, self.partition_wait_s, self.avoid_s)

@@ -1,4 +1,4 @@
-"""What a move looks like from outside: spans in the job's trace, log lines, metrics."""
+"""What a transition looks like from outside: spans in the job's trace, log lines, metrics."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from datetime import datetime
 
 from whaleflux import telemetry
 from whaleflux.telemetry import Attribute, Event, Metric
-from whaleflux_scheduler.book import Note
-from whaleflux_scheduler.core.lifecycle import ended_by
+from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.model import Job, JobState
 from whaleflux_scheduler.core.planner import Choice
+from whaleflux_scheduler.diagnosis import DiagnosisResult
 
 _log = telemetry.get_logger("whaleflux.scheduler")
 
 
-def parent_of(job: Job, note: Note) -> str:
+def parent_of(job: Job, diagnosed: DiagnosisResult | None) -> str:
     """What a decision about the job is a child of: its recovery, what last happened to it, or its submission."""
-    if note.finding is not None:
-        return note.finding.recovery
+    if diagnosed is not None:
+        return diagnosed.recovery_traceparent
     return (job.cause.traceparent if job.attempt is not None else "") or job.traceparent
 
 
-def placed(before: Job, after: Job, note: Note, choice: Choice | None, now: datetime) -> None:
+def placed(before: Job, after: Job, diagnosed: DiagnosisResult | None, choice: Choice | None, now: datetime) -> None:
     """scheduler.recover -> scheduler.decide -> scheduler.allocate, whose context went into the attempt."""
     attempt = after.attempt
     assert attempt is not None
@@ -32,15 +32,15 @@ def placed(before: Job, after: Job, note: Note, choice: Choice | None, now: date
         Attribute.GPUS: attempt.gpus,
         Attribute.NODES: ",".join(attempt.nodes[:16]),
     }
-    parent = parent_of(before, note)
-    if note.finding is not None:
+    parent = parent_of(before, diagnosed)
+    if diagnosed is not None:
         ended = before.attempt.end_time if before.attempt is not None else None
         telemetry.emit_span(
             "scheduler.recover",
             ended or now,
             now,
-            traceparent=note.finding.recovery,
-            parent=note.finding.failure,
+            traceparent=diagnosed.recovery_traceparent,
+            parent=diagnosed.failure_traceparent,
             attributes=known,
         )
     begun = choice.begun if choice is not None and choice.begun else now
@@ -53,7 +53,7 @@ def placed(before: Job, after: Job, note: Note, choice: Choice | None, now: date
     _log.info(Event.JOB_PLACED, job=after.name, epoch=attempt.epoch, decision=after.state_message)
 
 
-def moved(before: Job, after: Job, note: Note, now: datetime) -> None:
+def transitioned(before: Job, after: Job, now: datetime) -> None:
     """A job's state changed."""
     if after.state is JobState.RUNNING:
         _log.info(Event.JOB_STARTED, job=after.name, epoch=after.epoch)
@@ -83,9 +83,10 @@ def _emit_job(job: Job, now: datetime) -> None:
     )
 
 
-def show_progress(job: str, step: int, loss: float) -> None:
+def show_progress(job: str, step: int, loss: float | None) -> None:
     telemetry.gauge(Metric.TRAINING_STEP).labels(job).set(step)
-    telemetry.gauge(Metric.TRAINING_LOSS).labels(job).set(loss)
+    if loss is not None:
+        telemetry.gauge(Metric.TRAINING_LOSS).labels(job).set(loss)
 
 
 def forget(job: str) -> None:

@@ -1,81 +1,101 @@
-"""TaskService: one stream per agent, served by the leader."""
+"""TaskService: one stream per agent, and one per session with a job, served by the leader."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
 import grpc
 
 from whaleflux import names, telemetry
-from whaleflux.errors import FieldViolation, Invalid, Refusal
+from whaleflux.errors import FieldViolation, InvalidArgument, StatusError
 from whaleflux.rpc import auth
 from whaleflux.telemetry import Event
 from whaleflux.v1 import agent_pb2
 from whaleflux.v1 import agent_pb2_grpc as rpc
-from whaleflux_scheduler.brain import Brain
-from whaleflux_scheduler.hub import Connection
-from whaleflux_scheduler.logs import LogDesk
-from whaleflux_scheduler.term import Term
+from whaleflux_scheduler.agent_sessions import AgentSession
+from whaleflux_scheduler.agents import Agents
+from whaleflux_scheduler.attach import AttachBroker
+from whaleflux_scheduler.first_message import first_message
+from whaleflux_scheduler.job_secrets import JobSecrets
+from whaleflux_scheduler.leader_session import LeaderSession
+from whaleflux_scheduler.logs import LogBroker
 
 HELLO_S = 10.0
 _log = telemetry.get_logger("whaleflux.scheduler")
 _Context = grpc.aio.ServicerContext[object, object]
+Request = TypeVar("Request", agent_pb2.SyncRequest, agent_pb2.AttachRequest)
 
 
 class Tasks(rpc.TaskServiceServicer):
     """See the module."""
 
-    def __init__(self, term: Term, desk: LogDesk) -> None:
-        self._term, self._desk = term, desk
+    def __init__(self, leader: LeaderSession, broker: LogBroker, attaching: AttachBroker, secrets: JobSecrets) -> None:
+        self._leader, self._broker, self._attaching, self._secrets = leader, broker, attaching, secrets
 
     async def Sync(
         self, requests: AsyncIterator[agent_pb2.SyncRequest], context: _Context | None
     ) -> AsyncIterator[agent_pb2.SyncResponse]:
-        hello = await _hello(requests)
-        brain = await self._term.leading()
-        connection = brain.agents.connect(hello)
+        hello = (await _first(requests)).hello
+        agents = (await self._leader.leading()).agents
+        session = agents.connect(hello)
+        self._broker.node_connected(hello.node)
         _log.info(Event.NODE_CONNECTED, node=hello.node, tasks=len(hello.tasks))
-        reading = asyncio.create_task(self._read(requests, brain, connection))
+        reading = asyncio.create_task(self._read(requests, agents, session))
         try:
-            async for response in connection.responses():
+            async for response in session.responses():
                 yield response
         finally:
             reading.cancel()
-            if brain.agents.disconnect(connection):
-                self._desk.node_gone(hello.node)
+            if agents.disconnect(session):
+                self._broker.node_gone(hello.node)
             _log.info(Event.NODE_DISCONNECTED, node=hello.node)
 
-    async def _read(self, requests: AsyncIterator[agent_pb2.SyncRequest], brain: Brain, connection: Connection) -> None:
+    async def Attach(
+        self, requests: AsyncIterator[agent_pb2.AttachRequest], context: _Context | None
+    ) -> AsyncIterator[agent_pb2.AttachResponse]:
+        await self._leader.leading()
+        hello = (await _first(requests)).hello
+        async with contextlib.aclosing(self._attaching.join(hello, requests)) as responses:
+            async for response in responses:
+                yield response
+
+    async def OpenTaskSecrets(
+        self, request: agent_pb2.OpenTaskSecretsRequest, context: _Context | None
+    ) -> agent_pb2.OpenTaskSecretsResponse:
+        return await self._secrets.open(request)
+
+    async def _read(
+        self, requests: AsyncIterator[agent_pb2.SyncRequest], agents: Agents, session: AgentSession
+    ) -> None:
         """What the agent sends, until it stops; ends the answers too."""
         try:
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "report":
-                        brain.agents.report(connection, request.report)
+                        agents.report(session, request.report)
                     case "progress":
                         for moved in request.progress.tasks:
-                            brain.agents.progress(connection, moved)
+                            agents.progress(session, moved)
                     case "log":
-                        await self._desk.take(request.log)
+                        await self._broker.take(session.node, request.log)
                     case _:
-                        raise Invalid(FieldViolation("message", "is not set, or a second hello; open a new stream"))
-            connection.close()
-        except Refusal as refusal:
-            connection.close(refusal)
-        except Exception as broken:  # the transport's own errors end the stream, they are nobody's bug
-            _log.info(Event.NODE_DISCONNECTED, node=connection.node, reason=repr(broken)[:300])
-            connection.close()
+                        raise InvalidArgument(
+                            FieldViolation("message", "is not set, or a second hello; open a new stream")
+                        )
+            session.close()
+        except StatusError as error:
+            session.close(error)
+        except Exception as failure:  # the transport's own errors end the stream, they are nobody's bug
+            _log.info(Event.NODE_DISCONNECTED, node=session.node, reason=repr(failure)[:300])
+            session.close()
 
 
-async def _hello(requests: AsyncIterator[agent_pb2.SyncRequest]) -> agent_pb2.SyncHello:
-    try:
-        async with asyncio.timeout(HELLO_S):
-            first = await anext(requests)
-    except (TimeoutError, StopAsyncIteration):
-        raise Invalid(FieldViolation("hello", f"must be the first message, within {HELLO_S:g} s")) from None
-    if first.WhichOneof("message") != "hello":
-        raise Invalid(FieldViolation("hello", "must be the first message of the stream"))
+async def _first(requests: AsyncIterator[Request]) -> Request:
+    """The first message of a stream, which must be a hello for the caller's own node."""
+    first = await first_message(requests, "hello", HELLO_S)
     names.split(first.hello.node, "sites", "nodes", field="hello.node")
     auth.require_own_node(first.hello.node)
-    return first.hello
+    return first

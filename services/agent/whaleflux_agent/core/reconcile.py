@@ -6,10 +6,10 @@ when no process of an older epoch of its job and no holder of its GPUs is left o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from whaleflux_agent.core.work import Have, Stage, Work
+from whaleflux_agent.core.work import ActualTask, Stage, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,16 @@ Action = Accept | Start | Stop | Forget | Refuse
 
 
 def reconcile(
-    desired: Mapping[str, Work], actual: Mapping[str, Have], epochs: Mapping[str, int], *, fresh: bool
+    desired: Mapping[str, Work],
+    actual: Mapping[str, ActualTask],
+    epochs: Mapping[str, int],
+    *,
+    fresh: bool,
+    left_alone: Collection[str] = (),
 ) -> list[Action]:
     """What to do now. `epochs` holds the highest accepted epoch of each job.
+
+    Of the jobs in `left_alone` nobody knows what is wanted: what is there stays as it is.
 
     `fresh` is false until the control plane has spoken to this process: what it wanted of an earlier one is kept
     running, but nothing new is begun on its word and no result is forgotten.
@@ -63,12 +70,14 @@ def reconcile(
     highest = _highest(desired.values(), epochs)
     actions: list[Action] = []
     for have in actual.values():
-        actions += _with(have, desired.get(have.task), highest.get(have.job, 0), fresh=fresh)
+        if have.job in left_alone and have.task not in desired:
+            continue
+        actions += _end_or_forget(have, desired.get(have.task), highest.get(have.job, 0), fresh=fresh)
     stopped = {action.task for action in actions}
     soon = dict(actual)
     for want in desired.values() if fresh else ():
         if want.task not in stopped:
-            for action in _toward(want, soon, highest[want.job]):
+            for action in _next_step(want, soon, highest[want.job]):
                 actions.append(action)
                 if isinstance(action, Start):  # what starts in this round holds its GPUs against the rest of it
                     soon[want.task] = replace(soon[want.task], stage=Stage.LAUNCHING)
@@ -82,7 +91,7 @@ def _highest(desired: Iterable[Work], epochs: Mapping[str, int]) -> dict[str, in
     return highest
 
 
-def _with(have: Have, want: Work | None, highest: int, *, fresh: bool) -> list[Action]:
+def _end_or_forget(have: ActualTask, want: Work | None, highest: int, *, fresh: bool) -> list[Action]:
     """What to do about a task that is there."""
     old = have.epoch < highest
     if want is not None and not old:
@@ -94,7 +103,7 @@ def _with(have: Have, want: Work | None, highest: int, *, fresh: bool) -> list[A
     return [Stop(have.task, f"epoch {have.epoch} is over, the job is in {highest}" if old else "no longer desired")]
 
 
-def _toward(want: Work, actual: Mapping[str, Have], highest: int) -> list[Action]:
+def _next_step(want: Work, actual: Mapping[str, ActualTask], highest: int) -> list[Action]:
     """What brings a desired task one step further."""
     have = actual.get(want.task)
     if have is None:
@@ -107,30 +116,34 @@ def _toward(want: Work, actual: Mapping[str, Have], highest: int) -> list[Action
     return []
 
 
-def blockers(want: Work, actual: Iterable[Have]) -> list[str]:
+def blockers(want: Work, actual: Iterable[ActualTask]) -> list[str]:
     """Tasks whose processes must be gone before `want` may start: other attempts of its job, holders of its GPUs."""
-    gpus = set(want.gpu_indices)
     return [
         have.task
         for have in actual
-        if have.task != want.task and have.stage.holds and (have.job == want.job or gpus & set(have.gpu_indices))
+        if have.task != want.task and have.stage.holds and (have.job == want.job or _in_the_way(want, have))
     ]
 
 
-def defect(want: Work, gpus: Iterable[int], runtimes: Iterable[str]) -> str:
-    """Why this node can never run `want`, "" when it can. `gpus` are the healthy indices, `runtimes` what is offered."""
+def _in_the_way(want: Work, have: ActualTask) -> bool:
+    """Whether both want a GPU that they may not share; that shares fit beside one another is the scheduler's to see to."""
+    return not (want.share_bytes and have.share_bytes) and not set(want.gpu_uuids).isdisjoint(have.gpu_uuids)
+
+
+def rejection_reason(want: Work, gpus: Iterable[str], runtimes: Iterable[str]) -> str:
+    """Why this node can never run `want`, "" when it can. `gpus` are the UUIDs of healthy GPUs, `runtimes` what is offered."""
     known = set(gpus)
-    missing = [index for index in want.gpu_indices if index not in known]
+    missing = [uuid for uuid in want.gpu_uuids if uuid not in known]
     if missing:
-        return f"GPU {missing[0]} is not there or not healthy; this node has {sorted(known)}"
-    if len(set(want.gpu_indices)) != len(want.gpu_indices) or not want.gpu_indices:
-        return f"gpu_indices {list(want.gpu_indices)} must name each GPU once, and at least one"
+        return f"GPU {missing[0]} is not there or not healthy; this node has {', '.join(sorted(known)) or 'none'}"
+    if len(set(want.gpu_uuids)) != len(want.gpu_uuids) or not want.ranks:
+        return f"gpu_uuids {list(want.gpu_uuids)} must name each GPU once, and at least one unless it has ranks without"
     offered = set(runtimes)
     if not offered:
         return "this node only senses: its agent was started with --no-run"
-    if want.image and "docker" not in offered:
-        return f"image {want.image!r} needs a container engine, and this node has none"
-    if not want.image and not want.command:
+    if want.spec.image and "docker" not in offered:
+        return f"image {want.spec.image!r} needs a container engine, and this node has none"
+    if not want.spec.image and not want.spec.command:
         return "neither a command nor an image is given"
     if want.first_rank < 0 or want.ranks.stop > want.world_size:
         return f"ranks {want.first_rank} to {want.ranks.stop - 1} do not fit into a world of {want.world_size}"

@@ -10,12 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from whaleflux.fleet.gpu_types import NVLINK_BYTES_PER_S, PCIE_LANE_BYTES_PER_S
 from whaleflux.fleet.model import Link, LinkKind
 
-# One link, one direction, bytes per second on the wire, by generation (NVIDIA's data sheets: 2 x 25 GB/s from NVLink 2 on).
-_NVLINK_BYTES_PER_S = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
-# PCIe, one lane, one direction, after encoding.
-_PCIE_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 _PCIE_UNKNOWN = (4, 16)  # generation and width where the driver does not say
 # What a collective gets of the wire: 347 of 450 GB/s over NVLink 4 and 26 of 63 GB/s through host memory, all-reduce of
 # 1 GiB on 4 H200. A PCIe switch passes peer traffic on without touching the host.
@@ -70,7 +67,7 @@ def _nvlink_bytes_per_s(a: GpuWires, b: GpuWires) -> float:
 
 
 def _sum(links: Iterable[NvLinkReading]) -> float:
-    return sum(_NVLINK_BYTES_PER_S.get(link.generation, 25e9) for link in links)
+    return sum(NVLINK_BYTES_PER_S.get(link.generation, 25e9) for link in links)
 
 
 def _same_bus(one: str, other: str) -> bool:
@@ -80,5 +77,5 @@ def _same_bus(one: str, other: str) -> bool:
 
 def _pcie_bytes_per_s(gpu: GpuWires) -> float:
     generation, width = gpu.pcie_generation or _PCIE_UNKNOWN[0], gpu.pcie_width or _PCIE_UNKNOWN[1]
-    newest = max(_PCIE_LANE_BYTES_PER_S)
-    return _PCIE_LANE_BYTES_PER_S.get(generation, _PCIE_LANE_BYTES_PER_S[newest]) * width
+    newest = max(PCIE_LANE_BYTES_PER_S)
+    return PCIE_LANE_BYTES_PER_S.get(generation, PCIE_LANE_BYTES_PER_S[newest]) * width

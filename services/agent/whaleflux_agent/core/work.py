@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from whaleflux.manifests.job_fields import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +15,7 @@ class Work:
     task: str  # {job}-{epoch}-{group rank}
     job: str  # queues/{queue}/jobs/{job}
     epoch: int
-    gpu_indices: tuple[int, ...]  # in rank order
+    gpu_uuids: tuple[str, ...]  # in rank order; a driver may number its GPUs anew at any start
     first_rank: int = 0
     group_rank: int = 0
     world_size: int = 1
@@ -21,26 +23,28 @@ class Work:
     rendezvous: str = ""  # host:port; "": the agent of group rank 0 chooses
     start: bool = False
     restart_count: int = 0
-    max_restarts: int = 0
-    command: tuple[str, ...] = ()
-    image: str = ""
-    environment: tuple[tuple[str, str], ...] = ()
-    service: bool = False
-    working_directory: str = ""
-    datasets: tuple[str, ...] = ()
-    cpu_millicores_per_rank: int = 0
-    memory_bytes_per_rank: int = 0
-    stop_grace_s: float = 30.0
+    spec: Spec = field(default_factory=Spec)  # what its job asks for
     traceparent: str = ""
     checkpoint_location: str = ""
     restore_checkpoint: str = ""
-    keep_checkpoints: int = 0
-    every_steps: int = 0
+    elsewhere: str = ""  # a node of the attempt that does not share loopback addresses with this one
+    cpu_ranks: int = 0  # of a task that holds no GPUs
+    job_uid: str = ""  # a later job of the same name has another
+    share_bytes: int = 0  # of each GPU's memory, others may have the rest; 0: its GPUs are its own alone
 
     @property
     def ranks(self) -> range:
         """Global ranks on this node."""
-        return range(self.first_rank, self.first_rank + len(self.gpu_indices))
+        return range(self.first_rank, self.first_rank + (len(self.gpu_uuids) or self.cpu_ranks))
+
+    @property
+    def processes(self) -> range:
+        """The ranks as whose processes the command is started here: all of the node, or the first for all of them."""
+        return self.ranks[:1] if self.spec.launch_once else self.ranks
+
+    def process_of(self, rank: int) -> int:
+        """The position, among those of this node, of the process that is `rank` or has started it."""
+        return 0 if self.spec.launch_once else rank - self.first_rank
 
 
 class Stage(Enum):
@@ -60,11 +64,12 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class ActualTask:
     """One task that the agent knows."""
 
     task: str
     job: str
     epoch: int
-    gpu_indices: tuple[int, ...]
+    gpu_uuids: tuple[str, ...]
     stage: Stage
+    share_bytes: int = 0

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
 
-from whaleflux.fleet.model import Disk
+from whaleflux import names
+from whaleflux.fleet.model import Disk, Node
 
 _DEFAULT_NIC_BYTES_PER_S = 125e6  # 1 Gb/s, where no interface says
 _FILE_SYSTEMS = frozenset({"ext4", "xfs", "btrfs", "zfs", "f2fs"})
+
+
+_SYSTEMD_WITHIN_S = 1.0
+_NVIDIA, _DISPLAY_CLASS = "0x10de", "0x03"  # PCI vendor, and the class of VGA and 3D controllers
+
+
+def describe(name: str) -> Node:
+    """The machine without its GPUs, as node `name` (sites/{site}/nodes/{node})."""
+    return Node(
+        name=name,
+        site=names.top(name),
+        cpu_millicores=cpu_millicores(),
+        memory_bytes=memory_bytes(),
+        disks=disks(),
+        network_bytes_per_s=network_bytes_per_s(),
+    )
+
+
+def nvidia_devices(root: Path = Path("/sys/bus/pci/devices")) -> int:
+    """GPUs of NVIDIA on the PCI bus, with or without a driver."""
+    devices = root.iterdir() if root.is_dir() else ()
+    return sum(
+        " ".join(_lines(device / "vendor")) == _NVIDIA and " ".join(_lines(device / "class")).startswith(_DISPLAY_CLASS)
+        for device in devices
+    )
+
+
+async def is_shutting_down() -> bool:
+    """Whether the host itself goes down, as far as systemd says so; False where there is none, or it does not answer."""
+    systemctl = shutil.which("systemctl")
+    if systemctl is None or not Path("/run/systemd/system").is_dir():
+        return False
+    try:
+        async with asyncio.timeout(_SYSTEMD_WITHIN_S):
+            asked = await asyncio.create_subprocess_exec(
+                systemctl, "is-system-running", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+            )
+            answer, _ = await asked.communicate()
+    except (OSError, TimeoutError):
+        return False
+    return answer.strip() == b"stopping"
 
 
 def cpu_millicores() -> int:

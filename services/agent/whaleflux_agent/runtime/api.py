@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 UNKNOWN_EXIT = -9  # reported for a rank whose end nobody saw; `RankExit.known` is False then
 
 
 class LaunchFailed(Exception):  # named for what happened
-    """The task could not be started; the text says why, for people."""
+    """The task could not be started; the text says why, for people. `left` is what must be ended before it is over.
+
+    `unfit`: no later try on this node can go better.
+    """
+
+    def __init__(self, text: str, *, left: Running | None = None, unfit: bool = False) -> None:
+        super().__init__(text)
+        self.left, self.unfit = left, unfit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,16 @@ class LaunchPlan:
     cpu_millicores_per_rank: int = 0  # 0: no limit
     memory_bytes_per_rank: int = 0  # 0: no limit
     gpu_uuids: tuple[str, ...] = ()  # for containers
+    secrets: str = (
+        ""  # folder with what its processes find in their environment (env/{VARIABLE}) and as files; "": nothing
+    )
+    secret_variables: tuple[str, ...] = ()  # names of those in env/
+    wall: Mapping[str, Any] = field(default_factory=dict)  # what its processes give up (`walls.py`)
+    processes_per_rank: int = 0  # most processes and threads; 0: no limit
+
+    def process_of(self, rank: int) -> int:
+        """Position of the process that a rank runs in: its own, or that of the whole node."""
+        return next((at for at, plan in enumerate(self.ranks) if plan.rank == rank), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,7 @@ class RankExit:
     code: int
     out_of_memory: bool = False
     known: bool = True  # False: nobody saw it end
+    why: str = ""  # what its agent did to it, and why
 
 
 class Running(Protocol):
@@ -65,8 +82,16 @@ class Running(Protocol):
         """Sends a signal to every rank that lives, with all that it started."""
         ...
 
+    async def end(self, rank: int, why: str) -> None:
+        """Kills the process of a rank with all that it started; its exit says `why`."""
+        ...
+
     async def gone(self) -> bool:
-        """True when no process of the task is left on the node, whatever it did to hide."""
+        """True when no process of the task has a living thread on the node, whatever it did to hide."""
+        ...
+
+    async def remains(self) -> tuple[str, ...]:
+        """What is left of it, one sentence for each process: pid, states of its threads, where they wait."""
         ...
 
     async def release(self) -> None:
@@ -79,28 +104,27 @@ class Runtime(Protocol):
 
     name: str
 
+    @property
+    def memory_limits(self) -> str:
+        """Who sees to limits of memory: the "kernel" at once, or the agent, which has it "watched"."""
+        ...
+
+    @property
+    def limited_by(self) -> frozenset[str]:
+        """What the kernel limits of a rank: "cpu", "memory", "pids"."""
+        ...
+
     async def prepare(self, plan: LaunchPlan) -> None:
         """Gets what the start needs and may take long (an image). Raises LaunchFailed."""
         ...
 
     async def start(self, plan: LaunchPlan) -> Running:
-        """Starts every rank; returns when all exist. Raises LaunchFailed, and then nothing of it is left."""
+        """Starts every rank; returns when all exist. Raises LaunchFailed, with what is left of the try."""
         ...
 
     async def adopt(self, plan: LaunchPlan) -> Running | None:
-        """Takes over what an earlier agent started by this plan, also when it has ended since; None: never started."""
+        """Takes over what an earlier agent began to start by this plan, also when it has ended since; None: never begun.
+
+        A start that came to nothing is given as a task whose ranks ended unseen: it is never begun a second time.
+        """
         ...
-
-
-async def end(running: Running, *, grace_s: float, sigterm: int = 15, sigkill: int = 9) -> None:
-    """SIGTERM, up to `grace_s` to comply, then SIGKILL until nothing is left. Returns when all are reaped."""
-    await running.signal(sigterm)
-    try:
-        async with asyncio.timeout(grace_s):
-            while not await running.gone():
-                await asyncio.sleep(0.05)  # the kernel sends no event for the end of a group
-    except TimeoutError:
-        pass
-    while not await running.gone():
-        await running.signal(sigkill)
-        await asyncio.sleep(0.05)

@@ -35,16 +35,20 @@ class Cgroups:
         remove([root])
         return cls(root, controllers)
 
-    def create(self, task: str, ranks: int, *, cpu_millicores: int, memory_bytes: int) -> list[Path]:
+    def create(
+        self, task: str, ranks: int, *, cpu_millicores: int, memory_bytes: int, processes: int = 0
+    ) -> list[Path]:
         """Groups for `ranks` ranks with their limits (0: none). Raises OSError."""
         parent = self.root / task
         for folder in (self.root, parent):
             folder.mkdir(exist_ok=True)
             _enable(folder, self.controllers)
-        return [self._rank(parent / f"r{index}", cpu_millicores, memory_bytes) for index in range(ranks)]
+        return [self._rank(parent / f"r{index}", cpu_millicores, memory_bytes, processes) for index in range(ranks)]
 
-    def _rank(self, folder: Path, cpu_millicores: int, memory_bytes: int) -> Path:
+    def _rank(self, folder: Path, cpu_millicores: int, memory_bytes: int, processes: int) -> Path:
         folder.mkdir(exist_ok=True)
+        if processes and "pids" in self.controllers:
+            (folder / "pids.max").write_text(str(processes))
         if cpu_millicores and "cpu" in self.controllers:
             (folder / "cpu.max").write_text(f"{cpu_millicores * _PERIOD_US // 1000} {_PERIOD_US}")
         if memory_bytes and "memory" in self.controllers:
@@ -78,7 +82,7 @@ def _delegate(own: Path, root: Path) -> frozenset[str]:
     A group that limits others may hold no process itself: when this process is alone in its group, it moves into a
     leaf beside `root`.
     """
-    wanted = frozenset({"cpu", "memory"}) & frozenset((own / "cgroup.controllers").read_text().split())
+    wanted = frozenset({"cpu", "memory", "pids"}) & frozenset((own / "cgroup.controllers").read_text().split())
     if not wanted:
         return frozenset()
     if not _enable(own, wanted):

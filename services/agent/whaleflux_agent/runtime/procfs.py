@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 TASK_TOKEN = "WHALEFLUX_TASK_TOKEN"  # name of a variable
 SHIM_TOKEN = "WHALEFLUX_SHIM_TOKEN"
+BESIDE_TOKEN = "WHALEFLUX_BESIDE_TOKEN"  # of the parent of a command beside a rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,9 @@ class Process:
     start_time: int  # clock ticks since boot
 
     def alive(self) -> bool:
-        """True while it runs or is stopped; false once it is a zombie, gone, or its pid is somebody else's."""
-        fields = stat(self.pid)
-        return fields is not None and fields.start_time == self.start_time and fields.state not in "ZXx"
+        """True while a thread of it runs or is stopped; false once all have ended, or its pid is somebody else's."""
+        found = stat(self.pid)
+        return found is not None and found.start_time == self.start_time and living(self.pid, found)
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Sends a signal, to its whole process group if asked; nothing when it is gone."""
@@ -35,6 +37,8 @@ class Process:
 
     def pidfd(self) -> int | None:
         """A descriptor that becomes readable when it ends; None when it has ended. The caller closes it."""
+        if self.pid <= 0:  # nobody's
+            return None
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -51,37 +55,92 @@ class Stat:
 
     state: str
     start_time: int
+    parent: int = 0
+    group: int = 0
+    session: int = 0
 
 
-def stat(pid: int) -> Stat | None:
-    """The process with this pid, None when there is none."""
+_ENDED = "ZXx"
+
+
+def stat(pid: int, thread: int = 0) -> Stat | None:
+    """The process with this pid, or one thread of it; None when there is none."""
+    path = f"/proc/{pid}/task/{thread}/stat" if thread else f"/proc/{pid}/stat"
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(path, "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # the name before may contain anything
     except OSError:
         return None
-    return Stat(fields[0].decode(), int(fields[19])) if len(fields) > 19 else None
+    if len(fields) <= 19:
+        return None
+    return Stat(fields[0].decode(), int(fields[19]), int(fields[1]), int(fields[2]), int(fields[3]))
+
+
+def threads(pid: int) -> list[int]:
+    """Ids of its threads; empty when it is gone."""
+    try:
+        return [int(entry) for entry in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []
+
+
+def living_threads(pid: int) -> list[int]:
+    """Ids of its threads that have not ended: a leader may be a zombie while others still run, write, or hang."""
+    states = ((thread, stat(pid, thread)) for thread in threads(pid))
+    return [thread for thread, found in states if found is not None and found.state not in _ENDED]
+
+
+def living(pid: int, found: Stat) -> bool:
+    """True while a thread of the process has not ended. `found` is what `stat(pid)` said."""
+    return found.state not in _ENDED or bool(living_threads(pid))
+
+
+def snapshot() -> dict[int, Stat]:
+    """Every process of the host that has a living thread, by pid."""
+    pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    stats = ((pid, stat(pid)) for pid in pids)
+    return {pid: found for pid, found in stats if found is not None and living(pid, found)}
 
 
 def find(variable: str, value: str) -> list[Process]:
     """Living processes with `variable=value` in the environment that they were started with; reads all of /proc."""
     marker = f"{variable}={value}".encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and marker in environment(int(entry)):
-            fields = stat(int(entry))
-            if fields is not None and fields.state not in "ZXx":
-                found.append(Process(int(entry), fields.start_time))
-    return found
+    return [Process(pid, found.start_time) for pid, found in snapshot().items() if marker in environment(pid)]
 
 
 def environment(pid: int) -> list[bytes]:
-    """NAME=value entries of the environment that `pid` was started with; empty for zombies and for other users'."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return file.read().split(b"\0")
-    except OSError:
-        return []
+    """NAME=value entries of the environment that `pid` was started with; empty when it has ended, and for other users'.
+
+    A zombie leader has given its memory back; the threads that outlive it still show it.
+    """
+    for path in (f"/proc/{pid}/environ", *(f"/proc/{pid}/task/{thread}/environ" for thread in threads(pid)[1:])):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if found := file.read():
+                return found.split(b"\0")
+    return []
+
+
+def bearers(pids: Iterable[int], token: str, variable: str = TASK_TOKEN) -> frozenset[int]:
+    """Those of these processes that were started with the token of a task."""
+    marker = f"{variable}={token}".encode()
+    return frozenset(pid for pid in pids if marker in environment(pid))
+
+
+def describe(pid: int) -> str:
+    """The process and what its living threads do: states as in proc(5), and where in the kernel they wait."""
+    name = _line(f"/proc/{pid}/comm") or "?"
+    shown = []
+    for thread in living_threads(pid)[:3]:
+        found = stat(pid, thread)
+        where = _line(f"/proc/{pid}/task/{thread}/wchan").strip("0")
+        shown.append(f"thread {thread} {found.state if found else '?'}" + (f" in {where}" if where else ""))
+    return f"pid {pid} ({name}): {', '.join(shown) or 'ending'}"
+
+
+def _line(path: str) -> str:
+    with contextlib.suppress(OSError), open(path, errors="replace") as file:
+        return file.readline().strip()
+    return ""
 
 
 def signal_all(processes: list[Process], number: int) -> None:
@@ -94,6 +153,13 @@ def boot_id() -> str:
     """Changes with each boot of the host."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
+
+
+def network_stack() -> str:
+    """Names this process's network stack: those that share it share its loopback addresses."""
+    with contextlib.suppress(OSError):
+        return f"{boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
+    return ""
 
 
 def oom_kills() -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from whaleflux_health_monitor.core.phases import ALIVE, Intent, Phase
-from whaleflux_health_monitor.core.timing import BEAT_S, Arrivals, Timing
+from whaleflux_health_monitor.core.timing import HEARTBEAT_S, Arrivals, Timing
 
 
 class Probe(Enum):
@@ -21,6 +21,13 @@ class Probe(Enum):
 REACHES_HOST = frozenset({Probe.REFUSED, Probe.CONNECTS})
 
 
+class Stop(Enum):
+    """What an agent that says goodbye announces."""
+
+    AGENT_RESTART = "agent restart"  # its work goes on, and it is back soon
+    HOST_SHUTDOWN = "host shutdown"  # its work ends with it
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A task that a node last said it runs. `step` is -1 before the first."""
@@ -32,11 +39,20 @@ class Running:
     traceparent: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class GpuFault:
+    """The hardware of a GPU failed: an Xid that is no program's fault, or a GPU that became unhealthy."""
+
+    at_s: float
+    reason: str  # "XID_79", "GPU_LOST"
+    message: str
+
+
 @dataclass(slots=True)
 class NodeState:
     """One node as this leader knows it. All `_s` are monotonic seconds; None means never.
 
-    `life_s` is the last sign of life: a beat, an answered probe, or, for what this leader has not heard of yet, the
+    `life_s` is the last sign of life: a heartbeat, an answered probe, or, for what this leader has not heard of yet, the
     end of its grace.
     """
 
@@ -47,35 +63,39 @@ class NodeState:
     phase: Phase = Phase.REGISTERED
     reason: str = ""
     intent: Intent = Intent.ACTIVE
-    heard: bool = False  # by this leader
+    reported: bool = False  # by this leader
     boot_id: str = ""
+    machine_id: str = ""  # of the agent whose stream is the newest
     probe_address: str = ""
     stream: int = 0  # counts streams; 0: none yet
     connected: bool = False
     lost_s: float | None = None  # when the stream ended without a goodbye
     announced_s: float | None = None  # when it said that it restarts
     stopped: bool = False  # it said goodbye for good
+    goodbye_s: float | None = None  # when it last said goodbye; being back does not undo it
     probe: Probe | None = None  # newest outcome since the last sign of life of the agent's own
-    witnessed: Probe | None = None  # what a neighbour saw of its host since then
+    indirect_probe: Probe | None = None  # what a neighbour saw of its host since then
     probed_s: float = float("-inf")  # when the newest probe began
     probing: bool = False
     concluded_s: float = float("-inf")  # when a probe last came back
-    witness_s: float = float("-inf")  # when a neighbour was last asked to dial it
-    urgent: bool = False  # probe it now, whatever its beats say
+    indirect_asked_s: float = float("-inf")  # when a neighbour was last asked to dial it
+    asked_about_it: set[str] = field(default_factory=set)  # neighbours, since its last sign of life
+    urgent: bool = False  # probe it now, whatever its heartbeats say
     peer_exit_s: float | None = None  # ranks elsewhere ended that worked with this node's
-    beat_s: float = 0.0  # last beat, for the gaps between beats
+    gpu_fault: GpuFault | None = None  # the newest
+    heartbeat_s: float = 0.0  # last heartbeat, for the gaps between heartbeats
     tasks: tuple[Running, ...] = ()
-    arrivals: Arrivals = field(default_factory=lambda: Arrivals(BEAT_S))
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals(HEARTBEAT_S))
 
     def silence_s(self, now_s: float) -> float:
         """Since the last sign of life; negative during the grace."""
         return now_s - self.life_s
 
-    def calm(self, now_s: float) -> bool:
+    def is_steady(self, now_s: float) -> bool:
         """Nothing speaks against it and nothing is to be said: at each tick true of nearly every node, so kept cheap."""
         return (
             now_s - self.life_s < self.timing.probe_least_s
-            and self.heard
+            and self.reported
             and self.lost_s is None
             and self.announced_s is None
             and not (self.stopped or self.urgent)
@@ -86,22 +106,32 @@ class NodeState:
     @property
     def seen(self) -> Probe | None:
         """What dialling it gives, by the neighbour's word where nothing comes back to us."""
-        return self.witnessed or self.probe if self.probe in {None, Probe.NO_ROUTE} else self.probe
+        return self.indirect_probe or self.probe if self.probe in {None, Probe.NO_ROUTE} else self.probe
 
-    def lives(self, now_s: float) -> None:
+    def shows_life(self, now_s: float) -> None:
         """A sign of life from the agent itself: what spoke against it is void."""
-        self.life_s = now_s  # also when a grace would have lasted longer: from now on it is judged by its beats
-        self.heard = True
-        self.lost_s = self.announced_s = self.probe = self.witnessed = None
+        self.life_s = now_s  # also when a grace would have lasted longer: from now on it is judged by its heartbeats
+        self.reported = True
+        self.lost_s = self.announced_s = self.probe = self.indirect_probe = None
+        self.asked_about_it.clear()
         self.stopped = False
+
+    def announces(self, stop: Stop, at_s: float) -> None:
+        """It said goodbye at `at_s`: what follows is meant."""
+        self.connected = False
+        self.goodbye_s = at_s
+        self.announced_s = at_s if stop is Stop.AGENT_RESTART else None
+        self.stopped = stop is Stop.HOST_SHUTDOWN
 
     def shift(self, gap_s: float) -> None:
         """The monitor itself slept for `gap_s`: nobody can have been heard meanwhile."""
         self.life_s += gap_s
-        self.beat_s += gap_s
-        for name in ("lost_s", "announced_s", "peer_exit_s"):
+        self.heartbeat_s += gap_s
+        for name in ("lost_s", "announced_s", "goodbye_s", "peer_exit_s"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value + gap_s)
+        if self.gpu_fault is not None:
+            self.gpu_fault = replace(self.gpu_fault, at_s=self.gpu_fault.at_s + gap_s)
 
     def wants_probe(self, now_s: float) -> bool:
         """Whether dialling it now would tell something."""
@@ -109,8 +139,8 @@ class NodeState:
             return False
         if self.urgent:
             return True
-        doubtful = self.lost_s is not None or self.silence_s(now_s) >= self.arrivals.overdue_s(self.timing)
-        return doubtful and now_s - self.probed_s >= self.timing.reprobe_s
+        suspicious = self.lost_s is not None or self.silence_s(now_s) >= self.arrivals.overdue_s(self.timing)
+        return suspicious and now_s - self.probed_s >= self.timing.reprobe_s
 
 
 class Progress:
@@ -120,7 +150,7 @@ class Progress:
         self._steps: dict[tuple[str, int], dict[str, _Advance]] = {}
 
     def note(self, node: str, tasks: tuple[Running, ...], now_s: float) -> None:
-        """Takes the steps of a node's beat."""
+        """Takes the steps of a node's heartbeat."""
         for task in tasks:
             by_node = self._steps.setdefault((task.job, task.epoch), {})
             if node in by_node:
@@ -146,6 +176,14 @@ class Progress:
             if advance.at_s > settled_s and now_s - advance.at_s < max(5.0, 3 * advance.interval_s):
                 return True
         return False
+
+    def stalled_without(self, node: NodeState, now_s: float, least_s: float) -> bool:
+        """Whether peers elsewhere, which had advanced with this node's ranks, all stand still: then its ranks are gone.
+
+        False where it has no such peers: nobody can tell.
+        """
+        peers = [advance for _, advance in self._peers(node) if advance.interval_s > 0]
+        return bool(peers) and all(now_s - peer.at_s >= max(least_s, 3 * peer.interval_s) for peer in peers)
 
     def _peers(self, node: NodeState) -> list[tuple[str, _Advance]]:
         attempts = (self._steps.get((task.job, task.epoch), {}) for task in node.tasks)

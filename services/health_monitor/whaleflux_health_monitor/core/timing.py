@@ -6,21 +6,21 @@ import math
 from collections import deque
 from dataclasses import dataclass, replace
 
-BEAT_S = 0.5  # what agents beat at, and what the defaults below are made for
-LONGEST_BEAT_S = 30.0
+HEARTBEAT_S = 0.5  # the interval of agents, and what the defaults below are made for
+LONGEST_HEARTBEAT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Limits for agents that beat every 0.5 s; `scaled` stretches those that count beats."""
+    """Limits for agents that send a heartbeat every 0.5 s; `scaled` stretches those that count heartbeats."""
 
     probe_s: float = 1.25  # silence after which an agent is probed at the latest
-    probe_least_s: float = 0.75  # ... and at the earliest: one missing beat is no news
-    suspect_s: float = 1.75  # silence that makes a node suspect: the last beat was up to 0.5 s before the failure
+    probe_least_s: float = 0.75  # ... and at the earliest: one missing heartbeat means nothing
+    suspect_s: float = 1.75  # silence that makes a node suspect: the last heartbeat was up to 0.5 s before the failure
     fence_s: float = 5.0  # silence of agent and ranks that fences it
     restart_s: float = 60.0  # the same, when the agent announced a restart
     slowest_step_s: float = 60.0  # how long a paused agent's slow ranks are waited for at most
-    reconnect_s: float = 0.3  # an agent whose stream broke redials within this; else it is in doubt
+    reconnect_s: float = 0.3  # an agent whose stream broke redials within this; else it is under suspicion
     probe_answer_s: float = 1.0  # a probe that is under way is waited for so long after a broken stream
     reprobe_s: float = 0.5  # pause between probes of one node
     grace_s: float = 3.25  # added to the silence of agents that have not yet found a new leader
@@ -31,8 +31,8 @@ class Timing:
     breaker_least: int = 2  # nodes that may always be fenced within it
 
     def scaled(self, interval_s: float) -> Timing:
-        """The limits for an agent that beats every `interval_s` (at least every 0.5 s, at most every 30 s)."""
-        factor = min(max(interval_s, BEAT_S), LONGEST_BEAT_S) / BEAT_S
+        """The limits for an agent that sends one every `interval_s` (at least every 0.5 s, at most every 30 s)."""
+        factor = min(max(interval_s, HEARTBEAT_S), LONGEST_HEARTBEAT_S) / HEARTBEAT_S
         if factor == 1.0:
             return self
         return replace(
@@ -45,7 +45,7 @@ class Timing:
 
 
 class Arrivals:
-    """Times between an agent's beats, and the silence from which on the next one is overdue.
+    """Times between an agent's heartbeats, and the silence from which on the next one is overdue.
 
     Overdue is mean + 6 standard deviations of the last 64: for a steady agent a little more than its interval, for one
     behind a jittery link more, always within the limits of `Timing`. What is overdue is probed, not suspected.

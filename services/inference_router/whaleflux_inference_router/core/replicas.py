@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from whaleflux.errors import FieldViolation, Invalid
-
-MAX_REPLICAS = 1000
-MAX_COMMAND_CHARS = 65_536
 FAILED_PROBES = 2  # one slow answer does not take a replica out
 
 
@@ -20,12 +18,14 @@ class State(Enum):
     READY = "READY"
     DRAINING = "DRAINING"
     GONE = "GONE"
+    UNKNOWN = "UNKNOWN"  # of a newer version: neither used nor changed here
 
 
 NEXT: dict[State, frozenset[State]] = {
     State.STARTING: frozenset({State.READY, State.GONE}),
     State.READY: frozenset({State.DRAINING, State.STARTING}),
     State.DRAINING: frozenset({State.GONE}),
+    State.UNKNOWN: frozenset(),
     State.GONE: frozenset(),  # its record is deleted
 }
 
@@ -40,10 +40,16 @@ class Wanted:
 
 def wanted(model_id: str, count: int, addresses: Iterable[str]) -> tuple[Wanted, ...]:
     """The replicas of a model: one per address that runs elsewhere, else `count` jobs."""
-    elsewhere = tuple(addresses)
+    elsewhere = tuple(dict.fromkeys(addresses))
     if elsewhere:
-        return tuple(Wanted(f"external-{number}", address) for number, address in enumerate(elsewhere))
+        return tuple(Wanted(_id_of(address), address) for address in elsewhere)
     return tuple(Wanted(f"{model_id[:50].rstrip('-')}-{number}") for number in range(count))
+
+
+def _id_of(address: str) -> str:
+    """From the address itself: another order of the list, or one less, makes nobody somebody else."""
+    readable = re.sub(r"[^a-z0-9]+", "-", address.lower()).strip("-")[:40].strip("-")
+    return f"at-{readable}-{hashlib.sha256(address.encode()).hexdigest()[:6]}"
 
 
 def surplus(existing: Collection[str], should: Collection[Wanted]) -> list[str]:
@@ -53,47 +59,27 @@ def surplus(existing: Collection[str], should: Collection[Wanted]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What is known of a replica: its job's endpoint ("" while it has none) and probes failed in a row (-1: none yet)."""
+    """What is known of a replica: its endpoint ("" while it has none) and probes failed in a row (-1: none yet).
+
+    `mismatch`: what is wrong with the models that it lists. `missing`: why it has no endpoint.
+    """
 
     endpoint: str
     failed_probes: int
+    mismatch: str = ""
+    missing: str = "its job has no running process"
 
 
 def state_after(current: State, seen: Observed) -> tuple[State, str]:
     """The state that follows and one sentence why. DRAINING and GONE are decided by the operator, not by probes."""
-    if current in {State.DRAINING, State.GONE}:
+    if current in {State.DRAINING, State.GONE, State.UNKNOWN}:
         return current, ""
     if not seen.endpoint:
-        return State.STARTING, "its job has no running process"
+        return State.STARTING, seen.missing
+    if seen.mismatch:
+        return State.STARTING, seen.mismatch
     if seen.failed_probes == 0:
         return State.READY, ""
     if current is State.READY and 0 < seen.failed_probes < FAILED_PROBES:
         return State.READY, ""
     return State.STARTING, "its health path does not answer" if seen.failed_probes > 0 else "it was not asked yet"
-
-
-def check_model(
-    *, command: Collection[str], image: str, addresses: Collection[str], gpus: int, least: int, most: int, window: int
-) -> None:
-    """Refuses what cannot be served, naming each field, its limit and the fix."""
-    ways = sum((bool(command) or bool(image), bool(addresses)))
-    bad = [
-        FieldViolation(field, fix)
-        for field, wrong, fix in (
-            ("model.engine", ways != 1, "needs a command or image that is run here, or addresses of servers that run elsewhere, not both"),
-            ("model.engine.command", sum(map(len, command)) > MAX_COMMAND_CHARS, f"is longer than {MAX_COMMAND_CHARS} characters"),
-            ("model.engine.gpus", not 0 <= gpus <= 64, f"is {gpus}; use 0 (for 1) to 64"),
-            ("model.engine.addresses", len(addresses) > MAX_REPLICAS or not all(map(_is_address, addresses)), f"must be at most {MAX_REPLICAS} of host:port"),
-            ("model.replicas.min", not 0 <= least <= MAX_REPLICAS, f"is {least}; use 0 to {MAX_REPLICAS}"),
-            ("model.replicas.max", not (most == 0 or least <= most <= MAX_REPLICAS), f"is {most}; use 0 (same as min) or {least} to {MAX_REPLICAS}"),
-            ("model.context_window_tokens", not 0 <= window <= 10**9, f"is {window}; use 0 (unknown) to 1000000000"),
-        )
-        if wrong
-    ]  # fmt: skip
-    if bad:
-        raise Invalid(bad)
-
-
-def _is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return bool(host) and len(text) <= 255 and port.isdigit() and 0 < int(port) < 65536

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet import Disk, Gpu, Link, Node, Price
 from whaleflux.names import ID_PATTERN
 
@@ -16,6 +16,8 @@ MAX_DISKS = 64
 MAX_LABELS = 64
 MAX_RUNTIMES = 8
 MAX_MIG_PROFILES = 7
+MAX_CONDITIONS = 16
+MAX_REASON = 500
 MAX_GPU_BYTES = 4 << 40
 MAX_MEMORY_BYTES = 1 << 50
 MAX_DISK_BYTES = 1 << 56
@@ -38,6 +40,7 @@ class Presence:
     driver_version: str = ""
     agent_version: str = ""
     runtimes: Sequence[str] = ()
+    conditions: Sequence[tuple[str, str, str]] = ()  # type, reason, message
 
 
 class Findings:
@@ -71,13 +74,13 @@ class Findings:
         return len(items) <= most
 
     def raise_if_any(self) -> None:
-        """Raises Invalid with every violation."""
+        """Raises InvalidArgument with every violation."""
         if self.violations:
-            raise Invalid(self.violations)
+            raise InvalidArgument(self.violations)
 
 
 def check_registration(node: Node, presence: Presence) -> None:
-    """Raises Invalid naming every field of the facts that cannot be true or is too large."""
+    """Raises InvalidArgument naming every field of the facts that cannot be true or is too large."""
     found = Findings()
     if found.count("facts.gpus", node.gpus, MAX_GPUS):
         _check_gpus(found, node.gpus)
@@ -123,7 +126,8 @@ def _check_gpus(found: Findings, gpus: Sequence[Gpu]) -> None:
     for at, gpu in enumerate(gpus):
         field = f"facts.gpus[{at}]"
         found.number(f"{field}.index", gpu.index, 0, MAX_GPUS - 1)
-        found.number(f"{field}.memory_bytes", gpu.memory_bytes, 1, MAX_GPU_BYTES)
+        least = 1 if gpu.healthy else 0  # one that was lost before it was read has no size
+        found.number(f"{field}.memory_bytes", gpu.memory_bytes, least, MAX_GPU_BYTES)
         found.number(f"{field}.numa_node", gpu.numa_node, -1, 1023)
         for part in gpu.compute_capability:
             found.number(f"{field}.compute_capability", part, 0, 99)
@@ -131,9 +135,24 @@ def _check_gpus(found: Findings, gpus: Sequence[Gpu]) -> None:
             found.add(f"{field}.model", "is empty; name it as the catalogue does, for example H200")
         for name, text in (("model", gpu.model), ("uuid", gpu.uuid), ("pci_bus_id", gpu.pci_bus_id)):
             found.text(f"{field}.{name}", text, 128)
+        found.text(f"{field}.unhealthy_reason", gpu.unhealthy_reason, MAX_REASON)
+        _check_instance(found, field, gpu)
         if found.count(f"{field}.mig_profiles", gpu.mig_profiles, MAX_MIG_PROFILES):
             for profile in gpu.mig_profiles:
                 found.text(f"{field}.mig_profiles", profile, 32)
+
+
+def _check_instance(found: Findings, field: str, gpu: Gpu) -> None:
+    """A MIG instance is part of a GPU that is larger, or nothing is said of one."""
+    found.text(f"{field}.mig_profile", gpu.mig_profile, 32)
+    found.text(f"{field}.parent_uuid", gpu.parent_uuid, 128)
+    if not gpu.mig_profile:
+        if gpu.parent_uuid or gpu.parent_memory_bytes:
+            found.add(f"{field}.parent_uuid", "is set without mig_profile; a whole GPU has no parent")
+        return
+    if not gpu.parent_uuid:
+        found.add(f"{field}.parent_uuid", "is empty; name the GPU that the instance is part of")
+    found.number(f"{field}.parent_memory_bytes", gpu.parent_memory_bytes, max(1, gpu.memory_bytes), MAX_GPU_BYTES)
 
 
 def _check_links(found: Findings, links: Sequence[Link], indices: set[int]) -> None:
@@ -162,6 +181,11 @@ def _check_presence(found: Findings, presence: Presence) -> None:
         len(presence.host_address) <= MAX_TEXT and _HOST.fullmatch(presence.host_address)
     ):
         found.add("facts.host_address", f"{presence.host_address[:64]!r} is not a host name or an IP address")
+    if found.count("facts.conditions", presence.conditions, MAX_CONDITIONS):
+        for kind, reason, message in presence.conditions:
+            found.text("facts.conditions.type", kind, 64)
+            found.text("facts.conditions.reason", reason, 64)
+            found.text("facts.conditions.message", message, MAX_REASON)
     if found.count("facts.runtimes", presence.runtimes, MAX_RUNTIMES):
         for runtime in presence.runtimes:
             check_place(found, "facts.runtimes", runtime)

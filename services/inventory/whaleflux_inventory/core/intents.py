@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from whaleflux.errors import WrongState
+from whaleflux.errors import FailedPrecondition
+from whaleflux.reasons import ErrorReason
 
 
 class Intent(Enum):
@@ -31,13 +32,13 @@ _FIX = {
 def change(node: str, now: Intent, wanted: Intent, *, unreachable: bool = False) -> Intent:
     """The node's next intent. Asking for what is so already is fine; an unreachable node may retire at once.
 
-    Raises WrongState (NODE_RETIRED, NODE_NOT_DRAINED) when `wanted` does not follow `now`.
+    Raises FailedPrecondition (NODE_RETIRED, NODE_NOT_DRAINED) when `wanted` does not follow `now`.
     """
     allowed = _NEXT[now] | ({Intent.RETIRED} if unreachable and now is not Intent.RETIRED else frozenset[Intent]())
     if wanted is now or wanted in allowed:
         return wanted
-    raise WrongState(
+    raise FailedPrecondition(
         f"{node} is {now.value} and cannot become {wanted.value}; {_FIX.get(now, 'undo that first')}",
-        reason="NODE_RETIRED" if now is Intent.RETIRED else "NODE_NOT_DRAINED",
+        reason=ErrorReason.NODE_RETIRED if now is Intent.RETIRED else ErrorReason.NODE_NOT_DRAINED,
         metadata={"name": node, "intent": now.value, "wanted": wanted.value},
     )

@@ -1,60 +1,73 @@
-"""How a job moves: pure steps from a job and what was seen of it to the next job.
+"""The steps of a job: pure functions from a job and what was observed of it to the next job.
 
-`advance` makes at most one move, so that every stored state follows the table of `machine`; call it again until nothing changes.
+`advance` makes at most one transition, so that every stored state follows the table of `state_machine`; call it again until nothing changes.
 Placing is decided elsewhere (`planner`) and applied by `place`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from whaleflux_scheduler.core import breaks
-from whaleflux_scheduler.core.machine import move
+from whaleflux.quantities import shown_duration
+from whaleflux_scheduler.core import (
+    after_failure,
+    attempt_failures,
+    cost,
+    dependencies,
+    running_time,
+    task_observations,
+)
 from whaleflux_scheduler.core.model import (
     ACTIVE,
     Attempt,
     Cause,
-    Decision,
+    Claim,
     Job,
     JobState,
+    SchedulingDecision,
     Task,
     TaskPhase,
-    cost_of,
 )
-from whaleflux_scheduler.core.observed import STARTLESS, Break, End, Limits, Report, Seen, Standing, Verdict
+from whaleflux_scheduler.core.observed import (
+    IN_ORDER,
+    AttemptFailure,
+    EndReason,
+    NodeCondition,
+    Observations,
+    Timeouts,
+)
+from whaleflux_scheduler.core.state_machine import rule, transition
 
 PAST_ATTEMPTS = 10
 SUSPEND_MARGIN_S = 10.0  # beyond the grace: what agents may need to report
 PAST_TASKS = 64  # of a larger past attempt only the tasks that still hold GPUs are kept
-TOLD_TASKS = 40  # of a larger attempt the messages of so many tasks are kept
-DEFAULT_RESTARTS = 3
-DEFAULT_BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0
-SERVICE_BACKOFF_S, LONGEST_SERVICE_BACKOFF_S = 1.0, 60.0
-SETTLED_S = 600.0  # a service that ran for so long starts counting its restarts anew
-LONGEST_START_BACKOFF_S = 60.0
 
 
-def advance(job: Job, seen: Seen, now: datetime, limits: Limits) -> Job:
-    """The job after what was seen; the same object when nothing changes."""
-    job = observe(job, seen)
+def advance(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> Job:
+    """The job after what was observed; the same object when nothing changes."""
+    if not job.readable:
+        return job
+    job = task_observations.observe(job, observed)
     if job.ended:
         return job
     if job.cancel_requested:
-        return _finish(job, JobState.CANCELLED, End.CANCELLED, job.cause.message or "cancelled", now)
+        return _finish(job, JobState.CANCELLED, EndReason.CANCELLED, job.cause.message or "cancelled", now)
+    if (done := _done_after_all(job)) is not None:
+        return _finish_after_all(job, done, now)
     if job.state in ACTIVE:
-        return _active(job, seen, now, limits)
-    if job.state is JobState.RECOVERING and seen.verdict and seen.verdict.epoch == job.epoch:
-        return _judged(job, seen.verdict, now, limits)
+        return _active(job, observed, now, timeouts)
+    if job.state is JobState.RECOVERING and observed.diagnosis and observed.diagnosis.epoch == job.epoch:
+        return _kept_back(after_failure.advance(job, observed.diagnosis, now, timeouts))
     if job.state is JobState.SUSPENDING:
         return _suspending(job, now)
+    if job.state is JobState.QUEUED and job.awaits:
+        return _awaiting(job, observed, now)
+    if job.claim is not None and not _claim_holds(job.claim, observed, now):
+        return replace(job, claim=None)
     return job
-
-
-def observe(job: Job, seen: Seen) -> Job:
-    """The job with what was reported of its tasks and nodes, before anything is concluded."""
-    return _with_nodes(_with_reports(job, seen.reports), seen.nodes)
 
 
 def next_epoch(job: Job) -> int:
@@ -62,35 +75,52 @@ def next_epoch(job: Job) -> int:
     return job.epoch if job.attempt is not None and job.attempt.epoch < job.epoch else job.epoch + 1
 
 
+def next_number(job: Job) -> int:
+    """The number of the next attempt, from 1. The record keeps the newest attempts only, so the last one tells it, or is counted."""
+    return 1 + max((number for number, _ in job.numbered()), default=0)
+
+
 def task_id(job: Job, epoch: int, group_rank: int) -> str:
     return f"{job.queue}.{job.id}.{epoch}.{group_rank}"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """GPUs for a job: (node, GPU indices in rank order) by group rank."""
+class GpuAssignment:
+    """GPUs for a job: (node, GPU UUIDs in rank order) by group rank."""
 
-    nodes: tuple[tuple[str, tuple[int, ...]], ...]
+    nodes: tuple[tuple[str, tuple[str, ...]], ...]
     usd_per_hour: float = 0.0
     communication_s: float = 0.0
+    gpus_by_model: tuple[tuple[str, int], ...] = ()
+    share_bytes: int = 0  # of each GPU's memory; 0: whole GPUs
+    cpu_ranks: tuple[int, ...] = ()  # by node, of work without GPUs
+    gpu_parts: tuple[float, ...] = ()  # by node, of parts of GPUs: how many GPUs they are together
 
 
 def place(
-    job: Job, where: Place, decision: Decision, now: datetime, *, traceparent: str = "", restore: str = ""
+    job: Job,
+    where: GpuAssignment,
+    decision: SchedulingDecision,
+    now: datetime,
+    *,
+    traceparent: str = "",
+    restore: str = "",
 ) -> Job:
     """QUEUED or RECOVERING -> STARTING in the next epoch."""
     epoch = next_epoch(job)
     past = job.past_attempts if job.attempt is None else (*job.past_attempts, job.attempt)
     attempt = Attempt(
         epoch=epoch,
-        tasks=tuple(_tasks(job, epoch, where)),
+        tasks=tuple(tasks_of(job, epoch, where)),
         allocate_time=now,
         traceparent=traceparent,
         restore_checkpoint=restore,
         communication_s=where.communication_s,
         usd_per_hour=where.usd_per_hour,
+        number=next_number(job),
+        gpus_by_model=where.gpus_by_model,
     )
-    return move(
+    return transition(
         job,
         JobState.STARTING,
         epoch=epoch,
@@ -104,60 +134,64 @@ def place(
 
 def requeue(job: Job, message: str) -> Job:
     """RECOVERING -> QUEUED: there is no room now, or it has to pause."""
-    return move(job, JobState.QUEUED, state_message=message)
+    return transition(job, JobState.QUEUED, state_message=message)
+
+
+def claim(job: Job, claim: Claim, message: str) -> Job:
+    """RECOVERING or QUEUED -> QUEUED: GPUs are kept for it, and those who hold them are to leave."""
+    return transition(job, JobState.QUEUED, claim=claim, state_message=message)
 
 
 def suspend(job: Job, by: str, now: datetime) -> Job:
     """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch."""
-    assert job.attempt is not None
-    attempt = replace(job.attempt, end_time=now, end_reason=f"{End.PREEMPTED}: makes room for {by}")
-    cost_usd = job.cost_usd + cost_of(job.attempt, now)
     message = f"makes room for {by}"
-    return move(
-        job,
-        JobState.SUSPENDING,
-        attempt=attempt,
-        cost_usd=cost_usd,
-        state_message=message,
-        cause=Cause(by, "", message),
-    )
+    ended = cost.end_attempt(job, now, f"{EndReason.PREEMPTED}: {message}")
+    cause = Cause(by, "", message, rule("preemption"))
+    return transition(ended, JobState.SUSPENDING, state_message=message, cause=cause)
 
 
 def cancel(job: Job, by: Cause, now: datetime) -> Job:
     """Ends it now; its GPUs stay taken until its agents report that nothing is left. The epoch stays: a last save may commit."""
-    return advance(replace(job, cancel_requested=True, cause=by), Seen(), now, Limits())
+    return advance(replace(job, cancel_requested=True, cause=by), Observations(), now, Timeouts())
 
 
-def due(job: Job, seen: Seen, now: datetime, limits: Limits) -> datetime | None:
-    """When to look at the job again even if nothing is heard of it."""
-    return min((at for at in _dues(job, seen, limits) if at > now), default=None)
+def due(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> datetime | None:
+    """When to look at the job again even if nothing is reported of it."""
+    return min((at for at in _dues(job, observed, timeouts) if at > now), default=None)
 
 
-def _dues(job: Job, seen: Seen, limits: Limits) -> Iterator[datetime]:
+def _dues(job: Job, observed: Observations, timeouts: Timeouts) -> Iterator[datetime]:
     attempt = job.attempt
     if job.state is JobState.QUEUED and job.not_before is not None:
         yield job.not_before
+    if job.claim is not None:
+        yield job.claim.expire_time
     if job.state is JobState.SUSPENDING and attempt is not None and attempt.end_time is not None:
         yield attempt.end_time + timedelta(seconds=job.grace_s + SUSPEND_MARGIN_S + 0.1)
     if attempt is None or job.state not in ACTIVE:
         return
     if job.state is JobState.STARTING:
-        for seconds in (limits.accept_s, limits.start_s, limits.fetch_s):
+        for seconds in (timeouts.accept_s, timeouts.start_s, timeouts.fetch_s):
             yield attempt.allocate_time + timedelta(seconds=seconds)
-    if job.spec.budget_usd > 0 and attempt.usd_per_hour > 0:
-        left_h = (job.spec.budget_usd - job.cost_usd) / attempt.usd_per_hour
-        yield attempt.allocate_time + timedelta(hours=min(left_h, 1e6), seconds=0.1)
+    if spent := cost.budget_ends_at(job):
+        yield spent + timedelta(seconds=0.1)
+    if (over := running_time.latest_end(job)) is not None:
+        yield over
     if not job.spec.never_reroute:
         for node in attempt.nodes:
-            if since := seen.nodes.get(node, Standing()).partitioned_since:
-                yield since + timedelta(seconds=breaks.partition_wait_s(job, limits))
+            if since := observed.nodes.get(node, NodeCondition()).partitioned_since:
+                yield since + timedelta(seconds=attempt_failures.partition_wait_s(job, timeouts))
 
 
-def _tasks(job: Job, epoch: int, where: Place) -> Iterator[Task]:
+def tasks_of(job: Job, epoch: int, where: GpuAssignment) -> Iterator[Task]:
     rank = 0
     for group_rank, (node, gpus) in enumerate(where.nodes):
-        yield Task(task_id(job, epoch, group_rank), node, gpus, rank, group_rank)
-        rank += len(gpus)
+        cpu_ranks = where.cpu_ranks[group_rank] if where.cpu_ranks else 0
+        id_, share = task_id(job, epoch, group_rank), where.share_bytes
+        parts = where.gpu_parts[group_rank] if where.gpu_parts else 0.0
+        task = Task(id_, node, gpus, rank, group_rank, share_bytes=share, cpu_ranks=cpu_ranks, gpu_parts=parts)
+        yield task
+        rank += task.ranks
 
 
 def _kept(past: Sequence[Attempt]) -> tuple[Attempt, ...]:
@@ -170,194 +204,124 @@ def _kept(past: Sequence[Attempt]) -> tuple[Attempt, ...]:
     return tuple(reversed(kept))
 
 
-def _with_reports(job: Job, reports: Sequence[Report]) -> Job:
-    """Phases only grow, and what is over stays over, but for GONE: nothing is left."""
-    if not reports:
-        return job
-    by_task: dict[str, Report] = {}
-    for report in reports:
-        known = by_task.get(report.task)
-        if known is None or report.phase >= known.phase:
-            by_task[report.task] = report
-    past = tuple(_reported(attempt, by_task) for attempt in job.past_attempts)
-    current = job.attempt and _met(_reported(job.attempt, by_task), reports)
-    if current is job.attempt and all(a is b for a, b in zip(past, job.past_attempts, strict=True)):
-        return job
-    return replace(job, attempt=current, past_attempts=past)
-
-
-def _reported(attempt: Attempt, by_task: Mapping[str, Report]) -> Attempt:
-    tasks = tuple(_task_after(task, by_task.get(task.id)) for task in attempt.tasks)
-    if len(tasks) > TOLD_TASKS:
-        tasks = tuple(_brief(tasks))
-    return attempt if all(a is b for a, b in zip(tasks, attempt.tasks, strict=True)) else replace(attempt, tasks=tasks)
-
-
-def _brief(tasks: Sequence[Task]) -> Iterator[Task]:
-    """Of a large gang the words of some tasks are enough; those of all would not fit into one record."""
-    told = 0
-    for task in tasks:
-        told += bool(task.message)
-        yield replace(task, message="") if task.message and told > TOLD_TASKS else task
-
-
-def _met(attempt: Attempt, reports: Sequence[Report]) -> Attempt:
-    """The newest rendezvous that the agent of rank 0 chose; it may choose again until the gang was told to start."""
-    chosen = [report.rendezvous for report in reports if report.rendezvous and report.task == attempt.tasks[0].id]
-    return attempt if attempt.started or not chosen else replace(attempt, rendezvous=chosen[-1])
-
-
-def _task_after(task: Task, report: Report | None) -> Task:
-    if report is None or report.phase < task.phase or (task.over and report.phase is not TaskPhase.GONE):
-        return task
-    if task.over:  # GONE after a result: the result stays in the message
-        after = replace(task, phase=TaskPhase.GONE, lost=False)
-    else:
-        message = ("out of memory; " if report.out_of_memory else "") + report.message
-        after = replace(
-            task,
-            phase=report.phase,
-            exit_code=report.exit_code,
-            message=message[:2000],
-            endpoint=report.endpoint or task.endpoint,
-            lost=False if report.phase >= TaskPhase.EXITED else task.lost,
-        )
-    return task if after == task else after
-
-
-def _with_nodes(job: Job, nodes: Mapping[str, Standing]) -> Job:
-    """Marks tasks on unreachable nodes as lost, withdraws that when the node is back, and forgets those of retired nodes."""
-    past = tuple(_standing(attempt, nodes) for attempt in job.past_attempts)
-    current = job.attempt and _standing(job.attempt, nodes)
-    if current is job.attempt and all(a is b for a, b in zip(past, job.past_attempts, strict=True)):
-        return job
-    return replace(job, attempt=current, past_attempts=past)
-
-
-def _standing(attempt: Attempt, nodes: Mapping[str, Standing]) -> Attempt:
-    tasks = tuple(_task_on(task, nodes.get(task.node)) for task in attempt.tasks)
-    return attempt if all(a is b for a, b in zip(tasks, attempt.tasks, strict=True)) else replace(attempt, tasks=tasks)
-
-
-def _task_on(task: Task, node: Standing | None) -> Task:
-    if node is None or task.phase in (TaskPhase.GONE, TaskPhase.KILLED, TaskPhase.REFUSED):
-        return task
-    if node.retired:
-        return replace(task, phase=TaskPhase.GONE, message=task.message or "its node was retired", lost=False)
-    lost = bool(node.unreachable) and not task.over
-    return task if lost == task.lost else replace(task, lost=lost)
-
-
-def _active(job: Job, seen: Seen, now: datetime, limits: Limits) -> Job:
-    if broken := breaks.find(job, seen, now, limits):
-        return fence(job, broken, now)
+def _active(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> Job:
+    if job.spec.stop_on_nan and observed.loss is not None and not math.isfinite(observed.loss):
+        why = f"its loss is {observed.loss} at step {observed.step}, and its on_nan says stop"
+        return _finish(job, JobState.FAILED, EndReason.LOSS, why, now)
+    if failure := attempt_failures.find(job, observed, now, timeouts):
+        return fence(job, failure, now)
     attempt = job.attempt
     assert attempt is not None
-    if 0 < job.spec.budget_usd <= job.cost_at(now):
+    if cost.budget_is_spent(job, now):
         spent = f"its budget of {job.spec.budget_usd:g} USD is spent; raise it and submit again"
-        return _finish(job, JobState.FAILED, End.BUDGET, spent, now)
+        return _finish(job, JobState.FAILED, EndReason.BUDGET, spent, now)
     if job.state is JobState.STARTING:
         return _starting(job, attempt, now)
-    if all(task.phase is TaskPhase.EXITED for task in attempt.tasks):
-        return _finish(job, JobState.SUCCEEDED, End.DONE, "all ranks ended well", now)
-    return job
+    if _ended_well(attempt):
+        return _finish(job, JobState.SUCCEEDED, EndReason.DONE, "all ranks ended well", now)
+    if running_time.time_is_up(job, now):
+        over = f"its time_limit of {shown_duration(job.spec.time_limit_s or 0.0)} is over; raise it and submit again"
+        return _finish(job, JobState.FAILED, EndReason.TIME_LIMIT, over, now)
+    return suspend(job, observed.claimed_by, now) if observed.claimed_by else job
+
+
+def _ended_well(attempt: Attempt) -> bool:
+    """By itself, that is: what was stopped is KILLED, whatever its exit code."""
+    return all(task.phase is TaskPhase.EXITED and task.exit_code == 0 for task in attempt.tasks)
+
+
+def _done_after_all(job: Job) -> Attempt | None:
+    """The attempt that was given up, yet ended well, as its agents told later; its work is not done again unless that began already."""
+    if job.spec.is_service or (job.state in ACTIVE and job.attempt is not None and job.attempt.started):
+        return None
+    last = next((attempt for attempt in reversed(tuple(job.attempts())) if attempt.started), None)
+    if last is None or last.ranks < job.spec.world_size:  # of a large past attempt only some tasks are kept
+        return None
+    return last if _ended_well(last) else None
+
+
+def _finish_after_all(job: Job, done: Attempt, now: datetime) -> Job:
+    message = "all ranks ended well"
+    why = f"{EndReason.DONE}: {message}, though it was given up ({done.end_reason})"
+    known = replace(done, end_reason=why[:2000])
+    past = tuple(known if attempt is done else attempt for attempt in job.past_attempts)
+    current = known if job.attempt is done else job.attempt
+    over = replace(job, attempt=current, past_attempts=past, not_before=None)
+    message = f"{message} in attempt {done.number or done.epoch}, which had been given up"
+    return _finish(over, JobState.SUCCEEDED, EndReason.DONE, message, now)
 
 
 def _starting(job: Job, attempt: Attempt, now: datetime) -> Job:
     phases = [task.phase for task in attempt.tasks]
-    if not attempt.started and attempt.rendezvous and all(phase >= TaskPhase.ACCEPTED for phase in phases):
+    if not attempt.started and attempt.rendezvous and all(phase.reached(TaskPhase.ACCEPTED) for phase in phases):
         return replace(job, attempt=replace(attempt, started=True))
-    if attempt.started and all(phase >= TaskPhase.RUNNING for phase in phases):
+    if attempt.started and all(phase.reached(TaskPhase.RUNNING) for phase in phases):
         running = replace(attempt, run_time=now)
         message = f"runs on {len(attempt.tasks)} node{'s' * (len(attempt.tasks) != 1)}"
-        return move(job, JobState.RUNNING, attempt=running, start_time=job.start_time or now, state_message=message)
-    return job
+        return transition(
+            job, JobState.RUNNING, attempt=running, start_time=job.start_time or now, state_message=message
+        )
+    message = _preparing(attempt)
+    return replace(job, state_message=message) if message not in ("", job.state_message) else job
 
 
-def fence(job: Job, broken: Break, now: datetime) -> Job:
+_PREPARING = {TaskPhase.PULLING: "pulls", TaskPhase.FETCHING: "fetches", TaskPhase.SETTING_UP: "setup"}
+
+
+def _preparing(attempt: Attempt) -> str:
+    """What may take long before the ranks, and where; "" for nothing."""
+    for phase, what in _PREPARING.items():
+        if tasks := [task for task in attempt.tasks if task.phase is phase]:
+            which = (
+                f" {tasks[0].message}" if tasks[0].message else ""
+            )  # the image, the dataset, code and why it has to wait
+            return f"{what}{which} on {tasks[0].node}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
+    return ""
+
+
+def fence(job: Job, failure: AttemptFailure, now: datetime) -> Job:
     """Ends the attempt: whatever it still writes is of an old epoch from here on."""
     attempt = job.attempt
     assert attempt is not None
-    over = replace(attempt, end_time=now, end_reason=f"{broken.end}: {broken.message}"[:2000])
-    return move(
-        job,
+    return transition(
+        cost.end_attempt(job, now, f"{failure.reason}: {failure.message}"),
         JobState.RECOVERING,
         epoch=job.epoch + 1,
-        attempt=over,
-        cost_usd=job.cost_usd + cost_of(attempt, now),
-        state_message=broken.message,
-        cause=Cause(broken.node or broken.task, attempt.traceparent, broken.message),
+        state_message=failure.message,
+        cause=Cause(failure.node or failure.task, attempt.traceparent, failure.message, rule(failure.reason)),
     )
 
 
-def ended_by(attempt: Attempt) -> End | None:
-    """The first word of its end_reason."""
-    word = attempt.end_reason.partition(":")[0]
-    return End(word) if word in set(End) else None
+def _claim_holds(claim: Claim, observed: Observations, now: datetime) -> bool:
+    """Whether what was claimed may still be had."""
+    nodes = (observed.nodes.get(node, IN_ORDER) for node, _ in claim.nodes)
+    return (
+        now < claim.expire_time
+        and not observed.claimed_by
+        and not any(node.unreachable or node.retired or node.draining for node in nodes)
+    )
 
 
-def _judged(job: Job, verdict: Verdict, now: datetime, limits: Limits) -> Job:
-    attempt = job.attempt
-    assert attempt is not None
-    end = ended_by(attempt)
-    message = verdict.message or job.state_message
-    changes = {
-        "attempt": replace(attempt, incident=verdict.incident or attempt.incident),
-        "cause": Cause(verdict.incident or job.cause.resource, verdict.traceparent or job.cause.traceparent, message),
-        "state_message": message,
-    }
-    if end in STARTLESS:
-        return _start_failed(job, limits, now, changes)
-    if end in (End.DRAIN, End.PREEMPTED):
-        return replace(job, **changes)  # type: ignore[arg-type]  # typed one by one above
-    if not verdict.application_fault:
-        return replace(job, recoveries=job.recoveries + 1, **changes)  # type: ignore[arg-type]
-    restarts = 1 + (0 if job.spec.is_service and _settled(attempt) else job.restarts)
-    allowed = DEFAULT_RESTARTS if job.spec.max_restarts is None else job.spec.max_restarts
-    if not job.spec.is_service and restarts > allowed:
-        failed = replace(job, **changes)  # type: ignore[arg-type]
-        why = f"{message}; it was restarted {job.restarts} times, retry.max_restarts is {allowed}"
-        return move(failed, JobState.FAILED, end_time=now, state_message=why)
-    changes["restarts"] = restarts
-    return _paused(replace(job, **changes), _backoff_s(job, restarts), now)  # type: ignore[arg-type]
-
-
-def _start_failed(job: Job, limits: Limits, now: datetime, changes: dict[str, object]) -> Job:
-    job = replace(job, **changes)  # type: ignore[arg-type]
-    in_a_row = 0
-    refused = 0
-    for attempt in reversed(tuple(job.attempts())):
-        if ended_by(attempt) not in STARTLESS:
-            break
-        in_a_row += 1
-        refused += ended_by(attempt) is End.REFUSED
-    if refused >= limits.refusals and refused == in_a_row and not job.spec.is_service:
-        why = f"refused {refused} times in a row: {job.state_message}"
-        return move(job, JobState.FAILED, end_time=now, state_message=why)
-    pause_s = min(LONGEST_START_BACKOFF_S, 2.0 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
-    return _paused(job, pause_s, now)
-
-
-def _settled(attempt: Attempt) -> bool:
-    ran = attempt.run_time is not None and attempt.end_time is not None
-    return ran and (attempt.end_time - attempt.run_time).total_seconds() >= SETTLED_S  # type: ignore[operator]
-
-
-def _backoff_s(job: Job, restarts: int) -> float:
-    given = job.spec.backoff_s
-    if job.spec.is_service:
-        base = SERVICE_BACKOFF_S if given is None else given
-        return min(LONGEST_SERVICE_BACKOFF_S, base * 2.0 ** min(restarts - 2, 20)) if restarts > 1 else 0.0
-    return min(LONGEST_BACKOFF_S, (DEFAULT_BACKOFF_S if given is None else given) * 2.0 ** min(restarts - 1, 20))
-
-
-def _paused(job: Job, pause_s: float, now: datetime) -> Job:
-    if pause_s <= 0:
+def _awaiting(job: Job, observed: Observations, now: datetime) -> Job:
+    """Cancelled when what it waits for can never be; with less to wait for when something of it has come."""
+    if broken := dependencies.never(job.awaits, observed.ends):
+        awaited, why = broken
+        return _finish(
+            replace(job, cause=Cause(awaited.job, "", why, rule("dependency"))),
+            JobState.CANCELLED,
+            EndReason.CANCELLED,
+            why,
+            now,
+        )
+    left = dependencies.left(job.awaits, observed.ends)
+    if left is job.awaits or not dependencies.worth_writing(job.awaits, left, observed.gone):
         return job
-    until = now + timedelta(seconds=pause_s)
-    return move(
-        job, JobState.QUEUED, not_before=until, state_message=f"{job.state_message}; tried again in {pause_s:g} s"
-    )
+    return replace(job, awaits=left, state_message="")
+
+
+def _kept_back(job: Job) -> Job:
+    """A job that is held goes back into its queue, where it stays."""
+    return requeue(job, f"held; {job.state_message}") if job.hold and job.state is JobState.RECOVERING else job
 
 
 def _suspending(job: Job, now: datetime) -> Job:
@@ -366,12 +330,20 @@ def _suspending(job: Job, now: datetime) -> Job:
     late = (now - attempt.end_time).total_seconds() > job.grace_s + SUSPEND_MARGIN_S
     if not late and not all(task.over for task in attempt.tasks):
         return job
-    return move(job, JobState.QUEUED, epoch=job.epoch + 1, state_message="preempted; waits for GPUs")
+    how = attempt_failures.ended_by(attempt) or EndReason.PREEMPTED
+    again = f"{how}; waits for GPUs"
+    return transition(job, JobState.QUEUED, epoch=job.epoch + 1, state_message=again, cause=job.cause)
 
 
-def _finish(job: Job, state: JobState, end: End, message: str, now: datetime) -> Job:
-    attempt, cost_usd = job.attempt, job.cost_usd
-    if attempt is not None and attempt.end_time is None:
-        cost_usd += cost_of(attempt, now)
-        attempt = replace(attempt, end_time=now, end_reason=f"{end}: {message}"[:2000])
-    return move(job, state, attempt=attempt, cost_usd=cost_usd, end_time=now, state_message=message)
+def _finish(job: Job, state: JobState, end: EndReason, message: str, now: datetime) -> Job:
+    over = cost.end_attempt(job, now, f"{end}: {message}")
+    cause = job.cause if state is JobState.CANCELLED else Cause("", job.cause.traceparent, "", rule(end))
+    return transition(over, state, end_time=now, state_message=message, cause=cause, awaits=(), hold=None)
+
+
+def written_down(before: Job, after: Job, now: datetime) -> Job:
+    """`after` as it is stored at `now` in place of `before`: with the time of its state, and what was known when its attempt ended."""
+    attempt, last = after.attempt, before.attempt
+    if attempt is not None and attempt.end_time is not None and last is not None and last.end_time is None:
+        after = replace(after, attempt=replace(attempt, step=after.step, loss=after.loss))
+    return after if after.state is before.state else replace(after, state_time=now)

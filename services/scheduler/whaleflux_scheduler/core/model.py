@@ -5,14 +5,17 @@ Instants are UTC. `convert` translates to and from `whaleflux.v1`; a test compar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
 
+from whaleflux import names
+from whaleflux.manifests.job_fields import Spec
+
 
 class JobState(IntEnum):
-    """Where a job stands; `machine.NEXT` says what may follow."""
+    """Where a job stands; `state_machine.NEXT` says what may follow."""
 
     UNSPECIFIED = 0
     QUEUED = 1
@@ -30,7 +33,7 @@ ACTIVE = frozenset({JobState.STARTING, JobState.RUNNING})  # the attempt's tasks
 
 
 class TaskPhase(IntEnum):
-    """What an agent is doing with a task."""
+    """What an agent is doing with a task. Their order is that of `reached`, not of their numbers."""
 
     UNSPECIFIED = 0
     ACCEPTED = 1
@@ -42,68 +45,17 @@ class TaskPhase(IntEnum):
     KILLED = 7
     REFUSED = 8
     GONE = 9
+    SETTING_UP = 10
 
+    def reached(self, other: TaskPhase) -> bool:
+        """Whether it is `other`, or comes after it."""
+        return _ORDER[self] >= _ORDER[other]
+
+
+_AFTER_FETCHING = TaskPhase.FETCHING + 0.5
+_ORDER = {phase: _AFTER_FETCHING if phase is TaskPhase.SETTING_UP else float(phase) for phase in TaskPhase}
 
 OVER = frozenset({TaskPhase.EXITED, TaskPhase.KILLED, TaskPhase.REFUSED, TaskPhase.GONE})
-
-
-class JobKind(IntEnum):
-    """Whether a job ends by itself."""
-
-    UNSPECIFIED = 0
-    TRAINING = 1
-    SERVICE = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Ranks in runs of `size` (0: all) that a topology level (number of the contract's enum) holds together."""
-
-    group: str = ""
-    level: int = 0
-    size: int = 0
-    preferred: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What a job asks for, as the contract's JobSpec; durations in seconds, None where a default applies."""
-
-    command: tuple[str, ...] = ()
-    image: str = ""
-    gpus: int = 0
-    min_nodes: int = 0
-    max_nodes: int = 0
-    any_of: tuple[str, ...] = ()
-    min_memory_bytes: int = 0
-    min_compute_capability: int = 0
-    placement: tuple[Rule, ...] = ()
-    datasets: tuple[str, ...] = ()
-    require_local_data: bool = False
-    environment: tuple[tuple[str, str], ...] = ()
-    priority: int = 0
-    max_restarts: int | None = None
-    backoff_s: float | None = None
-    checkpoint_every_steps: int = 0
-    checkpoint_keep: int = 0
-    checkpoint_location: str = ""
-    partition_wait_s: float | None = None
-    never_reroute: bool = False
-    deadline: datetime | None = None
-    budget_usd: float = 0.0
-    kind: JobKind = JobKind.UNSPECIFIED
-    working_directory: str = ""
-    cpu_millicores_per_rank: int = 0
-    memory_bytes_per_rank: int = 0
-    stop_grace_s: float | None = None
-    sites: tuple[str, ...] = ()
-
-    @property
-    def is_service(self) -> bool:
-        return self.kind is JobKind.SERVICE
-
-
-DEFAULT_STOP_GRACE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +64,7 @@ class Task:
 
     id: str
     node: str
-    gpus: tuple[int, ...]
+    gpus: tuple[str, ...]  # UUIDs in rank order
     first_rank: int
     group_rank: int
     phase: TaskPhase = TaskPhase.UNSPECIFIED
@@ -120,10 +72,32 @@ class Task:
     message: str = ""
     endpoint: str = ""
     lost: bool = False
+    stuck: str = ""  # what of it cannot be ended on its node, with evidence
+    ending: bool = False  # how it ended is known, and its agent still ends what it left
+    unfit: bool = False  # refused for what no later try on its node mends
+    share_bytes: int = 0  # of each of its GPUs' memory; 0: they are its own alone
+    cpu_ranks: int = 0  # of a task that holds no GPUs
+    isolation: str = ""  # how it is kept apart on its node, in words
+    gpu_parts: float = 0.0  # how many GPUs its shares or MIG instances are together; 0: its devices are whole GPUs
+
+    @property
+    def gpus_worth(self) -> float:
+        """How many GPUs it holds, parts counted by their memory."""
+        return self.gpu_parts or len(self.gpus)
+
+    @property
+    def ranks(self) -> int:
+        """How many: one for each GPU, or those without any."""
+        return len(self.gpus) or self.cpu_ranks
 
     @property
     def over(self) -> bool:
         return self.phase in OVER
+
+    @property
+    def holds(self) -> bool:
+        """Whether its GPUs are taken."""
+        return not self.over or self.ending or bool(self.stuck)
 
     @property
     def failed(self) -> bool:
@@ -147,6 +121,10 @@ class Attempt:
     communication_s: float = 0.0
     usd_per_hour: float = 0.0
     started: bool = False
+    number: int = 0  # from 1
+    gpus_by_model: tuple[tuple[str, int], ...] = ()
+    step: int = -1  # when it ended, as the loss
+    loss: float | None = None
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -156,22 +134,26 @@ class Attempt:
     def gpus(self) -> int:
         return sum(len(task.gpus) for task in self.tasks)
 
-    def holding(self) -> Iterator[Task]:
-        """Tasks whose GPUs are still taken: until the agent says how they ended.
+    @property
+    def ranks(self) -> int:
+        return sum(task.ranks for task in self.tasks)
 
-        A rank's failure is reported before its neighbours on the node are reaped; the agent itself starts nothing on GPUs that an old
-        task's processes still hold.
+    def holding(self) -> Iterator[Task]:
+        """Tasks whose GPUs are still taken: until the agent says how they ended, and that nothing of them is left.
+
+        A rank's failure is reported before its neighbours on the node are reaped. What cannot be ended keeps its GPUs.
         """
-        return (task for task in self.tasks if not task.over)
+        return (task for task in self.tasks if task.holds)
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What led to a state: a resource, the W3C context of that step, one sentence."""
+    """What led to a state: a resource, the W3C context of that step, one sentence, and who asked for it or which rule decided."""
 
     resource: str = ""
     traceparent: str = ""
     message: str = ""
+    actor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +166,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class SchedulingDecision:
     """Why the scheduler did what it did, at one time; see the contract."""
 
     time: datetime
@@ -203,8 +185,55 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """GPUs that are kept for a waiting job while `victims` leave them: (node, UUIDs in rank order).
+
+    Over when the job is placed or ends, at the latest at `expire_time`.
+    """
+
+    nodes: tuple[tuple[str, tuple[str, ...]], ...]
+    victims: tuple[str, ...]
+    expire_time: datetime
+
+    @property
+    def gpus(self) -> dict[str, frozenset[str]]:
+        return {node: frozenset(uuids) for node, uuids in self.nodes}
+
+    def concerns(self, held: Mapping[str, Collection[str]]) -> bool:
+        """Whether any of these GPUs, UUIDs by node, is claimed."""
+        return any(not set(uuids).isdisjoint(held.get(node, ())) for node, uuids in self.nodes)
+
+
+class When(IntEnum):
+    """How a job must have ended for those that depend on it."""
+
+    UNSPECIFIED = 0
+    SUCCEEDED = 1
+    ENDED = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A job whose end another waits for; another job of that name does not count."""
+
+    job: str
+    uid: str
+    when: When
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """That a job is not to be placed until someone releases it."""
+
+    by: str
+    reason: str
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """A job and where it stands. `cost_usd` counts ended attempts only; `decision` None: as stored."""
+    """A job and where it stands. `cost_usd`, `run_s` and `gpu_s` count ended attempts only; `decision` None: as stored."""
 
     name: str
     spec: Spec
@@ -215,33 +244,46 @@ class Job:
     attempt: Attempt | None = None
     restarts: int = 0
     recoveries: int = 0
-    decision: Decision | None = None
+    decision: SchedulingDecision | None = None
     start_time: datetime | None = None
     end_time: datetime | None = None
     traceparent: str = ""
     cause: Cause = field(default_factory=Cause)
     step: int = -1
-    loss: float = 0.0
+    loss: float | None = None  # any number, also NaN or infinity
     cost_usd: float = 0.0
     past_attempts: tuple[Attempt, ...] = ()
     cancel_requested: bool = False
     not_before: datetime | None = None
+    claim: Claim | None = None
+    uid: str = ""
+    state_time: datetime | None = None
+    run_s: float = 0.0
+    gpu_s: float = 0.0
+    awaits: tuple[Awaited, ...] = ()
+    hold: Hold | None = None
+    priority: int | None = None  # where it was changed; `spec` has it already
 
     @property
     def queue(self) -> str:
-        return self.name.split("/")[1]
+        return names.top(self.name)
 
     @property
     def id(self) -> str:
-        return self.name.split("/")[3]
+        return names.last(self.name)
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
 
     @property
+    def readable(self) -> bool:
+        """False: a newer version wrote it. Nothing is concluded from it, its tasks go on, its GPUs stay its own."""
+        return self.state is not JobState.UNSPECIFIED
+
+    @property
     def grace_s(self) -> float:
-        return DEFAULT_STOP_GRACE_S if self.spec.stop_grace_s is None else self.spec.stop_grace_s
+        return self.spec.grace_s
 
     def attempts(self) -> Iterator[Attempt]:
         """The past ones, oldest first, then the current or last."""
@@ -249,18 +291,15 @@ class Job:
         if self.attempt is not None:
             yield self.attempt
 
+    def numbered(self) -> Iterator[tuple[int, Attempt]]:
+        """The attempts with their numbers, from 1; of records that have none, the kept ones are counted."""
+        return ((attempt.number or position, attempt) for position, attempt in enumerate(self.attempts(), 1))
+
     def holding(self) -> Iterator[tuple[Attempt, Task]]:
         """Tasks of any attempt whose GPUs are still taken."""
         for attempt in self.attempts():
             for task in attempt.holding():
                 yield attempt, task
-
-    def cost_at(self, now: datetime) -> float:
-        """US dollars up to `now`, the running attempt included."""
-        running = self.attempt
-        if running is None or running.end_time is not None:
-            return self.cost_usd
-        return self.cost_usd + cost_of(running, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +309,3 @@ class Queue:
     name: str
     weight: float = 1.0
     max_gpus: int = 0
-
-
-def cost_of(attempt: Attempt, end: datetime) -> float:
-    """US dollars of an attempt from its allocation to `end`."""
-    return max(0.0, (end - attempt.allocate_time).total_seconds()) / 3600 * attempt.usd_per_hour

@@ -1,4 +1,4 @@
-"""What the scheduler has seen of a job's tasks and nodes since it last looked, and what others concluded from it."""
+"""What the scheduler has observed of a job's tasks and nodes since it last looked, and what others concluded from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
-from whaleflux_scheduler.core.model import TaskPhase
+from whaleflux.manifests.job_fields import DEFAULT_PARTITION_WAIT_S
+from whaleflux_scheduler.core.model import JobState, TaskPhase
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +24,15 @@ class Report:
     endpoint: str = ""
     traceparent: str = ""
     failed_rank: int = 0
+    stuck: str = ""
+    ending: bool = False
+    unfit: bool = False
+    isolation: str = ""
+    node: str = ""  # whose agent said it; "": the scheduler concluded it
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class NodeCondition:
     """What a node's condition means for tasks on it; the default is a node in order.
 
     `unreachable` and `draining` say why ("" for not). `partitioned_since`: its whole site is silent.
@@ -38,10 +44,10 @@ class Standing:
     partitioned_since: datetime | None = None
 
 
-IN_ORDER = Standing()
+IN_ORDER = NodeCondition()
 
 
-class End(StrEnum):
+class EndReason(StrEnum):
     """Why an attempt ended; the first word of `Attempt.end_reason`."""
 
     EXIT = "exit"  # a rank ended by itself
@@ -50,22 +56,28 @@ class End(StrEnum):
     PARTITION = "partition"  # the site stayed silent for longer than the job waits
     DRAIN = "drain"
     REFUSED = "refused"
+    UNFIT = "unfit"  # refused for what no later try on that node mends
     LATE = "late"  # the gang did not start in time
     PREEMPTED = "preempted"
+    REQUEUED = "requeued"
     DONE = "done"
     CANCELLED = "cancelled"
     BUDGET = "budget"
+    TIME_LIMIT = "time_limit"
+    LOSS = "loss"  # NaN or infinite, and the job says stop
 
 
-STARTLESS = frozenset({End.REFUSED, End.LATE})  # the gang never ran: nothing to learn about the work itself
-PLANNED = frozenset({End.DRAIN, End.PREEMPTED})  # our own doing
+NEVER_STARTED = frozenset(
+    {EndReason.REFUSED, EndReason.UNFIT, EndReason.LATE}
+)  # the gang never ran: nothing to learn about the work itself
+PLANNED = frozenset({EndReason.DRAIN, EndReason.PREEMPTED, EndReason.REQUEUED})  # our own doing, or asked for
 
 
 @dataclass(frozen=True, slots=True)
-class Break:
+class AttemptFailure:
     """Why the attempt cannot go on: `task` ended first, `nodes` are to be avoided for a while."""
 
-    end: End
+    reason: EndReason
     message: str
     task: str = ""
     node: str = ""
@@ -74,7 +86,7 @@ class Break:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Diagnosis:
     """What health_monitor and the checkpoint service said about the end of the attempt before `epoch`."""
 
     epoch: int
@@ -87,23 +99,29 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """All news about one job."""
+class Observations:
+    """All that is new about one job."""
 
     reports: tuple[Report, ...] = ()
-    nodes: Mapping[str, Standing] = field(default_factory=dict)
-    verdict: Verdict | None = None
-    step: int = -1
-    loss: float = 0.0
+    nodes: Mapping[str, NodeCondition] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
+    claimed_by: str = ""  # a job that waits for GPUs which this one holds or claims
+    step: int = -1  # the newest of the current attempt
+    loss: float | None = None
+    ends: Mapping[str, JobState] = field(default_factory=dict)  # of awaited jobs, by uid; UNSPECIFIED: deleted, unseen
+    gone: frozenset[str] = frozenset()  # uids of awaited jobs that were deleted
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Timeouts:
     """How long the scheduler waits, seconds."""
 
     accept_s: float = 20.0
     start_s: float = 120.0
     fetch_s: float = 3600.0  # for a start that still pulls images or fetches data
-    partition_wait_s: float = 600.0
-    shun_s: float = 60.0  # a node that refused or failed a job is not tried again for it
-    refusals: int = 8  # in a row until a job fails; services go on
+    partition_wait_s: float = DEFAULT_PARTITION_WAIT_S
+    avoid_s: float = 60.0  # a node that refused or failed a job is not tried again for it
+    avoid_unfit_s: float = (
+        3.0  # others that are free are tried in this time; the second refusal of one node ends the job
+    )
+    max_refusals: int = 8  # in a row until a job fails; services go on

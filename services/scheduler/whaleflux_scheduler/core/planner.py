@@ -1,49 +1,55 @@
 """The planner: the placement engine, what every job holds in it, and the jobs that wait.
 
-It belongs to one thread at a time. `learn` brings news, `decide` chooses for as many waiting jobs as fit into its time. What it
-chooses is held in the engine at once; when the store refuses the write, `learn` with the job as it is stored takes it back.
+It is entered by one caller at a time. `apply` brings what changed, `decide` chooses for as many waiting jobs as fit into its time. What it
+chooses is held in the engine at once; when the store refuses the write, `apply` with the job as it is stored takes it back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, Conflict, Invalid
-from whaleflux.fleet.model import Level, LinkKind, Node
-from whaleflux_scheduler.core import decisions
-from whaleflux_scheduler.core.lifecycle import Place, next_epoch
-from whaleflux_scheduler.core.model import Decision, Job, JobState, Queue
+from whaleflux.errors import InvalidArgument
+from whaleflux.fleet.model import Node
+from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core import capacity, decisions, wait_reasons
+from whaleflux_scheduler.core.capacity import Capacity
+from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.holdings import Holdings, places_of
+from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
+from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import (
-    Bottleneck,
-    Cost,
     DatasetFact,
-    GpuOption,
-    NodeAssignment,
     NoPlacement,
     Placement,
     PlaceRequest,
     PreemptionPlan,
-    Victim,
 )
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.queueing import Candidate, Line, Lines, order_of, over_limit
+from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping, stopped
+from whaleflux_scheduler.core.queueing import (
+    ArrayLimit,
+    Candidate,
+    QueueBucket,
+    QueueBuckets,
+    QueueLimit,
+    order_of,
+    over_array_limit,
+    over_limit,
+)
 from whaleflux_scheduler.core.request import place_request, shape
 
 log = logging.getLogger(__name__)
 
-Holding = dict[str, frozenset[int]]  # node -> GPU indices
-_MOST_AHEAD = 10
 _MOST_SHAPES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Delta:
     """What changed since the planner last looked."""
 
     nodes: tuple[Node, ...] = ()
@@ -54,16 +60,17 @@ class News:
     candidates: Mapping[str, Candidate | None] = field(default_factory=dict)  # None: waits no more
     queues: Mapping[str, Queue] | None = None
     datasets: tuple[DatasetFact, ...] = ()
+    datasets_gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to do with one waiting job: give it a place, make room by suspending others, or let it wait."""
+    """What to do with one waiting job: give it a place, keep a place for it that others are to leave, or let it wait."""
 
     job: str
-    decision: Decision
-    place: Place | None = None
-    victims: tuple[str, ...] = ()
+    decision: SchedulingDecision
+    assignment: GpuAssignment | None = None
+    claim: Claim | None = None
     begun: datetime | None = None
     ended: datetime | None = None
 
@@ -74,7 +81,7 @@ class Waiting:
 
     candidate: Candidate
     request: PlaceRequest
-    line: Line
+    bucket: QueueBucket
 
 
 class Planner:
@@ -82,18 +89,13 @@ class Planner:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._engine = clock, Engine()
-        self._nodes: dict[str, Node] = {}
-        self._open: set[str] = set()
-        self._held: dict[str, Holding] = {}  # by job, on nodes known or not
-        self._jobs: dict[str, Job] = {}  # jobs that hold something
-        self._disputed: set[str] = set()  # jobs whose holding the engine could not take
-        self._queue_held: Counter[str] = Counter()
+        self._holdings, self._capacity = Holdings(self._engine), Capacity()
+        self._left_out: set[str] = set()  # nodes whose facts placement cannot take
         self._queues: Mapping[str, Queue] = {}
         self._waiting: dict[str, Waiting] = {}
-        self._lines = Lines()
-        self._untried: set[Line] = set()  # something changed since the first of the line was tried
-        self._untold: set[str] = set()  # jobs that wait and were not given a reason yet
-        self._making_room: dict[str, frozenset[str]] = {}  # waiting job -> jobs suspended for it
+        self._buckets = QueueBuckets()
+        self._untried: set[QueueBucket] = set()  # something changed since the first of the bucket was tried
+        self._unanswered: set[str] = set()  # jobs that wait and were not given a reason yet
         self._shapes: dict[PlaceRequest, int] = {}  # what is asked for, whoever asks, by number
         self._numbered = 0
         self._refused: dict[int, NoPlacement] = {}  # shapes that do not fit at present
@@ -106,210 +108,208 @@ class Planner:
     @property
     def nodes(self) -> int:
         """Nodes that it knows."""
-        return len(self._nodes)
+        return len(self._holdings.devices.nodes)
 
     @property
     def unfinished(self) -> bool:
         """True when `decide` ran out of time before it had answered every job."""
-        return bool(self._untried or self._untold)
+        return bool(self._untried or self._unanswered)
 
-    def learn(self, news: News) -> None:
+    def apply(self, delta: Delta) -> None:
         """Takes in what changed; cheap, decides nothing."""
-        if news.queues is not None:
-            self._queues = news.queues
+        if delta.queues is not None:
+            self._queues = delta.queues
             self._try_all()
-        for fact in news.datasets:
-            self._engine.upsert_dataset(fact)
-        for node in news.nodes:
+        self._know_datasets(delta)
+        for node in delta.nodes:
             self._upsert(node)
-        for name in news.removed:
+        for name in delta.removed:
             self._remove(name)
-        for name, why in news.closed.items():
+        for name, why in delta.closed.items():
             self._close(name, why)
-        for job in news.jobs:
-            self._hold(job, _holding(job))
-        for name in news.gone:
-            self._release(name)
-        for name, candidate in news.candidates.items():
+        for job in delta.jobs:
+            self._learn(job)
+        for name in delta.gone:
+            self._wait(name, None)
+            if self._holdings.forget(name):
+                self._try_all()
+        for name, candidate in delta.candidates.items():
             self._wait(name, candidate)
 
     def decide(self, budget_s: float = 0.05) -> list[Choice]:
-        """Tries the first of each line in turn, the next when it fits, until none does or `budget_s` is over."""
+        """Tries the first of each bucket in turn, the next when it fits, until none does or `budget_s` is over."""
         end_s = self._clock.monotonic() + budget_s
         choices: list[Choice] = []
         while self._untried and self._clock.monotonic() < end_s:
-            line = self._lines.next_turn(self._untried, self._queues, self._queue_held)
-            if line is None:
+            bucket = self._buckets.next_turn(self._untried, self._queues, self._holdings.by_queue)
+            if bucket is None:
                 self._untried.clear()
                 break
-            choice = self._choose(self._first(line))
+            choice = self._choose(self._first(bucket))
             choices.append(choice)
-            if choice.place is None:
-                self._untried.discard(line)
-        return choices + self._tell(end_s)
+            if choice.assignment is None:
+                self._untried.discard(bucket)
+        return choices + self._answer_others(end_s)
 
-    def _first(self, line: Line) -> Waiting:
-        first = self._lines.first(line)
+    def _first(self, bucket: QueueBucket) -> Waiting:
+        first = self._buckets.first(bucket)
         assert first is not None
         return self._waiting[first[1]]
 
-    def _tell(self, end_s: float) -> list[Choice]:
-        """Those behind the first of a line that does not fit wait for the same reason."""
+    def _answer_others(self, end_s: float) -> list[Choice]:
+        """Those behind the first of a bucket that does not fit wait for the same reason."""
         choices = []
         now = self._clock.now()
-        for name in list(self._untold):
+        for name in list(self._unanswered):
             waiting = self._waiting[name]
-            if waiting.line in self._untried or self._clock.monotonic() >= end_s:
+            if waiting.bucket in self._untried or self._clock.monotonic() >= end_s:
                 continue
-            self._untold.discard(name)
+            self._unanswered.discard(name)
             choices.append(Choice(name, self._why(waiting, now)))
         return choices
 
-    def _why(self, waiting: Waiting, now: datetime) -> Decision:
+    def _why(self, waiting: Waiting, now: datetime) -> SchedulingDecision:
         job = waiting.candidate.job
-        if why := self._over_limit(job):
-            return decisions.held_back(why, now, "raise the queue's max_gpus")
-        refused = self._refused.get(waiting.line.shape)
+        if limit := self._over_limit(job):
+            return wait_reasons.queue_is_full(limit, now)
+        if full := self._over_array_limit(job):
+            return wait_reasons.array_is_full(full, now)
+        refused = self._refused.get(waiting.bucket.shape)
         if refused is None:
-            return decisions.held_back("others of its kind go first", now)
-        return decisions.waits(refused, now, waiting.candidate.exclude)
+            return wait_reasons.others_alike_go_first(now)
+        return wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude)
 
-    def dry_run(self, job: Job, now: datetime) -> Decision:
-        """What `decide` would answer for a job that does not exist yet; changes nothing."""
-        if why := over_limit(job, self._queues, self._queue_held):
-            return decisions.held_back(why, now, "raise the queue's max_gpus")
+    def could_hold(self, queue: str, spec: Spec) -> bool:
+        """Whether queue and fleet are known to be large enough for the job; asked of any thread, False when it has to be worked out."""
+        return not self._over_queue(queue, spec) and self._capacity.known_enough(shape(spec))
+
+    # questions: none changes anything that a decision could see, whatever happens in between
+
+    def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
+        """What `decide` would answer for a job that does not exist yet."""
+        if limit := over_limit(job, self._queues, self._holdings.by_queue):
+            return wait_reasons.queue_is_full(limit, now)
+        if not self.nodes:
+            return wait_reasons.no_nodes(now)
         request = place_request(job.name, job.spec)
         answer = self._engine.place(request)
         if isinstance(answer, Placement):
-            return decisions.placed(job, answer, self._nodes, next_epoch(job), now)
-        decision = self._in_line(decisions.waits(answer, now), job)
-        victims = self._victims(job)
+            devices = self._holdings.devices
+            assignment = decisions.assignment_of(answer, devices)
+            return decisions.placed(job, answer, assignment, devices, next_epoch(job), now)
+        decision = self._in_line(wait_reasons.does_not_fit(answer, now), job)
+        victims = may_stop(self._holdings, job)
         plan = self._engine.preempt(request, victims) if victims else answer
-        return replace(decision, preempts=plan.victims[:_MOST_AHEAD]) if isinstance(plan, PreemptionPlan) else decision
+        return wait_reasons.with_victims(decision, stopped(plan)) if isinstance(plan, PreemptionPlan) else decision
 
-    def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> Decision:
+    def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
-        own = _count(self._held.get(job.name, {}))
+        if kept := wait_reasons.kept_back(job, now):
+            return kept
         if job.not_before is not None and job.not_before > now:
-            return decisions.held_back(f"pauses until {job.not_before.isoformat()} after a failure", now)
-        if why := over_limit(job, self._queues, self._queue_held, own):
-            return self._in_line(decisions.held_back(why, now, "raise the queue's max_gpus"), job)
+            return wait_reasons.pauses(job.not_before, now)
+        if limit := self._over_limit(job):
+            return self._in_line(wait_reasons.queue_is_full(limit, now), job)
+        if full := self._over_array_limit(job):
+            return self._in_line(wait_reasons.array_is_full(full, now), job)
+        if not self.nodes:
+            return self._in_line(wait_reasons.no_nodes(now), job)
         avoided = frozenset(exclude)
-        with self._without_own(job.name):
+        with self._holdings.without(job.name):
             answer = self._engine.place(place_request(f"{job.name}?", job.spec, exclude_nodes=avoided))
         if isinstance(answer, Placement):
-            return self._in_line(decisions.held_back("it is its turn any moment", now), job)
-        return self._in_line(decisions.waits(answer, now, avoided), job)
+            return self._in_line(wait_reasons.is_next(now), job)
+        decision = wait_reasons.does_not_fit(answer, now, avoided)
+        decision = wait_reasons.with_claims(decision, [name for name in self._holdings.claims if name != job.name])
+        return self._in_line(wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)), job)
+
+    def shortage(self, queue: str, spec: Spec) -> str:
+        """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
+        if limit := self._over_queue(queue, spec):
+            return wait_reasons.queue_is_small(limit, spec.gpus)
+        short = self._capacity.short_of(shape(spec)) if not self._left_out else None
+        if short is None:
+            return ""
+        return self._capacity.unknown_sites(shape(spec)) or capacity.in_words(short)
+
+    def _over_queue(self, queue: str, spec: Spec) -> QueueLimit | None:
+        known = self._queues.get(queue)
+        too_small = known is not None and 0 < known.max_gpus < spec.gpus
+        return QueueLimit(queue, 0, known.max_gpus) if known is not None and too_small else None
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
         """GPUs of open nodes and GPUs held, by model; for metrics."""
-        open_gpus = Counter(gpu.model for name in self._open for gpu in self._nodes[name].gpus)
-        held: Counter[str] = Counter()
-        for holding in self._held.values():
-            for name, indices in holding.items():
-                node = self._nodes.get(name)
-                models = {gpu.index: gpu.model for gpu in node.gpus} if node else {}
-                held.update(models.get(index, "unknown") for index in indices)
-        return open_gpus, held
+        return self._holdings.by_model()
 
-    def held(self) -> dict[str, Holding]:
+    def held(self) -> dict[str, Gpus]:
         """What each job holds."""
-        return {job: dict(holding) for job, holding in self._held.items()}
+        return self._holdings.by_job()
 
     def check(self) -> None:
-        """Raises AssertionError when the engine holds something else than the jobs do."""
-        self._engine.check()
-        assert self._engine.placements.keys() | self._disputed == self._held.keys(), "holdings differ"
+        """Raises AssertionError when the engine holds something else than the jobs do, or a GPU is held twice."""
+        self._holdings.check()
 
-    # nodes
+    # jobs, nodes and datasets
+
+    def _learn(self, job: Job) -> None:
+        """The job as it is stored. One that has begun to run may be stopped for those of higher priority."""
+        known = self._holdings.jobs.get(job.name)
+        if self._holdings.learn(job):
+            self._try_all()
+        elif job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
+            for bucket in self._buckets.above(job.spec.priority):
+                self._try_again(bucket)
 
     def _upsert(self, node: Node) -> None:
-        if self._nodes.get(node.name) == node:
+        devices = self._holdings.devices
+        if devices.nodes.get(node.name) == node:
             return
         try:
-            self._engine.upsert_node(node)
-        except Invalid as strange:  # inventory checks facts; what it let through must not stop the others
+            self._holdings.report(node)
+            self._capacity.upsert(node)
+        except InvalidArgument as strange:  # inventory checks facts; what it let through must not stop the others
             log.error("%s is left out: %s", node.name, strange)
+            self._left_out.add(node.name)
             return
-        self._nodes[node.name] = node
-        if node.name not in self._open:
+        self._left_out.discard(node.name)
+        if node.name not in devices.open:
             self._engine.set_schedulable(node.name, False, "not ready yet")
         self._try_all()
 
     def _remove(self, name: str) -> None:
-        if self._nodes.pop(name, None) is not None:
-            self._engine.remove_node(name)
-            self._open.discard(name)
-            self._refused.clear()
+        self._left_out.discard(name)
+        if name in self._holdings.devices.nodes:
+            self._holdings.remove(name)
+            self._capacity.remove(name)
+            self._try_all()  # a GPU that it reported too may be offered by another now
 
     def _close(self, name: str, why: str) -> None:
-        if name not in self._nodes:
+        if name not in self._holdings.devices.nodes:
             return
-        self._engine.set_schedulable(name, not why, why)
-        if why:
-            self._open.discard(name)
-            self._refused.clear()  # they say how many nodes each constraint excludes
-        elif name not in self._open:
-            self._open.add(name)
+        self._capacity.close(self._holdings.devices.nodes[name], why)
+        if self._holdings.close(name, why):
             self._try_all()
+        elif why:
+            self._refused.clear()  # they say how many nodes each constraint excludes
 
-    # holdings
-
-    def _hold(self, job: Job, wanted: Holding) -> None:
-        before = self._held.get(job.name, {})
-        if wanted:
-            self._jobs[job.name] = job
-        else:
-            self._jobs.pop(job.name, None)
-        if before == wanted:
-            return
-        self._queue_held[job.queue] += _count(wanted) - _count(before)
-        if before and job.name not in self._disputed:
-            self._engine.release(job.name)
-        self._disputed.discard(job.name)
-        self._held.pop(job.name, None)
-        if wanted:
-            self._held[job.name] = wanted
-            self._claim(job)
-        if any(not indices <= wanted.get(node, frozenset()) for node, indices in before.items()):
-            self._freed()
-
-    def _claim(self, job: Job) -> None:
-        try:
-            self._engine.apply(_as_placement(job, self._held[job.name]))
-            self._disputed.discard(job.name)
-        except (AlreadyExists, Conflict) as twice:  # keep deciding for the others, and say so loudly
-            log.error("%s holds GPUs that another job holds: %s", job.name, twice)  # no news in a trace
-            self._disputed.add(job.name)
-
-    def _freed(self) -> None:
-        for name in sorted(self._disputed):
-            self._claim(self._jobs[name])
-        self._try_all()
-
-    def _release(self, name: str) -> None:
-        self._wait(name, None)
-        if known := self._jobs.get(name):
-            self._hold(known, {})
-
-    @contextlib.contextmanager
-    def _without_own(self, name: str) -> Iterator[None]:
-        """The engine as if the job held nothing: it may start again on GPUs where its own remains are being killed."""
-        if name not in self._held or name in self._disputed:
-            yield
-            return
-        with self._engine.transaction():  # never committed
-            self._engine.release(name)
-            yield
+    def _know_datasets(self, delta: Delta) -> None:
+        """What can only go where its data is is tried again when the data may have come somewhere."""
+        for fact in delta.datasets:
+            self._engine.upsert_dataset(fact)
+        for name in delta.datasets_gone:
+            self._engine.remove_dataset(name)
+        changed = {fact.name for fact in delta.datasets} | set(delta.datasets_gone)
+        for waiting in self._waiting.values() if changed else ():
+            if waiting.request.hard_locality and not changed.isdisjoint(waiting.request.datasets):
+                self._try_again(waiting.bucket)
 
     # waiting
 
     def _wait(self, name: str, candidate: Candidate | None) -> None:
         if candidate is None:
             self._waiting.pop(name, None)
-            self._lines.leave(name)
-            self._untold.discard(name)
-            self._making_room.pop(name, None)
+            self._buckets.leave(name)
+            self._unanswered.discard(name)
             return
         known = self._waiting.get(name)
         if known is not None and known.candidate == candidate:
@@ -317,132 +317,102 @@ class Planner:
         job = candidate.job
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
-        request = replace(asked, id=name)
-        line = Line(job.spec.priority, job.queue, self._number(asked))
-        self._waiting[name] = Waiting(candidate, request, line)
-        self._lines.join(line, job)
-        self._untold.add(name)
-        own = bool(self._held.get(name))
-        if own or line.shape not in self._refused or self._lines.first(line) == (order_of(job)[1], name):
-            self._untried.add(line)
+        own = name if self._holdings.count_of(name) else ""
+        limited = job.spec.array_name if job.spec.array_max_running else ""
+        bucket = QueueBucket(job.spec.priority, job.queue, self._number(asked), own, limited)
+        self._waiting[name] = Waiting(candidate, replace(asked, id=name), bucket)
+        self._buckets.join(bucket, job)
+        self._unanswered.add(name)
+        if own or bucket.shape not in self._refused or self._buckets.first(bucket) == (order_of(job)[1], name):
+            self._untried.add(bucket)
 
     def _number(self, asked: PlaceRequest) -> int:
         """The number of what is asked for; numbers are small to compare, requests are not."""
         if len(self._shapes) >= _MOST_SHAPES:
-            used = {waiting.line.shape for waiting in self._waiting.values()}
+            used = {waiting.bucket.shape for waiting in self._waiting.values()}
             self._shapes = {known: number for known, number in self._shapes.items() if number in used}
         self._numbered += 1
         return self._shapes.setdefault(asked, self._numbered)
 
     def _try_all(self) -> None:
         self._refused.clear()
-        self._untried = self._lines.all()
+        self._untried = self._buckets.all()
 
-    def _over_limit(self, job: Job) -> str:
-        return over_limit(job, self._queues, self._queue_held, _count(self._held.get(job.name, {})))
+    def _try_again(self, bucket: QueueBucket) -> None:
+        self._refused.pop(bucket.shape, None)
+        self._untried.add(bucket)
+
+    def _over_limit(self, job: Job) -> QueueLimit | None:
+        holdings = self._holdings
+        return over_limit(job, self._queues, holdings.by_queue, holdings.count_of(job.name))
+
+    def _over_array_limit(self, job: Job) -> ArrayLimit | None:
+        return over_array_limit(job, self._holdings.by_array, own=self._holdings.holds(job.name))
+
+    # decisions
 
     def _choose(self, waiting: Waiting) -> Choice:
         begun = self._clock.now()
-        self._untold.discard(waiting.candidate.job.name)
+        self._unanswered.discard(waiting.candidate.job.name)
         choice = self._try(waiting, begun)
         return replace(choice, begun=begun, ended=self._clock.now())
 
     def _try(self, waiting: Waiting, now: datetime) -> Choice:
         job, request = waiting.candidate.job, waiting.request
-        if why := self._over_limit(job):
-            return Choice(job.name, decisions.held_back(why, now, "raise the queue's max_gpus"))
-        own = bool(self._held.get(job.name))
-        refused = self._refused.get(waiting.line.shape)
+        if limit := self._over_limit(job):
+            return Choice(job.name, wait_reasons.queue_is_full(limit, now))
+        if full := self._over_array_limit(job):
+            return Choice(job.name, wait_reasons.array_is_full(full, now))
+        own = self._holdings.count_of(job.name) > 0
+        refused = self._refused.get(waiting.bucket.shape)
         if refused is not None and not own:
-            return Choice(job.name, decisions.waits(refused, now, waiting.candidate.exclude))
+            return Choice(job.name, wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude))
         try:
-            with self._without_own(job.name):
+            with self._holdings.without(job.name):
                 answer = self._engine.place(request)
-        except Invalid as never:  # of an older version's rules
-            return Choice(job.name, decisions.held_back(str(never), now, "cancel it and submit it in another shape"))
+        except InvalidArgument as never:  # of an older version's rules
+            return Choice(job.name, wait_reasons.cannot_be_asked(str(never), now))
         if isinstance(answer, Placement):
             return self._give(job, answer, now)
         if not own:
-            self._refused[waiting.line.shape] = answer
+            self._refused[waiting.bucket.shape] = answer
         return self._make_room(waiting.candidate, request, answer, now)
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Choice:
-        decision = decisions.placed(job, placement, self._nodes, next_epoch(job), now)
-        place = decisions.place_of(placement)
-        wanted = dict(self._held.get(job.name, {}))
-        for node, gpus in place.nodes:
-            wanted[node] = wanted.get(node, frozenset()) | frozenset(gpus)
+        devices = self._holdings.devices
+        assignment = decisions.assignment_of(placement, devices)
+        decision = decisions.placed(job, placement, assignment, devices, next_epoch(job), now)
+        held = dict(self._holdings.held(job.name))
+        for task in decision.tasks:
+            held[task.node] = held.get(task.node, frozenset()) | places_of(task)
         self._wait(job.name, None)
-        self._hold(job, wanted)
-        return Choice(job.name, decision, place)
+        if self._holdings.hold(job, held):  # what it claimed and did not take
+            self._try_all()
+        return Choice(job.name, decision, assignment)
 
     def _make_room(self, candidate: Candidate, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Choice:
         job = candidate.job
-        decision = decisions.waits(answer, now, candidate.exclude)
-        stopping = {name for name in self._making_room.get(job.name, ()) if name in self._held}
-        if stopping:
-            return Choice(job.name, replace(decision, preempts=tuple(sorted(stopping))[:_MOST_AHEAD]))
-        victims = self._victims(job)
+        decision = wait_reasons.does_not_fit(answer, now, candidate.exclude)
+        if self._holdings.claim(job.name) is not None:
+            return Choice(job.name, wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)))
+        victims = may_stop(self._holdings, job)
         plan = self._engine.preempt(request, victims) if victims else answer
         if not isinstance(plan, PreemptionPlan):
             return Choice(job.name, decision)
-        self._making_room[job.name] = frozenset(plan.victims)
-        return Choice(job.name, replace(decision, preempts=plan.victims[:_MOST_AHEAD]), victims=plan.victims)
+        claim = claim_for(plan, self._holdings, now)
+        self._holdings.hold(job, self._holdings.held(job.name), claim)
+        self._refused.pop(self._waiting[job.name].bucket.shape, None)  # the next of its kind may find other victims
+        return Choice(job.name, wait_reasons.with_victims(decision, claim.victims), claim=claim)
 
-    def _victims(self, job: Job) -> list[Victim]:
-        """Running training of lower priority that is not being suspended already."""
-        asked = frozenset[str]().union(*self._making_room.values())
-        return [
-            Victim(name, held.spec.priority, _lost_gpu_s(held))
-            for name, held in self._jobs.items()
-            if held.spec.priority < job.spec.priority
-            and held.state is JobState.RUNNING
-            and not held.spec.is_service
-            and name not in asked
-            and name not in self._disputed
-        ]
-
-    def _in_line(self, decision: Decision, job: Job) -> Decision:
+    def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
         """With its position in its queue, and who goes first."""
         key = order_of(job)
         others = (waiting.candidate.job for waiting in self._waiting.values())
         first = sorted((order_of(other), other.queue) for other in others if order_of(other) < key)
         same = sum(queue == job.queue for _, queue in first)
-        return replace(decision, ahead=tuple(name for (_, _, name), _ in first[:_MOST_AHEAD]), position=same + 1)
+        return wait_reasons.in_line(decision, [name for (_, _, name), _ in first], same + 1)
 
 
-def _holding(job: Job) -> Holding:
-    holding: Holding = {}
-    for _, task in job.holding():
-        holding[task.node] = holding.get(task.node, frozenset()) | frozenset(task.gpus)
-    return holding
-
-
-def _count(holding: Holding) -> int:
-    return sum(map(len, holding.values()))
-
-
-def _lost_gpu_s(job: Job) -> float:
-    """Work since it began to run, an upper bound of what a preemption loses."""
-    attempt = job.attempt
-    if attempt is None or attempt.run_time is None:
-        return 0.0
-    return -attempt.run_time.timestamp() * attempt.gpus  # only compared: the later it began, the less is lost
-
-
-def _as_placement(job: Job, holding: Holding) -> Placement:
-    parts, rank = [], 0
-    for node, indices in holding.items():
-        count = len(indices)
-        parts.append(
-            NodeAssignment(
-                node,
-                tuple(sorted(indices)),
-                "workers",
-                tuple(range(rank, rank + count)),
-                cpu_millicores=count * job.spec.cpu_millicores_per_rank,
-                host_memory_bytes=count * job.spec.memory_bytes_per_rank,
-            )
-        )
-        rank += count
-    return Placement(job.name, tuple(parts), GpuOption(), Cost(), Bottleneck(Level.NODE, LinkKind.PCIE_HOST, 0.0))
+def _may_stop_sooner(before: Job, now: Job) -> bool:
+    """Whether a running job may be stopped for others that could not have it stopped before."""
+    return before.state is not JobState.RUNNING or now.spec.priority < before.spec.priority

@@ -6,15 +6,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from whaleflux import names
+from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.fleet.model import Level
-from whaleflux_scheduler.core.model import Rule, Spec
+from whaleflux.manifests.job_fields import Rule, Spec
 from whaleflux_scheduler.core.placement.api import (
     GpuOption,
     GpuRequirement,
     GroupRequest,
     PlaceRequest,
+    Share,
     Subgroup,
 )
+from whaleflux_scheduler.core.placement.validate import MAX_OPTIONS
+
+_NO_SUCH_INSTANCE = "a MIG instance of that size"
 
 
 def place_request(
@@ -33,7 +39,8 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
     preferred = max((rule.level for rule in whole if rule.preferred), default=0)
     return PlaceRequest(
         id="",
-        groups=(GroupRequest(gpus=spec.gpus, subgroups=_subgroups(parts_of=parts)),),
+        groups=(GroupRequest(gpus=spec.world_size, subgroups=_subgroups(parts_of=parts), share=share(spec)),),
+        without_gpus=not spec.gpus,
         requirement=requirement(spec),
         level=Level(required) if required else None,
         preferred=Level(preferred) if preferred else None,
@@ -43,7 +50,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
         sites=tuple(site.removeprefix("sites/") for site in spec.sites),
         exclude_nodes=exclude_nodes,
         near_nodes=near_nodes,
-        datasets=tuple(f"datasets/{name.removeprefix('datasets/')}" for name in spec.datasets),
+        datasets=tuple(names.dataset(name) for name in spec.datasets),
         hard_locality=spec.require_local_data,
     )
 
@@ -51,12 +58,28 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
 def requirement(spec: Spec) -> GpuRequirement:
     """What each GPU and its node must offer."""
     return GpuRequirement(
-        any_of=tuple(GpuOption(model) for model in spec.any_of) or (GpuOption(),),
+        any_of=_options(spec),
+        mig_profile=spec.mig_profile,
         min_memory_bytes=spec.min_memory_bytes,
         min_compute_capability=divmod(spec.min_compute_capability, 10),
-        cpu_millicores_per_gpu=spec.cpu_millicores_per_rank,
+        cpu_millicores_per_gpu=spec.counted_cpu_millicores,
         host_memory_bytes_per_gpu=spec.memory_bytes_per_rank,
     )
+
+
+def share(spec: Spec) -> Share | None:
+    """The part of a GPU that each rank gets, on a GPU that no other rank of the job is on: NCCL refuses two on one."""
+    return Share(spec.share_memory_bytes, apart=True) if spec.share_memory_bytes else None
+
+
+def _options(spec: Spec) -> tuple[GpuOption, ...]:
+    """Models that will do. A MIG instance bears its GPU's model and its profile; of a least size the smallest go first."""
+    if spec.mig_memory_bytes:
+        sizes = CATALOGUE.mig_with(spec.mig_memory_bytes)
+        fitting = (f"{model} {mig.name}" for model, mig in sizes if not spec.any_of or model in spec.any_of)
+        return tuple(map(GpuOption, fitting))[:MAX_OPTIONS] or (GpuOption(_NO_SUCH_INSTANCE),)
+    suffix = f" {spec.mig_profile}" if spec.mig_profile else ""
+    return tuple(GpuOption(model + suffix) for model in spec.any_of) or (GpuOption(),)
 
 
 def _subgroups(parts_of: Sequence[Rule]) -> tuple[Subgroup, ...]:

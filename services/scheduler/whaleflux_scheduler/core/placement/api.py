@@ -34,6 +34,7 @@ class GpuRequirement:
     """
 
     any_of: tuple[GpuOption, ...] = (GpuOption(),)
+    mig_profile: str = ""  # MIG instances of this profile; "": whole GPUs, unless an option's model names an instance
     min_memory_bytes: int = 0
     min_compute_capability: tuple[int, int] = (0, 0)
     min_interconnect_bytes_per_s: float = 0.0
@@ -52,11 +53,11 @@ class GpuRequirement:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of one GPU: device memory and thousandths of its compute, or a MIG partition by its profile ("3g.71gb")."""
+    """A part of one GPU: device memory and thousandths of its compute. `apart`: no two ranks of a group on one device."""
 
     memory_bytes: int = 0
     compute_milli: int = 0
-    mig_profile: str = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class PlaceRequest:
     hard_locality: bool = False  # only nodes that hold every dataset
     comm: CommModel = field(default_factory=CommModel)
     preference: Preference = field(default_factory=Preference)
+    without_gpus: bool = False  # the one group's ranks get CPU and memory alone
 
     @property
     def units(self) -> int:
@@ -159,7 +161,7 @@ class PlaceRequest:
 class NodeAssignment:
     """What one group gets on one node: device indices in rank order, and the job-wide ranks that run on them.
 
-    With `share`, an index repeats once for each rank on that device.
+    With `share`, an index repeats once for each rank on that device. Work without GPUs has ranks and no index.
     """
 
     node: str
@@ -252,12 +254,6 @@ class NoPlacement:
     wanted_gpus: int
     free_matching_gpus: int
     total_matching_gpus: int
-
-    @property
-    def summary(self) -> str:
-        """One line for tables."""
-        counts = ", ".join(f"{b.constraint}: {b.nodes} node{'s' * (b.nodes != 1)}" for b in self.blocked)
-        return "; ".join(part for part in (self.nearest_miss, counts, self.smallest_change) if part)
 
 
 @dataclass(frozen=True, slots=True)

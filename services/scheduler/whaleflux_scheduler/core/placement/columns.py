@@ -44,13 +44,8 @@ class Row:
     cache_room_bytes: int | None = None  # what datasets could still take of its NVMe; None: all of it
 
 
-def uncut_mask(node: Node) -> int:
-    """Positions of GPUs that are not cut into MIG partitions."""
-    return sum(1 << i for i, gpu in enumerate(node.gpus) if not gpu.mig_profiles)
-
-
 def healthy_mask(node: Node) -> int:
-    return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.healthy)
+    return sum(1 << i for i, gpu in enumerate(node.gpus) if gpu.offered)
 
 
 def nvme_bytes(row: Row) -> int:
@@ -104,8 +99,7 @@ class Columns:
             self.hi[level] = np.append(starts[1:], self.count) if self.count else starts
 
     def _build_devices(self) -> None:
-        self.uncut = [uncut_mask(r.node) for r in self.rows]
-        self.usable = [self.uncut[i] & healthy_mask(r.node) for i, r in enumerate(self.rows)]  # free or not
+        self.usable = [healthy_mask(r.node) for r in self.rows]  # free or not
         self.usable_masks = np.array(self.usable, dtype=np.uint64)
         self.taken = [0] * self.count  # held by someone, wholly or in part
         self.offered = [0] * self.count  # wholly free GPUs that new work may use
@@ -113,12 +107,11 @@ class Columns:
         self.open = np.array([r.schedulable for r in self.rows], dtype=np.bool_)
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
-        # Accounts of every device that is not cut up, healthy or not; `healthy` says where new work may go.
+        # Accounts of every device, healthy or not; `healthy` says where new work may go.
         self.milli_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.memory_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
         self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
-        self.partitions: dict[tuple[int, int, str], int] = {}  # MIG partitions taken
         shapes, kinds = len(self.kinds), self.width + 1
         self.at_least = {
             level: np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) for level in DOMAIN_LEVELS
@@ -129,16 +122,12 @@ class Columns:
             self.whole_memory[s, : shape.size] = shape.memory_bytes
         for i, row in enumerate(self.rows):
             size = len(row.node.gpus)
-            if self.uncut[i] == self.usable[i] == (1 << size) - 1:  # nearly every node
+            self.milli_free[i, :size] = WHOLE_MILLI
+            self.memory_free[i] = self.whole_memory[self.shape_of[i]]
+            if self.usable[i] == (1 << size) - 1:  # nearly every node
                 self.healthy[i, :size] = True
-                self.milli_free[i, :size] = WHOLE_MILLI
-                self.memory_free[i] = self.whole_memory[self.shape_of[i]]
-                continue
-            for position, gpu in enumerate(row.node.gpus):
-                self.healthy[i, position] = gpu.healthy
-                if self.uncut[i] >> position & 1:
-                    self.milli_free[i, position] = WHOLE_MILLI
-                    self.memory_free[i, position] = gpu.memory_bytes
+            else:
+                self.healthy[i, :size] = [gpu.offered for gpu in row.node.gpus]
         self._refresh_many(np.arange(self.count))
 
     def _build_links(self) -> None:
@@ -182,7 +171,7 @@ class Columns:
         self.refresh(i)
 
     def _devices(self, i: int, mask: int, whole_milli: int, *, free: bool) -> None:
-        positions = bits(mask & self.uncut[i])
+        positions = bits(mask)
         if len(positions) == 1:
             at = positions[0]
             self.milli_free[i, at] = whole_milli if free else 0
@@ -206,22 +195,14 @@ class Columns:
         """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
         key = (i, position)
         holders = self.holders[key] = self.holders.get(key, 0) + sign
-        if self.uncut[i] >> position & 1:
-            self.milli_free[i, position] -= sign * milli
-            self.memory_free[i, position] -= sign * memory_bytes
+        self.milli_free[i, position] -= sign * milli
+        self.memory_free[i, position] -= sign * memory_bytes
         if holders:
             self.taken[i] |= 1 << position
         else:
             del self.holders[key]
             self.taken[i] &= ~(1 << position)
         self.refresh(i)
-
-    def partition(self, i: int, position: int, profile: str, sign: int) -> None:
-        """A MIG partition of the profile on that GPU is taken (+1) or given back (-1)."""
-        key = (i, position, profile)
-        self.partitions[key] = self.partitions.get(key, 0) + sign
-        if not self.partitions[key]:
-            del self.partitions[key]
 
     def host(self, i: int, cpu_millicores: int, memory_bytes: int, sign: int) -> None:
         """CPU and host memory of the node are taken (+1) or given back (-1)."""
@@ -325,7 +306,7 @@ class Columns:
         for row in self.rows:
             seal.update(repr((row.node, row.schedulable)).encode())
         seal.update(repr((self.usable, self.taken, self.offered)).encode())
-        seal.update(repr((sorted(self.holders.items()), sorted(self.partitions.items()))).encode())
+        seal.update(repr(sorted(self.holders.items())).encode())
         for array in (self.offer, self.cpu_free, self.host_free, self.milli_free, self.memory_free):
             seal.update(array.tobytes())
         for level in DOMAIN_LEVELS:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.placement.api import (
     Alternative,
+    Cost,
     Goal,
     GpuOption,
     NodeAssignment,
@@ -14,7 +15,7 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
 )
 from whaleflux_scheduler.core.placement.columns import Columns
-from whaleflux_scheduler.core.placement.pricing import Candidate, inner_size, price
+from whaleflux_scheduler.core.placement.pricing import PricedPlace, inner_size, price
 from whaleflux_scheduler.core.placement.search import Datasets, Group, searches
 
 _PLURAL = {
@@ -27,6 +28,7 @@ _PLURAL = {
 }
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
 _BREAKING_S = 600.0  # seconds that breaking a whole node is taken to cost those who wait for one
+_ALTERNATIVES, _LOOKED_AT = 3, 8
 _EQUAL = 0.005  # costs this close are equal; the next criterion decides
 
 
@@ -39,18 +41,18 @@ def decide(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Place
     return assemble(columns, request, ordered[0], ordered[1:])
 
 
-def candidates(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[Candidate]:
+def candidates(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[PricedPlace]:
     """Every option on every pool of like nodes, with and without the data's nodes, and by price where price decides."""
     found: set[GpuOption] = set()
-    for option, place in searches(columns, request, datasets):
-        if place.last_resort and option in found:
+    for option, search in searches(columns, request, datasets):
+        if search.last_resort and option in found:
             continue
-        for groups in place.all_groups():
+        for groups in search.all_groups():
             found.add(option)
             yield price(columns, request, option, groups, datasets)
 
 
-def rank(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
+def rank(request: PlaceRequest, found: list[PricedPlace]) -> list[PricedPlace]:
     """Best first by the request's goal. Sorting is stable, so equal candidates keep the order in which they were looked at."""
     goal, wish = request.preference.goal, request.preference
     if goal is Goal.CHEAPEST and wish.work_gpu_s:
@@ -68,11 +70,11 @@ def rank(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
     return _closest(request, found)
 
 
-def _time(candidate: Candidate) -> float:
+def _time(candidate: PricedPlace) -> float:
     return (candidate.cost.run_s or 0.0) + candidate.cost.fetch_s
 
 
-def _closest(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
+def _closest(request: PlaceRequest, found: list[PricedPlace]) -> list[PricedPlace]:
     """Least time lost to communication and fetching; near-equal ones by price, then by what they leave to others.
 
     Work of one node that breaks a whole one loses time too: that of those who wait for whole nodes.
@@ -80,26 +82,32 @@ def _closest(request: PlaceRequest, found: list[Candidate]) -> list[Candidate]:
     fastest = min((c.cost.step_communication_s for c in found if c.cost.step_communication_s), default=0.0)
     speed = max(c.option.throughput for c in found)
 
-    def lost(c: Candidate) -> float:
-        run = c.cost.run_s or _UNKNOWN_RUN_S
-        slower = c.cost.step_communication_s / fastest - 1 if fastest else 0.0
-        return (
-            run * (request.preference.comm_fraction * slower + speed / c.option.throughput - 1)
-            + c.cost.fetch_s
-            + _BREAKING_S * c.breaks
-        )
+    def lost(c: PricedPlace) -> float:
+        return sum(_lost_s(request, c, fastest, speed).values())
 
     least = min(map(lost, found))
     slack = _EQUAL * _UNKNOWN_RUN_S * request.preference.comm_fraction
 
-    def key(c: Candidate) -> tuple[object, ...]:
+    def key(c: PricedPlace) -> tuple[object, ...]:
         over = max(0.0, lost(c) - least)
         return (0.0 if over <= slack else over, c.cost.usd_per_hour, c.value)
 
     return sorted(found, key=key)
 
 
-def assemble(columns: Columns, request: PlaceRequest, best: Candidate, others: list[Candidate]) -> Placement:
+def _lost_s(request: PlaceRequest, c: PricedPlace, fastest_s: float, speed: float) -> dict[str, float]:
+    """Seconds lost at a place, by what loses them, against the least communication and the greatest speed of all places."""
+    run = c.cost.run_s or _UNKNOWN_RUN_S
+    slower = c.cost.step_communication_s / fastest_s - 1 if fastest_s else 0.0
+    return {
+        "communication": run * request.preference.comm_fraction * slower,
+        "slower": run * (speed / c.option.throughput - 1),
+        "fetch": c.cost.fetch_s,
+        "breaks": _BREAKING_S * c.breaks,
+    }
+
+
+def assemble(columns: Columns, request: PlaceRequest, best: PricedPlace, others: list[PricedPlace]) -> Placement:
     nodes: list[NodeAssignment] = []
     rank_at = 0
     for group in best.groups:
@@ -113,8 +121,18 @@ def assemble(columns: Columns, request: PlaceRequest, best: Candidate, others: l
         best.cost,
         best.estimate.bottleneck,
         reasons(columns, request, best),
-        tuple(_alternative(columns, best, other) for other in others[:3]),
+        tuple(_alternative(columns, request, best, other) for other in elsewhere(columns, best, others)),
     )
+
+
+def elsewhere(columns: Columns, best: PricedPlace, others: list[PricedPlace]) -> list[PricedPlace]:
+    """The best three that people would call other places."""
+    named = {_place(columns, best): best}
+    for other in others[:_LOOKED_AT]:
+        named.setdefault(_place(columns, other), other)
+        if len(named) > _ALTERNATIVES:
+            break
+    return list(named.values())[1:]
 
 
 def _assignments(columns: Columns, request: PlaceRequest, group: Group, rank_at: int) -> list[NodeAssignment]:
@@ -143,7 +161,7 @@ def _assignments(columns: Columns, request: PlaceRequest, group: Group, rank_at:
     return made
 
 
-def reasons(columns: Columns, request: PlaceRequest, best: Candidate) -> tuple[str, ...]:
+def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple[str, ...]:
     """Why here, for people: what was taken, how close it is, what bounds it, what it costs."""
     rows = best.rows
     level, d = columns.smallest_domain(rows)
@@ -178,15 +196,47 @@ def where(columns: Columns, level: Level, d: int) -> str:
     return f"{columns.names[d]} ({leaf})"
 
 
-def _alternative(columns: Columns, best: Candidate, other: Candidate) -> Alternative:
-    level, d = columns.smallest_domain(other.rows)
-    model = other.option.model or columns.shape(other.rows[0]).models[0]
+def _alternative(columns: Columns, request: PlaceRequest, best: PricedPlace, other: PricedPlace) -> Alternative:
+    why = [why_not(request, best, other)]
+    if (less := best.cost.usd_per_hour - other.cost.usd_per_hour) > 0.005:
+        why.append(f"though ${less:.2f} less per hour")
+    elif less < -0.005 and "per hour" not in why[0]:
+        why.append(f"${-less:.2f} more per hour")
+    return Alternative(_place(columns, other), other.cost, ", ".join(why))
+
+
+def _place(columns: Columns, place: PricedPlace) -> str:
+    level, d = columns.smallest_domain(place.rows)
+    return f"{place.option.model or columns.shape(place.rows[0]).models[0]}, {where(columns, level, d)}"
+
+
+def why_not(request: PlaceRequest, best: PricedPlace, other: PricedPlace) -> str:
+    """The term by which `best` was preferred to `other`, as `rank` compares them."""
     ours, theirs = best.cost, other.cost
-    why = []
-    if ours.step_communication_s and theirs.step_communication_s > ours.step_communication_s * (1 + _EQUAL):
-        why.append(f"{theirs.step_communication_s / ours.step_communication_s:.2g}x the communication")
-    if theirs.fetch_s > ours.fetch_s + 1:
-        why.append(f"{theirs.fetch_s - ours.fetch_s:.0f} s more to fetch data")
+    if request.preference.goal is Goal.CLOSEST:
+        pair = [c for c in (ours.step_communication_s, theirs.step_communication_s) if c]
+        speed = max(best.option.throughput, other.option.throughput)
+        lost = [_lost_s(request, c, min(pair, default=0.0), speed) for c in (other, best)]
+        more = {term: lost[0][term] - lost[1][term] for term in lost[0]}
+        worst = max(more, key=more.__getitem__)
+        if sum(more.values()) > _EQUAL * _UNKNOWN_RUN_S * request.preference.comm_fraction:
+            return _TERMS[worst](ours, theirs, more[worst])
     if theirs.usd_per_hour > ours.usd_per_hour:
-        why.append(f"${theirs.usd_per_hour - ours.usd_per_hour:.2f} more per hour")
-    return Alternative(f"{model}, {where(columns, level, d)}", theirs, ", ".join(why) or "no better")
+        return f"${theirs.usd_per_hour - ours.usd_per_hour:.2f} more per hour"
+    if other.value > best.value:
+        return "it would leave less room in one piece to others"
+    if theirs.step_communication_s > ours.step_communication_s * (1 + _EQUAL):
+        return _TERMS["communication"](ours, theirs, 0.0)
+    return "as good; the first of them was taken"
+
+
+_TERMS: dict[str, Callable[[Cost, Cost, float], str]] = {
+    "communication": lambda ours, theirs, _: (
+        f"{theirs.step_communication_s / (ours.step_communication_s or theirs.step_communication_s):.2g}x the communication"
+    ),
+    "slower": lambda _ours, _theirs, _: "its GPUs are slower for this work",
+    "fetch": lambda _ours, _theirs, more: f"{more:.0f} s more to fetch data",
+    "breaks": lambda _ours, _theirs, _: (
+        "it would break into a node that is wholly free, which others may need as a whole"
+    ),
+}

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from whaleflux.errors import AlreadyExists, Conflict, FieldViolation, Invalid, NotFound, WrongState
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Node
+from whaleflux.reasons import ErrorReason
+from whaleflux_scheduler.core.placement import cpu
 from whaleflux_scheduler.core.placement import preempt as preemption
 from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
@@ -70,7 +72,7 @@ class Engine:
         """A node appears or its facts change; what is placed on it stays. New nodes are schedulable."""
         self._outside_transactions("upsert_node")
         if len(node.gpus) > MAX_GPUS_PER_NODE:
-            raise Invalid(
+            raise InvalidArgument(
                 FieldViolation("node.gpus", f"{len(node.gpus)} GPUs on one node; at most {MAX_GPUS_PER_NODE}")
             )
         row = self._rows.get(node.name)
@@ -116,7 +118,7 @@ class Engine:
             raise NotFound("node", name)
         self._rows[name].cache_room_bytes = room_bytes
 
-    def learn(self, table: IdleTable | None) -> None:
+    def use_idle_table(self, table: IdleTable | None) -> None:
         """From now on parts of GPUs, and single-node work that states its CPU or memory, go where they strand least."""
         self._idle_table = table
         if self._columns is not None:
@@ -143,8 +145,10 @@ class Engine:
     # -- deciding -------------------------------------------------------------------------------------------------------------
 
     def place(self, request: PlaceRequest) -> Placement | NoPlacement:
-        """Where the request would go now, or what stands in its way. Changes nothing. Raises Invalid for a malformed request."""
+        """Where the request would go now, or what stands in its way; changes nothing. Raises InvalidArgument."""
         check_request(request)
+        if request.without_gpus:
+            return cpu.place(self.columns, request, self._datasets) or self.explain(request)
         return decide(self.columns, request, self._datasets) or self.explain(request)
 
     def fits(self, request: PlaceRequest) -> Placement | None:
@@ -159,6 +163,8 @@ class Engine:
     def explain(self, request: PlaceRequest) -> NoPlacement:
         """Why the request waits. Meant for requests that `place` refused; says so if it fits."""
         check_request(request)
+        if request.without_gpus:
+            return cpu.explain(self.columns, request, self._datasets, self._empty())
         return explain(self.columns, request, self._datasets, self._empty)
 
     def _empty(self) -> Columns:
@@ -177,6 +183,8 @@ class Engine:
     def preempt(self, request: PlaceRequest, victims: Sequence[Victim]) -> PreemptionPlan | NoPlacement:
         """The cheapest of `victims` to stop so that the request fits. Changes nothing."""
         check_request(request)
+        if request.without_gpus:  # nobody is stopped for CPU alone
+            return self.explain(request)
         return preemption.plan(self, request, victims) or self.explain(request)
 
     # -- changing -------------------------------------------------------------------------------------------------------------
@@ -184,7 +192,7 @@ class Engine:
     def apply(self, placement: Placement) -> None:
         """The GPUs are taken. Also for placements made elsewhere or earlier, on nodes that take no new work, or that are gone.
 
-        Raises AlreadyExists for a known id, Conflict when a GPU is not free; nothing is changed then.
+        Raises AlreadyExists for a known id, Aborted when a GPU is not free; nothing is changed then.
         """
         if placement.id in self._placed:
             raise AlreadyExists("placement", placement.id)
@@ -229,9 +237,9 @@ class Engine:
                 continue
             mask = columns.shape(i).mask(part.gpus)
             if mask & (columns.taken[i] | seen.get(i, 0)):
-                raise Conflict(
+                raise Aborted(
                     f"{part.node}: a GPU of {part.gpus} is held by other work",
-                    reason="GPU_TAKEN",
+                    reason=ErrorReason.GPU_TAKEN,
                     metadata={"node": part.node},
                 )
             seen[i] = seen.get(i, 0) | mask
@@ -245,16 +253,11 @@ class Engine:
             if gpu not in indices:
                 continue
             position, count = indices.index(gpu), part.gpus.count(gpu)
-            if share.mig_profile:
-                whole = columns.rows[i].node.gpus[position].mig_profiles.count(share.mig_profile)
-                fits = whole - columns.partitions.get((i, position, share.mig_profile), 0) >= count
-            else:
-                fits = columns.milli_free[i, position] >= share.compute_milli * count
-                fits = bool(fits and columns.memory_free[i, position] >= share.memory_bytes * count)
-            if not fits:
-                raise Conflict(
+            fits = columns.milli_free[i, position] >= share.compute_milli * count
+            if not (fits and columns.memory_free[i, position] >= share.memory_bytes * count):
+                raise Aborted(
                     f"{part.node}: GPU {gpu} has no room for the share",
-                    reason="GPU_TAKEN",
+                    reason=ErrorReason.GPU_TAKEN,
                     metadata={"node": part.node},
                 )
 
@@ -282,7 +285,9 @@ class Engine:
 
     def _outside_transactions(self, what: str) -> None:
         if self._depth:
-            raise WrongState(f"{what} inside a transaction; commit or leave it first", reason="IN_TRANSACTION")
+            raise FailedPrecondition(
+                f"{what} inside a transaction; commit or leave it first", reason=ErrorReason.IN_TRANSACTION
+            )
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
@@ -305,7 +310,7 @@ class Engine:
     def check(self) -> None:
         """Rebuilds everything from nodes and placements and raises AssertionError where the live state differs, or a GPU is held twice."""
         live, fresh = self.columns, self._fresh()
-        for what in ("taken", "usable", "offered", "holders", "partitions"):
+        for what in ("taken", "usable", "offered", "holders"):
             assert getattr(live, what) == getattr(fresh, what), f"{what} differs from a rebuild"
         assert live.digest() == fresh.digest(), "columns differ from a rebuild"
         _check_not_twice(live, self._placed.values())
@@ -328,11 +333,13 @@ def _count(columns: Columns, placement: Placement, sign: int, flows: int | None)
         if part.cpu_millicores or part.host_memory_bytes:
             columns.host(i, part.cpu_millicores, part.host_memory_bytes, sign)
         shape = columns.shape(i)
+        if not part.gpus:
+            continue
         mask = shape.mask(part.gpus)
         masks[i] = masks.get(i, 0) | mask
         if part.share:
             _count_shares(columns, i, part, sign)
-        elif mask == columns.usable[i] == columns.uncut[i] == (1 << shape.size) - 1:
+        elif mask == columns.usable[i] == (1 << shape.size) - 1:
             whole.append(i)
         elif sign > 0:
             columns.take(i, mask)
@@ -359,10 +366,7 @@ def _count_shares(columns: Columns, i: int, part: NodeAssignment, sign: int) -> 
     for gpu in part.gpus:
         if gpu not in indices:
             continue
-        if share.mig_profile:
-            columns.partition(i, indices.index(gpu), share.mig_profile, sign)
-        else:
-            columns.share(i, indices.index(gpu), share.compute_milli, share.memory_bytes, sign)
+        columns.share(i, indices.index(gpu), share.compute_milli, share.memory_bytes, sign)
 
 
 def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> None:
@@ -373,6 +377,5 @@ def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> Non
                 other = holder.setdefault((part.node, gpu), placement.id)
                 assert other == placement.id, f"{part.node} GPU {gpu} held by {other} and {placement.id}"
     for i, position in columns.holders:
-        whole = columns.uncut[i] >> position & 1
-        assert not whole or columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
-        assert not whole or columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"
+        assert columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
+        assert columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from whaleflux.fleet.model import Level
+from whaleflux.quantities import shown_bytes
 from whaleflux_scheduler.core.placement.api import (
     Blocked,
     DatasetFact,
@@ -19,9 +20,12 @@ from whaleflux_scheduler.core.placement.api import (
     Share,
 )
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
+from whaleflux_scheduler.core.placement.fractions import largest_free
 from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
 
+LARGEST_SHARE = "largest free share"
+_MOST_MODELS = 4  # more are named together
 Datasets = Mapping[str, DatasetFact]
 
 
@@ -87,9 +91,16 @@ def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) ->
 
 def _hardware(columns: Columns, need: GpuRequirement) -> Iterator[tuple[str, str, Bools]]:
     models = [o.model for o in need.any_of]
-    if all(models):
+    if need.mig_profile and not all(models):
         yield (
-            f"gpu model is not {' or '.join(models)}",
+            f"without a MIG instance {need.mig_profile}",
+            "requirement.mig_profile",
+            _shapes(columns, lambda s: need.mig_profile in columns.kinds[s].mig_profiles),
+        )
+    if all(models):
+        shown = models if len(models) <= _MOST_MODELS else [*models[:_MOST_MODELS], "larger"]
+        yield (
+            f"gpu model is not {' or '.join(shown)}",
             "requirement.any_of",
             _shapes(columns, lambda s: any(m in models for m in columns.kinds[s].models)),
         )
@@ -162,20 +173,10 @@ def per_node_need(group: GroupRequest) -> int:
 def _share_room(columns: Columns, shares: list[Share]) -> Bools:
     passes = np.ones(columns.count, dtype=np.bool_)
     for share in shares:
-        if share.mig_profile:
-            passes &= _rows(columns, lambda i, s=share: _partition_free(columns, i, s.mig_profile))  # type: ignore[misc]
-        else:
-            fits = columns.healthy & (columns.milli_free >= max(1, share.compute_milli))
-            fits &= columns.memory_free >= share.memory_bytes
-            passes &= fits.any(axis=1)
+        fits = columns.healthy & (columns.milli_free >= max(1, share.compute_milli))
+        fits &= columns.memory_free >= share.memory_bytes
+        passes &= fits.any(axis=1)
     return passes
-
-
-def _partition_free(columns: Columns, i: int, profile: str) -> bool:
-    return any(
-        g.mig_profiles.count(profile) > columns.partitions.get((i, p, profile), 0)
-        for p, g in enumerate(columns.rows[i].node.gpus)
-    )
 
 
 def _rows(columns: Columns, passes: Callable[[int], bool]) -> Bools:
@@ -201,7 +202,8 @@ def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: 
     if not columns.count:
         return "the fleet has no nodes"
     if any(g.share for g in request.groups):
-        return ""
+        most_bytes, name = largest_free(columns, request.requirement, columns.open)
+        return f"{LARGEST_SHARE}: {shown_bytes(most_bytes)} ({name})" if most_bytes else "no GPU has a share free"
     widest = max([request.level or Level.FLEET, *(g.level or Level.FLEET for g in request.groups)])
     free = np.where(left, columns.offer, 0).astype(np.int64)
     if widest >= Level.NODE:

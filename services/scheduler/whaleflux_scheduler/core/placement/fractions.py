@@ -1,4 +1,4 @@
-"""Parts of GPUs: memory, thousandths of compute, MIG partitions, each counted per device.
+"""Parts of GPUs: memory and thousandths of compute, each counted per device. A MIG instance is a device of its own.
 
 A part goes to the device where it strands least: by the table that was learned from the history of requests (`fragmentation`), or, before
 there is one, where it fits tightest, so that whole GPUs and large parts stay free for those who need them.
@@ -7,6 +7,7 @@ there is one, where it fits tightest, so that whole GPUs and large parts stay fr
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, cast
 
@@ -44,9 +45,12 @@ def place_parts(
 ) -> list[Device] | None:
     """`count` parts of `share` on as few devices and nodes as hold them, at most so many on one node; None when they do not fit."""
     taken: list[Device] = []
+    if share.apart and together is Together.NODE:
+        allowed = _roomy(columns, need, model, share, count, allowed)
     try:
         while len(taken) < count:
-            device = _best(columns, need, model, share, _open_rows(columns, allowed, taken, most_per_node, together))
+            rows = _open_rows(columns, allowed, taken, most_per_node, together)
+            device = _best(columns, need, model, share, rows, taken if share.apart else ())
             if device is None or (together is Together.DEVICE and taken and device != taken[0]):
                 return None
             _count(columns, need, device, share, 1)
@@ -55,6 +59,23 @@ def place_parts(
         for device in taken:
             _count(columns, need, device, share, -1)
     return sorted(taken)
+
+
+def _roomy(
+    columns: Columns, need: GpuRequirement, model: str, share: Share, count: int, allowed: Bools | None
+) -> Bools:
+    """Nodes with room for `count` parts, each on another device."""
+    rows = _rows(columns, need, allowed)
+    rows &= columns.cpu_free >= count * need.cpu_millicores_per_gpu
+    rows &= columns.host_free >= count * need.host_memory_bytes_per_gpu
+    rows &= _fitting(columns, need, model, share).sum(axis=1) >= count
+    return rows
+
+
+def _fitting(columns: Columns, need: GpuRequirement, model: str, share: Share) -> Bools:
+    """Devices with room for one part, whether or not their node takes work."""
+    fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
+    return fits & columns.healthy & _matching(columns, need, model)
 
 
 def _open_rows(
@@ -75,18 +96,16 @@ def _open_rows(
 
 def _count(columns: Columns, need: GpuRequirement, device: Device, share: Share, sign: int) -> None:
     columns.host(device[0], need.cpu_millicores_per_gpu, need.host_memory_bytes_per_gpu, sign)
-    if share.mig_profile:
-        columns.partition(*device, share.mig_profile, sign)
-    else:
-        columns.share(*device, share.compute_milli, share.memory_bytes, sign)
+    columns.share(*device, share.compute_milli, share.memory_bytes, sign)
 
 
-def _best(columns: Columns, need: GpuRequirement, model: str, share: Share, allowed: Bools | None) -> Device | None:
+def _best(
+    columns: Columns, need: GpuRequirement, model: str, share: Share, allowed: Bools | None, but: Sequence[Device]
+) -> Device | None:
     rows = _rows(columns, need, allowed)
-    if share.mig_profile:
-        return _free_partition(columns, need, model, share.mig_profile, rows)
-    fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
-    fits &= rows[:, None] & columns.healthy & _matching(columns, need, model)
+    fits = _fitting(columns, need, model, share) & rows[:, None]
+    for device in but:
+        fits[device] = False
     if not fits.any():
         return None
     if columns.idle_table is not None and 0 < share.compute_milli < WHOLE_MILLI:
@@ -112,10 +131,21 @@ def _least_stranding(
 def _costs(
     columns: Columns, table: IdleTable, need: GpuRequirement, gpus: int, milli: int, free: Ints
 ) -> tuple[Floats, Ints]:
-    from whaleflux_scheduler.core.placement.fragmentation import Demand, placement_costs  # compiled on first use
+    from whaleflux_scheduler.core.placement.fragmentation import PartDemand, placement_costs  # compiled on first use
 
-    demand = Demand(need.cpu_millicores_per_gpu * gpus, need.host_memory_bytes_per_gpu * gpus, gpus, milli)
+    demand = PartDemand(need.cpu_millicores_per_gpu * gpus, need.host_memory_bytes_per_gpu * gpus, gpus, milli)
     return placement_costs(table, demand, columns.cpu_free, columns.host_free, np.ascontiguousarray(free))
+
+
+def largest_free(columns: Columns, need: GpuRequirement, rows: Bools) -> tuple[int, str]:
+    """Bytes of the largest part that one GPU of these nodes has free, and its node; (0, "") when none has."""
+    fits = rows[:, None] & columns.healthy & (columns.milli_free > 0)
+    fits &= np.logical_or.reduce([_matching(columns, need, option.model) for option in need.any_of])
+    free = np.where(fits, columns.memory_free, 0)
+    if not free.size or not free.any():
+        return 0, ""
+    row, _ = np.unravel_index(int(np.argmax(free)), free.shape)
+    return int(free.max()), columns.names[int(row)]
 
 
 def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | None:
@@ -154,17 +184,3 @@ def _matching(columns: Columns, need: GpuRequirement, model: str) -> Bools:
             by_shape[s] = [bool(mask >> p & 1) for p in range(columns.width)]
         found = columns.keep(key, by_shape[columns.shapes])
     return cast("Bools", found)
-
-
-def _free_partition(columns: Columns, need: GpuRequirement, model: str, profile: str, rows: Bools) -> Device | None:
-    """The device with fewest free partitions of the profile that still has one."""
-    matching = _matching(columns, need, model)
-    best: tuple[int, Device] | None = None
-    for i in np.flatnonzero(rows & matching.any(axis=1)):
-        for position, gpu in enumerate(columns.rows[i].node.gpus):
-            if not gpu.healthy or not matching[i, position]:
-                continue
-            free = gpu.mig_profiles.count(profile) - columns.partitions.get((int(i), position, profile), 0)
-            if free > 0 and (best is None or free < best[0]):
-                best = (free, (int(i), position))
-    return best[1] if best else None

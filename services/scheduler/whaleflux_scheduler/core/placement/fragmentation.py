@@ -7,7 +7,8 @@ a free GPU is waste when its host's CPU is gone. So each node is valued by what 
     cost(placement) = value(node after) - value(node before) + tightness * (what is left on the node)
 
 in thousandths of a GPU; the cheapest placement wins. `scarcity` is the host CPU or memory (the scarcer) left per idle GPU, in multiples
-of what the usual request takes per GPU. The table is learned by `sharing_replay.learn` from the history of arrivals. Nothing in the cost
+of what the usual request takes per GPU. The table is learned from the history of arrivals; no running scheduler
+sets one yet (docs/not-yet.md). Nothing in the cost
 depends on a node's name or position: nodes in equal state cost the same.
 """
 
@@ -43,7 +44,7 @@ def compiled(function: _Function) -> _Function:
     return cast("_Function", numba.njit(cache=True, nogil=True)(function))
 
 
-class Demand(NamedTuple):
+class PartDemand(NamedTuple):
     """What one request takes of one node: `gpus` devices, and `gpu_milli` of each (1000 unless it shares a single one)."""
 
     cpu_millicores: int
@@ -76,7 +77,7 @@ def untaught(cpu_millicores: float, memory_bytes: float) -> IdleTable:
 
 
 def placement_costs(
-    table: IdleTable, demand: Demand, cpu_left: Ints, memory_left: Ints, free_milli: Ints
+    table: IdleTable, demand: PartDemand, cpu_left: Ints, memory_left: Ints, free_milli: Ints
 ) -> tuple[Floats, Ints]:
     """The cost of `demand` on each node: rows of `free_milli`, which has a column per GPU slot, 0 where there is no GPU.
 
@@ -140,7 +141,7 @@ def node_value(table: IdleTable, cpu_left: int, memory_left: int, free_milli: In
 
 
 @compiled
-def fits(demand: Demand, cpu_left: int, memory_left: int, free_milli: Ints) -> bool:
+def fits(demand: PartDemand, cpu_left: int, memory_left: int, free_milli: Ints) -> bool:
     """Whether one node has room, looking at each device by itself."""
     if cpu_left < demand.cpu_millicores or memory_left < demand.memory_bytes:
         return False
@@ -152,7 +153,7 @@ def fits(demand: Demand, cpu_left: int, memory_left: int, free_milli: Ints) -> b
 
 
 @compiled
-def take(demand: Demand, device: int, free_milli: Ints) -> None:
+def take(demand: PartDemand, device: int, free_milli: Ints) -> None:
     """Takes a share of `device`, or the lowest wholly free devices when it is -1. The caller knows that it fits."""
     if device >= 0:
         free_milli[device] -= demand.gpu_milli
@@ -167,7 +168,7 @@ def take(demand: Demand, device: int, free_milli: Ints) -> None:
 @compiled
 def placement_cost(
     table: IdleTable,
-    demand: Demand,
+    demand: PartDemand,
     cpu_left: int,
     memory_left: int,
     free_milli: Ints,
@@ -209,7 +210,7 @@ def _fill_costs(
     costs: Floats,
     devices: Ints,
     table: IdleTable,
-    demand: Demand,
+    demand: PartDemand,
     cpu_left: Ints,
     memory_left: Ints,
     free_milli: Ints,

@@ -13,7 +13,7 @@ from whaleflux_scheduler.core.placement.search import Datasets, Group, Part
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PricedPlace:
     """A feasible place and what it costs."""
 
     option: GpuOption
@@ -34,14 +34,16 @@ def price(
     option: GpuOption,
     groups: tuple[Group, ...],
     datasets: Datasets,
-) -> Candidate:
+) -> PricedPlace:
     """What the place costs in time and money."""
     merged: dict[int, int] = {}
     usd = 0.0
     for group in groups:
         for i, mask in group.parts:
             merged[i] = merged.get(i, 0) | mask
-            usd += columns.rows[i].node.price.usd_per_gpu_hour * mask.bit_count()
+            row = columns.rows[i]
+            gpus = mask.bit_count() if row.shape.whole else row.shape.gpus(mask)
+            usd += row.node.price.usd_per_gpu_hour * gpus
         for i, position in group.devices:
             merged[i] = merged.get(i, 0) | 1 << position
             usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
@@ -52,8 +54,8 @@ def price(
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
     first = columns.shape(parts[0][0])
     only, mask = parts[0]
-    breaks = len(parts) == 1 and columns.taken[only] == 0 and mask != columns.usable[only]
-    return Candidate(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
+    breaks = len(parts) == 1 and columns.taken[only] == 0 and mask != columns.usable[only] and first.whole
+    return PricedPlace(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
 
 
 def inner_size(request: PlaceRequest) -> int:
@@ -70,8 +72,6 @@ def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
     """The larger of the memory and the compute share: what nobody else can use any more."""
     share, gpu = group.request.share, columns.rows[i].node.gpus[position]
     assert share is not None
-    if share.mig_profile:
-        return 1 / max(1, len(gpu.mig_profiles))
     return max(share.compute_milli / 1000, share.memory_bytes / gpu.memory_bytes if gpu.memory_bytes else 0.0)
 
 

@@ -40,10 +40,10 @@ class Group:
 
 def feasible(columns: Columns, request: PlaceRequest, datasets: Datasets) -> bool:
     """Whether anything fits at all, for the least work."""
-    return any(place.possible() for _, place in searches(columns, request, datasets))
+    return any(search.possible() for _, search in searches(columns, request, datasets))
 
 
-def searches(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[tuple[GpuOption, Place]]:
+def searches(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[tuple[GpuOption, Search]]:
     """For each option: pools of like nodes on each set of rows, and all matching nodes together as the last resort."""
     if not columns.count:
         return
@@ -53,9 +53,9 @@ def searches(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ite
         pools = _pools(columns, request, option)
         for subset in _restrictions(columns, request, datasets, allowed):
             for shapes in pools:
-                yield option, Place(columns, request, option, subset, shapes, near)
+                yield option, Search(columns, request, option, subset, shapes, near)
         if not request.hard_locality and len(pools) > 1:
-            yield option, Place(columns, request, option, allowed, None, near, last_resort=True)
+            yield option, Search(columns, request, option, allowed, None, near, last_resort=True)
 
 
 def _pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> list[frozenset[int]]:
@@ -122,7 +122,7 @@ def _local_rows(columns: Columns, request: PlaceRequest, datasets: Datasets) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Search:
     """The search for one option on one set of nodes."""
 
     columns: Columns
@@ -196,20 +196,27 @@ class Place:
 
     def _parts_in(self, group: GroupRequest, share: Share, domain: tuple[Level, int] | None) -> list[Device] | None:
         level = max(group.level or 0, self.request.level or 0)
-        whole_node = level >= Level.NODE or group.gpus == group.gpus_per_node
+        whole_node = level >= Level.NODE or group.gpus == group.gpus_per_node or self.request.max_nodes == 1
         spread = -(-group.gpus // self.request.min_nodes) if self.request.min_nodes else group.gpus
         if whole_node and self.request.min_nodes > 1:
             return None
-        return place_parts(
-            self.columns,
-            self.request.requirement,
-            self.option.model,
-            share,
-            group.gpus,
-            allowed=self._narrowed(domain),
-            most_per_node=min(spread, group.gpus_per_node or spread),
-            together=Together.DEVICE if level >= Level.GPU else Together.NODE if whole_node else Together.ANYWHERE,
-        )
+        together = Together.DEVICE if level >= Level.GPU else Together.NODE if whole_node else Together.ANYWHERE
+        closer = [Together.NODE] if share.apart and together is Together.ANYWHERE and spread >= group.gpus else []
+        allowed = self._narrowed(domain)
+        for nearness in (*closer, together):
+            found = place_parts(
+                self.columns,
+                self.request.requirement,
+                self.option.model,
+                share,
+                group.gpus,
+                allowed=allowed,
+                most_per_node=min(spread, group.gpus_per_node or spread),
+                together=nearness,
+            )
+            if found and len({i for i, _ in found}) <= (self.request.max_nodes or len(found)):
+                return found
+        return None
 
     def _by_table(self, supply: Supply, inside: tuple[Level, int] | None) -> int | None:
         """Single-node work that states its CPU or memory goes where it strands least, once that was learned."""
@@ -297,10 +304,7 @@ def occupy(columns: Columns, group: Group, request: PlaceRequest, sign: int) -> 
     for i, position in group.devices:
         share = group.request.share
         assert share is not None
-        if share.mig_profile:
-            columns.partition(i, position, share.mig_profile, sign)
-        else:
-            columns.share(i, position, share.compute_milli, share.memory_bytes, sign)
+        columns.share(i, position, share.compute_milli, share.memory_bytes, sign)
     need = request.requirement
     for i, count in [(i, m.bit_count()) for i, m in group.parts] + [(i, 1) for i, _ in group.devices]:
         columns.host(i, count * need.cpu_millicores_per_gpu, count * need.host_memory_bytes_per_gpu, sign)

@@ -17,8 +17,19 @@ class Shape:
     models: tuple[str, ...]
     memory_bytes: tuple[int, ...]
     compute_capability: tuple[tuple[int, int], ...]
+    mig_profiles: tuple[str, ...]  # "" of whole GPUs
+    parts_of_gpu: tuple[float, ...]  # what each costs of a GPU's price
     network_bytes_per_s: float
     wiring: Wiring
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all of them are whole GPUs."""
+        return not any(self.mig_profiles)
+
+    def gpus(self, mask: int) -> float:
+        """How many GPUs the devices of the mask are worth: a MIG instance counts as the part that it is."""
+        return sum(part for at, part in enumerate(self.parts_of_gpu) if mask >> at & 1)
 
     @cached_property
     def size(self) -> int:
@@ -65,10 +76,12 @@ class Shapes:
             tuple(g.model for g in node.gpus),
             tuple(g.memory_bytes for g in node.gpus),
             tuple(g.compute_capability for g in node.gpus),
+            tuple(g.mig_profile for g in node.gpus),
+            tuple(g.part_of_gpu for g in node.gpus),
             node.network_bytes_per_s,
             self._wirings.setdefault((wiring.matrix, wiring.kinds), wiring),
         )
 
 
 def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
-    return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability)
+    return (gpu.index, gpu.model, gpu.memory_bytes, gpu.compute_capability, gpu.mig_profile, gpu.parent_memory_bytes)

@@ -23,13 +23,16 @@ Bools = NDArray[np.bool_]
 
 
 def matching_positions(shape: Shape, need: GpuRequirement, model: str) -> int:
-    """Mask of the GPU positions of a shape that satisfy model, memory and compute capability."""
+    """Mask of the GPU positions of a shape that satisfy model, memory and compute capability.
+
+    A MIG instance is had by those only who ask for its profile, or for its model, which names it.
+    """
     if shape.network_bytes_per_s < need.min_network_bytes_per_s:
         return 0
     return sum(
         1 << i
         for i in range(shape.size)
-        if (not model or shape.models[i] == model)
+        if (shape.models[i] == model if model else shape.mig_profiles[i] == need.mig_profile)
         and shape.memory_bytes[i] >= need.min_memory_bytes
         and shape.compute_capability[i] >= need.min_compute_capability
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from whaleflux.errors import FieldViolation, Invalid
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.placement.api import (
     CommModel,
@@ -22,10 +22,10 @@ MAX_OPTIONS = 32
 
 
 def check_request(request: PlaceRequest) -> None:
-    """Raises Invalid naming every bad field with its limit."""
+    """Raises InvalidArgument naming every bad field with its limit."""
     bad = list(_problems(request))
     if bad:
-        raise Invalid(bad)
+        raise InvalidArgument(bad)
 
 
 def _problems(request: PlaceRequest) -> list[FieldViolation]:
@@ -98,8 +98,10 @@ def _share(share: Share, group: GroupRequest, path: str) -> list[FieldViolation]
         bad.append(FieldViolation(f"{path}.compute_milli", f"{share.compute_milli} is outside 0-1000"))
     if share.memory_bytes < 0:
         bad.append(FieldViolation(f"{path}.memory_bytes", "is negative"))
-    if bool(share.mig_profile) == bool(share.memory_bytes or share.compute_milli):
-        bad.append(FieldViolation(path, "names either a MIG profile, or memory and compute"))
+    if not (share.memory_bytes or share.compute_milli):
+        bad.append(FieldViolation(path, "asks for nothing; name memory or compute"))
+    if share.apart and group.level is Level.GPU and group.gpus > 1:
+        bad.append(FieldViolation(path, "several parts that are kept apart cannot lie in one GPU"))
     if group.subgroups:
         bad.append(FieldViolation(path, "parts of GPUs have no subgroups"))
     return bad

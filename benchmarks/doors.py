@@ -1,0 +1,39 @@
+"""By which door a user reaches what each benchmark measures: a command, a job or model file's field, or none yet.
+
+`waits_for` names what a figure waits for where no door is open; the README and docs/not-yet.md say so beside it, held to that by
+tests/unit/test_doors.py. Code that only such benchmarks use lives in `benchmarks/placement_lab`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """`commands` of the CLI and `fields` of job files through which the measured code runs."""
+
+    commands: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    waits_for: str = ""
+
+
+NO_DOOR = "not reachable from a job file yet"  # what the README, the docs and reports say then
+_TABLE = "a table learned from a fleet's own requests"
+DOORS: dict[str, Door] = {
+    "authz_matrix": Door(commands=("login", "submit", "cancel")),
+    "first_day": Door(commands=("submit", "logs", "exec", "port-forward", "serve", "history")),
+    "cli_latency": Door(commands=("up", "status")),
+    "front_door_abuse": Door(commands=("up", "serve")),
+    "trust_overhead": Door(commands=("cancel", "submit")),
+    "idle_cost": Door(commands=("up",)),
+    "isolation_start": Door(commands=("submit",)),
+    "control_plane": Door(commands=("submit",)),
+    "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
+    "topology": Door(commands=("submit",), fields=("gpus", "place")),
+    "placement_invariants": Door(commands=("submit",)),
+    "packing": Door(waits_for=_TABLE),
+    "packing_churn": Door(waits_for=_TABLE),
+    "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
+    "locality": Door(waits_for="pins of datasets"),
+}

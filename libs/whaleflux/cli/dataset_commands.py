@@ -1,0 +1,140 @@
+"""Datasets: what jobs read, declared by people, cached by agents."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from whaleflux import names
+from whaleflux.cli import output
+from whaleflux.cli.filters import Sort, ordered
+from whaleflux.cli.output import Column, Format
+from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
+
+datasets = typer.Typer(
+    invoke_without_command=True, help="Datasets that jobs read: declare, list, show, forget. Alone: list them."
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Dataset.")]
+
+
+@datasets.callback()
+def listed_alone(
+    context: typer.Context, sort: Sort = "", fmt: Output = Format.table, no_headers: NoHeaders = False
+) -> None:
+    if context.invoked_subcommand is None:
+        list_(sort, fmt, no_headers)
+
+
+@datasets.command("add")
+def add(
+    name: Name,
+    source: Annotated[
+        str,
+        typer.Option("--source", metavar="PATH|URL", help="Absolute path, file:// or http(s):// that all nodes read."),
+    ],
+    size: Annotated[
+        str, typer.Option("--size", help="Such as 300 GB; jobs are placed by what they would fetch.")
+    ] = "0",
+    secret: Annotated[
+        str, typer.Option("--secret", metavar="SECRET", help="Shown to the web server as a bearer token; https only.")
+    ] = "",
+    basic: Annotated[bool, typer.Option("--basic", help="The secret is user:password.")] = False,
+    member: Annotated[
+        list[str] | None,
+        typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for; none: all users."),
+    ] = None,
+) -> None:
+    """Declares a dataset; jobs name it under `data`, and their nodes fetch and keep it.
+
+    \b
+      whaleflux datasets add c4-en --source https://data.example/c4-en.tar --size "300 GB"
+      whaleflux datasets add imagenet --source /mnt/data/imagenet --size 150GB
+      whaleflux datasets add gated --source https://data.example/gated.tar --secret data-token
+      whaleflux datasets add patients --source /mnt/data/patients --member groups/clinic
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux import quantities
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    try:
+        size_bytes = quantities.size_bytes(size)
+    except ValueError as wrong:
+        raise InvalidArgument(FieldViolation("--size", str(wrong))) from None
+    dataset = pb.Dataset(uri=source, size_bytes=size_bytes, members=member or ())
+    if basic and not secret:
+        raise InvalidArgument(FieldViolation("--basic", "says what a secret is; name one with --secret"))
+    if secret:
+        scheme = pb.CREDENTIAL_SCHEME_BASIC if basic else pb.CREDENTIAL_SCHEME_BEARER
+        dataset.credentials.CopyFrom(pb.DatasetCredentials(secret=names.secret(secret), scheme=scheme))
+    with fleet() as client:
+        request = pb.CreateDatasetRequest(dataset_id=_id(name), dataset=dataset, request_id=names.ulid())
+        made = client.inventory.CreateDataset(request, timeout=10)
+    output.note(f"{made.name} is declared; jobs use it with: data: dataset:{names.last(made.name)}")
+
+
+@datasets.command("ls")
+def list_(sort: Sort = "", fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
+    """Datasets and where they are cached."""
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    with fleet() as client:
+        listed: list[Any] = pages(client.inventory.ListDatasets, pb.ListDatasetsRequest(), "datasets")
+    columns = [
+        Column("NAME", lambda d: d.name),
+        Column("SIZE", _size),
+        Column("COPIES", lambda d: str(len(d.copies))),
+        Column("AGE", lambda d: output.age(d.create_time)),
+        Column("FROM", lambda d: d.uri),
+        Column("OWNER", lambda d: d.owner or "-", wide=True),
+        Column("FOR", lambda d: ", ".join(d.members) or "all users", wide=True),
+    ]
+    empty = "no datasets; declare one with: whaleflux datasets add NAME --source PATH"
+    output.show(ordered(listed, columns, sort), columns, fmt, headers=not no_headers, empty=empty)
+
+
+@datasets.command("show")
+def show(name: Name, fmt: Output = Format.table) -> None:
+    """One dataset, and the nodes that hold a copy."""
+    from whaleflux.quantities import shown_bytes
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    with fleet() as client:
+        found = client.inventory.GetDataset(pb.GetDatasetRequest(name=_full(name)), timeout=10)
+    copies = [f"{copy.node} ({shown_bytes(copy.present_bytes)})" for copy in found.copies]
+    lines = [
+        ("name", found.name),
+        ("from", found.uri),
+        ("secret", names.last(found.credentials.secret)),
+        ("size", _size(found)),
+        ("declared", output.age(found.create_time) + " ago" + (f" by {found.owner}" if found.owner else "")),
+        ("for", ", ".join(found.members) or "all users"),
+        ("copies", ", ".join(copies) or "none yet: the first job that names it fetches it"),
+    ]
+    output.show_one(found, lines, fmt)
+
+
+@datasets.command("rm")
+def remove(name: Name, yes: Yes = False) -> None:
+    """Forgets a dataset; nodes delete their copies when no job uses them, the original stays."""
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    with fleet() as client:
+        confirm(f"forget {_full(name)}?", yes)
+        client.inventory.DeleteDataset(pb.DeleteDatasetRequest(name=_full(name)), timeout=10)
+    output.note(f"{_full(name)} is forgotten")
+
+
+def _size(dataset: Any) -> str:
+    from whaleflux.quantities import shown_bytes
+
+    return shown_bytes(dataset.size_bytes) if dataset.size_bytes else "not known"
+
+
+def _id(name: str) -> str:
+    return name.removeprefix("dataset:").removeprefix("datasets/")
+
+
+def _full(name: str) -> str:
+    return names.dataset(_id(name))

@@ -1,0 +1,126 @@
+"""What to do after an error: the next command. Every one named here exists (`tests/unit/test_cli_advice.py`)."""
+
+from __future__ import annotations
+
+from whaleflux.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    StatusError,
+    Unauthenticated,
+    Unavailable,
+)
+from whaleflux.reasons import ErrorReason
+
+_PASSING = frozenset(
+    {
+        ErrorReason.NOT_LEADER,
+        ErrorReason.DRAINING,
+        ErrorReason.NODES_UNREACHABLE,
+        ErrorReason.CACHE_BEHIND,
+        ErrorReason.SESSION_LOST,
+    }
+)
+_FILES = {"submit": "explain-field", "validate": "explain-field", "serve": "explain-field --model"}
+LISTS = {
+    "apikey": "keys list",
+    "checkpoint": "checkpoints",
+    "access_token": "tokens ls",
+    "dataset": "datasets",
+    "datasets": "datasets",
+    "group": "group ls",
+    "health": "nodes",
+    "incident": "incidents -a",
+    "job": "jobs -a",
+    "join_token": "token list",
+    "model": "models",
+    "node": "nodes --retired",
+    "output": "jobs -a",
+    "queue": "queue ls",
+    "replica": "replicas",
+    "secret": "secrets ls",
+    "site": "sites",
+    "token": "token list",
+    "user": "user ls",
+}  # by the kind of a resource: what lists it
+_BEHIND: dict[str, str] = {
+    ErrorReason.BUS_UNAVAILABLE: "NATS",
+    ErrorReason.STORE_UNAVAILABLE: "etcd",
+}  # what a service waits for
+FLEET_AWAY = "is the fleet running? see: whaleflux config; start one with: whaleflux up"
+_SPEC = "job.spec."
+_OF_THE_FILE = {
+    "job_id": "name",
+    "parent": "queue",
+    "queue_id": "NAME",
+    "secret_id": "NAME",
+    "dataset_id": "NAME",
+    "dataset.uri": "--source",
+    "dataset.credentials.secret": "--secret",
+}
+
+
+def after(error: StatusError, called: list[str]) -> str:
+    """The advice for an error of the command line `called` (without the program's name)."""
+    command = " ".join(word for word in called[:2] if word.replace("-", "").isalpha() and not word.startswith("-"))
+    if isinstance(error, InvalidArgument):
+        return f"see: whaleflux {_help(error, command)}"
+    if isinstance(error, NotFound | AlreadyExists):
+        return f"see what exists with: whaleflux {LISTS.get(error.kind, 'status')}"
+    if error.reason in _PASSING:
+        return "the fleet is there; repeat the command"
+    if error.reason == ErrorReason.NO_READY_REPLICA:
+        return "see why with: whaleflux replicas -o wide"
+    if error.reason in _BEHIND and isinstance(error, Unavailable):
+        return f"the fleet is there, its {_BEHIND[error.reason]} does not answer; repeat the command, or look into the log of {_BEHIND[error.reason]}"
+    if isinstance(error, Unavailable | DeadlineExceeded):
+        return FLEET_AWAY
+    if error.reason == ErrorReason.DISABLED:
+        return "an operator undoes it with: whaleflux user enable NAME"
+    if isinstance(error, Unauthenticated) and command == "login":
+        return "see: whaleflux login --help"
+    if isinstance(error, Unauthenticated):
+        return "log in with: whaleflux login"
+    if isinstance(error, PermissionDenied):
+        return "see who you are there with: whaleflux whoami"
+    if isinstance(error, Aborted | ResourceExhausted):
+        return "repeat the command"
+    return "see the state with: whaleflux status"
+
+
+def _help(error: InvalidArgument, command: str) -> str:
+    if error.violations and error.violations[-1].field == "context":
+        return "config"
+    first = command.partition(" ")[0]
+    of_file = bool(error.violations) and not error.violations[-1].field.startswith("-")
+    return _FILES[first] if first in _FILES and of_file else f"{first} --help".strip()
+
+
+def exit_code(error: StatusError) -> int:
+    """2 wrong input, 3 fleet not reached, 1 refused or failed."""
+    if isinstance(error, InvalidArgument):
+        return 2
+    away = isinstance(error, Unavailable | DeadlineExceeded) and error.reason != ErrorReason.NO_READY_REPLICA
+    return 3 if away else 1
+
+
+def field_in_the_file(field: str) -> str:
+    """The scheduler names fields of the contract; who wrote a file knows them by its words."""
+    if not field.startswith(_SPEC):
+        return _OF_THE_FILE.get(field, field)
+    from whaleflux.manifests.field import name_in_file
+    from whaleflux.manifests.job_fields import ATTRIBUTES
+
+    return name_in_file(ATTRIBUTES.values(), field.removeprefix(_SPEC))
+
+
+def of_the_system(error: OSError) -> str:
+    """What the operating system refused, in words."""
+    what = error.strerror or type(error).__name__
+    if error.filename:
+        return f"{error.filename}: {what}; name another file or folder"
+    return f"cannot write the output: {what}"

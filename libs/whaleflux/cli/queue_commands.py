@@ -1,0 +1,168 @@
+"""Queues: lines of jobs, each with a share of the fleet, a limit, and those whom it is for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from whaleflux import names
+from whaleflux.cli import output
+from whaleflux.cli.output import Column, Format
+from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
+
+queue = typer.Typer(no_args_is_help=True, help="Queues: make, change, list, delete.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Queue.")]
+Weight = Annotated[
+    float | None, typer.Option("--weight", min=0.001, max=1e6, help="Share relative to other queues; 1 at first.")
+]
+MaxGpus = Annotated[
+    int | None, typer.Option("--max-gpus", min=0, max=100_000_000, help="Most GPUs held at once; 0: no limit.")
+]
+MaxPriority = Annotated[
+    int | None, typer.Option("--max-priority", min=0, max=1000, help="Highest that users may give; 100 at first.")
+]
+Member = Annotated[
+    list[str] | None, typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for.")
+]
+
+
+@queue.command("create")
+def create(
+    name: Name,
+    weight: Weight = None,
+    max_gpus: MaxGpus = None,
+    member: Member = None,
+    max_priority: MaxPriority = None,
+) -> None:
+    """Makes a queue. Without members it is open to all users; with some, it does not exist for others.
+
+    \b
+      whaleflux queue create research --weight 3 --max-gpus 64
+      whaleflux queue create secret --member groups/red-team --member users/ann --max-priority 300
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    made = pb.Queue(weight=weight or 1.0, max_gpus=max_gpus or 0, members=member or (), max_priority=max_priority)
+    with fleet() as client:
+        request = pb.CreateQueueRequest(queue_id=name, queue=made, request_id=names.ulid())
+        made = client.scheduler.CreateQueue(request, timeout=10)
+    output.note(f"{made.name}: {_limits(made)}; jobs choose it with: queue: {name}")
+
+
+@queue.command("set")
+def set_(
+    name: Name,
+    weight: Weight = None,
+    max_gpus: MaxGpus = None,
+    member: Member = None,
+    remove_member: Annotated[
+        list[str] | None, typer.Option("--remove-member", metavar="MEMBER", help="Whom it is no longer for.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="No members: it is for all users.")] = False,
+    max_priority: MaxPriority = None,
+) -> None:
+    """Changes a queue; effective at once for what waits, and nothing that runs is stopped.
+
+    \b
+      whaleflux queue set research --max-gpus 128
+      whaleflux queue set research --max-gpus 0                 no limit
+      whaleflux queue set research --member users/bob           for him too, beside those whom it is for
+      whaleflux queue set research --remove-member users/bob
+      whaleflux queue set research --max-priority 500
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    given = (("weight", weight), ("max_gpus", max_gpus), ("max_priority", max_priority))
+    changed = [field for field, value in given if value is not None] + ["members"] * open_
+    if not (changed or member or remove_member):
+        raise InvalidArgument(FieldViolation("--weight", "nothing to change; see: whaleflux queue set --help"))
+    if open_ and (member or remove_member):
+        raise InvalidArgument(FieldViolation("--open", "means no members; leave it out to add or remove some"))
+    wanted = pb.Queue(name=_full(name), weight=weight or 0.0, max_gpus=max_gpus or 0, max_priority=max_priority)
+    request = pb.UpdateQueueRequest(queue=wanted, add_members=member or (), remove_members=remove_member or ())
+    request.update_mask.paths.extend(changed)
+    with fleet() as client:
+        made = client.scheduler.UpdateQueue(request, timeout=10)
+    output.note(f"{made.name}: {_limits(made)}")
+
+
+@queue.command("show")
+def show(name: Name, fmt: Output = Format.table) -> None:
+    """One queue: its share and limits, whom it is for."""
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    with fleet() as client:
+        found = client.scheduler.GetQueue(pb.GetQueueRequest(name=_full(name)), timeout=10)
+    lines = [
+        ("name", found.name),
+        ("weight", f"{found.weight or 1:g}"),
+        ("max gpus", str(found.max_gpus or "no limit")),
+        ("max priority", f"{_max_priority(found)} of users; operators may give any"),
+        ("for", ", ".join(found.members) or "all users"),
+        ("made", output.age(found.create_time) + " ago"),
+    ]
+    output.show_one(found, lines, fmt)
+
+
+@queue.command("rm")
+def remove(name: Name, yes: Yes = False) -> None:
+    """Deletes a queue without unfinished jobs."""
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    with fleet() as client:
+        confirm(f"delete {_full(name)}?", yes)
+        client.scheduler.DeleteQueue(pb.DeleteQueueRequest(name=_full(name)), timeout=10)
+    output.note(f"{_full(name)} is deleted")
+
+
+@queue.command("ls")
+def list_(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
+    """Queues: their share, what they hold, and what they may."""
+    queues(fmt, no_headers)
+
+
+def queues(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
+    """Queues; the same as `whaleflux queue ls`."""
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    with fleet() as client:
+        listed = pages(client.scheduler.ListQueues, pb.ListQueuesRequest(), "queues")
+        held = _held(pages(client.scheduler.ListAllocations, pb.ListAllocationsRequest(), "allocations"))
+    columns = [
+        Column("NAME", lambda q: q.name),
+        Column("WEIGHT", lambda q: f"{q.weight or 1:g}"),
+        Column("GPUS HELD", lambda q: str(held[names.last(q.name)])),
+        Column("MAX GPUS", lambda q: str(q.max_gpus or "-")),
+        Column("MAX PRIORITY", lambda q: str(_max_priority(q))),
+        Column("FOR", lambda q: ", ".join(q.members) or "all users"),
+        Column("AGE", lambda q: output.age(q.create_time)),
+    ]
+    output.show(listed, columns, fmt, headers=not no_headers)
+
+
+def _held(allocations: list[Any]) -> Counter[str]:
+    """GPUs held by queue; those that wait for the end of what cannot be ended too."""
+    held: Counter[str] = Counter()
+    for allocation in allocations:
+        held[names.top(allocation.job)] += len(allocation.task.gpu_uuids)
+    return held
+
+
+def _full(name: str) -> str:
+    return names.queue(name.removeprefix("queues/"))
+
+
+def _limits(queue: Any) -> str:
+    most = f"at most {queue.max_gpus} GPUs at once" if queue.max_gpus else "no limit of GPUs"
+    whom = f"for {', '.join(queue.members)}" if queue.members else "for all users"
+    return f"weight {queue.weight or 1:g}, {most}, priority up to {_max_priority(queue)}, {whom}"
+
+
+def _max_priority(queue: Any) -> int:
+    from whaleflux.trust.ownership import DEFAULT_MAX_PRIORITY  # not at start: few commands need it
+
+    return int(queue.max_priority) if queue.HasField("max_priority") else DEFAULT_MAX_PRIORITY

@@ -1,0 +1,45 @@
+"""`whaleflux serve --wait`: what becomes of a model's replicas, until all of them can take requests."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from whaleflux.cli import output
+from whaleflux.cli.state import pages
+
+if TYPE_CHECKING:
+    from whaleflux.sdk import Client
+    from whaleflux.v1 import router_pb2
+
+_LOOK_EVERY_S = 0.3
+
+
+def until_ready(client: Client, model: str) -> None:
+    """Says each change of a replica's state on stderr; returns when as many are READY as the model wants."""
+    from whaleflux.v1 import router_pb2
+
+    shown = dict[str, str]()
+    while True:
+        wanted = client.router.GetModel(router_pb2.GetModelRequest(name=model), timeout=10)
+        for replica in pages(client.router.ListReplicas, router_pb2.ListReplicasRequest(parent=model), "replicas"):
+            line = _line(replica)
+            if shown.get(replica.name) != line:
+                output.note(line)
+            shown[replica.name] = line
+        if wanted.ready_replicas >= _count(wanted):
+            output.note(f"{model} is ready: whaleflux route {model.partition('/')[2]}")
+            return
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _count(model: router_pb2.Model) -> int:
+    return len(model.engine.addresses) or model.replicas.min
+
+
+def _line(replica: router_pb2.Replica) -> str:
+    from whaleflux.v1 import router_pb2
+
+    state = output.enum_name(router_pb2.ReplicaState, replica.state, "REPLICA_STATE_")
+    place = f" on {replica.node}" if replica.node else ""
+    return f"-- {replica.name} {state}{place}" + (f": {replica.message}" if replica.message else "")

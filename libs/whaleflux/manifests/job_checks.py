@@ -1,0 +1,151 @@
+"""What the fields of a job say of one another: one core for files (`validate`, `submit`) and for the scheduler. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from whaleflux.errors import FieldViolation
+from whaleflux.fleet.model import Level
+from whaleflux.manifests.job_fields import ATTRIBUTES, Spec
+from whaleflux.manifests.launchers import find_launcher
+from whaleflux.manifests.secret_values import set_otherwise
+from whaleflux.manifests.values import Violations
+
+
+def violations(spec: Spec) -> tuple[FieldViolation, ...]:
+    """Everything that is wrong whatever the time, by paths of the contract's JobSpec ("nodes.min")."""
+    found = [
+        violation
+        for name, field in ATTRIBUTES.items()
+        for violation in field.value.violations(field.path, getattr(spec, name))
+    ]
+    checks: tuple[Callable[[Spec], Violations], ...] = (
+        _work,
+        _code,
+        _setup,
+        _launch,
+        _ranks,
+        _nodes,
+        _placement,
+        _parts,
+        _data,
+        _secrets,
+    )
+    return (*found, *(violation for check in checks for violation in check(spec)))
+
+
+def too_late(spec: Spec, now: datetime) -> tuple[FieldViolation, ...]:
+    """What was right once."""
+    if spec.deadline is None or spec.deadline > now:
+        return ()
+    late = (
+        f"{spec.deadline.isoformat()} is over; use an instant after {now.isoformat(timespec='seconds')} or leave it out"
+    )
+    return (FieldViolation("deadline_time", late),)
+
+
+def _work(spec: Spec) -> Violations:
+    if not spec.command and not spec.image:
+        yield FieldViolation(
+            "command",
+            "is empty; give what starts one rank, for example: python train.py, or an image that has its own command",
+        )
+
+
+def _code(spec: Spec) -> Violations:
+    if spec.code and spec.working_directory:
+        yield FieldViolation("code", "excludes directory: the ranks start in the one or in the other")
+
+
+def _setup(spec: Spec) -> Violations:
+    if spec.setup and spec.image and not (spec.launch_once and spec.command):
+        yield FieldViolation(
+            "setup",
+            "what it installs would be lost: each rank gets a fresh container of the image; build it into the image, or write it into `run` "
+            "(with launch: once a node has one container, in which it runs first)",
+        )
+    if spec.setup and (launcher := find_launcher(spec.setup)):
+        yield FieldViolation(
+            "setup", f"starts {launcher.name}, which would wait for the other nodes; start it in `run`"
+        )
+
+
+def _launch(spec: Spec) -> Violations:
+    launcher = find_launcher(spec.command)
+    if launcher is None:
+        return
+    if not spec.launch_once:
+        ranks = f"{spec.world_size} ranks" if spec.world_size > 1 else "the rank"
+        text = f"starts {launcher.name} in each of {ranks}, which starts processes of its own there; write launch: once, or remove {launcher.name}"
+        yield FieldViolation("command", text)
+    elif not launcher.meets and spec.world_size > 1 and spec.max_nodes != 1:
+        text = (
+            f"{launcher.name} starts processes on other nodes through ssh or Slurm, which agents do not offer; write nodes: "
+            "{max: 1}, or use torchrun"
+        )
+        yield FieldViolation("command", text)
+
+
+def _ranks(spec: Spec) -> Violations:
+    """How many, on GPUs or without any."""
+    if not spec.world_size:
+        yield FieldViolation("gpus", "is 0; say how many GPUs the job needs, or how many ranks without any (ranks)")
+    if spec.gpus > 0 and spec.ranks not in (0, spec.gpus):
+        yield FieldViolation("ranks", f"each of the {spec.gpus} GPUs has one rank; leave it out, or ask for no GPUs")
+    which = spec.any_of or spec.min_memory_bytes or spec.min_compute_capability or spec.wants_mig
+    if not spec.gpus and (which or spec.share_memory_bytes):
+        yield FieldViolation("gpu", "says which GPUs, and gpus is 0; leave it out or ask for GPUs")
+    if not spec.gpus and spec.placement:
+        yield FieldViolation("placement", "holds groups of GPUs together, and gpus is 0; leave it out")
+
+
+def _nodes(spec: Spec) -> Violations:
+    if 1 <= spec.world_size < spec.min_nodes:
+        what = "GPUs" if spec.gpus else "ranks"
+        text = (
+            f"{spec.min_nodes} nodes need as many {what}; use at most {spec.world_size} or ask for more {what.lower()}"
+        )
+        yield FieldViolation("nodes.min", text)
+    if 0 < spec.max_nodes < spec.min_nodes:
+        yield FieldViolation("nodes.max", f"{spec.max_nodes} is below nodes.min ({spec.min_nodes})")
+
+
+def _placement(spec: Spec) -> Violations:
+    for i, rule in enumerate(spec.placement):
+        if rule.size > 0 and spec.gpus > 0 and spec.gpus % rule.size:
+            text = f"{rule.size} does not divide the {spec.gpus} GPUs; use a divisor, or 0 for all ranks"
+            yield FieldViolation(f"placement[{i}].size", text)
+
+
+def _parts(spec: Spec) -> Violations:
+    """Parts of GPUs: one kind of them, and nothing that only whole GPUs have."""
+    part = "gpu.mig" if spec.wants_mig else "gpu.share" if spec.share_memory_bytes else ""
+    path = "gpu.mig_profile" if spec.wants_mig else "gpu.share_memory_bytes"
+    if spec.wants_mig and spec.share_memory_bytes:
+        text = "and gpu.share exclude each other: a rank gets a MIG instance, or a share of a whole GPU"
+        yield FieldViolation(path, text)
+    if spec.mig_profile and spec.mig_memory_bytes:
+        yield FieldViolation(path, "and mig_memory_bytes exclude each other: name the profile, or a least size")
+    if part and spec.min_memory_bytes:
+        yield FieldViolation("gpu.min_memory_bytes", f"is of whole GPUs; {part} says the size, so leave it out")
+    if spec.wants_mig and spec.launch_once and spec.gpus > 1:
+        text = "does not go with launch: once: CUDA shows a process one MIG instance, and those it starts the same one"
+        yield FieldViolation(path, text)
+    for i, rule in enumerate(spec.placement) if part else ():
+        if rule.level >= Level.ISLAND:
+            text = f"parts of GPUs ({part}) do not reach one another over NVLink; use node or a wider level"
+            yield FieldViolation(f"placement[{i}].level", text)
+        elif spec.share_memory_bytes and rule.size not in (0, spec.gpus):
+            text = "a share (gpu.share) has no runs of ranks; leave size out, then the level holds all of them"
+            yield FieldViolation(f"placement[{i}].size", text)
+
+
+def _data(spec: Spec) -> Violations:
+    if spec.require_local_data and not spec.datasets:
+        yield FieldViolation("require_local_data", "needs datasets; name them or leave it out")
+
+
+def _secrets(spec: Spec) -> Violations:
+    for i, words in set_otherwise(spec.secrets, (name for name, _ in spec.environment)):
+        yield FieldViolation(f"secrets[{i}].variable", words)

@@ -1,0 +1,235 @@
+"""Kinds of values that only job files have."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from whaleflux import names, quantities
+from whaleflux.errors import FieldViolation
+from whaleflux.fleet.model import Level
+from whaleflux.manifests.reader import Reader
+from whaleflux.manifests.text_values import Texts, printable, texts
+from whaleflux.manifests.values import Choice, Flag, Schema, Seconds, Value, Violations, Whole, number
+
+_NEVER = math.inf
+_LEVELS = {
+    "site": 1,
+    "zone": 2,
+    "spine": 3,
+    "leaf": 4,
+    "node": 5,
+    "nvlink": 6,
+}  # numbers of the contract's TopologyLevel
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Ranks in runs of `size` (0: all) that a topology level (number of the contract's enum) holds together."""
+
+    group: str = ""
+    level: int = 0
+    size: int = 0
+    preferred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """A job that must have ended first: {job}, {queue}/{job} or its full name, and the number of the contract's condition."""
+
+    job: str = ""
+    when: int = 0
+
+
+@dataclass(frozen=True)
+class Placement(Value):
+    """Names of groups with the level that holds each together."""
+
+    most_gpus: int
+    most: int = 16
+
+    def words(self) -> str:
+        return "groups, each with one of " + ", ".join(f"`{level}`" for level in _LEVELS)
+
+    def take(self, reader: Reader, key: str, base: Path, absent: Any) -> list[Rule]:
+        group = reader.inner(key)
+        return [self._rule(group, name, base) for name in group.keys()]  # noqa: SIM118 - a reader is no mapping
+
+    def _rule(self, reader: Reader, name: str, base: Path) -> Rule:
+        level = Choice(_LEVELS)
+        if not isinstance(reader.raw(name), dict):
+            return Rule(name[:63], level.take(reader, name, base, 0))
+        inner = reader.inner(name)
+        inner.require("level", "use one of: " + ", ".join(_LEVELS))
+        size, wish = Whole(1, self.most_gpus).take(inner, "size", base, 0), Flag().take(inner, "preferred", base, False)
+        rule = Rule(name[:63], level.take(inner, "level", base, 0), size, wish)
+        inner.done()
+        return rule
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        for rule in value:
+            getattr(message, name).add(group=rule.group, level=rule.level, size=rule.size, preferred=rule.preferred)
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get = attrgetter(path)
+        return lambda message: tuple(Rule(r.group, r.level, r.size, r.preferred) for r in get(message))
+
+    def violations(self, at: str, value: Any) -> Violations:
+        if len(value) > self.most:
+            yield FieldViolation(at, f"{len(value)} rules; at most {self.most}")
+        for i, rule in enumerate(value[: self.most]):
+            yield from printable(f"{at}[{i}].group", rule.group, 63)
+            if not Level.SITE <= rule.level <= Level.ISLAND:
+                yield FieldViolation(f"{at}[{i}].level", "is not set; use SITE, ZONE, SPINE, LEAF, NODE or NVLINK")
+            yield from number(f"{at}[{i}].size", rule.size, 0, self.most_gpus)
+
+    def schema(self) -> Schema:
+        level = Choice(_LEVELS).schema()
+        rule = {"level": level, "size": Whole(1, self.most_gpus).schema(), "preferred": Flag().schema()}
+        full = {"type": "object", "properties": rule, "required": ["level"], "additionalProperties": False}
+        return {"type": "object", "additionalProperties": {"anyOf": [level, full]}}
+
+
+class Gpus(Whole):
+    """GPUs in all. 0 says that there are none, which the message tells from nothing said by the number of ranks."""
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        super().write(message, name, value)
+        if not value:
+            message.ranks = 1
+
+
+@dataclass(frozen=True)
+class Kind(Choice):
+    """Whether a job ends by itself; kinds that this version does not know count as training."""
+
+    def __init__(self, kinds: type[IntEnum]) -> None:
+        super().__init__({"training": kinds(1), "service": kinds(2)})
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get, training, service = attrgetter(path), self.choices["training"], self.choices["service"]
+        return lambda message: service if get(message) == service else training
+
+
+@dataclass(frozen=True)
+class Datasets(Texts):
+    """Names of datasets: `dataset:c4-en` or `c4-en`, in the contract datasets/c4-en."""
+
+    pattern: re.Pattern[str] = re.compile(rf"(datasets/)?{names.ID_PATTERN.pattern}")
+    wanted: str = "the name of a dataset, such as datasets/c4-en"
+    shown: str = "`dataset:ID`, or a list of them"
+
+    def parse(self, value: object, base: Path) -> Any:
+        return [names.dataset(names.check_id("data", item.removeprefix("dataset:"))) for item in texts(value)]
+
+
+@dataclass(frozen=True)
+class OnPartition(Seconds):
+    """`wait 10 min`, or `never reroute`."""
+
+    def words(self) -> str:
+        return "`wait TIME` or `never reroute`"
+
+    def parse(self, value: object, base: Path) -> float:
+        text = value.strip() if isinstance(value, str) else ""
+        try:
+            if text == "never reroute":
+                return _NEVER
+            if text.startswith("wait "):
+                return quantities.seconds(text[5:])
+        except ValueError:
+            pass
+        raise ValueError("must be 'wait 10 min' (any time) or 'never reroute'")
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        if value == _NEVER:
+            message.never_reroute = True
+        else:
+            super().write(message, name, value)
+
+    def schema(self) -> Schema:
+        return {"type": "string", "pattern": r"^\s*(never reroute|wait .*)$"}
+
+
+_CLOCK = re.compile(
+    r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]?\d):([0-5]?\d)"
+)  # of Slurm's forms those that can mean one thing only
+
+
+@dataclass(frozen=True)
+class RunTime(Seconds):
+    """A duration with its unit, or as Slurm writes it: people who mean minutes write 30, which is seconds elsewhere."""
+
+    def words(self) -> str:
+        return "time with its unit: `10 min`, `2 h`, `3 d`, or `12:00:00`, `1-00:00:00`"
+
+    def parse(self, value: object, base: Path) -> float:
+        text = str(getattr(value, "written", value)).strip()  # YAML 1.1 reads 12:00:00 as a number
+        if clock := _CLOCK.fullmatch(text):
+            days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+            return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+        try:
+            return quantities.seconds(text)  # which wants a unit, since it is text
+        except ValueError:
+            other = "or hours:minutes:seconds such as 12:00:00, or days-hours:minutes:seconds such as 1-00:00:00"
+            raise ValueError(f"must be a time with its unit, such as 30 s, 30 min, 2 h or 3 d, {other}") from None
+
+    def schema(self) -> Schema:
+        return {"type": "string"}
+
+
+_CONDITIONS = {"succeeded": 1, "ended": 2, "failed": 3}  # numbers of the contract's DependencyCondition
+
+
+@dataclass(frozen=True)
+class Dependencies(Value):
+    """Jobs that must have ended first: names, or names with the condition."""
+
+    most: int = 64
+
+    def words(self) -> str:
+        return "job, or a list of jobs, each `NAME`, `QUEUE/NAME`, or `{job: NAME, when: succeeded|ended|failed}`"
+
+    def parse(self, value: object, base: Path) -> Any:
+        return [self._one(item) for item in (value if isinstance(value, list) else [value])]
+
+    def _one(self, item: object) -> Dependency:
+        given = item if isinstance(item, dict) else {"job": item}
+        job, when = given.get("job"), given.get("when", "succeeded")
+        if not isinstance(job, str) or not names.JOB_REFERENCE.fullmatch(job):
+            raise ValueError("must be names of jobs, such as prep or research/prep, or {job: prep, when: ended}")
+        if when not in _CONDITIONS or given.keys() - {"job", "when"}:
+            raise ValueError("must be {job: NAME, when: CONDITION}, with one of: " + ", ".join(_CONDITIONS))
+        return Dependency(job, _CONDITIONS[str(when)])
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        for one in value:
+            getattr(message, name).add(job=one.job, when=one.when)
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get = attrgetter(path)
+        return lambda message: tuple(Dependency(one.job, one.when) for one in get(message))
+
+    def violations(self, at: str, value: Any) -> Violations:
+        if len(value) > self.most:
+            yield FieldViolation(at, f"{len(value)} jobs; at most {self.most}")
+        for i, one in enumerate(value[: self.most]):
+            if not names.JOB_REFERENCE.fullmatch(one.job):
+                yield FieldViolation(
+                    f"{at}[{i}].job", "is not the name of a job; use {job}, {queue}/{job} or its full name"
+                )
+            if not 0 <= one.when <= max(_CONDITIONS.values()):
+                yield FieldViolation(f"{at}[{i}].when", "is not known; use one of: " + ", ".join(_CONDITIONS))
+
+    def schema(self) -> Schema:
+        name = {"type": "string", "pattern": f"^({names.JOB_REFERENCE.pattern})$"}
+        full = {"type": "object", "properties": {"job": name, "when": Choice(_CONDITIONS).schema()}, "required": ["job"],
+                "additionalProperties": False}  # fmt: skip
+        one = {"anyOf": [name, full]}
+        return {"anyOf": [one, {"type": "array", "items": one}]}

@@ -1,0 +1,76 @@
+"""What the fields of a model say of one another: one core for files (`validate`, `serve`) and for the router. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from whaleflux import hostport
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.manifests import shell_text
+from whaleflux.manifests.job_fields import ATTRIBUTES
+from whaleflux.manifests.model_fields import MAX_GPUS_PER_REPLICA, MAX_REPLICAS, MAX_TOKENS, QueueName
+from whaleflux.manifests.secret_values import set_otherwise
+from whaleflux.manifests.text_values import Command
+
+if TYPE_CHECKING:
+    from whaleflux.v1 import router_pb2
+
+MAX_COMMAND_CHARS = 65_536
+PORT_MARKS = ("{port}", "$PORT", "${PORT")
+
+
+def violations(model: router_pb2.Model) -> list[FieldViolation]:
+    """Everything that cannot be served, by paths of the contract's Model ("engine.command"), with the fix."""
+    engine, command = model.engine, list(model.engine.command)
+    least, most, window = model.replicas.min, model.replicas.max, model.context_window_tokens
+    ways = sum((bool(command) or bool(engine.image), bool(engine.addresses)))
+    deaf = bool(command) and not any(mark in word for word in command for mark in PORT_MARKS)
+    found = [
+        FieldViolation(path, fix)
+        for path, wrong, fix in (
+            ("engine", ways != 1, "needs a command or image that is run here, or addresses of servers that run elsewhere, not both"),
+            ("engine.command", sum(map(len, command)) > MAX_COMMAND_CHARS, f"is longer than {MAX_COMMAND_CHARS} characters"),
+            ("engine.command", deaf, "does not say where it listens: each replica is given a port; write --port {port}, or $PORT in a script"),
+            ("engine.gpus", not 0 <= engine.gpus <= MAX_GPUS_PER_REPLICA, f"is {engine.gpus}; use 0 (for 1) to {MAX_GPUS_PER_REPLICA}"),
+            ("engine.addresses", len(engine.addresses) > MAX_REPLICAS, f"are {len(engine.addresses)}; use at most {MAX_REPLICAS}"),
+            *((f"engine.addresses[{number}]", bool(wrong), wrong) for number, wrong in enumerate(map(_wrong_address, engine.addresses))),
+            ("replicas.min", not 0 <= least <= MAX_REPLICAS, f"is {least}; use 0 to {MAX_REPLICAS}"),
+            ("replicas.max", not (most == 0 or least <= most <= MAX_REPLICAS), f"is {most}; use 0 (same as min) or {least} to {MAX_REPLICAS}"),
+            ("context_window_tokens", not 0 <= window <= MAX_TOKENS, f"is {window}; use 0 (unknown) to {MAX_TOKENS}"),
+        )
+        if wrong
+    ]  # fmt: skip
+    of_engine = (*Command().violations("engine.command", command), *_secrets(engine))
+    return [*found, *of_engine, *QueueName().violations("queue", model.queue)]
+
+
+def add_arguments(engine: router_pb2.Engine) -> list[FieldViolation]:
+    """Puts the words of `args` behind a script that is one program; what cannot be done is said."""
+    begin = len(shell_text.BASH) + 1
+    script, words = shell_text.script_of(engine.command[:begin]), list(engine.command[begin:])
+    if script is None or not words:
+        return []
+    if not shell_text.is_one_program(script):
+        return [FieldViolation("engine.args", "can follow a single command only; write them into `run`")]
+    del engine.command[:]
+    engine.command.extend(shell_text.as_command(f"{script} {shlex.join(words)}"))
+    return []
+
+
+def _secrets(engine: router_pb2.Engine) -> Iterator[FieldViolation]:
+    field = ATTRIBUTES["secrets"].value
+    uses = field.reading("secrets")(engine)
+    yield from field.violations("engine.secrets", uses)
+    for i, words in set_otherwise(uses, engine.environment):
+        yield FieldViolation(f"engine.secrets[{i}].variable", words)
+
+
+def _wrong_address(text: str) -> str:
+    """What is wrong with it; "" when it can be dialled."""
+    try:
+        hostport.parse(text)
+    except InvalidArgument as wrong:
+        return wrong.violations[0].description
+    return ""

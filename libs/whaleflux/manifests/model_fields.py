@@ -1,0 +1,145 @@
+"""What a model file may say: one table of fields, as for jobs (`manifests.job_fields`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whaleflux import hostport, names
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.manifests.field import Field
+from whaleflux.manifests.reader import Reader
+from whaleflux.manifests.secret_values import Secrets
+from whaleflux.manifests.text_values import Command, Folder, Id, Text, Texts, Variables, items, text, texts
+from whaleflux.manifests.values import Choice, Schema, Seconds, Value, Violations, Whole
+
+ENGINES = ("openai", "vllm", "sglang")
+MAX_TOKENS = 10**9
+MAX_REPLICAS = 1000
+MAX_GPUS_PER_REPLICA = 64
+
+
+@dataclass(frozen=True)
+class ModelId(Id):
+    """The id of a model; capitals and dots of the names that models have elsewhere are folded."""
+
+    def parse(self, value: object, base: Path) -> Any:
+        return names.check_id("model", text(value).lower().replace(".", "-"))
+
+    def schema(self) -> Schema:
+        return {"type": ["string", "number"]}
+
+
+@dataclass(frozen=True)
+class QueueName(Id):
+    """A queue by its id, queues/{queue} in messages."""
+
+    def parse(self, value: object, base: Path) -> Any:
+        return names.queue(names.check_id("queue", text(value).removeprefix("queues/")))
+
+    def violations(self, at: str, value: Any) -> Violations:
+        try:
+            names.split(value or names.DEFAULT_QUEUE, "queues")
+        except InvalidArgument as wrong:
+            yield FieldViolation(at, wrong.violations[0].description)
+
+
+@dataclass(frozen=True)
+class Addresses(Texts):
+    """Servers that run already: host:port, or a URL of which only those count."""
+
+    shown: str = "`http://HOST:PORT`, or a list of them"
+
+    def parse(self, value: object, base: Path) -> Any:
+        return [self._address(item) for item in texts(value)]
+
+    def _address(self, item: str) -> str:
+        address = item.removeprefix("http://").rstrip("/").removesuffix("/v1")
+        try:
+            return str(hostport.parse(address))
+        except InvalidArgument as error:
+            wanted = f"must be http://host:port of servers that run already; {error.violations[0].description}"
+            raise ValueError(wanted) from None
+
+
+@dataclass(frozen=True)
+class Classes(Value):
+    """Requests up to a length and the GPUs that they go to."""
+
+    def words(self) -> str:
+        return "list of `{up_to_tokens: N, on: [GPU types]}`"
+
+    def take(self, reader: Reader, key: str, base: Path, absent: Any) -> list[tuple[int, list[str]]]:
+        return [self._one(inner, base) for inner in reader.items(key, items)]
+
+    def _one(self, reader: Reader, base: Path) -> tuple[int, list[str]]:
+        found = Whole(1, MAX_TOKENS).take(reader, "up_to_tokens", base, 0), Texts().take(reader, "on", base, [])
+        reader.done()
+        return found
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        for tokens, gpu_models in value:
+            getattr(message, name).add(max_prompt_tokens=tokens, gpu_models=gpu_models)
+
+    def schema(self) -> Schema:
+        one = {"up_to_tokens": Whole(1, MAX_TOKENS).schema(), "on": Texts().schema()}
+        return {"type": "array", "items": {"type": "object", "properties": one, "additionalProperties": False}}
+
+
+MODEL = Field(
+    "model", "model_id", ModelId(shown="id"), "Name that clients ask for.", required="give the name that clients ask for",
+    example="llama-3-8b",
+)  # fmt: skip
+MODEL_FIELDS: tuple[Field, ...] = (
+    MODEL,
+    Field(
+        "engine.kind", "engine.kind", Choice({k: k for k in ENGINES}), "What serves it: `openai` is any server of that API.",
+        default="openai", absent="openai", example="vllm",
+    ),
+    Field(
+        "engine.run", "engine.command", Command(), "Starts one replica; `{port}` is replaced by the port to listen on.",
+        default="the image's own command", example="vllm serve meta-llama/Meta-Llama-3-8B --port {port}",
+    ),
+    Field("engine.args", "engine.command", Texts(), "More words of the command.", default="none", example="[--max-model-len, 8192]"),
+    Field("engine.image", "engine.image", Text(), "Container image.", default="a process of the host", example="vllm/vllm-openai:v0.11.0"),
+    Field(
+        "engine.url", "engine.addresses", Addresses(), "Servers that run elsewhere; nothing is started then.", default="none",
+        apart=True, example="[http://10.0.0.7:8000/v1]",
+    ),
+    Field("engine.gpus", "engine.gpus", Whole(1, MAX_GPUS_PER_REPLICA), "GPUs per replica.", default="1", absent=1, example="2"),
+    Field(
+        "engine.environment", "engine.environment", Variables(), "Added to the environment of each replica.", default="none",
+        example="{HF_HOME: /mnt/models}",
+    ),
+    Field(
+        "engine.secrets", "engine.secrets", Secrets(), "Secrets that each replica is given, as in job files: variables, or files in WHALEFLUX_SECRETS_DIR.",
+        default="none", example="[hf-token]",
+    ),
+    Field(
+        "engine.health", "engine.health_path", Text(), "Path that answers 200 when a replica can serve.", default="/health",
+        example="/health",
+    ),
+    Field(
+        "engine.directory", "engine.working_directory", Folder(shown="folder; a relative one is taken from where the file lies"),
+        "Working directory of each replica.", default="a fresh one", example=".",
+    ),
+    Field("replicas.min", "replicas.min", Whole(0, MAX_REPLICAS), "Fewest replicas.", default="1", absent=1, example="2"),
+    Field("replicas.max", "replicas.max", Whole(1, MAX_REPLICAS), "Most replicas.", not_yet=True, default="as min", example="8"),
+    Field("replicas.on", "engine.gpu_models", Texts(shown="GPU types"), "GPU types that will do.", default="any", example="[RTX4090, L40S]"),
+    Field("slo.first_token", "objective.first_token", Seconds(), "Time to the first token.", not_yet=True, default="none", example="500 ms"),
+    Field("slo.per_token", "objective.per_token", Seconds(), "Time per further token.", not_yet=True, default="none", example="50 ms"),
+    Field(
+        "context", "context_window_tokens", Whole(0, MAX_TOKENS), "Most tokens of prompt and answer together.",
+        default="not checked", example="8192",
+    ),
+    Field(
+        "queue", "queue", QueueName(shown="queue"),
+        "Queue in which its replicas run: the model is for those whom the queue is for, and changed by the groups that it names.",
+        default="serving, which is for all users", example="research",
+    ),
+    Field(
+        "classes", "classes", Classes(), "Requests up to a length go to certain GPUs.", default="none",
+        example="[{up_to_tokens: 2000, on: [RTX4090]}, {on: [H200]}]",
+    ),
+)  # fmt: skip

@@ -1,0 +1,154 @@
+"""What a rank says to the agent that runs it: a Unix socket, a task token, never a wait that training would feel."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from whaleflux.checkpoint_storage import found_storage
+from whaleflux.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from whaleflux.reasons import ErrorReason
+from whaleflux.sdk import frames
+from whaleflux.sdk.errors import CheckpointError, RestoreFailed
+from whaleflux.sdk.files import SavedPiece
+from whaleflux.sdk.keeper import Loss, Refused, Target
+from whaleflux.v1 import agent_pb2, checkpoint_pb2
+
+log = logging.getLogger(__name__)
+
+_CALL_S = 10.0
+_PROGRESS_S = 1.0
+PATIENCE_S, PAUSE_S = 600.0, 0.5
+_PASSING = (Unavailable.code, DeadlineExceeded.code)
+
+
+class AgentError(CheckpointError):
+    """The agent does not do what was asked. `code` is gRPC's name of the status."""
+
+    def __init__(self, code: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.reason = code, reason
+
+
+class AgentKeeper:
+    """Asks the agent. Every call has a deadline; progress goes from a thread that keeps only the newest value."""
+
+    def __init__(self, socket: str, token: str, restore_timeout_s: float = 60.0) -> None:
+        self._socket, self._token, self._restore_timeout_s = socket, token, restore_timeout_s
+        self._folder: Path | None = None
+        self._storage = ""  # that this job saves on
+        self.every_steps = 0
+        self._unsent: tuple[int, int, Loss | None] | None = None
+        self._wake, self._closing = threading.Condition(), False
+        self._sender: threading.Thread | None = None
+
+    def newest(self, refused: Sequence[Refused] = ()) -> Target | None:
+        request = agent_pb2.GetRestoreRequest(refused=[_refused(one) for one in refused])
+        try:
+            answer = self._patiently(
+                agent_pb2.RankRequest(get_restore=request), self._restore_timeout_s, self._restore_timeout_s
+            ).get_restore
+        except AgentError as error:
+            if error.code == FailedPrecondition.code:
+                self._storage = ""  # who starts over all the same saves on what is there
+                raise RestoreFailed(str(error)) from error
+            raise
+        self.every_steps, self._folder = answer.every_steps, Path(answer.location)
+        if not answer.HasField("checkpoint"):
+            return None
+        found = answer.checkpoint
+        self._storage = found.storage
+        pieces = tuple(SavedPiece(p.path, p.size_bytes, p.checksum) for p in found.pieces)
+        lost = found.state == checkpoint_pb2.CHECKPOINT_STATE_LOST
+        return Target(found.name, Path(found.location), pieces, found.storage, lost)
+
+    def intact(self, target: Target) -> None:
+        request = agent_pb2.ConfirmIntactRequest(checkpoint=target.name)
+        self._patiently(agent_pb2.RankRequest(confirm_intact=request))
+
+    def start(self, step: int, serial: int, layout: str, data_position: bytes) -> Target:
+        if self._folder is None:
+            self.newest()
+        assert self._folder is not None
+        storage = self._storage = found_storage(self._folder, self._storage)
+        request = agent_pb2.StartSaveRequest(
+            step=step, serial=serial, layout=layout, data_position=data_position, storage=storage
+        )
+        answer = self._patiently(agent_pb2.RankRequest(start_save=request)).start_save
+        return Target(answer.checkpoint, Path(answer.location), storage=storage)
+
+    def finish(self, target: Target, rank: int, pieces: Sequence[SavedPiece]) -> None:
+        listed = [
+            checkpoint_pb2.Piece(rank=rank, path=p.path, size_bytes=p.size_bytes, checksum=p.checksum, tier="shared")
+            for p in pieces
+        ]
+        request = agent_pb2.FinishSaveRequest(checkpoint=target.name, rank=rank, pieces=listed)
+        self._patiently(agent_pb2.RankRequest(finish_save=request))
+
+    def give_up(self, target: Target | None, step: int, why: str) -> None:
+        request = agent_pb2.FailSaveRequest(checkpoint=target.name if target else "", step=step, message=why)
+        self._ask(agent_pb2.RankRequest(fail_save=request), _CALL_S)
+
+    def _patiently(
+        self, request: agent_pb2.RankRequest, timeout_s: float = _CALL_S, patience_s: float | None = None
+    ) -> agent_pb2.RankResponse:
+        """Repeats while the agent restarts or waits for room on its disk: a save runs beside the training."""
+        end_s = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+        while True:
+            try:
+                return self._ask(request, min(timeout_s, max(1.0, end_s - time.monotonic())))
+            except AgentError as error:
+                if error.code not in _PASSING or time.monotonic() > end_s:
+                    raise
+                log.warning("the agent does not answer yet: %s", error)
+            time.sleep(PAUSE_S)
+
+    def _ask(self, request: agent_pb2.RankRequest, timeout_s: float) -> agent_pb2.RankResponse:
+        request.token = self._token
+        try:
+            answer = frames.call(self._socket, request, timeout_s)
+        except (OSError, DecodeError) as error:
+            raise AgentError(Unavailable.code, ErrorReason.SERVER_UNREACHABLE, f"{self._socket}: {error}") from error
+        if answer.HasField("error"):
+            raise AgentError(answer.error.code, answer.error.reason, answer.error.message)
+        return answer
+
+    def progress(self, rank: int, step: int, loss: Loss | None) -> None:
+        with self._wake:
+            self._unsent = rank, step, loss
+            if self._sender is None:
+                self._sender = threading.Thread(target=self._send_progress, name="whaleflux-progress", daemon=True)
+                self._sender.start()
+            self._wake.notify()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._sender is not None:
+            self._sender.join(timeout=2 * _CALL_S)
+
+    def _send_progress(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._unsent is not None or self._closing)
+                unsent, self._unsent = self._unsent, None
+            if unsent is None:
+                return
+            rank, step, loss = unsent
+            report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=None if loss is None else loss())
+            with contextlib.suppress(AgentError):  # the agent restarts: the next report says the same and more
+                self._ask(agent_pb2.RankRequest(report_progress=report), _PROGRESS_S)
+
+
+def _refused(one: Refused) -> agent_pb2.RefusedCheckpoint:
+    said = agent_pb2.RefusedCheckpoint(checkpoint=one.name, message=one.fault.message)
+    if (read := one.fault.read) is not None:
+        said.read.CopyFrom(checkpoint_pb2.Piece(path=read.path, size_bytes=read.size_bytes, checksum=read.checksum))
+    return said

@@ -1,0 +1,202 @@
+"""The other services as the router sees them: jobs that run replicas, and the nodes they run on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from whaleflux import names
+from whaleflux.clock import Clock
+from whaleflux.errors import AlreadyExists, FailedPrecondition, NotFound, StatusError
+from whaleflux.reasons import ErrorReason
+from whaleflux.rpc import roles
+from whaleflux.rpc.watching import follow
+from whaleflux.v1 import inventory_pb2, scheduler_pb2
+from whaleflux.v1 import router_pb2 as pb
+from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
+from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
+from whaleflux_inference_router.rights import SERVING, queue_of
+
+PRIORITY = 500  # users wait for answers: before training, after what operators put first; a queue's own limit holds for its users
+CALL_S = 5.0
+NODE_KNOWN_S = 60.0
+ENDED = frozenset(
+    {scheduler_pb2.JOB_STATE_SUCCEEDED, scheduler_pb2.JOB_STATE_FAILED, scheduler_pb2.JOB_STATE_CANCELLED}
+)
+_READABLE = frozenset(scheduler_pb2.JobState.values()) - {scheduler_pb2.JOB_STATE_UNSPECIFIED}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaHost:
+    """Where a replica runs, for routing by card and price."""
+
+    node: str = ""
+    gpu_model: str = ""
+    gpu_memory_bytes: int = 0
+    usd_per_hour: float = 0.0
+
+
+class ReplicaJobs:
+    """Services among the jobs, kept current by a watch; nodes, asked for when needed.
+
+    A job is a replica's when it has its name and is its model's owner's: whoever else has a job of that name keeps it.
+    """
+
+    def __init__(self, scheduler: SchedulerServiceStub, inventory: InventoryServiceStub, clock: Clock) -> None:
+        self._scheduler, self._inventory, self._clock = scheduler, inventory, clock
+        self._nodes: dict[str, tuple[float, inventory_pb2.Node]] = {}
+        self.jobs: dict[str, scheduler_pb2.Job] = {}
+        self.synced = False
+
+    async def watch_jobs(self) -> None:
+        """Until cancelled; outages of the scheduler are waited out, the last picture stays."""
+
+        def open_watch(revision: int) -> object:
+            return self._scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(resource_version=revision))
+
+        async for change in follow(open_watch, clock=self._clock):  # type: ignore[arg-type]
+            if change.synced:
+                self.synced = True
+            elif change.value is None:
+                self.jobs.pop(change.name, None)
+            elif change.value.spec.kind == scheduler_pb2.JOB_KIND_SERVICE:
+                self.jobs[change.name] = change.value
+
+    async def ensure_job(self, model: pb.Model, replica_id: str) -> str:
+        """The job of a replica, created when it does not exist; one that has ended is replaced. Returns its name.
+
+        Raises FailedPrecondition where somebody else's job has the name.
+        """
+        name = job_name(model, replica_id)
+        request = scheduler_pb2.CreateJobRequest(
+            parent=names.queue(queue_of(model)),
+            job_id=replica_id,
+            job=scheduler_pb2.Job(spec=_spec(model)),
+            request_id=_request_id(model, replica_id),
+            wait_for_capacity=True,  # a model is declared once, and served when its GPUs have come
+            on_behalf_of=model.owner,
+        )
+        try:
+            job = await self._scheduler.CreateJob(request, timeout=CALL_S)
+        except AlreadyExists:  # of an earlier model of this name
+            if not await self.end_job(name, model.owner):
+                return ""
+            raise FailedPrecondition(
+                f"{name} is the name of a job that runs no replica of {model.name}; delete that job, or give the model another name",
+                reason=ErrorReason.WRONG_STATE,
+                metadata={"name": name},
+            ) from None
+        except NotFound:
+            if queue_of(model) != SERVING:
+                raise
+            await self._make_queue()
+            return ""
+        if job.state in ENDED:
+            await self._scheduler.DeleteJob(scheduler_pb2.DeleteJobRequest(name=name), timeout=CALL_S)
+            return ""
+        self.jobs.setdefault(name, job)
+        return name
+
+    async def end_job(self, name: str, owner: str) -> bool:
+        """Cancels a job, then deletes its record; True when nothing of the owner's is left under that name."""
+        try:
+            job = self.jobs.get(name) or await self._scheduler.GetJob(
+                scheduler_pb2.GetJobRequest(name=name), timeout=CALL_S
+            )
+            if not _is_of(job, owner):
+                return True
+            if job.state not in ENDED:
+                job = await self._scheduler.CancelJob(
+                    scheduler_pb2.CancelJobRequest(name=name, reason="the replica is not wanted any more"),
+                    timeout=CALL_S,
+                )
+            if job.state not in ENDED:
+                return False
+            await self._scheduler.DeleteJob(scheduler_pb2.DeleteJobRequest(name=name), timeout=CALL_S)
+        except NotFound:
+            pass
+        self.jobs.pop(name, None)
+        return True
+
+    def of(self, name: str, owner: str) -> scheduler_pb2.Job | None:
+        """The replica's job as it is known; None: there is none, or it is somebody else's."""
+        found = self.jobs.get(name)
+        return found if found is not None and _is_of(found, owner) else None
+
+    def has_ended(self, name: str, owner: str) -> bool:
+        """Whether a job that is known has ended."""
+        found = self.of(name, owner)
+        return found is not None and found.state in ENDED
+
+    def is_known(self, name: str, owner: str) -> bool:
+        """Whether anything follows from `endpoint`: not before the scheduler answered, nor where it cannot read the job's record."""
+        found = self.of(name, owner)
+        return self.synced if found is None else found.state in _READABLE
+
+    def endpoint(self, name: str, owner: str) -> tuple[str, str, int]:
+        """Address and node of a job's running process and its GPUs; empty while it has none."""
+        found = self.of(name, owner)
+        if found is None or found.state != scheduler_pb2.JOB_STATE_RUNNING or not found.attempt.tasks:
+            return "", "", 0
+        task = found.attempt.tasks[0]
+        running = task.phase == scheduler_pb2.TASK_PHASE_RUNNING and task.endpoint
+        return (task.endpoint, task.node, len(task.gpu_uuids)) if running else ("", "", 0)
+
+    async def host(self, node: str, gpus: int) -> ReplicaHost:
+        """What is known of a node; empty where inventory does not answer."""
+        known = self._nodes.get(node)
+        now_s = self._clock.monotonic()
+        if known is None or now_s - known[0] > NODE_KNOWN_S:
+            try:
+                asked = await self._inventory.GetNode(inventory_pb2.GetNodeRequest(name=node), timeout=CALL_S)
+            except StatusError:
+                return ReplicaHost(node)
+            known = self._nodes[node] = (now_s, asked)
+        found = known[1]
+        if not found.facts.gpus:
+            return ReplicaHost(node)
+        price = found.price if found.HasField("price") else found.facts.price
+        first = found.facts.gpus[0]
+        return ReplicaHost(node, first.model, first.memory_bytes, gpus * price.usd_per_gpu_hour)
+
+    async def _make_queue(self) -> None:
+        queue = scheduler_pb2.Queue(max_priority=PRIORITY)
+        request = scheduler_pb2.CreateQueueRequest(queue_id=SERVING, queue=queue, request_id=f"router-{SERVING}")
+        try:
+            await self._scheduler.CreateQueue(request, timeout=CALL_S)
+        except AlreadyExists:
+            return
+
+
+def job_name(model: pb.Model, replica_id: str) -> str:
+    """In the model's queue."""
+    return names.job(queue_of(model), replica_id)
+
+
+def _is_of(job: scheduler_pb2.Job, owner: str) -> bool:
+    """Whether it is a service of the model's owner; models of before have none, and the router's own identity submitted their jobs."""
+    whose = job.submitter == owner if owner else job.submitter.startswith(f"{roles.INFERENCE_ROUTER}/")
+    return whose and job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE
+
+
+def _spec(model: pb.Model) -> scheduler_pb2.JobSpec:
+    engine = model.engine
+    return scheduler_pb2.JobSpec(
+        command=engine.command,
+        launch_once=True,  # one server for all of a replica's GPUs
+        image=engine.image,
+        gpus=engine.gpus or 1,
+        nodes=scheduler_pb2.NodeCount(min=1, max=1),
+        gpu=scheduler_pb2.GpuRequirement(any_of=engine.gpu_models),
+        environment=engine.environment,
+        secrets=engine.secrets,
+        kind=scheduler_pb2.JOB_KIND_SERVICE,
+        working_directory=engine.working_directory,
+        priority=PRIORITY,
+    )
+
+
+def _request_id(model: pb.Model, replica_id: str) -> str:
+    """The same for the same replica of the same model, another one when a model of that name is made anew."""
+    made = f"{model.create_time.ToNanoseconds()}".encode()
+    return hashlib.sha256(made + b"\0" + replica_id.encode()).hexdigest()[:32]

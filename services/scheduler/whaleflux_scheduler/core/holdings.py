@@ -1,0 +1,349 @@
+"""What every job holds and claims, by GPU UUID, and the same in the placement engine by position.
+
+A job holds the GPUs of its tasks until agents say that nothing is left of them. It claims GPUs that others make room on; a claimed
+GPU is nobody else's from the moment its holder leaves. Both are what the jobs' records say: a new leader learns them from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from whaleflux.errors import Aborted, AlreadyExists
+from whaleflux.fleet.model import Level, LinkKind, Node
+from whaleflux_scheduler.core.devices import NOTHING, Devices, Gpus
+from whaleflux_scheduler.core.model import Claim, Job, JobState, Task
+from whaleflux_scheduler.core.placement.api import Bottleneck, Cost, GpuOption, NodeAssignment, Placement
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.request import share
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_CLAIM, _CPU = "!claim", "cpu:"
+_NONE = frozenset[str]()
+
+
+def held_by(job: Job) -> Gpus:
+    """The GPUs of all its tasks that are not known to be over."""
+    held: dict[str, frozenset[str]] = {}
+    for _, task in job.holding():
+        held[task.node] = held.get(task.node, frozenset()) | places_of(task)
+    return held
+
+
+def places_of(task: Task) -> frozenset[str]:
+    """The GPUs of the task; of one without GPUs a name for each rank, which no node reports: it takes CPU and memory alone."""
+    return frozenset(task.gpus) if task.gpus else frozenset(f"{_CPU}{task.id}/{rank}" for rank in range(task.cpu_ranks))
+
+
+def count(gpus: Gpus) -> int:
+    return sum(map(len, gpus.values()))
+
+
+def _without(gpus: Gpus, others: Gpus) -> set[tuple[str, str]]:
+    """The GPUs of the first that are not among the second, with their nodes."""
+    return {(node, uuid) for node, uuids in gpus.items() for uuid in uuids - others.get(node, _NONE)} if gpus else set()
+
+
+def _pairs(gpus: Gpus) -> Iterator[tuple[str, str]]:
+    return ((node, uuid) for node, uuids in gpus.items() for uuid in uuids)
+
+
+class Holdings:
+    """See the module."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.devices = Devices(lambda uuid: next(iter(self._holders.get(uuid, {}).values()), ""))
+        self.by_queue: Counter[str] = Counter()  # held or claimed
+        self.by_array: Counter[tuple[str, str]] = Counter()  # queue and array: members that hold or claim something
+        self._jobs: dict[str, Job] = {}  # jobs that hold or claim something
+        self._held: dict[str, Gpus] = {}
+        self._claims: dict[str, Claim] = {}
+        self._claimed: dict[str, Gpus] = {}
+        self._holders: dict[str, dict[str, str]] = {}  # by UUID: jobs with their nodes; several only of shares
+        self._claimant: dict[str, str] = {}  # by UUID
+        self._on_node: dict[str, set[str]] = {}  # jobs that hold or claim something there
+        self._disputed: set[str] = set()  # what the engine could not take
+        self._left_out: dict[str, list[str]] = {}  # by node: why GPUs are not offered
+
+    @property
+    def jobs(self) -> Mapping[str, Job]:
+        """Jobs that hold or claim something."""
+        return self._jobs
+
+    def held(self, job: str) -> Gpus:
+        return self._held.get(job, NOTHING)
+
+    def count_of(self, job: str) -> int:
+        """GPUs that the job holds or claims."""
+        return count(self._held.get(job, NOTHING)) + count(self._claimed.get(job, NOTHING))
+
+    def holds(self, job: str) -> bool:
+        """Whether it holds or claims anything."""
+        return job in self._held or job in self._claimed
+
+    def claim(self, job: str) -> Claim | None:
+        """What is kept for the job while it waits."""
+        return self._claims.get(job)
+
+    @property
+    def claims(self) -> Mapping[str, Claim]:
+        """By job."""
+        return self._claims
+
+    def disputed(self, job: str) -> bool:
+        return job in self._disputed
+
+    def by_job(self) -> dict[str, Gpus]:
+        """What each job holds."""
+        return {job: dict(held) for job, held in self._held.items()}
+
+    def by_model(self) -> tuple[Counter[str], Counter[str]]:
+        """GPUs of open nodes and GPUs held, by catalogue name."""
+        nodes = self.devices.nodes
+        offered = Counter(gpu.model for name in self.devices.open for gpu in nodes[name].gpus)
+        models = {gpu.uuid: gpu.model for node in nodes.values() for gpu in node.gpus}
+        held = (uuid for uuid in self._holders if not uuid.startswith(_CPU))
+        return offered, Counter(models.get(uuid, "unknown") for uuid in held)
+
+    def check(self) -> None:
+        """Raises AssertionError when the engine holds something else than the jobs do, or a GPU has two holders."""
+        self._engine.check()
+        claims = {claim_id(job) for job in self._claimed if self._cover(job)}
+        wanted = self._held.keys() | claims
+        assert self._engine.placements.keys() | self._disputed == wanted, "holdings differ"
+        for job, held in self._held.items():
+            for node, uuid in _pairs(held):
+                assert self._holders[uuid].get(job) == node or job in self._disputed, f"{uuid} is held twice"
+        for uuid, jobs in self._holders.items():
+            assert len(jobs) == 1 or all(map(self._share_bytes, jobs)), f"{uuid} is held whole by one of {len(jobs)}"
+
+    # changes
+
+    def learn(self, job: Job) -> bool:
+        """The job as it is stored; True when GPUs came free."""
+        return self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED else None)
+
+    def forget(self, name: str) -> bool:
+        """The job's record is gone; True when GPUs came free."""
+        known = self._jobs.get(name)
+        return known is not None and self.hold(known, NOTHING)
+
+    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> bool:
+        """What the job holds and claims from now on; True when GPUs came free."""
+        name = job.name
+        before, before_claimed = self._held.get(name, NOTHING), self._claimed.get(name, NOTHING)
+        claimed = claim.gpus if claim else NOTHING
+        _keep(self._jobs, name, job if held or claim else None)
+        _keep(self._claims, name, claim)
+        if (before, before_claimed) == (held, claimed):
+            return False
+        gone = _without(before, held) | _without(before_claimed, claimed)
+        came = _without(held, before) | _without(claimed, before_claimed)
+        others = self._claims.keys() if before_claimed != claimed else self._claimants(uuid for _, uuid in gone | came)
+        touched = [name, *sorted(others - {name})]
+        self._take_out(touched)
+        self._record(job, held, claimed)
+        self._put_in(touched)
+        self._offer_again(self.devices.elsewhere(gone | came))
+        freed = bool(gone - came)
+        if freed and self._disputed:
+            self._settle_disputes()
+        return freed
+
+    def _record(self, job: Job, held: Gpus, claimed: Gpus) -> None:
+        name = job.name
+        if job.spec.gpus:  # a queue's limit and its share are of GPUs
+            self.by_queue[job.queue] += count(held) + count(claimed) - self.count_of(name)
+        if job.spec.array_name:
+            self.by_array[job.queue, job.spec.array_name] += bool(held or claimed) - self.holds(name)
+        for node in (*self._held.get(name, ()), *self._claimed.get(name, ())):
+            self._on_node[node].discard(name)
+        for node in (*held, *claimed):
+            self._on_node.setdefault(node, set()).add(name)
+        for _, uuid in _pairs(self._held.pop(name, NOTHING)):
+            if self._holders.get(uuid, {}).pop(name, None) is not None and not self._holders[uuid]:
+                del self._holders[uuid]
+        for _, uuid in _pairs(self._claimed.pop(name, NOTHING)):
+            if self._claimant.get(uuid) == name:
+                del self._claimant[uuid]
+        _keep(self._held, name, held or None)
+        _keep(self._claimed, name, claimed or None)
+
+    def _claimants(self, uuids: Iterable[str]) -> set[str]:
+        return {self._claimant[uuid] for uuid in uuids if uuid in self._claimant} if self._claimant else set()
+
+    def _cover(self, claimant: str, as_if_free: str = "") -> Gpus:
+        """What of a claim nobody holds: the claim itself keeps it. The job `as_if_free` counts as holding nothing."""
+        cover = {}
+        for node, uuids in self._claimed.get(claimant, NOTHING).items():
+            mine = (u for u in uuids if self._claimant.get(u) == claimant)
+            if free := frozenset(u for u in mine if self._free(node, u, claimant, as_if_free)):
+                cover[node] = free
+        return cover
+
+    def _free(self, node: str, uuid: str, claimant: str, as_if_free: str) -> bool:
+        """Whether what the claimant wants of the GPU is free beside those who stay."""
+        others = self._holders.get(uuid, {}).keys() - {as_if_free}
+        if not others:
+            return True
+        shares = [self._share_bytes(job) for job in (*others, claimant)]
+        return all(shares) and sum(shares) <= self.devices.memory_bytes(node, uuid)
+
+    def _share_bytes(self, job: str) -> int:
+        return self._jobs[job].spec.share_memory_bytes
+
+    # in the engine
+
+    def _take_out(self, jobs: Iterable[str]) -> None:
+        for id_ in (id_ for job in jobs for id_ in self._ids(job)):
+            self._disputed.discard(id_)
+            if id_ in self._engine.placements:
+                self._engine.release(id_)
+
+    def _ids(self, job: str) -> tuple[str, ...]:
+        """What the engine may know of the job."""
+        return (job, claim_id(job)) if job in self._claims or self._claimed.get(job) else (job,)
+
+    def _put_in(self, jobs: Iterable[str]) -> None:
+        for name in jobs:
+            for node, uuid in _pairs(self._held.get(name, NOTHING)):
+                self._join(uuid, name, node)
+            for _, uuid in _pairs(self._claimed.get(name, NOTHING)):
+                if self._goes_first(name, self._claimant.setdefault(uuid, name)):
+                    self._claimant[uuid] = name
+        for name in jobs:
+            if held := self._held.get(name):
+                self._apply(name, self._jobs[name], held)
+            if cover := self._cover(name):
+                self._apply(claim_id(name), self._jobs[name], cover)
+
+    def _join(self, uuid: str, name: str, node: str) -> None:
+        """One more holder, unless the GPU is somebody else's alone, or would have to be."""
+        jobs = self._holders.setdefault(uuid, {})
+        if not jobs or name in jobs or all(self._share_bytes(job) for job in (*jobs, name)):
+            jobs.setdefault(name, node)
+
+    def _goes_first(self, name: str, other: str) -> bool:
+        """Of two that claim one GPU: the lower one has not heard of it yet, and is about to lose its claim."""
+        return name != other and self._jobs[name].spec.priority > self._jobs[other].spec.priority
+
+    def _apply(self, id_: str, job: Job, gpus: Gpus) -> None:
+        try:
+            self._engine.apply(self._as_placement(id_, job, gpus))
+            self._disputed.discard(id_)
+        except (AlreadyExists, Aborted) as twice:  # keep deciding for the others, and say so loudly
+            log.error("%s holds GPUs that another job holds: %s", id_, twice)
+            self._disputed.add(id_)
+
+    def _settle_disputes(self) -> None:
+        jobs = set(map(job_of, self._disputed))
+        self._take_out(sorted(jobs))
+        self._put_in(sorted(jobs))
+
+    @contextlib.contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """The engine as if the job held and claimed nothing; everything is as before at the end, whatever happens inside.
+
+        A job may start on GPUs where its own remains are being killed, unless others claim those.
+        """
+        if not self.count_of(name) or name in self._disputed:
+            yield
+            return
+        with self._engine.transaction():  # never committed
+            for id_ in self._ids(name):
+                if id_ in self._engine.placements:
+                    self._engine.release(id_)
+            for other in sorted(self._claimants(uuid for _, uuid in _pairs(self.held(name))) - {name}):
+                self._widen(other, name)
+            yield
+
+    def _widen(self, claimant: str, as_if_free: str) -> None:
+        id_ = claim_id(claimant)
+        if id_ in self._engine.placements:
+            self._engine.release(id_)
+        self._engine.apply(self._as_placement(id_, self._jobs[claimant], self._cover(claimant, as_if_free)))
+
+    def _as_placement(self, id_: str, job: Job, gpus: Gpus) -> Placement:
+        """GPUs that a node does not report now take no position there, but their share of its CPU and memory."""
+        parts, rank, part_of = [], 0, share(job.spec)
+        for node, uuids in gpus.items():
+            indices = self.devices.indices(node, uuids)
+            parts.append(
+                NodeAssignment(
+                    node,
+                    indices,
+                    "workers",
+                    tuple(range(rank, rank + len(indices))),
+                    part_of,
+                    cpu_millicores=len(uuids) * job.spec.counted_cpu_millicores,
+                    host_memory_bytes=len(uuids) * job.spec.memory_bytes_per_rank,
+                )
+            )
+            rank += len(indices)
+        return Placement(id_, tuple(parts), GpuOption(), Cost(), Bottleneck(Level.NODE, LinkKind.PCIE_HOST, 0.0))
+
+    # nodes
+
+    def report(self, node: Node) -> None:
+        """A node's facts as they are now. Raises InvalidArgument when placement can never take them; all is as before then."""
+        offered, _ = self.devices.offered(node)
+        known = self.devices.nodes.get(node.name)
+        renumbered = known is None or _numbers(known) != _numbers(node)
+        there = sorted(self._on_node.get(node.name, ())) if renumbered else []
+        self._take_out(there)
+        try:
+            self._engine.upsert_node(offered)
+            affected = self.devices.report(node)
+        finally:
+            self._put_in(there)
+        self._offer_again(affected)
+
+    def remove(self, name: str) -> None:
+        """The node is gone; what is held there stays held."""
+        affected = self.devices.remove(name)
+        self._engine.remove_node(name)
+        self._left_out.pop(name, None)
+        self._offer_again(affected)
+
+    def close(self, name: str, why: str) -> bool:
+        """Whether the node takes new work ("": it does); True when more may be offered than before."""
+        opened = not why and name not in self.devices.open
+        self._engine.set_schedulable(name, not why, why)
+        (self.devices.open.discard if why else self.devices.open.add)(name)
+        twins = self.devices.twins(name)
+        self._offer_again(twins)
+        return opened or bool(twins)
+
+    def _offer_again(self, nodes: Iterable[str]) -> None:
+        for name in nodes:
+            offered, left_out = self.devices.offered(self.devices.nodes[name])
+            if left_out != self._left_out.get(name, []):
+                log.warning("%s does not offer some GPUs: %s", name, "; ".join(left_out) or "it does again")
+                self._left_out[name] = left_out
+            self._engine.upsert_node(offered)
+
+
+def _keep(known: dict[str, T], name: str, value: T | None) -> None:
+    if value is None:
+        known.pop(name, None)
+    else:
+        known[name] = value
+
+
+def claim_id(job: str) -> str:
+    """What the engine calls the claim of a job."""
+    return job + _CLAIM
+
+
+def job_of(id_: str) -> str:
+    """The job that the engine's id means, or the claim's."""
+    return id_.removesuffix(_CLAIM)
+
+
+def _numbers(node: Node) -> list[tuple[str, int]]:
+    return [(gpu.uuid, gpu.index) for gpu in node.gpus]

@@ -1,0 +1,69 @@
+"""The job state machine as a table, and the one function that takes a job along it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from whaleflux_scheduler.core.model import ENDED, Cause, Job, JobState
+
+NEXT: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.SUCCEEDED, JobState.CANCELLED}),
+    JobState.STARTING: frozenset(
+        {JobState.RUNNING, JobState.RECOVERING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.RUNNING: frozenset(
+        {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.RECOVERING, JobState.SUSPENDING}
+    ),
+    JobState.RECOVERING: frozenset(
+        {JobState.STARTING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.SUSPENDING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+BY = {
+    JobState.QUEUED: "queue",
+    JobState.STARTING: "placement",
+    JobState.RUNNING: "start",
+    JobState.RECOVERING: "failure",
+    JobState.SUSPENDING: "preemption",
+    JobState.SUCCEEDED: "end",
+    JobState.FAILED: "end",
+}
+"""By which rule of the scheduler a state is entered, where neither a user asked for it nor a finer one is named."""
+
+
+def rule(name: str) -> str:
+    """A rule of the scheduler as an actor: who decided what nobody asked for."""
+    return f"scheduler/{name}"
+
+
+class ImpossibleTransition(AssertionError):
+    """A bug in the core: the table does not allow this transition."""
+
+
+def transition(job: Job, to: JobState, **changes: Any) -> Job:
+    """`job` in state `to` with further fields changed; staying is always allowed. Only a waiting job claims anything.
+
+    A cause among the changes that names an actor says who took it there; else it was a rule of ours, but for cancelled jobs, whose
+    cause says who asked for it.
+    """
+    if to is not job.state and to not in NEXT[job.state]:
+        raise ImpossibleTransition(f"{job.name}: {job.state.name} -> {to.name}")
+    cause: Cause = changes.get("cause", job.cause)
+    if to in BY and not ("cause" in changes and cause.actor):
+        changes["cause"] = replace(cause, actor=rule(BY[to]))
+    changes.setdefault("claim", job.claim if to is JobState.QUEUED else None)
+    return replace(job, state=to, **changes)
+
+
+def dead_ends() -> frozenset[JobState]:
+    """States from which no end can be reached; there must be none."""
+    good = set(ENDED)
+    while more := {state for state, after in NEXT.items() if state not in good and after & good}:
+        good |= more
+    return frozenset(NEXT) - good

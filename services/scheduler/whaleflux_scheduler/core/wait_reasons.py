@@ -1,0 +1,159 @@
+"""Why a job waits, in the words that users read. Who goes first is decided in `planner`, what does not fit is counted by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import datetime
+
+from whaleflux_scheduler.core import dependencies
+from whaleflux_scheduler.core.model import Job, SchedulingDecision
+from whaleflux_scheduler.core.placement.api import NoPlacement
+from whaleflux_scheduler.core.queueing import ArrayLimit, QueueLimit
+
+_IN_THE_FILE = {  # the engine's words, and those of who writes job files
+    "excluded by name": "avoided after a failure",
+    "without exclude_nodes": "on a node that it avoids for a while after a failure",
+    "with soft data locality": "without require_local_data",
+    "without min_nodes": "without nodes.min",
+    "without max_nodes": "without nodes.max",
+    "without required subgroups": "without the groups of place",
+    "with group workers within": "with place within",
+    "with group workers anywhere": "with place anywhere",
+    " (level)": " (place)",
+    "without cpu_millicores_per_gpu": "without cpus_per_rank",
+    "without host_memory_bytes_per_gpu": "without memory_per_rank",
+    "without min_compute_capability": "without gpu.compute_capability",
+    "without min_memory_bytes": "without gpu.memory",
+    "cores per GPU": "cores per rank",
+    "GiB per GPU": "GiB per rank",
+}
+_MOST_NAMES = 3
+_MOST_AHEAD = 10
+
+
+def does_not_fit(no: NoPlacement, now: datetime, avoided: Collection[str] = ()) -> SchedulingDecision:
+    """It cannot be placed now. `avoided`: nodes that it does not get because they failed it."""
+    return SchedulingDecision(
+        time=now,
+        placed=False,
+        summary=f"waits: {'' if no.ever or avoided else 'for capacity: '}{in_the_file(_summary(no)) or 'no room'}",
+        reasons=tuple(_reasons(no, avoided)),
+        exclusions=tuple((in_the_file(b.constraint), b.nodes) for b in no.blocked),
+        smallest_change=in_the_file(no.smallest_change),
+    )
+
+
+def queue_is_full(limit: QueueLimit, now: datetime) -> SchedulingDecision:
+    """Its queue may not take that many GPUs now, or nobody knows how many it may."""
+    if limit.most is None:
+        return _held_back(
+            f"the record of queue {limit.queue} is missing or cannot be read, so its limit is not known", now
+        )
+    why = f"queue {limit.queue} holds {limit.held} of at most {limit.most} GPUs"
+    return _held_back(
+        why,
+        now,
+        f"wait until work of the queue has ended, or raise the limit: whaleflux queue set {limit.queue} --max-gpus N",
+    )
+
+
+def array_is_full(limit: ArrayLimit, now: datetime) -> SchedulingDecision:
+    """As many members run as its file lets."""
+    return _held_back(f"{limit.running} members of {limit.array} run, at most {limit.most} at a time (array)", now)
+
+
+def queue_is_small(limit: QueueLimit, gpus: int) -> str:
+    """Its queue may never hold as many GPUs as the job asks for."""
+    return (
+        f"{gpus} GPUs are asked for, and queue {limit.queue} may hold at most {limit.most} at once; use another queue, or let an "
+        f"operator raise it: whaleflux queue set {limit.queue} --max-gpus {gpus}"
+    )
+
+
+def no_nodes(now: datetime) -> SchedulingDecision:
+    """Nothing has joined."""
+    return _held_back("the fleet has no nodes yet", now, "admit one with: whaleflux token create --site NAME")
+
+
+def kept_back(job: Job, now: datetime) -> SchedulingDecision | None:
+    """What keeps a queued job from being looked at at all: a hold, or jobs that have to end first."""
+    if hold := job.hold:
+        why = f"held by {hold.by}" + (f": {hold.reason}" if hold.reason else "")
+        return _held_back(why, now, f"whaleflux release {job.name}")
+    if job.awaits:
+        first, more = job.awaits[0], len(job.awaits) - 1
+        if more < dependencies.FEW:
+            why = f"for {first.job} {dependencies.words(first)}" + (f", and for {more} more" if more else "")
+        else:  # not each end is stored at once
+            why = f"for up to {more + 1} jobs, such as {first.job} {dependencies.words(first)}"
+        return _held_back(why, now)
+    return None
+
+
+def others_alike_go_first(now: datetime) -> SchedulingDecision:
+    return _held_back("others of its kind go first", now)
+
+
+def pauses(until: datetime, now: datetime) -> SchedulingDecision:
+    return _held_back(f"pauses until {until.isoformat()} after a failure", now)
+
+
+def is_next(now: datetime) -> SchedulingDecision:
+    """It fits: the next round places it."""
+    return _held_back("it is its turn any moment", now)
+
+
+def cannot_be_asked(why: str, now: datetime) -> SchedulingDecision:
+    """The engine refuses its shape, which an older version took."""
+    return _held_back(why, now, "cancel it and submit it in another shape")
+
+
+def cannot_be_stored(why: str, now: datetime) -> SchedulingDecision:
+    """The record of its placement is larger than the store takes."""
+    return _held_back(why, now)
+
+
+def in_the_file(text: str) -> str:
+    """The engine's words for conditions, as job files say them."""
+    for engines, files in _IN_THE_FILE.items():
+        text = text.replace(engines, files)
+    return text
+
+
+def with_victims(decision: SchedulingDecision, victims: Collection[str]) -> SchedulingDecision:
+    """It starts as soon as these jobs of lower priority have stopped, which is a matter of seconds."""
+    if not victims:
+        return decision
+    several = len(victims) > 1
+    summary = f"starts when {len(victims)} job{'s' * several} of lower priority {'have' if several else 'has'} stopped"
+    return replace(decision, summary=summary, preempts=tuple(victims)[:_MOST_AHEAD], exclusions=(), smallest_change="")
+
+
+def with_claims(decision: SchedulingDecision, claimants: Collection[str]) -> SchedulingDecision:
+    """GPUs that look idle are kept for these jobs."""
+    if not claimants:
+        return decision
+    names = ", ".join(sorted(claimants)[:_MOST_NAMES]) + (" and more" if len(claimants) > _MOST_NAMES else "")
+    return replace(decision, reasons=(*decision.reasons, f"idle GPUs may be kept for {names}, for which others stop"))
+
+
+def in_line(decision: SchedulingDecision, ahead: Collection[str], position: int) -> SchedulingDecision:
+    """With who goes first, and its position in its queue."""
+    return replace(decision, ahead=tuple(ahead)[:_MOST_AHEAD], position=position)
+
+
+def _held_back(why: str, now: datetime, change: str = "") -> SchedulingDecision:
+    return SchedulingDecision(time=now, placed=False, summary=f"waits: {why}", smallest_change=change)
+
+
+def _summary(no: NoPlacement) -> str:
+    counts = ", ".join(f"{b.constraint}: {b.nodes} node{'s' * (b.nodes != 1)}" for b in no.blocked)
+    return "; ".join(part for part in (no.nearest_miss, counts, no.smallest_change) if part)
+
+
+def _reasons(no: NoPlacement, avoided: Collection[str]) -> list[str]:
+    if avoided:
+        names = ", ".join(sorted(avoided)[:_MOST_NAMES]) + (" and more" if len(avoided) > _MOST_NAMES else "")
+        return [f"it avoids {names} for a while, since work of it failed there"]
+    return [] if no.ever else ["the fleet could not hold it even if it were empty"]

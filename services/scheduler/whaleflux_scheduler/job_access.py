@@ -1,0 +1,102 @@
+"""Who sees, uses, reads and changes which jobs: the owner rules (`whaleflux.trust`), asked about the scheduler's records."""
+
+from __future__ import annotations
+
+from whaleflux import names
+from whaleflux.errors import NotFound, PermissionDenied
+from whaleflux.reasons import ErrorReason
+from whaleflux.rpc import auth, roles
+from whaleflux.store import keys
+from whaleflux.store.api import Store
+from whaleflux.store.cache import Cache
+from whaleflux.trust import ownership
+from whaleflux.trust.ownership import Access
+from whaleflux.trust.sight import Sight
+from whaleflux.trust.view import UNKNOWN, access_of
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.convert import StoredJob, StoredQueue
+from whaleflux_scheduler.core import queue_access
+
+
+class JobAccess:
+    """Answers from the cache of queues, so that no call waits; it is some milliseconds old."""
+
+    def __init__(self, store: Store, queues: Cache[StoredQueue]) -> None:
+        self._store, self._queues = store, queues
+        self._known: dict[str, tuple[StoredQueue, Access]] = {}
+
+    def of(self, queue: str) -> Access:
+        """Whom the queue is for; of one that is not there, or cannot be read: operators, and owners of what is in it."""
+        stored, known = self._queues.get(keys.QUEUES + queue), self._known.get(queue)
+        if stored is None:
+            return UNKNOWN
+        if known is None or known[0] is not stored:
+            known = self._known[queue] = stored, access_of(stored.message)
+        return known[1]
+
+    def queues(self) -> list[str]:
+        """Ids of those that are known."""
+        return [key.removeprefix(keys.QUEUES) for key in self._queues.values]
+
+    def sight(self) -> Sight:
+        """The caller's."""
+        return Sight(auth.principal(), self.of)
+
+    def hides(self, stored: StoredJob, sight: Sight) -> bool:
+        """Whether the job is not there for the caller."""
+        return not sight.sees(stored.value.queue, stored.message.submitter)
+
+    def check_change(self, stored: StoredJob, sight: Sight) -> None:
+        """Raises PermissionDenied (NOT_OWNER) for a job that the caller sees and may not change."""
+        if not sight.changes(stored.value.queue, stored.message.submitter):
+            raise ownership.not_owner(stored.value.name, stored.message.submitter)
+
+    def check_read(self, stored: StoredJob, sight: Sight) -> None:
+        """The same for what is private of it: its output."""
+        if not sight.reads(stored.value.queue, stored.message.submitter):
+            raise ownership.not_owner(stored.value.name, stored.message.submitter)
+
+    async def check_use(self, queue: str, priority: int) -> None:
+        """Raises NotFound for a queue that is not there for the caller, PermissionDenied for a token or a priority that is not for it.
+
+        Whether there is such a queue when the job is stored is asked again then.
+        """
+        who, access = auth.principal(), await self._sure(queue)
+        if access is UNKNOWN:
+            ownership.note_asked()
+            if names.queue(queue) != names.DEFAULT_QUEUE:  # which the first leader makes
+                raise queue_not_there(queue)
+            return
+        if not ownership.may_see(who, access):
+            raise queue_not_there(queue)
+        if not ownership.may_use(who, queue, access):
+            raise PermissionDenied(
+                f"this token is for {', '.join(sorted(map(names.queue, who.queues or ())))} alone; use one of them, or another token",
+                reason=ErrorReason.QUEUE_NOT_IN_TOKEN,
+                metadata={"queue": names.queue(queue)},
+            )
+        if who.role == roles.USER:
+            queue_access.check_priority(priority, access.max_priority, names.queue(queue))
+
+    def check_priority(self, queue: str, priority: int) -> None:
+        """Raises PermissionDenied for more than the caller may give there."""
+        if auth.principal().role == roles.USER:
+            queue_access.check_priority(priority, self.of(queue).max_priority, names.queue(queue))
+
+    def highest_of(self, queue: str, owner: str, priority: int) -> int:
+        """The priority, brought down to what the owner may give there."""
+        role = owner.partition("/")[0]
+        return priority if role in roles.OPERATORS else min(priority, self.of(queue).max_priority)
+
+    async def _sure(self, queue: str) -> Access:
+        """Of a queue that was made this moment, too."""
+        if (access := self.of(queue)) is not UNKNOWN:
+            return access
+        entry = await self._store.get(keys.QUEUES + queue)
+        return UNKNOWN if entry is None else access_of(pb.Queue.FromString(entry.value))
+
+
+def queue_not_there(queue: str) -> NotFound:
+    """The same for one that is not there, and for one that is not there for the caller."""
+    hint = f'use "{names.DEFAULT_QUEUE}" or one of: whaleflux queue ls; an operator makes one with: whaleflux queue create {queue}'
+    return NotFound("queue", names.queue(queue), hint)

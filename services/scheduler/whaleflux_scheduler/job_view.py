@@ -1,0 +1,95 @@
+"""What users see beyond the record, as far as only the leader knows it: live cost and step, and why a job waits."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from whaleflux.clock import Clock
+from whaleflux.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from whaleflux.manifests.job_fields import Spec
+from whaleflux.reasons import ErrorReason
+from whaleflux.v1 import scheduler_pb2
+from whaleflux_scheduler import convert
+from whaleflux_scheduler.convert import StoredJob
+from whaleflux_scheduler.core import cost, dependencies, running_time
+from whaleflux_scheduler.core.model import Job, JobState, SchedulingDecision
+from whaleflux_scheduler.leader_state import LeaderState
+from whaleflux_scheduler.node_view import NodeView
+from whaleflux_scheduler.planner_thread import PlannerThread
+
+
+class JobView:
+    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far."""
+
+    def __init__(
+        self,
+        state: LeaderState,
+        planner: PlannerThread,
+        nodes: NodeView,
+        clock: Clock,
+        caught_up: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._state, self._planner, self._nodes, self._clock = state, planner, nodes, clock
+        self.caught_up = caught_up
+
+    def present(self, stored: StoredJob) -> scheduler_pb2.Job:
+        """The job with its cost up to now, its live step, and why it waits."""
+        job, message = stored.value, present_stored(stored, self._clock)
+        tracking = self._state.tracked(job.name)
+        if tracking is None:
+            return message
+        if progress := tracking.progress_in(job.attempt):
+            message.step = progress.step
+            message.step_time.FromDatetime(progress.time)
+            convert.set_loss(message, progress.loss)
+        if tracking.waits is not None and job.state is JobState.QUEUED:
+            message.decision.CopyFrom(convert.decision_message(tracking.waits))
+            message.state_message = tracking.waits.summary
+        return message
+
+    async def explain(self, job: Job) -> SchedulingDecision:
+        """Why a waiting job waits, decided afresh."""
+        await self.caught_up()
+        now, tracking = self._clock.now(), self._state.tracked(job.name)
+        avoided = tracking.avoided(now) if tracking is not None else ()
+        return await self._planner.ask(lambda planner: planner.explain(job, avoided, now))
+
+    async def check_capacity(self, queue: str, spec: Spec) -> None:
+        """Raises FailedPrecondition for what this queue and fleet can never give.
+
+        Of a fleet that is not known nothing is said, nor by a planner that has no time for it: what is taken waits.
+        """
+        if not self._nodes.complete or self._planner.could_hold(queue, spec):
+            return
+        await self.caught_up()
+        try:
+            why = await self._planner.ask(lambda planner: planner.shortage(queue, spec))
+        except (ResourceExhausted, Unavailable):
+            return
+        if why:
+            raise FailedPrecondition(
+                f"it could never run: {why}; to let it wait for more all the same: whaleflux submit --wait-for-capacity",
+                reason=ErrorReason.CAPACITY_SHORT,
+                metadata={"gpus": str(spec.gpus), "queue": queue},
+            )
+
+    async def dry_run(self, job: Job) -> SchedulingDecision:
+        """What would be decided for a job that is not submitted."""
+        await self.caught_up()
+        now = self._clock.now()
+        decision = await self._planner.ask(lambda planner: planner.dry_run(job, now))
+        known = self._nodes.limits_not_kept(job.spec, [task.node for task in decision.tasks])
+        first = tuple(f"first it waits for {one.job} {dependencies.words(one)}" for one in job.awaits)
+        tasks = tuple(replace(task, isolation=self._nodes.isolation_on(task.node)) for task in decision.tasks)
+        return replace(decision, reasons=(*first, *decision.reasons, *known), tasks=tasks)
+
+
+def present_stored(stored: StoredJob, clock: Clock) -> scheduler_pb2.Job:
+    """The job as any replica can show it: its record, with its cost up to now."""
+    message = scheduler_pb2.Job()
+    message.CopyFrom(stored.message)
+    message.cost_usd = cost.job_cost_usd(stored.value, clock.now())
+    if (at := running_time.latest_end(stored.value)) is not None and not stored.value.ended:
+        message.latest_end_time.CopyFrom(convert.timestamp(at))
+    return message

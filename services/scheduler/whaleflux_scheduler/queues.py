@@ -1,0 +1,214 @@
+"""Queues in the store: made, read, changed and deleted by people; the leader follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from whaleflux import names
+from whaleflux.clock import Clock
+from whaleflux.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
+from whaleflux.reasons import ErrorReason, What
+from whaleflux.rpc import changes
+from whaleflux.rpc.etags import check_etag, etag_of
+from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.store import keys
+from whaleflux.store.api import Absent, ConditionFailed, Entry, NoneCreated, Put, Store, Unchanged
+from whaleflux.trust import audit, ownership
+from whaleflux.trust.sight import Sight
+from whaleflux.trust.view import access_of
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler import convert
+from whaleflux_scheduler.core import queue_access
+from whaleflux_scheduler.core.validate import check_queue
+from whaleflux_scheduler.job_verbs import RACES, contended
+from whaleflux_scheduler.jobs import Jobs
+
+UPDATABLE = ("weight", "max_gpus", "members", "max_priority")
+MOST_TOLD = 10  # members in an event
+
+
+class Queues:
+    """Any replica does this."""
+
+    def __init__(self, store: Store, jobs: Jobs, clock: Clock) -> None:
+        self._store, self._jobs, self._clock = store, jobs, clock
+
+    async def create(self, request: pb.CreateQueueRequest) -> pb.Queue:
+        """A repeated request (by its request_id) answers with what the first made."""
+        name = names.queue(names.check_id("queue_id", request.queue_id))
+        queue = pb.Queue(name=name, weight=request.queue.weight, max_gpus=request.queue.max_gpus)
+        queue.members.extend(dict.fromkeys(request.queue.members))
+        _set(queue, request.queue, "max_priority")
+        _check(queue)
+        queue.create_time.FromDatetime(self._clock.now())
+        queue.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
+        key = keys.of_name(keys.QUEUES, name)
+        try:
+            revision = await self._store.commit(_put(key, queue), when=[Absent(key)])
+        except ConditionFailed:
+            existing = await self._store.get(key)
+            if existing is None or not (request.request_id and _same_limits(existing, queue)):
+                raise AlreadyExists(
+                    "queue", name, f"change it with: whaleflux queue set {names.last(name)}, or choose another name"
+                ) from None
+            return queue_message(existing)
+        queue.etag = f'"{revision}"'
+        return queue
+
+    async def get(self, name: str) -> Entry:
+        """Raises NotFound."""
+        names.split(name, "queues")
+        entry = await self._store.get(keys.of_name(keys.QUEUES, name))
+        if entry is None:
+            ownership.note_asked()
+            raise _not_there(name)
+        return entry
+
+    async def seen(self, name: str, sight: Sight) -> Entry:
+        """The same for one that is not there for the caller."""
+        entry = await self.get(name)
+        ownership.note_asked()
+        if not (sight.everything or ownership.may_see(sight.principal, access_of(pb.Queue.FromString(entry.value)))):
+            raise _not_there(name)
+        return entry
+
+    async def page(self, request: pb.ListQueuesRequest, sight: Sight) -> Page[pb.Queue]:
+        """Those that are there for the caller."""
+        size = page_size(request.page_size)
+        ownership.note_asked()
+        return await list_page(
+            self._store,
+            keys.QUEUES,
+            queue_message,
+            size=size,
+            token=request.page_token,
+            keep=lambda queue: sight.everything or ownership.may_see(sight.principal, access_of(queue)),
+        )
+
+    async def update(self, request: pb.UpdateQueueRequest) -> pb.Queue:
+        """Sets the fields that the mask names, adds and removes members; everybody who watches knows within a second.
+
+        The leader's planner takes weight and limit with its next round; members and priority hold for what is asked from then on.
+        """
+        come_or_go = bool(request.add_members or request.remove_members)
+        paths = [] if come_or_go and not request.update_mask.paths else _checked(request.update_mask.paths)
+        for _ in range(RACES):
+            entry = await self.get(request.queue.name)
+            check_etag(request.queue.etag, entry)
+            queue = pb.Queue.FromString(entry.value)
+            changed = (*paths, *["members"] * come_or_go)
+            audit.note(before=", ".join(_said(queue, path) for path in changed))
+            for path in paths:
+                _set(queue, request.queue, path)
+            if come_or_go:
+                members = queue_access.changed(queue.members, request.add_members, request.remove_members, queue.name)
+                queue.members[:] = members
+            _check(queue)
+            what = ", ".join(_said(queue, path) for path in changed)
+            queue.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), what))
+            try:
+                revision = await self._store.commit(_put(entry.key, queue), when=[Unchanged(entry)])
+            except ConditionFailed:
+                continue
+            queue.etag = f'"{revision}"'
+            return queue
+        raise contended(request.queue.name)
+
+    async def delete(self, request: pb.DeleteQueueRequest) -> None:
+        """Refuses while it has unfinished jobs, also those that are submitted at this moment."""
+        entry = await self.get(request.name)
+        check_etag(request.etag, entry)
+        if request.name == names.DEFAULT_QUEUE:
+            raise FailedPrecondition(
+                f"{names.DEFAULT_QUEUE} exists always",
+                reason=ErrorReason.QUEUE_PERMANENT,
+                metadata={"name": request.name},
+            )
+        for _ in range(RACES):
+            jobs_as_of = await self._jobs_ended(request.name)
+            marked = pb.Queue.FromString(entry.value)
+            marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
+            try:
+                await changes.delete(self._store, entry, _put(entry.key, marked).value, when=[jobs_as_of])
+            except ConditionFailed as changed:
+                if jobs_as_of not in changed.failed:
+                    raise contended(request.name) from None
+                entry = await self.get(request.name)
+                continue
+            return
+        raise contended(request.name)
+
+    async def _jobs_ended(self, name: str) -> NoneCreated:
+        """What has to hold while the queue is deleted: that no job came after those that were looked at, nor took the place of one.
+
+        Refuses for unfinished jobs.
+        """
+        prefix = keys.of_name(keys.JOBS, name) + "/"
+        revision = (await self._store.list(prefix, limit=1)).revision
+        await self._jobs.cache.at_least(revision)
+        queue = names.top(name)
+        left = sum(j.value.queue == queue and not j.value.ended for j in self._jobs.cache.values.values())
+        if left:
+            raise FailedPrecondition(
+                f"{name} has {left} unfinished jobs; cancel them or wait for their end",
+                reason=ErrorReason.QUEUE_NOT_EMPTY,
+                metadata={"name": name, "jobs": str(left)},
+            )
+        return NoneCreated(prefix, revision, or_written=True)
+
+
+def _not_there(name: str) -> NotFound:
+    return NotFound("queue", name, "list what exists with: whaleflux queue ls")
+
+
+def queue_message(entry: Entry) -> pb.Queue:
+    """The queue as users see it."""
+    queue = pb.Queue.FromString(entry.value)
+    queue.etag = etag_of(entry)
+    return queue
+
+
+def _checked(paths: Sequence[str]) -> list[str]:
+    known = ", ".join(UPDATABLE)
+    found = [
+        FieldViolation("update_mask", f"{path[:64]!r} cannot be changed; use {known}")
+        for path in paths
+        if path not in UPDATABLE
+    ]
+    if not paths:
+        found = [FieldViolation("update_mask", f"is empty; name what to change: {known}")]
+    if found:
+        raise InvalidArgument(found)
+    return list(dict.fromkeys(paths))
+
+
+def _set(queue: pb.Queue, wanted: pb.Queue, field: str) -> None:
+    if field == "members":
+        queue.members[:] = dict.fromkeys(wanted.members)
+    elif field == "max_priority" and not wanted.HasField("max_priority"):
+        queue.ClearField("max_priority")
+    else:
+        setattr(queue, field, getattr(wanted, field))
+
+
+def _check(queue: pb.Queue) -> None:
+    check_queue(convert.queue_of(queue))
+    queue_access.check(queue.members, queue.max_priority if queue.HasField("max_priority") else None)
+
+
+def _said(queue: pb.Queue, field: str) -> str:
+    """The field as its event tells it."""
+    if field == "members":
+        first = ", ".join(queue.members[:MOST_TOLD]) + (" and more" if len(queue.members) > MOST_TOLD else "")
+        return f"members {first or 'all users'}"
+    unset = field == "max_priority" and not queue.HasField("max_priority")
+    return f"{field} unset" if unset else f"{field} {getattr(queue, field):g}"
+
+
+def _put(key: str, queue: pb.Queue) -> Put:
+    return Put(key, queue.SerializeToString(deterministic=True))
+
+
+def _same_limits(existing: Entry, wanted: pb.Queue) -> bool:
+    known = pb.Queue.FromString(existing.value)
+    return all(getattr(known, field) == getattr(wanted, field) for field in UPDATABLE)

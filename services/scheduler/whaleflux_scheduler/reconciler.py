@@ -1,0 +1,419 @@
+"""The leader's loop: wake on news, work out what follows, write it, go on. Never polls.
+
+A round takes everything that came since the last one: reports, phases of nodes, diagnoses, changes of jobs, deadlines. Each job
+makes at most one transition per round (`core.lifecycle`), waiting jobs are placed (`core.planner`, in its own thread), and all
+transitions are written at once, each under the job's revision and this leadership. What a transition leads to is the next round's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from whaleflux import names, telemetry
+from whaleflux.clock import Clock
+from whaleflux.store.api import Store
+from whaleflux.store.cache import Cache
+from whaleflux.store.election import Leader
+from whaleflux.telemetry import Metric
+from whaleflux_scheduler import spans
+from whaleflux_scheduler.agent_sessions import AgentSessions
+from whaleflux_scheduler.agents import Agents
+from whaleflux_scheduler.convert import StoredJob, StoredQueue
+from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
+from whaleflux_scheduler.core.model import ACTIVE, Job, JobState, Queue
+from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
+from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.planner import Choice, Delta
+from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
+from whaleflux_scheduler.housekeeping import Housekeeping
+from whaleflux_scheduler.job_tracking import JobTracking, Offer
+from whaleflux_scheduler.job_view import JobView
+from whaleflux_scheduler.jobs import key_of
+from whaleflux_scheduler.leader_state import LeaderState
+from whaleflux_scheduler.node_view import NodeChanges, NodeView
+from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
+
+COALESCE_S = 0.0005  # news that come together are one round
+ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
+SHOW_EVERY_S = 1.0
+CAUGHT_UP_S = 1.0
+
+
+class Sources(NamedTuple):
+    """What the leader reads, all current and owned by others."""
+
+    jobs: Cache[StoredJob]
+    queues: Cache[StoredQueue]
+
+
+class Reconciler:
+    """One leadership: everything that it remembers ends with it."""
+
+    def __init__(
+        self,
+        store: Store,
+        leader: Leader,
+        sources: Sources,
+        sessions: AgentSessions,
+        nodes: NodeView,
+        diagnosis: FailureDiagnosis,
+        clock: Clock,
+        timeouts: Timeouts,
+        *,
+        keep_ended: int = 10_000,
+        told: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self._sources, self._sessions, self._nodes = sources, sessions, nodes
+        self._diagnosis, self._clock, self._timeouts = diagnosis, clock, timeouts
+        self._state, self.planner = LeaderState(), PlannerThread(clock)
+        self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
+        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up)
+        self._housekeeping = Housekeeping(
+            store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
+        )
+        callbacks = WriterCallbacks(self._written, self._state.touch, self._not_storable)
+        self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
+        self._queues_changed = True
+        self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
+        nodes.on_change = self._state.wake
+        self._tasks: asyncio.TaskGroup | None = None
+        self._rounds_done = 0
+        self._round_over = asyncio.Event()  # another one for each round
+
+    def load(self) -> None:
+        """Takes in what the store holds. Before this, an agent would be told that nothing is desired."""
+        for stored in self._sources.jobs.values.values():
+            self._state.record(stored.value.name, stored.value)
+            if not stored.value.ended or any(stored.value.holding()):
+                self._state.touch(stored.value.name)
+
+    async def run(self) -> None:
+        """Until cancelled; raises Fenced (in a group) when another leads."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._tasks = group
+                self._writer.runs_in(group)
+                group.create_task(self._follow_jobs())
+                group.create_task(self._follow_queues())
+                group.create_task(self._alarm())
+                group.create_task(self._rounds())
+                group.create_task(self._keep_showing())
+                group.create_task(self._housekeeping.prune())
+        finally:
+            self.planner.shutdown()
+            self._housekeeping.clear_gauges()
+
+    def datasets_are(self, changed: Sequence[DatasetFact], gone: Sequence[str] = ()) -> None:
+        """Datasets of which the size or the copies changed, and those that exist no more."""
+        self._datasets |= {fact.name: fact for fact in changed} | dict.fromkeys(gone)
+        self._state.wake()
+
+    async def _caught_up(self) -> None:
+        """Returns when the planner knows what has come so far, or after a second of ever more news."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CAUGHT_UP_S):
+                while self._state.changed:
+                    await self._round_over.wait()
+
+    # feeds
+
+    async def _follow_jobs(self) -> None:
+        async for changes in self._sources.jobs.changes():
+            for change in changes:
+                old = change.old.value if change.old is not None else None
+                new = change.new.value if change.new is not None else None
+                known = new or old
+                assert known is not None
+                if (old is None or old.readable) != (new is None or new.readable):
+                    self._readability_changed(known.name)
+                if old is not None and (new is None or new.uid != old.uid):
+                    self._state.deleted(old)
+                for node in self._state.record(known.name, new):
+                    self._sessions.wake(node)
+                idle = new is not None and new.ended and not any(new.holding())
+                if old is not None or not idle:
+                    self._state.touch(known.name)
+            self._housekeeping.jobs_changed()
+
+    def _readability_changed(self, name: str) -> None:
+        """Every agent is told which jobs to leave alone, and nodes that were closed for this one may open."""
+        self._nodes.not_occupied_by(name)
+        for node in self._sessions.connected:
+            self._sessions.wake(node)
+
+    async def _follow_queues(self) -> None:
+        async for _ in self._sources.queues.changes():
+            self._queues_changed = True
+            self._state.wake()
+
+    async def _alarm(self) -> None:
+        """Wakes the loop when a deadline of a job has come."""
+        while True:
+            rescheduled = self._state.watch_schedule()
+            at = self._state.next_due()
+            waiting: set[asyncio.Task[object]] = {asyncio.create_task(rescheduled.wait())}
+            if at is not None:
+                left_s = (at - self._clock.now()).total_seconds()
+                waiting.add(asyncio.create_task(self._clock.sleep(max(left_s, 0.0) + 0.001)))
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in waiting:
+                    task.cancel()
+            if due := self._state.take_due(self._clock.now()):
+                self._state.touch(*due)
+
+    async def _keep_showing(self) -> None:
+        """Gauges are at most a second older than the last round."""
+        shown = 0
+        while True:
+            if shown == self._rounds_done:
+                await self._round_over.wait()
+            await self._clock.sleep(SHOW_EVERY_S)
+            shown = self._rounds_done
+            await self._housekeeping.show_gauges()
+
+    # rounds
+
+    async def _rounds(self) -> None:
+        await self._housekeeping.found_default_queue()
+        next_s = 0.0  # a round at once when it is quiet, else so many that most of the time is left for others
+        while True:
+            await self._state.wait_for_change()
+            await self._clock.sleep(max(COALESCE_S, next_s - self._clock.monotonic()))
+            await self._writer.room()
+            self._state.begin_round()
+            begun_s = self._clock.monotonic()
+            await self._round()
+            took_s = self._clock.monotonic() - begun_s
+            next_s = begun_s + min(took_s + LONGEST_PAUSE_S, max(ROUND_EVERY_S, 3 * took_s))
+            self._rounds_done += 1
+            done, self._round_over = self._round_over, asyncio.Event()
+            done.set()
+
+    async def _round(self) -> None:
+        now = self._clock.now()
+        changes = self._nodes.take_changes()
+        names = self._state.take_touched()
+        for node in changes.touched:
+            names |= self._state.jobs_on(node)
+        transitions: dict[str, Transition] = {}
+        delta = self._delta(changes, names, now, transitions)
+        with telemetry.histogram(Metric.PLAN_DURATION).labels("round").time():
+            choices = await self.planner.decide(delta)
+        for choice in choices:
+            self._choose(choice, now, transitions)
+        self._writer.write(transitions)
+        if self.planner.unfinished:
+            self._state.wake()
+
+    def _delta(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> Delta:
+        """What the planner has to know; the transitions that need no planner are added to `transitions`."""
+        jobs: list[Job] = []
+        gone: list[str] = []
+        candidates: dict[str, Candidate | None] = {}
+        for name in names:
+            if self._writer.writes(name):
+                self._writer.later(name)
+                continue
+            stored = self._sources.jobs.get(key_of(name))
+            if stored is None:
+                gone.append(name)
+                self._forget(name)
+                continue
+            jobs.append(stored.value)
+            candidates[name] = self._look(stored, now, transitions)
+        queues, datasets = self._queues() if self._queues_changed else None, self._datasets
+        self._queues_changed, self._datasets = False, {}
+        return Delta(
+            nodes=tuple(changes.nodes.values()),
+            removed=tuple(changes.removed),
+            closed={node: self._nodes.closed(node) for node in changes.touched},
+            jobs=tuple(jobs),
+            gone=tuple(gone),
+            candidates=candidates,
+            queues=queues,
+            datasets=tuple(fact for fact in datasets.values() if fact is not None),
+            datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
+        )
+
+    def _queues(self) -> dict[str, Queue]:
+        return {names.top(stored.value.name): stored.value for stored in self._sources.queues.values.values()}
+
+    def _forget(self, name: str) -> None:
+        if (tracking := self._state.forget(name)) is not None:
+            self.agents.settle(tracking, tracking.reports)
+        spans.forget(name)
+
+    def _look(self, stored: StoredJob, now: datetime, transitions: dict[str, Transition]) -> Candidate | None:
+        """Adds the job's transition, if it makes one; returns the job as a candidate when it may be placed."""
+        job = stored.value
+        tracking = self._state.tracking(job.name)
+        tracking.withdraw_offer()
+        if not job.readable:  # what is reported of it waits until it can be read
+            self._state.schedule(job.name, None)
+            return None
+        observed, reports = self._observed(job, tracking, now), tracking.reports
+        after = lifecycle.advance(job, observed, now, self._timeouts)
+        if after is not job or tracking.step_is_due(now):
+            after = tracking.with_step(after)
+        self._state.schedule(job.name, self._due(job, tracking, observed, now))
+        if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
+            diagnosed = tracking.diagnosed
+            if diagnosed is not None and diagnosed.diagnosis.epoch == job.epoch:
+                return self._offer(Offer(stored, after, reports), tracking, now)
+            self._ask_why(job, tracking)
+        if after != job:
+            if job.state in ACTIVE and after.state is JobState.RECOVERING:
+                before = task_observations.observe(job, observed)
+                tracking.failed(attempt_failures.find(before, observed, now, self._timeouts))
+            transitions[job.name] = Transition(stored, after, reports)
+            return None
+        self.agents.settle(tracking, reports)
+        if job.state is JobState.QUEUED and (kept := wait_reasons.kept_back(_as_known(job, observed), now)):
+            tracking.wait_because(kept)
+        elif job.state is JobState.QUEUED and (job.not_before is None or job.not_before <= now):
+            return self._offer(Offer(stored, job, reports), tracking, now)
+        if job.ended and not tracking.reports:
+            self._state.forget(job.name)
+        return None
+
+    def _observed(self, job: Job, tracking: JobTracking, now: datetime) -> Observations:
+        names = (*(task.node for _, task in job.holding()), *(job.claim.gpus if job.claim else ()))
+        nodes = {name: condition for name in names if (condition := self._nodes.condition(name)) is not None}
+        diagnosis = tracking.diagnosed.diagnosis if tracking.diagnosed is not None else None
+        reports = tuple(pending.report for pending in tracking.reports)
+        ends, gone = self._ends(job)
+        observed = Observations(reports, nodes, diagnosis, self._claimed_by(job, now), ends=ends, gone=gone)
+        progress = tracking.progress_in(job.attempt)
+        return observed if progress is None else replace(observed, step=progress.step, loss=progress.loss)
+
+    def _ends(self, job: Job) -> tuple[dict[str, JobState], frozenset[str]]:
+        """Where the jobs stand that it waits for, by uid, and which were deleted.
+
+        Those whose records cannot be read are left out: that is not known.
+        """
+        ends, gone = {}, set[str]()
+        for awaited in job.awaits:
+            stored = self._sources.jobs.get(key_of(awaited.job))
+            if stored is None or (stored.value.readable and stored.value.uid != awaited.uid):
+                ends[awaited.uid] = self._state.unseen_end(job.name, awaited.uid)
+                gone.add(awaited.uid)
+            elif stored.value.readable:
+                ends[awaited.uid] = stored.value.state
+        return ends, frozenset(gone)
+
+    def _claimed_by(self, job: Job, now: datetime) -> str:
+        """A job that waits for GPUs of this one, "" for none. Read from the records each time: so it is repeated until done."""
+        attempt = job.attempt
+        held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
+        for name in sorted(self._state.claimants_of(job.name)):
+            stored = self._sources.jobs.get(key_of(name))
+            claim = stored.value.claim if stored is not None else None
+            if claim is None or now >= claim.expire_time:
+                continue
+            if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
+                return name
+        return ""
+
+    def _due(self, job: Job, tracking: JobTracking, observed: Observations, now: datetime) -> datetime | None:
+        dues = list(tracking.avoided_until(now))
+        if (at := lifecycle.due(job, observed, now, self._timeouts)) is not None:
+            dues.append(at)
+        if job.state in ACTIVE and (at := tracking.step_due_after(now)) is not None:
+            dues.append(at)
+        return min(dues, default=None)
+
+    def _offer(self, offer: Offer, tracking: JobTracking, now: datetime) -> Candidate | None:
+        if tracking.cannot_be_stored(offer.stored.entry.revision):
+            return None  # the same again would come of it, and the planner holds GPUs for what is written only
+        tracking.offer_as(offer)
+        return Candidate(offer.job, tracking.avoided(now))
+
+    def _choose(self, choice: Choice, now: datetime, transitions: dict[str, Transition]) -> None:
+        tracking = self._state.tracking(choice.job)
+        if (offer := tracking.offer) is None:
+            return
+        ready = offer.job
+        if choice.assignment is not None:
+            after = self._placed(ready, choice, tracking, now)
+        elif choice.claim is not None:
+            tracking.wait_because(choice.decision)
+            after = lifecycle.claim(ready, choice.claim, choice.decision.summary)
+        elif ready.state is JobState.RECOVERING:
+            after = lifecycle.requeue(ready, choice.decision.summary)
+        else:
+            tracking.wait_because(choice.decision)
+            after = ready
+        if after is not ready:
+            tracking.withdraw_offer()
+            transitions[choice.job] = Transition(offer.stored, after, offer.reports, choice)
+
+    def _placed(self, ready: Job, choice: Choice, tracking: JobTracking, now: datetime) -> Job:
+        assert choice.assignment is not None
+        diagnosed = tracking.diagnosed
+        restore = diagnosed.diagnosis.restore_checkpoint if diagnosed is not None else ""
+        trace = telemetry.new_traceparent(spans.parent_of(ready, diagnosed))
+        known = self._nodes.limits_not_kept(ready.spec, [node for node, _ in choice.assignment.nodes])
+        decision = replace(choice.decision, reasons=(*choice.decision.reasons, *known))
+        return lifecycle.place(ready, choice.assignment, decision, now, traceparent=trace, restore=restore)
+
+    # after writing
+
+    def _written(self, transition: Transition) -> None:
+        before, after = transition.stored.value, transition.after
+        tracking = self._state.tracking(after.name)
+        self.agents.settle(tracking, transition.reports)
+        now = self._clock.now()
+        tracking.step_written(now)
+        if after.state is JobState.STARTING and before.state is not JobState.STARTING:
+            spans.placed(before, after, tracking.diagnosed, transition.choice, now)
+            tracking.placed()
+        if before.state is not after.state:
+            spans.transitioned(before, after, now)
+
+    def _not_storable(self, transition: Transition, why: str) -> None:
+        """The store will never take it; the job waits with that as its reason."""
+        tracking = self._state.tracking(transition.after.name)
+        tracking.not_storable(transition.stored.entry.revision)
+        tracking.wait_because(wait_reasons.cannot_be_stored(why, self._clock.now()))
+        self._state.touch(transition.after.name)
+
+    # why an attempt ended
+
+    def _ask_why(self, job: Job, tracking: JobTracking) -> None:
+        """Asks what the end of the attempt means, once per epoch."""
+        if job.attempt is None or not tracking.ask_once(job.epoch):
+            return
+        assert self._tasks is not None
+        failure = tracking.failure or reconstruct(job)
+        disconnected = tuple(node for node in job.attempt.nodes if node not in self._sessions.connected)
+        query = DiagnosisQuery(job, failure, tracking.launch_of(failure.task), disconnected)
+        self._tasks.create_task(self._diagnose(query))
+
+    def _avoid_s(self, end: EndReason) -> float:
+        """How long a job avoids the node where its attempt ended. One that is drained takes nobody, and may come back at once."""
+        known = {EndReason.UNFIT: self._timeouts.avoid_unfit_s, EndReason.DRAIN: 0.0}
+        return known.get(end, self._timeouts.avoid_s)
+
+    async def _diagnose(self, query: DiagnosisQuery) -> None:
+        result = await self._diagnosis.ask(query)
+        name = query.job.name
+        if (tracking := self._state.tracked(name)) is not None:
+            avoid_s = self._avoid_s(query.failure.reason)
+            tracking.diagnose(result, self._clock.now() + timedelta(seconds=avoid_s))
+            self._state.touch(name)
+
+
+def _as_known(job: Job, observed: Observations) -> Job:
+    """The job without what it waits for no longer, which may not be stored yet."""
+    left = dependencies.left(job.awaits, observed.ends)
+    return job if left is job.awaits else replace(job, awaits=left)
