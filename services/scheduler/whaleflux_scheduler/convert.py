@@ -25,6 +25,7 @@ from whaleflux_scheduler.core.model import (
     Awaited,
     Cause,
     Claim,
+    ClaimPurpose,
     Hold,
     Job,
     JobState,
@@ -71,6 +72,7 @@ def set_loss(message: pb.Job | pb.Attempt, loss: float | None) -> None:
 
 _PHASES = frozenset(int(phase) for phase in TaskPhase)
 _WHENS = frozenset(int(when) for when in When)
+_PURPOSES = frozenset(int(purpose) for purpose in ClaimPurpose)
 _STATES = frozenset(int(state) for state in JobState if state)
 
 
@@ -128,6 +130,8 @@ def claim_of(message: pb.Claim) -> Claim:
         nodes=tuple((node.node, tuple(node.gpu_uuids)) for node in message.nodes),
         victims=tuple(message.victims),
         expire_time=instant(message, "expire_time") or datetime.fromtimestamp(0, UTC),
+        purpose=ClaimPurpose(message.purpose) if message.purpose in _PURPOSES else ClaimPurpose.UNSPECIFIED,
+        start_time=instant(message, "start_time"),
     )
 
 
@@ -218,7 +222,15 @@ def _merge_claim(claim: Claim | None, message: pb.Job) -> None:
     message.ClearField("claim")
     if claim is not None:
         nodes = (pb.ClaimedNode(node=node, gpu_uuids=uuids) for node, uuids in claim.nodes)
-        message.claim.CopyFrom(pb.Claim(nodes=nodes, victims=claim.victims, expire_time=timestamp(claim.expire_time)))
+        message.claim.CopyFrom(
+            pb.Claim(
+                nodes=nodes,
+                victims=claim.victims,
+                expire_time=timestamp(claim.expire_time),
+                purpose=claim.purpose.value,  # type: ignore[arg-type]  # a test compares the enums
+            )
+        )
+        _set_instant(message.claim, "start_time", claim.start_time)
 
 
 def _merge_waiting(job: Job, message: pb.Job) -> None:

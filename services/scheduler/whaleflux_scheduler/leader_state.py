@@ -100,7 +100,7 @@ class LeaderState:
         victims = claim.victims if claim else ()
         self._claimants.set(name, victims)
         self._record_awaits(name, new)
-        self.touch(*victims)
+        self.touch(*victims, *self._claimants.to(name))  # who goes on where this one was looks whether it is free
         self._tell_dependents(name, new)
         return self._record_nodes(name, nodes | frozenset(claim.gpus if claim else ()))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -26,7 +26,8 @@ from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
-from whaleflux_scheduler.core.model import ACTIVE, Job, JobState, Queue
+from whaleflux_scheduler.core.holdings import held_by
+from whaleflux_scheduler.core.model import ACTIVE, Claim, Job, JobState, Queue
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.planner import Choice, Delta
@@ -292,7 +293,8 @@ class Reconciler:
         diagnosis = tracking.diagnosed.diagnosis if tracking.diagnosed is not None else None
         reports = tuple(pending.report for pending in tracking.reports)
         ends, gone = self._ends(job)
-        observed = Observations(reports, nodes, diagnosis, self._claimed_by(job, now), ends=ends, gone=gone)
+        claimed_by, free = self._claimed_by(job, now), self._claim_is_free(job)
+        observed = Observations(reports, nodes, diagnosis, claimed_by, free, ends=ends, gone=gone)
         progress = tracking.progress_in(job.attempt)
         return observed if progress is None else replace(observed, step=progress.step, loss=progress.loss)
 
@@ -323,6 +325,17 @@ class Reconciler:
             if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
                 return name
         return ""
+
+    def _claim_is_free(self, job: Job) -> bool:
+        """Whether nobody else holds any of what a running job claims to go on there."""
+        if job.claim is None or job.state is not JobState.RUNNING:
+            return False
+        return not any(job.claim.concerns(held_by(other)) for other in self._others_on(job.claim, job.name))
+
+    def _others_on(self, claim: Claim, name: str) -> Iterator[Job]:
+        for other in {other for node, _ in claim.nodes for other in self._state.jobs_on(node)} - {name}:
+            if (stored := self._sources.jobs.get(key_of(other))) is not None:
+                yield stored.value
 
     def _due(self, job: Job, tracking: JobTracking, observed: Observations, now: datetime) -> datetime | None:
         dues = list(tracking.avoided_until(now))

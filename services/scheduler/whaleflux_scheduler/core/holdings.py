@@ -19,6 +19,7 @@ from whaleflux_scheduler.core.model import Claim, Job, JobState, Task
 from whaleflux_scheduler.core.placement.api import Bottleneck, Cost, GpuOption, NodeAssignment, Placement
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.request import share
+from whaleflux_scheduler.core.state_machine import goes_on
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,6 +42,11 @@ def places_of(task: Task) -> frozenset[str]:
 
 def count(gpus: Gpus) -> int:
     return sum(map(len, gpus.values()))
+
+
+def _count_of_both(held: Gpus, claimed: Gpus) -> int:
+    """A job may claim what it holds: the place where it goes on."""
+    return count(held) + len(_without(claimed, held))
 
 
 def _without(gpus: Gpus, others: Gpus) -> set[tuple[str, str]]:
@@ -80,7 +86,7 @@ class Holdings:
 
     def count_of(self, job: str) -> int:
         """GPUs that the job holds or claims."""
-        return count(self._held.get(job, NOTHING)) + count(self._claimed.get(job, NOTHING))
+        return _count_of_both(self._held.get(job, NOTHING), self._claimed.get(job, NOTHING))
 
     def holds(self, job: str) -> bool:
         """Whether it holds or claims anything."""
@@ -126,7 +132,7 @@ class Holdings:
 
     def learn(self, job: Job) -> bool:
         """The job as it is stored; True when GPUs came free."""
-        return self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED else None)
+        return self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED or goes_on(job) else None)
 
     def forget(self, name: str) -> bool:
         """The job's record is gone; True when GPUs came free."""
@@ -158,7 +164,7 @@ class Holdings:
     def _record(self, job: Job, held: Gpus, claimed: Gpus) -> None:
         name = job.name
         if job.spec.gpus:  # a queue's limit and its share are of GPUs
-            self.by_queue[job.queue] += count(held) + count(claimed) - self.count_of(name)
+            self.by_queue[job.queue] += _count_of_both(held, claimed) - self.count_of(name)
         if job.spec.array_name:
             self.by_array[job.queue, job.spec.array_name] += bool(held or claimed) - self.holds(name)
         for node in (*self._held.get(name, ()), *self._claimed.get(name, ())):

@@ -25,6 +25,7 @@ from whaleflux_scheduler.core.model import (
     Attempt,
     Cause,
     Claim,
+    ClaimPurpose,
     Job,
     JobState,
     SchedulingDecision,
@@ -39,7 +40,7 @@ from whaleflux_scheduler.core.observed import (
     Observations,
     Timeouts,
 )
-from whaleflux_scheduler.core.state_machine import rule, transition
+from whaleflux_scheduler.core.state_machine import goes_on, rule, transition
 
 PAST_ATTEMPTS = 10
 SUSPEND_MARGIN_S = 10.0  # beyond the grace: what agents may need to report
@@ -142,8 +143,28 @@ def claim(job: Job, claim: Claim, message: str) -> Job:
     return transition(job, JobState.QUEUED, claim=claim, state_message=message)
 
 
+def claim_while_running(job: Job, claim: Claim) -> Job:
+    """RUNNING, and GPUs are kept where it is to go on; written before anything is stopped for it."""
+    return replace(job, claim=claim)
+
+
+def go_on(job: Job, now: datetime) -> Job:
+    """RUNNING -> SUSPENDING, to start again from its checkpoint on what it claims."""
+    assert job.claim is not None and job.attempt is not None
+    gpus = sum(len(uuids) for _, uuids in job.claim.nodes)
+    nodes = ", ".join(node for node, _ in job.claim.nodes[:3])
+    if job.claim.purpose is ClaimPurpose.MOVE:
+        message = f"moves to {nodes}"
+    else:
+        message = f"goes on with {gpus} GPUs instead of {job.attempt.gpus}"
+    end = EndReason.MOVED if job.claim.purpose is ClaimPurpose.MOVE else EndReason.RESIZED
+    ended = cost.end_attempt(job, now, f"{end}: {message}")
+    cause = Cause("", "", message, rule(end))
+    return transition(ended, JobState.SUSPENDING, state_message=message, cause=cause)
+
+
 def suspend(job: Job, by: str, now: datetime) -> Job:
-    """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch."""
+    """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch. What it claims to go on with fewer GPUs it keeps."""
     message = f"makes room for {by}"
     ended = cost.end_attempt(job, now, f"{EndReason.PREEMPTED}: {message}")
     cause = Cause(by, "", message, rule("preemption"))
@@ -222,7 +243,16 @@ def _active(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
     if running_time.time_is_up(job, now):
         over = f"its time_limit of {shown_duration(job.spec.time_limit_s or 0.0)} is over; raise it and submit again"
         return _finish(job, JobState.FAILED, EndReason.TIME_LIMIT, over, now)
-    return suspend(job, observed.claimed_by, now) if observed.claimed_by else job
+    return suspend(job, observed.claimed_by, now) if observed.claimed_by else _going_on(job, observed, now)
+
+
+def _going_on(job: Job, observed: Observations, now: datetime) -> Job:
+    """To the place that it claims, once that is free; where it is, when that place cannot be had any more."""
+    if not goes_on(job) or job.claim is None:
+        return job
+    if not _claim_holds(job.claim, observed, now):
+        return replace(job, claim=None)
+    return go_on(job, now) if observed.claim_is_free else job
 
 
 def _ended_well(attempt: Attempt) -> bool:

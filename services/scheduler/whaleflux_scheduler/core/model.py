@@ -184,16 +184,31 @@ class SchedulingDecision:
     tasks: tuple[Task, ...] = ()
 
 
+class ClaimPurpose(IntEnum):
+    """Why GPUs are kept for a job."""
+
+    UNSPECIFIED = 0  # as PREEMPTION
+    PREEMPTION = 1  # it waits until those who hold them have been suspended
+    RESERVATION = 2  # it waits for its promised start
+    RESIZE = 3  # it runs, and goes on there with more or fewer GPUs
+    MOVE = 4  # it runs, and goes on there with as many
+
+
+GOES_ON = frozenset({ClaimPurpose.RESIZE, ClaimPurpose.MOVE})  # purposes of jobs that run
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """GPUs that are kept for a waiting job while `victims` leave them: (node, UUIDs in rank order).
+    """GPUs that are kept for a job while `victims` leave them: (node, UUIDs in rank order).
 
-    Over when the job is placed or ends, at the latest at `expire_time`.
+    Over when the job is placed or ends, at the latest at `expire_time`. `start_time`: when a reservation has to be kept.
     """
 
     nodes: tuple[tuple[str, tuple[str, ...]], ...]
     victims: tuple[str, ...]
     expire_time: datetime
+    purpose: ClaimPurpose = ClaimPurpose.PREEMPTION
+    start_time: datetime | None = None
 
     @property
     def gpus(self) -> dict[str, frozenset[str]]:

@@ -60,6 +60,8 @@ class EndReason(StrEnum):
     LATE = "late"  # the gang did not start in time
     PREEMPTED = "preempted"
     REQUEUED = "requeued"
+    MOVED = "moved"  # goes on elsewhere, for the good of the whole
+    RESIZED = "resized"  # goes on with more or fewer GPUs
     DONE = "done"
     CANCELLED = "cancelled"
     BUDGET = "budget"
@@ -70,7 +72,9 @@ class EndReason(StrEnum):
 NEVER_STARTED = frozenset(
     {EndReason.REFUSED, EndReason.UNFIT, EndReason.LATE}
 )  # the gang never ran: nothing to learn about the work itself
-PLANNED = frozenset({EndReason.DRAIN, EndReason.PREEMPTED, EndReason.REQUEUED})  # our own doing, or asked for
+PLANNED = frozenset(
+    {EndReason.DRAIN, EndReason.PREEMPTED, EndReason.REQUEUED, EndReason.MOVED, EndReason.RESIZED}
+)  # our own doing, or asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class Observations:
     nodes: Mapping[str, NodeCondition] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
     claimed_by: str = ""  # a job that waits for GPUs which this one holds or claims
+    claim_is_free: bool = False  # nobody else holds any of what it claims
     step: int = -1  # the newest of the current attempt
     loss: float | None = None
     ends: Mapping[str, JobState] = field(default_factory=dict)  # of awaited jobs, by uid; UNSPECIFIED: deleted, unseen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from whaleflux_scheduler.core.model import ENDED, Cause, Job, JobState
+from whaleflux_scheduler.core.model import ENDED, GOES_ON, Cause, Job, JobState
 
 NEXT: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.STARTING, JobState.SUCCEEDED, JobState.CANCELLED}),
@@ -47,7 +47,7 @@ class ImpossibleTransition(AssertionError):
 
 
 def transition(job: Job, to: JobState, **changes: Any) -> Job:
-    """`job` in state `to` with further fields changed; staying is always allowed. Only a waiting job claims anything.
+    """`job` in state `to` with further fields changed; staying is always allowed. A claim outlives it only on the way to its place.
 
     A cause among the changes that names an actor says who took it there; else it was a rule of ours, but for cancelled jobs, whose
     cause says who asked for it.
@@ -57,8 +57,14 @@ def transition(job: Job, to: JobState, **changes: Any) -> Job:
     cause: Cause = changes.get("cause", job.cause)
     if to in BY and not ("cause" in changes and cause.actor):
         changes["cause"] = replace(cause, actor=rule(BY[to]))
-    changes.setdefault("claim", job.claim if to is JobState.QUEUED else None)
+    kept = to is JobState.QUEUED or (to is JobState.SUSPENDING and goes_on(job))
+    changes.setdefault("claim", job.claim if kept else None)
     return replace(job, state=to, **changes)
+
+
+def goes_on(job: Job) -> bool:
+    """Whether what it claims is the place where it goes on, with as many GPUs as now or another number."""
+    return job.claim is not None and job.claim.purpose in GOES_ON
 
 
 def dead_ends() -> frozenset[JobState]:
