@@ -26,7 +26,7 @@ from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.bootstrap import Peers, Service, assemble
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.core.observed import Timeouts
-from whaleflux_scheduler.core.planner import Delta, Planner
+from whaleflux_scheduler.core.plan import News, Plan
 
 USER = auth.Identity("user", "ada")
 GB = 10**9
@@ -65,10 +65,10 @@ def node(name: str, gpus: int = 4, *, model: str = "H100-80GB", usd: float = 2.0
     )
 
 
-def planner_with_queues(clock: Clock, *names_: str) -> Planner:
-    """A planner that knows these queues, without limits."""
-    planner = Planner(clock)
-    planner.apply(Delta(queues={name: Queue(names.queue(name)) for name in names_ or ("q",)}))
+def plan_with_queues(*names_: str, monotonic: Callable[[], float] = lambda: 0.0) -> Plan:
+    """A plan that knows these queues, without limits."""
+    planner = Plan(monotonic)
+    planner.apply(News(queues={name: Queue(names.queue(name)) for name in names_ or ("q",)}))
     return planner
 
 

@@ -17,8 +17,9 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import cost, lifecycle, state_machine, task_observations
 from whaleflux_scheduler.core.model import ENDED, Job, JobState, Queue, SchedulingDecision, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, NodeCondition, Observations, Report, Timeouts
+from whaleflux_scheduler.core.pending import QueueBucket, QueueBuckets
 from whaleflux_scheduler.core.placement.validate import check_request
-from whaleflux_scheduler.core.queueing import QueueBucket, QueueBuckets, over_limit
+from whaleflux_scheduler.core.queue_order import next_turn, over_limit
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
 
@@ -377,7 +378,7 @@ class TestTurns:
         for each in jobs:
             lines.join(QueueBucket(each.spec.priority, each.queue, shapes(each)), each)
         order = []
-        while (line := lines.next_turn(lines.all(), queues or {}, held)) is not None:
+        while (line := next_turn(lines, lines.all(), queues or {}, held)) is not None:
             name = lines.first(line)[1]
             lines.leave(name)
             order.append(name.split("/")[3])

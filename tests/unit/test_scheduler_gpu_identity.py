@@ -8,15 +8,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.scheduler_world import World, node, planner_with_queues, until
-from whaleflux.clock import VirtualClock
+from tests.support.scheduler_world import World, node, plan_with_queues, until
 from whaleflux.fleet.model import Gpu, Link, LinkKind
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Job, JobState, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 A, B = "sites/s/nodes/a", "sites/s/nodes/b"
@@ -31,28 +30,28 @@ def reporting(name, *uuids):
 
 
 def planner(*nodes):
-    made = planner_with_queues(VirtualClock())
-    made.apply(Delta(nodes=nodes, closed={n.name: "" for n in nodes}))
+    made = plan_with_queues()
+    made.apply(News(nodes=nodes, closed={n.name: "" for n in nodes}))
     return made
 
 
 def start(planner, name, gpus):
     """UUIDs that a new job gets, by node, and its record; None and {} when it has to wait."""
     job = Job(f"queues/q/jobs/{name}", Spec(command=("x",), gpus=gpus), JobState.QUEUED, NOW)
-    planner.apply(Delta(jobs=(job,), candidates={job.name: Candidate(job)}))
-    choice = next(c for c in planner.decide() if c.job == job.name)
+    planner.apply(News(jobs=(job,), candidates={job.name: Candidate(job)}))
+    choice = next(c for c in planner.decide(NOW) if c.job == job.name)
     planner.check()
     if choice.assignment is None:
-        planner.apply(Delta(gone=(job.name,)))
+        planner.apply(News(gone=(job.name,)))
         return None, {}
     started = lifecycle.place(job, choice.assignment, choice.decision, NOW)
-    planner.apply(Delta(jobs=(started,)))
+    planner.apply(News(jobs=(started,)))
     return started, {n: set(uuids) for n, uuids in choice.assignment.nodes}
 
 
 def end(planner, job):
     said = tuple(Report(task.id, TaskPhase.KILLED, -15) for task in job.attempt.tasks)
-    planner.apply(Delta(jobs=(lifecycle.advance(job, Observations(said), NOW, Timeouts()),)))
+    planner.apply(News(jobs=(lifecycle.advance(job, Observations(said), NOW, Timeouts()),)))
 
 
 def test_a_lost_gpu_does_not_move_the_others_from_their_holders():
@@ -61,7 +60,7 @@ def test_a_lost_gpu_does_not_move_the_others_from_their_holders():
     _, second = start(made, "second", 2)
     end(made, ended)
     lost, stays = sorted(first[A])
-    made.apply(Delta(nodes=(reporting("s/a", *(uuid for uuid in "wxyz" if uuid != lost)),)))
+    made.apply(News(nodes=(reporting("s/a", *(uuid for uuid in "wxyz" if uuid != lost)),)))
     assert start(made, "third", 1)[1] == {A: {stays}}
     assert start(made, "fourth", 1) == (None, {})
     assert made.held()["queues/q/jobs/second"] == second
@@ -70,7 +69,7 @@ def test_a_lost_gpu_does_not_move_the_others_from_their_holders():
 def test_gpus_that_change_places_keep_their_holders():
     made = planner(reporting("s/a", "x", "y"))
     _, first = start(made, "first", 1)
-    made.apply(Delta(nodes=(reporting("s/a", "y", "x"),)))
+    made.apply(News(nodes=(reporting("s/a", "y", "x"),)))
     _, second = start(made, "second", 1)
     assert first[A] | second[A] == {"x", "y"}
 
@@ -80,19 +79,19 @@ def test_numbers_with_holes_are_only_numbers():
     holes = replace(whole, links=(), gpus=tuple(replace(gpu, index=2 * gpu.index + 1) for gpu in whole.gpus))
     made = planner(holes)
     first, held = start(made, "first", 2)
-    made.apply(Delta(nodes=(whole,)))
+    made.apply(News(nodes=(whole,)))
     assert start(made, "second", 1)[1] == {A: {"x", "y", "z"} - held[A]}
     end(made, first)
-    made.apply(Delta(nodes=(holes,)))
+    made.apply(News(nodes=(holes,)))
     assert start(made, "third", 2)[1] == held
 
 
 def test_a_held_gpu_that_is_not_reported_stays_held_and_comes_back_held():
     made = planner(reporting("s/a", "x", "y"))
     first, _ = start(made, "first", 2)
-    made.apply(Delta(nodes=(reporting("s/a", "new"),)))
+    made.apply(News(nodes=(reporting("s/a", "new"),)))
     assert start(made, "second", 1)[1] == {A: {"new"}}
-    made.apply(Delta(nodes=(reporting("s/a", "new", "y", "x"),)))
+    made.apply(News(nodes=(reporting("s/a", "new", "y", "x"),)))
     assert start(made, "third", 1) == (None, {})
     end(made, first)
     assert start(made, "fourth", 2)[1] == {A: {"x", "y"}}
@@ -101,9 +100,9 @@ def test_a_held_gpu_that_is_not_reported_stays_held_and_comes_back_held():
 def test_a_node_that_was_forgotten_and_comes_back_renumbered_gives_nothing_twice():
     made = planner(reporting("s/a", "x", "y", "z"))
     _, first = start(made, "first", 2)
-    made.apply(Delta(removed=(A,)))
+    made.apply(News(removed=(A,)))
     made.check()
-    made.apply(Delta(nodes=(reporting("s/a", "z", "y", "x"),), closed={A: ""}))
+    made.apply(News(nodes=(reporting("s/a", "z", "y", "x"),), closed={A: ""}))
     assert start(made, "second", 2) == (None, {})
     assert start(made, "third", 1)[1] == {A: {"x", "y", "z"} - first[A]}
 
@@ -126,7 +125,7 @@ class TestOneMachineUnderTwoNames:
     def test_a_renamed_node_offers_what_nobody_holds_under_its_old_name(self):
         made = planner(reporting("s/a", "x", "y"))
         first, held = start(made, "first", 1)
-        made.apply(Delta(nodes=(reporting("s/b", "x", "y"),), closed={A: "its agent is not connected", B: ""}))
+        made.apply(News(nodes=(reporting("s/b", "x", "y"),), closed={A: "its agent is not connected", B: ""}))
         assert start(made, "second", 2) == (None, {})
         _, second = start(made, "third", 1)
         assert second == {B: {"x", "y"} - held[A]}
@@ -136,7 +135,7 @@ class TestOneMachineUnderTwoNames:
     def test_a_gpu_that_was_moved_into_another_machine_waits_for_its_holder(self):
         made = planner(reporting("s/a", "x"), reporting("s/b"))
         first, _ = start(made, "first", 1)
-        made.apply(Delta(nodes=(reporting("s/a"), reporting("s/b", "x"))))
+        made.apply(News(nodes=(reporting("s/a"), reporting("s/b", "x"))))
         assert start(made, "second", 1) == (None, {})
         end(made, first)
         assert start(made, "third", 1)[1] == {B: {"x"}}
@@ -147,14 +146,14 @@ class Machines(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        self.planner, self.jobs, self.places, self.number = planner_with_queues(VirtualClock()), {}, {A: [], B: []}, 0
+        self.planner, self.jobs, self.places, self.number = plan_with_queues(), {}, {A: [], B: []}, 0
         for name, uuids in ((A, ("u", "v", "w")), (B, ("x", "y"))):
             self.report(name, list(uuids))
-            self.planner.apply(Delta(closed={name: ""}))
+            self.planner.apply(News(closed={name: ""}))
 
     def report(self, name, uuids):
         self.places[name] = uuids
-        self.planner.apply(Delta(nodes=(reporting(f"s/{name[-1]}", *uuids),)))
+        self.planner.apply(News(nodes=(reporting(f"s/{name[-1]}", *uuids),)))
 
     @rule(name=st.sampled_from([A, B]), uuids=st.lists(st.sampled_from(["", *"uvwxyz"]), max_size=5))
     def facts(self, name, uuids):
@@ -162,11 +161,11 @@ class Machines(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from([A, B]), why=st.sampled_from(["", "suspect"]))
     def close(self, name, why):
-        self.planner.apply(Delta(closed={name: why}))
+        self.planner.apply(News(closed={name: why}))
 
     @rule(name=st.sampled_from([A, B]))
     def forget(self, name):
-        self.planner.apply(Delta(removed=(name,)))
+        self.planner.apply(News(removed=(name,)))
         self.places[name] = []
 
     @rule(gpus=st.integers(1, 3))

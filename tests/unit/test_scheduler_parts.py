@@ -8,16 +8,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.scheduler_world import GB, World, node, planner_with_queues
-from whaleflux.clock import VirtualClock
+from tests.support.scheduler_world import GB, World, node, plan_with_queues
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import cost, lifecycle
 from whaleflux_scheduler.core.model import Job, JobState, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 A, B = "sites/s/nodes/a", "sites/s/nodes/b"
@@ -38,8 +37,8 @@ def cut(made, *profiles):
 
 
 def planner(*nodes):
-    made = planner_with_queues(VirtualClock())
-    made.apply(Delta(nodes=nodes, closed={n.name: "" for n in nodes}))
+    made = plan_with_queues()
+    made.apply(News(nodes=nodes, closed={n.name: "" for n in nodes}))
     return made
 
 
@@ -49,8 +48,8 @@ def job(name, gpus=1, at=0, **spec):
 
 
 def choose(planner, asked):
-    planner.apply(Delta(jobs=(asked,), candidates={asked.name: Candidate(asked)}))
-    choices = planner.decide()
+    planner.apply(News(jobs=(asked,), candidates={asked.name: Candidate(asked)}))
+    choices = planner.decide(NOW)
     planner.check()
     return next(c for c in choices if c.job == asked.name)
 
@@ -60,11 +59,11 @@ def start(planner, name, gpus=1, **spec):
     asked = job(name, gpus, **spec)
     choice = choose(planner, asked)
     if choice.assignment is None:
-        planner.apply(Delta(gone=(asked.name,)))
+        planner.apply(News(gone=(asked.name,)))
         return choice.decision.summary
     started = lifecycle.place(asked, choice.assignment, choice.decision, NOW)
     started = replace(started, state=JobState.RUNNING, attempt=replace(started.attempt, run_time=NOW, started=True))
-    planner.apply(Delta(jobs=(started,)))
+    planner.apply(News(jobs=(started,)))
     return started
 
 
@@ -75,7 +74,7 @@ def gpus_of(job):
 def end(planner, job):
     said = tuple(Report(task.id, TaskPhase.KILLED, -15) for task in job.attempt.tasks)
     over = lifecycle.advance(job, Observations(said), NOW, Timeouts())
-    planner.apply(Delta(jobs=(over,)))
+    planner.apply(News(jobs=(over,)))
     return over
 
 
@@ -129,7 +128,7 @@ class TestShares:
         stored = [as_stored(one) for one in jobs]
         assert [task.share_bytes for one in stored for task in one.attempt.tasks] == [30 * GB, 30 * GB]
         again = planner(node("s/a", 1))
-        again.apply(Delta(jobs=tuple(stored)))
+        again.apply(News(jobs=tuple(stored)))
         again.check()
         assert "largest free share: 20 GB" in start(again, "three", share_memory_bytes=30 * GB)
         end(again, stored[0])
@@ -143,12 +142,12 @@ class TestShares:
         choice = choose(made, urgent)
         assert choice.claim is not None and choice.claim.victims == (second.name,)
         waiting = lifecycle.claim(urgent, choice.claim, "")
-        made.apply(Delta(jobs=(waiting,), candidates={waiting.name: None}))
+        made.apply(News(jobs=(waiting,), candidates={waiting.name: None}))
         end(made, second)
         assert "largest free share: 5 GB" in start(made, "sneaks-in", share_memory_bytes=40 * GB)
         assert made.held().keys() == {first.name}
-        made.apply(Delta(candidates={waiting.name: Candidate(waiting)}))
-        assert [c.assignment is not None for c in made.decide() if c.job == urgent.name] == [True]
+        made.apply(News(candidates={waiting.name: Candidate(waiting)}))
+        assert [c.assignment is not None for c in made.decide(NOW) if c.job == urgent.name] == [True]
         made.check()
 
 
@@ -215,14 +214,14 @@ class Parts(RuleBasedStateMachine):
     @rule()
     def restarts(self):
         self.planner = planner(*self.nodes.values())
-        self.planner.apply(Delta(jobs=tuple(self.jobs.values())))
+        self.planner.apply(News(jobs=tuple(self.jobs.values())))
 
     @rule(at=st.integers(0, 4), name=st.sampled_from((A, B)))
     def fails_or_returns(self, at, name):
         known = self.nodes[name]
         changed = tuple(replace(g, healthy=g.healthy ^ (i == at)) for i, g in enumerate(known.gpus))
         self.nodes[name] = replace(known, gpus=changed)
-        self.planner.apply(Delta(nodes=(self.nodes[name],)))
+        self.planner.apply(News(nodes=(self.nodes[name],)))
 
     @invariant()
     def nothing_is_given_twice(self):

@@ -6,18 +6,17 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tests.support.scheduler_world import World, node, planner_with_queues, until
+from tests.support.scheduler_world import World, node, plan_with_queues, until
 from tests.support.virtual_time import LoopClock
-from whaleflux.clock import VirtualClock
 from whaleflux.errors import ResourceExhausted, Unavailable
 from whaleflux.v1 import health_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Job, JobState, Spec
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Timeouts
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.plan import News, Plan
 from whaleflux_scheduler.planner_thread import MOST_QUESTIONS, PlannerThread
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -73,13 +72,13 @@ async def records_hold_each_gpu_once(world):
 
 def planner_with_remains():
     """A job that waits while a task of its last attempt holds the only node."""
-    planner = planner_with_queues(VirtualClock())
-    planner.apply(Delta(nodes=(node("s/a"),), closed={"sites/s/nodes/a": ""}))
+    planner = plan_with_queues()
+    planner.apply(News(nodes=(node("s/a"),), closed={"sites/s/nodes/a": ""}))
     (choice,) = start(planner, "gang", 4)
     placed = lifecycle.place(job_of("gang", 4), choice.assignment, choice.decision, NOW)
     drained = Observations(nodes={"sites/s/nodes/a": NodeCondition(draining="x")})
     waiting = lifecycle.requeue(lifecycle.advance(placed, drained, NOW, Timeouts()), "drained")
-    planner.apply(Delta(jobs=(waiting,)))
+    planner.apply(News(jobs=(waiting,)))
     return planner, waiting
 
 
@@ -89,8 +88,8 @@ def job_of(name, gpus):
 
 def start(planner, name, gpus):
     waiting = job_of(name, gpus)
-    planner.apply(Delta(jobs=(waiting,), candidates={waiting.name: Candidate(waiting)}))
-    return planner.decide()
+    planner.apply(News(jobs=(waiting,), candidates={waiting.name: Candidate(waiting)}))
+    return planner.decide(NOW)
 
 
 async def test_a_cancelled_question_is_not_seen_by_the_decisions_that_follow(in_the_question):
@@ -151,8 +150,9 @@ def test_a_question_that_fails_leaves_everything_as_it_was(monkeypatch):
     assert [choice for choice in start(planner, "other", 4) if choice.assignment] == []
 
 
-async def test_one_at_a_time_is_inside_and_a_decision_waits_for_one_question_at_most():
+async def test_one_at_a_time_is_inside_and_a_decision_waits_for_one_question_at_most(monkeypatch):
     thread, inside, order = PlannerThread(LoopClock()), [], []
+    monkeypatch.setattr(Plan, "step", lambda *_: order.append("decision"))
 
     def question(number):
         def asked(_):
@@ -168,8 +168,7 @@ async def test_one_at_a_time_is_inside_and_a_decision_waits_for_one_question_at_
     await until(gate.reached.is_set)
     others = [asyncio.create_task(thread.ask(question(number))) for number in range(20)]
     await asyncio.sleep(0)
-    decision = asyncio.create_task(thread.decide(Delta()))
-    decision.add_done_callback(lambda _: order.append("decision"))
+    decision = asyncio.create_task(thread.step(News(), NOW))
     await asyncio.sleep(0)
     others[3].cancel()
     first.cancel()
@@ -197,7 +196,7 @@ async def test_questions_are_refused_not_cancelled_when_the_leadership_ends():
     thread, gate = PlannerThread(LoopClock()), Gate()
     under_way = asyncio.create_task(thread.ask(lambda _: gate.wait()))
     await until(gate.reached.is_set)
-    decision = asyncio.create_task(thread.decide(Delta()))
+    decision = asyncio.create_task(thread.step(News(), NOW))
     waiting = asyncio.create_task(thread.ask(lambda planner: planner.waiting))
     await asyncio.sleep(0)
     thread.shutdown()

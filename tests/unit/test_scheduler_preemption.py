@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.support.scheduler_world import World, node, planner_with_queues, until
-from whaleflux.clock import VirtualClock
+from tests.support.scheduler_world import World, node, plan_with_queues, until
 from whaleflux.store.api import Put, Unchanged
 from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -18,8 +17,8 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News
 from whaleflux_scheduler.jobs import key_of
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -28,9 +27,9 @@ KILLED = (TaskPhase.KILLED, -15)
 
 
 def planner_of(*names):
-    planner = planner_with_queues(VirtualClock())
+    planner = plan_with_queues()
     nodes = [node(f"s/{name}") for name in names]
-    planner.apply(Delta(nodes=tuple(nodes), closed={n.name: "" for n in nodes}))
+    planner.apply(News(nodes=tuple(nodes), closed={n.name: "" for n in nodes}))
     return planner
 
 
@@ -40,8 +39,8 @@ def job(name, gpus=4, priority=0, at=0):
 
 
 def offer(planner, *jobs):
-    planner.apply(Delta(jobs=jobs, candidates={j.name: Candidate(j) for j in jobs}))
-    return {choice.job: choice for choice in planner.decide()}
+    planner.apply(News(jobs=jobs, candidates={j.name: Candidate(j) for j in jobs}))
+    return {choice.job: choice for choice in planner.decide(NOW)}
 
 
 def run(planner, waiting):
@@ -50,7 +49,7 @@ def run(planner, waiting):
     after = lifecycle.place(waiting, choice.assignment, choice.decision, NOW)
     for phase in (TaskPhase.ACCEPTED, TaskPhase.RUNNING):
         after = said(after, phase)
-    planner.apply(Delta(jobs=(after,)))
+    planner.apply(News(jobs=(after,)))
     return after
 
 
@@ -64,14 +63,14 @@ def claimed(planner, waiting):
     choice = offer(planner, waiting)[waiting.name]
     assert choice.assignment is None
     after = lifecycle.claim(waiting, choice.claim, choice.decision.summary)
-    planner.apply(Delta(jobs=(after,), candidates={after.name: Candidate(after)}))
+    planner.apply(News(jobs=(after,), candidates={after.name: Candidate(after)}))
     return after
 
 
 def stopped(planner, victim):
     """The victim after its agents have ended it, and the planner knows that it waits."""
     after = said(lifecycle.suspend(victim, "x", NOW), *KILLED)
-    planner.apply(Delta(jobs=(after,), candidates={after.name: Candidate(after)}))
+    planner.apply(News(jobs=(after,), candidates={after.name: Candidate(after)}))
     return after
 
 
@@ -82,12 +81,12 @@ class TestClaims:
         high = claimed(planner, job("high", 8, priority=9, at=3))
         assert set(high.claim.victims) == {low[0].name, low[1].name}
         first = stopped(planner, low[0])
-        choices = {choice.job: choice for choice in planner.decide()}
+        choices = {choice.job: choice for choice in planner.decide(NOW)}
         assert choices[first.name].assignment is None
         assert choices[high.name].decision.preempts == (low[1].name,)
         planner.check()
         stopped(planner, low[1])
-        placed = {choice.job for choice in planner.decide() if choice.assignment}
+        placed = {choice.job for choice in planner.decide(NOW) if choice.assignment}
         assert placed == {high.name}
         planner.check()
 
@@ -99,7 +98,7 @@ class TestClaims:
         assert offer(planner, other)[other.name].assignment is None
         assert f"kept for {high.name}" in planner.explain(other, (), NOW).reasons[-1]
         stopped(planner, low)
-        assert high.name in {choice.job for choice in planner.decide() if choice.assignment}
+        assert high.name in {choice.job for choice in planner.decide(NOW) if choice.assignment}
 
     def test_a_victim_that_failed_meanwhile_does_not_start_again_on_its_own_remains(self):
         planner = planner_of("a")
@@ -109,8 +108,8 @@ class TestClaims:
         broken = lifecycle.advance(low, failure, NOW, Timeouts())
         assert broken.state is JobState.RECOVERING
         assert offer(planner, broken)[low.name].assignment is None
-        planner.apply(Delta(jobs=(said(broken, *KILLED),)))
-        assert {choice.job for choice in planner.decide() if choice.assignment} == {high.name}
+        planner.apply(News(jobs=(said(broken, *KILLED),)))
+        assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
         planner.check()
 
     def test_a_new_planner_keeps_what_the_record_says(self):
@@ -123,7 +122,7 @@ class TestClaims:
         assert choices[first.name].assignment is None
         assert choices[high.name].claim is None, "it has one already"
         stopped(planner, low[1])
-        assert {choice.job for choice in planner.decide() if choice.assignment} == {high.name}
+        assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
         planner.check()
 
     @pytest.mark.parametrize("end", ["cancelled", "expired", "deleted"])
@@ -132,12 +131,12 @@ class TestClaims:
         run(planner, job("low", at=1))
         high = claimed(planner, job("high", 8, priority=9, at=2))
         if end == "deleted":
-            planner.apply(Delta(gone=(high.name,)))
+            planner.apply(News(gone=(high.name,)))
         else:
             asked = replace(high, cancel_requested=end == "cancelled")
             after = lifecycle.advance(asked, Observations(), high.claim.expire_time, Timeouts())
             assert after.claim is None
-            planner.apply(Delta(jobs=(after,), candidates={high.name: None}))
+            planner.apply(News(jobs=(after,), candidates={high.name: None}))
         assert offer(planner, job("other", at=3))["queues/q/jobs/other"].assignment is not None
         planner.check()
 
@@ -162,8 +161,8 @@ class TestClaims:
         stopped(planner, low)
         loses = lifecycle.advance(middle, Observations(claimed_by=high.name), NOW, Timeouts())
         assert loses.claim is None
-        planner.apply(Delta(jobs=(loses,), candidates={loses.name: Candidate(loses)}))
-        assert {choice.job for choice in planner.decide() if choice.assignment} == {high.name}
+        planner.apply(News(jobs=(loses,), candidates={loses.name: Candidate(loses)}))
+        assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
         planner.check()
 
     def test_what_begins_to_run_may_be_stopped_for_those_who_wait_already(self):
@@ -171,19 +170,19 @@ class TestClaims:
         waiting = job("low")
         choice = offer(planner, waiting)[waiting.name]
         starting = lifecycle.place(waiting, choice.assignment, choice.decision, NOW)
-        planner.apply(Delta(jobs=(starting,)))
+        planner.apply(News(jobs=(starting,)))
         high = job("high", priority=9, at=1)
         assert offer(planner, high)[high.name].claim is None
-        planner.apply(Delta(jobs=(said(said(starting, TaskPhase.ACCEPTED), TaskPhase.RUNNING),)))
-        assert [choice.claim.victims for choice in planner.decide()] == [(waiting.name,)]
+        planner.apply(News(jobs=(said(said(starting, TaskPhase.ACCEPTED), TaskPhase.RUNNING),)))
+        assert [choice.claim.victims for choice in planner.decide(NOW)] == [(waiting.name,)]
 
     def test_a_claimant_that_finds_room_elsewhere_takes_it_and_gives_its_claim_back(self):
         planner = planner_of("a", "b")
         low = [run(planner, job(f"low{i}", at=i)) for i in (1, 2)]
         high = claimed(planner, job("high", priority=9, at=3))
         other = next(j for j in low if j.name not in high.claim.victims)
-        planner.apply(Delta(jobs=(said(other, TaskPhase.EXITED),)))
-        (choice,) = [choice for choice in planner.decide() if choice.assignment]
+        planner.apply(News(jobs=(said(other, TaskPhase.EXITED),)))
+        (choice,) = [choice for choice in planner.decide(NOW) if choice.assignment]
         assert (choice.job, choice.assignment.nodes[0][0]) == (high.name, other.attempt.nodes[0])
         planner.check()
 
@@ -244,7 +243,7 @@ class Queueing(RuleBasedStateMachine):
         """Records as they are now in the store, and known to the planner."""
         self.jobs |= {record.name: record for record in records}
         candidates = {r.name: Candidate(r) if r.state is JobState.QUEUED else None for r in records}
-        self.planner.apply(Delta(jobs=records, candidates=candidates))
+        self.planner.apply(News(jobs=records, candidates=candidates))
 
     @rule(priority=st.integers(1, 3), gpus=st.sampled_from([4, 6, 8, 12]))
     def submit(self, priority, gpus):
@@ -254,7 +253,7 @@ class Queueing(RuleBasedStateMachine):
     @rule(refused=st.sets(st.integers(0, 5)))
     def decide(self, refused):
         """Those of these numbers are not written: somebody was faster."""
-        for number, choice in enumerate(self.planner.decide()):
+        for number, choice in enumerate(self.planner.decide(NOW)):
             before = self.jobs[choice.job]
             if choice.assignment is not None:
                 self.nobody_elses({n: set(gpus) for n, gpus in choice.assignment.nodes}, before)
@@ -339,8 +338,8 @@ class Queueing(RuleBasedStateMachine):
             fresh = planner_of("a", "b", "c")
             records = tuple(self.jobs.values())
             candidates = {r.name: Candidate(r) for r in records if r.state is JobState.QUEUED}
-            fresh.apply(Delta(jobs=records, candidates=candidates))
-            assert ready <= {choice.job for choice in fresh.decide() if choice.assignment}
+            fresh.apply(News(jobs=records, candidates=candidates))
+            assert ready <= {choice.job for choice in fresh.decide(NOW) if choice.assignment}
 
     def is_first(self, claimant):
         """Nobody of higher priority waits."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import TypeVar
 
 from whaleflux.clock import Clock
 from whaleflux.errors import ResourceExhausted, Unavailable
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.reasons import ErrorReason
-from whaleflux_scheduler.core.planner import Choice, Delta, Planner
+from whaleflux_scheduler.core.plan import Move, News, Plan
 
 MOST_QUESTIONS = 64  # that wait for their turn
 SMALL_FLEET, SMALL_BUDGET_S = 256, 0.004  # nodes; how long such a decision may keep the event loop
+BUDGET_S = 0.05  # of any other
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ class PlannerThread:
     """See the module."""
 
     def __init__(self, clock: Clock) -> None:
-        self._planner = Planner(clock)
+        self._planner = Plan(clock.monotonic)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._unended = 0  # pieces of work that its thread has not ended yet, whoever still waits for them
         self._turn = asyncio.Semaphore(1)  # of the questions
@@ -53,19 +55,13 @@ class PlannerThread:
         """As the planner's; needs no turn."""
         return self._planner.could_hold(queue, spec)
 
-    async def decide(self, delta: Delta) -> list[Choice]:
-        """Takes in what changed and decides."""
+    async def step(self, news: News, now: datetime) -> list[Move]:
+        """As the plan's: takes in what changed, and decides."""
         if not self._unended and self._planner.nodes <= SMALL_FLEET and not self._planner.unfinished:
-            self._planner.apply(delta)
-            return self._planner.decide(SMALL_BUDGET_S)
+            return self._planner.step(news, now, SMALL_BUDGET_S)
+        return await asyncio.shield(self._in_thread(lambda plan: plan.step(news, now, BUDGET_S)))
 
-        def plan(planner: Planner) -> list[Choice]:
-            planner.apply(delta)
-            return planner.decide()
-
-        return await asyncio.shield(self._in_thread(plan))
-
-    def _in_thread(self, work: Callable[[Planner], T]) -> asyncio.Future[T]:
+    def _in_thread(self, work: Callable[[Plan], T]) -> asyncio.Future[T]:
         """Ends when the work has ended, and is cancelled by nobody who waits for it: shield it."""
         self._unended += 1
         ending = asyncio.get_running_loop().run_in_executor(self._worker, work, self._planner)
@@ -77,7 +73,7 @@ class PlannerThread:
         if not ending.cancelled():
             ending.exception()  # who asked may have left
 
-    async def ask(self, question: Callable[[Planner], T]) -> T:
+    async def ask(self, question: Callable[[Plan], T]) -> T:
         """The answer to `question`, which has the planner for itself while it runs.
 
         Raises ResourceExhausted when too many wait, Unavailable when this leadership ends before it is answered.

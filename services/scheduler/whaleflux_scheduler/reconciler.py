@@ -1,7 +1,7 @@
 """The leader's loop: wake on news, work out what follows, write it, go on. Never polls.
 
 A round takes everything that came since the last one: reports, phases of nodes, diagnoses, changes of jobs, deadlines. Each job
-makes at most one transition per round (`core.lifecycle`), waiting jobs are placed (`core.planner`, in its own thread), and all
+makes at most one transition per round (`core.lifecycle`), waiting jobs are placed (`core.plan`, in its own thread), and all
 transitions are written at once, each under the job's revision and this leadership. What a transition leads to is the next round's.
 """
 
@@ -29,9 +29,9 @@ from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, 
 from whaleflux_scheduler.core.holdings import held_by
 from whaleflux_scheduler.core.model import ACTIVE, Claim, Job, JobState, Queue
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
-from whaleflux_scheduler.core.planner import Choice, Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.plan import Move, News
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
 from whaleflux_scheduler.job_tracking import JobTracking, Offer
@@ -207,16 +207,16 @@ class Reconciler:
         for node in changes.touched:
             names |= self._state.jobs_on(node)
         transitions: dict[str, Transition] = {}
-        delta = self._delta(changes, names, now, transitions)
+        news = self._news(changes, names, now, transitions)
         with telemetry.histogram(Metric.PLAN_DURATION).labels("round").time():
-            choices = await self.planner.decide(delta)
-        for choice in choices:
-            self._choose(choice, now, transitions)
+            moves = await self.planner.step(news, now)
+        for move in moves:
+            self._apply(move, now, transitions)
         self._writer.write(transitions)
         if self.planner.unfinished:
             self._state.wake()
 
-    def _delta(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> Delta:
+    def _news(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> News:
         """What the planner has to know; the transitions that need no planner are added to `transitions`."""
         jobs: list[Job] = []
         gone: list[str] = []
@@ -234,7 +234,7 @@ class Reconciler:
             candidates[name] = self._look(stored, now, transitions)
         queues, datasets = self._queues() if self._queues_changed else None, self._datasets
         self._queues_changed, self._datasets = False, {}
-        return Delta(
+        return News(
             nodes=tuple(changes.nodes.values()),
             removed=tuple(changes.removed),
             closed={node: self._nodes.closed(node) for node in changes.touched},
@@ -351,33 +351,33 @@ class Reconciler:
         tracking.offer_as(offer)
         return Candidate(offer.job, tracking.avoided(now))
 
-    def _choose(self, choice: Choice, now: datetime, transitions: dict[str, Transition]) -> None:
-        tracking = self._state.tracking(choice.job)
+    def _apply(self, move: Move, now: datetime, transitions: dict[str, Transition]) -> None:
+        tracking = self._state.tracking(move.job)
         if (offer := tracking.offer) is None:
             return
         ready = offer.job
-        if choice.assignment is not None:
-            after = self._placed(ready, choice, tracking, now)
-        elif choice.claim is not None:
-            tracking.wait_because(choice.decision)
-            after = lifecycle.claim(ready, choice.claim, choice.decision.summary)
+        if move.assignment is not None:
+            after = self._placed(ready, move, tracking, now)
+        elif move.claim is not None:
+            tracking.wait_because(move.decision)
+            after = lifecycle.claim(ready, move.claim, move.decision.summary)
         elif ready.state is JobState.RECOVERING:
-            after = lifecycle.requeue(ready, choice.decision.summary)
+            after = lifecycle.requeue(ready, move.decision.summary)
         else:
-            tracking.wait_because(choice.decision)
+            tracking.wait_because(move.decision)
             after = ready
         if after is not ready:
             tracking.withdraw_offer()
-            transitions[choice.job] = Transition(offer.stored, after, offer.reports, choice)
+            transitions[move.job] = Transition(offer.stored, after, offer.reports, move)
 
-    def _placed(self, ready: Job, choice: Choice, tracking: JobTracking, now: datetime) -> Job:
-        assert choice.assignment is not None
+    def _placed(self, ready: Job, move: Move, tracking: JobTracking, now: datetime) -> Job:
+        assert move.assignment is not None
         diagnosed = tracking.diagnosed
         restore = diagnosed.diagnosis.restore_checkpoint if diagnosed is not None else ""
         trace = telemetry.new_traceparent(spans.parent_of(ready, diagnosed))
-        known = self._nodes.limits_not_kept(ready.spec, [node for node, _ in choice.assignment.nodes])
-        decision = replace(choice.decision, reasons=(*choice.decision.reasons, *known))
-        return lifecycle.place(ready, choice.assignment, decision, now, traceparent=trace, restore=restore)
+        known = self._nodes.limits_not_kept(ready.spec, [node for node, _ in move.assignment.nodes])
+        decision = replace(move.decision, reasons=(*move.decision.reasons, *known))
+        return lifecycle.place(ready, move.assignment, decision, now, traceparent=trace, restore=restore)
 
     # after writing
 
@@ -388,7 +388,7 @@ class Reconciler:
         now = self._clock.now()
         tracking.step_written(now)
         if after.state is JobState.STARTING and before.state is not JobState.STARTING:
-            spans.placed(before, after, tracking.diagnosed, transition.choice, now)
+            spans.placed(before, after, tracking.diagnosed, transition.move, now)
             tracking.placed()
         if before.state is not after.state:
             spans.transitioned(before, after, now)

@@ -9,7 +9,7 @@ from whaleflux import telemetry
 from whaleflux.telemetry import Attribute, Event, Metric
 from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.model import Job, JobState
-from whaleflux_scheduler.core.planner import Choice
+from whaleflux_scheduler.core.plan import Move
 from whaleflux_scheduler.diagnosis import DiagnosisResult
 
 _log = telemetry.get_logger("whaleflux.scheduler")
@@ -22,7 +22,7 @@ def parent_of(job: Job, diagnosed: DiagnosisResult | None) -> str:
     return (job.cause.traceparent if job.attempt is not None else "") or job.traceparent
 
 
-def placed(before: Job, after: Job, diagnosed: DiagnosisResult | None, choice: Choice | None, now: datetime) -> None:
+def placed(before: Job, after: Job, diagnosed: DiagnosisResult | None, move: Move | None, now: datetime) -> None:
     """scheduler.recover -> scheduler.decide -> scheduler.allocate, whose context went into the attempt."""
     attempt = after.attempt
     assert attempt is not None
@@ -43,8 +43,8 @@ def placed(before: Job, after: Job, diagnosed: DiagnosisResult | None, choice: C
             parent=diagnosed.failure_traceparent,
             attributes=known,
         )
-    begun = choice.begun if choice is not None and choice.begun else now
-    decided = choice.ended if choice is not None and choice.ended else now
+    begun = move.begun if move is not None and move.begun else now
+    decided = move.ended if move is not None and move.ended else now
     deciding = telemetry.emit_span("scheduler.decide", begun, decided, parent=parent, attributes=known)
     telemetry.emit_span(
         "scheduler.allocate", decided, now, traceparent=attempt.traceparent, parent=deciding, attributes=known

@@ -18,7 +18,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.lifecycle import written_down
 from whaleflux_scheduler.core.model import Job
-from whaleflux_scheduler.core.planner import Choice
+from whaleflux_scheduler.core.plan import Move
 from whaleflux_scheduler.job_tracking import PendingReport
 from whaleflux_scheduler.placements import placement_of
 
@@ -33,7 +33,7 @@ class Transition:
     stored: StoredJob
     after: Job
     reports: tuple[PendingReport, ...] = ()
-    choice: Choice | None = None
+    move: Move | None = None
 
 
 @dataclass(frozen=True, slots=True)

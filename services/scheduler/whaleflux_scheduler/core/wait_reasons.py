@@ -9,7 +9,7 @@ from datetime import datetime
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Job, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import NoPlacement
-from whaleflux_scheduler.core.queueing import ArrayLimit, QueueLimit
+from whaleflux_scheduler.core.queue_order import ArrayLimit, QueueLimit
 
 _IN_THE_FILE = {  # the engine's words, and those of who writes job files
     "excluded by name": "avoided after a failure",

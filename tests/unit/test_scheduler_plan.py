@@ -5,29 +5,28 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.support.scheduler_world import node, planner_with_queues
-from whaleflux.clock import VirtualClock
+from tests.support.scheduler_world import node, plan_with_queues
 from whaleflux.manifests.job_fields import JobKind, Spec
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Job, JobState, Queue, SchedulingDecision, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.plan import News
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 @pytest.fixture
 def planner():
-    planner = planner_with_queues(VirtualClock())
+    planner = plan_with_queues()
     open_nodes(planner, node("s/a"), node("s/b"))
     return planner
 
 
 def open_nodes(planner, *nodes):
-    planner.apply(Delta(nodes=nodes, closed={n.name: "" for n in nodes}))
+    planner.apply(News(nodes=nodes, closed={n.name: "" for n in nodes}))
 
 
 def job(name, gpus=4, at=0, queue="q", **spec):
@@ -40,7 +39,7 @@ def job(name, gpus=4, at=0, queue="q", **spec):
 
 
 def wait(planner, *jobs, exclude=()):
-    planner.apply(Delta(jobs=jobs, candidates={j.name: Candidate(j, frozenset(exclude)) for j in jobs}))
+    planner.apply(News(jobs=jobs, candidates={j.name: Candidate(j, frozenset(exclude)) for j in jobs}))
 
 
 def placed_as(job, choice):
@@ -50,19 +49,19 @@ def placed_as(job, choice):
 def run(planner, job):
     """The job as it is when all of it runs, and the planner knows that."""
     wait(planner, job)
-    (choice,) = [c for c in planner.decide() if c.job == job.name]
+    (choice,) = [c for c in planner.decide(NOW) if c.job == job.name]
     starting = placed_as(job, choice)
     accepted = tuple(Report(t.id, TaskPhase.ACCEPTED, rendezvous="h:1") for t in starting.attempt.tasks)
     started = lifecycle.advance(starting, Observations(accepted), NOW, Timeouts())
     up = tuple(Report(t.id, TaskPhase.RUNNING) for t in started.attempt.tasks)
     running = lifecycle.advance(started, Observations(up), NOW, Timeouts())
-    planner.apply(Delta(jobs=(running,)))
+    planner.apply(News(jobs=(running,)))
     return running
 
 
 def test_what_is_chosen_is_held_at_once(planner):
     wait(planner, *(job(f"j{i}", at=i) for i in range(3)))
-    choices = planner.decide()
+    choices = planner.decide(NOW)
     assert [c.assignment is not None for c in choices] == [True, True, False]
     assert choices[2].decision.summary.startswith("waits: ")
     planner.check()
@@ -71,21 +70,21 @@ def test_what_is_chosen_is_held_at_once(planner):
 def test_a_refused_write_gives_it_back(planner):
     one, two = job("j1", 8), job("j2", 8, at=1)
     wait(planner, one, two)
-    assert {c.job: c.assignment is not None for c in planner.decide()} == {one.name: True, two.name: False}
-    planner.apply(Delta(jobs=(one,), candidates={one.name: None}))  # someone cancelled it meanwhile
-    assert [(c.job, c.assignment is not None) for c in planner.decide()] == [(two.name, True)]
+    assert {c.job: c.assignment is not None for c in planner.decide(NOW)} == {one.name: True, two.name: False}
+    planner.apply(News(jobs=(one,), candidates={one.name: None}))  # someone cancelled it meanwhile
+    assert [(c.job, c.assignment is not None) for c in planner.decide(NOW)] == [(two.name, True)]
     planner.check()
 
 
 def test_gpus_come_free_task_by_task(planner):
     running = run(planner, job("j1", 8))
     wait(planner, job("j2", 4, at=1))
-    assert [c.assignment for c in planner.decide()] == [None]
+    assert [c.assignment for c in planner.decide(NOW)] == [None]
     half = lifecycle.advance(
         running, Observations((Report(running.attempt.tasks[0].id, TaskPhase.EXITED),)), NOW, Timeouts()
     )
-    planner.apply(Delta(jobs=(half,)))
-    (choice,) = planner.decide()
+    planner.apply(News(jobs=(half,)))
+    (choice,) = planner.decide(NOW)
     assert choice.assignment.nodes[0][0] == running.attempt.tasks[0].node
     planner.check()
 
@@ -97,8 +96,8 @@ def test_a_recovering_job_may_use_the_gpus_of_its_own_remains_and_nobody_else_ma
     )
     other = job("j2", 4, at=-1)
     wait(planner, other)
-    planner.apply(Delta(jobs=(broken,), candidates={broken.name: Candidate(broken)}))
-    choices = {c.job: c for c in planner.decide()}
+    planner.apply(News(jobs=(broken,), candidates={broken.name: Candidate(broken)}))
+    choices = {c.job: c for c in planner.decide(NOW)}
     first = choices[other.name].assignment
     assert first is not None, "it came first, and the node whose task has ended is free"
     assert first.nodes[0][0] == running.attempt.tasks[0].node
@@ -111,8 +110,8 @@ def test_its_own_remains_do_not_block_it(planner):
     broken = lifecycle.advance(
         running, Observations((Report(running.attempt.tasks[0].id, TaskPhase.EXITED, 1),)), NOW, Timeouts()
     )
-    planner.apply(Delta(jobs=(broken,), candidates={broken.name: Candidate(broken)}))
-    (choice,) = planner.decide()
+    planner.apply(News(jobs=(broken,), candidates={broken.name: Candidate(broken)}))
+    (choice,) = planner.decide(NOW)
     assert {n for n, _ in choice.assignment.nodes} == set(running.attempt.nodes)
     planner.check()
 
@@ -120,55 +119,55 @@ def test_its_own_remains_do_not_block_it(planner):
 def test_avoided_nodes_are_avoided_and_said(planner):
     one = job("j1", 8)
     wait(planner, one, exclude=["sites/s/nodes/a"])
-    (choice,) = planner.decide()
+    (choice,) = planner.decide(NOW)
     assert choice.assignment is None
     assert "avoids sites/s/nodes/a" in choice.decision.reasons[-1]
     wait(planner, one)
-    assert planner.decide()[0].assignment is not None
+    assert planner.decide(NOW)[0].assignment is not None
 
 
 def test_a_closed_node_takes_nothing_and_opens_again(planner):
-    planner.apply(Delta(closed={"sites/s/nodes/a": "suspect", "sites/s/nodes/b": "suspect"}))
+    planner.apply(News(closed={"sites/s/nodes/a": "suspect", "sites/s/nodes/b": "suspect"}))
     wait(planner, job("j1", 1))
-    (choice,) = planner.decide()
+    (choice,) = planner.decide(NOW)
     assert (choice.assignment, "suspect" in choice.decision.summary) == (None, True)
-    planner.apply(Delta(closed={"sites/s/nodes/b": ""}))
-    assert planner.decide()[0].assignment.nodes[0][0] == "sites/s/nodes/b"
+    planner.apply(News(closed={"sites/s/nodes/b": ""}))
+    assert planner.decide(NOW)[0].assignment.nodes[0][0] == "sites/s/nodes/b"
 
 
 def test_holdings_on_nodes_that_are_not_known_yet_count_when_they_come():
-    running = run_somewhere = planner_with_queues(VirtualClock())
+    running = run_somewhere = plan_with_queues()
     open_nodes(run_somewhere, node("s/a"))
     running = run(run_somewhere, job("j1", 4))
-    fresh = planner_with_queues(VirtualClock())
-    fresh.apply(Delta(jobs=(running,)))
+    fresh = plan_with_queues()
+    fresh.apply(News(jobs=(running,)))
     open_nodes(fresh, node("s/a"))
     wait(fresh, job("j2", 1, at=1))
-    assert fresh.decide()[0].assignment is None
+    assert fresh.decide(NOW)[0].assignment is None
     fresh.check()
 
 
 def test_a_queue_takes_no_more_than_its_limit(planner):
-    planner.apply(Delta(queues={"q": Queue("queues/q", 1.0, 4), "p": Queue("queues/p")}))
+    planner.apply(News(queues={"q": Queue("queues/q", 1.0, 4), "p": Queue("queues/p")}))
     wait(planner, job("j1", 4), job("j2", 1, at=1), job("other", 1, at=2, queue="p"))
-    placed = {c.job.split("/")[3]: c for c in planner.decide()}
+    placed = {c.job.split("/")[3]: c for c in planner.decide(NOW)}
     assert [placed[name].assignment is not None for name in ("j1", "j2", "other")] == [True, False, True]
     assert placed["j2"].decision.summary == "waits: queue q holds 4 of at most 4 GPUs"
-    planner.apply(Delta(queues={"q": Queue("queues/q", 1.0, 5)}))
-    assert [c.job.split("/")[3] for c in planner.decide() if c.assignment] == ["j2"]
+    planner.apply(News(queues={"q": Queue("queues/q", 1.0, 5)}))
+    assert [c.job.split("/")[3] for c in planner.decide(NOW) if c.assignment] == ["j2"]
 
 
 def test_a_queue_whose_limit_is_not_known_takes_nothing_more(planner):
     held = run(planner, job("j1", 1))
-    planner.apply(Delta(queues={}))
+    planner.apply(News(queues={}))
     wait(planner, job("j2", 1, at=1))
-    (choice,) = planner.decide()
+    (choice,) = planner.decide(NOW)
     assert choice.assignment is None
     unknown = "waits: the record of queue q is missing or cannot be read, so its limit is not known"
     assert [d.summary for d in (choice.decision, planner.dry_run(job("j3", 1), NOW))] == [unknown, unknown]
     assert list(planner.held()) == [held.name]
-    planner.apply(Delta(queues={"q": Queue("queues/q")}))
-    assert [c.job.split("/")[3] for c in planner.decide() if c.assignment] == ["j2"]
+    planner.apply(News(queues={"q": Queue("queues/q")}))
+    assert [c.job.split("/")[3] for c in planner.decide(NOW) if c.assignment] == ["j2"]
 
 
 class TestPreemption:
@@ -177,19 +176,19 @@ class TestPreemption:
         service = run(planner, job("serve", 4, priority=1, kind=JobKind.SERVICE))
         high = job("high", 4, at=5, priority=9)
         wait(planner, high)
-        (choice,) = planner.decide()
+        (choice,) = planner.decide(NOW)
         assert (choice.assignment, choice.claim.victims) == (None, (low.name,))
         assert service.name not in choice.claim.victims
-        planner.apply(Delta(closed={"sites/s/nodes/a": ""}, queues={"q": Queue("queues/q")}))
-        (again,) = planner.decide()
+        planner.apply(News(closed={"sites/s/nodes/a": ""}, queues={"q": Queue("queues/q")}))
+        (again,) = planner.decide(NOW)
         assert (again.claim, again.decision.preempts) == (None, (low.name,))
         stopping = lifecycle.suspend(low, high.name, NOW)
-        planner.apply(Delta(jobs=(stopping,)))
+        planner.apply(News(jobs=(stopping,)))
         gone = lifecycle.advance(
             stopping, Observations((Report(low.attempt.tasks[0].id, TaskPhase.KILLED, -15),)), NOW, Timeouts()
         )
-        planner.apply(Delta(jobs=(gone,), candidates={gone.name: Candidate(gone)}))
-        choices = planner.decide()
+        planner.apply(News(jobs=(gone,), candidates={gone.name: Candidate(gone)}))
+        choices = planner.decide(NOW)
         assert [c.job for c in choices if c.assignment] == [high.name]
         planner.check()
 
@@ -197,7 +196,7 @@ class TestPreemption:
         run(planner, job("a", 4, priority=5))
         run(planner, job("b", 4, priority=1, kind=JobKind.SERVICE))
         wait(planner, job("c", 4, at=1, priority=5))
-        assert [(c.assignment, c.claim) for c in planner.decide()] == [(None, None)]
+        assert [(c.assignment, c.claim) for c in planner.decide(NOW)] == [(None, None)]
 
 
 class TestDryRun:
@@ -246,11 +245,11 @@ CROWDS = ["one node's worth", "gangs larger than a node", "gangs larger than the
 
 def settled(planner):
     """Until every job has its answer."""
-    planner.decide()
+    planner.decide(NOW)
     for _ in range(1_000):
         if not planner.unfinished:
             return
-        planner.decide()
+        planner.decide(NOW)
     raise AssertionError("it never ends")
 
 
@@ -268,7 +267,7 @@ def test_ten_thousand_alike_cost_as_one_when_they_come(planner, asked, kind):
 def ends(planner, running):
     """The job's last task ends, so that its GPUs come free."""
     over = tuple(Report(t.id, TaskPhase.EXITED) for t in running.attempt.tasks)
-    planner.apply(Delta(jobs=(lifecycle.advance(running, Observations(over), NOW, Timeouts()),)))
+    planner.apply(News(jobs=(lifecycle.advance(running, Observations(over), NOW, Timeouts()),)))
 
 
 @pytest.mark.parametrize(("kind", "started"), [
@@ -280,7 +279,7 @@ def test_ten_thousand_alike_cost_as_one_when_something_comes_free(planner, asked
     settled(planner)
     asked.clear()
     ends(planner, running)
-    tried = planner.decide()
+    tried = planner.decide(NOW)
     assert [c.job.split("/")[3] for c in tried if c.assignment] == [f"w{i:05d}" for i in range(started)]
     assert len(asked) <= 20, "those behind were not tried one by one"
     planner.check()
@@ -304,7 +303,7 @@ def test_of_two_crowds_the_one_that_fits_is_not_kept_waiting_by_the_other(planne
     settled(planner)
     asked.clear()
     ends(planner, running)
-    tried = planner.decide()
+    tried = planner.decide(NOW)
     assert [c.job.split("/")[3] for c in tried if c.assignment] == ["w00000", "w00001"]
     assert len(asked) <= 30
     planner.check()
@@ -326,14 +325,14 @@ class Ticking:
 
 def test_time_is_bounded_and_nobody_is_forgotten():
     clock = Ticking()
-    planner = planner_with_queues(clock)
+    planner = plan_with_queues(monotonic=clock.monotonic)
     open_nodes(planner, node("s/a"))
     jobs = [job(f"j{i:03}", 1 + i % 3, at=i, any_of=(f"model-{i}",)) for i in range(100)]  # no two alike
     wait(planner, *jobs)
     told, passes = [], 0
     while planner.unfinished or not passes:
         before = clock.looks
-        told += [choice.job for choice in planner.decide(budget_s=0.02)]
+        told += [choice.job for choice in planner.decide(NOW, budget_s=0.02)]
         passes += 1
         assert clock.looks - before <= 40, "it went on after its time"
         assert passes < 100, "it makes no headway"
@@ -345,22 +344,22 @@ def test_time_is_bounded_and_nobody_is_forgotten():
 def test_without_any_time_nothing_is_decided_and_nothing_lost(planner):
     one = job("j1")
     wait(planner, one)
-    assert planner.decide(budget_s=0.0) == []
+    assert planner.decide(NOW, budget_s=0.0) == []
     assert planner.unfinished
-    assert [choice.job for choice in planner.decide()] == [one.name]
+    assert [choice.job for choice in planner.decide(NOW)] == [one.name]
     assert not planner.unfinished
 
 
 def test_what_the_engine_will_never_take_waits_with_its_reason(planner):
     strange = replace(job("j1"), spec=Spec(command=("x",), gpus=4, any_of=tuple(f"m{i}" for i in range(33))))
     wait(planner, strange)
-    (choice,) = planner.decide()
+    (choice,) = planner.decide(NOW)
     assert "33 options" in choice.decision.summary
 
 
 def test_a_decision_says_where_and_why(planner):
     wait(planner, job("j1", 8))
-    (choice,) = planner.decide()
+    (choice,) = planner.decide(NOW)
     decision: SchedulingDecision = choice.decision
     assert decision.summary == "8 x H100-80GB on 2 nodes, site s, one leaf"
     assert decision.usd_per_hour == pytest.approx(16.0)
@@ -378,16 +377,16 @@ class TestDatasets:
         return job(name, 1, at, datasets=("text",), require_local_data=True)
 
     def test_who_needs_its_data_near_is_tried_when_a_copy_has_come(self, planner):
-        planner.apply(Delta(datasets=(self.fact(),)))
+        planner.apply(News(datasets=(self.fact(),)))
         wait(planner, *(self.needing(f"j{i}", at=i) for i in range(5)), job("large", 100, at=9))
-        assert [choice for choice in planner.decide() if choice.assignment] == []
-        planner.apply(Delta(datasets=(self.fact("sites/s/nodes/b"),)))
-        tried = planner.decide()
+        assert [choice for choice in planner.decide(NOW) if choice.assignment] == []
+        planner.apply(News(datasets=(self.fact("sites/s/nodes/b"),)))
+        tried = planner.decide(NOW)
         assert [choice.assignment.nodes[0][0] for choice in tried if choice.assignment] == ["sites/s/nodes/b"] * 4
         assert "queues/q/jobs/large" not in {choice.job for choice in tried}, "it needs no data"
 
     def test_a_dataset_that_is_gone_is_nowhere(self, planner):
-        planner.apply(Delta(datasets=(self.fact("sites/s/nodes/b"),)))
-        planner.apply(Delta(datasets_gone=(self.DATA,)))
+        planner.apply(News(datasets=(self.fact("sites/s/nodes/b"),)))
+        planner.apply(News(datasets_gone=(self.DATA,)))
         wait(planner, self.needing("j"))
-        assert [choice.assignment for choice in planner.decide()] == [None]
+        assert [choice.assignment for choice in planner.decide(NOW)] == [None]

@@ -1,18 +1,19 @@
-"""The planner: the placement engine, what every job holds in it, and the jobs that wait.
+"""One decision, `step(news, now) -> moves`: the placement engine, what every job holds in it, and the jobs that wait.
 
-It is entered by one caller at a time. `apply` brings what changed, `decide` chooses for as many waiting jobs as fit into its time. What it
-chooses is held in the engine at once; when the store refuses the write, `apply` with the job as it is stored takes it back.
+It is entered by one caller at a time: the service's planner thread, a simulator, a replay. `now` is the caller's time, and the only one:
+without a bound of time no clock is read, and equal news give equal moves. What is chosen is held in the engine at once; when the store
+refuses the write, news of the job as it is stored takes it back.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from whaleflux.clock import Clock
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
@@ -22,6 +23,7 @@ from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
+from whaleflux_scheduler.core.pending import Candidate, QueueBucket, QueueBuckets
 from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
     NoPlacement,
@@ -31,12 +33,10 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping, stopped
-from whaleflux_scheduler.core.queueing import (
+from whaleflux_scheduler.core.queue_order import (
     ArrayLimit,
-    Candidate,
-    QueueBucket,
-    QueueBuckets,
     QueueLimit,
+    next_turn,
     order_of,
     over_array_limit,
     over_limit,
@@ -49,8 +49,8 @@ _MOST_SHAPES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """What changed since the planner last looked."""
+class News:
+    """What changed since the last step."""
 
     nodes: tuple[Node, ...] = ()
     removed: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Move:
     """What to do with one waiting job: give it a place, keep a place for it that others are to leave, or let it wait."""
 
     job: str
@@ -84,11 +84,33 @@ class Waiting:
     bucket: QueueBucket
 
 
-class Planner:
-    """See the module."""
+class Stopwatch:
+    """The time of one step: `began` by the caller's clock. Without a bound no clock is read, and time stands still."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._engine = clock, Engine()
+    def __init__(self, began: datetime, budget_s: float, monotonic: Callable[[], float]) -> None:
+        self.began, self._budget_s, self._monotonic = began, budget_s, monotonic
+        self._bounded = budget_s != math.inf
+        self._start_s = monotonic() if self._bounded else 0.0
+
+    @property
+    def passed_s(self) -> float:
+        return self._monotonic() - self._start_s if self._bounded else 0.0
+
+    @property
+    def over(self) -> bool:
+        return self._bounded and self.passed_s >= self._budget_s
+
+    @property
+    def now(self) -> datetime:
+        """The caller's time when the step began, and what has passed since."""
+        return self.began + timedelta(seconds=self.passed_s) if self._bounded else self.began
+
+
+class Plan:
+    """See the module. `monotonic` is read by steps that are bounded in time, and by no others."""
+
+    def __init__(self, monotonic: Callable[[], float] = lambda: 0.0) -> None:
+        self._monotonic, self._engine = monotonic, Engine()
         self._holdings, self._capacity = Holdings(self._engine), Capacity()
         self._left_out: set[str] = set()  # nodes whose facts placement cannot take
         self._queues: Mapping[str, Queue] = {}
@@ -99,6 +121,7 @@ class Planner:
         self._shapes: dict[PlaceRequest, int] = {}  # what is asked for, whoever asks, by number
         self._numbered = 0
         self._refused: dict[int, NoPlacement] = {}  # shapes that do not fit at present
+        self._watch: Stopwatch
 
     @property
     def waiting(self) -> int:
@@ -115,58 +138,62 @@ class Planner:
         """True when `decide` ran out of time before it had answered every job."""
         return bool(self._untried or self._unanswered)
 
-    def apply(self, delta: Delta) -> None:
+    def step(self, news: News, now: datetime, budget_s: float = math.inf) -> list[Move]:
+        """Takes in what changed, and decides; `budget_s` bounds the time that deciding takes."""
+        self.apply(news)
+        return self.decide(now, budget_s)
+
+    def apply(self, news: News) -> None:
         """Takes in what changed; cheap, decides nothing."""
-        if delta.queues is not None:
-            self._queues = delta.queues
+        if news.queues is not None:
+            self._queues = news.queues
             self._try_all()
-        self._know_datasets(delta)
-        for node in delta.nodes:
+        self._know_datasets(news)
+        for node in news.nodes:
             self._upsert(node)
-        for name in delta.removed:
+        for name in news.removed:
             self._remove(name)
-        for name, why in delta.closed.items():
+        for name, why in news.closed.items():
             self._close(name, why)
-        for job in delta.jobs:
+        for job in news.jobs:
             self._learn(job)
-        for name in delta.gone:
+        for name in news.gone:
             self._wait(name, None)
             if self._holdings.forget(name):
                 self._try_all()
-        for name, candidate in delta.candidates.items():
+        for name, candidate in news.candidates.items():
             self._wait(name, candidate)
 
-    def decide(self, budget_s: float = 0.05) -> list[Choice]:
+    def decide(self, now: datetime, budget_s: float = math.inf) -> list[Move]:
         """Tries the first of each bucket in turn, the next when it fits, until none does or `budget_s` is over."""
-        end_s = self._clock.monotonic() + budget_s
-        choices: list[Choice] = []
-        while self._untried and self._clock.monotonic() < end_s:
-            bucket = self._buckets.next_turn(self._untried, self._queues, self._holdings.by_queue)
+        self._watch = Stopwatch(now, budget_s, self._monotonic)
+        moves: list[Move] = []
+        while self._untried and not self._watch.over:
+            bucket = next_turn(self._buckets, self._untried, self._queues, self._holdings.by_queue)
             if bucket is None:
                 self._untried.clear()
                 break
-            choice = self._choose(self._first(bucket))
-            choices.append(choice)
-            if choice.assignment is None:
+            move = self._choose(self._first(bucket))
+            moves.append(move)
+            if move.assignment is None:
                 self._untried.discard(bucket)
-        return choices + self._answer_others(end_s)
+        return moves + self._answer_others()
 
     def _first(self, bucket: QueueBucket) -> Waiting:
         first = self._buckets.first(bucket)
         assert first is not None
         return self._waiting[first[1]]
 
-    def _answer_others(self, end_s: float) -> list[Choice]:
+    def _answer_others(self) -> list[Move]:
         """Those behind the first of a bucket that does not fit wait for the same reason."""
-        choices = []
-        now = self._clock.now()
+        moves = []
         for name in list(self._unanswered):
             waiting = self._waiting[name]
-            if waiting.bucket in self._untried or self._clock.monotonic() >= end_s:
+            if waiting.bucket in self._untried or self._watch.over:
                 continue
             self._unanswered.discard(name)
-            choices.append(Choice(name, self._why(waiting, now)))
-        return choices
+            moves.append(Move(name, self._why(waiting, self._watch.began)))
+        return moves
 
     def _why(self, waiting: Waiting, now: datetime) -> SchedulingDecision:
         job = waiting.candidate.job
@@ -292,13 +319,13 @@ class Planner:
         elif why:
             self._refused.clear()  # they say how many nodes each constraint excludes
 
-    def _know_datasets(self, delta: Delta) -> None:
+    def _know_datasets(self, news: News) -> None:
         """What can only go where its data is is tried again when the data may have come somewhere."""
-        for fact in delta.datasets:
+        for fact in news.datasets:
             self._engine.upsert_dataset(fact)
-        for name in delta.datasets_gone:
+        for name in news.datasets_gone:
             self._engine.remove_dataset(name)
-        changed = {fact.name for fact in delta.datasets} | set(delta.datasets_gone)
+        changed = {fact.name for fact in news.datasets} | set(news.datasets_gone)
         for waiting in self._waiting.values() if changed else ():
             if waiting.request.hard_locality and not changed.isdisjoint(waiting.request.datasets):
                 self._try_again(waiting.bucket)
@@ -351,34 +378,33 @@ class Planner:
 
     # decisions
 
-    def _choose(self, waiting: Waiting) -> Choice:
-        begun = self._clock.now()
+    def _choose(self, waiting: Waiting) -> Move:
+        begun = self._watch.now
         self._unanswered.discard(waiting.candidate.job.name)
-        choice = self._try(waiting, begun)
-        return replace(choice, begun=begun, ended=self._clock.now())
+        return replace(self._try(waiting, self._watch.began), begun=begun, ended=self._watch.now)
 
-    def _try(self, waiting: Waiting, now: datetime) -> Choice:
+    def _try(self, waiting: Waiting, now: datetime) -> Move:
         job, request = waiting.candidate.job, waiting.request
         if limit := self._over_limit(job):
-            return Choice(job.name, wait_reasons.queue_is_full(limit, now))
+            return Move(job.name, wait_reasons.queue_is_full(limit, now))
         if full := self._over_array_limit(job):
-            return Choice(job.name, wait_reasons.array_is_full(full, now))
+            return Move(job.name, wait_reasons.array_is_full(full, now))
         own = self._holdings.count_of(job.name) > 0
         refused = self._refused.get(waiting.bucket.shape)
         if refused is not None and not own:
-            return Choice(job.name, wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude))
+            return Move(job.name, wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude))
         try:
             with self._holdings.without(job.name):
                 answer = self._engine.place(request)
         except InvalidArgument as never:  # of an older version's rules
-            return Choice(job.name, wait_reasons.cannot_be_asked(str(never), now))
+            return Move(job.name, wait_reasons.cannot_be_asked(str(never), now))
         if isinstance(answer, Placement):
             return self._give(job, answer, now)
         if not own:
             self._refused[waiting.bucket.shape] = answer
         return self._make_room(waiting.candidate, request, answer, now)
 
-    def _give(self, job: Job, placement: Placement, now: datetime) -> Choice:
+    def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         devices = self._holdings.devices
         assignment = decisions.assignment_of(placement, devices)
         decision = decisions.placed(job, placement, assignment, devices, next_epoch(job), now)
@@ -388,21 +414,21 @@ class Planner:
         self._wait(job.name, None)
         if self._holdings.hold(job, held):  # what it claimed and did not take
             self._try_all()
-        return Choice(job.name, decision, assignment)
+        return Move(job.name, decision, assignment)
 
-    def _make_room(self, candidate: Candidate, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Choice:
+    def _make_room(self, candidate: Candidate, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Move:
         job = candidate.job
         decision = wait_reasons.does_not_fit(answer, now, candidate.exclude)
         if self._holdings.claim(job.name) is not None:
-            return Choice(job.name, wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)))
+            return Move(job.name, wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)))
         victims = may_stop(self._holdings, job)
         plan = self._engine.preempt(request, victims) if victims else answer
         if not isinstance(plan, PreemptionPlan):
-            return Choice(job.name, decision)
+            return Move(job.name, decision)
         claim = claim_for(plan, self._holdings, now)
         self._holdings.hold(job, self._holdings.held(job.name), claim)
         self._refused.pop(self._waiting[job.name].bucket.shape, None)  # the next of its kind may find other victims
-        return Choice(job.name, wait_reasons.with_victims(decision, claim.victims), claim=claim)
+        return Move(job.name, wait_reasons.with_victims(decision, claim.victims), claim=claim)
 
     def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
         """With its position in its queue, and who goes first."""
