@@ -82,6 +82,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Commit:
+    """A checkpoint became restorable, in the store's transaction `revision`."""
+
+    checkpoint: str
+    epoch: int  # of the attempt that saved it
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """One message of a watch over jobs: which job, as of which revision (0 for a deletion)."""
 

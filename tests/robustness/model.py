@@ -107,7 +107,12 @@ class Model:
     def _checkpoint(self, revision: int, new: CheckpointRecord) -> list[Violation]:
         before, self.checkpoints[new.name] = self.checkpoints.get(new.name), new
         was = before.state if before else ""
-        if new.state != "COMMITTED" or was == "COMMITTED" or self.fences.get(new.job) == new.epoch:
+        if new.state != "COMMITTED" or self.fences.get(new.job) == new.epoch:
+            return []
+        if was in (
+            "COMMITTED",
+            "LOST",
+        ):  # it was committed in its own epoch; a later attempt may find a lost one intact
             return []
         now = self.fences.get(new.job)
         return [_old(f"{new.name} of epoch {new.epoch} was committed at revision {revision}, in epoch {now}")]

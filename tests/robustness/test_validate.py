@@ -74,6 +74,33 @@ def test_damage_in_the_store_is_named(change, guarantee):
     assert guarantee.name in broken(history)
 
 
+def test_a_lost_checkpoint_that_a_later_attempt_finds_intact_is_no_commit_of_its_old_epoch():
+    history, saved = sound(), CheckpointRecord(f"{A}/checkpoints/s1-e1", "LOST", 1)
+    history.truth += [
+        Change(6, f"fences/{A}", FenceRecord(A, 2)),
+        Change(7, saved.name, saved),
+        Change(8, saved.name, replace(saved, state="COMMITTED")),
+    ]
+    assert validate.validate(history) == []
+
+
+def test_commits_are_told_by_job_and_revision_and_come_before_or_after_the_fence():
+    late = CheckpointRecord(f"{A}/checkpoints/s2-e1", "COMMITTED", 1, step=2)
+    others = CheckpointRecord(f"{B}/checkpoints/s9-e3", "COMMITTED", 3, step=9)
+    truth = sound().truth
+    with pytest.raises(LookupError):
+        validate.fenced_at(truth, A, epoch=1)
+    truth += [
+        Change(6, f"fences/{B}", FenceRecord(B, 3)),
+        Change(7, f"fences/{A}", FenceRecord(A, 2)),
+        Change(8, late.name, late),
+        Change(8, others.name, others),
+        Change(9, late.name, late),
+    ]
+    assert validate.fenced_at(truth, A, epoch=1) == 7
+    assert [(c.epoch, c.revision) for c in validate.commits(truth, A)] == [(1, 5), (1, 8)]
+
+
 @pytest.mark.parametrize(
     "watched",
     [

@@ -8,7 +8,18 @@ from collections.abc import Iterable, Mapping
 
 from tests.robustness import guarantees as g
 from tests.robustness.history import Change as Truth
-from tests.robustness.history import History, JobRecord, Listing, Outage, Seen, Step, Submission
+from tests.robustness.history import (
+    CheckpointRecord,
+    Commit,
+    FenceRecord,
+    History,
+    JobRecord,
+    Listing,
+    Outage,
+    Seen,
+    Step,
+    Submission,
+)
 from tests.robustness.model import Model, Violation, given_twice
 
 
@@ -28,6 +39,25 @@ def replay(truth: Iterable[Truth], held: Iterable[Truth] = ()) -> list[Violation
     model.begin(held)
     by_revision = itertools.groupby(truth, key=lambda change: change.revision)
     return [wrong for _, changes in by_revision for wrong in model.apply(list(changes))]
+
+
+def commits(truth: Iterable[Truth], job: str) -> list[Commit]:
+    """The first commit of each of the job's checkpoints, in their order; other jobs' are none of them."""
+    found: dict[str, Commit] = {}
+    for change in truth:
+        match change.value:
+            case CheckpointRecord(state="COMMITTED") as saved if saved.job == job:
+                found.setdefault(saved.name, Commit(saved.name, saved.epoch, change.revision))
+    return list(found.values())
+
+
+def fenced_at(truth: Iterable[Truth], job: str, epoch: int) -> int:
+    """The revision from which on the job's attempt `epoch` may write no more. Raises LookupError when it always may."""
+    for change in truth:
+        match change.value:
+            case FenceRecord() as fence if fence.job == job and fence.epoch > epoch:
+                return change.revision
+    raise LookupError(f"epoch {epoch} of {job} was never fenced")
 
 
 def listed_once(listings: Iterable[Listing]) -> list[Violation]:

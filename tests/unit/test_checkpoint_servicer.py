@@ -118,6 +118,27 @@ async def test_the_fence_is_compared_in_the_transaction_that_commits(service, st
     assert (await service.GetCheckpoint(pb.GetCheckpointRequest(name=made.name), None)).state == 1
 
 
+async def test_an_attempt_that_is_over_expires_nothing(service, store):
+    """The fence moves after the commit and before what it replaces is expired: the next attempt may be restoring that."""
+    before = await committed(service, 10, keep=1)
+    real_commit = store.commit
+
+    async def fence_after_commit(*writes, when=()):
+        revision = await real_commit(*writes, when=when)
+        if any(isinstance(w, Put) and pb.Checkpoint.FromString(w.value).HasField("commit_time") for w in writes):
+            await real_commit(Put(keys.of_name(keys.JOB_FENCES, JOB), b"2"))
+        return revision
+
+    made = await service.BeginCheckpoint(begin(20, keep=1), None)
+    await service.ReportPieces(report(made.name, 0), None)
+    store.commit = fence_after_commit
+    await service.ReportPieces(report(made.name, 1), None)
+    left = (await service.ListCheckpoints(pb.ListCheckpointsRequest(parent=JOB), None)).checkpoints
+    assert {c.name: c.state for c in left} == dict.fromkeys((before.name, made.name), pb.CHECKPOINT_STATE_COMMITTED), (
+        "the next attempt's own commit expires it"
+    )
+
+
 async def test_keeps_the_newest_and_deletes_in_two_steps(service):
     names = [(await committed(service, step, keep=2)).name for step in (10, 20, 30)]
     made = await service.BeginCheckpoint(begin(40, keep=2), None)

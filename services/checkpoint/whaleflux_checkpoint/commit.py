@@ -74,14 +74,17 @@ class Commit:
         raise Aborted(f"{name} changes too fast; report again", retry_after_s=1.0)
 
     async def _retain(self, committed: pb.Checkpoint) -> None:
-        """Expires what is beyond the job's `keep`. Losing a race here is no harm: the next commit does it."""
+        """Expires what is beyond the job's `keep`. Losing a race here is no harm: the next commit does it.
+
+        Only while its attempt is the job's present one: the next may be restoring what this one would expire.
+        """
         known = (await records.of_job(self._store, convert.job_of(committed.name))).values
         entries, saved = {entry.key: entry for entry, _ in known}, [convert.saved_of(one) for _, one in known]
         plan = state_machine.retain(saved, convert.saved_of(committed))
+        fence = fence_of(convert.job_of(committed.name), committed.epoch)
         for old, state in [(s, State.EXPIRED) for s in plan.expire] + [(s, State.ABANDONED) for s in plan.abandon]:
             try:
-                await move(
-                    self._store, entries[convert.checkpoint_key(old.name)], state, f"replaced by {committed.name}"
-                )
+                entry = entries[convert.checkpoint_key(old.name)]
+                await move(self._store, entry, state, f"replaced by {committed.name}", when=[fence])
             except ConditionFailed:
                 continue
