@@ -23,6 +23,7 @@ from tests.robustness.history import (
     Submission,
     Value,
 )
+from tests.support.suite import until
 from whaleflux.errors import StatusError
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.store import keys
@@ -30,6 +31,7 @@ from whaleflux.store.etcd import EtcdStore
 from whaleflux.v1 import checkpoint_pb2, inventory_pb2, scheduler_pb2
 from whaleflux_scheduler import convert
 
+ANSWER_S = 4.0  # a submission that is not answered by then counts as unanswered
 _OVER = (
     scheduler_pb2.TASK_PHASE_EXITED,
     scheduler_pb2.TASK_PHASE_KILLED,
@@ -43,11 +45,12 @@ class Traffic:
 
     def __init__(self, client: AsyncClient, history: History, prefix: str) -> None:
         self._client, self._history, self._prefix = client, history, prefix
-        self._numbers, self._submitting = itertools.count(1), True
+        self._numbers, self._submitting, self._under_way = itertools.count(1), True, 0
 
-    def stop_submitting(self) -> None:
-        """From now on only reads flow."""
+    async def stop_submitting(self) -> None:
+        """From now on only reads flow; returns when what was under way has its answer, so that the store can be asked for it."""
         self._submitting = False
+        await until(lambda: not self._under_way, "every submission is answered", 2 * ANSWER_S)
 
     async def submit(self, command: tuple[str, ...] = ("/bin/true",)) -> str:
         """One job of one GPU; recorded, whatever comes of it. Returns its name, "" when it was not acknowledged."""
@@ -57,11 +60,14 @@ class Traffic:
         request = scheduler_pb2.CreateJobRequest(
             parent="queues/default", job_id=id_, request_id=f"r-{id_}", job=scheduler_pb2.Job(spec=spec)
         )
+        self._under_way += 1
         try:
-            await self._client.scheduler.CreateJob(request, timeout=4)
+            await self._client.scheduler.CreateJob(request, timeout=ANSWER_S)
         except StatusError:
             self._history.submissions.append(Submission(name, at_s, acknowledged=False))
             return ""
+        finally:
+            self._under_way -= 1
         self._history.submissions.append(Submission(name, at_s, acknowledged=True))
         return name
 

@@ -68,7 +68,7 @@ async def _run(suite: RunningSuite) -> Run:
             run.checkpoints = await training.restorable()
             run.ended = await training.finish()
             run.faults = await training.faults()
-            traffic.stop_submitting()
+            await traffic.stop_submitting()
             run.unfinished = await _unfinished(client, run.history)
             run.history.truth = await truth_of(suite.store(), began)
             await _caught_up(run.history, began)

@@ -61,7 +61,7 @@ async def _run(suite: RunningSuite) -> Run:
             node = (await training.job()).attempt.tasks[1].node
             await _silence_and_wake(run, suite, client, training, node)
             run.ended = await training.finish()
-            traffic.stop_submitting()
+            await traffic.stop_submitting()
             run.history.truth = await truth_of(suite.store(), began)
         run.restored = training.restores()
     run.history.watched.clear()  # the watch is another test's business, and this one began late
