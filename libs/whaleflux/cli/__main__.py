@@ -31,6 +31,7 @@ from whaleflux.cli import (
     people_commands,
     queue_commands,
     secret_commands,
+    simulate_command,
     submit_commands,
     suite_commands,
     token_commands,
@@ -65,7 +66,9 @@ app = typer.Typer(
 )
 
 _PANELS: dict[str, list[Callable[..., None]]] = {
-    "This machine": [suite_commands.up, suite_commands.down, suite_commands.profiles, suite_commands.demo],
+    "This machine": [
+        suite_commands.up, suite_commands.down, suite_commands.profiles, suite_commands.demo, simulate_command.simulate,
+    ],
     "Fleet": [
         fleet_commands.status, fleet_commands.nodes, gpu_commands.gpus, fleet_commands.sites, fleet_commands.incidents,
         node_commands.cordon, node_commands.uncordon, node_commands.drain, node_commands.retire, node_commands.replace,

@@ -1,0 +1,220 @@
+"""What happens to simulated jobs and nodes, by the second: each function takes the time, and makes news for the planner.
+
+What a record becomes is decided by the production core: `lifecycle.advance` with what agents and health_monitor would have told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from whaleflux import names
+from whaleflux_scheduler.core import cost, lifecycle
+from whaleflux_scheduler.core.model import Job, JobState, Queue, TaskPhase
+from whaleflux_scheduler.core.observed import Observations, Timeouts
+from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.simulation import running
+from whaleflux_scheduler.simulation.running import SimulatedJob
+from whaleflux_scheduler.simulation.state import State
+from whaleflux_scheduler.simulation.timeline import instant, second_of
+from whaleflux_scheduler.simulation.workload import NodeEvent, Submission
+
+_PATIENT = Timeouts(accept_s=1e9, start_s=1e9, fetch_s=1e9)  # no agent is late here
+
+
+def submit(state: State, submission: Submission) -> None:
+    """A job comes; a queue that nobody described comes with its first job."""
+    name, spec, at_s = submission.name, submission.spec, submission.at_s
+    queue = names.top(name)
+    if queue not in state.queues:
+        state.queues[queue] = Queue(names.queue(queue))
+        state.news.queues = dict(state.queues)
+    job = Job(name, spec, JobState.QUEUED, instant(at_s), uid=name)
+    row = state.result.outcomes.add(name, queue, spec.gpus, spec.priority, at_s, submission.run_s)
+    state.jobs[name] = SimulatedJob(job, submission, row, submission.run_s)
+    state.result.asked.change(at_s, spec.gpus)
+    state.news.candidates[name] = Candidate(job)
+
+
+def adopt(state: State, job: Job, submission: Submission) -> None:
+    """A job runs already when the simulation begins."""
+    assert job.attempt is not None
+    if job.queue not in state.queues:
+        state.queues[job.queue] = Queue(names.queue(job.queue))
+        state.news.queues = dict(state.queues)
+    row = state.result.outcomes.add(job.name, job.queue, job.spec.gpus, job.spec.priority, 0.0, submission.run_s)
+    state.result.outcomes.start_s[row] = 0.0
+    simulated = state.jobs[job.name] = SimulatedJob(job, submission, row, submission.run_s, turn=1)
+    simulated.held = sum(task.gpus_worth for task in job.attempt.tasks)
+    state.result.held.change(0.0, simulated.held)
+    state.is_on(job, job.attempt.nodes)
+    state.news.jobs.append(job)
+    done_s = simulated.starts_work(0.0, job.attempt.gpus, state.delays)
+    state.timeline.add(done_s, finish, state, simulated, simulated.turn)
+
+
+def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """All ranks of the attempt run."""
+    if simulated.turn != turn:
+        return
+    job = simulated.job = running.running(simulated.job, instant(at_s))
+    assert job.attempt is not None
+    done_s = simulated.starts_work(at_s, job.attempt.gpus, state.delays)
+    limit_s = running.limit_s(job)
+    if limit_s < done_s:
+        state.timeline.add(limit_s, look, state, simulated, turn)
+    else:
+        state.timeline.add(done_s, finish, state, simulated, turn)
+    state.news.jobs.append(job)
+    if state.claimants.to(job.name):
+        look(at_s, state, simulated, turn)
+
+
+def finish(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """Its work is done."""
+    if simulated.turn == turn:
+        _end(at_s, state, simulated, running.finished(simulated.job, instant(at_s)))
+
+
+def look(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """Something about the job may have changed: its nodes, who claims its GPUs, or the time."""
+    before = simulated.job
+    if simulated.turn != turn or before.ended:
+        return
+    now = instant(at_s)
+    observed = Observations(nodes=state.conditions_of(before), claimed_by=state.claimed_by(before, now))
+    after = lifecycle.advance(before, observed, now, _PATIENT)
+    if after is not before:
+        _became(at_s, state, simulated, after)
+
+
+def offer(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """It may be placed: now, or when its pause is over."""
+    job = simulated.job
+    if simulated.turn != turn or job.state not in (JobState.QUEUED, JobState.RECOVERING):
+        return
+    if job.not_before is not None and second_of(job.not_before) > at_s:
+        state.timeline.add(second_of(job.not_before), offer, state, simulated, turn)
+    else:
+        state.news.candidates[job.name] = Candidate(job)
+
+
+def node_event(at_s: float, state: State, event: NodeEvent) -> None:
+    """Nodes are lost, are to be emptied, or are back."""
+    for node in event.nodes:
+        was_closed = node in state.conditions
+        if event.what == "up":
+            state.conditions.pop(node, None)
+        else:
+            state.conditions[node] = running.condition_of(event.what)
+        state.news.closed[node] = "" if event.what == "up" else "draining" if event.what == "drain" else "unreachable"
+        closed = node in state.conditions
+        state.result.closed.change(at_s, (closed - was_closed) * state.sizes[node])
+    touched = {name for node in event.nodes for name in state.on_node.get(node, ())}
+    for name in sorted(touched):
+        look(at_s, state, state.jobs[name], state.jobs[name].turn)
+
+
+# what a transition leads to
+
+
+def _became(at_s: float, state: State, simulated: SimulatedJob, after: Job) -> None:
+    before, simulated.job = simulated.job, after
+    if after.ended:
+        _end(at_s, state, simulated, running.with_tasks(after, TaskPhase.KILLED))
+    elif after.state is before.state:  # a claim that it lost, or something of its record
+        state.news.jobs.append(after)
+        _claims_no_more(state, before, after)
+        offer(at_s, state, simulated, simulated.turn)
+    else:
+        _AFTER[after.state](at_s, state, simulated)
+
+
+def _suspending(at_s: float, state: State, simulated: SimulatedJob) -> None:
+    """It saves, and leaves its GPUs when that is done or its grace is over."""
+    delays, job = state.delays, simulated.job
+    simulated.turn += 1
+    if delays.save_s <= job.grace_s:
+        simulated.keeps_work(at_s)
+    else:
+        simulated.loses_work(at_s, delays.checkpoint_every_s)
+    state.result.outcomes.suspensions[simulated.row] += 1
+    state.result.moves.add(at_s, "suspend", job.name)
+    state.news.jobs.append(job)
+    state.timeline.add(at_s + min(delays.save_s, job.grace_s), left, state, simulated, simulated.turn)
+
+
+def left(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """Nothing of the suspended attempt is on its nodes any more."""
+    if simulated.turn != turn:
+        return
+    now = instant(at_s)
+    gone = running.with_tasks(simulated.job, TaskPhase.KILLED)
+    leave(at_s, state, simulated, "suspended")
+    simulated.job = lifecycle.advance(gone, Observations(), now, _PATIENT)
+    _queued(at_s, state, simulated)
+
+
+def _queued(at_s: float, state: State, simulated: SimulatedJob) -> None:
+    state.news.jobs.append(simulated.job)
+    state.result.asked.change(at_s, simulated.job.spec.gpus)
+    offer(at_s, state, simulated, simulated.turn)
+
+
+def _recovering(at_s: float, state: State, simulated: SimulatedJob) -> None:
+    """A node was lost or is emptied: the attempt is over."""
+    simulated.turn += 1
+    simulated.loses_work(at_s, state.delays.checkpoint_every_s)
+    state.result.outcomes.recoveries[simulated.row] += 1
+    state.result.moves.add(at_s, "recover", simulated.job.name)
+    leave(at_s, state, simulated, "lost")
+    simulated.job = running.with_tasks(simulated.job, TaskPhase.GONE)
+    state.news.jobs.append(simulated.job)
+    state.result.asked.change(at_s, simulated.job.spec.gpus)
+    state.timeline.add(at_s + state.delays.recover_s, _diagnosed, state, simulated, simulated.turn)
+
+
+def _diagnosed(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    if simulated.turn == turn:
+        observed = Observations(diagnosis=running.diagnosed(simulated.job))
+        simulated.job = lifecycle.advance(simulated.job, observed, instant(at_s), _PATIENT)
+        offer(at_s, state, simulated, turn)
+
+
+def _end(at_s: float, state: State, simulated: SimulatedJob, job: Job) -> None:
+    result, name, row = state.result, job.name, simulated.row
+    waited = simulated.held <= 0.0 and job.attempt is not None
+    leave(at_s, state, simulated, "done" if job.state is JobState.SUCCEEDED else job.state.name.lower())
+    if waited:
+        result.asked.change(at_s, -job.spec.gpus)
+    simulated.job, simulated.turn = job, simulated.turn + 1
+    result.outcomes.end_s[row], result.outcomes.states[row] = at_s, job.state
+    result.job_usd += cost.job_cost_usd(job, instant(at_s))
+    result.moves.add(at_s, job.state.name.lower(), name)
+    state.claimants.set(name, ())
+    state.news.jobs.append(job)
+    state.news.candidates[name] = None
+    del state.jobs[name]
+
+
+def leave(at_s: float, state: State, simulated: SimulatedJob, why: str) -> None:
+    """The attempt holds its GPUs no more."""
+    job, held = simulated.job, simulated.held
+    if not held or job.attempt is None:
+        return
+    simulated.held = 0.0
+    state.result.held.change(at_s, -held)
+    if state.result.spans is not None:
+        state.result.spans.add(job.name, job.queue, job.attempt, simulated.placed_s, at_s, why)
+    state.is_off(job, job.attempt.nodes)
+
+
+def _claims_no_more(state: State, before: Job, after: Job) -> None:
+    if before.claim is not None and after.claim is None:
+        state.claimants.set(after.name, ())
+
+
+_AFTER: dict[JobState, Callable[[float, State, SimulatedJob], None]] = {
+    JobState.SUSPENDING: _suspending,
+    JobState.QUEUED: _queued,
+    JobState.RECOVERING: _recovering,
+}

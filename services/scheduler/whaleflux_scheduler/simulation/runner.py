@@ -1,0 +1,98 @@
+"""The simulation: events make news, the production planner makes moves of them, moves make events. See the package for its use."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+
+from whaleflux.fleet.model import Node
+from whaleflux_scheduler.core import cost
+from whaleflux_scheduler.core.planner import Choice, Planner
+from whaleflux_scheduler.simulation import happenings, moves
+from whaleflux_scheduler.simulation.records import MoveLog, Spans
+from whaleflux_scheduler.simulation.state import News, Result, State
+from whaleflux_scheduler.simulation.timeline import NEVER_S, instant
+from whaleflux_scheduler.simulation.workload import NodeEvent, Submission, Workload
+
+SIMULATED = (
+    "no agents, network or store: starts, checkpoints, restarts and lost nodes take the workload's `delays`; jobs run for as long as the "
+    "workload says, whatever their place; all decisions are the production planner's, which needs no time for them"
+)
+
+
+class Simulation:
+    """A fleet and a workload; `run` once."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        workload: Workload,
+        *,
+        events: Iterable[NodeEvent] = (),
+        log: MoveLog | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
+        result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
+        self._state = State(nodes, workload.queues, workload.delays, result)
+        self._planner = Planner(self._state.clock)
+        self._arrivals = workload.in_order()
+        for event in events:
+            self._state.watches_nodes = True
+            self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
+        for job, submission in workload.running:
+            happenings.adopt(self._state, job, submission)
+
+    def run(self, until_s: float = NEVER_S) -> Result:
+        """To the end of the last job, or until then. What waits for what never comes is QUEUED in the outcomes."""
+        begun, state = time.thread_time(), self._state
+        arrival: Submission | None = next(self._arrivals, None)
+        self._decide()
+        while True:
+            due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S)
+            if due_s == NEVER_S or due_s > until_s:
+                break
+            state.clock.now_s = now_s = max(state.clock.now_s, self._round_of(due_s))
+            state.timeline.run_until(now_s)
+            while arrival is not None and arrival.at_s <= now_s:
+                happenings.submit(state, arrival)
+                arrival = next(self._arrivals, None)
+            self._decide()
+        self._finish(state.clock.now_s if until_s == NEVER_S else until_s)
+        state.result.total_s = time.thread_time() - begun
+        return state.result
+
+    def _round_of(self, due_s: float) -> float:
+        every_s = self._state.delays.round_s
+        return math.ceil(due_s / every_s) * every_s if every_s else due_s
+
+    def _decide(self) -> None:
+        """Until nothing follows any more: what was started runs, who was claimed from is asked to leave."""
+        state, result = self._state, self._state.result
+        while state.news:
+            begun = time.thread_time()
+            chosen = self._step(state.take_news())
+            decided = time.thread_time()
+            for choice in chosen:
+                moves.apply(state.clock.now_s, state, choice)
+            result.steps += 1
+            result.step_s += decided - begun
+            result.apply_s += time.thread_time() - decided
+
+    def _step(self, news: News) -> list[Choice]:
+        self._planner.apply(news.delta())
+        return self._planner.decide(math.inf)
+
+    def _finish(self, end_s: float) -> None:
+        """Books what still goes on."""
+        state, result = self._state, self._state.result
+        for series in (result.held, result.asked, result.closed):
+            series.until(end_s)
+        result.end_s = end_s
+        for simulated in state.jobs.values():
+            result.outcomes.states[simulated.row] = simulated.job.state
+            result.job_usd += cost.job_cost_usd(simulated.job, instant(end_s))
+            if result.spans is not None and simulated.held and simulated.job.attempt:
+                job, attempt = simulated.job, simulated.job.attempt
+                result.spans.add(job.name, job.queue, attempt, simulated.placed_s, end_s, "runs")

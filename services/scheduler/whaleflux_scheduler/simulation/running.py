@@ -1,0 +1,96 @@
+"""One simulated job: its record, as the production core has it, and the work that is left of it.
+
+Every transition is the production core's own (`lifecycle`): this module says what an agent, a node and a checkpoint would have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from whaleflux_scheduler.core import cost
+from whaleflux_scheduler.core.model import Attempt, Job, JobState, TaskPhase
+from whaleflux_scheduler.core.observed import Diagnosis, EndReason, NodeCondition
+from whaleflux_scheduler.core.state_machine import transition
+from whaleflux_scheduler.simulation.timeline import second_of
+from whaleflux_scheduler.simulation.workload import Delays, Submission
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedJob:
+    """`left_s`: seconds that it still has to run on the GPUs of its spec. `turn` counts attempts, so that events of old ones are told."""
+
+    job: Job
+    submission: Submission
+    row: int  # among the outcomes
+    left_s: float
+    rate: float = 1.0  # work per second in this attempt
+    works_from_s: float = 0.0  # in this attempt: after loading the checkpoint
+    placed_s: float = 0.0
+    turn: int = 0
+    held: float = 0.0  # GPUs
+
+    def starts_work(self, at_s: float, gpus: int, delays: Delays) -> float:
+        """All its ranks run; returns when it will have done its work."""
+        restored = delays.restart_s if self.job.past_attempts else 0.0
+        self.rate = self.submission.rate(gpus)
+        self.works_from_s = at_s + restored
+        return self.works_from_s + self.left_s / self.rate
+
+    def keeps_work(self, at_s: float) -> None:
+        """What it did in this attempt is saved."""
+        self.left_s = max(0.0, self.left_s - max(0.0, at_s - self.works_from_s) * self.rate)
+
+    def loses_work(self, at_s: float, every_s: float) -> None:
+        """What it did since its last regular checkpoint is lost."""
+        worked_s = max(0.0, at_s - self.works_from_s)
+        self.keeps_work(self.works_from_s + (worked_s - worked_s % every_s if every_s else 0.0))
+
+
+def running(job: Job, now: datetime) -> Job:
+    """STARTING -> RUNNING: all ranks run."""
+    attempt = job.attempt
+    assert attempt is not None
+    began = replace(attempt, started=True, run_time=now)
+    return transition(job, JobState.RUNNING, attempt=began, start_time=job.start_time or now, state_message="runs")
+
+
+def finished(job: Job, now: datetime) -> Job:
+    """RUNNING -> SUCCEEDED: all ranks ended well."""
+    over = with_tasks(cost.end_attempt(job, now, f"{EndReason.DONE}: all ranks ended well"), TaskPhase.EXITED)
+    return transition(
+        over, JobState.SUCCEEDED, end_time=now, state_message="all ranks ended well", awaits=(), hold=None
+    )
+
+
+def with_tasks(job: Job, phase: TaskPhase) -> Job:
+    """Its agents report that nothing is left of any of its tasks."""
+    attempt = job.attempt
+    if attempt is None:
+        return job
+    return replace(job, attempt=_over(attempt, phase), past_attempts=tuple(_over(p, phase) for p in job.past_attempts))
+
+
+def _over(attempt: Attempt, phase: TaskPhase) -> Attempt:
+    if not any(task.holds for task in attempt.tasks):
+        return attempt
+    tasks = tuple(replace(task, phase=phase, lost=False) if task.holds else task for task in attempt.tasks)
+    return replace(attempt, tasks=tasks)
+
+
+def diagnosed(job: Job) -> Diagnosis:
+    """What health_monitor would say of a node that was lost: no fault of the work."""
+    return Diagnosis(job.epoch, message=job.state_message)
+
+
+def condition_of(what: str) -> NodeCondition:
+    """What a node's event means for those on it."""
+    return NodeCondition(draining="maintenance") if what == "drain" else NodeCondition(unreachable="simulated loss")
+
+
+def limit_s(job: Job) -> float:
+    """When the running attempt will have used up the job's time limit; infinity for none."""
+    limit, attempt = job.spec.time_limit_s, job.attempt
+    if limit is None or attempt is None or attempt.run_time is None:
+        return float("inf")
+    return second_of(attempt.run_time) + max(0.0, limit - job.run_s)

@@ -1,0 +1,128 @@
+"""What all parts of a simulation share: its time, its jobs, what the planner was not told yet, and what is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from whaleflux.fleet.model import Node
+from whaleflux_scheduler.core.model import Job, Queue
+from whaleflux_scheduler.core.observed import NodeCondition
+from whaleflux_scheduler.core.planner import Delta
+from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.job_pointers import JobPointers
+from whaleflux_scheduler.simulation.records import MoveLog, Outcomes, Series, Spans
+from whaleflux_scheduler.simulation.running import SimulatedJob
+from whaleflux_scheduler.simulation.timeline import Timeline, instant
+from whaleflux_scheduler.simulation.workload import Delays
+
+
+class SimulatedClock:
+    """The time of the simulation, for the planner."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def now(self) -> datetime:
+        return instant(self.now_s)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    async def sleep(self, seconds: float) -> None:
+        raise AssertionError("nothing sleeps in a simulation")
+
+
+@dataclass(slots=True)
+class News:
+    """What the planner was not told yet."""
+
+    nodes: list[Node] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
+    jobs: list[Job] = field(default_factory=list)
+    candidates: dict[str, Candidate | None] = field(default_factory=dict)
+    queues: dict[str, Queue] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs or self.candidates or self.closed or self.nodes or self.queues is not None)
+
+    def delta(self) -> Delta:
+        """For the planner."""
+        return Delta(
+            nodes=tuple(self.nodes),
+            closed=self.closed,
+            jobs=tuple(self.jobs),
+            candidates=self.candidates,
+            queues=self.queues,
+        )
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of it; the records are complete up to `end_s`, where the last event was or the simulation was stopped."""
+
+    gpus: int
+    fleet_usd_per_hour: float
+    moves: MoveLog
+    spans: Spans | None = None
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    held: Series = field(default_factory=Series)  # GPUs
+    asked: Series = field(default_factory=Series)  # GPUs of jobs that wait
+    closed: Series = field(default_factory=Series)  # GPUs of nodes that take no work
+    job_usd: float = 0.0  # of the GPU-hours that jobs held, at their nodes' prices
+    end_s: float = 0.0
+    steps: int = 0
+    step_s: float = 0.0  # wall time in the planner
+    apply_s: float = 0.0  # in the transitions that its moves make
+    total_s: float = 0.0
+
+
+class State:
+    """See the module."""
+
+    def __init__(self, nodes: Iterable[Node], queues: dict[str, Queue], delays: Delays, result: Result) -> None:
+        self.clock, self.timeline = SimulatedClock(), Timeline()
+        self.delays, self.result, self.queues = delays, result, dict(queues)
+        self.jobs: dict[str, SimulatedJob] = {}  # not ended
+        self.claimants = JobPointers()
+        self.sizes = {node.name: len(node.gpus) for node in nodes}
+        self.conditions: dict[str, NodeCondition] = {}  # of nodes that take no work
+        self.on_node: dict[str, dict[str, None]] = {}  # jobs in the order of their start
+        self.watches_nodes = False  # whether anything happens to nodes, so that `on_node` is kept
+        self.news = News(nodes=list(nodes), closed=dict.fromkeys(self.sizes, ""), queues=dict(queues))
+
+    def take_news(self) -> News:
+        """What came since the last call."""
+        taken, self.news = self.news, News()
+        return taken
+
+    def is_on(self, job: Job, nodes: Iterable[str]) -> None:
+        """An attempt has begun there."""
+        for node in nodes if self.watches_nodes else ():
+            self.on_node.setdefault(node, {})[job.name] = None
+
+    def is_off(self, job: Job, nodes: Iterable[str]) -> None:
+        """Nothing of the job is there any more."""
+        for node in nodes if self.watches_nodes else ():
+            self.on_node[node].pop(job.name, None)
+
+    def claimed_by(self, job: Job, now: datetime) -> str:
+        """A job that waits for GPUs of this one, "" for none: as the leader's loop works it out."""
+        attempt = job.attempt
+        held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
+        for name in sorted(self.claimants.to(job.name)):
+            claimant = self.jobs.get(name)
+            claim = claimant.job.claim if claimant is not None else None
+            if claim is None or now >= claim.expire_time:
+                continue
+            if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
+                return name
+        return ""
+
+    def conditions_of(self, job: Job) -> dict[str, NodeCondition]:
+        """Of the nodes that it is on, or claims, those that are not in order."""
+        if not self.conditions:
+            return {}
+        nodes = {*(task.node for _, task in job.holding()), *(job.claim.gpus if job.claim else ())}
+        return {node: self.conditions[node] for node in sorted(nodes) if node in self.conditions}
