@@ -2,7 +2,7 @@
 
 import json
 import math
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -177,7 +177,7 @@ def test_a_call_prints_figures_draws_and_writes_its_moves(files, capsys):
     assert code == 0
     assert "5 succeeded" in out
     assert "simulated: no agents" in out
-    drawn = ElementTree.parse(svg).getroot()
+    drawn = ET.parse(svg).getroot()
     assert drawn.tag.endswith("svg")
     assert "queues/b/jobs/two" in svg.read_text()
     lines = [json.loads(line) for line in moves.read_text().splitlines()]
