@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from whaleflux import names
 from whaleflux_scheduler.core import cost, lifecycle
-from whaleflux_scheduler.core.model import Job, JobState, Queue, TaskPhase
+from whaleflux_scheduler.core.model import GOES_ON, Job, JobState, Queue, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Timeouts
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.simulation import running
 from whaleflux_scheduler.simulation.running import SimulatedJob
 from whaleflux_scheduler.simulation.state import State
@@ -81,7 +81,11 @@ def look(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
     if simulated.turn != turn or before.ended:
         return
     now = instant(at_s)
-    observed = Observations(nodes=state.conditions_of(before), claimed_by=state.claimed_by(before, now))
+    observed = Observations(
+        nodes=state.conditions_of(before),
+        claimed_by=state.claimed_by(before, now),
+        claim_is_free=state.claim_is_free(before),
+    )
     after = lifecycle.advance(before, observed, now, _PATIENT)
     if after is not before:
         _became(at_s, state, simulated, after)
@@ -123,7 +127,7 @@ def _became(at_s: float, state: State, simulated: SimulatedJob, after: Job) -> N
         _end(at_s, state, simulated, running.with_tasks(after, TaskPhase.KILLED))
     elif after.state is before.state:  # a claim that it lost, or something of its record
         state.news.jobs.append(after)
-        _claims_no_more(state, before, after)
+        claims(state, after)
         offer(at_s, state, simulated, simulated.turn)
     else:
         _AFTER[after.state](at_s, state, simulated)
@@ -133,6 +137,7 @@ def _suspending(at_s: float, state: State, simulated: SimulatedJob) -> None:
     """It saves, and leaves its GPUs when that is done or its grace is over."""
     delays, job = state.delays, simulated.job
     simulated.turn += 1
+    claims(state, job)
     if delays.save_s <= job.grace_s:
         simulated.keeps_work(at_s)
     else:
@@ -190,7 +195,7 @@ def _end(at_s: float, state: State, simulated: SimulatedJob, job: Job) -> None:
     result.outcomes.end_s[row], result.outcomes.states[row] = at_s, job.state
     result.job_usd += cost.job_cost_usd(job, instant(at_s))
     result.moves.add(at_s, job.state.name.lower(), name)
-    state.claimants.set(name, ())
+    claims(state, job)
     state.news.jobs.append(job)
     state.news.candidates[name] = None
     del state.jobs[name]
@@ -206,11 +211,18 @@ def leave(at_s: float, state: State, simulated: SimulatedJob, why: str) -> None:
     if state.result.spans is not None:
         state.result.spans.add(job.name, job.queue, job.attempt, simulated.placed_s, at_s, why)
     state.is_off(job, job.attempt.nodes)
+    for name in state.going_on:
+        other = state.jobs[name]
+        state.timeline.add(at_s, look, state, other, other.turn)
 
 
-def _claims_no_more(state: State, before: Job, after: Job) -> None:
-    if before.claim is not None and after.claim is None:
-        state.claimants.set(after.name, ())
+def claims(state: State, job: Job) -> None:
+    """The claim in the job's record is known to those whom it concerns."""
+    state.claimants.set(job.name, job.claim.victims if job.claim is not None else ())
+    if job.claim is not None and job.state is JobState.RUNNING and job.claim.purpose in GOES_ON:
+        state.going_on[job.name] = None
+    else:
+        state.going_on.pop(job.name, None)
 
 
 _AFTER: dict[JobState, Callable[[float, State, SimulatedJob], None]] = {

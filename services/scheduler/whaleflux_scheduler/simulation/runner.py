@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import cost
-from whaleflux_scheduler.core.planner import Choice, Planner
+from whaleflux_scheduler.core.plan import Plan
 from whaleflux_scheduler.simulation import happenings, moves
 from whaleflux_scheduler.simulation.records import MoveLog, Spans
-from whaleflux_scheduler.simulation.state import News, Result, State
+from whaleflux_scheduler.simulation.state import Result, State
 from whaleflux_scheduler.simulation.timeline import NEVER_S, instant
 from whaleflux_scheduler.simulation.workload import NodeEvent, Submission, Workload
 
@@ -36,10 +36,9 @@ class Simulation:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
         self._state = State(nodes, workload.queues, workload.delays, result)
-        self._planner = Planner(self._state.clock)
+        self._plan = Plan()
         self._arrivals = workload.in_order()
         for event in events:
-            self._state.watches_nodes = True
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
         for job, submission in workload.running:
             happenings.adopt(self._state, job, submission)
@@ -53,13 +52,13 @@ class Simulation:
             due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S)
             if due_s == NEVER_S or due_s > until_s:
                 break
-            state.clock.now_s = now_s = max(state.clock.now_s, self._round_of(due_s))
+            state.now_s = now_s = max(state.now_s, self._round_of(due_s))
             state.timeline.run_until(now_s)
             while arrival is not None and arrival.at_s <= now_s:
                 happenings.submit(state, arrival)
                 arrival = next(self._arrivals, None)
             self._decide()
-        self._finish(state.clock.now_s if until_s == NEVER_S else until_s)
+        self._finish(state.now_s if until_s == NEVER_S else until_s)
         state.result.total_s = time.thread_time() - begun
         return state.result
 
@@ -72,17 +71,13 @@ class Simulation:
         state, result = self._state, self._state.result
         while state.news:
             begun = time.thread_time()
-            chosen = self._step(state.take_news())
+            made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()
-            for choice in chosen:
-                moves.apply(state.clock.now_s, state, choice)
+            for move in made:
+                moves.apply(state.now_s, state, move)
             result.steps += 1
             result.step_s += decided - begun
             result.apply_s += time.thread_time() - decided
-
-    def _step(self, news: News) -> list[Choice]:
-        self._planner.apply(news.delta())
-        return self._planner.decide(math.inf)
 
     def _finish(self, end_s: float) -> None:
         """Books what still goes on."""

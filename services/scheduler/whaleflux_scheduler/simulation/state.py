@@ -7,35 +7,20 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from whaleflux.fleet.model import Node
-from whaleflux_scheduler.core.model import Job, Queue
+from whaleflux_scheduler.core import plan
+from whaleflux_scheduler.core.holdings import held_by
+from whaleflux_scheduler.core.model import Job, JobState, Queue
 from whaleflux_scheduler.core.observed import NodeCondition
-from whaleflux_scheduler.core.planner import Delta
-from whaleflux_scheduler.core.queueing import Candidate
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.simulation.records import MoveLog, Outcomes, Series, Spans
 from whaleflux_scheduler.simulation.running import SimulatedJob
-from whaleflux_scheduler.simulation.timeline import Timeline, instant
+from whaleflux_scheduler.simulation.timeline import Timeline
 from whaleflux_scheduler.simulation.workload import Delays
 
 
-class SimulatedClock:
-    """The time of the simulation, for the planner."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def now(self) -> datetime:
-        return instant(self.now_s)
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    async def sleep(self, seconds: float) -> None:
-        raise AssertionError("nothing sleeps in a simulation")
-
-
 @dataclass(slots=True)
-class News:
+class Unsaid:
     """What the planner was not told yet."""
 
     nodes: list[Node] = field(default_factory=list)
@@ -47,9 +32,9 @@ class News:
     def __bool__(self) -> bool:
         return bool(self.jobs or self.candidates or self.closed or self.nodes or self.queues is not None)
 
-    def delta(self) -> Delta:
+    def as_news(self) -> plan.News:
         """For the planner."""
-        return Delta(
+        return plan.News(
             nodes=tuple(self.nodes),
             closed=self.closed,
             jobs=tuple(self.jobs),
@@ -82,29 +67,29 @@ class State:
     """See the module."""
 
     def __init__(self, nodes: Iterable[Node], queues: dict[str, Queue], delays: Delays, result: Result) -> None:
-        self.clock, self.timeline = SimulatedClock(), Timeline()
+        self.now_s, self.timeline = 0.0, Timeline()
         self.delays, self.result, self.queues = delays, result, dict(queues)
         self.jobs: dict[str, SimulatedJob] = {}  # not ended
         self.claimants = JobPointers()
         self.sizes = {node.name: len(node.gpus) for node in nodes}
         self.conditions: dict[str, NodeCondition] = {}  # of nodes that take no work
         self.on_node: dict[str, dict[str, None]] = {}  # jobs in the order of their start
-        self.watches_nodes = False  # whether anything happens to nodes, so that `on_node` is kept
-        self.news = News(nodes=list(nodes), closed=dict.fromkeys(self.sizes, ""), queues=dict(queues))
+        self.going_on: dict[str, None] = {}  # jobs that run, and claim where they go on
+        self.news = Unsaid(nodes=list(nodes), closed=dict.fromkeys(self.sizes, ""), queues=dict(queues))
 
-    def take_news(self) -> News:
+    def take_news(self) -> plan.News:
         """What came since the last call."""
-        taken, self.news = self.news, News()
-        return taken
+        taken, self.news = self.news, Unsaid()
+        return taken.as_news()
 
     def is_on(self, job: Job, nodes: Iterable[str]) -> None:
         """An attempt has begun there."""
-        for node in nodes if self.watches_nodes else ():
+        for node in nodes:
             self.on_node.setdefault(node, {})[job.name] = None
 
     def is_off(self, job: Job, nodes: Iterable[str]) -> None:
         """Nothing of the job is there any more."""
-        for node in nodes if self.watches_nodes else ():
+        for node in nodes:
             self.on_node[node].pop(job.name, None)
 
     def claimed_by(self, job: Job, now: datetime) -> str:
@@ -119,6 +104,13 @@ class State:
             if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
                 return name
         return ""
+
+    def claim_is_free(self, job: Job) -> bool:
+        """Whether nobody else holds any of what a running job claims to go on there: as the leader's loop works it out."""
+        if job.claim is None or job.state is not JobState.RUNNING:
+            return False
+        others = {name: None for node, _ in job.claim.nodes for name in self.on_node.get(node, ()) if name != job.name}
+        return not any(job.claim.concerns(held_by(self.jobs[name].job)) for name in others)
 
     def conditions_of(self, job: Job) -> dict[str, NodeCondition]:
         """Of the nodes that it is on, or claims, those that are not in order."""
