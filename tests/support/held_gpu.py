@@ -9,7 +9,9 @@ FOLDER/journal; the rank ends after SECONDS, or when FOLDER has a file `finish`,
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
+import operator
 import os
 import signal
 import sys
@@ -71,7 +73,7 @@ def train(until_s: float) -> None:
     while not over(until_s):
         time.sleep(SAVE_EVERY_S)
         step += 1
-        keeper.progress(RANK, step, 1 / step)
+        keeper.progress(RANK, step, functools.partial(operator.truediv, 1, step))
         try:
             slow_steps.save(keeper, step)
         except Exception as error:

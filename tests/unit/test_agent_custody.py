@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 
 import pytest
 
@@ -90,12 +92,31 @@ class NoSockets:
         pass
 
 
+class SlowDisk(StateDir):
+    """Does each thing that `behind` names only when another was asked for, too; "stopping": to note that a task is to end."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.behind, self._asked = {}, defaultdict(threading.Event)
+
+    async def run(self, function, *args, **kwargs):
+        name = "stopping" if any(getattr(arg, "stopping", "") for arg in args) else function.__name__
+        self._asked[name].set()
+
+        def late():
+            if (other := self.behind.get(name)) is not None:
+                assert self._asked[other].wait(30), f"{other} was never asked for"
+            return function(*args, **kwargs)
+
+        return await super().run(late)
+
+
 class Node:
     """A supervisor on this machine; `reports` are what the scheduler would get."""
 
     def __init__(self, machine, folder):
-        self.machine, self.state, self.observed = machine, StateDir(folder), []
-        self.log = ReportLog(self.state)
+        self.machine, self.state, self.observed = machine, SlowDisk(folder), []
+        self.log, self.restores = ReportLog(self.state), Restores()
 
     async def start(self):
         await self.log.open()
@@ -111,7 +132,7 @@ class Node:
             datasets=None,
             code=None,
             secrets=SecretAccess(SecretFiles(None), None, LoopClock()),
-            restore_access=NothingToRestore(),
+            restore_access=self.restores,
             clock=LoopClock(),
             simulated=False,
             computing=self.machine.computing,
@@ -148,11 +169,17 @@ class Node:
                 await asyncio.sleep(0.002)
 
 
-class NothingToRestore:
-    """Every attempt may start."""
+class Restores:
+    """Whether the node reaches what an attempt has to restore; that it does not is known once `looked` is set."""
+
+    def __init__(self):
+        self.reached, self.looking, self.looked = True, asyncio.Event(), asyncio.Event()
 
     async def check(self, work):
-        pass
+        if not self.reached:
+            self.looking.set()
+            await self.looked.wait()
+            raise LaunchFailed("CHECKPOINT_UNREACHABLE")
 
 
 @pytest.fixture
@@ -190,6 +217,20 @@ async def test_a_failed_start_is_not_refused_while_something_of_it_lives(node, m
     await node.until(lambda: node.phases()[-1] == "REFUSED")
     assert node.reports()[-1].stuck == ""
     assert "did not start" in node.reports()[-1].message
+
+
+async def test_a_start_that_fails_while_its_end_is_being_noted_holds_nothing_afterwards(node):
+    node.restores.reached = False
+    await node.want(desired(["train"]))
+    await node.restores.looking.wait()
+    # It fails, is to stop when that is known, and is refused while its stop is being noted.
+    node.state.behind = {"save_desired": "forget", "forget": "stopping"}
+    node.restores.looked.set()
+    await node.want()
+    await node.until(lambda: node.phases()[-1] == "REFUSED")
+    node.restores.reached = True
+    await node.want(desired(["train"], epoch=2))
+    await node.until(lambda: node.phases("train-2-0")[-1:] == ["RUNNING"])
 
 
 async def test_a_failure_is_reported_at_once_and_what_it_leaves_afterwards(node, machine):

@@ -354,7 +354,7 @@ class Supervisor:
             await self._runner.report(task, scheduler_pb2.TASK_PHASE_GONE, message=reason)
             await self._runner.remember(task, reaped=True)
             self._wake.set()
-        else:
+        elif task.stage.holds:  # else it has ended meanwhile: taken for stopping, it would be in the way for ever
             task.stage = Stage.STOPPING
             task.stop.set()
 
