@@ -230,15 +230,27 @@ class Hanging(Recorded):
     """A driver that stops answering, as when a GPU falls off the bus."""
 
     def __init__(self, loop):
-        self.may_go_on = asyncio.Event()
+        self.asked, self.may_go_on = asyncio.Event(), asyncio.Event()
         self._loop = loop
 
     def nvmlDeviceGetCount(self):
+        self._loop.call_soon_threadsafe(self.asked.set)
         asyncio.run_coroutine_threadsafe(self.may_go_on.wait(), self._loop).result()
         return 0
 
     def nvmlSystemGetDriverVersion(self):
         return b"1.2"
+
+
+async def test_a_question_that_comes_while_another_is_answered_waits_its_turn():
+    """As a task that starts asks who computes on its GPUs while the machine is read: that is no fault of the driver."""
+    driver = Hanging(asyncio.get_running_loop())
+    source = NvmlSource(driver)
+    first, second = (asyncio.create_task(source.read(NODE)) for _ in range(2))
+    await driver.asked.wait()
+    driver.may_go_on.set()
+    assert [(await read).driver_version for read in (first, second)] == ["1.2", "1.2"]
+    await source.close()
 
 
 async def test_a_driver_that_hangs_is_told_apart_and_may_come_back():

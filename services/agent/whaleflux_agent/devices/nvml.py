@@ -6,7 +6,6 @@ NVML lives in threads of its own, one for facts and one for events. A machine wi
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,7 +36,7 @@ class NvmlSource:
         self._facts = ThreadPoolExecutor(1, thread_name_prefix="nvml")
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="nvml-events")
         self._opened, self._pause_s = False, 0.0
-        self._busy = threading.Lock()
+        self._late: asyncio.Future[Any] | None = None  # a question that was given up, and may be answered yet
 
     async def read(self, name: str) -> Machine:
         """The whole machine; a driver that does not answer is a condition, and makes every GPU unhealthy."""
@@ -89,22 +88,16 @@ class NvmlSource:
         return self._opened_for(lambda: (*self._reader.read(), self._reader.driver_version()))
 
     async def _asked(self, ask: Callable[[], R]) -> R:
-        """Runs `ask` in NVML's thread. One that hangs keeps the thread; later readers are refused at once."""
-        if not self._busy.acquire(blocking=False):
+        """Runs `ask` in NVML's thread, in its turn. One that hangs keeps the thread; later readers are refused at once."""
+        if self._late is not None and not self._late.done():
             raise DevicesUnreadable("NVML has not answered an earlier question yet")
-
-        def guarded() -> R:
-            try:
-                return ask()
-            finally:
-                self._busy.release()
-
-        waiting = asyncio.get_running_loop().run_in_executor(self._facts, guarded)
+        waiting = asyncio.get_running_loop().run_in_executor(self._facts, ask)
         try:
             async with asyncio.timeout(self._answer_within_s):
                 return await asyncio.shield(waiting)
         except TimeoutError:
             waiting.add_done_callback(lambda done: done.exception())  # the answer comes too late for anybody
+            self._late = waiting
             raise DevicesUnreadable(f"NVML did not answer within {self._answer_within_s:g} s") from None
 
     async def next_events(self) -> list[GpuEvent]:
