@@ -53,7 +53,7 @@ async def begin(client: AsyncClient, name: str, go: Path) -> None:
     async def runs() -> bool:
         return (await job(client, name)).state == scheduler_pb2.JOB_STATE_RUNNING
 
-    await until(runs, "it runs", 30)
+    await until(runs, "it runs", 60)
 
 
 async def phases_for(client: AsyncClient, seconds: float) -> set[str]:
@@ -82,8 +82,8 @@ async def test_work_that_ends_well_while_its_agent_is_away_counts(suite: Running
         async def ended() -> bool:
             return (await job(client, name)).state == scheduler_pb2.JOB_STATE_SUCCEEDED
 
-        await until(ended, "it SUCCEEDED", 30)
-        await until(lambda: ready_nodes(client, {LONE.name}), "the node is READY again", 20)
+        await until(ended, "it SUCCEEDED", 60)
+        await until(lambda: ready_nodes(client, {LONE.name}), "the node is READY again", 60)
         done = await job(client, name)
     assert "SUSPECT" in seen and "UNREACHABLE" not in seen
     assert (done.epoch, done.recoveries, done.restarts) == (1, 0, 0)

@@ -42,7 +42,7 @@ async def island(suite) -> AsyncIterator[Relay]:
 async def test_a_site_that_is_cut_off_keeps_its_job(suite: RunningSuite, island: Relay):
     async with suite.client() as client:
         training = await Training.start(suite, client, "cut-off", sites=["island"])
-        await until(training.restorable, "a checkpoint is committed", 20)
+        await until(training.restorable, "a checkpoint is committed", 60)
         island.cut()
         before = await training.job()
         await asyncio.sleep(CUT_S)
@@ -53,8 +53,8 @@ async def test_a_site_that_is_cut_off_keeps_its_job(suite: RunningSuite, island:
         async def caught_up() -> bool:
             return (await training.restorable())[0].step >= last_during_cut - EVERY
 
-        await until(caught_up, "what was saved meanwhile is committed", 30)
-        await until(lambda: ready_nodes(client, {m.name for m in ISLAND}), "the island is READY again", 20)
+        await until(caught_up, "what was saved meanwhile is committed", 60)
+        await until(lambda: ready_nodes(client, {m.name for m in ISLAND}), "the island is READY again", 60)
         steps = training.steps()
         ended = await training.finish()
     assert (before.state, cut_off.state) == (scheduler_pb2.JOB_STATE_RUNNING,) * 2, cut_off.state_message

@@ -43,13 +43,13 @@ async def _run(suite: RunningSuite) -> Run:
         async def two() -> bool:
             return len(await training.restorable()) >= 2
 
-        await until(two, "two checkpoints are committed", 30)
+        await until(two, "two checkpoints are committed", 60)
         ranks = with_variables(f"WHALEFLUX_JOB={training.name}", "RANK=")
         _send(ranks, signal.SIGSTOP)  # nothing newer is saved from here on
         run.damaged, run.before_it = (await _settled(training))[:2]
         _flip_a_byte(Path(run.damaged.location) / "rank-1.json")
         _send(ranks, signal.SIGKILL)
-        await until(lambda: training.ranks_at(epoch=2) == {0, 1}, "the next attempt steps", 30)
+        await until(lambda: training.ranks_at(epoch=2) == {0, 1}, "the next attempt steps", 60)
         run.afterwards = {c.name: c for c in await training.checkpoints()}
         run.ended = await training.finish()
         run.restored = [training.restores(rank) for rank in (0, 1)]
@@ -66,7 +66,7 @@ async def _settled(training: Training) -> list[checkpoint_pb2.Checkpoint]:
         await asyncio.sleep(0.5)
         return before == [c.name for c in found] and len(found) >= 2
 
-    await until(unchanged, "commits have settled", 10)
+    await until(unchanged, "commits have settled", 30)
     return found
 
 

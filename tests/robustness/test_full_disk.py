@@ -71,14 +71,14 @@ async def _through_a_full_disk(suite: RunningSuite, client: AsyncClient) -> None
     """One task only steps, the other saves as well; both end while the disk is full."""
     steady = await _submit(suite, client, "full-disk-steady", every=10**6)
     saver = await _submit(suite, client, "full-disk-saver", every=20)
-    await until(lambda: steps_of(steady) and steps_of(saver), "both ranks step", 30)
+    await until(lambda: steps_of(steady) and steps_of(saver), "both ranks step", 60)
     agent = suite.fleet.agents[SMALL.name]
     filler = fill(suite.fleet.folder(SMALL.name))
     full_at = time.monotonic()
     await asyncio.sleep(FULL_S)  # reports of saves meet the full disk
     for folder in (steady, saver):
         (folder / "finish").touch()  # and so do the results
-    await until(lambda: _quiet(steady), "the steady rank has ended", 10)
+    await until(lambda: _quiet(steady), "the steady rank has ended", 30)
     assert agent.poll() is None, "the agent ended"
     assert await ready_nodes(client, {SMALL.name}), "the node is not READY any more"
     steps = steps_of(steady)
@@ -86,7 +86,7 @@ async def _through_a_full_disk(suite: RunningSuite, client: AsyncClient) -> None
     assert steps[-1].at_s > full_at + FULL_S - 1
     filler.unlink()
     for folder in (steady, saver):
-        await until(partial(_ended_well, client, folder.name), "the result arrives once there is room", 30)
+        await until(partial(_ended_well, client, folder.name), "the result arrives once there is room", 60)
 
 
 async def _ended_well(client: AsyncClient, job: str) -> bool:

@@ -39,7 +39,7 @@ async def _run(suite: RunningSuite) -> Run:
     mount, away = suite.state / "checkpoints", suite.state / "checkpoints-away"
     async with suite.client() as client:
         training = await Training.start(suite, client, "mount")
-        await until(training.restorable, "a checkpoint is committed", 30)
+        await until(training.restorable, "a checkpoint is committed", 60)
         ranks = with_variables(f"WHALEFLUX_JOB={training.name}", "RANK=")
         _send(ranks, signal.SIGSTOP)  # nothing newer is saved from here on
         await asyncio.sleep(1.0)  # what was saved is on its way to the service

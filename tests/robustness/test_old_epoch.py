@@ -55,7 +55,7 @@ async def _run(suite: RunningSuite) -> Run:
     began, _ = await state_of(suite.store())
     async with suite.client() as client:
         training = await Training.start(suite, client, "zombie")
-        await until(training.restorable, "a checkpoint is committed", 20)
+        await until(training.restorable, "a checkpoint is committed", 60)
         traffic = Traffic(client, run.history, "beside-zombie")
         async with traffic.flowing():
             node = (await training.job()).attempt.tasks[1].node
@@ -74,17 +74,17 @@ async def _silence_and_wake(run: Run, suite: RunningSuite, client: AsyncClient, 
     _send(pids, signal.SIGSTOP)
     try:
         run.fenced_within_s = await until(lambda: _is(client, node, health_pb2.NODE_PHASE_UNREACHABLE), "fenced", 20)
-        await until(lambda: _moved_on(training), "the next attempt is placed", 30)
+        await until(lambda: _moved_on(training), "the next attempt is placed", 60)
         run.refused = await _as_old_attempt(
             suite, training, node, unfinished
         )  # before a save of the next one clears up
-        await until(lambda: training.ranks_at(epoch=2) == {0, 1}, "the next attempt steps", 30)
+        await until(lambda: training.ranks_at(epoch=2) == {0, 1}, "the next attempt steps", 60)
         run.lost_while_silent = any(t.lost for a in (await training.job()).past_attempts for t in a.tasks)
     finally:
         _send(pids, signal.SIGCONT)
-    await until(lambda: ready_nodes(client, {node}), "the node is READY again", 20)
-    await until(lambda: _committed(training, epoch=2), "the new attempt saves", 20)
-    await until(lambda: _released(training), "the old attempt's GPUs are given back", 45)
+    await until(lambda: ready_nodes(client, {node}), "the node is READY again", 60)
+    await until(lambda: _committed(training, epoch=2), "the new attempt saves", 60)
+    await until(lambda: _released(training), "the old attempt's GPUs are given back", 60)
 
 
 async def _moved_on(training: Training) -> bool:

@@ -98,7 +98,7 @@ class Training:
             ended.CopyFrom(await self.job())
             return bool(ended.HasField("end_time"))
 
-        await until(over, f"{self.name} ends", 30)
+        await until(over, f"{self.name} ends", 60)
         return ended
 
 
