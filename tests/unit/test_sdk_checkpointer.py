@@ -8,7 +8,9 @@ import logging
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -125,6 +127,41 @@ def test_nothing_of_the_saved_state_aliases_the_training(tmp_path):
     restored = Training(tmp_path)
     restored.saved.restore()
     assert restored.saved.digest() == before
+
+
+class Held(nn.Linear):
+    """A layer with more in its state than tensors; a copy of that takes a while to be given back."""
+
+    given_back: ClassVar[list[str]] = []
+
+    def get_extra_state(self):
+        return Extra()
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Extra:
+    def __deepcopy__(self, memo):
+        return SlowlyFreed()
+
+
+class SlowlyFreed:
+    def __del__(self):
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait(0.2)
+        Held.given_back.append(threading.current_thread().name)
+
+
+def test_who_has_left_the_context_has_no_thread_of_it_any_more(tmp_path):
+    """One that still frees tensors while the interpreter ends takes the process down with it."""
+    Held.given_back.clear()
+    model = Held(2, 2)
+    with Checkpointer(model=model, optimizer=torch.optim.SGD(model.parameters()), location=tmp_path) as saved:
+        saved.save_async()
+    assert "whaleflux-save" in Held.given_back
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("whaleflux")]
+    assert saved.last_error is None
 
 
 class Odd:

@@ -38,7 +38,10 @@ class Child:
 
 
 class Supervisor:
-    """Keeps children running until `stop`; a pid file per child under `run_folder` says who is who."""
+    """Keeps children running until `stop`; a pid file per child under `run_folder` says who is who.
+
+    The file names the last process of the child, also while the next one is started; no file: none is known.
+    """
 
     def __init__(self, run_folder: Path, say: Say = lambda _: None) -> None:
         self._run_folder, self._say = run_folder, say
@@ -105,14 +108,17 @@ class Supervisor:
         self._write_pid(child, process.pid)
 
     def _write_pid(self, child: Child, pid: int) -> None:
-        """Whole or not at all, for whoever reads it meanwhile; a disk that is full takes the file away, not the child."""
-        file, part = self._run_folder / f"{child.name}.pid", self._run_folder / f".{child.name}.pid"
-        file.unlink(missing_ok=True)  # of the child before: its number may be another process's by now
+        """In place of the pid before, for whoever reads it meanwhile; a disk that is full takes the file away, not the child."""
+        file, part = self._pid_file(child), self._run_folder / f".{child.name}.part"
         try:
             part.write_text(str(pid))
             part.replace(file)
         except OSError as error:
+            file.unlink(missing_ok=True)  # of the child before: its number may be another process's by now
             self._say(f"{file}: {error.strerror}; {child.name} runs as {pid}")
+
+    def _pid_file(self, child: Child) -> Path:
+        return self._run_folder / f"{child.name}.pid"
 
     async def _ready_or_dead(self, child: Child) -> None:
         ready = asyncio.ensure_future(child.ready())
@@ -146,6 +152,7 @@ class Supervisor:
                 return await self._spawn(child)
             except OSError as error:
                 failures += 1
+                self._pid_file(child).unlink(missing_ok=True)  # it may be down for long
                 pause = _RETRY.pause_s(failures)
                 self._say(f"{child.name} cannot be started ({error.strerror}); tried again in {pause:.1f} s")
                 await asyncio.sleep(pause)
@@ -160,7 +167,7 @@ class Supervisor:
                 self._say(f"{child.name} did not stop within {child.stop_grace_s:g} s; killing it")
                 process.kill()
                 await process.wait()
-        (self._run_folder / f"{child.name}.pid").unlink(missing_ok=True)
+        self._pid_file(child).unlink(missing_ok=True)
 
     def _failure(self, child: Child, what: str) -> str:
         said = child.log.read_bytes()[self._words_from.get(child.name, 0) :] if child.log.exists() else b""

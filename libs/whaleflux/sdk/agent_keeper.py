@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import threading
@@ -125,9 +126,11 @@ class AgentKeeper:
             if self._sender is None:
                 self._sender = threading.Thread(target=self._send_progress, name="whaleflux-progress", daemon=True)
                 self._sender.start()
+                atexit.register(self.close)  # see background.py; and the last step of a program is told of
             self._wake.notify()
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         with self._wake:
             self._closing = True
             self._wake.notify()

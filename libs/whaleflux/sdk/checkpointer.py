@@ -22,10 +22,8 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +35,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from whaleflux.checkpoint_storage import make_folder, storage_id, sync
 from whaleflux.sdk import generators
 from whaleflux.sdk.agreement import Agreement
+from whaleflux.sdk.background import Background
 from whaleflux.sdk.errors import RankSilent, RestoreFailed, SaveFailed, WorldChanged
 from whaleflux.sdk.files import Fault, FaultKind, SavedPiece, describe, find_fault
 from whaleflux.sdk.gpu_share import keep_to_share
@@ -67,8 +66,8 @@ class Checkpointer:
     the pass over the data again. `if_unreadable`: "fail" raises RestoreFailed when there are checkpoints and none can be
     restored; "start_over" begins at step 0 and says so. A rank that is silent for `save_timeout_s` fails the save.
 
-    Use it as a context manager: entering restores, leaving waits for what is being written. Not safe for use from several
-    threads.
+    Use it as a context manager: entering restores, leaving waits for what is being written. A program that ends by an error
+    waits for that too, but not long (`background.EXIT_PATIENCE_S`). Not safe for use from several threads.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Checkpointer:
         self._layout, self._every, self._timeout_s = layout, every, save_timeout_s
         self._on_world_change, self._if_unreadable = on_world_change, if_unreadable
         self._keeper = keeper or keeper_of_environment(location, self.world_size)
-        self._pending: Future[None] | None = None
+        self._pending: Background | None = None
         self._silent, self._began_s = False, 0.0
         self._losses = Losses()
         self._end_error: SaveFailed | None = None
@@ -187,7 +186,8 @@ class Checkpointer:
             state = self._state.capture(self.step, self._position_now())
         except Exception as error:  # the other ranks are about to save: they must hear of it
             state = error
-        self._pending, self._began_s = _in_thread(functools.partial(self._write, state, self.step)), time.monotonic()
+        self._began_s = time.monotonic()
+        self._pending = Background(functools.partial(self._write, state, self.step), "whaleflux-save")
 
     def _met_again(self) -> bool:
         """After a rank fell silent: whether all are here for this save."""
@@ -220,7 +220,7 @@ class Checkpointer:
             return
         try:
             # Longer than the others wait for this rank, and shorter than they wait for it at the next save.
-            pending.result(max(0.0, self._began_s + 1.5 * self._timeout_s - time.monotonic()))
+            pending.result(self._began_s + 1.5 * self._timeout_s - time.monotonic())
             self.last_error = None
         except SaveFailed as error:
             self._silent = isinstance(error, RankSilent)
@@ -420,19 +420,3 @@ class Checkpointer:
             self._keeper.give_up(target, step, why)
         except Exception as error:
             log.warning("the failed save was not told of: %s", error)
-
-
-def _in_thread(work: Callable[[], None]) -> Future[None]:
-    """Runs `work` in a thread that does not keep the process from ending, since storage may hang for ever."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, name="whaleflux-save", daemon=True).start()
-    return future
