@@ -34,7 +34,7 @@ class Background(threading.Thread):
         except BaseException as error:
             self._error = error
         finally:
-            del self._work  # what it holds is freed here, not by a thread that has nothing else to do any more
+            del self._work  # a state is freed before the thread counts as gone
 
     def result(self, timeout_s: float) -> None:
         """Returns when the work is done and its thread is gone. Raises what the work raised; TimeoutError when it goes on."""

@@ -67,7 +67,7 @@ class Checkpointer:
     restored; "start_over" begins at step 0 and says so. A rank that is silent for `save_timeout_s` fails the save.
 
     Use it as a context manager: entering restores, leaving waits for what is being written. A program that ends by an error
-    waits for that too, but not long (`background.EXIT_PATIENCE_S`). Not safe for use from several threads.
+    waits for that too, for ten seconds at most. Not safe for use from several threads.
     """
 
     def __init__(
