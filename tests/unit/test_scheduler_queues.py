@@ -128,3 +128,117 @@ async def test_what_cannot_be_changed_is_refused_and_nothing_moves(world, change
     with pytest.raises(StatusError, match=said):
         await update_queue(world, **change)
     assert (await world.store.list("", limit=1)).revision == before
+
+
+async def tree_of(world, **queues):
+    """Makes queues: `parent` is an id, the rest are fields of Queue."""
+    for queue_id, fields in queues.items():
+        parent = fields.pop("parent", "")
+        queue = pb.Queue(parent=f"queues/{parent}" if parent else "", **fields)
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id=queue_id, queue=queue), None)
+
+
+@pytest.mark.parametrize(
+    ("queue", "change", "said"),
+    [
+        ("team", {"parent": "queues/nobody"}, "queues/nobody does not exist"),
+        ("team", {"parent": "queues/team"}, "is below queues/team, or the same"),
+        ("org", {"parent": "queues/team"}, "is below queues/org, or the same"),
+        ("org", {"parent": "teams/org"}, "queue.parent"),
+        ("team", {"guaranteed_gpus": 17}, "guaranteed 17 GPUs together, and it is guaranteed 16.*--guaranteed 17"),
+        ("org", {"guaranteed_gpus": 7}, "queue.guaranteed_gpus.*8 GPUs together, and it is guaranteed 7"),
+        ("org", {"max_gpus": 15}, "is 16, but it may hold at most 15"),
+        ("big", {"parent": "queues/org"}, "would be guaranteed 20 GPUs together"),
+        ("free", {"max_gpus": 3}, "would be guaranteed 4 GPUs together, and it may hold at most 3"),
+        ("team", {"lending_limit_gpus": -1}, "queue.lending_limit_gpus"),
+        ("team", {"guaranteed_gpus": 10**9}, "queue.guaranteed_gpus"),
+    ],
+)
+async def test_what_no_tree_can_be_is_refused_and_nothing_moves(world, queue, change, said):
+    await tree_of(
+        world,
+        org={"guaranteed_gpus": 16},
+        team={"parent": "org", "guaranteed_gpus": 8},
+        big={"guaranteed_gpus": 12},
+        free={},
+        small={"parent": "free", "guaranteed_gpus": 4},
+    )
+    before = (await world.store.list("", limit=1)).revision
+    with pytest.raises(StatusError, match=said):
+        await update_queue(world, queue, paths=tuple(change), **change)
+    assert (await world.store.list("", limit=1)).revision == before
+
+
+async def test_a_tree_has_at_most_eight_levels(world):
+    for at in range(8):
+        await tree_of(world, **{f"q{at}": {"parent": f"q{at - 1}" if at else ""}})
+    with pytest.raises(StatusError, match="9 queues above one another; use at most 8"):
+        await tree_of(world, q8={"parent": "q7"})
+    await tree_of(world, top={})
+    with pytest.raises(StatusError, match="9 queues above one another"):
+        await update_queue(world, "q0", paths=("parent",), parent="queues/top")
+
+
+async def test_a_queue_with_queues_below_it_stays(world):
+    await tree_of(world, org={}, team={"parent": "org"}, other={"parent": "org"})
+    with pytest.raises(FailedPrecondition, match="queues/other and 1 more are below queues/org"):
+        await delete_queue(world, "org")
+    await delete_queue(world, "other")
+    await update_queue(world, "team", paths=("parent",))
+    await delete_queue(world, "org")
+
+
+@pytest.mark.parametrize("first", ["child", "deletion"])
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_queue_that_is_deleted_while_another_is_put_below_it(world, first, made):
+    """Whoever comes first, no queue is left below one that is gone."""
+    await tree_of(world, org={}, **({} if made else {"team": {}}))
+
+    def child():
+        if made:
+            return tree_of(world, team={"parent": "org"})
+        return update_queue(world, "team", paths=("parent",), parent="queues/org")
+
+    held = HeldCommits(world.store)
+    before = asyncio.create_task(world.submit(1))
+    await until(lambda: held.waiting, "the store is busy")
+    calls = {"child": child, "deletion": lambda: delete_queue(world, "org")}
+    tasks = []
+    for name in sorted(calls, key=lambda name: name != first):
+        tasks.append(asyncio.create_task(calls[name]()))
+        for _ in range(20):
+            await asyncio.sleep(0)  # it waits for the store
+    held.release()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    await before
+    assert sum(isinstance(result, StatusError) for result in results) == 1
+    gone = await world.store.get(keys.QUEUES + "org") is None
+    team = await world.store.get(keys.QUEUES + "team")
+    assert gone == (team is None or not pb.Queue.FromString(team.value).parent)
+
+
+async def test_two_that_together_take_more_than_there_is_guaranteed(world):
+    """Each fits alone; of the two the later is refused."""
+    await tree_of(world, org={"guaranteed_gpus": 8}, a={"parent": "org"}, b={"parent": "org"})
+    held = HeldCommits(world.store)
+    before = asyncio.create_task(world.submit(1))
+    await until(lambda: held.waiting, "the store is busy")
+    paths = ("guaranteed_gpus",)
+    tasks = [asyncio.create_task(update_queue(world, id_, paths=paths, guaranteed_gpus=5)) for id_ in "ab"]
+    for _ in range(20):
+        await asyncio.sleep(0)  # both have looked
+    held.release()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    await before
+    assert sum(isinstance(result, StatusError) for result in results) == 1
+
+
+async def test_a_request_that_is_repeated_makes_one_queue(world):
+    queue = pb.Queue(weight=2.0, guaranteed_gpus=4, lending_limit_gpus=0)
+    request = pb.CreateQueueRequest(queue_id="twice", queue=queue, request_id="r1")
+    made = await world.scheduler.CreateQueue(request, None)
+    assert (await world.scheduler.CreateQueue(request, None)).etag == made.etag
+    assert made.HasField("lending_limit_gpus")
+    request.queue.ClearField("lending_limit_gpus")
+    with pytest.raises(StatusError, match="whaleflux queue set twice"):
+        await world.scheduler.CreateQueue(request, None)

@@ -1,4 +1,4 @@
-"""Queues: lines of jobs, each with a share of the fleet, a limit, and those whom it is for."""
+"""Queues: lines of jobs in a tree, each with a share of the fleet, a guarantee, limits, and those whom it is for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from whaleflux import names
-from whaleflux.cli import output
+from whaleflux.cli import output, queue_tree
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 
@@ -24,6 +24,17 @@ MaxGpus = Annotated[
 MaxPriority = Annotated[
     int | None, typer.Option("--max-priority", min=0, max=1000, help="Highest that users may give; 100 at first.")
 ]
+Parent = Annotated[
+    str | None, typer.Option("--parent", metavar="NAME", help='Queue above it, in which its GPUs count, too; "": none.')
+]
+Guaranteed = Annotated[
+    int | None,
+    typer.Option("--guaranteed", min=0, max=100_000_000, help="GPUs that it gets whenever its jobs ask for them."),
+]
+Lend = Annotated[
+    str | None,
+    typer.Option("--lend", metavar="N", help='Most GPUs of its unused guarantee that others may hold; "all" at first.'),
+]
 Member = Annotated[
     list[str] | None, typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for.")
 ]
@@ -36,16 +47,28 @@ def create(
     max_gpus: MaxGpus = None,
     member: Member = None,
     max_priority: MaxPriority = None,
+    parent: Parent = None,
+    guaranteed: Guaranteed = None,
+    lend: Lend = None,
 ) -> None:
     """Makes a queue. Without members it is open to all users; with some, it does not exist for others.
 
     \b
       whaleflux queue create research --weight 3 --max-gpus 64
+      whaleflux queue create vision --parent research --guaranteed 16 --lend 8
       whaleflux queue create secret --member groups/red-team --member users/ann --max-priority 300
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    made = pb.Queue(weight=weight or 1.0, max_gpus=max_gpus or 0, members=member or (), max_priority=max_priority)
+    made = pb.Queue(
+        weight=weight or 1.0,
+        max_gpus=max_gpus or 0,
+        members=member or (),
+        max_priority=max_priority,
+        parent=_full(parent) if parent else "",
+        guaranteed_gpus=guaranteed or 0,
+        lending_limit_gpus=_lent(lend),
+    )
     with fleet() as client:
         request = pb.CreateQueueRequest(queue_id=name, queue=made, request_id=names.ulid())
         made = client.scheduler.CreateQueue(request, timeout=10)
@@ -63,8 +86,11 @@ def set_(
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="No members: it is for all users.")] = False,
     max_priority: MaxPriority = None,
+    parent: Parent = None,
+    guaranteed: Guaranteed = None,
+    lend: Lend = None,
 ) -> None:
-    """Changes a queue; effective at once for what waits, and nothing that runs is stopped.
+    """Changes a queue; effective at once for what waits. What runs goes on, until somebody asks for what they are guaranteed.
 
     \b
       whaleflux queue set research --max-gpus 128
@@ -72,17 +98,30 @@ def set_(
       whaleflux queue set research --member users/bob           for him too, beside those whom it is for
       whaleflux queue set research --remove-member users/bob
       whaleflux queue set research --max-priority 500
+      whaleflux queue set vision --guaranteed 32 --lend all
+      whaleflux queue set vision --parent ""                    right below the fleet
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    given = (("weight", weight), ("max_gpus", max_gpus), ("max_priority", max_priority))
+    given = (
+        *(("weight", weight), ("max_gpus", max_gpus), ("max_priority", max_priority)),
+        *(("parent", parent), ("guaranteed_gpus", guaranteed), ("lending_limit_gpus", lend)),
+    )
     changed = [field for field, value in given if value is not None] + ["members"] * open_
     if not (changed or member or remove_member):
         raise InvalidArgument(FieldViolation("--weight", "nothing to change; see: whaleflux queue set --help"))
     if open_ and (member or remove_member):
         raise InvalidArgument(FieldViolation("--open", "means no members; leave it out to add or remove some"))
-    wanted = pb.Queue(name=_full(name), weight=weight or 0.0, max_gpus=max_gpus or 0, max_priority=max_priority)
+    wanted = pb.Queue(
+        name=_full(name),
+        weight=weight or 0.0,
+        max_gpus=max_gpus or 0,
+        max_priority=max_priority,
+        parent=_full(parent) if parent else "",
+        guaranteed_gpus=guaranteed or 0,
+        lending_limit_gpus=_lent(lend),
+    )
     request = pb.UpdateQueueRequest(queue=wanted, add_members=member or (), remove_members=remove_member or ())
     request.update_mask.paths.extend(changed)
     with fleet() as client:
@@ -92,15 +131,21 @@ def set_(
 
 @queue.command("show")
 def show(name: Name, fmt: Output = Format.table) -> None:
-    """One queue: its share and limits, whom it is for."""
+    """One queue: its place in the tree, share, guarantee, limits, whom it is for."""
     from whaleflux.v1 import scheduler_pb2 as pb
 
     with fleet() as client:
         found = client.scheduler.GetQueue(pb.GetQueueRequest(name=_full(name)), timeout=10)
+        row = next((row for row in _rows(client) if row.queue.name == found.name), None)
     lines = [
         ("name", found.name),
+        ("parent", found.parent or "-"),
         ("weight", f"{found.weight or 1:g}"),
+        ("guaranteed gpus", str(row.guaranteed if row else found.guaranteed_gpus)),
+        ("lends", _lends(found)),
         ("max gpus", str(found.max_gpus or "no limit")),
+        ("holds", f"{row.held} GPUs, {row.borrowed} of them borrowed" if row else "not known"),
+        ("fair share", f"{row.share} GPUs beyond its guarantee, by weight" if row else "-"),
         ("max priority", f"{_max_priority(found)} of users; operators may give any"),
         ("for", ", ".join(found.members) or "all users"),
         ("made", output.age(found.create_time) + " ago"),
@@ -110,7 +155,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
 
 @queue.command("rm")
 def remove(name: Name, yes: Yes = False) -> None:
-    """Deletes a queue without unfinished jobs."""
+    """Deletes a queue without unfinished jobs and without queues below it."""
     from whaleflux.v1 import scheduler_pb2 as pb
 
     with fleet() as client:
@@ -121,27 +166,36 @@ def remove(name: Name, yes: Yes = False) -> None:
 
 @queue.command("ls")
 def list_(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
-    """Queues: their share, what they hold, and what they may."""
+    """The tree of queues: what they hold, are guaranteed, borrow, and may hold."""
     queues(fmt, no_headers)
 
 
 def queues(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
-    """Queues; the same as `whaleflux queue ls`."""
-    from whaleflux.v1 import scheduler_pb2 as pb
-
+    """The tree of queues; the same as `whaleflux queue ls`."""
     with fleet() as client:
-        listed = pages(client.scheduler.ListQueues, pb.ListQueuesRequest(), "queues")
-        held = _held(pages(client.scheduler.ListAllocations, pb.ListAllocationsRequest(), "allocations"))
+        listed = {row.queue.name: row for row in _rows(client)}
     columns = [
-        Column("NAME", lambda q: q.name),
+        Column("NAME", lambda q: "  " * listed[q.name].level + q.name),
         Column("WEIGHT", lambda q: f"{q.weight or 1:g}"),
-        Column("GPUS HELD", lambda q: str(held[names.last(q.name)])),
+        Column("HELD", lambda q: str(listed[q.name].held)),
+        Column("GUARANTEED", lambda q: str(listed[q.name].guaranteed or "-")),
+        Column("BORROWED", lambda q: str(listed[q.name].borrowed if listed[q.name].guaranteed else "-")),
+        Column("LENDS", _lends),
         Column("MAX GPUS", lambda q: str(q.max_gpus or "-")),
+        Column("FAIR SHARE", lambda q: listed[q.name].share),
         Column("MAX PRIORITY", lambda q: str(_max_priority(q))),
         Column("FOR", lambda q: ", ".join(q.members) or "all users"),
         Column("AGE", lambda q: output.age(q.create_time)),
     ]
-    output.show(listed, columns, fmt, headers=not no_headers)
+    output.show([row.queue for row in listed.values()], columns, fmt, headers=not no_headers)
+
+
+def _rows(client: Any) -> list[queue_tree.QueueRow]:
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    listed = pages(client.scheduler.ListQueues, pb.ListQueuesRequest(), "queues")
+    held = _held(pages(client.scheduler.ListAllocations, pb.ListAllocationsRequest(), "allocations"))
+    return queue_tree.rows(listed, held)
 
 
 def _held(allocations: list[Any]) -> Counter[str]:
@@ -152,6 +206,23 @@ def _held(allocations: list[Any]) -> Counter[str]:
     return held
 
 
+def _lent(lend: str | None) -> int | None:
+    """The lending limit that was asked for, None for none."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if lend in (None, "all"):
+        return None
+    if not (lend.isascii() and lend.isdecimal() and len(lend) < 10):
+        raise InvalidArgument(
+            FieldViolation("--lend", f'{lend[:20]!r} is no number of GPUs; use 0 to 100000000, or "all"')
+        )
+    return int(lend)
+
+
+def _lends(queue: Any) -> str:
+    return f"at most {queue.lending_limit_gpus}" if queue.HasField("lending_limit_gpus") else "all"
+
+
 def _full(name: str) -> str:
     return names.queue(name.removeprefix("queues/"))
 
@@ -159,7 +230,9 @@ def _full(name: str) -> str:
 def _limits(queue: Any) -> str:
     most = f"at most {queue.max_gpus} GPUs at once" if queue.max_gpus else "no limit of GPUs"
     whom = f"for {', '.join(queue.members)}" if queue.members else "for all users"
-    return f"weight {queue.weight or 1:g}, {most}, priority up to {_max_priority(queue)}, {whom}"
+    firm = f"{queue.guaranteed_gpus} GPUs guaranteed, " if queue.guaranteed_gpus else ""
+    place = f"below {queue.parent}, " if queue.parent else ""
+    return f"{place}weight {queue.weight or 1:g}, {firm}{most}, priority up to {_max_priority(queue)}, {whom}"
 
 
 def _max_priority(queue: Any) -> int:

@@ -378,11 +378,24 @@ def decision_message(decision: SchedulingDecision) -> pb.Decision:
 
 
 def queue_of(message: pb.Queue) -> Queue:
-    return Queue(message.name, message.weight or 1.0, message.max_gpus)
+    return Queue(
+        name=message.name,
+        weight=message.weight or 1.0,
+        max_gpus=message.max_gpus,
+        parent=names.last(message.parent) if message.parent else "",
+        guaranteed_gpus=message.guaranteed_gpus,
+        lending_limit_gpus=message.lending_limit_gpus if message.HasField("lending_limit_gpus") else None,
+    )
 
 
 def _merge_queue(queue: Queue, message: pb.Queue) -> None:
     message.name, message.weight, message.max_gpus = queue.name, queue.weight, queue.max_gpus
+    message.parent = names.queue(queue.parent) if queue.parent else ""
+    message.guaranteed_gpus = queue.guaranteed_gpus
+    if queue.lending_limit_gpus is None:
+        message.ClearField("lending_limit_gpus")
+    else:
+        message.lending_limit_gpus = queue.lending_limit_gpus
 
 
 QUEUES: Codec[Queue, pb.Queue] = Codec(pb.Queue, queue_of, _merge_queue)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
 
 from whaleflux import names
 from whaleflux.clock import Clock
@@ -12,18 +16,23 @@ from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Entry, NoneCreated, Put, Store, Unchanged
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, NoneCreated, Put, Snapshot, Store, Unchanged
 from whaleflux.trust import audit, ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.trust.view import access_of
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core import queue_access
-from whaleflux_scheduler.core.validate import check_queue
+from whaleflux_scheduler.core import queue_access, quota_rules
+from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.job_verbs import RACES, contended
 from whaleflux_scheduler.jobs import Jobs
 
-UPDATABLE = ("weight", "max_gpus", "members", "max_priority")
+UPDATABLE = (
+    *("weight", "max_gpus", "members", "max_priority"),
+    *("parent", "guaranteed_gpus", "lending_limit_gpus"),
+)
+_UNSETTABLE = ("max_priority", "lending_limit_gpus")
+_OF_THE_TREE = frozenset({"parent", "guaranteed_gpus", "max_gpus"})
 MOST_TOLD = 10  # members in an event
 
 
@@ -36,24 +45,24 @@ class Queues:
     async def create(self, request: pb.CreateQueueRequest) -> pb.Queue:
         """A repeated request (by its request_id) answers with what the first made."""
         name = names.queue(names.check_id("queue_id", request.queue_id))
-        queue = pb.Queue(name=name, weight=request.queue.weight, max_gpus=request.queue.max_gpus)
-        queue.members.extend(dict.fromkeys(request.queue.members))
-        _set(queue, request.queue, "max_priority")
+        queue = pb.Queue(name=name)
+        for path in UPDATABLE:
+            _set(queue, request.queue, path)
         _check(queue)
         queue.create_time.FromDatetime(self._clock.now())
         queue.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key = keys.of_name(keys.QUEUES, name)
-        try:
-            revision = await self._store.commit(_put(key, queue), when=[Absent(key)])
-        except ConditionFailed:
-            existing = await self._store.get(key)
-            if existing is None or not (request.request_id and _same_limits(existing, queue)):
-                raise AlreadyExists(
-                    "queue", name, f"change it with: whaleflux queue set {names.last(name)}, or choose another name"
-                ) from None
-            return queue_message(existing)
-        queue.etag = f'"{revision}"'
-        return queue
+        for _ in range(RACES):
+            if (existing := await self._store.get(key)) is not None:
+                return _made_before(existing, queue, request.request_id)
+            place = await self._place(queue)
+            try:
+                revision = await self._store.commit(_put(key, queue), *place.touches, when=[Absent(key), *place.when])
+            except ConditionFailed:
+                continue
+            queue.etag = f'"{revision}"'
+            return queue
+        raise contended(name)
 
     async def get(self, name: str) -> Entry:
         """Raises NotFound."""
@@ -96,6 +105,7 @@ class Queues:
             entry = await self.get(request.queue.name)
             check_etag(request.queue.etag, entry)
             queue = pb.Queue.FromString(entry.value)
+            parent = queue.parent
             changed = (*paths, *["members"] * come_or_go)
             audit.note(before=", ".join(_said(queue, path) for path in changed))
             for path in paths:
@@ -104,18 +114,34 @@ class Queues:
                 members = queue_access.changed(queue.members, request.add_members, request.remove_members, queue.name)
                 queue.members[:] = members
             _check(queue)
+            place = await self._place(queue, parent) if _OF_THE_TREE.intersection(paths) else _Place()
             what = ", ".join(_said(queue, path) for path in changed)
             queue.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), what))
             try:
-                revision = await self._store.commit(_put(entry.key, queue), when=[Unchanged(entry)])
+                writes = _put(entry.key, queue), *place.touches
+                revision = await self._store.commit(*writes, when=[Unchanged(entry), *place.when])
             except ConditionFailed:
                 continue
             queue.etag = f'"{revision}"'
             return queue
         raise contended(request.queue.name)
 
+    async def _place(self, queue: pb.Queue, parent: str = "") -> _Place:
+        """Checks the queue among all others, as they are at one revision. Raises InvalidArgument.
+
+        A queue that gets another below it is written again as it is: so it is not deleted at the same time.
+        """
+        snapshot = await self._store.list(keys.QUEUES)
+        queue_id = names.last(queue.name)
+        quota_rules.check_tree(_known(snapshot) | {queue_id: convert.queue_of(queue)}, queue_id)
+        unchanged: list[Condition] = [NoneCreated(keys.QUEUES, snapshot.revision, or_written=True)]
+        if queue.parent in ("", parent):
+            return _Place(unchanged)
+        above = next(e for e in snapshot.entries if e.key == keys.of_name(keys.QUEUES, queue.parent))
+        return _Place([*unchanged, Unchanged(above)], [Put(above.key, above.value)])
+
     async def delete(self, request: pb.DeleteQueueRequest) -> None:
-        """Refuses while it has unfinished jobs, also those that are submitted at this moment."""
+        """Refuses while it has unfinished jobs or queues below it, also those that come at this moment."""
         entry = await self.get(request.name)
         check_etag(request.etag, entry)
         if request.name == names.DEFAULT_QUEUE:
@@ -125,6 +151,7 @@ class Queues:
                 metadata={"name": request.name},
             )
         for _ in range(RACES):
+            await self._none_below(request.name)
             jobs_as_of = await self._jobs_ended(request.name)
             marked = pb.Queue.FromString(entry.value)
             marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
@@ -137,6 +164,18 @@ class Queues:
                 continue
             return
         raise contended(request.name)
+
+    async def _none_below(self, name: str) -> None:
+        """Refuses for queues below it; one that comes later changes the record."""
+        below = quota_rules.children(_known(await self._store.list(keys.QUEUES)), names.last(name))
+        if below:
+            more = f" and {len(below) - 1} more" if len(below) > 1 else ""
+            raise FailedPrecondition(
+                f"{names.queue(below[0])}{more} are below {name}; delete them first, or put them elsewhere with: whaleflux queue set "
+                f"{below[0]} --parent NAME",
+                reason=ErrorReason.QUEUE_HAS_CHILDREN,
+                metadata={"name": name, "queues": str(len(below))},
+            )
 
     async def _jobs_ended(self, name: str) -> NoneCreated:
         """What has to hold while the queue is deleted: that no job came after those that were looked at, nor took the place of one.
@@ -155,6 +194,31 @@ class Queues:
                 metadata={"name": name, "jobs": str(left)},
             )
         return NoneCreated(prefix, revision, or_written=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What has to hold, and to be written beside it, so that a queue gets its place in the tree."""
+
+    when: Sequence[Condition] = ()
+    touches: Sequence[Put] = ()
+
+
+def _known(snapshot: Snapshot) -> dict[str, Queue]:
+    """By id; a record that cannot be read stands in nobody's way."""
+    known = {}
+    for entry in snapshot.entries:
+        with contextlib.suppress(DecodeError):
+            known[entry.key.removeprefix(keys.QUEUES)] = convert.queue_of(pb.Queue.FromString(entry.value))
+    return known
+
+
+def _made_before(existing: Entry, wanted: pb.Queue, request_id: str) -> pb.Queue:
+    """What the first of two equal requests made. Raises AlreadyExists for another one."""
+    if not (request_id and _same_limits(existing, wanted)):
+        again = f"change it with: whaleflux queue set {names.last(wanted.name)}, or choose another name"
+        raise AlreadyExists("queue", wanted.name, again)
+    return queue_message(existing)
 
 
 def _not_there(name: str) -> NotFound:
@@ -185,14 +249,16 @@ def _checked(paths: Sequence[str]) -> list[str]:
 def _set(queue: pb.Queue, wanted: pb.Queue, field: str) -> None:
     if field == "members":
         queue.members[:] = dict.fromkeys(wanted.members)
-    elif field == "max_priority" and not wanted.HasField("max_priority"):
-        queue.ClearField("max_priority")
+    elif field in _UNSETTABLE and not wanted.HasField(field):
+        queue.ClearField(field)
     else:
         setattr(queue, field, getattr(wanted, field))
 
 
 def _check(queue: pb.Queue) -> None:
-    check_queue(convert.queue_of(queue))
+    if queue.parent:
+        names.split(queue.parent, "queues", field="queue.parent")
+    quota_rules.check_queue(convert.queue_of(queue))
     queue_access.check(queue.members, queue.max_priority if queue.HasField("max_priority") else None)
 
 
@@ -201,7 +267,9 @@ def _said(queue: pb.Queue, field: str) -> str:
     if field == "members":
         first = ", ".join(queue.members[:MOST_TOLD]) + (" and more" if len(queue.members) > MOST_TOLD else "")
         return f"members {first or 'all users'}"
-    unset = field == "max_priority" and not queue.HasField("max_priority")
+    if field == "parent":
+        return f"parent {queue.parent or 'none'}"
+    unset = field in _UNSETTABLE and not queue.HasField(field)
     return f"{field} unset" if unset else f"{field} {getattr(queue, field):g}"
 
 
@@ -211,4 +279,4 @@ def _put(key: str, queue: pb.Queue) -> Put:
 
 def _same_limits(existing: Entry, wanted: pb.Queue) -> bool:
     known = pb.Queue.FromString(existing.value)
-    return all(getattr(known, field) == getattr(wanted, field) for field in UPDATABLE)
+    return all(_said(known, field) == _said(wanted, field) for field in UPDATABLE)

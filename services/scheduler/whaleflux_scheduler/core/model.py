@@ -319,8 +319,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A line of jobs. `max_gpus` 0: no limit."""
+    """A line of jobs, and a node in the tree of queues; what queues below it hold counts in it."""
 
     name: str
     weight: float = 1.0
-    max_gpus: int = 0
+    max_gpus: int = 0  # 0: no limit
+    parent: str = ""  # id of the queue above; "": none
+    guaranteed_gpus: int = 0
+    lending_limit_gpus: int | None = None  # of its unused guarantee; None: all of it

@@ -1,4 +1,4 @@
-"""What a job or a queue may ask for. Every error names the field, its limit and the way out.
+"""What a job may ask for. Every error names the field, its limit and the way out.
 
 What a job's fields may hold and say of one another stands in `whaleflux.manifests`, where files are checked by it, too.
 """
@@ -11,8 +11,6 @@ from functools import lru_cache
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests import job_checks
 from whaleflux.manifests.job_fields import Spec
-from whaleflux.manifests.values import number
-from whaleflux_scheduler.core.model import Queue
 
 MAX_SPEC_BYTES = 256 * 1024
 SMALL_BYTES = 4096  # what was found in larger specs is not remembered
@@ -29,13 +27,3 @@ def check_spec(spec: Spec, size_bytes: int, now: datetime, at: str = "job.spec")
 
 
 _known = lru_cache(maxsize=1024)(job_checks.violations)  # the same job is submitted again and again
-
-
-def check_queue(queue: Queue) -> None:
-    """Raises InvalidArgument for a weight or limit that makes no sense."""
-    found = [
-        *number("queue.weight", queue.weight, 0.0, 1e6),
-        *number("queue.max_gpus", queue.max_gpus, 0, 100_000_000),
-    ]
-    if found:
-        raise InvalidArgument(found)

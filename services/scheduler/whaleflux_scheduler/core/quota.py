@@ -1,0 +1,294 @@
+"""The tree of queues as numbers: what each holds, what it is guaranteed, what it borrows and lends. Pure.
+
+The arithmetic is that of hierarchical quotas with lending limits (Kueue's KEP 79 and 1224), in whole GPUs, with the fleet at the root.
+Between limits everybody may take what is idle; guarantees count when there is not enough for all. So that a guarantee of whole jobs
+holds, each job is counted whole: at the lowest queue on its way to the root that has guarantee left for it, higher priorities and
+earlier starts first, or else as *borrowed*. Those who are guaranteed room take it from jobs that are counted above them (HiveD's rule
+that nobody is worse off than with a cluster of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from whaleflux_scheduler.core.model import Queue
+
+_NOTHING = Queue("")
+
+
+class QueueLimit(NamedTuple):
+    """What keeps a queue from taking more: GPUs that it (or one above it) holds, and the most that it may.
+
+    `most` None: that is not known, so nothing more is given to it. `kept`: idle GPUs that are kept for queues that do not lend them.
+    """
+
+    queue: str
+    held: int
+    most: int | None
+    kept: int = 0
+
+
+class Held(NamedTuple):
+    """What a job holds or claims, in the order in which guarantees are given out."""
+
+    rank: int  # negative priority
+    since_s: float
+    job: str
+    gpus: int
+
+
+@dataclass(slots=True)
+class _Charge:
+    """What a queue takes from the one above it: what is held, at least what is kept for it."""
+
+    kept: int = 0
+    load: int = 0  # its own jobs', and what those below it take
+
+    @property
+    def taken(self) -> int:
+        return max(self.kept, self.load)
+
+
+@dataclass(eq=False, slots=True)
+class QueueNode:
+    """A queue in the tree, or the fleet at its root; counts are of its jobs and of those below it."""
+
+    id: str
+    queue: Queue
+    above: QueueNode | None = None
+    known: bool = True
+    depth: int = 0
+    guaranteed: int = 0  # its own, at least what those below it are guaranteed
+    held: int = 0
+    lent: _Charge = field(default_factory=_Charge)
+    firm: _Charge = field(default_factory=_Charge)
+    below: list[QueueNode] = field(default_factory=list)
+    jobs: dict[str, Held] = field(default_factory=dict)  # of this queue itself
+    counted: list[Held] = field(default_factory=list)  # jobs that its own guarantee covers
+    covered: int = 0  # GPUs of these and of those that are counted below
+    rest: list[Held] = field(default_factory=list)  # jobs that neither it nor one below it covers
+    stale: bool = True
+
+    @property
+    def over(self) -> int:
+        """GPUs held beyond the guarantee."""
+        return max(0, self.held - self.guaranteed)
+
+    def path(self) -> Iterator[QueueNode]:
+        """Itself, those above it, the fleet."""
+        node: QueueNode | None = self
+        while node is not None:
+            yield node
+            node = node.above
+
+
+class QuotaTree:
+    """See the module. `hold` is O(depth); which job is borrowed is worked out when it is asked, for what changed."""
+
+    def __init__(self, queues: Mapping[str, Queue] | None = None) -> None:
+        self._jobs: dict[str, tuple[str, Held]] = {}  # with the queue's id
+        self._covered_by: dict[str, QueueNode] = {}
+        self._nodes: dict[str, QueueNode] = {}
+        self.fleet = QueueNode("", _NOTHING)
+        self.set_queues(queues or {})
+
+    def set_queues(self, queues: Mapping[str, Queue]) -> None:
+        """The queues as they are now, by id; jobs hold what they held."""
+        self._nodes, self.fleet = {}, QueueNode("", _NOTHING)
+        self._covered_by.clear()
+        for id_, queue in queues.items():
+            self._nodes[id_] = QueueNode(id_, queue, self.fleet)
+        for id_, queue in queues.items():
+            self._join(self._nodes[id_], queue.parent)
+        for node in sorted(self._nodes.values(), key=_settle_depth, reverse=True):
+            _guarantee(node)
+        self.fleet.guaranteed = 0  # the fleet as a whole promises nothing: what is counted there is borrowed
+        for name, (queue_id, held) in self._jobs.items():
+            self._count(self.node(queue_id), name, held, held.gpus)
+
+    def _join(self, node: QueueNode, parent: str) -> None:
+        """Below its parent. One whose parent is not known, or that is above itself, gets nothing more."""
+        above = self._nodes.get(parent) if parent else self.fleet
+        if above is None or any(up is node for up in above.path()):
+            node.known, above = False, self.fleet
+        node.above = above
+        above.below.append(node)
+
+    @property
+    def guarantees(self) -> bool:
+        """Whether any queue is guaranteed anything."""
+        return any(node.guaranteed for node in self.fleet.below)
+
+    def node(self, queue: str) -> QueueNode:
+        """The queue; one that is not known is a node that is given nothing."""
+        known = self._nodes.get(queue)
+        if known is None:
+            known = self._nodes[queue] = QueueNode(queue, _NOTHING, self.fleet, known=False, depth=1)
+            self.fleet.below.append(known)
+        return known
+
+    def held(self, queue: str) -> int:
+        """GPUs that its jobs and those below it hold or claim."""
+        return self.node(queue).held
+
+    # holdings
+
+    def hold(self, job: str, queue: str, gpus: int, priority: int = 0, since_s: float = 0.0) -> None:
+        """What the job holds from now on; 0: nothing."""
+        held = Held(-priority, since_s, job, gpus)
+        known = self._jobs.get(job)
+        if known == (queue, held) or (known is None and not gpus):
+            return
+        if known is not None:
+            del self._jobs[job]
+            self._count(self.node(known[0]), job, None, -known[1].gpus)
+        if gpus:
+            self._jobs[job] = queue, held
+            self._count(self.node(queue), job, held, gpus)
+
+    def _count(self, node: QueueNode, job: str, held: Held | None, change: int) -> None:
+        if held is None:
+            node.jobs.pop(job, None)
+            self._covered_by.pop(job, None)
+        else:
+            node.jobs[job] = held
+        lent = firm = change
+        for up in node.path():
+            up.held += change
+            up.stale = True
+            lent, firm = _charge(up.lent, lent), _charge(up.firm, firm)
+
+    # admission
+
+    def admit(
+        self, queue: str, gpus: int, *, own: int = 0, free: Callable[[], int] = int, lends_back: bool = True
+    ) -> QueueLimit | None:
+        """What keeps the queue from taking `gpus` now, None when it may. `own`: GPUs of these that the job itself holds already.
+
+        `free` answers how many GPUs of the fleet nobody holds. Work that cannot give back what it borrows (`lends_back` False) takes
+        nothing that somebody is guaranteed, used or not.
+        """
+        node = self.node(queue)
+        for up in node.path():
+            if not up.known:
+                return QueueLimit(up.id, up.held - own, None)
+            if gpus and up.queue.max_gpus and up.held - own + gpus > up.queue.max_gpus:
+                return QueueLimit(up.id, up.held - own, up.queue.max_gpus)
+        return self._keeps(node, gpus - own, free, lends_back)
+
+    def _keeps(self, node: QueueNode, more: int, free: Callable[[], int], lends_back: bool) -> QueueLimit | None:
+        """Idle GPUs that are kept for others, where they are wanted."""
+        taken = more
+        for up in node.path():
+            charge = up.lent if lends_back else up.firm
+            taken = max(charge.kept, charge.load + taken) - charge.taken
+        root = self.fleet.lent if lends_back else self.fleet.firm
+        kept = root.load - self.fleet.held
+        if taken <= 0 or kept <= 0 or free() >= kept + taken:
+            return None
+        return QueueLimit(node.id, node.held, node.held, kept)
+
+    # who is guaranteed room, and who makes it
+
+    def entitled(self, job: str, queue: str, gpus: int, priority: int) -> QueueNode | None:
+        """The lowest queue on the job's way to the root whose guarantee has room for it, None when it would borrow."""
+        self._settle(self.fleet)
+        own = self._jobs[job][1].gpus if job in self._jobs else 0
+        at = self._covered_by.get(job)
+        own_is_below = False
+        for node in self.node(queue).path():
+            if node.guaranteed:
+                mine = sum(held.gpus for held in node.counted)
+                first = sum(held.gpus for held in node.counted if -held.rank >= priority and held.job != job)
+                before = node.covered - mine - (own if own_is_below else 0) + first
+                if before + gpus <= node.guaranteed:
+                    return node
+            own_is_below = own_is_below or node is at
+        return None
+
+    def covering(self, job: str) -> QueueNode:
+        """The queue whose guarantee covers the job; the fleet, when it is borrowed from all."""
+        self._settle(self.fleet)
+        return self._covered_by.get(job, self.fleet)
+
+    def borrowed(self, queue: str) -> int:
+        """GPUs of jobs of the queue and of those below it that no guarantee there covers."""
+        node = self.node(queue)
+        self._settle(node)
+        return sum(held.gpus for held in node.rest)
+
+    def _settle(self, node: QueueNode) -> None:
+        """Gives the guarantees of this part of the tree to jobs, where something changed."""
+        if not node.stale:
+            return
+        node.stale, rest = False, list(node.jobs.values())
+        for below in node.below:
+            self._settle(below)
+            rest += below.rest if node is not self.fleet else ()
+        for held in node.counted:
+            if self._covered_by.get(held.job) is node:
+                del self._covered_by[held.job]
+        node.covered, node.counted, node.rest = sum(below.covered for below in node.below), [], rest
+        if node.guaranteed:
+            self._cover(node, rest)
+
+    def _cover(self, node: QueueNode, jobs: list[Held]) -> None:
+        node.rest = []
+        for held in sorted(jobs):
+            if node.covered + held.gpus <= node.guaranteed:
+                node.covered += held.gpus
+                node.counted.append(held)
+                self._covered_by[held.job] = node
+            else:
+                node.rest.append(held)
+
+
+class Claimant:
+    """One who asks for room, against jobs that hold it."""
+
+    def __init__(self, tree: QuotaTree, job: str, queue: str, gpus: int, priority: int) -> None:
+        self._tree, self._queue, self._priority = tree, queue, priority
+        self._path = {node.id: node.depth for node in tree.node(queue).path()}
+        self._at = tree.entitled(job, queue, gpus, priority) if tree.guarantees else None
+
+    @property
+    def entitled(self) -> bool:
+        """Whether somebody's guarantee covers what it asks for."""
+        return self._at is not None
+
+    def reclaims(self, victim: str, queue: str) -> bool:
+        """Whether the victim holds what the claimant is guaranteed; its priority does not matter then."""
+        if self._at is None or queue == self._queue:
+            return False
+        depth = self._path.get(self._tree.covering(victim).id)
+        return depth is not None and depth < self._at.depth
+
+    def preempts(self, victim: str, priority: int) -> bool:
+        """Whether the victim is of lower priority, and not within a guarantee that is not the claimant's."""
+        return priority < self._priority and (not self._tree.guarantees or self._tree.covering(victim).id in self._path)
+
+
+def _settle_depth(node: QueueNode) -> int:
+    node.depth = sum(1 for _ in node.path()) - 1
+    return node.depth
+
+
+def _guarantee(node: QueueNode) -> None:
+    """What it is guaranteed and keeps, and the same in the one above; those below it have been here before."""
+    queue = node.queue
+    node.guaranteed = max(queue.guaranteed_gpus, sum(below.guaranteed for below in node.below))
+    node.firm.kept = node.guaranteed
+    if queue.lending_limit_gpus is not None:
+        node.lent.kept = max(0, node.guaranteed - queue.lending_limit_gpus)
+    assert node.above is not None
+    node.above.lent.load += node.lent.taken
+    node.above.firm.load += node.firm.taken
+
+
+def _charge(charge: _Charge, change: int) -> int:
+    """Counts a change of what lies below; returns what that changes above."""
+    before = charge.taken
+    charge.load += change
+    return charge.taken - before

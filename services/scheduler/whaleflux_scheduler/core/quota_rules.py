@@ -1,0 +1,101 @@
+"""What queues may say of one another: a tree without cycles, and guarantees that can be kept at every level. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from whaleflux import names
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.manifests.values import number
+from whaleflux_scheduler.core.model import Queue
+
+MOST_LEVELS = 8
+MOST_GPUS = 100_000_000
+
+
+def check_queue(queue: Queue) -> None:
+    """Raises InvalidArgument for a weight, a guarantee or limits that make no sense by themselves."""
+    lends = queue.lending_limit_gpus
+    found = [
+        *number("queue.weight", queue.weight, 0.0, 1e6),
+        *number("queue.max_gpus", queue.max_gpus, 0, MOST_GPUS),
+        *number("queue.guaranteed_gpus", queue.guaranteed_gpus, 0, MOST_GPUS),
+        *number("queue.lending_limit_gpus", lends or 0, 0, MOST_GPUS),
+    ]
+    if 0 < queue.max_gpus < queue.guaranteed_gpus:
+        most = f"is {queue.guaranteed_gpus}, but it may hold at most {queue.max_gpus} (max_gpus); raise that, or lower this"
+        found.append(FieldViolation("queue.guaranteed_gpus", most))
+    if found:
+        raise InvalidArgument(found)
+
+
+def check_tree(queues: Mapping[str, Queue], changed: str) -> None:
+    """Raises InvalidArgument when the queue `changed` may not be as it is among all `queues`, by id."""
+    queue = queues[changed]
+    if queue.parent and queue.parent not in queues:
+        raise _violation(
+            "parent", f"{names.queue(queue.parent)} does not exist; list what does with: whaleflux queue ls"
+        )
+    path = list(_path(queues, changed))
+    if path[-1].parent:  # it came back to one that it had seen
+        raise _violation(
+            "parent", f"{names.queue(queue.parent)} is below {names.queue(changed)}, or the same; use another"
+        )
+    below = _below(queues)
+    levels = len(path) - 1 + _levels(below, changed)
+    if levels > MOST_LEVELS:
+        raise _violation("parent", f"there would be {levels} queues above one another; use at most {MOST_LEVELS}")
+    for above in path:
+        _check_sum(queues, below, names.last(above.name), changed)
+
+
+def _check_sum(queues: Mapping[str, Queue], below: Mapping[str, list[str]], id_: str, changed: str) -> None:
+    queue, promised = queues[id_], sum(guaranteed(queues, below, child) for child in below.get(id_, ()))
+    own = queue.guaranteed_gpus
+    field = "guaranteed_gpus" if queues[changed].guaranteed_gpus else "parent"
+    if own and promised > own:
+        raise _violation(
+            field,
+            f"queues below {queue.name} would be guaranteed {promised} GPUs together, and it is guaranteed {own}; lower one of them, or "
+            f"raise that with: whaleflux queue set {id_} --guaranteed {promised}",
+        )
+    if 0 < queue.max_gpus < promised:
+        raise _violation(
+            field,
+            f"queues below {queue.name} would be guaranteed {promised} GPUs together, and it may hold at most {queue.max_gpus}; lower "
+            f"one of them, or raise that with: whaleflux queue set {id_} --max-gpus {promised}",
+        )
+
+
+def guaranteed(queues: Mapping[str, Queue], below: Mapping[str, list[str]], id_: str) -> int:
+    """GPUs that it is guaranteed: its own number, or what those below it are guaranteed together."""
+    return queues[id_].guaranteed_gpus or sum(guaranteed(queues, below, child) for child in below.get(id_, ()))
+
+
+def children(queues: Mapping[str, Queue], id_: str) -> list[str]:
+    """Ids of the queues right below it."""
+    return sorted(child for child, queue in queues.items() if queue.parent == id_)
+
+
+def _path(queues: Mapping[str, Queue], id_: str) -> Iterator[Queue]:
+    """The queue and those above it, up to one without a parent, or one whose parent was there already."""
+    seen: set[str] = set()
+    while id_ in queues and id_ not in seen:
+        seen.add(id_)
+        yield queues[id_]
+        id_ = queues[id_].parent
+
+
+def _below(queues: Mapping[str, Queue]) -> dict[str, list[str]]:
+    below: dict[str, list[str]] = {}
+    for id_, queue in queues.items():
+        below.setdefault(queue.parent, []).append(id_)
+    return below
+
+
+def _levels(below: Mapping[str, list[str]], id_: str) -> int:
+    return 1 + max((_levels(below, child) for child in below.get(id_, ())), default=0)
+
+
+def _violation(field: str, said: str) -> InvalidArgument:
+    return InvalidArgument(FieldViolation(f"queue.{field}", said))
