@@ -130,9 +130,7 @@ def trees(draw):
     return queues
 
 
-HOLDS = st.lists(
-    st.tuples(st.integers(0, 11), st.sampled_from(IDS), st.integers(0, 9), st.integers(0, 2)), max_size=30
-)
+HOLDS = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(IDS), st.integers(0, 9), st.integers(0, 2)), max_size=30)
 
 
 def path(queues, id_):
@@ -226,7 +224,9 @@ def test_who_is_guaranteed_room_finds_it_and_takes_nothing_that_is_not_borrowed(
             room += held
     if claimant.entitled:
         assert room >= gpus
-        before = {job: quota.covering(job).depth for job, (owner, _, _) in jobs.items() if claimant.reclaims(job, owner)}
+        before = {
+            job: quota.covering(job).depth for job, (owner, _, _) in jobs.items() if claimant.reclaims(job, owner)
+        }
         quota.hold("new", queue, gpus, priority, 1e9)
         at = quota.covering("new")
         assert at is not quota.fleet  # so that nobody takes it back at once
