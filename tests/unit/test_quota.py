@@ -215,21 +215,16 @@ def test_who_is_guaranteed_room_finds_it_and_takes_nothing_that_is_not_borrowed(
     claimant = Claimant(quota, "new", queue, gpus, priority)
     mine = set(path(queues, queue))
     room = fleet - sum(held for _, held, _ in jobs.values())
+    taken_back = {job: quota.covering(job) for job, (owner, _, _) in jobs.items() if claimant.reclaims(job, owner)}
     for job, (owner, held, its) in jobs.items():
-        reclaimed = claimant.reclaims(job, owner)
-        if reclaimed or (claimant.preempts(job, its) and owner != queue):
-            inside = [up for up in path(queues, owner) if up not in mine]
-            assert quota.covering(job).id not in inside  # no guarantee that is not the claimant's, too
-        if reclaimed or claimant.preempts(job, its) or (owner == queue and quota.covering(job).id != queue):
-            room += held
-    if claimant.entitled:
-        assert room >= gpus
-        before = {
-            job: quota.covering(job).depth for job, (owner, _, _) in jobs.items() if claimant.reclaims(job, owner)
-        }
-        quota.hold("new", queue, gpus, priority, 1e9)
-        at = quota.covering("new")
-        assert at is not quota.fleet  # so that nobody takes it back at once
-        assert all(depth < at.depth for depth in before.values())  # nothing that the same guarantee covers
-    else:
-        assert not any(claimant.reclaims(job, owner) for job, (owner, _, _) in jobs.items())
+        stopped = job in taken_back or claimant.preempts(job, its)
+        inside = {up for up in path(queues, owner) if up not in mine}
+        assert not stopped or quota.covering(job).id not in inside  # no guarantee that is not the claimant's, too
+        room += held if stopped or (owner == queue and quota.covering(job).id != queue) else 0
+    entitled = claimant.entitled
+    assert not entitled or room >= gpus
+    assert entitled or not taken_back
+    quota.hold("new", queue, gpus, priority, 1e9)
+    at = quota.covering("new")
+    assert not entitled or at is not quota.fleet  # so that nobody takes it back at once
+    assert all(covering.depth < at.depth for covering in taken_back.values())  # nothing that the same guarantee covers

@@ -19,7 +19,8 @@ from whaleflux_scheduler.core.model import ENDED, Job, JobState, Queue, Scheduli
 from whaleflux_scheduler.core.observed import Diagnosis, NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import QueueBucket, QueueBuckets
 from whaleflux_scheduler.core.placement.validate import check_request
-from whaleflux_scheduler.core.queue_order import next_turn, over_limit
+from whaleflux_scheduler.core.queue_order import next_turn
+from whaleflux_scheduler.core.queue_shares import QueueShares
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
 
@@ -374,15 +375,22 @@ class TestTurns:
 
     def order(self, *jobs, queues=None, held=None, shapes=lambda _: 1):
         """In which order they go when each holds 8 GPUs once it went."""
-        lines, held = QueueBuckets(), dict(held or {})
+        lines, shares = QueueBuckets(), QueueShares(0.0)
+        shares.set_queues(queues or {})
+        for queue, gpus in (held or {}).items():
+            shares.hold(self.job("held", queue), gpus)
         for each in jobs:
             lines.join(QueueBucket(each.spec.priority, each.queue, shapes(each)), each)
         order = []
-        while (line := next_turn(lines, lines.all(), queues or {}, held)) is not None:
+
+        def turn(line, _):
+            return shares.turn(line.queue, 8, line.priority)
+
+        while (line := next_turn(lines, lines.all(), turn)) is not None:
             name = lines.first(line)[1]
             lines.leave(name)
             order.append(name.split("/")[3])
-            held[line.queue] = held.get(line.queue, 0) + 8
+            shares.hold(self.job(order[-1], line.queue), 8)
         assert len(lines) == 0
         return order
 
@@ -401,6 +409,20 @@ class TestTurns:
         jobs = [self.job(f"{q}{n}", q, at=n) for n in range(3) for q in "xy"]
         assert self.order(*jobs) == ["x0", "y0", "x1", "y1", "x2", "y2"]
 
+    def test_what_a_queue_is_guaranteed_goes_before_what_others_borrow(self):
+        queues = {"firm": Queue("queues/firm", guaranteed_gpus=16), "other": Queue("queues/other")}
+        jobs = [self.job("a", "other", priority=9), *(self.job(f"f{n}", "firm", at=n) for n in range(3))]
+        assert self.order(*jobs, queues=queues) == ["f0", "f1", "a", "f2"]
+
+    def test_shares_are_compared_from_the_top_of_the_tree_down(self):
+        """Two teams of one organisation have together what the other organisation has."""
+        parents = {"org": "", "lone": "", "t1": "org", "t2": "org"}
+        queues = {id_: Queue(f"queues/{id_}", parent=parent) for id_, parent in parents.items()}
+        jobs = [self.job(f"{q}-{n}", q, at=n) for n in range(2) for q in ("lone", "t1", "t2")]
+        jobs.append(self.job("own", "org", at=9))  # takes turns with the teams
+        order = self.order(*jobs, queues=queues)
+        assert order == ["lone-0", "own", "lone-1", "t1-0", "t2-0", "t1-1", "t2-1"]
+
     def test_a_job_that_left_and_came_back_has_one_place(self):
         lines, one, line = QueueBuckets(), self.job("a"), QueueBucket(0, "q", 1)
         lines.join(line, one)
@@ -410,13 +432,6 @@ class TestTurns:
         lines.leave(one.name)
         assert lines.first(line) is None
         assert lines.all() == set()
-
-    def test_a_queue_limit_counts_what_others_hold(self):
-        queues = {"q": Queue("queues/q", 1.0, 10)}
-        assert over_limit(job(), queues, {"q": 4}) == ("q", 4, 10)
-        assert over_limit(job(), queues, {"q": 4}, own=2) is None
-        assert over_limit(job(), {"q": Queue("queues/q")}, {"q": 10**6}) is None
-        assert over_limit(job(), {}, {}) == ("q", 0, None)
 
 
 class TestConvert:

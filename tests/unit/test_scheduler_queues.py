@@ -138,6 +138,18 @@ async def tree_of(world, **queues):
         await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id=queue_id, queue=queue), None)
 
 
+async def test_a_job_counts_in_every_queue_above_its_own(world):
+    await world.add(node("a/n1"))
+    await tree_of(world, org={"max_gpus": 3}, a={"parent": "org"}, b={"parent": "org"})
+    first, second = await world.submit(2, queue="a"), await world.submit(2, queue="b")
+    await world.reaches(first, "RUNNING")
+    await world.caught_up()
+    waiting = await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=second), None)
+    assert waiting.decision.summary == "waits: queue org holds 2 of at most 3 GPUs"
+    await update_queue(world, "b", paths=("parent",))  # right below the fleet
+    await world.reaches(second, "RUNNING")
+
+
 @pytest.mark.parametrize(
     ("queue", "change", "said"),
     [

@@ -18,6 +18,7 @@ from whaleflux_scheduler.core.devices import NOTHING, Devices, Gpus
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Task
 from whaleflux_scheduler.core.placement.api import Bottleneck, Cost, GpuOption, NodeAssignment, Placement
 from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.queue_shares import QueueShares
 from whaleflux_scheduler.core.request import share
 from whaleflux_scheduler.core.state_machine import goes_on
 
@@ -61,10 +62,10 @@ def _pairs(gpus: Gpus) -> Iterator[tuple[str, str]]:
 class Holdings:
     """See the module."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shares: QueueShares) -> None:
         self._engine = engine
+        self.shares = shares  # what queues hold or claim
         self.devices = Devices(lambda uuid: next(iter(self._holders.get(uuid, {}).values()), ""))
-        self.by_queue: Counter[str] = Counter()  # held or claimed
         self.by_array: Counter[tuple[str, str]] = Counter()  # queue and array: members that hold or claim something
         self._jobs: dict[str, Job] = {}  # jobs that hold or claim something
         self._held: dict[str, Gpus] = {}
@@ -147,6 +148,8 @@ class Holdings:
         _keep(self._jobs, name, job if held or claim else None)
         _keep(self._claims, name, claim)
         if (before, before_claimed) == (held, claimed):
+            if job.spec.gpus and (held or claimed):  # priorities change, and attempts begin
+                self.shares.hold(job, self.count_of(name))
             return False
         gone = _without(before, held) | _without(before_claimed, claimed)
         came = _without(held, before) | _without(claimed, before_claimed)
@@ -164,7 +167,7 @@ class Holdings:
     def _record(self, job: Job, held: Gpus, claimed: Gpus) -> None:
         name = job.name
         if job.spec.gpus:  # a queue's limit and its share are of GPUs
-            self.by_queue[job.queue] += _count_of_both(held, claimed) - self.count_of(name)
+            self.shares.hold(job, _count_of_both(held, claimed))
         if job.spec.array_name:
             self.by_array[job.queue, job.spec.array_name] += bool(held or claimed) - self.holds(name)
         for node in (*self._held.get(name, ()), *self._claimed.get(name, ())):

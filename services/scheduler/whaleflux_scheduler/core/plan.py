@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -33,14 +33,9 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping, stopped
-from whaleflux_scheduler.core.queue_order import (
-    ArrayLimit,
-    QueueLimit,
-    next_turn,
-    order_of,
-    over_array_limit,
-    over_limit,
-)
+from whaleflux_scheduler.core.queue_order import ArrayLimit, next_turn, order_of, over_array_limit
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, QueueShares, QueueUse, Turn
+from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.request import place_request, shape
 
 log = logging.getLogger(__name__)
@@ -109,11 +104,10 @@ class Stopwatch:
 class Plan:
     """See the module. `monotonic` is read by steps that are bounded in time, and by no others."""
 
-    def __init__(self, monotonic: Callable[[], float] = lambda: 0.0) -> None:
-        self._monotonic, self._engine = monotonic, Engine()
-        self._holdings, self._capacity = Holdings(self._engine), Capacity()
+    def __init__(self, monotonic: Callable[[], float] = lambda: 0.0, half_life_s: float = HALF_LIFE_S) -> None:
+        self._monotonic, self._engine, self._shares = monotonic, Engine(), QueueShares(half_life_s)
+        self._holdings, self._capacity = Holdings(self._engine, self._shares), Capacity()
         self._left_out: set[str] = set()  # nodes whose facts placement cannot take
-        self._queues: Mapping[str, Queue] = {}
         self._waiting: dict[str, Waiting] = {}
         self._buckets = QueueBuckets()
         self._untried: set[QueueBucket] = set()  # something changed since the first of the bucket was tried
@@ -121,6 +115,7 @@ class Plan:
         self._shapes: dict[PlaceRequest, int] = {}  # what is asked for, whoever asks, by number
         self._numbered = 0
         self._refused: dict[int, NoPlacement] = {}  # shapes that do not fit at present
+        self._no_room: set[tuple[int, str]] = set()  # shapes and queues for which nobody makes room at present
         self._watch: Stopwatch
 
     @property
@@ -140,13 +135,14 @@ class Plan:
 
     def step(self, news: News, now: datetime, budget_s: float = math.inf) -> list[Move]:
         """Takes in what changed, and decides; `budget_s` bounds the time that deciding takes."""
+        self._shares.now_s = now.timestamp()
         self.apply(news)
         return self.decide(now, budget_s)
 
     def apply(self, news: News) -> None:
         """Takes in what changed; cheap, decides nothing."""
         if news.queues is not None:
-            self._queues = news.queues
+            self._shares.set_queues(news.queues)
             self._try_all()
         self._know_datasets(news)
         for node in news.nodes:
@@ -169,7 +165,7 @@ class Plan:
         self._watch = Stopwatch(now, budget_s, self._monotonic)
         moves: list[Move] = []
         while self._untried and not self._watch.over:
-            bucket = next_turn(self._buckets, self._untried, self._queues, self._holdings.by_queue)
+            bucket = next_turn(self._buckets, self._untried, self._turn)
             if bucket is None:
                 self._untried.clear()
                 break
@@ -178,6 +174,9 @@ class Plan:
             if move.assignment is None:
                 self._untried.discard(bucket)
         return moves + self._answer_others()
+
+    def _turn(self, bucket: QueueBucket, first: str) -> Turn:
+        return self._shares.turn(bucket.queue, self._waiting[first].candidate.job.spec.gpus, bucket.priority)
 
     def _first(self, bucket: QueueBucket) -> Waiting:
         first = self._buckets.first(bucket)
@@ -214,7 +213,7 @@ class Plan:
 
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
-        if limit := over_limit(job, self._queues, self._holdings.by_queue):
+        if limit := self._over_limit(job):
             return wait_reasons.queue_is_full(limit, now)
         if not self.nodes:
             return wait_reasons.no_nodes(now)
@@ -227,7 +226,7 @@ class Plan:
         decision = self._in_line(wait_reasons.does_not_fit(answer, now), job)
         victims = may_stop(self._holdings, job)
         plan = self._engine.preempt(request, victims) if victims else answer
-        return wait_reasons.with_victims(decision, stopped(plan)) if isinstance(plan, PreemptionPlan) else decision
+        return self._with_victims(decision, job, stopped(plan)) if isinstance(plan, PreemptionPlan) else decision
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
@@ -248,7 +247,7 @@ class Plan:
             return self._in_line(wait_reasons.is_next(now), job)
         decision = wait_reasons.does_not_fit(answer, now, avoided)
         decision = wait_reasons.with_claims(decision, [name for name in self._holdings.claims if name != job.name])
-        return self._in_line(wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)), job)
+        return self._in_line(self._with_victims(decision, job, still_stopping(self._holdings, job.name)), job)
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
@@ -260,9 +259,12 @@ class Plan:
         return self._capacity.unknown_sites(shape(spec)) or capacity.in_words(short)
 
     def _over_queue(self, queue: str, spec: Spec) -> QueueLimit | None:
-        known = self._queues.get(queue)
-        too_small = known is not None and 0 < known.max_gpus < spec.gpus
-        return QueueLimit(queue, 0, known.max_gpus) if known is not None and too_small else None
+        limits = ((up.id, up.queue.max_gpus) for up in self._shares.quota.node(queue).path())
+        return next((QueueLimit(id_, 0, most) for id_, most in limits if 0 < most < spec.gpus), None)
+
+    def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
+        """What queues hold, by id."""
+        return {queue: self._shares.use(queue) for queue in queues}
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
         """GPUs of open nodes and GPUs held, by model; for metrics."""
@@ -286,6 +288,8 @@ class Plan:
         elif job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             for bucket in self._buckets.above(job.spec.priority):
                 self._try_again(bucket)
+            if self._shares.quota.guarantees and self._shares.quota.covering(job.name).id != job.queue:
+                self._try_guaranteed()
 
     def _upsert(self, node: Node) -> None:
         devices = self._holdings.devices
@@ -363,15 +367,28 @@ class Plan:
 
     def _try_all(self) -> None:
         self._refused.clear()
+        self._no_room.clear()
         self._untried = self._buckets.all()
 
     def _try_again(self, bucket: QueueBucket) -> None:
         self._refused.pop(bucket.shape, None)
+        self._no_room.discard(self._kind(bucket))
         self._untried.add(bucket)
 
+    def _kind(self, bucket: QueueBucket) -> tuple[int, str]:
+        """Those for whom the same jobs may be stopped."""
+        return bucket.shape, bucket.queue if self._shares.quota.guarantees else ""
+
+    def _try_guaranteed(self) -> None:
+        """Something borrowed may be stopped: who is guaranteed more than is held may have room made."""
+        for bucket in self._buckets.all():
+            if self._shares.quota.node(bucket.queue).below_guarantee:
+                self._try_again(bucket)
+
     def _over_limit(self, job: Job) -> QueueLimit | None:
-        holdings = self._holdings
-        return over_limit(job, self._queues, holdings.by_queue, holdings.count_of(job.name))
+        own, lends_back = self._holdings.count_of(job.name), not job.spec.is_service
+        quota = self._shares.quota
+        return quota.admit(job.queue, job.spec.gpus, own=own, free=self._engine.free_gpus, lends_back=lends_back)
 
     def _over_array_limit(self, job: Job) -> ArrayLimit | None:
         return over_array_limit(job, self._holdings.by_array, own=self._holdings.holds(job.name))
@@ -392,7 +409,7 @@ class Plan:
         own = self._holdings.count_of(job.name) > 0
         refused = self._refused.get(waiting.bucket.shape)
         if refused is not None and not own:
-            return Move(job.name, wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude))
+            return self._make_room(waiting, refused, now)
         try:
             with self._holdings.without(job.name):
                 answer = self._engine.place(request)
@@ -402,7 +419,7 @@ class Plan:
             return self._give(job, answer, now)
         if not own:
             self._refused[waiting.bucket.shape] = answer
-        return self._make_room(waiting.candidate, request, answer, now)
+        return self._make_room(waiting, answer, now)
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         devices = self._holdings.devices
@@ -416,19 +433,27 @@ class Plan:
             self._try_all()
         return Move(job.name, decision, assignment)
 
-    def _make_room(self, candidate: Candidate, request: PlaceRequest, answer: NoPlacement, now: datetime) -> Move:
-        job = candidate.job
-        decision = wait_reasons.does_not_fit(answer, now, candidate.exclude)
+    def _make_room(self, waiting: Waiting, answer: NoPlacement, now: datetime) -> Move:
+        job, kind = waiting.candidate.job, self._kind(waiting.bucket)
+        decision = wait_reasons.does_not_fit(answer, now, waiting.candidate.exclude)
         if self._holdings.claim(job.name) is not None:
-            return Move(job.name, wait_reasons.with_victims(decision, still_stopping(self._holdings, job.name)))
+            return Move(job.name, self._with_victims(decision, job, still_stopping(self._holdings, job.name)))
+        if kind in self._no_room and not waiting.bucket.alone:
+            return Move(job.name, decision)
         victims = may_stop(self._holdings, job)
-        plan = self._engine.preempt(request, victims) if victims else answer
+        plan = self._engine.preempt(waiting.request, victims) if victims else answer
         if not isinstance(plan, PreemptionPlan):
+            self._no_room.add(kind)
             return Move(job.name, decision)
         claim = claim_for(plan, self._holdings, now)
         self._holdings.hold(job, self._holdings.held(job.name), claim)
         self._refused.pop(self._waiting[job.name].bucket.shape, None)  # the next of its kind may find other victims
-        return Move(job.name, wait_reasons.with_victims(decision, claim.victims), claim=claim)
+        return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
+
+    def _with_victims(self, decision: SchedulingDecision, job: Job, victims: Sequence[str]) -> SchedulingDecision:
+        known = (self._holdings.jobs.get(victim) for victim in victims)
+        reclaimed = any(other is not None and other.spec.priority >= job.spec.priority for other in known)
+        return wait_reasons.with_victims(decision, victims, reclaimed=reclaimed)
 
     def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
         """With its position in its queue, and who goes first."""

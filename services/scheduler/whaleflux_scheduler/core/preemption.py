@@ -6,38 +6,47 @@ goes on with what the old one began.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, job_of
 from whaleflux_scheduler.core.model import Claim, Job, JobState
 from whaleflux_scheduler.core.placement.api import PreemptionPlan, Victim
+from whaleflux_scheduler.core.quota import Claimant
 
 CLAIM_S = 120.0  # how long a claim lasts beyond the grace of those who make room
 
 
 def may_stop(holdings: Holdings, job: Job) -> list[Victim]:
-    """Running training of lower priority that does not make room for an equal already, and claims of lower priority."""
-    claims, priority = holdings.claims, job.spec.priority
-    asked = {v for name, claim in claims.items() if _priority(holdings, name) >= priority for v in claim.victims}
-    lower = [name for name in claims if _priority(holdings, name) < priority]
-    return [*(Victim(claim_id(name), _priority(holdings, name)) for name in lower), *_running(holdings, job, asked)]
+    """Running training and claims that may have to make room: what is borrowed of the queue's guarantee, and what is of lower priority.
 
-
-def _priority(holdings: Holdings, name: str) -> int:
-    return holdings.jobs[name].spec.priority
-
-
-def _running(holdings: Holdings, job: Job, asked: Collection[str]) -> list[Victim]:
+    Those that make room for an equal already, and services, are left out.
+    """
+    quota, spec = holdings.shares.quota, job.spec
+    claimant = Claimant(quota, job.name, job.queue, spec.gpus, spec.priority)
+    asked = {
+        v for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name) for v in claim.victims
+    }
     return [
-        Victim(name, held.spec.priority, _lost_gpu_s(held))
-        for name, held in holdings.jobs.items()
-        if held.spec.priority < job.spec.priority
-        and held.state is JobState.RUNNING
-        and not held.spec.is_service
-        and name not in asked
-        and not holdings.disputed(name)
+        Victim(id_, held.spec.priority, _lost_gpu_s(held), reclaimed=claimant.reclaims(held.name, held.queue))
+        for id_, held in _movable(holdings, asked)
+        if held.name != job.name and _yields(claimant, holdings, held.name)
     ]
+
+
+def _yields(claimant: Claimant, holdings: Holdings, name: str) -> bool:
+    held = holdings.jobs[name]
+    return claimant.reclaims(name, held.queue) or claimant.preempts(name, held.spec.priority)
+
+
+def _movable(holdings: Holdings, asked: Collection[str]) -> Iterator[tuple[str, Job]]:
+    """What the engine knows of it, and the job."""
+    for name in holdings.claims:
+        yield claim_id(name), holdings.jobs[name]
+    for name, held in holdings.jobs.items():
+        trains = held.state is JobState.RUNNING and not held.spec.is_service
+        if trains and name not in asked and not holdings.disputed(name):
+            yield name, held
 
 
 def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime) -> Claim:

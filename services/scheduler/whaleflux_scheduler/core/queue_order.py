@@ -1,12 +1,13 @@
-"""Whose turn it is: priority first, then the queue that holds least for its weight, then the order of submission."""
+"""Whose turn it is: guarantees, priorities and shares of queues (`queue_shares`), then the order of submission."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from whaleflux_scheduler.core.model import Job, Queue
+from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.pending import QueueBucket, QueueBuckets
+from whaleflux_scheduler.core.queue_shares import Turn
 
 
 def order_of(job: Job) -> tuple[int, float, str]:
@@ -15,39 +16,15 @@ def order_of(job: Job) -> tuple[int, float, str]:
 
 
 def next_turn(
-    waiting: QueueBuckets, buckets: Collection[QueueBucket], queues: Mapping[str, Queue], held: Mapping[str, int]
+    waiting: QueueBuckets, buckets: Collection[QueueBucket], turn: Callable[[QueueBucket, str], Turn]
 ) -> QueueBucket | None:
-    """The bucket whose first goes next; `held`: GPUs by queue id as they are now. Empty buckets are skipped."""
+    """The bucket whose first goes next; `turn` is asked of each and the name of its first job. Empty buckets are skipped."""
     keyed = [
-        ((-bucket.priority, load(bucket.queue, queues, held), *first), bucket)
+        ((*turn(bucket, first[1]), *first), bucket)
         for bucket in buckets
         if (first := waiting.first(bucket)) is not None
     ]
     return min(keyed, key=lambda pair: pair[0])[1] if keyed else None
-
-
-def load(queue: str, queues: Mapping[str, Queue], held: Mapping[str, int]) -> float:
-    """GPUs held per weight."""
-    known = queues.get(queue)
-    return held.get(queue, 0) / (known.weight if known and known.weight > 0 else 1.0)
-
-
-class QueueLimit(NamedTuple):
-    """GPUs that a queue holds, and the most that it may; None: that is not known, so nothing more is given to it."""
-
-    queue: str
-    held: int
-    most: int | None
-
-
-def over_limit(job: Job, queues: Mapping[str, Queue], held: Mapping[str, int], own: int = 0) -> QueueLimit | None:
-    """The limit that keeps its queue from taking that many GPUs now, None when it may. `own`: GPUs that the job itself still holds."""
-    queue, others = queues.get(job.queue), held.get(job.queue, 0) - own
-    if queue is None:
-        return QueueLimit(job.queue, others, None)
-    if not job.spec.gpus or not queue.max_gpus or others + job.spec.gpus <= queue.max_gpus:
-        return None
-    return QueueLimit(job.queue, others, queue.max_gpus)
 
 
 class ArrayLimit(NamedTuple):

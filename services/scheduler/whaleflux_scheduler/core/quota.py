@@ -62,6 +62,7 @@ class QueueNode:
     depth: int = 0
     guaranteed: int = 0  # its own, at least what those below it are guaranteed
     held: int = 0
+    own: int = 0  # of these what its own jobs hold
     lent: _Charge = field(default_factory=_Charge)
     firm: _Charge = field(default_factory=_Charge)
     below: list[QueueNode] = field(default_factory=list)
@@ -75,6 +76,11 @@ class QueueNode:
     def over(self) -> int:
         """GPUs held beyond the guarantee."""
         return max(0, self.held - self.guaranteed)
+
+    @property
+    def below_guarantee(self) -> bool:
+        """Whether it, or one above it, holds less than it is guaranteed."""
+        return any(up.held < up.guaranteed for up in self.path())
 
     def path(self) -> Iterator[QueueNode]:
         """Itself, those above it, the fleet."""
@@ -91,12 +97,14 @@ class QuotaTree:
         self._jobs: dict[str, tuple[str, Held]] = {}  # with the queue's id
         self._covered_by: dict[str, QueueNode] = {}
         self._nodes: dict[str, QueueNode] = {}
+        self.queues: Mapping[str, Queue] = {}
+        self.guarantees = False  # whether any queue is guaranteed anything
         self.fleet = QueueNode("", _NOTHING)
         self.set_queues(queues or {})
 
     def set_queues(self, queues: Mapping[str, Queue]) -> None:
         """The queues as they are now, by id; jobs hold what they held."""
-        self._nodes, self.fleet = {}, QueueNode("", _NOTHING)
+        self.queues, self._nodes, self.fleet = queues, {}, QueueNode("", _NOTHING)
         self._covered_by.clear()
         for id_, queue in queues.items():
             self._nodes[id_] = QueueNode(id_, queue, self.fleet)
@@ -104,6 +112,7 @@ class QuotaTree:
             self._join(self._nodes[id_], queue.parent)
         for node in sorted(self._nodes.values(), key=_settle_depth, reverse=True):
             _guarantee(node)
+        self.guarantees = self.fleet.firm.load > 0
         self.fleet.guaranteed = 0  # the fleet as a whole promises nothing: what is counted there is borrowed
         for name, (queue_id, held) in self._jobs.items():
             self._count(self.node(queue_id), name, held, held.gpus)
@@ -115,11 +124,6 @@ class QuotaTree:
             node.known, above = False, self.fleet
         node.above = above
         above.below.append(node)
-
-    @property
-    def guarantees(self) -> bool:
-        """Whether any queue is guaranteed anything."""
-        return any(node.guaranteed for node in self.fleet.below)
 
     def node(self, queue: str) -> QueueNode:
         """The queue; one that is not known is a node that is given nothing."""
@@ -135,18 +139,19 @@ class QuotaTree:
 
     # holdings
 
-    def hold(self, job: str, queue: str, gpus: int, priority: int = 0, since_s: float = 0.0) -> None:
-        """What the job holds from now on; 0: nothing."""
+    def hold(self, job: str, queue: str, gpus: int, priority: int = 0, since_s: float = 0.0) -> bool:
+        """What the job holds from now on; 0: nothing. False: as before."""
         held = Held(-priority, since_s, job, gpus)
         known = self._jobs.get(job)
         if known == (queue, held) or (known is None and not gpus):
-            return
+            return False
         if known is not None:
             del self._jobs[job]
             self._count(self.node(known[0]), job, None, -known[1].gpus)
         if gpus:
             self._jobs[job] = queue, held
             self._count(self.node(queue), job, held, gpus)
+        return True
 
     def _count(self, node: QueueNode, job: str, held: Held | None, change: int) -> None:
         if held is None:
@@ -154,6 +159,7 @@ class QuotaTree:
             self._covered_by.pop(job, None)
         else:
             node.jobs[job] = held
+        node.own += change
         lent = firm = change
         for up in node.path():
             up.held += change

@@ -9,7 +9,8 @@ from datetime import datetime
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Job, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import NoPlacement
-from whaleflux_scheduler.core.queue_order import ArrayLimit, QueueLimit
+from whaleflux_scheduler.core.queue_order import ArrayLimit
+from whaleflux_scheduler.core.quota import QueueLimit
 
 _IN_THE_FILE = {  # the engine's words, and those of who writes job files
     "excluded by name": "avoided after a failure",
@@ -49,6 +50,11 @@ def queue_is_full(limit: QueueLimit, now: datetime) -> SchedulingDecision:
     if limit.most is None:
         return _held_back(
             f"the record of queue {limit.queue} is missing or cannot be read, so its limit is not known", now
+        )
+    if limit.kept:
+        why = f"{limit.kept} idle GPUs are kept for queues that are guaranteed them and do not lend them"
+        return _held_back(
+            why, now, "wait until more are idle, or let those queues lend more: whaleflux queue set NAME --lend N"
         )
     why = f"queue {limit.queue} holds {limit.held} of at most {limit.most} GPUs"
     return _held_back(
@@ -121,12 +127,19 @@ def in_the_file(text: str) -> str:
     return text
 
 
-def with_victims(decision: SchedulingDecision, victims: Collection[str]) -> SchedulingDecision:
-    """It starts as soon as these jobs of lower priority have stopped, which is a matter of seconds."""
+def with_victims(
+    decision: SchedulingDecision, victims: Collection[str], *, reclaimed: bool = False
+) -> SchedulingDecision:
+    """It starts as soon as these jobs have stopped, which is a matter of seconds. `reclaimed`: not all are of lower priority."""
     if not victims:
         return decision
     several = len(victims) > 1
-    summary = f"starts when {len(victims)} job{'s' * several} of lower priority {'have' if several else 'has'} stopped"
+    which = (
+        ("that hold" if several else "that holds") + " what its queue is guaranteed"
+        if reclaimed
+        else "of lower priority"
+    )
+    summary = f"starts when {len(victims)} job{'s' * several} {which} {'have' if several else 'has'} stopped"
     return replace(decision, summary=summary, preempts=tuple(victims)[:_MOST_AHEAD], exclusions=(), smallest_change="")
 
 

@@ -258,11 +258,15 @@ class NoPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """Placed work that may be stopped: lower `priority` goes first, then less `lost_gpu_s` (work since its last checkpoint)."""
+    """Placed work that may be stopped: lower `priority` goes first, then what is `reclaimed`, then less `lost_gpu_s`.
+
+    The last is work since its last checkpoint. What is reclaimed is stopped whatever its priority.
+    """
 
     id: str
     priority: int
     lost_gpu_s: float = 0.0
+    reclaimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

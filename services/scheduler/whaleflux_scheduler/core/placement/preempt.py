@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def plan(engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> PreemptionPlan | None:
-    """The plan, or None when even stopping every victim of lower priority makes no room.
+    """The plan, or None when even stopping every victim that is reclaimed or of lower priority makes no room.
 
     Victims are stopped in order until the request fits. Those outside the place found are spared at once, the others one by one, most
     valuable first, whenever the request still fits without their room. One transaction, always rolled back, moves one victim at a
@@ -25,8 +25,9 @@ def plan(engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> Pr
 class _Plan:
     def __init__(self, engine: Engine, request: PlaceRequest, victims: Sequence[Victim]) -> None:
         self.engine, self.request = engine, request
-        known = [v for v in victims if v.priority < request.priority and v.id in engine.placements]
-        self.order = sorted(known, key=lambda v: (v.priority, v.lost_gpu_s, v.id))
+        lower = (v for v in victims if v.reclaimed or v.priority < request.priority)
+        known = [v for v in lower if v.id in engine.placements]
+        self.order = sorted(known, key=lambda v: (v.priority, not v.reclaimed, v.lost_gpu_s, v.id))
         self.placed: dict[str, Placement] = {v.id: engine.placements[v.id] for v in self.order}
 
     def stop(self, victims: Sequence[Victim]) -> None:

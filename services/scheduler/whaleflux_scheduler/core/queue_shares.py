@@ -1,0 +1,71 @@
+"""What queues hold, may hold and are due, as jobs come and go: the tree's arithmetic (`quota`) and its fair shares together. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from whaleflux_scheduler.core.fair_share import FairShare
+from whaleflux_scheduler.core.model import Job, JobState, Queue
+from whaleflux_scheduler.core.quota import QueueNode, QuotaTree
+
+HALF_LIFE_S = 86_400.0
+_OWN = "/own"  # of a queue with others below it: its own jobs, which take turns with those as a queue of weight 1
+
+Turn = tuple[bool, int, tuple[tuple[float, str], ...]]
+
+
+class QueueUse(NamedTuple):
+    """GPUs that a queue and those below it hold, how many beyond its guarantee, and what of these counts for its turn."""
+
+    held: int
+    over: int
+    score: float
+
+
+class QueueShares:
+    """O(depth) for each change and each turn. `now_s` is the time of what is said to it: whoever owns it keeps it current."""
+
+    def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
+        self.quota, self.now_s = QuotaTree(), 0.0
+        self._fair = FairShare(half_life_s)
+
+    def set_queues(self, queues: Mapping[str, Queue]) -> None:
+        """The queues as they are now, by id."""
+        before = self.quota.queues
+        self.quota.set_queues(queues)
+        for id_ in before.keys() - queues.keys():
+            self._fair.forget(id_)
+            self._fair.forget(id_ + _OWN)
+        for id_, queue in queues.items():
+            self._fair.set_weight(id_, queue.weight)
+            self._count(self.quota.node(id_))
+
+    def hold(self, job: Job, gpus: int) -> None:
+        """What the job holds or claims from now on."""
+        if self.quota.hold(job.name, job.queue, gpus, job.spec.priority, self._since_s(job)):
+            for node in self.quota.node(job.queue).path():
+                self._count(node)
+
+    def _since_s(self, job: Job) -> float:
+        """When it began to hold what it holds; who waits for what it claims comes after all that run."""
+        if job.state is JobState.QUEUED:
+            return job.claim.expire_time.timestamp() if job.claim is not None else self.now_s
+        return job.attempt.allocate_time.timestamp() if job.attempt is not None else self.now_s
+
+    def _count(self, node: QueueNode) -> None:
+        self._fair.hold(node.id, node.over, self.now_s)
+        self._fair.hold(node.id + _OWN, node.own, self.now_s)
+
+    def turn(self, queue: str, gpus: int, priority: int) -> Turn:
+        """The least goes first: who asks for no more than a guarantee, then by priority, then by shares from the top of the tree down."""
+        node = self.quota.node(queue)
+        within = any(up.held + gpus <= up.guaranteed for up in node.path())
+        shares = [(self._fair.key(up.id, self.now_s), up.id) for up in node.path() if up.above is not None]
+        if node.below:
+            shares.insert(0, (self._fair.key(node.id + _OWN, self.now_s), ""))
+        return not within, -priority, tuple(reversed(shares))
+
+    def use(self, queue: str) -> QueueUse:
+        node = self.quota.node(queue)
+        return QueueUse(node.held, node.over, self._fair.score(queue, self.now_s))
