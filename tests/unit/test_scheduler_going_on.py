@@ -4,19 +4,36 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, rule
 
-from tests.support.scheduler_world import World, node, until
+from tests.support.scheduler_world import GB, World, node, plan_with_queues, until
+from tests.unit.test_scheduler_preemption import Queueing
 from whaleflux.store.api import Unchanged
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
+from whaleflux_scheduler.core.holdings import held_by
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
-from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision, Spec, TaskPhase
+from whaleflux_scheduler.core.model import (
+    Claim,
+    ClaimPurpose,
+    Job,
+    JobState,
+    Queue,
+    SchedulingDecision,
+    Spec,
+    TaskPhase,
+)
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News
 from whaleflux_scheduler.jobs import key_of
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 A, B = "sites/s/nodes/a", "sites/s/nodes/b"
+C = "sites/s/nodes/c"
 MOVE = Claim(((B, ("GPU-b",)),), (), NOW + timedelta(seconds=60), ClaimPurpose.MOVE)
 FREE = Observations(claim_is_free=True)
 
@@ -38,9 +55,12 @@ def test_it_stops_for_the_place_that_it_claims_only_when_that_is_free():
     job = running()
     assert lifecycle.advance(job, Observations(), NOW, Timeouts()) is job
     going = lifecycle.advance(job, FREE, NOW, Timeouts())
-    assert (going.state, going.claim, going.attempt.end_reason) == (JobState.SUSPENDING, MOVE, f"moved: moves to {B}")
-    waiting = told(going, TaskPhase.KILLED, -15)
-    assert (waiting.state, waiting.claim, waiting.epoch) == (JobState.QUEUED, MOVE, job.epoch + 1)
+    assert (going.state, going.attempt.end_reason) == (JobState.SUSPENDING, f"moved: moves to {B}")
+    waits = told(going, TaskPhase.KILLED, -15)
+    assert (waits.state, waits.claim, waits.epoch) == (JobState.QUEUED, going.claim, job.epoch + 1)
+    longest = NOW + timedelta(seconds=job.grace_s + lifecycle.SUSPEND_MARGIN_S)
+    assert replace(going.claim, expire_time=MOVE.expire_time) == MOVE
+    assert going.claim.expire_time > longest, "else it could be over before all of it has stopped"
 
 
 @pytest.mark.parametrize("why", [{"unreachable": "x"}, {"retired": True}, {"draining": "x"}])
@@ -63,7 +83,7 @@ def test_a_failure_ends_the_claim_as_it_ends_the_attempt():
 def test_one_that_shrinks_for_another_keeps_what_it_goes_on_with():
     part = Claim(((A, ("GPU-a",)),), (), NOW + timedelta(seconds=60), ClaimPurpose.RESIZE)
     shrinks = lifecycle.advance(running(part), Observations(claimed_by="queues/q/jobs/high"), NOW, Timeouts())
-    assert (shrinks.state, shrinks.claim) == (JobState.SUSPENDING, part)
+    assert (shrinks.state, shrinks.claim.nodes) == (JobState.SUSPENDING, part.nodes)
 
 
 def test_the_core_has_the_contracts_purposes_and_keeps_them_in_the_store():
@@ -95,3 +115,221 @@ async def test_a_claim_in_the_record_of_a_running_job_takes_it_there():
 
         moved = await until(runs_again, "it runs again")
         assert (moved.restarts, moved.HasField("claim")) == (0, False)
+
+
+class TestPlace:
+    """Where the planner puts a job that stopped to go on elsewhere."""
+
+    def test_exactly_there_in_the_order_of_its_claim_and_with_as_many_gpus(self):
+        planner, low = planner_of("a", "b", "c"), []
+        job_ = waiting("j", 2)
+        job_ = ran(planner, job_)
+        low.append(ran(planner, waiting("other", 1, at=1)))
+        uuids = {n: tuple(gpu.uuid for gpu in node(f"s/{n}").gpus) for n in "abc"}
+        place = ((nodes("c"), uuids["c"][1:]), (nodes("b"), uuids["b"][2:]))
+        stopped = stopped_for(planner, job_, place)
+        (move,) = [move for move in planner.decide(NOW) if move.job == job_.name]
+        assert move.assignment.nodes == place
+        assert move.decision.reasons[0] == "it goes on with 5 GPUs instead of 2"
+        planner.check()
+        again = lifecycle.place(stopped, move.assignment, move.decision, NOW)
+        assert (again.attempt.ranks, again.claim, again.restarts) == (5, None, 0)
+
+    def test_nobody_else_gets_it_meanwhile(self):
+        planner = planner_of("a", "b")
+        mover = ran(planner, waiting("j", 4))
+        other_node = "b" if mover.attempt.nodes == (A,) else "a"
+        place = ((nodes(other_node), tuple(gpu.uuid for gpu in node(f"s/{other_node}").gpus)),)
+        planner.apply(News(jobs=(lifecycle.claim_while_running(mover, claim_of(place)),)))
+        low = waiting("low", 1, at=1)
+        planner.apply(News(candidates={low.name: Candidate(low)}))
+        assert planner.decide(NOW)[0].assignment is None
+        stopped_for(planner, mover, place)
+        placed = {move.job: move.assignment for move in planner.decide(NOW) if move.assignment}
+        assert placed[mover.name].nodes == place
+        assert placed[low.name].nodes[0][0] == mover.attempt.nodes[0]
+        planner.check()
+
+    @pytest.mark.parametrize("lost", ["closed", "removed", "gpu", "avoided", "taken"])
+    def test_elsewhere_when_a_gpu_of_it_cannot_be_had(self, lost):
+        planner = planner_of("a", "b", "c")
+        mover = ran(planner, waiting("j", 2))
+        old, new = mover.attempt.nodes[0], next(n for n in (C, B, A) if n != mover.attempt.nodes[0])
+        machine = node("s/" + new[-1])
+        place = ((new, tuple(gpu.uuid for gpu in machine.gpus[:2])),)
+        stopped = stopped_for(planner, mover, place)
+        match lost:
+            case "closed":
+                planner.apply(News(closed={new: "cordoned"}))
+            case "removed":
+                planner.apply(News(removed=(new,)))
+            case "gpu":
+                sick = (replace(machine.gpus[0], healthy=False), *machine.gpus[1:])
+                planner.apply(News(nodes=(replace(machine, gpus=sick),)))
+            case "avoided":
+                planner.apply(News(candidates={stopped.name: Candidate(stopped, frozenset({new}))}))
+            case "taken":
+                planner.apply(News(jobs=(holder_of(place),)))
+        (move,) = [move for move in planner.decide(NOW) if move.job == mover.name]
+        assert set(place[0][1]) - {uuid for _, uuids in move.assignment.nodes for uuid in uuids}
+        near = {old, new} if lost in ("gpu", "taken") else {old}  # a node that is broken already spares a whole one
+        assert {node for node, _ in move.assignment.nodes} <= near, "near its old nodes, where it can"
+        assert sum(len(uuids) for _, uuids in move.assignment.nodes) == 2
+        planner.check()
+
+    def test_a_part_of_a_gpu_goes_where_its_place_is(self):
+        planner = planner_of("a", "b")
+        mover = ran(planner, waiting("j", 1, share_memory_bytes=20 * GB))
+        new = B if mover.attempt.nodes == (A,) else A
+        place = ((new, ("GPU-s/" + new[-1] + "-3",)),)
+        stopped_for(planner, mover, place)
+        (move,) = planner.decide(NOW)
+        assert (move.assignment.nodes, move.assignment.share_bytes) == (place, 20 * GB)
+        planner.check()
+
+    def test_a_full_queue_does_not_keep_out_what_was_let_in(self):
+        planner = planner_of("a", "b")
+        planner.apply(News(queues={"q": Queue("queues/q", max_gpus=4)}))
+        mover = ran(planner, waiting("j", 4))
+        new = B if mover.attempt.nodes == (A,) else A
+        stopped_for(planner, mover, ((new, tuple(gpu.uuid for gpu in node("s/" + new[-1]).gpus)),))
+        assert [move.assignment.nodes[0][0] for move in planner.decide(NOW)] == [new]
+
+
+def nodes(letter):
+    return f"sites/s/nodes/{letter}"
+
+
+def claim_of(place):
+    return Claim(place, (), NOW + timedelta(seconds=300), ClaimPurpose.RESIZE)
+
+
+def waiting(name, gpus, at=0, **spec):
+    created = NOW + timedelta(seconds=at)
+    return Job(f"queues/q/jobs/{name}", Spec(command=("x",), gpus=gpus, **spec), JobState.QUEUED, created)
+
+
+def holder_of(place):
+    where = GpuAssignment(place)
+    return lifecycle.place(waiting("thief", 2), where, SchedulingDecision(NOW, True, "there"), NOW)
+
+
+def planner_of(*names):
+    planner = plan_with_queues()
+    machines = [node(f"s/{name}") for name in names]
+    planner.apply(News(nodes=tuple(machines), closed={n.name: "" for n in machines}))
+    return planner
+
+
+def ran(planner, job_):
+    planner.apply(News(jobs=(job_,), candidates={job_.name: Candidate(job_)}))
+    (move,) = [move for move in planner.decide(NOW) if move.job == job_.name]
+    after = lifecycle.place(job_, move.assignment, move.decision, NOW)
+    for phase in (TaskPhase.ACCEPTED, TaskPhase.RUNNING):
+        after = told(after, phase)
+    planner.apply(News(jobs=(after,)))
+    return after
+
+
+def stopped_for(planner, job_, place):
+    """The job as it waits for its place, and the planner knows that."""
+    going = lifecycle.advance(lifecycle.claim_while_running(job_, claim_of(place)), FREE, NOW, Timeouts())
+    after = told(going, TaskPhase.KILLED, -15)
+    assert (after.state, after.claim.nodes) == (JobState.QUEUED, place)
+    planner.apply(News(jobs=(after,), candidates={after.name: Candidate(after)}))
+    return after
+
+
+class GoingOn(Queueing):
+    """Beside all that: running jobs claim places to go on, nodes are lost and come back, claims expire."""
+
+    @initialize()
+    def no_node_is_lost(self):
+        self.lost = set()
+
+    def lead(self):
+        super().lead()
+        self.planner.apply(News(closed=dict.fromkeys(getattr(self, "lost", ()), "lost")))
+
+    def conditions(self):
+        return {name: NodeCondition(unreachable="lost") for name in self.lost}
+
+    @rule(data=st.data(), new=st.integers(0, 6), keeps=st.integers(0, 8))
+    def wants_another_place(self, data, new, keeps):
+        known = self.pick(data, JobState.RUNNING)
+        if known is None or known.claim is not None:
+            return
+        taken = {uuid for j in self.jobs.values() for _, task in j.holding() for uuid in task.gpus}
+        taken |= {uuid for j in self.jobs.values() if j.claim for _, uuids in j.claim.nodes for uuid in uuids}
+        own = [(task.node, uuid) for task in known.attempt.tasks for uuid in task.gpus][:keeps]
+        free = [(n.name, g.uuid) for n in self.NODES for g in n.gpus if g.uuid not in taken and n.name not in self.lost]
+        gpus: dict[str, list[str]] = {}
+        for name, uuid in own + data.draw(st.permutations(free))[:new]:
+            gpus.setdefault(name, []).append(uuid)
+        if gpus:
+            claim = claim_of(tuple((name, tuple(sorted(uuids))) for name, uuids in gpus.items()))
+            self.store(lifecycle.claim_while_running(known, claim))
+
+    @rule(late=st.booleans())
+    def looks_at_its_place(self, late):
+        """All that run or wait look at what they claim, after it expired or before."""
+        for known in list(self.jobs.values()):
+            if known.claim is not None and known.claim.purpose is ClaimPurpose.RESIZE:
+                others = [j for j in self.jobs.values() if j.name != known.name]
+                free = not any(known.claim.concerns(held_by(j)) for j in others)
+                at = known.claim.expire_time if late else NOW
+                observed = Observations(nodes=self.conditions(), claim_is_free=free)
+                self.store(lifecycle.advance(known, observed, at, Timeouts()))
+
+    @rule(name=st.sampled_from([A, B, C]))
+    def node_is_lost_or_comes_back(self, name):
+        self.lost ^= {name}
+        self.planner.apply(News(closed={name: "lost" if name in self.lost else ""}))
+        for known in list(self.jobs.values()):
+            if known.state in (JobState.RUNNING, JobState.QUEUED):
+                self.store(lifecycle.advance(known, Observations((), nodes=self.conditions()), NOW, Timeouts()))
+
+    @rule(data=st.data())
+    def stops_for_good(self, data):
+        """What a lost node said last is learned: its tasks are gone."""
+        if (known := self.pick(data, JobState.RECOVERING)) is not None:
+            self.store(told(known, TaskPhase.KILLED, -9))
+
+    def nobody_elses(self, given, to):
+        for other in self.jobs.values():
+            goes_on = other.claim is not None and other.claim.purpose is ClaimPurpose.RESIZE
+            if goes_on and other.spec.priority >= to.spec.priority and other.name != to.name:
+                assert not other.claim.concerns(given), f"{to.name} is given where {other.name} goes on"
+
+    @invariant()
+    def gpus_have_one_holder(self):
+        """One job, that is: it may start again where its own remains are being ended."""
+        self.planner.check()
+        held = [uuid for known in self.jobs.values() for uuids in held_by(known).values() for uuid in uuids]
+        assert len(held) == len(set(held))
+
+    @invariant()
+    def room_that_was_made_is_used(self):
+        """A job that stopped to go on is placed by the next decision: there, when nothing happened to that place."""
+        ready = [known for known in self.jobs.values() if self.can_go_on(known)]
+        if not ready:
+            return
+        fresh = planner_of("a", "b", "c")
+        records = tuple(self.jobs.values())
+        waits = {r.name: Candidate(r) for r in records if r.state is JobState.QUEUED}
+        fresh.apply(News(closed=dict.fromkeys(self.lost, "lost"), jobs=records, candidates=waits))
+        placed = {move.job: move.assignment.nodes for move in fresh.decide(NOW) if move.assignment}
+        for known in ready:
+            assert placed.get(known.name) == known.claim.nodes
+
+    def can_go_on(self, known):
+        if known.state is not JobState.QUEUED or known.claim is None or not self.is_first(known):
+            return False
+        if known.claim.purpose is not ClaimPurpose.RESIZE or set(known.claim.gpus) & self.lost:
+            return False
+        others = (other for other in self.jobs.values() if other.name != known.name)
+        return not any(known.claim.concerns(held_by(other)) for other in others)
+
+
+TestGoingOn = GoingOn.TestCase
+TestGoingOn.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)

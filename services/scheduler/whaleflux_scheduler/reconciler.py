@@ -27,7 +27,7 @@ from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
 from whaleflux_scheduler.core.holdings import held_by
-from whaleflux_scheduler.core.model import ACTIVE, Claim, Job, JobState, Queue
+from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
@@ -352,6 +352,9 @@ class Reconciler:
         return Candidate(offer.job, tracking.avoided(now))
 
     def _apply(self, move: Move, now: datetime, transitions: dict[str, Transition]) -> None:
+        if move.claim is not None and move.claim.purpose in GOES_ON:
+            self._keep_place(move, transitions)
+            return
         tracking = self._state.tracking(move.job)
         if (offer := tracking.offer) is None:
             return
@@ -369,6 +372,16 @@ class Reconciler:
         if after is not ready:
             tracking.withdraw_offer()
             transitions[move.job] = Transition(offer.stored, after, offer.reports, move)
+
+    def _keep_place(self, move: Move, transitions: dict[str, Transition]) -> None:
+        """A running job claims where it goes on, unless it changed meanwhile; then the planner learns how it is."""
+        stored, claim = self._sources.jobs.get(key_of(move.job)), move.claim
+        busy = move.job in transitions or self._writer.writes(move.job)
+        if stored is None or busy or claim is None or not lifecycle.may_go_on(stored.value):
+            self._state.touch(move.job)
+        else:
+            after = lifecycle.claim_while_running(stored.value, claim)
+            transitions[move.job] = Transition(stored, after, (), move)
 
     def _placed(self, ready: Job, move: Move, tracking: JobTracking, now: datetime) -> Job:
         assert move.assignment is not None

@@ -44,6 +44,7 @@ from whaleflux_scheduler.core.state_machine import goes_on, rule, transition
 
 PAST_ATTEMPTS = 10
 SUSPEND_MARGIN_S = 10.0  # beyond the grace: what agents may need to report
+GOING_ON_S = 60.0  # how long what a stopped job goes on with is kept for it beyond that
 PAST_TASKS = 64  # of a larger past attempt only the tasks that still hold GPUs are kept
 
 
@@ -143,6 +144,11 @@ def claim(job: Job, claim: Claim, message: str) -> Job:
     return transition(job, JobState.QUEUED, claim=claim, state_message=message)
 
 
+def may_go_on(job: Job) -> bool:
+    """Whether it can be made to go on elsewhere, or with more or fewer GPUs: it runs, and nothing of the kind has begun."""
+    return job.state is JobState.RUNNING and job.claim is None and not job.cancel_requested
+
+
 def claim_while_running(job: Job, claim: Claim) -> Job:
     """RUNNING, and GPUs are kept where it is to go on; written before anything is stopped for it."""
     return replace(job, claim=claim)
@@ -160,7 +166,17 @@ def go_on(job: Job, now: datetime) -> Job:
     end = EndReason.MOVED if job.claim.purpose is ClaimPurpose.MOVE else EndReason.RESIZED
     ended = cost.end_attempt(job, now, f"{end}: {message}")
     cause = Cause("", "", message, rule(end))
-    return transition(ended, JobState.SUSPENDING, state_message=message, cause=cause)
+    return transition(
+        ended, JobState.SUSPENDING, state_message=message, cause=cause, claim=_kept_until_placed(job, now)
+    )
+
+
+def _kept_until_placed(job: Job, now: datetime) -> Claim | None:
+    """What it goes on with lasts at least until it has stopped and was placed, however long it waited for that place."""
+    if job.claim is None or not goes_on(job):
+        return None
+    least = now + timedelta(seconds=job.grace_s + SUSPEND_MARGIN_S + GOING_ON_S)
+    return replace(job.claim, expire_time=max(job.claim.expire_time, least))
 
 
 def suspend(job: Job, by: str, now: datetime) -> Job:
@@ -168,7 +184,9 @@ def suspend(job: Job, by: str, now: datetime) -> Job:
     message = f"makes room for {by}"
     ended = cost.end_attempt(job, now, f"{EndReason.PREEMPTED}: {message}")
     cause = Cause(by, "", message, rule("preemption"))
-    return transition(ended, JobState.SUSPENDING, state_message=message, cause=cause)
+    return transition(
+        ended, JobState.SUSPENDING, state_message=message, cause=cause, claim=_kept_until_placed(job, now)
+    )
 
 
 def cancel(job: Job, by: Cause, now: datetime) -> Job:

@@ -20,6 +20,7 @@ from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import capacity, decisions, wait_reasons
 from whaleflux_scheduler.core.capacity import Capacity
 from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.going_on import claimed_place
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
@@ -402,6 +403,8 @@ class Plan:
 
     def _try(self, waiting: Waiting, now: datetime) -> Move:
         job, request = waiting.candidate.job, waiting.request
+        if (place := claimed_place(job, request, self._engine, self._holdings)) is not None:
+            return self._give(job, place, now)
         if limit := self._over_limit(job):
             return Move(job.name, wait_reasons.queue_is_full(limit, now))
         if full := self._over_array_limit(job):

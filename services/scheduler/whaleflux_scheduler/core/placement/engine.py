@@ -29,6 +29,7 @@ from whaleflux_scheduler.core.placement.api import (
 from whaleflux_scheduler.core.placement.columns import Columns, Row
 from whaleflux_scheduler.core.placement.comm import flows_of
 from whaleflux_scheduler.core.placement.decide import decide
+from whaleflux_scheduler.core.placement.exact import Where, place_on
 from whaleflux_scheduler.core.placement.explain import explain
 from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.shapes import Shapes
@@ -155,6 +156,11 @@ class Engine:
         """As `place`, without the work of explaining a refusal."""
         check_request(request)
         return decide(self.columns, request, self._datasets)
+
+    def place_on(self, request: PlaceRequest, where: Where) -> Placement | None:
+        """The request on exactly these GPUs, whatever number it asks for; None when one of them cannot be had. Raises InvalidArgument."""
+        check_request(request)
+        return place_on(self.columns, request, where, self._datasets)
 
     def feasible(self, request: PlaceRequest) -> bool:
         """Whether the request fits now, for the least work: no cost, no reasons."""
