@@ -148,10 +148,12 @@ async def _words(client: AsyncClient, name: str) -> str:
         job = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=name), timeout=10)
     except NotFound:
         return ""
+    if job.state in ENDED:
+        return ""
     state = scheduler_pb2.JobState.Name(job.state)
-    return (
-        "" if job.state in ENDED else f"{name} {state} epoch {job.epoch} restarts {job.restarts}: {job.state_message}"
-    )
+    phases = [f"{task.id} on {task.node} {scheduler_pb2.TaskPhase.Name(task.phase)}" for task in job.attempt.tasks]
+    told = f"{name} {state} epoch {job.epoch} restarts {job.restarts}: {job.state_message}"
+    return "; ".join((told, *phases))
 
 
 async def _state(client: AsyncClient, name: str) -> str:
