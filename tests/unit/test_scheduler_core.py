@@ -15,12 +15,9 @@ from whaleflux.store.api import MAX_COMMIT_BYTES
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import cost, lifecycle, state_machine, task_observations
-from whaleflux_scheduler.core.model import ENDED, Job, JobState, Queue, SchedulingDecision, TaskPhase
+from whaleflux_scheduler.core.model import ENDED, Job, JobState, SchedulingDecision, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, NodeCondition, Observations, Report, Timeouts
-from whaleflux_scheduler.core.pending import QueueBucket, QueueBuckets
 from whaleflux_scheduler.core.placement.validate import check_request
-from whaleflux_scheduler.core.queue_order import next_turn
-from whaleflux_scheduler.core.queue_shares import QueueShares
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.validate import MAX_SPEC_BYTES, check_spec
 
@@ -366,72 +363,6 @@ class TestVerdict:
             current = step(refused, diagnosis=Diagnosis(refused.epoch))
         assert current.state is JobState.FAILED
         assert "no such image" in current.state_message
-
-
-class TestTurns:
-    def job(self, name, queue="q", priority=0, at=0):
-        spec = replace(GOOD, priority=priority)
-        return job(name=f"queues/{queue}/jobs/{name}", spec=spec, create_time=after(at))
-
-    def order(self, *jobs, queues=None, held=None, shapes=lambda _: 1):
-        """In which order they go when each holds 8 GPUs once it went."""
-        lines, shares = QueueBuckets(), QueueShares(0.0)
-        shares.set_queues(queues or {})
-        for queue, gpus in (held or {}).items():
-            shares.hold(self.job("held", queue), gpus)
-        for each in jobs:
-            lines.join(QueueBucket(each.spec.priority, each.queue, shapes(each)), each)
-        order = []
-
-        def turn(line, _):
-            return shares.turn(line.queue, 8, line.priority)
-
-        while (line := next_turn(lines, lines.all(), turn)) is not None:
-            name = lines.first(line)[1]
-            lines.leave(name)
-            order.append(name.split("/")[3])
-            shares.hold(self.job(order[-1], line.queue), 8)
-        assert len(lines) == 0
-        return order
-
-    @pytest.mark.parametrize("shapes", [lambda _: 1, lambda j: hash(j.name)])
-    def test_priority_then_submission(self, shapes):
-        jobs = [self.job("b", at=2), self.job("a", at=1), self.job("c", priority=5, at=3)]
-        assert self.order(*jobs, shapes=shapes) == ["c", "a", "b"]
-
-    def test_the_queue_that_holds_less_for_its_weight_goes_first(self):
-        jobs = [self.job("a", "busy", at=0), self.job("b", "idle", at=1)]
-        assert self.order(*jobs, held={"busy": 8}) == ["b", "a"]
-        heavy = {"busy": Queue("queues/busy", 10.0), "idle": Queue("queues/idle", 1.0)}
-        assert self.order(*jobs, queues=heavy, held={"busy": 8, "idle": 4}) == ["a", "b"]
-
-    def test_what_is_held_counts_as_it_changes(self):
-        jobs = [self.job(f"{q}{n}", q, at=n) for n in range(3) for q in "xy"]
-        assert self.order(*jobs) == ["x0", "y0", "x1", "y1", "x2", "y2"]
-
-    def test_what_a_queue_is_guaranteed_goes_before_what_others_borrow(self):
-        queues = {"firm": Queue("queues/firm", guaranteed_gpus=16), "other": Queue("queues/other")}
-        jobs = [self.job("a", "other", priority=9), *(self.job(f"f{n}", "firm", at=n) for n in range(3))]
-        assert self.order(*jobs, queues=queues) == ["f0", "f1", "a", "f2"]
-
-    def test_shares_are_compared_from_the_top_of_the_tree_down(self):
-        """Two teams of one organisation have together what the other organisation has."""
-        parents = {"org": "", "lone": "", "t1": "org", "t2": "org"}
-        queues = {id_: Queue(f"queues/{id_}", parent=parent) for id_, parent in parents.items()}
-        jobs = [self.job(f"{q}-{n}", q, at=n) for n in range(2) for q in ("lone", "t1", "t2")]
-        jobs.append(self.job("own", "org", at=9))  # takes turns with the teams
-        order = self.order(*jobs, queues=queues)
-        assert order == ["lone-0", "own", "lone-1", "t1-0", "t2-0", "t1-1", "t2-1"]
-
-    def test_a_job_that_left_and_came_back_has_one_place(self):
-        lines, one, line = QueueBuckets(), self.job("a"), QueueBucket(0, "q", 1)
-        lines.join(line, one)
-        lines.leave(one.name)
-        lines.join(line, one)
-        assert lines.first(line)[1] == one.name
-        lines.leave(one.name)
-        assert lines.first(line) is None
-        assert lines.all() == set()
 
 
 class TestConvert:

@@ -180,8 +180,8 @@ class TestPreemption:
         assert (choice.assignment, choice.claim.victims) == (None, (low.name,))
         assert service.name not in choice.claim.victims
         planner.apply(News(closed={"sites/s/nodes/a": ""}, queues={"q": Queue("queues/q")}))
-        (again,) = planner.decide(NOW)
-        assert (again.claim, again.decision.preempts) == (None, (low.name,))
+        assert [again.claim for again in planner.decide(NOW)] == []
+        assert planner.explain(high, (), NOW).preempts == (low.name,)
         stopping = lifecycle.suspend(low, high.name, NOW)
         planner.apply(News(jobs=(stopping,)))
         gone = lifecycle.advance(

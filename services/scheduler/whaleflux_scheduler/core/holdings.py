@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from whaleflux.errors import Aborted, AlreadyExists
@@ -67,6 +67,8 @@ class Holdings:
         self.shares = shares  # what queues hold or claim
         self.devices = Devices(lambda uuid: next(iter(self._holders.get(uuid, {}).values()), ""))
         self.by_array: Counter[tuple[str, str]] = Counter()  # queue and array: members that hold or claim something
+        self.stoppable: Counter[int] = Counter()  # by priority: what running training holds, and what claims keep
+        self.eased: dict[str, None] = {}  # queues that hold less than when their owner last looked
         self._jobs: dict[str, Job] = {}  # jobs that hold or claim something
         self._held: dict[str, Gpus] = {}
         self._claims: dict[str, Claim] = {}
@@ -131,38 +133,49 @@ class Holdings:
 
     # changes
 
-    def learn(self, job: Job) -> bool:
-        """The job as it is stored; True when GPUs came free."""
+    def learn(self, job: Job) -> Collection[str]:
+        """The job as it is stored; returns the nodes where GPUs came free."""
         return self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED or goes_on(job) else None)
 
-    def forget(self, name: str) -> bool:
-        """The job's record is gone; True when GPUs came free."""
+    def forget(self, name: str) -> Collection[str]:
+        """The job's record is gone; returns the nodes where GPUs came free."""
         known = self._jobs.get(name)
-        return known is not None and self.hold(known, NOTHING)
+        return self.hold(known, NOTHING) if known is not None else ()
 
-    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> bool:
-        """What the job holds and claims from now on; True when GPUs came free."""
+    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> Collection[str]:
+        """What the job holds and claims from now on; returns the nodes where GPUs came free."""
         name = job.name
         before, before_claimed = self._held.get(name, NOTHING), self._claimed.get(name, NOTHING)
         claimed = claim.gpus if claim else NOTHING
+        self._count_stoppable(name, -1)
         _keep(self._jobs, name, job if held or claim else None)
         _keep(self._claims, name, claim)
         if (before, before_claimed) == (held, claimed):
+            self._count_stoppable(name, +1)
             if job.spec.gpus and (held or claimed):  # priorities change, and attempts begin
                 self.shares.hold(job, self.count_of(name))
-            return False
+            return ()
         gone = _without(before, held) | _without(before_claimed, claimed)
         came = _without(held, before) | _without(claimed, before_claimed)
         others = self._claims.keys() if before_claimed != claimed else self._claimants(uuid for _, uuid in gone | came)
         touched = [name, *sorted(others - {name})]
         self._take_out(touched)
         self._record(job, held, claimed)
+        self._count_stoppable(name, +1)
         self._put_in(touched)
-        self._offer_again(self.devices.elsewhere(gone | came))
-        freed = bool(gone - came)
+        twins = self.devices.elsewhere(gone | came)
+        self._offer_again(twins)
+        freed = gone - came
+        if gone:
+            self.eased[job.queue] = None
         if freed and self._disputed:
             self._settle_disputes()
-        return freed
+        return {node for node, _ in freed} | twins
+
+    def _count_stoppable(self, name: str, sign: int) -> None:
+        job = self._jobs.get(name)
+        if job is not None and (name in self._claims or (job.state is JobState.RUNNING and not job.spec.is_service)):
+            self.stoppable[job.spec.priority] += sign * self.count_of(name)
 
     def _record(self, job: Job, held: Gpus, claimed: Gpus) -> None:
         name = job.name
@@ -298,8 +311,11 @@ class Holdings:
 
     # nodes
 
-    def report(self, node: Node) -> None:
-        """A node's facts as they are now. Raises InvalidArgument when placement can never take them; all is as before then."""
+    def report(self, node: Node) -> Collection[str]:
+        """A node's facts as they are now; returns the nodes that may offer more.
+
+        Raises InvalidArgument when placement can never take them; all is as before then.
+        """
         offered, _ = self.devices.offered(node)
         known = self.devices.nodes.get(node.name)
         renumbered = known is None or _numbers(known) != _numbers(node)
@@ -311,22 +327,24 @@ class Holdings:
         finally:
             self._put_in(there)
         self._offer_again(affected)
+        return affected
 
-    def remove(self, name: str) -> None:
-        """The node is gone; what is held there stays held."""
+    def remove(self, name: str) -> Collection[str]:
+        """The node is gone; what is held there stays held. Returns the nodes that may offer more."""
         affected = self.devices.remove(name)
         self._engine.remove_node(name)
         self._left_out.pop(name, None)
         self._offer_again(affected)
+        return affected
 
-    def close(self, name: str, why: str) -> bool:
-        """Whether the node takes new work ("": it does); True when more may be offered than before."""
-        opened = not why and name not in self.devices.open
+    def close(self, name: str, why: str) -> Collection[str]:
+        """Whether the node takes new work ("": it does); returns the nodes that may offer more than before."""
+        opened = {name} if not why and name not in self.devices.open else set[str]()
         self._engine.set_schedulable(name, not why, why)
         (self.devices.open.discard if why else self.devices.open.add)(name)
         twins = self.devices.twins(name)
         self._offer_again(twins)
-        return opened or bool(twins)
+        return opened | twins
 
     def _offer_again(self, nodes: Iterable[str]) -> None:
         for name in nodes:

@@ -1,11 +1,22 @@
-"""Jobs that wait, in classes: those of one queue and priority that ask for the same, so that one answer does for all of them."""
+"""Jobs that wait, in classes: requests that are alike get one answer, so a class is tried once, whoever and how many are in it.
+
+In a class the jobs of one queue (and of one limited array) stand in line in the order of submission.
+"""
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 
+from whaleflux.errors import InvalidArgument
+from whaleflux_scheduler.core.lazy_heap import Entry, LazyHeap
 from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.needs import Need, need_of
+from whaleflux_scheduler.core.placement.api import NoPlacement, PlaceRequest
+from whaleflux_scheduler.core.placement.validate import check_request
+
+_SLACK = 64  # names that left a line and are still in its heap
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,53 +27,142 @@ class Candidate:
     exclude: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class QueueBucket:
-    """Jobs of one queue and priority that ask for the same: when the first does not fit, none does.
+@dataclass(eq=False, slots=True)
+class RequestClass:
+    """Jobs whose requests are alike. `own` names a job that holds or claims GPUs: it is alone, as it may fit where others do not.
 
-    `alone` names a job that holds or claims GPUs: it may fit where others of its kind do not. `array` is one of which only so many
-    members may run: those behind it are not to wait for that.
+    `refused`: the fleet had no room, and nothing came free since that could be enough. `no_room_made`: nor can others be stopped for it. `hopeful`: it was, and
+    nodes have gained since.
     """
 
-    priority: int
+    request: PlaceRequest  # of nobody in particular: its id is empty
+    need: Need
+    gpus: int  # that count for a queue
+    own: str = ""
+    impossible: str = ""  # why the engine will never take it
+    lines: dict[tuple[str, str], Line] = field(default_factory=dict)  # by queue and array
+    families: dict[Hashable, dict[Line, None]] = field(default_factory=dict)  # lines by what their keys fall with
+    heap: LazyHeap[Line] = field(default_factory=LazyHeap)  # of lines that are to be tried
+    passed: dict[Line, None] = field(default_factory=dict)  # lines whose queue nobody makes room for either
+    entry: Entry[RequestClass] | None = None  # among the classes that are to be tried
+    seen: int = 0  # how many falls of keys it has taken in
+    refused: bool = False
+    no_room_made: bool = False
+    hopeful: bool = False
+    why: NoPlacement | None = None
+    why_at: int = -1  # the fleet's version then
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def settled(self) -> bool:
+        """Whether trying it again would give the same."""
+        return self.refused and self.no_room_made
+
+
+@dataclass(eq=False, slots=True)
+class Line:
+    """Jobs of one class and queue. `array` is one of which only so many members may run: those behind it are not to wait for that."""
+
+    kind: RequestClass
     queue: str
-    shape: int
-    alone: str = ""
-    array: str = ""
+    array: str
+    members: list[tuple[float, str]] = field(default_factory=list)  # a heap by submission; may hold names that left
+    names: set[str] = field(default_factory=set)
+    entry: Entry[Line] | None = None  # in the heap of its class
+    parked: bool = False  # its queue or its array may not take more
+
+    def first(self) -> tuple[float, str] | None:
+        """When the first of the line was submitted, and its name."""
+        while self.members and self.members[0][1] not in self.names:
+            heapq.heappop(self.members)
+        return self.members[0] if self.members else None
+
+    def join(self, job: Job) -> None:
+        """At the place that its submission gives it."""
+        self.names.add(job.name)
+        if len(self.members) > 2 * len(self.names) + _SLACK:
+            self.members = [member for member in set(self.members) if member[1] in self.names]
+            heapq.heapify(self.members)
+        heapq.heappush(self.members, (job.create_time.timestamp(), job.name))
 
 
-class QueueBuckets:
-    """All waiting jobs, in buckets."""
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A job that waits, and the kind of reason that it was given last."""
+
+    candidate: Candidate
+    line: Line
+    told: str = ""
+
+
+class Pending:
+    """All waiting jobs."""
 
     def __init__(self) -> None:
-        self._members: dict[QueueBucket, list[tuple[float, str]]] = {}  # heaps by submission; may hold names that left
-        self._bucket_of: dict[str, QueueBucket] = {}
+        self.jobs: dict[str, Waiting] = {}
+        self.by_queue: dict[str, dict[Line, None]] = {}
+        self._classes: dict[tuple[PlaceRequest, str], RequestClass] = {}
+        self._by_priority: dict[int, set[RequestClass]] = {}
+
+    @property
+    def classes(self) -> Iterator[RequestClass]:
+        yield from self._classes.values()
 
     def __len__(self) -> int:
-        return len(self._bucket_of)
+        return len(self.jobs)
 
-    def join(self, bucket: QueueBucket, job: Job) -> None:
-        """At the place that its submission gives it."""
-        if self._bucket_of.get(job.name) != bucket:
-            self._bucket_of[job.name] = bucket
-            heapq.heappush(self._members.setdefault(bucket, []), (job.create_time.timestamp(), job.name))
-
-    def leave(self, name: str) -> None:
-        self._bucket_of.pop(name, None)
-
-    def first(self, bucket: QueueBucket) -> tuple[float, str] | None:
-        """When the first of the bucket was submitted, and its name; None: the bucket is empty, and forgotten."""
-        members = self._members.get(bucket, [])
-        while members:
-            if self._bucket_of.get(members[0][1]) == bucket:
-                return members[0]
-            heapq.heappop(members)
-        self._members.pop(bucket, None)
-        return None
-
-    def all(self) -> set[QueueBucket]:
-        return set(self._members)
-
-    def above(self, priority: int) -> list[QueueBucket]:
+    def above(self, priority: int) -> Iterator[RequestClass]:
         """Those whose jobs may have others stopped that are of this priority."""
-        return [bucket for bucket in self._members if bucket.priority > priority]
+        for own, classes in self._by_priority.items():
+            if own > priority:
+                yield from tuple(classes)
+
+    def join(self, candidate: Candidate, request: PlaceRequest, *, own: bool) -> Waiting:
+        """The job waits in its line; `own`: it holds or claims GPUs."""
+        job = candidate.job
+        kind = self._class_of(request, job, own=own)
+        array = job.spec.array_name if job.spec.array_max_running else ""
+        line = kind.lines.get((job.queue, array))
+        if line is None:
+            line = kind.lines[job.queue, array] = Line(kind, job.queue, array)
+            self.by_queue.setdefault(job.queue, {})[line] = None
+        line.join(job)
+        waiting = self.jobs[job.name] = Waiting(candidate, line)
+        return waiting
+
+    def leave(self, name: str) -> Line | None:
+        """It waits no more; returns its line when nobody is left in that. A class without lines is forgotten."""
+        waiting = self.jobs.pop(name, None)
+        if waiting is None:
+            return None
+        line = waiting.line
+        line.names.discard(name)
+        if line.names:
+            return None
+        kind = line.kind
+        del kind.lines[line.queue, line.array]
+        del self.by_queue[line.queue][line]
+        if not kind.lines:
+            del self._classes[kind.request, kind.own]
+            self._by_priority[kind.priority].discard(kind)
+        return line
+
+    def _class_of(self, request: PlaceRequest, job: Job, *, own: bool) -> RequestClass:
+        key = (request, job.name if own else "")
+        kind = self._classes.get(key)
+        if kind is None:
+            need = need_of(request, own=own)
+            kind = self._classes[key] = RequestClass(request, need, job.spec.gpus, key[1], _impossible(request))
+            self._by_priority.setdefault(kind.priority, set()).add(kind)
+        return kind
+
+
+def _impossible(request: PlaceRequest) -> str:
+    try:
+        check_request(request, named=False)
+    except InvalidArgument as never:  # of an older version's rules
+        return str(never)
+    return ""

@@ -1,47 +1,38 @@
-"""One decision, `step(news, now) -> moves`: the placement engine, what every job holds in it, and the jobs that wait.
+"""One decision, `step(news, now) -> moves`: what came free or arrived, whose turn it is, and who starts where.
 
 It is entered by one caller at a time: the service's planner thread, a simulator, a replay. `now` is the caller's time, and the only one:
 without a bound of time no clock is read, and equal news give equal moves. What is chosen is held in the engine at once; when the store
 refuses the write, news of the job as it is stored takes it back.
+
+Jobs wait in classes of like requests (`pending`). A class is tried when somebody joins it, when nodes gained room that could be enough
+for it (`needs`), or when others may be stopped for it that could not before; then in turn (`queue_order`) until it is refused. News adds
+to what is to be tried and takes nothing back, so a step that runs out of time goes on where it was.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.model import Node
-from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import capacity, decisions, wait_reasons
-from whaleflux_scheduler.core.capacity import Capacity
-from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core import decisions, wait_reasons
 from whaleflux_scheduler.core.going_on import claimed_place
-from whaleflux_scheduler.core.holdings import Holdings, places_of
+from whaleflux_scheduler.core.holdings import places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
-from whaleflux_scheduler.core.pending import Candidate, QueueBucket, QueueBuckets
-from whaleflux_scheduler.core.placement.api import (
-    DatasetFact,
-    NoPlacement,
-    Placement,
-    PlaceRequest,
-    PreemptionPlan,
-)
-from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping, stopped
-from whaleflux_scheduler.core.queue_order import ArrayLimit, next_turn, order_of, over_array_limit
-from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, QueueShares, QueueUse, Turn
+from whaleflux_scheduler.core.needs import NeedIndex
+from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
+from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PreemptionPlan
+from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping
+from whaleflux_scheduler.core.questions import Questions
+from whaleflux_scheduler.core.queue_order import Turns
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.quota import QueueLimit
-from whaleflux_scheduler.core.request import place_request, shape
-
-log = logging.getLogger(__name__)
-
-_MOST_SHAPES = 20_000
+from whaleflux_scheduler.core.refusals import Refusals
+from whaleflux_scheduler.core.request import shape
+from whaleflux_scheduler.core.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,68 +62,33 @@ class Move:
     ended: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A candidate with what it asks of the engine, worked out once."""
+class Plan(Questions):
+    """See the module. `monotonic` is read by steps that are bounded in time, and by no others.
 
-    candidate: Candidate
-    request: PlaceRequest
-    bucket: QueueBucket
+    `reasons` False: those who wait are not told why, for who simulates and nobody asks.
+    """
 
-
-class Stopwatch:
-    """The time of one step: `began` by the caller's clock. Without a bound no clock is read, and time stands still."""
-
-    def __init__(self, began: datetime, budget_s: float, monotonic: Callable[[], float]) -> None:
-        self.began, self._budget_s, self._monotonic = began, budget_s, monotonic
-        self._bounded = budget_s != math.inf
-        self._start_s = monotonic() if self._bounded else 0.0
-
-    @property
-    def passed_s(self) -> float:
-        return self._monotonic() - self._start_s if self._bounded else 0.0
-
-    @property
-    def over(self) -> bool:
-        return self._bounded and self.passed_s >= self._budget_s
-
-    @property
-    def now(self) -> datetime:
-        """The caller's time when the step began, and what has passed since."""
-        return self.began + timedelta(seconds=self.passed_s) if self._bounded else self.began
-
-
-class Plan:
-    """See the module. `monotonic` is read by steps that are bounded in time, and by no others."""
-
-    def __init__(self, monotonic: Callable[[], float] = lambda: 0.0, half_life_s: float = HALF_LIFE_S) -> None:
-        self._monotonic, self._engine, self._shares = monotonic, Engine(), QueueShares(half_life_s)
-        self._holdings, self._capacity = Holdings(self._engine, self._shares), Capacity()
-        self._left_out: set[str] = set()  # nodes whose facts placement cannot take
-        self._waiting: dict[str, Waiting] = {}
-        self._buckets = QueueBuckets()
-        self._untried: set[QueueBucket] = set()  # something changed since the first of the bucket was tried
-        self._unanswered: set[str] = set()  # jobs that wait and were not given a reason yet
-        self._shapes: dict[PlaceRequest, int] = {}  # what is asked for, whoever asks, by number
-        self._numbered = 0
-        self._refused: dict[int, NoPlacement] = {}  # shapes that do not fit at present
-        self._no_room: set[tuple[int, str]] = set()  # shapes and queues for which nobody makes room at present
-        self._watch: Stopwatch
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that wait for GPUs."""
-        return len(self._waiting)
-
-    @property
-    def nodes(self) -> int:
-        """Nodes that it knows."""
-        return len(self._holdings.devices.nodes)
+    def __init__(
+        self,
+        monotonic: Callable[[], float] = lambda: 0.0,
+        half_life_s: float = HALF_LIFE_S,
+        *,
+        reasons: bool = True,
+    ) -> None:
+        super().__init__(half_life_s)
+        self._monotonic, self._reasons = monotonic, reasons
+        self._needs: NeedIndex[RequestClass] = NeedIndex()
+        self._turns = Turns(self._shares.turn, self._shares.family)
+        self._hopeful: dict[RequestClass, None] = {}  # that were refused, and are tried because nodes gained
+        self._parked: dict[str, dict[Line, None]] = {}  # by the top of their queue's part of the tree
+        self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
+        self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
+        self._refusals = Refusals(self._fleet)
 
     @property
     def unfinished(self) -> bool:
-        """True when `decide` ran out of time before it had answered every job."""
-        return bool(self._untried or self._unanswered)
+        """True when the last step ran out of time before it had answered every job."""
+        return bool(self._turns.active or self._unanswered)
 
     def step(self, news: News, now: datetime, budget_s: float = math.inf) -> list[Move]:
         """Takes in what changed, and decides; `budget_s` bounds the time that deciding takes."""
@@ -140,331 +96,297 @@ class Plan:
         self.apply(news)
         return self.decide(now, budget_s)
 
+    # news
+
     def apply(self, news: News) -> None:
         """Takes in what changed; cheap, decides nothing."""
+        fleet = self._fleet
         if news.queues is not None:
-            self._shares.set_queues(news.queues)
-            self._try_all()
+            self._set_queues(news.queues)
         self._know_datasets(news)
         for node in news.nodes:
-            self._upsert(node)
+            fleet.upsert(node)
         for name in news.removed:
-            self._remove(name)
+            fleet.remove(name)
         for name, why in news.closed.items():
-            self._close(name, why)
+            fleet.close(name, why)
         for job in news.jobs:
             self._learn(job)
         for name in news.gone:
-            self._wait(name, None)
-            if self._holdings.forget(name):
-                self._try_all()
+            self._leave(name)
+            fleet.forget(name)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
 
-    def decide(self, now: datetime, budget_s: float = math.inf) -> list[Move]:
-        """Tries the first of each bucket in turn, the next when it fits, until none does or `budget_s` is over."""
-        self._watch = Stopwatch(now, budget_s, self._monotonic)
-        moves: list[Move] = []
-        while self._untried and not self._watch.over:
-            bucket = next_turn(self._buckets, self._untried, self._turn)
-            if bucket is None:
-                self._untried.clear()
-                break
-            move = self._choose(self._first(bucket))
-            moves.append(move)
-            if move.assignment is None:
-                self._untried.discard(bucket)
-        return moves + self._answer_others()
-
-    def _turn(self, bucket: QueueBucket, first: str) -> Turn:
-        return self._shares.turn(bucket.queue, self._waiting[first].candidate.job.spec.gpus, bucket.priority)
-
-    def _first(self, bucket: QueueBucket) -> Waiting:
-        first = self._buckets.first(bucket)
-        assert first is not None
-        return self._waiting[first[1]]
-
-    def _answer_others(self) -> list[Move]:
-        """Those behind the first of a bucket that does not fit wait for the same reason."""
-        moves = []
-        for name in list(self._unanswered):
-            waiting = self._waiting[name]
-            if waiting.bucket in self._untried or self._watch.over:
-                continue
-            self._unanswered.discard(name)
-            moves.append(Move(name, self._why(waiting, self._watch.began)))
-        return moves
-
-    def _why(self, waiting: Waiting, now: datetime) -> SchedulingDecision:
-        job = waiting.candidate.job
-        if limit := self._over_limit(job):
-            return wait_reasons.queue_is_full(limit, now)
-        if full := self._over_array_limit(job):
-            return wait_reasons.array_is_full(full, now)
-        refused = self._refused.get(waiting.bucket.shape)
-        if refused is None:
-            return wait_reasons.others_alike_go_first(now)
-        return wait_reasons.does_not_fit(refused, now, waiting.candidate.exclude)
-
-    def could_hold(self, queue: str, spec: Spec) -> bool:
-        """Whether queue and fleet are known to be large enough for the job; asked of any thread, False when it has to be worked out."""
-        return not self._over_queue(queue, spec) and self._capacity.known_enough(shape(spec))
-
-    # questions: none changes anything that a decision could see, whatever happens in between
-
-    def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
-        """What `decide` would answer for a job that does not exist yet."""
-        if limit := self._over_limit(job):
-            return wait_reasons.queue_is_full(limit, now)
-        if not self.nodes:
-            return wait_reasons.no_nodes(now)
-        request = place_request(job.name, job.spec)
-        answer = self._engine.place(request)
-        if isinstance(answer, Placement):
-            devices = self._holdings.devices
-            assignment = decisions.assignment_of(answer, devices)
-            return decisions.placed(job, answer, assignment, devices, next_epoch(job), now)
-        decision = self._in_line(wait_reasons.does_not_fit(answer, now), job)
-        victims = may_stop(self._holdings, job)
-        plan = self._engine.preempt(request, victims) if victims else answer
-        return self._with_victims(decision, job, stopped(plan)) if isinstance(plan, PreemptionPlan) else decision
-
-    def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
-        """Why a waiting job waits, at this moment."""
-        if kept := wait_reasons.kept_back(job, now):
-            return kept
-        if job.not_before is not None and job.not_before > now:
-            return wait_reasons.pauses(job.not_before, now)
-        if limit := self._over_limit(job):
-            return self._in_line(wait_reasons.queue_is_full(limit, now), job)
-        if full := self._over_array_limit(job):
-            return self._in_line(wait_reasons.array_is_full(full, now), job)
-        if not self.nodes:
-            return self._in_line(wait_reasons.no_nodes(now), job)
-        avoided = frozenset(exclude)
-        with self._holdings.without(job.name):
-            answer = self._engine.place(place_request(f"{job.name}?", job.spec, exclude_nodes=avoided))
-        if isinstance(answer, Placement):
-            return self._in_line(wait_reasons.is_next(now), job)
-        decision = wait_reasons.does_not_fit(answer, now, avoided)
-        decision = wait_reasons.with_claims(decision, [name for name in self._holdings.claims if name != job.name])
-        return self._in_line(self._with_victims(decision, job, still_stopping(self._holdings, job.name)), job)
-
-    def shortage(self, queue: str, spec: Spec) -> str:
-        """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
-        if limit := self._over_queue(queue, spec):
-            return wait_reasons.queue_is_small(limit, spec.gpus)
-        short = self._capacity.short_of(shape(spec)) if not self._left_out else None
-        if short is None:
-            return ""
-        return self._capacity.unknown_sites(shape(spec)) or capacity.in_words(short)
-
-    def _over_queue(self, queue: str, spec: Spec) -> QueueLimit | None:
-        limits = ((up.id, up.queue.max_gpus) for up in self._shares.quota.node(queue).path())
-        return next((QueueLimit(id_, 0, most) for id_, most in limits if 0 < most < spec.gpus), None)
-
-    def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
-        """What queues hold, by id."""
-        return {queue: self._shares.use(queue) for queue in queues}
-
-    def gpus(self) -> tuple[Counter[str], Counter[str]]:
-        """GPUs of open nodes and GPUs held, by model; for metrics."""
-        return self._holdings.by_model()
-
-    def held(self) -> dict[str, Gpus]:
-        """What each job holds."""
-        return self._holdings.by_job()
-
-    def check(self) -> None:
-        """Raises AssertionError when the engine holds something else than the jobs do, or a GPU is held twice."""
-        self._holdings.check()
-
-    # jobs, nodes and datasets
+    def _set_queues(self, queues: Mapping[str, Queue]) -> None:
+        parked = [line for lines in self._parked.values() for line in lines]
+        self._shares.set_queues(queues)
+        self._turns.regroup(self._pending.classes)
+        self._parked.clear()
+        for line in parked:
+            self._parked.setdefault(self._shares.family(line.queue), {})[line] = None
+        for top in tuple(self._parked):
+            self._unpark(top)
+        if self._shares.quota.guarantees:
+            self._make_room_for(self._pending.classes)
 
     def _learn(self, job: Job) -> None:
         """The job as it is stored. One that has begun to run may be stopped for those of higher priority."""
-        known = self._holdings.jobs.get(job.name)
-        if self._holdings.learn(job):
-            self._try_all()
-        elif job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
-            for bucket in self._buckets.above(job.spec.priority):
-                self._try_again(bucket)
-            if self._shares.quota.guarantees and self._shares.quota.covering(job.name).id != job.queue:
-                self._try_guaranteed()
+        holdings = self._fleet.holdings
+        known, held = holdings.jobs.get(job.name), holdings.holds(job.name)
+        self._fleet.learn(job)
+        if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
+            self._make_room_for(self._pending.above(job.spec.priority))
+            quota = self._shares.quota
+            if quota.guarantees and quota.covering(job.name).id != job.queue:
+                below = [queue for queue in self._pending.by_queue if quota.node(queue).below_guarantee]
+                self._make_room_for({line.kind: None for queue in below for line in self._pending.by_queue[queue]})
+        if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
+            self._join(waiting.candidate)
 
-    def _upsert(self, node: Node) -> None:
-        devices = self._holdings.devices
-        if devices.nodes.get(node.name) == node:
-            return
-        try:
-            self._holdings.report(node)
-            self._capacity.upsert(node)
-        except InvalidArgument as strange:  # inventory checks facts; what it let through must not stop the others
-            log.error("%s is left out: %s", node.name, strange)
-            self._left_out.add(node.name)
-            return
-        self._left_out.discard(node.name)
-        if node.name not in devices.open:
-            self._engine.set_schedulable(node.name, False, "not ready yet")
-        self._try_all()
-
-    def _remove(self, name: str) -> None:
-        self._left_out.discard(name)
-        if name in self._holdings.devices.nodes:
-            self._holdings.remove(name)
-            self._capacity.remove(name)
-            self._try_all()  # a GPU that it reported too may be offered by another now
-
-    def _close(self, name: str, why: str) -> None:
-        if name not in self._holdings.devices.nodes:
-            return
-        self._capacity.close(self._holdings.devices.nodes[name], why)
-        if self._holdings.close(name, why):
-            self._try_all()
-        elif why:
-            self._refused.clear()  # they say how many nodes each constraint excludes
+    def _make_room_for(self, kinds: Iterable[RequestClass]) -> None:
+        """Others may be stopped that could not before."""
+        for kind in list(kinds):
+            kind.no_room_made = False
+            self._turns.reopen(kind)
 
     def _know_datasets(self, news: News) -> None:
         """What can only go where its data is is tried again when the data may have come somewhere."""
         for fact in news.datasets:
-            self._engine.upsert_dataset(fact)
+            self._fleet.know_dataset(fact)
         for name in news.datasets_gone:
-            self._engine.remove_dataset(name)
+            self._fleet.forget_dataset(name)
         changed = {fact.name for fact in news.datasets} | set(news.datasets_gone)
-        for waiting in self._waiting.values() if changed else ():
-            if waiting.request.hard_locality and not changed.isdisjoint(waiting.request.datasets):
-                self._try_again(waiting.bucket)
+        for kind in self._pending.classes if changed else ():
+            if kind.request.hard_locality and not changed.isdisjoint(kind.request.datasets):
+                self._try_again(kind)
 
     # waiting
 
     def _wait(self, name: str, candidate: Candidate | None) -> None:
         if candidate is None:
-            self._waiting.pop(name, None)
-            self._buckets.leave(name)
-            self._unanswered.discard(name)
+            self._leave(name)
             return
-        known = self._waiting.get(name)
-        if known is not None and known.candidate == candidate:
-            return
+        known = self._pending.jobs.get(name)
+        if known is None or known.candidate != candidate:
+            self._join(candidate)
+
+    def _join(self, candidate: Candidate) -> None:
         job = candidate.job
+        self._leave(job.name)
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
-        own = name if self._holdings.count_of(name) else ""
-        limited = job.spec.array_name if job.spec.array_max_running else ""
-        bucket = QueueBucket(job.spec.priority, job.queue, self._number(asked), own, limited)
-        self._waiting[name] = Waiting(candidate, replace(asked, id=name), bucket)
-        self._buckets.join(bucket, job)
-        self._unanswered.add(name)
-        if own or bucket.shape not in self._refused or self._buckets.first(bucket) == (order_of(job)[1], name):
-            self._untried.add(bucket)
+        line = self._pending.join(candidate, asked, own=self._fleet.holdings.holds(job.name)).line
+        kind = line.kind
+        if len(kind.lines) == 1 and len(line.names) == 1:
+            self._needs.add(kind, kind.need)
+        if line.first() == (job.create_time.timestamp(), job.name):
+            self._turns.enter(line)
+        if not kind.settled:
+            self._turns.activate(kind)
+        if self._reasons:
+            self._unanswered[job.name] = None
 
-    def _number(self, asked: PlaceRequest) -> int:
-        """The number of what is asked for; numbers are small to compare, requests are not."""
-        if len(self._shapes) >= _MOST_SHAPES:
-            used = {waiting.bucket.shape for waiting in self._waiting.values()}
-            self._shapes = {known: number for known, number in self._shapes.items() if number in used}
-        self._numbered += 1
-        return self._shapes.setdefault(asked, self._numbered)
+    def _leave(self, name: str) -> None:
+        self._unanswered.pop(name, None)
+        line = self._pending.leave(name)
+        if line is None:
+            return
+        self._turns.leave(line)
+        if line.parked:
+            self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
+        if not line.kind.lines:
+            self._needs.discard(line.kind, line.kind.need)
+            self._hopeful.pop(line.kind, None)
 
-    def _try_all(self) -> None:
-        self._refused.clear()
-        self._no_room.clear()
-        self._untried = self._buckets.all()
+    def _try_again(self, kind: RequestClass) -> None:
+        kind.refused = kind.no_room_made = False
+        self._turns.reopen(kind)
 
-    def _try_again(self, bucket: QueueBucket) -> None:
-        self._refused.pop(bucket.shape, None)
-        self._no_room.discard(self._kind(bucket))
-        self._untried.add(bucket)
+    # whose turn it is
 
-    def _kind(self, bucket: QueueBucket) -> tuple[int, str]:
-        """Those for whom the same jobs may be stopped."""
-        return bucket.shape, bucket.queue if self._shares.quota.guarantees else ""
+    def _take_in_gains(self) -> None:
+        """Tries again whom the nodes that gained could help, and those whose queue or array holds less."""
+        holdings = self._fleet.holdings
+        for queue in holdings.eased:
+            self._turns.fell(queue)
+            self._unpark(self._shares.family(queue))
+        holdings.eased.clear()
+        for top in tuple(self._kept_from) if self._fleet.gained else ():
+            self._unpark(top)
+        for kind in self._fleet.take_gains(self._needs):
+            if kind.settled:
+                self._hopeful[kind] = None
+                kind.hopeful = True
+            self._try_again(kind)
 
-    def _try_guaranteed(self) -> None:
-        """Something borrowed may be stopped: who is guaranteed more than is held may have room made."""
-        for bucket in self._buckets.all():
-            if self._shares.quota.node(bucket.queue).below_guarantee:
-                self._try_again(bucket)
+    def _give_up_hope(self) -> None:
+        """What came free is taken again: nobody who waited for it need be tried."""
+        for kind in [kind for kind in self._hopeful if not self._fleet.could_hold(kind.need)]:
+            self._refuse(kind)
 
-    def _over_limit(self, job: Job) -> QueueLimit | None:
-        own, lends_back = self._holdings.count_of(job.name), not job.spec.is_service
-        quota = self._shares.quota
-        return quota.admit(job.queue, job.spec.gpus, own=own, free=self._engine.free_gpus, lends_back=lends_back)
+    def _park(self, line: Line, limit: QueueLimit | None) -> None:
+        top = self._shares.family(line.queue)
+        self._turns.park(line)
+        self._parked.setdefault(top, {})[line] = None
+        if limit is not None and limit.kept:
+            self._kept_from[top] = None
 
-    def _over_array_limit(self, job: Job) -> ArrayLimit | None:
-        return over_array_limit(job, self._holdings.by_array, own=self._holdings.holds(job.name))
+    def _unpark(self, top: str) -> None:
+        """Lines that their queue or array kept back, and may not any more."""
+        for line in tuple(self._parked.get(top, ())):
+            first = line.first()
+            job = self._pending.jobs[first[1]].candidate.job if first else None
+            if job is None or not (self._over_limit(job) or self._over_array_limit(job)):
+                del self._parked[top][line]
+                self._turns.unpark(line)
+                if not line.kind.settled:
+                    self._turns.activate(line.kind)
 
     # decisions
 
-    def _choose(self, waiting: Waiting) -> Move:
-        begun = self._watch.now
-        self._unanswered.discard(waiting.candidate.job.name)
-        return replace(self._try(waiting, self._watch.began), begun=begun, ended=self._watch.now)
+    def decide(self, now: datetime, budget_s: float = math.inf) -> list[Move]:
+        """Tries the first in turn, the next when it fits, until none does or `budget_s` is over; then says why others wait."""
+        watch = Stopwatch(now, budget_s, self._monotonic)
+        if not self._hopeful:
+            self._fleet.give_up()
+        self._take_in_gains()
+        moves: list[Move] = []
+        while self._turns.active and not watch.over:
+            line = self._turns.next()
+            if line is None:
+                break
+            begun = watch.now
+            move = self._try(line, now)
+            if move is not None:
+                moves.append(replace(move, begun=begun, ended=watch.now))
+            self._take_in_gains()
+        return moves + self._answer(watch)
 
-    def _try(self, waiting: Waiting, now: datetime) -> Move:
-        job, request = waiting.candidate.job, waiting.request
-        if (place := claimed_place(job, request, self._engine, self._holdings)) is not None:
+    def _try(self, line: Line, now: datetime) -> Move | None:
+        """The first of the line; None: it waits as before."""
+        kind, first = line.kind, line.first()
+        assert first is not None
+        job = self._pending.jobs[first[1]].candidate.job
+        limit = self._over_limit(job)
+        if limit or self._over_array_limit(job):
+            self._park(line, limit)
+            self._tell(job.name, "limit")
+            return None
+        if kind.own and (
+            place := claimed_place(job, replace(kind.request, id=job.name), self._fleet.engine, self._fleet.holdings)
+        ):
             return self._give(job, place, now)
-        if limit := self._over_limit(job):
-            return Move(job.name, wait_reasons.queue_is_full(limit, now))
-        if full := self._over_array_limit(job):
-            return Move(job.name, wait_reasons.array_is_full(full, now))
-        own = self._holdings.count_of(job.name) > 0
-        refused = self._refused.get(waiting.bucket.shape)
-        if refused is not None and not own:
-            return self._make_room(waiting, refused, now)
-        try:
-            with self._holdings.without(job.name):
-                answer = self._engine.place(request)
-        except InvalidArgument as never:  # of an older version's rules
-            return Move(job.name, wait_reasons.cannot_be_asked(str(never), now))
-        if isinstance(answer, Placement):
-            return self._give(job, answer, now)
-        if not own:
-            self._refused[waiting.bucket.shape] = answer
-        return self._make_room(waiting, answer, now)
+        if not kind.refused and (placement := self._place(kind, job.name)) is not None:
+            return self._give(job, placement, now)
+        kind.refused = True
+        self._tell(job.name, "room")
+        if not self._may_make_room(kind):
+            self._refuse(kind)
+        elif (claim := self._make_room(line, job, now)) is not None:
+            return self._keep(job, claim, now)
+        elif self._shares.quota.guarantees:  # others may have to make room for another queue
+            self._turns.pass_over(line)
+        else:
+            self._refuse(kind)
+        return None
+
+    def _refuse(self, kind: RequestClass) -> None:
+        """It is not tried until something changes."""
+        kind.refused = kind.no_room_made = True
+        kind.hopeful = False
+        self._hopeful.pop(kind, None)
+        self._turns.drop(kind)
+
+    def _place(self, kind: RequestClass, name: str) -> Placement | None:
+        engine = self._fleet.engine
+        if kind.impossible or (kind.hopeful and not self._fleet.could_hold(kind.need)):
+            return None
+        if kind.own:
+            with self._fleet.holdings.without(name):
+                return engine.fits(replace(kind.request, id=name))
+        return engine.fits(replace(kind.request, id=name)) if engine.feasible(kind.request) else None
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
-        devices = self._holdings.devices
-        assignment = decisions.assignment_of(placement, devices)
-        decision = decisions.placed(job, placement, assignment, devices, next_epoch(job), now)
-        held = dict(self._holdings.held(job.name))
+        holdings = self._fleet.holdings
+        assignment = decisions.assignment_of(placement, holdings.devices)
+        decision = decisions.placed(job, placement, assignment, holdings.devices, next_epoch(job), now)
+        held = dict(holdings.held(job.name))
         for task in decision.tasks:
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
-        self._wait(job.name, None)
-        if self._holdings.hold(job, held):  # what it claimed and did not take
-            self._try_all()
+        self._leave(job.name)
+        self._fleet.hold(job, held)  # what it claimed and did not take is free again
+        if self._hopeful and not self._fleet.any_hope:
+            self._give_up_hope()
         return Move(job.name, decision, assignment)
 
-    def _make_room(self, waiting: Waiting, answer: NoPlacement, now: datetime) -> Move:
-        job, kind = waiting.candidate.job, self._kind(waiting.bucket)
-        decision = wait_reasons.does_not_fit(answer, now, waiting.candidate.exclude)
-        if self._holdings.claim(job.name) is not None:
-            return Move(job.name, self._with_victims(decision, job, still_stopping(self._holdings, job.name)))
-        if kind in self._no_room and not waiting.bucket.alone:
-            return Move(job.name, decision)
-        victims = may_stop(self._holdings, job)
-        plan = self._engine.preempt(waiting.request, victims) if victims else answer
-        if not isinstance(plan, PreemptionPlan):
-            self._no_room.add(kind)
-            return Move(job.name, decision)
-        claim = claim_for(plan, self._holdings, now)
-        self._holdings.hold(job, self._holdings.held(job.name), claim)
-        self._refused.pop(self._waiting[job.name].bucket.shape, None)  # the next of its kind may find other victims
+    def _make_room(self, line: Line, job: Job, now: datetime) -> Claim | None:
+        """What is kept for the job while others stop; None: nothing that is running may be stopped for it."""
+        holdings, kind = self._fleet.holdings, line.kind
+        if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
+            return None
+        victims = may_stop(holdings, job)
+        plan = self._fleet.engine.preempt(replace(kind.request, id=job.name), victims) if victims else None
+        return claim_for(plan, holdings, now) if isinstance(plan, PreemptionPlan) else None
+
+    def _may_make_room(self, kind: RequestClass) -> bool:
+        """Whether others could be stopped for any of its lines, as far as numbers tell."""
+        if kind.no_room_made or kind.impossible or (kind.own and self._fleet.holdings.claim(kind.own) is not None):
+            return False
+        quota = self._shares.quota
+        below = quota.guarantees and any(quota.node(line.queue).below_guarantee for line in kind.lines.values())
+        return below or self._lower_hold_enough(kind)
+
+    def _lower_hold_enough(self, kind: RequestClass) -> bool:
+        stoppable = self._fleet.holdings.stoppable
+        lower = sum(gpus for priority, gpus in stoppable.items() if priority < kind.priority)
+        return lower > 0 and kind.need.gpus <= lower + self._fleet.engine.free_gpus()
+
+    def _keep(self, job: Job, claim: Claim, now: datetime) -> Move:
+        """The next of its class may find other victims; the job itself is alone from now on."""
+        candidate = self._pending.jobs[job.name].candidate
+        short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
+        decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
+        self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
+        self._join(candidate)
+        self._unanswered.pop(job.name, None)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
 
-    def _with_victims(self, decision: SchedulingDecision, job: Job, victims: Sequence[str]) -> SchedulingDecision:
-        known = (self._holdings.jobs.get(victim) for victim in victims)
-        reclaimed = any(other is not None and other.spec.priority >= job.spec.priority for other in known)
-        return wait_reasons.with_victims(decision, victims, reclaimed=reclaimed)
+    # reasons to wait
 
-    def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
-        """With its position in its queue, and who goes first."""
-        key = order_of(job)
-        others = (waiting.candidate.job for waiting in self._waiting.values())
-        first = sorted((order_of(other), other.queue) for other in others if order_of(other) < key)
-        same = sum(queue == job.queue for _, queue in first)
-        return wait_reasons.in_line(decision, [name for (_, _, name), _ in first], same + 1)
+    def _tell(self, name: str, why: str) -> None:
+        """A job that waits for something else than it was told is told again at the end of the step."""
+        waiting = self._pending.jobs[name]
+        before, waiting.told = waiting.told, why
+        if self._reasons and before not in ("", why):
+            self._unanswered[name] = None
+
+    def _answer(self, watch: Stopwatch) -> list[Move]:
+        """Reasons for those who have none yet; they are short when there is no time for better ones."""
+        moves = []
+        self._refusals.begin(watch)
+        for name in list(self._unanswered):
+            waiting = self._pending.jobs[name]
+            if waiting.line.kind in self._turns.active and not waiting.line.parked:
+                continue
+            if watch.over:
+                break
+            del self._unanswered[name]
+            moves.append(Move(name, self._why(waiting.line, waiting.candidate, watch)))
+        return moves
+
+    def _why(self, line: Line, candidate: Candidate, watch: Stopwatch) -> SchedulingDecision:
+        job, now = candidate.job, watch.began
+        if limit := self._over_limit(job):
+            return wait_reasons.queue_is_full(limit, now)
+        if full := self._over_array_limit(job):
+            return wait_reasons.array_is_full(full, now)
+        if line.kind.impossible:
+            return wait_reasons.cannot_be_asked(line.kind.impossible, now)
+        if not line.kind.refused:
+            return wait_reasons.others_alike_go_first(now)
+        decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
+        return self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
 
 
 def _may_stop_sooner(before: Job, now: Job) -> bool:

@@ -66,6 +66,13 @@ class QueueShares:
             shares.insert(0, (self._fair.key(node.id + _OWN, self.now_s), ""))
         return not within, -priority, tuple(reversed(shares))
 
+    def family(self, queue: str) -> str:
+        """The queue at the top of its part of the tree: turns of queues below one top fall together."""
+        node = self.quota.node(queue)
+        while node.above is not None and node.above.above is not None:
+            node = node.above
+        return node.id
+
     def use(self, queue: str) -> QueueUse:
         node = self.quota.node(queue)
         return QueueUse(node.held, node.over, self._fair.score(queue, self.now_s))

@@ -64,6 +64,7 @@ class Columns:
         self.rows: list[Row] = ordered
         self.fabric = fabric
         self.names = [r.node.name for r in ordered]
+        self._node_of = [r.node for r in ordered]  # the facts that these columns were made from
         self.index = {name: i for i, name in enumerate(self.names)}
         self.count = len(ordered)
         numbers: dict[
@@ -218,6 +219,19 @@ class Columns:
         self.open[i] = schedulable
         self.refresh(i)
 
+    def replace_facts(self, i: int, node: Node) -> None:
+        """Other facts of the same hardware: health, price, labels, disks, CPU, memory."""
+        before, row = self._node_of[i], self.rows[i]
+        row.node = self._node_of[i] = node
+        self.usable[i] = usable = healthy_mask(node)
+        self.usable_masks[i] = usable
+        self.healthy[i, : len(node.gpus)] = [gpu.offered for gpu in node.gpus]
+        self.cpu_free[i] += node.cpu_millicores - before.cpu_millicores
+        self.host_free[i] += node.memory_bytes - before.memory_bytes
+        if (before.labels, before.disks, before.price) != (node.labels, node.disks, node.price):
+            self.matches.clear()
+        self.refresh(i)
+
     def refresh(self, i: int) -> None:
         """Recomputes what row `i` offers and carries the difference up the tree: one entry per level."""
         new = (self.usable[i] & ~self.taken[i]).bit_count() if self.rows[i].schedulable else 0
@@ -265,6 +279,14 @@ class Columns:
 
     def shape(self, i: int) -> Shape:
         return self.rows[i].shape
+
+    def most_free(self, rows: list[int], model: str, level: Level) -> int:
+        """The most wholly free GPUs in any one domain of `level` that holds one of the rows: on nodes with that model, "": on all."""
+        kinds = [s for s, shape in enumerate(self.kinds) if not model or model in shape.model_names]
+        if level >= Level.NODE:
+            return max((self.offered[i] for i in rows if self.shape_of[i] in kinds), default=0)
+        table, domain = self.at_least[level], self.domain[level]
+        return max((int(table[kinds, 1:, d].sum()) for d in {domain[i] for i in rows}), default=0)
 
     def children(self, level: Level, d: int) -> tuple[int, int]:
         """The range of next-level domains inside domain `d`; below a leaf, the range of its rows."""

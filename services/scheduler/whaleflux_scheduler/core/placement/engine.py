@@ -6,14 +6,14 @@ the nodes and the placements alone: a rebuild gives the same columns, byte for b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from whaleflux.fleet.links import Fabric
-from whaleflux.fleet.model import Node
+from whaleflux.fleet.model import Level, Node
 from whaleflux.reasons import ErrorReason
 from whaleflux_scheduler.core.placement import cpu
 from whaleflux_scheduler.core.placement import preempt as preemption
@@ -26,7 +26,7 @@ from whaleflux_scheduler.core.placement.api import (
     PreemptionPlan,
     Victim,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Row
+from whaleflux_scheduler.core.placement.columns import Columns, Row, place_key
 from whaleflux_scheduler.core.placement.comm import flows_of
 from whaleflux_scheduler.core.placement.decide import decide
 from whaleflux_scheduler.core.placement.exact import Where, place_on
@@ -77,13 +77,21 @@ class Engine:
                 FieldViolation("node.gpus", f"{len(node.gpus)} GPUs on one node; at most {MAX_GPUS_PER_NODE}")
             )
         row = self._rows.get(node.name)
-        if row is None:
-            self._rows[node.name] = Row(node, self._shapes.of(node))
-        elif row.node != node:
-            row.node, row.shape = node, self._shapes.of(node)
-        else:
+        if row is not None and row.node == node:
             return
+        shape = self._shapes.of(node)
+        if row is not None and row.shape is shape and place_key(row.node) == place_key(node):
+            self._patch(node)
+            return
+        self._rows[node.name] = Row(node, shape, *((row.schedulable, row.reason, row.cache_room_bytes) if row else ()))
         self._columns = self._empty_columns = None
+
+    def _patch(self, node: Node) -> None:
+        """New facts of a node whose hardware and place are as before: one row changes."""
+        self._rows[node.name].node = node
+        for columns in (self._columns, self._empty_columns):
+            if columns is not None:
+                columns.replace_facts(columns.index[node.name], node)
 
     def remove_node(self, name: str) -> None:
         """The node is gone. What is placed on it stays placed, so that it can be released, and returns if the node does."""
@@ -155,6 +163,8 @@ class Engine:
     def fits(self, request: PlaceRequest) -> Placement | None:
         """As `place`, without the work of explaining a refusal."""
         check_request(request)
+        if request.without_gpus:
+            return cpu.place(self.columns, request, self._datasets)
         return decide(self.columns, request, self._datasets)
 
     def place_on(self, request: PlaceRequest, where: Where) -> Placement | None:
@@ -163,7 +173,9 @@ class Engine:
         return place_on(self.columns, request, where, self._datasets)
 
     def feasible(self, request: PlaceRequest) -> bool:
-        """Whether the request fits now, for the least work: no cost, no reasons."""
+        """Whether the request fits now, for the least work: no cost, no reasons. It is not checked."""
+        if request.without_gpus:
+            return cpu.place(self.columns, request, self._datasets) is not None
         return feasible(self.columns, request, self._datasets)
 
     def explain(self, request: PlaceRequest) -> NoPlacement:
@@ -308,6 +320,12 @@ class Engine:
     def free_gpus(self) -> int:
         """Wholly free GPUs that new work may use now."""
         return int(self.columns.offer.sum())
+
+    def most_free(self, names: Iterable[str], model: str, level: Level) -> int:
+        """The most wholly free GPUs in any one domain of `level` that holds one of the nodes: on nodes with that model, "": on all."""
+        columns = self.columns
+        rows = [columns.index[name] for name in names if name in columns.index]
+        return columns.most_free(rows, model, level)
 
     def digest(self) -> str:
         """Equal digests mean equal decisions on equal requests."""

@@ -23,6 +23,11 @@ class Shape:
     wiring: Wiring
 
     @cached_property
+    def model_names(self) -> frozenset[str]:
+        """The models of its GPUs."""
+        return frozenset(self.models)
+
+    @cached_property
     def whole(self) -> bool:
         """Whether all of them are whole GPUs."""
         return not any(self.mig_profiles)

@@ -21,16 +21,16 @@ MAX_GROUPS = 64
 MAX_OPTIONS = 32
 
 
-def check_request(request: PlaceRequest) -> None:
-    """Raises InvalidArgument naming every bad field with its limit."""
-    bad = list(_problems(request))
+def check_request(request: PlaceRequest, *, named: bool = True) -> None:
+    """Raises InvalidArgument naming every bad field with its limit. `named` False: of nobody in particular yet."""
+    bad = list(_problems(request, named))
     if bad:
         raise InvalidArgument(bad)
 
 
-def _problems(request: PlaceRequest) -> list[FieldViolation]:
+def _problems(request: PlaceRequest, named: bool) -> list[FieldViolation]:
     bad: list[FieldViolation] = []
-    if not request.id:
+    if named and not request.id:
         bad.append(FieldViolation("id", "is empty; name the attempt"))
     if not 1 <= len(request.groups) <= MAX_GROUPS:
         bad.append(FieldViolation("groups", f"{len(request.groups)} groups; 1-{MAX_GROUPS} are allowed"))

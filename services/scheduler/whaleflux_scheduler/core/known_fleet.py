@@ -1,0 +1,137 @@
+"""The fleet as news tells it, and what jobs hold in it: the placement engine with its holdings, and where room came since it was last asked.
+
+`gained` are the nodes that may offer more than before. Whoever was refused need not be tried again while none of them could help it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TypeVar
+
+from whaleflux.errors import InvalidArgument
+from whaleflux.fleet.model import Level, Node
+from whaleflux_scheduler.core.capacity import Capacity
+from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.holdings import Holdings
+from whaleflux_scheduler.core.model import Claim, Job
+from whaleflux_scheduler.core.needs import Need, NeedIndex
+from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.queue_shares import QueueShares
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class KnownFleet:
+    """See the module."""
+
+    def __init__(self, shares: QueueShares) -> None:
+        self.engine = Engine()
+        self.holdings, self.capacity = Holdings(self.engine, shares), Capacity()
+        self.left_out: set[str] = set()  # nodes whose facts placement cannot take
+        self.gained: dict[str, None] = {}  # in the order in which they did
+        self.version = 0  # grows with whatever could change an answer
+        self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
+        self._free: dict[
+            tuple[str, Level], int
+        ] = {}  # the most free devices of a model in a domain of a level, of the hopes
+
+    @property
+    def size(self) -> int:
+        """Nodes that are known."""
+        return len(self.holdings.devices.nodes)
+
+    # news
+
+    def upsert(self, node: Node) -> None:
+        """A node's facts as they are now."""
+        devices = self.holdings.devices
+        if devices.nodes.get(node.name) == node:
+            return
+        try:
+            affected = self.holdings.report(node)
+            self.capacity.upsert(node)
+        except InvalidArgument as strange:  # inventory checks facts; what it let through must not stop the others
+            log.error("%s is left out: %s", node.name, strange)
+            self.left_out.add(node.name)
+            return
+        self.left_out.discard(node.name)
+        if node.name not in devices.open:
+            self.engine.set_schedulable(node.name, False, "not ready yet")
+        self._changed(affected)
+
+    def remove(self, name: str) -> None:
+        """The node is gone; a GPU that it reported too may be offered by another now."""
+        self.left_out.discard(name)
+        if name in self.holdings.devices.nodes:
+            self.capacity.remove(name)
+            self._changed(self.holdings.remove(name))
+            self.gained.pop(name, None)
+
+    def close(self, name: str, why: str) -> None:
+        """Why the node takes no new work; "": it does."""
+        if name in self.holdings.devices.nodes:
+            self.capacity.close(self.holdings.devices.nodes[name], why)
+            self._changed(self.holdings.close(name, why))
+
+    def know_dataset(self, fact: DatasetFact) -> None:
+        self.engine.upsert_dataset(fact)
+        self._changed(())
+
+    def forget_dataset(self, name: str) -> None:
+        self.engine.remove_dataset(name)
+        self._changed(())
+
+    # what jobs hold
+
+    def learn(self, job: Job) -> None:
+        """The job as it is stored."""
+        self._changed(self.holdings.learn(job))
+
+    def forget(self, job: str) -> None:
+        """The job's record is gone."""
+        self._changed(self.holdings.forget(job))
+
+    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> None:
+        """What was decided for the job."""
+        self._changed(self.holdings.hold(job, held, claim))
+
+    def _changed(self, gained: Iterable[str]) -> None:
+        self.version += 1
+        self._free.clear()
+        for name in gained:
+            self.gained[name] = None
+
+    # what the gain is worth
+
+    def take_gains(self, needs: NeedIndex[T]) -> list[T]:
+        """Whom the nodes that gained since the last time could help."""
+        if not self.gained:
+            return []
+        rows = self.engine.nodes
+        models = {model for name in self.gained if name in rows for model in rows[name].shape.model_names}
+        self._hopes |= self.gained
+        self.gained.clear()
+        self._free.clear()
+        return list(needs.admissible(models, self._most_free))
+
+    def give_up(self) -> None:
+        """Nobody hopes for what was gained any more."""
+        self._hopes.clear()
+
+    @property
+    def any_hope(self) -> bool:
+        """Whether nodes that gained have a free device still."""
+        return self._most_free("", Level.NODE) > 0
+
+    def could_hold(self, need: Need) -> bool:
+        """Whether what was gained, as it is now, could be enough."""
+        return any(self._most_free(model, need.level) >= need.gpus for model in need.models)
+
+    def _most_free(self, model: str, level: Level) -> int:
+        found = self._free.get((model, level))
+        if found is None:
+            found = self._free[model, level] = self.engine.most_free(self._hopes, model, level)
+        return found

@@ -1,0 +1,193 @@
+"""Whose turn it is: keys that grow and fall while jobs come and go, against a search of all lines."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core.model import Job, JobState, Queue
+from whaleflux_scheduler.core.pending import Candidate, Pending
+from whaleflux_scheduler.core.queue_order import Turns
+from whaleflux_scheduler.core.queue_shares import QueueShares
+from whaleflux_scheduler.core.request import shape
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+def job(name, queue="q", priority=0, at=0, gpus=8):
+    spec = Spec(command=("x",), gpus=gpus, priority=priority)
+    return Job(f"queues/{queue}/jobs/{name}", spec, JobState.QUEUED, NOW + timedelta(seconds=at))
+
+
+class Lines:
+    """Waiting jobs with their turns, and what queues hold."""
+
+    def __init__(self, queues=None, held=None):
+        self.shares, self.pending = QueueShares(0.0), Pending()
+        self.turns = Turns(self.shares.turn, self.shares.family)
+        self.shares.set_queues(queues or {})
+        for queue, gpus in (held or {}).items():
+            self.shares.hold(job("held", queue), gpus)
+
+    def join(self, one):
+        line = self.pending.join(Candidate(one), shape(one.spec), own=False).line
+        self.turns.enter(line)
+        self.turns.activate(line.kind)
+        return line
+
+    def leave(self, name):
+        if (line := self.pending.leave(name)) is not None:
+            self.turns.leave(line)
+
+    def start_next(self):
+        line = self.turns.next()
+        if line is None:
+            return None
+        one = self.pending.jobs[line.first()[1]].candidate.job
+        self.leave(one.name)
+        self.shares.hold(one, one.spec.gpus)
+        return one
+
+    def end(self, one):
+        self.shares.hold(one, 0)
+        self.turns.fell(one.queue)
+
+    def first_of_all(self):
+        """By looking at every line."""
+        keyed = [
+            (self.shares.turn(line.queue, kind.gpus, kind.priority), *line.first())
+            for kind in self.turns.active
+            for line in kind.lines.values()
+            if not line.parked and line not in kind.passed
+        ]
+        return min(keyed)[-1] if keyed else None
+
+
+def order(*jobs, queues=None, held=None):
+    lines = Lines(queues, held)
+    for one in jobs:
+        lines.join(one)
+    started = []
+    while (one := lines.start_next()) is not None:
+        started.append(one.id)
+    assert (len(lines.pending), list(lines.turns.active)) == (0, [])
+    return started
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_priority_then_submission(alike):
+    jobs = [job("b", at=2), job("a", at=1), job("c", priority=5, at=3)]
+    if not alike:
+        jobs = [replace(one, spec=replace(one.spec, gpus=8 + at)) for at, one in enumerate(jobs)]
+    assert order(*jobs) == ["c", "a", "b"]
+
+
+def test_the_queue_that_holds_less_for_its_weight_goes_first():
+    jobs = [job("a", "busy", at=0), job("b", "idle", at=1)]
+    assert order(*jobs, held={"busy": 8}) == ["b", "a"]
+    heavy = {"busy": Queue("queues/busy", 10.0), "idle": Queue("queues/idle", 1.0)}
+    assert order(*jobs, queues=heavy, held={"busy": 8, "idle": 4}) == ["a", "b"]
+
+
+def test_what_is_held_counts_as_it_changes():
+    jobs = [job(f"{q}{n}", q, at=n) for n in range(3) for q in "xy"]
+    assert order(*jobs) == ["x0", "y0", "x1", "y1", "x2", "y2"]
+
+
+def test_what_a_queue_is_guaranteed_goes_before_what_others_borrow():
+    queues = {"firm": Queue("queues/firm", guaranteed_gpus=16), "other": Queue("queues/other")}
+    jobs = [job("a", "other", priority=9), *(job(f"f{n}", "firm", at=n) for n in range(3))]
+    assert order(*jobs, queues=queues) == ["f0", "f1", "a", "f2"]
+
+
+def test_shares_are_compared_from_the_top_of_the_tree_down():
+    """Two teams of one organisation have together what the other organisation has."""
+    parents = {"org": "", "lone": "", "t1": "org", "t2": "org"}
+    queues = {id_: Queue(f"queues/{id_}", parent=parent) for id_, parent in parents.items()}
+    jobs = [job(f"{q}-{n}", q, at=n) for n in range(2) for q in ("lone", "t1", "t2")]
+    jobs.append(job("own", "org", at=9))  # takes turns with the teams
+    assert order(*jobs, queues=queues) == ["lone-0", "own", "lone-1", "t1-0", "t2-0", "t1-1", "t2-1"]
+
+
+def test_a_job_that_left_and_came_back_has_one_place():
+    lines, one = Lines(), job("a")
+    lines.join(one)
+    lines.leave(one.name)
+    line = lines.join(one)
+    assert line.first()[1] == one.name
+    lines.leave(one.name)
+    assert (lines.turns.next(), list(lines.pending.classes)) == (None, [])
+
+
+class AgainstASearch(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.lines, self.number, self.ran = Lines(), 0, []
+
+    @rule(queue=st.sampled_from("abcd"), priority=st.integers(0, 1), gpus=st.integers(1, 3), at=st.integers(0, 50))
+    def submit(self, queue, priority, gpus, at):
+        self.number += 1
+        self.lines.join(job(f"j{self.number}", queue, priority, at, gpus))
+
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which):
+        if waiting := list(self.lines.pending.jobs):
+            self.lines.leave(waiting[which % len(waiting)])
+
+    @rule()
+    def start(self):
+        expected = self.lines.first_of_all()
+        one = self.lines.start_next()
+        assert (one.name if one else None) == expected
+        self.ran += [one] if one else []
+
+    @rule(which=st.integers(0, 99))
+    def end(self, which):
+        if self.ran:
+            self.lines.end(self.ran.pop(which % len(self.ran)))
+
+    @rule(which=st.integers(0, 99), away=st.booleans())
+    def pass_over(self, which, away):
+        all_ = [line for kind in self.lines.pending.classes for line in kind.lines.values()]
+        if all_:
+            line = all_[which % len(all_)]
+            (self.lines.turns.park if away else self.lines.turns.unpark)(line)
+
+    @rule(which=st.integers(0, 99), away=st.booleans())
+    def refuse(self, which, away):
+        if all_ := list(self.lines.pending.classes):
+            (self.lines.turns.drop if away else self.lines.turns.activate)(all_[which % len(all_)])
+
+    @rule(which=st.integers(0, 99))
+    def pass_over_until_reopened(self, which):
+        all_ = [line for kind in self.lines.pending.classes for line in kind.lines.values() if not line.parked]
+        if all_:
+            self.lines.turns.pass_over(all_[which % len(all_)])
+
+    @rule(which=st.integers(0, 99))
+    def reopen(self, which):
+        if all_ := list(self.lines.pending.classes):
+            self.lines.turns.reopen(all_[which % len(all_)])
+
+    @rule(weight=st.integers(1, 9), parent=st.sampled_from(["", "top"]), guaranteed=st.integers(0, 4))
+    def change_queues(self, weight, parent, guaranteed):
+        made = {name: Queue(f"queues/{name}", parent=parent) for name in "abcd"}
+        made |= {
+            "top": Queue("queues/top", guaranteed_gpus=guaranteed),
+            "a": Queue("queues/a", float(weight), parent=parent),
+        }
+        self.lines.shares.set_queues(made)
+        self.lines.turns.regroup(self.lines.pending.classes)
+
+    @invariant()
+    def the_next_is_the_first_of_all(self):
+        line = self.lines.turns.next()
+        assert (line.first()[1] if line is not None else None) == self.lines.first_of_all()
+
+
+AgainstASearch.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_against_a_search = AgainstASearch.TestCase
