@@ -30,6 +30,7 @@ DOORS: dict[str, Door] = {
     "isolation_start": Door(commands=("submit",)),
     "control_plane": Door(commands=("submit",)),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
+    "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
     "placement_invariants": Door(commands=("submit",)),
     "packing": Door(waits_for=_TABLE),
