@@ -38,6 +38,7 @@ LEAVES = {
     "google.protobuf.Duration",
     "google.protobuf.Timestamp",
     "whaleflux.v1.Dependency",
+    "whaleflux.v1.GpuOption",
     "whaleflux.v1.PlacementRule",
     "whaleflux.v1.RequestClass",
     "whaleflux.v1.SecretUse",

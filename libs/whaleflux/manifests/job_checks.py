@@ -7,7 +7,7 @@ from datetime import datetime
 
 from whaleflux.errors import FieldViolation
 from whaleflux.fleet.model import Level
-from whaleflux.manifests.job_fields import ATTRIBUTES, Spec
+from whaleflux.manifests.job_fields import ATTRIBUTES, MAX_GPUS, Spec
 from whaleflux.manifests.launchers import find_launcher
 from whaleflux.manifests.secret_values import set_otherwise
 from whaleflux.manifests.values import Violations
@@ -28,6 +28,7 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         _ranks,
         _nodes,
         _placement,
+        _types,
         _parts,
         _data,
         _secrets,
@@ -116,6 +117,24 @@ def _placement(spec: Spec) -> Violations:
         if rule.size > 0 and spec.gpus > 0 and spec.gpus % rule.size:
             text = f"{rule.size} does not divide the {spec.gpus} GPUs; use a divisor, or 0 for all ranks"
             yield FieldViolation(f"placement[{i}].size", text)
+
+
+def _types(spec: Spec) -> Violations:
+    """What GPU types count as."""
+    told = [choice.model for choice in spec.gpu_options]
+    if len(set(told)) < len(told) or not set(told) <= set(spec.any_of):
+        yield FieldViolation("gpu.options", "must name types of any_of, each once")
+        return
+    for i, choice in enumerate(spec.gpu_choices):
+        at = f"gpu.any_of[{i}]"
+        if not i and choice.per_unit > 1:
+            text = f"is what `gpus` counts, so one {choice.model} is one GPU; name it without a number, or put another type first"
+            yield FieldViolation(at, text)
+        elif spec.gpus * choice.per_unit > MAX_GPUS:
+            text = f"{choice.per_unit} for each of {spec.gpus} GPUs is more than {MAX_GPUS}; ask for fewer"
+            yield FieldViolation(at, text)
+    if told and (part := "gpu.mig" if spec.wants_mig else "gpu.share" if spec.share_memory_bytes else ""):
+        yield FieldViolation("gpu.any_of", f"numbers and speeds are of whole GPUs; leave them out, or {part}")
 
 
 def _parts(spec: Spec) -> Violations:

@@ -18,7 +18,7 @@ from typing import Any
 from whaleflux import names
 from whaleflux.manifests.arrays import ARRAY, MATRIX, MAX_MEMBERS, ArrayOf, MatrixOf
 from whaleflux.manifests.field import Field
-from whaleflux.manifests.gpu_values import LeastSize, MigInstance
+from whaleflux.manifests.gpu_values import GpuChoice, GpuOptions, GpuTypes, LeastSize, MigInstance
 from whaleflux.manifests.job_values import (
     Datasets,
     Dependencies,
@@ -63,7 +63,6 @@ RESERVED_ENVIRONMENT = frozenset({
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
 })  # fmt: skip
 RESERVED_PREFIXES = ("TORCHELASTIC_", "PET_", "WHALEFLUX_")
-_GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,62}")
 _GROUP = re.compile(rf"groups/{names.ID_PATTERN.pattern}")
 _SITE = re.compile(rf"(sites/)?{names.ID_PATTERN.pattern}")
 
@@ -128,10 +127,15 @@ class Spec:
         0, "nodes.max", "nodes.max", Whole(1, MAX_NODES), "Most nodes to spread over.", default="no limit", example="8"
     )
     any_of: tuple[str, ...] = _field(
-        (), "gpu.any", "gpu.any_of", Texts(_GPU_NAME, "a catalogue name such as H200 or A100-80GB", 32, "GPU types"),
-        "GPU types that will do; `gpu: H200` is short for this. The whole gang gets one of them.",
-        default="any", example="[H200, H100-80GB]", short=True,
+        (), "gpu.any", "gpu.any_of", GpuTypes(),
+        "GPU types that will do; `gpu: H200` is short for this. The whole gang gets one of them. `gpus` counts the first; with "
+        "`2 x A100-80GB` two of that type count as one, and each has a rank. `speed` says how fast they are together, the GPU that "
+        "`expected` is meant for being 1.0.",
+        default="any", example="[H200, 2 x A100-80GB, {type: H100-80GB, speed: 0.8}]", short=True,
     )  # fmt: skip
+    gpu_options: tuple[GpuChoice, ...] = _field(
+        (), "", "gpu.options", GpuOptions(), "Set by `gpu.any`: what types count as, and how fast they are."
+    )
     min_memory_bytes: int = _field(
         0,
         "gpu.memory",
@@ -293,6 +297,12 @@ class Spec:
     secrets_groups: tuple[str, ...] = _field(
         (), "", "secrets_groups", Texts(_GROUP, "a group, such as groups/nlp", 1_000), "Set by the scheduler: the submitter's groups."
     )  # fmt: skip
+
+    @property
+    def gpu_choices(self) -> tuple[GpuChoice, ...]:
+        """The types that will do, in the order of the file; none: any."""
+        told = {choice.model: choice for choice in self.gpu_options if choice.model in self.any_of}
+        return tuple(told.get(model, GpuChoice(model)) for model in self.any_of)
 
     @property
     def wants_mig(self) -> bool:

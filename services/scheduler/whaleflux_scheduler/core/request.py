@@ -33,8 +33,9 @@ def place_request(
 @lru_cache(maxsize=256)
 def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str, ...] = ()) -> PlaceRequest:
     """What is asked for, whoever asks. Rules over all ranks bound the gang, rules with a size bound its runs of ranks."""
-    whole = [rule for rule in spec.placement if rule.size in (0, spec.gpus)]
-    parts = [rule for rule in spec.placement if rule.size not in (0, spec.gpus)]
+    all_ranks = (0,) if any(choice.per_unit > 1 for choice in spec.gpu_options) else (0, spec.gpus)
+    whole = [rule for rule in spec.placement if rule.size in all_ranks]
+    parts = [rule for rule in spec.placement if rule.size not in all_ranks]
     required = max((rule.level for rule in whole if not rule.preferred), default=0)
     preferred = max((rule.level for rule in whole if rule.preferred), default=0)
     return PlaceRequest(
@@ -79,7 +80,8 @@ def _options(spec: Spec) -> tuple[GpuOption, ...]:
         fitting = (f"{model} {mig.name}" for model, mig in sizes if not spec.any_of or model in spec.any_of)
         return tuple(map(GpuOption, fitting))[:MAX_OPTIONS] or (GpuOption(_NO_SUCH_INSTANCE),)
     suffix = f" {spec.mig_profile}" if spec.mig_profile else ""
-    return tuple(GpuOption(model + suffix) for model in spec.any_of) or (GpuOption(),)
+    choices = (GpuOption(one.model + suffix, one.per_unit, one.throughput) for one in spec.gpu_choices)
+    return tuple(choices) or (GpuOption(),)
 
 
 def _subgroups(parts_of: Sequence[Rule]) -> tuple[Subgroup, ...]:

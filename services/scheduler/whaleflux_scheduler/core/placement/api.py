@@ -17,8 +17,8 @@ from whaleflux.fleet.model import Level, LinkKind, PriceKind
 class GpuOption:
     """One way to satisfy a request: `per_unit` GPUs of `model` ("" is any) for each GPU asked for.
 
-    `throughput` is the job's speed per GPU *asked for* relative to the job's reference GPU: "H200 or 2x A100" is
-    `(GpuOption("H200"), GpuOption("A100-80GB", per_unit=2, throughput=0.9))`.
+    Each GPU given has a rank, and sizes of subgroups count ranks, whatever the option. `throughput` is the job's speed per GPU *asked for*
+    relative to the job's reference GPU: "H200 or 2x A100" is `(GpuOption("H200"), GpuOption("A100-80GB", per_unit=2, throughput=0.9))`.
     """
 
     model: str = ""

@@ -24,7 +24,7 @@ def place_on(columns: Columns, request: PlaceRequest, where: Where, datasets: Da
         return None
     option = _option(columns, request, parts[0])
     devices = tuple((i, at) for i, mask in parts for at in bits(mask))
-    group = replace(asked, gpus=len(devices) // option.per_unit)
+    group = replace(asked, gpus=max(1, len(devices) // option.per_unit))
     found = Group(group, devices=devices) if asked.share else Group(group, parts=tuple(parts))
     sized = replace(request, groups=(group,))
     return assemble(columns, sized, price(columns, sized, option, (found,), datasets), [])

@@ -32,13 +32,14 @@ Datasets = Mapping[str, DatasetFact]
 def explain(columns: Columns, request: PlaceRequest, datasets: Datasets, empty: Callable[[], Columns]) -> NoPlacement:
     """Of a request that does not fit now. `empty` gives the fleet with nothing placed."""
     counted, left = _count(columns, request, datasets)
-    free, total = _gpus(columns, request, left)
-    wanted = min((request.units * o.per_unit for o in request.requirement.any_of), default=0)
+    near = _nearest_option(columns, request, left)
+    free, total = _gpus(columns, near, left)
+    wanted = near.units * near.requirement.any_of[0].per_unit
     ever = feasible(empty(), request, datasets)
     return NoPlacement(
         request.id,
         tuple(counted),
-        _nearest_miss(columns, request, left, wanted),
+        _nearest_miss(columns, near, left, wanted),
         _smallest_change(columns, request, datasets),
         ever,
         wanted,
@@ -157,17 +158,18 @@ def _room(columns: Columns, request: PlaceRequest) -> Iterator[tuple[str, str, B
         yield "no GPU with room for the share", "groups.share", _share_room(columns, shares)
         return
     yield "no free GPU", "", columns.offer > 0
-    least = min((per_node_need(g) for g in request.groups), default=1) * min(o.per_unit for o in need.any_of)
+    each = min(option.per_unit for option in need.any_of)
+    least = min((per_node_need(group, each) for group in request.groups), default=1)
     if least > 1:
         yield f"fewer than {least} free GPUs", "groups.gpus_per_node", columns.offer >= least
 
 
-def per_node_need(group: GroupRequest) -> int:
-    """The fewest GPUs that are of any use on one node."""
+def per_node_need(group: GroupRequest, per_unit: int) -> int:
+    """The fewest GPUs that are of any use on one node, where so many count as one that is asked for."""
     if (group.level or Level.FLEET) >= Level.NODE:
-        return group.gpus
+        return group.gpus * per_unit
     inner = max((s.size for s in group.subgroups if s.required and s.level >= Level.NODE), default=1)
-    return max(inner, group.gpus_per_node)
+    return max(inner, group.gpus_per_node * per_unit)
 
 
 def _share_room(columns: Columns, shares: list[Share]) -> Bools:
@@ -189,12 +191,26 @@ def _shapes(columns: Columns, passes: Callable[[int], bool]) -> Bools:
     return table[columns.shapes] if columns.count else np.zeros(0, dtype=np.bool_)
 
 
+def _nearest_option(columns: Columns, request: PlaceRequest, left: Bools) -> PlaceRequest:
+    """The request for the one type of which least is missing, where types count differently; else as it is."""
+    options = request.requirement.any_of
+    if len({option.per_unit for option in options}) < 2:
+        return request
+    alone = [replace(request, requirement=replace(request.requirement, any_of=(option,))) for option in options]
+
+    def had(one: PlaceRequest) -> tuple[float, float]:
+        free, total = (n / one.requirement.any_of[0].per_unit for n in _gpus(columns, one, left))
+        return (total >= one.units, free)
+
+    return max(alone, key=had)
+
+
 def _gpus(columns: Columns, request: PlaceRequest, left: Bools) -> tuple[int, int]:
     """Free GPUs on nodes that pass every constraint, and all healthy GPUs of the right kind."""
     need = request.requirement
     masks = [max((matching_positions(s, need, o.model) for o in need.any_of), key=int.bit_count) for s in columns.kinds]
     suitable = columns.usable_masks & np.array(masks or [0], dtype=np.uint64)[columns.shapes]
-    return int(columns.offer[left].sum()), int(np.bitwise_count(suitable).sum())
+    return int(columns.offer[left & (suitable > 0)].sum()), int(np.bitwise_count(suitable).sum())
 
 
 def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: int) -> str:
@@ -205,17 +221,21 @@ def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: 
         most_bytes, name = largest_free(columns, request.requirement, columns.open)
         return f"{LARGEST_SHARE}: {shown_bytes(most_bytes)} ({name})" if most_bytes else "no GPU has a share free"
     widest = max([request.level or Level.FLEET, *(g.level or Level.FLEET for g in request.groups)])
+    need, gpus = request.requirement, "GPUs"
+    if len(need.any_of) == 1 and need.any_of[0].per_unit > 1:
+        gpus = need.any_of[0].model
+        left = left & _shapes(columns, lambda s: gpus in columns.kinds[s].models)
     free = np.where(left, columns.offer, 0).astype(np.int64)
     if widest >= Level.NODE:
         best = int(np.argmax(free))
-        return f"{columns.names[best]} has {int(free[best])} of {wanted} GPUs free"
+        return f"{columns.names[best]} has {int(free[best])} of {wanted} {gpus} free"
     level = Level(min(widest, Level.LEAF))
     room = np.add.reduceat(free, columns.lo[level])
     d = int(np.argmax(room))
     name = columns.domain_name(level, d)
     if room[d] >= wanted:
-        return f"{name} has {int(room[d])} GPUs free, but not {wanted} in the shape asked for"
-    return f"{name} has {int(room[d])} of {wanted} GPUs free"
+        return f"{name} has {int(room[d])} {gpus} free, but not {wanted} in the shape asked for"
+    return f"{name} has {int(room[d])} of {wanted} {gpus} free"
 
 
 def _smallest_change(columns: Columns, request: PlaceRequest, datasets: Datasets) -> str:

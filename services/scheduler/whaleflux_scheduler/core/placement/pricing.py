@@ -48,7 +48,7 @@ def price(
             merged[i] = merged.get(i, 0) | 1 << position
             usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
     parts = sorted(merged.items())
-    found = estimate(columns, parts, request.comm, inner_size(request) * option.per_unit)
+    found = estimate(columns, parts, request.comm, inner_size(request))
     fetch_s = max(_fetch_s(columns, i, request, datasets) for i, _ in parts) if request.datasets else 0.0
     run_s = _run_s(columns, request, option, parts, found)
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None

@@ -154,7 +154,7 @@ class Search:
         own = max(group.level or 0, self.request.level or 0)
         widest = Level(min(own, Level.LEAF))
         outer = next((s for s in group.subgroups if s.required and s.level < Level.NODE), None)
-        chunk = (outer.size * self.option.per_unit, outer.level) if outer else None
+        chunk = (outer.size, outer.level) if outer else None
         alone = len(self.request.groups) == 1
         return Bounds(
             widest,
