@@ -20,7 +20,7 @@ from whaleflux_scheduler.core.model import ACTIVE, Task, TaskPhase
 from whaleflux_scheduler.core.observed import Report
 from whaleflux_scheduler.job_tracking import JobTracking, PendingReport, Progress
 from whaleflux_scheduler.jobs import key_of
-from whaleflux_scheduler.leader_state import LeaderState, desired_tasks, find_task
+from whaleflux_scheduler.leader_state import LeaderState, find_task
 from whaleflux_scheduler.node_view import NodeView
 
 UNSTORED_REPORTS = 10_000  # of one agent
@@ -81,7 +81,7 @@ class Agents:
         self._add(message.job, PendingReport(convert.report_of(message, session.node), session, sequence))
 
     def progress(self, session: AgentSession, moved: agent_pb2.TaskProgress) -> None:
-        """A step was completed; kept in memory, written now and then. What an agent says of tasks elsewhere is dropped, and counted."""
+        """A step was completed; kept in memory, and written with the next state. What is said of tasks elsewhere is dropped, and counted."""
         stored = self._jobs.get(key_of(moved.job))
         attempt = stored.value.attempt if stored else None
         if stored is None or attempt is None or attempt.epoch != moved.epoch or stored.value.state not in ACTIVE:
@@ -94,9 +94,8 @@ class Agents:
         now = self._clock.now()
         completed = min(now, moved.time.ToDatetime(UTC) + session.clock_behind) if moved.HasField("time") else now
         newest = Progress(moved.epoch, moved.step, convert.loss_of(moved), completed)
-        due = tracking.advance_step(newest, now)
-        if due is not None:
-            self._state.schedule_no_later(moved.job, due)
+        if tracking.advance_step(newest):
+            self._state.touch(moved.job)
         spans.show_progress(moved.job, newest.step, newest.loss)
 
     def desired(self, node: str) -> tuple[dict[str, agent_pb2.DesiredTask], int]:
@@ -104,13 +103,17 @@ class Agents:
         wanted: dict[str, agent_pb2.DesiredTask] = {}
         for name in self._state.jobs_on(node):
             if (stored := self._jobs.get(key_of(name))) is not None:
-                wanted |= {task.id: self._desired_task(stored, task) for task in desired_tasks(stored, node)}
+                wanted |= {
+                    task.id: self._desired_task(stored, task)
+                    for task in self._state.tasks.desired_on(stored.value, node)
+                }
         self._report_unsent(node, wanted.keys())
         return wanted, self._jobs.revision
 
     def _desired_task(self, stored: StoredJob, task: Task) -> agent_pb2.DesiredTask:
         attempt = stored.value.attempt
-        elsewhere = self._sessions.elsewhere(task.node, attempt.nodes) if attempt else ""
+        nodes = (other.node for other in attempt.tasks) if attempt else ()
+        elsewhere = self._sessions.elsewhere(task.node, nodes)
         return convert.desired_task(stored, task, elsewhere)
 
     def unreadable(self) -> frozenset[str]:
@@ -125,8 +128,8 @@ class Agents:
         holding: set[str] = set()
         for name in self._state.jobs_on(node):
             stored = self._jobs.get(key_of(name))
-            for _, task in stored.value.holding() if stored else ():
-                if task.node != node or task.id in wanted:
+            for _, task in self._state.tasks.holding_on(stored.value, node) if stored else ():
+                if task.id in wanted:
                     continue
                 holding.add(task.id)
                 if not session.knows(task.id) and task.phase is TaskPhase.UNSPECIFIED:
@@ -155,8 +158,8 @@ class Agents:
                 continue
             job = stored.value
             current = job.attempt if job.state in ACTIVE else None
-            for attempt, task in job.holding():
+            for attempt, task in self._state.tasks.holding_on(job, session.node):
                 begun = attempt is not current or task.phase.reached(TaskPhase.SETTING_UP)
-                if task.node == session.node and task.id not in known and begun:
+                if task.id not in known and begun:
                     gone = Report(task.id, TaskPhase.GONE, message="its agent came back without it")
                     self._add(name, PendingReport(gone, session, 0))

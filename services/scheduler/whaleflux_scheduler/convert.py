@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -78,15 +79,25 @@ _STATES = frozenset(int(state) for state in JobState if state)
 
 def job_of(message: pb.Job) -> Job:
     """The job as stored; its decision stays in the message. With a state or a phase of a newer version it is not `readable`."""
+    return _job_of(message, JobState(message.state) if _is_known(message) else JobState.UNSPECIFIED, {})
+
+
+def _job_as(message: pb.Job, written: Job) -> Job:
+    """The same of a message that `written` was stored as: the tasks of its attempts, of which there may be thousands, are its own."""
+    tasks = {attempt.epoch: attempt.tasks for attempt in written.attempts()}
+    return _job_of(message, written.state, tasks)
+
+
+def _job_of(message: pb.Job, state: JobState, tasks: Mapping[int, tuple[Task, ...]]) -> Job:
     created = instant(message, "create_time")
     return Job(
         name=message.name,
         spec=_spec(message),
-        state=JobState(message.state) if _is_known(message) else JobState.UNSPECIFIED,
+        state=state,
         create_time=created or datetime.fromtimestamp(0, UTC),
         state_message=message.state_message,
         epoch=message.epoch,
-        attempt=attempt_of(message.attempt) if message.HasField("attempt") else None,
+        attempt=_attempt_of(message.attempt, tasks) if message.HasField("attempt") else None,
         restarts=message.restarts,
         recoveries=message.recoveries,
         start_time=instant(message, "start_time"),
@@ -96,7 +107,7 @@ def job_of(message: pb.Job) -> Job:
         step=message.step,
         loss=loss_of(message),
         cost_usd=message.cost_usd,
-        past_attempts=tuple(map(attempt_of, message.past_attempts)),
+        past_attempts=tuple(_attempt_of(past, tasks) for past in message.past_attempts),
         cancel_requested=message.cancel_requested,
         not_before=instant(message, "not_before_time"),
         uid=message.uid,
@@ -140,10 +151,11 @@ def _is_known(message: pb.Job) -> bool:
     return message.state in _STATES and all(task.phase in _PHASES for one in attempts for task in one.tasks)
 
 
-def attempt_of(message: pb.Attempt) -> Attempt:
+def _attempt_of(message: pb.Attempt, tasks: Mapping[int, tuple[Task, ...]]) -> Attempt:
+    known = tasks.get(message.epoch)
     return Attempt(
         epoch=message.epoch,
-        tasks=tuple(map(task_of, message.tasks)),
+        tasks=tuple(map(task_of, message.tasks)) if known is None else known,
         allocate_time=instant(message, "allocate_time") or datetime.fromtimestamp(0, UTC),
         rendezvous=message.rendezvous,
         run_time=instant(message, "run_time"),
@@ -184,8 +196,8 @@ def task_of(message: pb.Task) -> Task:
     )
 
 
-def _merge_job(job: Job, message: pb.Job) -> None:
-    """Sets what this version knows; the spec never changes, and a decision only when there is a new one.
+def _merge_job(job: Job, message: pb.Job, known: Job | None = None) -> None:
+    """Sets what this version knows; the spec never changes, and a decision only when there is a new one. `message` says `known`.
 
     Raises FailedPrecondition for a job that is not readable: nothing is written over what a newer version knows.
     """
@@ -215,7 +227,7 @@ def _merge_job(job: Job, message: pb.Job) -> None:
         message.decision.CopyFrom(decision_message(job.decision))
     _merge_claim(job.claim, message)
     _merge_waiting(job, message)
-    _merge_attempts(job, message)
+    _merge_attempts(job, message, known)
 
 
 def _merge_claim(claim: Claim | None, message: pb.Job) -> None:
@@ -249,13 +261,14 @@ def _merge_waiting(job: Job, message: pb.Job) -> None:
         message.priority = job.priority
 
 
-def _merge_attempts(job: Job, message: pb.Job) -> None:
+def _merge_attempts(job: Job, message: pb.Job, known: Job | None) -> None:
     """The usual write changes the current attempt only; a new attempt pushes the last one to the past."""
     past = [attempt.epoch for attempt in message.past_attempts]
     if past == [a.epoch for a in job.past_attempts] and job.attempt and message.attempt.epoch == job.attempt.epoch:
+        before = {attempt.epoch: attempt for attempt in known.attempts()} if known is not None else {}
         for kept, attempt in zip(message.past_attempts, job.past_attempts, strict=True):
-            _merge_attempt(attempt, kept)
-        _merge_attempt(job.attempt, message.attempt)
+            _merge_attempt(attempt, kept, before.get(attempt.epoch))
+        _merge_attempt(job.attempt, message.attempt, before.get(job.attempt.epoch))
         return
     if message.HasField("attempt"):
         message.past_attempts.append(message.attempt)
@@ -271,7 +284,9 @@ def _merge_attempts(job: Job, message: pb.Job) -> None:
         message.attempt.CopyFrom(message.past_attempts.pop())
 
 
-def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
+def _merge_attempt(attempt: Attempt, message: pb.Attempt, known: Attempt | None = None) -> None:
+    if attempt is known:
+        return
     message.epoch = attempt.epoch
     message.rendezvous = attempt.rendezvous
     message.end_reason, message.incident = attempt.end_reason, attempt.incident
@@ -290,6 +305,11 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt) -> None:
         ("end_time", attempt.end_time),
     ):
         _set_instant(message, field, at)
+    if known is not None and len(known.tasks) == len(attempt.tasks):
+        for position, (task, before) in enumerate(zip(attempt.tasks, known.tasks, strict=True)):
+            if task is not before:
+                _merge_task(task, message.tasks[position])
+        return
     if [task.id for task in message.tasks] == [task.id for task in attempt.tasks]:
         for kept, task in zip(message.tasks, attempt.tasks, strict=True):
             _merge_task(task, kept)
@@ -323,7 +343,9 @@ def _set_instant(message: Any, field: str, at: datetime | None) -> None:
 
 
 PACKED_FROM_BYTES = 256 * 1024  # gangs of some thousand GPUs, each named by 40 bytes
-JOBS: Codec[Job, pb.Job] = Codec(pb.Job, job_of, _merge_job, packed_from_bytes=PACKED_FROM_BYTES)
+JOBS: Codec[Job, pb.Job] = Codec(
+    pb.Job, job_of, _merge_job, packed_from_bytes=PACKED_FROM_BYTES, merge_over=_merge_job, read_as=_job_as
+)
 
 
 def unreadable_job(entry: Entry, last: StoredJob | None) -> StoredJob:
@@ -429,12 +451,13 @@ def desired_task(stored: StoredJob, task: Task, elsewhere: str = "") -> agent_pb
     """One task as its agent should make it. `elsewhere` is a node of the attempt with another network stack."""
     job, attempt = stored.value, stored.value.attempt
     assert attempt is not None
+    last = attempt.tasks[-1]  # of a current attempt no task is left out
     message = agent_pb2.DesiredTask(
         task=task_message(task),
         job=job.name,
         epoch=attempt.epoch,
         spec=stored.message.spec,
-        world_size=attempt.ranks,
+        world_size=last.first_rank + last.ranks,
         group_world_size=len(attempt.tasks),
         rendezvous=attempt.rendezvous,
         start=attempt.started,

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from whaleflux_scheduler.agent_sessions import AgentSession
 from whaleflux_scheduler.convert import StoredJob
-from whaleflux_scheduler.core.model import Attempt, Job, SchedulingDecision
+from whaleflux_scheduler.core.model import Attempt, Job, JobState, SchedulingDecision
 from whaleflux_scheduler.core.observed import AttemptFailure, Report
 from whaleflux_scheduler.diagnosis import DiagnosisResult
-
-STEP_EVERY_S = 10.0  # how often a job's step is written when nothing else is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +52,7 @@ class JobTracking:
     def __init__(self) -> None:
         self._reports: dict[PendingReport, None] = {}  # in the order in which they came
         self._progress: Progress | None = None
-        self._store_step_at: datetime | None = None  # if nothing else is written before
+        self._step_is_due = False
         self._loss_was_finite = True  # so far in this attempt
         self._failure: AttemptFailure | None = None
         self._asked_epoch = 0
@@ -65,6 +63,7 @@ class JobTracking:
         self._waits: SchedulingDecision | None = None
         self._not_storable = 0  # revision of the record
         self._nodes: tuple[int, frozenset[str]] = 0, frozenset()  # an epoch, and where its attempt is placed
+        self._seen: tuple[int, JobState, datetime] | None = None  # an epoch and a state, and since when
 
     # reports
 
@@ -94,26 +93,23 @@ class JobTracking:
 
     # steps
 
-    def advance_step(self, newest: Progress, now: datetime) -> datetime | None:
-        """Takes a step; returns when it is to be written, where that differs from before.
+    def advance_step(self, newest: Progress) -> bool:
+        """Takes a step; True when it is to be written though nothing else is: with the first loss of its attempt that is NaN or infinite.
 
-        A loss that is NaN or infinite is written at once, the first time in its attempt.
+        All others are written with the job's next state: a job that runs well costs the store nothing.
         """
         known = self._progress
         if known is None or known.epoch != newest.epoch:
-            known, self._loss_was_finite = None, True
+            self._loss_was_finite = True
         elif newest.step < known.step:
-            return None
+            return False
         elif newest.step == known.step:  # told again, perhaps with a loss
             newest = replace(newest, time=known.time)
         self._progress = newest
-        if self._loss_was_finite and newest.loss is not None and not math.isfinite(newest.loss):
-            self._loss_was_finite, self._store_step_at = False, now
-        elif known is None:
-            self.step_written(now)
-        else:
-            return None
-        return self._store_step_at
+        if not self._loss_was_finite or newest.loss is None or math.isfinite(newest.loss):
+            return False
+        self._loss_was_finite, self._step_is_due = False, True
+        return True
 
     def progress_in(self, attempt: Attempt | None) -> Progress | None:
         """The newest step of this attempt."""
@@ -127,24 +123,25 @@ class JobTracking:
             return job
         return replace(job, step=progress.step, loss=progress.loss)
 
-    def step_is_due(self, now: datetime) -> bool:
+    @property
+    def step_is_due(self) -> bool:
         """Whether the step is to be written though nothing else is."""
-        return self._store_step_at is not None and now >= self._store_step_at
+        return self._step_is_due
 
-    def step_due_after(self, now: datetime) -> datetime | None:
-        """When that will be so next."""
-        at = self._store_step_at
-        return at if at is None or at > now else now + timedelta(seconds=STEP_EVERY_S)
-
-    def step_written(self, now: datetime) -> None:
-        if self._progress is not None:
-            self._store_step_at = now + timedelta(seconds=STEP_EVERY_S)
+    def step_written(self) -> None:
+        self._step_is_due = False
 
     def nodes_of(self, attempt: Attempt) -> frozenset[str]:
         """Where the attempt is placed; gathered once, since each step of each of its nodes asks."""
         if self._nodes[0] != attempt.epoch:
             self._nodes = attempt.epoch, frozenset(attempt.nodes)
         return self._nodes[1]
+
+    def seen_since(self, job: Job, now: datetime) -> datetime:
+        """Since when this leader knows the job in its state and epoch, by its own clock: no other leader's clock sets its deadlines."""
+        if self._seen is None or self._seen[:2] != (job.epoch, job.state):
+            self._seen = job.epoch, job.state, now
+        return self._seen[2]
 
     # the end of an attempt
 

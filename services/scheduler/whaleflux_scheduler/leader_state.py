@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter
-from collections.abc import Iterator
 from datetime import datetime
 
-from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import dependencies
-from whaleflux_scheduler.core.model import ACTIVE, Job, JobState, Task, When
+from whaleflux_scheduler.core.model import Job, JobState, Task, When
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.job_tracking import JobTracking
+from whaleflux_scheduler.task_index import TaskIndex
 
 
 class LeaderState:
@@ -31,6 +30,7 @@ class LeaderState:
         self._state_of: dict[str, JobState] = {}
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
+        self.tasks = TaskIndex()
         self._claimants, self._dependents = JobPointers(), JobPointers()
         self._waits: dict[str, tuple[int, frozenset[When]]] = {}  # for how many jobs, and what they must do
         self._new_ends: dict[str, int] = {}  # of these, since the record of who waits was written
@@ -100,6 +100,7 @@ class LeaderState:
         victims = claim.victims if claim else ()
         self._claimants.set(name, victims)
         self._record_awaits(name, new)
+        self.tasks.keep(name, new)
         self.touch(*victims, *self._claimants.to(name))  # who goes on where this one was looks whether it is free
         self._tell_dependents(name, new)
         return self._record_nodes(name, nodes | frozenset(claim.gpus if claim else ()))
@@ -140,13 +141,16 @@ class LeaderState:
         return self._unseen_ends.get(dependent, {}).get(uid, JobState.UNSPECIFIED)
 
     def _record_nodes(self, name: str, nodes: frozenset[str]) -> frozenset[str]:
-        left = self._nodes_of.pop(name, frozenset())
+        if (left := self._nodes_of.get(name, frozenset())) == nodes:
+            return nodes
         for node in left - nodes:
             self._on_node[node].discard(name)
-        for node in nodes:
+        for node in nodes - left:
             self._on_node.setdefault(node, set()).add(name)
         if nodes:
             self._nodes_of[name] = nodes
+        else:
+            self._nodes_of.pop(name, None)
         return nodes | left
 
     def jobs_on(self, node: str) -> frozenset[str]:
@@ -187,12 +191,6 @@ class LeaderState:
                 self._rescheduled.set()
         self._due_at[name] = at
 
-    def schedule_no_later(self, name: str, at: datetime) -> None:
-        """The job is to be looked at again by then."""
-        known = self._due_at.get(name)
-        if known is None or known > at:
-            self.schedule(name, at)
-
     def next_due(self) -> datetime | None:
         """When the first job has to be looked at again."""
         while self._dues:
@@ -215,13 +213,6 @@ class LeaderState:
         """An event that is set when a job becomes due before all others did."""
         self._rescheduled.clear()
         return self._rescheduled
-
-
-def desired_tasks(stored: StoredJob, node: str) -> Iterator[Task]:
-    """The tasks of a job that should be on the node; those of one that cannot be read go on."""
-    job = stored.value
-    if job.attempt is not None and (job.state in ACTIVE or (not job.readable and job.attempt.end_time is None)):
-        yield from (task for task in job.attempt.tasks if task.node == node and not task.over)
 
 
 def find_task(job: Job, task_id: str) -> Task | None:

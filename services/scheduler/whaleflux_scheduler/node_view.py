@@ -51,6 +51,7 @@ class NodeView:
         self._health: dict[str, health_pb2.NodeHealth] = {}
         self._occupied: dict[str, set[str]] = {}  # node -> jobs on it of unreadable records: their GPUs are not known
         self._changed = NodeChanges()
+        self._conditions: dict[str, NodeCondition | None] = {}  # as worked out since the node's last change
 
     @property
     def complete(self) -> bool:
@@ -178,6 +179,7 @@ class NodeView:
     def touch(self, name: str) -> None:
         """Something about the node changed, such as its agent's session."""
         self._changed.touched.add(name)
+        self._conditions.pop(name, None)
         self.on_change()
 
     def take_changes(self) -> NodeChanges:
@@ -203,6 +205,11 @@ class NodeView:
 
     def condition(self, name: str) -> NodeCondition | None:
         """What the node's condition means for tasks on it; None: nobody has told, so nothing changes for them."""
+        if name not in self._conditions:
+            self._conditions[name] = self._condition(name)
+        return self._conditions[name]
+
+    def _condition(self, name: str) -> NodeCondition | None:
         node, health = self._nodes.get(name), self._health.get(name)
         retired = node is not None and node.intent == inventory_pb2.NODE_INTENT_RETIRED
         draining = node is not None and node.intent == inventory_pb2.NODE_INTENT_DRAINING
@@ -213,12 +220,13 @@ class NodeView:
             return NodeCondition(retired=retired, draining=why)
         unreachable = health.phase == health_pb2.NODE_PHASE_UNREACHABLE
         partitioned = health.phase == health_pb2.NODE_PHASE_SUSPECT and health.reason == NodeReason.SITE_PARTITIONED
-        return NodeCondition(
+        condition = NodeCondition(
             unreachable=(health.message or health.reason or "unreachable") if unreachable else "",
             retired=retired or health.phase == health_pb2.NODE_PHASE_RETIRED,
             draining=why,
             partitioned_since=instant(health, "transition_time") if partitioned else None,
         )
+        return IN_ORDER if condition == IN_ORDER else condition
 
 
 def isolation_words(found: inventory_pb2.NodeIsolation) -> str:

@@ -40,6 +40,7 @@ from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeChanges, NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.task_index import nodes_to_tell
 from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
 
 COALESCE_S = 0.0005  # news that come together are one round
@@ -137,7 +138,8 @@ class Reconciler:
                     self._readability_changed(known.name)
                 if old is not None and (new is None or new.uid != old.uid):
                     self._state.deleted(old)
-                for node in self._state.record(known.name, new):
+                nodes = self._state.record(known.name, new)
+                for node in nodes_to_tell(old, new, nodes):
                     self._sessions.wake(node)
                 idle = new is not None and new.ended and not any(new.holding())
                 if old is not None or not idle:
@@ -264,7 +266,7 @@ class Reconciler:
             return None
         observed, reports = self._observed(job, tracking, now), tracking.reports
         after = lifecycle.advance(job, observed, now, self._timeouts)
-        if after is not job or tracking.step_is_due(now):
+        if after is not job or tracking.step_is_due:
             after = tracking.with_step(after)
         self._state.schedule(job.name, self._due(job, tracking, observed, now))
         if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
@@ -288,13 +290,17 @@ class Reconciler:
         return None
 
     def _observed(self, job: Job, tracking: JobTracking, now: datetime) -> Observations:
-        names = (*(task.node for _, task in job.holding()), *(job.claim.gpus if job.claim else ()))
+        names = (
+            *(task.node for _, task in job.holding()),
+            *(node for node, _ in (job.claim.nodes if job.claim else ())),
+        )
         nodes = {name: condition for name in names if (condition := self._nodes.condition(name)) is not None}
         diagnosis = tracking.diagnosed.diagnosis if tracking.diagnosed is not None else None
         reports = tuple(pending.report for pending in tracking.reports)
         ends, gone = self._ends(job)
         claimed_by, free = self._claimed_by(job, now), self._claim_is_free(job)
-        observed = Observations(reports, nodes, diagnosis, claimed_by, free, ends=ends, gone=gone)
+        since = tracking.seen_since(job, now)
+        observed = Observations(reports, nodes, diagnosis, claimed_by, free, ends=ends, gone=gone, since=since)
         progress = tracking.progress_in(job.attempt)
         return observed if progress is None else replace(observed, step=progress.step, loss=progress.loss)
 
@@ -315,9 +321,11 @@ class Reconciler:
 
     def _claimed_by(self, job: Job, now: datetime) -> str:
         """A job that waits for GPUs of this one, "" for none. Read from the records each time: so it is repeated until done."""
+        if not (claimants := self._state.claimants_of(job.name)):
+            return ""
         attempt = job.attempt
         held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
-        for name in sorted(self._state.claimants_of(job.name)):
+        for name in sorted(claimants):
             stored = self._sources.jobs.get(key_of(name))
             claim = stored.value.claim if stored is not None else None
             if claim is None or now >= claim.expire_time:
@@ -340,8 +348,6 @@ class Reconciler:
     def _due(self, job: Job, tracking: JobTracking, observed: Observations, now: datetime) -> datetime | None:
         dues = list(tracking.avoided_until(now))
         if (at := lifecycle.due(job, observed, now, self._timeouts)) is not None:
-            dues.append(at)
-        if job.state in ACTIVE and (at := tracking.step_due_after(now)) is not None:
             dues.append(at)
         return min(dues, default=None)
 
@@ -399,7 +405,7 @@ class Reconciler:
         tracking = self._state.tracking(after.name)
         self.agents.settle(tracking, transition.reports)
         now = self._clock.now()
-        tracking.step_written(now)
+        tracking.step_written()
         if after.state is JobState.STARTING and before.state is not JobState.STARTING:
             spans.placed(before, after, tracking.diagnosed, transition.move, now)
             tracking.placed()

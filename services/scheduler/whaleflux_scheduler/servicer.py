@@ -13,7 +13,6 @@ from whaleflux.clock import Clock
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
-from whaleflux.rpc.paging import page_size, page_token, parse_token
 from whaleflux.rpc.watching import fill, watch_resources
 from whaleflux.store import keys
 from whaleflux.store.api import ConditionFailed, Store
@@ -21,12 +20,11 @@ from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
-from whaleflux_scheduler import convert, job_privacy, logs
+from whaleflux_scheduler import allocations, convert, job_privacy, logs
 from whaleflux_scheduler.attach import AttachBroker, opening
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
-from whaleflux_scheduler.core import cost
-from whaleflux_scheduler.core.model import JobState, Task
+from whaleflux_scheduler.core.model import JobState
 from whaleflux_scheduler.job_history import JobHistory
 from whaleflux_scheduler.job_verbs import RACES, JobVerbs, contended
 from whaleflux_scheduler.job_view import present_stored
@@ -231,44 +229,12 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def ListAllocations(
         self, request: pb.ListAllocationsRequest, context: _Context | None
     ) -> pb.ListAllocationsResponse:
-        size = page_size(request.page_size, default=500, most=5000)
-        after, _ = parse_token(request.page_token, "tasks:")
-        await self._jobs.current()
-        found, sight = [], self._listing()
-        for stored in self._jobs.cache.values.values():
-            if self._access.hides(stored, sight):
-                continue
-            for attempt, task in stored.value.holding():
-                key = f"tasks:{task.id}"
-                if key > after:
-                    found.append((key, stored, attempt, task))
-        found.sort(key=lambda row: row[0])
-        revision = self._jobs.cache.revision
-        return pb.ListAllocationsResponse(
-            allocations=[
-                pb.Allocation(
-                    job=stored.value.name,
-                    epoch=attempt.epoch,
-                    task=self._task(task, stored, sight),
-                    allocate_time=convert.timestamp(attempt.allocate_time),
-                    usd_per_gpu_hour=cost.usd_per_gpu_hour(attempt),
-                )
-                for _, stored, attempt, task in found[:size]
-            ],
-            next_page_token=page_token(found[size - 1][0], revision) if len(found) > size else "",
-            resource_version=revision,
-            unreadable=() if after else filter(sight.sees_named, self._jobs.of_unknown_holdings()),
-        )
+        return await allocations.page(self._jobs, request, self._listing())
 
     def _listing(self) -> Sight:
         """The caller's, for what leaves out what it does not see, which may be all there is."""
         ownership.note_asked()
         return self._access.sight()
-
-    def _task(self, task: Task, stored: StoredJob, sight: Sight) -> pb.Task:
-        message = convert.task_message(task)
-        reads = sight.reads(stored.value.queue, stored.message.submitter)
-        return message if reads else job_privacy.shown_task(message)
 
     def _present(self, stored: StoredJob, sight: Sight) -> pb.Job:
         leading = self._leader.current

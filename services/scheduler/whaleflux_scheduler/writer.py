@@ -101,7 +101,8 @@ class Writer:
     async def _commit(self, transition: Transition) -> int:
         """The revision, or 0 when nothing was written."""
         entry, after = transition.stored.entry, transition.after
-        writes: list[Write] = [convert.JOBS.put(entry.key, after, transition.stored)]
+        value = await convert.JOBS.encode_aside(after, transition.stored)
+        writes: list[Write] = [Put(entry.key, value)]
         if after.epoch != transition.stored.value.epoch:
             writes.append(Put(keys.of_name(keys.JOB_FENCES, after.name), b"%d" % after.epoch))
         if (placed := placement_of(transition.stored.value, after)) is not None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from whaleflux import names
 from whaleflux.manifests.shell_text import meaning_of, signal_name
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, Task, TaskPhase
-from whaleflux_scheduler.core.observed import IN_ORDER, AttemptFailure, EndReason, Observations, Timeouts
+from whaleflux_scheduler.core.observed import IN_ORDER, AttemptFailure, EndReason, NodeCondition, Observations, Timeouts
 
 
 def find(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> AttemptFailure | None:
     """The first reason for which the attempt of a STARTING or RUNNING job is over, strongest evidence first."""
     attempt = job.attempt
     assert attempt is not None
+    over = [task for task in attempt.tasks if task.over]  # few, mostly, of the many that a gang may have
     return (
-        _refused(attempt)
-        or _exited(job, attempt)
+        _refused(over)
+        or _exited(job, over)
         or _lost(attempt, observed)
         or _partitioned(job, attempt, observed, now, timeouts)
-        or _late(job, attempt, now, timeouts)
+        or _late(job, attempt, observed.since or attempt.allocate_time, now, timeouts)
         or _drained(attempt, observed)
     )
 
@@ -30,8 +32,8 @@ def partition_wait_s(job: Job, timeouts: Timeouts) -> float:
     return timeouts.partition_wait_s if given is None else given
 
 
-def _refused(attempt: Attempt) -> AttemptFailure | None:
-    refused = [task for task in attempt.tasks if task.phase is TaskPhase.REFUSED]
+def _refused(over: Sequence[Task]) -> AttemptFailure | None:
+    refused = [task for task in over if task.phase is TaskPhase.REFUSED]
     if not refused:
         return None
     task = refused[0]
@@ -42,11 +44,11 @@ def _refused(attempt: Attempt) -> AttemptFailure | None:
     )
 
 
-def _exited(job: Job, attempt: Attempt) -> AttemptFailure | None:
-    for task in attempt.tasks:
+def _exited(job: Job, over: Sequence[Task]) -> AttemptFailure | None:
+    for task in over:
         if task.failed or (task.phase is TaskPhase.EXITED and job.spec.is_service):
             return AttemptFailure(EndReason.EXIT, _how_it_ended(task), task.id, task.node, task.exit_code)
-    for task in attempt.tasks:
+    for task in over:
         if task.phase in (TaskPhase.KILLED, TaskPhase.GONE):
             said = f": {task.message[:300]}" if task.message else ""
             return AttemptFailure(
@@ -83,7 +85,7 @@ def _lost(attempt: Attempt, observed: Observations) -> AttemptFailure | None:
 def _partitioned(
     job: Job, attempt: Attempt, observed: Observations, now: datetime, timeouts: Timeouts
 ) -> AttemptFailure | None:
-    if job.spec.never_reroute:
+    if job.spec.never_reroute or not any(node.partitioned_since for node in _strange(observed)):
         return None
     wait_s = partition_wait_s(job, timeouts)
     for task in attempt.tasks:
@@ -96,13 +98,17 @@ def _partitioned(
     return None
 
 
-def _late(job: Job, attempt: Attempt, now: datetime, timeouts: Timeouts) -> AttemptFailure | None:
+def _late(job: Job, attempt: Attempt, since: datetime, now: datetime, timeouts: Timeouts) -> AttemptFailure | None:
+    """`since`: by the clock that `now` is read from. An earlier leader's may have been another, and its start deadline began anew."""
     if job.state is not JobState.STARTING:
         return None
-    waited_s = (now - attempt.allocate_time).total_seconds()
-    silent = [task for task in attempt.tasks if not task.phase.reached(TaskPhase.ACCEPTED)]
-    if waited_s >= timeouts.accept_s and not attempt.started and silent:
-        return _late_by(silent, f"did not accept within {timeouts.accept_s:g} s")
+    waited_s = (now - since).total_seconds()
+    if waited_s >= timeouts.accept_s and not attempt.started:
+        silent = [task for task in attempt.tasks if not task.phase.reached(TaskPhase.ACCEPTED)]
+        if silent:
+            return _late_by(silent, f"did not accept within {timeouts.accept_s:g} s")
+    if waited_s < min(timeouts.fetch_s, timeouts.start_s):
+        return None
     slow = [task for task in attempt.tasks if not task.phase.reached(TaskPhase.RUNNING)]
     preparing = any(task.phase in (TaskPhase.PULLING, TaskPhase.FETCHING, TaskPhase.SETTING_UP) for task in slow)
     limit_s = timeouts.fetch_s if preparing else timeouts.start_s
@@ -118,6 +124,8 @@ def _late_by(tasks: list[Task], what: str) -> AttemptFailure:
 
 
 def _drained(attempt: Attempt, observed: Observations) -> AttemptFailure | None:
+    if not any(node.draining for node in _strange(observed)):
+        return None
     for task in attempt.tasks:
         why = observed.nodes.get(task.node, IN_ORDER).draining
         if why and not task.over:
@@ -125,6 +133,11 @@ def _drained(attempt: Attempt, observed: Observations) -> AttemptFailure | None:
                 EndReason.DRAIN, f"{task.node} is being drained ({why})", task.id, task.node, 0, (task.node,)
             )
     return None
+
+
+def _strange(observed: Observations) -> Iterator[NodeCondition]:
+    """Conditions of nodes that are not in order."""
+    return (node for node in observed.nodes.values() if node is not IN_ORDER)
 
 
 def _where(task: Task) -> str:

@@ -77,6 +77,7 @@ class Holdings:
         self._claimant: dict[str, str] = {}  # by UUID
         self._on_node: dict[str, set[str]] = {}  # jobs that hold or claim something there
         self._disputed: set[str] = set()  # what the engine could not take
+        self._as_recorded: set[str] = set()  # jobs that hold and claim what their record in `_jobs` says
         self._left_out: dict[str, list[str]] = {}  # by node: why GPUs are not offered
 
     @property
@@ -135,7 +136,14 @@ class Holdings:
 
     def learn(self, job: Job) -> Collection[str]:
         """The job as it is stored; returns the nodes where GPUs came free."""
-        return self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED or goes_on(job) else None)
+        known = self._jobs.get(job.name)
+        if known is not None and job.name in self._as_recorded and _holds_the_same(known, job):
+            self._jobs[job.name] = job
+            return ()
+        freed = self.hold(job, held_by(job), job.claim if job.state is JobState.QUEUED or goes_on(job) else None)
+        if job.name in self._jobs:
+            self._as_recorded.add(job.name)
+        return freed
 
     def forget(self, name: str) -> Collection[str]:
         """The job's record is gone; returns the nodes where GPUs came free."""
@@ -145,6 +153,7 @@ class Holdings:
     def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> Collection[str]:
         """What the job holds and claims from now on; returns the nodes where GPUs came free."""
         name = job.name
+        self._as_recorded.discard(name)
         before, before_claimed = self._held.get(name, NOTHING), self._claimed.get(name, NOTHING)
         claimed = claim.gpus if claim else NOTHING
         self._count_stoppable(name, -1)
@@ -353,6 +362,17 @@ class Holdings:
                 log.warning("%s does not offer some GPUs: %s", name, "; ".join(left_out) or "it does again")
                 self._left_out[name] = left_out
             self._engine.upsert_node(offered)
+
+
+def _holds_the_same(known: Job, job: Job) -> bool:
+    """Whether nothing of what a job holds and claims differs: the usual news of a gang that runs. Which GPUs a task has never changes."""
+    if (known.state, known.claim, known.spec.priority) != (job.state, job.claim, job.spec.priority):
+        return False
+    before, after = tuple(known.attempts()), tuple(job.attempts())
+    if [(one.epoch, len(one.tasks)) for one in before] != [(one.epoch, len(one.tasks)) for one in after]:
+        return False
+    pairs = zip((t for one in before for t in one.tasks), (t for one in after for t in one.tasks), strict=True)
+    return all(a is b or a.holds == b.holds for a, b in pairs)
 
 
 def _keep(known: dict[str, T], name: str, value: T | None) -> None:

@@ -36,7 +36,6 @@ from whaleflux_scheduler.core.observed import (
     IN_ORDER,
     AttemptFailure,
     EndReason,
-    NodeCondition,
     Observations,
     Timeouts,
 )
@@ -64,7 +63,7 @@ def advance(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
     if job.state is JobState.RECOVERING and observed.diagnosis and observed.diagnosis.epoch == job.epoch:
         return _kept_back(after_failure.advance(job, observed.diagnosis, now, timeouts))
     if job.state is JobState.SUSPENDING:
-        return _suspending(job, now)
+        return _suspending(job, observed.since, now)
     if job.state is JobState.QUEUED and job.awaits:
         return _awaiting(job, observed, now)
     if job.claim is not None and not _claim_holds(job.claim, observed, now):
@@ -206,19 +205,19 @@ def _dues(job: Job, observed: Observations, timeouts: Timeouts) -> Iterator[date
     if job.claim is not None:
         yield job.claim.expire_time
     if job.state is JobState.SUSPENDING and attempt is not None and attempt.end_time is not None:
-        yield attempt.end_time + timedelta(seconds=job.grace_s + SUSPEND_MARGIN_S + 0.1)
+        yield (observed.since or attempt.end_time) + timedelta(seconds=job.grace_s + SUSPEND_MARGIN_S + 0.1)
     if attempt is None or job.state not in ACTIVE:
         return
     if job.state is JobState.STARTING:
         for seconds in (timeouts.accept_s, timeouts.start_s, timeouts.fetch_s):
-            yield attempt.allocate_time + timedelta(seconds=seconds)
+            yield (observed.since or attempt.allocate_time) + timedelta(seconds=seconds)
     if spent := cost.budget_ends_at(job):
         yield spent + timedelta(seconds=0.1)
     if (over := running_time.latest_end(job)) is not None:
         yield over
     if not job.spec.never_reroute:
         for node in attempt.nodes:
-            if since := observed.nodes.get(node, NodeCondition()).partitioned_since:
+            if since := observed.nodes.get(node, IN_ORDER).partitioned_since:
                 yield since + timedelta(seconds=attempt_failures.partition_wait_s(job, timeouts))
 
 
@@ -372,10 +371,10 @@ def _kept_back(job: Job) -> Job:
     return requeue(job, f"held; {job.state_message}") if job.hold and job.state is JobState.RECOVERING else job
 
 
-def _suspending(job: Job, now: datetime) -> Job:
+def _suspending(job: Job, since: datetime | None, now: datetime) -> Job:
     attempt = job.attempt
     assert attempt is not None and attempt.end_time is not None
-    late = (now - attempt.end_time).total_seconds() > job.grace_s + SUSPEND_MARGIN_S
+    late = (now - (since or attempt.end_time)).total_seconds() > job.grace_s + SUSPEND_MARGIN_S
     if not late and not all(task.over for task in attempt.tasks):
         return job
     how = attempt_failures.ended_by(attempt) or EndReason.PREEMPTED

@@ -53,9 +53,9 @@ class TaskPhase(IntEnum):
 
 
 _AFTER_FETCHING = TaskPhase.FETCHING + 0.5
-_ORDER = {phase: _AFTER_FETCHING if phase is TaskPhase.SETTING_UP else float(phase) for phase in TaskPhase}
+_ORDER = tuple(_AFTER_FETCHING if phase is TaskPhase.SETTING_UP else float(phase) for phase in TaskPhase)  # by number
 
-OVER = frozenset({TaskPhase.EXITED, TaskPhase.KILLED, TaskPhase.REFUSED, TaskPhase.GONE})
+_FIRST_OVER, _LAST_OVER = int(TaskPhase.EXITED), int(TaskPhase.GONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,9 @@ class Task:
 
     @property
     def over(self) -> bool:
-        return self.phase in OVER
+        return (
+            _FIRST_OVER <= self.phase <= _LAST_OVER
+        )  # EXITED, KILLED, REFUSED, GONE; asked of every task of a gang, and faster than its enum's hash
 
     @property
     def holds(self) -> bool:

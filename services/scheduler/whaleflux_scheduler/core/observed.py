@@ -115,6 +115,7 @@ class Observations:
     loss: float | None = None
     ends: Mapping[str, JobState] = field(default_factory=dict)  # of awaited jobs, by uid; UNSPECIFIED: deleted, unseen
     gone: frozenset[str] = frozenset()  # uids of awaited jobs that were deleted
+    since: datetime | None = None  # when this leader first saw it in its state and epoch; None: as its record says
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from whaleflux_scheduler.core.model import Attempt, Job, Task, TaskPhase
-from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report
+from whaleflux_scheduler.core.observed import IN_ORDER, NodeCondition, Observations, Report
 
 REPORTED_TASKS = 40  # of a larger attempt the messages of so many tasks are kept
 
@@ -36,13 +36,34 @@ def _with_reports(job: Job, reports: Sequence[Report]) -> Job:
 
 
 def _reported(attempt: Attempt, by_task: Mapping[tuple[str, str], Report]) -> Attempt:
-    tasks = tuple(
-        _task_after(_task_after(task, by_task.get((task.id, task.node))), by_task.get((task.id, "")))
-        for task in attempt.tasks
-    )
+    """Only tasks that were reported of are looked at: of a large gang some nodes report at a time."""
+    changed = {at: after for at, after in _tasks_after(attempt.tasks, by_task) if after is not attempt.tasks[at]}
+    if not changed:
+        return attempt
+    tasks = list(attempt.tasks)
+    for at, after in changed.items():
+        tasks[at] = after
     if len(tasks) > REPORTED_TASKS:
-        tasks = tuple(_without_most_messages(tasks))
-    return attempt if all(a is b for a, b in zip(tasks, attempt.tasks, strict=True)) else replace(attempt, tasks=tasks)
+        tasks = list(_without_most_messages(tasks))
+    return replace(attempt, tasks=tuple(tasks))
+
+
+def _tasks_after(tasks: Sequence[Task], by_task: Mapping[tuple[str, str], Report]) -> Iterator[tuple[int, Task]]:
+    """Each task that was reported of, with its position: after what its agent said, and then after what was concluded."""
+    reported = {task for task, _ in by_task}
+    for at in _positions(tasks, reported):
+        task = tasks[at]
+        said = _task_after(task, by_task.get((task.id, task.node)))
+        yield at, _task_after(said, by_task.get((task.id, "")))
+
+
+def _positions(tasks: Sequence[Task], ids: Collection[str]) -> Iterable[int]:
+    """Where the tasks of these ids are. An id ends with its position; of a past attempt only some tasks may be kept."""
+    guessed = {int(last) for id_ in ids if (last := id_.rpartition(".")[2]).isdecimal() and len(last) < 7}
+    found = [at for at in guessed if at < len(tasks) and tasks[at].id in ids]
+    if len(found) == len(ids):
+        return found
+    return (at for at, task in enumerate(tasks) if task.id in ids)
 
 
 def _without_most_messages(tasks: Sequence[Task]) -> Iterator[Task]:
@@ -100,6 +121,9 @@ def _with_nodes(job: Job, nodes: Mapping[str, NodeCondition]) -> Job:
 
 
 def _with_conditions(attempt: Attempt, nodes: Mapping[str, NodeCondition]) -> Attempt:
+    in_order = not any(node.unreachable or node.retired for node in nodes.values() if node is not IN_ORDER)
+    if in_order and not any(task.lost for task in attempt.tasks):
+        return attempt  # as nearly always
     tasks = tuple(_task_on(task, nodes.get(task.node)) for task in attempt.tasks)
     return attempt if all(a is b for a, b in zip(tasks, attempt.tasks, strict=True)) else replace(attempt, tasks=tasks)
 
