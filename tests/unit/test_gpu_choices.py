@@ -17,8 +17,9 @@ from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.manifests.job_fields import Rule, Spec
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.manifests.yaml_files import job_from_yaml
-from whaleflux_scheduler.core import cost, lifecycle
-from whaleflux_scheduler.core.model import Job, JobState
+from whaleflux_scheduler.core import accounting, cost, lifecycle
+from whaleflux_scheduler.core.model import Job, JobState, Queue, TaskPhase
+from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
 
@@ -184,3 +185,76 @@ def test_every_rank_has_a_gpu_of_one_type_of_its_own(fleet, asked):
         assert [task.first_rank for task in tasks] == [sum(len(t.gpus) for t in tasks[:n]) for n in range(len(tasks))]
         taken += mine
     assert len(set(taken)) == len(taken)
+
+
+class TestQueues:
+    """A queue's limit counts the GPUs that are given."""
+
+    def limited(self, most, *nodes, **more):
+        made = planner(*nodes)
+        made.apply(News(queues={"q": Queue("queues/q", max_gpus=most), **more}))
+        return made
+
+    def test_more_than_the_queue_may_take_is_not_given_and_the_reason_says_so(self):
+        made = self.limited(12, node("s/h", 4, model="H200"), *a100(4))
+        job = mixed()
+        move = choose(made, job)["j"]
+        assert move.assignment is None
+        assert move.decision.reasons[-1] == "16 x A100-80GB would be more than queue q may take now"
+        assert "4 of 8 GPUs free" in move.decision.summary
+        assert made.dry_run(mixed("other"), NOW).reasons == move.decision.reasons
+        assert made.explain(job, (), NOW).reasons == move.decision.reasons
+        assert made.shortage("q", job.spec).startswith("8 GPUs are asked for"), (
+            "no queue's limit lets it have the others"
+        )
+
+    def test_it_starts_when_gpus_of_the_first_type_come_free(self):
+        made = self.limited(12, node("s/h", 8, model="H200"), *a100(4))
+        first, second = mixed("first", 4, (H200,)), mixed("second")
+        running = placed(first, choose(made, first)["first"])
+        made.apply(News(jobs=(running,)))
+        assert choose(made, second)["second"].assignment is None
+        made.apply(News(jobs=(ended(running),)))
+        (move,) = made.decide(NOW)
+        assert placed(second, move).attempt.gpus_by_model == (("H200", 8),)
+        made.check()
+
+    def test_and_when_its_queue_may_take_more(self):
+        made = self.limited(12, node("s/h", 4, model="H200"), *a100(4))
+        job = mixed()
+        assert choose(made, job)["j"].assignment is None
+        made.apply(News(queues={"q": Queue("queues/q", max_gpus=16)}))
+        (move,) = made.decide(NOW)
+        assert placed(job, move).attempt.ranks == 16
+
+    def test_one_queue_s_limit_is_no_answer_for_another(self):
+        made = self.limited(12, *a100(4), other=Queue("queues/other"))
+        kept, other = mixed("kept"), replace(mixed("other"), name="queues/other/jobs/other")
+        moves = choose(made, kept, other)
+        assert (moves["kept"].assignment, placed(other, moves["other"]).attempt.ranks) == (None, 16)
+
+    def test_others_make_room_also_where_two_count_as_one(self):
+        made = planner(*a100(4))
+        low = mixed("low", 16, (GpuChoice("A100-80GB"),))
+        running = placed(low, choose(made, low)["low"])
+        running = replace(running, state=JobState.RUNNING, attempt=replace(running.attempt, run_time=NOW, started=True))
+        made.apply(News(jobs=(running,)))
+        urgent = mixed("urgent", priority=9)
+        move = choose(made, urgent)["urgent"]
+        assert move.claim is not None and move.claim.victims == (low.name,)
+        assert sum(len(uuids) for _, uuids in move.claim.nodes) == 16
+
+
+def ended(job):
+    said = tuple(Report(task.id, TaskPhase.EXITED) for task in job.attempt.tasks)
+    return lifecycle.advance(job, Observations(said), NOW, Timeouts())
+
+
+class TestRecords:
+    def test_only_a_whole_attempt_counts_as_done(self):
+        """Of a large past attempt some tasks are kept; of twice as many ranks half are no whole attempt."""
+        job = mixed()
+        started = placed(job, choose(planner(*a100(4)), job)["j"])
+        assert accounting.is_whole(started, started.attempt)
+        half = replace(started.attempt, tasks=started.attempt.tasks[:2])
+        assert half.ranks == job.spec.world_size and not accounting.is_whole(started, half)

@@ -102,7 +102,7 @@ def over(job: Job) -> Iterator[Account]:
     Of a large past attempt the record keeps only some tasks; what was accounted for when it ended stays then.
     """
     for attempt in job.attempts():
-        if attempt.end_time is not None and attempt.number and _whole(job, attempt):
+        if attempt.end_time is not None and attempt.number and is_whole(job, attempt):
             yield of_attempt(job, attempt, attempt.end_time)
     if job.ended and job.end_time is not None:
         yield of_job(job, job.end_time)
@@ -116,9 +116,11 @@ def unfinished(job: Job, now: datetime) -> Iterator[Account]:
             yield of_attempt(job, job.attempt, now)
 
 
-def _whole(job: Job, attempt: Attempt) -> bool:
-    """Whether its record has all of its tasks."""
-    return attempt.gpus == gpus(attempt) and (bool(job.spec.gpus) or attempt.ranks >= job.spec.world_size)
+def is_whole(job: Job, attempt: Attempt) -> bool:
+    """Whether its record has all of its tasks: of a large past attempt only some are kept."""
+    if job.spec.gpus and attempt.gpus_by_model:  # as many as it was given, which need not be as many as were asked for
+        return attempt.gpus == gpus(attempt)
+    return attempt.ranks >= job.spec.world_size
 
 
 def gpus(attempt: Attempt) -> int:

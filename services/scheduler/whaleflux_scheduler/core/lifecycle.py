@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import (
+    accounting,
     after_failure,
     attempt_failures,
     cost,
@@ -282,7 +283,7 @@ def _done_after_all(job: Job) -> Attempt | None:
     if job.spec.is_service or (job.state in ACTIVE and job.attempt is not None and job.attempt.started):
         return None
     last = next((attempt for attempt in reversed(tuple(job.attempts())) if attempt.started), None)
-    if last is None or last.ranks < job.spec.world_size:  # of a large past attempt only some tasks are kept
+    if last is None or not accounting.is_whole(job, last):
         return None
     return last if _ended_well(last) else None
 

@@ -57,6 +57,11 @@ class RequestClass:
         return self.request.priority
 
     @property
+    def counts_differ(self) -> bool:
+        """Whether a queue's limit may keep its jobs from some GPU types and not from others."""
+        return any(option.per_unit > 1 for option in self.request.requirement.any_of)
+
+    @property
     def settled(self) -> bool:
         """Whether trying it again would give the same."""
         return self.refused and self.no_room_made

@@ -24,8 +24,8 @@ from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.needs import NeedIndex
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
-from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PreemptionPlan
-from whaleflux_scheduler.core.preemption import claim_for, may_stop, still_stopping
+from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PlaceRequest
+from whaleflux_scheduler.core.preemption import claim_for, room_for, still_stopping
 from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
@@ -148,6 +148,9 @@ class Plan(Questions):
         """Others may be stopped that could not before."""
         for kind in list(kinds):
             kind.no_room_made = False
+            for line in tuple(kind.lines.values()) if kind.counts_differ else ():
+                self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
+                self._turns.unpark(line)
             self._turns.reopen(kind)
 
     def _know_datasets(self, news: News) -> None:
@@ -277,8 +280,11 @@ class Plan(Questions):
             place := claimed_place(job, replace(kind.request, id=job.name), self._fleet.engine, self._fleet.holdings)
         ):
             return self._give(job, place, now)
-        if not kind.refused and (placement := self._place(kind, job.name)) is not None:
+        request = self._within_quota(kind.request, job)
+        if not kind.refused and (placement := self._place(kind, request, job.name)) is not None:
             return self._give(job, placement, now)
+        if request is not kind.request:
+            return self._keep_to_few(line, job, now)
         kind.refused = True
         self._tell(job.name, "room")
         if not self._may_make_room(kind):
@@ -291,6 +297,15 @@ class Plan(Questions):
             self._refuse(kind)
         return None
 
+    def _keep_to_few(self, line: Line, job: Job, now: datetime) -> Move | None:
+        """Of some GPU types its queue may not take as many as it would need, and there are too few of the others: it is no answer for its class."""
+        if self._may_make_room(line.kind) and (claim := self._make_room(line, job, now)) is not None:
+            return self._keep(job, claim, now)
+        self._park(line, None)
+        self._kept_from[self._shares.family(line.queue)] = None
+        self._tell(job.name, "few")
+        return None
+
     def _refuse(self, kind: RequestClass) -> None:
         """It is not tried until something changes."""
         kind.refused = kind.no_room_made = True
@@ -298,14 +313,14 @@ class Plan(Questions):
         self._hopeful.pop(kind, None)
         self._turns.drop(kind)
 
-    def _place(self, kind: RequestClass, name: str) -> Placement | None:
-        engine = self._fleet.engine
+    def _place(self, kind: RequestClass, request: PlaceRequest, name: str) -> Placement | None:
+        engine, named = self._fleet.engine, replace(request, id=name)
         if kind.impossible or (kind.hopeful and not self._fleet.could_hold(kind.need)):
             return None
         if kind.own:
             with self._fleet.holdings.without(name):
-                return engine.fits(replace(kind.request, id=name))
-        return engine.fits(replace(kind.request, id=name)) if engine.feasible(kind.request) else None
+                return engine.fits(named)
+        return engine.fits(named) if engine.feasible(request) else None
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         holdings = self._fleet.holdings
@@ -325,9 +340,9 @@ class Plan(Questions):
         holdings, kind = self._fleet.holdings, line.kind
         if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
             return None
-        victims = may_stop(holdings, job)
-        plan = self._fleet.engine.preempt(replace(kind.request, id=job.name), victims) if victims else None
-        return claim_for(plan, holdings, now) if isinstance(plan, PreemptionPlan) else None
+        request = replace(self._within_quota(kind.request, job), id=job.name)
+        plan = room_for(self._fleet.engine, holdings, request, job)
+        return None if plan is None else claim_for(plan, holdings, now)
 
     def _may_make_room(self, kind: RequestClass) -> bool:
         """Whether others could be stopped for any of its lines, as far as numbers tell."""
@@ -383,6 +398,11 @@ class Plan(Questions):
             return wait_reasons.array_is_full(full, now)
         if line.kind.impossible:
             return wait_reasons.cannot_be_asked(line.kind.impossible, now)
+        if line.parked and (request := self._within_quota(line.kind.request, job)) is not line.kind.request:
+            few = wait_reasons.does_not_fit(
+                self._fleet.engine.explain(replace(request, id=job.name)), now, candidate.exclude
+            )
+            return self._kept_few(few, request, job)
         if not line.kind.refused:
             return wait_reasons.others_alike_go_first(now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)

@@ -11,19 +11,31 @@ from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, job_of
 from whaleflux_scheduler.core.model import Claim, Job, JobState
-from whaleflux_scheduler.core.placement.api import PreemptionPlan, Victim
+from whaleflux_scheduler.core.placement.api import PlaceRequest, PreemptionPlan, Victim
+from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.quota import Claimant
+from whaleflux_scheduler.core.request import by_count, gpus_of
 
 CLAIM_S = 120.0  # how long a claim lasts beyond the grace of those who make room
 
 
-def may_stop(holdings: Holdings, job: Job) -> list[Victim]:
+def room_for(engine: Engine, holdings: Holdings, request: PlaceRequest, job: Job) -> PreemptionPlan | None:
+    """The cheapest to stop for the job; None: nothing that is running may be stopped so that it fits."""
+    for alike in by_count(request):
+        victims = may_stop(holdings, job, gpus_of(alike))
+        plan = engine.preempt(alike, victims) if victims else None
+        if isinstance(plan, PreemptionPlan):
+            return plan
+    return None
+
+
+def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
     """Running training and claims that may have to make room: what is borrowed of the queue's guarantee, and what is of lower priority.
 
     Those that make room for an equal already, and services, are left out.
     """
     quota, spec = holdings.shares.quota, job.spec
-    claimant = Claimant(quota, job.name, job.queue, spec.gpus, spec.priority)
+    claimant = Claimant(quota, job.name, job.queue, gpus if spec.gpus else 0, spec.priority)
     asked = {
         v for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name) for v in claim.victims
     }

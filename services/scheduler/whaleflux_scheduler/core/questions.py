@@ -13,12 +13,12 @@ from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lifecycle import next_epoch
 from whaleflux_scheduler.core.model import Job, SchedulingDecision
 from whaleflux_scheduler.core.pending import Pending
-from whaleflux_scheduler.core.placement.api import Placement, PreemptionPlan
-from whaleflux_scheduler.core.preemption import may_stop, still_stopping, stopped
+from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
+from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse
 from whaleflux_scheduler.core.quota import QueueLimit
-from whaleflux_scheduler.core.request import place_request, shape
+from whaleflux_scheduler.core.request import place_request, shape, that_may
 
 
 class Questions:
@@ -40,7 +40,7 @@ class Questions:
 
     def could_hold(self, queue: str, spec: Spec) -> bool:
         """Whether queue and fleet are known to be large enough for the job; asked of any thread, False when it has to be worked out."""
-        return not self._over_queue(queue, spec) and self._fleet.capacity.known_enough(shape(spec))
+        return not self._over_queue(queue, spec.gpus) and self._fleet.capacity.known_enough(self._ever(queue, spec))
 
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
@@ -48,16 +48,15 @@ class Questions:
             return wait_reasons.queue_is_full(limit, now)
         if not self.nodes:
             return wait_reasons.no_nodes(now)
-        request = place_request(job.name, job.spec)
+        request = self._within_quota(place_request(job.name, job.spec), job)
         answer = self._fleet.engine.place(request)
         if isinstance(answer, Placement):
             devices = self._fleet.holdings.devices
             assignment = decisions.assignment_of(answer, devices)
             return decisions.placed(job, answer, assignment, devices, next_epoch(job), now)
-        decision = self._in_line(wait_reasons.does_not_fit(answer, now), job)
-        victims = may_stop(self._fleet.holdings, job)
-        plan = self._fleet.engine.preempt(request, victims) if victims else answer
-        return self._with_victims(decision, job, stopped(plan)) if isinstance(plan, PreemptionPlan) else decision
+        decision = self._in_line(self._kept_few(wait_reasons.does_not_fit(answer, now), request, job), job)
+        plan = room_for(self._fleet.engine, self._fleet.holdings, request, job)
+        return decision if plan is None else self._with_victims(decision, job, stopped(plan))
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
@@ -72,11 +71,12 @@ class Questions:
         if not self.nodes:
             return self._in_line(wait_reasons.no_nodes(now), job)
         avoided = frozenset(exclude)
+        request = self._within_quota(place_request(f"{job.name}?", job.spec, exclude_nodes=avoided), job)
         with self._fleet.holdings.without(job.name):
-            answer = self._fleet.engine.place(place_request(f"{job.name}?", job.spec, exclude_nodes=avoided))
+            answer = self._fleet.engine.place(request)
         if isinstance(answer, Placement):
             return self._in_line(wait_reasons.is_next(now), job)
-        decision = wait_reasons.does_not_fit(answer, now, avoided)
+        decision = self._kept_few(wait_reasons.does_not_fit(answer, now, avoided), request, job)
         decision = wait_reasons.with_claims(
             decision, [name for name in self._fleet.holdings.claims if name != job.name]
         )
@@ -84,16 +84,20 @@ class Questions:
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
-        if limit := self._over_queue(queue, spec):
+        if limit := self._over_queue(queue, spec.gpus):
             return wait_reasons.queue_is_small(limit, spec.gpus)
-        short = self._fleet.capacity.short_of(shape(spec)) if not self._fleet.left_out else None
+        short = self._fleet.capacity.short_of(self._ever(queue, spec)) if not self._fleet.left_out else None
         if short is None:
             return ""
         return self._fleet.capacity.unknown_sites(shape(spec)) or capacity.in_words(short)
 
-    def _over_queue(self, queue: str, spec: Spec) -> QueueLimit | None:
+    def _over_queue(self, queue: str, gpus: int) -> QueueLimit | None:
         limits = ((up.id, up.queue.max_gpus) for up in self._shares.quota.node(queue).path())
-        return next((QueueLimit(id_, 0, most) for id_, most in limits if 0 < most < spec.gpus), None)
+        return next((QueueLimit(id_, 0, most) for id_, most in limits if 0 < most < gpus), None)
+
+    def _ever(self, queue: str, spec: Spec) -> PlaceRequest:
+        """What is asked for, of the GPU types of which the queue could ever take enough."""
+        return that_may(shape(spec), lambda gpus: self._over_queue(queue, gpus) is None)
 
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
         """What queues hold, by id."""
@@ -111,10 +115,21 @@ class Questions:
         """Raises AssertionError when the engine holds something else than the jobs do, or a GPU is held twice."""
         self._fleet.holdings.check()
 
-    def _over_limit(self, job: Job) -> QueueLimit | None:
+    def _over_limit(self, job: Job, gpus: int | None = None) -> QueueLimit | None:
+        """What keeps its queue from taking as many GPUs as it asks for, or so many."""
         own, lends_back = self._fleet.holdings.count_of(job.name), not job.spec.is_service
-        quota = self._shares.quota
-        return quota.admit(job.queue, job.spec.gpus, own=own, free=self._fleet.engine.free_gpus, lends_back=lends_back)
+        wanted, free = job.spec.gpus if gpus is None else gpus, self._fleet.engine.free_gpus
+        return self._shares.quota.admit(job.queue, wanted, own=own, free=free, lends_back=lends_back)
+
+    def _within_quota(self, request: PlaceRequest, job: Job) -> PlaceRequest:
+        """Of the GPU types of which its queue may take as many as are needed now."""
+        return that_may(request, lambda gpus: self._over_limit(job, gpus) is None)
+
+    def _kept_few(self, decision: SchedulingDecision, request: PlaceRequest, job: Job) -> SchedulingDecision:
+        """With the GPU types that its queue keeps it from."""
+        left = {option.model for option in request.requirement.any_of}
+        kept = [choice for choice in job.spec.gpu_choices if choice.per_unit > 1 and choice.model not in left]
+        return wait_reasons.with_quota(decision, kept, job) if kept else decision
 
     def _over_array_limit(self, job: Job) -> ArrayLimit | None:
         return over_array_limit(job, self._fleet.holdings.by_array, own=self._fleet.holdings.holds(job.name))

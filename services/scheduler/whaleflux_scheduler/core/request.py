@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -54,6 +54,33 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
         datasets=tuple(names.dataset(name) for name in spec.datasets),
         hard_locality=spec.require_local_data,
     )
+
+
+def that_may(asked: PlaceRequest, may: Callable[[int], bool]) -> PlaceRequest:
+    """Without the GPU types of which more would be needed than `may` allows; the request itself where that leaves out none.
+
+    Types that count one are not asked about: who waits has been asked about these.
+    """
+    options = asked.requirement.any_of
+    left = tuple(one for one in options if one.per_unit == 1 or may(asked.units * one.per_unit))
+    return asked if len(left) == len(options) else _only(asked, left)
+
+
+def by_count(asked: PlaceRequest) -> Iterator[PlaceRequest]:
+    """The request for the GPU types that count alike, those of which fewest are needed first."""
+    options = asked.requirement.any_of
+    counts = sorted({one.per_unit for one in options})
+    for count in counts:
+        yield asked if len(counts) == 1 else _only(asked, tuple(one for one in options if one.per_unit == count))
+
+
+def gpus_of(asked: PlaceRequest) -> int:
+    """The fewest GPUs that it could be given."""
+    return asked.units * min(one.per_unit for one in asked.requirement.any_of)
+
+
+def _only(asked: PlaceRequest, options: tuple[GpuOption, ...]) -> PlaceRequest:
+    return replace(asked, requirement=replace(asked.requirement, any_of=options))
 
 
 def requirement(spec: Spec) -> GpuRequirement:

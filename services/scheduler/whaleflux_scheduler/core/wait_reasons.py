@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 
+from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Job, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import NoPlacement
@@ -141,6 +142,12 @@ def with_victims(
     )
     summary = f"starts when {len(victims)} job{'s' * several} {which} {'have' if several else 'has'} stopped"
     return replace(decision, summary=summary, preempts=tuple(victims)[:_MOST_AHEAD], exclusions=(), smallest_change="")
+
+
+def with_quota(decision: SchedulingDecision, kept: Collection[GpuChoice], job: Job) -> SchedulingDecision:
+    """Of these GPU types its queue may not take as many as it would need."""
+    types = ", ".join(f"{job.spec.gpus * choice.per_unit} x {choice.model}" for choice in kept)
+    return replace(decision, reasons=(*decision.reasons, f"{types} would be more than queue {job.queue} may take now"))
 
 
 def with_claims(decision: SchedulingDecision, claimants: Collection[str]) -> SchedulingDecision:
