@@ -29,6 +29,8 @@ DOORS: dict[str, Door] = {
     "idle_cost": Door(commands=("up",)),
     "isolation_start": Door(commands=("submit",)),
     "control_plane": Door(commands=("submit",)),
+    "fleet_month": Door(commands=("simulate",)),
+    "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "queue", "place")),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),

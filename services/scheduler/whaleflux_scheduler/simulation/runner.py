@@ -22,7 +22,10 @@ SIMULATED = (
 
 
 class Simulation:
-    """A fleet and a workload; `run` once."""
+    """A fleet and a workload; `run` once.
+
+    With `decisions_take_time` the CPU time of each decision passes, and what happens meanwhile waits for the next one: no two runs are equal.
+    """
 
     def __init__(
         self,
@@ -32,11 +35,12 @@ class Simulation:
         events: Iterable[NodeEvent] = (),
         log: MoveLog | None = None,
         spans: Spans | None = None,
+        decisions_take_time: bool = False,
     ) -> None:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
         self._state = State(nodes, workload.queues, workload.delays, result)
-        self._plan = Plan()
+        self._plan, self._takes_time = Plan(), decisions_take_time
         self._arrivals = workload.in_order()
         for event in events:
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
@@ -73,6 +77,7 @@ class Simulation:
             begun = time.thread_time()
             made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()
+            state.now_s += decided - begun if self._takes_time else 0.0
             for move in made:
                 moves.apply(state.now_s, state, move)
             result.steps += 1

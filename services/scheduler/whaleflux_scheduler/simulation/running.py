@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from whaleflux_scheduler.core import cost
+from whaleflux_scheduler.core import cost, running_time
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, EndReason, NodeCondition
-from whaleflux_scheduler.core.state_machine import transition
 from whaleflux_scheduler.simulation.timeline import second_of
 from whaleflux_scheduler.simulation.workload import Delays, Submission
 
@@ -52,14 +51,29 @@ def running(job: Job, now: datetime) -> Job:
     attempt = job.attempt
     assert attempt is not None
     began = replace(attempt, started=True, run_time=now)
-    return transition(job, JobState.RUNNING, attempt=began, start_time=job.start_time or now, state_message="runs")
+    return replace(job, state=JobState.RUNNING, attempt=began, start_time=job.start_time or now, state_message="runs")
 
 
 def finished(job: Job, now: datetime) -> Job:
-    """RUNNING -> SUCCEEDED: all ranks ended well."""
-    over = with_tasks(cost.end_attempt(job, now, f"{EndReason.DONE}: all ranks ended well"), TaskPhase.EXITED)
-    return transition(
-        over, JobState.SUCCEEDED, end_time=now, state_message="all ranks ended well", awaits=(), hold=None
+    """RUNNING -> SUCCEEDED: all ranks ended well. Of its attempts only what they cost and took is kept: there are a million of such jobs."""
+    attempt = job.attempt
+    assert attempt is not None
+    over = Attempt(
+        attempt.epoch, (), attempt.allocate_time, run_time=attempt.run_time, end_time=now, end_reason=EndReason.DONE
+    )
+    return Job(
+        job.name,
+        job.spec,
+        JobState.SUCCEEDED,
+        job.create_time,
+        epoch=job.epoch,
+        attempt=over,
+        start_time=job.start_time,
+        end_time=now,
+        cost_usd=cost.job_cost_usd(job, now),
+        uid=job.uid,
+        run_s=running_time.run_s(job, now),
+        gpu_s=cost.job_gpu_s(job, now),
     )
 
 
