@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from whaleflux import names, quantities
@@ -131,21 +132,22 @@ def queues_of(file: Reader) -> dict[str, Queue]:
 _QUEUE_FIELDS = [
     field
     for field in dataclasses.fields(Queue)
-    if field.name != "name" and isinstance(field.default, (bool, int, float, str))
+    if field.name != "name" and isinstance(field.default, (bool, int, float, str, NoneType))
 ]
 
 
 def _field(default: object) -> Any:
-    """How a value of that kind is read."""
+    """How a value of that kind is read; without a default it is a number of GPUs."""
+    kind = int if default is None else type(default)
 
     def parse(value: object) -> object:
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if isinstance(default, bool) is not isinstance(value, bool) or not isinstance(value, type(default)):
-            raise ValueError(f"must be {kind_of(default)}, such as {default!r}")
+        if (kind is bool) is not isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"must be {kind_of(kind())}, such as {kind() if default is None else default!r}")
         if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
             raise ValueError("must be 0 to 1e9")
-        return type(default)(value)  # type: ignore[call-arg]
+        return kind(value)
 
     return parse
 
