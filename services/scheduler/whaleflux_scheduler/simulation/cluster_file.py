@@ -138,7 +138,7 @@ _QUEUE_FIELDS = [
 
 def _field(default: object) -> Any:
     """How a value of that kind is read; without a default it is a number of GPUs."""
-    kind = int if default is None else type(default)
+    kind: Any = int if default is None else type(default)
 
     def parse(value: object) -> object:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
