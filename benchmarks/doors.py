@@ -30,7 +30,7 @@ DOORS: dict[str, Door] = {
     "isolation_start": Door(commands=("submit",)),
     "control_plane": Door(commands=("submit",)),
     "fleet_month": Door(commands=("simulate",)),
-    "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "queue", "place")),
+    "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "place")),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),

@@ -24,7 +24,8 @@ SIMULATED = (
 class Simulation:
     """A fleet and a workload; `run` once.
 
-    With `decisions_take_time` the CPU time of each decision passes, and what happens meanwhile waits for the next one: no two runs are equal.
+    With `decision_time` so many times the CPU time of each decision passes, and what happens meanwhile waits for the next one: no two runs are
+    equal then.
     """
 
     def __init__(
@@ -35,12 +36,12 @@ class Simulation:
         events: Iterable[NodeEvent] = (),
         log: MoveLog | None = None,
         spans: Spans | None = None,
-        decisions_take_time: bool = False,
+        decision_time: float = 0.0,
     ) -> None:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
         self._state = State(nodes, workload.queues, workload.delays, result)
-        self._plan, self._takes_time = Plan(), decisions_take_time
+        self._plan, self._decision_time = Plan(), decision_time
         self._arrivals = workload.in_order()
         for event in events:
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
@@ -77,7 +78,7 @@ class Simulation:
             begun = time.thread_time()
             made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()
-            state.now_s += decided - begun if self._takes_time else 0.0
+            state.now_s += self._decision_time * (decided - begun)
             for move in made:
                 moves.apply(state.now_s, state, move)
             result.steps += 1
