@@ -1,26 +1,32 @@
 """Where a job goes on that was suspended to do so: on exactly the GPUs that it claims, or, when one of them is lost, wherever there is room.
 
 A job that grows, shrinks or moves has chosen its place before it stopped (`Claim`). It is placed there without a search. What happened
-meanwhile undoes that: a GPU failed, its node closed, or the claim is over. Then it is a job that waits like any other, near its old nodes.
+meanwhile undoes that: a GPU failed, its node closed, or the claim is over. Then it is a job that waits like any other, near its old nodes;
+one that was moved for the good of others has its old place back, if there is no other room.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.holdings import Holdings
-from whaleflux_scheduler.core.model import ClaimPurpose, Job
+from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState
+from whaleflux_scheduler.core.observed import EndReason
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.exact import Where
 from whaleflux_scheduler.core.state_machine import goes_on
+
+Place = tuple[tuple[str, tuple[str, ...]], ...]
+"""GPUs by node, in rank order."""
 
 
 def claimed_place(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings) -> Placement | None:
     """The place that the waiting job claims to go on there; None when it claims none, or cannot have all of it."""
     if not goes_on(job) or holdings.claim(job.name) != job.claim or request.without_gpus:
         return None
-    where = _positions(job, holdings)
+    where = positions(job.claim.nodes if job.claim else (), holdings)
     if where is None:
         return None
     with holdings.without(job.name):
@@ -28,16 +34,44 @@ def claimed_place(job: Job, request: PlaceRequest, engine: Engine, holdings: Hol
     return None if placement is None else replace(placement, reasons=(_why(job), *placement.reasons))
 
 
-def _positions(job: Job, holdings: Holdings) -> Where | None:
-    """Where drivers count the claimed GPUs now; None when a node does not report one of them, or another job claims it too."""
-    assert job.claim is not None
-    where = []
-    for node, uuids in job.claim.nodes:
-        indices = holdings.devices.indices(node, uuids)
-        if len(indices) != len(uuids):
-            return None
-        where.append((node, indices))
-    return where
+def way_back(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings) -> Placement | None:
+    """The place that a job left to go on elsewhere, when that came to nothing: it may have it back, whoever claims it, but for higher priorities.
+
+    Who was to get that place waits on, as it did before. None: the job did not leave for a move, or others run there by now.
+    """
+    if not left_for_a_move(job) or request.without_gpus:
+        return None
+    left = last_that_ran(job)
+    place = tuple((task.node, task.gpus) for task in left.tasks) if left is not None else ()
+    if (where := positions(place, holdings)) is None:
+        return None
+    others = holdings.claimants_of(uuid for _, uuids in place for uuid in uuids) - {job.name}
+    if any(holdings.jobs[other].spec.priority > job.spec.priority for other in others):
+        return None
+    with holdings.without(job.name), holdings.without_claims(others):
+        placement = engine.place_on(request, where)
+    return None if placement is None else replace(placement, reasons=(_BACK, *placement.reasons))
+
+
+_BACK = "it is back where it was: the place that it was to move to is lost"
+
+
+def left_for_a_move(job: Job) -> bool:
+    """Whether it waits because it was to go on elsewhere."""
+    last = last_that_ran(job)
+    waits = job.state in (JobState.QUEUED, JobState.RECOVERING)
+    return waits and last is not None and ended_by(last) is EndReason.MOVED
+
+
+def last_that_ran(job: Job) -> Attempt | None:
+    return next((attempt for attempt in reversed(tuple(job.attempts())) if attempt.run_time is not None), None)
+
+
+def positions(place: Place, holdings: Holdings) -> Where | None:
+    """Where drivers count these GPUs now; None when a node does not report one of them."""
+    where = [(node, holdings.devices.indices(node, uuids)) for node, uuids in place]
+    whole = all(len(indices) == len(uuids) for (_, indices), (_, uuids) in zip(where, place, strict=True))
+    return where if whole else None
 
 
 def _why(job: Job) -> str:

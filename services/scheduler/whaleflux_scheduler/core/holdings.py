@@ -293,6 +293,19 @@ class Holdings:
                 self._widen(other, name)
             yield
 
+    def claimants_of(self, uuids: Iterable[str]) -> set[str]:
+        """Jobs that claim some of these GPUs."""
+        return self._claimants(uuids)
+
+    @contextlib.contextmanager
+    def without_claims(self, claimants: Iterable[str]) -> Iterator[None]:
+        """The engine as if these claimed nothing; everything is as before at the end, whatever happens inside."""
+        with self._engine.transaction():  # never committed
+            for id_ in map(claim_id, claimants):
+                if id_ in self._engine.placements:
+                    self._engine.release(id_)
+            yield
+
     def _widen(self, claimant: str, as_if_free: str) -> None:
         id_ = claim_id(claimant)
         if id_ in self._engine.placements:

@@ -18,18 +18,20 @@ from datetime import datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, wait_reasons
-from whaleflux_scheduler.core.going_on import claimed_place
-from whaleflux_scheduler.core.holdings import places_of
+from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
+from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.needs import NeedIndex
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
 from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PlaceRequest
+from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claim_for, room_for, still_stopping
 from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.rebalancing import NewClaim
 from whaleflux_scheduler.core.refusals import Refusals
 from whaleflux_scheduler.core.request import shape
 from whaleflux_scheduler.core.stopwatch import Stopwatch
@@ -179,7 +181,7 @@ class Plan(Questions):
         self._leave(job.name)
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
-        line = self._pending.join(candidate, asked, own=self._fleet.holdings.holds(job.name)).line
+        line = self._pending.join(candidate, asked, own=self._stands_alone(job)).line
         kind = line.kind
         if len(kind.lines) == 1 and len(line.names) == 1:
             self._needs.add(kind, kind.need)
@@ -189,6 +191,10 @@ class Plan(Questions):
             self._turns.activate(kind)
         if self._reasons:
             self._unanswered[job.name] = None
+
+    def _stands_alone(self, job: Job) -> bool:
+        """Whether it may have GPUs that others like it may not."""
+        return self._fleet.holdings.holds(job.name) or left_for_a_move(job)
 
     def _leave(self, name: str) -> None:
         self._unanswered.pop(name, None)
@@ -276,13 +282,13 @@ class Plan(Questions):
             self._park(line, limit)
             self._tell(job.name, "limit")
             return None
-        if kind.own and (
-            place := claimed_place(job, replace(kind.request, id=job.name), self._fleet.engine, self._fleet.holdings)
-        ):
+        if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
         if not kind.refused and (placement := self._place(kind, request, job.name)) is not None:
             return self._give(job, placement, now)
+        if kind.own and (place := self._on(way_back, kind, job)) is not None:
+            return self._give(job, place, now)
         if request is not kind.request:
             return self._keep_to_few(line, job, now)
         kind.refused = True
@@ -305,6 +311,15 @@ class Plan(Questions):
         self._kept_from[self._shares.family(line.queue)] = None
         self._tell(job.name, "few")
         return None
+
+    def _on(
+        self,
+        where: Callable[[Job, PlaceRequest, Engine, Holdings], Placement | None],
+        kind: RequestClass,
+        job: Job,
+    ) -> Placement | None:
+        """On GPUs that are the job's own more than anybody's."""
+        return where(job, replace(kind.request, id=job.name), self._fleet.engine, self._fleet.holdings)
 
     def _refuse(self, kind: RequestClass) -> None:
         """It is not tried until something changes."""
@@ -366,6 +381,21 @@ class Plan(Questions):
         self._join(candidate)
         self._unanswered.pop(job.name, None)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
+
+    def apply_rebalance(self, etag: str, now: datetime) -> list[Move]:
+        """What is to be stored so that a plan of `plan_rebalance` is carried out. Raises Aborted naming what is not as it found it."""
+        waiting = {name: waiting.candidate.job for name, waiting in self._pending.jobs.items()}
+        plan = self._rebalancer.unchanged(etag, waiting, now)
+        return [self._claim(new, now) for new in self._rebalancer.claims(plan, now)]
+
+    def _claim(self, new: NewClaim, now: datetime) -> Move:
+        name, waiting = new.job.name, self._pending.jobs.get(new.job.name)
+        job = waiting.candidate.job if waiting is not None else self._fleet.holdings.jobs[name]
+        self._fleet.hold(job, self._fleet.holdings.held(name), new.claim)
+        if waiting is not None:
+            self._join(waiting.candidate)
+            self._unanswered.pop(name, None)
+        return Move(name, SchedulingDecision(now, False, new.why), claim=new.claim)
 
     # reasons to wait
 

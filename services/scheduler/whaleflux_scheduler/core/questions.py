@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from whaleflux.manifests.job_fields import Spec
@@ -11,13 +12,15 @@ from whaleflux_scheduler.core import capacity, decisions, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lifecycle import next_epoch
-from whaleflux_scheduler.core.model import Job, SchedulingDecision
+from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.pending import Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse
 from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
+from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import place_request, shape, that_may
 
 
@@ -27,6 +30,7 @@ class Questions:
     def __init__(self, half_life_s: float) -> None:
         self._shares = QueueShares(half_life_s)
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
+        self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings)
 
     @property
     def waiting(self) -> int:
@@ -98,6 +102,29 @@ class Questions:
     def _ever(self, queue: str, spec: Spec) -> PlaceRequest:
         """What is asked for, of the GPU types of which the queue could ever take enough."""
         return that_may(shape(spec), lambda gpus: self._over_queue(queue, gpus) is None)
+
+    def plan_rebalance(self, now: datetime, *, thorough: bool = False) -> RebalancePlan:
+        """Running jobs that should go elsewhere now; `thorough`: also for those who wait that were looked at lately in vain."""
+        gangs = sorted(self._gangs(), key=lambda gang: order_of(gang.job))
+        return self._rebalancer.plan(gangs, now, thorough=thorough)
+
+    def _gangs(self) -> Iterator[Gang]:
+        """The first ones in line of whom it is known that they fit nowhere, though as many GPUs are free in all."""
+        free, holdings = self._fleet.engine.free_gpus(), self._fleet.holdings
+        for kind in self._pending.classes:
+            claim = holdings.claim(kind.own) if kind.own else None
+            promised = claim is not None and claim.purpose is ClaimPurpose.RESERVATION
+            if not kind.refused or kind.impossible or kind.gpus < 2 or (kind.own and not promised):
+                continue
+            for line in kind.lines.values():
+                first = line.first()
+                job = self._pending.jobs[first[1]].candidate.job if first else None
+                if job is None or free + holdings.count_of(job.name) < kind.need.gpus or self._kept_back(job):
+                    continue
+                yield Gang(job, replace(self._within_quota(kind.request, job), id=job.name))
+
+    def _kept_back(self, job: Job) -> bool:
+        return bool(self._over_limit(job) or self._over_array_limit(job))
 
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
         """What queues hold, by id."""

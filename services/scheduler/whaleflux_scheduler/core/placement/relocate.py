@@ -1,0 +1,195 @@
+"""Which placed work to put elsewhere so that a request fits: in the domain that is cheapest to empty, into holes that are free already.
+
+Unlike `preempt`, everybody keeps GPUs: a plan names the place of the request and the new place of each that has to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from whaleflux.fleet.model import Level
+from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
+from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Floats, Ints
+from whaleflux_scheduler.core.placement.supply import Demand, Match, allowed_rows
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.core.placement.engine import Engine
+
+_LEFT = "!left"  # what is free of a mover's old place when the request has taken its part: nobody's before the mover has left
+_WORSE = 1.1  # times the communication, or the price, that a mover has now: it gets no place that is worse
+
+
+@dataclass(frozen=True, slots=True)
+class Movable:
+    """Placed work that may go elsewhere. `lost_gpu_s`: what its move costs; `request` finds its new place, and bears its id."""
+
+    request: PlaceRequest
+    lost_gpu_s: float
+    step_communication_s: float = 0.0  # at its present place
+    usd_per_hour: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """The place of the request, and where those go who are there now."""
+
+    placement: Placement
+    moved: tuple[Placement, ...]
+
+
+class Relocator:
+    """Looks for room by moves, within the transaction of its caller. At most `most_moves` move at once, at most `most_tries` sets are tried."""
+
+    def __init__(
+        self, engine: Engine, movable: Iterable[Movable], *, most_moves: int = 16, most_tries: int = 8
+    ) -> None:
+        self._engine, self._most_moves, self._most_tries = engine, most_moves, most_tries
+        columns = engine.columns
+        self._movable: dict[str, Movable] = {}
+        self._held: Ints = np.zeros(columns.count, dtype=np.int64)  # by row: GPUs of those who may move
+        self._cost: Floats = np.zeros(columns.count)  # to empty the row of them, each with all that it loses
+        self._on: dict[int, list[str]] = {}
+        for one in movable:
+            if one.id in engine.placements:
+                self._movable[one.id] = one
+                self._count(one)
+
+    def _count(self, one: Movable) -> None:
+        columns = self._engine.columns
+        for part in self._engine.placements[one.id].nodes:
+            if (row := columns.index.get(part.node)) is not None:
+                self._held[row] += len(part.gpus)
+                self._cost[row] += one.lost_gpu_s
+                self._on.setdefault(row, []).append(one.id)
+
+    def find(self, request: PlaceRequest) -> Relocation | None:
+        """The cheapest set of moves after which the request fits; applied in the caller's transaction. None: no set that was tried will do."""
+        engine = self._engine
+        for ids in self._sets(request):
+            with engine.transaction() as trial:
+                found = self._try(request, ids)
+                if found is not None:
+                    trial.commit()
+                    return found
+        return None
+
+    def _try(self, request: PlaceRequest, ids: Sequence[str]) -> Relocation | None:
+        engine = self._engine
+        before = {id_: engine.placements[id_] for id_ in ids}
+        for id_ in ids:
+            engine.release(id_)
+        placement = engine.fits(request)
+        if placement is None:
+            return None
+        engine.apply(placement)
+        moving = [id_ for id_ in ids if not self._stays(before[id_], placement)]
+        if not moving or len(moving) > self._most_moves:
+            return None
+        moving.sort(key=lambda id_: (-before[id_].gpus, id_))
+        moved = [self._elsewhere(self._movable[id_]) for id_ in moving]
+        if any(place is None for place in moved):
+            return None
+        return Relocation(placement, tuple(place for place in moved if place is not None))
+
+    def _stays(self, before: Placement, placement: Placement) -> bool:
+        """Puts it back where the request needs none of its GPUs; else keeps what is left of its place from others."""
+        taken = {(part.node, gpu) for part in placement.nodes for gpu in part.gpus}
+        if any((part.node, gpu) in taken for part in before.nodes for gpu in part.gpus):
+            set_aside(self._engine, before, placement)
+            return False
+        self._engine.apply(before)
+        return True
+
+    def _elsewhere(self, one: Movable) -> Placement | None:
+        place = self._engine.fits(one.request)
+        if place is None or not no_worse(place, one):
+            return None
+        self._engine.apply(place)
+        return place
+
+    def _sets(self, request: PlaceRequest) -> Iterator[tuple[str, ...]]:
+        """Who would have to leave, the cheapest first."""
+        found: dict[tuple[str, ...], float] = {}
+        for rows in self._row_sets(request):
+            ids = tuple(dict.fromkeys(id_ for row in rows for id_ in self._on.get(row, ())))
+            if 0 < len(ids) <= 2 * self._most_moves:  # some of them may stay
+                found[ids] = sum(self._movable[id_].lost_gpu_s for id_ in ids)
+        yield from sorted(found, key=lambda ids: (found[ids], ids))[: self._most_tries]
+
+    def _row_sets(self, request: PlaceRequest) -> Iterator[list[int]]:
+        """For each domain that could hold the request, the rows that are cheapest to empty for it."""
+        if len(request.groups) != 1 or request.without_gpus or request.groups[0].share:
+            return
+        columns, level = self._engine.columns, _level(request)
+        for option in request.requirement.any_of:
+            demand = Demand.of(request.groups[0], request, option)
+            now, then = self._yields(request, demand)
+            if level >= Level.NODE:
+                yield from self._single(np.flatnonzero((now < demand.gpus) & (then >= demand.gpus)))
+                continue
+            for deeper in (one for one in DOMAIN_LEVELS if one >= level):
+                totals = np.add.reduceat(then, columns.lo[deeper])
+                for d in np.flatnonzero(totals >= demand.gpus).tolist():
+                    span = slice(int(columns.lo[deeper][d]), int(columns.hi[deeper][d]))
+                    yield self._cheapest(span, now[span], then[span], demand.gpus)
+
+    def _yields(self, request: PlaceRequest, demand: Demand) -> tuple[Ints, Ints]:
+        """By row, how many GPUs the request could take now, and when all that may leave had left."""
+        columns = self._engine.columns
+        fit = Match.of(columns, demand, None).present[columns.shapes] & columns.open
+        if (allowed := allowed_rows(columns, request)) is not None:
+            fit = fit & allowed
+        chunk = _chunk(request, demand)
+        free = np.where(fit, columns.offer, 0).astype(np.int64)
+        emptied = np.where(fit, free + self._held, 0)
+        if demand.most_per_node:
+            free, emptied = np.minimum(free, demand.most_per_node), np.minimum(emptied, demand.most_per_node)
+        return free - free % chunk, emptied - emptied % chunk
+
+    def _single(self, rows: Ints) -> Iterator[list[int]]:
+        cheap = rows[np.argsort(self._cost[rows], kind="stable")]
+        yield from ([row] for row in cheap[: self._most_tries].tolist())
+
+    def _cheapest(self, span: slice, now: Ints, then: Ints, gpus: int) -> list[int]:
+        """Rows of the span to empty, the least loss for each GPU first, until there are enough."""
+        extra = then - now
+        gains = np.flatnonzero(extra > 0)
+        order = gains[np.argsort(self._cost[span][gains] / extra[gains], kind="stable")]
+        enough = int(np.searchsorted(np.cumsum(extra[order]), gpus - int(now.sum()))) + 1
+        return [span.start + int(at) for at in order[:enough]]
+
+
+def set_aside(engine: Engine, before: Placement, placement: Placement) -> None:
+    """Keeps from others what is free of a mover's old place beside the new placement: it is not free before the mover has left."""
+    taken = {(part.node, gpu) for part in placement.nodes for gpu in part.gpus}
+    kept = ((part, tuple(gpu for gpu in part.gpus if (part.node, gpu) not in taken)) for part in before.nodes)
+    if left := tuple(replace(part, gpus=gpus) for part, gpus in kept if gpus):
+        engine.apply(replace(before, id=before.id + _LEFT, nodes=left))
+
+
+def no_worse(place: Placement, one: Movable) -> bool:
+    """Whether the place is about as close and as cheap as the one that it has."""
+    cost = place.cost
+    closer = not one.step_communication_s or cost.step_communication_s <= _WORSE * one.step_communication_s
+    return closer and (not one.usd_per_hour or cost.usd_per_hour <= _WORSE * one.usd_per_hour)
+
+
+def _level(request: PlaceRequest) -> Level:
+    level = max(request.level or Level.FLEET, request.groups[0].level or Level.FLEET)
+    return Level.NODE if request.max_nodes == 1 else Level(level)
+
+
+def _chunk(request: PlaceRequest, demand: Demand) -> int:
+    """Of a node the request takes multiples of it."""
+    if demand.per_node:
+        return demand.per_node
+    least = -(-demand.gpus // request.max_nodes) if request.max_nodes else 1
+    return max(demand.unit, -(-least // demand.unit) * demand.unit)
