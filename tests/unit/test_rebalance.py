@@ -5,19 +5,19 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.scheduler_world import node, plan_with_queues
+from tests.support.scheduler_world import node
 from whaleflux.errors import Aborted
 from whaleflux.manifests.job_fields import JobKind, Spec
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.holdings import held_by
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
-from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, SchedulingDecision, TaskPhase
+from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, SchedulingDecision, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
-from whaleflux_scheduler.core.plan import News
+from whaleflux_scheduler.core.plan import News, Plan
 from whaleflux_scheduler.core.rebalance import Budget, RebalanceRules, move_cost_gpu_s, resumes, unsaved_s
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -46,8 +46,9 @@ def told(known, phase, code=0, now=NOW):
 class Fleet:
     """A plan, and the records of jobs as a store would have them."""
 
-    def __init__(self, *names, gpus=4, **more):
-        self.plan, self.jobs, self.machines = plan_with_queues(), {}, {}
+    def __init__(self, *names, gpus=4, rules=None, **more):
+        self.plan, self.jobs, self.machines = Plan(rules=rules), {}, {}
+        self.plan.apply(News(queues={"q": Queue("queues/q")}))
         for short in names:
             self.machines[name_of(short)] = node(f"s/{short}", gpus, **more)
         self.plan.apply(News(nodes=tuple(self.machines.values()), closed=dict.fromkeys(self.machines, "")))
@@ -118,9 +119,9 @@ def moves_of(plan):
     return [move.job.id for proposal in plan.proposals for move in proposal.moves]
 
 
-def fragmented(**spec):
+def fragmented(rules=None, **spec):
     """Of three nodes none is free, though nine of twelve GPUs are: a gang of two whole nodes waits."""
-    fleet = Fleet("a", "b", "c")
+    fleet = Fleet("a", "b", "c", rules=rules)
     for short in "abc":
         fleet.runs(job(f"on-{short}", 1, **spec), short, 0)
     fleet.store(gang())
@@ -216,15 +217,14 @@ class TestPlan:
         assert moves_of(fleet.plan.plan_rebalance(NOW)) == ["short"]
 
     def test_a_day_costs_no_more_than_its_share(self):
-        fleet = fragmented()
-        fleet.plan._rebalancer._budget = Budget(0.0008)
-        assert fleet.plan.plan_rebalance(NOW).proposals == (), "12 GPUs: 830 GPU-seconds a day, and 900 are needed"
-        budget = fleet.plan._rebalancer._budget = Budget(0.001)
-        now = NOW + timedelta(minutes=6)
-        assert (plan := fleet.rebalance(now)).proposals != ()
-        left = budget.left_gpu_s(12, (), now)
-        assert left == pytest.approx(plan.budget_left_gpu_s - plan.proposals[0].cost_gpu_s)
-        assert budget.left_gpu_s(12, (), NOW + 25 * HOUR) == pytest.approx(0.001 * 12 * 86400)
+        poor = fragmented(RebalanceRules(budget=0.0008))
+        assert poor.plan.plan_rebalance(NOW).proposals == (), "12 GPUs: 830 GPU-seconds a day, and 900 are needed"
+        fleet = fragmented(RebalanceRules(budget=0.001))
+        plan = fleet.rebalance()
+        assert plan.budget_left_gpu_s == pytest.approx(0.001 * 12 * 86400)
+        left = plan.budget_left_gpu_s - plan.proposals[0].cost_gpu_s
+        assert fleet.plan.plan_rebalance(NOW).budget_left_gpu_s == pytest.approx(left)
+        assert fleet.plan.plan_rebalance(NOW + 25 * HOUR).budget_left_gpu_s == plan.budget_left_gpu_s
 
     def test_a_new_leader_counts_what_records_tell(self):
         known = fragmented().jobs["queues/q/jobs/on-a"]
@@ -376,13 +376,13 @@ def test_what_a_move_costs_is_known_from_the_record():
     assert not resumes(job("x", 1, checkpoint_every_steps=0))
 
 
-SMALL = st.tuples(st.integers(0, 5), st.integers(1, 3), st.sampled_from(["plain", "service", "fresh", "unsaved"]))
+SMALL = st.tuples(st.integers(0, 4), st.integers(1, 2), st.sampled_from([*["plain"] * 6, "service", "fresh", "unsaved"]))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(SMALL, min_size=1, max_size=14), st.integers(1, 3), st.booleans())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.lists(SMALL, min_size=5, max_size=10), st.integers(1, 3), st.booleans())
 def test_a_plan_makes_the_gang_fit_and_moves_only_who_may_be_moved(jobs, whole, all_stop):
-    names = "abcdef"
+    names = "abcde"
     fleet, taken = Fleet(*names), dict.fromkeys(names, 0)
     for number, (at, gpus, kind) in enumerate(jobs):
         short = names[at]
@@ -399,8 +399,7 @@ def test_a_plan_makes_the_gang_fit_and_moves_only_who_may_be_moved(jobs, whole, 
     before = {name: held_by(known) for name, known in fleet.jobs.items()}
     plan = fleet.plan.plan_rebalance(NOW)
     fleet.check()
-    if not plan.proposals:
-        return
+    assume(plan.proposals)
     (proposal,) = plan.proposals
     assert all(move.job.id.startswith("plain") for move in proposal.moves)
     assert proposal.cost_gpu_s * RebalanceRules().worth <= proposal.gain_gpu_s
@@ -412,8 +411,7 @@ def test_a_plan_makes_the_gang_fit_and_moves_only_who_may_be_moved(jobs, whole, 
         fleet.check()
     fleet.decide()
     fleet.check()
-    if all_stop:
-        assert fleet.jobs[waits.name].state is JobState.RUNNING
-        assert all(fleet.jobs[name].state is JobState.RUNNING for name in movers)
+    assert (fleet.jobs[waits.name].state is JobState.RUNNING) == all_stop
+    assert all(fleet.jobs[name].state is JobState.RUNNING for name in movers)
     others = before.keys() - {waits.name, *movers}
     assert all(held_by(fleet.jobs[name]) == before[name] for name in others)

@@ -31,6 +31,7 @@ from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.rebalancing import NewClaim
 from whaleflux_scheduler.core.refusals import Refusals
 from whaleflux_scheduler.core.request import shape
@@ -76,8 +77,9 @@ class Plan(Questions):
         half_life_s: float = HALF_LIFE_S,
         *,
         reasons: bool = True,
+        rules: RebalanceRules | None = None,
     ) -> None:
-        super().__init__(half_life_s)
+        super().__init__(half_life_s, rules)
         self._monotonic, self._reasons = monotonic, reasons
         self._needs: NeedIndex[RequestClass] = NeedIndex()
         self._turns = Turns(self._shares.turn, self._shares.family)

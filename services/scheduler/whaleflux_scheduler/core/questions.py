@@ -27,10 +27,10 @@ from whaleflux_scheduler.core.request import place_request, shape, that_may
 class Questions:
     """What a plan knows, and the answers that follow from it."""
 
-    def __init__(self, half_life_s: float) -> None:
+    def __init__(self, half_life_s: float, rules: RebalanceRules | None = None) -> None:
         self._shares = QueueShares(half_life_s)
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
-        self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings)
+        self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, rules)
 
     @property
     def waiting(self) -> int:
