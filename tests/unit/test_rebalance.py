@@ -376,7 +376,9 @@ def test_what_a_move_costs_is_known_from_the_record():
     assert not resumes(job("x", 1, checkpoint_every_steps=0))
 
 
-SMALL = st.tuples(st.integers(0, 4), st.integers(1, 2), st.sampled_from([*["plain"] * 6, "service", "fresh", "unsaved"]))
+SMALL = st.tuples(
+    st.integers(0, 4), st.integers(1, 2), st.sampled_from([*["plain"] * 6, "service", "fresh", "unsaved"])
+)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
