@@ -189,5 +189,5 @@ class AgainstASearch(RuleBasedStateMachine):
         assert (line.first()[1] if line is not None else None) == self.lines.first_of_all()
 
 
-AgainstASearch.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AgainstASearch.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 test_against_a_search = AgainstASearch.TestCase

@@ -16,11 +16,12 @@ from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.holdings import Holdings
 from whaleflux_scheduler.core.model import Claim, Job
 from whaleflux_scheduler.core.needs import Need, NeedIndex
-from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.placement.api import DatasetFact, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.queue_shares import QueueShares
 
 T = TypeVar("T")
+_MANY = 16  # nodes; with more, one of them nearly always could
 log = logging.getLogger(__name__)
 
 
@@ -129,6 +130,12 @@ class KnownFleet:
     def could_hold(self, need: Need) -> bool:
         """Whether what was gained, as it is now, could be enough."""
         return any(self._most_free(model, need.level) >= need.gpus for model in need.models)
+
+    def could_place(self, need: Need, request: PlaceRequest) -> bool:
+        """As `could_hold`, and whether any of it could be of use to the request, which is not asked of each node of many."""
+        if not self.could_hold(need):
+            return False
+        return len(self._hopes) > _MANY or any(self.engine.could_use(name, request) for name in self._hopes)
 
     def _most_free(self, model: str, level: Level) -> int:
         found = self._free.get((model, level))

@@ -30,6 +30,10 @@ class LazyHeap(Generic[T]):
         thing.entry = entry = (key, next(_numbers), thing)
         heapq.heappush(self._entries, entry)
 
+    def clear(self) -> None:
+        """Of things that have left all the same."""
+        self._entries.clear()
+
     def top(self) -> Entry[T] | None:
         """The one with the least key."""
         while self._entries:

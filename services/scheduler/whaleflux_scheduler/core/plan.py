@@ -211,7 +211,8 @@ class Plan(Questions):
             self._hopeful.pop(line.kind, None)
 
     def _try_again(self, kind: RequestClass) -> None:
-        kind.refused = kind.no_room_made = False
+        kind.refused = kind.no_room_made = kind.hopeful = False
+        self._hopeful.pop(kind, None)
         self._turns.reopen(kind)
 
     # whose turn it is
@@ -226,10 +227,11 @@ class Plan(Questions):
         for top in tuple(self._kept_from) if self._fleet.gained else ():
             self._unpark(top)
         for kind in self._fleet.take_gains(self._needs):
-            if kind.settled:
+            was_refused = kind.refused
+            self._try_again(kind)
+            if was_refused:
                 self._hopeful[kind] = None
                 kind.hopeful = True
-            self._try_again(kind)
 
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
@@ -332,7 +334,9 @@ class Plan(Questions):
 
     def _place(self, kind: RequestClass, request: PlaceRequest, name: str) -> Placement | None:
         engine, named = self._fleet.engine, replace(request, id=name)
-        if kind.impossible or (kind.hopeful and not self._fleet.could_hold(kind.need)):
+        if kind.impossible:
+            return None
+        if kind.hopeful and not kind.own and not self._fleet.could_place(kind.need, request):
             return None
         if kind.own:
             with self._fleet.holdings.without(name):

@@ -46,6 +46,8 @@ class Turns:
     def activate(self, kind: RequestClass) -> None:
         """It is to be tried."""
         if kind not in self._active:
+            if not self._active:
+                self._heads.clear()
             self._active[kind] = None
             self._put_head(kind)
 
@@ -121,7 +123,8 @@ class Turns:
         if self._seen != (now := self._now):
             self._seen = now
             for kind in self._active:
-                self._put_head(kind)
+                if kind.seen != now:
+                    self._put_head(kind)
         while (head := self._heads.top()) is not None:
             kind = head[2]
             first = self._first(kind)
@@ -146,29 +149,29 @@ class Turns:
         return (self._key(line.queue, kind.gpus, kind.priority), *first)
 
     def _put_head(self, kind: RequestClass) -> None:
-        """With its least key, which may have grown since."""
-        self._take_in_falls(kind)
-        top = kind.heap.top()
-        self._heads.put(kind, top[0] if top is not None else ())
+        """With its least key as it is now."""
+        first = self._first(kind)
+        self._heads.put(kind, first.entry[0] if first is not None and first.entry is not None else ())
 
     def _first(self, kind: RequestClass) -> Line | None:
-        self._take_in_falls(kind)
+        if kind.seen != self._now:
+            self._take_in_falls(kind)
         while (top := kind.heap.top()) is not None:
-            line = top[2]
-            if line.first() is None:
+            key, _, line = top
+            first = line.first()
+            if first is None:
                 line.entry = None
-            elif (key := self._key_of(line)) == top[0]:
+                continue
+            turn = self._key(line.queue, kind.gpus, kind.priority)
+            if key[0] == turn and key[2] == first[1]:
                 return line
-            else:
-                kind.heap.put(line, key)
+            kind.heap.put(line, (turn, *first))
         return None
 
     def _take_in_falls(self, kind: RequestClass) -> None:
         seen, kind.seen = kind.seen, self._now
-        if seen == kind.seen:
-            return
         fallen: Iterable[Hashable] = kind.families
-        if seen >= self._forgotten and kind.seen - seen < len(kind.families):
+        if seen >= self._forgotten and kind.seen - seen <= len(kind.families):
             fallen = set(self._falls[seen - self._forgotten :])
         for family in fallen:
             for line in kind.families.get(family, ()):

@@ -29,10 +29,13 @@ class QueueShares:
     def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
         self.quota, self.now_s = QuotaTree(), 0.0
         self._fair = FairShare(half_life_s)
+        self._turns: dict[tuple[str, int, int], Turn] = {}  # as they are until something is held, or time goes on
+        self._turns_at_s = 0.0
 
     def set_queues(self, queues: Mapping[str, Queue]) -> None:
         """The queues as they are now, by id."""
         before = self.quota.queues
+        self._turns.clear()
         self.quota.set_queues(queues)
         for id_ in before.keys() - queues.keys():
             self._fair.forget(id_)
@@ -54,11 +57,22 @@ class QueueShares:
         return job.attempt.allocate_time.timestamp() if job.attempt is not None else self.now_s
 
     def _count(self, node: QueueNode) -> None:
+        self._turns.clear()
         self._fair.hold(node.id, node.over, self.now_s)
         self._fair.hold(node.id + _OWN, node.own, self.now_s)
 
     def turn(self, queue: str, gpus: int, priority: int) -> Turn:
         """The least goes first: who asks for no more than a guarantee, then by priority, then by shares from the top of the tree down."""
+        if self._turns_at_s != self.now_s:
+            self._turns.clear()
+            self._turns_at_s = self.now_s
+        key = (queue, gpus, priority)
+        known = self._turns.get(key)
+        if known is None:
+            known = self._turns[key] = self._turn(*key)
+        return known
+
+    def _turn(self, queue: str, gpus: int, priority: int) -> Turn:
         node = self.quota.node(queue)
         within = any(up.held + gpus <= up.guaranteed for up in node.path())
         shares = [(self._fair.key(up.id, self.now_s), up.id) for up in node.path() if up.above is not None]

@@ -33,6 +33,7 @@ from whaleflux_scheduler.core.placement.exact import Where, place_on
 from whaleflux_scheduler.core.placement.explain import explain
 from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.shapes import Shapes
+from whaleflux_scheduler.core.placement.supply import could_use
 from whaleflux_scheduler.core.placement.validate import check_request
 
 if TYPE_CHECKING:
@@ -320,6 +321,21 @@ class Engine:
     def free_gpus(self) -> int:
         """Wholly free GPUs that new work may use now."""
         return int(self.columns.offer.sum())
+
+    def could_use(self, name: str, request: PlaceRequest) -> bool:
+        """Whether the node could give anything at all to the request now, alone or with others; a yes may be too hopeful."""
+        row = self._rows.get(name)
+        if row is None or not row.schedulable or name in request.exclude_nodes:
+            return False
+        if request.sites and row.node.site not in request.sites:
+            return False
+        if request.hard_locality and not all(name in self._cached_on(dataset) for dataset in request.datasets):
+            return False
+        return could_use(self.columns, self.columns.index[name], request)
+
+    def _cached_on(self, dataset: str) -> Collection[str]:
+        known = self._datasets.get(dataset)
+        return known.cached_on if known is not None else ()
 
     def most_free(self, names: Iterable[str], model: str, level: Level) -> int:
         """The most wholly free GPUs in any one domain of `level` that holds one of the nodes: on nodes with that model, "": on all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -22,6 +23,20 @@ from whaleflux_scheduler.core.placement.shapes import Shape
 Bools = NDArray[np.bool_]
 
 
+def could_use(columns: Columns, i: int, request: PlaceRequest) -> bool:
+    """Whether row `i` has a free device of the right kind, or a share of one, with CPU and memory for a rank."""
+    need = request.requirement
+    if need.cpu_millicores_per_gpu > columns.cpu_free[i] or need.host_memory_bytes_per_gpu > columns.host_free[i]:
+        return False
+    if request.without_gpus:
+        return True
+    if need.of_node and not node_conditions(columns, need)[i]:
+        return False
+    free = columns.usable[i] if request.groups[0].share else columns.free_mask(i)
+    return any(free & matching_positions(columns.shape(i), need, option.model) for option in need.any_of)
+
+
+@lru_cache(maxsize=16_384)
 def matching_positions(shape: Shape, need: GpuRequirement, model: str) -> int:
     """Mask of the GPU positions of a shape that satisfy model, memory and compute capability.
 
