@@ -64,7 +64,7 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
         state.timeline.add(limit_s, look, state, simulated, turn)
     else:
         state.timeline.add(done_s, finish, state, simulated, turn)
-    state.news.jobs.append(job)
+    state.news.begun.append(job)
     if state.claimants.to(job.name):
         look(at_s, state, simulated, turn)
 

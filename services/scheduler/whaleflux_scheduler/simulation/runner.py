@@ -41,7 +41,7 @@ class Simulation:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
         self._state = State(nodes, workload.queues, workload.delays, result)
-        self._plan, self._decision_time = Plan(), decision_time
+        self._plan, self._decision_time = Plan(reasons=False), decision_time
         self._arrivals = workload.in_order()
         for event in events:
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)

@@ -26,6 +26,7 @@ class Unsaid:
     nodes: list[Node] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
+    begun: list[Job] = field(default_factory=list)  # told with what comes next: alone it is nothing to decide about
     candidates: dict[str, Candidate | None] = field(default_factory=dict)
     queues: dict[str, Queue] | None = None
 
@@ -37,7 +38,7 @@ class Unsaid:
         return plan.News(
             nodes=tuple(self.nodes),
             closed=self.closed,
-            jobs=tuple(self.jobs),
+            jobs=(*self.begun, *self.jobs),
             candidates=self.candidates,
             queues=self.queues,
         )
