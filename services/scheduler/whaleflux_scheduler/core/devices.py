@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from whaleflux.fleet.model import Gpu, Node
 
@@ -24,6 +24,7 @@ class Devices:
         self._holder_node = holder_node
         self._nodes: dict[str, Node] = {}  # as they report themselves
         self._positions: dict[str, dict[str, int]] = {}
+        self._listed: dict[str, _Listed] = {}
         self._reporters: dict[str, tuple[str, ...]] = {}  # by UUID
         self.open: set[str] = set()
 
@@ -34,7 +35,7 @@ class Devices:
     def report(self, node: Node) -> set[str]:
         """A node's facts as they are now; returns the nodes whose offer may differ, itself included."""
         affected = {node.name} | self._forget(node.name)
-        self._nodes[node.name] = node
+        self._nodes[node.name], self._listed[node.name] = node, _Listed.of(node)
         self._positions[node.name] = {gpu.uuid: gpu.index for gpu in node.gpus if gpu.uuid}
         for uuid in self._positions[node.name]:
             others = self._reporters.get(uuid, ())
@@ -46,6 +47,7 @@ class Devices:
         """The node is gone; returns the nodes whose offer may differ."""
         affected = self._forget(name)
         self._nodes.pop(name, None)
+        self._listed.pop(name, None)
         self.open.discard(name)
         return affected
 
@@ -93,11 +95,8 @@ class Devices:
 
     def uuids(self, node: str, indices: Iterable[int]) -> tuple[str, ...]:
         """The GPUs at these positions, in this order."""
-        gpus = self._nodes[node].gpus
-        if all(gpu.index == at for at, gpu in enumerate(gpus)):
-            return tuple(gpus[index].uuid for index in indices)
-        at = {gpu.index: gpu.uuid for gpu in gpus}
-        return tuple(at[index] for index in indices)
+        at = self._listed[node].at
+        return tuple([at[index] for index in indices])
 
     def memory_bytes(self, node: str, uuid: str) -> int:
         """Memory of a GPU, 0 when the node does not report it."""
@@ -106,10 +105,27 @@ class Devices:
 
     def parts_of_gpu(self, node: str, uuids: Collection[str], share_bytes: int) -> list[float]:
         """How much of a GPU each is, by memory: a share of it, a MIG instance, or all."""
+        if not share_bytes and self._listed[node].whole:
+            return [1.0] * len(uuids)
         held = [gpu for gpu in self._nodes[node].gpus if gpu.uuid in uuids]
         return [share_bytes / gpu.memory_bytes if share_bytes else gpu.part_of_gpu for gpu in held]
 
     def models(self, node: str, uuids: Iterable[str]) -> list[str]:
         """The catalogue names of GPUs that the node reports."""
-        models = {gpu.uuid: gpu.model for gpu in self._nodes[node].gpus}
+        models = self._listed[node].models
         return [models[uuid] for uuid in uuids]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A node's GPUs, looked up often: UUIDs by position, models by UUID, and whether all of them are whole GPUs."""
+
+    at: Mapping[int, str]
+    models: Mapping[str, str]
+    whole: bool
+
+    @classmethod
+    def of(cls, node: Node) -> _Listed:
+        at = {gpu.index: gpu.uuid for gpu in node.gpus}
+        models = {gpu.uuid: gpu.model for gpu in node.gpus}
+        return cls(at, models, all(gpu.part_of_gpu == 1.0 for gpu in node.gpus))
