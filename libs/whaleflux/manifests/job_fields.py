@@ -25,6 +25,7 @@ from whaleflux.manifests.job_values import (
     Dependency,
     Gpus,
     Kind,
+    Named,
     OnPartition,
     Placement,
     Rule,
@@ -73,6 +74,15 @@ class JobKind(IntEnum):
     UNSPECIFIED = 0
     TRAINING = 1
     SERVICE = 2
+
+
+class Goal(IntEnum):
+    """What decides among places; numbers of the contract's JobGoal."""
+
+    UNSPECIFIED = 0
+    CLOSEST = 1
+    CHEAPEST = 2
+    FASTEST = 3
 
 
 def _field(start: Any, file: str, path: str, value: Value, about: str, **more: Any) -> Any:
@@ -236,11 +246,16 @@ class Spec:
         "deadline",
         "deadline_time",
         Instant(),
-        "When it should have ended.",
-        not_yet=True,
+        "When it should have ended. `goal` keeps it where it can; plans and `explain` say when it will be missed.",
         default="none",
         example="2036-12-01T08:00Z",
     )
+    goal: Goal = _field(
+        Goal.UNSPECIFIED, "goal", "goal", Named(Goal),
+        "What decides among GPU types and prices: `cheapest` that ends by `deadline`, `fastest` that costs no more than `budget`, or `closest`, "
+        "the least time lost to communication. For what a run costs in all it needs `expected`, or runs like it to learn from.",
+        default="closest", example="cheapest",
+    )  # fmt: skip
     budget_usd: float = _field(
         0.0, "budget", "budget_usd", Dollars(), "Most that it may cost.", default="no limit", example="12000 USD"
     )
@@ -282,6 +297,12 @@ class Spec:
         None, "time_limit", "time_limit", RunTime(least=1.0),
         "Most time that it may run, all attempts together; waiting is not counted. Then its ranks get SIGTERM, `stop_grace` to "
         "save, SIGKILL, and it ends as FAILED, without a retry.", default="no limit", example="2 h",
+    )  # fmt: skip
+    expected_s: float | None = _field(
+        None, "expected", "expected", RunTime(least=1.0),
+        "How long it probably runs, all attempts together. Short work starts on GPUs that are promised to others for later. It ends "
+        "nothing, but one that runs longer may be suspended through a checkpoint where its GPUs are promised.",
+        default="learned from jobs of its name, queue and size", example="6 h",
     )  # fmt: skip
     depends_on: tuple[Dependency, ...] = _field(
         (), "depends_on", "depends_on", Dependencies(),

@@ -118,6 +118,19 @@ class Kind(Choice):
 
 
 @dataclass(frozen=True)
+class Named(Choice):
+    """One of the words of an enum, whose 0 is what is not set; numbers that this version does not know count as that."""
+
+    def __init__(self, words: type[IntEnum]) -> None:
+        super().__init__({word.name.lower(): word for word in words if word})
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get, known = attrgetter(path), {int(word): word for word in self.choices.values()}
+        unset = type(next(iter(known.values())))(0)
+        return lambda message: known.get(get(message), unset)
+
+
+@dataclass(frozen=True)
 class Datasets(Texts):
     """Names of datasets: `dataset:c4-en` or `c4-en`, in the contract datasets/c4-en."""
 

@@ -20,7 +20,7 @@ from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, wait_reasons
 from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
-from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
+from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.needs import NeedIndex
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
@@ -139,6 +139,7 @@ class Plan(Questions):
         holdings = self._fleet.holdings
         known, held = holdings.jobs.get(job.name), holdings.holds(job.name)
         self._fleet.learn(job)
+        self._estimates.learn(job)
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(self._pending.above(job.spec.priority))
             quota = self._shares.quota
@@ -289,7 +290,7 @@ class Plan(Questions):
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
-        if not kind.refused and (placement := self._place(kind, request, job.name)) is not None:
+        if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job.name)) is not None:
             return self._give(job, placement, now)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
             return self._give(job, place, now)
@@ -346,7 +347,7 @@ class Plan(Questions):
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         holdings = self._fleet.holdings
         assignment = decisions.assignment_of(placement, holdings.devices)
-        decision = decisions.placed(job, placement, assignment, holdings.devices, next_epoch(job), now)
+        decision = self._placed(job, placement, assignment, now)
         held = dict(holdings.held(job.name))
         for task in decision.tasks:
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
@@ -427,7 +428,10 @@ class Plan(Questions):
         return moves
 
     def _why(self, line: Line, candidate: Candidate, watch: Stopwatch) -> SchedulingDecision:
-        job, now = candidate.job, watch.began
+        return self._in_time(self._why_now(line, candidate, watch.began), candidate.job, watch.began)
+
+    def _why_now(self, line: Line, candidate: Candidate, now: datetime) -> SchedulingDecision:
+        job = candidate.job
         if limit := self._over_limit(job):
             return wait_reasons.queue_is_full(limit, now)
         if full := self._over_array_limit(job):

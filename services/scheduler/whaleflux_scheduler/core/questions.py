@@ -8,10 +8,11 @@ from dataclasses import replace
 from datetime import datetime
 
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import capacity, decisions, wait_reasons
+from whaleflux_scheduler.core import capacity, decisions, goals, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.known_fleet import KnownFleet
-from whaleflux_scheduler.core.lifecycle import next_epoch
+from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.pending import Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
@@ -21,7 +22,7 @@ from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import Rebalancer
-from whaleflux_scheduler.core.request import place_request, shape, that_may
+from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
 
 
 class Questions:
@@ -31,6 +32,7 @@ class Questions:
         self._shares = QueueShares(half_life_s)
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, rules)
+        self._estimates = Estimates()
 
     @property
     def waiting(self) -> int:
@@ -53,12 +55,11 @@ class Questions:
         if not self.nodes:
             return wait_reasons.no_nodes(now)
         request = self._within_quota(place_request(job.name, job.spec), job)
-        answer = self._fleet.engine.place(request)
+        answer = self._fleet.engine.place(self._wished(request, job, now))
         if isinstance(answer, Placement):
-            devices = self._fleet.holdings.devices
-            assignment = decisions.assignment_of(answer, devices)
-            return decisions.placed(job, answer, assignment, devices, next_epoch(job), now)
-        decision = self._in_line(self._kept_few(wait_reasons.does_not_fit(answer, now), request, job), job)
+            return self._placed(job, answer, decisions.assignment_of(answer, self._fleet.holdings.devices), now)
+        decision = self._kept_few(wait_reasons.does_not_fit(answer, now), request, job)
+        decision = self._in_line(self._in_time(decision, job, now), job)
         plan = room_for(self._fleet.engine, self._fleet.holdings, request, job)
         return decision if plan is None else self._with_victims(decision, job, stopped(plan))
 
@@ -84,7 +85,8 @@ class Questions:
         decision = wait_reasons.with_claims(
             decision, [name for name in self._fleet.holdings.claims if name != job.name]
         )
-        return self._in_line(self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name)), job)
+        decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        return self._in_line(self._in_time(decision, job, now), job)
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
@@ -151,6 +153,34 @@ class Questions:
     def _within_quota(self, request: PlaceRequest, job: Job) -> PlaceRequest:
         """Of the GPU types of which its queue may take as many as are needed now."""
         return that_may(request, lambda gpus: self._over_limit(job, gpus) is None)
+
+    # money and time
+
+    def _wished(self, request: PlaceRequest, job: Job, now: datetime) -> PlaceRequest:
+        """With what the job prefers at this moment."""
+        work_s = goals.work_left_s(job, self._estimates, now) if goals.looks_ahead(job.spec) else 0.0
+        return goals.asked(request, job, work_s, now)
+
+    def _placed(self, job: Job, placement: Placement, assignment: GpuAssignment, now: datetime) -> SchedulingDecision:
+        """The decision, with when and for how much it would end there."""
+        decision = decisions.placed(job, placement, assignment, self._fleet.holdings.devices, next_epoch(job), now)
+        ahead = goals.of_placement(job, placement, self._outlooks(job, now), now)
+        return replace(decision, reasons=(*ahead, *decision.reasons)) if ahead else decision
+
+    def _in_time(self, decision: SchedulingDecision, job: Job, now: datetime) -> SchedulingDecision:
+        """With until when it has to start to keep its deadline, or that it cannot any more."""
+        ahead = goals.of_waiting(job, self._outlooks(job, now), now)
+        return replace(decision, reasons=(*ahead, *decision.reasons)) if ahead else decision
+
+    def _outlooks(self, job: Job, now: datetime) -> list[goals.Outlook]:
+        if job.spec.deadline is None or (work_s := goals.work_left_s(job, self._estimates, now)) <= 0:
+            return []
+        asked = shape(job.spec)
+
+        def holds(model: str) -> bool:
+            return self._fleet.capacity.short_of(of_model(asked, model) if model else asked) is None
+
+        return goals.outlooks(job.spec, work_s, now, holds)
 
     def _kept_few(self, decision: SchedulingDecision, request: PlaceRequest, job: Job) -> SchedulingDecision:
         """With the GPU types that its queue keeps it from."""

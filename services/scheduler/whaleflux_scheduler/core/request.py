@@ -10,11 +10,13 @@ from whaleflux import names
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.fleet.model import Level
 from whaleflux.manifests.job_fields import Rule, Spec
+from whaleflux_scheduler.core.goals import goal_of
 from whaleflux_scheduler.core.placement.api import (
     GpuOption,
     GpuRequirement,
     GroupRequest,
     PlaceRequest,
+    Preference,
     Share,
     Subgroup,
 )
@@ -53,6 +55,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
         near_nodes=near_nodes,
         datasets=tuple(names.dataset(name) for name in spec.datasets),
         hard_locality=spec.require_local_data,
+        preference=Preference(goal=goal_of(spec)),
     )
 
 
@@ -64,6 +67,11 @@ def that_may(asked: PlaceRequest, may: Callable[[int], bool]) -> PlaceRequest:
     options = asked.requirement.any_of
     left = tuple(one for one in options if one.per_unit == 1 or may(asked.units * one.per_unit))
     return asked if len(left) == len(options) else _only(asked, left)
+
+
+def of_model(asked: PlaceRequest, model: str) -> PlaceRequest:
+    """The request for that GPU type alone."""
+    return _only(asked, tuple(one for one in asked.requirement.any_of if one.model == model))
 
 
 def by_count(asked: PlaceRequest) -> Iterator[PlaceRequest]:

@@ -60,6 +60,8 @@ def rank(request: PlaceRequest, found: list[PricedPlace]) -> list[PricedPlace]:
         return sorted(found, key=lambda c: ((t := _time(c)) > late, t if t > late else 0.0, c.cost.total_usd or 0.0, t))
     if goal is Goal.CHEAPEST:
         return sorted(found, key=lambda c: (c.cost.usd_per_hour / c.option.throughput, c.cost.step_communication_s))
+    if goal is Goal.FASTEST and not wish.work_gpu_s:
+        return sorted(found, key=lambda c: (-c.option.throughput, c.cost.step_communication_s, c.cost.usd_per_hour))
     if goal is Goal.FASTEST:
         budget = wish.budget_usd if wish.budget_usd is not None else float("inf")
         return sorted(
@@ -181,11 +183,6 @@ def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple
         lines.append("all data is local")
     if best.cost.usd_per_hour:
         lines.append(f"${best.cost.usd_per_hour:.2f} per hour")
-    late = request.preference.deadline_s
-    if late is not None and best.cost.run_s is not None and best.cost.run_s + best.cost.fetch_s > late:
-        lines.append(
-            f"misses its deadline by {best.cost.run_s + best.cost.fetch_s - late:.0f} s; nothing faster is free"
-        )
     return tuple(lines)
 
 

@@ -1,0 +1,156 @@
+"""How long a job will run: what it says of itself, else what jobs like it did. Pure, of bounded memory.
+
+A `time_limit` is a hard end: the scheduler itself keeps it. `expected` and what is learned are guesses: of the last runs of the same family
+(queue, name without trailing numbers, GPUs), as predictions from recent runs of the same user serve backfilling better than what users ask for
+(Tsafrir et al., "Backfilling using system-generated predictions rather than user runtime estimates", 2007). Who runs longer than guessed is guessed
+again: by the runs that were longer still, else twice as long as it has run.
+
+Everything is learned from the records of ended jobs, so that a new leader learns the same.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from whaleflux_scheduler.core import running_time
+from whaleflux_scheduler.core.model import Job
+
+DEFAULT_S = 4 * 3600.0  # of a job that nothing is known of
+LEAST_S, LONGEST_S = 60.0, 10 * 365 * 86400.0
+KEPT_RUNS = 16  # of each family
+MOST_FAMILIES = 20_000
+MOST_SEEN = 20_000  # ended jobs that are remembered as learned
+START_S = 60.0  # from the placement until all ranks run, where that is not over yet
+_NUMBERS = re.compile(r"[-_.]?\d+$")
+
+Family = tuple[str, str, int]
+"""Queue, name without numbers, GPUs; "" and 0 stand for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of running, all attempts together. `hard_s`: it does not run longer, whatever happens; None: nothing ends it.
+
+    Half of all such jobs run for `likely_s` at most, nine of ten for `safe_s`. `source` says from where that is known, in words.
+    """
+
+    likely_s: float
+    safe_s: float
+    hard_s: float | None
+    source: str
+
+
+class Estimates:
+    """What was learned."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[Family, deque[float]] = OrderedDict()
+        self._seen: OrderedDict[str, None] = OrderedDict()
+
+    def learn(self, job: Job) -> bool:
+        """An ended job; True when it told something new. One that never ran, or was learned before, tells nothing."""
+        key = job.uid or job.name
+        if not job.ended or job.run_s <= 0 or job.spec.is_service or key in self._seen:
+            return False
+        self._seen[key] = None
+        while len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+        for family in _families(job):
+            runs = self._runs.setdefault(family, deque(maxlen=KEPT_RUNS))
+            runs.append(job.run_s)
+            self._runs.move_to_end(family)
+        while len(self._runs) > MOST_FAMILIES:
+            self._runs.popitem(last=False)
+        return True
+
+    def of(self, job: Job, ran_s: float = 0.0) -> Estimate:
+        """What is to be expected of a job that has run for `ran_s` so far; both guesses are longer than that."""
+        hard_s, said_s = job.spec.time_limit_s, job.spec.expected_s
+        if said_s is not None:
+            likely_s = safe_s = _doubled(said_s, ran_s)
+            source = "its expected" if ran_s < said_s else "it runs longer than its expected"
+        else:
+            likely_s, safe_s, source = self._learned(job, ran_s, hard_s)
+        if hard_s is not None:
+            likely_s, safe_s = min(likely_s, hard_s), min(safe_s, hard_s)
+        return Estimate(likely_s, safe_s, hard_s, source)
+
+    def _learned(self, job: Job, ran_s: float, hard_s: float | None) -> tuple[float, float, str]:
+        for family in _families(job):
+            longer = sorted(run for run in self._runs.get(family, ()) if run > ran_s)
+            if longer:
+                likely_s, safe_s = _quantile(longer, 0.5), _quantile(longer, 0.9)
+                return max(likely_s, LEAST_S), max(safe_s, LEAST_S), f"the last {len(longer)} runs like it"
+        guess_s = _doubled(DEFAULT_S if hard_s is None else hard_s, ran_s)
+        return guess_s, guess_s, "its time limit" if hard_s is not None else "no run like it is known"
+
+
+def family_of(name: str) -> str:
+    """A job's id without what counts its repetitions: "train-7", "train-8" and "train_0012" are all "train"."""
+    stem = name
+    while (shorter := _NUMBERS.sub("", stem)) and shorter != stem:
+        stem = shorter
+    return stem
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """When a job has left its GPUs: `likely` when it ends by itself, `safe` when it is not even counted on to be quick, its grace included.
+
+    `hard`: it does not stay longer than `safe`, since the scheduler ends it then.
+    """
+
+    likely: datetime
+    safe: datetime
+    hard: bool
+
+
+def end_of(estimates: Estimates, job: Job, now: datetime) -> End | None:
+    """When a job that holds GPUs gives them back; None: nothing ends it (a service)."""
+    attempt = job.attempt
+    if attempt is None or not job.readable or (job.spec.is_service and job.spec.time_limit_s is None):
+        return None
+    grace = timedelta(seconds=job.grace_s)
+    if attempt.end_time is not None:  # being stopped
+        over = max(now, attempt.end_time + grace)
+        return End(over, over, hard=True)
+    estimate = estimates.of(job, running_time.run_s(job, now))
+    begun = attempt.run_time or attempt.allocate_time + timedelta(seconds=START_S)
+
+    def after(seconds: float) -> datetime:
+        return max(now, begun + timedelta(seconds=min(seconds - job.run_s, LONGEST_S)))
+
+    hard = estimate.hard_s is not None
+    return End(after(estimate.likely_s), after(estimate.hard_s or estimate.safe_s) + grace, hard)
+
+
+def safe_s(estimates: Estimates, job: Job) -> float:
+    """Seconds from its start in which a waiting job has left its GPUs again, its grace included; infinite for a service."""
+    if job.spec.is_service and job.spec.time_limit_s is None:
+        return math.inf
+    return START_S + estimates.of(job, job.run_s).safe_s - job.run_s + job.grace_s
+
+
+def _families(job: Job) -> Iterator[Family]:
+    """From the narrowest to all."""
+    family, gpus = family_of(job.id), job.spec.gpus
+    yield job.queue, family, gpus
+    yield job.queue, family, 0
+    yield job.queue, "", gpus
+    yield "", "", gpus
+
+
+def _doubled(guess_s: float, ran_s: float) -> float:
+    """The guess, doubled until it is more than what was run."""
+    guess_s = max(guess_s, LEAST_S)
+    return guess_s if ran_s < guess_s else guess_s * 2.0 ** (math.floor(math.log2(ran_s / guess_s)) + 1)
+
+
+def _quantile(ordered: list[float], part: float) -> float:
+    """The smallest of them that `part` of them do not exceed."""
+    return ordered[min(len(ordered) - 1, math.ceil(part * len(ordered)) - 1)]
