@@ -15,6 +15,7 @@ from whaleflux.store.api import MAX_COMMIT_BYTES
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import cost, lifecycle, state_machine, task_observations
+from whaleflux_scheduler.core.decision_history import DecisionKind
 from whaleflux_scheduler.core.model import ENDED, Job, JobState, SchedulingDecision, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.placement.validate import check_request
@@ -69,6 +70,7 @@ class TestMachine:
             (JobState, pb.JobState, "JOB_STATE_"),
             (TaskPhase, pb.TaskPhase, "TASK_PHASE_"),
             (JobKind, pb.JobKind, "JOB_KIND_"),
+            (DecisionKind, pb.DecisionKind, "DECISION_KIND_"),
         ):
             assert {prefix + member.name: member.value for member in ours} == dict(theirs.items())
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from whaleflux import names
-from whaleflux.cli import arrays, output
+from whaleflux.cli import arrays, decision_history, output
 from whaleflux.cli.filters import Since, Sort, contains, enum_words, ordered, since_s, wanted, words
 from whaleflux.cli.following import attempt_number
 from whaleflux.cli.output import Column, Format
@@ -207,19 +207,28 @@ def _progress(job: Any) -> str:
     return told + (f", completed {output.age(job.step_time)} ago" if silent else "")
 
 
-def explain(name: JobArgument, fmt: Output = Format.table) -> None:
+def explain(
+    name: JobArgument,
+    history: Annotated[bool, typer.Option("--history", help="What was decided about it so far, and when.")] = False,
+    fmt: Output = Format.table,
+) -> None:
     """Why a job waits, or why it runs where it does and what else was considered.
 
     \b
       whaleflux explain llama-70b-sft       in queue default
       whaleflux explain research/sft-2      in queue research
+      whaleflux explain sft-2 --history     each decision about it: waits and why, promises, placements, moves, preemptions
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import scheduler_pb2
 
     with fleet() as client:
-        answer = client.scheduler.ExplainJob(scheduler_pb2.ExplainJobRequest(name=job_name(name)), timeout=10)
+        request = scheduler_pb2.ExplainJobRequest(name=job_name(name), history=history)
+        answer = client.scheduler.ExplainJob(request, timeout=10)
     if fmt is Format.json:
         output.show_one(answer, [], fmt)
+        return
+    if history:
+        decision_history.show(answer)
         return
     output.say(
         f"{answer.job.name} is {output.job_state(answer.job)}"

@@ -27,6 +27,7 @@ JOB_FENCES = ROOT + "fences/jobs/"  # {queue}/{job}: the epoch in decimal; other
 JOB_PLACEMENTS = (
     ROOT + "fences/placements/"
 )  # {queue}/{job}: the nodes of the newest attempt; others read it (`store.placements`)
+JOB_DECISIONS = ROOT + "decisions/jobs/"  # {queue}/{job}: what was decided about it, the newest
 JOB_REQUESTS = ROOT + "requests/jobs/"  # {digest}: name of the unnamed job that a request with an id made
 
 # health_monitor
@@ -68,6 +69,7 @@ _COLLECTIONS = {
     QUEUES: ("queues",),
     JOBS: ("queues", "jobs"),
     JOB_PLACEMENTS: ("queues", "jobs"),
+    JOB_DECISIONS: ("queues", "jobs"),
     NODE_HEALTH: ("sites", "nodes"),
     INCIDENTS: ("incidents",),
     CHECKPOINTS: ("queues", "jobs", "checkpoints"),

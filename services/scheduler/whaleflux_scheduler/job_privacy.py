@@ -5,6 +5,8 @@ Of a job that is seen and not read, what stays is named here, so that a field th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from google.protobuf.message import Message
 
 from whaleflux.trust.sight import OTHERS_JOB, Sight
@@ -42,6 +44,8 @@ PUBLIC = {
     "Task": _TASK,
 }  # by message: what others than its team read
 
+_QUOTING = frozenset({pb.DECISION_KIND_INTERRUPTED, pb.DECISION_KIND_ENDED, pb.DECISION_KIND_HELD})
+
 
 def shown(job: pb.Job, sight: Sight, queue: str) -> pb.Job:
     """The job, which is the caller's to see, as it may be read; changes `job` itself."""
@@ -68,6 +72,17 @@ def shown_decision(decision: pb.Decision, sight: Sight, own: str) -> pb.Decision
     for texts in (decision.reasons, decision.ahead, decision.preempts):
         texts[:] = [sight.cleaned(text, own) for text in texts]
     return decision
+
+
+def shown_history(
+    decisions: Iterable[pb.JobDecision], sight: Sight, own: str, *, reads: bool
+) -> Iterator[pb.JobDecision]:
+    """What was decided, without others' names; why an attempt ended may quote what its program printed, which is not for all."""
+    for one in decisions:
+        if not reads and one.kind in _QUOTING:
+            one.message = ""
+        one.message = sight.cleaned(one.message, own)
+        yield one
 
 
 def shown_account(record: pb.AccountRecord, sight: Sight, queue: str) -> pb.AccountRecord:

@@ -14,8 +14,10 @@ from whaleflux.store.cache import Cache
 from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler import convert
+from whaleflux_scheduler import convert, decision_records
 from whaleflux_scheduler.convert import StoredJob
+from whaleflux_scheduler.core import decision_history
+from whaleflux_scheduler.core.decision_history import Noted
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.job_access import JobAccess
 
@@ -38,7 +40,8 @@ def deletion(stored: StoredJob) -> list[Write]:
 
     Made names are ULIDs, which users cannot give (`submit.check_job_id`): they never come again.
     """
-    writes: list[Write] = [Delete(stored.entry.key), Delete(placements.key_of(stored.value.name))]
+    decisions = keys.of_name(keys.JOB_DECISIONS, stored.value.name)
+    writes: list[Write] = [Delete(stored.entry.key), Delete(placements.key_of(stored.value.name)), Delete(decisions)]
     if names.is_ulid(stored.value.id):
         writes.append(Delete(keys.of_name(keys.JOB_FENCES, stored.value.name)))
     if stored.message.request_key:
@@ -145,6 +148,14 @@ class Jobs:
         page = found[:size]
         token = page_token(page[-1][0], self.cache.revision) if len(found) > size else ""
         return [stored for _, stored in page], token
+
+    async def decisions(self, job: StoredJob) -> tuple[Noted, ...]:
+        """What was decided about the job so far, oldest first; what is not written down yet is taken from its record."""
+        entry = await self._store.get(keys.of_name(keys.JOB_DECISIONS, job.value.name))
+        known = decision_records.read(entry.value, job.value.uid) if entry is not None else ()
+        if not job.value.readable:
+            return known
+        return decision_history.joined(known, decision_history.in_record(job.value, job.message.decision.summary))
 
     def of_unknown_holdings(self) -> list[str]:
         """Names of jobs whose records cannot be read and could not be before: what they hold is not known."""

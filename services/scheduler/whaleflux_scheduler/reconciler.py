@@ -27,11 +27,12 @@ from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
 from whaleflux_scheduler.core.holdings import held_by
-from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue
+from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.plan import Move, News
+from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
 from whaleflux_scheduler.job_tracking import JobTracking, Offer
@@ -82,6 +83,7 @@ class Reconciler:
             store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
         )
         callbacks = WriterCallbacks(self._written, self._state.touch, self._not_storable)
+        self._decisions = DecisionLog(store, leader, sources.jobs, self.planner, clock)
         self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
         self._queues_changed = True
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
@@ -109,6 +111,7 @@ class Reconciler:
                 group.create_task(self._rounds())
                 group.create_task(self._keep_showing())
                 group.create_task(self._housekeeping.prune())
+                group.create_task(self._decisions.run())
         finally:
             self.planner.shutdown()
             self._housekeeping.clear_gauges()
@@ -138,6 +141,8 @@ class Reconciler:
                     self._readability_changed(known.name)
                 if old is not None and (new is None or new.uid != old.uid):
                     self._state.deleted(old)
+                if new is not None:
+                    self._decisions.changed(old, new)
                 nodes = self._state.record(known.name, new)
                 for node in nodes_to_tell(old, new, nodes):
                     self._sessions.wake(node)
@@ -254,6 +259,7 @@ class Reconciler:
     def _forget(self, name: str) -> None:
         if (tracking := self._state.forget(name)) is not None:
             self.agents.settle(tracking, tracking.reports)
+        self._decisions.forget(name)
         spans.forget(name)
 
     def _look(self, stored: StoredJob, now: datetime, transitions: dict[str, Transition]) -> Candidate | None:
@@ -282,7 +288,7 @@ class Reconciler:
             return None
         self.agents.settle(tracking, reports)
         if job.state is JobState.QUEUED and (kept := wait_reasons.kept_back(_as_known(job, observed), now)):
-            tracking.wait_because(kept)
+            self._waits(job.name, tracking, kept)
         elif job.state is JobState.QUEUED and (job.not_before is None or job.not_before <= now):
             return self._offer(Offer(stored, job, reports), tracking, now)
         if job.ended and not tracking.reports:
@@ -368,12 +374,12 @@ class Reconciler:
         if move.assignment is not None:
             after = self._placed(ready, move, tracking, now)
         elif move.claim is not None:
-            tracking.wait_because(move.decision)
+            self._waits(move.job, tracking, move.decision)
             after = lifecycle.claim(ready, move.claim, move.decision.summary)
         elif ready.state is JobState.RECOVERING:
             after = lifecycle.requeue(ready, move.decision.summary)
         else:
-            tracking.wait_because(move.decision)
+            self._waits(move.job, tracking, move.decision)
             after = ready
         if after is not ready:
             tracking.withdraw_offer()
@@ -388,6 +394,10 @@ class Reconciler:
         else:
             after = lifecycle.claim_while_running(stored.value, claim)
             transitions[move.job] = Transition(stored, after, (), move)
+
+    def _waits(self, name: str, tracking: JobTracking, decision: SchedulingDecision) -> None:
+        tracking.wait_because(decision)
+        self._decisions.waits(name, decision)
 
     def _placed(self, ready: Job, move: Move, tracking: JobTracking, now: datetime) -> Job:
         assert move.assignment is not None
@@ -416,7 +426,7 @@ class Reconciler:
         """The store will never take it; the job waits with that as its reason."""
         tracking = self._state.tracking(transition.after.name)
         tracking.not_storable(transition.stored.entry.revision)
-        tracking.wait_because(wait_reasons.cannot_be_stored(why, self._clock.now()))
+        self._waits(transition.after.name, tracking, wait_reasons.cannot_be_stored(why, self._clock.now()))
         self._state.touch(transition.after.name)
 
     # why an attempt ended

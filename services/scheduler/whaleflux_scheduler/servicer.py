@@ -20,7 +20,7 @@ from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
-from whaleflux_scheduler import allocations, convert, job_privacy, logs
+from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs
 from whaleflux_scheduler.attach import AttachBroker, opening
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
@@ -180,12 +180,18 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def ExplainJob(self, request: pb.ExplainJobRequest, context: _Context | None) -> pb.ExplainJobResponse:
         sight = self._access.sight()
         stored = await self._jobs.get(request.name, sight)
-        job = self._present(stored, sight)
+        response = pb.ExplainJobResponse(job=self._present(stored, sight))
+        if request.history:
+            told = map(decision_records.message_of, await self._jobs.decisions(stored))
+            reads = sight.reads(stored.value.queue, stored.message.submitter)
+            response.history.extend(job_privacy.shown_history(told, sight, request.name, reads=reads))
         if stored.value.state in (JobState.QUEUED, JobState.RECOVERING):
             view = (await self._leader.leading()).view
             decision = convert.decision_message(await view.explain(stored.value))
-            return pb.ExplainJobResponse(job=job, decision=job_privacy.shown_decision(decision, sight, job.name))
-        return pb.ExplainJobResponse(job=job, decision=job.decision)
+            response.decision.CopyFrom(job_privacy.shown_decision(decision, sight, request.name))
+        else:
+            response.decision.CopyFrom(response.job.decision)
+        return response
 
     async def StreamLogs(
         self, request: pb.StreamLogsRequest, context: _Context | None

@@ -5,9 +5,11 @@ In a class the jobs of one queue (and of one limited array) stand in line in the
 
 from __future__ import annotations
 
+import bisect
 import heapq
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from whaleflux.errors import InvalidArgument
 from whaleflux_scheduler.core.lazy_heap import Entry, LazyHeap
@@ -16,6 +18,7 @@ from whaleflux_scheduler.core.needs import Need, need_of
 from whaleflux_scheduler.core.placement.api import NoPlacement, PlaceRequest
 from whaleflux_scheduler.core.placement.validate import check_request
 
+MOST_NAMED = 10  # of those that go before a job
 _SLACK = 64  # names that left a line and are still in its heap
 
 
@@ -124,6 +127,28 @@ class Pending:
         for own, classes in self._by_priority.items():
             if own > priority:
                 yield from tuple(classes)
+
+    def before(self, job: Job, key: Callable[[Job], Any]) -> tuple[list[str], int]:
+        """Who goes before the job in its queue, in order, `MOST_NAMED` at most; and how many do. Other queues are not looked at."""
+        own = key(job)
+        first = [order for other in self._in_queue(job.queue) if (order := key(other)) < own]
+        return [order[-1] for order in heapq.nsmallest(MOST_NAMED, first)], len(first)
+
+    def positions(self, names: Iterable[str], key: Callable[[Job], Any]) -> dict[str, int]:
+        """Of those that wait: their positions in their queues, from 1. A queue is put in order once, however many of it are asked for."""
+        asked: dict[str, list[Job]] = {}
+        for name in names:
+            if (waiting := self.jobs.get(name)) is not None:
+                asked.setdefault(waiting.line.queue, []).append(waiting.candidate.job)
+        found: dict[str, int] = {}
+        for queue, ours in asked.items():
+            order = sorted(map(key, self._in_queue(queue)))
+            found |= {job.name: bisect.bisect_left(order, key(job)) + 1 for job in ours}
+        return found
+
+    def _in_queue(self, queue: str) -> Iterator[Job]:
+        lines = self.by_queue.get(queue, ())
+        return (self.jobs[name].candidate.job for line in lines for name in line.names)
 
     def join(self, candidate: Candidate, request: PlaceRequest, *, own: bool) -> Waiting:
         """The job waits in its line; `own`: it holds or claims GPUs."""

@@ -196,10 +196,11 @@ class Questions:
         reclaimed = any(other is not None and other.spec.priority >= job.spec.priority for other in known)
         return wait_reasons.with_victims(decision, victims, reclaimed=reclaimed)
 
+    def positions(self, names: Iterable[str]) -> dict[str, int]:
+        """Of those that wait: their positions in their queues, from 1."""
+        return self._pending.positions(names, order_of)
+
     def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
-        """With its position in its queue, and who goes first."""
-        key = order_of(job)
-        others = (waiting.candidate.job for waiting in self._pending.jobs.values())
-        first = sorted((order_of(other), other.queue) for other in others if order_of(other) < key)
-        same = sum(queue == job.queue for _, queue in first)
-        return wait_reasons.in_line(decision, [name for (_, _, name), _ in first], same + 1)
+        """With its position in its queue, and who goes before it there."""
+        first, count = self._pending.before(job, order_of)
+        return wait_reasons.in_line(decision, first, count + 1)
