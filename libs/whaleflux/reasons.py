@@ -202,6 +202,7 @@ class What(_Words):
     PEER_REFUSED = "PEER_REFUSED", "another node reaches its host, and nothing listens there"
     PEER_SILENT = "PEER_SILENT", "another node does not reach its host either"
     PRIORITY_SET = "PRIORITY_SET", "somebody gave the job another priority"
+    RESIZED = "RESIZED", "an elastic job runs again, with more or fewer GPUs than before"
     RELEASED = "RELEASED", "a job that was held may be placed again"
     SAVE_FAILED = "SAVE_FAILED", "a checkpoint could not be saved; training goes on without it"
     SESSION_OPENED = "SESSION_OPENED", "somebody works inside of the job: a command, a port, or its files"

@@ -11,6 +11,7 @@ from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
 from whaleflux.v1 import scheduler_pb2
 from whaleflux_scheduler.core.validate import check_spec
 
+ELASTIC = "run: x\ngpus: 4\ncheckpoint: {every: 9}\nelastic: "
 BASE, NOW = Path("/base"), datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -40,6 +41,23 @@ def refused(text, parse=job_from_yaml):
         ("run: x\ngpus: 1\nimage: i\nsetup: pip install x", "setup", "build it into the image"),
         ("run: x\ngpus: 1\nsetup: torchrun x", "setup", "start it in `run`"),
         ("run: x\ngpus: 1\nlaunch: twice", "launch", "per_rank, once"),
+        (ELASTIC + "{max: 8}", "elastic.min", "is missing"),
+        (ELASTIC + "{min: 8}", "elastic.min", "use at most 4"),
+        (ELASTIC + "{min: 1, max: 2}", "elastic.max", "use at least 4"),
+        (ELASTIC + "{min: 3, max: 8, step: 4}", "elastic.min", "no multiple of elastic.step (4); use 4"),
+        (ELASTIC + "{min: 2, step: 3}", "gpus", "use 3"),
+        ("run: x\ngpus: 4\nelastic: {min: 2}", "elastic.resumes", "checkpoint: {every: N}"),
+        (ELASTIC + "{min: 2}\nkind: service", "elastic.min", "replicas"),
+        (ELASTIC + "{min: 2}\ngpu: {share: 10 GB}", "elastic.min", "whole GPUs"),
+        (
+            ELASTIC + "{min: 2}\nplace: {tensor: {level: nvlink, size: 2}}",
+            "place[0].size",
+            "does not divide elastic.step (1)",
+        ),
+        (ELASTIC + "{min: 2}\nnodes: {min: 3}", "nodes.min", "elastic.min is 2"),
+        (ELASTIC + "{min: 2, speeds: {2: fast}}", "elastic.speeds", "a speed above 0"),
+        (ELASTIC + "{min: 2, speeds: {}}", "elastic.speeds", "1 to 64 speeds"),
+        ("run: x\ngpus: 0\ncheckpoint: {every: 9}\nelastic: {min: 1}", "elastic.min", "use at most 0"),
     ],
 )
 def test_a_bad_job_file_is_refused_without_a_fleet(text, field, word):
@@ -47,7 +65,8 @@ def test_a_bad_job_file_is_refused_without_a_fleet(text, field, word):
 
 
 @pytest.mark.parametrize("text", ["run: torchrun x\ngpus: 8\nlaunch: once", "run: mpirun x\ngpus: 8\nlaunch: once\nnodes: {max: 1}",
-                                  "run: x\ngpus: 1\nimage: i\nlaunch: once\nsetup: pip install x"])  # fmt: skip
+                                  "run: x\ngpus: 1\nimage: i\nlaunch: once\nsetup: pip install x",
+                                  "run: x\ngpus: 4\nelastic: {min: 2, max: 8, step: 2, resumes: true}\nplace: {t: {level: nvlink, size: 2}}"])  # fmt: skip
 def test_good_ones_pass_here_and_there(text):
     spec = job_from_yaml(text, BASE).spec
     check_spec(spec_of(spec), spec.ByteSize(), NOW)

@@ -28,6 +28,18 @@ def gpus_of(spec: Any) -> str:
     return f"{spec.gpus} x {part}" if part else str(spec.gpus)
 
 
+def gpus_now(job: Any) -> int:
+    """What an elastic job has at present, else what it asks for."""
+    placed = sum(len(task.gpu_uuids) for task in job.attempt.tasks) if _is_placed(job) else 0
+    return placed if job.spec.elastic.min and placed else int(job.spec.gpus)
+
+
+def shown_gpus(job: Any) -> str:
+    """8, or 16 (8-64) of an elastic job."""
+    elastic = job.spec.elastic
+    return f"{gpus_now(job)} ({elastic.min}-{elastic.max or job.spec.gpus})" if elastic.min else gpus_of(job.spec)
+
+
 def jobs(
     queue: Annotated[str, typer.Argument(help="Queue; none: all queues.")] = "",
     all_: Annotated[bool, typer.Option("-a", "--all", help="All ended jobs too.")] = False,
@@ -119,7 +131,7 @@ def _job_columns() -> list[Column]:
     return [
         Column("NAME", lambda j: j.name),
         Column("STATE", lambda j: output.job_state(j) if j.state else j.state_message),  # an array's is in words
-        Column("GPUS", lambda j: gpus_of(j.spec), value=lambda j: int(j.spec.gpus)),
+        Column("GPUS", shown_gpus, value=gpus_now),
         Column("STEP", lambda j: str(j.step) if j.step > 0 else "-", value=lambda j: int(j.step) if j.step > 0 else ""),
         Column("LOSS", lambda j: f"{j.loss:.4f}" if j.HasField("loss") else "-",
                value=lambda j: float(j.loss) if j.HasField("loss") else ""),
@@ -152,6 +164,7 @@ def job_lines(found: Any) -> list[tuple[str, str]]:
         ("state", output.job_state(found) + (f": {found.state_message}" if found.state_message else "")),
         ("submitted", output.age(found.create_time) + " ago by " + (found.submitter or "unknown")),
         ("runs on" if _is_placed(found) else "ran on", ", ".join(map(task, found.attempt.tasks))),
+        ("size", _size(found)),
         ("isolation", "; ".join(dict.fromkeys(t.isolation for t in found.attempt.tasks if t.isolation))),
         ("still held", "; ".join(_stuck(found))),
         ("attempt", _attempt(found)),
@@ -167,6 +180,18 @@ def job_lines(found: Any) -> list[tuple[str, str]]:
 def _is_placed(job: Any) -> bool:
     """Whether nodes hold something for it now, rather than that they did for an attempt that is over."""
     return output.job_state(job) in ("STARTING", "RUNNING", "RECOVERING", "SUSPENDING")
+
+
+def _size(job: Any) -> str:
+    """Of an elastic job: how many GPUs it has, may have, and why it was resized last."""
+    elastic = job.spec.elastic
+    if not elastic.min:
+        return ""
+    step = f" in steps of {elastic.step}" if elastic.step > 1 else ""
+    size = f"{gpus_now(job)} GPUs of {elastic.min} to {elastic.max or job.spec.gpus}{step}, {job.spec.gpus} wished for"
+    ends = [attempt.end_reason for attempt in (*job.past_attempts, job.attempt)]
+    why = next((end.removeprefix("resized: ") for end in reversed(ends) if end.startswith("resized: ")), "")
+    return f"{size}; last resize: {why}" if why else size
 
 
 def _attempt(job: Any) -> str:

@@ -26,6 +26,7 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         _setup,
         _launch,
         _ranks,
+        _elastic,
         _nodes,
         _placement,
         _types,
@@ -80,7 +81,7 @@ def _launch(spec: Spec) -> Violations:
         ranks = f"{spec.world_size} ranks" if spec.world_size > 1 else "the rank"
         text = f"starts {launcher.name} in each of {ranks}, which starts processes of its own there; write launch: once, or remove {launcher.name}"
         yield FieldViolation("command", text)
-    elif not launcher.meets and spec.world_size > 1 and spec.max_nodes != 1:
+    elif not launcher.meets and max(spec.world_size, spec.elastic_max) > 1 and spec.max_nodes != 1:
         text = (
             f"{launcher.name} starts processes on other nodes through ssh or Slurm, which agents do not offer; write nodes: "
             "{max: 1}, or use torchrun"
@@ -99,6 +100,47 @@ def _ranks(spec: Spec) -> Violations:
         yield FieldViolation("gpu", "says which GPUs, and gpus is 0; leave it out or ask for GPUs")
     if not spec.gpus and spec.placement:
         yield FieldViolation("placement", "holds groups of GPUs together, and gpus is 0; leave it out")
+
+
+def _elastic(spec: Spec) -> Violations:
+    """Sizes that go together, and nothing that would break with another one."""
+    if not spec.is_elastic:
+        if spec.elastic_max or spec.elastic_step or spec.elastic_resumes or spec.elastic_speeds:
+            yield FieldViolation("elastic.min", "is missing; say with how few GPUs it can run")
+        return
+    yield from _elastic_sizes(spec)
+    if not (spec.checkpoint_every_steps or spec.checkpoint_location or spec.checkpoint_keep or spec.elastic_resumes):
+        yield FieldViolation(
+            "elastic.resumes",
+            "is not set, and the job says nothing of checkpoints: each resize would begin it anew; write checkpoint: {every: N}, or "
+            "elastic.resumes: true where its program goes on by itself",
+        )
+    if spec.is_service:
+        yield FieldViolation("elastic.min", "is of training; a service is scaled by its replicas, leave elastic out")
+    if any(choice.per_unit > 1 for choice in spec.gpu_choices):
+        yield FieldViolation("elastic.min", "counts GPUs; leave out types of which several count as one, or elastic")
+    if spec.wants_mig or spec.share_memory_bytes:
+        yield FieldViolation("elastic.min", "is of whole GPUs; leave out gpu.mig and gpu.share, or elastic")
+
+
+def _elastic_sizes(spec: Spec) -> Violations:
+    step, most = spec.elastic_step or 1, spec.elastic_max or spec.gpus
+    if spec.gpus < spec.elastic_min:
+        yield FieldViolation("elastic.min", f"is {spec.elastic_min}, and gpus {spec.gpus}; use at most {spec.gpus}")
+    if most < spec.gpus:
+        yield FieldViolation("elastic.max", f"is {most}, and gpus {spec.gpus}; use at least {spec.gpus}")
+    for field, size in (("elastic.min", spec.elastic_min), ("gpus", spec.gpus), ("elastic.max", most)):
+        if size % step:
+            yield FieldViolation(
+                field, f"{size} is no multiple of elastic.step ({step}); use {size - size % step or step}"
+            )
+    for i, rule in enumerate(spec.placement):
+        if rule.size > 0 and step % rule.size:
+            text = f"{rule.size} does not divide elastic.step ({step}), so that not every size holds whole groups; use a divisor, or raise that"
+            yield FieldViolation(f"placement[{i}].size", text)
+    if spec.min_nodes > spec.elastic_min:
+        text = f"{spec.min_nodes} nodes need as many GPUs; elastic.min is {spec.elastic_min}, use at most that, or raise it"
+        yield FieldViolation("nodes.min", text)
 
 
 def _nodes(spec: Spec) -> Violations:

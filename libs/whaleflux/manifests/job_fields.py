@@ -30,6 +30,7 @@ from whaleflux.manifests.job_values import (
     Placement,
     Rule,
     RunTime,
+    Speeds,
 )
 from whaleflux.manifests.secret_values import Secrets, SecretUse
 from whaleflux.manifests.text_values import Command, Digest, Folder, Id, Text, Texts, Variables, Workdir
@@ -129,6 +130,28 @@ class Spec:
         0, "ranks", "ranks", Whole(1, MAX_GPUS),
         "Ranks of work without GPUs, each with `cpus_per_rank` (it counts as one core when that is not set) and `memory_per_rank`.",
         default="one for each GPU; 1 with `gpus: 0`", example="64",
+    )  # fmt: skip
+    elastic_min: int = _field(
+        0, "elastic.min", "elastic.min", Whole(1, MAX_GPUS),
+        "Fewest GPUs that it can run with. It starts with as many as there are, up to `gpus`, and shrinks instead of being stopped when "
+        "others need GPUs.", default="`gpus`: it is not elastic", example="16", apart=True,
+    )  # fmt: skip
+    elastic_max: int = _field(
+        0, "elastic.max", "elastic.max", Whole(1, MAX_GPUS),
+        "Most GPUs: it grows into idle ones where that pays for the restart from its checkpoint.", default="`gpus`", example="128", apart=True,
+    )  # fmt: skip
+    elastic_step: int = _field(
+        0, "elastic.step", "elastic.step", Whole(1, MAX_GPUS),
+        "Every size is a multiple of it: 8 for whole nodes of 8, or what its parallelism needs.", default="1", example="8", apart=True,
+    )  # fmt: skip
+    elastic_resumes: bool = _field(
+        False, "elastic.resumes", "elastic.resumes", Flag(),
+        "Its program goes on from where it was by itself; needed where the file has no `checkpoint`.", default="false", example="true", apart=True,
+    )  # fmt: skip
+    elastic_speeds: tuple[tuple[int, float], ...] = _field(
+        (), "elastic.speeds", "elastic.speeds", Speeds(MAX_GPUS),
+        "How fast it is with some numbers of GPUs, in any unit (samples per second), to be resized where that brings most.",
+        default="each doubling brings 87 %", example="{16: 1.0, 64: 3.6, 128: 6.1}", apart=True,
     )  # fmt: skip
     min_nodes: int = _field(
         0, "nodes.min", "nodes.min", Whole(1, MAX_NODES), "Fewest nodes to spread over.", default="1", example="2"
@@ -348,6 +371,11 @@ class Spec:
     array_max_running: int = _field(
         0, "", "array.max_running", Whole(0, MAX_MEMBERS), "Set by `array`: so many at a time."
     )
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether it can run with different numbers of GPUs."""
+        return self.elastic_min > 0
 
     @property
     def is_service(self) -> bool:

@@ -48,6 +48,46 @@ class Dependency:
 
 
 @dataclass(frozen=True)
+class Speeds(Value):
+    """How fast a job is by its number of GPUs: {8: 1.0, 16: 1.9}."""
+
+    most_gpus: int
+    most: int = 64
+
+    def words(self) -> str:
+        return "speeds by number of GPUs, in any unit: `{8: 1.0, 16: 1.9}`"
+
+    def parse(self, value: object, base: Path) -> list[tuple[int, float]]:
+        if not isinstance(value, dict) or not value or len(value) > self.most:
+            raise ValueError(f"must be 1 to {self.most} speeds by number of GPUs, such as {{8: 1.0, 16: 1.9}}")
+        return sorted(self._speed(gpus, speed) for gpus, speed in value.items())
+
+    def _speed(self, gpus: object, speed: object) -> tuple[int, float]:
+        number = isinstance(speed, (int, float)) and not isinstance(speed, bool) and 0 < speed < 1e12
+        if not str(gpus).isdecimal() or not 1 <= int(str(gpus)[:9]) <= self.most_gpus or not number:
+            raise ValueError(f"{gpus}: {speed} must be a number of GPUs and a speed above 0")
+        return int(str(gpus)), float(str(speed))
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        getattr(message, name).update(value)
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get = attrgetter(path)
+        return lambda message: tuple(sorted(get(message).items()))
+
+    def violations(self, at: str, value: Any) -> Violations:
+        if len(value) > self.most:
+            yield FieldViolation(at, f"{len(value)} speeds; at most {self.most}")
+        for gpus, speed in value[: self.most]:
+            yield from number(f"{at}[{gpus}]", gpus, 1, self.most_gpus)
+            yield from number(f"{at}[{gpus}]", speed, 1e-12, 1e12)
+
+    def schema(self) -> Schema:
+        speed = {"type": "number", "exclusiveMinimum": 0}
+        return {"type": "object", "additionalProperties": speed, "minProperties": 1, "maxProperties": self.most}
+
+
+@dataclass(frozen=True)
 class Placement(Value):
     """Names of groups with the level that holds each together."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime
 
 from whaleflux import names
@@ -13,8 +14,8 @@ from whaleflux.events.state_events import asked_for, state_event
 from whaleflux.events.subjects import HUB
 from whaleflux.reasons import What
 from whaleflux.store import keys
+from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux.v1 import types_pb2
 from whaleflux_scheduler import accounts, convert
 
 SOURCE = "scheduler"
@@ -27,8 +28,40 @@ def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
         return () if told is None else (told,)
     new = convert.JOBS.read(change.new.value) if change.new else None
     old = convert.JOBS.read(change.old.value) if change.old else None
-    told = of_job(change, now, old, new)
-    return (*(() if told is None else (told,)), *accounts.of_change(old, new))
+    events = (of_job(change, now, old, new), of_resize(change, now, old, new))
+    return (*(event for event in events if event is not None), *accounts.of_change(old, new))
+
+
+def of_resize(change: EntryChange, now: datetime, old: pb.Job | None, new: pb.Job | None) -> OutgoingEvent | None:
+    """RESIZED when an elastic job runs again with another number of GPUs; why stands in the message."""
+    if (
+        old is None
+        or new is None
+        or new.state != pb.JOB_STATE_RUNNING
+        or old.state == new.state
+        or not new.past_attempts
+    ):
+        return None
+    last, end = new.past_attempts[-1], "resized: "
+    before, after = (sum(len(task.gpu_uuids) for task in attempt.tasks) for attempt in (last, new.attempt))
+    if not last.end_reason.startswith(end) or before == after:
+        return None
+    why = last.end_reason.removeprefix(end)
+    event = state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=new.name,
+        what=What.RESIZED,
+        message=f"runs with {after} GPUs instead of {before}: {why}",
+        site=_site(new),
+        epoch=new.epoch,
+        cause=types_pb2.Cause(traceparent=new.attempt.traceparent, message=why, actor=f"{SOURCE}/resized"),
+        attributes=_facts(new) | {"gpus_before": str(before)},
+    )
+    told = events_pb2.Event.FromString(event.data)
+    told.id = f"{change.id}-resized"  # the change of state is told under the change's own
+    return replace(event, data=told.SerializeToString(), id=told.id)
 
 
 def of_job(change: EntryChange, now: datetime, old: pb.Job | None, new: pb.Job | None) -> OutgoingEvent | None:
@@ -88,7 +121,7 @@ def _facts(job: pb.Job) -> dict[str, str]:
     return {
         "uid": job.uid,
         "submitter": job.submitter,
-        "gpus": str(job.spec.gpus),
+        "gpus": str(_gpus(job)),
         "cost_usd": f"{job.cost_usd:.4f}",
         "nodes": ",".join(dict.fromkeys(task.node for task in attempt.tasks))[:4000],
         "attempt": str(attempt.number or ""),
@@ -97,6 +130,17 @@ def _facts(job: pb.Job) -> dict[str, str]:
         "incident": attempt.incident,
         "preempts": ",".join(job.decision.preempts)[:1000] if job.state == pb.JOB_STATE_STARTING else "",
     }
+
+
+def _gpus(job: pb.Job) -> int:
+    """What it has, where that is not one number; else what it asks for."""
+    if (
+        job.spec.elastic.min
+        and job.state not in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_UNSPECIFIED)
+        and job.HasField("attempt")
+    ):
+        return sum(len(task.gpu_uuids) for task in job.attempt.tasks)
+    return job.spec.gpus
 
 
 def of_queue(change: EntryChange, now: datetime) -> OutgoingEvent | None:

@@ -392,7 +392,7 @@ class Reconciler:
         if stored is None or busy or claim is None or not lifecycle.may_go_on(stored.value):
             self._state.touch(move.job)
         else:
-            after = lifecycle.claim_while_running(stored.value, claim)
+            after = lifecycle.claim_while_running(stored.value, claim, move.decision.summary)
             transitions[move.job] = Transition(stored, after, (), move)
 
     def _waits(self, name: str, tracking: JobTracking, decision: SchedulingDecision) -> None:

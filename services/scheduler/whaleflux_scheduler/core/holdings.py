@@ -265,7 +265,7 @@ class Holdings:
 
     def _apply(self, id_: str, job: Job, gpus: Gpus) -> None:
         try:
-            self._engine.apply(self._as_placement(id_, job, gpus))
+            self._engine.apply(self.as_placement(id_, job, gpus))
             self._disputed.discard(id_)
         except (AlreadyExists, Aborted) as twice:  # keep deciding for the others, and say so loudly
             log.error("%s holds GPUs that another job holds: %s", id_, twice)
@@ -310,9 +310,9 @@ class Holdings:
         id_ = claim_id(claimant)
         if id_ in self._engine.placements:
             self._engine.release(id_)
-        self._engine.apply(self._as_placement(id_, self._jobs[claimant], self._cover(claimant, as_if_free)))
+        self._engine.apply(self.as_placement(id_, self._jobs[claimant], self._cover(claimant, as_if_free)))
 
-    def _as_placement(self, id_: str, job: Job, gpus: Gpus) -> Placement:
+    def as_placement(self, id_: str, job: Job, gpus: Gpus) -> Placement:
         """GPUs that a node does not report now take no position there, but their share of its CPU and memory."""
         parts, rank, part_of = [], 0, share(job.spec)
         for node, uuids in gpus.items():

@@ -44,6 +44,7 @@ from whaleflux_scheduler.core.state_machine import goes_on, rule, transition
 
 PAST_ATTEMPTS = 10
 SUSPEND_MARGIN_S = 10.0  # beyond the grace: what agents may need to report
+LOOK_FIRST_S, LOOKS = 60.0, 12  # an elastic job may be worth a resize by then, and each time after it ran twice as long
 GOING_ON_S = 60.0  # how long what a stopped job goes on with is kept for it beyond that
 PAST_TASKS = 64  # of a larger past attempt only the tasks that still hold GPUs are kept
 
@@ -149,26 +150,32 @@ def may_go_on(job: Job) -> bool:
     return job.state is JobState.RUNNING and job.claim is None and not job.cancel_requested
 
 
-def claim_while_running(job: Job, claim: Claim) -> Job:
-    """RUNNING, and GPUs are kept where it is to go on; written before anything is stopped for it."""
-    return replace(job, claim=claim)
+def claim_while_running(job: Job, claim: Claim, why: str = "") -> Job:
+    """RUNNING, and GPUs are kept where it is to go on; written before anything is stopped for it. `why` is told when it stops."""
+    cause = Cause("", "", why, rule(_END_OF[claim.purpose])) if why and claim.purpose in _END_OF else job.cause
+    return replace(job, claim=claim, cause=cause)
+
+
+_END_OF = {ClaimPurpose.MOVE: EndReason.MOVED, ClaimPurpose.RESIZE: EndReason.RESIZED}
 
 
 def go_on(job: Job, now: datetime) -> Job:
     """RUNNING -> SUSPENDING, to start again from its checkpoint on what it claims."""
     assert job.claim is not None and job.attempt is not None
-    gpus = sum(len(uuids) for _, uuids in job.claim.nodes)
-    nodes = ", ".join(node for node, _ in job.claim.nodes[:3])
-    if job.claim.purpose is ClaimPurpose.MOVE:
-        message = f"moves to {nodes}"
-    else:
-        message = f"goes on with {gpus} GPUs instead of {job.attempt.gpus}"
-    end = EndReason.MOVED if job.claim.purpose is ClaimPurpose.MOVE else EndReason.RESIZED
+    end = _END_OF[job.claim.purpose]
+    message = job.cause.message if job.cause.actor == rule(end) else _goes_on_how(job, job.claim)
     ended = cost.end_attempt(job, now, f"{end}: {message}")
     cause = Cause("", "", message, rule(end))
     return transition(
         ended, JobState.SUSPENDING, state_message=message, cause=cause, claim=_kept_until_placed(job, now)
     )
+
+
+def _goes_on_how(job: Job, claim: Claim) -> str:
+    if claim.purpose is ClaimPurpose.MOVE:
+        return f"moves to {', '.join(node for node, _ in claim.nodes[:3])}"
+    gpus = sum(len(uuids) for _, uuids in claim.nodes)
+    return f"goes on with {gpus} GPUs instead of {job.attempt.gpus if job.attempt else 0}"
 
 
 def _kept_until_placed(job: Job, now: datetime) -> Claim | None:
@@ -209,6 +216,8 @@ def _dues(job: Job, observed: Observations, timeouts: Timeouts) -> Iterator[date
         yield (observed.since or attempt.end_time) + timedelta(seconds=job.grace_s + SUSPEND_MARGIN_S + 0.1)
     if attempt is None or job.state not in ACTIVE:
         return
+    if job.state is JobState.RUNNING and job.spec.is_elastic and attempt.run_time is not None:
+        yield from (attempt.run_time + timedelta(seconds=LOOK_FIRST_S * 2**time) for time in range(LOOKS))
     if job.state is JobState.STARTING:
         for seconds in (timeouts.accept_s, timeouts.start_s, timeouts.fetch_s):
             yield (observed.since or attempt.allocate_time) + timedelta(seconds=seconds)

@@ -28,6 +28,7 @@ class Candidate:
 
     job: Job
     exclude: frozenset[str] = frozenset()
+    wished: int = 0  # GPUs, of an elastic job that asks for fewer, which would do
 
 
 @dataclass(eq=False, slots=True)

@@ -12,12 +12,12 @@ to what is to be tried and takes nothing back, so a step that runs out of time g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from whaleflux.fleet.model import Node
-from whaleflux_scheduler.core import decisions, wait_reasons
+from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
@@ -35,6 +35,7 @@ from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.rebalancing import NewClaim
 from whaleflux_scheduler.core.refusals import Refusals
 from whaleflux_scheduler.core.request import shape
+from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
 from whaleflux_scheduler.core.stopwatch import Stopwatch
 
 
@@ -88,6 +89,8 @@ class Plan(Questions):
         self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
         self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
         self._refusals = Refusals(self._fleet)
+        self._resizing = Resizing(self._fleet.engine, self._fleet.holdings)
+        self._also: list[Move] = []  # of running jobs that make room by shrinking
 
     @property
     def unfinished(self) -> bool:
@@ -118,6 +121,7 @@ class Plan(Questions):
             self._learn(job)
         for name in news.gone:
             self._leave(name)
+            self._resizing.forget(name)
             fleet.forget(name)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
@@ -140,6 +144,8 @@ class Plan(Questions):
         known, held = holdings.jobs.get(job.name), holdings.holds(job.name)
         self._fleet.learn(job)
         self._estimates.learn(job)
+        if self._resizing.learn(job):
+            self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(self._pending.above(job.spec.priority))
             quota = self._shares.quota
@@ -175,6 +181,7 @@ class Plan(Questions):
         if candidate is None:
             self._leave(name)
             return
+        candidate = _asking_for_least(candidate)
         known = self._pending.jobs.get(name)
         if known is None or known.candidate != candidate:
             self._join(candidate)
@@ -272,9 +279,12 @@ class Plan(Questions):
                 break
             begun = watch.now
             move = self._try(line, now)
+            moves += self._take_also()
             if move is not None:
                 moves.append(replace(move, begun=begun, ended=watch.now))
             self._take_in_gains()
+        if not self._turns.active:
+            moves += self._grow(now)
         return moves + self._answer(watch)
 
     def _try(self, line: Line, now: datetime) -> Move | None:
@@ -291,7 +301,7 @@ class Plan(Questions):
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
         if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job.name)) is not None:
-            return self._give(job, placement, now)
+            return self._give(job, self._enlarged(kind, job) or placement, now)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
             return self._give(job, place, now)
         if request is not kind.request:
@@ -344,6 +354,16 @@ class Plan(Questions):
                 return engine.fits(named)
         return engine.fits(named) if engine.feasible(request) else None
 
+    def _enlarged(self, kind: RequestClass, job: Job) -> Placement | None:
+        """A place for more than the least that an elastic job asks for; where others wait, it takes its equal part of what is idle."""
+        wished = self._pending.jobs[job.name].candidate.wished
+        if not wished:
+            return None
+        wished = resize.first_share(wished, self._fleet.engine.free_gpus(), len(self._pending))
+        request = replace(kind.request, id=job.name)
+        with self._fleet.holdings.without(job.name):
+            return enlarged(self._fleet.engine, request, job, wished, lambda gpus: not self._over_limit(job, gpus))
+
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         holdings = self._fleet.holdings
         assignment = decisions.assignment_of(placement, holdings.devices)
@@ -360,11 +380,40 @@ class Plan(Questions):
     def _make_room(self, line: Line, job: Job, now: datetime) -> Claim | None:
         """What is kept for the job while others stop; None: nothing that is running may be stopped for it."""
         holdings, kind = self._fleet.holdings, line.kind
+        if (
+            room := self._resizing.room_for(
+                replace(kind.request, id=job.name), job, self._pending.jobs[job.name].candidate.wished, now
+            )
+        ) is not None:
+            self._shrink(room.shrinking, job, now)
+            return room.claim
         if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
             return None
         request = replace(self._within_quota(kind.request, job), id=job.name)
         plan = room_for(self._fleet.engine, holdings, request, job)
-        return None if plan is None else claim_for(plan, holdings, now)
+        if plan is None:
+            return None
+        claim = claim_for(plan, holdings, now)
+        self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
+        return claim
+
+    def _shrink(self, sizes: Mapping[str, Claim], by: Job, now: datetime) -> None:
+        """Elastic jobs go on with what is left to them instead of being stopped."""
+        for name, claim in sizes.items():
+            known, held = self._fleet.holdings.jobs[name], self._fleet.holdings.held(name)
+            self._fleet.hold(known, held, claim)
+            self._also.append(Move(name, resize_reasons.shrinks(known, claim, by.name, now), claim=claim))
+
+    def _take_also(self) -> list[Move]:
+        """They are written before the claims that they make room for: so a job that is asked to leave has its smaller place already."""
+        taken, self._also = self._also, []
+        return taken
+
+    def _grow(self, now: datetime) -> Iterator[Move]:
+        """Into what nobody who waits could use."""
+        for growth, claim in self._resizing.grown(self._fleet.version, now, self._over_limit):
+            self._fleet.hold(growth.job, self._fleet.holdings.held(growth.job.name), claim)
+            yield Move(growth.job.name, resize_reasons.grows(growth, now), claim=claim)
 
     def _may_make_room(self, kind: RequestClass) -> bool:
         """Whether others could be stopped for any of its lines, as far as numbers tell."""
@@ -372,7 +421,7 @@ class Plan(Questions):
             return False
         quota = self._shares.quota
         below = quota.guarantees and any(quota.node(line.queue).below_guarantee for line in kind.lines.values())
-        return below or self._lower_hold_enough(kind)
+        return below or self._lower_hold_enough(kind) or self._resizing.may_give(kind.priority, kind.need.gpus)
 
     def _lower_hold_enough(self, kind: RequestClass) -> bool:
         stoppable = self._fleet.holdings.stoppable
@@ -447,6 +496,12 @@ class Plan(Questions):
             return wait_reasons.others_alike_go_first(now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
         return self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+
+
+def _asking_for_least(candidate: Candidate) -> Candidate:
+    """An elastic job waits for its least size, and takes more when it starts."""
+    job, least = candidate.job, elastic.at_least(candidate.job.spec)
+    return candidate if least is job.spec else Candidate(replace(job, spec=least), candidate.exclude, job.spec.gpus)
 
 
 def _may_stop_sooner(before: Job, now: Job) -> bool:

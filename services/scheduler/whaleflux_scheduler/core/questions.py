@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import capacity, decisions, goals, wait_reasons
+from whaleflux_scheduler.core import capacity, decisions, elastic, goals, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.known_fleet import KnownFleet
@@ -46,10 +46,12 @@ class Questions:
 
     def could_hold(self, queue: str, spec: Spec) -> bool:
         """Whether queue and fleet are known to be large enough for the job; asked of any thread, False when it has to be worked out."""
+        spec = elastic.at_least(spec)
         return not self._over_queue(queue, spec.gpus) and self._fleet.capacity.known_enough(self._ever(queue, spec))
 
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
+        job = replace(job, spec=elastic.at_least(job.spec))
         if limit := self._over_limit(job):
             return wait_reasons.queue_is_full(limit, now)
         if not self.nodes:
@@ -69,6 +71,7 @@ class Questions:
             return kept
         if job.not_before is not None and job.not_before > now:
             return wait_reasons.pauses(job.not_before, now)
+        job = replace(job, spec=elastic.at_least(job.spec))
         if limit := self._over_limit(job):
             return self._in_line(wait_reasons.queue_is_full(limit, now), job)
         if full := self._over_array_limit(job):
@@ -90,6 +93,7 @@ class Questions:
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
+        spec = elastic.at_least(spec)
         if limit := self._over_queue(queue, spec.gpus):
             return wait_reasons.queue_is_small(limit, spec.gpus)
         short = self._fleet.capacity.short_of(self._ever(queue, spec)) if not self._fleet.left_out else None

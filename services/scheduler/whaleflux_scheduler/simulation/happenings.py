@@ -65,8 +65,17 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
     else:
         state.timeline.add(done_s, finish, state, simulated, turn)
     state.news.begun.append(job)
+    if job.spec.is_elastic:
+        state.timeline.add(at_s + lifecycle.LOOK_FIRST_S, look_at_size, state, simulated, turn, lifecycle.LOOK_FIRST_S)
     if state.claimants.to(job.name):
         look(at_s, state, simulated, turn)
+
+
+def look_at_size(at_s: float, state: State, simulated: SimulatedJob, turn: int, after_s: float) -> None:
+    """An elastic job that has run for `after_s` may be worth a resize; the next time when it has run for twice as long."""
+    if simulated.turn == turn and simulated.job.state is JobState.RUNNING:
+        state.news.jobs.append(simulated.job)
+        state.timeline.add(at_s + after_s, look_at_size, state, simulated, turn, 2 * after_s)
 
 
 def finish(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:

@@ -53,7 +53,7 @@ def _start(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> No
 def _claim_running(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> None:
     """It goes on elsewhere, or with other GPUs, once those who are there have left."""
     assert move.claim is not None
-    simulated.job = lifecycle.claim_while_running(simulated.job, move.claim)
+    simulated.job = lifecycle.claim_while_running(simulated.job, move.claim, move.decision.summary)
     _claimed(at_s, state, simulated)
     happenings.look(at_s, state, simulated, simulated.turn)
 

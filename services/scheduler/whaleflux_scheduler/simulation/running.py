@@ -31,7 +31,8 @@ class SimulatedJob:
 
     def starts_work(self, at_s: float, gpus: int, delays: Delays) -> float:
         """All its ranks run; returns when it will have done its work."""
-        restored = delays.restart_s if self.job.past_attempts else 0.0
+        own_s = self.submission.restart_s
+        restored = (delays.restart_s if own_s is None else own_s) if self.job.past_attempts else 0.0
         self.rate = self.submission.rate(gpus)
         self.works_from_s = at_s + restored
         return self.works_from_s + self.left_s / self.rate

@@ -1,0 +1,91 @@
+"""The sizes of an elastic job, in GPUs, and how fast it is with each. Pure functions of its spec; other jobs have one size."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
+from datetime import datetime
+from functools import lru_cache
+
+from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core.model import Job
+
+USUAL_RESTART_S, SAVE_S = 60.0, 30.0
+SINCE_OWN_SAVE_S = 300.0  # that programs lose which resume by themselves: when they saved last is not known
+USUAL_EXPONENT = 0.8  # of the speed by GPUs where nothing is known: each doubling brings 87 % of twice the speed
+
+
+def least(spec: Spec) -> int:
+    """Fewest GPUs that it can run with."""
+    return spec.elastic_min or spec.gpus
+
+
+def most(spec: Spec) -> int:
+    return spec.elastic_max or spec.gpus
+
+
+def step(spec: Spec) -> int:
+    """Every size is a multiple of it."""
+    return spec.elastic_step or 1
+
+
+def floor(spec: Spec, gpus: int) -> int:
+    """The largest size of at most so many GPUs, 0 for none."""
+    size = min(gpus - gpus % step(spec), most(spec))
+    return size if size >= least(spec) else 0
+
+
+@lru_cache(maxsize=4096)
+def sized(spec: Spec, gpus: int) -> Spec:
+    """What it asks for with that many GPUs; its range stays."""
+    return replace(spec, gpus=gpus, elastic_max=most(spec))
+
+
+def at_least(spec: Spec) -> Spec:
+    """What has to be free before it can start at all: its smallest size."""
+    return sized(spec, spec.elastic_min) if spec.is_elastic and spec.elastic_min < spec.gpus else spec
+
+
+def lost_by_restart_s(job: Job) -> float:
+    """What a restart costs, seconds: a save and what its last start took; and work, where its program saves when it likes to."""
+    attempt = job.attempt
+    lost_s = SINCE_OWN_SAVE_S if job.spec.elastic_resumes and not job.spec.checkpoint_every_steps else 0.0
+    if attempt is None or attempt.run_time is None:
+        return USUAL_RESTART_S + lost_s
+    return max(USUAL_RESTART_S, SAVE_S + (attempt.run_time - attempt.allocate_time).total_seconds()) + lost_s
+
+
+def ran_s(job: Job, now: datetime) -> float:
+    """How long it has run, all attempts together."""
+    attempt = job.attempt
+    current = 0.0
+    if attempt is not None and attempt.run_time is not None and attempt.end_time is None:
+        current = max(0.0, (now - attempt.run_time).total_seconds())
+    return job.run_s + current
+
+
+def left_s(job: Job, now: datetime) -> float:
+    """How long it probably still runs as it is: what its user says, else as long as it ran already, as is usual for such work."""
+    ran, limit = ran_s(job, now), job.spec.time_limit_s
+    expected = getattr(job.spec, "expected_s", None)
+    left = max(expected - ran, ran / 10) if expected is not None else ran
+    return min(left, max(0.0, limit - ran)) if limit is not None else left
+
+
+@lru_cache(maxsize=1 << 16)
+def speed(spec: Spec, gpus: int) -> float:
+    """Work per second with that many GPUs, in a unit of the spec's own.
+
+    Between known sizes it is on the line between them, below them in proportion to the GPUs, and above them it grows no more.
+    """
+    known = spec.elastic_speeds
+    if not known:
+        return float(gpus**USUAL_EXPONENT)
+    at = bisect_left(known, (gpus, 0.0))
+    if at == len(known):
+        return known[-1][1]
+    above, fast = known[at]
+    if above == gpus or at == 0:
+        return fast * gpus / above
+    below, slow = known[at - 1]
+    return slow + (fast - slow) * (gpus - below) / (above - below)

@@ -1,0 +1,253 @@
+"""Elastic jobs in the plan: larger starts, growth into idle GPUs, and shrinking for those who wait. The policy is `resize`.
+
+A resize is a claim of a running job on the GPUs that it goes on with (`Claim`, RESIZE); who needs what a shrinking job gives claims that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from whaleflux_scheduler.core import elastic, resize
+from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.holdings import Holdings, count
+from whaleflux_scheduler.core.lifecycle import may_go_on
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
+from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan, Victim
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.preemption import CLAIM_S
+from whaleflux_scheduler.core.request import shape
+from whaleflux_scheduler.core.resize import Growth
+
+_EXTRA = "!extra"
+MOST_GROWTHS = 8  # in one step
+MOST_GIVERS = 64  # that are looked at for one who waits
+
+
+class Resizing:
+    """The running elastic jobs of a plan, and what is to become of their sizes."""
+
+    def __init__(self, engine: Engine, holdings: Holdings) -> None:
+        self._engine, self._holdings = engine, holdings
+        self._running: dict[str, Job] = {}
+        self._looked_at = -1  # the fleet's version then
+
+    def learn(self, job: Job) -> bool:
+        """A job as it is stored; True when it may give others GPUs that it could not before."""
+        if not job.spec.is_elastic or job.state is not JobState.RUNNING:
+            self._running.pop(job.name, None)
+            return False
+        self._running[job.name] = job
+        self._looked_at = -1
+        return job.claim is None and job.attempt is not None and job.attempt.gpus > elastic.least(job.spec)
+
+    def forget(self, name: str) -> None:
+        self._running.pop(name, None)
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    def may_give(self, priority: int, gpus: int) -> bool:
+        """Whether jobs of at most that priority have as many GPUs beyond their least, with those that are free."""
+        extra = sum(_extra(job) for job in self._running.values() if job.spec.priority <= priority)
+        return extra > 0 and gpus <= extra + self._engine.free_gpus()
+
+    def room_for(self, request: PlaceRequest, job: Job, wished: int, now: datetime) -> Room | None:
+        """Room of what elastic jobs have beyond their parts, for a job that waits: its part of up to `wished`, else its least."""
+        if not self._running or request.without_gpus:
+            return None
+        running = sorted(self._running.values(), key=lambda one: (one.spec.priority, one.name))
+        part = self._part(job)
+        if (size := elastic.floor(job.spec, min(part, wished))) > elastic.least(job.spec):
+            larger = replace(
+                shape(elastic.sized(job.spec, size), request.exclude_nodes, request.near_nodes), id=request.id
+            )
+            if (room := room_by_shrinking(self._engine, self._holdings, larger, job, running, part, now)) is not None:
+                return room
+        return room_by_shrinking(self._engine, self._holdings, request, job, running, part, now)
+
+    def _part(self, job: Job) -> int:
+        """What each would have if those that are elastic, and no more important, had equal parts of what they have and what is idle."""
+        equals = [one for one in self._running.values() if one.spec.priority <= job.spec.priority]
+        held = sum(count(self._holdings.held(one.name)) for one in equals)
+        return (held + self._engine.free_gpus()) // (len(equals) + 1)
+
+    def grown(
+        self, version: int, now: datetime, over_limit: Callable[[Job, int], object]
+    ) -> Iterator[tuple[Growth, Claim]]:
+        """Who grows now, where the fleet has changed since the last time; each claim is to be held before the next is asked for."""
+        if not self._running or version == self._looked_at:
+            return
+        self._looked_at = version
+        idle = self._engine.free_gpus()
+        jobs = [job for name, job in self._running.items() if self._holdings.claim(name) is None and may_go_on(job)]
+        growths = resize.growths(jobs, idle, now) if idle else []
+        allowed = [growth for growth in growths if not over_limit(growth.job, growth.gpus)]
+        yield from grown(self._engine, self._holdings, allowed, now)
+
+
+def _extra(job: Job) -> int:
+    return job.attempt.gpus - elastic.least(job.spec) if job.attempt is not None and job.claim is None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is kept for a job that waits, and what those go on with who make room by shrinking."""
+
+    claim: Claim
+    shrinking: Mapping[str, Claim]
+
+
+def enlarged(
+    engine: Engine, request: PlaceRequest, job: Job, wished: int, allowed: Callable[[int], bool]
+) -> Placement | None:
+    """The place of the largest size of the job above its least, up to `wished`, that fits and is allowed; None for none."""
+    step, few = elastic.step(job.spec), elastic.least(job.spec)
+
+    def fit(steps: int) -> Placement | None:
+        size = few + steps * step
+        return _fits(engine, request, job, size) if allowed(size) else None
+
+    low, high = 0, (elastic.floor(job.spec, wished) - few) // step
+    if high <= 0 or (found := fit(high)) is not None:
+        return found if high > 0 else None
+    high -= 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (place := fit(middle)) is not None:
+            low, found = middle, place
+        else:
+            high = middle - 1
+    return found
+
+
+def _fits(engine: Engine, request: PlaceRequest, job: Job, gpus: int) -> Placement | None:
+    wanted = shape(elastic.sized(job.spec, gpus), request.exclude_nodes, request.near_nodes)
+    return engine.fits(replace(wanted, id=request.id)) if engine.feasible(wanted) else None
+
+
+# growing
+
+
+def grown(
+    engine: Engine, holdings: Holdings, growths: Sequence[Growth], now: datetime
+) -> Iterator[tuple[Growth, Claim]]:
+    """Each of the first of these with the place that it grows into; one that finds none stays as it is."""
+    for growth in growths[:MOST_GROWTHS]:
+        job = growth.job
+        assert job.attempt is not None
+        wanted = replace(shape(elastic.sized(job.spec, growth.gpus), (), job.attempt.nodes), id=job.name)
+        with holdings.without(job.name):
+            placement = engine.fits(wanted)
+        if placement is not None:
+            yield growth, _claim(_gpus_of(placement, holdings), job, now)
+
+
+def _gpus_of(placement: Placement, holdings: Holdings) -> dict[str, tuple[str, ...]]:
+    gpus: dict[str, tuple[str, ...]] = {}
+    for part in placement.nodes:
+        gpus[part.node] = (*gpus.get(part.node, ()), *holdings.devices.uuids(part.node, part.gpus))
+    return gpus
+
+
+def _claim(gpus: Mapping[str, tuple[str, ...]], job: Job, now: datetime) -> Claim:
+    until = now + timedelta(seconds=CLAIM_S + job.grace_s)
+    return Claim(tuple(gpus.items()), (), until, ClaimPurpose.RESIZE)
+
+
+# shrinking
+
+
+def room_by_shrinking(
+    engine: Engine,
+    holdings: Holdings,
+    request: PlaceRequest,
+    job: Job,
+    running: Sequence[Job],
+    part: int,
+    now: datetime,
+) -> Room | None:
+    """Room for a job that waits, of what elastic jobs have beyond what they keep; None when that is not enough."""
+    givers = [giver for giver in running if _gives(giver, job, part, holdings, now)][:MOST_GIVERS]
+    extras = sum(count(holdings.held(giver.name)) - _keeps(giver, job, part) for giver in givers)
+    if not extras or request.units > extras + engine.free_gpus():
+        return None
+    with engine.transaction():  # never committed
+        victims = [victim for giver in givers for victim in _split(engine, holdings, giver, _keeps(giver, job, part))]
+        plan = engine.preempt(request, victims)
+    if not isinstance(plan, PreemptionPlan):
+        return None
+    return _room(_gpus_of(plan.placement, holdings), job, givers, holdings, now)
+
+
+def _keeps(giver: Job, to: Job, part: int) -> int:
+    """What it has in any case: its least, and its part where the other is no more important."""
+    least = elastic.least(giver.spec)
+    return max(least, elastic.floor(giver.spec, part)) if giver.spec.priority == to.spec.priority else least
+
+
+def _gives(giver: Job, to: Job, part: int, holdings: Holdings, now: datetime) -> bool:
+    """Whether what it has beyond its least may be had: for a higher priority at any time, for an equal one when it has settled."""
+    if (
+        not may_go_on(giver)
+        or giver.name == to.name
+        or giver.spec.priority > to.spec.priority
+        or holdings.disputed(giver.name)
+    ):
+        return False
+    asked = any(giver.name in claim.victims for claim in holdings.claims.values())
+    first = giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
+    return first and not asked and count(holdings.held(giver.name)) > _keeps(giver, to, part)
+
+
+def _split(engine: Engine, holdings: Holdings, giver: Job, keeps: int) -> Iterator[Victim]:
+    """Takes the job apart in the engine: what it keeps stays its own, the rest of each node may be taken."""
+    held = holdings.held(giver.name)
+    own, size = _kept(held, {}, giver, keeps), count(held)
+    engine.release(giver.name)
+    engine.apply(holdings.as_placement(giver.name, giver, {node: frozenset(uuids) for node, uuids in own.items()}))
+    for at, node in enumerate(held):
+        extra = held[node] - set(own.get(node, ()))
+        if extra:
+            id_ = f"{giver.name}{_EXTRA}{at}"
+            engine.apply(holdings.as_placement(id_, giver, {node: extra}))
+            cost = resize.loss(giver, size, max(elastic.least(giver.spec), size - len(extra))) * len(extra)
+            yield Victim(id_, giver.spec.priority, cost, reclaimed=True)  # it is lent, whoever waits
+
+
+def _room(
+    taken: Mapping[str, tuple[str, ...]], job: Job, givers: Sequence[Job], holdings: Holdings, now: datetime
+) -> Room:
+    asked = {giver.name: giver for giver in givers if _concerned(holdings.held(giver.name), taken)}
+    grace_s = max((giver.grace_s for giver in asked.values()), default=0.0)
+    claim = Claim(tuple(taken.items()), tuple(asked), now + timedelta(seconds=CLAIM_S + grace_s))
+    return Room(claim, shrinking(claim, asked.values(), holdings, now))
+
+
+def shrinking(claim: Claim, victims: Iterable[Job], holdings: Holdings, now: datetime) -> dict[str, Claim]:
+    """What those of the victims that are elastic go on with, where what is left to them is enough; the others are stopped."""
+    found = {}
+    for victim in victims:
+        held = holdings.held(victim.name)
+        size = elastic.floor(victim.spec, sum(len(uuids - claim.gpus.get(n, frozenset())) for n, uuids in held.items()))
+        if victim.spec.is_elastic and may_go_on(victim) and size:
+            found[victim.name] = _claim(_kept(held, claim.gpus, victim, size), victim, now)
+    return found
+
+
+def _concerned(held: Gpus, taken: Mapping[str, tuple[str, ...]]) -> bool:
+    return any(not uuids.isdisjoint(taken.get(node, ())) for node, uuids in held.items())
+
+
+def _kept(held: Gpus, taken: Mapping[str, frozenset[str]], job: Job, size: int) -> dict[str, tuple[str, ...]]:
+    """`size` of the GPUs that are not taken: those of the fullest nodes, in the order of its ranks."""
+    assert job.attempt is not None
+    mine = [(task.node, tuple(u for u in task.gpus if u in held.get(task.node, ()) and u not in taken.get(task.node, ())))
+            for task in job.attempt.tasks]  # fmt: skip
+    fullest = sorted(range(len(mine)), key=lambda at: (-len(mine[at][1]), at))
+    left, counts = size, [0] * len(mine)
+    for at in fullest:
+        counts[at] = min(left, len(mine[at][1]))
+        left -= counts[at]
+    return {node: uuids[:most] for (node, uuids), most in zip(mine, counts, strict=True) if most}

@@ -1,0 +1,390 @@
+"""Elastic jobs: they start with as many GPUs as there are, grow into idle ones where that pays, and shrink instead of being stopped."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from tests.support.scheduler_world import World, node, plan_with_queues
+from tests.unit.test_scheduler_preemption import Queueing
+from whaleflux.v1 import health_pb2
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core import elastic, lifecycle, resize
+from whaleflux_scheduler.core.holdings import held_by
+from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, Spec, TaskPhase
+from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def planner_of(*names, **queue):
+    planner = plan_with_queues()
+    machines = [node(f"s/{name}") for name in names]
+    planner.apply(News(nodes=tuple(machines), closed={n.name: "" for n in machines}))
+    if queue:
+        planner.apply(News(queues={"q": Queue("queues/q", **queue)}))
+    return planner
+
+
+def job(name, gpus, least=0, most=0, at=0, **spec):
+    sizes = {"elastic_min": least, "elastic_max": most} if least else {}
+    asked = Spec(command=("x",), gpus=gpus, **sizes, **spec)
+    return Job(f"queues/q/jobs/{name}", asked, JobState.QUEUED, NOW + timedelta(seconds=at))
+
+
+def offer(planner, *jobs, now=NOW):
+    planner.apply(News(jobs=jobs, candidates={j.name: Candidate(j) for j in jobs}))
+    return {move.job: move for move in planner.decide(now)}
+
+
+def size(move):
+    return sum(len(uuids) for _, uuids in move.assignment.nodes)
+
+
+def said(job_, phase, code=0, now=NOW):
+    reports = tuple(Report(t.id, phase, code, rendezvous="h:1") for t in job_.attempt.tasks)
+    return lifecycle.advance(job_, Observations(reports), now, Timeouts())
+
+
+def placed(job_, move, now=NOW):
+    after = lifecycle.place(job_, move.assignment, move.decision, now)
+    for phase in (TaskPhase.ACCEPTED, TaskPhase.RUNNING):
+        after = said(after, phase, now=now)
+    return after
+
+
+def runs(planner, job_, now=NOW):
+    after = placed(job_, offer(planner, job_, now=now)[job_.name], now)
+    planner.apply(News(jobs=(after,)))
+    return after
+
+
+def goes_on(planner, job_, move, now=NOW):
+    """The job after it stopped for what it claims, and was placed there."""
+    going = lifecycle.advance(
+        lifecycle.claim_while_running(job_, move.claim, move.decision.summary),
+        Observations(claim_is_free=True),
+        now,
+        Timeouts(),
+    )
+    waits = said(going, TaskPhase.KILLED, -15, now)
+    after = placed(waits, offer(planner, waits, now=now)[job_.name], now)
+    planner.apply(News(jobs=(after,)))
+    planner.check()
+    return after
+
+
+class TestStart:
+    def test_it_starts_with_as_many_as_there_are(self):
+        planner = planner_of("a", "b")
+        runs(planner, job("other", 3))
+        assert size(offer(planner, job("j", 8, 2))["queues/q/jobs/j"]) == 5
+        planner.check()
+
+    def test_it_starts_with_what_it_wishes_for_where_that_is_there(self):
+        planner = planner_of("a", "b")
+        assert size(offer(planner, job("j", 6, 2, 8))["queues/q/jobs/j"]) == 6
+
+    def test_it_waits_while_its_least_is_not_there(self):
+        planner = planner_of("a")
+        runs(planner, job("other", 3))
+        waits = job("j", 4, 2)
+        assert offer(planner, waits)[waits.name].assignment is None
+        assert "2 GPUs" in planner.explain(waits, (), NOW).summary
+
+    def test_sizes_are_multiples_of_its_step(self):
+        planner = planner_of("a", "b")
+        runs(planner, job("other", 1))
+        move = offer(planner, job("j", 8, 2, elastic_step=2))["queues/q/jobs/j"]
+        assert size(move) == 6
+
+    def test_where_others_wait_each_takes_its_part(self):
+        planner = planner_of("a", "b")
+        moves = offer(planner, *(job(f"j{i}", 8, 1, at=i) for i in range(4)))
+        assert sorted(size(move) for move in moves.values()) == [2, 2, 2, 2]
+
+    def test_a_queue_that_is_limited_bounds_its_size(self):
+        planner = planner_of("a", "b", max_gpus=5)
+        assert size(offer(planner, job("j", 8, 2))["queues/q/jobs/j"]) == 5
+        assert planner.could_hold("q", job("j", 8, 2).spec) is False, "it is not known yet"
+        assert planner.shortage("q", job("j", 8, 2).spec) == ""
+        assert "at most 5" in planner.shortage("q", job("j", 8, 6).spec)
+
+    def test_what_it_would_be_given_is_told_before(self):
+        planner = planner_of("a")
+        runs(planner, job("other", 3))
+        assert planner.dry_run(job("j", 4, 1), NOW).placed
+
+
+class TestGrowth:
+    def test_into_idle_gpus_when_it_has_run_long_enough_for_that_to_pay(self):
+        planner = planner_of("a", "b")
+        other = runs(planner, job("other", 4))
+        grows = runs(planner, job("j", 8, 2))
+        assert grows.attempt.gpus == 4
+        planner.apply(News(jobs=(said(other, TaskPhase.EXITED),)))
+        assert planner.decide(NOW + timedelta(seconds=60)) == [], "it would not save what its restart costs"
+        planner.apply(News(jobs=(grows,)))
+        (move,) = planner.decide(NOW + HOUR)
+        assert move.claim.purpose is ClaimPurpose.RESIZE
+        assert sum(len(uuids) for _, uuids in move.claim.nodes) == 8
+        assert "grows from 4 to 8 GPUs" in move.decision.summary
+        again = goes_on(planner, grows, move, NOW + HOUR)
+        assert (again.attempt.ranks, again.restarts, again.recoveries) == (8, 0, 0)
+        assert "grows from 4 to 8" in again.past_attempts[-1].end_reason
+
+    def test_not_while_somebody_who_waits_could_use_them(self):
+        planner = planner_of("a", "b")
+        grows = runs(planner, job("j", 8, 2, 8))
+        assert grows.attempt.gpus == 8
+        planner = planner_of("a", "b")
+        other = runs(planner, job("other", 4))
+        grows = runs(planner, job("j", 8, 2, 8))
+        waits = job("waits", 4, at=9)
+        planner.apply(News(jobs=(said(other, TaskPhase.EXITED), grows), candidates={waits.name: Candidate(waits)}))
+        (move,) = planner.decide(NOW + HOUR)
+        assert (move.job, size(move)) == (waits.name, 4)
+
+    def test_what_it_wishes_for_may_be_passed_up_to_its_most(self):
+        planner = planner_of("a", "b")
+        grows = runs(planner, job("j", 2, 2, 6))
+        planner.apply(News(jobs=(grows,)))
+        (move,) = planner.decide(NOW + HOUR)
+        assert sum(len(uuids) for _, uuids in move.claim.nodes) == 6
+
+    def test_a_queue_that_is_limited_keeps_it_from_growing(self):
+        planner = planner_of("a", "b", max_gpus=4)
+        grows = runs(planner, job("j", 4, 2, 8))
+        planner.apply(News(jobs=(grows,)))
+        assert planner.decide(NOW + HOUR) == []
+
+    def test_it_is_left_alone_for_a_while_after_each_resize(self):
+        planner = planner_of("a", "b", "c")
+        grows = runs(planner, job("j", 2, 2, 12))
+        planner.apply(News(closed={"sites/s/nodes/c": "cordoned"}, jobs=(grows,)))
+        (move,) = planner.decide(NOW + HOUR)
+        again = goes_on(planner, grows, move, NOW + HOUR)
+        planner.apply(News(closed={"sites/s/nodes/c": ""}, jobs=(again,)))
+        assert planner.decide(NOW + HOUR + timedelta(seconds=60)) == []
+        planner.apply(News(jobs=(again,)))
+        assert len(planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))) == 1
+
+    def test_the_next_gpus_go_where_they_bring_most(self):
+        flat = ((4, 1.0), (8, 1.05))
+        jobs = [placed_as(job("flat", 4, 1, 8, elastic_speeds=flat)), placed_as(job("steep", 4, 1, 8))]
+        (growth,) = resize.growths(jobs, 4, NOW + HOUR)
+        assert (growth.job.id, growth.gpus) == ("steep", 8)
+
+    def test_higher_priority_grows_first(self):
+        jobs = [placed_as(job("low", 4, 1, 8)), placed_as(job("high", 4, 1, 8, priority=5))]
+        (growth,) = resize.growths(jobs, 4, NOW + HOUR)
+        assert growth.job.id == "high"
+
+    def test_nobody_grows_for_less_than_the_restart_costs(self):
+        short = placed_as(job("short", 4, 1, 8, time_limit_s=3600 + 60))
+        assert resize.growths([short], 4, NOW + HOUR) == []
+
+    @settings(max_examples=25, deadline=None)
+    @given(sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 64)), max_size=6), idle=st.integers(0, 64))
+    def test_growth_is_within_what_is_idle_and_within_each_range(self, sizes, idle):
+        jobs = [placed_as(job(f"j{at}", gpus, 1, gpus + more)) for at, (gpus, more) in enumerate(sizes)]
+        growths = resize.growths(jobs, idle, NOW + HOUR)
+        assert sum(growth.gpus - growth.job.attempt.gpus for growth in growths) <= idle
+        assert all(growth.job.attempt.gpus < growth.gpus <= elastic.most(growth.job.spec) for growth in growths)
+
+
+def placed_as(job_):
+    """It runs with what it asks for."""
+    planner = planner_of(*"abcdefgh"[: -(-job_.spec.gpus // 4)])
+    return runs(planner, job_)
+
+
+class TestShrinking:
+    def test_for_a_higher_priority_instead_of_being_stopped(self):
+        planner = planner_of("a", "b")
+        low = runs(planner, job("low", 8, 2))
+        high = job("high", 4, priority=9, at=1)
+        moves = offer(planner, high)
+        assert list(moves) == [low.name, high.name], "it has its smaller place before it is asked to leave"
+        shrinks, claims = moves[low.name].claim, moves[high.name].claim
+        assert claims.victims == (low.name,)
+        assert sum(len(uuids) for _, uuids in shrinks.nodes) == 4
+        assert not claims.concerns(shrinks.gpus)
+        assert moves[low.name].decision.summary == f"shrinks from 8 to 4 GPUs for {high.name}"
+        planner.check()
+        waiting = lifecycle.claim(high, claims, "waits")
+        planner.apply(News(jobs=(waiting,), candidates={high.name: Candidate(waiting)}))
+        smaller = goes_on(planner, low, moves[low.name])
+        assert smaller.attempt.ranks == 4
+        assert high.name in {move.job for move in planner.decide(NOW) if move.assignment} or held(planner, high) == 4
+
+    def test_it_is_stopped_when_what_is_left_is_less_than_its_least(self):
+        planner = planner_of("a", "b")
+        low = runs(planner, job("low", 8, 6))
+        moves = offer(planner, job("high", 4, priority=9, at=1))
+        assert low.name not in moves
+        assert moves["queues/q/jobs/high"].claim.victims == (low.name,)
+
+    def test_for_an_equal_when_it_has_settled(self):
+        planner = planner_of("a", "b")
+        grows = runs(planner, job("j", 2, 2, 8))
+        planner.apply(News(jobs=(grows,)))
+        (move,) = planner.decide(NOW + HOUR)
+        grown = goes_on(planner, grows, move, NOW + HOUR)
+        waits = job("waits", 3, at=9)
+        (move,) = offer(planner, waits, now=NOW + HOUR).values()
+        assert (move.assignment, move.claim) == (None, None)
+        planner.apply(News(jobs=(grown,)))  # looked at again later
+        moves = {move.job: move for move in planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))}
+        assert moves[waits.name].claim.victims == (grown.name,)
+        assert sum(len(uuids) for _, uuids in moves[grown.name].claim.nodes) == 5
+
+    def test_not_for_a_lower_priority(self):
+        planner = planner_of("a")
+        runs(planner, job("j", 4, 1, priority=5))
+        (move,) = offer(planner, job("waits", 2, at=9), now=NOW + HOUR).values()
+        assert move.claim is None
+
+    def test_those_give_whose_speed_falls_least(self):
+        planner = planner_of("a", "b")
+        flat = runs(planner, job("flat", 4, 1, elastic_speeds=((1, 1.0), (4, 1.01))))
+        runs(planner, job("steep", 4, 1, elastic_speeds=((1, 1.0), (4, 4.0))))
+        moves = offer(planner, job("high", 2, priority=9, at=1))
+        assert moves["queues/q/jobs/high"].claim.victims == (flat.name,)
+
+    def test_several_shrink_for_one(self):
+        planner = planner_of("a", "b")
+        low = [runs(planner, job(f"low{i}", 4, 1, at=i)) for i in range(2)]
+        moves = offer(planner, job("high", 6, priority=9, at=9))
+        assert set(moves["queues/q/jobs/high"].claim.victims) == {one.name for one in low}
+        assert [sum(len(u) for _, u in moves[one.name].claim.nodes) for one in low] == [1, 1]
+
+
+def held(planner, job_):
+    return sum(len(uuids) for uuids in planner.held().get(job_.name, {}).values())
+
+
+def test_speeds_are_those_that_are_known_and_between_them_on_a_line():
+    spec = Spec(gpus=8, elastic_min=2, elastic_speeds=((4, 2.0), (8, 3.0)))
+    assert [elastic.speed(spec, gpus) for gpus in (2, 4, 6, 8, 64)] == [1.0, 2.0, 2.5, 3.0, 3.0]
+    usual = Spec(gpus=8, elastic_min=2)
+    assert elastic.speed(usual, 8) / elastic.speed(usual, 4) == pytest.approx(1.741, abs=1e-3)
+
+
+class Sizes(Queueing):
+    """Beside all that: elastic jobs come, are resized, and go on."""
+
+    @rule(least=st.integers(1, 3), more=st.integers(1, 6), priority=st.integers(0, 2))
+    def submit_elastic(self, least, more, priority):
+        self.number += 1
+        self.store(job(f"j{self.number}", least + more, least, 12, self.number, priority=priority))
+
+    @rule(later=st.integers(0, 3), refused=st.sets(st.integers(0, 5)))
+    def decide(self, refused, later=0):
+        for number, move in enumerate(self.planner.decide(NOW + later * HOUR)):
+            before = self.jobs[move.job]
+            if number in refused:
+                self.store(before)
+            elif move.assignment is not None:
+                self.store(lifecycle.place(before, move.assignment, move.decision, NOW))
+            elif move.claim is not None and move.claim.purpose is ClaimPurpose.RESIZE:
+                assert sum(len(uuids) for _, uuids in move.claim.nodes) >= before.spec.elastic_min > 0
+                self.store(lifecycle.claim_while_running(before, move.claim, move.decision.summary))
+            elif move.claim is not None:
+                self.store(lifecycle.claim(before, move.claim, "waits"))
+
+    @rule()
+    def look_at_places(self):
+        for known in list(self.jobs.values()):
+            if known.claim is not None and known.claim.purpose is ClaimPurpose.RESIZE:
+                others = [held_by(other) for other in self.jobs.values() if other.name != known.name]
+                free = not any(known.claim.concerns(gpus) for gpus in others)
+                self.store(lifecycle.advance(known, Observations(claim_is_free=free), NOW, Timeouts()))
+
+    def room_that_was_made_is_used(self):
+        """Said by the machine of fixed sizes; here others may grow first."""
+
+    def nobody_elses(self, given, to):
+        pass
+
+
+TestSizes = Sizes.TestCase
+TestSizes.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+
+
+ELASTIC = {"checkpoint": pb.CheckpointPolicy(every_steps=10), "elastic": pb.Elastic(min=2, max=8)}
+
+
+def gpus_of(known):
+    return sum(len(task.gpu_uuids) for task in known.attempt.tasks)
+
+
+async def reaches(world, name, ready, what):
+    """The job once it is so; hours of the loop's time may pass, so it is not looked at as often as `until` does."""
+    for _ in range(1000):
+        known = await world.job(name)
+        if ready(known):
+            return known
+        await asyncio.sleep(10.0)
+    raise AssertionError(f"{name} never {what}: {known}")
+
+
+async def runs_with(world, name, gpus):
+    def there(known):
+        return known.state == pb.JOB_STATE_RUNNING and gpus_of(known) == gpus
+
+    return await reaches(world, name, there, f"runs with {gpus} GPUs")
+
+
+@pytest.mark.parametrize("new_leader", [False, True])
+async def test_it_shrinks_for_another_and_grows_back(new_leader):
+    async with World() as world:
+        await world.add(node("s/a"), node("s/b"))
+        low = await world.submit(8, **ELASTIC)
+        await runs_with(world, low, 8)
+        high = await world.submit(4, priority=9)
+        await world.reaches(high, "RUNNING")
+        smaller = await runs_with(world, low, 4)
+        assert smaller.attempt.number == 2
+        assert smaller.past_attempts[0].end_reason.startswith(("preempted: makes room", "resized: shrinks from 8 to 4"))
+        told = [task for agent in world.agents.values() for task in agent.tasks.values() if task.job == low]
+        assert {(task.world_size, task.group_world_size, task.epoch) for task in told} == {
+            (4, 1, smaller.attempt.epoch)
+        }
+        if new_leader:
+            await world.restart()
+        for agent in world.agents.values():
+            for task in [task for task, known in agent.tasks.items() if known.job == high]:
+                agent.exit(0, task)
+        larger = await runs_with(world, low, 8)
+        assert "grows from 4 to 8 GPUs" in larger.past_attempts[-1].end_reason
+        assert (larger.restarts, larger.recoveries) == (0, 0)
+        await world.planner.ask(lambda planner: planner.check())
+
+
+async def test_a_resize_that_fails_half_way_leaves_it_running():
+    async with World() as world:
+        a, b = await world.add(node("s/a"), node("s/b"))
+        other = await world.submit(4)
+        await world.reaches(other, "RUNNING")
+        low = await world.submit(8, **ELASTIC)
+        await runs_with(world, low, 4)
+        with_other = a if any(task.job == other for task in a.tasks.values()) else b
+        with_low = b if with_other is a else a
+        with_low.slow_to_die = True
+        with_other.exit(0)
+        suspended = await reaches(world, low, lambda known: known.state == pb.JOB_STATE_SUSPENDING, "stops to grow")
+        assert "grows" in suspended.attempt.end_reason
+        world.phase(with_other.node, health_pb2.NODE_PHASE_UNREACHABLE)
+        with_low.slow_to_die = False
+        (task,) = [name for name, report in with_low.reports.items() if report.job == low]
+        with_low.report(task, pb.TASK_PHASE_KILLED, -15)
+        again = await runs_with(world, low, 4)
+        assert ({task.node for task in again.attempt.tasks}, again.HasField("claim")) == ({with_low.node}, False)
+        await world.planner.ask(lambda planner: planner.check())
