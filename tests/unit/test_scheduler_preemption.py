@@ -15,7 +15,7 @@ from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
-from whaleflux_scheduler.core.model import Claim, Job, JobState, Spec, TaskPhase
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
@@ -253,10 +253,12 @@ class Queueing(RuleBasedStateMachine):
     @rule(refused=st.sets(st.integers(0, 5)))
     def decide(self, refused):
         """Those of these numbers are not written: somebody was faster."""
+        started = set()  # they left what they claim to others in this step, whether that is written or not
         for number, choice in enumerate(self.planner.decide(NOW)):
             before = self.jobs[choice.job]
             if choice.assignment is not None:
-                self.nobody_elses({n: set(gpus) for n, gpus in choice.assignment.nodes}, before)
+                started.add(before.name)
+                self.nobody_elses({n: set(gpus) for n, gpus in choice.assignment.nodes}, before, started)
             if number in refused:
                 self.store(before)
             elif choice.assignment is not None:
@@ -264,9 +266,11 @@ class Queueing(RuleBasedStateMachine):
             elif choice.claim is not None:
                 self.store(lifecycle.claim(before, choice.claim, "waits"))
 
-    def nobody_elses(self, given, to):
+    def nobody_elses(self, given, to, started):
         for other in self.jobs.values():
-            if other.claim is not None and other.spec.priority >= to.spec.priority and other.name != to.name:
+            if other.claim is None or other.claim.purpose is ClaimPurpose.RESERVATION or other.name in started:
+                continue  # what is promised for later may be used until then
+            if other.spec.priority >= to.spec.priority:
                 assert not other.claim.concerns(given), f"{to.name} is given what {other.name} claims"
 
     def pick(self, data, *states):

@@ -51,6 +51,11 @@ class PlannerThread:
         """True when the last decision ran out of time before it had answered every job."""
         return self._planner.unfinished
 
+    @property
+    def next_look(self) -> datetime | None:
+        """When the plan has to be asked again, whatever comes until then."""
+        return self._planner.next_look
+
     def could_hold(self, queue: str, spec: Spec) -> bool:
         """As the planner's; needs no turn."""
         return self._planner.could_hold(queue, spec)

@@ -48,6 +48,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
+PLAN = "!plan"  # what looks at no job in particular when it is due
 
 
 class Sources(NamedTuple):
@@ -177,7 +178,7 @@ class Reconciler:
                 for task in waiting:
                     task.cancel()
             if due := self._state.take_due(self._clock.now()):
-                self._state.touch(*due)
+                self._state.touch(*due - {PLAN})
 
     async def _keep_showing(self) -> None:
         """Gauges are at most a second older than the last round."""
@@ -220,6 +221,7 @@ class Reconciler:
         for move in moves:
             self._apply(move, now, transitions)
         self._writer.write(transitions)
+        self._state.schedule(PLAN, self.planner.next_look)
         if self.planner.unfinished:
             self._state.wake()
 

@@ -24,7 +24,7 @@ from whaleflux_scheduler.core.state_machine import goes_on
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_CLAIM, _CPU = "!claim", "cpu:"
+_CLAIM, KEPT, _CPU = "!claim", "!kept", "cpu:"
 _NONE = frozenset[str]()
 
 
@@ -305,6 +305,25 @@ class Holdings:
                 if id_ in self._engine.placements:
                     self._engine.release(id_)
             yield
+
+    def holders_of(self, claim: Claim) -> set[str]:
+        """Jobs that hold some of what is claimed."""
+        return {job for _, uuids in claim.nodes for uuid in uuids for job in self._holders.get(uuid, ())}
+
+    def claimants_on(self, job: str) -> set[str]:
+        """Others that claim some of what the job holds."""
+        return self._claimants(uuid for _, uuid in _pairs(self.held(job))) - {job}
+
+    def claimed_by_others(self, job: str, claimant: str) -> Placement | None:
+        """What of the job's GPUs others than `claimant` claim, as work of its own in the engine; None: nothing."""
+        if not self._claimant:
+            return None
+        claimed = {
+            node: theirs
+            for node, uuids in self.held(job).items()
+            if (theirs := frozenset(u for u in uuids if self._claimant.get(u, claimant) != claimant))
+        }
+        return self._as_placement(job + KEPT, self._jobs[job], claimed) if claimed else None
 
     def _widen(self, claimant: str, as_if_free: str) -> None:
         id_ = claim_id(claimant)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from whaleflux.errors import InvalidArgument
@@ -33,6 +33,7 @@ class KnownFleet:
         self.holdings, self.capacity = Holdings(self.engine, shares), Capacity()
         self.left_out: set[str] = set()  # nodes whose facts placement cannot take
         self.gained: dict[str, None] = {}  # in the order in which they did
+        self.lent: Callable[[], int] = lambda: 0  # GPUs that are kept for later, and may be used until then
         self.version = 0  # grows with whatever could change an answer
         self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
         self._free: dict[
@@ -135,10 +136,15 @@ class KnownFleet:
         """As `could_hold`, and whether any of it could be of use to the request, which is not asked of each node of many."""
         if not self.could_hold(need):
             return False
-        return len(self._hopes) > _MANY or any(self.engine.could_use(name, request) for name in self._hopes)
+        return (
+            len(self._hopes) > _MANY
+            or self.lent() > 0
+            or any(self.engine.could_use(name, request) for name in self._hopes)
+        )
 
     def _most_free(self, model: str, level: Level) -> int:
         found = self._free.get((model, level))
         if found is None:
-            found = self._free[model, level] = self.engine.most_free(self._hopes, model, level)
+            free = self.engine.most_free(self._hopes, model, level)
+            found = self._free[model, level] = free + self.lent()
         return found

@@ -43,6 +43,7 @@ class RequestClass:
     need: Need
     gpus: int  # that count for a queue
     own: str = ""
+    lasts: int = 0  # how long they take, by classes: some may be over in time where others are not
     impossible: str = ""  # why the engine will never take it
     lines: dict[tuple[str, str], Line] = field(default_factory=dict)  # by queue and array
     families: dict[Hashable, dict[Line, None]] = field(default_factory=dict)  # lines by what their keys fall with
@@ -113,7 +114,7 @@ class Pending:
     def __init__(self) -> None:
         self.jobs: dict[str, Waiting] = {}
         self.by_queue: dict[str, dict[Line, None]] = {}
-        self._classes: dict[tuple[PlaceRequest, str], RequestClass] = {}
+        self._classes: dict[tuple[PlaceRequest, str, int], RequestClass] = {}
         self._by_priority: dict[int, set[RequestClass]] = {}
 
     @property
@@ -151,10 +152,10 @@ class Pending:
         lines = self.by_queue.get(queue, ())
         return (self.jobs[name].candidate.job for line in lines for name in line.names)
 
-    def join(self, candidate: Candidate, request: PlaceRequest, *, own: bool) -> Waiting:
-        """The job waits in its line; `own`: it holds or claims GPUs."""
+    def join(self, candidate: Candidate, request: PlaceRequest, *, own: bool, lasts: int = 0) -> Waiting:
+        """The job waits in its line; `own`: it holds or claims GPUs, `lasts`: a class of jobs that take equally long."""
         job = candidate.job
-        kind = self._class_of(request, job, own=own)
+        kind = self._class_of(request, job, lasts, own=own)
         array = job.spec.array_name if job.spec.array_max_running else ""
         line = kind.lines.get((job.queue, array))
         if line is None:
@@ -177,16 +178,18 @@ class Pending:
         del kind.lines[line.queue, line.array]
         del self.by_queue[line.queue][line]
         if not kind.lines:
-            del self._classes[kind.request, kind.own]
+            del self._classes[kind.request, kind.own, kind.lasts]
             self._by_priority[kind.priority].discard(kind)
         return line
 
-    def _class_of(self, request: PlaceRequest, job: Job, *, own: bool) -> RequestClass:
-        key = (request, job.name if own else "")
+    def _class_of(self, request: PlaceRequest, job: Job, lasts: int, *, own: bool) -> RequestClass:
+        key = (request, job.name if own else "", lasts)
         kind = self._classes.get(key)
         if kind is None:
             need = need_of(request, own=own)
-            kind = self._classes[key] = RequestClass(request, need, job.spec.gpus, key[1], _impossible(request))
+            kind = self._classes[key] = RequestClass(
+                request, need, job.spec.gpus, key[1], lasts, impossible=_impossible(request)
+            )
             self._by_priority.setdefault(kind.priority, set()).add(kind)
         return kind
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
-from whaleflux_scheduler.core.model import Claim, Job, JobState, Queue, SchedulingDecision
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.needs import NeedIndex
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
 from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PlaceRequest
@@ -93,6 +93,12 @@ class Plan(Questions):
         self._also: list[Move] = []  # of running jobs that make room by shrinking
 
     @property
+    def next_look(self) -> datetime | None:
+        """When something is due without news: somebody has to leave promised GPUs."""
+        at_s = self._promises.next_look
+        return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
+
+    @property
     def unfinished(self) -> bool:
         """True when the last step ran out of time before it had answered every job."""
         return bool(self._turns.active or self._unanswered)
@@ -113,6 +119,7 @@ class Plan(Questions):
         self._know_datasets(news)
         for node in news.nodes:
             fleet.upsert(node)
+            self._promises.knows_node(len(node.gpus))
         for name in news.removed:
             fleet.remove(name)
         for name, why in news.closed.items():
@@ -123,6 +130,7 @@ class Plan(Questions):
             self._leave(name)
             self._resizing.forget(name)
             fleet.forget(name)
+            self._promises.forget(name)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
 
@@ -144,6 +152,7 @@ class Plan(Questions):
         known, held = holdings.jobs.get(job.name), holdings.holds(job.name)
         self._fleet.learn(job)
         self._estimates.learn(job)
+        self._promises.learn(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
@@ -180,6 +189,7 @@ class Plan(Questions):
     def _wait(self, name: str, candidate: Candidate | None) -> None:
         if candidate is None:
             self._leave(name)
+            self._promises.leaves(name)
             return
         candidate = _asking_for_least(candidate)
         known = self._pending.jobs.get(name)
@@ -191,7 +201,8 @@ class Plan(Questions):
         self._leave(job.name)
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
-        line = self._pending.join(candidate, asked, own=self._stands_alone(job)).line
+        line = self._pending.join(candidate, asked, own=self._stands_alone(job), lasts=self._promises.lasts(job)).line
+        self._promises.waits(job, asked)
         kind = line.kind
         if len(kind.lines) == 1 and len(line.names) == 1:
             self._needs.add(kind, kind.need)
@@ -271,6 +282,7 @@ class Plan(Questions):
         watch = Stopwatch(now, budget_s, self._monotonic)
         if not self._hopeful:
             self._fleet.give_up()
+        self._promises.catch_up(now)
         self._take_in_gains()
         moves: list[Move] = []
         while self._turns.active and not watch.over:
@@ -284,8 +296,33 @@ class Plan(Questions):
                 moves.append(replace(move, begun=begun, ended=watch.now))
             self._take_in_gains()
         if not self._turns.active:
+            moves += self._promise({move.job for move in moves}, watch)
             moves += self._grow(now)
         return moves + self._answer(watch)
+
+    def _promise(self, moved: set[str], watch: Stopwatch) -> list[Move]:
+        """Keeps and gives promises, of those who wait and were not moved in this step already."""
+        now, jobs = watch.began, self._pending.jobs
+        due = [(name, claim) for name, claim in self._promises.due(now) if name in jobs and name not in moved]
+        moves = [self._promised(name, claim, now) for name, claim in due]
+        moved = moved | {move.job for move in moves}
+        for name in self._promises.to_promise(now):
+            waiting = jobs[name]
+            job = waiting.candidate.job
+            if name in moved or watch.over or self._over_limit(job) or self._over_array_limit(job):
+                continue
+            request = replace(waiting.line.kind.request, id=name)
+            if (claim := self._promises.promise(job, request, now)) is not None:
+                moves.append(self._promised(name, claim, now))
+        return moves
+
+    def _promised(self, name: str, claim: Claim, now: datetime) -> Move:
+        candidate = self._pending.jobs[name].candidate
+        self._fleet.hold(candidate.job, self._fleet.holdings.held(name), claim)
+        self._promises.claims(name)
+        self._join(candidate)
+        self._unanswered.pop(name, None)
+        return Move(name, wait_reasons.promised(claim, now), claim=claim)
 
     def _try(self, line: Line, now: datetime) -> Move | None:
         """The first of the line; None: it waits as before."""
@@ -300,7 +337,7 @@ class Plan(Questions):
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
-        if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job.name)) is not None:
+        if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job, now)) is not None:
             return self._give(job, self._enlarged(kind, job) or placement, now)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
             return self._give(job, place, now)
@@ -343,16 +380,26 @@ class Plan(Questions):
         self._hopeful.pop(kind, None)
         self._turns.drop(kind)
 
-    def _place(self, kind: RequestClass, request: PlaceRequest, name: str) -> Placement | None:
-        engine, named = self._fleet.engine, replace(request, id=name)
+    def _place(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
         if kind.impossible:
             return None
         if kind.hopeful and not kind.own and not self._fleet.could_place(kind.need, request):
             return None
         if kind.own:
-            with self._fleet.holdings.without(name):
-                return engine.fits(named)
-        return engine.fits(named) if engine.feasible(request) else None
+            with self._fleet.holdings.without(job.name):
+                return self._fits(kind, request, job, now)
+        return self._fits(kind, request, job, now)
+
+    def _fits(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
+        """Where it goes: on GPUs that are promised to others only when no others do, and it has left before their time comes."""
+        engine, named = self._fleet.engine, replace(request, id=job.name)
+        if engine.feasible(request):
+            return engine.fits(named)
+        claimants = self._promises.behind(job, now)
+        if not claimants or self._promises.covered(claimants) + engine.free_gpus() < kind.need.gpus:
+            return None
+        with self._fleet.holdings.without_claims(claimants):
+            return engine.fits(named) if engine.feasible(request) else None
 
     def _enlarged(self, kind: RequestClass, job: Job) -> Placement | None:
         """A place for more than the least that an elastic job asks for; where others wait, it takes its equal part of what is idle."""
@@ -372,7 +419,9 @@ class Plan(Questions):
         for task in decision.tasks:
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
         self._leave(job.name)
+        self._promises.leaves(job.name)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
+        self._promises.starts(job, now)
         if self._hopeful and not self._fleet.any_hope:
             self._give_up_hope()
         return Move(job.name, decision, assignment)
@@ -390,7 +439,8 @@ class Plan(Questions):
         if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
             return None
         request = replace(self._within_quota(kind.request, job), id=job.name)
-        plan = room_for(self._fleet.engine, holdings, request, job)
+        with holdings.without(job.name):
+            plan = room_for(self._fleet.engine, holdings, request, job)
         if plan is None:
             return None
         claim = claim_for(plan, holdings, now)
@@ -417,7 +467,8 @@ class Plan(Questions):
 
     def _may_make_room(self, kind: RequestClass) -> bool:
         """Whether others could be stopped for any of its lines, as far as numbers tell."""
-        if kind.no_room_made or kind.impossible or (kind.own and self._fleet.holdings.claim(kind.own) is not None):
+        claim = self._fleet.holdings.claim(kind.own) if kind.own else None
+        if kind.no_room_made or kind.impossible or (claim and claim.purpose is not ClaimPurpose.RESERVATION):
             return False
         quota = self._shares.quota
         below = quota.guarantees and any(quota.node(line.queue).below_guarantee for line in kind.lines.values())
@@ -434,6 +485,7 @@ class Plan(Questions):
         short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
         decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
         self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
+        self._promises.claims(job.name)
         self._join(candidate)
         self._unanswered.pop(job.name, None)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
@@ -495,7 +547,8 @@ class Plan(Questions):
         if not line.kind.refused:
             return wait_reasons.others_alike_go_first(now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
-        return self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        return wait_reasons.with_promise(decision, self._fleet.holdings.claim(job.name))
 
 
 def _asking_for_least(candidate: Candidate) -> Candidate:

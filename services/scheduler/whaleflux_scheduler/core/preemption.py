@@ -42,8 +42,16 @@ def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
     return [
         Victim(id_, held.spec.priority, _lost_gpu_s(held), reclaimed=claimant.reclaims(held.name, held.queue))
         for id_, held in _movable(holdings, asked)
-        if held.name != job.name and _yields(claimant, holdings, held.name)
+        if held.name != job.name
+        and _yields(claimant, holdings, held.name)
+        and not _promised(claimant, holdings, job, id_)
     ]
+
+
+def _promised(claimant: Claimant, holdings: Holdings, job: Job, name: str) -> bool:
+    """Whether some of its GPUs are kept for somebody who does not make room: to stop it would gain nothing."""
+    others = holdings.claimants_on(name) - {job.name}
+    return any(not _yields(claimant, holdings, other) for other in others)
 
 
 def _yields(claimant: Claimant, holdings: Holdings, name: str) -> bool:

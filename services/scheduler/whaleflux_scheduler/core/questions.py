@@ -17,6 +17,7 @@ from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.pending import Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
+from whaleflux_scheduler.core.promises import Promises
 from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse
 from whaleflux_scheduler.core.quota import QueueLimit
@@ -33,6 +34,8 @@ class Questions:
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, rules)
         self._estimates = Estimates()
+        self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates)
+        self._fleet.lent = self._promises.covered
 
     @property
     def waiting(self) -> int:
@@ -89,6 +92,7 @@ class Questions:
             decision, [name for name in self._fleet.holdings.claims if name != job.name]
         )
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        decision = wait_reasons.with_promise(decision, self._fleet.holdings.claim(job.name))
         return self._in_line(self._in_time(decision, job, now), job)
 
     def shortage(self, queue: str, spec: Spec) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 
+from whaleflux import names
 from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux_scheduler.core import dependencies
-from whaleflux_scheduler.core.model import Job, SchedulingDecision
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
 from whaleflux_scheduler.core.quota import QueueLimit
@@ -148,6 +149,27 @@ def with_quota(decision: SchedulingDecision, kept: Collection[GpuChoice], job: J
     """Of these GPU types its queue may not take as many as it would need."""
     types = ", ".join(f"{job.spec.gpus * choice.per_unit} x {choice.model}" for choice in kept)
     return replace(decision, reasons=(*decision.reasons, f"{types} would be more than queue {job.queue} may take now"))
+
+
+def promised(claim: Claim, now: datetime) -> SchedulingDecision:
+    """GPUs are kept for it, or will be, and it starts then at the latest."""
+    return with_promise(SchedulingDecision(time=now, placed=False, summary="waits"), claim)
+
+
+def with_promise(decision: SchedulingDecision, claim: Claim | None) -> SchedulingDecision:
+    """With the start that it was promised, if it was."""
+    if claim is None or claim.purpose is not ClaimPurpose.RESERVATION or claim.start_time is None:
+        return decision
+    nodes = ", ".join(names.last(node) for node, _ in claim.nodes[:_MOST_NAMES]) + ", ..." * (
+        len(claim.nodes) > _MOST_NAMES
+    )
+    summary = f"starts at {claim.start_time.isoformat(timespec='seconds')} at the latest (promised), on {nodes}"
+    reasons = (
+        (*decision.reasons, f"suspended for its promise: {', '.join(claim.victims[:_MOST_NAMES])}")
+        if claim.victims
+        else decision.reasons
+    )
+    return replace(decision, summary=summary, reasons=reasons)
 
 
 def with_claims(decision: SchedulingDecision, claimants: Collection[str]) -> SchedulingDecision:

@@ -62,6 +62,9 @@ def _claim(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> No
     assert move.claim is not None
     simulated.job = lifecycle.claim(simulated.job, move.claim, move.decision.summary)
     state.news.candidates[simulated.job.name] = Candidate(simulated.job)
+    outcomes = state.result.outcomes
+    if move.claim.start_time is not None and math.isnan(outcomes.start_s[simulated.row]):
+        outcomes.promised_s[simulated.row] = second_of(move.claim.start_time)
     _claimed(at_s, state, simulated)
 
 

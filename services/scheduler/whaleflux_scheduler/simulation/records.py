@@ -29,7 +29,7 @@ class Outcome:
     state: JobState
     suspensions: int
     recoveries: int
-    promised_s: float  # the first start that it was promised
+    promised_s: float  # the last start that it was promised
 
     @property
     def wait_s(self) -> float:

@@ -148,7 +148,7 @@ def summary_of(result: Result) -> Summary:
 
 
 def _violated(outcome: Outcome, end_s: float) -> bool:
-    """Whether it started later than it was promised first."""
+    """Whether it started later than it was promised. Promises move earlier; later only when their nodes are lost."""
     started_s = end_s if math.isnan(outcome.start_s) else outcome.start_s
     return started_s > outcome.promised_s + PROMISE_TOLERANCE_S
 

@@ -12,7 +12,7 @@ from whaleflux_scheduler.core.plan import Plan
 from whaleflux_scheduler.simulation import happenings, moves
 from whaleflux_scheduler.simulation.records import MoveLog, Spans
 from whaleflux_scheduler.simulation.state import Result, State
-from whaleflux_scheduler.simulation.timeline import NEVER_S, instant
+from whaleflux_scheduler.simulation.timeline import NEVER_S, instant, second_of
 from whaleflux_scheduler.simulation.workload import NodeEvent, Submission, Workload
 
 SIMULATED = (
@@ -54,7 +54,7 @@ class Simulation:
         arrival: Submission | None = next(self._arrivals, None)
         self._decide()
         while True:
-            due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S)
+            due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S, self._plan_s())
             if due_s == NEVER_S or due_s > until_s:
                 break
             state.now_s = now_s = max(state.now_s, self._round_of(due_s))
@@ -62,7 +62,7 @@ class Simulation:
             while arrival is not None and arrival.at_s <= now_s:
                 happenings.submit(state, arrival)
                 arrival = next(self._arrivals, None)
-            self._decide()
+            self._decide(look=self._plan_s() <= now_s)
         self._finish(state.now_s if until_s == NEVER_S else until_s)
         state.result.total_s = time.thread_time() - begun
         return state.result
@@ -71,10 +71,16 @@ class Simulation:
         every_s = self._state.delays.round_s
         return math.ceil(due_s / every_s) * every_s if every_s else due_s
 
-    def _decide(self) -> None:
+    def _plan_s(self) -> float:
+        """When the plan has to be asked again without news."""
+        at = self._plan.next_look
+        return NEVER_S if at is None else second_of(at)
+
+    def _decide(self, *, look: bool = False) -> None:
         """Until nothing follows any more: what was started runs, who was claimed from is asked to leave."""
         state, result = self._state, self._state.result
-        while state.news:
+        while state.news or look:
+            look = False
             begun = time.thread_time()
             made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()

@@ -1,0 +1,210 @@
+"""Promised starts: a gang starts when it was promised, whatever others say of themselves, and its GPUs are used until then."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.scheduler_world import node
+from whaleflux.manifests.job_fields import JobKind
+from whaleflux_scheduler.core import estimates, lifecycle
+from whaleflux_scheduler.core.availability import Availability
+from whaleflux_scheduler.core.estimates import Estimates
+from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState, Queue, Spec
+from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.simulation.runner import Simulation
+from whaleflux_scheduler.simulation.workload import Delays, Submission, Workload
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+HOUR = 3600.0
+
+
+def ended(name="train-1", run_s=HOUR, gpus=1, **more):
+    spec = Spec(command=("x",), gpus=gpus, **more)
+    return Job(f"queues/q/jobs/{name}", spec, JobState.SUCCEEDED, NOW, run_s=run_s, uid=name)
+
+
+def waiting(name, gpus=1, **more):
+    return Job(f"queues/q/jobs/{name}", Spec(command=("x",), gpus=gpus, **more), JobState.QUEUED, NOW, uid=name)
+
+
+class TestEstimates:
+    def test_what_a_job_says_goes_before_what_was_learned_and_its_limit_is_a_bound(self):
+        known = Estimates()
+        known.learn(ended(run_s=10 * HOUR))
+        assert known.of(waiting("train-2", expected_s=HOUR)).likely_s == HOUR
+        assert known.of(waiting("train-2", expected_s=HOUR, time_limit_s=600.0)).safe_s == 600.0
+        assert known.of(waiting("train-2", time_limit_s=2 * HOUR)).hard_s == 2 * HOUR
+
+    def test_a_family_is_learned_by_name_without_numbers_and_by_size(self):
+        known = Estimates()
+        for number in range(9):
+            known.learn(ended(f"train_{number:04}", run_s=HOUR))
+            known.learn(ended(f"eval-{number}", run_s=60.0 + number))
+        assert known.of(waiting("train-77")).likely_s == HOUR
+        assert known.of(waiting("eval")).safe_s == 68.0
+        assert known.of(waiting("other")).likely_s > 60.0, "of all of the queue"
+        assert estimates.family_of("sweep-lr-0.1-3") == "sweep-lr"
+        assert estimates.family_of("123") == "123"
+
+    def test_an_ended_job_is_learned_once_and_one_that_never_ran_never(self):
+        known = Estimates()
+        assert known.learn(ended()) and not known.learn(ended())
+        assert not known.learn(ended("other", run_s=0.0))
+        assert not known.learn(waiting("third"))
+
+    @pytest.mark.parametrize(("ran_s", "guess_s"), [(0.0, HOUR), (HOUR, 2 * HOUR), (5 * HOUR, 8 * HOUR)])
+    def test_who_runs_longer_than_expected_is_guessed_at_twice_as_much(self, ran_s, guess_s):
+        assert Estimates().of(waiting("long", expected_s=HOUR), ran_s).likely_s == guess_s
+
+    def test_guesses_of_runs_like_it_are_longer_than_it_has_run(self):
+        known = Estimates()
+        for number, hours in enumerate((1, 2, 30)):
+            known.learn(ended(f"train-{number}", run_s=hours * HOUR))
+        assert known.of(waiting("train-9"), 3 * HOUR).likely_s == 30 * HOUR
+        assert known.of(waiting("train-9"), 40 * HOUR).likely_s > 40 * HOUR
+
+    def test_a_service_never_ends_and_a_limit_ends_what_has_one(self):
+        attempt = Attempt(1, (), NOW, run_time=NOW)
+        service = replace(waiting("s", kind=JobKind.SERVICE), attempt=attempt, state=JobState.RUNNING)
+        assert service.spec.is_service and estimates.end_of(Estimates(), service, NOW) is None
+        limited = replace(waiting("t", time_limit_s=HOUR, expected_s=60.0), attempt=attempt, state=JobState.RUNNING)
+        end = estimates.end_of(Estimates(), limited, NOW)
+        assert end is not None and end.hard
+        assert end.safe == NOW + timedelta(seconds=HOUR + limited.grace_s)
+        assert end.likely == NOW + timedelta(minutes=1)
+
+    def test_its_memory_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(estimates, "MOST_FAMILIES", 10)
+        known = Estimates()
+        for number in range(50):
+            known.learn(ended(f"{number}x", run_s=HOUR))
+        assert len(known._runs) == 10
+
+
+class TestAvailability:
+    @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.one_of(st.none(), st.floats(0, 100)))))
+    def test_it_is_the_sorted_list_of_what_was_said_last(self, said):
+        profile, model = Availability(), dict[str, float]()
+        for name, end_s in said:
+            profile.set(name, end_s)
+            model.pop(name, None)
+            if end_s is not None:
+                model[name] = end_s
+        assert list(profile.until(50.0)) == sorted((at, name) for name, at in model.items() if at <= 50.0)
+        assert profile.overdue(50.0) == [name for _, name in profile.until(50.0)]
+        assert len(profile) == len(model)
+
+
+def simulate(jobs, nodes=4, **more):
+    fleet = [node(f"s/n{number}", 4) for number in range(nodes)]
+    simulation = Simulation(fleet, Workload(jobs, {}, Delays(save_s=10.0, restart_s=30.0)), **more)
+    return {outcome.name.rpartition("/")[2]: outcome for outcome in simulation.run().outcomes}
+
+
+def job(name, at_s, run_s, gpus, expected_s=None, **more):
+    return Submission(
+        f"queues/q/jobs/{name}", Spec(command=("x",), gpus=gpus, expected_s=expected_s, **more), at_s, run_s
+    )
+
+
+class TestPromises:
+    def test_small_work_that_keeps_coming_does_not_starve_a_gang_and_runs_until_its_start(self):
+        small = [job(f"s{n}", 60.0 * n, 1_000.0, 4, 1_000.0, max_nodes=1) for n in range(60)]
+        jobs = sorted([*small, job("gang", 300.0, 500.0, 16, 500.0)], key=lambda j: j.at_s)
+        found = simulate(jobs)
+        assert found["gang"].start_s <= found["gang"].promised_s
+        assert found["gang"].wait_s < 1_200.0
+
+    def test_who_is_over_before_the_promised_start_uses_the_gpus_until_then(self):
+        jobs = [
+            job("long", 0.0, 10_000.0, 4, 10_000.0),
+            job("gang", 10.0, 100.0, 16, 100.0),
+            job("short", 20.0, 1_000.0, 4, 1_000.0),
+            job("too-long", 30.0, 20_000.0, 4, 20_000.0),
+        ]
+        found = simulate(jobs)
+        assert found["short"].wait_s == 0.0
+        assert found["gang"].start_s <= found["gang"].promised_s < 10_200.0
+        assert found["too-long"].start_s >= found["gang"].start_s, "it would have been in the way"
+        assert sum(outcome.suspensions for outcome in found.values()) == 0
+
+    def test_who_said_too_little_is_suspended_and_goes_on_later(self):
+        jobs = [
+            job("long", 0.0, 3_000.0, 4, 3_000.0),
+            job("gang", 10.0, 100.0, 16, 100.0),
+            job("liar", 20.0, 50_000.0, 4, 60.0),
+        ]
+        found = simulate(jobs)
+        assert found["liar"].wait_s == 0.0 and found["liar"].suspensions == 1
+        assert found["gang"].start_s <= found["gang"].promised_s
+        assert found["liar"].state is JobState.SUCCEEDED
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(
+                st.floats(0, 4_000), st.floats(60, 6_000), st.sampled_from([1, 2, 4, 8, 12, 16]), st.floats(0.1, 5.0)
+            ),
+            min_size=5,
+            max_size=16,
+        )
+    )
+    def test_no_gang_starts_later_than_promised_whatever_was_said(self, drawn):
+        jobs = sorted(
+            (job(f"j{n}", at, run, gpus, run * wrong) for n, (at, run, gpus, wrong) in enumerate(drawn)),
+            key=lambda j: j.at_s,
+        )
+        for outcome in simulate(jobs).values():
+            assert not outcome.start_s > outcome.promised_s + 1.0, outcome
+            assert outcome.state is JobState.SUCCEEDED
+
+    def test_a_new_leader_keeps_what_the_records_promise(self):
+        first = plan_of(4)
+        running = [start(first, waiting(f"r{n}", 4, expected_s=HOUR)) for n in range(4)]
+        gang = waiting("gang", 16)
+        (move,) = [m for m in first.step(offered(gang), NOW) if m.claim]
+        assert move.claim.purpose is ClaimPurpose.RESERVATION and move.claim.start_time > NOW + timedelta(hours=1)
+        promised = lifecycle.claim(gang, move.claim, move.decision.summary)
+        second = plan_of(4)
+        moves = second.step(News(jobs=(*running, promised), candidates={gang.name: Candidate(promised)}), NOW)
+        assert not any(m.claim for m in moves), "it has its promise"
+        assert second.next_look is not None and second.next_look < move.claim.start_time
+        late = move.claim.start_time - timedelta(seconds=5)
+        (named,) = [m for m in second.step(News(), late) if m.claim]
+        assert named.claim.start_time == move.claim.start_time
+        assert set(named.claim.victims) == {r.name for r in running}
+        second.check()
+
+    def test_what_waits_for_its_start_says_when_that_is(self):
+        plan = plan_of(4)
+        for number in range(4):
+            start(plan, waiting(f"r{number}", 4, expected_s=HOUR))
+        gang = waiting("gang", 16)
+        (move,) = [m for m in plan.step(offered(gang), NOW) if m.claim]
+        assert "promised" in move.decision.summary
+        known = lifecycle.claim(gang, move.claim, "")
+        plan.step(News(jobs=(known,), candidates={gang.name: Candidate(known)}), NOW)
+        assert "promised" in plan.explain(known, (), NOW).summary
+
+
+def plan_of(nodes):
+    plan = Plan()
+    fleet = [node(f"s/n{number}", 4) for number in range(nodes)]
+    plan.apply(News(nodes=tuple(fleet), closed={n.name: "" for n in fleet}, queues={"q": Queue("queues/q")}))
+    return plan
+
+
+def offered(*jobs):
+    return News(jobs=jobs, candidates={j.name: Candidate(j) for j in jobs})
+
+
+def start(plan, job):
+    (move,) = plan.step(offered(job), NOW)
+    placed = lifecycle.place(job, move.assignment, move.decision, NOW)
+    runs = replace(placed, state=JobState.RUNNING, attempt=replace(placed.attempt, started=True, run_time=NOW))
+    plan.step(News(jobs=(runs,)), NOW)
+    return runs
