@@ -237,7 +237,7 @@ class TestShrinking:
         planner.apply(News(jobs=(grows,)))
         (move,) = planner.decide(NOW + HOUR)
         grown = goes_on(planner, grows, move, NOW + HOUR)
-        waits = job("waits", 3, at=9)
+        waits = job("waits", 3, at=3600)
         (move,) = offer(planner, waits, now=NOW + HOUR).values()
         assert (move.assignment, move.claim) == (None, None)
         planner.apply(News(jobs=(grown,)))  # looked at again later

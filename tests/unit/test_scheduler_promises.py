@@ -82,7 +82,7 @@ class TestEstimates:
         known = Estimates()
         for number in range(50):
             known.learn(ended(f"{number}x", run_s=HOUR))
-        assert len(known._runs) == 10
+        assert known.families == 10
 
 
 class TestAvailability:

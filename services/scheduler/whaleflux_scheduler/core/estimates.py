@@ -52,6 +52,11 @@ class Estimates:
         self._runs: OrderedDict[Family, deque[float]] = OrderedDict()
         self._seen: OrderedDict[str, None] = OrderedDict()
 
+    @property
+    def families(self) -> int:
+        """Of how many something is known."""
+        return len(self._runs)
+
     def learn(self, job: Job) -> bool:
         """An ended job; True when it told something new. One that never ran, or was learned before, tells nothing."""
         key = job.uid or job.name

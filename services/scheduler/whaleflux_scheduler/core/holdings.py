@@ -323,7 +323,7 @@ class Holdings:
             for node, uuids in self.held(job).items()
             if (theirs := frozenset(u for u in uuids if self._claimant.get(u, claimant) != claimant))
         }
-        return self._as_placement(job + KEPT, self._jobs[job], claimed) if claimed else None
+        return self.as_placement(job + KEPT, self._jobs[job], claimed) if claimed else None
 
     def _widen(self, claimant: str, as_if_free: str) -> None:
         id_ = claim_id(claimant)

@@ -429,11 +429,10 @@ class Plan(Questions):
     def _make_room(self, line: Line, job: Job, now: datetime) -> Claim | None:
         """What is kept for the job while others stop; None: nothing that is running may be stopped for it."""
         holdings, kind = self._fleet.holdings, line.kind
-        if (
-            room := self._resizing.room_for(
-                replace(kind.request, id=job.name), job, self._pending.jobs[job.name].candidate.wished, now
-            )
-        ) is not None:
+        wished = self._pending.jobs[job.name].candidate.wished
+        with holdings.without(job.name):
+            room = self._resizing.room_for(replace(kind.request, id=job.name), job, wished, now)
+        if room is not None:
             self._shrink(room.shrinking, job, now)
             return room.claim
         if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
