@@ -32,6 +32,7 @@ DOORS: dict[str, Door] = {
     "fleet_month": Door(commands=("simulate",)),
     "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "place")),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
+    "scheduler_store": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
     "placement_invariants": Door(commands=("submit",)),

@@ -149,6 +149,19 @@ class TestReading:
         assert [e.key for e in snapshot.entries] == [case.key(f"{n:05}") for n in range(2300)]
         assert len((await case.store.list(case.prefix, limit=1700)).entries) == 1700
 
+    async def test_an_extent_tells_whether_anything_changed(self, case: Case) -> None:
+        assert (await case.store.extent(case.prefix)).keys == 0
+        first = await case.store.commit(Put(case.key("a"), b"1"), Put(case.key("b"), b"1"))
+        elsewhere = await case.store.commit(Put(f"/elsewhere{case.prefix}", b"1"))
+        extent = await case.store.extent(case.prefix)
+        assert (extent.keys, extent.written) == (2, first)
+        assert extent.revision >= elsewhere
+        again = await case.store.commit(Put(case.key("a"), b"2"))
+        assert (await case.store.extent(case.prefix)).written == again
+        await case.store.commit(Delete(case.key("a")))
+        extent = await case.store.extent(case.prefix)
+        assert (extent.keys, extent.written) == (1, first)
+
     async def test_a_compacted_state_cannot_be_listed(self, case: Case) -> None:
         old = await case.store.commit(Put(case.key("a"), b"1"))
         new = await case.store.commit(Put(case.key("a"), b"2"))

@@ -331,7 +331,7 @@ class World:
 
     @property
     def node_view(self):
-        return self.service.node_views[-1]
+        return self.service.nodes
 
     @property
     def planner(self):

@@ -58,6 +58,20 @@ def test_what_health_monitor_forgets_is_unknown_again_and_without_one_the_agent_
     assert view(monitored=False).closed(A) == ""
 
 
+def test_each_leadership_of_a_process_is_told_of_all_nodes():
+    """Who follows knows them already, and what an earlier leadership was told is not told again by the feeds."""
+    watched = view()
+    watched.set_health(B, health_pb2.NodeHealth(name=B, phase=READY))
+    watched.occupied_by(A, "queues/q/jobs/unreadable")
+    told = watched.take_changes()
+    assert not watched.take_changes().touched
+    watched.begin()
+    again = watched.take_changes()
+    assert again.nodes == told.nodes
+    assert again.touched == {A, B}
+    assert "runs queues/q" not in watched.closed(A), "the next one finds out for itself"
+
+
 async def test_waiting_for_the_first_answer_is_said_once(capsys):
     answers = iter([Unavailable("down"), Unavailable("down"), None])
 

@@ -295,6 +295,31 @@ class TestCache:
             await cache.at_least(await store.commit(Put("/p/a", b"2")))
             assert dict(cache.values) == {"/p/a": b"2"}
 
+    @pytest.mark.parametrize("behind", [False, True])
+    async def test_who_waits_for_a_quiet_prefix_does_not_wait_for_its_watch(self, behind: bool) -> None:
+        """etcd tells of revisions that are elsewhere only each few seconds; a watch that is behind is told from one that is quiet."""
+
+        class Quiet(MemoryStore):
+            asked = 0
+
+            async def watch(self, prefix: str, *, after: int) -> AsyncIterator[Any]:
+                await asyncio.Event().wait()
+                yield
+
+            async def extent(self, prefix: str) -> Any:
+                self.asked += 1
+                return await super().extent(prefix)
+
+        store = Quiet()
+        await store.commit(Put("/p/a", b"1"), Put("/p/b", b"1"))
+        async with Cache(store, "/p/", lambda entry: entry.value) as cache:
+            last = await store.commit(Delete("/p/b") if behind else Put("/q/a", b"1"))
+            begun_s = asyncio.get_running_loop().time()
+            await asyncio.gather(*(cache.at_least(last) for _ in range(20)))
+            assert (asyncio.get_running_loop().time() - begun_s < 0.1) is not behind
+            assert store.asked == 1, "one asks for all"
+            assert dict(cache.values) == ({"/p/a": b"1"} if behind else {"/p/a": b"1", "/p/b": b"1"})
+
     async def test_waiting_for_what_does_not_come_is_refused(self) -> None:
         store = MemoryStore()
         async with Cache(store, "/p/", lambda entry: entry.value) as cache:

@@ -43,6 +43,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """What there is under a prefix at `revision`, without its entries: how many keys, and when the newest was written (0: none)."""
+
+    revision: int
+    keys: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeyEvent:
     """One key's change: its new entry, or None when it was deleted."""
 
@@ -265,6 +274,10 @@ class Store(Protocol):
         `at` asks for an earlier state (a page token's revision); raises Compacted when that is gone, InvalidArgument when it
         is not there yet.
         """
+        ...
+
+    async def extent(self, prefix: str) -> Extent:
+        """Whether anything changed is told by this alone: keys that were all written before a revision, as many as there were."""
         ...
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:

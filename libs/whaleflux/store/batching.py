@@ -21,6 +21,7 @@ from whaleflux.store.api import (
     Condition,
     ConditionFailed,
     Entry,
+    Extent,
     Lease,
     NoneCreated,
     Snapshot,
@@ -140,6 +141,9 @@ class GroupCommit:
 
     async def list(self, prefix: str, *, after: str = "", limit: int = 0, at: int = 0) -> Snapshot:
         return await self._store.list(prefix, after=after, limit=limit, at=at)
+
+    async def extent(self, prefix: str) -> Extent:
+        return await self._store.extent(prefix)
 
     def watch(self, prefix: str, *, after: int) -> AsyncGenerator[Batch, None]:
         return self._store.watch(prefix, after=after)

@@ -24,7 +24,10 @@ from whaleflux.store.api import Entry, Snapshot, Store
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-REFRESH_AFTER_S = 1.0  # a watch tells of quiet revisions late; after this a waiter looks for itself
+QUIET_AFTER_S = (
+    0.02  # a watch tells of quiet revisions late: after this a waiter asks whether there was anything to tell
+)
+REFRESH_AFTER_S = 1.0  # after this it looks for itself
 _RETRY = Backoff()
 
 
@@ -69,7 +72,8 @@ class Cache(Generic[T]):
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []  # heap by revision
         self._order = itertools.count()
         self._subscribers: set[_Pending[T]] = set()
-        self._catching_up = asyncio.Lock()
+        self._catching_up, self._asking = asyncio.Lock(), asyncio.Lock()
+        self._ask_again_s = 0.0
         self._group = asyncio.TaskGroup()
         self._task: asyncio.Task[None] | None = None
         self.revision = 0
@@ -103,16 +107,38 @@ class Cache(Generic[T]):
         """
         try:
             async with asyncio.timeout(timeout_s):
-                try:
-                    async with asyncio.timeout(REFRESH_AFTER_S):
-                        return await self._wait_for(revision)
-                except TimeoutError:
-                    if await self._catch_up(revision):
-                        return None
+                if await self._comes_within(revision, QUIET_AFTER_S) or await self._is_quiet(revision):
+                    return None
+                if await self._comes_within(revision, REFRESH_AFTER_S) or await self._catch_up(revision):
+                    return None
                 return await self._wait_for(revision)
         except TimeoutError:
             told = f"{self._prefix} is known up to revision {self.revision}, not {revision}, after {timeout_s:g} s"
             raise Unavailable(told, reason=ErrorReason.CACHE_BEHIND) from None
+
+    async def _comes_within(self, revision: int, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wait_for(revision)
+                return True
+        except TimeoutError:
+            return False
+
+    async def _is_quiet(self, wanted: int) -> bool:
+        """True: nothing was written here up to `wanted`, or what was has come meanwhile. One waiter asks for all, and now and then."""
+        async with self._asking:
+            if self.revision >= wanted:
+                return True
+            if (now_s := asyncio.get_running_loop().time()) < self._ask_again_s:
+                return False
+            extent = await self._store.extent(self._prefix)
+            if not wanted <= extent.revision > self.revision:
+                return self.revision >= wanted
+            if extent.written > self.revision or extent.keys != len(self._seen):
+                self._ask_again_s = now_s + REFRESH_AFTER_S  # the watch is behind, and will tell
+                return False
+            self._apply({}, extent.revision)
+            return True
 
     async def changes(self) -> AsyncGenerator[tuple[ValueChange[T], ...], None]:
         """First what is there (as changes from None), then what changed since the last turn, for ever.

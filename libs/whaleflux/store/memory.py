@@ -18,6 +18,7 @@ from whaleflux.store.api import (
     Batch,
     Condition,
     Entry,
+    Extent,
     KeyEvent,
     Lease,
     NoneCreated,
@@ -82,6 +83,10 @@ class MemoryStore:
         more = bool(limit) and len(page) > limit
         page = page[:limit] if more else page
         return Snapshot(page, revision, page[-1].key if more else "")
+
+    async def extent(self, prefix: str) -> Extent:
+        found = (await self.list(prefix)).entries
+        return Extent(self._revision, len(found), max((entry.revision for entry in found), default=0))
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
         check(writes, when)

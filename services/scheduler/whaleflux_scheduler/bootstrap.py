@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from whaleflux import telemetry
@@ -86,7 +86,7 @@ class Service:
     leader_session: LeaderSession
     sessions: AgentSessions
     jobs: Jobs
-    node_views: list[NodeView] = field(default_factory=list)  # the leader's
+    nodes: NodeView
 
 
 def assemble(
@@ -115,6 +115,7 @@ def assemble(
     transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
+    nodes = NodeView(sessions.connected, monitored=peers.health is not None)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),
@@ -125,6 +126,7 @@ def assemble(
         leader_session=leader_session,
         sessions=sessions,
         jobs=jobs,
+        nodes=nodes,
     )
 
     async def decide(leader: Leader) -> None:
@@ -132,8 +134,7 @@ def assemble(
         newest = await store.list(keys.JOBS, limit=1)
         await jobs_cache.at_least(newest.revision, timeout_s=30.0)
         await queues_cache.at_least(newest.revision, timeout_s=30.0)
-        await placements.complete(batched, leader, jobs_cache.values.values())
-        nodes = NodeView(sessions.connected, monitored=peers.health is not None)
+        nodes.begin()
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache)
         publishers = _publishers(store, bus, leader, clock) if bus is not None else []
@@ -149,14 +150,14 @@ def assemble(
             keep_ended=keep_ended,
             told=lambda: publishers[0].revision if publishers else math.inf,
         )
-        service.node_views[:] = [nodes]
         reconciler.load()
         leader_session.begin(Leading(reconciler.agents, reconciler.view, reconciler.planner))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(reconciler.run())
-                for feed in _feeds(nodes, reconciler, peers, clock):
-                    group.create_task(feed())
+                group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
+                if peers.inventory is not None:
+                    group.create_task(_follow_datasets(reconciler, peers.inventory, clock))
                 if code is not None:
                     group.create_task(CodeCollection(code, jobs_cache, clock, code_grace_s).run())
                 for publisher in publishers:
@@ -168,21 +169,22 @@ def assemble(
             attaching.end()
 
     async def run() -> None:
-        async with jobs_cache, queues_cache:
+        """Who follows knows the nodes already when it is to lead."""
+        async with jobs_cache, queues_cache, asyncio.TaskGroup() as group:
+            feeds = [group.create_task(feed()) for feed in _feeds(nodes, peers)]
             await lead(store, ELECTION, address, decide)
+            for feed in feeds:
+                feed.cancel()
 
     service.loops = [run]
     return service
 
 
-def _feeds(nodes: NodeView, reconciler: Reconciler, peers: Peers, clock: Clock) -> list[Loop]:
+def _feeds(nodes: NodeView, peers: Peers) -> list[Loop]:
     feeds: list[Loop] = []
     if peers.inventory is not None:
         inventory = peers.inventory
-        feeds += [
-            lambda: nodes.follow_inventory(inventory),
-            lambda: _follow_datasets(reconciler, inventory, clock),
-        ]
+        feeds.append(lambda: nodes.follow_inventory(inventory))
     if peers.health is not None:
         health = peers.health
         feeds.append(lambda: nodes.follow_health(health))

@@ -26,7 +26,7 @@ from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.planner_thread import PlannerThread
 
 WRITE_EVERY_S = 1.0
-WRITTEN_AT_ONCE = 100  # jobs
+WRITTEN_AT_ONCE = 50  # jobs: it has time, decisions have not
 WORTH_NOTING = timedelta(seconds=2)  # of waiting
 SAME_JOB_AGAIN = timedelta(seconds=30)
 MOST_PENDING, MOST_KNOWN = 20_000, 2_000  # jobs with something to be written; logs kept in memory
@@ -43,13 +43,14 @@ class DecisionLog:
     def __init__(
         self, store: Store, leader: Leadership, jobs: Cache[StoredJob], planner: PlannerThread, clock: Clock
     ) -> None:
-        self._store, self._held, self._jobs, self._planner, self._clock = store, Held(leader), jobs, planner, clock
+        self._store, self._leader, self._jobs, self._planner, self._clock = store, leader, jobs, planner, clock
         self._notes: dict[str, list[Noted]] = {}  # to be written
         self._waits: dict[str, Noted] = {}  # the same, the newest reason of each job
         self._kinds: dict[str, tuple[str, datetime]] = {}  # of the reason that was given last, and when another may be
         self._due_at: dict[str, datetime] = {}
         self._dues: list[tuple[datetime, str]] = []  # heap; may hold what is not due any more
         self._known: OrderedDict[str, Entry] = OrderedDict()
+        self._written: set[str] = set()  # jobs of which something may be written down, whatever is known here
         self._some = asyncio.Event()
 
     def waits(self, name: str, decision: SchedulingDecision) -> None:
@@ -78,6 +79,7 @@ class DecisionLog:
         """The job is deleted, and with it what was decided about it."""
         for known in (self._notes, self._waits, self._kinds, self._due_at, self._known):
             known.pop(name, None)
+        self._written.discard(name)
 
     def _has_room(self, name: str) -> bool:
         return name in self._due_at or len(self._due_at) < MOST_PENDING
@@ -131,7 +133,7 @@ class DecisionLog:
         if stored is None or not stored.value.readable:
             return
         try:
-            entry = self._known.get(name) or await self._store.get(log_key(name))
+            entry = await self._entry(stored)
             before = decision_records.read(entry.value, stored.value.uid) if entry is not None else ()
             after = decision_history.joined(
                 before, (*decision_history.in_record(stored.value, stored.message.decision.summary), *notes)
@@ -143,13 +145,25 @@ class DecisionLog:
         except (ConditionFailed, Unavailable):  # the job is deleted, or the store is away: tried once more
             self._known.pop(name, None)
             if key_of(name) in self._jobs.values:
+                self._written.add(name)
                 self._notes.setdefault(name, [])[:0] = notes
                 self._schedule(name, self._clock.now() + WORTH_NOTING)
+
+    async def _entry(self, stored: StoredJob) -> Entry | None:
+        """What is written down already. Of a job that was made since this leader leads there is nothing but its own."""
+        name = stored.value.name
+        if name in self._known:
+            return self._known[name]
+        older = stored.entry.created < self._leader.created
+        return await self._store.get(log_key(name)) if older or name in self._written else None
 
     async def _put(self, stored: StoredJob, entry: Entry | None, value: bytes) -> None:
         name, key = stored.value.name, log_key(stored.value.name)
         place = Absent(key) if entry is None else Unchanged(entry)
-        revision = await self._store.commit(Put(key, value), when=[place, Present(stored.entry.key), self._held])
+        revision = await self._store.commit(
+            Put(key, value), when=[place, Present(stored.entry.key), Held(self._leader)]
+        )
+        self._written.add(name)
         self._known[name] = Entry(key, value, revision, entry.created if entry else revision)
         self._known.move_to_end(name)
         if len(self._known) > MOST_KNOWN:

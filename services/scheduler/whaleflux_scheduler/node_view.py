@@ -48,6 +48,7 @@ class NodeView:
         self._told_all = False  # inventory has told of every node that it knows
         self._unknown: set[str] = set()  # nodes of which it is not known what they have
         self._nodes: dict[str, inventory_pb2.Node] = {}
+        self._facts: dict[str, Node] = {}  # the same, as the planner takes them
         self._health: dict[str, health_pb2.NodeHealth] = {}
         self._occupied: dict[str, set[str]] = {}  # node -> jobs on it of unreadable records: their GPUs are not known
         self._changed = NodeChanges()
@@ -57,6 +58,14 @@ class NodeView:
     def complete(self) -> bool:
         """Whether all that the fleet has is known."""
         return self._told_all and not self._unknown
+
+    def begin(self) -> None:
+        """A leadership begins: it is told of all nodes. What it is told of an agent's session and of unreadable records is its own."""
+        for node in [*self._occupied]:
+            self._occupied.pop(node)
+        self._conditions.clear()
+        self._changed = NodeChanges(self._facts.copy(), set(), {*self._facts, *self._health})
+        self.on_change()
 
     async def follow_inventory(self, stub: InventoryServiceStub) -> None:
         """Keeps facts and intents current, for ever."""
@@ -98,6 +107,7 @@ class NodeView:
         self._unknown.discard(name)
         if node is None:
             self._nodes.pop(name, None)
+            self._facts.pop(name, None)
             self._changed.nodes.pop(name, None)
             self._changed.removed.add(name)
         else:
@@ -111,7 +121,7 @@ class NodeView:
                 self._unknown.add(name)
             self._nodes[name] = node
             self._changed.removed.discard(name)
-            self._changed.nodes[name] = fact
+            self._changed.nodes[name] = self._facts[name] = fact
         self.touch(name)
 
     def limits_not_kept(self, spec: Spec, nodes: Iterable[str]) -> tuple[str, ...]:

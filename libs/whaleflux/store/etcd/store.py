@@ -10,7 +10,7 @@ from aetcd import rpc
 
 from whaleflux.errors import Compacted
 from whaleflux.rpc.tls_files import TlsFiles
-from whaleflux.store.api import Batch, Condition, Entry, Lease, Snapshot, Unknown, Write, check
+from whaleflux.store.api import Batch, Condition, Entry, Extent, Lease, Snapshot, Unknown, Write, check
 from whaleflux.store.etcd import lease as leases
 from whaleflux.store.etcd.connection import TRANSIENT, Endpoints, EtcdConnection, status_error
 from whaleflux.store.etcd.messages import condition_failed, entry_of, range_of, raw_of, transaction
@@ -54,6 +54,13 @@ class EtcdStore:
             if len(entries) == limit:
                 break
         return Snapshot(tuple(entries), revision, entries[-1].key if more else "")
+
+    async def extent(self, prefix: str) -> Extent:
+        start, range_end = range_of(prefix)
+        newest = {"sort_order": rpc.RangeRequest.DESCEND, "sort_target": rpc.RangeRequest.MOD}
+        request = rpc.RangeRequest(key=start, range_end=range_end, limit=1, keys_only=True, **newest)
+        answer = await self._connection.ask(lambda link: link.kv.Range, request)
+        return Extent(answer.header.revision, answer.count, answer.kvs[0].mod_revision if answer.kvs else 0)
 
     async def _range(self, start: bytes, range_end: bytes, limit: int, revision: int) -> Any:
         request = rpc.RangeRequest(key=start, range_end=range_end, limit=limit, revision=revision)
