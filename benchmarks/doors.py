@@ -36,6 +36,8 @@ DOORS: dict[str, Door] = {
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
     "placement_invariants": Door(commands=("submit",)),
+    "fairness": Door(commands=("simulate", "submit")),
+    "idle_gpus": Door(commands=("simulate", "submit")),
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),

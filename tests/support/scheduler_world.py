@@ -97,7 +97,11 @@ class FakeCheckpoint:
 
     def __init__(self) -> None:
         self.newest = ""
+        self.kept: list[checkpoint_pb2.Checkpoint] = []
         self.asked: list[str] = []
+
+    async def ListCheckpoints(self, request, timeout=None):
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=self.kept)
 
     async def FindRestorable(self, request, timeout=None):
         self.asked.append(request.job)

@@ -27,6 +27,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         settings.keep_ended_jobs,
         open_code_store(bus, ctx.clock, settings.code_store_bytes) if bus else None,
         settings.code_grace_s,
+        settings.queue_half_life_s,
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 

@@ -27,13 +27,14 @@ from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux.v1.scheduler_pb2_grpc import add_SchedulerServiceServicer_to_server
 from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
-from whaleflux_scheduler import convert, news, placements
+from whaleflux_scheduler import convert, news, placements, saved_checkpoints
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.attach import AttachBroker
 from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
@@ -99,6 +100,7 @@ def assemble(
     keep_ended: int = 10_000,
     code: CodeStore | None = None,
     code_grace_s: float = 7 * 86_400.0,
+    queue_half_life_s: float = HALF_LIFE_S,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
@@ -148,6 +150,7 @@ def assemble(
             clock,
             timeouts,
             keep_ended=keep_ended,
+            queue_half_life_s=queue_half_life_s,
             told=lambda: publishers[0].revision if publishers else math.inf,
         )
         reconciler.load()
@@ -158,6 +161,8 @@ def assemble(
                 group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
                 if peers.inventory is not None:
                     group.create_task(_follow_datasets(reconciler, peers.inventory, clock))
+                if peers.checkpoint is not None:
+                    group.create_task(saved_checkpoints.follow(reconciler.saved, peers.checkpoint, clock))
                 if code is not None:
                     group.create_task(CodeCollection(code, jobs_cache, clock, code_grace_s).run())
                 for publisher in publishers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from whaleflux.clock import Clock
@@ -14,6 +15,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import cost, dependencies, running_time
 from whaleflux_scheduler.core.model import Job, JobState, SchedulingDecision
+from whaleflux_scheduler.core.queue_shares import QueueUse
 from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
@@ -73,6 +75,12 @@ class JobView:
                 reason=ErrorReason.CAPACITY_SHORT,
                 metadata={"gpus": str(spec.gpus), "queue": queue},
             )
+
+    async def queue_use(self, queues: Sequence[str]) -> dict[str, QueueUse]:
+        """What queues hold and are due, by id; nothing of a planner that has no time for it."""
+        with contextlib.suppress(ResourceExhausted, Unavailable):
+            return await self._planner.ask(lambda planner: planner.queue_use(queues))
+        return {}
 
     async def dry_run(self, job: Job) -> SchedulingDecision:
         """What would be decided for a job that is not submitted."""

@@ -153,7 +153,8 @@ def of_queue(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     if what == What.CHANGED and queue.last_change.what == What.DELETED:
         return None  # about to go
     old = pb.Queue.FromString(change.old.value) if change.old else None
-    limit = f", at most {queue.max_gpus} GPUs" if queue.max_gpus else ""
+    limit = f", {queue.guaranteed_gpus} GPUs guaranteed" if queue.guaranteed_gpus else ""
+    limit += f", at most {queue.max_gpus} GPUs" if queue.max_gpus else ""
     return state_event(
         change,
         now,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.plan import Move, News
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, PastUse, past_uses
 from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
@@ -73,11 +74,12 @@ class Reconciler:
         timeouts: Timeouts,
         *,
         keep_ended: int = 10_000,
+        queue_half_life_s: float = HALF_LIFE_S,
         told: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._sources, self._sessions, self._nodes = sources, sessions, nodes
         self._diagnosis, self._clock, self._timeouts = diagnosis, clock, timeouts
-        self._state, self.planner = LeaderState(), PlannerThread(clock)
+        self._state, self.planner = LeaderState(), PlannerThread(clock, queue_half_life_s)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
         self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up)
         self._housekeeping = Housekeeping(
@@ -87,6 +89,8 @@ class Reconciler:
         self._decisions = DecisionLog(store, leader, sources.jobs, self.planner, clock)
         self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
         self._queues_changed = True
+        self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
+        self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
         nodes.on_change = self._state.wake
         self._tasks: asyncio.TaskGroup | None = None
@@ -99,6 +103,7 @@ class Reconciler:
             self._state.record(stored.value.name, stored.value)
             if not stored.value.ended or any(stored.value.holding()):
                 self._state.touch(stored.value.name)
+        self._past_uses = past_uses((stored.value for stored in self._sources.jobs.values.values()), self._clock.now())
 
     async def run(self) -> None:
         """Until cancelled; raises Fenced (in a group) when another leads."""
@@ -121,6 +126,10 @@ class Reconciler:
         """Datasets of which the size or the copies changed, and those that exist no more."""
         self._datasets |= {fact.name: fact for fact in changed} | dict.fromkeys(gone)
         self._state.wake()
+
+    def saved(self, newest: Mapping[str, datetime]) -> None:
+        """When the newest checkpoint of each job was committed; taken in with the next round."""
+        self._saved = newest
 
     async def _caught_up(self) -> None:
         """Returns when the planner knows what has come so far, or after a second of ever more news."""
@@ -242,6 +251,8 @@ class Reconciler:
             jobs.append(stored.value)
             candidates[name] = self._look(stored, now, transitions)
         queues, datasets = self._queues() if self._queues_changed else None, self._datasets
+        past, self._past_uses = self._past_uses, ()
+        saved, self._saved = self._saved, None
         self._queues_changed, self._datasets = False, {}
         return News(
             nodes=tuple(changes.nodes.values()),
@@ -251,6 +262,8 @@ class Reconciler:
             gone=tuple(gone),
             candidates=candidates,
             queues=queues,
+            past_uses=past,
+            saved=saved,
             datasets=tuple(fact for fact in datasets.values() if fact is not None),
             datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 from google.protobuf import empty_pb2
@@ -64,13 +64,24 @@ class Scheduler(rpc.SchedulerServiceServicer):
         return await self._queues.create(request)
 
     async def GetQueue(self, request: pb.GetQueueRequest, context: _Context | None) -> pb.Queue:
-        return queue_message(await self._queues.seen(request.name, self._access.sight()))
+        found = queue_message(await self._queues.seen(request.name, self._access.sight()))
+        await self._show_use([found])
+        return found
 
     async def ListQueues(self, request: pb.ListQueuesRequest, context: _Context | None) -> pb.ListQueuesResponse:
         sight = self._listing()
         page = await self._queues.page(request, sight)
+        await self._show_use(page.items)
         unreadable = [name for name in page.unreadable if sight.sees_queue(names.last(name))]
         return pb.ListQueuesResponse(queues=page.items, next_page_token=page.next_page_token, unreadable=unreadable)
+
+    async def _show_use(self, queues: Sequence[pb.Queue]) -> None:
+        """What only the leader counts."""
+        leading = self._leader.current
+        uses = await leading.view.queue_use([names.last(queue.name) for queue in queues]) if leading is not None else {}
+        for queue in queues:
+            if (use := uses.get(names.last(queue.name))) is not None:
+                queue.use.CopyFrom(pb.QueueUse(held_gpus=use.held, borrowed_gpus=use.over, fair_share_gpus=use.score))
 
     async def UpdateQueue(self, request: pb.UpdateQueueRequest, context: _Context | None) -> pb.Queue:
         return await self._queues.update(request)

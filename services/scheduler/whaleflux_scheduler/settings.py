@@ -7,6 +7,7 @@ from pydantic import Field
 from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
 from whaleflux_scheduler.core.observed import Timeouts
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 
 _DEFAULTS = Timeouts()
 
@@ -31,6 +32,12 @@ class Settings(ServiceSettings):
         10_000,
         ge=0,
         description="Ended jobs that are kept; the oldest are deleted, and later their checkpoints (deleted_job_grace_s).",
+    )
+
+    queue_half_life_s: float = Field(
+        HALF_LIFE_S,
+        ge=0,
+        description="After how long what a queue held counts half when queues take turns, seconds; 0: only what it holds now counts.",
     )
 
     code_grace_s: float = Field(

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import TypeVar
 
 from whaleflux.errors import Aborted, AlreadyExists
@@ -67,6 +68,7 @@ class Holdings:
         self.shares = shares  # what queues hold or claim
         self.devices = Devices(lambda uuid: next(iter(self._holders.get(uuid, {}).values()), ""))
         self.by_array: Counter[tuple[str, str]] = Counter()  # queue and array: members that hold or claim something
+        self.saved: Mapping[str, datetime] = {}  # by job: when its newest checkpoint was committed
         self.stoppable: Counter[int] = Counter()  # by priority: what running training holds, and what claims keep
         self.eased: dict[str, None] = {}  # queues that hold less than when their owner last looked
         self._jobs: dict[str, Job] = {}  # jobs that hold or claim something

@@ -29,7 +29,7 @@ from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claim_for, room_for, still_stopping
 from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
-from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
+from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, PastUse
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.rebalancing import NewClaim
@@ -50,6 +50,8 @@ class News:
     gone: tuple[str, ...] = ()  # jobs deleted
     candidates: Mapping[str, Candidate | None] = field(default_factory=dict)  # None: waits no more
     queues: Mapping[str, Queue] | None = None
+    past_uses: tuple[PastUse, ...] = ()  # of queues, before this plan began
+    saved: Mapping[str, datetime] | None = None  # job -> when its newest checkpoint was committed; None: as before
     datasets: tuple[DatasetFact, ...] = ()
     datasets_gone: tuple[str, ...] = ()
 
@@ -116,6 +118,10 @@ class Plan(Questions):
         fleet = self._fleet
         if news.queues is not None:
             self._set_queues(news.queues)
+        if news.past_uses:
+            self._shares.recall(news.past_uses)
+        if news.saved is not None:
+            self._fleet.holdings.saved = news.saved
         self._know_datasets(news)
         for node in news.nodes:
             fleet.upsert(node)
@@ -159,7 +165,7 @@ class Plan(Questions):
             self._make_room_for(self._pending.above(job.spec.priority))
             quota = self._shares.quota
             if quota.guarantees and quota.covering(job.name).id != job.queue:
-                below = [queue for queue in self._pending.by_queue if quota.node(queue).below_guarantee]
+                below = [queue for queue in self._pending.by_queue if quota.below_guarantee(queue)]
                 self._make_room_for({line.kind: None for queue in below for line in self._pending.by_queue[queue]})
         if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
             self._join(waiting.candidate)
@@ -435,7 +441,7 @@ class Plan(Questions):
         if room is not None:
             self._shrink(room.shrinking, job, now)
             return room.claim
-        if not (self._lower_hold_enough(kind) or self._shares.quota.node(line.queue).below_guarantee):
+        if not (self._lower_hold_enough(kind) or self._shares.quota.below_guarantee(line.queue)):
             return None
         request = replace(self._within_quota(kind.request, job), id=job.name)
         with holdings.without(job.name):
@@ -470,7 +476,7 @@ class Plan(Questions):
         if kind.no_room_made or kind.impossible or (claim and claim.purpose is not ClaimPurpose.RESERVATION):
             return False
         quota = self._shares.quota
-        below = quota.guarantees and any(quota.node(line.queue).below_guarantee for line in kind.lines.values())
+        below = quota.guarantees and any(quota.below_guarantee(line.queue) for line in kind.lines.values())
         return below or self._lower_hold_enough(kind) or self._resizing.may_give(kind.priority, kind.need.gpus)
 
     def _lower_hold_enough(self, kind: RequestClass) -> bool:

@@ -40,7 +40,7 @@ def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
         v for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name) for v in claim.victims
     }
     return [
-        Victim(id_, held.spec.priority, _lost_gpu_s(held), reclaimed=claimant.reclaims(held.name, held.queue))
+        Victim(id_, held.spec.priority, _lost_gpu_s(holdings, held), reclaimed=claimant.reclaims(held.name, held.queue))
         for id_, held in _movable(holdings, asked)
         if held.name != job.name
         and _yields(claimant, holdings, held.name)
@@ -96,9 +96,10 @@ def still_stopping(holdings: Holdings, job: str) -> list[str]:
     return [] if claim is None else [victim for victim in claim.victims if claim.concerns(holdings.held(victim))]
 
 
-def _lost_gpu_s(job: Job) -> float:
-    """Work since it began to run, an upper bound of what a preemption loses."""
+def _lost_gpu_s(holdings: Holdings, job: Job) -> float:
+    """Work since its newest checkpoint, or since it began to run: what it loses if it saves nothing more before it stops."""
     attempt = job.attempt
     if attempt is None or attempt.run_time is None:
         return 0.0
-    return -attempt.run_time.timestamp() * attempt.gpus  # only compared: the later it began, the less is lost
+    kept = max(attempt.run_time, holdings.saved.get(job.name, attempt.run_time))
+    return max(0.0, holdings.shares.now_s - kept.timestamp()) * attempt.gpus

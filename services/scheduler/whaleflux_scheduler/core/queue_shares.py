@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import NamedTuple
 
 from whaleflux_scheduler.core.fair_share import FairShare
-from whaleflux_scheduler.core.model import Job, JobState, Queue
+from whaleflux_scheduler.core.model import Attempt, Job, JobState, Queue
 from whaleflux_scheduler.core.quota import QueueNode, QuotaTree
 
 HALF_LIFE_S = 86_400.0
+MOST_RECALLED = 5_000  # attempts that a new leader takes in: it has to decide within a fraction of a second
 _OWN = "/own"  # of a queue with others below it: its own jobs, which take turns with those as a queue of weight 1
 
 Turn = tuple[bool, int, tuple[tuple[float, str], ...]]
@@ -21,6 +24,34 @@ class QueueUse(NamedTuple):
     held: int
     over: int
     score: float
+
+
+class PastUse(NamedTuple):
+    """GPUs that jobs of a queue held from one instant to another, seconds."""
+
+    queue: str
+    gpus: int
+    from_s: float
+    to_s: float
+
+    def changes(self) -> tuple[tuple[float, int], ...]:
+        return (self.from_s, self.gpus), (max(self.from_s, self.to_s), 0)
+
+
+def past_uses(jobs: Iterable[Job], now: datetime) -> tuple[PastUse, ...]:
+    """What the newest attempts in jobs' records held, up to now: so a new leader knows what queues are due."""
+    held = (
+        PastUse(job.queue, _gpus(attempt), attempt.allocate_time.timestamp(), (attempt.end_time or now).timestamp())
+        for job in jobs
+        for attempt in job.attempts()
+        if job.spec.gpus
+    )
+    return tuple(heapq.nlargest(MOST_RECALLED, held, key=lambda use: use.to_s))
+
+
+def _gpus(attempt: Attempt) -> int:
+    """Of an attempt that is over not all tasks may be kept."""
+    return sum(many for _, many in attempt.gpus_by_model) or attempt.gpus
 
 
 class QueueShares:
@@ -60,6 +91,16 @@ class QueueShares:
         self._turns.clear()
         self._fair.hold(node.id, node.over, self.now_s)
         self._fair.hold(node.id + _OWN, node.own, self.now_s)
+
+    def recall(self, past: Iterable[PastUse]) -> None:
+        """What was held before anything was said: counted as if it had been said then. `now_s` is as before at the end."""
+        changes = [(at_s, number, use, held) for number, use in enumerate(past) for at_s, held in use.changes()]
+        now_s, nodes = self.now_s, self.quota.node
+        for self.now_s, number, use, held in sorted(changes, key=lambda change: change[:2]):
+            self.quota.hold(f"past/{number}", use.queue, held)
+            for node in nodes(use.queue).path():
+                self._count(node)
+        self.now_s = now_s
 
     def turn(self, queue: str, gpus: int, priority: int) -> Turn:
         """The least goes first: who asks for no more than a guarantee, then by priority, then by shares from the top of the tree down."""

@@ -77,11 +77,6 @@ class QueueNode:
         """GPUs held beyond the guarantee."""
         return max(0, self.held - self.guaranteed)
 
-    @property
-    def below_guarantee(self) -> bool:
-        """Whether it, or one above it, holds less than it is guaranteed."""
-        return any(up.held < up.guaranteed for up in self.path())
-
     def path(self) -> Iterator[QueueNode]:
         """Itself, those above it, the fleet."""
         node: QueueNode | None = self
@@ -213,6 +208,11 @@ class QuotaTree:
                     return node
             own_is_below = own_is_below or node is at
         return None
+
+    def below_guarantee(self, queue: str) -> bool:
+        """Whether it, or one above it, is guaranteed more than its jobs have of that."""
+        self._settle(self.fleet)
+        return any(up.covered < up.guaranteed for up in self.node(queue).path())
 
     def covering(self, job: str) -> QueueNode:
         """The queue whose guarantee covers the job; the fleet, when it is borrowed from all."""
