@@ -43,6 +43,7 @@ from whaleflux_scheduler.jobs import Jobs
 from whaleflux_scheduler.leader_session import ELECTION, LeaderSession, Leading, not_leader
 from whaleflux_scheduler.logs import LogBroker
 from whaleflux_scheduler.node_view import NodeView
+from whaleflux_scheduler.prepared_plan import PreparedPlan
 from whaleflux_scheduler.reconciler import Reconciler, Sources
 from whaleflux_scheduler.servicer import Scheduler
 from whaleflux_scheduler.session_news import SessionNews
@@ -118,6 +119,7 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
+    prepared = PreparedPlan(nodes, clock, queue_half_life_s)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),
@@ -136,7 +138,7 @@ def assemble(
         newest = await store.list(keys.JOBS, limit=1)
         await jobs_cache.at_least(newest.revision, timeout_s=30.0)
         await queues_cache.at_least(newest.revision, timeout_s=30.0)
-        nodes.begin()
+        plan = prepared.take()
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache)
         publishers = _publishers(store, bus, leader, clock) if bus is not None else []
@@ -150,8 +152,8 @@ def assemble(
             clock,
             timeouts,
             keep_ended=keep_ended,
-            queue_half_life_s=queue_half_life_s,
             told=lambda: publishers[0].revision if publishers else math.inf,
+            plan=plan,
         )
         reconciler.load()
         leader_session.begin(Leading(reconciler.agents, reconciler.view, reconciler.planner))
@@ -169,6 +171,7 @@ def assemble(
                     group.create_task(publisher.run())
         finally:
             leader_session.end()
+            prepared.give_back()
             sessions.close(not_leader())
             broker.end(not_leader())
             attaching.end()
@@ -176,7 +179,7 @@ def assemble(
     async def run() -> None:
         """Who follows knows the nodes already when it is to lead."""
         async with jobs_cache, queues_cache, asyncio.TaskGroup() as group:
-            feeds = [group.create_task(feed()) for feed in _feeds(nodes, peers)]
+            feeds = [group.create_task(feed()) for feed in (*_feeds(nodes, peers), prepared.run)]
             await lead(store, ELECTION, address, decide)
             for feed in feeds:
                 feed.cancel()

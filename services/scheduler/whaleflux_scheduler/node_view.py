@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from whaleflux import telemetry
 from whaleflux.convert import enum_name, node_from_proto
@@ -59,13 +60,21 @@ class NodeView:
         """Whether all that the fleet has is known."""
         return self._told_all and not self._unknown
 
-    def begin(self) -> None:
-        """A leadership begins: it is told of all nodes. What it is told of an agent's session and of unreadable records is its own."""
-        for node in [*self._occupied]:
-            self._occupied.pop(node)
+    def begin(self, known: Mapping[str, Node] = MappingProxyType({})) -> None:
+        """A leadership begins, whose plan knows these nodes: it is told of all others, and looks at all.
+
+        What it is told of an agent's session and of unreadable records is its own.
+        """
+        self._occupied.clear()
         self._conditions.clear()
-        self._changed = NodeChanges(self._facts.copy(), set(), {*self._facts, *self._health})
+        nodes, removed = self.differing(known)
+        self._changed = NodeChanges({node.name: node for node in nodes}, set(removed), {*self._facts, *self._health})
         self.on_change()
+
+    def differing(self, known: Mapping[str, Node]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+        """Nodes that are not as in `known`, and those of it that are no more."""
+        nodes = tuple(node for name, node in self._facts.items() if known.get(name) is not node)
+        return nodes, tuple(name for name in known if name not in self._facts)
 
     async def follow_inventory(self, stub: InventoryServiceStub) -> None:
         """Keeps facts and intents current, for ever."""

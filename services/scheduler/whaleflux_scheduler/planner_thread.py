@@ -18,7 +18,6 @@ from whaleflux.errors import ResourceExhausted, Unavailable
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.reasons import ErrorReason
 from whaleflux_scheduler.core.plan import Move, News, Plan
-from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 
 MOST_QUESTIONS = 64  # that wait for their turn
 SMALL_FLEET, SMALL_BUDGET_S = 256, 0.004  # nodes; how long such a decision may keep the event loop
@@ -29,8 +28,8 @@ T = TypeVar("T")
 class PlannerThread:
     """See the module."""
 
-    def __init__(self, clock: Clock, queue_half_life_s: float = HALF_LIFE_S) -> None:
-        self._planner = Plan(clock.monotonic, queue_half_life_s)
+    def __init__(self, clock: Clock, plan: Plan | None = None) -> None:
+        self._planner = plan or Plan(clock.monotonic)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._unended = 0  # pieces of work that its thread has not ended yet, whoever still waits for them
         self._turn = asyncio.Semaphore(1)  # of the questions

@@ -31,8 +31,8 @@ from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
-from whaleflux_scheduler.core.plan import Move, News
-from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, PastUse, past_uses
+from whaleflux_scheduler.core.plan import Move, News, Plan
+from whaleflux_scheduler.core.queue_shares import PastUse, past_uses
 from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
@@ -74,12 +74,12 @@ class Reconciler:
         timeouts: Timeouts,
         *,
         keep_ended: int = 10_000,
-        queue_half_life_s: float = HALF_LIFE_S,
         told: Callable[[], float] = lambda: math.inf,
+        plan: Plan | None = None,
     ) -> None:
         self._sources, self._sessions, self._nodes = sources, sessions, nodes
         self._diagnosis, self._clock, self._timeouts = diagnosis, clock, timeouts
-        self._state, self.planner = LeaderState(), PlannerThread(clock, queue_half_life_s)
+        self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
         self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up)
         self._housekeeping = Housekeeping(

@@ -107,11 +107,15 @@ class Plan(Questions):
 
     def step(self, news: News, now: datetime, budget_s: float = math.inf) -> list[Move]:
         """Takes in what changed, and decides; `budget_s` bounds the time that deciding takes."""
-        self._shares.now_s = now.timestamp()
-        self.apply(news)
+        self.take_in(news, now)
         return self.decide(now, budget_s)
 
     # news
+
+    def take_in(self, news: News, now: datetime) -> None:
+        """Takes in what changed until `now`, and decides nothing."""
+        self._shares.now_s = now.timestamp()
+        self.apply(news)
 
     def apply(self, news: News) -> None:
         """Takes in what changed; cheap, decides nothing."""

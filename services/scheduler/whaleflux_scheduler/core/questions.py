@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import capacity, decisions, elastic, goals, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
@@ -46,6 +47,11 @@ class Questions:
     def nodes(self) -> int:
         """Nodes that it knows."""
         return self._fleet.size
+
+    @property
+    def known_nodes(self) -> Mapping[str, Node]:
+        """As they were told last."""
+        return self._fleet.holdings.devices.nodes
 
     def could_hold(self, queue: str, spec: Spec) -> bool:
         """Whether queue and fleet are known to be large enough for the job; asked of any thread, False when it has to be worked out."""
