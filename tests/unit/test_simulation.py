@@ -62,6 +62,11 @@ def test_a_preempted_job_saves_leaves_and_goes_on_where_it_was():
     assert all(outcome.state is JobState.SUCCEEDED for outcome in result.outcomes)
 
 
+def test_it_ends_with_the_last_job_whatever_was_expected_once():
+    result = simulated([job("low", run_s=601.0), job("high", at_s=600.0, run_s=10.0, priority=100)])
+    assert result.end_s == 630.0 + 10.0 + 60.0 + 1.0  # the claim would have expired later
+
+
 def test_a_checkpoint_that_takes_longer_than_the_grace_is_lost():
     result = simulated([job("low"), job("high", at_s=600.0, priority=100)], delays=Delays(save_s=300.0, restart_s=0.0))
     low, high = by_name(result)["low"], by_name(result)["high"]

@@ -47,7 +47,7 @@ def adopt(state: State, job: Job, submission: Submission) -> None:
     simulated.held = sum(task.gpus_worth for task in job.attempt.tasks)
     state.result.held.change(0.0, simulated.held)
     state.is_on(job, job.attempt.nodes)
-    state.news.jobs.append(job)
+    state.news.record(job)
     done_s = simulated.starts_work(0.0, job.attempt.gpus, state.delays)
     state.timeline.add(done_s, finish, state, simulated, simulated.turn)
 
@@ -64,7 +64,7 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
         state.timeline.add(limit_s, look, state, simulated, turn)
     else:
         state.timeline.add(done_s, finish, state, simulated, turn)
-    state.news.begun.append(job)
+    state.news.record(job, urgent=False)  # told with what comes next
     if job.spec.is_elastic:
         state.timeline.add(at_s + lifecycle.LOOK_FIRST_S, look_at_size, state, simulated, turn, lifecycle.LOOK_FIRST_S)
     if state.claimants.to(job.name):
@@ -74,7 +74,7 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
 def look_at_size(at_s: float, state: State, simulated: SimulatedJob, turn: int, after_s: float) -> None:
     """An elastic job that has run for `after_s` may be worth a resize; the next time when it has run for twice as long."""
     if simulated.turn == turn and simulated.job.state is JobState.RUNNING:
-        state.news.jobs.append(simulated.job)
+        state.news.record(simulated.job)
         state.timeline.add(at_s + after_s, look_at_size, state, simulated, turn, 2 * after_s)
 
 
@@ -135,7 +135,7 @@ def _became(at_s: float, state: State, simulated: SimulatedJob, after: Job) -> N
     if after.ended:
         _end(at_s, state, simulated, running.with_tasks(after, TaskPhase.KILLED))
     elif after.state is before.state:  # a claim that it lost, or something of its record
-        state.news.jobs.append(after)
+        state.news.record(after)
         claims(state, after)
         offer(at_s, state, simulated, simulated.turn)
     else:
@@ -153,7 +153,7 @@ def _suspending(at_s: float, state: State, simulated: SimulatedJob) -> None:
         simulated.loses_work(at_s, delays.checkpoint_every_s)
     state.result.outcomes.suspensions[simulated.row] += 1
     state.result.moves.add(at_s, "suspend", job.name)
-    state.news.jobs.append(job)
+    state.news.record(job)
     state.timeline.add(at_s + min(delays.save_s, job.grace_s), left, state, simulated, simulated.turn)
 
 
@@ -169,7 +169,7 @@ def left(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
 
 
 def _queued(at_s: float, state: State, simulated: SimulatedJob) -> None:
-    state.news.jobs.append(simulated.job)
+    state.news.record(simulated.job)
     state.result.asked.change(at_s, simulated.job.spec.gpus)
     offer(at_s, state, simulated, simulated.turn)
 
@@ -182,7 +182,7 @@ def _recovering(at_s: float, state: State, simulated: SimulatedJob) -> None:
     state.result.moves.add(at_s, "recover", simulated.job.name)
     leave(at_s, state, simulated, "lost")
     simulated.job = running.with_tasks(simulated.job, TaskPhase.GONE)
-    state.news.jobs.append(simulated.job)
+    state.news.record(simulated.job)
     state.result.asked.change(at_s, simulated.job.spec.gpus)
     state.timeline.add(at_s + state.delays.recover_s, _diagnosed, state, simulated, simulated.turn)
 
@@ -205,7 +205,7 @@ def _end(at_s: float, state: State, simulated: SimulatedJob, job: Job) -> None:
     result.job_usd += cost.job_cost_usd(job, instant(at_s))
     result.moves.add(at_s, job.state.name.lower(), name)
     claims(state, job)
-    state.news.jobs.append(job)
+    state.news.record(job)
     state.news.candidates[name] = None
     del state.jobs[name]
 

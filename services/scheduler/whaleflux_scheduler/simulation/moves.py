@@ -44,7 +44,7 @@ def _start(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> No
     happenings.claims(state, job)
     state.is_on(job, job.attempt.nodes)
     if state.delays.start_s:
-        state.news.jobs.append(job)
+        state.news.record(job)
         state.timeline.add(at_s + state.delays.start_s, happenings.begin, state, simulated, simulated.turn)
     else:
         happenings.begin(at_s, state, simulated, simulated.turn)
@@ -73,7 +73,7 @@ def _claimed(at_s: float, state: State, simulated: SimulatedJob) -> None:
     assert claim is not None
     state.result.moves.add(at_s, "claim", job.name, claim.nodes)
     happenings.claims(state, job)
-    state.news.jobs.append(job)
+    state.news.record(job)
     state.timeline.add(second_of(claim.expire_time), happenings.look, state, simulated, simulated.turn)
     for name in claim.victims:
         if (victim := state.jobs.get(name)) is not None:
@@ -84,5 +84,5 @@ def _wait(state: State, simulated: SimulatedJob, move: Move) -> None:
     """A recovering job that has no place goes back into its queue."""
     if simulated.job.state is JobState.RECOVERING:
         job = simulated.job = lifecycle.requeue(simulated.job, move.decision.summary)
-        state.news.jobs.append(job)
+        state.news.record(job)
         state.news.candidates[job.name] = Candidate(job)

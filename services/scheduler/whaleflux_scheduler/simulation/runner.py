@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import cost
-from whaleflux_scheduler.core.plan import Plan
+from whaleflux_scheduler.core.plan import Move, Plan
 from whaleflux_scheduler.simulation import happenings, moves
 from whaleflux_scheduler.simulation.records import MoveLog, Spans
 from whaleflux_scheduler.simulation.state import Result, State
@@ -53,7 +53,7 @@ class Simulation:
         begun, state = time.thread_time(), self._state
         arrival: Submission | None = next(self._arrivals, None)
         self._decide()
-        while True:
+        while state.jobs or arrival is not None:
             due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S, self._plan_s())
             if due_s == NEVER_S or due_s > until_s:
                 break
@@ -85,7 +85,7 @@ class Simulation:
             made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()
             state.now_s += self._decision_time * (decided - begun)
-            for move in made:
+            for move in made if len(made) == 1 else _first_of_each(made):
                 moves.apply(state.now_s, state, move)
             result.steps += 1
             result.step_s += decided - begun
@@ -103,3 +103,14 @@ class Simulation:
             if result.spans is not None and simulated.held and simulated.job.attempt:
                 job, attempt = simulated.job, simulated.job.attempt
                 result.spans.add(job.name, job.queue, attempt, simulated.placed_s, end_s, "runs")
+
+
+def _first_of_each(made: Iterable[Move]) -> Iterable[Move]:
+    """A record makes one transition in a round, as in the leader's loop: further moves of one job are void, and news of it says so."""
+    seen = set[str]()
+    for move in made:
+        if move.job in seen:
+            continue
+        if move.assignment is not None or move.claim is not None:
+            seen.add(move.job)
+        yield move

@@ -25,20 +25,26 @@ class Unsaid:
 
     nodes: list[Node] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
-    jobs: list[Job] = field(default_factory=list)
-    begun: list[Job] = field(default_factory=list)  # told with what comes next: alone it is nothing to decide about
+    jobs: dict[str, Job] = field(default_factory=dict)  # as they are now, by name
+    urgent: bool = False  # whether a job's record alone is something to decide about
     candidates: dict[str, Candidate | None] = field(default_factory=dict)
     queues: dict[str, Queue] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.jobs or self.candidates or self.closed or self.nodes or self.queues is not None)
+        return bool(self.urgent or self.candidates or self.closed or self.nodes or self.queues is not None)
+
+    def record(self, job: Job, *, urgent: bool = True) -> None:
+        """The job as it is now, in place of what it was before, at the time of this change."""
+        self.jobs.pop(job.name, None)
+        self.jobs[job.name] = job
+        self.urgent = self.urgent or urgent
 
     def as_news(self) -> plan.News:
         """For the planner."""
         return plan.News(
             nodes=tuple(self.nodes),
             closed=self.closed,
-            jobs=(*self.begun, *self.jobs),
+            jobs=tuple(self.jobs.values()),
             candidates=self.candidates,
             queues=self.queues,
         )
