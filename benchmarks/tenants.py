@@ -50,6 +50,21 @@ class Tenants:
             for tenant, nodes in self.guaranteed.items()
         }
 
+    def at_peak(self) -> Tenants:
+        """Each tenant's nodes hold all that it ever asks for at once, were nobody to wait; as many in all as that takes."""
+        peaks = {tenant: math.ceil(self._peak(tenant) / PER_NODE) for tenant in self.judged}
+        guaranteed = {tenant: peaks.get(tenant, 0) for tenant in self.guaranteed}
+        return replace(self, nodes=sum(peaks.values()), guaranteed=guaranteed)
+
+    def _peak(self, tenant: str) -> int:
+        mine = [row for row in self.trace.rows if row.queue == tenant]
+        changes = [change for row in mine for change in ((row.at_s, row.gpus), (row.at_s + row.run_s, -row.gpus))]
+        held = most = 0
+        for _, change in sorted(changes):
+            held += change
+            most = max(most, held)
+        return most
+
     def shrunk(self, nodes: int) -> Tenants:
         """The same tenants on another number of nodes."""
         weights = {tenant: float(nodes) for tenant, nodes in self.guaranteed.items() if nodes}
