@@ -295,7 +295,7 @@ class GoingOn(Queueing):
         if (known := self.pick(data, JobState.RECOVERING)) is not None:
             self.store(told(known, TaskPhase.KILLED, -9))
 
-    def nobody_elses(self, given, to):
+    def nobody_elses(self, given, to, started=()):
         for other in self.jobs.values():
             goes_on = other.claim is not None and other.claim.purpose is ClaimPurpose.RESIZE
             if goes_on and other.spec.priority >= to.spec.priority and other.name != to.name:

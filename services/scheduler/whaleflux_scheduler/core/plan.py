@@ -331,6 +331,7 @@ class Plan(Questions):
         self._fleet.hold(candidate.job, self._fleet.holdings.held(name), claim)
         self._promises.claims(name)
         self._join(candidate)
+        self._refuse(self._pending.jobs[name].line.kind)  # as it was before it stood alone
         self._unanswered.pop(name, None)
         return Move(name, wait_reasons.promised(claim, now), claim=claim)
 
@@ -496,6 +497,7 @@ class Plan(Questions):
         self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
         self._promises.claims(job.name)
         self._join(candidate)
+        self._refuse(self._pending.jobs[job.name].line.kind)  # until its claim is stored
         self._unanswered.pop(job.name, None)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
 

@@ -25,7 +25,7 @@ from whaleflux_scheduler.core.queue_order import order_of
 
 MARGIN_S = 15.0  # between when the last one has left and the promised start: what agents and the store need
 LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all: another place is looked for
-AGAIN_S, LONGEST_AGAIN_S = 30.0, 600.0  # between two looks at one job
+AGAIN_S, LONGEST_AGAIN_S = 60.0, 1800.0  # between two looks at one job
 MOST_LOOKS = 4  # in one step
 
 
@@ -251,17 +251,14 @@ class Promises:
         self._look_again(job.name, now_s, promised_s)
         if before is not None and (promised_s == math.inf or before.victims or self._due[job.name] <= now_s):
             return None
-        start = self._earliest(job, request, now)
-        if start is None or start.at_s > now_s + self.rules.horizon_s:
-            return None
-        start_s = start.at_s + MARGIN_S
-        if start_s > promised_s - max(60.0, 0.1 * (promised_s - now_s)):
-            return None
-        return self._claim(start.placement, start_s)
+        left_s = promised_s - now_s
+        by_s = now_s + self.rules.horizon_s if left_s == math.inf else promised_s - max(60.0, 0.1 * left_s) - MARGIN_S
+        start = self._earliest(job, request, now, by_s)
+        return None if start is None else self._claim(start.placement, start.at_s + MARGIN_S)
 
     def _look_again(self, name: str, now_s: float, promised_s: float) -> None:
         left_s = promised_s - now_s if promised_s != math.inf else 0.0
-        self._asking[name].again_s = now_s + min(max(AGAIN_S, 0.05 * left_s), LONGEST_AGAIN_S)
+        self._asking[name].again_s = now_s + min(max(AGAIN_S, 0.1 * left_s), LONGEST_AGAIN_S)
 
     def _claim(self, placement: Placement, start_s: float) -> Claim:
         gpus: dict[str, tuple[str, ...]] = {}
@@ -272,9 +269,12 @@ class Promises:
             tuple(gpus.items()), (), start + timedelta(seconds=LAPSES_S), ClaimPurpose.RESERVATION, start_time=start
         )
 
-    def _earliest(self, job: Job, request: PlaceRequest, now: datetime) -> Start | None:
+    def _earliest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> Start | None:
         self._guess_again(now)
-        ends = list(self._leaving(job, now.timestamp()))
+        ends = list(self._leaving(job, by_s))
+        gpus = sum(self._holdings.count_of(name) for _, name in ends) + self._holdings.count_of(job.name)
+        if gpus + self._engine.free_gpus() < request.units:
+            return None
         with self._holdings.without(job.name):
             return earliest(
                 self._engine, request, ends, _Leaving(self._engine, self._holdings, job.name), now_s=now.timestamp()
@@ -287,10 +287,10 @@ class Promises:
             end = end_of(self._estimates, job, now) if job is not None else None
             self._ends.set(name, max(now.timestamp() + AGAIN_S, end.safe.timestamp()) if end else None)
 
-    def _leaving(self, job: Job, now_s: float) -> Iterator[tuple[float, str]]:
+    def _leaving(self, job: Job, by_s: float) -> Iterator[tuple[float, str]]:
         """Who may be counted on to leave, or may be asked to, in order: nobody of a higher priority who could stay longer."""
         left = MOST_RELEASED
-        for end_s, name in self._ends.until(now_s + self.rules.horizon_s):
+        for end_s, name in self._ends.until(by_s):
             other = self._holdings.jobs.get(name)
             if other is None or not other.spec.gpus or name not in self._engine.placements or name == job.name:
                 continue

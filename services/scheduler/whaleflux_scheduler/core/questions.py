@@ -130,7 +130,7 @@ class Questions:
         for kind in self._pending.classes:
             claim = holdings.claim(kind.own) if kind.own else None
             promised = claim is not None and claim.purpose is ClaimPurpose.RESERVATION
-            if not kind.refused or kind.impossible or kind.gpus < 2 or (kind.own and not promised):
+            if not (kind.refused or promised) or kind.impossible or kind.gpus < 2 or (kind.own and not promised):
                 continue
             for line in kind.lines.values():
                 first = line.first()

@@ -9,7 +9,7 @@ from datetime import datetime
 from whaleflux_scheduler.core.decisions import assignment_of
 from whaleflux_scheduler.core.going_on import Place, positions
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
-from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.model import ClaimPurpose, Job
 from whaleflux_scheduler.core.placement.api import Cost, Goal, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.relocate import Movable, Relocation, Relocator, no_worse, set_aside
@@ -138,7 +138,10 @@ class Search:
 def free_to_move(holdings: Holdings) -> Iterator[Job]:
     """Jobs that hold GPUs which nobody else claims, and that nobody has asked to make room."""
     asked = {victim for claim in holdings.claims.values() for victim in claim.victims}
-    claimed = {uuid for claim in holdings.claims.values() for _, uuids in claim.nodes for uuid in uuids}
+    soon = [claim for claim in holdings.claims.values() if claim.purpose is not ClaimPurpose.RESERVATION]
+    claimed = {
+        uuid for claim in soon for _, uuids in claim.nodes for uuid in uuids
+    }  # what is promised may be left early
     for name, job in holdings.jobs.items():
         if name in asked or holdings.disputed(name) or not (held := holdings.held(name)):
             continue
