@@ -26,6 +26,7 @@ SIZE = 8
 WARM_UP_S = 3 * 86400.0
 DELAYS = Delays(save_s=30.0, restart_s=60.0)
 LARGE, LARGEST = 16, 64
+QUICK_FROM_DAY = 30.0  # of days with many large jobs
 
 
 def main_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +35,22 @@ def main_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimates", nargs="+", choices=sorted(estimates.ESTIMATES), help="what users say (default: all)"
     )
     parser.add_argument("--from-day", type=float, default=0.0, help="leave out what came before (default 0)")
-    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 4)")
+    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 3)")
     parser.add_argument("--trace", default="philly.csv.gz", help="a file of that format under traces/pollux")
 
 
 def measure(options: Options) -> Report:
     """Waits, promises and use of the fleet for each fleet size and kind of estimate."""
     extra = options.extra
-    days = extra.days or (4.0 if options.quick else None)
+    days = extra.days or (3.0 if options.quick else None)
     sizes = extra.gpus or ([448] if options.quick else [512, 448, 400])
     kinds = extra.estimates or (["lognormal"] if options.quick else ["exact", "uniform", "lognormal", "none"])
     report = Report(simulated=SIMULATED + "; baselines are re-implemented on nodes of 8, without delays")
     for gpus in sizes:
-        trace = _window(traces.read(options.trace("pollux", extra.trace), gpus), extra.from_day, days)
+        from_day = QUICK_FROM_DAY if options.quick and not extra.from_day else extra.from_day
+        trace = _window(traces.read(options.trace("pollux", extra.trace), gpus), from_day, days)
         for kind in kinds:
-            _compare(report, gpus, kind, list(_submissions(trace, kind, options.seed)), options.quick)
+            _compare(report, gpus, kind, list(_submissions(trace, kind, options.seed)))
     return report
 
 
@@ -76,9 +78,9 @@ def _node(number: int) -> Node:
     )  # fmt: skip
 
 
-def _compare(report: Report, gpus: int, kind: str, jobs: list[Submission], quick: bool) -> None:
-    warm_s = jobs[0].at_s if quick else jobs[0].at_s + WARM_UP_S
+def _compare(report: Report, gpus: int, kind: str, jobs: list[Submission]) -> None:
     end_s = jobs[-1].at_s
+    warm_s = jobs[0].at_s + min(WARM_UP_S, 0.2 * (end_s - jobs[0].at_s))
     load = sum(job.run_s * job.spec.gpus for job in jobs) / (gpus * (end_s - jobs[0].at_s))
     where = {"gpus": gpus, "load": round(load, 2), "estimates": "learned" if kind == "none" else kind}
     starts: dict[str, list[float]] = {}

@@ -30,6 +30,7 @@ DOORS: dict[str, Door] = {
     "isolation_start": Door(commands=("submit",)),
     "control_plane": Door(commands=("submit",)),
     "fleet_month": Door(commands=("simulate",)),
+    "backfill": Door(commands=("submit", "explain", "simulate"), fields=("expected", "time_limit", "gpus")),
     "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "place")),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "scheduler_store": Door(commands=("submit",)),

@@ -208,3 +208,13 @@ def start(plan, job):
     runs = replace(placed, state=JobState.RUNNING, attempt=replace(placed.attempt, started=True, run_time=NOW))
     plan.step(News(jobs=(runs,)), NOW)
     return runs
+
+
+def test_who_was_promised_nothing_is_told_when_it_probably_starts():
+    plan = plan_of(1)
+    runs = start(plan, waiting("r", 4, expected_s=HOUR))
+    small = waiting("small", 1)
+    plan.step(offered(small), NOW)
+    reasons = " ".join(plan.explain(small, (), NOW).reasons)
+    assert "expected to start 2026-05-01T01:00" in reasons
+    assert runs.state is JobState.RUNNING

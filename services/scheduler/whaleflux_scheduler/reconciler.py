@@ -49,6 +49,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
+MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 PLAN = "!plan"  # what looks at no job in particular when it is due
 
 
@@ -89,6 +90,7 @@ class Reconciler:
         self._decisions = DecisionLog(store, leader, sources.jobs, self.planner, clock)
         self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
         self._queues_changed = True
+        self._to_learn: list[Job] = []
         self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
         self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
@@ -103,6 +105,9 @@ class Reconciler:
             self._state.record(stored.value.name, stored.value)
             if not stored.value.ended or any(stored.value.holding()):
                 self._state.touch(stored.value.name)
+        ended = [stored.value for stored in self._sources.jobs.values.values() if stored.value.ended]
+        ended.sort(key=lambda job: job.end_time or job.create_time)
+        self._to_learn = ended[-MOST_LEARNED:]
         self._past_uses = past_uses((stored.value for stored in self._sources.jobs.values.values()), self._clock.now())
 
     async def run(self) -> None:
@@ -236,7 +241,7 @@ class Reconciler:
 
     def _news(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> News:
         """What the planner has to know; the transitions that need no planner are added to `transitions`."""
-        jobs: list[Job] = []
+        jobs = self._take_to_learn()
         gone: list[str] = []
         candidates: dict[str, Candidate | None] = {}
         for name in names:
@@ -267,6 +272,15 @@ class Reconciler:
             datasets=tuple(fact for fact in datasets.values() if fact is not None),
             datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
         )
+
+    def _take_to_learn(self) -> list[Job]:
+        """Some of the jobs that had ended before this leadership: how long they ran is learned, after the first decisions."""
+        if not self._rounds_done:
+            return []
+        taken, self._to_learn = self._to_learn[:LEARNED_AT_ONCE], self._to_learn[LEARNED_AT_ONCE:]
+        if self._to_learn:
+            self._state.wake()
+        return taken
 
     def _queues(self) -> dict[str, Queue]:
         return {names.top(stored.value.name): stored.value for stored in self._sources.queues.values.values()}

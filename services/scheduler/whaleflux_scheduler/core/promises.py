@@ -244,6 +244,20 @@ class Promises:
                     left -= 1
                     yield name
 
+    def expected_start(self, gpus: int, now: datetime) -> tuple[datetime, datetime] | None:
+        """When so many GPUs will have come free, by likely and by safe ends of those who run; None: not of those who are known.
+
+        GPUs are counted alone: a job that wants them close together, or of one type, may start later.
+        """
+        self._guess_again(now)
+        soonest = itertools.islice(self._ends.until(math.inf), MOST_RELEASED)
+        known = [(end_s, job) for end_s, name in soonest if (job := self._holdings.jobs.get(name)) is not None]
+        ends = [(end, job) for _, job in known if (end := end_of(self._estimates, job, now)) is not None]
+        free = self._engine.free_gpus()
+        likely = _free_at(sorted((end.likely, self._holdings.count_of(job.name)) for end, job in ends), gpus - free)
+        safe = _free_at(sorted((end.safe, self._holdings.count_of(job.name)) for end, job in ends), gpus - free)
+        return None if likely is None or safe is None else (max(likely, now), max(safe, now))
+
     def promise(self, job: Job, request: PlaceRequest, now: datetime) -> Claim | None:
         """A start for the job, or an earlier one than it was promised; None: none is in sight, or none that is worth a change."""
         now_s, before = now.timestamp(), self._holdings.claim(job.name)
@@ -300,6 +314,15 @@ class Promises:
             left -= 1
             if not left:
                 return
+
+
+def _free_at(ends: list[tuple[datetime, int]], gpus: int) -> datetime | None:
+    """When so many have come free, of (end, GPUs) in order."""
+    for at, freed in ends:
+        gpus -= freed
+        if gpus <= 0:
+            return at
+    return None
 
 
 class _Leaving:

@@ -98,8 +98,18 @@ class Questions:
             decision, [name for name in self._fleet.holdings.claims if name != job.name]
         )
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
-        decision = wait_reasons.with_promise(decision, self._fleet.holdings.claim(job.name))
+        if (claim := self._fleet.holdings.claim(job.name)) is not None:
+            decision = wait_reasons.with_promise(decision, claim)
+        elif (expected := self._promises.expected_start(self._gpus_up_to(job), now)) is not None:
+            decision = wait_reasons.with_expected_start(decision, *expected)
         return self._in_line(self._in_time(decision, job, now), job)
+
+    def _gpus_up_to(self, job: Job) -> int:
+        """GPUs that those ask for who go first, and the job itself."""
+        key = order_of(job)
+        others = (waiting.candidate.job for waiting in self._pending.jobs.values())
+        first = sum(other.spec.gpus for other in others if other.name != job.name and order_of(other) < key)
+        return job.spec.gpus + first
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""

@@ -156,6 +156,14 @@ def promised(claim: Claim, now: datetime) -> SchedulingDecision:
     return with_promise(SchedulingDecision(time=now, placed=False, summary="waits"), claim)
 
 
+def with_expected_start(decision: SchedulingDecision, likely: datetime, safe: datetime) -> SchedulingDecision:
+    """With when it probably starts: half of all such jobs by `likely`, nine of ten by `safe`."""
+    first, last = (at.isoformat(timespec="minutes") for at in (likely, max(likely, safe)))
+    return replace(
+        decision, reasons=(*decision.reasons, f"expected to start {first} to {last} (p50 to p90), as those end who run")
+    )
+
+
 def with_promise(decision: SchedulingDecision, claim: Claim | None) -> SchedulingDecision:
     """With the start that it was promised, if it was."""
     if claim is None or claim.purpose is not ClaimPurpose.RESERVATION or claim.start_time is None:
