@@ -169,10 +169,11 @@ test_against_trying_all = AgainstTryingAll.TestCase
 def test_who_waits_costs_nothing_when_what_came_free_cannot_help_it(monkeypatch):
     """A hundred kinds of requests that one GPU is not enough for, and one that it is: the engine is asked of one."""
     asked = []
-    feasible = Engine.feasible
-    monkeypatch.setattr(
-        Engine, "feasible", lambda engine, request: (asked.append(request), feasible(engine, request))[1]
-    )
+    for name in ("feasible", "seek"):
+        real = getattr(Engine, name)
+        monkeypatch.setattr(
+            Engine, name, lambda engine, request, real=real: (asked.append(request), real(engine, request))[1]
+        )
     plan, jobs = Plan(), {}
 
     def submit(name, at, gpus=1, **spec):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from whaleflux import names
@@ -25,7 +25,6 @@ def assignment_of(placement: Placement, devices: Devices) -> GpuAssignment:
     nodes = tuple((node, devices.uuids(node, indices)) for node, indices in gpus.items())
     models = Counter(model for node, uuids in nodes for model in devices.models(node, uuids))
     cost = placement.cost
-    ranks = Counter(part.node for part in placement.nodes for _ in part.ranks)
     share_bytes = max((part.share.memory_bytes for part in placement.nodes if part.share), default=0)
     return GpuAssignment(
         nodes,
@@ -33,9 +32,14 @@ def assignment_of(placement: Placement, devices: Devices) -> GpuAssignment:
         cost.step_communication_s,
         tuple(sorted(models.items())),
         share_bytes=share_bytes,
-        cpu_ranks=() if any(gpus.values()) else tuple(ranks[node] for node in gpus),
+        cpu_ranks=() if any(gpus.values()) else _ranks(placement, gpus),
         gpu_parts=_parts(nodes, devices, share_bytes),
     )
+
+
+def _ranks(placement: Placement, nodes: Iterable[str]) -> tuple[int, ...]:
+    ranks = Counter(part.node for part in placement.nodes for _ in part.ranks)
+    return tuple(ranks[node] for node in nodes)
 
 
 def _parts(nodes: Sequence[tuple[str, Sequence[str]]], devices: Devices, share_bytes: int) -> tuple[float, ...]:
@@ -53,7 +57,7 @@ def placed(
     return SchedulingDecision(
         time=now,
         placed=True,
-        summary=_summary(assignment, devices, placement),
+        summary=_summary(assignment, placement),
         reasons=placement.reasons[:MOST_REASONS],
         alternatives=tuple(
             Option(
@@ -69,10 +73,10 @@ def placed(
     )
 
 
-def _summary(assignment: GpuAssignment, devices: Devices, placement: Placement) -> str:
-    models = Counter(model for node, gpus in assignment.nodes for model in devices.models(node, gpus))
+def _summary(assignment: GpuAssignment, placement: Placement) -> str:
+    models = assignment.gpus_by_model
     of = f"{shown_bytes(assignment.share_bytes)} of " if assignment.share_bytes else ""
-    gpus = " + ".join(f"{count} x {of}{model}" for model, count in sorted(models.items()))
+    gpus = " + ".join(f"{count} x {of}{model}" for model, count in models)
     if assignment.cpu_ranks:
         ranks = sum(assignment.cpu_ranks)
         gpus = f"{ranks} rank{'s' * (ranks != 1)} without GPUs"

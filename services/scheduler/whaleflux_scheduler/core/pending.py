@@ -19,6 +19,7 @@ from whaleflux_scheduler.core.placement.api import NoPlacement, PlaceRequest
 from whaleflux_scheduler.core.placement.validate import check_request
 
 MOST_NAMED = 10  # of those that go before a job
+_MOST_KNOWN = 20_000
 _SLACK = 64  # names that left a line and are still in its heap
 
 
@@ -114,7 +115,9 @@ class Pending:
     def __init__(self) -> None:
         self.jobs: dict[str, Waiting] = {}
         self.by_queue: dict[str, dict[Line, None]] = {}
-        self._classes: dict[tuple[PlaceRequest, str, int], RequestClass] = {}
+        self._classes: dict[_Same, RequestClass] = {}
+        self._facts: dict[_Same, tuple[Need, str]] = {}
+        self._hashes: dict[int, tuple[PlaceRequest, int]] = {}  # by the identity of objects that are kept with them
         self._by_priority: dict[int, set[RequestClass]] = {}
 
     @property
@@ -178,20 +181,56 @@ class Pending:
         del kind.lines[line.queue, line.array]
         del self.by_queue[line.queue][line]
         if not kind.lines:
-            del self._classes[kind.request, kind.own, kind.lasts]
+            del self._classes[self._key(kind.request, kind.own, kind.lasts)]
             self._by_priority[kind.priority].discard(kind)
         return line
 
+    def _facts_of(self, key: _Same) -> tuple[Need, str]:
+        """What it needs, and why it is impossible; for classes come and go with their jobs."""
+        known = self._facts.get(key)
+        if known is None:
+            if len(self._facts) >= _MOST_KNOWN:
+                self._facts.clear()
+            known = need_of(key.request, own=bool(key.own)), _impossible(key.request)
+            if not key.own:
+                self._facts[key] = known
+        return known
+
+    def _key(self, request: PlaceRequest, own: str, lasts: int) -> _Same:
+        """Requests have many fields; those of jobs that are alike are mostly one object."""
+        known = self._hashes.get(id(request))
+        if known is None:
+            if len(self._hashes) >= _MOST_KNOWN:
+                self._hashes.clear()
+            known = self._hashes[id(request)] = (request, hash(request))
+        return _Same(request, own, lasts, known[1])
+
     def _class_of(self, request: PlaceRequest, job: Job, lasts: int, *, own: bool) -> RequestClass:
-        key = (request, job.name if own else "", lasts)
+        key = self._key(request, job.name if own else "", lasts)
         kind = self._classes.get(key)
         if kind is None:
-            need = need_of(request, own=own)
-            kind = self._classes[key] = RequestClass(
-                request, need, job.spec.gpus, key[1], lasts, impossible=_impossible(request)
-            )
+            need, impossible = self._facts_of(key)
+            kind = RequestClass(request, need, job.spec.gpus, key.own, lasts, impossible=impossible)
+            self._classes[key] = kind
             self._by_priority.setdefault(kind.priority, set()).add(kind)
         return kind
+
+
+class _Same:
+    """Requests that are alike: equal, with a hash that is worked out once."""
+
+    __slots__ = ("_hash", "lasts", "own", "request")
+
+    def __init__(self, request: PlaceRequest, own: str, lasts: int, hash_: int) -> None:
+        self.request, self.own, self.lasts, self._hash = request, own, lasts, hash_
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or (self.own, self.lasts) != (other.own, other.lasts):
+            return False
+        return self.request is other.request or self.request == other.request
 
 
 def _impossible(request: PlaceRequest) -> str:

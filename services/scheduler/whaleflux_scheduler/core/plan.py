@@ -38,6 +38,8 @@ from whaleflux_scheduler.core.request import shape
 from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
 from whaleflux_scheduler.core.stopwatch import Stopwatch
 
+_FEW = 8  # GPUs; for more it pays to ask first whether there is any place
+
 
 @dataclass(frozen=True, slots=True)
 class News:
@@ -166,7 +168,7 @@ class Plan(Questions):
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
-            self._make_room_for(self._pending.above(job.spec.priority))
+            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
             quota = self._shares.quota
             if quota.guarantees and quota.covering(job.name).id != job.queue:
                 below = [queue for queue in self._pending.by_queue if quota.below_guarantee(queue)]
@@ -303,8 +305,9 @@ class Plan(Questions):
             move = self._try(line, now)
             moves += self._take_also()
             if move is not None:
-                moves.append(replace(move, begun=begun, ended=watch.now))
-            self._take_in_gains()
+                moves.append(replace(move, begun=begun, ended=watch.now) if watch.bounded else move)
+            if self._fleet.gained or self._fleet.holdings.eased:
+                self._take_in_gains()
         if not self._turns.active:
             moves += self._promise({move.job for move in moves}, watch)
             moves += self._grow(now)
@@ -403,14 +406,16 @@ class Plan(Questions):
 
     def _fits(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
         """Where it goes: on GPUs that are promised to others only when no others do, and it has left before their time comes."""
-        engine, named = self._fleet.engine, replace(request, id=job.name)
-        if engine.feasible(request):
-            return engine.fits(named)
+        engine = self._fleet.engine
+        if kind.need.gpus <= _FEW or engine.feasible(request):  # small ones are sought as soon as asked
+            placement = engine.seek(request)
+            if placement is not None or kind.need.gpus > _FEW:
+                return placement
         claimants = self._promises.behind(job, now)
         if not claimants or self._promises.covered(claimants) + engine.free_gpus() < kind.need.gpus:
             return None
         with self._fleet.holdings.without_claims(claimants):
-            return engine.fits(named) if engine.feasible(request) else None
+            return engine.seek(request) if engine.feasible(request) else None
 
     def _enlarged(self, kind: RequestClass, job: Job) -> Placement | None:
         """A place for more than the least that an elastic job asks for; where others wait, it takes its equal part of what is idle."""

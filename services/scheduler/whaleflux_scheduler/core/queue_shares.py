@@ -79,7 +79,8 @@ class QueueShares:
         """What the job holds or claims from now on."""
         if self.quota.hold(job.name, job.queue, gpus, job.spec.priority, self._since_s(job)):
             for node in self.quota.node(job.queue).path():
-                self._count(node)
+                if node.above is not None:  # the fleet takes no turns
+                    self._count(node)
 
     def _since_s(self, job: Job) -> float:
         """When it began to hold what it holds; who waits for what it claims comes after all that run."""
@@ -90,7 +91,8 @@ class QueueShares:
     def _count(self, node: QueueNode) -> None:
         self._turns.clear()
         self._fair.hold(node.id, node.over, self.now_s)
-        self._fair.hold(node.id + _OWN, node.own, self.now_s)
+        if node.below:
+            self._fair.hold(node.id + _OWN, node.own, self.now_s)
 
     def recall(self, past: Iterable[PastUse]) -> None:
         """What was held before anything was said: counted as if it had been said then. `now_s` is as before at the end."""

@@ -32,7 +32,7 @@ def place_request(
     return replace(shape(spec, tuple(sorted(exclude_nodes)), near_nodes), id=id)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str, ...] = ()) -> PlaceRequest:
     """What is asked for, whoever asks. Rules over all ranks bound the gang, rules with a size bound its runs of ranks."""
     all_ranks = (0,) if any(choice.per_unit > 1 for choice in spec.gpu_options) else (0, spec.gpus)

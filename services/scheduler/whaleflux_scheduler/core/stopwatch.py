@@ -12,18 +12,18 @@ class Stopwatch:
 
     def __init__(self, began: datetime, budget_s: float, monotonic: Callable[[], float]) -> None:
         self.began, self._budget_s, self._monotonic = began, budget_s, monotonic
-        self._bounded = budget_s != math.inf
-        self._start_s = monotonic() if self._bounded else 0.0
+        self.bounded = budget_s != math.inf
+        self._start_s = monotonic() if self.bounded else 0.0
 
     @property
     def passed_s(self) -> float:
-        return self._monotonic() - self._start_s if self._bounded else 0.0
+        return self._monotonic() - self._start_s if self.bounded else 0.0
 
     @property
     def over(self) -> bool:
-        return self._bounded and self.passed_s >= self._budget_s
+        return self.bounded and self.passed_s >= self._budget_s
 
     @property
     def now(self) -> datetime:
         """The caller's time when the step began, and what has passed since."""
-        return self.began + timedelta(seconds=self.passed_s) if self._bounded else self.began
+        return self.began + timedelta(seconds=self.passed_s) if self.bounded else self.began

@@ -164,6 +164,10 @@ class Engine:
     def fits(self, request: PlaceRequest) -> Placement | None:
         """As `place`, without the work of explaining a refusal."""
         check_request(request)
+        return self.seek(request)
+
+    def seek(self, request: PlaceRequest) -> Placement | None:
+        """As `fits`, for a request that is known to be in order."""
         if request.without_gpus:
             return cpu.place(self.columns, request, self._datasets)
         return decide(self.columns, request, self._datasets)
