@@ -162,7 +162,7 @@ class AgainstTryingAll(RuleBasedStateMachine):
             plan.check()
 
 
-AgainstTryingAll.TestCase.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
+AgainstTryingAll.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 test_against_trying_all = AgainstTryingAll.TestCase
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from whaleflux.fleet.model import Level, Node
 from whaleflux_scheduler.core.capacity import Capacity
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.holdings import Holdings
-from whaleflux_scheduler.core.model import Claim, Job
+from whaleflux_scheduler.core.model import Claim, Job, JobState
 from whaleflux_scheduler.core.needs import Need, NeedIndex
 from whaleflux_scheduler.core.placement.api import DatasetFact, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -34,6 +35,7 @@ class KnownFleet:
         self.left_out: set[str] = set()  # nodes whose facts placement cannot take
         self.gained: dict[str, None] = {}  # in the order in which they did
         self.lent: Callable[[], int] = lambda: 0  # GPUs that are kept for later, and may be used until then
+        self.gained_from = -math.inf  # the highest priority of what left there; infinite: nothing that others could have stopped
         self.version = 0  # grows with whatever could change an answer
         self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
         self._free: dict[
@@ -90,7 +92,10 @@ class KnownFleet:
 
     def learn(self, job: Job) -> None:
         """The job as it is stored."""
-        self._changed(self.holdings.learn(job))
+        before = self.holdings.jobs.get(job.name)
+        stoppable = before is not None and before.state is JobState.RUNNING and not before.spec.is_service
+        priority = before.spec.priority if before is not None and stoppable and before.claim is None else math.inf
+        self._changed(self.holdings.learn(job), priority)
 
     def forget(self, job: str) -> None:
         """The job's record is gone."""
@@ -100,11 +105,12 @@ class KnownFleet:
         """What was decided for the job."""
         self._changed(self.holdings.hold(job, held, claim))
 
-    def _changed(self, gained: Iterable[str]) -> None:
+    def _changed(self, gained: Iterable[str], priority: float = math.inf) -> None:
         self.version += 1
         self._free.clear()
         for name in gained:
             self.gained[name] = None
+            self.gained_from = max(self.gained_from, priority)
 
     # what the gain is worth
 
@@ -116,6 +122,7 @@ class KnownFleet:
         models = {model for name in self.gained if name in rows for model in rows[name].shape.model_names}
         self._hopes |= self.gained
         self.gained.clear()
+        self.gained_from = -math.inf
         self._free.clear()
         return list(needs.admissible(models, self._most_free))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,10 +128,10 @@ class Pending:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def above(self, priority: int) -> Iterator[RequestClass]:
-        """Those whose jobs may have others stopped that are of this priority."""
+    def above(self, priority: int, most: float = math.inf) -> Iterator[RequestClass]:
+        """Those whose jobs may have others stopped that are of this priority, up to `most`."""
         for own, classes in self._by_priority.items():
-            if own > priority:
+            if priority < own <= most:
                 yield from tuple(classes)
 
     def before(self, job: Job, key: Callable[[Job], Any]) -> tuple[list[str], int]:

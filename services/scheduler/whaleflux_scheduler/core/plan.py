@@ -171,10 +171,15 @@ class Plan(Questions):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
             quota = self._shares.quota
             if quota.guarantees and quota.covering(job.name).id != job.queue:
-                below = [queue for queue in self._pending.by_queue if quota.below_guarantee(queue)]
-                self._make_room_for({line.kind: None for queue in below for line in self._pending.by_queue[queue]})
+                self._reclaim()
         if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
             self._join(waiting.candidate)
+
+    def _reclaim(self) -> None:
+        """Who is guaranteed more than is held may have room made."""
+        quota, by_queue = self._shares.quota, self._pending.by_queue
+        below = [queue for queue in by_queue if quota.below_guarantee(queue)]
+        self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]})
 
     def _make_room_for(self, kinds: Iterable[RequestClass]) -> None:
         """Others may be stopped that could not before."""
@@ -257,12 +262,25 @@ class Plan(Questions):
         holdings.eased.clear()
         for top in tuple(self._kept_from) if self._fleet.gained else ():
             self._unpark(top)
+        if self._fleet.gained:
+            self._stop_others_beside(self._fleet.gained_from)
         for kind in self._fleet.take_gains(self._needs):
             was_refused = kind.refused
             self._try_again(kind)
             if was_refused:
                 self._hopeful[kind] = None
                 kind.hopeful = True
+
+    def _stop_others_beside(self, priority: float) -> None:
+        """Together with what came free, others may be stopped now for whom that was too little before.
+
+        What those could have had stopped who are above `priority` is no gain for them.
+        """
+        lowest = min((of for of, gpus in self._fleet.holdings.stoppable.items() if gpus), default=None)
+        if lowest is not None:
+            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(lowest, priority)))
+        if self._shares.quota.guarantees:
+            self._reclaim()
 
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""

@@ -26,7 +26,11 @@ Bools = NDArray[np.bool_]
 def could_use(columns: Columns, i: int, request: PlaceRequest) -> bool:
     """Whether row `i` has a free device of the right kind, or a share of one, with CPU and memory for a rank."""
     need = request.requirement
-    if need.cpu_millicores_per_gpu > columns.cpu_free[i] or need.host_memory_bytes_per_gpu > columns.host_free[i]:
+    if (
+        max(0, columns.cpu_free[i]) < need.cpu_millicores_per_gpu
+    ):  # what is taken may be more than there is, when facts changed
+        return False
+    if max(0, columns.host_free[i]) < need.host_memory_bytes_per_gpu:
         return False
     if request.without_gpus:
         return True
