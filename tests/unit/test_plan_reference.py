@@ -191,7 +191,7 @@ def test_who_waits_costs_nothing_when_what_came_free_cannot_help_it(monkeypatch)
 
     plan.step(News(nodes=tuple(NODES), closed={one.name: "" for one in NODES}, queues=QUEUES), NOW)
     running = [move for i in range(16) for move in tell(submit(f"r{i}", i))]
-    tell(*(submit(f"large{i}", i, gpus=2 + i % 6, memory_bytes_per_rank=GB + i) for i in range(40)))
+    tell(*(submit(f"large{i}", i, gpus=17 + i % 6, memory_bytes_per_rank=GB + i) for i in range(40)))
     tell(*(submit(f"memory{i}", i, memory_bytes_per_rank=1000 * GB + i) for i in range(30)))
     tell(*(submit(f"model{i}", i, any_of=(f"model-{i}",)) for i in range(30)))
     tell(*(submit(f"alike{i}", 100 + i) for i in range(100)))

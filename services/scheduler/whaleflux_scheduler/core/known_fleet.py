@@ -35,7 +35,9 @@ class KnownFleet:
         self.left_out: set[str] = set()  # nodes whose facts placement cannot take
         self.gained: dict[str, None] = {}  # in the order in which they did
         self.lent: Callable[[], int] = lambda: 0  # GPUs that are kept for later, and may be used until then
-        self.gained_from = -math.inf  # the highest priority of what left there; infinite: nothing that others could have stopped
+        self.gained_from = (
+            -math.inf
+        )  # the highest priority of what left there; infinite: nothing that others could have stopped
         self.version = 0  # grows with whatever could change an answer
         self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
         self._free: dict[
