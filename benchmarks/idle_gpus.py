@@ -20,7 +20,7 @@ from whaleflux_scheduler.simulation.runner import SIMULATED
 from whaleflux_scheduler.simulation.state import Result
 
 NODES, JOBS, QUICK_JOBS, LOAD = 56, 80_000, 3_000, 0.84  # what the load is stated for
-AT_PEAK, AT_TWICE_THE_MEAN = (0.5, 0.4, 0.35, 0.3), (0.9, 0.8, 0.7, 0.6)
+AT_PEAK, AT_TWICE_THE_MEAN = (0.6, 0.55, 0.5, 0.4), (0.9, 0.8, 0.7, 0.65, 0.6)
 NOTICED_S = 60.0  # a wait that is longer by no more than this is as long
 
 
