@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.placement_lab.sharing_replay import FIRST, DeviceArrays, Filled, Kinds
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Floats, Ints, PartDemand, compiled, fits, take
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints, Kinds
+from benchmarks.placement_lab.idle_table import Floats, PartDemand, compiled, fits, take
+from benchmarks.placement_lab.sharing_replay import FIRST, Filled
 
 TYPICAL_SHARE = 0.95
 LARGEST_CPU_MILLICORES, LARGEST_GPU_MILLI = 128_000, 8_000  # best-fit measures what is left against the largest node

@@ -12,13 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.baselines_packing import Typical, _scored
-from benchmarks.packing_openb import Workload
-from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
-from whaleflux_scheduler.core.placement.fragmentation import (
-    WHOLE_MILLI,
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints, Kinds
+from benchmarks.packing_openb import Stream, Workload
+from benchmarks.placement_lab.idle_table import (
     Floats,
     IdleTable,
-    Ints,
     PartDemand,
     compiled,
     fits,
@@ -29,18 +27,9 @@ from whaleflux_scheduler.core.placement.fragmentation import (
 
 MOVE_S = 300.0
 MOVE_BUDGET = 0.01  # GPU time spent on moves over GPU time allocated
-DAY_S = 86_400.0
 BY_TABLE = -1  # instead of a baseline's policy number
 MOST_PODS = 512  # on one node; openb's smallest request leaves room for fewer
 TRIES = 6  # nodes that are looked at to make room for one pod
-
-
-class Stream(NamedTuple):
-    """Pods in the order of arrival: when, what, for how long."""
-
-    time_s: Floats
-    kind: Ints
-    life_s: Floats
 
 
 class Churn(NamedTuple):
@@ -75,18 +64,6 @@ class Scores(NamedTuple):
     known: Ints
     cost: Floats
     device: Ints
-
-
-def draw_stream(work: Workload, capacity_milli: int, load: float, days: float, longest_s: float, seed: int) -> Stream:
-    """Poisson arrivals of (request, life) pairs drawn with replacement, asking on the mean for `load` times the GPUs; lives are capped."""
-    random = np.random.default_rng(seed)
-    life_s = np.minimum(work.life_s, longest_s).astype(np.float64)
-    per_pod = float((work.kinds.gpus * work.kinds.gpu_milli)[work.pods] @ life_s) / len(work.pods)
-    rate_per_s = load * capacity_milli / per_pod
-    count = random.poisson(rate_per_s * days * DAY_S)
-    chosen = random.integers(len(work.pods), size=count)
-    time_s = np.sort(random.uniform(0, days * DAY_S, size=count))
-    return Stream(time_s, work.pods[chosen], life_s[chosen])
 
 
 def by_time_in_use(work: Workload, size: int, longest_s: float, seed: int) -> Ints:

@@ -19,7 +19,7 @@ class Door:
 
 
 NO_DOOR = "not reachable from a job file yet"  # what the README, the docs and reports say then
-_TABLE = "a table learned from a fleet's own requests"
+_TABLE = "moves of shares"
 DOORS: dict[str, Door] = {
     "authz_matrix": Door(commands=("login", "submit", "cancel")),
     "first_day": Door(commands=("submit", "logs", "exec", "port-forward", "serve", "history")),
@@ -35,11 +35,11 @@ DOORS: dict[str, Door] = {
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "scheduler_store": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
-    "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
     "placement_invariants": Door(commands=("submit",)),
     "fairness": Door(commands=("simulate", "submit")),
     "idle_gpus": Door(commands=("simulate", "submit")),
+    "sharing_churn": Door(commands=("submit",), fields=("gpu.share", "cpus_per_rank")),
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),

@@ -14,18 +14,10 @@ import numpy as np
 from benchmarks.baselines_packing import Policy, fill_by, typical_pods
 from benchmarks.common import Options, Report, Row, Target, main
 from benchmarks.packing_bound import bound_pct
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints, Kinds
 from benchmarks.packing_openb import Workload, arrivals, ordered, read_fleet, read_workload, workload_names
-from benchmarks.placement_lab.sharing_replay import (
-    FIRST,
-    DeviceArrays,
-    Filled,
-    Kinds,
-    Schedule,
-    fill,
-    learn,
-    needs_per_gpu,
-)
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, IdleTable, Ints, untaught
+from benchmarks.placement_lab.idle_table import IdleTable, untaught
+from benchmarks.placement_lab.sharing_replay import FIRST, Filled, Schedule, fill, learn, needs_per_gpu
 
 OURS = "learned idle"
 QUICK = ("default", "gpuspec25", "multigpu40")

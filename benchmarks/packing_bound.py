@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import bmat, csr_matrix, diags
 
-from benchmarks.placement_lab.sharing_replay import Kinds
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Ints
+from benchmarks.packing_columns import WHOLE_MILLI, Ints, Kinds
 
 GRID = 40  # moments of first rejection that are tried
 MOST_CUTS = 200_000

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.baselines_packing import Policy, typical_pods
-from benchmarks.churn_kernel import (
-    BY_TABLE,
-    DAY_S,
-    MOVE_BUDGET,
-    MOVE_S,
-    Stream,
-    by_time_in_use,
-    draw_stream,
-    run_churn,
-)
+from benchmarks.churn_kernel import BY_TABLE, MOVE_BUDGET, MOVE_S, by_time_in_use, run_churn
 from benchmarks.common import Options, Report, Row, Target, main
 from benchmarks.packing_bound import Cuts, cuts_of, is_share, most_milli, supply_of
-from benchmarks.packing_openb import LATEST_LIFE_S, Workload, read_fleet, read_workload
-from benchmarks.placement_lab.sharing_replay import DeviceArrays, Schedule, learn
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, IdleTable, Ints
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints
+from benchmarks.packing_openb import DAY_S, LATEST_LIFE_S, Stream, Workload, draw_stream, read_fleet, read_workload
+from benchmarks.placement_lab.idle_table import IdleTable
+from benchmarks.placement_lab.sharing_replay import Schedule, learn
 
 WORKLOAD = "default"
 LOADS = (1.05, 1.2)

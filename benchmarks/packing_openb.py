@@ -7,14 +7,17 @@ import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
-from whaleflux_scheduler.core.placement.fragmentation import WHOLE_MILLI, Ints
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints, Kinds
 
 MIB = 1 << 20
 PREFIX, SUFFIX = "openb_pod_list_", ".csv.gz"
+DAY_S = 86_400.0
+Floats = NDArray[np.float64]
 LATEST_LIFE_S = 7 * 86_400  # lives are capped for the track with departures
 
 
@@ -26,6 +29,14 @@ class Workload:
     kinds: Kinds
     pods: Ints
     life_s: Ints
+
+
+class Stream(NamedTuple):
+    """Pods in the order of arrival: when, what, for how long."""
+
+    time_s: Floats
+    kind: Ints
+    life_s: Floats
 
 
 def rows(path: Path) -> Iterator[dict[str, str]]:
@@ -106,3 +117,15 @@ def arrivals(work: Workload, capacity_milli: int, seed: int, pressure: float = 1
 def ordered(fleet: DeviceArrays, order: Ints) -> DeviceArrays:
     """The same nodes in another order."""
     return DeviceArrays(*(column[order] for column in fleet))
+
+
+def draw_stream(work: Workload, capacity_milli: int, load: float, days: float, longest_s: float, seed: int) -> Stream:
+    """Poisson arrivals of (request, life) pairs drawn with replacement, asking on the mean for `load` times the GPUs; lives are capped."""
+    random = np.random.default_rng(seed)
+    life_s = np.minimum(work.life_s, longest_s).astype(np.float64)
+    per_pod = float((work.kinds.gpus * work.kinds.gpu_milli)[work.pods] @ life_s) / len(work.pods)
+    rate_per_s = load * capacity_milli / per_pod
+    count = random.poisson(rate_per_s * days * DAY_S)
+    chosen = random.integers(len(work.pods), size=count)
+    time_s = np.sort(random.uniform(0, days * DAY_S, size=count))
+    return Stream(time_s, work.pods[chosen], life_s[chosen])

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from whaleflux_scheduler.core.placement.fragmentation import (
+from benchmarks.packing_columns import WHOLE_MILLI, DeviceArrays, Ints, Kinds
+from benchmarks.placement_lab.idle_table import (
     LAST,
-    WHOLE_MILLI,
     Floats,
     IdleTable,
-    Ints,
     PartDemand,
     column_of,
     compiled,
@@ -34,25 +33,6 @@ from whaleflux_scheduler.core.placement.fragmentation import (
 PRESSURE = 1.3  # requested over existing GPU capacity in one replay
 EQUAL_MILLI = 1e-6  # costs closer than this are equal
 FIRST = -1  # tie: the first of the equally cheap nodes
-
-
-class DeviceArrays(NamedTuple):
-    """Empty nodes in columns; `free_milli` has a row per node and a column per GPU slot, 1000 or 0. `model` is a bit number."""
-
-    cpu_millicores: Ints
-    memory_bytes: Ints
-    model: Ints
-    free_milli: Ints
-
-
-class Kinds(NamedTuple):
-    """The distinct requests of a history in columns. `models` is a mask of allowed model bits, 0 for any."""
-
-    cpu_millicores: Ints
-    memory_bytes: Ints
-    gpus: Ints
-    gpu_milli: Ints
-    models: Ints
 
 
 class Filled(NamedTuple):

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.scheduler_world import node, plan_with_queues
+from whaleflux.cli.job_commands import gpus_now, shown_gpus
 from whaleflux.errors import InvalidArgument
 from whaleflux.manifests import job_checks, reference
 from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.manifests.job_fields import Rule, Spec
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.manifests.yaml_files import job_from_yaml
+from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import accounting, cost, lifecycle
 from whaleflux_scheduler.core.model import Job, JobState, Queue, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
@@ -258,3 +260,28 @@ class TestRecords:
         assert accounting.is_whole(started, started.attempt)
         half = replace(started.attempt, tasks=started.attempt.tasks[:2])
         assert half.ranks == job.spec.world_size and not accounting.is_whole(started, half)
+
+
+def test_lists_show_the_gpus_that_a_job_was_given():
+    job = pb.Job(
+        spec=pb.JobSpec(
+            gpus=8,
+            gpu=pb.GpuRequirement(any_of=["H200", "A100-80GB"], options=[pb.GpuOption(model="A100-80GB", per_unit=2)]),
+        )
+    )
+    assert (shown_gpus(job), gpus_now(job)) == ("8", 8)
+    job.state = pb.JOB_STATE_RUNNING
+    job.attempt.tasks.add(gpu_uuids=[f"GPU-{n}" for n in range(16)])
+    assert (shown_gpus(job), gpus_now(job)) == ("16", 16)
+
+
+def test_elastic_jobs_have_one_count():
+    spec = Spec(
+        command=("x",),
+        gpus=8,
+        any_of=("H200", "A100-80GB"),
+        gpu_options=(TWO_A100,),
+        elastic_min=4,
+        elastic_resumes=True,
+    )
+    assert "gpu.any_of" in [v.field for v in job_checks.violations(spec)]

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.baselines_packing import Policy, fill_by, fragmentation_milli, typical_pods
 from benchmarks.packing_bound import bound_pct, choose_probe, cuts_of
+from benchmarks.packing_columns import DeviceArrays, Kinds
 from benchmarks.packing_openb import MIB, Workload, arrivals, read_workload
-from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
 
 KINDS = Kinds(
     np.array([4000, 8000, 2000, 64_000]),

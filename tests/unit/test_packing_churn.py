@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from benchmarks.baselines_packing import Policy, typical_pods
-from benchmarks.churn_kernel import BY_TABLE, MOVE_S, Stream, run_churn
+from benchmarks.churn_kernel import BY_TABLE, MOVE_S, run_churn
 from benchmarks.packing_churn import bound_pct
-from benchmarks.packing_openb import Workload
-from benchmarks.placement_lab.sharing_replay import DeviceArrays, Kinds
-from whaleflux_scheduler.core.placement.fragmentation import untaught
+from benchmarks.packing_columns import DeviceArrays, Kinds
+from benchmarks.packing_openb import Stream, Workload
+from benchmarks.placement_lab.idle_table import untaught
 
 # half a GPU, a whole one, a gang of two
 KINDS = Kinds(

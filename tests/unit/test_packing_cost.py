@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whaleflux_scheduler.core.placement.fragmentation import (
+from benchmarks.placement_lab.idle_table import (
     FREE_MILLI,
     SCARCITY,
     IdleTable,

@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.baselines_packing import Policy, fill_by, typical_pods
-from benchmarks.placement_lab.sharing_replay import (
-    PRESSURE,
-    DeviceArrays,
-    Kinds,
-    Schedule,
-    draw,
-    fill,
-    learn,
-    needs_per_gpu,
-)
-from whaleflux_scheduler.core.placement.fragmentation import PartDemand, placement_costs, untaught
+from benchmarks.packing_columns import DeviceArrays, Kinds
+from benchmarks.placement_lab.idle_table import PartDemand, placement_costs, untaught
+from benchmarks.placement_lab.sharing_replay import PRESSURE, Schedule, draw, fill, learn, needs_per_gpu
 
 CORE, GIB = 1000, 1 << 30
 

@@ -505,30 +505,3 @@ class TestExplain:
         with pytest.raises(InvalidArgument) as caught:
             engine(*nodes()).place(request_)
         assert field in [v.field for v in caught.value.violations]
-
-
-class TestStranding:
-    """With a learned table, parts of GPUs and work that states its CPU go where they strand least."""
-
-    def test_a_table_decides_where_parts_go(self):
-        from whaleflux_scheduler.core.placement.fragmentation import untaught
-
-        made = engine(*nodes(spines=1, leaves=1, per_leaf=3))
-        made.use_idle_table(untaught(12_000, 100 * GB))
-        need = GpuRequirement(cpu_millicores_per_gpu=12_000)
-        for at in range(6):
-            made.apply(placed(made.place(want(1, f"x{at}", share=Share(10 * GB, 500), requirement=need))))
-            made.check()
-        assert made.free_gpus() == 21, "three devices are full, none is half used"
-        made.apply(placed(made.place(want(8, "whole", requirement=GpuRequirement(cpu_millicores_per_gpu=8000)))))
-        assert len({a.node for p in made.placements.values() for a in p.nodes}) == 2
-        made.check()
-
-    def test_a_device_without_the_memory_is_not_chosen(self):
-        from whaleflux_scheduler.core.placement.fragmentation import untaught
-
-        made = engine(node("n", gpus=2))
-        made.use_idle_table(untaught(12_000, 100 * GB))
-        made.apply(placed(made.place(want(1, "big", share=Share(70 * GB, 100)))))
-        small = placed(made.place(want(1, "next", share=Share(20 * GB, 100))))
-        assert small.nodes[0].gpus != made.placements["big"].nodes[0].gpus

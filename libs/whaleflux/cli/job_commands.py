@@ -18,26 +18,31 @@ from whaleflux.cli.state import JobArgument, NoHeaders, Output, fleet, job_name,
 _ENDED_SHOWN, _ENDED_WITHIN_S = 10, 86_400.0
 
 
-def gpus_of(spec: Any) -> str:
+def gpus_of(spec: Any, gpus: int) -> str:
     """8, or 2 x 20 GB and 2 x 1g.18gb where each rank has a part of a GPU."""
     from whaleflux.quantities import shown_bytes
 
     gpu = spec.gpu
     least = f"MIG >= {shown_bytes(gpu.mig_memory_bytes)}" if gpu.mig_memory_bytes else ""
     part = shown_bytes(gpu.share_memory_bytes) if gpu.share_memory_bytes else gpu.mig_profile or least
-    return f"{spec.gpus} x {part}" if part else str(spec.gpus)
+    return f"{gpus} x {part}" if part else str(gpus)
 
 
 def gpus_now(job: Any) -> int:
-    """What an elastic job has at present, else what it asks for."""
+    """What a job has at present that may have another number than it asks for, else that."""
     placed = sum(len(task.gpu_uuids) for task in job.attempt.tasks) if _is_placed(job) else 0
-    return placed if job.spec.elastic.min and placed else int(job.spec.gpus)
+    may_differ = job.spec.elastic.min or job.spec.gpu.options
+    return placed if may_differ and placed else int(job.spec.gpus)
 
 
 def shown_gpus(job: Any) -> str:
     """8, or 16 (8-64) of an elastic job."""
     elastic = job.spec.elastic
-    return f"{gpus_now(job)} ({elastic.min}-{elastic.max or job.spec.gpus})" if elastic.min else gpus_of(job.spec)
+    return (
+        f"{gpus_now(job)} ({elastic.min}-{elastic.max or job.spec.gpus})"
+        if elastic.min
+        else gpus_of(job.spec, gpus_now(job))
+    )
 
 
 def jobs(

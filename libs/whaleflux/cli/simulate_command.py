@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
     from whaleflux.errors import FailedPrecondition
     from whaleflux.reasons import ErrorReason
 
-    if any(importlib.util.find_spec(module) is None for module in ("whaleflux_scheduler", "numba")):
+    if any(importlib.util.find_spec(module) is None for module in ("whaleflux_scheduler", "numpy")):
         raise FailedPrecondition(
             "the simulator is part of the scheduler, which is not installed here; run: pip install 'whaleflux[scheduler]'",
             reason=ErrorReason.PROGRAM_MISSING,

@@ -175,6 +175,10 @@ def _types(spec: Spec) -> Violations:
         elif spec.gpus * choice.per_unit > MAX_GPUS:
             text = f"{choice.per_unit} for each of {spec.gpus} GPUs is more than {MAX_GPUS}; ask for fewer"
             yield FieldViolation(at, text)
+    if told and spec.is_elastic and any(choice.per_unit > 1 for choice in spec.gpu_options):
+        yield FieldViolation(
+            "gpu.any_of", "types that count differently do not go with elastic; leave out the numbers, or elastic"
+        )
     if told and (part := "gpu.mig" if spec.wants_mig else "gpu.share" if spec.share_memory_bytes else ""):
         yield FieldViolation("gpu.any_of", f"numbers and speeds are of whole GPUs; leave them out, or {part}")
 

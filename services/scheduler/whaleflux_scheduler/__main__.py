@@ -28,6 +28,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         open_code_store(bus, ctx.clock, settings.code_store_bytes) if bus else None,
         settings.code_grace_s,
         settings.queue_half_life_s,
+        packs_by_mix=settings.packs_by_mix,
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 

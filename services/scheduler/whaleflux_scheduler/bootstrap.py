@@ -102,6 +102,8 @@ def assemble(
     code: CodeStore | None = None,
     code_grace_s: float = 7 * 86_400.0,
     queue_half_life_s: float = HALF_LIFE_S,
+    *,
+    packs_by_mix: bool = False,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
@@ -119,7 +121,7 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
-    prepared = PreparedPlan(nodes, clock, queue_half_life_s)
+    prepared = PreparedPlan(nodes, clock, queue_half_life_s, packs_by_mix=packs_by_mix)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),

@@ -21,8 +21,11 @@ PIECE = 8  # nodes between two turns of the loop
 class PreparedPlan:
     """Lives as long as its process."""
 
-    def __init__(self, nodes: NodeView, clock: Clock, queue_half_life_s: float = HALF_LIFE_S) -> None:
+    def __init__(
+        self, nodes: NodeView, clock: Clock, queue_half_life_s: float = HALF_LIFE_S, *, packs_by_mix: bool = False
+    ) -> None:
         self._nodes, self._clock, self._queue_half_life_s = nodes, clock, queue_half_life_s
+        self._packs_by_mix = packs_by_mix
         self._plan: Plan | None = None
         self.give_back()
 
@@ -51,4 +54,4 @@ class PreparedPlan:
 
     def give_back(self) -> None:
         """It leads no more: what it decided is forgotten, and another plan is prepared."""
-        self._plan = Plan(self._clock.monotonic, self._queue_half_life_s)
+        self._plan = Plan(self._clock.monotonic, self._queue_half_life_s, packs_by_mix=self._packs_by_mix)

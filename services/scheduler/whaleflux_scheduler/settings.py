@@ -49,6 +49,11 @@ class Settings(ServiceSettings):
         2 << 30, ge=128 << 20, description="Most bytes of code that the event bus keeps (its stream CODE)."
     )
 
+    packs_by_mix: bool = Field(
+        False,
+        description="Shares of GPUs go where they leave what is asked for lately, rather than where they fit tightest; without shares both are the same.",
+    )
+
     def timeouts(self) -> Timeouts:
         """As the core wants them."""
         return Timeouts(self.accept_s, self.start_s, self.fetch_s, self.partition_wait_s, self.avoid_s)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
+from whaleflux_scheduler.core.asked_mix import AskedMix
 from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
@@ -83,9 +84,11 @@ class Plan(Questions):
         *,
         reasons: bool = True,
         rules: RebalanceRules | None = None,
+        packs_by_mix: bool = False,
     ) -> None:
         super().__init__(half_life_s, rules)
         self._monotonic, self._reasons = monotonic, reasons
+        self._mix, self._packs_by_mix = AskedMix(), packs_by_mix
         self._needs: NeedIndex[RequestClass] = NeedIndex()
         self._turns = Turns(self._shares.turn, self._shares.family)
         self._hopeful: dict[RequestClass, None] = {}  # that were refused, and are tried because nodes gained
@@ -167,6 +170,8 @@ class Plan(Questions):
         self._promises.learn(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
+        if self._packs_by_mix and self._mix.learn(job):
+            self._fleet.engine.expect(self._mix.mix())
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
             quota = self._shares.quota

@@ -22,7 +22,7 @@ from whaleflux.fleet.wiring import bits
 from whaleflux_scheduler.core.placement.shapes import Shape
 
 if TYPE_CHECKING:
-    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
+    from whaleflux_scheduler.core.placement.fragmentation import Mix
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
@@ -74,7 +74,7 @@ class Columns:
         self.kinds = list({id(r.shape): r.shape for r in ordered}.values())
         self.shapes = np.array(self.shape_of, dtype=np.int32)
         self.width = max((len(r.node.gpus) for r in ordered), default=0)
-        self.idle_table: IdleTable | None = None  # what past requests teach about stranding, once learned
+        self.mix: Mix = ()  # what is asked for lately; none: not known
         # Answers that depend on shapes alone, kept by those who ask (supply, decide).
         self.matches: dict[object, Any] = {}
         self._domain_names: dict[tuple[Level, int], str] = {}

@@ -37,7 +37,7 @@ from whaleflux_scheduler.core.placement.supply import could_use
 from whaleflux_scheduler.core.placement.validate import check_request
 
 if TYPE_CHECKING:
-    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
+    from whaleflux_scheduler.core.placement.fragmentation import Mix
 
 MAX_GPUS_PER_NODE = 64
 
@@ -62,7 +62,7 @@ class Engine:
         self._flows: dict[str, int] = {}
         self._datasets: dict[str, DatasetFact] = {}
         self._shapes = Shapes()
-        self._idle_table: IdleTable | None = None
+        self._mix: Mix = ()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
         self._undo: list[Callable[[], None]] = []
@@ -128,11 +128,11 @@ class Engine:
             raise NotFound("node", name)
         self._rows[name].cache_room_bytes = room_bytes
 
-    def use_idle_table(self, table: IdleTable | None) -> None:
-        """From now on parts of GPUs, and single-node work that states its CPU or memory, go where they strand least."""
-        self._idle_table = table
+    def expect(self, mix: Mix) -> None:
+        """What is asked for lately: from now on parts of GPUs, and single-node work that states its CPU or memory, go where they strand least of it."""
+        self._mix = mix
         if self._columns is not None:
-            self._columns.idle_table = table
+            self._columns.mix = mix
 
     def remove_dataset(self, name: str) -> None:
         self._datasets.pop(name, None)
@@ -146,7 +146,7 @@ class Engine:
 
     def _rebuilt(self) -> Columns:
         columns = Columns(self._rows, self.fabric)
-        columns.idle_table = self._idle_table
+        columns.mix = self._mix
         self._flows = {}
         for id_ in sorted(self._placed):
             self._flows[id_] = _count(columns, self._placed[id_], 1, flows=None)

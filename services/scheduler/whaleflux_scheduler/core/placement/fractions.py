@@ -1,7 +1,7 @@
 """Parts of GPUs: memory and thousandths of compute, each counted per device. A MIG instance is a device of its own.
 
-A part goes to the device where it strands least: by the table that was learned from the history of requests (`fragmentation`), or, before
-there is one, where it fits tightest, so that whole GPUs and large parts stay free for those who need them.
+A part goes to the device where it strands least of what is asked for (`fragmentation`), or, while that is not known, where it fits
+tightest, so that whole GPUs and large parts stay free for those who need them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 
 from whaleflux_scheduler.core.placement.api import GpuRequirement, Share
-from whaleflux_scheduler.core.placement.columns import WHOLE_MILLI, Columns, Floats, Ints
+from whaleflux_scheduler.core.placement.columns import Columns
+from whaleflux_scheduler.core.placement.fragmentation import Ask, stranded_by_share, stranded_by_whole
 from whaleflux_scheduler.core.placement.gang import Bounds, row_range
 from whaleflux_scheduler.core.placement.supply import Bools, Supply, matching_positions, node_conditions
-
-if TYPE_CHECKING:
-    from whaleflux_scheduler.core.placement.fragmentation import IdleTable
 
 Device = tuple[int, int]  # (row, position)
 
@@ -108,33 +106,17 @@ def _best(
         fits[device] = False
     if not fits.any():
         return None
-    if columns.idle_table is not None and 0 < share.compute_milli < WHOLE_MILLI:
-        return _least_stranding(columns, columns.idle_table, need, share.compute_milli, fits)
+    if columns.mix and share.memory_bytes:
+        asked = Ask(1, share.memory_bytes, need.cpu_millicores_per_gpu, need.host_memory_bytes_per_gpu)
+        growth = stranded_by_share(columns, columns.mix, asked, fits)
+        row, position = np.unravel_index(int(np.argmin(growth)), growth.shape)
+        return int(row), int(position)
     places = np.argwhere(fits)
     milli = columns.milli_free[fits]
     memory = columns.memory_free[fits]
     offer = columns.offer[places[:, 0]].astype(np.int64)
     best = int(np.lexsort((offer, memory, milli))[0])  # tightest compute, then memory, then the fullest node
     return int(places[best][0]), int(places[best][1])
-
-
-def _least_stranding(
-    columns: Columns, table: IdleTable, need: GpuRequirement, milli: int, fits: Bools
-) -> Device | None:
-    """Only devices with room count as free, so that none without the memory is chosen."""
-    costs, devices = _costs(columns, table, need, 1, milli, np.where(fits, columns.milli_free, 0))
-    costs[~fits.any(axis=1)] = np.inf
-    best = int(np.argmin(costs))
-    return (best, int(devices[best])) if np.isfinite(costs[best]) else None
-
-
-def _costs(
-    columns: Columns, table: IdleTable, need: GpuRequirement, gpus: int, milli: int, free: Ints
-) -> tuple[Floats, Ints]:
-    from whaleflux_scheduler.core.placement.fragmentation import PartDemand, placement_costs  # compiled on first use
-
-    demand = PartDemand(need.cpu_millicores_per_gpu * gpus, need.host_memory_bytes_per_gpu * gpus, gpus, milli)
-    return placement_costs(table, demand, columns.cpu_free, columns.host_free, np.ascontiguousarray(free))
 
 
 def largest_free(columns: Columns, need: GpuRequirement, rows: Bools) -> tuple[int, str]:
@@ -149,17 +131,14 @@ def largest_free(columns: Columns, need: GpuRequirement, rows: Bools) -> tuple[i
 
 
 def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | None:
-    """The node on which `count` whole GPUs strand least, by the learned table; None when no single node has room."""
-    columns = supply.columns
-    assert columns.idle_table is not None
-    usable = supply.usable(0, columns.count)
+    """The node on which `count` whole GPUs strand least of what is asked for; None when no single node has room."""
+    columns, need = supply.columns, supply.demand.need
     lo, hi = row_range(supply, bounds)
-    free = np.where(columns.healthy, columns.milli_free, 0)
-    costs, _ = _costs(columns, columns.idle_table, supply.demand.need, count, WHOLE_MILLI, free)
-    costs[usable < count] = np.inf
-    costs[:lo] = costs[hi:] = np.inf
-    best = int(np.argmin(costs)) if len(costs) else 0
-    return best if len(costs) and np.isfinite(costs[best]) else None
+    rows = lo + np.flatnonzero(supply.usable(lo, hi) >= count)
+    if not len(rows):
+        return None
+    asked = Ask(count, 0, count * need.cpu_millicores_per_gpu, count * need.host_memory_bytes_per_gpu)
+    return int(rows[int(np.argmin(stranded_by_whole(columns, columns.mix, asked, rows)))])
 
 
 def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bools:

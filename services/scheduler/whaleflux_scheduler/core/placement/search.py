@@ -180,7 +180,7 @@ class Search:
             return
         supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
         if supply.match.shapes:
-            row = self._by_table(supply, inside)
+            row = self._by_mix(supply, inside)
             if row is not None:
                 yield Group(group, self._masks(supply, [(row, supply.demand.gpus)]))
                 return
@@ -218,12 +218,12 @@ class Search:
                 return found
         return None
 
-    def _by_table(self, supply: Supply, inside: tuple[Level, int] | None) -> int | None:
-        """Single-node work that states its CPU or memory goes where it strands least, once that was learned."""
+    def _by_mix(self, supply: Supply, inside: tuple[Level, int] | None) -> int | None:
+        """Single-node work that states its CPU or memory goes where it strands least, once it is known what is asked for."""
         demand, need = supply.demand, supply.demand.need
         states = need.cpu_millicores_per_gpu or need.host_memory_bytes_per_gpu
         alone = demand.gpus <= (demand.most_per_node or demand.gpus) and demand.per_node in (0, demand.gpus)
-        if self.columns.idle_table is None or not states or not alone or self.near:
+        if not self.columns.mix or not states or not alone or self.near:
             return None
         return least_stranding_node(supply, demand.gpus, Bounds(inside=inside))
 
