@@ -1,5 +1,6 @@
 """Whatever the news: the plan that tries only whom it could help decides as one that tries all who wait each time."""
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -162,7 +163,9 @@ class AgainstTryingAll(RuleBasedStateMachine):
             plan.check()
 
 
-AgainstTryingAll.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+AgainstTryingAll.TestCase.settings = settings(
+    max_examples=int(os.environ.get("PLAN_EXAMPLES", "15")), stateful_step_count=25, deadline=None
+)
 test_against_trying_all = AgainstTryingAll.TestCase
 
 
