@@ -210,7 +210,9 @@ class Child:
 class Suite:
     """`async with Suite(folder, nodes) as suite:` etcd, the scheduler, played peers, and an agent per node."""
 
-    def __init__(self, folder: Path, nodes: list[Node], *, run_s: float | None = None, agents: bool = True) -> None:
+    def __init__(
+        self, folder: Path, nodes: list[Node], *, run_s: float | None = None, agents: bool = True, followers: int = 0
+    ) -> None:
         self._folder, self._run_s, self._with_agents = folder, run_s, agents
         self.played = Played(nodes)
         self.authority = CertificateAuthority.create(datetime.now(UTC))
@@ -219,7 +221,8 @@ class Suite:
         self._channels: list[Channel] = []
         self.etcd: Child | None = None
         self.process: Child | None = None
-        self.client_port, self.peer_port, self.scheduler_port = free_ports(3)
+        self.client_port, self.peer_port, self.scheduler_port, *self.follower_ports = free_ports(3 + followers)
+        self.followers: list[Child] = []
 
     async def __aenter__(self) -> Suite:
         try:
@@ -246,7 +249,7 @@ class Suite:
             await channel.close()
         if hasattr(self, "_server"):
             await self._server.drain(0)
-        for child in (self.process, self.etcd):
+        for child in (*self.followers, self.process, self.etcd):
             if child is not None:
                 child.kill()
 
@@ -263,23 +266,33 @@ class Suite:
     async def start_scheduler(self) -> None:
         files = TlsFiles.under(self._folder, "scheduler")
         files.save(self.tls("scheduler"))
+        self.process = self._scheduler(files, self.scheduler_port, "scheduler")
+        await self._answers(self.process, self.channel("admin", "operator"))
+        for port in self.follower_ports:
+            follower = self._scheduler(files, port, f"scheduler-{port}")
+            self.followers.append(follower)
+            await self._answers(follower, self.channel("admin", "operator", port))
+
+    def _scheduler(self, files: TlsFiles, port: int, name: str) -> Child:
         peers = f"127.0.0.1:{self._peers}"
         command = [
             sys.executable,
             "-m",
             "whaleflux_scheduler",
-            *("--listen", f"127.0.0.1:{self.scheduler_port}"),
+            *("--listen", f"127.0.0.1:{port}"),
             *("--store", f"http://127.0.0.1:{self.client_port}", "--plain-loopback"),
             *("--inventory", peers, "--health-monitor", peers),
             *("--tls-cert", str(files.chain), "--tls-key", str(files.key), "--tls-ca", str(files.roots)),
             *("--log-level", "warning"),
-            *("--port-file", str(self._folder / "scheduler.json")),
+            *("--port-file", str(self._folder / f"{name}.json")),
         ]
-        self.process = Child(command, self._folder / "scheduler.log", dict(os.environ))
-        client = SchedulerServiceStub(self.channel("admin", "operator"))
+        return Child(command, self._folder / f"{name}.log", dict(os.environ))
+
+    async def _answers(self, process: Child, channel: Channel) -> None:
+        client = SchedulerServiceStub(channel)
         async with asyncio.timeout(30):
             while True:
-                self.process.check()
+                process.check()
                 with contextlib.suppress(StatusError):
                     await client.GetQueue(pb.GetQueueRequest(name="queues/default"), timeout=1)
                     return
@@ -292,8 +305,8 @@ class Suite:
             self.agents[node.name] = agent
             self._tasks.append(asyncio.create_task(agent.run()))
 
-    def channel(self, role: str, name: str) -> Channel:
-        target = f"127.0.0.1:{self.scheduler_port}"
+    def channel(self, role: str, name: str, port: int = 0) -> Channel:
+        target = f"127.0.0.1:{port or self.scheduler_port}"
         channel = connect(target, self.tls(role, name), server=server_name("scheduler"))
         self._channels.append(channel)
         return channel
@@ -301,12 +314,12 @@ class Suite:
     def stub(self, role: str = "user", name: str = "ada") -> SchedulerServiceStub:
         return SchedulerServiceStub(self.channel(role, name))
 
-    def plain_channel(self, role: str = "user", name: str = "ada") -> grpc.aio.Channel:
+    def plain_channel(self, role: str = "user", name: str = "ada", port: int = 0) -> grpc.aio.Channel:
         """A channel of gRPC's own with nothing of ours around it, for load whose sender should cost as little as it can."""
         tls = self.tls(role, name)
         credentials = grpc.ssl_channel_credentials(tls.roots, tls.key, tls.chain)
         options = [("grpc.ssl_target_name_override", server_name("scheduler"))]
-        return grpc.aio.secure_channel(f"127.0.0.1:{self.scheduler_port}", credentials, options=options)
+        return grpc.aio.secure_channel(f"127.0.0.1:{port or self.scheduler_port}", credentials, options=options)
 
     def ports(self) -> dict[str, int]:
         """What the scheduler says it listens on."""

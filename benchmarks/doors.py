@@ -35,6 +35,7 @@ DOORS: dict[str, Door] = {
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "scheduler_store": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
+    "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
     "placement_invariants": Door(commands=("submit",)),
     "fairness": Door(commands=("simulate", "submit")),

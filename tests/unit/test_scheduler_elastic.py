@@ -1,6 +1,7 @@
 """Elastic jobs: they start with as many GPUs as there are, grow into idle ones where that pays, and shrink instead of being stopped."""
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -244,6 +245,15 @@ class TestShrinking:
         moves = {move.job: move for move in planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))}
         assert moves[waits.name].claim.victims == (grown.name,)
         assert sum(len(uuids) for _, uuids in moves[grown.name].claim.nodes) == 5
+
+    def test_its_steps_are_no_reason_to_try_again_who_waits(self):
+        planner = planner_of("a")
+        low = runs(planner, job("low", 4, 1))
+        offer(planner, job("waits", 3, at=9))
+        planner.apply(News(jobs=(replace(low, step=7),)))
+        assert not planner.unfinished
+        planner.apply(News(jobs=(replace(low, step=7, claim=None, epoch=low.epoch + 1),)))
+        assert planner.unfinished
 
     def test_not_for_a_lower_priority(self):
         planner = planner_of("a")

@@ -1,7 +1,8 @@
 """How many GPUs each running elastic job should have: who grows into idle GPUs, and what each gives first to those who wait. Pure.
 
 GPUs go where the next ones bring most: the greatest rise of the logarithm of a job's speed for each GPU (proportional fairness: a job of
-four GPUs that becomes twice as fast counts as much as one of forty). Nobody is resized for nothing: the time that a job is expected to
+four GPUs that becomes twice as fast counts as much as one of forty), which counts less the more GPU time the job had in its ended attempts
+(least attained service first: of jobs whose length nobody knows, those that had little are likely to end first). Nobody is resized for nothing: the time that a job is expected to
 save must be worth its restart, and a job is left alone for a while after each restart.
 """
 
@@ -18,6 +19,7 @@ from whaleflux_scheduler.core.model import Job
 
 SETTLED_S = 120.0  # a job is not resized again before, except for others of higher priority
 GIVES_AFTER_S = 30.0
+ATTAINED_GPU_S = 4 * 3600.0  # GPU-seconds after which a rise counts half
 WORTH = 1.5  # times the restart: what a job must be expected to save by growing
 
 
@@ -63,7 +65,8 @@ def loss(job: Job, gpus: int, fewer: int) -> float:
 
 def _rise(job: Job, gpus: int, more: int) -> float:
     before, after = elastic.speed(job.spec, gpus), elastic.speed(job.spec, more)
-    return math.log(after / before) / (more - gpus) if after > before else 0.0
+    rise = math.log(after / before) / (more - gpus) if after > before else 0.0
+    return rise / (1.0 + job.gpu_s / ATTAINED_GPU_S)
 
 
 def saves_s(job: Job, gpus: int, now: datetime) -> float:

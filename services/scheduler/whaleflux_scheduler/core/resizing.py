@@ -34,13 +34,18 @@ class Resizing:
         self._looked_at = -1  # the fleet's version then
 
     def learn(self, job: Job) -> bool:
-        """A job as it is stored; True when it may give others GPUs that it could not before."""
+        """A job as it is stored; True when it may give others GPUs that it could not before: it began to run, or is looked at again.
+
+        A record that changed while it runs (its step did) is no reason to try again who waits.
+        """
         if not job.spec.is_elastic or job.state is not JobState.RUNNING:
             self._running.pop(job.name, None)
             return False
+        known = self._running.get(job.name)
         self._running[job.name] = job
         self._looked_at = -1
-        return job.claim is None and job.attempt is not None and job.attempt.gpus > elastic.least(job.spec)
+        began = known is None or known.epoch != job.epoch or (known.claim is not None and job.claim is None)
+        return (began or known is job) and _extra(job) > 0
 
     def forget(self, name: str) -> None:
         self._running.pop(name, None)
