@@ -26,24 +26,24 @@ SIZE = 8
 WARM_UP_S = 3 * 86400.0
 DELAYS = Delays(save_s=30.0, restart_s=60.0)
 LARGE, LARGEST = 16, 64
-QUICK_FROM_DAY = 30.0  # of days with many large jobs
+QUICK_FROM_DAY = 60.0  # of days with many large jobs
 
 
 def main_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, nargs="+", help="fleet sizes (default 512 448 400; quick: 448)")
+    parser.add_argument("--gpus", type=int, nargs="+", help="fleet sizes (default 512 448 400; quick: 256)")
     parser.add_argument(
         "--estimates", nargs="+", choices=sorted(estimates.ESTIMATES), help="what users say (default: all)"
     )
     parser.add_argument("--from-day", type=float, default=0.0, help="leave out what came before (default 0)")
-    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 3)")
+    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 4)")
     parser.add_argument("--trace", default="philly.csv.gz", help="a file of that format under traces/pollux")
 
 
 def measure(options: Options) -> Report:
     """Waits, promises and use of the fleet for each fleet size and kind of estimate."""
     extra = options.extra
-    days = extra.days or (3.0 if options.quick else None)
-    sizes = extra.gpus or ([448] if options.quick else [512, 448, 400])
+    days = extra.days or (4.0 if options.quick else None)
+    sizes = extra.gpus or ([256] if options.quick else [512, 448, 400])
     kinds = extra.estimates or (["lognormal"] if options.quick else ["exact", "uniform", "lognormal", "none"])
     report = Report(simulated=SIMULATED + "; baselines are re-implemented on nodes of 8, without delays")
     for gpus in sizes:
