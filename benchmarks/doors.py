@@ -40,6 +40,7 @@ DOORS: dict[str, Door] = {
     "placement_invariants": Door(commands=("submit",)),
     "fairness": Door(commands=("simulate", "submit")),
     "idle_gpus": Door(commands=("simulate", "submit")),
+    "rebalance": Door(commands=("submit",), fields=("checkpoint.every",)),
     "sharing_churn": Door(commands=("submit",), fields=("gpu.share", "cpus_per_rank")),
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),

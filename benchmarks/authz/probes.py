@@ -131,6 +131,8 @@ _SCHEDULER: dict[str, Probe] = {
         lambda name: _S.AttachJobRequest(open=_S.AttachOpen(name=name, command=_S.AttachCommand(argv=["true"])))
     ),
     "ListAllocations": _none(_S.ListAllocationsRequest()),
+    "PlanRebalance": _none(_S.PlanRebalanceRequest()),
+    "ApplyRebalance": _none(_S.ApplyRebalanceRequest(etag=STALE)),
 }
 _P = identity_pb2
 _IDENTITY: dict[str, Probe] = {

@@ -197,11 +197,18 @@ class What(_Words):
     FENCED = "FENCED", "an incident led to the fence of a node"
     HELD = "HELD", "somebody holds the job: it is not placed until it is released"
     LOSS_NOT_FINITE = "LOSS_NOT_FINITE", "a training's loss is infinite or not a number"
+    MOVE_ORDERED = "MOVE_ORDERED", "the job is to go on elsewhere, for a job that waits or to run closer or cheaper"
+    MOVE_UNDONE = "MOVE_UNDONE", "a move came to nothing: the job runs where it was, or at a third place"
+    MOVED = "MOVED", "the job runs again, where it was moved to"
     OPENED = "OPENED", "an incident began"
     PEER_CONNECTED = "PEER_CONNECTED", "another node reaches the agent asked about"
     PEER_REFUSED = "PEER_REFUSED", "another node reaches its host, and nothing listens there"
     PEER_SILENT = "PEER_SILENT", "another node does not reach its host either"
     PRIORITY_SET = "PRIORITY_SET", "somebody gave the job another priority"
+    REBALANCE_PROPOSED = (
+        "REBALANCE_PROPOSED",
+        "moves of running jobs are worth it, for this one or of it; an operator can have them carried out",
+    )
     RESIZED = "RESIZED", "an elastic job runs again, with more or fewer GPUs than before"
     RELEASED = "RELEASED", "a job that was held may be placed again"
     SAVE_FAILED = "SAVE_FAILED", "a checkpoint could not be saved; training goes on without it"

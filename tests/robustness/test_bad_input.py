@@ -42,7 +42,7 @@ pytestmark = pytest.mark.robustness
 ADMIN = auth.Identity("admin", "root")
 HUGE = "x" * 10_000_000
 JOB = "queues/default/jobs/known"
-READS = ("Get", "List", "Explain", "Find", "Route")
+READS = ("Get", "List", "Explain", "Plan", "Find", "Route")
 
 
 @dataclass

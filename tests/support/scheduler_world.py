@@ -27,6 +27,7 @@ from whaleflux_scheduler.bootstrap import Peers, Service, assemble
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.rebalances import RebalanceSettings
 
 USER = auth.Identity("user", "ada")
 GB = 10**9
@@ -283,8 +284,9 @@ class World:
         keep_ended: int = 10_000,
         bus: Bus | None = None,
         secrets: Any = None,
+        rebalancing: RebalanceSettings | None = None,
     ) -> None:
-        self.bus = bus
+        self.bus, self.rebalancing = bus, rebalancing
         self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
         self.code = MemoryCode(self.clock)
@@ -307,7 +309,15 @@ class World:
     async def start(self) -> None:
         peers = Peers(self.inventory, self.health, self.checkpoint, self.secrets)
         self.service: Service = assemble(
-            self.store, self.bus, self.clock, peers, self.timeouts, "here:1", self.keep_ended, self.code
+            self.store,
+            self.bus,
+            self.clock,
+            peers,
+            self.timeouts,
+            "here:1",
+            self.keep_ended,
+            self.code,
+            rebalancing=self.rebalancing,
         )
         scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self.scheduler = AsAdmin(scheduler)

@@ -163,6 +163,8 @@ TABLE: dict[str, OwnerRule] = {
         StreamLogs=RECORD,
         AttachJob=RECORD,
         ListAllocations=LEAVES_OUT,
+        PlanRebalance=FLEET,
+        ApplyRebalance=FLEET,
     ),
     **_service(
         "Task",
@@ -219,6 +221,7 @@ _READS = (
     "Watch",
     "Find",
     "Explain",
+    "Plan",
     "Stream",
     "Route",
     "Probe",

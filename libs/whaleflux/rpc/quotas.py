@@ -19,6 +19,7 @@ COSTS: dict[str, float] = {
     "Export": 500,  # a whole stream of the bus
     "Verify": 500,
     "Explain": 50,  # a question to the planner
+    "Plan": 200,  # a long one
     "Find": 20,
     "Upload": 20,
     "Attach": 20,

@@ -9,7 +9,7 @@ from whaleflux.errors import StatusError, Unavailable
 from whaleflux.reasons import ErrorReason
 from whaleflux.retry import Backoff
 
-READS = ("Get", "List", "Find", "Explain", "Check", "Probe")
+READS = ("Get", "List", "Find", "Explain", "Plan", "Check", "Probe")
 NOTHING_DONE = frozenset(
     {ErrorReason.NOT_LEADER, ErrorReason.DRAINING}
 )  # reasons by which a server says that it has not begun

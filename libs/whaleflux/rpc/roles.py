@@ -105,6 +105,8 @@ TABLE: Table = {
     _SCHEDULER + "CreateQueue": OPERATORS | {INFERENCE_ROUTER},
     _SCHEDULER + "DeleteQueue": OPERATORS,
     _SCHEDULER + "UpdateQueue": OPERATORS,
+    _SCHEDULER + "PlanRebalance": OPERATORS,
+    _SCHEDULER + "ApplyRebalance": OPERATORS,
     _SCHEDULER + "List*": _READERS,
     _SCHEDULER + "Get*": _READERS,
     _SCHEDULER + "WatchJobs": _READERS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.service_connections import open_code_store
 from whaleflux_scheduler.bootstrap import Peers, assemble
+from whaleflux_scheduler.rebalances import RebalanceSettings
 from whaleflux_scheduler.settings import Settings
 
 
@@ -29,6 +30,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         settings.code_grace_s,
         settings.queue_half_life_s,
         packs_by_mix=settings.packs_by_mix,
+        rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 

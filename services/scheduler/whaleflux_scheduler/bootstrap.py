@@ -42,8 +42,10 @@ from whaleflux_scheduler.job_secrets import JobSecrets
 from whaleflux_scheduler.jobs import Jobs
 from whaleflux_scheduler.leader_session import ELECTION, LeaderSession, Leading, not_leader
 from whaleflux_scheduler.logs import LogBroker
+from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.prepared_plan import PreparedPlan
+from whaleflux_scheduler.rebalances import Rebalances, RebalanceSettings
 from whaleflux_scheduler.reconciler import Reconciler, Sources
 from whaleflux_scheduler.servicer import Scheduler
 from whaleflux_scheduler.session_news import SessionNews
@@ -104,8 +106,10 @@ def assemble(
     queue_half_life_s: float = HALF_LIFE_S,
     *,
     packs_by_mix: bool = False,
+    rebalancing: RebalanceSettings | None = None,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
+    moving = rebalancing or RebalanceSettings()
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
     jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode, stand_in=convert.unreadable_job)
     queues_cache = Cache(store, keys.QUEUES, convert.QUEUES.decode)
@@ -121,7 +125,7 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
-    prepared = PreparedPlan(nodes, clock, queue_half_life_s, packs_by_mix=packs_by_mix)
+    prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, packs_by_mix=packs_by_mix)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),
@@ -157,11 +161,14 @@ def assemble(
             told=lambda: publishers[0].revision if publishers else math.inf,
             plan=plan,
         )
+        planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
+        rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, clock)
         reconciler.load()
-        leader_session.begin(Leading(reconciler.agents, reconciler.view, reconciler.planner))
+        leader_session.begin(Leading(reconciler.agents, view, planner, rebalances))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(reconciler.run())
+                group.create_task(rebalances.run())
                 group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
                 if peers.inventory is not None:
                     group.create_task(_follow_datasets(reconciler, peers.inventory, clock))

@@ -11,6 +11,7 @@ from whaleflux.store.election import leader_of
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.job_view import JobView
 from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.rebalances import Rebalances
 
 ELECTION = "scheduler"
 
@@ -22,6 +23,7 @@ class Leading:
     agents: Agents
     view: JobView
     planner: PlannerThread
+    rebalances: Rebalances
 
 
 class LeaderSession:

@@ -16,7 +16,7 @@ from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler import accounts, convert
+from whaleflux_scheduler import accounts, convert, move_news
 
 SOURCE = "scheduler"
 
@@ -28,7 +28,11 @@ def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
         return () if told is None else (told,)
     new = convert.JOBS.read(change.new.value) if change.new else None
     old = convert.JOBS.read(change.old.value) if change.old else None
-    events = (of_job(change, now, old, new), of_resize(change, now, old, new))
+    events = (
+        of_job(change, now, old, new),
+        of_resize(change, now, old, new),
+        move_news.of_move(change, now, old, new),
+    )
     return (*(event for event in events if event is not None), *accounts.of_change(old, new))
 
 

@@ -93,6 +93,7 @@ class Reconciler:
         self._to_learn: list[Job] = []
         self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
         self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
+        self._ordered: list[Move] = []  # that the planner made beside its steps
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
         nodes.on_change = self._state.wake
         self._tasks: asyncio.TaskGroup | None = None
@@ -135,6 +136,11 @@ class Reconciler:
     def saved(self, newest: Mapping[str, datetime]) -> None:
         """When the newest checkpoint of each job was committed; taken in with the next round."""
         self._saved = newest
+
+    def order(self, moves: Sequence[Move]) -> None:
+        """Has moves carried out that the planner made beside its steps."""
+        self._ordered += moves
+        self._state.wake()
 
     async def _caught_up(self) -> None:
         """Returns when the planner knows what has come so far, or after a second of ever more news."""
@@ -232,7 +238,8 @@ class Reconciler:
         news = self._news(changes, names, now, transitions)
         with telemetry.histogram(Metric.PLAN_DURATION).labels("round").time():
             moves = await self.planner.step(news, now)
-        for move in moves:
+        ordered, self._ordered = self._ordered, []
+        for move in (*moves, *ordered):
             self._apply(move, now, transitions)
         self._writer.write(transitions)
         self._state.schedule(PLAN, self.planner.next_look)
@@ -398,6 +405,8 @@ class Reconciler:
             return
         tracking = self._state.tracking(move.job)
         if (offer := tracking.offer) is None:
+            if move.claim is not None:  # it changed meanwhile: the planner is to learn how it is
+                self._state.touch(move.job)
             return
         ready = offer.job
         if move.assignment is not None:

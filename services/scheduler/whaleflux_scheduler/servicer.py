@@ -10,6 +10,7 @@ from google.protobuf import empty_pb2
 
 from whaleflux import names
 from whaleflux.clock import Clock
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -247,6 +248,14 @@ class Scheduler(rpc.SchedulerServiceServicer):
         self, request: pb.ListAllocationsRequest, context: _Context | None
     ) -> pb.ListAllocationsResponse:
         return await allocations.page(self._jobs, request, self._listing())
+
+    async def PlanRebalance(self, request: pb.PlanRebalanceRequest, context: _Context | None) -> pb.RebalancePlan:
+        return await (await self._leader.leading()).rebalances.plan()
+
+    async def ApplyRebalance(self, request: pb.ApplyRebalanceRequest, context: _Context | None) -> pb.RebalancePlan:
+        if not request.etag:
+            raise InvalidArgument(FieldViolation("etag", "is empty; give the etag of a plan that PlanRebalance made"))
+        return await (await self._leader.leading()).rebalances.apply(request.etag)
 
     def _listing(self) -> Sight:
         """The caller's, for what leaves out what it does not see, which may be all there is."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
+from whaleflux_scheduler.core.rebalance import RebalanceRules
 
-_DEFAULTS = Timeouts()
+_DEFAULTS, _RULES = Timeouts(), RebalanceRules()
 
 
 class Settings(ServiceSettings):
@@ -53,6 +56,21 @@ class Settings(ServiceSettings):
         False,
         description="Shares of GPUs go where they leave what is asked for lately, rather than where they fit tightest; without shares both are the same.",
     )
+
+    rebalance: Literal["off", "plan", "on"] = Field(
+        "plan",
+        description=(
+            "Moves of running jobs to make room for jobs that wait, or to run closer or cheaper: nothing, proposals in events, "
+            "or moves. They restart work of others from its checkpoints."
+        ),
+    )
+    rebalance_budget: float = Field(
+        _RULES.budget, ge=0.0, le=0.1, description="The share of the fleet's GPU time that moves of a day may cost."
+    )
+
+    def rebalance_rules(self) -> RebalanceRules:
+        """As the core wants them."""
+        return RebalanceRules(budget=self.rebalance_budget)
 
     def timeouts(self) -> Timeouts:
         """As the core wants them."""

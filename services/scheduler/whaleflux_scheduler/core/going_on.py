@@ -7,15 +7,17 @@ one that was moved for the good of others has its old place back, if there is no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.holdings import Holdings
-from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState
+from whaleflux_scheduler.core.model import Attempt, Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.observed import EndReason
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.exact import Where
+from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.state_machine import goes_on
 
 Place = tuple[tuple[str, tuple[str, ...]], ...]
@@ -41,8 +43,7 @@ def way_back(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings
     """
     if not left_for_a_move(job) or request.without_gpus:
         return None
-    left = last_that_ran(job)
-    place = tuple((task.node, task.gpus) for task in left.tasks) if left is not None else ()
+    place = left_place(job)
     if (where := positions(place, holdings)) is None:
         return None
     others = holdings.claimants_of(uuid for _, uuids in place for uuid in uuids) - {job.name}
@@ -53,6 +54,7 @@ def way_back(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings
     return None if placement is None else replace(placement, reasons=(_BACK, *placement.reasons))
 
 
+MOVED_HERE = "it moved here from its checkpoint"
 _BACK = "it is back where it was: the place that it was to move to is lost"
 
 
@@ -61,6 +63,23 @@ def left_for_a_move(job: Job) -> bool:
     last = last_that_ran(job)
     waits = job.state in (JobState.QUEUED, JobState.RECOVERING)
     return waits and last is not None and ended_by(last) is EndReason.MOVED
+
+
+def left_place(job: Job) -> Place:
+    """The GPUs of the last attempt that ran."""
+    left = last_that_ran(job)
+    return tuple((task.node, task.gpus) for task in left.tasks) if left is not None else ()
+
+
+def stranded(claim: Claim, waiting: Iterable[Job], engine: Engine, holdings: Holdings) -> list[str]:
+    """Who left some of what is claimed in order to go on elsewhere, and cannot have that place: it goes before the one who claims."""
+    return [
+        job.name
+        for job in (*waiting, *(holdings.jobs[name] for name in holdings.claims))
+        if left_for_a_move(job)
+        and claim.concerns(dict(left_place(job)))
+        and claimed_place(job, place_request(job.name, job.spec), engine, holdings) is None
+    ]
 
 
 def last_that_ran(job: Job) -> Attempt | None:
@@ -78,5 +97,5 @@ def _why(job: Job) -> str:
     claim, last = job.claim, job.attempt
     assert claim is not None
     if claim.purpose is ClaimPurpose.MOVE or last is None:
-        return "it moved here from its checkpoint"
+        return MOVED_HERE
     return f"it goes on with {sum(len(uuids) for _, uuids in claim.nodes)} GPUs instead of {last.gpus}"

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.asked_mix import AskedMix
-from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, way_back
+from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, left_place, stranded, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, SchedulingDecision
@@ -32,7 +32,7 @@ from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, PastUse
 from whaleflux_scheduler.core.quota import QueueLimit
-from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.rebalance import RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import NewClaim
 from whaleflux_scheduler.core.refusals import Refusals
 from whaleflux_scheduler.core.request import shape
@@ -374,6 +374,10 @@ class Plan(Questions):
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
+        if kind.own and self._others_are_stranded(job):
+            self._tell(job.name, "room")
+            self._refuse(kind)
+            return None
         if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job, now)) is not None:
             return self._give(job, self._enlarged(kind, job) or placement, now)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
@@ -400,6 +404,21 @@ class Plan(Questions):
         self._kept_from[self._shares.family(line.queue)] = None
         self._tell(job.name, "few")
         return None
+
+    def _try_claimants(self, job: Job) -> None:
+        """Those who claim what the job left for a move: it has a place now."""
+        left = (uuid for _, uuids in left_place(job) for uuid in uuids)
+        for name in self._fleet.holdings.claimants_of(left):
+            if (waiting := self._pending.jobs.get(name)) is not None:
+                self._try_again(waiting.line.kind)
+
+    def _others_are_stranded(self, job: Job) -> bool:
+        """Whether somebody who made room for the job by a move waits for a place: that goes first, if need be to its old one."""
+        claim = self._fleet.holdings.claim(job.name)
+        if claim is None or claim.victims or claim.purpose is not ClaimPurpose.PREEMPTION:
+            return False
+        waiting = (waiting.candidate.job for waiting in self._pending.jobs.values())
+        return bool(stranded(claim, waiting, self._fleet.engine, self._fleet.holdings))
 
     def _on(
         self,
@@ -459,6 +478,8 @@ class Plan(Questions):
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
         self._leave(job.name)
         self._promises.leaves(job.name)
+        if left_for_a_move(job):
+            self._try_claimants(job)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         if self._hopeful and not self._fleet.any_hope:
@@ -529,16 +550,17 @@ class Plan(Questions):
         self._unanswered.pop(job.name, None)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
 
-    def apply_rebalance(self, etag: str, now: datetime) -> list[Move]:
-        """What is to be stored so that a plan of `plan_rebalance` is carried out. Raises Aborted naming what is not as it found it."""
+    def apply_rebalance(self, etag: str, now: datetime) -> tuple[RebalancePlan, list[Move]]:
+        """A plan of `plan_rebalance`, and what is to be stored for it. Raises Aborted naming what is not as it found it."""
         waiting = {name: waiting.candidate.job for name, waiting in self._pending.jobs.items()}
         plan = self._rebalancer.unchanged(etag, waiting, now)
-        return [self._claim(new, now) for new in self._rebalancer.claims(plan, now)]
+        return plan, [self._claim(new, now) for new in self._rebalancer.claims(plan, now)]
 
     def _claim(self, new: NewClaim, now: datetime) -> Move:
         name, waiting = new.job.name, self._pending.jobs.get(new.job.name)
         job = waiting.candidate.job if waiting is not None else self._fleet.holdings.jobs[name]
         self._fleet.hold(job, self._fleet.holdings.held(name), new.claim)
+        self._promises.claims(name)
         if waiting is not None:
             self._join(waiting.candidate)
             self._unanswered.pop(name, None)

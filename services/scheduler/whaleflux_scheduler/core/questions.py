@@ -33,10 +33,10 @@ class Questions:
     def __init__(self, half_life_s: float, rules: RebalanceRules | None = None) -> None:
         self._shares = QueueShares(half_life_s)
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
-        self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, rules)
         self._estimates = Estimates()
         self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates)
         self._fleet.lent = self._promises.covered
+        self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property
     def waiting(self) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import running_time
 from whaleflux_scheduler.core.attempt_failures import ended_by
+from whaleflux_scheduler.core.estimates import Estimates, end_of
 from whaleflux_scheduler.core.going_on import Place
 from whaleflux_scheduler.core.lifecycle import may_go_on
 from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job
@@ -141,7 +142,7 @@ def may_move(job: Job, now: datetime, rules: RebalanceRules) -> bool:
 def resumes(job: Job) -> bool:
     """Whether it goes on from a checkpoint: its file says how often it saves, or where."""
     spec = job.spec
-    return bool(spec.checkpoint_every_steps or spec.checkpoint_location or getattr(spec, "elastic_resumes", False))
+    return bool(spec.checkpoint_every_steps or spec.checkpoint_location or spec.elastic_resumes)
 
 
 def rested(job: Job, now: datetime, rest_s: float) -> bool:
@@ -236,15 +237,10 @@ def _moved(job: Job) -> Iterator[tuple[Attempt, Attempt]]:
             yield attempt, again
 
 
-LeftS = Callable[[Job], float]
-"""How long a running job probably still runs, seconds."""
-
-
-def as_long_again_s(now: datetime) -> LeftS:
-    """Of work of which nothing else is known: as long as it has run, within its time limit."""
-
-    def left_s(job: Job) -> float:
-        ran_s, limit_s = running_time.run_s(job, now), job.spec.time_limit_s
-        return ran_s if limit_s is None else min(ran_s, max(0.0, limit_s - ran_s))
-
-    return left_s
+def left_s(estimates: Estimates, job: Job, now: datetime) -> float:
+    """How long a running job probably still runs, seconds. What is not said is guessed low: no longer than it has run already."""
+    end = end_of(estimates, job, now)
+    if end is None:
+        return 0.0
+    left = max(0.0, (end.likely - now).total_seconds())
+    return left if job.spec.expected_s is not None else min(left, running_time.run_s(job, now))

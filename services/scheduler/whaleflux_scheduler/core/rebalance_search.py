@@ -9,7 +9,7 @@ from datetime import datetime
 from whaleflux_scheduler.core.decisions import assignment_of
 from whaleflux_scheduler.core.going_on import Place, positions
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
-from whaleflux_scheduler.core.model import ClaimPurpose, Job
+from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.placement.api import Cost, Goal, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.relocate import Movable, Relocation, Relocator, no_worse, set_aside
@@ -38,14 +38,14 @@ class Search:
     ) -> None:
         self._engine, self._holdings, self._rules, self._now = engine, holdings, rules, now
         self._budget_gpu_s, self._moves = budget_gpu_s, rules.most_moves
-        self.movable = {job.name: job for job in free_to_move(holdings) if may_move(job, now, rules)}
+        self._able = {job.name: job for job in holdings.jobs.values() if may_move(job, now, rules)}
 
     def for_gang(self, gang: Gang) -> Proposal | None:
         """The moves that let the gang start, if they are worth it."""
         with self._engine.transaction() as trial:
             if (own := claim_id(gang.job.name)) in self._engine.placements:  # what it was promised
                 self._engine.release(own)
-            found = self._relocator(gang.job.spec.priority).find(gang.request)
+            found = self._relocator(gang.job).find(gang.request)
             proposal = self._making_room(gang, found) if found is not None else None
             if proposal is None or not self._accepts(proposal, proposal.gain_gpu_s):
                 return None
@@ -54,7 +54,7 @@ class Search:
         return proposal
 
     def _making_room(self, gang: Gang, found: Relocation) -> Proposal:
-        moves = tuple(self._move(self.movable[place.id], place) for place in found.moved)
+        moves = tuple(self._move(self._able[place.id], place) for place in found.moved)
         gain = gain_gpu_s(gang.job, [move.job for move in moves], self._now, self._rules)
         return Proposal(moves, gain, gang.job, self._place_of(found.placement), request=gang.request)
 
@@ -95,11 +95,11 @@ class Search:
 
     def look_closer_at(self, from_name: str) -> Iterator[Job]:
         """Running jobs that might run closer or cheaper, in turn: the first one after `from_name` first."""
-        names = sorted(name for name, job in self.movable.items() if _may_be_closer(job, self._now))
+        free = (job for job in free_to_move(self._holdings) if job.name in self._able)
+        jobs = {job.name: job for job in free if _may_be_closer(job, self._now)}
+        names = sorted(jobs)
         at = next((at for at, name in enumerate(names) if name > from_name), 0)
-        for name in (*names[at:], *names[:at]):
-            if name in self.movable:
-                yield self.movable[name]
+        yield from (jobs[name] for name in (*names[at:], *names[:at]) if name in self._able)
 
     def _accepts(self, proposal: Proposal, gain_gpu_s: float) -> bool:
         cost = proposal.cost_gpu_s
@@ -111,15 +111,16 @@ class Search:
         self._moves -= len(proposal.moves)
         self._budget_gpu_s -= proposal.cost_gpu_s
         for move in proposal.moves:
-            del self.movable[move.job.name]
+            del self._able[move.job.name]
 
     @property
     def exhausted(self) -> bool:
         return self._moves <= 0 or self._budget_gpu_s <= 0
 
-    def _relocator(self, priority: int) -> Relocator:
+    def _relocator(self, gang: Job) -> Relocator:
         """Nobody moves for a job of lower priority."""
-        movable = (self._as_movable(job) for job in self.movable.values() if job.spec.priority <= priority)
+        free = (job for job in free_to_move(self._holdings, gang.name) if job.name in self._able)
+        movable = (self._as_movable(job) for job in free if job.spec.priority <= gang.spec.priority)
         return Relocator(self._engine, movable, most_moves=self._moves)
 
     def _as_movable(self, job: Job) -> Movable:
@@ -135,13 +136,11 @@ class Search:
         return assignment_of(placement, self._holdings.devices).nodes
 
 
-def free_to_move(holdings: Holdings) -> Iterator[Job]:
-    """Jobs that hold GPUs which nobody else claims, and that nobody has asked to make room."""
+def free_to_move(holdings: Holdings, gang: str = "") -> Iterator[Job]:
+    """Jobs that hold GPUs which nobody but the gang claims, and that nobody has asked to make room."""
     asked = {victim for claim in holdings.claims.values() for victim in claim.victims}
-    soon = [claim for claim in holdings.claims.values() if claim.purpose is not ClaimPurpose.RESERVATION]
-    claimed = {
-        uuid for claim in soon for _, uuids in claim.nodes for uuid in uuids
-    }  # what is promised may be left early
+    others = (claim for name, claim in holdings.claims.items() if name != gang)
+    claimed = {uuid for claim in others for _, uuids in claim.nodes for uuid in uuids}
     for name, job in holdings.jobs.items():
         if name in asked or holdings.disputed(name) or not (held := holdings.held(name)):
             continue

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from whaleflux import names
 from whaleflux.errors import Aborted
+from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.going_on import Place, positions
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
@@ -23,12 +24,11 @@ from whaleflux_scheduler.core.rebalance import (
     Budget,
     Gang,
     JobMove,
-    LeftS,
     Proposal,
     RebalancePlan,
     RebalanceRules,
-    as_long_again_s,
     identity,
+    left_s,
     may_move,
     waits_since,
 )
@@ -51,23 +51,24 @@ class NewClaim:
 class Rebalancer:
     """See the module."""
 
-    def __init__(self, engine: Engine, holdings: Holdings, rules: RebalanceRules | None = None) -> None:
-        self._engine, self._holdings, self.rules = engine, holdings, rules or RebalanceRules()
+    def __init__(
+        self, engine: Engine, holdings: Holdings, estimates: Estimates, rules: RebalanceRules | None = None
+    ) -> None:
+        self._engine, self._holdings, self._estimates = engine, holdings, estimates
+        self.rules = rules or RebalanceRules()
         self._budget = Budget(self.rules.budget)
         self._looked: dict[str, datetime] = {}  # gangs, and when they were looked at in vain
         self._closer_from = ""  # running jobs are looked at in turn
         self._plans: OrderedDict[str, RebalancePlan] = OrderedDict()
 
-    def plan(
-        self, gangs: Iterable[Gang], now: datetime, left_s: LeftS | None = None, *, thorough: bool = False
-    ) -> RebalancePlan:
+    def plan(self, gangs: Iterable[Gang], now: datetime, *, thorough: bool = False) -> RebalancePlan:
         """What to move now. `thorough`: also for gangs that were looked at lately in vain. Changes nothing that a decision could see."""
         gpus = sum(usable.bit_count() for usable in self._engine.columns.usable)
         budget = self._budget.left_gpu_s(gpus, self._holdings.jobs.values(), now)
         with self._engine.transaction():  # never committed
             search = Search(self._engine, self._holdings, self.rules, now, budget)
             proposals = [*self._for_gangs(search, self._to_look_at(gangs, now, thorough=thorough), now)]
-            proposals += self._closer(search, left_s or as_long_again_s(now))
+            proposals += self._closer(search, now)
         made = RebalancePlan(now, tuple(proposals), budget)
         self._plans[made.etag] = made
         while len(self._plans) > KEPT_PLANS:
@@ -91,12 +92,12 @@ class Rebalancer:
             else:
                 self._looked[gang.job.name] = now
 
-    def _closer(self, search: Search, left_s: LeftS) -> Iterator[Proposal]:
+    def _closer(self, search: Search, now: datetime) -> Iterator[Proposal]:
         for _, job in zip(range(self.rules.most_closer), search.look_closer_at(self._closer_from), strict=False):
             if search.exhausted:
                 return
             self._closer_from = job.name
-            if (found := search.closer(job, left_s(job))) is not None:
+            if (found := search.closer(job, left_s(self._estimates, job, now))) is not None:
                 yield found
 
     # carrying out
@@ -116,10 +117,11 @@ class Rebalancer:
 
     def _changes(self, plan: RebalancePlan, waiting: Mapping[str, Job], now: datetime) -> list[str]:
         """What is not as the plan found it."""
-        free = {job.name: job for job in free_to_move(self._holdings)}
         found: list[str] = []
         with self._engine.transaction():  # never committed
             for proposal in plan.proposals:
+                gang = proposal.gang.name if proposal.gang is not None else ""
+                free = {job.name: job for job in free_to_move(self._holdings, gang)}
                 found += self._changed(proposal, free, waiting, now)
         return found
 

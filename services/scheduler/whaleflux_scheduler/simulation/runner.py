@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import cost
 from whaleflux_scheduler.core.plan import Move, Plan
+from whaleflux_scheduler.core.rebalance import RebalancePlan, RebalanceRules
 from whaleflux_scheduler.simulation import happenings, moves
 from whaleflux_scheduler.simulation.records import MoveLog, Spans
 from whaleflux_scheduler.simulation.state import Result, State
 from whaleflux_scheduler.simulation.timeline import NEVER_S, instant, second_of
 from whaleflux_scheduler.simulation.workload import NodeEvent, Submission, Workload
 
+LOOK_EVERY_S = 60.0  # for moves of running jobs
+AfterRebalance = Callable[[float, State, RebalancePlan], None]
+"""Called with the second, the simulation's state and what was moved."""
 SIMULATED = (
     "no agents, network or store: starts, checkpoints, restarts and lost nodes take the workload's `delays`; jobs run for as long as the "
     "workload says, whatever their place; all decisions are the production planner's, which needs no time for them"
@@ -37,11 +41,15 @@ class Simulation:
         log: MoveLog | None = None,
         spans: Spans | None = None,
         decision_time: float = 0.0,
+        rebalance: RebalanceRules | None = None,
+        after_rebalance: AfterRebalance | None = None,
     ) -> None:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
         self._state = State(nodes, workload.queues, workload.delays, result)
-        self._plan, self._decision_time = Plan(reasons=False), decision_time
+        self._plan, self._decision_time = Plan(reasons=False, rules=rebalance), decision_time
+        self._rebalance, self._after_rebalance = rebalance is not None, after_rebalance
+        self._look_s = LOOK_EVERY_S
         self._arrivals = workload.in_order()
         for event in events:
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
@@ -57,12 +65,16 @@ class Simulation:
             due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S, self._plan_s())
             if due_s == NEVER_S or due_s > until_s:
                 break
+            if self._rebalance:  # a look alone is nothing that goes on
+                due_s = min(due_s, max(state.now_s, self._look_s))
             state.now_s = now_s = max(state.now_s, self._round_of(due_s))
             state.timeline.run_until(now_s)
             while arrival is not None and arrival.at_s <= now_s:
                 happenings.submit(state, arrival)
                 arrival = next(self._arrivals, None)
             self._decide(look=self._plan_s() <= now_s)
+            if self._rebalance and now_s >= self._look_s:
+                self._look_for_moves()
         self._finish(state.now_s if until_s == NEVER_S else until_s)
         state.result.total_s = time.thread_time() - begun
         return state.result
@@ -90,6 +102,26 @@ class Simulation:
             result.steps += 1
             result.step_s += decided - begun
             result.apply_s += time.thread_time() - decided
+
+    def _look_for_moves(self) -> None:
+        """As the leader does each minute when it may move."""
+        state, result = self._state, self._state.result
+        at_s, begun = state.now_s, time.thread_time()
+        self._look_s = at_s + LOOK_EVERY_S
+        plan = self._plan.plan_rebalance(instant(at_s))
+        result.looks, result.look_s = result.looks + 1, result.look_s + time.thread_time() - begun
+        if not plan.proposals:
+            return
+        result.rebalances.append(plan)
+        for move in self._plan.apply_rebalance(plan.etag, instant(at_s))[1]:
+            moves.apply(at_s, state, move)
+        if self._after_rebalance is not None:
+            self._after_rebalance(at_s, state, plan)
+        self._decide()
+
+    def check(self) -> None:
+        """Raises AssertionError when a GPU is held twice, or the plan holds something else than the jobs do."""
+        self._plan.check()
 
     def _finish(self, end_s: float) -> None:
         """Books what still goes on."""

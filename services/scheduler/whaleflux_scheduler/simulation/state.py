@@ -12,6 +12,7 @@ from whaleflux_scheduler.core.holdings import held_by
 from whaleflux_scheduler.core.model import Job, JobState, Queue
 from whaleflux_scheduler.core.observed import NodeCondition
 from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.rebalance import RebalancePlan
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.simulation.records import MoveLog, Outcomes, Series, Spans
 from whaleflux_scheduler.simulation.running import SimulatedJob
@@ -68,6 +69,9 @@ class Result:
     step_s: float = 0.0  # wall time in the planner
     apply_s: float = 0.0  # in the transitions that its moves make
     total_s: float = 0.0
+    rebalances: list[RebalancePlan] = field(default_factory=list)  # that were carried out
+    looks: int = 0  # for moves of running jobs
+    look_s: float = 0.0  # wall time in them
 
 
 class State:
