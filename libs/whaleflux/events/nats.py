@@ -333,13 +333,22 @@ class _NatsFeed:
 
     async def close(self, unseen: Sequence[Delivery] = ()) -> None:
         with contextlib.suppress(nats.errors.Error, StatusError):
-            if self._inbox:
-                await self._inbox.unsubscribe()
+            await self._leave()
+        with contextlib.suppress(nats.errors.Error, StatusError):
             given_back = sorted([*unseen, *drain(self.arrivals)], key=lambda event: event.sequence)
             for event in given_back:
                 await event.nak()
                 if event is given_back[0]:  # lets the server notice that nobody waits; it would reorder a burst
                     await self._bus.call(self._bus.client.flush())
+
+    async def _leave(self) -> None:
+        """What is on its way arrives first: else nobody would give it back, and it came again only when its time to be settled is over."""
+        if self._inbox is None:
+            return
+        if self._bus.client.is_connected:
+            await self._bus.call(self._inbox.drain())
+        else:
+            await self._inbox.unsubscribe()
 
     async def _arrived(self, message: Msg) -> None:
         status = (message.headers or {}).get("Status", "")
