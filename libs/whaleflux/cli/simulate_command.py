@@ -18,6 +18,7 @@ from whaleflux.cli.state import Output, fleet, pages
 
 _MODULE = "whaleflux_scheduler.simulation"
 _MOST_JOBS = 100_000
+_MOST_ROWS = 2_000_000  # of a trace, as the simulator reads
 
 
 def simulate(
@@ -29,7 +30,9 @@ def simulate(
         float | None,
         typer.Option("--load", min=0.01, max=10.0, help="Move the trace's jobs closer: GPU time asked for."),
     ] = None,
-    first: Annotated[int | None, typer.Option("--first", min=1, help="Only so many jobs of the trace.")] = None,
+    first: Annotated[
+        int | None, typer.Option("--first", min=1, max=_MOST_ROWS, help="Only so many jobs of the trace.")
+    ] = None,
     estimates: Annotated[
         str, typer.Option("--estimates", help="What users say of run times: exact, uniform, lognormal, none.")
     ] = "",
