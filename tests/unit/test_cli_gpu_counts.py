@@ -38,7 +38,7 @@ def test_what_others_leave_of_shared_gpus_is_counted_in_bytes_and_not_as_free_gp
 )  # fmt: skip
 def test_a_job_shows_what_each_rank_has(gpu, shown):
     spec = scheduler_pb2.JobSpec(gpus=2, gpu=scheduler_pb2.GpuRequirement(**gpu))
-    assert gpus_of(spec) == shown
+    assert gpus_of(spec, 2) == shown
 
 
 class TestWhatDoesNotHold:

@@ -18,6 +18,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import Claim, Job, JobState, SchedulingDecision, Task, TaskPhase
 from whaleflux_scheduler.core.observed import IN_ORDER, NodeCondition, Observations, Report, Timeouts
+from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.task_index import TaskIndex, nodes_to_tell
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -184,13 +185,13 @@ async def test_steps_of_jobs_that_run_are_not_written():
         name = await world.submit(1)
         await world.reaches(name, "RUNNING")
         await world.caught_up()
-        before = (await world.store.list("", limit=1)).revision
+        before = await world.store.get(key_of(name))
         for step in range(120):
             agent.step(name, 1, step, 1.0 / (step + 1))
             await world.clock.sleep(1.0)
         await until(lambda: agent.heard, "it was heard")
         assert (await world.job(name)).step == 119
-        assert (await world.store.list("", limit=1)).revision == before
+        assert await world.store.get(key_of(name)) == before
 
 
 async def test_allocations_come_in_pages_that_leave_nothing_out():

@@ -88,6 +88,10 @@ def _reflection(outside: Calls) -> Attempt:
     path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 
     async def do() -> Reply:
+        reply = await once()
+        return await once() if "from Core" in reply.words else reply  # of the attacker's own grpc, not of the suite
+
+    async def once() -> Reply:
         asking = outside.channel.stream_stream(path)(timeout=5)
         try:
             await asking.write(b"\x3a\x01*")

@@ -347,7 +347,7 @@ class Plan(Questions):
             job = waiting.candidate.job
             if name in moved or watch.over or self._over_limit(job) or self._over_array_limit(job):
                 continue
-            request = replace(waiting.line.kind.request, id=name)
+            request = replace(self._within_quota(waiting.line.kind.request, job), id=name)
             if (claim := self._promises.promise(job, request, now)) is not None:
                 moves.append(self._promised(name, claim, now))
         return moves
