@@ -23,7 +23,7 @@ from benchmarks.elastic_policies import Outcome, gavel, pollux, sia, simulate
 
 GPUS, MANY_GPUS = 64, 2048
 PUBLISHED = (
-    "published for Pollux on 64 T4 and jobs of this kind (OSDI 2021, Table 2): average 1.2 h, p99 8.8 h; for Sia's Philly jobs, which are not "
+    "published for Sia's Philly jobs, which are not "
     "these, on 64 mixed GPUs (SOSP 2023, Table 3): Sia 0.6 / 9.5 h, Pollux 1.0 / 14.9 h, Gavel with tuned jobs 1.9 / 30.0 h"
 )
 Run = Callable[[Sequence[TracedJob]], Outcome]
