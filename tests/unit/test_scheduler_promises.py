@@ -218,3 +218,18 @@ def test_who_was_promised_nothing_is_told_when_it_probably_starts():
     reasons = " ".join(plan.explain(small, (), NOW).reasons)
     assert "expected to start 2026-05-01T01:00" in reasons
     assert runs.state is JobState.RUNNING
+
+
+def test_a_job_that_was_too_large_for_any_node_until_one_came_may_leave():
+    """The plan is asked by news alone: who is forgotten in one line and stays in another would end it."""
+    plan = plan_of(1)
+    gang = waiting("gang", 6)
+    plan.step(offered(gang), NOW)
+    larger = node("s/larger", 8)
+    plan.step(News(nodes=(larger,), closed={larger.name: "cordoned"}), NOW)
+    again = replace(gang, spec=replace(gang.spec, priority=1))
+    plan.step(offered(again), NOW)
+    plan.step(News(gone=(gang.name,), candidates={gang.name: None}), NOW)
+    other = waiting("other", 6)
+    plan.step(offered(other), NOW + timedelta(seconds=1))
+    plan.check()

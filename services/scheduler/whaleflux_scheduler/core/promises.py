@@ -142,14 +142,19 @@ class Promises:
             return
         large = self._largest_node > 0 and request.units > self._largest_node
         known = self._asking.get(job.name)
+        self._lines[not large].leave(job.name)  # the largest node may be another now
         self._asking[job.name] = _Asking(job, large, known.again_s if known else 0.0)
         if job.name not in self._starts:
             self._lines[large].join(job)
 
     def leaves(self, name: str) -> None:
         """It waits no more."""
-        if (asking := self._asking.pop(name, None)) is not None:
-            self._lines[asking.large].leave(name)
+        if self._asking.pop(name, None) is not None:
+            self._leave_lines(name)
+
+    def _leave_lines(self, name: str) -> None:
+        for line in self._lines.values():
+            line.leave(name)
 
     def claims(self, name: str) -> None:
         """Holdings has another claim of the job."""
@@ -165,8 +170,7 @@ class Promises:
             if self._starts.pop(name, None) is not None and asking is not None:
                 self._lines[asking.large].join(asking.job)
             return
-        if asking is not None:
-            self._lines[asking.large].leave(name)
+        self._leave_lines(name)
         start_s = claim.start_time.timestamp()
         if (self._starts.get(name), self._places.get(name)) != (start_s, claim.nodes):
             self._places[name] = claim.nodes
