@@ -34,6 +34,7 @@ DOORS: dict[str, Door] = {
     "kueue_generators": Door(commands=("submit",), fields=("gpus", "priority", "place")),
     "scheduler_speed": Door(commands=("submit",), fields=("gpus", "priority")),
     "scheduler_store": Door(commands=("submit",)),
+    "leader_loss": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),

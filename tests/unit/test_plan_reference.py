@@ -205,3 +205,21 @@ def test_who_waits_costs_nothing_when_what_came_free_cannot_help_it(monkeypatch)
     moves = plan.step(News(jobs=(over,)), NOW)
     assert [move.job.split("/")[3] for move in moves if move.assignment] == ["alike0"]
     assert len(asked) == 1
+
+
+def test_who_is_guaranteed_room_has_it_made_though_others_alike_wait_in_vain():
+    """Its class was refused for another queue, for which nobody makes room."""
+    plan, asked = Plan(), Spec(command=("x",), gpus=1)
+    queues = QUEUES | {"q": Queue("queues/q", guaranteed_gpus=4)}
+    plan.step(News(nodes=(NODES[0],), closed={NODES[0].name: ""}, queues=queues), NOW)
+    first = [Job(f"queues/p/jobs/j{i}", asked, JobState.QUEUED, NOW + timedelta(seconds=i)) for i in range(5)]
+    moves = plan.step(News(jobs=tuple(first), candidates={one.name: Candidate(one) for one in first}), NOW)
+    placed = {move.job: lifecycle.place(first[0], move.assignment, move.decision, NOW) for move in moves if move.assignment}
+    running = tuple(
+        replace(placed[one.name], name=one.name, state=JobState.RUNNING) for one in first if one.name in placed
+    )
+    assert len(running) == 4
+    assert not any(move.claim for move in plan.step(News(jobs=running), NOW))
+    ours = Job("queues/q/jobs/ours", asked, JobState.QUEUED, NOW + timedelta(seconds=9))
+    moves = plan.step(News(jobs=(ours,), candidates={ours.name: Candidate(ours)}), NOW)
+    assert [move.job for move in moves if move.claim] == [ours.name]

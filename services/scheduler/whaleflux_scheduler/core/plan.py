@@ -230,7 +230,10 @@ class Plan(Questions):
             self._needs.add(kind, kind.need)
         if line.first() == (job.create_time.timestamp(), job.name):
             self._turns.enter(line)
-        if not kind.settled:
+        quota = self._shares.quota
+        if kind.settled and len(line.names) == 1 and quota.guarantees and quota.below_guarantee(line.queue):
+            self._make_room_for((kind,))  # it was settled by queues for which nobody makes room
+        elif not kind.settled:
             self._turns.activate(kind)
         if self._reasons:
             self._unanswered[job.name] = None
