@@ -214,7 +214,9 @@ def test_who_is_guaranteed_room_has_it_made_though_others_alike_wait_in_vain():
     plan.step(News(nodes=(NODES[0],), closed={NODES[0].name: ""}, queues=queues), NOW)
     first = [Job(f"queues/p/jobs/j{i}", asked, JobState.QUEUED, NOW + timedelta(seconds=i)) for i in range(5)]
     moves = plan.step(News(jobs=tuple(first), candidates={one.name: Candidate(one) for one in first}), NOW)
-    placed = {move.job: lifecycle.place(first[0], move.assignment, move.decision, NOW) for move in moves if move.assignment}
+    placed = {
+        move.job: lifecycle.place(first[0], move.assignment, move.decision, NOW) for move in moves if move.assignment
+    }
     running = tuple(
         replace(placed[one.name], name=one.name, state=JobState.RUNNING) for one in first if one.name in placed
     )
