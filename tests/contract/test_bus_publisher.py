@@ -42,7 +42,7 @@ async def read(bus, got):
             await event.ack()
 
 
-async def until(condition, limit_s=20.0):
+async def until(condition, limit_s=60.0):
     async with asyncio.timeout(limit_s):
         while not condition():  # other tasks' lists tell nobody
             await asyncio.sleep(0.01)
@@ -94,6 +94,8 @@ async def test_crashes_of_store_bus_and_publisher_lose_no_change_and_repeat_none
 
             first = publish()
             start(read(bus, got))
+            await store.commit(Put(f"{keys.JOBS}q/first", b""))
+            await until(lambda: got)  # from its first list on it tells each change; what was replaced before is no news
             writers = [start(write(store, f"{keys.JOBS}q/{name}", written.setdefault(name, []), stop)) for name in "ab"]
 
             async def more(count=30):
