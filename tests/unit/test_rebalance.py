@@ -15,10 +15,20 @@ from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.holdings import held_by
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, SchedulingDecision, TaskPhase
+from whaleflux_scheduler.core.movers import Movers
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News, Plan
-from whaleflux_scheduler.core.rebalance import Budget, RebalanceRules, move_cost_gpu_s, resumes, unsaved_s
+from whaleflux_scheduler.core.rebalance import (
+    LEAST_MOVING,
+    Budget,
+    RebalanceRules,
+    may_move,
+    move_cost_gpu_s,
+    moving_gpus,
+    resumes,
+    unsaved_s,
+)
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -217,6 +227,41 @@ class TestPlan:
         fleet.decide()
         assert moves_of(fleet.plan.plan_rebalance(NOW)) == ["short"]
 
+    def test_a_checkpoint_that_was_committed_lately_makes_a_move_cheap(self):
+        fleet = Fleet("a", "b")
+        fleet.runs(job("long", 2), "a", 0, 1, since=-20 * HOUR)
+        fleet.runs(job("short", 2), "b", 0, 1)
+        fleet.store(gang("gang", 4))
+        fleet.decide()
+        fleet.plan.apply(News(saved={"queues/q/jobs/long": NOW - timedelta(seconds=50)}))
+        (proposal,) = fleet.plan.plan_rebalance(NOW).proposals
+        assert [move.job.id for move in proposal.moves] == ["long"]
+        assert proposal.cost_gpu_s == pytest.approx(2 * (30 + 60 + 5))
+
+    def test_who_finds_no_other_place_stays_and_others_move(self):
+        """To empty `c` is cheapest, but what runs there needs a whole node itself."""
+        fleet = Fleet("a", "b", "c", "d")
+        for short in "ab":
+            fleet.runs(job(f"on-{short}", 1), short, 0, since=-10 * HOUR)
+        fleet.runs(job("whole", 4, max_nodes=1), "c", 0, 1, 2, 3)
+        fleet.runs(job("pinned", 2, checkpoint_every_steps=0), "d", 0, 1)
+        fleet.store(gang(at=-4 * HOUR))
+        fleet.decide()
+        fleet.plan.apply(News(saved={"queues/q/jobs/whole": NOW}))
+        assert sorted(moves_of(fleet.plan.plan_rebalance(NOW))) == ["on-a", "on-b"]
+
+    def test_so_many_move_at_once_and_no_more(self):
+        """Each of five jobs that wait needs four GPUs of others to move."""
+        fleet = Fleet(*"abcdefghij", gpus=8, rules=RebalanceRules(moving=0.0, most_gangs=5))
+        for short in "abcdefghij":
+            fleet.runs(job(f"on-{short}", 4), short, 0, 1, 2, 3)
+        for number in range(5):
+            fleet.store(job(f"gang-{number}", 8, max_nodes=1, at=-timedelta(hours=2, minutes=number)))
+        fleet.decide()
+        assert len(fleet.rebalance().proposals) == 4
+        assert moving_gpus(known.claim for known in fleet.jobs.values() if known.claim) == LEAST_MOVING
+        assert fleet.plan.plan_rebalance(NOW, thorough=True).proposals == (), "until the first ones have arrived"
+
     def test_a_day_costs_no_more_than_its_share(self):
         poor = fragmented(RebalanceRules(budget=0.0008))
         assert poor.plan.plan_rebalance(NOW).proposals == (), "12 GPUs: 830 GPU-seconds a day, and 900 are needed"
@@ -232,7 +277,9 @@ class TestPlan:
         ended = replace(known.attempt, end_time=NOW - 2 * HOUR, end_reason="moved: x")
         again = replace(known.attempt, epoch=5, run_time=NOW - 2 * HOUR + timedelta(seconds=100))
         moved = replace(known, past_attempts=(ended,), attempt=again)
-        assert Budget(1.0).left_gpu_s(1, [moved], NOW) == pytest.approx(86400 - 100)
+        budget = Budget(1.0)
+        budget.learn(moved)
+        assert budget.left_gpu_s(1, NOW) == pytest.approx(86400 - 100)
 
     def test_what_runs_far_apart_comes_together_when_it_can(self):
         fleet = Fleet("a", "b")
@@ -418,3 +465,45 @@ def test_a_plan_makes_the_gang_fit_and_moves_only_who_may_be_moved(jobs, whole, 
     assert all(fleet.jobs[name].state is JobState.RUNNING for name in movers)
     others = before.keys() - {waits.name, *movers}
     assert all(held_by(fleet.jobs[name]) == before[name] for name in others)
+
+
+KIND = st.sampled_from([{}, {"checkpoint_every_steps": 0}, {"time_limit_s": 3700.0}, {"priority": 2}])
+CHANGE = st.tuples(st.integers(0, 5), st.sampled_from(["runs", "ends", "steps", "saves", "restarts"]), KIND)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CHANGE, max_size=25), st.integers(0, 2))
+def test_the_columns_say_what_the_records_say(changes, priority):
+    """Whatever was learned in between: who may be moved, where from, and at what cost."""
+    fleet, movers, jobs, saved = Fleet(*"abcdef"), Movers(), {}, {}
+    for number, what, spec in changes:
+        name = f"queues/q/jobs/j{number}"
+        match what:
+            case "runs":
+                jobs[name] = fleet.runs(
+                    job(f"j{number}", 2, **spec), "abcdef"[number], 0, 1, since=-HOUR * (number + 1)
+                )
+            case "ends" if name in jobs:
+                jobs[name] = told(jobs[name], TaskPhase.EXITED)
+            case "steps" if name in jobs:
+                jobs[name] = replace(jobs[name], step=jobs[name].step + 500)
+            case "restarts" if name in jobs:
+                past = replace(jobs[name].attempt, end_time=NOW - timedelta(minutes=50 + 5 * number), end_reason="x")
+                jobs[name] = replace(jobs[name], past_attempts=(past,))
+            case "saves":
+                saved = {**saved, name: NOW - timedelta(minutes=number)}
+                movers.saved(saved)
+        if name in jobs:
+            movers.learn(jobs[name])
+    columns = fleet.plan._fleet.engine.columns
+    able = movers.able(columns, NOW.timestamp(), RebalanceRules().rest_s)
+    expected = {
+        (columns.index[known.attempt.nodes[0]], name): move_cost_gpu_s(known, NOW, saved.get(name))
+        for name, known in jobs.items()
+        if may_move(known, NOW, RebalanceRules()) and known.spec.priority <= priority
+    }
+    found = able.movables((), priority, columns.count)
+    assert {(row, name): cost for row in range(columns.count) for name, cost in found.on([row]).items()} == {
+        key: pytest.approx(cost) for key, cost in expected.items()
+    }
+    assert found.held.sum() == 2 * len(expected)

@@ -110,6 +110,11 @@ class Holdings:
     def disputed(self, job: str) -> bool:
         return job in self._disputed
 
+    @property
+    def all_disputed(self) -> Collection[str]:
+        """Jobs of whose GPUs, held or claimed, others hold some too."""
+        return frozenset(map(job_of, self._disputed))
+
     def by_job(self) -> dict[str, Gpus]:
         """What each job holds."""
         return {job: dict(held) for job, held in self._held.items()}

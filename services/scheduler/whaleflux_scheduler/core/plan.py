@@ -131,6 +131,7 @@ class Plan(Questions):
             self._shares.recall(news.past_uses)
         if news.saved is not None:
             self._fleet.holdings.saved = news.saved
+            self._rebalancer.saved(news.saved)
         self._know_datasets(news)
         for node in news.nodes:
             fleet.upsert(node)
@@ -146,6 +147,7 @@ class Plan(Questions):
             self._resizing.forget(name)
             fleet.forget(name)
             self._promises.forget(name)
+            self._rebalancer.forget(name)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
 
@@ -168,6 +170,7 @@ class Plan(Questions):
         self._fleet.learn(job)
         self._estimates.learn(job)
         self._promises.learn(job)
+        self._rebalancer.learn(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if self._packs_by_mix and self._mix.learn(job):

@@ -18,7 +18,7 @@ from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.estimates import Estimates, end_of
 from whaleflux_scheduler.core.going_on import Place
 from whaleflux_scheduler.core.lifecycle import may_go_on
-from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job
+from whaleflux_scheduler.core.model import Attempt, Claim, ClaimPurpose, Job
 from whaleflux_scheduler.core.observed import EndReason
 from whaleflux_scheduler.core.placement.api import PlaceRequest
 
@@ -27,6 +27,8 @@ SAVE_S, USUAL_START_S = (
     60.0,
 )  # of a job of which nothing is known: its last save, and its start from the checkpoint
 FAILED_SAVES = 0.1  # the share of last saves that is taken to fail
+ENDS_SOON_S = 10 * (SAVE_S + USUAL_START_S)  # who is over by then is not moved any more
+LEAST_MOVING = 16  # GPUs
 DAY_S = 86_400.0
 
 
@@ -34,11 +36,13 @@ DAY_S = 86_400.0
 class RebalanceRules:
     """The bounds: of one plan, and of what moves may cost.
 
-    `budget`: the share of the fleet's GPU time that the moves of a day cost at most. `worth`: how many times its cost a move must gain. `rest_s`:
-    how long a job is left alone after any restart. `patience_s`: how long a gang waits first. `longest_wait_s`: no wait is expected to be longer.
+    `budget`: the share of the fleet's GPU time that the moves of a day cost at most. `moving`: the share of its GPUs whose jobs move at once, at
+    most (or `LEAST_MOVING` of them, or as many as the gang has for which they move): what checkpoint storage has to take. `worth`: how many times
+    its cost a move must gain. `rest_s`: how long a job is left alone after any restart. `patience_s`: how long a gang waits first. `longest_wait_s`: no wait is expected to be longer.
     """
 
-    most_moves: int = 16
+    most_moves: int = 128  # of one plan: what a look may cost
+    moving: float = 0.02
     most_gangs: int = 4
     most_closer: int = 8
     budget: float = 0.01
@@ -86,6 +90,11 @@ class Proposal:
         return sum(move.cost_gpu_s for move in self.moves)
 
     @property
+    def gpus(self) -> int:
+        """Of those who move."""
+        return sum(move.gpus for move in self.moves)
+
+    @property
     def why(self) -> str:
         """One sentence, with gain and cost."""
         cost = f"for {_hours(self.cost_gpu_s)} of restarts"
@@ -117,6 +126,11 @@ class RebalancePlan:
         return digest.hexdigest()
 
 
+def moving_gpus(claims: Iterable[Claim]) -> int:
+    """GPUs of jobs that are on their way to a new place."""
+    return sum(len(uuids) for claim in claims if claim.purpose is ClaimPurpose.MOVE for _, uuids in claim.nodes)
+
+
 def identity(job: Job) -> tuple[str, str, int]:
     """This job in this attempt."""
     return job.name, job.uid, job.epoch
@@ -131,12 +145,18 @@ def held_place(job: Job) -> Place:
 
 
 def may_move(job: Job, now: datetime, rules: RebalanceRules) -> bool:
-    """Whether the job itself can and may go on elsewhere."""
+    """Whether the job itself can and may go on elsewhere at this moment."""
+    over = over_at(job)
+    soon = over is not None and over <= now + timedelta(seconds=ENDS_SOON_S)
+    return could_move(job) and rested(job, now, rules.rest_s) and not soon
+
+
+def could_move(job: Job) -> bool:
+    """Whether it could go on elsewhere at some time: it runs on whole GPUs, goes on from checkpoints, and changes neither size nor place already."""
     spec, attempt = job.spec, job.attempt
     if not may_go_on(job) or attempt is None or attempt.run_time is None or spec.is_service:
         return False
-    whole = 0 < attempt.gpus == spec.gpus and not spec.share_memory_bytes
-    return whole and resumes(job) and rested(job, now, rules.rest_s) and not _ends_soon(job, now)
+    return 0 < attempt.gpus == spec.gpus and not spec.share_memory_bytes and resumes(job)
 
 
 def resumes(job: Job) -> bool:
@@ -152,32 +172,43 @@ def rested(job: Job, now: datetime, rest_s: float) -> bool:
     return ended is None or (now - ended).total_seconds() >= rest_s
 
 
-def _ends_soon(job: Job, now: datetime) -> bool:
-    over = running_time.latest_end(job)
-    return over is not None and over <= now + timedelta(seconds=10 * (SAVE_S + USUAL_START_S))
+def over_at(job: Job) -> datetime | None:
+    """When its time limit ends it; None: nothing does."""
+    return running_time.latest_end(job)
 
 
-def move_cost_gpu_s(job: Job, now: datetime) -> float:
-    """GPU-seconds that a move costs: saving, starting again as long as its last start took, and what a failed save would lose."""
-    attempt = job.attempt
-    assert attempt is not None
-    start_s = USUAL_START_S
-    if attempt.run_time is not None:
+def move_cost_gpu_s(job: Job, now: datetime, saved: datetime | None = None) -> float:
+    """GPU-seconds that a move costs: saving, starting again as long as its last start took, and what a failed save would lose.
+
+    `saved`: when its newest checkpoint was committed.
+    """
+    assert job.attempt is not None
+    return job.attempt.gpus * (restart_s(job) + FAILED_SAVES * unsaved_s(job, now, saved))
+
+
+def restart_s(job: Job) -> float:
+    """To save and to start again, which takes as long as its last start did."""
+    attempt, start_s = job.attempt, USUAL_START_S
+    if attempt is not None and attempt.run_time is not None:
         start_s = max(start_s, (attempt.run_time - attempt.allocate_time).total_seconds())
-    return attempt.gpus * (min(SAVE_S, job.grace_s) + start_s + FAILED_SAVES * unsaved_s(job, now))
+    return min(SAVE_S, job.grace_s) + start_s
 
 
-def unsaved_s(job: Job, now: datetime) -> float:
-    """The work since its last regular checkpoint, at most, seconds: since it began to run, or the time between two, where its steps tell."""
+def unsaved_s(job: Job, now: datetime, saved: datetime | None = None) -> float:
+    """The work since its newest checkpoint, seconds: since it began to run, at most the time between two of them, where its steps tell."""
     attempt = job.attempt
     if attempt is None or attempt.run_time is None:
         return 0.0
     ran_s = max(0.0, (now - attempt.run_time).total_seconds())
+    since_s = ran_s if saved is None else max(0.0, (now - saved).total_seconds())
+    return min(since_s, ran_s * unsaved_share(job))
+
+
+def unsaved_share(job: Job) -> float:
+    """Of the time that its attempt has run, what lies between two regular checkpoints; all of it where its steps do not tell."""
     last = job.past_attempts[-1].step if job.past_attempts else -1
-    steps = job.step - max(last, 0)
-    if job.spec.checkpoint_every_steps and steps > 0:
-        return min(ran_s, job.spec.checkpoint_every_steps * ran_s / steps)
-    return ran_s
+    steps, every = job.step - max(last, 0), job.spec.checkpoint_every_steps
+    return min(1.0, every / steps) if every and steps > 0 else 1.0
 
 
 # who waits, and what that costs
@@ -217,13 +248,15 @@ class Budget:
         """The job is moved out of its present epoch."""
         self._spent[job.uid or job.name, job.epoch] = (now, cost_gpu_s)
 
-    def left_gpu_s(self, gpus: int, jobs: Iterable[Job], now: datetime) -> float:
+    def learn(self, job: Job) -> None:
+        """What its record tells of moves."""
+        for attempt, again in _moved(job) if job.past_attempts else ():
+            if attempt.end_time is not None and again.run_time is not None:
+                cost = attempt.gpus * (again.run_time - attempt.end_time).total_seconds()
+                self._spent.setdefault((job.uid or job.name, attempt.epoch), (attempt.end_time, max(0.0, cost)))
+
+    def left_gpu_s(self, gpus: int, now: datetime) -> float:
         """What is left of the day's share of a fleet with so many GPUs."""
-        for job in jobs:
-            for attempt, again in _moved(job):
-                if attempt.end_time is not None:
-                    cost = attempt.gpus * ((again.run_time or now) - attempt.end_time).total_seconds()
-                    self._spent.setdefault((job.uid or job.name, attempt.epoch), (attempt.end_time, max(0.0, cost)))
         since = now - timedelta(seconds=DAY_S)
         self._spent = {key: spent for key, spent in self._spent.items() if spent[0] > since}
         return self.share * gpus * DAY_S - sum(cost for _, cost in self._spent.values())

@@ -10,6 +10,7 @@ from whaleflux_scheduler.core.decisions import assignment_of
 from whaleflux_scheduler.core.going_on import Place, positions
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
 from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.movers import Movers
 from whaleflux_scheduler.core.placement.api import Cost, Goal, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.relocate import Movable, Relocation, Relocator, no_worse, set_aside
@@ -20,25 +21,54 @@ from whaleflux_scheduler.core.rebalance import (
     RebalanceRules,
     gain_gpu_s,
     held_place,
-    may_move,
     move_cost_gpu_s,
 )
 from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.running_time import run_s
 
 COMM_FRACTION = 0.1  # the share of a step that communication takes at the better place
+_PASSED_OVER = 64  # jobs that could not gain by it, for each one that is looked at
 LEAST_RAN_S = 900.0  # of a job before it is looked at whether it could run closer or cheaper
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What moves may cost still, of how many GPUs they may be at once, and of how many they are already.
+
+    For a gang they may be of as many GPUs as it has itself: storage has to take its saves, too.
+    """
+
+    cost_gpu_s: float
+    gpus: int
+    moving: int = 0
+
+    def allow(self, proposal: Proposal) -> bool:
+        """Whether its moves may be made beside those that are made already."""
+        most = max(self.gpus, proposal.gang.spec.gpus if proposal.gang is not None else 0)
+        return proposal.cost_gpu_s <= self.cost_gpu_s and self.moving + proposal.gpus <= most
+
+    def after(self, proposal: Proposal) -> Bounds:
+        """What is left when they are made."""
+        return Bounds(self.cost_gpu_s - proposal.cost_gpu_s, self.gpus, self.moving + proposal.gpus)
 
 
 class Search:
     """Within a transaction of its caller, which ends without a commit."""
 
     def __init__(
-        self, engine: Engine, holdings: Holdings, rules: RebalanceRules, now: datetime, budget_gpu_s: float
+        self,
+        engine: Engine,
+        holdings: Holdings,
+        movers: Movers,
+        rules: RebalanceRules,
+        now: datetime,
+        bounds: Bounds,
     ) -> None:
         self._engine, self._holdings, self._rules, self._now = engine, holdings, rules, now
-        self._budget_gpu_s, self._moves = budget_gpu_s, rules.most_moves
-        self._able = {job.name: job for job in holdings.jobs.values() if may_move(job, now, rules)}
+        self._left, self._moves = bounds, rules.most_moves
+        self._movers = movers
+        self._able = movers.able(engine.columns, now.timestamp(), rules.rest_s)
+        self._moving: set[str] = set()  # by what was found before
 
     def for_gang(self, gang: Gang) -> Proposal | None:
         """The moves that let the gang start, if they are worth it."""
@@ -54,7 +84,7 @@ class Search:
         return proposal
 
     def _making_room(self, gang: Gang, found: Relocation) -> Proposal:
-        moves = tuple(self._move(self._able[place.id], place) for place in found.moved)
+        moves = tuple(self._move(self._holdings.jobs[place.id], place) for place in found.moved)
         gain = gain_gpu_s(gang.job, [move.job for move in moves], self._now, self._rules)
         return Proposal(moves, gain, gang.job, self._place_of(found.placement), request=gang.request)
 
@@ -88,64 +118,64 @@ class Search:
                 yield place
 
     def _goes(self, stays: Placement, goes: Placement, left_s: float) -> tuple[Gain, Placement]:
-        limits = Movable(PlaceRequest(goes.id), 0.0, stays.cost.step_communication_s, stays.cost.usd_per_hour)
+        limits = Movable(PlaceRequest(goes.id), stays.cost.step_communication_s, stays.cost.usd_per_hour)
         same = _gpus(goes) == _gpus(stays) or goes.option != stays.option
         nothing = same or not no_worse(goes, limits)
         return Gain() if nothing else closer_gain(stays.cost, goes.cost, stays.gpus, left_s), goes
 
-    def look_closer_at(self, from_name: str) -> Iterator[Job]:
-        """Running jobs that might run closer or cheaper, in turn: the first one after `from_name` first."""
-        free = (job for job in free_to_move(self._holdings) if job.name in self._able)
-        jobs = {job.name: job for job in free if _may_be_closer(job, self._now)}
-        names = sorted(jobs)
-        at = next((at for at, name in enumerate(names) if name > from_name), 0)
-        yield from (jobs[name] for name in (*names[at:], *names[:at]) if name in self._able)
+    def look_closer_at(self, most: int) -> Iterator[Job]:
+        """Running jobs that might run closer or cheaper, in turn, at most so many."""
+        busy, left = self._busy(), most
+        for name in self._movers.in_turn(_PASSED_OVER * most):
+            if not left:
+                return
+            if self._able.includes(name) and name not in busy and _may_be_closer(self._holdings.jobs[name], self._now):
+                left -= 1
+                yield self._holdings.jobs[name]
 
     def _accepts(self, proposal: Proposal, gain_gpu_s: float) -> bool:
-        cost = proposal.cost_gpu_s
-        return (
-            len(proposal.moves) <= self._moves and self._rules.worth * cost <= gain_gpu_s and cost <= self._budget_gpu_s
-        )
+        worth = self._rules.worth * proposal.cost_gpu_s <= gain_gpu_s
+        return worth and len(proposal.moves) <= self._moves and self._left.allow(proposal)
 
     def _take(self, proposal: Proposal) -> None:
         self._moves -= len(proposal.moves)
-        self._budget_gpu_s -= proposal.cost_gpu_s
-        for move in proposal.moves:
-            del self._able[move.job.name]
+        self._left = self._left.after(proposal)
+        self._moving.update(move.job.name for move in proposal.moves)
 
     @property
     def exhausted(self) -> bool:
-        return self._moves <= 0 or self._budget_gpu_s <= 0
+        return self._moves <= 0 or self._left.cost_gpu_s <= 0
 
     def _relocator(self, gang: Job) -> Relocator:
         """Nobody moves for a job of lower priority."""
-        free = (job for job in free_to_move(self._holdings, gang.name) if job.name in self._able)
-        movable = (self._as_movable(job) for job in free if job.spec.priority <= gang.spec.priority)
-        return Relocator(self._engine, movable, most_moves=self._moves)
+        count = self._engine.columns.count
+        movables = self._able.movables(self._busy(gang.name), gang.spec.priority, count)
+        return Relocator(self._engine, movables, self._as_movable, most_moves=self._moves)
 
-    def _as_movable(self, job: Job) -> Movable:
-        attempt = job.attempt
-        assert attempt is not None
-        request = place_request(job.name, job.spec, near_nodes=attempt.nodes)
-        return Movable(request, move_cost_gpu_s(job, self._now), attempt.communication_s, attempt.usd_per_hour)
+    def _busy(self, gang: str = "") -> set[str]:
+        return self._moving | not_free(self._holdings, gang)
+
+    def _as_movable(self, name: str) -> Movable:
+        job = self._holdings.jobs[name]
+        assert job.attempt is not None
+        request = place_request(name, job.spec, near_nodes=job.attempt.nodes)
+        return Movable(request, job.attempt.communication_s, job.attempt.usd_per_hour)
 
     def _move(self, job: Job, place: Placement) -> JobMove:
-        return JobMove(job, self._place_of(place), move_cost_gpu_s(job, self._now))
+        return JobMove(job, self._place_of(place), self._cost(job))
+
+    def _cost(self, job: Job) -> float:
+        return move_cost_gpu_s(job, self._now, self._holdings.saved.get(job.name))
 
     def _place_of(self, placement: Placement) -> Place:
         return assignment_of(placement, self._holdings.devices).nodes
 
 
-def free_to_move(holdings: Holdings, gang: str = "") -> Iterator[Job]:
-    """Jobs that hold GPUs which nobody but the gang claims, and that nobody has asked to make room."""
+def not_free(holdings: Holdings, gang: str = "") -> set[str]:
+    """Jobs that hold GPUs which others than the gang claim, that somebody has asked to make room, or of which it is not clear what they hold."""
+    others = [claim for name, claim in holdings.claims.items() if name != gang]
     asked = {victim for claim in holdings.claims.values() for victim in claim.victims}
-    others = (claim for name, claim in holdings.claims.items() if name != gang)
-    claimed = {uuid for claim in others for _, uuids in claim.nodes for uuid in uuids}
-    for name, job in holdings.jobs.items():
-        if name in asked or holdings.disputed(name) or not (held := holdings.held(name)):
-            continue
-        if not claimed or all(claimed.isdisjoint(uuids) for uuids in held.values()):
-            yield job
+    return asked | set(holdings.all_disputed) | {name for claim in others for name in holdings.holders_of(claim)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.going_on import Place, positions
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
+from whaleflux_scheduler.core.movers import Movers
 from whaleflux_scheduler.core.placement.api import PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import CLAIM_S
 from whaleflux_scheduler.core.rebalance import (
+    LEAST_MOVING,
     Budget,
     Gang,
     JobMove,
@@ -30,9 +32,10 @@ from whaleflux_scheduler.core.rebalance import (
     identity,
     left_s,
     may_move,
+    moving_gpus,
     waits_since,
 )
-from whaleflux_scheduler.core.rebalance_search import Search, free_to_move
+from whaleflux_scheduler.core.rebalance_search import Bounds, Search, not_free
 from whaleflux_scheduler.core.request import place_request
 
 KEPT_PLANS = 16  # that can still be applied
@@ -58,15 +61,35 @@ class Rebalancer:
         self.rules = rules or RebalanceRules()
         self._budget = Budget(self.rules.budget)
         self._looked: dict[str, datetime] = {}  # gangs, and when they were looked at in vain
-        self._closer_from = ""  # running jobs are looked at in turn
+        self._movers = Movers()
         self._plans: OrderedDict[str, RebalancePlan] = OrderedDict()
+
+    # what is the case
+
+    def learn(self, job: Job) -> None:
+        """The job as it is stored."""
+        self._movers.learn(job)
+        self._budget.learn(job)
+
+    def forget(self, name: str) -> None:
+        """Its record is gone."""
+        self._movers.forget(name)
+
+    def saved(self, newest: Mapping[str, datetime]) -> None:
+        """When the newest checkpoint of each job was committed."""
+        self._movers.saved(newest)
+
+    # looking
 
     def plan(self, gangs: Iterable[Gang], now: datetime, *, thorough: bool = False) -> RebalancePlan:
         """What to move now. `thorough`: also for gangs that were looked at lately in vain. Changes nothing that a decision could see."""
         gpus = sum(usable.bit_count() for usable in self._engine.columns.usable)
-        budget = self._budget.left_gpu_s(gpus, self._holdings.jobs.values(), now)
+        budget = self._budget.left_gpu_s(gpus, now)
+        bounds = Bounds(
+            budget, max(LEAST_MOVING, int(self.rules.moving * gpus)), moving_gpus(self._holdings.claims.values())
+        )
         with self._engine.transaction():  # never committed
-            search = Search(self._engine, self._holdings, self.rules, now, budget)
+            search = Search(self._engine, self._holdings, self._movers, self.rules, now, bounds)
             proposals = [*self._for_gangs(search, self._to_look_at(gangs, now, thorough=thorough), now)]
             proposals += self._closer(search, now)
         made = RebalancePlan(now, tuple(proposals), budget)
@@ -93,10 +116,9 @@ class Rebalancer:
                 self._looked[gang.job.name] = now
 
     def _closer(self, search: Search, now: datetime) -> Iterator[Proposal]:
-        for _, job in zip(range(self.rules.most_closer), search.look_closer_at(self._closer_from), strict=False):
+        for job in search.look_closer_at(self.rules.most_closer):
             if search.exhausted:
                 return
-            self._closer_from = job.name
             if (found := search.closer(job, left_s(self._estimates, job, now))) is not None:
                 yield found
 
@@ -120,21 +142,23 @@ class Rebalancer:
         found: list[str] = []
         with self._engine.transaction():  # never committed
             for proposal in plan.proposals:
-                gang = proposal.gang.name if proposal.gang is not None else ""
-                free = {job.name: job for job in free_to_move(self._holdings, gang)}
-                found += self._changed(proposal, free, waiting, now)
+                found += self._changed(proposal, waiting, now)
         return found
 
-    def _changed(
-        self, proposal: Proposal, free: Mapping[str, Job], waiting: Mapping[str, Job], now: datetime
-    ) -> Iterator[str]:
+    def _changed(self, proposal: Proposal, waiting: Mapping[str, Job], now: datetime) -> Iterator[str]:
         gang = proposal.gang
+        busy = not_free(self._holdings, gang.name if gang is not None else "")
         if gang is not None and ((known := waiting.get(gang.name)) is None or identity(known) != identity(gang)):
             yield f"{gang.name} does not wait any more as it did"
             return
         for move in proposal.moves:
-            known = free.get(move.job.name)
-            if known is None or identity(known) != identity(move.job) or not may_move(known, now, self.rules):
+            known = self._holdings.jobs.get(move.job.name)
+            if (
+                known is None
+                or known.name in busy
+                or identity(known) != identity(move.job)
+                or not may_move(known, now, self.rules)
+            ):
                 yield f"{move.job.name} does not run any more as it did, or must not be moved now"
                 return
         yield from self._places_gone(proposal)

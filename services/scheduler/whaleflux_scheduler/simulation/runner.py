@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import cost
-from whaleflux_scheduler.core.plan import Move, Plan
+from whaleflux_scheduler.core.plan import Move, News, Plan
 from whaleflux_scheduler.core.rebalance import RebalancePlan, RebalanceRules
 from whaleflux_scheduler.simulation import happenings, moves
 from whaleflux_scheduler.simulation.records import MoveLog, Spans
@@ -108,6 +108,7 @@ class Simulation:
         state, result = self._state, self._state.result
         at_s, begun = state.now_s, time.thread_time()
         self._look_s = at_s + LOOK_EVERY_S
+        self._plan.take_in(News(saved=state.saved(at_s)), instant(at_s))
         plan = self._plan.plan_rebalance(instant(at_s))
         result.looks, result.look_s = result.looks + 1, result.look_s + time.thread_time() - begun
         if not plan.proposals:

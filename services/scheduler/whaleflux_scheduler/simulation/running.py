@@ -43,8 +43,12 @@ class SimulatedJob:
 
     def loses_work(self, at_s: float, every_s: float) -> None:
         """What it did since its last regular checkpoint is lost."""
+        self.keeps_work(self.saved_s(at_s, every_s))
+
+    def saved_s(self, at_s: float, every_s: float) -> float:
+        """When its newest regular checkpoint was written; when it began to work, if it has none."""
         worked_s = max(0.0, at_s - self.works_from_s)
-        self.keeps_work(self.works_from_s + (worked_s - worked_s % every_s if every_s else 0.0))
+        return self.works_from_s + (worked_s - worked_s % every_s if every_s else 0.0)
 
 
 def running(job: Job, now: datetime) -> Job:

@@ -16,7 +16,7 @@ from whaleflux_scheduler.core.rebalance import RebalancePlan
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.simulation.records import MoveLog, Outcomes, Series, Spans
 from whaleflux_scheduler.simulation.running import SimulatedJob
-from whaleflux_scheduler.simulation.timeline import Timeline
+from whaleflux_scheduler.simulation.timeline import Timeline, instant
 from whaleflux_scheduler.simulation.workload import Delays
 
 
@@ -102,6 +102,12 @@ class State:
         """Nothing of the job is there any more."""
         for node in nodes:
             self.on_node[node].pop(job.name, None)
+
+    def saved(self, now_s: float) -> dict[str, datetime]:
+        """When the newest regular checkpoint of each running job was written."""
+        every_s = self.delays.checkpoint_every_s
+        working = ((name, one) for name, one in self.jobs.items() if one.job.state is JobState.RUNNING)
+        return {name: instant(one.saved_s(now_s, every_s)) for name, one in working if one.works_from_s <= now_s}
 
     def claimed_by(self, job: Job, now: datetime) -> str:
         """A job that waits for GPUs of this one, "" for none: as the leader's loop works it out."""

@@ -5,7 +5,7 @@ Unlike `preempt`, everybody keeps GPUs: a plan names the place of the request an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,16 +25,46 @@ _WORSE = 1.1  # times the communication, or the price, that a mover has now: it 
 
 @dataclass(frozen=True, slots=True)
 class Movable:
-    """Placed work that may go elsewhere. `lost_gpu_s`: what its move costs; `request` finds its new place, and bears its id."""
+    """Placed work that may go elsewhere: `request` finds its new place, and bears its id."""
 
     request: PlaceRequest
-    lost_gpu_s: float
     step_communication_s: float = 0.0  # at its present place
     usd_per_hour: float = 0.0
 
     @property
     def id(self) -> str:
         return self.request.id
+
+
+class Movables:
+    """Placed work that may go elsewhere, in columns: on which row, how many GPUs it has there, its id, and what its move costs it in all.
+
+    `held` and `cost` are by row of the fleet: GPUs that may leave it, and what it costs to empty it of them.
+    """
+
+    def __init__(self, where: Ints, gpus: Floats, ids: Sequence[str], lost_gpu_s: Floats, count: int) -> None:
+        self.held: Ints = np.bincount(where, weights=gpus, minlength=count).astype(np.int64)
+        self.cost: Floats = np.bincount(where, weights=lost_gpu_s, minlength=count).astype(np.float64)
+        self._order: Ints = np.argsort(where, kind="stable")
+        self._where, self._rows, self._gpus = where[self._order], where, gpus
+        self._ids, self._lost = ids, lost_gpu_s
+        self._staying: set[str] = set()
+
+    def on(self, rows: Sequence[int]) -> dict[str, float]:
+        """Who is on these rows, with what its move costs."""
+        first = np.searchsorted(self._where, rows, side="left")
+        last = np.searchsorted(self._where, rows, side="right")
+        spans = zip(first.tolist(), last.tolist(), strict=True)
+        found = (int(self._order[at]) for lo, hi in spans for at in range(lo, hi))
+        return {self._ids[at]: float(self._lost[at]) for at in found if self._ids[at] not in self._staying}
+
+    def stay(self, ids: Iterable[str]) -> None:
+        """They may not go elsewhere after all."""
+        staying = set(ids)
+        self._staying |= staying
+        for at in (at for at, id_ in enumerate(self._ids) if id_ in staying):
+            self.held[self._rows[at]] -= int(self._gpus[at])
+            self.cost[self._rows[at]] -= self._lost[at]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +76,32 @@ class Relocation:
 
 
 class Relocator:
-    """Looks for room by moves, within the transaction of its caller. At most `most_moves` move at once, at most `most_tries` sets are tried."""
+    """Looks for room by moves, within the transaction of its caller. At most `most_moves` move at once, at most `most_tries` sets are tried.
+
+    `movable` says of an id that it may have to move how its new place is found.
+    """
 
     def __init__(
-        self, engine: Engine, movable: Iterable[Movable], *, most_moves: int = 16, most_tries: int = 8
+        self,
+        engine: Engine,
+        movables: Movables,
+        movable: Callable[[str], Movable],
+        *,
+        most_moves: int = 16,
+        most_tries: int = 8,
     ) -> None:
         self._engine, self._most_moves, self._most_tries = engine, most_moves, most_tries
-        columns = engine.columns
-        self._movable: dict[str, Movable] = {}
-        self._held: Ints = np.zeros(columns.count, dtype=np.int64)  # by row: GPUs of those who may move
-        self._cost: Floats = np.zeros(columns.count)  # to empty the row of them, each with all that it loses
-        self._on: dict[int, list[str]] = {}
-        for one in movable:
-            if one.id in engine.placements:
-                self._movable[one.id] = one
-                self._count(one)
-
-    def _count(self, one: Movable) -> None:
-        columns = self._engine.columns
-        for part in self._engine.placements[one.id].nodes:
-            if (row := columns.index.get(part.node)) is not None:
-                self._held[row] += len(part.gpus)
-                self._cost[row] += one.lost_gpu_s
-                self._on.setdefault(row, []).append(one.id)
+        self._movables, self._movable = movables, movable
 
     def find(self, request: PlaceRequest) -> Relocation | None:
         """The cheapest set of moves after which the request fits; applied in the caller's transaction. None: no set that was tried will do."""
-        engine = self._engine
-        for ids in self._sets(request):
-            with engine.transaction() as trial:
+        tried = set[tuple[str, ...]]()
+        for _ in range(self._most_tries):
+            ids = next((ids for ids in self._sets(request) if ids not in tried), None)
+            if ids is None:
+                return None
+            tried.add(ids)
+            with self._engine.transaction() as trial:
                 found = self._try(request, ids)
                 if found is not None:
                     trial.commit()
@@ -93,11 +120,20 @@ class Relocator:
         moving = [id_ for id_ in ids if not self._stays(before[id_], placement)]
         if not moving or len(moving) > self._most_moves:
             return None
-        moving.sort(key=lambda id_: (-before[id_].gpus, id_))
-        moved = [self._elsewhere(self._movable[id_]) for id_ in moving]
-        if any(place is None for place in moved):
-            return None
-        return Relocation(placement, tuple(place for place in moved if place is not None))
+        moved = self._all_elsewhere({id_: before[id_].gpus for id_ in moving})
+        return Relocation(placement, tuple(moved)) if moved else None
+
+    def _all_elsewhere(self, gpus: Mapping[str, int]) -> list[Placement]:
+        """New places for all of them, the largest first; none when one has none, and then it is taken to stay where it is."""
+        found: list[Placement] = []
+        for id_ in sorted(gpus, key=lambda id_: (-gpus[id_], id_)):
+            place = self._elsewhere(self._movable(id_))
+            if place is None:
+                as_large = (other for other in gpus if gpus[other] >= gpus[id_])
+                self._movables.stay(as_large if not found else (id_,))
+                return []
+            found.append(place)
+        return found
 
     def _stays(self, before: Placement, placement: Placement) -> bool:
         """Puts it back where the request needs none of its GPUs; else keeps what is left of its place from others."""
@@ -117,15 +153,16 @@ class Relocator:
 
     def _sets(self, request: PlaceRequest) -> Iterator[tuple[str, ...]]:
         """Who would have to leave, the cheapest first."""
+        cheapest = sorted(self._row_sets(request), key=lambda one: (one[0], one[1]))
         found: dict[tuple[str, ...], float] = {}
-        for rows in self._row_sets(request):
-            ids = tuple(dict.fromkeys(id_ for row in rows for id_ in self._on.get(row, ())))
-            if 0 < len(ids) <= 2 * self._most_moves:  # some of them may stay
-                found[ids] = sum(self._movable[id_].lost_gpu_s for id_ in ids)
+        for _, rows in cheapest[: 4 * self._most_tries]:
+            leaving = self._movables.on(rows)
+            if 0 < len(leaving) <= 2 * self._most_moves:  # some of them may stay
+                found[tuple(leaving)] = sum(leaving.values())
         yield from sorted(found, key=lambda ids: (found[ids], ids))[: self._most_tries]
 
-    def _row_sets(self, request: PlaceRequest) -> Iterator[list[int]]:
-        """For each domain that could hold the request, the rows that are cheapest to empty for it."""
+    def _row_sets(self, request: PlaceRequest) -> Iterator[tuple[float, list[int]]]:
+        """For each domain that could hold the request, the rows that are cheapest to empty for it, and what that costs."""
         if len(request.groups) != 1 or request.without_gpus or request.groups[0].share:
             return
         columns, level = self._engine.columns, _level(request)
@@ -149,22 +186,24 @@ class Relocator:
             fit = fit & allowed
         chunk = _chunk(request, demand)
         free = np.where(fit, columns.offer, 0).astype(np.int64)
-        emptied = np.where(fit, free + self._held, 0)
+        emptied = np.where(fit, free + self._movables.held, 0)
         if demand.most_per_node:
             free, emptied = np.minimum(free, demand.most_per_node), np.minimum(emptied, demand.most_per_node)
         return free - free % chunk, emptied - emptied % chunk
 
-    def _single(self, rows: Ints) -> Iterator[list[int]]:
-        cheap = rows[np.argsort(self._cost[rows], kind="stable")]
-        yield from ([row] for row in cheap[: self._most_tries].tolist())
+    def _single(self, rows: Ints) -> Iterator[tuple[float, list[int]]]:
+        cost = self._movables.cost[rows]
+        cheap = np.argsort(cost, kind="stable")[: 4 * self._most_tries].tolist()
+        yield from ((float(cost[at]), [int(rows[at])]) for at in cheap)
 
-    def _cheapest(self, span: slice, now: Ints, then: Ints, gpus: int) -> list[int]:
+    def _cheapest(self, span: slice, now: Ints, then: Ints, gpus: int) -> tuple[float, list[int]]:
         """Rows of the span to empty, the least loss for each GPU first, until there are enough."""
-        extra = then - now
+        extra, cost = then - now, self._movables.cost[span]
         gains = np.flatnonzero(extra > 0)
-        order = gains[np.argsort(self._cost[span][gains] / extra[gains], kind="stable")]
+        order = gains[np.argsort(cost[gains] / extra[gains], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(extra[order]), gpus - int(now.sum()))) + 1
-        return [span.start + int(at) for at in order[:enough]]
+        chosen = order[:enough]
+        return float(cost[chosen].sum()), (chosen + span.start).tolist()
 
 
 def set_aside(engine: Engine, before: Placement, placement: Placement) -> None:
