@@ -18,6 +18,7 @@ from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, S
 from whaleflux_scheduler.core.movers import Movers
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
+from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.plan import News, Plan
 from whaleflux_scheduler.core.rebalance import (
     LEAST_MOVING,
@@ -495,7 +496,10 @@ def test_the_columns_say_what_the_records_say(changes, priority):
                 movers.saved(saved)
         if name in jobs:
             movers.learn(jobs[name])
-    columns = fleet.plan._fleet.engine.columns
+    engine = Engine()
+    for machine in fleet.machines.values():
+        engine.upsert_node(machine)
+    columns = engine.columns
     able = movers.able(columns, NOW.timestamp(), RebalanceRules().rest_s)
     expected = {
         (columns.index[known.attempt.nodes[0]], name): move_cost_gpu_s(known, NOW, saved.get(name))
