@@ -29,7 +29,7 @@ async def test_a_leader_that_is_killed_in_a_burst_loses_and_repeats_nothing(tmp_
 def test_what_must_not_be_is_seen():
     """The burst's own look at the store's history."""
     seen, (a, b) = Seen(), (placed(name, "GPU-1") for name in "ab")
-    note(seen, 2, [a])
+    note(seen, 2, [a], 1.0)
     note(seen, 3, [a])
     assert (seen.placed, seen.wrong) == (1, [])
     note(seen, 4, [b])

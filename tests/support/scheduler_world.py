@@ -152,6 +152,7 @@ class Agent:
     obey: bool = True
     refuse: str = ""
     slow_to_die: bool = False
+    ends_after_s: float = 0.0  # it was told to stop a task
     network: str = ""
     tasks: dict[str, agent_pb2.DesiredTask] = field(default_factory=dict)
     reports: dict[str, agent_pb2.TaskReport] = field(default_factory=dict)
@@ -265,6 +266,12 @@ class Agent:
             self.report(name, pb.TASK_PHASE_RUNNING)
 
     def _stop(self, name: str) -> None:
+        if self.ends_after_s:
+            asyncio.get_running_loop().call_later(self.ends_after_s, self._stopped, name)
+        else:
+            self._stopped(name)
+
+    def _stopped(self, name: str) -> None:
         last = self.reports.get(name)
         if last is not None and last.phase < pb.TASK_PHASE_EXITED and not self.slow_to_die:
             self.report(name, pb.TASK_PHASE_KILLED, -15)

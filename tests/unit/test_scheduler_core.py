@@ -450,6 +450,19 @@ class TestStuck:
         assert done.state is JobState.SUCCEEDED
         assert not self.held(done)
 
+    @pytest.mark.parametrize("left", [{"stuck": STUCK}, {"ending": True}])
+    def test_what_ended_and_left_something_on_a_node_that_is_lost_is_lost_with_it(self, left):
+        """Its GPUs stay taken; that it ended well counts, and is no failure of the attempt."""
+        first, second = running().attempt.tasks
+        ended = step(running(), said=reports(running(), TaskPhase.EXITED, **left)[:1])
+        lost = step(ended, nodes={first.node: NodeCondition(unreachable="silent")})
+        assert [task.lost for task in lost.attempt.tasks] == [True, False]
+        assert (lost.state, self.held(lost)) == (JobState.RUNNING, {first.id, second.id})
+        back = step(lost, nodes={first.node: NodeCondition()})
+        assert not back.attempt.tasks[0].lost
+        reaped = step(lost, said=reports(running(), TaskPhase.EXITED)[:1])
+        assert (reaped.attempt.tasks[0].lost, self.held(reaped)) == (False, {second.id})
+
     def test_the_end_of_a_stuck_task_frees_its_gpus(self):
         stuck = step(running(), said=reports(running(), TaskPhase.RUNNING, stuck=self.STUCK))
         assert [task.stuck for task in stuck.attempt.tasks] == [self.STUCK] * 2
@@ -462,6 +475,6 @@ class TestStuck:
         node = failed.attempt.tasks[0].node
         lost = step(failed, nodes={node: NodeCondition(unreachable="silent")})
         assert lost.attempt.tasks[0].id in self.held(lost)
-        assert not lost.attempt.tasks[0].lost
+        assert lost.attempt.tasks[0].lost
         retired = step(failed, nodes={node: NodeCondition(retired=True)})
         assert retired.attempt.tasks[0].id not in self.held(retired)

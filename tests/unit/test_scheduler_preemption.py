@@ -15,10 +15,12 @@ from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
+from whaleflux_scheduler.core.estimates import Estimates, safe_s
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
+from whaleflux_scheduler.core.promises import MARGIN_S
 from whaleflux_scheduler.jobs import key_of
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -253,12 +255,12 @@ class Queueing(RuleBasedStateMachine):
     @rule(refused=st.sets(st.integers(0, 5)))
     def decide(self, refused):
         """Those of these numbers are not written: somebody was faster."""
-        started = set()  # they left what they claim to others in this step, whether that is written or not
+        given = {}  # in this step, by job
         for number, choice in enumerate(self.planner.decide(NOW)):
             before = self.jobs[choice.job]
             if choice.assignment is not None:
-                started.add(before.name)
-                self.nobody_elses({n: set(gpus) for n, gpus in choice.assignment.nodes}, before, started)
+                self.nobody_elses({n: set(gpus) for n, gpus in choice.assignment.nodes}, before, given)
+                given[before.name] = {uuid for _, gpus in choice.assignment.nodes for uuid in gpus}
             if number in refused:
                 self.store(before)
             elif choice.assignment is not None:
@@ -266,12 +268,23 @@ class Queueing(RuleBasedStateMachine):
             elif choice.claim is not None:
                 self.store(lifecycle.claim(before, choice.claim, "waits"))
 
-    def nobody_elses(self, given, to, started):
+    def nobody_elses(self, nodes, to, given):
+        """What somebody of the same priority or a higher one claims is given to nobody else.
+
+        Unless that one was given another place earlier in the same step: all moves of a step are written side by side, so its write may be
+        refused and the other's not. Then its record claims what the other holds, and its place is free again, where the next step puts
+        it; `teardown` holds that nobody is stuck so. And what is promised for later is given to who has left it by then.
+        """
+        uuids = {uuid for gpus in nodes.values() for uuid in gpus}
+        assert all(uuids.isdisjoint(others) for others in given.values()), "given twice in one step"
+        left = NOW + timedelta(seconds=safe_s(Estimates(), to) + MARGIN_S)
         for other in self.jobs.values():
-            if other.claim is None or other.claim.purpose is ClaimPurpose.RESERVATION or other.name in started:
-                continue  # what is promised for later may be used until then
+            if other.claim is None or other.name == to.name or other.name in given:
+                continue
+            if other.claim.purpose is ClaimPurpose.RESERVATION and left <= other.claim.start_time:
+                continue
             if other.spec.priority >= to.spec.priority:
-                assert not other.claim.concerns(given), f"{to.name} is given what {other.name} claims"
+                assert not other.claim.concerns(nodes), f"{to.name} is given what {other.name} claims"
 
     def pick(self, data, *states):
         found = sorted(name for name, known in self.jobs.items() if known.state in states)
@@ -344,6 +357,20 @@ class Queueing(RuleBasedStateMachine):
             candidates = {r.name: Candidate(r) for r in records if r.state is JobState.QUEUED}
             fresh.apply(News(jobs=records, candidates=candidates))
             assert ready <= {choice.job for choice in fresh.decide(NOW) if choice.assignment}
+
+    def teardown(self):
+        """Whatever has happened: when writes go through and tasks end, everybody who waits is placed, though no claim expires."""
+        for _ in range(2 * len(self.jobs) + 4):
+            self.victims_are_told()
+            for known in [known for known in self.jobs.values() if known.state is JobState.SUSPENDING]:
+                self.store(said(known, *KILLED))
+            for known in [known for known in self.jobs.values() if known.state is JobState.RECOVERING]:
+                self.store(lifecycle.requeue(known, "again"))
+            self.all_start()
+            for known in [known for known in self.jobs.values() if known.state is JobState.RUNNING]:
+                self.store(said(known, TaskPhase.EXITED))
+        left = {known.name: known.state.name for known in self.jobs.values() if not known.ended}
+        assert not left, "they wait for ever"
 
     def is_first(self, claimant):
         """Nobody of higher priority waits."""

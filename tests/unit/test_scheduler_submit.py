@@ -9,7 +9,7 @@ from tests.support.virtual_time import LoopClock
 from whaleflux import names
 from whaleflux.errors import AlreadyExists, InvalidArgument, Unavailable
 from whaleflux.store import keys
-from whaleflux.store.api import Put
+from whaleflux.store.api import Put, Unknown
 from whaleflux.store.cache import Cache
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -135,3 +135,21 @@ async def test_only_what_is_called_after_an_array_is_a_member_of_it(world):
     for job_id in ("other", "sweep-1", ""):
         with pytest.raises(InvalidArgument, match="job_id: member 0 of an array is called 'sweep-0'"):
             await world.submit(1, job_id=job_id, array=array)
+
+
+async def test_one_whose_answer_was_lost_is_the_job_that_was_made_though_it_has_changed_since(world, monkeypatch):
+    await world.add(node("s/a"))
+    commit, lost = world.store.commit, []
+
+    async def loses(*writes, when=()):
+        revision = await commit(*writes, when=when)
+        if not lost and any(write.key.startswith(keys.JOBS) for write in writes):
+            lost.append(writes)
+            raise Unknown("its answer was lost")
+        return revision
+
+    monkeypatch.setattr(world.store, "commit", loses)
+    made = await world.create(1)
+    assert lost
+    assert made.attempt.tasks, "it was placed before it was asked for again"
+    assert len((await world.store.list(keys.JOBS)).entries) == 1

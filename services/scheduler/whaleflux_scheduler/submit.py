@@ -191,8 +191,13 @@ class Submissions:
 
     def _same(self, job: pb.Job, existing: Entry) -> pb.Job:
         known = convert.read_job(existing)
-        same = (known.message.request_fingerprint, known.message.submitter) == (job.request_fingerprint, job.submitter)
-        if not (job.request_fingerprint and same):
+        ours = known.message.uid == job.uid  # the answer was lost, and by now it may have been placed
+        asked, told = (
+            (job.request_fingerprint, job.submitter),
+            (known.message.request_fingerprint, known.message.submitter),
+        )
+        same = ours or (job.request_fingerprint and asked == told)
+        if not same:
             theirs = self._access.sight().changes(known.value.queue, known.message.submitter)
             replace = "take its place with: whaleflux submit --replace, or " if theirs else ""
             advice = f"{replace}choose another name, or leave it out and one is made"

@@ -72,7 +72,7 @@ _HEAD = re.compile(r"rank \d+ (?:ended with exit code \d+.*|was ended by SIG[A-Z
 
 
 def _lost(attempt: Attempt, observed: Observations) -> AttemptFailure | None:
-    lost = [task for task in attempt.tasks if task.lost]
+    lost = [task for task in attempt.tasks if task.lost and not task.over]  # how the others ended is known
     if not lost:
         return None
     nodes = tuple(dict.fromkeys(task.node for task in lost))

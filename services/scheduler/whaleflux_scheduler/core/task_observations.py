@@ -89,7 +89,8 @@ def _task_after(task: Task, report: Report | None) -> Task:
     if report is None or not report.phase.reached(task.phase):
         return task
     if task.over and report.phase is task.phase:
-        after = replace(task, stuck=report.stuck, ending=report.ending)
+        left = report.ending or bool(report.stuck)
+        after = replace(task, stuck=report.stuck, ending=report.ending, lost=task.lost and left)
     elif task.over and report.phase is not TaskPhase.GONE:
         return task
     elif task.over:  # nothing of it is left; how it ended stays known
@@ -135,5 +136,5 @@ def _task_on(task: Task, node: NodeCondition | None) -> Task:
         phase = task.phase if task.over else TaskPhase.GONE  # how it ended is known, and stays so when its node goes
         message = task.message or "its node was retired"
         return replace(task, phase=phase, message=message, lost=False, stuck="", ending=False)
-    lost = bool(node.unreachable) and not task.over
+    lost = bool(node.unreachable)  # also of what is over, while something of it is left there
     return task if lost == task.lost else replace(task, lost=lost)
