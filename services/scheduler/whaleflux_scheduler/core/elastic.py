@@ -72,7 +72,6 @@ def left_s(job: Job, now: datetime) -> float:
     return min(left, max(0.0, limit - ran)) if limit is not None else left
 
 
-@lru_cache(maxsize=1 << 16)
 def speed(spec: Spec, gpus: int) -> float:
     """Work per second with that many GPUs, in a unit of the spec's own.
 

@@ -187,7 +187,9 @@ def _kept_until_placed(job: Job, now: datetime) -> Claim | None:
 
 
 def suspend(job: Job, by: str, now: datetime) -> Job:
-    """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch. What it claims to go on with fewer GPUs it keeps."""
+    """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch. One that shrinks instead keeps what it claims."""
+    if job.claim is not None and job.claim.purpose is ClaimPurpose.RESIZE:
+        return go_on(job, now)
     message = f"makes room for {by}"
     ended = cost.end_attempt(job, now, f"{EndReason.PREEMPTED}: {message}")
     cause = Cause(by, "", message, rule("preemption"))

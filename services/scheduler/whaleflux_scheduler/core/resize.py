@@ -40,6 +40,14 @@ def settled(job: Job, now: datetime) -> bool:
     return not job.past_attempts or (now - attempt.run_time).total_seconds() >= SETTLED_S
 
 
+def unsettled_s(job: Job, now: datetime) -> float:
+    """For how long it is still left alone after its restart."""
+    attempt = job.attempt
+    if attempt is None or attempt.run_time is None or not job.past_attempts:
+        return 0.0
+    return SETTLED_S - (now - attempt.run_time).total_seconds()
+
+
 def may_give(job: Job, now: datetime) -> bool:
     """Whether it may have to give others of its priority what it has beyond its part: not right after a restart."""
     attempt = job.attempt

@@ -5,12 +5,15 @@ A resize is a claim of a running job on the GPUs that it goes on with (`Claim`, 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import accumulate, islice
 
 from whaleflux_scheduler.core import elastic, resize
 from whaleflux_scheduler.core.devices import Gpus
+from whaleflux_scheduler.core.elastic_index import ElasticIndex
 from whaleflux_scheduler.core.holdings import Holdings, count
 from whaleflux_scheduler.core.lifecycle import may_go_on
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
@@ -22,7 +25,8 @@ from whaleflux_scheduler.core.resize import Growth
 
 _EXTRA = "!extra"
 MOST_GROWTHS = 8  # in one step
-MOST_GIVERS = 64  # that are looked at for one who waits
+MOST_LOOKED_AT = 128  # for one who waits, and for one look at who may grow
+MOST_NODES = 96  # of those who may have to give
 
 
 class Resizing:
@@ -30,53 +34,52 @@ class Resizing:
 
     def __init__(self, engine: Engine, holdings: Holdings) -> None:
         self._engine, self._holdings = engine, holdings
-        self._running: dict[str, Job] = {}
+        self._running = ElasticIndex()
         self._looked_at = -1  # the fleet's version then
 
     def learn(self, job: Job) -> bool:
-        """A job as it is stored; True when it may give others GPUs that it could not before: it began to run, or is looked at again.
-
-        A record that changed while it runs (its step did) is no reason to try again who waits.
-        """
-        if not job.spec.is_elastic or job.state is not JobState.RUNNING:
-            self._running.pop(job.name, None)
-            return False
-        known = self._running.get(job.name)
-        self._running[job.name] = job
-        self._looked_at = -1
-        began = known is None or known.epoch != job.epoch or (known.claim is not None and job.claim is None)
-        return (began or known is job) and _extra(job) > 0
+        """A job as it is stored; True when it may give others GPUs that it could not before (`ElasticIndex.learn`)."""
+        if job.spec.is_elastic and job.state is JobState.RUNNING:
+            self._looked_at = -1
+        return self._running.learn(job)
 
     def forget(self, name: str) -> None:
-        self._running.pop(name, None)
+        self._running.forget(name)
 
     def __bool__(self) -> bool:
         return bool(self._running)
 
     def may_give(self, priority: int, gpus: int) -> bool:
         """Whether jobs of at most that priority have as many GPUs beyond their least, with those that are free."""
-        extra = sum(_extra(job) for job in self._running.values() if job.spec.priority <= priority)
+        extra = self._running.spare(priority)
         return extra > 0 and gpus <= extra + self._engine.free_gpus()
 
     def room_for(self, request: PlaceRequest, job: Job, wished: int, now: datetime) -> Room | None:
         """Room of what elastic jobs have beyond their parts, for a job that waits: its part of up to `wished`, else its least."""
         if not self._running or request.without_gpus:
             return None
-        running = sorted(self._running.values(), key=lambda one: (one.spec.priority, one.name))
-        part = self._part(job)
+        part = self._running.part(job.spec.priority, self._engine.free_gpus())
+        givers = self._givers(job, part, now)
         if (size := elastic.floor(job.spec, min(part, wished))) > elastic.least(job.spec):
             larger = replace(
                 shape(elastic.sized(job.spec, size), request.exclude_nodes, request.near_nodes), id=request.id
             )
-            if (room := room_by_shrinking(self._engine, self._holdings, larger, job, running, part, now)) is not None:
+            if (room := room_by_shrinking(self._engine, self._holdings, larger, job, givers, now)) is not None:
                 return room
-        return room_by_shrinking(self._engine, self._holdings, request, job, running, part, now)
+        return room_by_shrinking(self._engine, self._holdings, request, job, givers, now)
 
-    def _part(self, job: Job) -> int:
-        """What each would have if those that are elastic, and no more important, had equal parts of what they have and what is idle."""
-        equals = [one for one in self._running.values() if one.spec.priority <= job.spec.priority]
-        held = sum(count(self._holdings.held(one.name)) for one in equals)
-        return (held + self._engine.free_gpus()) // (len(equals) + 1)
+    def _givers(self, job: Job, part: int, now: datetime) -> list[Giver]:
+        """The first who give something, in the order of what they lose; their nodes are bounded, as each of them costs time."""
+        asked = {victim for claim in self._holdings.claims.values() for victim in claim.victims}
+        found, nodes = list[Giver](), 0
+        for giver in islice(self._running.givers(), MOST_LOOKED_AT):
+            if giver.spec.priority > job.spec.priority or nodes >= MOST_NODES:
+                break
+            keeps = _keeps(giver, job, part)
+            if giver.name not in asked and _gives(giver, job, keeps, self._holdings, now):
+                found.append(Giver(giver, keeps, count(self._holdings.held(giver.name)) - keeps))
+                nodes += len(self._holdings.held(giver.name))
+        return found
 
     def grown(
         self, version: int, now: datetime, over_limit: Callable[[Job, int], object]
@@ -86,14 +89,19 @@ class Resizing:
             return
         self._looked_at = version
         idle = self._engine.free_gpus()
-        jobs = [job for name, job in self._running.items() if self._holdings.claim(name) is None and may_go_on(job)]
-        growths = resize.growths(jobs, idle, now) if idle else []
+        growths = resize.growths(self._able(now), idle, now) if idle else []
         allowed = [growth for growth in growths if not over_limit(growth.job, growth.gpus)]
         yield from grown(self._engine, self._holdings, allowed, now)
 
-
-def _extra(job: Job) -> int:
-    return job.attempt.gpus - elastic.least(job.spec) if job.attempt is not None and job.claim is None else 0
+    def _able(self, now: datetime) -> list[Job]:
+        """The first of those who gain by more; who was restarted just now sleeps until it has settled."""
+        able, now_s = list[Job](), now.timestamp()
+        for job in islice(self._running.gainers(now_s), MOST_LOOKED_AT):
+            if (rests_s := resize.unsettled_s(job, now)) > 0:
+                self._running.sleep(job.name, now_s + rests_s)
+            elif self._holdings.claim(job.name) is None and may_go_on(job):
+                able.append(job)
+        return able
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,26 +172,39 @@ def _claim(gpus: Mapping[str, tuple[str, ...]], job: Job, now: datetime) -> Clai
 # shrinking
 
 
+@dataclass(frozen=True, slots=True)
+class Giver:
+    """A running job that may have to give `gives` of its GPUs, and keeps as many."""
+
+    job: Job
+    keeps: int
+    gives: int
+
+
 def room_by_shrinking(
-    engine: Engine,
-    holdings: Holdings,
-    request: PlaceRequest,
-    job: Job,
-    running: Sequence[Job],
-    part: int,
-    now: datetime,
+    engine: Engine, holdings: Holdings, request: PlaceRequest, job: Job, givers: Sequence[Giver], now: datetime
 ) -> Room | None:
-    """Room for a job that waits, of what elastic jobs have beyond what they keep; None when that is not enough."""
-    givers = [giver for giver in running if _gives(giver, job, part, holdings, now)][:MOST_GIVERS]
-    extras = sum(count(holdings.held(giver.name)) - _keeps(giver, job, part) for giver in givers)
-    if not extras or request.units > extras + engine.free_gpus():
-        return None
-    with engine.transaction():  # never committed
-        victims = [victim for giver in givers for victim in _split(engine, holdings, giver, _keeps(giver, job, part))]
-        plan = engine.preempt(request, victims)
-    if not isinstance(plan, PreemptionPlan):
-        return None
-    return _room(_gpus_of(plan.placement, holdings), job, givers, holdings, now)
+    """Room for a job that waits, of what these have beyond what they keep; None when that is not enough.
+
+    First of the fewest of them that could be enough by numbers, then of twice as many.
+    """
+    lacks = request.units - engine.free_gpus()
+    first = _first_enough(givers, max(1, lacks))
+    while first:
+        some = givers[:first]
+        with engine.transaction():  # never committed
+            victims = [victim for giver in some for victim in _split(engine, holdings, giver)]
+            plan = engine.preempt(request, victims)
+        if isinstance(plan, PreemptionPlan):
+            return _room(_gpus_of(plan.placement, holdings), job, [giver.job for giver in some], holdings, now)
+        first = min(len(givers), 4 * first) if first < len(givers) else 0
+    return None
+
+
+def _first_enough(givers: Sequence[Giver], lacks: int) -> int:
+    """How many of the first it takes to give as many; 0: all of them are not enough."""
+    gives = list(accumulate(giver.gives for giver in givers))
+    return bisect_left(gives, lacks) + 1 if gives and gives[-1] >= lacks else 0
 
 
 def _keeps(giver: Job, to: Job, part: int) -> int:
@@ -192,33 +213,25 @@ def _keeps(giver: Job, to: Job, part: int) -> int:
     return max(least, elastic.floor(giver.spec, part)) if giver.spec.priority == to.spec.priority else least
 
 
-def _gives(giver: Job, to: Job, part: int, holdings: Holdings, now: datetime) -> bool:
-    """Whether what it has beyond its least may be had: for a higher priority at any time, for an equal one when it has settled."""
-    if (
-        not may_go_on(giver)
-        or giver.name == to.name
-        or giver.spec.priority > to.spec.priority
-        or holdings.disputed(giver.name)
-    ):
+def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime) -> bool:
+    """Whether what it has beyond that may be had: for a higher priority at any time, for an equal one when it has settled."""
+    if not may_go_on(giver) or giver.name == to.name or holdings.disputed(giver.name):
         return False
-    asked = any(giver.name in claim.victims for claim in holdings.claims.values())
     first = giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
-    return first and not asked and count(holdings.held(giver.name)) > _keeps(giver, to, part)
+    return first and count(holdings.held(giver.name)) > keeps
 
 
-def _split(engine: Engine, holdings: Holdings, giver: Job, keeps: int) -> Iterator[Victim]:
-    """Takes the job apart in the engine: what it keeps stays its own, the rest of each node may be taken."""
-    held = holdings.held(giver.name)
-    own, size = _kept(held, {}, giver, keeps), count(held)
-    engine.release(giver.name)
-    engine.apply(holdings.as_placement(giver.name, giver, {node: frozenset(uuids) for node, uuids in own.items()}))
-    for at, node in enumerate(held):
-        extra = held[node] - set(own.get(node, ()))
-        if extra:
-            id_ = f"{giver.name}{_EXTRA}{at}"
-            engine.apply(holdings.as_placement(id_, giver, {node: extra}))
-            cost = resize.loss(giver, size, max(elastic.least(giver.spec), size - len(extra))) * len(extra)
-            yield Victim(id_, giver.spec.priority, cost, reclaimed=True)  # it is lent, whoever waits
+def _split(engine: Engine, holdings: Holdings, giver: Giver) -> Iterator[Victim]:
+    """Takes the job apart in the engine: what it keeps stays its own, the rest may be taken."""
+    job, held = giver.job, holdings.held(giver.job.name)
+    own = {node: frozenset(uuids) for node, uuids in _kept(held, {}, job, giver.keeps).items()}
+    extra = {node: rest for node, uuids in held.items() if (rest := uuids - own.get(node, frozenset()))}
+    engine.release(job.name)
+    if own:
+        engine.apply(holdings.as_placement(job.name, job, own))
+    engine.apply(holdings.as_placement(job.name + _EXTRA, job, extra))
+    lost = resize.loss(job, giver.keeps + giver.gives, giver.keeps) * giver.gives
+    yield Victim(job.name + _EXTRA, job.spec.priority, lost, reclaimed=True)  # it is lent, whoever waits
 
 
 def _room(
