@@ -34,7 +34,7 @@ def simulate(
         int | None, typer.Option("--first", min=1, max=_MOST_ROWS, help="Only so many jobs of the trace.")
     ] = None,
     estimates: Annotated[
-        str, typer.Option("--estimates", help="What users say of run times: exact, uniform, lognormal, none.")
+        str, typer.Option("--estimates", help="What users say of run times: exact, uniform, lognormal, wrong, none.")
     ] = "",
     from_fleet: Annotated[
         bool, typer.Option("--from-fleet", help="Nodes, queues and jobs of the fleet as they are now.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,12 +30,24 @@ def lognormal(run_s: float, drawn: random.Random) -> float | None:
     return run_s * drawn.lognormvariate(0.0, 1.0)
 
 
+def wrong(run_s: float, drawn: random.Random) -> float | None:
+    """Two to ten times too long, or too short."""
+    factor: float = 10.0 ** drawn.uniform(math.log10(2.0), 1.0)
+    return run_s * factor if drawn.random() < 0.5 else run_s / factor
+
+
 def none(run_s: float, drawn: random.Random) -> float | None:
     """Nobody says anything."""
     return None
 
 
-ESTIMATES: dict[str, Estimate] = {"exact": exact, "uniform": uniform, "lognormal": lognormal, "none": none}
+ESTIMATES: dict[str, Estimate] = {
+    "exact": exact,
+    "uniform": uniform,
+    "lognormal": lognormal,
+    "wrong": wrong,
+    "none": none,
+}
 _KNOWN = _FIELD in {field.name for field in dataclasses.fields(Spec)}
 
 
