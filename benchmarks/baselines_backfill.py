@@ -3,7 +3,8 @@
 A job of at most a node's GPUs lies on one node (best fit), a larger one on whole nodes and at most one part. EASY is Lifka's (1995): the first
 that does not fit gets the earliest time at which it will, by what is estimated of those that run; others may start beside it when they are over
 by then or use nothing that it needs then. Conservative backfilling (Mu'alem and Feitelson, 2001) gives such a time to all that do not fit, and
-`k` of them is what Slurm's backfill does with `bf_max_job_test`. A job that outlives its estimate is estimated again. Nobody is suspended.
+`k` of them is what Slurm's backfill does with `bf_max_job_test`: like it, all are planned anew at each event. A job that outlives its estimate is
+estimated again. Nobody is suspended.
 
 What is expected of run times comes from a `Predictor`, so that they can be told the same that we are. Nothing else is known to a policy.
 """

@@ -80,7 +80,7 @@ class TestKnownResults:
         """M/M/c, c = 4, load 0.8: mean wait = C(4, 3.2) / (c mu - lambda); C = 0.5964 (Erlang, 1917)."""
         drawn = random.Random(7)
         at_s, jobs = 0.0, []
-        for _ in range(20_000):
+        for _ in range(8_000):
             at_s += drawn.expovariate(3.2)
             run_s = drawn.expovariate(1.0)
             jobs.append(TraceJob(at_s, run_s, 1, run_s))
@@ -93,27 +93,27 @@ class TestKnownResults:
         drawn, p = random.Random(3), 0.5
         jobs = [
             TraceJob(0.0, run_s, 1 if drawn.random() < p else 2, run_s)
-            for run_s in (drawn.expovariate(1.0) for _ in range(20_000))
+            for run_s in (drawn.expovariate(1.0) for _ in range(4_000))
         ]
         found = run(jobs, 1, 2, Fifo())
-        assert len(jobs) / max(found.start_s) == pytest.approx(2 / (2 - p * p), rel=0.02)
+        assert len(jobs) / max(found.start_s) == pytest.approx(2 / (2 - p * p), rel=0.03)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 100), st.integers(1, 60), st.sampled_from([1, 1, 2, 3, 4, 6, 8]), st.integers(1, 4)),
+        st.tuples(st.integers(0, 60), st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 6, 8]), st.floats(0.2, 4.0)),
         min_size=1,
-        max_size=15,
+        max_size=10,
     )
 )
-def test_reservations_hold_while_estimates_do_and_no_gpu_is_given_twice(drawn):
-    said = sorted((float(at), float(run_s), gpus, float(run_s * wrong)) for at, run_s, gpus, wrong in drawn)
+def test_promises_hold_while_estimates_do_and_no_gpu_is_given_twice(drawn):
+    said = sorted((float(at), float(run_s), gpus, run_s * wrong) for at, run_s, gpus, wrong in drawn)
     for name, policy in BASELINES.items():
-        for jobs in ([TraceJob(*one) for one in said], [TraceJob(*one[:3], one[1]) for one in said]):
-            found = run(jobs, 2, 4, policy())
-            for number, promised_s in found.promised_s.items():
-                assert found.start_s[number] <= promised_s, f"{name}: nobody takes longer than said"
-            for at_s in found.start_s:
-                inside = zip(found.start_s, jobs, strict=True)
-                assert sum(j.gpus for s, j in inside if s <= at_s < s + j.run_s) <= 8, name
+        found = run([TraceJob(*one[:3], one[1]) for one in said], 2, 4, policy())
+        assert all(found.start_s[number] <= at_s for number, at_s in found.promised_s.items()), name
+        jobs = [TraceJob(*one) for one in said]
+        found = run(jobs, 2, 4, policy())
+        for at_s in found.start_s:
+            inside = zip(found.start_s, jobs, strict=True)
+            assert sum(j.gpus for s, j in inside if s <= at_s < s + j.run_s) <= 8, name
