@@ -283,6 +283,9 @@ class History:
             id_ = self.random.choice(sorted(self.engine.placements))
             nodes = self.engine.placements[id_].node_names
             self.engine.release(id_, nodes[:1] if self.random.random() < 0.3 else None)
+        elif self.random.random() < 0.4:
+            placed = sorted(self.engine.placements)
+            self.engine.release_all(self.random.sample(placed, min(len(placed), 12)))
         answer = self.engine.fits(self.request())
         if answer:
             self.engine.apply(answer)
@@ -299,7 +302,7 @@ class History:
         assert all(priorities[v] < 5 for v in plan.victims)
         for id_ in plan.victims:
             self.ledger.add(self.engine.placements[id_], self.nodes, -1)
-            self.engine.release(id_)
+        self.engine.release_all(plan.victims)
         self.verify(request, plan.placement)
         self.engine.apply(plan.placement)
         self.ledger.add(plan.placement, self.nodes)

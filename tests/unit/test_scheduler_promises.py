@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.scheduler_world import node
 from whaleflux.manifests.job_fields import JobKind
-from whaleflux_scheduler.core import estimates, lifecycle
+from whaleflux_scheduler.core import availability, estimates, lifecycle
 from whaleflux_scheduler.core.availability import Availability
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState, Queue, Spec
@@ -86,17 +86,31 @@ class TestEstimates:
 
 
 class TestAvailability:
-    @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.one_of(st.none(), st.floats(0, 100)))))
-    def test_it_is_the_sorted_list_of_what_was_said_last(self, said):
-        profile, model = Availability(), dict[str, float]()
-        for name, end_s in said:
-            profile.set(name, end_s)
-            model.pop(name, None)
-            if end_s is not None:
-                model[name] = end_s
-        assert list(profile.until(50.0)) == sorted((at, name) for name, at in model.items() if at <= 50.0)
-        assert profile.overdue(50.0) == [name for _, name in profile.until(50.0)]
+    @given(
+        st.lists(
+            st.tuples(
+                st.integers(0, 30).map(str), st.one_of(st.none(), st.integers(0, 100).map(float)), st.integers(0, 8)
+            ),
+            max_size=80,
+        ),
+        st.integers(2, 6),
+    )
+    def test_it_is_the_sorted_list_of_what_was_said_last(self, said, block):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(availability, "BLOCK", block)
+            profile, model = Availability(), dict[str, tuple[float, int]]()
+            for name, end_s, gpus in said:
+                profile.set(name, end_s, gpus)
+                model.pop(name, None)
+                if end_s is not None:
+                    model[name] = end_s, gpus
+        for by_s in (-1.0, 0.0, 50.0, 100.0):
+            due = sorted((at, name) for name, (at, _) in model.items() if at <= by_s)
+            assert list(profile.until(by_s)) == due
+            assert profile.overdue(by_s) == [name for _, name in due]
+            assert profile.freed_by(by_s) == sum(model[name][1] for _, name in due)
         assert len(profile) == len(model)
+        assert all(profile.end_s(name) == at and profile.gpus(name) == gpus for name, (at, gpus) in model.items())
 
 
 def simulate(jobs, nodes=4, **more):

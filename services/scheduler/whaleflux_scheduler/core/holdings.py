@@ -80,6 +80,7 @@ class Holdings:
         self._on_node: dict[str, set[str]] = {}  # jobs that hold or claim something there
         self._disputed: set[str] = set()  # what the engine could not take
         self._as_recorded: set[str] = set()  # jobs that hold and claim what their record in `_jobs` says
+        self.reclaimed: set[str] = set()  # jobs of which others claim more or less than when their owner last looked
         self._left_out: dict[str, list[str]] = {}  # by node: why GPUs are not offered
 
     @property
@@ -176,6 +177,9 @@ class Holdings:
         others = self._claims.keys() if before_claimed != claimed else self._claimants(uuid for _, uuid in gone | came)
         touched = [name, *sorted(others - {name})]
         self._take_out(touched)
+        if before_claimed != claimed:
+            changed = (*_pairs(before_claimed), *_pairs(claimed))
+            self.reclaimed.update(holder for _, uuid in changed for holder in self._holders.get(uuid, ()))
         self._record(job, held, claimed)
         self._count_stoppable(name, +1)
         self._put_in(touched)
@@ -316,6 +320,19 @@ class Holdings:
     def holders_of(self, claim: Claim) -> set[str]:
         """Jobs that hold some of what is claimed."""
         return {job for _, uuids in claim.nodes for uuid in uuids for job in self._holders.get(uuid, ())}
+
+    def held_of(self, claim: Claim) -> Counter[str]:
+        """How many of the claimed GPUs each job holds."""
+        return Counter(job for _, uuids in claim.nodes for uuid in uuids for job in self._holders.get(uuid, ()))
+
+    def unclaimed(self, job: str) -> int:
+        """GPUs that the job holds and nobody else claims."""
+        held = self.held(job)
+        if not held or not self._jobs[job].spec.gpus:
+            return 0
+        if not self._claimant:
+            return count(held)
+        return sum(self._claimant.get(uuid, job) == job for _, uuid in _pairs(held))
 
     def claimants_on(self, job: str) -> set[str]:
         """Others that claim some of what the job holds."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeVar
 
 from whaleflux.errors import InvalidArgument
@@ -34,7 +34,6 @@ class KnownFleet:
         self.holdings, self.capacity = Holdings(self.engine, shares), Capacity()
         self.left_out: set[str] = set()  # nodes whose facts placement cannot take
         self.gained: dict[str, None] = {}  # in the order in which they did
-        self.lent: Callable[[], int] = lambda: 0  # GPUs that are kept for later, and may be used until then
         self.gained_from = (
             -math.inf
         )  # the highest priority of what left there; infinite: nothing that others could have stopped
@@ -116,8 +115,8 @@ class KnownFleet:
 
     # what the gain is worth
 
-    def take_gains(self, needs: NeedIndex[T]) -> list[T]:
-        """Whom the nodes that gained since the last time could help."""
+    def take_gains(self, needs: NeedIndex[T], lent: int) -> list[T]:
+        """Whom the nodes that gained since the last time could help, if `lent` GPUs more may be used that are kept for later."""
         if not self.gained:
             return []
         rows = self.engine.nodes
@@ -126,7 +125,7 @@ class KnownFleet:
         self.gained.clear()
         self.gained_from = -math.inf
         self._free.clear()
-        return list(needs.admissible(models, self._most_free))
+        return list(needs.admissible(models, lambda model, level: self._most_free(model, level) + lent))
 
     def give_up(self) -> None:
         """Nobody hopes for what was gained any more."""
@@ -137,23 +136,18 @@ class KnownFleet:
         """Whether nodes that gained have a free device still."""
         return self._most_free("", Level.NODE) > 0
 
-    def could_hold(self, need: Need) -> bool:
-        """Whether what was gained, as it is now, could be enough."""
-        return any(self._most_free(model, need.level) >= need.gpus for model in need.models)
+    def could_hold(self, need: Need, lent: int = 0) -> bool:
+        """Whether what was gained, as it is now, could be enough, with `lent` GPUs that are kept for later."""
+        return any(self._most_free(model, need.level) + lent >= need.gpus for model in need.models)
 
-    def could_place(self, need: Need, request: PlaceRequest) -> bool:
+    def could_place(self, need: Need, request: PlaceRequest, lent: int = 0) -> bool:
         """As `could_hold`, and whether any of it could be of use to the request, which is not asked of each node of many."""
-        if not self.could_hold(need):
+        if not self.could_hold(need, lent):
             return False
-        return (
-            len(self._hopes) > _MANY
-            or self.lent() > 0
-            or any(self.engine.could_use(name, request) for name in self._hopes)
-        )
+        return len(self._hopes) > _MANY or lent > 0 or any(self.engine.could_use(name, request) for name in self._hopes)
 
     def _most_free(self, model: str, level: Level) -> int:
         found = self._free.get((model, level))
         if found is None:
-            free = self.engine.most_free(self._hopes, model, level)
-            found = self._free[model, level] = free + self.lent()
+            found = self._free[model, level] = self.engine.most_free(self._hopes, model, level)
         return found

@@ -20,10 +20,10 @@ from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.asked_mix import AskedMix
 from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, left_place, stranded, way_back
-from whaleflux_scheduler.core.holdings import Holdings, places_of
+from whaleflux_scheduler.core.holdings import Holdings, count, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, SchedulingDecision
-from whaleflux_scheduler.core.needs import NeedIndex
+from whaleflux_scheduler.core.needs import NeedIndex, need_of
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
 from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -97,6 +97,7 @@ class Plan(Questions):
         self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
         self._refusals = Refusals(self._fleet)
         self._resizing = Resizing(self._fleet.engine, self._fleet.holdings)
+        self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
         self._also: list[Move] = []  # of running jobs that make room by shrinking
 
     @property
@@ -275,7 +276,9 @@ class Plan(Questions):
             self._unpark(top)
         if self._fleet.gained:
             self._stop_others_beside(self._fleet.gained_from)
-        for kind in self._fleet.take_gains(self._needs):
+        for kind in self._fleet.take_gains(self._needs, self._promises.covered()):
+            if not self._could_hold(kind):
+                continue
             was_refused = kind.refused
             self._try_again(kind)
             if was_refused:
@@ -293,9 +296,17 @@ class Plan(Questions):
         if self._shares.quota.guarantees:
             self._reclaim()
 
+    def _could_hold(self, kind: RequestClass) -> bool:
+        """Whether what nodes gained, with what is kept for promises that its jobs do not delay, could be enough for it."""
+        lent = self._promises.lent(kind.lasts, self._now)
+        if kind.own and self._promises.has(kind.own):
+            own = self._promises.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
+            return self._fleet.engine.free_gpus() + own + lent >= need_of(kind.request).gpus
+        return self._fleet.could_hold(kind.need, lent)
+
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
-        for kind in [kind for kind in self._hopeful if not self._fleet.could_hold(kind.need)]:
+        for kind in [kind for kind in self._hopeful if not self._could_hold(kind)]:
             self._refuse(kind)
 
     def _park(self, line: Line, limit: QueueLimit | None) -> None:
@@ -323,7 +334,7 @@ class Plan(Questions):
         watch = Stopwatch(now, budget_s, self._monotonic)
         if not self._hopeful:
             self._fleet.give_up()
-        self._promises.catch_up(now)
+        self._now = now
         self._take_in_gains()
         moves: list[Move] = []
         while self._turns.active and not watch.over:
@@ -352,6 +363,7 @@ class Plan(Questions):
             waiting = jobs[name]
             job = waiting.candidate.job
             if name in moved or watch.over or self._over_limit(job) or self._over_array_limit(job):
+                self._promises.put_off(name, now)
                 continue
             request = replace(self._within_quota(waiting.line.kind.request, job), id=name)
             if (claim := self._promises.promise(job, request, now)) is not None:
@@ -445,8 +457,10 @@ class Plan(Questions):
     def _place(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
         if kind.impossible:
             return None
-        if kind.hopeful and not kind.own and not self._fleet.could_place(kind.need, request):
-            return None
+        if kind.hopeful and not kind.own:
+            lent = self._promises.lent(kind.lasts, now)
+            if not self._fleet.could_place(kind.need, request, lent):
+                return None
         if kind.own:
             with self._fleet.holdings.without(job.name):
                 return self._fits(kind, request, job, now)
@@ -542,7 +556,8 @@ class Plan(Questions):
     def _lower_hold_enough(self, kind: RequestClass) -> bool:
         stoppable = self._fleet.holdings.stoppable
         lower = sum(gpus for priority, gpus in stoppable.items() if priority < kind.priority)
-        return lower > 0 and kind.need.gpus <= lower + self._fleet.engine.free_gpus()
+        need = need_of(kind.request).gpus - self._fleet.holdings.count_of(kind.own) if kind.own else kind.need.gpus
+        return lower > 0 and need <= lower + self._fleet.engine.free_gpus()
 
     def _keep(self, job: Job, claim: Claim, now: datetime) -> Move:
         """The next of its class may find other victims; the job itself is alone from now on."""

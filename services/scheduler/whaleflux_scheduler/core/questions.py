@@ -35,7 +35,6 @@ class Questions:
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
         self._estimates = Estimates()
         self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates)
-        self._fleet.lent = self._promises.covered
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property

@@ -105,6 +105,7 @@ class Columns:
         self.taken = [0] * self.count  # held by someone, wholly or in part
         self.offered = [0] * self.count  # wholly free GPUs that new work may use
         self.offer = np.zeros(self.count, dtype=np.int16)
+        self.free = 0  # of all rows together
         self.open = np.array([r.schedulable for r in self.rows], dtype=np.bool_)
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
@@ -192,6 +193,19 @@ class Columns:
         self.milli_free[at] = np.where(self.healthy[at], WHOLE_MILLI, 0) if sign < 0 else 0
         self._refresh_many(at)
 
+    def change_whole(self, masks: Mapping[int, int], *, free: bool) -> None:
+        """The GPUs of each row's mask become wholly free, or wholly used: one pass for many jobs."""
+        if not masks:
+            return
+        for i, mask in masks.items():
+            self.taken[i] = self.taken[i] & ~mask if free else self.taken[i] | mask
+        at = np.fromiter(masks, dtype=np.int64, count=len(masks))
+        wide = np.array(list(masks.values()), dtype=np.uint64)[:, None] >> np.arange(self.width, dtype=np.uint64)
+        chosen = (wide & np.uint64(1)).astype(np.bool_)
+        self.milli_free[at] = np.where(chosen, WHOLE_MILLI if free else 0, self.milli_free[at])
+        self.memory_free[at] = np.where(chosen, self.whole_memory[self.shapes[at]] if free else 0, self.memory_free[at])
+        self._refresh_many(at)
+
     def share(self, i: int, position: int, milli: int, memory_bytes: int, sign: int) -> None:
         """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
         key = (i, position)
@@ -240,6 +254,7 @@ class Columns:
             return
         self.offered[i] = new
         self.offer[i] = new
+        self.free += new - old
         shape = self.shape_of[i]
         low, high, step = (old + 1, new + 1, 1) if new > old else (new + 1, old + 1, -1)
         for table, domain in self._trees:
@@ -253,6 +268,7 @@ class Columns:
             self.offered[i] = (self.usable[i] & ~self.taken[i]).bit_count() if self.rows[i].schedulable else 0
         new = np.array([self.offered[i] for i in listed], dtype=np.int64)
         self.offer[rows] = new
+        self.free += int(new.sum() - old.sum())
         counts = np.arange(self.width + 1)
         change = (counts <= new[:, None]).astype(np.int32) - (counts <= old[:, None])
         change[:, 0] = 0

@@ -1,0 +1,186 @@
+"""When those who hold GPUs are expected to have left, and from that when a waiting job could start, and where. Pure.
+
+What is learned of jobs is put down at once and looked at when somebody asks, so that a fleet where nobody waits pays nothing for it. A
+question is answered by counting where that is enough (`Availability`), and by the placement engine where it is not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+
+from whaleflux_scheduler.core.availability import MOST_RELEASED, Availability, End, Start, earliest
+from whaleflux_scheduler.core.estimates import Estimates, end_of, safe_s
+from whaleflux_scheduler.core.holdings import Holdings
+from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.placement.api import PlaceRequest
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.request import gpus_of
+
+AGAIN_S = 60.0  # after which who should have left, and has not, is guessed again
+MOST_GUESSED = 1_024  # in one look: some 20 ms
+
+
+class ExpectedEnds:
+    """See the module."""
+
+    def __init__(self, engine: Engine, holdings: Holdings, estimates: Estimates) -> None:
+        self._engine, self._holdings, self._estimates = engine, holdings, estimates
+        self._profile = Availability()
+        self._changed: dict[str, None] = {}  # jobs of which something was learned since their ends were guessed
+        self._began: dict[str, float] = {}  # jobs that were given GPUs, which their records do not say yet: when
+
+    # what is the case
+
+    def learn(self, name: str) -> None:
+        """There is news of the job; after holdings has it."""
+        if name in self._profile or self._holdings.held(name):
+            self._changed[name] = None
+        else:
+            self._changed.pop(name, None)
+        self._began.pop(name, None)
+
+    def starts(self, job: Job, now: datetime) -> None:
+        """It was given GPUs."""
+        self._changed[job.name] = None
+        self._began[job.name] = now.timestamp()
+
+    def catch_up(self, now: datetime) -> bool:
+        """Guesses what changed, and those who should have left by now; False: there is more of that than one look is worth."""
+        changes = self._holdings.reclaimed
+        self._changed.update(dict.fromkeys(sorted(name for name in changes if name in self._profile)))
+        changes.clear()
+        for name in list(itertools.islice(self._changed, MOST_GUESSED)):
+            del self._changed[name]
+            self._profile.set(name, self._guess(name, now), self._holdings.unclaimed(name))
+        now_s = now.timestamp()
+        late = self._profile.overdue(now_s)
+        for name in late[:MOST_GUESSED]:
+            end_s = self._guess(name, now)
+            self._profile.set(name, max(now_s + AGAIN_S, end_s) if end_s else None, self._holdings.unclaimed(name))
+        return not self._changed and len(late) <= MOST_GUESSED
+
+    def _guess(self, name: str, now: datetime) -> float | None:
+        """Seconds since the epoch; None: it holds nothing, or never leaves."""
+        job = self._holdings.jobs.get(name)
+        if job is None or not self._holdings.held(name):
+            return None
+        if (began_s := self._began.get(name)) is not None:
+            lasts_s = safe_s(self._estimates, job)
+            return None if lasts_s == math.inf else began_s + lasts_s
+        end = end_of(self._estimates, job, now)
+        return end.safe.timestamp() if end else None
+
+    # what follows
+
+    def expected_start(self, gpus: int, now: datetime) -> tuple[datetime, datetime] | None:
+        """When so many GPUs will have come free, by likely and by safe ends of those who run; None: not of those who are known.
+
+        GPUs are counted alone: a job that wants them close together, or of one type, may start later.
+        """
+        self.catch_up(now)
+        short = max(1, gpus - self._engine.free_gpus())
+        found = list(self._soonest(short))
+        if sum(count for count, _ in found) < short:
+            return None
+        ends = [(end, count) for count, job in found if (end := end_of(self._estimates, job, now)) is not None]
+        likely = _free_at(sorted((end.likely, count) for end, count in ends), short)
+        safe = _free_at(sorted((end.safe, count) for end, count in ends), short)
+        return None if likely is None or safe is None else (max(likely, now), max(safe, now))
+
+    def _soonest(self, gpus: int) -> Iterator[tuple[int, Job]]:
+        """The first ones who leave until so many GPUs are free; for who leaves soon by its safe end probably does so first."""
+        for _, name in itertools.islice(self._profile.until(math.inf), MOST_RELEASED):
+            if gpus <= 0:
+                return
+            if (job := self._holdings.jobs.get(name)) is not None:
+                count = self._holdings.count_of(name)
+                gpus -= count
+                yield count, job
+
+    def earliest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> tuple[Start | None, bool]:
+        """The earliest start of the job that is not after `by_s`, if there is one, and whether the engine was asked in vain. After `catch_up`."""
+        short = gpus_of(request) - self._engine.free_gpus() - self._holdings.count_of(job.name)
+        if short > 0 and self._profile.freed_by(by_s) < short:
+            return None, False
+        own = self._own_held_by_others(job.name)
+        leaving = self._leaving(job, request, by_s, own)
+        first = _enough(leaving, short + sum(own.values()), self._profile, own)
+        if first is None:
+            return None, False
+        ends = itertools.chain(first, leaving)
+        vacate, now_s = self._vacating(job.name), now.timestamp()
+        with self._holdings.without(job.name):
+            start = earliest(self._engine, request, ends, vacate, now_s=now_s, least=len(first))
+        return start, start is None
+
+    def _own_held_by_others(self, name: str) -> Counter[str]:
+        """Who holds how much of what the job claims."""
+        claim = self._holdings.claim(name)
+        held = self._holdings.held_of(claim) if claim is not None else Counter[str]()
+        del held[name]
+        return held
+
+    def _leaving(self, job: Job, request: PlaceRequest, by_s: float, own: Counter[str]) -> Iterator[End]:
+        """Who may be counted on to leave GPUs that the job could use, or may be asked to, in order."""
+        models = (
+            {option.model for option in request.requirement.any_of} if not request.requirement.mig_profile else {""}
+        )
+        for end_s, name in self._profile.until(by_s):
+            other = self._holdings.jobs.get(name)
+            if other is None or not (self._profile.gpus(name) or own[name]) or name not in self._engine.placements:
+                continue
+            if name != job.name and _may_be_counted_on(other, job) and _could_help(other, models):
+                yield end_s, name
+
+    def _vacating(self, claimant: str) -> _Vacating:
+        return _Vacating(self._engine, self._holdings, claimant)
+
+
+def _enough(leaving: Iterator[End], gpus: int, profile: Availability, own: Counter[str]) -> list[End] | None:
+    """The first ones until they leave so many GPUs; None: all of them do not."""
+    found: list[End] = []
+    while gpus > 0:
+        end = next(leaving, None)
+        if end is None or len(found) == MOST_RELEASED:
+            return None
+        found.append(end)
+        gpus -= profile.gpus(end[1]) + own[end[1]]
+    return found
+
+
+def _may_be_counted_on(other: Job, job: Job) -> bool:
+    """Nobody of a higher priority who could stay longer."""
+    return other.spec.priority <= job.spec.priority or other.spec.time_limit_s is not None
+
+
+def _could_help(other: Job, models: set[str]) -> bool:
+    """Whether it may hold GPUs of one of these models."""
+    if "" in models or other.attempt is None or not other.attempt.gpus_by_model:
+        return True
+    return any(model in models for model, _ in other.attempt.gpus_by_model)
+
+
+def _free_at(ends: Iterable[tuple[datetime, int]], gpus: int) -> datetime | None:
+    """When so many have come free, of (end, GPUs) in order."""
+    for at, freed in ends:
+        gpus -= freed
+        if gpus <= 0:
+            return at
+    return None
+
+
+class _Vacating:
+    """Jobs leave the engine for a while, and what others than `claimant` claim of their GPUs stays taken."""
+
+    def __init__(self, engine: Engine, holdings: Holdings, claimant: str) -> None:
+        self._engine, self._holdings, self._claimant = engine, holdings, claimant
+
+    def __call__(self, names: Sequence[str]) -> None:
+        self._engine.release_all(names)
+        for name in names:
+            if (kept := self._holdings.claimed_by_others(name, self._claimant)) is not None:
+                self._engine.apply(kept)
