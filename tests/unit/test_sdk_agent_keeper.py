@@ -183,6 +183,20 @@ def test_every_number_arrives_as_a_loss(agent):
     assert [repr(h.loss) if h.HasField("loss") else None for h in heard] == ["2.5", "nan", "inf", None]
 
 
+def test_a_loss_that_cannot_be_read_does_not_end_the_news_of_progress(agent):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    keeper = agent_keeper.AgentKeeper(str(agent.socket), "token")
+    for step, loss in enumerate((lost, lambda: 0.5), 1):
+        keeper.progress(0, step, loss)
+        while len(agent.named("report_progress")) < step:
+            threading.Event().wait(0.001)
+    keeper.close()
+    first, second = agent.named("report_progress")
+    assert (first.step, first.HasField("loss"), second.step, second.loss) == (1, False, 2, 0.5)
+
+
 def test_loaders_that_fork_work_beside_it(agent):
     class Source(torch.utils.data.Dataset):
         def __len__(self):

@@ -145,9 +145,18 @@ class AgentKeeper:
             if unsent is None:
                 return
             rank, step, loss = unsent
-            report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=None if loss is None else loss())
+            report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=_read(loss, step))
             with contextlib.suppress(AgentError):  # the agent restarts: the next report says the same and more
                 self._ask(agent_pb2.RankRequest(report_progress=report), _PROGRESS_S)
+
+
+def _read(loss: Loss | None, step: int) -> float | None:
+    """What a step's loss is. One that a failed GPU cannot give is none: the step itself, and those after it, are still told of."""
+    try:
+        return None if loss is None else loss()
+    except Exception as error:  # whatever the framework raises for its device
+        log.warning("the loss of step %d could not be read: %s", step, error)
+        return None
 
 
 def _refused(one: Refused) -> agent_pb2.RefusedCheckpoint:
