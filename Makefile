@@ -64,7 +64,7 @@ clients: $(STAMP) ## Clients for other languages: make clients LANG=go|typescrip
 
 soak: $(STAMP) ## Long forms of tests: a million operations on a plan (PLAN_EXAMPLES=n), the checkpointer over ranks, then 1,000 random histories, in hours (HISTORIES=n HISTORY_SEED=n)
 	@PLAN_EXAMPLES=$${PLAN_EXAMPLES:-40000} $(BIN)/python -m pytest -q --timeout 0 tests/unit/test_plan_reference.py
-	@WHALEFLUX_TEST_KILLS=$${WHALEFLUX_TEST_KILLS:-10} $(BIN)/python -m pytest -q tests/integration/test_sdk_ranks.py
+	@WHALEFLUX_TEST_KILLS=$${WHALEFLUX_TEST_KILLS:-10} $(BIN)/python -m pytest -q tests/integration/sdk/test_ranks.py
 	@HISTORIES=$${HISTORIES:-1000} $(BIN)/python -m pytest -q -rA tests/robustness/test_random_histories.py $(ARGS)
 
 bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 pytest.importorskip("torch")
-SCRIPT = Path(__file__).parents[1] / "support" / "small_training.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "small_training.py"
 KILLS = int(os.environ.get("WHALEFLUX_TEST_KILLS", "0"))  # the full form; `make soak` sets it
 WORLDS = [1, 2, 4] if KILLS else [1, 4]
 CHANGES = [(2, 1), (2, 4), (4, 2), (1, 2)] if KILLS else [(2, 1), (2, 4)]
