@@ -11,7 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-SDK = "tests/integration/sdk"  # heavy in computing, as little else of the first lane: it makes the two about equally long
+SDK = (
+    "tests/integration/sdk"  # heavy in computing, as little else of the first lane: it makes the two about equally long
+)
 FIRST = ("tests/e2e", "tests/integration", f"--ignore={SDK}")
 SECOND = ("tests/contract", SDK, "tests/robustness", "tests/simulation", "tests/unit")
 _NOTHING_COLLECTED = 5  # https://docs.pytest.org/en/stable/reference/exit-codes.html
