@@ -2,6 +2,7 @@
 
     sites/{site}/nodes/{node}    queues/{queue}/jobs/{job}    queues/{queue}/jobs/{job}/checkpoints/{checkpoint}
     models/{model}/replicas/{replica}    datasets/{dataset}    incidents/{incident}    secrets/{secret}
+    reservations/{reservation}
 
 No other module puts names together or takes them apart by itself (a test looks).
 
@@ -81,6 +82,11 @@ def stored_nodes(site_id: str, node_ids: Iterable[str]) -> Iterator[str]:
 def queue(queue_id: str) -> str:
     """queues/{queue}."""
     return join(("queues", queue_id))
+
+
+def reservation(reservation_id: str) -> str:
+    """reservations/{reservation}."""
+    return join(("reservations", reservation_id))
 
 
 def job(queue_id: str, job_id: str) -> str:

@@ -112,6 +112,10 @@ class ErrorReason(_Words):
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE", "the message is larger than the method takes"
     REVISION_COMPACTED = "REVISION_COMPACTED", "the asked history is gone; list again and watch from there"
     REVOKED = "REVOKED", "the caller, or what its certificate came from, is not admitted any more"
+    RESERVATION_DENIED = (
+        "RESERVATION_DENIED",
+        "operators reserve, and those whom a queue names within what it is guaranteed",
+    )
     ROLE_MISSING = "ROLE_MISSING", "the caller's role may not do this"
     RUNTIME_UNREACHABLE = "RUNTIME_UNREACHABLE", "the container engine does not answer"
     SAVES_FULL = "SAVES_FULL", "too many checkpoints wait to be reported; the control plane is away"
@@ -209,6 +213,8 @@ class What(_Words):
         "REBALANCE_PROPOSED",
         "moves of running jobs are worth it, for this one or of it; an operator can have them carried out",
     )
+    SHORT = "SHORT", "a reservation lacks GPUs: nodes were lost, and no others are left"
+    WHOLE_AGAIN = "WHOLE_AGAIN", "a reservation that lacked GPUs has all of them again"
     RESIZED = "RESIZED", "an elastic job runs again, with more or fewer GPUs than before"
     RELEASED = "RELEASED", "a job that was held may be placed again"
     SAVE_FAILED = "SAVE_FAILED", "a checkpoint could not be saved; training goes on without it"

@@ -33,6 +33,7 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         _parts,
         _data,
         _secrets,
+        _reservation,
     )
     return (*found, *(violation for check in checks for violation in check(spec)))
 
@@ -100,6 +101,14 @@ def _ranks(spec: Spec) -> Violations:
         yield FieldViolation("gpu", "says which GPUs, and gpus is 0; leave it out or ask for GPUs")
     if not spec.gpus and spec.placement:
         yield FieldViolation("placement", "holds groups of GPUs together, and gpus is 0; leave it out")
+
+
+def _reservation(spec: Spec) -> Violations:
+    """What can be kept for it."""
+    if spec.reservation and not spec.gpus:
+        yield FieldViolation("reservation", "keeps GPUs, and gpus is 0; leave it out or ask for GPUs")
+    if spec.reservation and spec.is_elastic:
+        yield FieldViolation("reservation", "keeps a fixed number of GPUs; leave it out, or elastic")
 
 
 def _elastic(spec: Spec) -> Violations:

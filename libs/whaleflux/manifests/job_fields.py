@@ -28,6 +28,7 @@ from whaleflux.manifests.job_values import (
     Named,
     OnPartition,
     Placement,
+    ReservationName,
     Rule,
     RunTime,
     Speeds,
@@ -326,6 +327,11 @@ class Spec:
         "How long it probably runs, all attempts together. Short work starts on GPUs that are promised to others for later. It ends "
         "nothing, but one that runs longer may be suspended through a checkpoint where its GPUs are promised.",
         default="learned from jobs of its name, queue and size", example="6 h",
+    )  # fmt: skip
+    reservation: str = _field(
+        "", "reservation", "reservation", ReservationName(shown="id of a reservation"),
+        "It runs on GPUs that this reservation keeps, and waits for its begin. What still runs at its end goes on as an ordinary job.",
+        default="any GPUs", example="launch-week",
     )  # fmt: skip
     depends_on: tuple[Dependency, ...] = _field(
         (), "depends_on", "depends_on", Dependencies(),

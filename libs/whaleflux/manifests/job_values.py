@@ -15,10 +15,11 @@ from whaleflux import names, quantities
 from whaleflux.errors import FieldViolation
 from whaleflux.fleet.model import Level
 from whaleflux.manifests.reader import Reader
-from whaleflux.manifests.text_values import Texts, printable, texts
+from whaleflux.manifests.text_values import Text, Texts, printable, text, texts
 from whaleflux.manifests.values import Choice, Flag, Schema, Seconds, Value, Violations, Whole, number
 
 _NEVER = math.inf
+_RESERVATION = re.compile(rf"reservations/{names.ID_PATTERN.pattern}")
 _LEVELS = {
     "site": 1,
     "zone": 2,
@@ -180,6 +181,22 @@ class Datasets(Texts):
 
     def parse(self, value: object, base: Path) -> Any:
         return [names.dataset(names.check_id("data", item.removeprefix("dataset:"))) for item in texts(value)]
+
+
+class ReservationName(Text):
+    """A reservation: `launch-week`, in the contract reservations/launch-week."""
+
+    def parse(self, value: object, base: Path) -> Any:
+        return names.reservation(names.check_id("reservation", text(value).removeprefix("reservations/")))
+
+    def violations(self, at: str, value: Any) -> Violations:
+        if value and not _RESERVATION.fullmatch(value):
+            yield FieldViolation(
+                at, f"{value[:80]!r} is not the name of a reservation, such as reservations/launch-week"
+            )
+
+    def schema(self) -> Schema:
+        return {"type": ["string", "integer"], "pattern": f"^(reservations/)?{names.ID_PATTERN.pattern}$"}
 
 
 @dataclass(frozen=True)

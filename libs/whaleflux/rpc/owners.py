@@ -165,6 +165,11 @@ TABLE: dict[str, OwnerRule] = {
         ListAllocations=LEAVES_OUT,
         PlanRebalance=FLEET,
         ApplyRebalance=FLEET,
+        CreateReservation=RECORD,
+        GetReservation=LEAVES_OUT,
+        ListReservations=LEAVES_OUT,
+        UpdateReservation=RECORD,
+        DeleteReservation=RECORD,
     ),
     **_service(
         "Task",

@@ -107,6 +107,9 @@ TABLE: Table = {
     _SCHEDULER + "UpdateQueue": OPERATORS,
     _SCHEDULER + "PlanRebalance": OPERATORS,
     _SCHEDULER + "ApplyRebalance": OPERATORS,
+    _SCHEDULER + "CreateReservation": PEOPLE,  # users within what their queue is guaranteed, which the servicer asks
+    _SCHEDULER + "UpdateReservation": PEOPLE,
+    _SCHEDULER + "DeleteReservation": PEOPLE,
     _SCHEDULER + "List*": _READERS,
     _SCHEDULER + "Get*": _READERS,
     _SCHEDULER + "WatchJobs": _READERS,

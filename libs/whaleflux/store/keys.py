@@ -23,6 +23,7 @@ OIDC_SUBJECTS = ROOT + "oidc_subjects/"  # {digest of issuer and sub}: which use
 # scheduler
 QUEUES = ROOT + "queues/"  # {queue}
 JOBS = ROOT + "jobs/"  # {queue}/{job}
+RESERVATIONS = ROOT + "reservations/"  # {reservation}
 JOB_FENCES = ROOT + "fences/jobs/"  # {queue}/{job}: the epoch in decimal; others compare it, never write it
 JOB_PLACEMENTS = (
     ROOT + "fences/placements/"
@@ -68,6 +69,7 @@ _COLLECTIONS = {
     TOKENS: ("tokens",),
     QUEUES: ("queues",),
     JOBS: ("queues", "jobs"),
+    RESERVATIONS: ("reservations",),
     JOB_PLACEMENTS: ("queues", "jobs"),
     JOB_DECISIONS: ("queues", "jobs"),
     NODE_HEALTH: ("sites", "nodes"),

@@ -47,6 +47,7 @@ from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.prepared_plan import PreparedPlan
 from whaleflux_scheduler.rebalances import Rebalances, RebalanceSettings
 from whaleflux_scheduler.reconciler import Reconciler, Sources
+from whaleflux_scheduler.reservation_records import RESERVATIONS
 from whaleflux_scheduler.servicer import Scheduler
 from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.submit import Submissions
@@ -113,6 +114,7 @@ def assemble(
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
     jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode, stand_in=convert.unreadable_job)
     queues_cache = Cache(store, keys.QUEUES, convert.QUEUES.decode)
+    reservations_cache = Cache(store, keys.RESERVATIONS, RESERVATIONS.decode)
     sessions, leader_session, jobs = (
         AgentSessions(),
         LeaderSession(store),
@@ -144,9 +146,10 @@ def assemble(
         newest = await store.list(keys.JOBS, limit=1)
         await jobs_cache.at_least(newest.revision, timeout_s=30.0)
         await queues_cache.at_least(newest.revision, timeout_s=30.0)
+        await reservations_cache.at_least(newest.revision, timeout_s=30.0)
         plan = prepared.take()
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
-        sources = Sources(jobs_cache, queues_cache)
+        sources = Sources(jobs_cache, queues_cache, reservations_cache)
         publishers = _publishers(store, bus, leader, clock) if bus is not None else []
         reconciler = Reconciler(
             batched,
@@ -187,7 +190,7 @@ def assemble(
 
     async def run() -> None:
         """Who follows knows the nodes already when it is to lead."""
-        async with jobs_cache, queues_cache, asyncio.TaskGroup() as group:
+        async with jobs_cache, queues_cache, reservations_cache, asyncio.TaskGroup() as group:
             feeds = [group.create_task(feed()) for feed in (*_feeds(nodes, peers), prepared.run)]
             await lead(store, ELECTION, address, decide)
             for feed in feeds:
@@ -239,7 +242,7 @@ async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, Dataset
 
 
 def _publishers(store: Store, bus: Bus, leader: Leader, clock: Clock) -> list[Publisher]:
-    """Jobs' first, then queues'."""
+    """Jobs' first, then those of the rest."""
 
     def describe(change: Any) -> Any:
         return news.of_change(change, clock.now())
@@ -247,4 +250,5 @@ def _publishers(store: Store, bus: Bus, leader: Leader, clock: Clock) -> list[Pu
     return [
         Publisher(store, bus, keys.JOBS, describe, name="scheduler-jobs", leader=leader, clock=clock),
         Publisher(store, bus, keys.QUEUES, describe, name="scheduler-queues", leader=leader, clock=clock),
+        Publisher(store, bus, keys.RESERVATIONS, describe, name="scheduler-reservations", leader=leader, clock=clock),
     ]

@@ -38,6 +38,15 @@ class JobAccess:
         """Ids of those that are known."""
         return [key.removeprefix(keys.QUEUES) for key in self._queues.values]
 
+    def above(self, queue: str) -> list[str]:
+        """Ids of the queues above it."""
+        found: list[str] = []
+        stored = self._queues.get(keys.QUEUES + queue)
+        while stored is not None and stored.value.parent and stored.value.parent not in found:
+            found.append(stored.value.parent)
+            stored = self._queues.get(keys.QUEUES + stored.value.parent)
+        return found
+
     def sight(self) -> Sight:
         """The caller's."""
         return Sight(auth.principal(), self.of)
@@ -61,7 +70,7 @@ class JobAccess:
 
         Whether there is such a queue when the job is stored is asked again then.
         """
-        who, access = auth.principal(), await self._sure(queue)
+        who, access = auth.principal(), await self.sure(queue)
         if access is UNKNOWN:
             ownership.note_asked()
             if names.queue(queue) != names.DEFAULT_QUEUE:  # which the first leader makes
@@ -88,7 +97,7 @@ class JobAccess:
         role = owner.partition("/")[0]
         return priority if role in roles.OPERATORS else min(priority, self.of(queue).max_priority)
 
-    async def _sure(self, queue: str) -> Access:
+    async def sure(self, queue: str) -> Access:
         """Of a queue that was made this moment, too."""
         if (access := self.of(queue)) is not UNKNOWN:
             return access

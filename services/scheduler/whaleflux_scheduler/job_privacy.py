@@ -15,7 +15,7 @@ from whaleflux.v1 import scheduler_pb2 as pb
 _SPEC = frozenset(
     {
         "gpus", "nodes", "gpu", "placement", "priority", "on_partition", "deadline_time", "budget_usd", "kind", "cpu_millicores_per_rank",
-        "memory_bytes_per_rank", "stop_grace", "sites", "launch_once", "array", "time_limit", "expected", "ranks", "goal", "elastic",
+        "memory_bytes_per_rank", "stop_grace", "sites", "launch_once", "array", "time_limit", "expected", "ranks", "goal", "elastic", "reservation",
     }
 )  # fmt: skip
 _JOB = frozenset(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime
 
 from whaleflux_scheduler.core import dependencies
@@ -31,7 +32,7 @@ class LeaderState:
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
         self.tasks = TaskIndex()
-        self._claimants, self._dependents = JobPointers(), JobPointers()
+        self._claimants, self._dependents, self._reservations = JobPointers(), JobPointers(), JobPointers()
         self._waits: dict[str, tuple[int, frozenset[When]]] = {}  # for how many jobs, and what they must do
         self._new_ends: dict[str, int] = {}  # of these, since the record of who waits was written
         self._unseen_ends: dict[str, dict[str, JobState]] = {}  # of deleted jobs whose dependents have not seen it yet
@@ -105,6 +106,12 @@ class LeaderState:
         self._tell_dependents(name, new)
         return self._record_nodes(name, nodes | frozenset(claim.gpus if claim else ()))
 
+    def reserve(self, reservation: str, victims: Iterable[str]) -> None:
+        """Jobs that are to leave for a reservation look at it."""
+        victims = tuple(victims)
+        self._reservations.set(reservation, victims)
+        self.touch(*victims)
+
     def _record_awaits(self, name: str, new: Job | None) -> None:
         awaits = new.awaits if new is not None else ()
         self._dependents.set(name, (awaited.job for awaited in awaits))
@@ -158,8 +165,8 @@ class LeaderState:
         return frozenset(self._on_node.get(node, ()))
 
     def claimants_of(self, name: str) -> frozenset[str]:
-        """Jobs that wait for this one to make room."""
-        return self._claimants.to(name)
+        """Jobs and reservations that wait for this one to make room."""
+        return self._claimants.to(name) | self._reservations.to(name)
 
     @property
     def unreadable(self) -> frozenset[str]:

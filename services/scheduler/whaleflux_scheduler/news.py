@@ -1,4 +1,4 @@
-"""What the scheduler publishes: each job's change of state, and queues coming and going."""
+"""What the scheduler publishes: each job's change of state, queues coming and going, and reservations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler import accounts, convert, move_news
+from whaleflux_scheduler import accounts, convert, move_news, reservation_records
 
 SOURCE = "scheduler"
 
@@ -25,6 +25,9 @@ def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
     """Events of jobs and queues, nothing for writes that leave a job's state as it was; and what is over of a job, for accounting."""
     if change.key.startswith(keys.QUEUES):
         told = of_queue(change, now)
+        return () if told is None else (told,)
+    if change.key.startswith(keys.RESERVATIONS):
+        told = reservation_records.of_change(change, now)
         return () if told is None else (told,)
     new = convert.JOBS.read(change.new.value) if change.new else None
     old = convert.JOBS.read(change.old.value) if change.old else None

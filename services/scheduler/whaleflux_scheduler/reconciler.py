@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
+from whaleflux.store import keys
 from whaleflux.store.api import Store
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader
@@ -26,13 +27,15 @@ from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
-from whaleflux_scheduler.core.holdings import held_by
+from whaleflux_scheduler.core.holdings import held_by, is_reservation
 from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.plan import Move, News, Plan
 from whaleflux_scheduler.core.queue_shares import PastUse, past_uses
+from whaleflux_scheduler.core.reservations import Reservation, has_to_leave
+from whaleflux_scheduler.core.steady_time import SteadyTime
 from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
@@ -42,6 +45,8 @@ from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeChanges, NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.reservation_keeper import ReservationKeeper
+from whaleflux_scheduler.reservation_records import StoredReservation
 from whaleflux_scheduler.task_index import nodes_to_tell
 from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
 
@@ -49,6 +54,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
+DOUBT_S = 30.0  # between two looks while the clock is not believed
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 PLAN = "!plan"  # what looks at no job in particular when it is due
 
@@ -58,6 +64,7 @@ class Sources(NamedTuple):
 
     jobs: Cache[StoredJob]
     queues: Cache[StoredQueue]
+    reservations: Cache[StoredReservation]
 
 
 class Reconciler:
@@ -89,7 +96,9 @@ class Reconciler:
         callbacks = WriterCallbacks(self._written, self._state.touch, self._not_storable)
         self._decisions = DecisionLog(store, leader, sources.jobs, self.planner, clock)
         self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
-        self._queues_changed = True
+        self._keeper = ReservationKeeper(store, leader, sources.reservations, clock)
+        self._steady = SteadyTime()
+        self._queues_changed = self._reservations_changed = True
         self._to_learn: list[Job] = []
         self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
         self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
@@ -106,6 +115,8 @@ class Reconciler:
             self._state.record(stored.value.name, stored.value)
             if not stored.value.ended or any(stored.value.holding()):
                 self._state.touch(stored.value.name)
+        for reserved in self._sources.reservations.values.values():
+            self._state.reserve(reserved.value.name, reserved.value.victims)
         ended = [stored.value for stored in self._sources.jobs.values.values() if stored.value.ended]
         ended.sort(key=lambda job: job.end_time or job.create_time)
         self._to_learn = ended[-MOST_LEARNED:]
@@ -119,6 +130,8 @@ class Reconciler:
                 self._writer.runs_in(group)
                 group.create_task(self._follow_jobs())
                 group.create_task(self._follow_queues())
+                group.create_task(self._follow_reservations())
+                group.create_task(self._keeper.run())
                 group.create_task(self._alarm())
                 group.create_task(self._rounds())
                 group.create_task(self._keep_showing())
@@ -183,6 +196,15 @@ class Reconciler:
             self._queues_changed = True
             self._state.wake()
 
+    async def _follow_reservations(self) -> None:
+        async for changes in self._sources.reservations.changes():
+            for change in changes:
+                known = change.new or change.old
+                assert known is not None
+                self._state.reserve(known.value.name, change.new.value.victims if change.new is not None else ())
+            self._reservations_changed = True
+            self._state.wake()
+
     async def _alarm(self) -> None:
         """Wakes the loop when a deadline of a job has come."""
         while True:
@@ -242,9 +264,15 @@ class Reconciler:
         for move in (*moves, *ordered):
             self._apply(move, now, transitions)
         self._writer.write(transitions)
-        self._state.schedule(PLAN, self.planner.next_look)
+        self._state.schedule(PLAN, self._next_look(news, now))
         if self.planner.unfinished:
             self._state.wake()
+
+    def _next_look(self, news: News, now: datetime) -> datetime | None:
+        """Of the plan; soon, where the clock jumped and is not believed yet."""
+        at = self.planner.next_look
+        soon = now + timedelta(seconds=DOUBT_S)
+        return min(at, soon) if at is not None and news.ahead_s else at
 
     def _news(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> News:
         """What the planner has to know; the transitions that need no planner are added to `transitions`."""
@@ -263,9 +291,10 @@ class Reconciler:
             jobs.append(stored.value)
             candidates[name] = self._look(stored, now, transitions)
         queues, datasets = self._queues() if self._queues_changed else None, self._datasets
+        reserved = self._reserved() if self._reservations_changed else None
         past, self._past_uses = self._past_uses, ()
         saved, self._saved = self._saved, None
-        self._queues_changed, self._datasets = False, {}
+        self._queues_changed, self._reservations_changed, self._datasets = False, False, {}
         return News(
             nodes=tuple(changes.nodes.values()),
             removed=tuple(changes.removed),
@@ -275,6 +304,8 @@ class Reconciler:
             candidates=candidates,
             queues=queues,
             past_uses=past,
+            reservations=reserved,
+            ahead_s=self._steady.ahead_s(now, self._clock.monotonic()),
             saved=saved,
             datasets=tuple(fact for fact in datasets.values() if fact is not None),
             datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
@@ -291,6 +322,9 @@ class Reconciler:
 
     def _queues(self) -> dict[str, Queue]:
         return {names.top(stored.value.name): stored.value for stored in self._sources.queues.values.values()}
+
+    def _reserved(self) -> dict[str, Reservation]:
+        return {stored.value.name: stored.value for stored in self._sources.reservations.values.values()}
 
     def _forget(self, name: str) -> None:
         if (tracking := self._state.forget(name)) is not None:
@@ -362,12 +396,17 @@ class Reconciler:
         return ends, frozenset(gone)
 
     def _claimed_by(self, job: Job, now: datetime) -> str:
-        """A job that waits for GPUs of this one, "" for none. Read from the records each time: so it is repeated until done."""
+        """A job or a reservation that waits for GPUs of this one, "" for none. Read from the records each time: so it is repeated until done."""
         if not (claimants := self._state.claimants_of(job.name)):
             return ""
         attempt = job.attempt
         held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
         for name in sorted(claimants):
+            if is_reservation(name):
+                reserved = self._sources.reservations.get(keys.of_name(keys.RESERVATIONS, name))
+                if reserved is not None and has_to_leave(job.name, held, reserved.value):
+                    return name
+                continue
             stored = self._sources.jobs.get(key_of(name))
             claim = stored.value.claim if stored is not None else None
             if claim is None or now >= claim.expire_time:
@@ -400,6 +439,9 @@ class Reconciler:
         return Candidate(offer.job, tracking.avoided(now))
 
     def _apply(self, move: Move, now: datetime, transitions: dict[str, Transition]) -> None:
+        if move.reservation is not None:
+            self._keeper.write(move.reservation)
+            return
         if move.claim is not None and move.claim.purpose in GOES_ON:
             self._keep_place(move, transitions)
             return

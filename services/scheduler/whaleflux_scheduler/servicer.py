@@ -32,6 +32,7 @@ from whaleflux_scheduler.job_view import present_stored
 from whaleflux_scheduler.jobs import Jobs, check_deletable, deletion, job_key
 from whaleflux_scheduler.leader_session import LeaderSession
 from whaleflux_scheduler.queues import Queues, queue_message
+from whaleflux_scheduler.reservation_book import ReservationBook
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.watched_jobs import WatchedJobs
 
@@ -58,6 +59,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         self._leader, self._broker, self._clock = leader, broker, clock
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
         self._attaching, self._access = attaching, jobs.access
+        self._reservations = ReservationBook(store, jobs.access, clock)
 
     # queues
 
@@ -256,6 +258,31 @@ class Scheduler(rpc.SchedulerServiceServicer):
         if not request.etag:
             raise InvalidArgument(FieldViolation("etag", "is empty; give the etag of a plan that PlanRebalance made"))
         return await (await self._leader.leading()).rebalances.apply(request.etag)
+
+    # reservations
+
+    async def CreateReservation(self, request: pb.CreateReservationRequest, context: _Context | None) -> pb.Reservation:
+        return await self._reservations.create(request, await self._leader.leading())
+
+    async def GetReservation(self, request: pb.GetReservationRequest, context: _Context | None) -> pb.Reservation:
+        return await self._reservations.get(request.name, self._access.sight())
+
+    async def ListReservations(
+        self, request: pb.ListReservationsRequest, context: _Context | None
+    ) -> pb.ListReservationsResponse:
+        page = await self._reservations.page(request, self._listing())
+        return pb.ListReservationsResponse(
+            reservations=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def UpdateReservation(self, request: pb.UpdateReservationRequest, context: _Context | None) -> pb.Reservation:
+        return await self._reservations.update(request, await self._leader.leading())
+
+    async def DeleteReservation(
+        self, request: pb.DeleteReservationRequest, context: _Context | None
+    ) -> empty_pb2.Empty:
+        await self._reservations.delete(request)
+        return empty_pb2.Empty()
 
     def _listing(self) -> Sight:
         """The caller's, for what leaves out what it does not see, which may be all there is."""

@@ -28,6 +28,7 @@ from whaleflux_scheduler.core.validate import check_spec
 from whaleflux_scheduler.job_access import JobAccess, queue_not_there
 from whaleflux_scheduler.job_secrets import JobSecrets
 from whaleflux_scheduler.jobs import check_deletable
+from whaleflux_scheduler.reservation_use import check_use
 
 DATASETS_S = 2.0  # deadline for asking inventory about one dataset
 KNOWN_DATASET_S, KNOWN_MEMBERS_S = 60.0, 1.0  # of one that is for all, and of one that is for some
@@ -66,6 +67,8 @@ class Submissions:
         _check_member(request.job.spec, job_id)
         owner = _owner(request)
         await self._access.check_use(queue, request.job.spec.priority)
+        if request.job.spec.reservation:
+            await check_use(self._store, self._access, request.job.spec.reservation, queue)
         if request.job.spec.datasets:
             await self._check_datasets(request.job.spec)
         spec = pb.JobSpec()

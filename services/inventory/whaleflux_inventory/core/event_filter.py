@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "incident": ("incidents",),
     "checkpoint": ("queues", "jobs", "checkpoints"),
     "queue": ("queues",),
+    "reservation": ("reservations",),
     "dataset": ("datasets",),
     "site": ("sites",),
     "jointoken": ("joinTokens",),

@@ -98,7 +98,9 @@ def _listed(sites: Sequence[str]) -> str:
 
 def _shape(request: PlaceRequest) -> PlaceRequest:
     """Without what says nothing about the size of the fleet: names, priority, and where data lies at present."""
-    return replace(request, id="?", priority=0, exclude_nodes=(), near_nodes=(), datasets=(), hard_locality=False)
+    return replace(
+        request, id="?", priority=0, exclude_nodes=(), near_nodes=(), datasets=(), hard_locality=False, reservation=""
+    )
 
 
 def in_words(short: NoPlacement) -> str:

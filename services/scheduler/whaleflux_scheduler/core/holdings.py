@@ -108,6 +108,13 @@ class Holdings:
         """By job."""
         return self._claims
 
+    def jobs_on(self, node: str) -> Collection[str]:
+        """Who holds or claims something there; reservations too."""
+        return self._on_node.get(node, ())
+
+    def is_held(self, uuid: str) -> bool:
+        return uuid in self._holders
+
     def disputed(self, job: str) -> bool:
         return job in self._disputed
 
@@ -441,6 +448,11 @@ def _keep(known: dict[str, T], name: str, value: T | None) -> None:
 def claim_id(job: str) -> str:
     """What the engine calls the claim of a job."""
     return job + _CLAIM
+
+
+def is_reservation(claimant: str) -> bool:
+    """Whether GPUs are claimed by a reservation: no job, and nobody that makes room."""
+    return claimant.startswith("reservations/")
 
 
 def job_of(id_: str) -> str:

@@ -36,6 +36,7 @@ from whaleflux_scheduler.core.rebalance import RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import NewClaim
 from whaleflux_scheduler.core.refusals import Refusals
 from whaleflux_scheduler.core.request import shape
+from whaleflux_scheduler.core.reservations import Reservation
 from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
 from whaleflux_scheduler.core.stopwatch import Stopwatch
 
@@ -54,6 +55,8 @@ class News:
     candidates: Mapping[str, Candidate | None] = field(default_factory=dict)  # None: waits no more
     queues: Mapping[str, Queue] | None = None
     past_uses: tuple[PastUse, ...] = ()  # of queues, before this plan began
+    reservations: Mapping[str, Reservation] | None = None  # all that are stored, by name; None: as before
+    ahead_s: float = 0.0  # by how much `now` is ahead of the time by which reservations begin and end
     saved: Mapping[str, datetime] | None = None  # job -> when its newest checkpoint was committed; None: as before
     datasets: tuple[DatasetFact, ...] = ()
     datasets_gone: tuple[str, ...] = ()
@@ -69,6 +72,7 @@ class Move:
     claim: Claim | None = None
     begun: datetime | None = None
     ended: datetime | None = None
+    reservation: Reservation | None = None  # to be stored like this; `job` is its name
 
 
 class Plan(Questions):
@@ -102,8 +106,8 @@ class Plan(Questions):
 
     @property
     def next_look(self) -> datetime | None:
-        """When something is due without news: somebody has to leave promised GPUs."""
-        at_s = self._promises.next_look
+        """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
+        at_s = min(self._promises.next_look, self._reserved.next_look)
         return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
 
     @property
@@ -139,8 +143,9 @@ class Plan(Questions):
             self._promises.knows_node(len(node.gpus))
         for name in news.removed:
             fleet.remove(name)
+            self._reserved.forget_node(name)
         for name, why in news.closed.items():
-            fleet.close(name, why)
+            fleet.close(name, self._reserved.closes(name, why))
         for job in news.jobs:
             self._learn(job)
         for name in news.gone:
@@ -151,6 +156,9 @@ class Plan(Questions):
             self._rebalancer.forget(name)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
+        self._reserved.ahead_s = news.ahead_s
+        if news.reservations is not None:
+            self._reserved.know(news.reservations)
 
     def _set_queues(self, queues: Mapping[str, Queue]) -> None:
         parked = [line for lines in self._parked.values() for line in lines]
@@ -228,7 +236,8 @@ class Plan(Questions):
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
         line = self._pending.join(candidate, asked, own=self._stands_alone(job), lasts=self._promises.lasts(job)).line
-        self._promises.waits(job, asked)
+        if self._reserved.find(job.spec) is None:
+            self._promises.waits(job, asked)
         kind = line.kind
         if len(kind.lines) == 1 and len(line.names) == 1:
             self._needs.add(kind, kind.need)
@@ -276,7 +285,7 @@ class Plan(Questions):
             self._unpark(top)
         if self._fleet.gained:
             self._stop_others_beside(self._fleet.gained_from)
-        for kind in self._fleet.take_gains(self._needs, self._promises.covered()):
+        for kind in self._fleet.take_gains(self._needs, self._promises.covered() + self._reserved.covered()):
             if not self._could_hold(kind):
                 continue
             was_refused = kind.refused
@@ -298,11 +307,15 @@ class Plan(Questions):
 
     def _could_hold(self, kind: RequestClass) -> bool:
         """Whether what nodes gained, with what is kept for promises that its jobs do not delay, could be enough for it."""
-        lent = self._promises.lent(kind.lasts, self._now)
+        lent = self._lent(kind)
         if kind.own and self._promises.has(kind.own):
             own = self._promises.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
             return self._fleet.engine.free_gpus() + own + lent >= need_of(kind.request).gpus
         return self._fleet.could_hold(kind.need, lent)
+
+    def _lent(self, kind: RequestClass) -> int:
+        """GPUs that are kept for later, and may be used by it until then."""
+        return self._promises.lent(kind.lasts, self._now) + self._reserved.lent(kind.lasts, self._now)
 
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
@@ -335,8 +348,8 @@ class Plan(Questions):
         if not self._hopeful:
             self._fleet.give_up()
         self._now = now
+        moves = self._keep_reservations(now)
         self._take_in_gains()
-        moves: list[Move] = []
         while self._turns.active and not watch.over:
             line = self._turns.next()
             if line is None:
@@ -352,6 +365,16 @@ class Plan(Questions):
             moves += self._promise({move.job for move in moves}, watch)
             moves += self._grow(now)
         return moves + self._answer(watch)
+
+    def _keep_reservations(self, now: datetime) -> list[Move]:
+        """What is to be stored of reservations; those who wait for one that has begun, has more room or is over are tried again."""
+        changed = self._reserved.step(now)
+        for name in self._reserved.take_gained() if len(self._pending) else ():
+            for kind in [kind for kind in self._pending.classes if kind.request.reservation == name]:
+                for waiting in [self._pending.jobs[job] for line in kind.lines.values() for job in line.names]:
+                    self._join(waiting.candidate)
+                self._try_again(kind)
+        return [Move(one.name, SchedulingDecision(now, False, ""), reservation=one) for one in changed]
 
     def _promise(self, moved: set[str], watch: Stopwatch) -> list[Move]:
         """Keeps and gives promises, of those who wait and were not moved in this step already."""
@@ -389,6 +412,8 @@ class Plan(Questions):
             self._park(line, limit)
             self._tell(job.name, "limit")
             return None
+        if self._reserved.find(job.spec) is not None:
+            return self._try_reserved(kind, job, now)
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
@@ -412,6 +437,14 @@ class Plan(Questions):
             self._turns.pass_over(line)
         else:
             self._refuse(kind)
+        return None
+
+    def _try_reserved(self, kind: RequestClass, job: Job, now: datetime) -> Move | None:
+        """On GPUs of its reservation, and nowhere else."""
+        if (placement := self._reserved.place(job, kind.request)) is not None:
+            return self._give(job, placement, now)
+        self._tell(job.name, "reservation")
+        self._refuse(kind)
         return None
 
     def _keep_to_few(self, line: Line, job: Job, now: datetime) -> Move | None:
@@ -458,8 +491,7 @@ class Plan(Questions):
         if kind.impossible:
             return None
         if kind.hopeful and not kind.own:
-            lent = self._promises.lent(kind.lasts, now)
-            if not self._fleet.could_place(kind.need, request, lent):
+            if not self._fleet.could_place(kind.need, request, self._lent(kind)):
                 return None
         if kind.own:
             with self._fleet.holdings.without(job.name):
@@ -468,12 +500,12 @@ class Plan(Questions):
 
     def _fits(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
         """Where it goes: on GPUs that are promised to others only when no others do, and it has left before their time comes."""
-        engine = self._fleet.engine
+        engine, request = self._fleet.engine, self._reserved.away(request, job, now)
         if kind.need.gpus <= _FEW or engine.feasible(request):  # small ones are sought as soon as asked
             placement = engine.seek(request)
             if placement is not None or kind.need.gpus > _FEW:
                 return placement
-        claimants = self._promises.behind(job, now)
+        claimants = [*self._promises.behind(job, now), *self._reserved.behind(job, now)]
         if not claimants or self._promises.covered(claimants) + engine.free_gpus() < kind.need.gpus:
             return None
         with self._fleet.holdings.without_claims(claimants):
@@ -626,9 +658,12 @@ class Plan(Questions):
                 self._fleet.engine.explain(replace(request, id=job.name)), now, candidate.exclude
             )
             return self._kept_few(few, request, job)
+        if reserved := self._reserved.why(job, now):
+            return reserved
         if not line.kind.refused:
             return wait_reasons.others_alike_go_first(now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
+        decision = wait_reasons.with_reservations(decision, self._reserved.in_the_way_of(job, now))
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
         return wait_reasons.with_promise(decision, self._fleet.holdings.claim(job.name))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta
 
-from whaleflux_scheduler.core.holdings import Holdings, claim_id, job_of
+from whaleflux_scheduler.core.holdings import Holdings, claim_id, is_reservation, job_of
 from whaleflux_scheduler.core.model import Claim, Job, JobState
 from whaleflux_scheduler.core.placement.api import PlaceRequest, PreemptionPlan, Victim
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -55,6 +55,8 @@ def _promised(claimant: Claimant, holdings: Holdings, job: Job, name: str) -> bo
 
 
 def _yields(claimant: Claimant, holdings: Holdings, name: str) -> bool:
+    if is_reservation(name):
+        return False
     held = holdings.jobs[name]
     return claimant.reclaims(name, held.queue) or claimant.preempts(name, held.spec.priority)
 

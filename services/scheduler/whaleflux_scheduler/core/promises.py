@@ -26,6 +26,11 @@ LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all
 _NEVER_OVER = 99  # the class of what lasts without end
 
 
+def soonest_s(lasts: int) -> float:
+    """Seconds in which the soonest over of a class of `Promises.lasts` has left; infinite for those that never do."""
+    return math.inf if lasts == _NEVER_OVER else 2.0 ** (lasts / 2) * (lasts > 0)
+
+
 class Promises:
     """See the module. `learn`, `waits` and `leaves` say what is the case; `due` and `to_promise` what is to be done about it."""
 
@@ -127,7 +132,7 @@ class Promises:
         """GPUs that nobody holds, kept for promises that the soonest over of such a class of jobs does not delay."""
         if not self._starts or lasts == _NEVER_OVER:
             return 0
-        over_s = now.timestamp() + 2.0 ** (lasts / 2) * (lasts > 0) + MARGIN_S
+        over_s = now.timestamp() + soonest_s(lasts) + MARGIN_S
         return self.covered(name for name, start_s in self._starts.items() if over_s <= start_s)
 
     def covered(self, claimants: Iterable[str] | None = None) -> int:

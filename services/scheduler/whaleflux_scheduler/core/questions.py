@@ -9,9 +9,10 @@ from datetime import datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import capacity, decisions, elastic, goals, wait_reasons
+from whaleflux_scheduler.core import capacity, decisions, elastic, goals, reservations, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
+from whaleflux_scheduler.core.holdings import is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
@@ -25,6 +26,7 @@ from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
+from whaleflux_scheduler.core.reserving import Reserved
 
 
 class Questions:
@@ -35,6 +37,7 @@ class Questions:
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
         self._estimates = Estimates()
         self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates)
+        self._reserved = Reserved(self._fleet, self._estimates)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property
@@ -64,8 +67,10 @@ class Questions:
             return wait_reasons.queue_is_full(limit, now)
         if not self.nodes:
             return wait_reasons.no_nodes(now)
+        if reserved := self._reserved.why(job, now):
+            return self._in_line(reserved, job)
         request = self._within_quota(place_request(job.name, job.spec), job)
-        answer = self._fleet.engine.place(self._wished(request, job, now))
+        answer = self._fleet.engine.place(self._wished(self._reserved.away(request, job, now), job, now))
         if isinstance(answer, Placement):
             return self._placed(job, answer, decisions.assignment_of(answer, self._fleet.holdings.devices), now)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now), request, job)
@@ -84,6 +89,8 @@ class Questions:
             return self._in_line(wait_reasons.queue_is_full(limit, now), job)
         if full := self._over_array_limit(job):
             return self._in_line(wait_reasons.array_is_full(full, now), job)
+        if reserved := self._reserved.why(job, now):
+            return self._in_line(reserved, job)
         if not self.nodes:
             return self._in_line(wait_reasons.no_nodes(now), job)
         avoided = frozenset(exclude)
@@ -93,9 +100,9 @@ class Questions:
         if isinstance(answer, Placement):
             return self._in_line(wait_reasons.is_next(now), job)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now, avoided), request, job)
-        decision = wait_reasons.with_claims(
-            decision, [name for name in self._fleet.holdings.claims if name != job.name]
-        )
+        claims = [name for name in self._fleet.holdings.claims if name != job.name and not is_reservation(name)]
+        decision = wait_reasons.with_claims(decision, claims)
+        decision = wait_reasons.with_reservations(decision, self._reserved.in_the_way_of(job, now))
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
         if (claim := self._fleet.holdings.claim(job.name)) is not None:
             decision = wait_reasons.with_promise(decision, claim)
@@ -127,6 +134,10 @@ class Questions:
     def _ever(self, queue: str, spec: Spec) -> PlaceRequest:
         """What is asked for, of the GPU types of which the queue could ever take enough."""
         return that_may(shape(spec), lambda gpus: self._over_queue(queue, gpus) is None)
+
+    def reservation_fleet(self) -> reservations.Fleet:
+        """What GPUs reservations may be given."""
+        return self._reserved.fleet()
 
     def plan_rebalance(self, now: datetime, *, thorough: bool = False) -> RebalancePlan:
         """Running jobs that should go elsewhere now; `thorough`: also for those who wait that were looked at lately in vain."""
@@ -168,7 +179,9 @@ class Questions:
         self._fleet.holdings.check()
 
     def _over_limit(self, job: Job, gpus: int | None = None) -> QueueLimit | None:
-        """What keeps its queue from taking as many GPUs as it asks for, or so many."""
+        """What keeps its queue from taking as many GPUs as it asks for, or so many. What is reserved was admitted with its reservation."""
+        if self._reserved.find(job.spec) is not None:
+            return None
         own, lends_back = self._fleet.holdings.count_of(job.name), not job.spec.is_service
         wanted, free = job.spec.gpus if gpus is None else gpus, self._fleet.engine.free_gpus
         return self._shares.quota.admit(job.queue, wanted, own=own, free=free, lends_back=lends_back)

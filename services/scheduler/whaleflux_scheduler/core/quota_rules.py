@@ -36,17 +36,17 @@ def check_tree(queues: Mapping[str, Queue], changed: str) -> None:
         raise _violation(
             "parent", f"{names.queue(queue.parent)} does not exist; list what does with: whaleflux queue ls"
         )
-    path = list(_path(queues, changed))
-    if path[-1].parent:  # it came back to one that it had seen
+    above = list(path(queues, changed))
+    if above[-1].parent:  # it came back to one that it had seen
         raise _violation(
             "parent", f"{names.queue(queue.parent)} is below {names.queue(changed)}, or the same; use another"
         )
     below = _below(queues)
-    levels = len(path) - 1 + _levels(below, changed)
+    levels = len(above) - 1 + _levels(below, changed)
     if levels > MOST_LEVELS:
         raise _violation("parent", f"there would be {levels} queues above one another; use at most {MOST_LEVELS}")
-    for above in path:
-        _check_sum(queues, below, names.last(above.name), changed)
+    for up in above:
+        _check_sum(queues, below, names.last(up.name), changed)
 
 
 def _check_sum(queues: Mapping[str, Queue], below: Mapping[str, list[str]], id_: str, changed: str) -> None:
@@ -77,7 +77,7 @@ def children(queues: Mapping[str, Queue], id_: str) -> list[str]:
     return sorted(child for child, queue in queues.items() if queue.parent == id_)
 
 
-def _path(queues: Mapping[str, Queue], id_: str) -> Iterator[Queue]:
+def path(queues: Mapping[str, Queue], id_: str) -> Iterator[Queue]:
     """The queue and those above it, up to one without a parent, or one whose parent was there already."""
     seen: set[str] = set()
     while id_ in queues and id_ not in seen:

@@ -156,7 +156,8 @@ def could_move(job: Job) -> bool:
     spec, attempt = job.spec, job.attempt
     if not may_go_on(job) or attempt is None or attempt.run_time is None or spec.is_service:
         return False
-    return 0 < attempt.gpus == spec.gpus and not spec.share_memory_bytes and resumes(job)
+    alone = not spec.share_memory_bytes and not spec.reservation
+    return 0 < attempt.gpus == spec.gpus and alone and resumes(job)
 
 
 def resumes(job: Job) -> bool:

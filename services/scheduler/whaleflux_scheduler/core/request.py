@@ -56,6 +56,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
         datasets=tuple(names.dataset(name) for name in spec.datasets),
         hard_locality=spec.require_local_data,
         preference=Preference(goal=goal_of(spec)),
+        reservation=spec.reservation,
     )
 
 

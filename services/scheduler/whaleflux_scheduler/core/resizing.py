@@ -14,7 +14,7 @@ from itertools import accumulate, islice
 from whaleflux_scheduler.core import elastic, resize
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.elastic_index import ElasticIndex
-from whaleflux_scheduler.core.holdings import Holdings, count
+from whaleflux_scheduler.core.holdings import Holdings, count, is_reservation
 from whaleflux_scheduler.core.lifecycle import may_go_on
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan, Victim
@@ -216,6 +216,8 @@ def _keeps(giver: Job, to: Job, part: int) -> int:
 def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime) -> bool:
     """Whether what it has beyond that may be had: for a higher priority at any time, for an equal one when it has settled."""
     if not may_go_on(giver) or giver.name == to.name or holdings.disputed(giver.name):
+        return False
+    if any(map(is_reservation, holdings.claimants_on(giver.name))):  # what it left would be the reservation's
         return False
     first = giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
     return first and count(holdings.held(giver.name)) > keeps

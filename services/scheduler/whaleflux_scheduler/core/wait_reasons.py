@@ -13,6 +13,7 @@ from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingD
 from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
 from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.reservations import Reservation
 
 _IN_THE_FILE = {  # the engine's words, and those of who writes job files
     "excluded by name": "avoided after a failure",
@@ -186,6 +187,21 @@ def with_claims(decision: SchedulingDecision, claimants: Collection[str]) -> Sch
         return decision
     names = ", ".join(sorted(claimants)[:_MOST_NAMES]) + (" and more" if len(claimants) > _MOST_NAMES else "")
     return replace(decision, reasons=(*decision.reasons, f"idle GPUs may be kept for {names}, for which others stop"))
+
+
+def for_reservation(why: str, now: datetime, change: str = "") -> SchedulingDecision:
+    """It waits for GPUs that are reserved for it."""
+    return _held_back(why, now, change)
+
+
+def with_reservations(decision: SchedulingDecision, kept: Collection[Reservation]) -> SchedulingDecision:
+    """With what keeps idle GPUs from it: it may not be over when they are needed."""
+    if not kept:
+        return decision
+    told = [f"{one.name} ({'maintenance' if one.maintenance else 'reserved'} {one.window})" for one in kept]
+    many = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
+    why = f"GPUs are kept for {', '.join(told[:_MOST_NAMES])}{many}; until they begin, jobs may use them that are over by then (time_limit, expected)"
+    return replace(decision, reasons=(*decision.reasons, why))
 
 
 def in_line(decision: SchedulingDecision, ahead: Collection[str], position: int) -> SchedulingDecision:

@@ -150,6 +150,7 @@ class PlaceRequest:
     comm: CommModel = field(default_factory=CommModel)
     preference: Preference = field(default_factory=Preference)
     without_gpus: bool = False  # the one group's ranks get CPU and memory alone
+    reservation: str = ""  # of those who ask: nothing to the engine, which is asked of that reservation's GPUs
 
     @property
     def units(self) -> int:

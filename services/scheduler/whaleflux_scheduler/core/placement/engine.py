@@ -333,6 +333,10 @@ class Engine:
         return self._placed
 
     @property
+    def datasets(self) -> Collection[DatasetFact]:
+        return self._datasets.values()
+
+    @property
     def nodes(self) -> Mapping[str, Row]:
         return self._rows
 

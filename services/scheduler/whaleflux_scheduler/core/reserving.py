@@ -1,0 +1,331 @@
+"""What a plan does about reservations: their GPUs are held in the engine as claims are, members are placed on them, others leave in time.
+
+What is decided here (a begin, an end, GPUs in place of lost ones, who has to leave) holds in the plan at once, and is written by the
+leader; records as they are stored take it back where that was refused. Named again until the record says it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from whaleflux.fleet.model import Node
+from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core import reservations, wait_reasons
+from whaleflux_scheduler.core.estimates import Estimates, safe_s
+from whaleflux_scheduler.core.holdings import claim_id, is_reservation
+from whaleflux_scheduler.core.known_fleet import KnownFleet
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision
+from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.promises import MARGIN_S, soonest_s
+from whaleflux_scheduler.core.reservations import Fleet, Reservation, ReservationState
+
+LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
+AGAIN_S = 60.0  # between two looks for what is short
+_PROMISED, _HELD = 4, 1  # what it costs to take a GPU that a job is promised, or holds
+_ABOVE_ALL = 1 << 30  # a priority
+_SPEC = Spec(command=("reserved",), priority=_ABOVE_ALL, cpu_millicores_per_rank=1)
+
+
+class Reserved:
+    """See the module."""
+
+    def __init__(self, fleet: KnownFleet, estimates: Estimates) -> None:
+        self._fleet, self._estimates = fleet, estimates
+        self._stored: dict[str, Reservation] = {}
+        self._now: dict[str, Reservation] = {}  # as decided
+        self._said: dict[str, Reservation] = {}  # decided, and told to who writes it
+        self._kept: dict[str, dict[str, tuple[str, ...]]] = {}  # GPUs in the engine
+        self._seen: dict[str, Node | None] = {}  # nodes under maintenance, as they were when their GPUs were counted
+        self._why: dict[str, str] = {}  # why nodes are closed beside reservations
+        self._under: dict[str, str] = {}  # nodes under maintenance, and what is said of them
+        self._lost_since: dict[str, float] = {}
+        self._dues: dict[str, list[float]] = {}  # when jobs are to be asked to leave
+        self._again_s = math.inf
+        self.ahead_s = 0.0  # by how much the time of others is ahead of that by which reservations begin and end
+        self._room: dict[str, tuple[ReservationState, int]] = {}  # of those who wait for it
+        self._small: dict[str, tuple[int, Engine]] = {}  # the fleet's version, and a reservation's own GPUs
+
+    # what is the case
+
+    def know(self, stored: Mapping[str, Reservation]) -> None:
+        """All that there are, as they are stored."""
+        for name in self._stored.keys() - stored.keys():
+            for known in (self._now, self._said, self._lost_since, self._dues, self._small):
+                known.pop(name, None)
+        for name, one in stored.items():
+            if self._stored.get(name) != one:
+                self._now[name] = one
+                self._said.pop(name, None)
+        self._stored = dict(stored)
+        self._hold()
+
+    def closes(self, node: str, why: str) -> str:
+        """Why the node takes no work, with what reservations say to that."""
+        self._why[node] = why
+        return why or self._under.get(node, "")
+
+    def forget_node(self, node: str) -> None:
+        """It is gone."""
+        self._why.pop(node, None)
+
+    def _under_maintenance(self) -> dict[str, str]:
+        return {
+            node: f"under maintenance until {one.end.isoformat(timespec='minutes')} ({one.name})"
+            for one in self._now.values()
+            if one.maintenance and one.state is ReservationState.ACTIVE
+            for node in one.nodes
+        }
+
+    @property
+    def all(self) -> Mapping[str, Reservation]:
+        """As decided, by name."""
+        return self._now
+
+    def find(self, spec: Spec) -> Reservation | None:
+        """The reservation that a job asks for; None: none, or one that is over or gone: it is an ordinary job."""
+        one = self._now.get(spec.reservation) if spec.reservation else None
+        return None if one is None or one.over or one.maintenance else one
+
+    def of(self, job: Job) -> Reservation | None:
+        """The same, where jobs of its queue may use it."""
+        one = self.find(job.spec)
+        path = (node.id for node in self._fleet.holdings.shares.quota.node(job.queue).path())
+        return one if one is not None and one.queue in path else None
+
+    # who may use its GPUs
+
+    def behind(self, job: Job, now: datetime) -> list[str]:
+        """Reservations that the job does not delay: it has left before they begin."""
+        if not self._kept:
+            return []
+        over = now + timedelta(
+            seconds=min(safe_s(self._estimates, job) + MARGIN_S, reservations.LONGEST.total_seconds())
+        )
+        return [name for name in self._kept if over <= self._now[name].start]
+
+    def covered(self, names: Iterable[str] | None = None) -> int:
+        """GPUs that nobody holds and that are kept for these, by default for all."""
+        placed = self._fleet.engine.placements
+        found = (placed.get(claim_id(name)) for name in (self._kept if names is None else names))
+        return sum(placement.gpus for placement in found if placement is not None)
+
+    def lent(self, lasts: int, now: datetime) -> int:
+        """GPUs that nobody holds, kept for reservations that the soonest over of such a class of jobs does not delay."""
+        over_s = now.timestamp() + soonest_s(lasts) + MARGIN_S
+        return self.covered(name for name in self._kept if over_s <= self._now[name].start.timestamp())
+
+    def away(self, request: PlaceRequest, job: Job, now: datetime) -> PlaceRequest:
+        """The request without nodes on which work that has no GPU for itself would be in the way of a reservation."""
+        if not self._kept or not (request.without_gpus or any(group.share for group in request.groups)):
+            return request
+        behind = set(self.behind(job, now))
+        avoided = {node for name in self._kept if name not in behind for node in _nodes_of(self._now[name])}
+        return (
+            replace(request, exclude_nodes=tuple(sorted(avoided.union(request.exclude_nodes)))) if avoided else request
+        )
+
+    def place(self, job: Job, request: PlaceRequest) -> Placement | None:
+        """Where a member goes, on GPUs of its reservation alone; None: it has not begun, or they are in use."""
+        one = self.of(job)
+        own = self._fleet.holdings.count_of(job.name)
+        if one is None or one.state is not ReservationState.ACTIVE or self.covered((one.name,)) + own < request.units:
+            return None
+        return self._own_engine(one, job).seek(replace(request, id=job.name))
+
+    def _own_engine(self, one: Reservation, job: Job) -> Engine:
+        """Its GPUs, with what is held of them: by then nothing else is to be had there."""
+        version, known = self._small.get(one.name, (-1, None))
+        if version != self._fleet.version or known is None or self._fleet.holdings.holds(job.name):
+            known = self._made(one, job.name)
+            self._small[one.name] = self._fleet.version, known
+        return known
+
+    def _made(self, one: Reservation, member: str) -> Engine:
+        engine, devices = Engine(), self._fleet.holdings.devices
+        for name, uuids in one.held:
+            if (node := devices.nodes.get(name)) is None or name not in devices.open:
+                continue
+            offered, _ = devices.offered(node)
+            own = set(uuids)
+            gpus = (replace(gpu, healthy=gpu.healthy and gpu.uuid in own) for gpu in offered.gpus)
+            engine.upsert_node(replace(offered, gpus=tuple(gpus)))
+        free_of = {claim_id(one.name), member, claim_id(member)}
+        for id_ in sorted({id_ for name, _ in one.held for id_ in self._placements_on(name)} - free_of):
+            placement = self._fleet.engine.placements[id_]
+            if parts := tuple(part for part in placement.nodes if part.node in engine.nodes):
+                engine.apply(replace(placement, nodes=parts))
+        for dataset in self._fleet.engine.datasets:
+            engine.upsert_dataset(dataset)
+        return engine
+
+    def _placements_on(self, node: str) -> Iterator[str]:
+        """What the engine has there."""
+        for job in self._fleet.holdings.jobs_on(node):
+            yield from (id_ for id_ in (job, claim_id(job)) if id_ in self._fleet.engine.placements)
+
+    def take_gained(self) -> list[str]:
+        """Reservations that began, are over, or have other room than when this was asked last: for whom it could mean something."""
+        room = {name: (one.state, self.covered((name,))) for name, one in self._now.items() if not one.maintenance}
+        before, self._room = self._room, room
+        return [name for name in (*room, *(before.keys() - room.keys())) if before.get(name) != room.get(name)]
+
+    # reasons
+
+    def why(self, job: Job, now: datetime) -> SchedulingDecision | None:
+        """Why a member waits; None for who is an ordinary job."""
+        one = self.find(job.spec)
+        if one is None:
+            return None
+        if self.of(job) is None:
+            text = f"{one.name} is for jobs of queue {one.queue}"
+            return wait_reasons.for_reservation(text, now, "cancel it, and submit it to that queue")
+        if one.state is not ReservationState.ACTIVE:
+            begins = one.start.isoformat(timespec="seconds")
+            return wait_reasons.for_reservation(f"{one.name} begins at {begins}", now)
+        free, short = self.covered((one.name,)), f", {one.short} of them lost" if one.short else ""
+        text = f"{free} of the {one.gpus} GPUs of {one.name} are free{short}, and {job.spec.gpus} are asked for, in this shape"
+        return wait_reasons.for_reservation(text, now, "wait until others of it have ended")
+
+    def in_the_way_of(self, job: Job, now: datetime) -> list[Reservation]:
+        """Reservations that keep idle GPUs from the job, the first to begin first."""
+        behind = set(self.behind(job, now))
+        names = [name for name in self._kept if name not in behind and self.covered((name,))]
+        return sorted((self._now[name] for name in names), key=lambda one: (one.start, one.name))
+
+    # what is to be done
+
+    @property
+    def next_look(self) -> float:
+        """Seconds since the epoch when something is due without news."""
+        dues = [self._again_s]
+        for one in self._now.values():
+            if not one.over:
+                dues.append((one.end if one.state is ReservationState.ACTIVE else one.start).timestamp())
+                dues += self._dues.get(one.name, ())
+        return min(dues) + self.ahead_s
+
+    def step(self, now: datetime) -> list[Reservation]:
+        """What is to be written: reservations that began or are over, have other GPUs, or have more jobs leave."""
+        now -= timedelta(seconds=self.ahead_s)
+        self._again_s = math.inf
+        if not self._now:
+            return []
+        before = {name: one.state for name, one in self._now.items()}
+        for name, one in self._now.items():
+            self._now[name] = replace(one, state=reservations.state_at(one, now))
+        if before != {name: one.state for name, one in self._now.items()}:
+            self._hold()
+        for name in list(self._now):
+            self._replan(name, now)
+        self._see_nodes()
+        for name in list(self._now):
+            self._have_leave(name, now)
+        return [one for name, one in self._now.items() if self._is_news(name, one)]
+
+    def _is_news(self, name: str, one: Reservation) -> bool:
+        if one == self._stored[name] or self._said.get(name) == one:
+            return False
+        self._said[name] = one
+        return True
+
+    def _replan(self, name: str, now: datetime) -> None:
+        """Other GPUs in place of those that have been lost for a while."""
+        one, now_s = self._now[name], now.timestamp()
+        if one.maintenance or one.over:
+            return
+        fleet = self.fleet()
+        lost = any(not reservations.is_there(one, fleet, node, uuid) for node, uuids in one.held for uuid in uuids)
+        if not lost and not one.short:
+            self._lost_since.pop(name, None)
+            return
+        since = self._lost_since.setdefault(name, now_s)
+        if now_s < since + LOST_AFTER_S and not (one.short and not lost):
+            self._again_s = min(self._again_s, since + LOST_AFTER_S)
+            return
+        self._lost_since[name] = now_s
+        self._again_s = min(self._again_s, now_s + AGAIN_S)
+        self._now[name] = reservations.replan(one, self._now.values(), fleet)
+        self._hold()
+
+    def fleet(self) -> Fleet:
+        """What GPUs may be chosen from."""
+        devices = self._fleet.holdings.devices
+        open_ = devices.open | {node for node in self._under if not self._why.get(node)}
+        return Fleet(devices.nodes, open_, self._cost)
+
+    def _cost(self, uuid: str) -> int:
+        holdings = self._fleet.holdings
+        promised = any(not is_reservation(name) for name in holdings.claimants_of((uuid,)))
+        return _PROMISED * promised + _HELD * holdings.is_held(uuid)
+
+    def _see_nodes(self) -> None:
+        """What nodes under maintenance have, as it is now."""
+        known = self._fleet.holdings.devices.nodes
+        now = {
+            node: known.get(node)
+            for one in self._now.values()
+            if one.maintenance and not one.over
+            for node in one.nodes
+        }
+        if any(self._seen.get(node) is not found for node, found in now.items()):
+            self._hold()
+        self._seen = now
+
+    def _hold(self) -> None:
+        """Has the engine hold what is kept now, and closes what is under maintenance."""
+        holdings = self._fleet.holdings
+        kept = reservations.kept_now(self._now.values(), holdings.devices.nodes)
+        for name in sorted(self._kept.keys() - kept.keys()):
+            self._fleet.hold(_stand_in(name), {})
+        for name, gpus in kept.items():
+            if self._kept.get(name) != gpus:
+                self._fleet.hold(_stand_in(name), {}, _claim(self._now[name], gpus))
+        self._kept = kept
+        before, self._under = self._under, self._under_maintenance()
+        for node in sorted(before.keys() ^ self._under.keys()):
+            self._fleet.close(node, self._why.get(node, "") or self._under.get(node, ""))
+
+    def _have_leave(self, name: str, now: datetime) -> None:
+        one, now_s = self._now[name], now.timestamp()
+        if one.over:
+            self._dues.pop(name, None)
+            return
+        start_s = one.start.timestamp()
+        leave_by = {job: start_s - MARGIN_S - self._fleet.holdings.jobs[job].grace_s for job in self._in_the_way(one)}
+        late = {job for job, at_s in leave_by.items() if at_s <= now_s}
+        self._dues[name] = [at_s for job, at_s in leave_by.items() if job not in late]
+        if not late <= set(one.victims):
+            self._now[name] = replace(one, victims=tuple(sorted(late.union(one.victims))))
+
+    def _in_the_way(self, one: Reservation) -> set[str]:
+        """Jobs that have to be gone when it begins."""
+        holdings = self._fleet.holdings
+        if one.maintenance:
+            there = {job for node in one.nodes for job in holdings.jobs_on(node) if holdings.held(job).get(node)}
+            return {job for job in there if not is_reservation(job)}
+        claim = holdings.claim(one.name)
+        there = holdings.holders_of(claim) if claim is not None else set()
+        return {job for job in there if not self._is_member(holdings.jobs[job], one)}
+
+    def _is_member(self, job: Job, one: Reservation) -> bool:
+        own = self.of(job)
+        return own is not None and own.name == one.name
+
+
+def _stand_in(name: str) -> Job:
+    """Who holds a reservation's GPUs in the engine: nobody may have it stopped, and no queue counts it."""
+    return Job(name, _SPEC, JobState.QUEUED, datetime.fromtimestamp(0, UTC))
+
+
+def _claim(one: Reservation, gpus: Mapping[str, tuple[str, ...]]) -> Claim | None:
+    if not gpus:
+        return None
+    return Claim(tuple(gpus.items()), (), one.end, ClaimPurpose.RESERVATION, start_time=one.start)
+
+
+def _nodes_of(one: Reservation) -> Iterable[str]:
+    return one.nodes if one.maintenance else (node for node, _ in one.held)

@@ -1,0 +1,248 @@
+"""Reservations through the scheduler: asked for, refused, begun and over, told in events, kept by the next leader."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from tests.support.scheduler_world import World, node, until
+from whaleflux import names
+from whaleflux.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, StatusError
+from whaleflux.events.memory import MemoryBus
+from whaleflux.rpc import auth
+from whaleflux.v1 import events_pb2
+from whaleflux.v1 import scheduler_pb2 as pb
+
+SAVES = pb.CheckpointPolicy(every_steps=10)
+SOON, LONG = 120.0, 240.0  # seconds
+
+
+class Reserving(World):
+    """Two nodes of four GPUs."""
+
+    async def start(self):
+        await super().start()
+        if not self.agents:
+            await self.add(node("s/a"), node("s/b"))
+
+    def wanted(self, gpus=4, after_s=SOON, for_s=SOON, queue="queues/default", **more):
+        one = pb.Reservation(gpus=gpus, queue=queue, **more)
+        self.times(one, after_s, for_s)
+        return one
+
+    def maintenance(self, *nodes, after_s=SOON, for_s=SOON):
+        one = pb.Reservation(maintenance=True, nodes=nodes)
+        self.times(one, after_s, for_s)
+        return one
+
+    def times(self, one, after_s, for_s):
+        now = self.clock.now()
+        one.start_time.FromDatetime(now + timedelta(seconds=after_s))
+        one.end_time.FromDatetime(now + timedelta(seconds=after_s + for_s))
+
+    async def reserve(self, id_="r", one=None, *, by=None, **more):
+        request = pb.CreateReservationRequest(reservation_id=id_, reservation=one or self.wanted(), **more)
+        if by is None:
+            return await self.scheduler.CreateReservation(request, None)
+        with auth.acting_as(by):
+            return await self.scheduler.CreateReservation(request, None)
+
+    async def update(self, name, *paths, **fields):
+        request = pb.UpdateReservationRequest(reservation=pb.Reservation(name=name, **fields))
+        request.update_mask.paths.extend(paths or fields)
+        return await self.scheduler.UpdateReservation(request, None)
+
+    async def shown(self, name):
+        return await self.scheduler.GetReservation(pb.GetReservationRequest(name=name), None)
+
+    async def stands(self, name, state):
+        wanted = pb.ReservationState.Value(f"RESERVATION_STATE_{state}")
+
+        for _ in range(300):
+            if (await self.shown(name)).state == wanted:
+                return await self.shown(name)
+            await asyncio.sleep(1.0)
+        raise AssertionError(f"{name} is never {state}: {await self.shown(name)}")
+
+
+def gpus_of(one):
+    return {uuid for part in one.held for uuid in part.gpu_uuids}
+
+
+def has(job):
+    return {uuid for task in job.attempt.tasks for uuid in task.gpu_uuids}
+
+
+async def test_its_members_start_when_it_begins_and_others_leave_for_them():
+    async with Reserving() as world:
+        fillers = [await world.submit(4, job_id=f"f{n}", checkpoint=SAVES) for n in range(2)]
+        for name in fillers:
+            await world.reaches(name, "RUNNING")
+        kept = await world.reserve(one=world.wanted(4))
+        assert (kept.name, len(gpus_of(kept)), kept.state) == ("reservations/r", 4, pb.RESERVATION_STATE_SCHEDULED)
+        member = await world.submit(4, job_id="member", reservation=kept.name)
+        await asyncio.sleep(SOON - 60)
+        assert (await world.job(member)).state == pb.JOB_STATE_QUEUED
+        explained = await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=member), None)
+        assert "waits: reservations/r begins at" in explained.decision.summary
+        began = await world.stands(kept.name, "ACTIVE")
+        started = await world.reaches(member, "RUNNING")
+        assert has(started) == gpus_of(began) == gpus_of(kept)
+        (victim,) = began.victims
+        left = await world.job(victim)
+        assert (left.state, left.past_attempts[-1:] or left.attempt.end_reason) and left.cause.resource == kept.name
+        assert "makes room for reservations/r" in left.attempt.end_reason
+        await world.stands(kept.name, "ENDED")
+        assert (await world.job(member)).state == pb.JOB_STATE_RUNNING
+        for agent in world.agents.values():
+            agent.exit()
+        await world.reaches(victim, "RUNNING")
+        await world.planner.ask(lambda planner: planner.check())
+
+
+async def test_a_node_under_maintenance_is_empty_in_time_and_comes_back_by_itself_whoever_leads():
+    async with Reserving() as world:
+        where = names.node("s", "a")
+        jobs = [await world.submit(4, job_id=f"f{n}", checkpoint=SAVES) for n in range(2)]
+        for name in jobs:
+            await world.reaches(name, "RUNNING")
+        kept = await world.reserve("m", world.maintenance(where))
+        await asyncio.sleep(SOON - 30)
+        await world.restart()
+        await world.stands(kept.name, "ACTIVE")
+        await until(lambda: _nobody_on(world, where), "nobody is there")
+        (victim,) = (await world.shown(kept.name)).victims
+        await world.restart()
+        await asyncio.sleep(SOON / 2)
+        assert await world.held_on(where) == 0
+        assert (await world.job(victim)).state == pb.JOB_STATE_QUEUED
+        decision = (await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=victim), None)).decision
+        assert any("under maintenance until" in one.constraint for one in decision.exclusions), decision
+        await world.stands(kept.name, "ENDED")
+        assert {task.node for task in (await world.reaches(victim, "RUNNING")).attempt.tasks} == {where}
+
+
+async def _nobody_on(world, where):
+    return await world.held_on(where) == 0
+
+
+async def test_what_cannot_be_kept_is_refused_and_changes_nothing():
+    async with Reserving() as world:
+        await world.reserve("first", world.wanted(8))
+        bad = {
+            "more than there is": (world.wanted(9), "reservation.gpus"),
+            "in its time": (world.wanted(1), "reservation.gpus"),
+            "over": (world.wanted(after_s=-1e4), "reservation.start_time"),
+            "backwards": (world.wanted(for_s=-1), "reservation.end_time"),
+            "far": (world.wanted(after_s=400 * 86400.0), "reservation.start_time"),
+            "no queue": (world.wanted(queue="queues/absent", after_s=1e4), "reservation.queue"),
+            "a bad name": (world.wanted(queue="absent"), "reservation.queue"),
+            "no node": (world.wanted(nodes=["sites/s/nodes/x"]), "reservation.nodes"),
+            "its nodes": (world.maintenance("sites/s/nodes/a"), "reservation.nodes"),
+            "no time": (pb.Reservation(gpus=1, queue="queues/default"), "reservation.start_time"),
+        }
+        revision = (await world.store.list("", limit=1)).revision
+        for what, (asked, field) in bad.items():
+            with pytest.raises(InvalidArgument) as refused:
+                await world.reserve("x", asked)
+            assert refused.value.violations[0].field == field, (what, refused.value.violations)
+        with pytest.raises(InvalidArgument, match="reservation_id"):
+            await world.reserve("Not An Id")
+        with pytest.raises(AlreadyExists, match="reservation update first"):
+            await world.reserve("first")
+        with pytest.raises(InvalidArgument, match=r"gpu_type.*cannot be changed"):
+            await world.update("reservations/first", gpu_type="H100-80GB")
+        with pytest.raises(InvalidArgument, match="update_mask: is empty"):
+            await world.scheduler.UpdateReservation(
+                pb.UpdateReservationRequest(reservation=pb.Reservation(name="reservations/first")), None
+            )
+        with pytest.raises(InvalidArgument, match=r"reservation\.gpus"):
+            await world.update("reservations/first", gpus=9)
+        with pytest.raises(NotFound, match="whaleflux reservation ls"):
+            await world.shown("reservations/absent")
+        with pytest.raises(NotFound):
+            await world.submit(1, reservation="reservations/absent")
+        assert (await world.store.list("", limit=1)).revision == revision
+
+
+async def test_it_is_changed_as_long_as_it_fits_and_deleted_at_once():
+    async with Reserving() as world:
+        asked = world.wanted(4)
+        kept = await world.reserve(one=asked, request_id="once")
+        assert await world.reserve(one=asked, request_id="once") == kept
+        dry = await world.reserve("dry", world.wanted(4), validate_only=True)
+        assert len(gpus_of(dry)) == 4 and not gpus_of(dry) & gpus_of(kept)
+        more = await world.update(kept.name, gpus=6)
+        assert gpus_of(kept) < gpus_of(more)
+        fewer = await world.update(kept.name, gpus=2)
+        assert gpus_of(fewer) < gpus_of(kept) and fewer.etag != more.etag
+        with pytest.raises(StatusError, match="etag"):
+            await world.update(kept.name, "gpus", gpus=3, etag=kept.etag)
+        long = await world.submit(8, job_id="long")
+        assert (await world.job(long)).state == pb.JOB_STATE_QUEUED
+        await world.scheduler.DeleteReservation(pb.DeleteReservationRequest(name=kept.name), None)
+        await world.reaches(long, "RUNNING")
+        listed = await world.scheduler.ListReservations(pb.ListReservationsRequest(show_ended=True), None)
+        assert not listed.reservations
+
+
+async def test_the_members_of_a_queue_reserve_what_it_is_guaranteed_and_no_more():
+    async with Reserving() as world:
+        ann, bob = auth.Identity("user", "ann"), auth.Identity("user", "bob")
+        queue = pb.Queue(guaranteed_gpus=4, members=["users/ann"])
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="research", queue=queue), None)
+        own = world.wanted(4, queue="queues/research")
+
+        with pytest.raises(InvalidArgument, match="guaranteed 4 GPUs"):
+            await world.reserve("large", world.wanted(5, queue="queues/research"), by=ann)
+        made = await world.reserve("own", own, by=ann)
+        assert made.creator == "user/ann"
+        with pytest.raises(InvalidArgument, match="4 are kept in that time already"):
+            await world.reserve("again", own, by=ann)
+        for asked, by, error in (
+            (world.maintenance("sites/s/nodes/b"), ann, PermissionDenied),
+            (world.wanted(1), bob, PermissionDenied),
+            (world.wanted(1, queue="queues/research", after_s=1e4), bob, NotFound),
+        ):
+            with pytest.raises(error):
+                await world.reserve("no", asked, by=by)
+        with auth.acting_as(bob):
+            with pytest.raises(NotFound):
+                await world.scheduler.GetReservation(pb.GetReservationRequest(name=made.name), None)
+            with pytest.raises(NotFound):
+                await world.scheduler.DeleteReservation(pb.DeleteReservationRequest(name=made.name), None)
+            listed = await world.scheduler.ListReservations(pb.ListReservationsRequest(), None)
+            assert not listed.reservations
+        with pytest.raises(NotFound):  # ada, who is no member of its queue either
+            await world.create(1, reservation=made.name)
+
+
+async def test_what_becomes_of_it_is_told_in_events():
+    bus = MemoryBus()
+    async with Reserving(bus=bus) as world:
+        kept = await world.reserve(one=world.wanted(8, LONG, SOON, reason="launch"))
+        await world.update(kept.name, reason="later")
+        world.intend("sites/s/nodes/a", 2, "MAINTENANCE")
+        await asyncio.sleep(SOON)
+        assert (await world.shown(kept.name)).short_gpus == 4
+        world.intend("sites/s/nodes/a", 1)
+        await world.stands(kept.name, "ENDED")
+        await world.scheduler.DeleteReservation(pb.DeleteReservationRequest(name=kept.name), None)
+        told = await told_of(bus, "reservations/r", "DELETED")
+        assert [event.what for event in told] == [
+            *("CREATED", "CHANGED", "SHORT", "WHOLE_AGAIN"),
+            *("ACTIVE", "ENDED", "DELETED"),
+        ]
+        assert "8 GPUs for queues/default" in told[0].message and told[0].cause.actor == "admin/root"
+
+
+async def told_of(bus, resource, last):
+    found = []
+    async with bus.subscribe(["wf.v1.>"], durable="test") as news, asyncio.timeout(60):
+        async for delivery in news:
+            event = events_pb2.Event.FromString(delivery.data)
+            await delivery.ack()
+            found += [event] if event.resource == resource else []
+            if found and found[-1].what == last:
+                break
+    return found
