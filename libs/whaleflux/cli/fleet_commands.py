@@ -28,6 +28,7 @@ from whaleflux.cli.fleet_reads import (
     why,
 )
 from whaleflux.cli.output import Column, Format
+from whaleflux.cli.reservation_commands import under_maintenance
 from whaleflux.cli.state import NoHeaders, Output, fleet, pages
 
 
@@ -95,11 +96,12 @@ def nodes(
     phases = words(state, "--state", enum_words(health_pb2.NodePhase, "NODE_PHASE_"))
     health: dict[str, Any] = {}
     held: Held = defaultdict(Counter)
+    kept: dict[str, str] = {}
     columns = [
         Column("NAME", lambda n: n.name),
         Column("PHASE", lambda n: shown_phase(phase(health, n.name), held[n.name]), value=lambda n: phase(health, n.name)),
         Column("INTENT", lambda n: output.enum_name(inventory_pb2.NodeIntent, n.intent, "NODE_INTENT_")),
-        Column("CONDITIONS", lambda n: conditions(health, n.name)),
+        Column("CONDITIONS", lambda n: ", ".join(filter(None, (conditions(health, n.name).strip("-"), kept.get(n.name)))) or "-"),
         Column("GPUS", models_of),
         Column("HELD", lambda n: f"{len(held[n.name])}/{len(n.facts.gpus)}", value=lambda n: len(held[n.name])),
         Column("$/GPU-H", lambda n: f"{price_of(n):.2f}" if n.facts.gpus else "-", value=price_of),
@@ -117,6 +119,7 @@ def nodes(
         listed = all_nodes(client, retired)
         health |= all_health(client)
         held |= held_gpus(client)
+        kept |= under_maintenance(client)
     matching = [
         n for n in listed
         if wanted(phases, phase(health, n.name)) and (not gpu or contains(gpu, *(g.model for g in n.facts.gpus)))

@@ -10,6 +10,7 @@ import typer
 from whaleflux import names
 from whaleflux.cli import output, queue_tree
 from whaleflux.cli.output import Column, Format
+from whaleflux.cli.reservation_commands import reservations, told
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 
 queue = typer.Typer(no_args_is_help=True, help="Queues: make, change, list, delete.")
@@ -137,6 +138,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
     with fleet() as client:
         found = client.scheduler.GetQueue(pb.GetQueueRequest(name=_full(name)), timeout=10)
         row = next((row for row in _rows(client) if row.queue.name == found.name), None)
+        kept = [one for one in reservations(client) if one.queue == found.name]
     lines = [
         ("name", found.name),
         ("parent", found.parent or "-"),
@@ -146,6 +148,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
         ("max gpus", str(found.max_gpus or "no limit")),
         ("holds", f"{row.held} GPUs, {row.borrowed} of them borrowed" if row else "not known"),
         ("fair share", f"{row.share} GPUs beyond its guarantee, by weight" if row else "-"),
+        ("reservations", "; ".join(map(told, kept)) or "none"),
         ("max priority", f"{_max_priority(found)} of users; operators may give any"),
         ("for", ", ".join(found.members) or "all users"),
         ("made", output.age(found.create_time) + " ago"),
