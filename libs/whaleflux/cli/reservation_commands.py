@@ -296,7 +296,8 @@ def _what(one: Any) -> str:
 def _whom(one: Any) -> str:
     if one.maintenance:
         return "maintenance"
-    return one.queue + (f", {', '.join(one.members[:3])}" + " and more" * (len(one.members) > 3) if one.members else "")
+    some = f", {', '.join(one.members[:3])}" + " and more" * (len(one.members) > 3) if one.members else ""
+    return f"{one.queue}{some}"
 
 
 def _places(held: Iterable[Any]) -> str:
