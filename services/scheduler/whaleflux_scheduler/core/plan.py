@@ -490,9 +490,8 @@ class Plan(Questions):
     def _place(self, kind: RequestClass, request: PlaceRequest, job: Job, now: datetime) -> Placement | None:
         if kind.impossible:
             return None
-        if kind.hopeful and not kind.own:
-            if not self._fleet.could_place(kind.need, request, self._lent(kind)):
-                return None
+        if kind.hopeful and not kind.own and not self._fleet.could_place(kind.need, request, self._lent(kind)):
+            return None
         if kind.own:
             with self._fleet.holdings.without(job.name):
                 return self._fits(kind, request, job, now)
