@@ -225,3 +225,22 @@ def test_who_is_guaranteed_room_has_it_made_though_others_alike_wait_in_vain():
     ours = Job("queues/q/jobs/ours", asked, JobState.QUEUED, NOW + timedelta(seconds=9))
     moves = plan.step(News(jobs=(ours,), candidates={ours.name: Candidate(ours)}), NOW)
     assert [move.job for move in moves if move.claim] == [ours.name]
+
+
+def test_why_it_does_not_fit_is_worked_out_once_for_all_who_come_and_hold_nothing(monkeypatch):
+    asked, explain = [], Engine.explain
+    monkeypatch.setattr(Engine, "explain", lambda engine, request: (asked.append(request), explain(engine, request))[1])
+    plan, seconds = Plan(lambda: 0.0), iter(range(100))
+    plan.step(News(nodes=tuple(NODES), closed={one.name: "" for one in NODES}, queues=QUEUES), NOW)
+
+    def submit():
+        at = NOW + timedelta(seconds=next(seconds))
+        one = Job(f"queues/q/jobs/j{at.second}", Spec(command=("x",), gpus=99), JobState.QUEUED, at)
+        (move,) = plan.step(News(jobs=(one,), candidates={one.name: Candidate(one)}), at, budget_s=1.0)
+        return move.decision.reasons
+
+    assert [submit() for _ in range(5)] == 5 * [submit()]
+    assert len(asked) == 1
+    plan.step(News(closed={NODES[0].name: "cordoned"}), NOW)
+    submit()
+    assert len(asked) == 2, "the fleet is another now"

@@ -100,14 +100,15 @@ class Cache(Generic[T]):
     def get(self, key: str) -> T | None:
         return self._values.get(key)
 
-    async def at_least(self, revision: int, *, timeout_s: float = 5.0) -> None:
+    async def at_least(self, revision: int, *, timeout_s: float = 5.0, asks_after_s: float = QUIET_AFTER_S) -> None:
         """Returns when everything up to `revision`, which a commit returned, is in `values`; Unavailable when it takes longer.
 
+        After `asks_after_s` the store is asked whether anything was written here: 0 for who expects that nothing was.
         A store that went back to a backup has lost that commit; then `values` are what the backup has.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                if await self._comes_within(revision, QUIET_AFTER_S) or await self._is_quiet(revision):
+                if await self._comes_within(revision, asks_after_s) or await self._is_quiet(revision):
                     return None
                 if await self._comes_within(revision, REFRESH_AFTER_S) or await self._catch_up(revision):
                     return None

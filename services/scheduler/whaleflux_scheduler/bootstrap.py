@@ -144,9 +144,8 @@ def assemble(
     async def decide(leader: Leader) -> None:
         """One leadership: everything that it remembers ends with it."""
         newest = await store.list(keys.JOBS, limit=1)
-        await jobs_cache.at_least(newest.revision, timeout_s=30.0)
-        await queues_cache.at_least(newest.revision, timeout_s=30.0)
-        await reservations_cache.at_least(newest.revision, timeout_s=30.0)
+        caches = jobs_cache, queues_cache, reservations_cache
+        await asyncio.gather(*(one.at_least(newest.revision, timeout_s=30.0, asks_after_s=0.0) for one in caches))
         plan = prepared.take()
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache, reservations_cache)

@@ -51,6 +51,8 @@ class PreparedPlan:
             await asyncio.sleep(0)
         if self._plan is plan:
             plan.apply(News(removed=removed))
+        if self._plan is plan and not (nodes or removed):  # else more of them may be on their way
+            plan.prepare()
 
     def take(self) -> Plan:
         """It leads from now on, with the nodes that the plan knows; what differs of them the plan is told as news."""

@@ -51,11 +51,12 @@ from whaleflux_scheduler.task_index import nodes_to_tell
 from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
 
 COALESCE_S = 0.0005  # news that come together are one round
-ROUND_EVERY_S, LONGEST_PAUSE_S = 0.008, 0.03  # between the starts of two rounds, at least and at most
+ROUND_EVERY_S, LONGEST_PAUSE_S = 0.02, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
 DOUBT_S = 30.0  # between two looks while the clock is not believed
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
+_NOTHING = Observations()
 PLAN = "!plan"  # what looks at no job in particular when it is due
 
 
@@ -100,6 +101,7 @@ class Reconciler:
         self._steady = SteadyTime()
         self._queues_changed = self._reservations_changed = True
         self._to_learn: list[Job] = []
+        self._loaded: dict[str, Job] = {}  # jobs that are taken in as the feed of jobs will begin by telling
         self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
         self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
         self._ordered: list[Move] = []  # that the planner made beside its steps
@@ -112,6 +114,7 @@ class Reconciler:
     def load(self) -> None:
         """Takes in what the store holds. Before this, an agent would be told that nothing is desired."""
         for stored in self._sources.jobs.values.values():
+            self._loaded[stored.value.name] = stored.value
             self._state.record(stored.value.name, stored.value)
             if not stored.value.ended or any(stored.value.holding()):
                 self._state.touch(stored.value.name)
@@ -177,6 +180,8 @@ class Reconciler:
                     self._state.deleted(old)
                 if new is not None:
                     self._decisions.changed(old, new)
+                if self._loaded and self._loaded.pop(known.name, None) is new:
+                    continue
                 nodes = self._state.record(known.name, new)
                 for node in nodes_to_tell(old, new, nodes):
                     self._sessions.wake(node)
@@ -235,7 +240,8 @@ class Reconciler:
     # rounds
 
     async def _rounds(self) -> None:
-        await self._housekeeping.found_default_queue()
+        if keys.of_name(keys.QUEUES, names.DEFAULT_QUEUE) not in self._sources.queues.values:
+            await self._housekeeping.found_default_queue()
         next_s = 0.0  # a round at once when it is quiet, else so many that most of the time is left for others
         while True:
             await self._state.wait_for_change()
@@ -340,8 +346,9 @@ class Reconciler:
         if not job.readable:  # what is reported of it waits until it can be read
             self._state.schedule(job.name, None)
             return None
-        observed, reports = self._observed(job, tracking, now), tracking.reports
-        after = lifecycle.advance(job, observed, now, self._timeouts)
+        waits, reports = lifecycle.only_waits(job), tracking.reports
+        observed = _NOTHING if waits else self._observed(job, tracking, now)
+        after = job if waits else lifecycle.advance(job, observed, now, self._timeouts)
         if after is not job or tracking.step_is_due:
             after = tracking.with_step(after)
         self._state.schedule(job.name, self._due(job, tracking, observed, now))
@@ -350,7 +357,7 @@ class Reconciler:
             if diagnosed is not None and diagnosed.diagnosis.epoch == job.epoch:
                 return self._offer(Offer(stored, after, reports), tracking, now)
             self._ask_why(job, tracking)
-        if after != job:
+        if after is not job and after != job:
             if job.state in ACTIVE and after.state is JobState.RECOVERING:
                 before = task_observations.observe(job, observed)
                 tracking.failed(attempt_failures.find(before, observed, now, self._timeouts))
@@ -537,5 +544,7 @@ class Reconciler:
 
 def _as_known(job: Job, observed: Observations) -> Job:
     """The job without what it waits for no longer, which may not be stored yet."""
+    if not job.awaits:
+        return job
     left = dependencies.left(job.awaits, observed.ends)
     return job if left is job.awaits else replace(job, awaits=left)

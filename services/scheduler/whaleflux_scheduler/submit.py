@@ -18,7 +18,7 @@ from whaleflux.store.once import commit_once
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.trust.sight import Sight
-from whaleflux.v1 import inventory_pb2, types_pb2
+from whaleflux.v1 import inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux_scheduler import convert
@@ -71,25 +71,23 @@ class Submissions:
             await check_use(self._store, self._access, request.job.spec.reservation, queue)
         if request.job.spec.datasets:
             await self._check_datasets(request.job.spec)
-        spec = pb.JobSpec()
-        spec.CopyFrom(request.job.spec)
-        await self._secrets.admit(spec, names.queue(queue), owner, auth.principal())
         job = pb.Job(
             name=names.job(queue, job_id),
-            spec=spec,
             state=pb.JOB_STATE_QUEUED,
             step=-1,
             traceparent=telemetry.current_traceparent(),
             submitter=owner,
             request_fingerprint=fingerprint.of_request(request),
             request_key="" if request.job_id else _request_key(request),
-            uid=names.ulid(),
-            cause=types_pb2.Cause(actor=changes.actor()),
+            uid=names.ulid() if request.job_id else job_id,
         )
+        job.spec.CopyFrom(request.job.spec)
+        job.cause.actor = changes.actor()
+        await self._secrets.admit(job.spec, names.queue(queue), owner, auth.principal())
         if request.on_behalf_of:
             job.spec.priority = self._access.highest_of(queue, owner, job.spec.priority)
         job.create_time.FromDatetime(now)
-        job.state_time.FromDatetime(now)
+        job.state_time.CopyFrom(job.create_time)
         await self._await_others(job, frozenset(request.submitted_before) if request.validate_only else frozenset())
         return job
 

@@ -26,6 +26,7 @@ class Devices:
         self._positions: dict[str, dict[str, int]] = {}
         self._listed: dict[str, _Listed] = {}
         self._reporters: dict[str, tuple[str, ...]] = {}  # by UUID
+        self._several: set[str] = set()  # UUIDs that several nodes report
         self.open: set[str] = set()
 
     @property
@@ -40,7 +41,9 @@ class Devices:
         for uuid in self._positions[node.name]:
             others = self._reporters.get(uuid, ())
             self._reporters[uuid] = (*others, node.name)
-            affected.update(others)
+            if others:
+                self._several.add(uuid)
+                affected.update(others)
         return affected
 
     def remove(self, name: str) -> set[str]:
@@ -58,6 +61,8 @@ class Devices:
             if others:
                 self._reporters[uuid] = others
                 affected.update(others)
+            if len(others) < 2:
+                self._several.discard(uuid)
         return affected
 
     def elsewhere(self, gpus: Iterable[tuple[str, str]]) -> set[str]:
@@ -66,6 +71,8 @@ class Devices:
 
     def twins(self, name: str) -> set[str]:
         """Other nodes that report some of the same GPUs."""
+        if not self._several:  # as nearly always, and this is asked of each node of a fleet
+            return set()
         return self.elsewhere((name, uuid) for uuid in self._positions.get(name, ()))
 
     def offered(self, node: Node) -> tuple[Node, list[str]]:

@@ -38,6 +38,7 @@ class KnownFleet:
             -math.inf
         )  # the highest priority of what left there; infinite: nothing that others could have stopped
         self.version = 0  # grows with whatever could change an answer
+        self.room_version = 0  # the same, without jobs that hold nothing and held nothing
         self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
         self._free: dict[
             tuple[str, Level], int
@@ -96,7 +97,12 @@ class KnownFleet:
         before = self.holdings.jobs.get(job.name)
         stoppable = before is not None and before.state is JobState.RUNNING and not before.spec.is_service
         priority = before.spec.priority if before is not None and stoppable and before.claim is None else math.inf
-        self._changed(self.holdings.learn(job), priority)
+        held = self.holdings.holds(job.name)
+        gained = self.holdings.learn(job)
+        if held or gained or self.holdings.holds(job.name):
+            self._changed(gained, priority)
+        else:
+            self.version += 1
 
     def forget(self, job: str) -> None:
         """The job's record is gone."""
@@ -108,6 +114,7 @@ class KnownFleet:
 
     def _changed(self, gained: Iterable[str], priority: float = math.inf) -> None:
         self.version += 1
+        self.room_version += 1
         self._free.clear()
         for name in gained:
             self.gained[name] = None

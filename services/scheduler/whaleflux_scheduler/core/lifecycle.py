@@ -203,8 +203,21 @@ def cancel(job: Job, by: Cause, now: datetime) -> Job:
     return advance(replace(job, cancel_requested=True, cause=by), Observations(), now, Timeouts())
 
 
+def only_waits(job: Job) -> bool:
+    """Whether nothing but a place, or a request to end it, can change it: most of a burst, and of what a new leader finds."""
+    return (
+        job.state is JobState.QUEUED
+        and job.attempt is None
+        and job.claim is None
+        and not job.awaits
+        and not job.cancel_requested
+    )
+
+
 def due(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> datetime | None:
     """When to look at the job again even if nothing is reported of it."""
+    if only_waits(job):
+        return job.not_before if job.not_before is not None and job.not_before > now else None
     return min((at for at in _dues(job, observed, timeouts) if at > now), default=None)
 
 

@@ -57,7 +57,7 @@ class RequestClass:
     no_room_made: bool = False
     hopeful: bool = False
     why: NoPlacement | None = None
-    why_at: int = -1  # the fleet's version then
+    why_at: int = -1  # the version of what room the fleet has, then
 
     @property
     def priority(self) -> int:

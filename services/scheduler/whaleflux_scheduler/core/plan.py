@@ -40,6 +40,7 @@ from whaleflux_scheduler.core.reservations import Reservation
 from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
 from whaleflux_scheduler.core.stopwatch import Stopwatch
 
+ANSWER_S = 0.01  # of a step that is bounded in time, at most, for reasons to wait
 _FEW = 8  # GPUs; for more it pays to ask first whether there is any place
 
 
@@ -114,6 +115,10 @@ class Plan(Questions):
     def unfinished(self) -> bool:
         """True when the last step ran out of time before it had answered every job."""
         return bool(self._turns.active or self._unanswered)
+
+    def prepare(self) -> None:
+        """Works out what the first decision would have to, which for thousands of nodes takes a while."""
+        self._fleet.engine.prepare()
 
     def step(self, news: News, now: datetime, budget_s: float = math.inf) -> list[Move]:
         """Takes in what changed, and decides; `budget_s` bounds the time that deciding takes."""
@@ -631,12 +636,13 @@ class Plan(Questions):
         """Reasons for those who have none yet; they are short when there is no time for better ones."""
         moves = []
         self._refusals.begin(watch)
+        end_s = watch.passed_s + ANSWER_S
         for name in list(self._unanswered):
             waiting = self._pending.jobs[name]
             if waiting.line.kind in self._turns.active and not waiting.line.parked:
                 continue
-            if watch.over:
-                break
+            if watch.over or (watch.bounded and watch.passed_s > end_s):
+                break  # those who start are not to wait for those who do not
             del self._unanswered[name]
             moves.append(Move(name, self._why(waiting.line, waiting.candidate, watch)))
         return moves

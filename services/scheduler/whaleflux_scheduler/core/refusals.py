@@ -27,11 +27,11 @@ class Refusals:
 
     def of(self, kind: RequestClass, job: Job) -> NoPlacement:
         """Why `job`, of that class, does not fit."""
-        if kind.why is not None and kind.why_at == self._fleet.version:
+        if kind.why is not None and kind.why_at == self._fleet.room_version:
             return kind.why
         if self._watch is None or self._watch.passed_s - self._from_s >= EXPLAIN_S:
             return self.short(kind, job)
-        kind.why, kind.why_at = self._explain(kind, job), self._fleet.version
+        kind.why, kind.why_at = self._explain(kind, job), self._fleet.room_version
         return kind.why
 
     def _explain(self, kind: RequestClass, job: Job) -> NoPlacement:

@@ -340,6 +340,10 @@ class Engine:
     def nodes(self) -> Mapping[str, Row]:
         return self._rows
 
+    def prepare(self) -> None:
+        """Works out what the next question would have to."""
+        assert self.columns.count == self._empty().count
+
     def free_gpus(self) -> int:
         """Wholly free GPUs that new work may use now."""
         return self.columns.free
