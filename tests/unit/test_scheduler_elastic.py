@@ -11,6 +11,7 @@ from hypothesis.stateful import rule
 
 from tests.support.scheduler_world import World, node, plan_with_queues
 from tests.unit.test_scheduler_preemption import Queueing
+from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.v1 import health_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import elastic, lifecycle, resize
@@ -22,6 +23,7 @@ from whaleflux_scheduler.core.plan import News
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+MODEL, SLOW = "H100-80GB", "A100-80GB"
 
 
 def planner_of(*names, **queue):
@@ -179,23 +181,23 @@ class TestGrowth:
     def test_the_next_gpus_go_where_they_bring_most(self):
         flat = ((4, 1.0), (8, 1.05))
         jobs = [placed_as(job("flat", 4, 1, 8, elastic_speeds=flat)), placed_as(job("steep", 4, 1, 8))]
-        (growth,) = resize.growths(jobs, 4, NOW + HOUR)
+        (growth,) = resize.growths(jobs, {MODEL: 4}, NOW + HOUR)
         assert (growth.job.id, growth.gpus) == ("steep", 8)
 
     def test_higher_priority_grows_first(self):
         jobs = [placed_as(job("low", 4, 1, 8)), placed_as(job("high", 4, 1, 8, priority=5))]
-        (growth,) = resize.growths(jobs, 4, NOW + HOUR)
+        (growth,) = resize.growths(jobs, {MODEL: 4}, NOW + HOUR)
         assert growth.job.id == "high"
 
     def test_nobody_grows_for_less_than_the_restart_costs(self):
         short = placed_as(job("short", 4, 1, 8, time_limit_s=3600 + 60))
-        assert resize.growths([short], 4, NOW + HOUR) == []
+        assert resize.growths([short], {MODEL: 4}, NOW + HOUR) == []
 
     @settings(max_examples=25, deadline=None)
     @given(sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 64)), max_size=6), idle=st.integers(0, 64))
     def test_growth_is_within_what_is_idle_and_within_each_range(self, sizes, idle):
         jobs = [placed_as(job(f"j{at}", gpus, 1, gpus + more)) for at, (gpus, more) in enumerate(sizes)]
-        growths = resize.growths(jobs, idle, NOW + HOUR)
+        growths = resize.growths(jobs, {MODEL: idle}, NOW + HOUR)
         assert sum(growth.gpus - growth.job.attempt.gpus for growth in growths) <= idle
         assert all(growth.job.attempt.gpus < growth.gpus <= elastic.most(growth.job.spec) for growth in growths)
 
@@ -204,6 +206,85 @@ def placed_as(job_):
     """It runs with what it asks for."""
     planner = planner_of(*"abcdefgh"[: -(-job_.spec.gpus // 4)])
     return runs(planner, job_)
+
+
+class TestSeveralTypes:
+    """A job that names several GPU types, with how fast it is on each."""
+
+    BOTH = ((MODEL, SLOW), (GpuChoice(SLOW, throughput=0.4),))
+
+    def planner(self, fast, slow):
+        planner = plan_with_queues()
+        machines = [node(f"s/f{at}") for at in range(fast)] + [node(f"s/s{at}", model=SLOW) for at in range(slow)]
+        planner.apply(News(nodes=tuple(machines), closed={n.name: "" for n in machines}))
+        return planner
+
+    def job(self, name, gpus, least, most=0, *, types=BOTH, **spec):
+        return job(name, gpus, least, most, any_of=types[0], gpu_options=types[1], **spec)
+
+    def test_it_starts_where_type_and_number_together_are_fastest(self):
+        planner = self.planner(1, 2)
+        few = runs(planner, self.job("few", 4, 1))
+        assert few.attempt.gpus_by_model == ((MODEL, 4),), "four fast ones, though four slow ones were there, too"
+        planner = self.planner(1, 4)
+        many = runs(planner, self.job("many", 16, 1))
+        assert many.attempt.gpus_by_model == ((SLOW, 16),), "4 ** 0.8 < 0.4 * 16 ** 0.8"
+        planner.check()
+
+    def test_it_goes_on_with_fewer_of_a_faster_type_that_is_idle(self):
+        planner = self.planner(1, 1)
+        other = runs(planner, job("other", 4, any_of=(MODEL,)))
+        moves = runs(planner, self.job("j", 4, 1, 4))
+        assert moves.attempt.gpus_by_model == ((SLOW, 4),)
+        planner.apply(News(jobs=(said(other, TaskPhase.EXITED), moves)))
+        (move,) = planner.decide(NOW + HOUR)
+        assert "goes on with 4 x H100-80GB instead of 4 x A100-80GB" in move.decision.summary
+        again = goes_on(planner, moves, move, NOW + HOUR)
+        assert again.attempt.gpus_by_model == ((MODEL, 4),)
+
+    def test_not_for_what_is_hardly_faster(self):
+        nearly = ((MODEL, SLOW), (GpuChoice(SLOW, throughput=0.97),))
+        planner = self.planner(1, 1)
+        other = runs(planner, job("other", 4, any_of=(MODEL,)))
+        stays = runs(planner, self.job("j", 4, 1, 4, types=nearly))
+        planner.apply(News(jobs=(said(other, TaskPhase.EXITED), stays)))
+        assert planner.decide(NOW + HOUR) == []
+
+    def test_never_on_a_type_that_it_does_not_name(self):
+        planner = self.planner(2, 1)
+        only = runs(planner, self.job("j", 4, 1, 4, types=((SLOW,), ())))
+        assert only.attempt.gpus_by_model == ((SLOW, 4),)
+        planner.apply(News(jobs=(only,)))
+        assert planner.decide(NOW + HOUR) == []
+
+    def test_idle_gpus_of_a_type_go_to_those_who_gain_most_by_it(self):
+        gains, hardly = (self.job(n, 4, 1, 4, types=((MODEL, SLOW), (GpuChoice(SLOW, throughput=t),)))
+                         for n, t in (("gains", 0.1), ("hardly", 0.8)))  # fmt: skip
+        planner = self.planner(0, 2)
+        jobs = [runs(planner, one) for one in (hardly, gains)]
+        (growth,) = resize.growths(jobs, {MODEL: 4}, NOW + HOUR)
+        assert (growth.job.id, growth.gpus, growth.model) == ("gains", 4, MODEL)
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 16), st.floats(0.05, 5)), max_size=5),
+        fast=st.integers(0, 16),
+        slow=st.integers(0, 16),
+    )
+    def test_growth_is_within_what_is_idle_of_each_type(self, sizes, fast, slow):
+        jobs = []
+        for at, (gpus, more, speed) in enumerate(sizes):
+            types = ((MODEL, SLOW), (GpuChoice(SLOW, throughput=speed),))
+            planner = self.planner(0, 2)
+            jobs.append(runs(planner, self.job(f"j{at}", gpus, 1, gpus + more, types=types)))
+        taken = {MODEL: 0, SLOW: 0}
+        for growth in resize.growths(jobs, {MODEL: fast, SLOW: slow}, NOW + HOUR):
+            before = growth.job.attempt.gpus if growth.model == SLOW else 0
+            taken[growth.model] += growth.gpus - before
+            known = growth.job.spec
+            assert elastic.pace(known, growth.gpus, growth.model) > elastic.pace(known, growth.job.attempt.gpus, SLOW)
+        assert taken[MODEL] <= fast
+        assert taken[SLOW] <= slow
 
 
 class TestShrinking:

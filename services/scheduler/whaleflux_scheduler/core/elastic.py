@@ -1,12 +1,14 @@
-"""The sizes of an elastic job, in GPUs, and how fast it is with each. Pure functions of its spec; other jobs have one size."""
+"""The sizes of an elastic job, in GPUs, and how fast it is with each, of each type. Pure functions of its spec; other jobs have one size."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
 
+from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core.model import Job
 
@@ -70,6 +72,27 @@ def left_s(job: Job, now: datetime) -> float:
     expected = getattr(job.spec, "expected_s", None)
     left = max(expected - ran, ran / 10) if expected is not None else ran
     return min(left, max(0.0, limit - ran)) if limit is not None else left
+
+
+@lru_cache(maxsize=4096)
+def _throughputs(any_of: tuple[str, ...], options: tuple[GpuChoice, ...]) -> dict[str, float]:
+    told = {choice.model: choice.throughput for choice in options}
+    return {model: told.get(model, 1.0) for model in any_of}
+
+
+def throughputs(spec: Spec) -> Mapping[str, float]:
+    """How fast it is on each GPU type that it names, in units of its reference GPU; none: any type will do."""
+    return _throughputs(spec.any_of, spec.gpu_options)
+
+
+def model_of(job: Job) -> str:
+    """The GPU type that it runs on."""
+    return next((model for model, _ in job.attempt.gpus_by_model), "") if job.attempt is not None else ""
+
+
+def pace(spec: Spec, gpus: int, model: str) -> float:
+    """Its `speed` with that many GPUs of the type."""
+    return speed(spec, gpus) * throughputs(spec).get(model, 1.0)
 
 
 def speed(spec: Spec, gpus: int) -> float:

@@ -80,7 +80,7 @@ class ElasticIndex:
         gpus, priority = job.attempt.gpus, float(job.spec.priority)
         extra = gpus - elastic.least(job.spec) if job.claim is None else 0
         loss = resize.loss(job, gpus, max(elastic.least(job.spec), gpus - elastic.step(job.spec))) if extra else 0.0
-        known = _Known(job, gpus, extra, (priority, loss, job.name), (-priority, -resize.marginal(job, gpus), job.name))
+        known = _Known(job, gpus, extra, (priority, loss, job.name), (-priority, -resize.best_rise(job), job.name))
         self._known[job.name] = known
         if extra:
             insort(self._givers, known.gives)

@@ -427,7 +427,7 @@ class Plan(Questions):
             self._refuse(kind)
             return None
         if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job, now)) is not None:
-            return self._give(job, self._enlarged(kind, job) or placement, now)
+            return self._give(job, self._enlarged(kind, job, placement), now)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
             return self._give(job, place, now)
         if request is not kind.request:
@@ -515,15 +515,17 @@ class Plan(Questions):
         with self._fleet.holdings.without_claims(claimants):
             return engine.seek(request) if engine.feasible(request) else None
 
-    def _enlarged(self, kind: RequestClass, job: Job) -> Placement | None:
+    def _enlarged(self, kind: RequestClass, job: Job, least: Placement) -> Placement:
         """A place for more than the least that an elastic job asks for; where others wait, it takes its equal part of what is idle."""
         wished = self._pending.jobs[job.name].candidate.wished
         if not wished:
-            return None
+            return least
         wished = resize.first_share(wished, self._fleet.engine.free_gpus(), len(self._pending))
         request = replace(kind.request, id=job.name)
         with self._fleet.holdings.without(job.name):
-            return enlarged(self._fleet.engine, request, job, wished, lambda gpus: not self._over_limit(job, gpus))
+            return enlarged(
+                self._fleet.engine, request, job, wished, lambda gpus: not self._over_limit(job, gpus), least
+            )
 
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         holdings = self._fleet.holdings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from whaleflux.quantities import shown_duration
+from whaleflux_scheduler.core.elastic import model_of
 from whaleflux_scheduler.core.model import Claim, Job, SchedulingDecision
 from whaleflux_scheduler.core.resize import Growth
 
@@ -12,8 +13,11 @@ from whaleflux_scheduler.core.resize import Growth
 def grows(growth: Growth, now: datetime) -> SchedulingDecision:
     """Into idle GPUs."""
     before = growth.job.attempt.gpus if growth.job.attempt else 0
-    earlier = shown_duration(float(round(growth.saves_s)))
-    why = f"grows from {before} to {growth.gpus} GPUs that are idle, which should end it {earlier} earlier"
+    earlier, on = shown_duration(float(round(growth.saves_s))), model_of(growth.job)
+    what = f"grows from {before} to {growth.gpus} GPUs that are idle"
+    if growth.model != on:
+        what = f"goes on with {growth.gpus} x {growth.model} instead of {before} x {on}"
+    why = f"{what}, which should end it {earlier} earlier"
     return SchedulingDecision(now, True, why)
 
 

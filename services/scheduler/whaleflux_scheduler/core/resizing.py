@@ -20,7 +20,7 @@ from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan, Victim
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import CLAIM_S
-from whaleflux_scheduler.core.request import shape
+from whaleflux_scheduler.core.request import of_model, shape
 from whaleflux_scheduler.core.resize import Growth
 
 _EXTRA = "!extra"
@@ -88,7 +88,7 @@ class Resizing:
         if not self._running or version == self._looked_at:
             return
         self._looked_at = version
-        idle = self._engine.free_gpus()
+        idle = self._engine.free_by_model()
         growths = resize.growths(self._able(now), idle, now) if idle else []
         allowed = [growth for growth in growths if not over_limit(growth.job, growth.gpus)]
         yield from grown(self._engine, self._holdings, allowed, now)
@@ -113,9 +113,22 @@ class Room:
 
 
 def enlarged(
+    engine: Engine, request: PlaceRequest, job: Job, wished: int, allowed: Callable[[int], bool], least: Placement
+) -> Placement:
+    """Where the job is fastest, with the largest size up to `wished` that fits of a type and is allowed; `least`: its place without that."""
+    models = elastic.throughputs(job.spec)
+    options = [of_model(request, model) for model in models] if len(models) > 1 else [request]
+    found = [place for option in options if (place := _largest(engine, option, job, wished, allowed)) is not None]
+    return max((least, *found), key=lambda place: elastic.pace(job.spec, _size(place), place.option.model))
+
+
+def _size(place: Placement) -> int:
+    return sum(len(part.gpus) for part in place.nodes)
+
+
+def _largest(
     engine: Engine, request: PlaceRequest, job: Job, wished: int, allowed: Callable[[int], bool]
 ) -> Placement | None:
-    """The place of the largest size of the job above its least, up to `wished`, that fits and is allowed; None for none."""
     step, few = elastic.step(job.spec), elastic.least(job.spec)
 
     def fit(steps: int) -> Placement | None:
@@ -137,7 +150,8 @@ def enlarged(
 
 def _fits(engine: Engine, request: PlaceRequest, job: Job, gpus: int) -> Placement | None:
     wanted = shape(elastic.sized(job.spec, gpus), request.exclude_nodes, request.near_nodes)
-    return engine.fits(replace(wanted, id=request.id)) if engine.feasible(wanted) else None
+    wanted = replace(wanted, id=request.id, requirement=request.requirement)
+    return engine.fits(wanted) if engine.feasible(wanted) else None
 
 
 # growing
@@ -151,6 +165,8 @@ def grown(
         job = growth.job
         assert job.attempt is not None
         wanted = replace(shape(elastic.sized(job.spec, growth.gpus), (), job.attempt.nodes), id=job.name)
+        if growth.model in elastic.throughputs(job.spec):
+            wanted = of_model(wanted, growth.model)
         with holdings.without(job.name):
             placement = engine.fits(wanted)
         if placement is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from whaleflux_scheduler.core import cost, running_time
+from whaleflux_scheduler.core.elastic import model_of
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, EndReason, NodeCondition
 from whaleflux_scheduler.simulation.timeline import second_of
@@ -33,7 +34,7 @@ class SimulatedJob:
         """All its ranks run; returns when it will have done its work."""
         own_s = self.submission.restart_s
         restored = (delays.restart_s if own_s is None else own_s) if self.job.past_attempts else 0.0
-        self.rate = self.submission.rate(gpus)
+        self.rate = self.submission.rate(gpus, model_of(self.job))
         self.works_from_s = at_s + restored
         return self.works_from_s + self.left_s / self.rate
 

@@ -14,7 +14,7 @@ class Submission:
     """One job: submitted at `at_s`, done when it has run for `run_s` seconds on the GPUs that its spec asks for.
 
     `speed` says how much faster it runs on other numbers of GPUs (elastic jobs): work per second, by GPUs, 1.0 for those of its spec;
-    without it, work is in proportion to the GPUs. `restart_s`: what loading its checkpoint costs it, instead of the workload's delay.
+    without it, work is in proportion to the GPUs. `speed_on` says it by GPU type, too. `restart_s`: what loading its checkpoint costs it, instead of the workload's delay.
     """
 
     name: str  # queues/{queue}/jobs/{job}
@@ -24,9 +24,12 @@ class Submission:
     submitter: str = ""
     speed: Callable[[int], float] | None = None
     restart_s: float | None = None
+    speed_on: Callable[[int, str], float] | None = None
 
-    def rate(self, gpus: int) -> float:
-        """Work per second on that many GPUs."""
+    def rate(self, gpus: int, model: str = "") -> float:
+        """Work per second on that many GPUs of the type."""
+        if self.speed_on is not None:
+            return self.speed_on(gpus, model)
         asked = self.spec.gpus
         if gpus == asked or not asked:
             return 1.0

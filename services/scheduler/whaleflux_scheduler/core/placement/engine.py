@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Level, Node
@@ -347,6 +349,15 @@ class Engine:
     def free_gpus(self) -> int:
         """Wholly free GPUs that new work may use now."""
         return self.columns.free
+
+    def free_by_model(self) -> dict[str, int]:
+        """Wholly free GPUs that new work may use now, by the model of the first GPU of their nodes; models without any are left out."""
+        columns, found = self.columns, dict[str, int]()
+        free = np.bincount(columns.shapes, weights=columns.offer, minlength=len(columns.kinds))
+        for kind, gpus in zip(columns.kinds, free.tolist(), strict=True):
+            if gpus:
+                found[kind.models[0]] = found.get(kind.models[0], 0) + int(gpus)
+        return found
 
     def could_use(self, name: str, request: PlaceRequest) -> bool:
         """Whether the node could give anything at all to the request now, alone or with others; a yes may be too hopeful."""
