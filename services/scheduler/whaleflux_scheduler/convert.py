@@ -171,6 +171,7 @@ def _attempt_of(message: pb.Attempt, tasks: Mapping[int, tuple[Task, ...]]) -> A
         gpus_by_model=tuple(sorted(message.gpus_by_model.items())),
         step=message.step if message.HasField("end_time") else -1,
         loss=loss_of(message),
+        first_step_time=instant(message, "first_step_time"),
     )
 
 
@@ -302,6 +303,7 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt, known: Attempt | None 
     for field, at in (
         ("allocate_time", attempt.allocate_time),
         ("run_time", attempt.run_time),
+        ("first_step_time", attempt.first_step_time),
         ("end_time", attempt.end_time),
     ):
         _set_instant(message, field, at)

@@ -29,6 +29,7 @@ _ATTEMPT = frozenset(
     {
         "epoch", "tasks", "allocate_time", "run_time", "end_time", "end_reason", "incident", "communication_s", "usd_per_hour", "started",
         "number", "gpus_by_model", "step",
+        "first_step_time",
     }
 )  # fmt: skip
 _TASK = frozenset(

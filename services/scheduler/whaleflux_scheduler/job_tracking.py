@@ -35,6 +35,7 @@ class Progress:
     step: int
     loss: float | None
     time: datetime  # when the step was completed, as far as is known here
+    first_time: datetime | None = None  # when the first one of the attempt was
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ class JobTracking:
         """
         known = self._progress
         if known is None or known.epoch != newest.epoch:
-            self._loss_was_finite = True
+            self._loss_was_finite, known = True, None
+        newest = replace(newest, first_time=known.first_time if known else newest.time)
+        if known is None:
+            pass
         elif newest.step < known.step:
             return False
         elif newest.step == known.step:  # told again, perhaps with a loss

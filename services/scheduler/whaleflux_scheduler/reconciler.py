@@ -385,7 +385,11 @@ class Reconciler:
         since = tracking.seen_since(job, now)
         observed = Observations(reports, nodes, diagnosis, claimed_by, free, ends=ends, gone=gone, since=since)
         progress = tracking.progress_in(job.attempt)
-        return observed if progress is None else replace(observed, step=progress.step, loss=progress.loss)
+        return (
+            observed
+            if progress is None
+            else replace(observed, step=progress.step, loss=progress.loss, first_step_time=progress.first_time)
+        )
 
     def _ends(self, job: Job) -> tuple[dict[str, JobState], frozenset[str]]:
         """Where the jobs stand that it waits for, by uid, and which were deleted.

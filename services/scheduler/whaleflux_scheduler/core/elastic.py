@@ -49,12 +49,31 @@ def at_least(spec: Spec) -> Spec:
 
 
 def lost_by_restart_s(job: Job) -> float:
-    """What a restart costs, seconds: a save and what its last start took; and work, where its program saves when it likes to."""
-    attempt = job.attempt
+    """What a restart costs, seconds: a save, and until its first step after that; and work, where its program saves when it likes to.
+
+    Measured at its last restart, else at its start; where it reports no steps, until its ranks ran.
+    """
     lost_s = SINCE_OWN_SAVE_S if job.spec.elastic_resumes and not job.spec.checkpoint_every_steps else 0.0
+    return lost_s + max(USUAL_RESTART_S, SAVE_S + _last_start_s(job))
+
+
+def _last_start_s(job: Job) -> float:
+    stepped = next((one for one in reversed(tuple(job.attempts())) if one.first_step_time is not None), None)
+    if stepped is not None and stepped.first_step_time is not None:
+        return (stepped.first_step_time - stepped.allocate_time).total_seconds()
+    attempt = job.attempt
+    return (attempt.run_time - attempt.allocate_time).total_seconds() if attempt and attempt.run_time else 0.0
+
+
+def worked_s(job: Job, now: datetime) -> float:
+    """For how long it has worked since it started last: since its first step, where it reports steps."""
+    attempt = job.attempt
     if attempt is None or attempt.run_time is None:
-        return USUAL_RESTART_S + lost_s
-    return max(USUAL_RESTART_S, SAVE_S + (attempt.run_time - attempt.allocate_time).total_seconds()) + lost_s
+        return 0.0
+    since = attempt.first_step_time
+    if since is None and any(past.first_step_time is not None for past in job.past_attempts):
+        return 0.0  # it still loads its checkpoint
+    return max(0.0, (now - (since or attempt.run_time)).total_seconds())
 
 
 def ran_s(job: Job, now: datetime) -> float:

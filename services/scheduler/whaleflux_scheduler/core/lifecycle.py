@@ -56,6 +56,7 @@ def advance(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
     job = task_observations.observe(job, observed)
     if job.ended:
         return job
+    job = _with_first_step(job, observed)
     if job.cancel_requested:
         return _finish(job, JobState.CANCELLED, EndReason.CANCELLED, job.cause.message or "cancelled", now)
     if (done := _done_after_all(job)) is not None:
@@ -71,6 +72,13 @@ def advance(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
     if job.claim is not None and not _claim_holds(job.claim, observed, now):
         return replace(job, claim=None)
     return job
+
+
+def _with_first_step(job: Job, observed: Observations) -> Job:
+    attempt, first = job.attempt, observed.first_step_time
+    if not job.spec.is_elastic or first is None or attempt is None or attempt.first_step_time is not None:
+        return job
+    return replace(job, attempt=replace(attempt, first_step_time=first))
 
 
 def next_epoch(job: Job) -> int:

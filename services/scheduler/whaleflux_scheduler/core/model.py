@@ -127,6 +127,7 @@ class Attempt:
     gpus_by_model: tuple[tuple[str, int], ...] = ()
     step: int = -1  # when it ended, as the loss
     loss: float | None = None
+    first_step_time: datetime | None = None  # of elastic jobs
 
     @property
     def nodes(self) -> tuple[str, ...]:

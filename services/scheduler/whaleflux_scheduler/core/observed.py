@@ -113,6 +113,7 @@ class Observations:
     claim_is_free: bool = False  # nobody else holds any of what it claims
     step: int = -1  # the newest of the current attempt
     loss: float | None = None
+    first_step_time: datetime | None = None  # when the first one of the current attempt was completed
     ends: Mapping[str, JobState] = field(default_factory=dict)  # of awaited jobs, by uid; UNSPECIFIED: deleted, unseen
     gone: frozenset[str] = frozenset()  # uids of awaited jobs that were deleted
     since: datetime | None = None  # when this leader first saw it in its state and epoch; None: as its record says

@@ -23,6 +23,7 @@ from whaleflux_scheduler.core.model import Job
 
 SETTLED_S = 120.0  # a job is not resized again before, except for others of higher priority
 GIVES_AFTER_S = 30.0
+WORKS = 2.0  # times what its restart cost: before others of its priority may have it restarted again
 ATTAINED_GPU_S = 4 * 3600.0  # GPU-seconds after which a rise counts half
 FASTER = 1.05  # times: what another GPU type must bring at least
 WORTH = 1.5  # times the restart: what a job must be expected to save by growing
@@ -39,29 +40,27 @@ class Growth:
 
 
 def settled(job: Job, now: datetime) -> bool:
-    """Whether it may be resized for the good of all: its attempt has run for a while, or is its first."""
+    """Whether it may be resized for the good of all: its attempt is its first, or has worked for a while."""
     attempt = job.attempt
     if attempt is None or attempt.run_time is None or job.claim is not None:
         return False
-    return not job.past_attempts or (now - attempt.run_time).total_seconds() >= SETTLED_S
+    return unsettled_s(job, now) <= 0
 
 
 def unsettled_s(job: Job, now: datetime) -> float:
     """For how long it is still left alone after its restart."""
-    attempt = job.attempt
-    if attempt is None or attempt.run_time is None or not job.past_attempts:
+    if job.attempt is None or not job.past_attempts:
         return 0.0
-    return SETTLED_S - (now - attempt.run_time).total_seconds()
+    return max(SETTLED_S, WORKS * elastic.lost_by_restart_s(job)) - elastic.worked_s(job, now)
 
 
 def may_give(job: Job, now: datetime) -> bool:
-    """Whether it may have to give others of its priority what it has beyond its part: not right after a restart."""
+    """Whether it may have to give others of its priority what it has beyond its part: not before it worked for what its restart cost."""
     attempt = job.attempt
-    return (
-        attempt is not None
-        and attempt.run_time is not None
-        and (now - attempt.run_time).total_seconds() >= GIVES_AFTER_S
-    )
+    if attempt is None or attempt.run_time is None:
+        return False
+    paid_s = WORKS * elastic.lost_by_restart_s(job) if job.past_attempts else 0.0
+    return elastic.worked_s(job, now) >= max(GIVES_AFTER_S, paid_s)
 
 
 def marginal(job: Job, gpus: int) -> float:

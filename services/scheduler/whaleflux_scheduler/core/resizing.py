@@ -26,6 +26,8 @@ from whaleflux_scheduler.core.resize import Growth
 _EXTRA = "!extra"
 MOST_GROWTHS = 8  # in one step
 MOST_LOOKED_AT = 128  # for one who waits, and for one look at who may grow
+GIVES_MORE = 0.5  # of what it has beyond its part
+_NO_PARTS: Mapping[str, int] = {}
 MOST_NODES = 96  # of those who may have to give
 
 
@@ -212,7 +214,7 @@ def room_by_shrinking(
             victims = [victim for giver in some for victim in _split(engine, holdings, giver)]
             plan = engine.preempt(request, victims)
         if isinstance(plan, PreemptionPlan):
-            return _room(_gpus_of(plan.placement, holdings), job, [giver.job for giver in some], holdings, now)
+            return _room(_gpus_of(plan.placement, holdings), job, some, holdings, now)
         first = min(len(givers), 4 * first) if first < len(givers) else 0
     return None
 
@@ -253,20 +255,26 @@ def _split(engine: Engine, holdings: Holdings, giver: Giver) -> Iterator[Victim]
 
 
 def _room(
-    taken: Mapping[str, tuple[str, ...]], job: Job, givers: Sequence[Job], holdings: Holdings, now: datetime
+    taken: Mapping[str, tuple[str, ...]], job: Job, givers: Sequence[Giver], holdings: Holdings, now: datetime
 ) -> Room:
-    asked = {giver.name: giver for giver in givers if _concerned(holdings.held(giver.name), taken)}
-    grace_s = max((giver.grace_s for giver in asked.values()), default=0.0)
+    """An equal gives at once half of what it has beyond its part, if that is more than is taken: so it is not restarted again for the next."""
+    asked = {giver.job.name: giver for giver in givers if _concerned(holdings.held(giver.job.name), taken)}
+    grace_s = max((giver.job.grace_s for giver in asked.values()), default=0.0)
     claim = Claim(tuple(taken.items()), tuple(asked), now + timedelta(seconds=CLAIM_S + grace_s))
-    return Room(claim, shrinking(claim, asked.values(), holdings, now))
+    keeps = {name: giver.keeps for name, giver in asked.items() if giver.job.spec.priority == job.spec.priority}
+    return Room(claim, shrinking(claim, [giver.job for giver in asked.values()], holdings, now, keeps))
 
 
-def shrinking(claim: Claim, victims: Iterable[Job], holdings: Holdings, now: datetime) -> dict[str, Claim]:
+def shrinking(
+    claim: Claim, victims: Iterable[Job], holdings: Holdings, now: datetime, parts: Mapping[str, int] = _NO_PARTS
+) -> dict[str, Claim]:
     """What those of the victims that are elastic go on with, where what is left to them is enough; the others are stopped."""
     found = {}
     for victim in victims:
         held = holdings.held(victim.name)
-        size = elastic.floor(victim.spec, sum(len(uuids - claim.gpus.get(n, frozenset())) for n, uuids in held.items()))
+        left = sum(len(uuids - claim.gpus.get(n, frozenset())) for n, uuids in held.items())
+        beyond = max(0, left - parts.get(victim.name, left))
+        size = elastic.floor(victim.spec, left - int(beyond * GIVES_MORE))
         if victim.spec.is_elastic and may_go_on(victim) and size:
             found[victim.name] = _claim(_kept(held, claim.gpus, victim, size), victim, now)
     return found

@@ -6,6 +6,7 @@ What a record becomes is decided by the production core: `lifecycle.advance` wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from whaleflux import names
 from whaleflux_scheduler.core import cost, lifecycle
@@ -66,9 +67,18 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
         state.timeline.add(done_s, finish, state, simulated, turn)
     state.news.record(job, urgent=False)  # told with what comes next
     if job.spec.is_elastic:
+        state.timeline.add(simulated.works_from_s, step, state, simulated, turn)
         state.timeline.add(at_s + lifecycle.LOOK_FIRST_S, look_at_size, state, simulated, turn, lifecycle.LOOK_FIRST_S)
     if state.claimants.to(job.name):
         look(at_s, state, simulated, turn)
+
+
+def step(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """Its first step of this attempt: it has loaded its checkpoint."""
+    job = simulated.job
+    if simulated.turn == turn and job.attempt is not None:
+        simulated.job = replace(job, attempt=replace(job.attempt, first_step_time=instant(at_s)))
+        state.news.record(simulated.job, urgent=False)
 
 
 def look_at_size(at_s: float, state: State, simulated: SimulatedJob, turn: int, after_s: float) -> None:
