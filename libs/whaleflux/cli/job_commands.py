@@ -264,10 +264,15 @@ def explain(
         f"{answer.job.name} is {output.job_state(answer.job)}"
         + (f": {answer.job.state_message}" if answer.job.state_message else "")
     )
-    decision = answer.decision
+    say_decision(answer.decision)
+
+
+def say_decision(decision: Any) -> None:
+    """Where it runs or why it waits, when it starts, what would start it sooner, and who goes first."""
     output.say(f"  {decision.summary}")
     for reason in decision.reasons:
-        output.say(f"  because    {reason}")
+        sooner = reason.removeprefix("sooner: ")
+        output.say(f"  because    {reason}" if sooner == reason else f"  sooner     {sooner}")
     for other in decision.alternatives:
         output.say(f"  considered {alternative(other)}; ${other.usd_per_hour:.2f}/h")
     for exclusion in decision.exclusions:
@@ -275,10 +280,11 @@ def explain(
     if decision.smallest_change:
         output.say(f"  to admit   {decision.smallest_change}")
     if decision.position:
-        output.say(
-            f"  position   {decision.position} in its queue"
-            + (f", after {decision.ahead[0]}" if decision.ahead else "")
-        )
+        output.say(f"  position   {decision.position} in its queue")
+    for place, other in enumerate(decision.ahead, 1):
+        output.say(f"  ahead      {place}: {other}")
+    if (more := decision.position - 1 - len(decision.ahead)) > 0:
+        output.say(f"  ahead      and {more} more")
 
 
 def checkpoints(

@@ -6,11 +6,12 @@ question is answered by counting where that is enough (`Availability`), and by t
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 
 from whaleflux_scheduler.core.availability import MOST_RELEASED, Availability, End, Start, earliest
 from whaleflux_scheduler.core.estimates import Estimates, end_of, safe_s
@@ -76,20 +77,39 @@ class ExpectedEnds:
 
     # what follows
 
-    def expected_start(self, gpus: int, now: datetime) -> tuple[datetime, datetime] | None:
-        """When so many GPUs will have come free, by likely and by safe ends of those who run; None: not of those who are known.
+    def expected_start(
+        self, job: Job, ahead: Sequence[Job], promised: Mapping[str, float], now: datetime
+    ) -> tuple[datetime, datetime] | None:
+        """When the job starts if those ahead do first, by likely and by safe ends; None: not as those end who are known.
 
-        GPUs are counted alone: a job that wants them close together, or of one type, may start later.
+        Jobs that were promised a start, seconds since the epoch, are in nobody's way before that. GPUs are counted alone: a job that wants them
+        close together, or of one type, may start later; one that others let pass, sooner.
         """
         self.catch_up(now)
-        short = max(1, gpus - self._engine.free_gpus())
-        found = list(self._soonest(short))
-        if sum(count for count, _ in found) < short:
+        before = [other for other in ahead if other.name not in promised]
+        free, wanted = self._engine.free_gpus(), sum(other.spec.gpus for other in (*before, job))
+        found = self._soonest(max(1, wanted - free))
+        ends = [(end.likely, end.safe, count) for count, one in found if (end := end_of(self._estimates, one, now))]
+        ends += [over for name, at_s in promised.items() if (over := self._end_of_promised(name, at_s)) is not None]
+        lasting = [(other.spec.gpus, self._estimates.of(other, other.run_s)) for other in before]
+        gpus = job.spec.gpus
+        likely = start_in_turn(
+            free, [(_left_s(e[0], now), e[2]) for e in ends], [(n, one.likely_s) for n, one in lasting], gpus
+        )
+        safe = start_in_turn(
+            free, [(_left_s(e[1], now), e[2]) for e in ends], [(n, one.safe_s) for n, one in lasting], gpus
+        )
+        return (
+            None if likely is None or safe is None else (now + timedelta(seconds=likely), now + timedelta(seconds=safe))
+        )
+
+    def _end_of_promised(self, name: str, start_s: float) -> tuple[datetime, datetime, int] | None:
+        job = self._holdings.jobs.get(name)
+        if job is None or job.spec.is_service:
             return None
-        ends = [(end, count) for count, job in found if (end := end_of(self._estimates, job, now)) is not None]
-        likely = _free_at(sorted((end.likely, count) for end, count in ends), short)
-        safe = _free_at(sorted((end.safe, count) for end, count in ends), short)
-        return None if likely is None or safe is None else (max(likely, now), max(safe, now))
+        start, lasts = datetime.fromtimestamp(start_s, UTC), self._estimates.of(job, job.run_s)
+        likely, safe = (start + timedelta(seconds=all_s - job.run_s) for all_s in (lasts.likely_s, lasts.safe_s))
+        return likely, safe, job.spec.gpus
 
     def _soonest(self, gpus: int) -> Iterator[tuple[int, Job]]:
         """The first ones who leave until so many GPUs are free; for who leaves soon by its safe end probably does so first."""
@@ -97,7 +117,7 @@ class ExpectedEnds:
             if gpus <= 0:
                 return
             if (job := self._holdings.jobs.get(name)) is not None:
-                count = self._holdings.count_of(name)
+                count = self._profile.gpus(name)
                 gpus -= count
                 yield count, job
 
@@ -164,13 +184,30 @@ def _could_help(other: Job, models: set[str]) -> bool:
     return any(model in models for model, _ in other.attempt.gpus_by_model)
 
 
-def _free_at(ends: Iterable[tuple[datetime, int]], gpus: int) -> datetime | None:
-    """When so many have come free, of (end, GPUs) in order."""
-    for at, freed in ends:
-        gpus -= freed
-        if gpus <= 0:
-            return at
-    return None
+def start_in_turn(
+    free: int, ends: Iterable[tuple[float, int]], ahead: Iterable[tuple[int, float]], gpus: int
+) -> float | None:
+    """In how many seconds so many GPUs are free for who is last in line. None: never.
+
+    `ends` are (seconds, GPUs) of those who run, `ahead` (GPUs, seconds that it lasts) of those who start first, each as soon as it can; one that
+    is larger than all of that is passed over.
+    """
+    leaving, at_s = list(ends), 0.0
+    heapq.heapify(leaving)
+    total = free + sum(count for _, count in leaving)
+    for wanted, lasts_s in (*ahead, (gpus, 0.0)):
+        if wanted > total:
+            continue
+        while free < wanted:
+            at_s, freed = heapq.heappop(leaving)
+            free += freed
+        free -= wanted
+        heapq.heappush(leaving, (at_s + lasts_s, wanted))
+    return at_s if gpus <= total else None
+
+
+def _left_s(at: datetime, now: datetime) -> float:
+    return max(0.0, (at - now).total_seconds())
 
 
 class _Vacating:

@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from whaleflux.errors import InvalidArgument
 from whaleflux_scheduler.core.lazy_heap import Entry, LazyHeap
@@ -110,6 +110,14 @@ class Waiting:
     told: str = ""
 
 
+class Ahead(NamedTuple):
+    """Who goes before a job in its queue: the first `MOST_NAMED` in order, how many do, and how many of these for their priority."""
+
+    names: tuple[str, ...] = ()
+    many: int = 0
+    above: int = 0
+
+
 class Pending:
     """All waiting jobs."""
 
@@ -134,11 +142,13 @@ class Pending:
             if priority < own <= most:
                 yield from tuple(classes)
 
-    def before(self, job: Job, key: Callable[[Job], Any]) -> tuple[list[str], int]:
-        """Who goes before the job in its queue, in order, `MOST_NAMED` at most; and how many do. Other queues are not looked at."""
-        own = key(job)
-        first = [order for other in self._in_queue(job.queue) if (order := key(other)) < own]
-        return [order[-1] for order in heapq.nsmallest(MOST_NAMED, first)], len(first)
+    def before(self, job: Job, key: Callable[[Job], Any]) -> Ahead:
+        """Who goes before the job in its queue. Other queues are not looked at."""
+        own, priority = key(job), job.spec.priority
+        first = [(key(other), other.spec.priority > priority) for other in self._in_queue(job.queue)]
+        first = [(order, above) for order, above in first if order < own]
+        named = [order[-1] for order, _ in heapq.nsmallest(MOST_NAMED, first)]
+        return Ahead(tuple(named), len(first), sum(above for _, above in first))
 
     def positions(self, names: Iterable[str], key: Callable[[Job], Any]) -> dict[str, int]:
         """Of those that wait: their positions in their queues, from 1. A queue is put in order once, however many of it are asked for."""

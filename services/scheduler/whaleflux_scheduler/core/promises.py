@@ -9,11 +9,11 @@ sooner, and later only when its place is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from whaleflux_scheduler.core.estimates import Estimates, safe_s
+from whaleflux_scheduler.core.estimates import LEAST_S, START_S, Estimates, safe_s
 from whaleflux_scheduler.core.expected_ends import ExpectedEnds
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
@@ -23,6 +23,7 @@ from whaleflux_scheduler.core.promise_lines import AGAIN_S, PromiseLines, Promis
 
 MARGIN_S = 15.0  # between when the last one has left and the promised start: what agents and the store need
 LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all: another place is looked for
+MOST_WINDOWS = 8  # for one answer
 _NEVER_OVER = 99  # the class of what lasts without end
 
 
@@ -135,6 +136,14 @@ class Promises:
         over_s = now.timestamp() + soonest_s(lasts) + MARGIN_S
         return self.covered(name for name, start_s in self._starts.items() if over_s <= start_s)
 
+    def windows(self, job: Job, now: datetime) -> Iterator[tuple[float, list[str]]]:
+        """In how many seconds a job has to be over, and whose promises it does not delay then; the longest time first."""
+        now_s = now.timestamp()
+        starts = sorted(((at_s, name) for name, at_s in self._starts.items() if name != job.name), reverse=True)
+        for number, (at_s, _) in enumerate(starts[:MOST_WINDOWS], 1):
+            if (left_s := at_s - now_s - MARGIN_S - START_S - job.grace_s) >= LEAST_S:
+                yield left_s, [name for _, name in starts[:number]]
+
     def covered(self, claimants: Iterable[str] | None = None) -> int:
         """GPUs that nobody holds and that are kept for these promises, by default for all."""
         return sum(map(self._covered, self._starts if claimants is None else claimants))
@@ -184,9 +193,9 @@ class Promises:
         """It cannot have a promise for now."""
         self._lines.put_off(name, now.timestamp())
 
-    def expected_start(self, gpus: int, now: datetime) -> tuple[datetime, datetime] | None:
+    def expected_start(self, job: Job, ahead: Sequence[Job], now: datetime) -> tuple[datetime, datetime] | None:
         """As `ExpectedEnds.expected_start`."""
-        return self._ends.expected_start(gpus, now)
+        return self._ends.expected_start(job, ahead, self._starts, now)
 
     def promise(self, job: Job, request: PlaceRequest, now: datetime) -> Claim | None:
         """A start for the job, or an earlier one than it was promised; None: none is in sight, or none that is worth a change."""

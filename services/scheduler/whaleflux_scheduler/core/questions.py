@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +23,15 @@ from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.promises import Promises
 from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
-from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse
+from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse, Turn
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
 from whaleflux_scheduler.core.reserving import Reserved
+
+MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
+HIGHEST_PRIORITY = 1_000
 
 
 class Questions:
@@ -106,16 +111,16 @@ class Questions:
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
         if (claim := self._fleet.holdings.claim(job.name)) is not None:
             decision = wait_reasons.with_promise(decision, claim)
-        elif (expected := self._promises.expected_start(self._gpus_up_to(job), now)) is not None:
+        elif (expected := self._promises.expected_start(job, self._before(job), now)) is not None:
             decision = wait_reasons.with_expected_start(decision, *expected)
+        if not decision.preempts:
+            decision = self._sooner(decision, request, job, now)
         return self._in_line(self._in_time(decision, job, now), job)
 
-    def _gpus_up_to(self, job: Job) -> int:
-        """GPUs that those ask for who go first, and the job itself."""
-        key = order_of(job)
-        others = (waiting.candidate.job for waiting in self._pending.jobs.values())
-        first = sum(other.spec.gpus for other in others if other.name != job.name and order_of(other) < key)
-        return job.spec.gpus + first
+    def _before(self, job: Job) -> list[Job]:
+        """Jobs of all queues that were submitted before it or are of higher priority, in order."""
+        key, others = order_of(job), (waiting.candidate.job for waiting in self._pending.jobs.values())
+        return heapq.nsmallest(MOST_BEFORE, (other for other in others if order_of(other) < key), key=order_of)
 
     def shortage(self, queue: str, spec: Spec) -> str:
         """Why the job can never run in this queue and fleet as they are, however long it waits; "" when it can, or nobody knows."""
@@ -237,6 +242,42 @@ class Questions:
         return self._pending.positions(names, order_of)
 
     def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
-        """With its position in its queue, and who goes before it there."""
-        first, count = self._pending.before(job, order_of)
-        return wait_reasons.in_line(decision, first, count + 1)
+        """With its position in its queue, and who goes first."""
+        return wait_reasons.in_line(decision, self._pending.before(job, order_of), self._queues_before(job))
+
+    def _queues_before(self, job: Job) -> list[str]:
+        """Other queues whose turn it is before the job's, the first one first."""
+        turn, due = self._shares.turn, dict[str, Turn]()
+        own = turn(job.queue, job.spec.gpus, job.spec.priority)
+        waits = ((queue, line) for queue, lines in self._pending.by_queue.items() for line in lines)
+        for queue, line in itertools.islice(waits, MOST_LINES):
+            if queue != job.queue and not line.parked:
+                key = turn(queue, line.kind.gpus, line.kind.priority)
+                due[queue] = min(due.get(queue, key), key)
+        return sorted((queue for queue, key in due.items() if key < own), key=due.__getitem__)
+
+    def _sooner(
+        self, decision: SchedulingDecision, request: PlaceRequest, job: Job, now: datetime
+    ) -> SchedulingDecision:
+        """With what would start it now, as far as that is known without trying everything."""
+        return wait_reasons.sooner(decision, self._over_in_s(request, job, now), self._enough_priority(request, job))
+
+    def _over_in_s(self, request: PlaceRequest, job: Job, now: datetime) -> float | None:
+        """In how many seconds it had to be over to start now on GPUs that are promised to others; None: it would not fit there either."""
+        holdings, found = self._fleet.holdings, None
+        with holdings.without(job.name):
+            for left_s, claimants in self._promises.windows(job, now):
+                with holdings.without_claims(claimants):
+                    found = left_s if self._fleet.engine.feasible(request) else None
+                if found is not None:
+                    break
+        return found
+
+    def _enough_priority(self, request: PlaceRequest, job: Job) -> int | None:
+        """The least priority below which enough GPUs are held by work that may be stopped; None: there are not, or it is above that already."""
+        free, found = self._fleet.engine.free_gpus() + self._fleet.holdings.count_of(job.name), 0
+        for priority, gpus in sorted(self._fleet.holdings.stoppable.items()):
+            found += gpus
+            if gpus and free + found >= request.units:
+                return priority + 1 if job.spec.priority <= priority < HIGHEST_PRIORITY else None
+        return None

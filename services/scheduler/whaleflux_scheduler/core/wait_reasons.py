@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 
 from whaleflux import names
 from whaleflux.manifests.gpu_values import GpuChoice
+from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingDecision
+from whaleflux_scheduler.core.pending import Ahead
 from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
 from whaleflux_scheduler.core.quota import QueueLimit
@@ -161,7 +163,7 @@ def with_expected_start(decision: SchedulingDecision, likely: datetime, safe: da
     """With when it probably starts: half of all such jobs by `likely`, nine of ten by `safe`."""
     first, last = (at.isoformat(timespec="minutes") for at in (likely, max(likely, safe)))
     return replace(
-        decision, reasons=(*decision.reasons, f"expected to start {first} to {last} (p50 to p90), as those end who run")
+        decision, reasons=(*decision.reasons, f"expected to start {first} to {last} (p50 to p90), as those end who run and those ahead")
     )
 
 
@@ -204,9 +206,37 @@ def with_reservations(decision: SchedulingDecision, kept: Collection[Reservation
     return replace(decision, reasons=(*decision.reasons, why))
 
 
-def in_line(decision: SchedulingDecision, ahead: Collection[str], position: int) -> SchedulingDecision:
-    """With who goes first, and its position in its queue."""
-    return replace(decision, ahead=tuple(ahead)[:_MOST_AHEAD], position=position)
+def in_line(decision: SchedulingDecision, ahead: Ahead, queues: Sequence[str] = ()) -> SchedulingDecision:
+    """With its position in its queue, and who goes first and why. `queues`: whose turn it is before its own, the first one first."""
+    earlier = ahead.many - ahead.above
+    whys = [f"{ahead.above} of higher priority"] * (ahead.above > 0) + [f"{earlier} submitted before it"] * (
+        earlier > 0
+    )
+    reasons = [f"{' and '.join(whys)} {'goes' if ahead.many == 1 else 'go'} first in its queue"] * bool(whys)
+    if queues:
+        more = f" and {len(queues) - _MOST_NAMES} more" * (len(queues) > _MOST_NAMES)
+        several = len(queues) > 1
+        reasons.append(
+            f"queue{'s' * several} {', '.join(queues[:_MOST_NAMES])}{more} {'are' if several else 'is'} due before its own: "
+            f"{'they hold' if several else 'it holds'} less for {'their' if several else 'its'} weight or guarantee, or it is of higher priority"
+        )
+    return replace(
+        decision, ahead=ahead.names[:_MOST_AHEAD], position=ahead.many + 1, reasons=(*decision.reasons, *reasons)
+    )
+
+
+def sooner(decision: SchedulingDecision, over_in_s: float | None, priority: int | None) -> SchedulingDecision:
+    """With what would start it now: to be over in so many seconds, on GPUs that are promised to others then; to be of that priority."""
+    ways = []
+    if over_in_s is not None:
+        ways.append(
+            f"sooner: over within {shown_duration(over_in_s)} (expected or time_limit) it could start now, on GPUs that are promised to others"
+        )
+    if priority is not None:
+        ways.append(
+            f"sooner: from priority {priority} on, work of lower priority may be suspended for it (set-priority)"
+        )
+    return replace(decision, reasons=(*decision.reasons, *ways))
 
 
 def _held_back(why: str, now: datetime, change: str = "") -> SchedulingDecision:
