@@ -56,6 +56,11 @@ class Tenants:
         guaranteed = {tenant: peaks.get(tenant, 0) for tenant in self.guaranteed}
         return replace(self, nodes=sum(peaks.values()), guaranteed=guaranteed)
 
+    def as_needed(self) -> Tenants:
+        """Guaranteed is no tenant more than it ever asks for at once."""
+        most = {tenant: math.ceil(self._peak(tenant) / PER_NODE) for tenant in self.guaranteed}
+        return replace(self, guaranteed={tenant: min(n, most[tenant]) for tenant, n in self.guaranteed.items()})
+
     def _peak(self, tenant: str) -> int:
         mine = [row for row in self.trace.rows if row.queue == tenant]
         changes = [change for row in mine for change in ((row.at_s, row.gpus), (row.at_s + row.run_s, -row.gpus))]
