@@ -163,7 +163,11 @@ def with_expected_start(decision: SchedulingDecision, likely: datetime, safe: da
     """With when it probably starts: half of all such jobs by `likely`, nine of ten by `safe`."""
     first, last = (at.isoformat(timespec="minutes") for at in (likely, max(likely, safe)))
     return replace(
-        decision, reasons=(*decision.reasons, f"expected to start {first} to {last} (p50 to p90), as those end who run and those ahead")
+        decision,
+        reasons=(
+            *decision.reasons,
+            f"expected to start {first} to {last} (p50 to p90), as those end who run and those ahead",
+        ),
     )
 
 
