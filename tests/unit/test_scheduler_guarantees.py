@@ -58,7 +58,7 @@ def test_what_is_reclaimed_makes_room_for_the_shape():
     assert sum(one.suspensions for one in seen.values()) == 8
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -80,8 +80,6 @@ def test_all_jobs_end_and_who_stays_within_its_guarantee_waits_for_nobody(drawn)
     jobs += [submission(f"d{at}", "d", 1000 + 2500 * at, 4, 2000) for at in range(2)]
     seen = simulated(fleet, jobs, tree)
     assert all(one.state is JobState.SUCCEEDED for one in seen.values())
-    if any(gpus > 4 for _, _, gpus, _, _ in drawn):
-        return  # promised starts of gangs over several nodes do not know guarantees yet: docs/not-yet.md
     mine = [seen[f"d{at}"] for at in range(2)]
     assert [one.suspensions for one in mine] == [0, 0]
     assert max(one.wait_s for one in mine) < 60

@@ -19,6 +19,8 @@ from whaleflux_scheduler.core.holdings import Holdings
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.placement.api import PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.preemption import claimant_of
+from whaleflux_scheduler.core.quota import Claimant
 from whaleflux_scheduler.core.request import gpus_of
 
 AGAIN_S = 60.0  # after which who should have left, and has not, is guessed again
@@ -146,6 +148,7 @@ class ExpectedEnds:
 
     def _leaving(self, job: Job, request: PlaceRequest, by_s: float, own: Counter[str]) -> Iterator[End]:
         """Who may be counted on to leave GPUs that the job could use, or may be asked to, in order."""
+        claimant = claimant_of(self._holdings, job, gpus_of(request))
         models = (
             {option.model for option in request.requirement.any_of} if not request.requirement.mig_profile else {""}
         )
@@ -153,7 +156,7 @@ class ExpectedEnds:
             other = self._holdings.jobs.get(name)
             if other is None or not (self._profile.gpus(name) or own[name]) or name not in self._engine.placements:
                 continue
-            if name != job.name and _may_be_counted_on(other, job) and _could_help(other, models):
+            if name != job.name and _may_be_counted_on(other, claimant) and _could_help(other, models):
                 yield end_s, name
 
     def _vacating(self, claimant: str) -> _Vacating:
@@ -172,9 +175,9 @@ def _enough(leaving: Iterator[End], gpus: int, profile: Availability, own: Count
     return found
 
 
-def _may_be_counted_on(other: Job, job: Job) -> bool:
-    """Nobody of a higher priority who could stay longer."""
-    return other.spec.priority <= job.spec.priority or other.spec.time_limit_s is not None
+def _may_be_counted_on(other: Job, claimant: Claimant) -> bool:
+    """Nobody who could stay longer: of a higher priority, or within a guarantee that is not the claimant's."""
+    return other.spec.time_limit_s is not None or claimant.outlasts(other.name, other.queue, other.spec.priority)
 
 
 def _could_help(other: Job, models: set[str]) -> bool:

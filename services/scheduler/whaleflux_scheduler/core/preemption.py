@@ -34,8 +34,7 @@ def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
 
     Those that make room for an equal already, and services, are left out.
     """
-    quota, spec = holdings.shares.quota, job.spec
-    claimant = Claimant(quota, job.name, job.queue, gpus if spec.gpus else 0, spec.priority)
+    claimant = claimant_of(holdings, job, gpus)
     asked = {
         v for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name) for v in claim.victims
     }
@@ -46,6 +45,12 @@ def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
         and _yields(claimant, holdings, held.name)
         and not _promised(claimant, holdings, job, id_)
     ]
+
+
+def claimant_of(holdings: Holdings, job: Job, gpus: int) -> Claimant:
+    """The job as one who asks for room for so many GPUs."""
+    spec = job.spec
+    return Claimant(holdings.shares.quota, job.name, job.queue, gpus if spec.gpus else 0, spec.priority)
 
 
 def _promised(claimant: Claimant, holdings: Holdings, job: Job, name: str) -> bool:

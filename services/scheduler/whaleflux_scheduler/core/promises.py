@@ -19,7 +19,9 @@ from whaleflux_scheduler.core.holdings import Holdings, claim_id
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.preemption import claimant_of
 from whaleflux_scheduler.core.promise_lines import AGAIN_S, PromiseLines, PromiseRules
+from whaleflux_scheduler.core.quota import Claimant
 
 MARGIN_S = 15.0  # between when the last one has left and the promised start: what agents and the store need
 LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all: another place is looked for
@@ -176,14 +178,20 @@ class Promises:
     def _with_victims(self, name: str, now_s: float) -> Claim | None:
         claim, start_s = self._holdings.claim(name), self._starts[name]
         assert claim is not None
+        claimant = claimant_of(self._holdings, self._holdings.jobs[name], sum(len(uuids) for _, uuids in claim.nodes))
         leave_by = {holder: self._leave_by(start_s, holder) for holder in self._holdings.holders_of(claim) - {name}}
-        late = {holder for holder, at_s in leave_by.items() if at_s <= now_s}
-        later = min((at_s for holder, at_s in leave_by.items() if holder not in late), default=math.inf)
+        late = {holder for holder, at_s in leave_by.items() if at_s <= now_s and self._makes_way(holder, claimant)}
+        later = min((at_s for at_s in leave_by.values() if at_s > now_s), default=math.inf)
         named = self._named.get(name, frozenset())
         self._due[name] = min(later, now_s + 1.0 if late - named else now_s + AGAIN_S)
         if late <= named:
             return None
         return replace(claim, victims=tuple(sorted(named | late)))
+
+    def _makes_way(self, holder: str, claimant: Claimant) -> bool:
+        """Whether who is late has to leave. Who came to be within a guarantee since it was counted on stays: that goes before a promise."""
+        job = self._holdings.jobs[holder]
+        return job.spec.time_limit_s is not None or claimant.outlasts(holder, job.queue, job.spec.priority)
 
     def to_promise(self, now: datetime) -> list[str]:
         """Whom to look for a promise, or for a better one; a few, the first ones in line. Each is to be looked at, or put off."""

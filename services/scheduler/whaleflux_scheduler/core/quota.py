@@ -273,7 +273,14 @@ class Claimant:
 
     def preempts(self, victim: str, priority: int) -> bool:
         """Whether the victim is of lower priority, and not within a guarantee that is not the claimant's."""
-        return priority < self._priority and (not self._tree.guarantees or self._tree.covering(victim).id in self._path)
+        return priority < self._priority and not self._guaranteed_elsewhere(victim)
+
+    def outlasts(self, victim: str, queue: str, priority: int) -> bool:
+        """Whether the victim makes way when it stays longer than expected where the claimant was promised a start: an equal does too."""
+        return self.reclaims(victim, queue) or (priority <= self._priority and not self._guaranteed_elsewhere(victim))
+
+    def _guaranteed_elsewhere(self, victim: str) -> bool:
+        return self._tree.guarantees and self._tree.covering(victim).id not in self._path
 
 
 def _settle_depth(node: QueueNode) -> int:
