@@ -215,6 +215,14 @@ class What(_Words):
     )
     SHORT = "SHORT", "a reservation lacks GPUs: nodes were lost, and no others are left"
     WHOLE_AGAIN = "WHOLE_AGAIN", "a reservation that lacked GPUs has all of them again"
+    PROMISED = (
+        "PROMISED",
+        "a job that waits has GPUs of its own and a time by which it starts, or an earlier one than before",
+    )
+    PROMISE_LOST = (
+        "PROMISE_LOST",
+        "a promised start is off: its place was lost, or taken by who goes before it; another is looked for",
+    )
     RESIZED = "RESIZED", "an elastic job runs again, with more or fewer GPUs than before"
     RELEASED = "RELEASED", "a job that was held may be placed again"
     SAVE_FAILED = "SAVE_FAILED", "a checkpoint could not be saved; training goes on without it"

@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.scheduler_world import node
+from whaleflux.events.publisher import EntryChange
 from whaleflux.manifests.job_fields import JobKind
-from whaleflux_scheduler.core import availability, estimates, lifecycle
+from whaleflux.store.api import Entry
+from whaleflux.v1 import events_pb2
+from whaleflux_scheduler import convert, news
+from whaleflux_scheduler.core import availability, estimates, expected_ends, lifecycle
 from whaleflux_scheduler.core.availability import Availability
 from whaleflux_scheduler.core.estimates import Estimates
-from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState, Queue, Spec
+from whaleflux_scheduler.core.model import Attempt, Claim, ClaimPurpose, Job, JobState, Queue, Spec
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.simulation.runner import Simulation
 from whaleflux_scheduler.simulation.workload import Delays, Submission, Workload
 
@@ -205,8 +210,8 @@ class TestPromises:
         assert "promised" in plan.explain(known, (), NOW).summary
 
 
-def plan_of(nodes):
-    plan = Plan()
+def plan_of(nodes, promises=None):
+    plan = Plan(promises=promises)
     fleet = [node(f"s/n{number}", 4) for number in range(nodes)]
     plan.apply(News(nodes=tuple(fleet), closed={n.name: "" for n in fleet}, queues={"q": Queue("queues/q")}))
     return plan
@@ -247,3 +252,47 @@ def test_a_job_that_was_too_large_for_any_node_until_one_came_may_leave():
     other = waiting("other", 6)
     plan.step(offered(other), NOW + timedelta(seconds=1))
     plan.check()
+
+
+def test_events_tell_of_a_promise_that_it_moved_and_that_it_is_off():
+    def stored(at, revision):
+        claim = None
+        if at is not None:
+            claim = Claim((("s/n0", ("g",)),), (), at, ClaimPurpose.RESERVATION, start_time=at)
+        return Entry("/k", convert.JOBS.encode(replace(waiting("gang", 16), claim=claim)), revision, 1)
+
+    def told(old, new):
+        events = news.of_change(EntryChange("/k", stored(old, 1), stored(new, 2), 2), NOW)
+        return [events_pb2.Event.FromString(event.data) for event in events]
+
+    later = NOW + timedelta(hours=2)
+    (made,) = told(None, later)
+    assert (made.what, made.message) == ("PROMISED", "starts at 2026-05-01T02:00:00Z at the latest")
+    (moved,) = told(later, NOW + timedelta(hours=1))
+    assert (moved.what, moved.attributes["start_before"]) == ("PROMISED", "2026-05-01T02:00:00Z")
+    (lost,) = told(later, None)
+    assert lost.what == "PROMISE_LOST" and lost.id.endswith("-promise")
+    assert told(later, later) == []
+
+
+def test_nobody_is_promised_anything_where_it_is_set_so():
+    plan = plan_of(4, PromiseRules(0, 0))
+    for number in range(4):
+        start(plan, waiting(f"r{number}", 4, expected_s=HOUR))
+    assert not any(move.claim for move in plan.step(offered(waiting("gang", 16)), NOW))
+
+
+def test_what_cannot_start_sooner_is_not_asked_of_the_engine(monkeypatch):
+    """Jobs end when they were expected to: all looks after the first are answered by counting."""
+    asked = []
+
+    def counted(*args, **more):
+        asked.append(args)
+        return availability.earliest(*args, **more)
+
+    monkeypatch.setattr(expected_ends, "earliest", counted)
+    jobs = [job("long", 0.0, 20_000.0, 8, 20_000.0), job("gang", 10.0, 100.0, 16, 100.0)]
+    jobs += [job(f"s{n}", 20.0 + 60.0 * n, 300.0, 1, 300.0) for n in range(200)]
+    found = simulate(jobs)
+    assert found["gang"].start_s <= found["gang"].promised_s < 20_200.0
+    assert len(asked) < 5

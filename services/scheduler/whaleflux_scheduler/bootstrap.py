@@ -34,6 +34,7 @@ from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
@@ -107,6 +108,7 @@ def assemble(
     queue_half_life_s: float = HALF_LIFE_S,
     *,
     packs_by_mix: bool = False,
+    promises: PromiseRules | None = None,
     rebalancing: RebalanceSettings | None = None,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
@@ -127,7 +129,9 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
-    prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, packs_by_mix=packs_by_mix)
+    prepared = PreparedPlan(
+        nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, packs_by_mix=packs_by_mix
+    )
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),

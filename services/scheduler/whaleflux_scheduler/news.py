@@ -16,7 +16,7 @@ from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler import accounts, convert, move_news, reservation_records
+from whaleflux_scheduler import accounts, convert, move_news, promise_news, reservation_records
 
 SOURCE = "scheduler"
 
@@ -35,6 +35,7 @@ def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
         of_job(change, now, old, new),
         of_resize(change, now, old, new),
         move_news.of_move(change, now, old, new),
+        promise_news.of_promise(change, now, old, new),
     )
     return (*(event for event in events if event is not None), *accounts.of_change(old, new))
 

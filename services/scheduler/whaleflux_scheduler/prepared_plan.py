@@ -11,6 +11,7 @@ from itertools import islice
 
 from whaleflux.clock import Clock
 from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.node_view import NodeView
@@ -29,10 +30,11 @@ class PreparedPlan:
         queue_half_life_s: float = HALF_LIFE_S,
         *,
         rules: RebalanceRules | None = None,
+        promises: PromiseRules | None = None,
         packs_by_mix: bool = False,
     ) -> None:
         self._nodes, self._clock, self._queue_half_life_s = nodes, clock, queue_half_life_s
-        self._rules, self._packs_by_mix = rules, packs_by_mix
+        self._rules, self._promises, self._packs_by_mix = rules, promises, packs_by_mix
         self._plan: Plan | None = None
         self.give_back()
 
@@ -64,5 +66,9 @@ class PreparedPlan:
     def give_back(self) -> None:
         """It leads no more: what it decided is forgotten, and another plan is prepared."""
         self._plan = Plan(
-            self._clock.monotonic, self._queue_half_life_s, rules=self._rules, packs_by_mix=self._packs_by_mix
+            self._clock.monotonic,
+            self._queue_half_life_s,
+            rules=self._rules,
+            promises=self._promises,
+            packs_by_mix=self._packs_by_mix,
         )

@@ -9,10 +9,11 @@ from pydantic import Field
 from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
 from whaleflux_scheduler.core.observed import Timeouts
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 
-_DEFAULTS, _RULES = Timeouts(), RebalanceRules()
+_DEFAULTS, _RULES, _PROMISES = Timeouts(), RebalanceRules(), PromiseRules()
 
 
 class Settings(ServiceSettings):
@@ -57,6 +58,21 @@ class Settings(ServiceSettings):
         description="Shares of GPUs go where they leave what is asked for lately, rather than where they fit tightest; without shares both are the same.",
     )
 
+    promised_starts: int = Field(
+        _PROMISES.large,
+        ge=0,
+        le=256,
+        description=(
+            "Large jobs, the first ones in line, that are promised GPUs and a start while they wait; and a quarter as many of "
+            "others that wait for long. Their GPUs are used by work that is over in time. 0: nobody is promised anything."
+        ),
+    )
+    promise_horizon_s: float = Field(
+        _PROMISES.horizon_s,
+        gt=0,
+        description="Nothing is promised for later than that, seconds: GPUs would be kept for too long.",
+    )
+
     rebalance: Literal["off", "plan", "on"] = Field(
         "plan",
         description=(
@@ -71,6 +87,10 @@ class Settings(ServiceSettings):
     def rebalance_rules(self) -> RebalanceRules:
         """As the core wants them."""
         return RebalanceRules(budget=self.rebalance_budget)
+
+    def promise_rules(self) -> PromiseRules:
+        """As the core wants them."""
+        return PromiseRules(self.promised_starts, self.promised_starts // 4, horizon_s=self.promise_horizon_s)
 
     def timeouts(self) -> Timeouts:
         """As the core wants them."""

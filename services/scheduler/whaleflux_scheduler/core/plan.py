@@ -28,6 +28,7 @@ from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
 from whaleflux_scheduler.core.placement.api import DatasetFact, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claim_for, room_for, still_stopping
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.questions import Questions
 from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, PastUse
@@ -89,9 +90,10 @@ class Plan(Questions):
         *,
         reasons: bool = True,
         rules: RebalanceRules | None = None,
+        promises: PromiseRules | None = None,
         packs_by_mix: bool = False,
     ) -> None:
-        super().__init__(half_life_s, rules)
+        super().__init__(half_life_s, rules, promises)
         self._monotonic, self._reasons = monotonic, reasons
         self._mix, self._packs_by_mix = AskedMix(), packs_by_mix
         self._needs: NeedIndex[RequestClass] = NeedIndex()

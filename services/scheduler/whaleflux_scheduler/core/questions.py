@@ -21,6 +21,7 @@ from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.pending import Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
+from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promises import Promises
 from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse, Turn
@@ -37,11 +38,13 @@ HIGHEST_PRIORITY = 1_000
 class Questions:
     """What a plan knows, and the answers that follow from it."""
 
-    def __init__(self, half_life_s: float, rules: RebalanceRules | None = None) -> None:
+    def __init__(
+        self, half_life_s: float, rules: RebalanceRules | None = None, promises: PromiseRules | None = None
+    ) -> None:
         self._shares = QueueShares(half_life_s)
         self._fleet, self._pending = KnownFleet(self._shares), Pending()
         self._estimates = Estimates()
-        self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates)
+        self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates, promises)
         self._reserved = Reserved(self._fleet, self._estimates)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 

@@ -42,7 +42,9 @@ def _start(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> No
     if math.isnan(outcomes.start_s[simulated.row]):
         outcomes.start_s[simulated.row] = at_s
     happenings.claims(state, job)
-    state.news.candidates.pop(job.name, None)  # it lost its claim to a move of the same step: it waits no more all the same
+    state.news.candidates.pop(
+        job.name, None
+    )  # it lost its claim to a move of the same step: it waits no more all the same
     state.is_on(job, job.attempt.nodes)
     if state.delays.start_s:
         state.news.record(job)
