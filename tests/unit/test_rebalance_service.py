@@ -179,3 +179,107 @@ async def test_a_mover_whose_new_place_is_lost_runs_where_it_was():
         gang = await world.job(world.gang)
         assert (gang.state, gang.claim.purpose) == (pb.JOB_STATE_QUEUED, pb.CLAIM_PURPOSE_RESERVATION), "as before"
         await world.nobody_twice()
+
+
+async def half_way(world):
+    """The plan is ordered, and those who move save and stop: what happens next is the test's."""
+    plan = await world.plan()
+    world.slow()
+    await world.apply(plan.etag)
+    moves = plan.proposals[0].moves
+    for move in moves:
+        await world.reaches(move.job, "SUSPENDING")
+    (target,) = {part.node for move in moves for part in move.to}
+    return moves, target
+
+
+def ordered(world, proposal):
+    async def all_are():
+        jobs = [await world.job(name) for name in (*(move.job for move in proposal.moves), proposal.starts)]
+        return all(job.HasField("claim") for job in jobs)
+
+    return all_are
+
+
+async def run_where_they_were(world, moves, attempt):
+    for move in moves:
+        again = await world.attempt(move.job, attempt)
+        assert where(again) == {part.node for part in getattr(move, "from")}
+    await asyncio.sleep(300)
+    assert (await world.job(world.gang)).state == pb.JOB_STATE_QUEUED
+    await world.nobody_twice()
+
+
+async def test_the_gang_starts_only_when_those_who_moved_run():
+    async with Fragmented() as world:
+        await world.fragment()
+        moves, target = await half_way(world)
+        world.agents[target].obey = False
+        world.slow(slow=False)
+        world.die()
+        for move in moves:
+            assert where(await world.reaches(move.job, "STARTING")) == {target}
+        await asyncio.sleep(10)
+        assert (await world.job(world.gang)).state == pb.JOB_STATE_QUEUED, "they may have to come back"
+        world.agents[target].obey = True
+        for task in list(world.agents[target].tasks):
+            world.agents[target].report(task, pb.TASK_PHASE_ACCEPTED, rendezvous="10.0.0.1:29500")
+        await world.reaches(world.gang, "RUNNING")
+        await world.nobody_twice()
+
+
+async def test_those_whom_the_new_node_refuses_run_where_they_were():
+    bus = MemoryBus()
+    async with Fragmented(bus=bus) as world:
+        await world.fragment()
+        moves, target = await half_way(world)
+        world.agents[target].refuse = "no room for its image"
+        world.slow(slow=False)
+        world.die()
+        await run_where_they_were(world, moves, 3)
+        told = await events_of(bus, {"MOVE_UNDONE"}, len(moves))
+        assert {event.resource for event in told} == {move.job for move in moves}
+
+
+async def test_those_whose_new_node_is_lost_while_they_start_run_where_they_were():
+    async with Fragmented() as world:
+        await world.fragment()
+        moves, target = await half_way(world)
+        world.agents[target].obey = False
+        world.slow(slow=False)
+        world.die()
+        for move in moves:
+            await world.reaches(move.job, "STARTING")
+        world.phase(target, health_pb2.NODE_PHASE_UNREACHABLE, "SILENT_TOO_LONG")
+        await run_where_they_were(world, moves, 3)
+
+
+async def test_a_leader_that_dies_right_after_the_order_is_gone_on_from():
+    async with Fragmented() as world:
+        await world.fragment()
+        plan = await world.plan()
+        await world.apply(plan.etag)
+        await until(ordered(world, plan.proposals[0]), "all claims are stored")
+        await world.restart()
+        for move in plan.proposals[0].moves:
+            assert where(await world.attempt(move.job, 2)) == {part.node for part in move.to}
+        await world.reaches(world.gang, "RUNNING")
+        await world.nobody_twice()
+
+
+async def test_an_order_that_cannot_be_written_leaves_the_job_where_it_is():
+    """Somebody cancels one of those who were to move before its claim is stored: nothing of it is kept."""
+    async with Fragmented() as world:
+        await world.fragment()
+        plan = await world.plan()
+        gone, *others = plan.proposals[0].moves
+        await asyncio.gather(
+            world.scheduler.CancelJob(pb.CancelJobRequest(name=gone.job), None), world.apply(plan.etag)
+        )
+        await world.reaches(gone.job, "CANCELLED")
+        for move in others:
+            await world.reaches(move.job, "RUNNING")
+        await world.reaches(world.gang, "RUNNING")
+        for name in world.small:
+            assert (await world.job(name)).claim.purpose == pb.CLAIM_PURPOSE_UNSPECIFIED
+        await world.nobody_twice()

@@ -48,9 +48,14 @@ def _what(old: pb.Job, new: pb.Job) -> tuple[What, str] | None:
             return What.MOVE_ORDERED, new.cause.message
         if old.claim.purpose == pb.CLAIM_PURPOSE_MOVE:
             return What.MOVE_UNDONE, "its new place was lost, or not free in time: it runs on where it is"
-    if old.state != running and new.state == running and new.past_attempts:
-        return _runs_again(new, new.past_attempts[-1].end_reason)
+    if old.state != running and new.state == running:
+        return _runs_again(new, _last_end(new))
     return None
+
+
+def _last_end(job: pb.Job) -> str:
+    """How the last attempt before this one ended, of those that ran: a new place may have refused it in between."""
+    return next((past.end_reason for past in reversed(job.past_attempts) if past.HasField("run_time")), "")
 
 
 def _runs_again(new: pb.Job, ended: str) -> tuple[What, str] | None:
@@ -62,8 +67,7 @@ def _runs_again(new: pb.Job, ended: str) -> tuple[What, str] | None:
 
 
 def _why(job: pb.Job) -> str:
-    ended = job.past_attempts[-1].end_reason if job.past_attempts else ""
-    return job.cause.message if job.HasField("claim") else ended.removeprefix(_MOVED)
+    return job.cause.message if job.HasField("claim") else _last_end(job).removeprefix(_MOVED)
 
 
 def _nodes(job: pb.Job) -> str:

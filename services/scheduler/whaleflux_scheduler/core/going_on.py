@@ -7,17 +7,15 @@ one that was moved for the good of others has its old place back, if there is no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from whaleflux_scheduler.core.attempt_failures import ended_by
 from whaleflux_scheduler.core.holdings import Holdings
-from whaleflux_scheduler.core.model import Attempt, Claim, ClaimPurpose, Job, JobState
+from whaleflux_scheduler.core.model import Attempt, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.observed import EndReason
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.exact import Where
-from whaleflux_scheduler.core.request import place_request
 from whaleflux_scheduler.core.state_machine import goes_on
 
 Place = tuple[tuple[str, tuple[str, ...]], ...]
@@ -55,14 +53,13 @@ def way_back(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings
 
 
 MOVED_HERE = "it moved here from its checkpoint"
+_UNDER_WAY = frozenset({JobState.QUEUED, JobState.STARTING, JobState.RECOVERING})
 _BACK = "it is back where it was: the place that it was to move to is lost"
 
 
 def left_for_a_move(job: Job) -> bool:
     """Whether it waits because it was to go on elsewhere."""
-    last = last_that_ran(job)
-    waits = job.state in (JobState.QUEUED, JobState.RECOVERING)
-    return waits and last is not None and ended_by(last) is EndReason.MOVED
+    return job.state is not JobState.STARTING and under_way(job)
 
 
 def left_place(job: Job) -> Place:
@@ -71,15 +68,10 @@ def left_place(job: Job) -> Place:
     return tuple((task.node, task.gpus) for task in left.tasks) if left is not None else ()
 
 
-def stranded(claim: Claim, waiting: Iterable[Job], engine: Engine, holdings: Holdings) -> list[str]:
-    """Who left some of what is claimed in order to go on elsewhere, and cannot have that place: it goes before the one who claims."""
-    return [
-        job.name
-        for job in (*waiting, *(holdings.jobs[name] for name in holdings.claims))
-        if left_for_a_move(job)
-        and claim.concerns(dict(left_place(job)))
-        and claimed_place(job, place_request(job.name, job.spec), engine, holdings) is None
-    ]
+def under_way(job: Job) -> bool:
+    """Whether it has left its place to go on elsewhere, and does not run there yet: it may have to come back."""
+    last = last_that_ran(job)
+    return job.state in _UNDER_WAY and last is not None and ended_by(last) is EndReason.MOVED
 
 
 def last_that_ran(job: Job) -> Attempt | None:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core import decisions, elastic, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.asked_mix import AskedMix
-from whaleflux_scheduler.core.going_on import claimed_place, left_for_a_move, left_place, stranded, way_back
+from whaleflux_scheduler.core.going_on import Place, claimed_place, left_for_a_move, left_place, under_way, way_back
 from whaleflux_scheduler.core.holdings import Holdings, count, places_of
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, SchedulingDecision
@@ -105,6 +105,7 @@ class Plan(Questions):
         self._refusals = Refusals(self._fleet)
         self._resizing = Resizing(self._fleet.engine, self._fleet.holdings)
         self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
+        self._under_way: dict[str, Place] = {}  # jobs that go on elsewhere and do not run there yet: what they left
         self._also: list[Move] = []  # of running jobs that make room by shrinking
 
     @property
@@ -161,6 +162,7 @@ class Plan(Questions):
             fleet.forget(name)
             self._promises.forget(name)
             self._rebalancer.forget(name)
+            self._under_way.pop(name, None)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
         self._reserved.ahead_s = news.ahead_s
@@ -187,6 +189,7 @@ class Plan(Questions):
         self._estimates.learn(job)
         self._promises.learn(job)
         self._rebalancer.learn(job)
+        self._follow(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if self._packs_by_mix and self._mix.learn(job):
@@ -424,7 +427,7 @@ class Plan(Questions):
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
         request = self._within_quota(kind.request, job)
-        if kind.own and self._others_are_stranded(job):
+        if kind.own and self._others_may_come_back(job):
             self._tell(job.name, "room")
             self._refuse(kind)
             return None
@@ -463,20 +466,22 @@ class Plan(Questions):
         self._tell(job.name, "few")
         return None
 
-    def _try_claimants(self, job: Job) -> None:
-        """Those who claim what the job left for a move: it has a place now."""
-        left = (uuid for _, uuids in left_place(job) for uuid in uuids)
-        for name in self._fleet.holdings.claimants_of(left):
+    def _follow(self, job: Job) -> None:
+        """Who left for another place and runs again: those who claim what it left need not wait for it any more."""
+        left = self._under_way.pop(job.name, ())
+        if under_way(job):
+            self._under_way[job.name] = left_place(job)
+            return
+        for name in self._fleet.holdings.claimants_of(uuid for _, uuids in left for uuid in uuids) if left else ():
             if (waiting := self._pending.jobs.get(name)) is not None:
                 self._try_again(waiting.line.kind)
 
-    def _others_are_stranded(self, job: Job) -> bool:
-        """Whether somebody who made room for the job by a move waits for a place: that goes first, if need be to its old one."""
+    def _others_may_come_back(self, job: Job) -> bool:
+        """Whether somebody who made room for the job by a move does not run again yet: if need be it gets its old place back."""
         claim = self._fleet.holdings.claim(job.name)
         if claim is None or claim.victims or claim.purpose is not ClaimPurpose.PREEMPTION:
             return False
-        waiting = (waiting.candidate.job for waiting in self._pending.jobs.values())
-        return bool(stranded(claim, waiting, self._fleet.engine, self._fleet.holdings))
+        return any(claim.concerns(dict(place)) for place in self._under_way.values())
 
     def _on(
         self,
@@ -538,8 +543,6 @@ class Plan(Questions):
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
         self._leave(job.name)
         self._promises.leaves(job.name)
-        if left_for_a_move(job):
-            self._try_claimants(job)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         if self._hopeful and not self._fleet.any_hope:

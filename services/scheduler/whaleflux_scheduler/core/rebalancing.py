@@ -33,6 +33,7 @@ from whaleflux_scheduler.core.rebalance import (
     left_s,
     may_move,
     moving_gpus,
+    restart_s,
     waits_since,
 )
 from whaleflux_scheduler.core.rebalance_search import Bounds, Search, not_free
@@ -82,7 +83,7 @@ class Rebalancer:
     # looking
 
     def plan(self, gangs: Iterable[Gang], now: datetime, *, thorough: bool = False) -> RebalancePlan:
-        """What to move now. `thorough`: also for gangs that were looked at lately in vain. Changes nothing that a decision could see."""
+        """What to move now. `thorough`: also for gangs that came just now, or were looked at lately in vain. Changes nothing that a decision could see."""
         gpus = sum(usable.bit_count() for usable in self._engine.columns.usable)
         budget = self._budget.left_gpu_s(gpus, now)
         bounds = Bounds(
@@ -103,8 +104,10 @@ class Rebalancer:
         again = now - timedelta(seconds=rules.again_s)
         names_ = {gang.job.name for gang in waiting}
         self._looked = {name: at for name, at in self._looked.items() if name in names_ and at > again}
-        patient = [gang for gang in waiting if (now - waits_since(gang.job)).total_seconds() >= rules.patience_s]
-        return [gang for gang in patient if thorough or gang.job.name not in self._looked]
+        if thorough:
+            return waiting
+        patient = (gang for gang in waiting if (now - waits_since(gang.job)).total_seconds() >= rules.patience_s)
+        return [gang for gang in patient if gang.job.name not in self._looked]
 
     def _for_gangs(self, search: Search, gangs: list[Gang], now: datetime) -> Iterator[Proposal]:
         for gang in gangs[: self.rules.most_gangs]:
@@ -192,8 +195,8 @@ class Rebalancer:
                 )
         for proposal in plan.proposals:
             if proposal.gang is not None:
-                grace_s = max(move.job.grace_s for move in proposal.moves)
-                claim = _claim(proposal.room, ClaimPurpose.PREEMPTION, grace_s, now)
+                again_s = max(move.job.grace_s + restart_s(move.job) for move in proposal.moves)  # until all run again
+                claim = _claim(proposal.room, ClaimPurpose.PREEMPTION, again_s, now)
                 yield NewClaim(proposal.gang, claim, _starts(proposal))
 
 
