@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from google.protobuf import duration_pb2
 
 from tests.support.scheduler_world import World, node, until
 from whaleflux.errors import Aborted, InvalidArgument
@@ -27,7 +28,8 @@ class Fragmented(World):
         fillers = []
         for number in range(3):
             for gpus, names in ((3, fillers), (1, self.small)):
-                names.append(await self.submit(gpus, job_id=f"j{number}-{gpus}", checkpoint=SAVES))
+                lasts = duration_pb2.Duration(seconds=8 * 3600)
+                names.append(await self.submit(gpus, job_id=f"j{number}-{gpus}", checkpoint=SAVES, expected=lasts))
                 await self.reaches(names[-1], "RUNNING")
         for name in fillers:
             await self.scheduler.CancelJob(pb.CancelJobRequest(name=name), None)
