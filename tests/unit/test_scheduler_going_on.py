@@ -323,12 +323,7 @@ class GoingOn(Queueing):
             assert placed.get(known.name) == known.claim.nodes
 
     def teardown(self):
-        """As there, when the nodes are back and no claim of theirs is left."""
-        if hasattr(self, "jobs") and hasattr(self, "lost"):  # it may have ended before it began
-            for name in sorted(self.lost):
-                self.node_is_lost_or_comes_back(name)
-            self.looks_at_its_place(late=True)
-            super().teardown()
+        """Nodes may be lost for good here: not everybody ends."""
 
     def can_go_on(self, known):
         if known.state is not JobState.QUEUED or known.claim is None or not self.is_first(known):
