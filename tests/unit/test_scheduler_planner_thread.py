@@ -207,3 +207,21 @@ async def test_questions_are_refused_not_cancelled_when_the_leadership_ends():
     with pytest.raises(Unavailable):
         await thread.ask(lambda planner: planner.waiting)
     await asyncio.gather(decision, return_exceptions=True)
+
+
+async def test_questions_that_wait_end_no_leadership():
+    """What the gauges show is a question too: refused like any other, it is asked again, and nothing else comes of it."""
+    async with World() as world:
+        await world.add(node("s/a"))
+        await world.reaches(await world.submit(1), "RUNNING")
+        gate = Gate()
+        asked = [asyncio.create_task(world.planner.ask(lambda _: gate.wait()))]
+        await until(gate.reached.is_set)
+        asked += [asyncio.create_task(world.planner.ask(lambda planner: planner.waiting)) for _ in range(MOST_QUESTIONS)]
+        await asyncio.sleep(0)
+        planner, name = world.planner, await world.submit(1)
+        await asyncio.sleep(5.0)
+        gate.open()
+        await asyncio.gather(*asked)
+        await world.reaches(name, "RUNNING")
+        assert world.planner is planner, "another leadership began"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import Unavailable
+from whaleflux.errors import ResourceExhausted, Unavailable
 from whaleflux.retry import Backoff
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Fenced, Held, Put, Store, Unchanged
@@ -122,7 +122,10 @@ class Housekeeping:
             if state:
                 telemetry.gauge(Metric.JOBS).labels(state.name).set(self._state.count(state))
         telemetry.gauge(Metric.QUEUE_DEPTH).labels("jobs").set(self._planner.waiting)
-        offered, held = await self._planner.ask(lambda planner: planner.gpus())
+        try:
+            offered, held = await self._planner.ask(lambda planner: planner.gpus())
+        except (ResourceExhausted, Unavailable):  # it has no time: they stay as they are for a second more
+            return
         self._models |= offered.keys() | held.keys()
         for metric, gpus in ((Metric.GPUS, offered), (Metric.GPUS_ALLOCATED, held)):
             for model in self._models:
