@@ -408,6 +408,22 @@ def test_texts_name_no_job_that_is_not_there():
     assert shown.state_message == f"makes room for {OTHERS_JOB}"
 
 
+def test_why_somebody_holds_a_job_is_for_those_who_read_it():
+    """Its hold shows who and since when; the words in which it waits say no more than that."""
+    from whaleflux.trust.sight import Sight
+
+    sight, why = Sight(EVE, lambda queue: ownership.OPEN), "waits: held by user/ann: lawyers look at it"
+    job = pb.Job(name="queues/open/jobs/hers", submitter="user/ann", state=pb.JOB_STATE_QUEUED, state_message=why)
+    job.hold.by, job.hold.reason = "user/ann", "lawyers look at it"
+    job.decision.summary = why
+    noted = pb.JobDecision(kind=pb.DECISION_KIND_WAITS, message=why.removeprefix("waits: "))
+    (told,) = job_privacy.shown_history([noted], sight, job.name, reads=False)
+    shown = job_privacy.shown(job, sight, "open")
+    assert "lawyers" not in f"{shown}{told}"
+    assert shown.state_message == shown.decision.summary == "waits: held by user/ann"
+    assert told.message == "held by user/ann"
+
+
 def test_every_field_of_a_job_is_public_or_private_on_purpose():
     """A field that is new is private; whoever finds it missing here says which it is."""
     private = {

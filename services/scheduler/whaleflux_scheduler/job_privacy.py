@@ -5,6 +5,7 @@ Of a job that is seen and not read, what stays is named here, so that a field th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import Message
@@ -45,6 +46,7 @@ PUBLIC = {
     "Task": _TASK,
 }  # by message: what others than its team read
 
+_WAITS_HELD = re.compile(r"^(waits: held by [^:]*):.*", re.DOTALL)
 _QUOTING = frozenset({pb.DECISION_KIND_INTERRUPTED, pb.DECISION_KIND_ENDED, pb.DECISION_KIND_HELD})
 
 
@@ -80,8 +82,8 @@ def shown_history(
 ) -> Iterator[pb.JobDecision]:
     """What was decided, without others' names; why an attempt ended may quote what its program printed, which is not for all."""
     for one in decisions:
-        if not reads and one.kind in _QUOTING:
-            one.message = ""
+        if not reads:
+            one.message = "" if one.kind in _QUOTING else _without_why(one.message)
         one.message = sight.cleaned(one.message, own)
         yield one
 
@@ -105,8 +107,9 @@ def _only_public(job: pb.Job) -> None:
         attempt.end_reason = _kind_of_end(attempt.end_reason)
         for task in attempt.tasks:
             _keep(task, _TASK)
-    if not waits:
-        job.state_message = ""
+    if job.HasField("hold"):
+        job.decision.summary = _without_why(job.decision.summary)
+    job.state_message = job.decision.summary if waits else ""
     _keep(job.cause, frozenset({"actor"}))
     _keep(job.hold, frozenset({"by", "time"}))
     _keep(job.last_change, frozenset({"actor", "what", "time"}))
@@ -127,6 +130,11 @@ def _without_others(job: pb.Job, sight: Sight) -> None:
     for awaited in job.awaits:
         if not sight.sees_named(awaited.job):
             awaited.job = OTHERS_JOB
+
+
+def _without_why(text: str) -> str:
+    """Of a job that is held, who holds it, without the words of why."""
+    return text.partition(": ")[0] if text.startswith("held by ") else _WAITS_HELD.sub(r"\1", text)
 
 
 def _kind_of_end(reason: str) -> str:
