@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core.lazy_heap import LazyHeap
 from whaleflux_scheduler.core.model import Job, JobState, Queue
 from whaleflux_scheduler.core.pending import Candidate, Pending
 from whaleflux_scheduler.core.queue_order import Turns
@@ -121,6 +122,53 @@ def test_a_job_that_left_and_came_back_has_one_place():
     assert line.first()[1] == one.name
     lines.leave(one.name)
     assert (lines.turns.next(), list(lines.pending.classes)) == (None, [])
+
+
+def test_a_name_that_is_used_again_stands_where_it_was_submitted_again():
+    lines = Lines()
+    for one in (job("a", at=0), job("b", at=1)):
+        lines.join(one)
+    lines.leave("queues/q/jobs/a")
+    lines.join(job("a", at=2))
+    assert [lines.start_next().id for _ in range(2)] == ["b", "a"]
+
+
+def test_queues_where_nobody_waits_any_more_are_forgotten():
+    lines = Lines()
+    for n in range(100):
+        lines.join(job("a", f"q{n}"))
+        lines.leave(f"queues/q{n}/jobs/a")
+    assert lines.pending.by_queue == {}
+
+
+def test_a_heap_keeps_no_more_of_what_was_put_again_than_there_are_things():
+    class Thing:
+        entry = None
+
+    heap, first, others = LazyHeap(), Thing(), [Thing() for _ in range(10)]
+    heap.put(first, 0)
+    for turn in range(1_000):
+        for other in others:
+            heap.put(other, 1 + turn)
+        assert heap.top()[2] is first
+    assert len(heap) < 200
+    first.entry = None
+    assert heap.top()[0] == 1_000
+
+
+def test_a_clock_that_was_ahead_for_a_while_costs_no_queue_its_turn():
+    """While it was a year ahead something of one queue began and ended; right again, that queue does not wait for a year."""
+    shares = QueueShares(86_400.0)
+    shares.goes_to(0.0)
+    for queue in "ab":
+        shares.hold(job("x", queue), 8)
+    assert not shares.goes_to(3_600.0)
+    shares.goes_to(3_600.0 + 365 * 86_400.0)
+    shares.hold(job("y", "a"), 1)
+    shares.hold(job("y", "a"), 0)
+    assert shares.goes_to(3_610.0), "keys may have fallen"
+    shares.hold(job("z", "b"), 24)
+    assert shares.turn("a", 8, 0) < shares.turn("b", 8, 0)
 
 
 class AgainstASearch(RuleBasedStateMachine):

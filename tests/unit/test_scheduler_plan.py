@@ -390,3 +390,21 @@ class TestDatasets:
         planner.apply(News(datasets_gone=(self.DATA,)))
         wait(planner, self.needing("j"))
         assert [choice.assignment for choice in planner.decide(NOW)] == [None]
+
+
+def test_a_queue_that_is_put_elsewhere_in_the_tree_takes_what_comes_free_there():
+    """It waited because idle GPUs are kept for others; when enough come free it starts, wherever it stands by then."""
+    firm = Queue("queues/firm", guaranteed_gpus=4, lending_limit_gpus=0)
+    queues = {"firm": firm, "q": Queue("queues/q"), "b": Queue("queues/b")}
+    planner = plan_with_queues()
+    planner.apply(News(queues=queues))
+    open_nodes(planner, node("s/a"), node("s/b"))
+    running, waiting = run(planner, job("first")), job("later", at=1, queue="b")
+    wait(planner, waiting)
+    (answer,) = planner.decide(NOW)
+    assert "are kept for queues" in answer.decision.summary
+    moved = {**queues, "top": Queue("queues/top"), "b": Queue("queues/b", parent="top")}
+    planner.apply(News(queues=moved))
+    assert [c.assignment for c in planner.decide(NOW)] in ([], [None])
+    planner.apply(News(gone=(running.name,)))
+    assert [(c.job, c.assignment is not None) for c in planner.decide(NOW)] == [(waiting.name, True)]

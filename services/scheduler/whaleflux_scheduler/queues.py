@@ -270,7 +270,7 @@ def _said(queue: pb.Queue, field: str) -> str:
     if field == "parent":
         return f"parent {queue.parent or 'none'}"
     unset = field in _UNSETTABLE and not queue.HasField(field)
-    return f"{field} unset" if unset else f"{field} {getattr(queue, field):g}"
+    return f"{field} unset" if unset else f"{field} {getattr(queue, field):.12g}"
 
 
 def _put(key: str, queue: pb.Queue) -> Put:

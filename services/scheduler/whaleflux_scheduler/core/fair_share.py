@@ -26,7 +26,7 @@ class _Use:
 
 
 class FairShare:
-    """Scores of queues, by id. Times are seconds of one clock, which may step back: then nothing decays until it has caught up."""
+    """Scores of queues, by id. Times are seconds of one clock, which may step back: then nothing decays until it has caught up, or `set_back`."""
 
     def __init__(self, half_life_s: float) -> None:
         """`half_life_s` 0: only what is held now counts."""
@@ -38,6 +38,11 @@ class FairShare:
 
     def forget(self, queue: str) -> None:
         self._uses.pop(queue, None)
+
+    def set_back(self, now_s: float) -> None:
+        """The clock was ahead: what was averaged by then is the average of now. Keys may fall by that."""
+        for use in self._uses.values():
+            use.at_s = min(use.at_s, now_s)
 
     def hold(self, queue: str, gpus: float, now_s: float) -> None:
         """What it holds beyond its guarantee from now on. O(1)."""

@@ -82,23 +82,26 @@ class Line:
     queue: str
     array: str
     members: list[tuple[float, str]] = field(default_factory=list)  # a heap by submission; may hold names that left
-    names: set[str] = field(default_factory=set)
+    names: dict[str, float] = field(default_factory=dict)  # when each was submitted; a name may come again
     entry: Entry[Line] | None = None  # in the heap of its class
     parked: bool = False  # its queue or its array may not take more
 
     def first(self) -> tuple[float, str] | None:
         """When the first of the line was submitted, and its name."""
-        while self.members and self.members[0][1] not in self.names:
+        while self.members and not self._stands(self.members[0]):
             heapq.heappop(self.members)
         return self.members[0] if self.members else None
 
     def join(self, job: Job) -> None:
         """At the place that its submission gives it."""
-        self.names.add(job.name)
+        at_s = self.names[job.name] = job.create_time.timestamp()
         if len(self.members) > 2 * len(self.names) + _SLACK:
-            self.members = [member for member in set(self.members) if member[1] in self.names]
+            self.members = [member for member in set(self.members) if self._stands(member)]
             heapq.heapify(self.members)
-        heapq.heappush(self.members, (job.create_time.timestamp(), job.name))
+        heapq.heappush(self.members, (at_s, job.name))
+
+    def _stands(self, member: tuple[float, str]) -> bool:
+        return self.names.get(member[1]) == member[0]
 
 
 @dataclass(eq=False, slots=True)
@@ -185,12 +188,14 @@ class Pending:
         if waiting is None:
             return None
         line = waiting.line
-        line.names.discard(name)
+        line.names.pop(name, None)
         if line.names:
             return None
         kind = line.kind
         del kind.lines[line.queue, line.array]
         del self.by_queue[line.queue][line]
+        if not self.by_queue[line.queue]:
+            del self.by_queue[line.queue]
         if not kind.lines:
             del self._classes[self._key(kind.request, kind.own, kind.lasts)]
             self._by_priority[kind.priority].discard(kind)

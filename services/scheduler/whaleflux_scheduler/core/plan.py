@@ -132,7 +132,8 @@ class Plan(Questions):
 
     def take_in(self, news: News, now: datetime) -> None:
         """Takes in what changed until `now`, and decides nothing."""
-        self._shares.now_s = now.timestamp()
+        if self._shares.goes_to(now.timestamp()):
+            self._turns.regroup(self._pending.classes)
         self.apply(news)
 
     def apply(self, news: News) -> None:
@@ -176,6 +177,7 @@ class Plan(Questions):
         self._parked.clear()
         for line in parked:
             self._parked.setdefault(self._shares.family(line.queue), {})[line] = None
+        self._kept_from = dict.fromkeys(self._parked)  # whoever of them was kept back: their tops may be others now
         for top in tuple(self._parked):
             self._unpark(top)
         if self._shares.quota.guarantees:

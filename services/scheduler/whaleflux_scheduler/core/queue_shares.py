@@ -12,6 +12,7 @@ from whaleflux_scheduler.core.model import Attempt, Job, JobState, Queue
 from whaleflux_scheduler.core.quota import QueueNode, QuotaTree
 
 HALF_LIFE_S = 86_400.0
+STEP_BACK_S = 60.0  # what is more is no jitter of a clock
 MOST_RECALLED = 5_000  # attempts that a new leader takes in: it has to decide within a fraction of a second
 _OWN = "/own"  # of a queue with others below it: its own jobs, which take turns with those as a queue of weight 1
 
@@ -55,13 +56,27 @@ def _gpus(attempt: Attempt) -> int:
 
 
 class QueueShares:
-    """O(depth) for each change and each turn. `now_s` is the time of what is said to it: whoever owns it keeps it current."""
+    """O(depth) for each change and each turn. `now_s` is the time of what is said to it: whoever owns it keeps it current by `goes_to`."""
 
     def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
         self.quota, self.now_s = QuotaTree(), 0.0
         self._fair = FairShare(half_life_s)
         self._turns: dict[tuple[str, int, int], Turn] = {}  # as they are until something is held, or time goes on
         self._turns_at_s = 0.0
+
+    def goes_to(self, now_s: float) -> bool:
+        """The time of what is said from now on. True: the clock was far ahead before, so that turns may have fallen.
+
+        Where it steps back by little, time stands still until it has caught up.
+        """
+        back_s = self.now_s - now_s
+        if 0 < back_s < STEP_BACK_S:
+            return False
+        self.now_s = now_s
+        if back_s > 0:
+            self._fair.set_back(now_s)
+            self._turns.clear()
+        return back_s > 0
 
     def set_queues(self, queues: Mapping[str, Queue]) -> None:
         """The queues as they are now, by id."""
@@ -98,7 +113,8 @@ class QueueShares:
         """What was held before anything was said: counted as if it had been said then. `now_s` is as before at the end."""
         changes = [(at_s, number, use, held) for number, use in enumerate(past) for at_s, held in use.changes()]
         now_s, nodes = self.now_s, self.quota.node
-        for self.now_s, number, use, held in sorted(changes, key=lambda change: change[:2]):
+        for at_s, number, use, held in sorted(changes, key=lambda change: change[:2]):
+            self.now_s = min(at_s, now_s)  # of who wrote it the clock may have been ahead
             self.quota.hold(f"past/{number}", use.queue, held)
             for node in nodes(use.queue).path():
                 self._count(node)
