@@ -217,7 +217,9 @@ async def test_questions_that_wait_end_no_leadership():
         gate = Gate()
         asked = [asyncio.create_task(world.planner.ask(lambda _: gate.wait()))]
         await until(gate.reached.is_set)
-        asked += [asyncio.create_task(world.planner.ask(lambda planner: planner.waiting)) for _ in range(MOST_QUESTIONS)]
+        asked += [
+            asyncio.create_task(world.planner.ask(lambda planner: planner.waiting)) for _ in range(MOST_QUESTIONS)
+        ]
         await asyncio.sleep(0)
         planner, name = world.planner, await world.submit(1)
         await asyncio.sleep(5.0)
