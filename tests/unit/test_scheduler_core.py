@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -410,6 +411,14 @@ class TestConvert:
         broken = step(live, said=[Report(live.attempt.tasks[0].id, TaskPhase.EXITED, 1)])
         convert.JOBS.merge(placed(broken), message)
         assert unknown in message.past_attempts[0].SerializeToString()
+
+
+@given(at=st.datetimes(datetime(1960, 1, 1), datetime(9999, 12, 31), timezones=st.just(UTC)))
+def test_times_are_stored_as_protobuf_does(at):
+    theirs = Timestamp()
+    theirs.FromDatetime(at)
+    assert convert.timestamp(at) == theirs
+    assert convert.instant(pb.Job(create_time=theirs), "create_time") == at
 
 
 class TestStuck:

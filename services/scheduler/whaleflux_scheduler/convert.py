@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -38,6 +38,7 @@ from whaleflux_scheduler.core.model import (
 )
 from whaleflux_scheduler.core.observed import Report
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
 StoredJob = Stored[Job, pb.Job]
 UNREADABLE = "cannot be read by this version of the scheduler; update it"
 StoredQueue = Stored[Queue, pb.Queue]
@@ -45,13 +46,26 @@ StoredQueue = Stored[Queue, pb.Queue]
 
 def instant(message: Any, field: str) -> datetime | None:
     """The UTC instant in a Timestamp field, None when it is not set."""
-    return getattr(message, field).ToDatetime(tzinfo=UTC) if message.HasField(field) else None
+    if not message.HasField(field):
+        return None
+    stamp = getattr(message, field)
+    try:
+        return _EPOCH + timedelta(0, stamp.seconds, stamp.nanos // 1000)
+    except OverflowError:
+        raise DecodeError(f"{field}: {stamp.seconds} s after 1970 is no time that there is") from None
 
 
 def timestamp(at: datetime) -> Timestamp:
+    """A message of its own."""
     stamp = Timestamp()
-    stamp.FromDatetime(at)
+    set_time(stamp, at)
     return stamp
+
+
+def set_time(stamp: Timestamp, at: datetime) -> None:
+    """As `FromDatetime`, in a quarter of its time: each record has several."""
+    passed = at - _EPOCH
+    stamp.seconds, stamp.nanos = passed.days * 86_400 + passed.seconds, passed.microseconds * 1000
 
 
 # jobs
@@ -257,7 +271,7 @@ def _merge_waiting(job: Job, message: pb.Job) -> None:
         message.ClearField("hold")
     else:
         message.hold.by, message.hold.reason = job.hold.by, job.hold.reason
-        message.hold.time.FromDatetime(job.hold.time)
+        set_time(message.hold.time, job.hold.time)
     if job.priority is not None:
         message.priority = job.priority
 
@@ -341,7 +355,7 @@ def _set_instant(message: Any, field: str, at: datetime | None) -> None:
     if at is None:
         message.ClearField(field)
     else:
-        getattr(message, field).FromDatetime(at)
+        set_time(getattr(message, field), at)
 
 
 PACKED_FROM_BYTES = 256 * 1024  # gangs of some thousand GPUs, each named by 40 bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from whaleflux.errors import Unavailable
@@ -14,6 +15,7 @@ from whaleflux_scheduler.planner_thread import PlannerThread
 from whaleflux_scheduler.rebalances import Rebalances
 
 ELECTION = "scheduler"
+ASKED_AGAIN_S = 0.2  # who leads
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class LeaderSession:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._current: Leading | None = None
+        self._leader, self._ask_again_s = "", 0.0
 
     @property
     def current(self) -> Leading | None:
@@ -43,13 +46,21 @@ class LeaderSession:
         self._current = leading
 
     def end(self) -> None:
-        self._current = None
+        self._current, self._ask_again_s = None, 0.0
 
     async def leading(self) -> Leading:
         """Raises Unavailable with NOT_LEADER where this replica follows."""
         if self._current is None:
-            raise not_leader(await leader_of(self._store, ELECTION))
+            raise not_leader(await self._who_leads())
         return self._current
+
+    async def _who_leads(self) -> str:
+        """Asked of the store now and then: when a leader is lost, all agents of a fleet look for the next one at once."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._ask_again_s:
+            self._ask_again_s = now_s + ASKED_AGAIN_S
+            self._leader = await leader_of(self._store, ELECTION)
+        return self._leader
 
 
 def not_leader(leader: str = "") -> Unavailable:

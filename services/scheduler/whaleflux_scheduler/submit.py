@@ -86,7 +86,7 @@ class Submissions:
         await self._secrets.admit(job.spec, names.queue(queue), owner, auth.principal())
         if request.on_behalf_of:
             job.spec.priority = self._access.highest_of(queue, owner, job.spec.priority)
-        job.create_time.FromDatetime(now)
+        convert.set_time(job.create_time, now)
         job.state_time.CopyFrom(job.create_time)
         await self._await_others(job, frozenset(request.submitted_before) if request.validate_only else frozenset())
         return job
