@@ -11,7 +11,6 @@ Everything is learned from the records of ended jobs, so that a new leader learn
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ KEPT_RUNS = 16  # of each family
 MOST_FAMILIES = 20_000
 MOST_SEEN = 20_000  # ended jobs that are remembered as learned
 START_S = 60.0  # from the placement until all ranks run, where that is not over yet
-_NUMBERS = re.compile(r"[-_.]?\d+$")
+_DIGITS, _BETWEEN = "0123456789", ("-", "_", ".")
 
 Family = tuple[str, str, int]
 """Queue, name without numbers, GPUs; "" and 0 stand for all."""
@@ -59,8 +58,7 @@ class Estimates:
 
     def learn(self, job: Job) -> bool:
         """An ended job; True when it told something new. One that never ran, or was learned before, tells nothing."""
-        key = job.uid or job.name
-        if not job.ended or job.run_s <= 0 or job.spec.is_service or key in self._seen:
+        if not job.ended or job.run_s <= 0 or job.spec.is_service or (key := job.uid or job.name) in self._seen:
             return False
         self._seen[key] = None
         while len(self._seen) > MOST_SEEN:
@@ -97,10 +95,12 @@ class Estimates:
 
 def family_of(name: str) -> str:
     """A job's id without what counts its repetitions: "train-7", "train-8" and "train_0012" are all "train"."""
-    stem = name
-    while (shorter := _NUMBERS.sub("", stem)) and shorter != stem:
-        stem = shorter
-    return stem
+    while (shorter := name.rstrip(_DIGITS)) != name:
+        shorter = shorter[:-1] if shorter[-1:] in _BETWEEN else shorter
+        if not shorter:
+            break
+        name = shorter
+    return name
 
 
 @dataclass(frozen=True, slots=True)

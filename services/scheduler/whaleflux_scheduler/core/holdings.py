@@ -181,15 +181,18 @@ class Holdings:
             return ()
         gone = _without(before, held) | _without(before_claimed, claimed)
         came = _without(held, before) | _without(claimed, before_claimed)
-        others = self._claims.keys() if before_claimed != claimed else self._claimants(uuid for _, uuid in gone | came)
-        touched = [name, *sorted(others - {name})]
-        self._take_out(touched)
+        nodes = {node: None for node, _ in gone | came}
         if before_claimed != claimed:
+            others = {other for node in nodes for other in self._on_node.get(node, ()) if other in self._claims}
+            touched, beside = [name, *sorted(others - {name})], list[str]()
             changed = (*_pairs(before_claimed), *_pairs(claimed))
             self.reclaimed.update(holder for _, uuid in changed for holder in self._holders.get(uuid, ()))
+        else:
+            touched, beside = [name], sorted(self._claimants(uuid for _, uuid in gone | came) - {name})
+        self._take_out(touched)
         self._record(job, held, claimed)
         self._count_stoppable(name, +1)
-        self._put_in(touched)
+        self._put_in(touched, beside, nodes)
         twins = self.devices.elsewhere(gone | came)
         self._offer_again(twins)
         freed = gone - came
@@ -226,10 +229,11 @@ class Holdings:
     def _claimants(self, uuids: Iterable[str]) -> set[str]:
         return {self._claimant[uuid] for uuid in uuids if uuid in self._claimant} if self._claimant else set()
 
-    def _cover(self, claimant: str, as_if_free: str = "") -> Gpus:
-        """What of a claim nobody holds: the claim itself keeps it. The job `as_if_free` counts as holding nothing."""
-        cover = {}
-        for node, uuids in self._claimed.get(claimant, NOTHING).items():
+    def _cover(self, claimant: str, as_if_free: str = "", nodes: Collection[str] | None = None) -> Gpus:
+        """What of a claim nobody holds, on these nodes: the claim itself keeps it. The job `as_if_free` counts as holding nothing."""
+        cover, claimed = {}, self._claimed.get(claimant, NOTHING)
+        for node in claimed if nodes is None else [node for node in nodes if node in claimed]:
+            uuids = claimed[node]
             mine = (u for u in uuids if self._claimant.get(u) == claimant)
             if free := frozenset(u for u in mine if self._free(node, u, claimant, as_if_free)):
                 cover[node] = free
@@ -258,18 +262,40 @@ class Holdings:
         """What the engine may know of the job."""
         return (job, claim_id(job)) if job in self._claims or self._claimed.get(job) else (job,)
 
-    def _put_in(self, jobs: Iterable[str]) -> None:
+    def _put_in(self, jobs: Iterable[str], beside: Iterable[str] = (), nodes: Collection[str] = ()) -> None:
+        """`beside`: others whose claims are as before, and of which they keep more or less on these nodes."""
         for name in jobs:
             for node, uuid in _pairs(self._held.get(name, NOTHING)):
                 self._join(uuid, name, node)
             for _, uuid in _pairs(self._claimed.get(name, NOTHING)):
                 if self._goes_first(name, self._claimant.setdefault(uuid, name)):
                     self._claimant[uuid] = name
+        for name in beside:
+            self._amend(name, nodes)
         for name in jobs:
             if held := self._held.get(name):
                 self._apply(name, self._jobs[name], held)
             if cover := self._cover(name):
                 self._apply(claim_id(name), self._jobs[name], cover)
+
+    def _amend(self, claimant: str, nodes: Collection[str]) -> None:
+        """What its claim keeps on these nodes; a large claim is not to be taken out as a whole for each job that leaves it."""
+        id_ = claim_id(claimant)
+        if id_ in self._disputed:
+            self._take_out([claimant])
+            self._put_in([claimant])
+            return
+        cover = self._cover(claimant, nodes=nodes)
+        if id_ not in self._engine.placements:
+            if cover:
+                self._apply(id_, self._jobs[claimant], cover)
+            return
+        try:
+            self._engine.amend(id_, nodes, self.as_placement(id_, self._jobs[claimant], cover).nodes)
+        except Aborted as twice:
+            log.error("%s holds GPUs that another job holds: %s", id_, twice)
+            self._engine.release(id_)
+            self._disputed.add(id_)
 
     def _join(self, uuid: str, name: str, node: str) -> None:
         """One more holder, unless the GPU is somebody else's alone, or would have to be."""
@@ -363,8 +389,11 @@ class Holdings:
         self._engine.apply(self.as_placement(id_, self._jobs[claimant], self._cover(claimant, as_if_free)))
 
     def as_placement(self, id_: str, job: Job, gpus: Gpus) -> Placement:
-        """GPUs that a node does not report now take no position there, but their share of its CPU and memory."""
-        parts, rank, part_of = [], 0, share(job.spec)
+        """GPUs that a node does not report now take no position there, but their share of its CPU and memory.
+
+        What is only kept has no ranks: nothing is sent between its nodes.
+        """
+        parts, rank, part_of, runs = [], 0, share(job.spec), id_ == job.name
         for node, uuids in gpus.items():
             indices = self.devices.indices(node, uuids)
             parts.append(
@@ -372,7 +401,7 @@ class Holdings:
                     node,
                     indices,
                     "workers",
-                    tuple(range(rank, rank + len(indices))),
+                    tuple(range(rank, rank + len(indices))) if runs else (),
                     part_of,
                     cpu_millicores=len(uuids) * job.spec.counted_cpu_millicores,
                     host_memory_bytes=len(uuids) * job.spec.memory_bytes_per_rank,

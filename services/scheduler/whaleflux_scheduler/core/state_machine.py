@@ -56,7 +56,7 @@ def transition(job: Job, to: JobState, **changes: Any) -> Job:
         raise ImpossibleTransition(f"{job.name}: {job.state.name} -> {to.name}")
     cause: Cause = changes.get("cause", job.cause)
     if to in BY and not ("cause" in changes and cause.actor):
-        changes["cause"] = replace(cause, actor=rule(BY[to]))
+        changes["cause"] = Cause(cause.resource, cause.traceparent, cause.message, rule(BY[to]))
     kept = to is JobState.QUEUED or (to is JobState.SUSPENDING and goes_on(job))
     changes.setdefault("claim", job.claim if kept else None)
     return replace(job, state=to, **changes)

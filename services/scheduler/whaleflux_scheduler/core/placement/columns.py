@@ -115,10 +115,14 @@ class Columns:
         self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
         self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
         shapes, kinds = len(self.kinds), self.width + 1
-        self.at_least = {
-            level: np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) for level in DOMAIN_LEVELS
-        }
-        self._trees = [(self.at_least[level], self.domain[level]) for level in DOMAIN_LEVELS]
+        self.at_least: dict[Level, NDArray[np.int32]] = {}
+        self._trees: list[tuple[Level, NDArray[np.int32], list[int]]] = []  # one of levels that have the same domains
+        for level in DOMAIN_LEVELS:
+            alike = next((table for at, table, _ in self._trees if np.array_equal(self.lo[at], self.lo[level])), None)
+            table = np.zeros((shapes, kinds, len(self.lo[level])), dtype=np.int32) if alike is None else alike
+            self.at_least[level] = table
+            if alike is None:
+                self._trees.append((level, table, self.domain[level]))
         self.whole_memory = np.zeros((shapes or 1, self.width), dtype=np.int64)  # bytes per device, by shape
         for s, shape in enumerate(self.kinds):
             self.whole_memory[s, : shape.size] = shape.memory_bytes
@@ -257,7 +261,7 @@ class Columns:
         self.free += new - old
         shape = self.shape_of[i]
         low, high, step = (old + 1, new + 1, 1) if new > old else (new + 1, old + 1, -1)
-        for table, domain in self._trees:
+        for _, table, domain in self._trees:
             table[shape, low:high, domain[i]] += step
 
     def _refresh_many(self, rows: Ints) -> None:
@@ -272,7 +276,7 @@ class Columns:
         counts = np.arange(self.width + 1)
         change = (counts <= new[:, None]).astype(np.int32) - (counts <= old[:, None])
         change[:, 0] = 0
-        for level in DOMAIN_LEVELS:
+        for level, table, _ in self._trees:
             shape, domain = self.shapes[rows].astype(np.int64), self.domains[level][rows]
             key = shape * (len(self.lo[level]) + 1) + domain
             order = np.argsort(key, kind="stable")
@@ -280,7 +284,7 @@ class Columns:
             starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])) if len(key) else order
             if len(starts):
                 first = order[starts]
-                self.at_least[level][shape[first], :, domain[first]] += np.add.reduceat(change[order], starts, axis=0)
+                table[shape[first], :, domain[first]] += np.add.reduceat(change[order], starts, axis=0)
 
     def cross(self, rows: Iterable[int], flows: int, sign: int) -> None:
         """A gang on `rows` starts (+1) or stops (-1) sending `flows` through the uplinks of every domain that does not hold all of it."""

@@ -250,6 +250,30 @@ class Engine:
         for id_, (placement, flows) in gone.items():
             self._placed[id_], self._flows[id_] = placement, flows
 
+    def amend(self, id_: str, nodes: Collection[str], parts: tuple[NodeAssignment, ...]) -> None:
+        """What a placement without ranks holds on these nodes becomes `parts`; the rest stays, and is not looked at. Not inside of a transaction.
+
+        Raises NotFound, Aborted when a GPU is not free; nothing is changed then.
+        """
+        self._outside_transactions("amend")
+        before = self._placed.get(id_)
+        if before is None:
+            raise NotFound("placement", id_)
+        gone = replace(before, nodes=tuple(part for part in before.nodes if part.node in nodes))
+        came, kept = replace(before, nodes=parts), tuple(part for part in before.nodes if part.node not in nodes)
+        if gone.nodes == parts:
+            return
+        _count(self.columns, gone, -1, flows=0)
+        try:
+            self._check_free(came)
+        except Aborted:
+            _count(self.columns, gone, 1, flows=0)
+            raise
+        _count(self.columns, came, 1, flows=0)
+        self._placed[id_] = replace(before, nodes=kept + parts)
+        if not kept and not parts:
+            del self._placed[id_], self._flows[id_]
+
     def _restore(self, placement: Placement, *, dropped: bool) -> None:
         if not dropped:
             self._drop(placement.id)
@@ -431,7 +455,7 @@ def _count(columns: Columns, placement: Placement, sign: int, flows: int | None)
     if len(parts) < 2:
         return 0
     if flows is None:
-        flows = flows_of(columns, parts)
+        flows = flows_of(columns, parts) if any(part.ranks for part in placement.nodes) else 0
     columns.cross([i for i, _ in parts], flows, sign)
     return flows
 

@@ -102,10 +102,16 @@ def possible(supply: Supply, bounds: Bounds) -> bool:
             if single(supply, split.per_node, bounds) is not None:
                 return True
             continue
-        for level in DOMAIN_LEVELS:
-            if level >= bounds.widest and _fitting(supply, level, split, bounds):
-                return True
+        levels = DOMAIN_LEVELS if bounds.slice else (bounds.widest,)  # what fits somewhere inside fits the whole
+        if any(level >= bounds.widest and _fits(supply, level, split, bounds) for level in levels):
+            return True
     return not bounds.slice and next(ragged(supply, bounds), None) is not None
+
+
+def _fits(supply: Supply, level: Level, split: Split, bounds: Bounds) -> bool:
+    """Whether a domain of the level has enough nodes."""
+    first, last = _domains_inside(supply, level, bounds)
+    return bool((_fitting_nodes(supply, level, split.per_node, bounds)[first:last] >= split.nodes).any())
 
 
 def _shorten(nodes: list[int], split: Split, unit: int) -> Counts:
@@ -285,8 +291,8 @@ def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) 
 
 def ragged(supply: Supply, bounds: Bounds) -> Iterator[Counts]:
     """When no even split fits: whatever nodes have, largest first, in the deepest domain with enough in total."""
-    demand = supply.demand
-    if demand.per_node:
+    demand, widest = supply.demand, max(bounds.widest, bounds.inside[0]) if bounds.inside else bounds.widest
+    if demand.per_node or not (supply.total(widest) >= demand.gpus).any():
         return
     for level in reversed(DOMAIN_LEVELS):
         if level < bounds.widest or (bounds.inside and level < bounds.inside[0]):
