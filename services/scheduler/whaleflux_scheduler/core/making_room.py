@@ -1,0 +1,122 @@
+"""Room for those who wait: who stops, shrinks or moves for whom, and what those who can use more take of what nobody waits for.
+
+What makes room is a claim in the record of the job that it is made for (`preemption`, `resizing`, `going_on`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
+
+from whaleflux_scheduler.core import resize, resize_reasons, wait_reasons
+from whaleflux_scheduler.core.answers import Answers
+from whaleflux_scheduler.core.going_on import Place, left_place, under_way
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
+from whaleflux_scheduler.core.moves import Move
+from whaleflux_scheduler.core.pending import Line, RequestClass
+from whaleflux_scheduler.core.placement.api import Placement
+from whaleflux_scheduler.core.preemption import claim_for, room_for
+from whaleflux_scheduler.core.promise_lines import PromiseRules
+from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
+
+
+class MakingRoom(Answers):
+    """See the module."""
+
+    def __init__(
+        self, half_life_s: float, rules: RebalanceRules | None, promises: PromiseRules | None, *, reasons: bool
+    ) -> None:
+        super().__init__(half_life_s, rules, promises, reasons=reasons)
+        self._resizing = Resizing(self._fleet.engine, self._fleet.holdings)
+        self._under_way: dict[str, Place] = {}  # jobs that go on elsewhere and do not run there yet: what they left
+        self._also: list[Move] = []  # of running jobs that make room by shrinking
+
+    def _make_room(self, line: Line, job: Job, now: datetime) -> Claim | None:
+        """What is kept for the job while others stop; None: nothing that is running may be stopped for it."""
+        holdings, kind = self._fleet.holdings, line.kind
+        wished = self._pending.jobs[job.name].candidate.wished
+        with holdings.without(job.name):
+            room = self._resizing.room_for(replace(kind.request, id=job.name), job, wished, now)
+        if room is not None:
+            self._shrink(room.shrinking, job, now)
+            return room.claim
+        if not (self._lower_hold_enough(kind) or self._shares.quota.below_guarantee(line.queue)):
+            return None
+        request = replace(self._within_quota(kind.request, job), id=job.name)
+        with holdings.without(job.name):
+            plan = room_for(self._fleet.engine, holdings, request, job)
+        if plan is None:
+            return None
+        claim = claim_for(plan, holdings, now)
+        self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
+        return claim
+
+    def _may_make_room(self, kind: RequestClass) -> bool:
+        """Whether others could be stopped for any of its lines, as far as numbers tell."""
+        claim = self._fleet.holdings.claim(kind.own) if kind.own else None
+        if kind.no_room_made or kind.impossible or (claim and claim.purpose is not ClaimPurpose.RESERVATION):
+            return False
+        quota = self._shares.quota
+        below = quota.guarantees and any(quota.below_guarantee(line.queue) for line in kind.lines.values())
+        return below or self._lower_hold_enough(kind) or self._resizing.may_give(kind.priority, kind.need.gpus)
+
+    def _keep(self, job: Job, claim: Claim, now: datetime) -> Move:
+        """The next of its class may find other victims; the job itself is alone from now on."""
+        candidate = self._pending.jobs[job.name].candidate
+        short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
+        decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
+        self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
+        self._promises.claims(job.name)
+        self._join(candidate)
+        self._refuse(self._pending.jobs[job.name].line.kind)  # until its claim is stored
+        self._unanswered.pop(job.name, None)
+        return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
+
+    def _shrink(self, sizes: Mapping[str, Claim], by: Job, now: datetime) -> None:
+        """Elastic jobs go on with what is left to them instead of being stopped."""
+        for name, claim in sizes.items():
+            known, held = self._fleet.holdings.jobs[name], self._fleet.holdings.held(name)
+            self._fleet.hold(known, held, claim)
+            self._also.append(Move(name, resize_reasons.shrinks(known, claim, by.name, now), claim=claim))
+
+    def _take_also(self) -> list[Move]:
+        """They are written before the claims that they make room for: so a job that is asked to leave has its smaller place already."""
+        taken, self._also = self._also, []
+        return taken
+
+    def _enlarged(self, kind: RequestClass, job: Job, least: Placement) -> Placement:
+        """A place for more than the least that an elastic job asks for; where others wait, it takes its equal part of what is idle."""
+        wished = self._pending.jobs[job.name].candidate.wished
+        if not wished:
+            return least
+        wished = resize.first_share(wished, self._fleet.engine.free_gpus(), len(self._pending))
+        request = replace(kind.request, id=job.name)
+        with self._fleet.holdings.without(job.name):
+            return enlarged(
+                self._fleet.engine, request, job, wished, lambda gpus: not self._over_limit(job, gpus), least
+            )
+
+    def _grow(self, now: datetime) -> Iterator[Move]:
+        """Into what nobody who waits could use."""
+        for growth, claim in self._resizing.grown(self._fleet.version, now, self._over_limit):
+            self._fleet.hold(growth.job, self._fleet.holdings.held(growth.job.name), claim)
+            yield Move(growth.job.name, resize_reasons.grows(growth, now), claim=claim)
+
+    def _follow(self, job: Job) -> None:
+        """Who left for another place and runs again: those who claim what it left need not wait for it any more."""
+        left = self._under_way.pop(job.name, ())
+        if under_way(job):
+            self._under_way[job.name] = left_place(job)
+            return
+        for name in self._fleet.holdings.claimants_of(uuid for _, uuids in left for uuid in uuids) if left else ():
+            if (waiting := self._pending.jobs.get(name)) is not None:
+                self._try_again(waiting.line.kind)
+
+    def _others_may_come_back(self, job: Job) -> bool:
+        """Whether somebody who made room for the job by a move does not run again yet: if need be it gets its old place back."""
+        claim = self._fleet.holdings.claim(job.name)
+        if claim is None or claim.victims or claim.purpose is not ClaimPurpose.PREEMPTION:
+            return False
+        return any(claim.concerns(dict(place)) for place in self._under_way.values())

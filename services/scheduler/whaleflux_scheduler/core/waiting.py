@@ -1,0 +1,227 @@
+"""Who waits, and who of them is to be tried: what news does to that, until their turns come (`queue_order`).
+
+A class of like requests is tried when somebody joins it, when nodes gained room that could be enough for it (`needs`), or when others may be
+stopped for it that could not before. Lines whose queue or array may not take more are parked until it holds less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from whaleflux_scheduler.core import elastic
+from whaleflux_scheduler.core.going_on import left_for_a_move
+from whaleflux_scheduler.core.holdings import count
+from whaleflux_scheduler.core.model import Job, Queue
+from whaleflux_scheduler.core.moves import News
+from whaleflux_scheduler.core.needs import NeedIndex, need_of
+from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
+from whaleflux_scheduler.core.promise_lines import PromiseRules
+from whaleflux_scheduler.core.questions import Questions
+from whaleflux_scheduler.core.queue_order import Turns
+from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.request import shape
+
+
+class Waiting(Questions):
+    """See the module."""
+
+    def __init__(
+        self, half_life_s: float, rules: RebalanceRules | None, promises: PromiseRules | None, *, reasons: bool
+    ) -> None:
+        super().__init__(half_life_s, rules, promises)
+        self._reasons = reasons
+        self._needs: NeedIndex[RequestClass] = NeedIndex()
+        self._turns = Turns(self._shares.turn, self._shares.family)
+        self._hopeful: dict[RequestClass, None] = {}  # that were refused, and are tried because nodes gained
+        self._parked: dict[str, dict[Line, None]] = {}  # by the top of their queue's part of the tree
+        self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
+        self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
+        self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
+
+    @property
+    def unfinished(self) -> bool:
+        """True when the last step ran out of time before it had answered every job."""
+        return bool(self._turns.active or self._unanswered)
+
+    def _set_queues(self, queues: Mapping[str, Queue]) -> None:
+        parked = [line for lines in self._parked.values() for line in lines]
+        self._shares.set_queues(queues)
+        self._turns.regroup(self._pending.classes)
+        self._parked.clear()
+        for line in parked:
+            self._parked.setdefault(self._shares.family(line.queue), {})[line] = None
+        self._kept_from = dict.fromkeys(self._parked)  # whoever of them was kept back: their tops may be others now
+        for top in tuple(self._parked):
+            self._unpark(top)
+        if self._shares.quota.guarantees:
+            self._make_room_for(self._pending.classes)
+
+    def _reclaim(self) -> None:
+        """Who is guaranteed more than is held may have room made."""
+        quota, by_queue = self._shares.quota, self._pending.by_queue
+        below = [queue for queue in by_queue if quota.below_guarantee(queue)]
+        self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]})
+
+    def _make_room_for(self, kinds: Iterable[RequestClass]) -> None:
+        """Others may be stopped that could not before."""
+        for kind in list(kinds):
+            kind.no_room_made = False
+            for line in tuple(kind.lines.values()) if kind.counts_differ else ():
+                self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
+                self._turns.unpark(line)
+            self._turns.reopen(kind)
+
+    def _know_datasets(self, news: News) -> None:
+        """What can only go where its data is is tried again when the data may have come somewhere."""
+        for fact in news.datasets:
+            self._fleet.know_dataset(fact)
+        for name in news.datasets_gone:
+            self._fleet.forget_dataset(name)
+        changed = {fact.name for fact in news.datasets} | set(news.datasets_gone)
+        for kind in self._pending.classes if changed else ():
+            if kind.request.hard_locality and not changed.isdisjoint(kind.request.datasets):
+                self._try_again(kind)
+
+    # waiting
+
+    def _wait(self, name: str, candidate: Candidate | None) -> None:
+        if candidate is None:
+            self._leave(name)
+            self._promises.leaves(name)
+            return
+        candidate = _asking_for_least(candidate)
+        known = self._pending.jobs.get(name)
+        if known is None or known.candidate != candidate:
+            self._join(candidate)
+
+    def _join(self, candidate: Candidate) -> None:
+        job = candidate.job
+        self._leave(job.name)
+        near = job.attempt.nodes if job.attempt else ()
+        asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
+        line = self._pending.join(candidate, asked, own=self._stands_alone(job), lasts=self._promises.lasts(job)).line
+        if self._reserved.find(job.spec) is None:
+            self._promises.waits(job, asked)
+        kind = line.kind
+        if len(kind.lines) == 1 and len(line.names) == 1:
+            self._needs.add(kind, kind.need)
+        if line.first() == (job.create_time.timestamp(), job.name):
+            self._turns.enter(line)
+        quota = self._shares.quota
+        if kind.settled and len(line.names) == 1 and quota.guarantees and quota.below_guarantee(line.queue):
+            self._make_room_for((kind,))  # it was settled by queues for which nobody makes room
+        elif not kind.settled:
+            self._turns.activate(kind)
+        if self._reasons:
+            self._unanswered[job.name] = None
+
+    def _stands_alone(self, job: Job) -> bool:
+        """Whether it may have GPUs that others like it may not."""
+        return self._fleet.holdings.holds(job.name) or left_for_a_move(job)
+
+    def _leave(self, name: str) -> None:
+        self._unanswered.pop(name, None)
+        line = self._pending.leave(name)
+        if line is None:
+            return
+        self._turns.leave(line)
+        if line.parked:
+            self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
+        if not line.kind.lines:
+            self._needs.discard(line.kind, line.kind.need)
+            self._hopeful.pop(line.kind, None)
+
+    def _try_again(self, kind: RequestClass) -> None:
+        kind.refused = kind.no_room_made = kind.hopeful = False
+        self._hopeful.pop(kind, None)
+        self._turns.reopen(kind)
+
+    # whose turn it is
+
+    def _take_in_gains(self) -> None:
+        """Tries again whom the nodes that gained could help, and those whose queue or array holds less."""
+        holdings = self._fleet.holdings
+        for queue in holdings.eased:
+            self._turns.fell(queue)
+            self._unpark(self._shares.family(queue))
+        holdings.eased.clear()
+        for top in tuple(self._kept_from) if self._fleet.gained else ():
+            self._unpark(top)
+        if self._fleet.gained:
+            self._stop_others_beside(self._fleet.gained_from)
+        for kind in self._fleet.take_gains(self._needs, self._promises.covered() + self._reserved.covered()):
+            if not self._could_hold(kind):
+                continue
+            was_refused = kind.refused
+            self._try_again(kind)
+            if was_refused:
+                self._hopeful[kind] = None
+                kind.hopeful = True
+
+    def _stop_others_beside(self, priority: float) -> None:
+        """Together with what came free, others may be stopped now for whom that was too little before.
+
+        What those could have had stopped who are above `priority` is no gain for them.
+        """
+        lowest = min((of for of, gpus in self._fleet.holdings.stoppable.items() if gpus), default=None)
+        if lowest is not None:
+            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(lowest, priority)))
+        if self._shares.quota.guarantees:
+            self._reclaim()
+
+    def _could_hold(self, kind: RequestClass) -> bool:
+        """Whether what nodes gained, with what is kept for promises that its jobs do not delay, could be enough for it."""
+        lent = self._lent(kind)
+        if kind.own and self._promises.has(kind.own):
+            own = self._promises.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
+            return self._fleet.engine.free_gpus() + own + lent >= need_of(kind.request).gpus
+        return self._fleet.could_hold(kind.need, lent)
+
+    def _lent(self, kind: RequestClass) -> int:
+        """GPUs that are kept for later, and may be used by it until then."""
+        return self._promises.lent(kind.lasts, self._now) + self._reserved.lent(kind.lasts, self._now)
+
+    def _give_up_hope(self) -> None:
+        """What came free is taken again: nobody who waited for it need be tried."""
+        for kind in [kind for kind in self._hopeful if not self._could_hold(kind)]:
+            self._refuse(kind)
+
+    def _lower_hold_enough(self, kind: RequestClass) -> bool:
+        stoppable = self._fleet.holdings.stoppable
+        lower = sum(gpus for priority, gpus in stoppable.items() if priority < kind.priority)
+        need = need_of(kind.request).gpus - self._fleet.holdings.count_of(kind.own) if kind.own else kind.need.gpus
+        return lower > 0 and need <= lower + self._fleet.engine.free_gpus()
+
+    def _park(self, line: Line, limit: QueueLimit | None) -> None:
+        top = self._shares.family(line.queue)
+        self._turns.park(line)
+        self._parked.setdefault(top, {})[line] = None
+        if limit is not None and limit.kept:
+            self._kept_from[top] = None
+
+    def _unpark(self, top: str) -> None:
+        """Lines that their queue or array kept back, and may not any more."""
+        for line in tuple(self._parked.get(top, ())):
+            first = line.first()
+            job = self._pending.jobs[first[1]].candidate.job if first else None
+            if job is None or not (self._over_limit(job) or self._over_array_limit(job)):
+                del self._parked[top][line]
+                self._turns.unpark(line)
+                if not line.kind.settled:
+                    self._turns.activate(line.kind)
+
+    def _refuse(self, kind: RequestClass) -> None:
+        """It is not tried until something changes."""
+        kind.refused = kind.no_room_made = True
+        kind.hopeful = False
+        self._hopeful.pop(kind, None)
+        self._turns.drop(kind)
+
+
+def _asking_for_least(candidate: Candidate) -> Candidate:
+    """An elastic job waits for its least size, and takes more when it starts."""
+    job, least = candidate.job, elastic.at_least(candidate.job.spec)
+    return candidate if least is job.spec else Candidate(replace(job, spec=least), candidate.exclude, job.spec.gpus)
