@@ -79,9 +79,10 @@ def _window(trace: traces.Trace, from_day: float, days: float | None) -> traces.
 
 
 def _submissions(trace: traces.Trace, kind: str, seed: int) -> Iterator[Submission]:
-    """A gang lies on as few nodes as can hold it."""
+    """A gang lies on as few nodes as can hold it; all save checkpoints."""
     for job in trace.submissions(estimates.ESTIMATES[kind], seed):
-        yield replace(job, spec=replace(job.spec, max_nodes=-(-job.spec.gpus // SIZE)))
+        nodes = -(-job.spec.gpus // SIZE)
+        yield replace(job, spec=replace(job.spec, max_nodes=nodes, checkpoint_every_steps=100))
 
 
 def _node(number: int) -> Node:

@@ -73,6 +73,15 @@ class Settings(ServiceSettings):
         description="Nothing is promised for later than that, seconds: GPUs would be kept for too long.",
     )
 
+    promise_let_pass_s: float = Field(
+        _PROMISES.let_pass_s,
+        gt=0,
+        description=(
+            "Seconds that a large job waits before work that was submitted later, has run for an hour and saves checkpoints may be "
+            "suspended for its start."
+        ),
+    )
+
     rebalance: Literal["off", "plan", "on"] = Field(
         "plan",
         description=(
@@ -90,7 +99,12 @@ class Settings(ServiceSettings):
 
     def promise_rules(self) -> PromiseRules:
         """As the core wants them."""
-        return PromiseRules(self.promised_starts, self.promised_starts // 4, horizon_s=self.promise_horizon_s)
+        return PromiseRules(
+            self.promised_starts,
+            self.promised_starts // 4,
+            let_pass_s=self.promise_let_pass_s,
+            horizon_s=self.promise_horizon_s,
+        )
 
     def timeouts(self) -> Timeouts:
         """As the core wants them."""

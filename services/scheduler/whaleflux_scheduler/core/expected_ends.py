@@ -6,6 +6,7 @@ question is answered by counting where that is enough (`Availability`), and by t
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -21,9 +22,12 @@ from whaleflux_scheduler.core.placement.api import PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import claimant_of
 from whaleflux_scheduler.core.quota import Claimant
+from whaleflux_scheduler.core.rebalance import resumes
 from whaleflux_scheduler.core.request import gpus_of
 
 AGAIN_S = 60.0  # after which who should have left, and has not, is guessed again
+REST_S = 3_600.0  # that a job runs at least before it makes room for one that it passed
+MOST_PASSED = 1_024  # that are looked at for one job
 MOST_GUESSED = 1_024  # in one look: some 20 ms
 
 
@@ -34,6 +38,8 @@ class ExpectedEnds:
         self._engine, self._holdings, self._estimates = engine, holdings, estimates
         self._profile = Availability()
         self._changed: dict[str, None] = {}  # jobs of which something was learned since their ends were guessed
+        self._by_age: list[tuple[float, str]] = []  # (seconds since the epoch of its submission, name)
+        self._created: dict[str, float] = {}
         self._began: dict[str, float] = {}  # jobs that were given GPUs, which their records do not say yet: when
 
     # what is the case
@@ -59,6 +65,7 @@ class ExpectedEnds:
         for name in list(itertools.islice(self._changed, MOST_GUESSED)):
             del self._changed[name]
             self._profile.set(name, self._guess(name, now), self._holdings.unclaimed(name))
+            self._note_age(name)
         now_s = now.timestamp()
         late = self._profile.overdue(now_s)
         for name in late[:MOST_GUESSED]:
@@ -123,13 +130,21 @@ class ExpectedEnds:
                 gpus -= count
                 yield count, job
 
-    def earliest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> tuple[Start | None, bool]:
-        """The earliest start of the job that is not after `by_s`, if there is one, and whether the engine was asked in vain. After `catch_up`."""
+    def earliest(
+        self, job: Job, request: PlaceRequest, now: datetime, by_s: float, passed: Sequence[str] = ()
+    ) -> tuple[Start | None, bool]:
+        """The earliest start of the job that is not after `by_s`, if there is one, and whether the engine was asked in vain. After `catch_up`.
+
+        Those who `passed` it leave as soon as they are asked to.
+        """
         short = gpus_of(request) - self._engine.free_gpus() - self._holdings.count_of(job.name)
-        if short > 0 and self._profile.freed_by(by_s) < short:
+        if short > 0 and self._profile.freed_by(by_s) + sum(map(self._profile.gpus, passed)) < short:
             return None, False
         own = self._own_held_by_others(job.name)
         leaving = self._leaving(job, request, by_s, own)
+        if passed:
+            asked, others = set(passed), leaving
+            leaving = itertools.chain(self._asked(passed, now), (end for end in others if end[1] not in asked))
         first = _enough(leaving, short + sum(own.values()), self._profile, own)
         if first is None:
             return None, False
@@ -138,6 +153,46 @@ class ExpectedEnds:
         with self._holdings.without(job.name):
             start = earliest(self._engine, request, ends, vacate, now_s=now_s, least=len(first))
         return start, start is None
+
+    def passed(self, job: Job, now: datetime) -> list[str]:
+        """Who was submitted later than the job, has run for `REST_S`, and would go on from a checkpoint; who began last first. After `catch_up`."""
+        claimant = claimant_of(self._holdings, job, job.spec.gpus)
+        younger = self._by_age[bisect.bisect_right(self._by_age, (job.create_time.timestamp(), chr(0x10FFFF))) :]
+        known = ((name, self._holdings.jobs.get(name)) for _, name in younger[-MOST_PASSED:])
+        since = now - timedelta(seconds=REST_S)
+        found = [
+            (other.attempt.run_time, name)
+            for name, other in known
+            if other is not None
+            and other.attempt is not None
+            and other.attempt.run_time is not None
+            and other.attempt.run_time <= since
+            and self._profile.gpus(name)
+            and name in self._engine.placements
+            and claimant.outlasts(name, other.queue, other.spec.priority)
+        ]
+        return [name for _, name in sorted(found, reverse=True)]
+
+    def _asked(self, names: Iterable[str], now: datetime) -> Iterator[End]:
+        """When they have left if they are asked to now."""
+        return ((now.timestamp() + self._holdings.jobs[name].grace_s, name) for name in names)
+
+    def _note_age(self, name: str) -> None:
+        """Jobs that run and may be suspended for who was let pass, in the order of their submission."""
+        job = self._holdings.jobs.get(name)
+        may = (
+            job is not None
+            and bool(self._holdings.held(name))
+            and not job.spec.is_service
+            and job.spec.time_limit_s is None
+        )
+        created_s = job.create_time.timestamp() if may and job is not None and resumes(job) else None
+        known_s = self._created.pop(name, None)
+        if known_s is not None:
+            del self._by_age[bisect.bisect_left(self._by_age, (known_s, name))]
+        if created_s is not None:
+            self._created[name] = created_s
+            bisect.insort(self._by_age, (created_s, name))
 
     def _own_held_by_others(self, name: str) -> Counter[str]:
         """Who holds how much of what the job claims."""

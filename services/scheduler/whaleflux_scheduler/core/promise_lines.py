@@ -24,12 +24,14 @@ class PromiseRules:
     """Who is promised a start: the first `large` jobs of those that need several nodes, and the first `patient` of others.
 
     Others need several GPUs, and have waited for `patience_s`: so what fits one node is not starved by smaller work that keeps coming. Nothing
-    is promised beyond `horizon_s`: GPUs would be kept for too long.
+    is promised beyond `horizon_s`: GPUs would be kept for too long. A large job lets work that was submitted later pass for `let_pass_s`; from then on
+    that may be suspended for it, so that nobody's wrong estimates keep it waiting.
     """
 
     large: int = 16
     patient: int = 4
     patience_s: float = 600.0
+    let_pass_s: float = 4 * 3600.0
     horizon_s: float = 3 * 86400.0
 
 

@@ -24,6 +24,7 @@ from whaleflux_scheduler.core.promise_lines import AGAIN_S, PromiseLines, Promis
 from whaleflux_scheduler.core.quota import Claimant
 
 MARGIN_S = 15.0  # between when the last one has left and the promised start: what agents and the store need
+PASSED_GAIN_S = 1_800.0  # that a start has to be sooner for those who passed to make room
 LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all: another place is looked for
 MOST_WINDOWS = 8  # for one answer
 _NEVER_OVER = 99  # the class of what lasts without end
@@ -217,6 +218,11 @@ class Promises:
             return None
         by_s = now_s + self.rules.horizon_s if before is None else promised_s - max(60.0, 0.1 * left_s) - MARGIN_S
         start, vain = self._ends.earliest(job, request, now, by_s)
+        soon_s = min(start.at_s if start is not None else math.inf, promised_s) - PASSED_GAIN_S
+        if now_s < soon_s and now_s - job.create_time.timestamp() >= self.rules.let_pass_s:
+            passed = self._ends.passed(job, now)
+            sooner = self._ends.earliest(job, request, now, min(by_s, soon_s), passed)[0] if passed else None
+            start = sooner or start
         self._lines.put_off(job.name, now_s, left_s, vain=vain)
         return None if start is None else self._claim(start.placement, start.at_s + MARGIN_S)
 
