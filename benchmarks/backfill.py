@@ -31,16 +31,16 @@ PROMISE_TOLERANCE_S = 1.0
 DELAYS = Delays(save_s=30.0, restart_s=60.0)
 LARGE, LARGEST = 16, 64
 COMPARED = ("fifo", "easy", "16 reservations", "work-conserving")
-QUICK_FROM_DAY = 60.0  # of days with many large jobs
+QUICK_FROM_DAY, QUICK_DAYS, QUICK_GPUS = 86.0, 8.0, 320  # days with many large jobs
 
 
 def main_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, nargs="+", help="fleet sizes (default 512 448 400; quick: 256)")
+    parser.add_argument("--gpus", type=int, nargs="+", help="fleet sizes (default 512 448 400; quick: 320)")
     parser.add_argument(
         "--estimates", nargs="+", choices=sorted(estimates.ESTIMATES), help="what users say (default: all)"
     )
     parser.add_argument("--from-day", type=float, default=0.0, help="leave out what came before (default 0)")
-    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 4)")
+    parser.add_argument("--days", type=float, help="take so many days (default: all; quick: 8)")
     parser.add_argument(
         "--policies",
         nargs="*",
@@ -57,8 +57,8 @@ def main_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(options: Options) -> Report:
     """Waits, promises and use of the fleet for each fleet size and kind of estimate."""
     extra = options.extra
-    days = extra.days or (4.0 if options.quick else None)
-    sizes = extra.gpus or ([256] if options.quick else [512, 448, 400])
+    days = extra.days or (QUICK_DAYS if options.quick else None)
+    sizes = extra.gpus or ([QUICK_GPUS] if options.quick else [512, 448, 400])
     kinds = extra.estimates or (["lognormal"] if options.quick else list(estimates.ESTIMATES))
     report = Report(simulated=SIMULATED + "; baselines are re-implemented on nodes of 8, without delays")
     for gpus in sizes:

@@ -163,25 +163,32 @@ class TestPromises:
         assert found["liar"].state is JobState.SUCCEEDED
 
     @pytest.mark.parametrize(
-        ("young", "suspended"),
+        ("at_s", "more", "suspended"),
         [
-            ({"checkpoint_every_steps": 10}, True),
-            ({}, False),
-            ({"checkpoint_every_steps": 10, "time_limit_s": 300 * HOUR}, False),
+            (20.0, {"checkpoint_every_steps": 10}, True),
+            (5.0, {"checkpoint_every_steps": 10}, True),
+            (20.0, {}, False),
+            (20.0, {"checkpoint_every_steps": 10, "time_limit_s": 300 * HOUR}, False),
         ],
-        ids=["saves checkpoints", "would lose its work", "ends by a limit"],
+        ids=[
+            "saves checkpoints",
+            "came first, but waits for fewer GPU-hours",
+            "would lose its work",
+            "ends by a limit",
+        ],
     )
-    def test_work_that_passed_a_gang_for_hours_makes_room_for_it(self, young, suspended):
-        """All say that they take 100 hours, so that no start is in sight: what was there first ends sooner, and younger work takes its place."""
+    def test_work_that_passed_a_gang_for_hours_makes_room_for_it(self, at_s, more, suspended):
+        """All say that they take 100 hours, so that no start is in sight: what was there first ends sooner, and other work takes its place."""
         first = [job(f"first{n}", 0.0, hours * HOUR, 4, 100 * HOUR) for n, hours in enumerate((90, 90, 1, 2))]
-        late = [job(f"young{n}", 20.0 + n, 40 * HOUR, 4, 100 * HOUR, **young) for n in range(2)]
+        late = [job(f"late{n}", at_s + n, 40 * HOUR, 4, 100 * HOUR, **more) for n in range(2)]
         beside = job("beside", 0.0, 90 * HOUR, 3, 100 * HOUR)
         ticks = [job(f"tick{n}", 600.0 * n, 60.0, 1, 60.0) for n in range(1, 40)]  # so that there are events at all
-        found = simulate([*first, beside, job("gang", 10.0, HOUR, 8, HOUR), *late, *ticks], nodes=5)
-        assert sum(found[f"young{n}"].suspensions for n in range(2)) == (2 if suspended else 0)
+        jobs = [*first, beside, job("gang", 10.0, HOUR, 8, HOUR), *late, *ticks]
+        found = simulate(sorted(jobs, key=lambda j: j.at_s), nodes=5)
+        assert sum(found[f"late{n}"].suspensions for n in range(2)) == (2 if suspended else 0)
         assert (found["gang"].wait_s < 4.2 * HOUR) == suspended
         assert found["gang"].start_s >= 4 * HOUR, "it lets them pass for a while"
-        assert not any(found[f"first{n}"].suspensions for n in range(4)), "nobody who came before it leaves for it"
+        assert not any(found[f"first{n}"].suspensions for n in range(4)), "nobody who ran before it came leaves for it"
         assert all(outcome.state is JobState.SUCCEEDED for outcome in found.values())
 
     @settings(max_examples=15, deadline=None)

@@ -77,7 +77,7 @@ class Settings(ServiceSettings):
         _PROMISES.let_pass_s,
         gt=0,
         description=(
-            "Seconds that a large job waits before work that was submitted later, has run for an hour and saves checkpoints may be "
+            "Seconds that a large job waits before work that began meanwhile, has run for an hour and saves checkpoints may be "
             "suspended for its start."
         ),
     )

@@ -38,8 +38,8 @@ class ExpectedEnds:
         self._engine, self._holdings, self._estimates = engine, holdings, estimates
         self._profile = Availability()
         self._changed: dict[str, None] = {}  # jobs of which something was learned since their ends were guessed
-        self._by_age: list[tuple[float, str]] = []  # (seconds since the epoch of its submission, name)
-        self._created: dict[str, float] = {}
+        self._by_begin: list[tuple[float, str]] = []  # (seconds since the epoch, name)
+        self._begins: dict[str, float] = {}
         self._began: dict[str, float] = {}  # jobs that were given GPUs, which their records do not say yet: when
 
     # what is the case
@@ -65,7 +65,7 @@ class ExpectedEnds:
         for name in list(itertools.islice(self._changed, MOST_GUESSED)):
             del self._changed[name]
             self._profile.set(name, self._guess(name, now), self._holdings.unclaimed(name))
-            self._note_age(name)
+            self._note_begin(name)
         now_s = now.timestamp()
         late = self._profile.overdue(now_s)
         for name in late[:MOST_GUESSED]:
@@ -155,44 +155,49 @@ class ExpectedEnds:
         return start, start is None
 
     def passed(self, job: Job, now: datetime) -> list[str]:
-        """Who was submitted later than the job, has run for `REST_S`, and would go on from a checkpoint; who began last first. After `catch_up`."""
-        claimant = claimant_of(self._holdings, job, job.spec.gpus)
-        younger = self._by_age[bisect.bisect_right(self._by_age, (job.create_time.timestamp(), chr(0x10FFFF))) :]
-        known = ((name, self._holdings.jobs.get(name)) for _, name in younger[-MOST_PASSED:])
-        since = now - timedelta(seconds=REST_S)
-        found = [
-            (other.attempt.run_time, name)
-            for name, other in known
-            if other is not None
-            and other.attempt is not None
-            and other.attempt.run_time is not None
-            and other.attempt.run_time <= since
-            and self._profile.gpus(name)
-            and name in self._engine.placements
-            and claimant.outlasts(name, other.queue, other.spec.priority)
-        ]
-        return [name for _, name in sorted(found, reverse=True)]
+        """Who began while the job waited, though it has waited for more GPU-hours than they had; who began last first. After `catch_up`.
+
+        They have run for `REST_S`, and would go on from a checkpoint.
+        """
+        claimant, waited_gpu_s = claimant_of(self._holdings, job, job.spec.gpus), _waited_gpu_s(job, now)
+        since_s, rested_s = job.create_time.timestamp(), now.timestamp() - REST_S
+        first, last = (bisect.bisect_right(self._by_begin, (at_s, chr(0x10FFFF))) for at_s in (since_s, rested_s))
+        found = []
+        for _, name in reversed(self._by_begin[max(first, last - MOST_PASSED) : last]):
+            other = self._holdings.jobs.get(name)
+            if (
+                other is None
+                or other.attempt is None
+                or not self._profile.gpus(name)
+                or name not in self._engine.placements
+            ):
+                continue
+            waited_less = _waited_gpu_s(other, other.attempt.allocate_time) < waited_gpu_s
+            if waited_less and claimant.outlasts(name, other.queue, other.spec.priority):
+                found.append(name)
+        return found
 
     def _asked(self, names: Iterable[str], now: datetime) -> Iterator[End]:
         """When they have left if they are asked to now."""
         return ((now.timestamp() + self._holdings.jobs[name].grace_s, name) for name in names)
 
-    def _note_age(self, name: str) -> None:
-        """Jobs that run and may be suspended for who was let pass, in the order of their submission."""
-        job = self._holdings.jobs.get(name)
-        may = (
-            job is not None
-            and bool(self._holdings.held(name))
-            and not job.spec.is_service
-            and job.spec.time_limit_s is None
-        )
-        created_s = job.create_time.timestamp() if may and job is not None and resumes(job) else None
-        known_s = self._created.pop(name, None)
+    def _note_begin(self, name: str) -> None:
+        """Jobs that run and may be suspended for whom they passed, in the order in which they began."""
+        known_s, begun_s = self._begins.pop(name, None), self._may_leave_since_s(name)
         if known_s is not None:
-            del self._by_age[bisect.bisect_left(self._by_age, (known_s, name))]
-        if created_s is not None:
-            self._created[name] = created_s
-            bisect.insort(self._by_age, (created_s, name))
+            del self._by_begin[bisect.bisect_left(self._by_begin, (known_s, name))]
+        if begun_s is not None:
+            self._begins[name] = begun_s
+            bisect.insort(self._by_begin, (begun_s, name))
+
+    def _may_leave_since_s(self, name: str) -> float | None:
+        """Seconds since the epoch when it began; None: it is not to be suspended for others."""
+        job = self._holdings.jobs.get(name)
+        if job is None or job.attempt is None or not self._holdings.held(name) or not resumes(job):
+            return None
+        return (
+            job.attempt.allocate_time.timestamp() if not job.spec.is_service and job.spec.time_limit_s is None else None
+        )
 
     def _own_held_by_others(self, name: str) -> Counter[str]:
         """Who holds how much of what the job claims."""
@@ -266,6 +271,11 @@ def start_in_turn(
 
 def _left_s(at: datetime, now: datetime) -> float:
     return max(0.0, (at - now).total_seconds())
+
+
+def _waited_gpu_s(job: Job, until: datetime) -> float:
+    """GPU-seconds that it did not run since it was submitted."""
+    return job.spec.gpus * ((until - job.create_time).total_seconds() - job.run_s)
 
 
 class _Vacating:

@@ -24,8 +24,8 @@ class PromiseRules:
     """Who is promised a start: the first `large` jobs of those that need several nodes, and the first `patient` of others.
 
     Others need several GPUs, and have waited for `patience_s`: so what fits one node is not starved by smaller work that keeps coming. Nothing
-    is promised beyond `horizon_s`: GPUs would be kept for too long. A large job lets work that was submitted later pass for `let_pass_s`; from then on
-    that may be suspended for it, so that nobody's wrong estimates keep it waiting.
+    is promised beyond `horizon_s`: GPUs would be kept for too long. A large job lets others pass for `let_pass_s`; from then on those that had waited
+    for fewer GPU-hours may be suspended for it, so that nobody's wrong estimates keep it waiting.
     """
 
     large: int = 16
