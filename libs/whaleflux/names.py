@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from whaleflux.errors import FieldViolation, InvalidArgument
 
@@ -79,6 +80,7 @@ def stored_nodes(site_id: str, node_ids: Iterable[str]) -> Iterator[str]:
     return (f"{parent}/nodes/{node_id}" for node_id in node_ids)
 
 
+@lru_cache(maxsize=4096)  # each submission asks a few times
 def queue(queue_id: str) -> str:
     """queues/{queue}."""
     return join(("queues", queue_id))
@@ -91,7 +93,7 @@ def reservation(reservation_id: str) -> str:
 
 def job(queue_id: str, job_id: str) -> str:
     """queues/{queue}/jobs/{job}."""
-    return join(("queues", queue_id), ("jobs", job_id))
+    return f"{queue(queue_id)}/jobs/{check_id('job', job_id)}"
 
 
 def job_of_reference(reference: str, queue_id: str) -> str:

@@ -240,8 +240,8 @@ def size_bytes(writes: Sequence[Write], when: Sequence[Condition]) -> int:
     return written + compared + _OPERATION_BYTES * (len(writes) + 2 * len(when))
 
 
-def check(writes: Sequence[Write], when: Sequence[Condition]) -> None:
-    """Raises InvalidArgument when one transaction cannot carry this, naming the limit."""
+def check(writes: Sequence[Write], when: Sequence[Condition]) -> int:
+    """How large the transaction is, as `size_bytes`. Raises InvalidArgument when one cannot carry this, naming the limit."""
     keys = [write.key for write in writes]
     if not all(keys) or not all(condition.key for condition in when):
         raise InvalidArgument(FieldViolation("key", "is empty; keys have at least one character"))
@@ -255,6 +255,7 @@ def check(writes: Sequence[Write], when: Sequence[Condition]) -> None:
     if (size := size_bytes(writes, when)) > MAX_COMMIT_BYTES:
         limit = f"{size} bytes are more than the {MAX_COMMIT_BYTES} of one commit; write less at once"
         raise InvalidArgument(FieldViolation("writes", limit))
+    return size
 
 
 class Store(Protocol):

@@ -31,7 +31,6 @@ from whaleflux.store.api import (
     check,
     conflict,
     depends_on,
-    size_bytes,
 )
 
 _LOOK_AHEAD = 256  # commits left behind because of a contended key, before a group goes as it is
@@ -124,14 +123,14 @@ class GroupCommit:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def commit(self, *writes: Write, when: Sequence[Condition] = ()) -> int:
-        check(writes, when)
+        size = check(writes, when)
         if self._free and not self._waiting:
             return await self._alone(writes, when)
         if len(self._waiting) >= self._limit:
             raise Unavailable(
                 f"{self._limit} commits wait for the store; slow down", reason=ErrorReason.STORE_BUSY, retry_after_s=1.0
             )
-        commit = _Commit(writes, tuple(when), size_bytes(writes, when))
+        commit = _Commit(writes, tuple(when), size)
         self._waiting.append(commit)
         self._start()
         return await commit.answer

@@ -83,7 +83,7 @@ class Submissions:
         )
         job.spec.CopyFrom(request.job.spec)
         job.cause.actor = changes.actor()
-        await self._secrets.admit(job.spec, names.queue(queue), owner, auth.principal())
+        await self._secrets.admit(job.spec, request.parent, owner, auth.principal())
         if request.on_behalf_of:
             job.spec.priority = self._access.highest_of(queue, owner, job.spec.priority)
         convert.set_time(job.create_time, now)
