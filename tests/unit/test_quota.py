@@ -228,3 +228,16 @@ def test_who_is_guaranteed_room_finds_it_and_takes_nothing_that_is_not_borrowed(
     at = quota.covering("new")
     assert not entitled or at is not quota.fleet  # so that nobody takes it back at once
     assert all(covering.depth < at.depth for covering in taken_back.values())  # nothing that the same guarantee covers
+
+
+def test_of_an_elastic_job_a_size_that_it_can_run_with_is_counted_and_the_rest_is_borrowed():
+    quota = tree(top={"guaranteed_gpus": 12}, a={"guaranteed_gpus": 5, "parent": "top"})
+    quota.hold("j", "a", 14, least=2, step=2)
+    assert quota.covered("j", "a") == {"a": 4, "top": 8}
+    assert quota.covering("j").id == "a"
+    assert quota.borrowed("top") == 2
+    quota.hold("j", "a", 14, least=6, step=2)
+    assert quota.covered("j", "a") == {"top": 12}
+    quota.hold("j", "a", 14)
+    assert quota.covered("j", "a") == {}
+    assert quota.covering("j") is quota.fleet

@@ -20,6 +20,8 @@ from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, S
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
+from whaleflux_scheduler.simulation.runner import Simulation
+from whaleflux_scheduler.simulation.workload import Delays, Submission, Workload
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -193,6 +195,24 @@ class TestGrowth:
         short = placed_as(job("short", 4, 1, 8, time_limit_s=3600 + 60))
         assert resize.growths([short], {MODEL: 4}, NOW + HOUR) == []
 
+    def test_nobody_grows_for_less_than_its_last_restart_took_to_its_first_step(self):
+        """A minute until its ranks ran, and two hours until it had loaded what it needs: so long would the next one take, too."""
+        grows = placed_as(job("j", 4, 1, 8))
+        assert len(resize.growths([grows], {MODEL: 4}, NOW + HOUR)) == 1
+        slow = replace(grows, attempt=replace(grows.attempt, first_step_time=NOW + 2 * HOUR))
+        assert elastic.lost_by_restart_s(slow) == 7200 + elastic.SAVE_S
+        assert resize.growths([slow], {MODEL: 4}, NOW + 3 * HOUR) == []
+        assert len(resize.growths([slow], {MODEL: 4}, NOW + 24 * HOUR)) == 1
+
+    def test_its_first_step_is_written_down_once_and_of_elastic_jobs_alone(self):
+        grows, fixed = placed_as(job("j", 4, 1, 8)), placed_as(job("k", 4))
+        first = Observations(step=3, first_step_time=NOW + HOUR)
+        after = lifecycle.advance(grows, first, NOW + HOUR, Timeouts())
+        assert after.attempt.first_step_time == NOW + HOUR
+        later = Observations(step=9, first_step_time=NOW + 2 * HOUR)
+        assert lifecycle.advance(after, later, NOW + 2 * HOUR, Timeouts()) is after
+        assert lifecycle.advance(fixed, first, NOW + HOUR, Timeouts()) is fixed
+
     @settings(max_examples=25, deadline=None)
     @given(sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 64)), max_size=6), idle=st.integers(0, 64))
     def test_growth_is_within_what_is_idle_and_within_each_range(self, sizes, idle):
@@ -326,6 +346,30 @@ class TestShrinking:
         moves = {move.job: move for move in planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))}
         assert moves[waits.name].claim.victims == (grown.name,)
         assert sum(len(uuids) for _, uuids in moves[grown.name].claim.nodes) == 5
+
+    def test_an_equal_is_left_alone_until_it_has_worked_for_what_its_restart_cost(self):
+        ran = placed_as(job("j", 8, 2, 8))
+        again = replace(ran, past_attempts=(ran.attempt,))
+        loads = replace(again, attempt=replace(again.attempt, first_step_time=None))
+        stepped = replace(again, attempt=replace(again.attempt, first_step_time=NOW + timedelta(seconds=570)))
+        pays_s = resize.WORKS * (570 + elastic.SAVE_S)
+        assert not resize.may_give(stepped, NOW + timedelta(seconds=570 + pays_s - 1))
+        assert resize.may_give(stepped, NOW + timedelta(seconds=570 + pays_s))
+        known = replace(loads, past_attempts=(stepped.attempt,))
+        assert not resize.may_give(known, NOW + 24 * HOUR), "it loads its checkpoint still"
+
+    def test_comings_and_goings_cost_no_job_more_than_a_third_of_its_time(self):
+        """Every other minute a short job comes to a full machine, for six hours; each restart of the elastic one takes 250 s."""
+        sizes = {"elastic_min": 1, "elastic_max": 8, "checkpoint_every_steps": 10}
+        long = Submission("queues/q/jobs/long", Spec(command=("x",), gpus=8, **sizes), 0, 6 * 3600, restart_s=250.0)
+        short = [
+            Submission(f"queues/q/jobs/s{at}", Spec(command=("x",), gpus=1), 120.0 * at, 60) for at in range(1, 180)
+        ]
+        result = Simulation([node("s/a"), node("s/b")], Workload([long, *short], delays=Delays(save_s=0.0))).run()
+        seen, *others = result.outcomes
+        assert 0 < seen.suspensions * 250 <= seen.completion_s / (1 + resize.WORKS)
+        lost_s = 250 + elastic.SAVE_S
+        assert max(one.wait_s for one in others) <= (1 + resize.WORKS) * lost_s + 120, "it gives then"
 
     def test_its_steps_are_no_reason_to_try_again_who_waits(self):
         planner = planner_of("a")

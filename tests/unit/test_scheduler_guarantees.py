@@ -133,3 +133,49 @@ async def test_a_queue_shows_what_it_holds_and_borrows():
         assert use == {"default": (0, 0), "org": (3, 1), "team": (3, 3)}
         shown = await world.scheduler.GetQueue(pb.GetQueueRequest(name="queues/team"), None)
         assert 1.4 < shown.use.fair_share_gpus < 1.6
+
+
+def elastic(name, queue, at_s, gpus, run_s, least, most, priority=0):
+    spec = Spec(
+        command=("x",), gpus=gpus, priority=priority, elastic_min=least, elastic_max=most, checkpoint_every_steps=10
+    )
+    return Submission(names.job(queue, name), spec, at_s, run_s)
+
+
+class TestElastic:
+    """What a job has grown beyond its queue's guarantee is borrowed, and the guarantee stays its own."""
+
+    def test_growth_is_given_back_first_and_by_shrinking(self):
+        fleet = [node(f"s/{at}") for at in range(3)]
+        jobs = [
+            elastic("grown", "guests", 0, 8, 20_000, 2, 8, priority=50),
+            submission("fixed", "guests", 0, 4, 20_000),
+            submission("gang", "owner", 100, 4, 1000),
+        ]
+        seen = simulated(fleet, jobs, queues(guests=4, owner=4))
+        assert seen["gang"].wait_s < 10
+        assert (seen["fixed"].suspensions, seen["grown"].suspensions >= 1) == (0, True)
+
+    def test_what_the_guarantee_covers_is_not_taken_for_anybody(self):
+        """The owner is guaranteed more than the growth: a job that is borrowed as a whole has to go, too."""
+        fleet = [node(f"s/{at}") for at in range(3)]
+        jobs = [
+            elastic("grown", "guests", 0, 8, 3000, 2, 8),
+            submission("fixed", "others", 0, 4, 3000),
+            submission("gang", "owner", 100, 8, 6000),
+        ]
+        plan = queues(guests=4, owner=8, others=0)
+        seen = simulated(fleet, jobs, plan)
+        assert seen["gang"].wait_s < 10
+        assert seen["fixed"].suspensions == 1
+        assert seen["grown"].completion_s < 100 + 2 * 2900 + 100, "it went on with the four GPUs of its guarantee"
+
+    def test_a_higher_priority_does_not_shrink_what_another_queue_is_guaranteed(self):
+        fleet = [node("s/0")]
+        jobs = [
+            elastic("mine", "guests", 0, 4, 1000, 1, 4),
+            submission("urgent", "others", 100, 2, 500, priority=99),
+        ]
+        seen = simulated(fleet, jobs, queues(guests=4, others=0))
+        assert seen["mine"].suspensions == 0
+        assert seen["urgent"].wait_s > 800

@@ -25,7 +25,7 @@ from whaleflux_scheduler.core.state_machine import goes_on
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_CLAIM, KEPT, _CPU = "!claim", "!kept", "cpu:"
+_CLAIM, KEPT, EXTRA, _CPU = "!claim", "!kept", "!extra", "cpu:"
 _NONE = frozenset[str]()
 
 
@@ -485,8 +485,8 @@ def is_reservation(claimant: str) -> bool:
 
 
 def job_of(id_: str) -> str:
-    """The job that the engine's id means, or the claim's."""
-    return id_.removesuffix(_CLAIM)
+    """The job that the engine's id means, its claim's, or that of what it may have to give."""
+    return id_.removesuffix(_CLAIM).removesuffix(EXTRA)
 
 
 def _numbers(node: Node) -> list[tuple[str, int]]:

@@ -46,7 +46,8 @@ class MakingRoom(Answers):
             return None
         request = replace(self._within_quota(kind.request, job), id=job.name)
         with holdings.without(job.name):
-            plan = room_for(self._fleet.engine, holdings, request, job)
+            parts = self._resizing.parts_for(job, kind.need.gpus, now)
+            plan = room_for(self._fleet.engine, holdings, request, job, parts)
         if plan is None:
             return None
         claim = claim_for(plan, holdings, now)

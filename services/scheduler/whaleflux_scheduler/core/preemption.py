@@ -6,7 +6,7 @@ goes on with what the old one began.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, is_reservation, job_of
@@ -19,11 +19,22 @@ from whaleflux_scheduler.core.request import by_count, gpus_of
 CLAIM_S = 120.0  # how long a claim lasts beyond the grace of those who make room
 
 
-def room_for(engine: Engine, holdings: Holdings, request: PlaceRequest, job: Job) -> PreemptionPlan | None:
-    """The cheapest to stop for the job; None: nothing that is running may be stopped so that it fits."""
+def room_for(
+    engine: Engine,
+    holdings: Holdings,
+    request: PlaceRequest,
+    job: Job,
+    parts: Callable[[Collection[str]], Iterable[Victim]] | None = None,
+) -> PreemptionPlan | None:
+    """The cheapest to stop for the job; None: nothing that is running may be stopped so that it fits.
+
+    `parts` takes jobs apart in the engine, but those that may be stopped, and says what of them may be taken.
+    """
     for alike in by_count(request):
         victims = may_stop(holdings, job, gpus_of(alike))
-        plan = engine.preempt(alike, victims) if victims else None
+        with engine.transaction():  # never committed
+            lent = list(parts({job_of(victim.id) for victim in victims})) if parts is not None else []
+            plan = engine.preempt(alike, [*lent, *victims]) if lent or victims else None
         if isinstance(plan, PreemptionPlan):
             return plan
     return None

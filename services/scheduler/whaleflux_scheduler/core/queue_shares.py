@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple
 
+from whaleflux_scheduler.core import elastic
 from whaleflux_scheduler.core.fair_share import FairShare
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, Queue
 from whaleflux_scheduler.core.quota import QueueNode, QuotaTree
@@ -92,7 +93,8 @@ class QueueShares:
 
     def hold(self, job: Job, gpus: int) -> None:
         """What the job holds or claims from now on."""
-        if self.quota.hold(job.name, job.queue, gpus, job.spec.priority, self._since_s(job)):
+        sizes = {"least": elastic.least(job.spec), "step": elastic.step(job.spec)} if job.spec.is_elastic else {}
+        if self.quota.hold(job.name, job.queue, gpus, job.spec.priority, self._since_s(job), **sizes):
             for node in self.quota.node(job.queue).path():
                 if node.above is not None:  # the fleet takes no turns
                     self._count(node)

@@ -3,7 +3,8 @@
 The arithmetic is that of hierarchical quotas with lending limits (Kueue's KEP 79 and 1224), in whole GPUs, with the fleet at the root.
 Between limits everybody may take what is idle; guarantees count when there is not enough for all. So that a guarantee of whole jobs
 holds, each job is counted whole: at the lowest queue on its way to the root that has guarantee left for it, higher priorities and
-earlier starts first, or else as *borrowed*. Those who are guaranteed room take it from jobs that are counted above them (HiveD's rule
+earlier starts first, or else as *borrowed*. Of an elastic job a size that it can run with may be counted, and the rest further up: what it
+has grown beyond a guarantee is borrowed, and the guarantee stays its own. Those who are guaranteed room take it from jobs that are counted above them (HiveD's rule
 that nobody is worse off than with a cluster of its own).
 """
 
@@ -37,6 +38,14 @@ class Held(NamedTuple):
     since_s: float
     job: str
     gpus: int
+    least: int = 0  # of an elastic job, the fewest that may be counted of it; 0: all or nothing
+    step: int = 1
+    first: bool = True  # False: what is left of a job of which a part is counted further down
+
+    def within(self, room: int) -> int:
+        """How many of its GPUs so much guarantee covers."""
+        size = room - room % self.step
+        return self.gpus if self.gpus <= room else size if 0 < self.least <= size else 0
 
 
 @dataclass(slots=True)
@@ -132,11 +141,17 @@ class QuotaTree:
         """GPUs that its jobs and those below it hold or claim."""
         return self.node(queue).held
 
+    def held_by(self, job: str) -> int:
+        """GPUs that the job holds or claims."""
+        return self._jobs[job][1].gpus if job in self._jobs else 0
+
     # holdings
 
-    def hold(self, job: str, queue: str, gpus: int, priority: int = 0, since_s: float = 0.0) -> bool:
-        """What the job holds from now on; 0: nothing. False: as before."""
-        held = Held(-priority, since_s, job, gpus)
+    def hold(
+        self, job: str, queue: str, gpus: int, priority: int = 0, since_s: float = 0.0, *, least: int = 0, step: int = 1
+    ) -> bool:
+        """What the job holds from now on; 0: nothing. `least` and `step`: an elastic job's. False: as before."""
+        held = Held(-priority, since_s, job, gpus, least, step)
         known = self._jobs.get(job)
         if known == (queue, held) or (known is None and not gpus):
             return False
@@ -196,8 +211,8 @@ class QuotaTree:
     def entitled(self, job: str, queue: str, gpus: int, priority: int) -> QueueNode | None:
         """The lowest queue on the job's way to the root whose guarantee has room for it, None when it would borrow."""
         self._settle(self.fleet)
-        own = self._jobs[job][1].gpus if job in self._jobs else 0
         at = self._covered_by.get(job)
+        own = sum(held.gpus for held in at.counted if held.job == job) if at is not None else 0
         own_is_below = False
         for node in self.node(queue).path():
             if node.guaranteed:
@@ -218,6 +233,12 @@ class QuotaTree:
         """The queue whose guarantee covers the job; the fleet, when it is borrowed from all."""
         self._settle(self.fleet)
         return self._covered_by.get(job, self.fleet)
+
+    def covered(self, job: str, queue: str) -> dict[str, int]:
+        """GPUs of the job that guarantees cover, by the id of the queue whose guarantee it is."""
+        self._settle(self.fleet)
+        counted = ((node.id, held) for node in self.node(queue).path() for held in node.counted)
+        return {id_: held.gpus for id_, held in counted if held.job == job}
 
     def borrowed(self, queue: str) -> int:
         """GPUs of jobs of the queue and of those below it that no guarantee there covers."""
@@ -243,12 +264,15 @@ class QuotaTree:
     def _cover(self, node: QueueNode, jobs: list[Held]) -> None:
         node.rest = []
         for held in sorted(jobs):
-            if node.covered + held.gpus <= node.guaranteed:
-                node.covered += held.gpus
-                node.counted.append(held)
-                self._covered_by[held.job] = node
-            else:
-                node.rest.append(held)
+            part = held.within(node.guaranteed - node.covered)
+            if part:
+                node.covered += part
+                node.counted.append(held._replace(gpus=part))
+                if held.first:
+                    self._covered_by[held.job] = node
+            if part < held.gpus:
+                left = held.gpus - part
+                node.rest.append(held._replace(gpus=left, least=held.step, first=False) if part else held)
 
 
 class Claimant:
@@ -270,6 +294,22 @@ class Claimant:
             return False
         depth = self._path.get(self._tree.covering(victim).id)
         return depth is not None and depth < self._at.depth
+
+    def lends(self, victim: str, queue: str) -> bool:
+        """Whether some of what the victim holds is borrowed of the claimant's guarantee; its priority does not matter then."""
+        return self._at is not None and queue != self._queue and self._reclaimable(victim, queue) > 0
+
+    def leaves(self, victim: str, queue: str) -> int:
+        """GPUs of the victim that guarantees cover which are not the claimant's."""
+        if not self._tree.guarantees:
+            return 0
+        return sum(gpus for id_, gpus in self._tree.covered(victim, queue).items() if id_ not in self._path)
+
+    def _reclaimable(self, victim: str, queue: str) -> int:
+        assert self._at is not None
+        covered = self._tree.covered(victim, queue)
+        mine = sum(gpus for id_, gpus in covered.items() if self._path.get(id_, self._at.depth) >= self._at.depth)
+        return self._tree.held_by(victim) - mine
 
     def preempts(self, victim: str, priority: int) -> bool:
         """Whether the victim is of lower priority, and not within a guarantee that is not the claimant's."""

@@ -138,7 +138,8 @@ def _steps(job: Job, model: str, gpus: int) -> Iterator[_Step]:
     for other, throughput in elastic.throughputs(job.spec).items():
         if other != model and (few := _fewest(job.spec, here * FASTER / throughput)):
             rise = math.log(elastic.pace(job.spec, few, other) / here) / few
-            yield _Step(rise / (1.0 + job.gpu_s / ATTAINED_GPU_S), other, few, few)
+            if rise > 0:  # speeds need not grow with numbers
+                yield _Step(rise / (1.0 + job.gpu_s / ATTAINED_GPU_S), other, few, few)
 
 
 def _fewest(spec: Spec, speed: float) -> int:

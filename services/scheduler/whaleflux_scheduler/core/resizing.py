@@ -6,7 +6,7 @@ A resize is a claim of a running job on the GPUs that it goes on with (`Claim`, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import accumulate, islice
@@ -14,20 +14,21 @@ from itertools import accumulate, islice
 from whaleflux_scheduler.core import elastic, resize
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.elastic_index import ElasticIndex
-from whaleflux_scheduler.core.holdings import Holdings, count, is_reservation
+from whaleflux_scheduler.core.holdings import EXTRA, Holdings, count, is_reservation
 from whaleflux_scheduler.core.lifecycle import may_go_on
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan, Victim
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.preemption import CLAIM_S
+from whaleflux_scheduler.core.quota import Claimant
 from whaleflux_scheduler.core.request import of_model, shape
 from whaleflux_scheduler.core.resize import Growth
 
-_EXTRA = "!extra"
 MOST_GROWTHS = 8  # in one step
 MOST_LOOKED_AT = 128  # for one who waits, and for one look at who may grow
 GIVES_MORE = 0.5  # of what it has beyond its part
 _NO_PARTS: Mapping[str, int] = {}
+_BEFORE_ALL = -(2**31)  # a priority
 MOST_NODES = 96  # of those who may have to give
 
 
@@ -61,7 +62,7 @@ class Resizing:
         if not self._running or request.without_gpus:
             return None
         part = self._running.part(job.spec.priority, self._engine.free_gpus())
-        givers = self._givers(job, part, now)
+        givers = self._givers(job, request.units, part, now)
         if (size := elastic.floor(job.spec, min(part, wished))) > elastic.least(job.spec):
             larger = replace(
                 shape(elastic.sized(job.spec, size), request.exclude_nodes, request.near_nodes), id=request.id
@@ -70,15 +71,37 @@ class Resizing:
                 return room
         return room_by_shrinking(self._engine, self._holdings, request, job, givers, now)
 
-    def _givers(self, job: Job, part: int, now: datetime) -> list[Giver]:
-        """The first who give something, in the order of what they lose; their nodes are bounded, as each of them costs time."""
+    def parts_for(self, job: Job, gpus: int, now: datetime) -> Callable[[Collection[str]], Iterator[Victim]]:
+        """What of elastic jobs is lent, where guarantees cover the rest of them: it goes before anybody is stopped."""
+        quota = self._holdings.shares.quota
+        givers = self._givers(job, gpus, 0, now) if self._running and quota.guarantees and gpus else []
+
+        def parts(stopped: Collection[str]) -> Iterator[Victim]:
+            for giver in givers:
+                if giver.job.name not in stopped:
+                    for victim in _split(self._engine, self._holdings, giver):
+                        yield replace(victim, priority=_BEFORE_ALL)
+
+        return parts
+
+    def _givers(self, job: Job, gpus: int, part: int, now: datetime) -> list[Giver]:
+        """The first who give something, in the order of what they lose; their nodes are bounded, as each of them costs time.
+
+        What the claimant's guarantee is lent comes back whatever the priority; what others are guaranteed stays theirs.
+        """
+        quota = self._holdings.shares.quota
+        claimant = Claimant(quota, job.name, job.queue, gpus, job.spec.priority)
         asked = {victim for claim in self._holdings.claims.values() for victim in claim.victims}
         found, nodes = list[Giver](), 0
         for giver in islice(self._running.givers(), MOST_LOOKED_AT):
-            if giver.spec.priority > job.spec.priority or nodes >= MOST_NODES:
+            lent = claimant.lends(giver.name, giver.queue)
+            if nodes >= MOST_NODES or (giver.spec.priority > job.spec.priority and not quota.guarantees):
                 break
-            keeps = _keeps(giver, job, part)
-            if giver.name not in asked and _gives(giver, job, keeps, self._holdings, now):
+            if giver.spec.priority > job.spec.priority and not lent:
+                continue
+            least = elastic.least(giver.spec) if lent else _keeps(giver, job, part)
+            keeps = max(least, claimant.leaves(giver.name, giver.queue))
+            if giver.name not in asked and _gives(giver, job, keeps, self._holdings, now, lent=lent):
                 found.append(Giver(giver, keeps, count(self._holdings.held(giver.name)) - keeps))
                 nodes += len(self._holdings.held(giver.name))
         return found
@@ -231,13 +254,13 @@ def _keeps(giver: Job, to: Job, part: int) -> int:
     return max(least, elastic.floor(giver.spec, part)) if giver.spec.priority == to.spec.priority else least
 
 
-def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime) -> bool:
-    """Whether what it has beyond that may be had: for a higher priority at any time, for an equal one when it has settled."""
+def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime, *, lent: bool) -> bool:
+    """Whether what it has beyond that may be had: what is lent and for a higher priority at any time, for an equal one when it has settled."""
     if not may_go_on(giver) or giver.name == to.name or holdings.disputed(giver.name):
         return False
     if any(map(is_reservation, holdings.claimants_on(giver.name))):  # what it left would be the reservation's
         return False
-    first = giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
+    first = lent or giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
     return first and count(holdings.held(giver.name)) > keeps
 
 
@@ -249,9 +272,9 @@ def _split(engine: Engine, holdings: Holdings, giver: Giver) -> Iterator[Victim]
     engine.release(job.name)
     if own:
         engine.apply(holdings.as_placement(job.name, job, own))
-    engine.apply(holdings.as_placement(job.name + _EXTRA, job, extra))
+    engine.apply(holdings.as_placement(job.name + EXTRA, job, extra))
     lost = resize.loss(job, giver.keeps + giver.gives, giver.keeps) * giver.gives
-    yield Victim(job.name + _EXTRA, job.spec.priority, lost, reclaimed=True)  # it is lent, whoever waits
+    yield Victim(job.name + EXTRA, job.spec.priority, lost, reclaimed=True)  # it is lent, whoever waits
 
 
 def _room(
