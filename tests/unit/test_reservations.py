@@ -398,15 +398,6 @@ class TestPlan:
         world.step(0.02)
         assert world.kept[kept.name].short == 0
 
-    def test_a_clock_that_jumps_ahead_begins_and_ends_nothing(self):
-        world = World()
-        kept = world.keep(reserved())
-        world.now += 5 * HOUR
-        world.step(ahead_s=5 * 3600.0)
-        assert world.kept[kept.name].state is SCHEDULED
-        look = world.plan.next_look
-        assert look == kept.start + 5 * HOUR, "and it is not looked at all the time meanwhile"
-
     def test_another_plan_goes_on_with_what_is_stored(self):
         world = World()
         kept = world.keep(reserved(start=0.0))

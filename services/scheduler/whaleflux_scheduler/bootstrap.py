@@ -51,6 +51,7 @@ from whaleflux_scheduler.reconciler import Reconciler, Sources
 from whaleflux_scheduler.reservation_records import RESERVATIONS
 from whaleflux_scheduler.servicer import Scheduler
 from whaleflux_scheduler.session_news import SessionNews
+from whaleflux_scheduler.steady_clock import SteadyClock
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.task_servicer import Tasks
 
@@ -150,7 +151,7 @@ def assemble(
         newest = await store.list(keys.JOBS, limit=1)
         caches = jobs_cache, queues_cache, reservations_cache
         await asyncio.gather(*(one.at_least(newest.revision, timeout_s=30.0, asks_after_s=0.0) for one in caches))
-        plan = prepared.take()
+        plan, steady = prepared.take(), SteadyClock(clock)
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache, reservations_cache)
         publishers = _publishers(store, bus, leader, clock) if bus is not None else []
@@ -161,14 +162,14 @@ def assemble(
             sessions,
             nodes,
             diagnosis,
-            clock,
+            steady,
             timeouts,
             keep_ended=keep_ended,
             told=lambda: publishers[0].revision if publishers else math.inf,
             plan=plan,
         )
         planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
-        rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, clock)
+        rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, steady)
         reconciler.load()
         leader_session.begin(Leading(reconciler.agents, view, planner, rebalances))
         try:

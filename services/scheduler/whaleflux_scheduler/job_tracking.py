@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from whaleflux_scheduler.agent_sessions import AgentSession
 from whaleflux_scheduler.convert import StoredJob
@@ -146,6 +146,13 @@ class JobTracking:
         if self._seen is None or self._seen[:2] != (job.epoch, job.state):
             self._seen = job.epoch, job.state, now
         return self._seen[2]
+
+    def set_back(self, by: timedelta) -> None:
+        """The clock was set back."""
+        self._avoided = {node: until - by for node, until in self._avoided.items()}
+        if self._seen is not None:
+            epoch, state, since = self._seen
+            self._seen = epoch, state, since - by
 
     # the end of an attempt
 

@@ -9,7 +9,7 @@ import asyncio
 import heapq
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Job, JobState, Task, When
@@ -197,6 +197,12 @@ class LeaderState:
             if self._dues[0] == (at, name):
                 self._rescheduled.set()
         self._due_at[name] = at
+
+    def set_back(self, by: timedelta) -> None:
+        """The clock was set back: what was to last from then on lasts from now on, and everybody who is due is looked at."""
+        for tracking in self._tracked.values():
+            tracking.set_back(by)
+        self.touch(*self._due_at)
 
     def next_due(self) -> datetime | None:
         """When the first job has to be looked at again."""

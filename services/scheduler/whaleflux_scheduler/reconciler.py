@@ -26,7 +26,14 @@ from whaleflux_scheduler import spans
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
-from whaleflux_scheduler.core import attempt_failures, dependencies, lifecycle, task_observations, wait_reasons
+from whaleflux_scheduler.core import (
+    after_failure,
+    attempt_failures,
+    dependencies,
+    lifecycle,
+    task_observations,
+    wait_reasons,
+)
 from whaleflux_scheduler.core.holdings import held_by, is_reservation
 from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
@@ -35,7 +42,6 @@ from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.plan import Move, News, Plan
 from whaleflux_scheduler.core.queue_shares import PastUse, past_uses
 from whaleflux_scheduler.core.reservations import Reservation, has_to_leave
-from whaleflux_scheduler.core.steady_time import SteadyTime
 from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
@@ -54,7 +60,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.02, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
-DOUBT_S = 30.0  # between two looks while the clock is not believed
+LOOK_EVERY_S = 30.0  # at a clock by which something is due: it may have been set
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 _NOTHING = Observations()
 PLAN = "!plan"  # what looks at no job in particular when it is due
@@ -98,7 +104,6 @@ class Reconciler:
         self._decisions = DecisionLog(store, leader, sources.jobs, self.planner, clock)
         self._writer = Writer(store, leader, sources.jobs, callbacks, clock)
         self._keeper = ReservationKeeper(store, leader, sources.reservations, clock)
-        self._steady = SteadyTime()
         self._queues_changed = self._reservations_changed = True
         self._to_learn: list[Job] = []
         self._loaded: dict[str, Job] = {}  # jobs that are taken in as the feed of jobs will begin by telling
@@ -211,20 +216,24 @@ class Reconciler:
             self._state.wake()
 
     async def _alarm(self) -> None:
-        """Wakes the loop when a deadline of a job has come."""
+        """Wakes the loop when a deadline of a job has come; what lasts lasts no longer when the clock is set back."""
+        last, last_s = self._clock.now(), self._clock.monotonic()
         while True:
             rescheduled = self._state.watch_schedule()
             at = self._state.next_due()
             waiting: set[asyncio.Task[object]] = {asyncio.create_task(rescheduled.wait())}
             if at is not None:
                 left_s = (at - self._clock.now()).total_seconds()
-                waiting.add(asyncio.create_task(self._clock.sleep(max(left_s, 0.0) + 0.001)))
+                waiting.add(asyncio.create_task(self._clock.sleep(min(max(left_s, 0.0), LOOK_EVERY_S) + 0.001)))
             try:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in waiting:
                     task.cancel()
-            if due := self._state.take_due(self._clock.now()):
+            before, before_s, last, last_s = last, last_s, self._clock.now(), self._clock.monotonic()
+            if last < before:
+                self._state.set_back(before - last + timedelta(seconds=last_s - before_s))
+            if due := self._state.take_due(last):
                 self._state.touch(*due - {PLAN})
 
     async def _keep_showing(self) -> None:
@@ -270,15 +279,9 @@ class Reconciler:
         for move in (*moves, *ordered):
             self._apply(move, now, transitions)
         self._writer.write(transitions)
-        self._state.schedule(PLAN, self._next_look(news, now))
+        self._state.schedule(PLAN, self.planner.next_look)
         if self.planner.unfinished:
             self._state.wake()
-
-    def _next_look(self, news: News, now: datetime) -> datetime | None:
-        """Of the plan; soon, where the clock jumped and is not believed yet."""
-        at = self.planner.next_look
-        soon = now + timedelta(seconds=DOUBT_S)
-        return min(at, soon) if at is not None and news.ahead_s else at
 
     def _news(self, changes: NodeChanges, names: set[str], now: datetime, transitions: dict[str, Transition]) -> News:
         """What the planner has to know; the transitions that need no planner are added to `transitions`."""
@@ -311,7 +314,6 @@ class Reconciler:
             queues=queues,
             past_uses=past,
             reservations=reserved,
-            ahead_s=self._steady.ahead_s(now, self._clock.monotonic()),
             saved=saved,
             datasets=tuple(fact for fact in datasets.values() if fact is not None),
             datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
@@ -366,7 +368,7 @@ class Reconciler:
         self.agents.settle(tracking, reports)
         if job.state is JobState.QUEUED and (kept := wait_reasons.kept_back(_as_known(job, observed), now)):
             self._waits(job.name, tracking, kept)
-        elif job.state is JobState.QUEUED and (job.not_before is None or job.not_before <= now):
+        elif job.state is JobState.QUEUED and after_failure.paused_until(job, now) is None:
             return self._offer(Offer(stored, job, reports), tracking, now)
         if job.ended and not tracking.reports:
             self._state.forget(job.name)

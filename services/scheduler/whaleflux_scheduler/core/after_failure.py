@@ -94,6 +94,15 @@ def _unfit_again(job: Job) -> list[str]:
     return []
 
 
+def paused_until(job: Job, now: datetime) -> datetime | None:
+    """Until when it is not to be tried again; None: it may be.
+
+    No pause is longer than the longest: the clock of who wrote one that is was ahead.
+    """
+    until, longest = job.not_before, timedelta(seconds=max(LONGEST_BACKOFF_S, LONGEST_SERVICE_BACKOFF_S))
+    return until if until is not None and now < until <= now + longest else None
+
+
 def _settled(attempt: Attempt) -> bool:
     ran = attempt.run_time is not None and attempt.end_time is not None
     return ran and (attempt.end_time - attempt.run_time).total_seconds() >= SETTLED_S  # type: ignore[operator]

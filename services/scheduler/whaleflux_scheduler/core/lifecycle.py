@@ -225,7 +225,7 @@ def only_waits(job: Job) -> bool:
 def due(job: Job, observed: Observations, now: datetime, timeouts: Timeouts) -> datetime | None:
     """When to look at the job again even if nothing is reported of it."""
     if only_waits(job):
-        return job.not_before if job.not_before is not None and job.not_before > now else None
+        return after_failure.paused_until(job, now)
     return min((at for at in _dues(job, observed, timeouts) if at > now), default=None)
 
 

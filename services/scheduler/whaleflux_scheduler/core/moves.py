@@ -28,7 +28,6 @@ class News:
     queues: Mapping[str, Queue] | None = None
     past_uses: tuple[PastUse, ...] = ()  # of queues, before this plan began
     reservations: Mapping[str, Reservation] | None = None  # all that are stored, by name; None: as before
-    ahead_s: float = 0.0  # by how much `now` is ahead of the time by which reservations begin and end
     saved: Mapping[str, datetime] | None = None  # job -> when its newest checkpoint was committed; None: as before
     datasets: tuple[DatasetFact, ...] = ()
     datasets_gone: tuple[str, ...] = ()

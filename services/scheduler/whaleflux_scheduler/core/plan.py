@@ -108,7 +108,6 @@ class Plan(Promising):
             self._under_way.pop(name, None)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
-        self._reserved.ahead_s = news.ahead_s
         if news.reservations is not None:
             self._reserved.know(news.reservations)
 

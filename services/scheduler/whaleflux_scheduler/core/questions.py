@@ -11,7 +11,7 @@ from datetime import datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import capacity, decisions, elastic, goals, reservations, wait_reasons
+from whaleflux_scheduler.core import after_failure, capacity, decisions, elastic, goals, reservations, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
@@ -90,8 +90,8 @@ class Questions:
         """Why a waiting job waits, at this moment."""
         if kept := wait_reasons.kept_back(job, now):
             return kept
-        if job.not_before is not None and job.not_before > now:
-            return wait_reasons.pauses(job.not_before, now)
+        if (until := after_failure.paused_until(job, now)) is not None:
+            return wait_reasons.pauses(until, now)
         job = replace(job, spec=elastic.at_least(job.spec))
         if limit := self._over_limit(job):
             return self._in_line(wait_reasons.queue_is_full(limit, now), job)

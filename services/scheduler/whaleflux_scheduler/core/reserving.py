@@ -45,7 +45,6 @@ class Reserved:
         self._lost_since: dict[str, float] = {}
         self._dues: dict[str, list[float]] = {}  # when jobs are to be asked to leave
         self._again_s = math.inf
-        self.ahead_s = 0.0  # by how much the time of others is ahead of that by which reservations begin and end
         self._room: dict[str, tuple[ReservationState, int]] = {}  # of those who wait for it
         self._small: dict[str, tuple[int, Engine]] = {}  # the fleet's version, and a reservation's own GPUs
 
@@ -206,11 +205,10 @@ class Reserved:
             if not one.over:
                 dues.append((one.end if one.state is ReservationState.ACTIVE else one.start).timestamp())
                 dues += self._dues.get(one.name, ())
-        return min(dues) + self.ahead_s
+        return min(dues)
 
     def step(self, now: datetime) -> list[Reservation]:
         """What is to be written: reservations that began or are over, have other GPUs, or have more jobs leave."""
-        now -= timedelta(seconds=self.ahead_s)
         self._again_s = math.inf
         if not self._now:
             return []
