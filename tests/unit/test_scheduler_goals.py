@@ -17,7 +17,7 @@ from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import goals, lifecycle
 from whaleflux_scheduler.core.estimates import Estimates
-from whaleflux_scheduler.core.model import Attempt, Job, JobState
+from whaleflux_scheduler.core.model import Attempt, Job, JobState, TaskPhase
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
 
@@ -199,3 +199,86 @@ class TestFile:
 
     def test_numbers_are_those_of_the_contract(self):
         assert {f"JOB_GOAL_{goal.name}": int(goal) for goal in Goal} == dict(pb.JobGoal.items())
+
+
+class TestWaitingForCheaper:
+    """An H200 node is free; the two A100 nodes, on which an hour's work takes 1.25 h and costs $10 instead of $16, are not."""
+
+    def busy(self, lasts_h=1.0):
+        """Somebody holds the A100s for so long."""
+        made = fleet()
+        there = job("there", types=TYPES[1:], gpus=8, expected_s=lasts_h * HOUR_S)
+        there = replace(there, spec=replace(there.spec, gpu_options=()))
+        move = choose(made, there)
+        assert type_of(move) == "A100-80GB"
+        placed = lifecycle.place(there, move.assignment, move.decision, NOW)
+        self.there = replace(
+            placed, state=JobState.RUNNING, attempt=replace(placed.attempt, run_time=NOW, usd_per_hour=8.0)
+        )
+        made.apply(News(jobs=(self.there,)))
+        return made
+
+    def ends(self, made):
+        tasks = tuple(replace(task, phase=TaskPhase.EXITED, exit_code=0) for task in self.there.attempt.tasks)
+        attempt = replace(self.there.attempt, tasks=tasks, end_time=NOW)
+        made.apply(News(jobs=(replace(self.there, state=JobState.SUCCEEDED, attempt=attempt),)))
+
+    def wants(self, hours=6.0, **spec):
+        return job("wants", goal=Goal.CHEAPEST, expected_s=HOUR_S, hours=hours, **spec)
+
+    def waits(self, made, asked, now=NOW):
+        move = choose(made, asked, now)
+        assert move.assignment is None, move.decision.summary
+        return move.decision
+
+    def test_it_waits_when_its_deadline_leaves_room_and_says_for_what(self):
+        made = self.busy()
+        decision = self.waits(made, self.wants())
+        assert decision.summary.startswith(
+            "waits: cheaper GPUs are in sight: A100-80GB for $10.00 are expected at 2026-05-01 13:0"
+        )
+        assert decision.summary.endswith("instead of H200 for $16.00 now")
+        assert decision.reasons[-1] == "it starts on H200 at 2026-05-01 16:49 UTC at the latest, to keep its deadline"
+        assert made.explain(self.wants(), (), NOW).summary == decision.summary
+        self.ends(made)
+        (move,) = made.decide(NOW)
+        assert type_of(move) == "A100-80GB"
+        assert made.next_look is None
+
+    @pytest.mark.parametrize(
+        ("why", "more"),
+        [
+            ("no room before its deadline", {"hours": 2.0}),
+            ("no deadline", {"hours": None}),
+            ("closest asks for no price", {"goal": Goal.CLOSEST}),
+            ("as fast as it gets", {"goal": Goal.FASTEST}),
+            ("nobody knows how long it runs", {"expected_s": None}),
+        ],
+    )
+    def test_it_starts_at_once_when(self, why, more):
+        asked = {"goal": Goal.CHEAPEST, "expected_s": HOUR_S, "hours": 6.0, **more}
+        assert type_of(choose(self.busy(), job("wants", **asked))) == "H200", why
+
+    def test_it_starts_at_once_when_others_stay_there_longer_than_it_can_wait(self):
+        assert type_of(choose(self.busy(lasts_h=20.0), self.wants())) == "H200"
+
+    def test_it_starts_on_the_dear_ones_when_the_others_did_not_come_free(self):
+        made = self.busy()
+        self.waits(made, self.wants())
+        at, looks = NOW, 0
+        while (moves := made.decide(at)) == [] or moves[0].assignment is None:
+            at, looks = made.next_look, looks + 1
+            assert looks < 500
+        assert type_of(moves[0]) == "H200"
+        assert at <= NOW + timedelta(hours=6 - 1.1)
+
+    def test_somebody_else_may_have_what_it_does_not_take(self):
+        made = self.busy()
+        self.waits(made, self.wants())
+        assert type_of(choose(made, job("other", types=TYPES[:1], at=1))) == "H200"
+        self.ends(made)
+        moves = {move.job: move for move in made.decide(NOW) if move.assignment is not None}
+        assert type_of(moves["queues/q/jobs/wants"]) == "A100-80GB"
+
+    def test_a_dry_run_says_so_too(self):
+        assert self.busy().dry_run(self.wants(), NOW).summary.startswith("waits: cheaper GPUs are in sight")

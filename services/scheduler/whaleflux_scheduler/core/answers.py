@@ -70,6 +70,8 @@ class Answers(Waiting):
             return reserved
         if not line.kind.refused:
             return wait_reasons.others_alike_go_first(now)
+        if (waits := self._patience.of(job.name)) is not None:
+            return wait_reasons.for_cheaper(waits, now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
         decision = wait_reasons.with_reservations(decision, self._reserved.in_the_way_of(job, now))
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))

@@ -22,6 +22,7 @@ from whaleflux_scheduler.core.going_on import claimed_place, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.model import Job, JobState
 from whaleflux_scheduler.core.moves import Move, News
+from whaleflux_scheduler.core.patience import may_wait
 from whaleflux_scheduler.core.pending import Line, RequestClass
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -58,7 +59,7 @@ class Plan(Promising):
     @property
     def next_look(self) -> datetime | None:
         """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
-        at_s = min(self._promises.next_look, self._reserved.next_look)
+        at_s = min(self._promises.next_look, self._reserved.next_look, self._patience.next_look)
         return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
 
     def prepare(self) -> None:
@@ -141,6 +142,8 @@ class Plan(Promising):
             self._fleet.give_up()
         self._now = now
         moves = self._keep_reservations(now)
+        for name in self._patience.due(now):
+            self._try_again(self._pending.jobs[name].line.kind)
         self._take_in_gains()
         while self._turns.active and not watch.over:
             line = self._turns.next()
@@ -178,7 +181,11 @@ class Plan(Promising):
             self._refuse(kind)
             return None
         if not kind.refused and (placement := self._place(kind, self._wished(request, job, now), job, now)) is not None:
+            if self._waits_for_cheaper(line, job, placement, now):
+                return None
             return self._give(job, self._enlarged(kind, job, placement), now)
+        if self._patience.forget(job.name):
+            self._promises.waits(job, kind.request)
         if kind.own and (place := self._on(way_back, kind, job)) is not None:
             return self._give(job, place, now)
         if request is not kind.request:
@@ -194,6 +201,18 @@ class Plan(Promising):
         else:
             self._refuse(kind)
         return None
+
+    def _waits_for_cheaper(self, line: Line, job: Job, placement: Placement, now: datetime) -> bool:
+        """Whether it starts later, on GPUs that cost it less and come free in time. It is promised nothing: it could start."""
+        if not may_wait(job.spec):
+            return False
+        request = self._wished(self._within_quota(line.kind.request, job), job, now)
+        if self._patience.waits(job, request, placement, now) is None:
+            return False
+        self._promises.leaves(job.name)
+        self._tell(job.name, "cheaper")
+        self._refuse(line.kind)
+        return True
 
     def _try_reserved(self, kind: RequestClass, job: Job, now: datetime) -> Move | None:
         """On GPUs of its reservation, and nowhere else."""
@@ -253,6 +272,7 @@ class Plan(Promising):
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
         self._leave(job.name)
         self._promises.leaves(job.name)
+        self._patience.forget(job.name)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         if self._hopeful and not self._fleet.any_hope:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from whaleflux_scheduler.core.availability import Start
 from whaleflux_scheduler.core.estimates import LEAST_S, START_S, Estimates, safe_s
 from whaleflux_scheduler.core.expected_ends import ExpectedEnds
 from whaleflux_scheduler.core.holdings import Holdings, claim_id
@@ -205,6 +206,10 @@ class Promises:
     def expected_start(self, job: Job, ahead: Sequence[Job], now: datetime) -> tuple[datetime, datetime] | None:
         """As `ExpectedEnds.expected_start`."""
         return self._ends.expected_start(job, ahead, self._starts, now)
+
+    def soonest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> Start | None:
+        """The earliest start of the request that is not after `by_s`, seconds since the epoch; None: none is in sight."""
+        return self._ends.earliest(job, request, now, by_s)[0] if self._ends.catch_up(now) else None
 
     def promise(self, job: Job, request: PlaceRequest, now: datetime) -> Claim | None:
         """A start for the job, or an earlier one than it was promised; None: none is in sight, or none that is worth a change."""

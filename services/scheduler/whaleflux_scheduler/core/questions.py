@@ -18,6 +18,7 @@ from whaleflux_scheduler.core.holdings import is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
+from whaleflux_scheduler.core.patience import Patience
 from whaleflux_scheduler.core.pending import Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
@@ -46,6 +47,7 @@ class Questions:
         self._estimates = Estimates()
         self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates, promises)
         self._reserved = Reserved(self._fleet, self._estimates)
+        self._patience = Patience(self._promises.soonest)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property
@@ -78,8 +80,11 @@ class Questions:
         if reserved := self._reserved.why(job, now):
             return self._in_line(reserved, job)
         request = self._within_quota(place_request(job.name, job.spec), job)
-        answer = self._fleet.engine.place(self._wished(self._reserved.away(request, job, now), job, now))
+        wished = self._wished(self._reserved.away(request, job, now), job, now)
+        answer = self._fleet.engine.place(wished)
         if isinstance(answer, Placement):
+            if waits := self._patience.cheaper(job, wished, answer, now):
+                return self._in_line(wait_reasons.for_cheaper(waits, now), job)
             return self._placed(job, answer, decisions.assignment_of(answer, self._fleet.holdings.devices), now)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now), request, job)
         decision = self._in_line(self._in_time(decision, job, now), job)
@@ -106,7 +111,8 @@ class Questions:
         with self._fleet.holdings.without(job.name):
             answer = self._fleet.engine.place(request)
         if isinstance(answer, Placement):
-            return self._in_line(wait_reasons.is_next(now), job)
+            waits = self._patience.of(job.name)
+            return self._in_line(wait_reasons.for_cheaper(waits, now) if waits else wait_reasons.is_next(now), job)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now, avoided), request, job)
         claims = [name for name in self._fleet.holdings.claims if name != job.name and not is_reservation(name)]
         decision = wait_reasons.with_claims(decision, claims)

@@ -11,6 +11,7 @@ from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingDecision
+from whaleflux_scheduler.core.patience import Waits
 from whaleflux_scheduler.core.pending import Ahead
 from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
@@ -113,6 +114,22 @@ def pauses(until: datetime, now: datetime) -> SchedulingDecision:
 def is_next(now: datetime) -> SchedulingDecision:
     """It fits: the next round places it."""
     return _held_back("it is its turn any moment", now)
+
+
+def for_cheaper(waits: Waits, now: datetime) -> SchedulingDecision:
+    """It could start on GPUs that cost more than those that come free in time."""
+    summary = (
+        f"cheaper GPUs are in sight: {waits.model} for ${waits.usd:.2f} are expected at {_minute(waits.start)}, instead of {waits.dear_model} for "
+        f"${waits.dear_usd:.2f} now"
+    )
+    return replace(
+        _held_back(summary, now),
+        reasons=(f"it starts on {waits.dear_model} at {_minute(waits.until)} at the latest, to keep its deadline",),
+    )
+
+
+def _minute(at: datetime) -> str:
+    return at.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def cannot_be_asked(why: str, now: datetime) -> SchedulingDecision:

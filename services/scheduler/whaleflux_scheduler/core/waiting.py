@@ -16,6 +16,7 @@ from whaleflux_scheduler.core.holdings import count
 from whaleflux_scheduler.core.model import Job, Queue
 from whaleflux_scheduler.core.moves import News
 from whaleflux_scheduler.core.needs import NeedIndex, need_of
+from whaleflux_scheduler.core.patience import may_wait
 from whaleflux_scheduler.core.pending import Candidate, Line, RequestClass
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.questions import Questions
@@ -91,6 +92,7 @@ class Waiting(Questions):
         if candidate is None:
             self._leave(name)
             self._promises.leaves(name)
+            self._patience.forget(name)
             return
         candidate = _asking_for_least(candidate)
         known = self._pending.jobs.get(name)
@@ -120,7 +122,7 @@ class Waiting(Questions):
 
     def _stands_alone(self, job: Job) -> bool:
         """Whether it may have GPUs that others like it may not."""
-        return self._fleet.holdings.holds(job.name) or left_for_a_move(job)
+        return self._fleet.holdings.holds(job.name) or left_for_a_move(job) or may_wait(job.spec)
 
     def _leave(self, name: str) -> None:
         self._unanswered.pop(name, None)
