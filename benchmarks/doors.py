@@ -43,7 +43,6 @@ DOORS: dict[str, Door] = {
     "fairness": Door(commands=("simulate", "submit")),
     "idle_gpus": Door(commands=("simulate", "submit")),
     "rebalance": Door(commands=("submit",), fields=("checkpoint.every",)),
-    "sharing_churn": Door(commands=("submit",), fields=("gpu.share", "cpus_per_rank")),
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),

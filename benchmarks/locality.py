@@ -154,7 +154,7 @@ class Run:
             subgroups = (Subgroup(8),) if job.gpus % 8 == 0 else ()
             request = PlaceRequest(
                 job.id,
-                (GroupRequest(gpus=job.gpus, subgroups=subgroups),),
+                GroupRequest(job.gpus, subgroups=subgroups),
                 datasets=(job.dataset,) if job.dataset and self.aware else (),
                 data_reads=job.reads,
                 preference=Preference(work_gpu_s=job.gpus * job.lasts_s),

@@ -95,17 +95,15 @@ class Ledger:
         if share is None:
             if sign > 0:
                 assert key not in self.whole, f"{key} given to {self.whole[key]} and {id_}"
-                assert not self.milli[key] and not self.memory[key], f"{key} is shared already"
+                assert not self.memory[key], f"{key} is shared already"
                 self.whole[key] = id_
             else:
                 assert self.whole.pop(key) == id_
             return
         assert key not in self.whole, f"{key} is wholly held by {self.whole.get(key)}"
         facts = nodes[part.node].gpus[gpu] if part.node in nodes else None
-        self.milli[key] += sign * share.compute_milli
         self.memory[key] += sign * share.memory_bytes
         if sign > 0 and facts:
-            assert self.milli[key] <= 1000, f"{key}: compute over-committed"
             assert self.memory[key] <= facts.memory_bytes, f"{key}: memory over-committed"
 
 
@@ -154,28 +152,21 @@ class History:
             min_memory_bytes=pick.choice([0, 0, 40 * GB, 100 * GB]),
             cpu_millicores_per_gpu=pick.choice([0, 0, 4000, 12_000]),
             labels=pick.choice([(), (), (("pool", "a"),)]),
-            min_interconnect_bytes_per_s=pick.choice([0, 0, 0, 100e9]),
         )
         if kind < 0.25:
             if pick.random() < 0.2:
-                return PlaceRequest(id_, (GroupRequest("m", pick.choice([1, 2])),), GpuRequirement(mig_profile=MIG))
-            share = pick.choice(
-                [Share(4 * GB, 100), Share(10 * GB, 250), Share(1 * GB, 500), Share(20 * GB, apart=True)]
-            )
+                return PlaceRequest(id_, GroupRequest(pick.choice([1, 2])), GpuRequirement(mig_profile=MIG))
+            share = pick.choice([Share(4 * GB), Share(10 * GB), Share(1 * GB), Share(20 * GB, apart=True)])
             parts = pick.choice([1, 1, 3])
             level = pick.choice([None, None, Level.NODE if share.apart else Level.GPU, Level.NODE, Level.LEAF])
-            group = GroupRequest("i", parts, share=share, level=level)
+            group = GroupRequest(parts, share=share, level=level)
             light = GpuRequirement(cpu_millicores_per_gpu=need.cpu_millicores_per_gpu, labels=need.labels)
             spread = pick.choice([0, 2]) if parts > 1 and level in (None, Level.LEAF) else 0
-            return PlaceRequest(id_, (group,), light, min_nodes=spread)
-        if kind < 0.4:
-            groups = (GroupRequest("a", pick.choice([2, 8])), GroupRequest("b", pick.choice([1, 3]), level=Level.NODE))
-            return PlaceRequest(id_, groups, level=pick.choice([None, Level.LEAF, Level.SPINE]))
+            return PlaceRequest(id_, group, light, min_nodes=spread)
         gpus = pick.choice([1, 1, 2, 2, 4, 8, 12, 16, 24])
         size = pick.choice([1, 1, 2, 4])
         group = GroupRequest(
             gpus=gpus,
-            gpus_per_node=pick.choice([0, 0, 0, size]) if gpus % size == 0 else 0,
             level=pick.choice([None, None, None, Level.NODE, Level.LEAF]),
             subgroups=(Subgroup(size, pick.choice([Level.ISLAND, Level.NODE]), required=True),)
             if gpus % size == 0 and size > 1
@@ -183,7 +174,7 @@ class History:
         )
         return PlaceRequest(
             id_,
-            (group,),
+            group,
             need,
             level=pick.choice([None, None, Level.SITE]),
             min_nodes=pick.choice([0, 0, 2]) if gpus >= 2 else 0,
@@ -208,7 +199,7 @@ class History:
     def verify(self, request: PlaceRequest, answer: Placement) -> None:
         """Every promise of the request, checked against the facts alone."""
         nodes = [self.nodes[a.node] for a in answer.nodes]
-        assert answer.gpus == request.units * answer.option.per_unit or any(g.share for g in request.groups)
+        assert answer.gpus == request.units * answer.option.per_unit or request.group.share
         assert sorted(r for a in answer.nodes for r in a.ranks) == list(range(answer.gpus))
         assert not {n.name for n in nodes} & (set(request.exclude_nodes) | set(self.unschedulable))
         assert len(answer.node_names) >= request.min_nodes
@@ -223,19 +214,13 @@ class History:
             assert not (part.share and part.share.apart) or len(set(part.gpus)) == len(part.gpus)
             assert set(need.labels) <= set(node.labels)
             assert self.ledger.cpu[node.name] + part.cpu_millicores <= node.cpu_millicores
-        for group in request.groups:
-            mine = [a for a in answer.nodes if a.group == group.name]
-            if group.level is Level.NODE:
-                assert len(mine) == 1
-            if group.level is Level.GPU:
-                assert len({(a.node, g) for a in mine for g in a.gpus}) == 1
-            if group.gpus_per_node:
-                assert all(len(a.gpus) == group.gpus_per_node * answer.option.per_unit for a in mine)
-            if group.level is Level.LEAF:
-                assert (
-                    len({(self.nodes[a.node].site, self.nodes[a.node].spine, self.nodes[a.node].leaf) for a in mine})
-                    == 1
-                )
+        group = request.group
+        if group.level is Level.NODE:
+            assert len(answer.node_names) == 1
+        if group.level is Level.GPU:
+            assert len({(a.node, g) for a in answer.nodes for g in a.gpus}) == 1
+        if group.level is Level.LEAF:
+            assert len({(n.site, n.spine, n.leaf) for n in nodes}) == 1
         if request.level is Level.SITE:
             assert len({n.site for n in nodes}) == 1
 

@@ -93,7 +93,7 @@ class Bench:
     def request(self, gpus: int) -> PlaceRequest:
         self.next_id += 1
         subgroups = (Subgroup(8),) if gpus >= 8 else ()
-        return PlaceRequest(f"job-{self.next_id}", (GroupRequest(gpus=gpus, subgroups=subgroups),))
+        return PlaceRequest(f"job-{self.next_id}", GroupRequest(gpus, subgroups=subgroups))
 
     def decide(self, request: PlaceRequest) -> bool:
         queue = f"q{self.next_id % 20}"
@@ -181,9 +181,7 @@ def preemption(seed: int, nodes: int = 2000, victims: int = 700) -> dict[int, li
         seconds: dict[int, list[float]] = {}
         for gpus in PREEMPTORS:
             for at in range(4):
-                request = PlaceRequest(
-                    f"big-{gpus}-{at}", (GroupRequest(gpus=gpus, subgroups=(Subgroup(8),)),), priority=10
-                )
+                request = PlaceRequest(f"big-{gpus}-{at}", GroupRequest(gpus, subgroups=(Subgroup(8),)), priority=10)
                 begun = time.thread_time()
                 plan = bench.engine.preempt(request, low)
                 if at:  # the first is warm-up

@@ -123,7 +123,7 @@ class OurPolicy:
     def start(self, job: Job, pod: int) -> Given | None:
         _, size = job.pods(pod)
         subgroups = (Subgroup(size),) if size > 1 else ()
-        placement = self.engine.fits(PlaceRequest(str(job.id), (GroupRequest(gpus=job.gpus, subgroups=subgroups),)))
+        placement = self.engine.fits(PlaceRequest(str(job.id), GroupRequest(job.gpus, subgroups=subgroups)))
         if placement is None:
             return None
         self.engine.apply(placement)

@@ -13,13 +13,12 @@ from itertools import combinations
 from benchmarks.common import Row, Target
 from whaleflux.fleet import Gpu, Level, Link, LinkKind, Node
 from whaleflux.fleet.links import Fabric
-from whaleflux_scheduler.core.placement.api import CommModel, GroupRequest, Placement, PlaceRequest
+from whaleflux_scheduler.core.placement.api import GroupRequest, Placement, PlaceRequest, Subgroup
 from whaleflux_scheduler.core.placement.columns import Columns
 from whaleflux_scheduler.core.placement.comm import estimate
 from whaleflux_scheduler.core.placement.engine import Engine
 
 _LINKS = tuple(Link(a, b, LinkKind.NVLINK, 347e9) for a, b in combinations(range(8), 2))
-_COMM = CommModel()
 
 
 def sampled(seed: int, *, partly: bool) -> Engine:
@@ -38,7 +37,7 @@ def sampled(seed: int, *, partly: bool) -> Engine:
     for at in range(pick.randrange(3, 12)):
         hidden = tuple(pick.sample(names, pick.randrange(len(names) // 2, len(names) - 4)))  # scatters the gangs
         size = pick.choice([8, 16, 32]) if not partly else pick.choice([1, 2, 3, 5, 8, 12, 16])
-        found = made.fits(PlaceRequest(f"x{at}", (GroupRequest(gpus=size),), exclude_nodes=hidden))
+        found = made.fits(PlaceRequest(f"x{at}", GroupRequest(size), exclude_nodes=hidden))
         if found:
             made.apply(found)
     return made
@@ -85,7 +84,7 @@ def _cost(columns: Columns, rows: list[int], gpus: int, width: int) -> float:
         give[i] += more
         left -= more
     parts = [(i, columns.shape(i).wiring.choose(columns.free_mask(i), n)) for i, n in sorted(give.items())]
-    return estimate(columns, parts, _COMM).step_s
+    return estimate(columns, parts).step_s
 
 
 def compare(seed: int, states: int) -> tuple[list[Row], list[Target]]:
@@ -98,8 +97,8 @@ def compare(seed: int, states: int) -> tuple[list[Row], list[Target]]:
             made = sampled(seed + at, partly=partly)
             pick = random.Random(seed - at)
             gpus = 8 * pick.randrange(2, 24) if not partly else pick.choice([2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 96])
-            group = GroupRequest(gpus=gpus, gpus_per_node=0 if partly else 8)
-            found = made.fits(PlaceRequest("new", (group,)))
+            group = GroupRequest(gpus, subgroups=() if partly else (Subgroup(8, Level.NODE),))
+            found = made.fits(PlaceRequest("new", group))
             best = best_step_s(made.columns, gpus, range(1, 9) if partly else [8])
             assert (found is None) == (best == float("inf")), "one of them found a place and the other did not"
             if isinstance(found, Placement) and best > 0:

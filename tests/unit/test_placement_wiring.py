@@ -71,13 +71,6 @@ def test_ranks_of_a_subgroup_are_neighbours():
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
 
 
-def test_how_many_gpus_reach_a_bandwidth():
-    wiring = wiring_of(node("n", gpus=8, links=nvlink(range(5), range(5, 8))))
-    assert wiring.widest(0xFF, 100e9) == 5
-    assert wiring.widest(0b11100111, 100e9) == 3
-    assert wiring.widest(0, 100e9) == 0
-
-
 @settings(deadline=None)
 @given(st.integers(0, 2**16 - 1))
 def test_bits_and_masks_are_inverse(mask):

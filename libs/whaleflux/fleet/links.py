@@ -86,10 +86,3 @@ def all_reduce_s(size_bytes: float, ranks: int, bus_bytes_per_s: float, hop_s: f
     if ranks < 2:
         return 0.0
     return size_bytes * 2 * (ranks - 1) / ranks / bus_bytes_per_s + hops * hop_s
-
-
-def all_to_all_s(bytes_per_rank: float, ranks: int, rank_bytes_per_s: float) -> float:
-    """Every rank sends an equal part of `bytes_per_rank` to each other rank at `rank_bytes_per_s`."""
-    if ranks < 2:
-        return 0.0
-    return bytes_per_rank * (ranks - 1) / ranks / rank_bytes_per_s

@@ -50,7 +50,6 @@ class Wiring:
         self._choice: dict[tuple[int, int, int], int] = {}
         self._order: dict[tuple[int, int], tuple[int, ...]] = {}
         self._island_units: dict[tuple[int, int], int] = {}
-        self._widest: dict[tuple[int, float], int] = {}
 
     def ring_bytes_per_s(self, mask: int) -> float:
         """The slowest link of the best ring through these GPUs; infinite for fewer than two."""
@@ -76,16 +75,6 @@ class Wiring:
         if key not in self._island_units:
             self._island_units[key] = sum((mask & island).bit_count() // size for island in self.islands)
         return self._island_units[key]
-
-    def widest(self, mask: int, min_bytes_per_s: float) -> int:
-        """The most GPUs of `mask` whose best ring still reaches `min_bytes_per_s` (at least one if there is any)."""
-        key = (mask, min_bytes_per_s)
-        if key not in self._widest:
-            count = mask.bit_count()
-            while count > 1 and self.ring_bytes_per_s(self.choose(mask, count)) < min_bytes_per_s:
-                count -= 1
-            self._widest[key] = count
-        return self._widest[key]
 
     def choose(self, free: int, count: int, unit: int = 1) -> int:
         """The best `count` of the free GPUs: fastest ring, then whole runs of `unit` per island, then leaving the best rest."""

@@ -25,6 +25,7 @@ from whaleflux.manifests.job_values import (
     Dependency,
     Gpus,
     Kind,
+    Labels,
     Named,
     OnPartition,
     Placement,
@@ -160,6 +161,19 @@ class Spec:
     max_nodes: int = _field(
         0, "nodes.max", "nodes.max", Whole(1, MAX_NODES), "Most nodes to spread over.", default="no limit", example="8"
     )
+    node_labels: tuple[tuple[str, str], ...] = _field(
+        (), "nodes.labels", "nodes.labels", Labels(),
+        "Only nodes that have all of these labels, which their agent's settings or an operator gave them (`whaleflux nodes -o json` shows them).",
+        default="any node", example="{pool: research}",
+    )  # fmt: skip
+    needs_nvme: bool = _field(
+        False, "nodes.nvme", "nodes.nvme", Flag(), "Only nodes with a local NVMe disk, for what the job caches or spills.",
+        default="false", example="true",
+    )  # fmt: skip
+    no_spot: bool = _field(
+        False, "nodes.spot", "nodes.no_spot", Choice({"any": False, "never": True}),
+        "`never`: no spot machines, which their owner may take back at any time (price kind `spot`).", default="any", example="never",
+    )  # fmt: skip
     any_of: tuple[str, ...] = _field(
         (), "gpu.any", "gpu.any_of", GpuTypes(),
         "GPU types that will do; `gpu: H200` is short for this. The whole gang gets one of them. `gpus` counts the first; with "

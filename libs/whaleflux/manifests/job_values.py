@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
@@ -19,6 +19,7 @@ from whaleflux.manifests.text_values import Text, Texts, printable, text, texts
 from whaleflux.manifests.values import Choice, Flag, Schema, Seconds, Value, Violations, Whole, number
 
 _NEVER = math.inf
+_LABEL = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _RESERVATION = re.compile(rf"reservations/{names.ID_PATTERN.pattern}")
 _LEVELS = {
     "site": 1,
@@ -46,6 +47,41 @@ class Dependency:
 
     job: str = ""
     when: int = 0
+
+
+@dataclass(frozen=True)
+class Labels(Value):
+    """Labels that a node must have: {pool: research}."""
+
+    most: int = 64
+    most_characters: int = 128
+
+    def words(self) -> str:
+        return f"labels with their values: `{{pool: research}}`, at most {self.most}"
+
+    def take(self, reader: Reader, key: str, base: Path, absent: Any) -> Any:
+        inner = reader.inner(key)
+        return {name: inner.take(name, text, "") for name in inner.keys()}  # noqa: SIM118 - a reader is no mapping
+
+    def write(self, message: Any, name: str, value: Any) -> None:
+        getattr(message, name).update(value)
+
+    def reading(self, path: str) -> Callable[[Any], Any]:
+        get = attrgetter(path)
+        return lambda message: tuple(sorted(get(message).items()))
+
+    def violations(self, at: str, value: Sequence[tuple[str, str]]) -> Violations:
+        if len(value) > self.most:
+            yield FieldViolation(at, f"{len(value)} labels; at most {self.most}")
+        for name, wanted in value[: self.most]:
+            if not _LABEL.fullmatch(name):
+                yield FieldViolation(
+                    at, f"key {name[:64]!r}: use 1-{self.most_characters} of letters, digits, '.', '_', '/' and '-'"
+                )
+            yield from printable(f"{at}[{name[:64]}]", wanted, self.most_characters)
+
+    def schema(self) -> Schema:
+        return {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         open_code_store(bus, ctx.clock, settings.code_store_bytes) if bus else None,
         settings.code_grace_s,
         settings.queue_half_life_s,
-        packs_by_mix=settings.packs_by_mix,
         promises=settings.promise_rules(),
         rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
     )

@@ -108,7 +108,6 @@ def assemble(
     code_grace_s: float = 7 * 86_400.0,
     queue_half_life_s: float = HALF_LIFE_S,
     *,
-    packs_by_mix: bool = False,
     promises: PromiseRules | None = None,
     rebalancing: RebalanceSettings | None = None,
 ) -> Service:
@@ -130,9 +129,7 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
-    prepared = PreparedPlan(
-        nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, packs_by_mix=packs_by_mix
-    )
+    prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),

@@ -31,10 +31,9 @@ class PreparedPlan:
         *,
         rules: RebalanceRules | None = None,
         promises: PromiseRules | None = None,
-        packs_by_mix: bool = False,
     ) -> None:
         self._nodes, self._clock, self._queue_half_life_s = nodes, clock, queue_half_life_s
-        self._rules, self._promises, self._packs_by_mix = rules, promises, packs_by_mix
+        self._rules, self._promises = rules, promises
         self._plan: Plan | None = None
         self.give_back()
 
@@ -70,5 +69,4 @@ class PreparedPlan:
             self._queue_half_life_s,
             rules=self._rules,
             promises=self._promises,
-            packs_by_mix=self._packs_by_mix,
         )

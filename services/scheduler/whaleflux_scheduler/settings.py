@@ -53,11 +53,6 @@ class Settings(ServiceSettings):
         2 << 30, ge=128 << 20, description="Most bytes of code that the event bus keeps (its stream CODE)."
     )
 
-    packs_by_mix: bool = Field(
-        False,
-        description="Shares of GPUs go where they leave what is asked for lately, rather than where they fit tightest; without shares both are the same.",
-    )
-
     promised_starts: int = Field(
         _PROMISES.large,
         ge=0,

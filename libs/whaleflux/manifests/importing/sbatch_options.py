@@ -21,7 +21,7 @@ NOTES = {
     "open-mode": "what ranks print is read by `whaleflux logs`", "mail-type": "nobody is mailed; `whaleflux events --for JOB` follows a job",
     "mail-user": "nobody is mailed; `whaleflux events --for JOB` follows a job", "exclusive": "GPUs are held by one job alone, the rest of a node is shared",
     "nodelist": "names nodes of the Slurm cluster", "exclude": "names nodes of the Slurm cluster; cordon bad ones",
-    "constraint": "names features of the Slurm cluster; `gpu` and `sites` say where it may run", "requeue": "a lost node moves the job to others by itself",
+    "constraint": "names features of the Slurm cluster; `nodes.labels`, `gpu` and `sites` say where it may run", "requeue": "a lost node moves the job to others by itself",
     "no-requeue": "a lost node moves the job to others all the same", "signal": "is not sent; SIGTERM comes `stop_grace` before the end",
     "comment": "jobs have no comments", "wckey": "has no equivalent", "reservation": "names a reservation of the Slurm cluster", "hint": "has no equivalent",
     "export": "variables of the submitting shell are not passed on; name those it needs under environment", "mem-bind": "has no equivalent",

@@ -400,7 +400,6 @@ class Holdings:
                 NodeAssignment(
                     node,
                     indices,
-                    "workers",
                     tuple(range(rank, rank + len(indices))) if runs else (),
                     part_of,
                     cpu_millicores=len(uuids) * job.spec.counted_cpu_millicores,

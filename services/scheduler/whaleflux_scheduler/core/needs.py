@@ -27,7 +27,7 @@ class Need:
 
 def need_of(request: PlaceRequest, *, own: bool = False) -> Need:
     """`own`: the asker holds or claims devices already, which count for it wherever they are."""
-    if own or request.without_gpus or any(group.share for group in request.groups):
+    if own or request.without_gpus or request.group.share:
         return Need(("",), Level.FLEET, 0)
     options = request.requirement.any_of
     models = tuple(dict.fromkeys(option.model for option in options))
@@ -35,9 +35,7 @@ def need_of(request: PlaceRequest, *, own: bool = False) -> Need:
 
 
 def _level(request: PlaceRequest) -> Level:
-    level = request.level or Level.FLEET
-    if len(request.groups) == 1:
-        level = max(level, request.groups[0].level or Level.FLEET)
+    level = max(request.level or Level.FLEET, request.group.level or Level.FLEET)
     return Level.NODE if request.max_nodes == 1 or level > Level.NODE else Level(level)
 
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from whaleflux_scheduler.core import decisions
-from whaleflux_scheduler.core.asked_mix import AskedMix
 from whaleflux_scheduler.core.going_on import claimed_place, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.model import Job, JobState
@@ -50,11 +49,9 @@ class Plan(Promising):
         reasons: bool = True,
         rules: RebalanceRules | None = None,
         promises: PromiseRules | None = None,
-        packs_by_mix: bool = False,
     ) -> None:
         super().__init__(half_life_s, rules, promises, reasons=reasons)
         self._monotonic = monotonic
-        self._mix, self._packs_by_mix = AskedMix(), packs_by_mix
 
     @property
     def next_look(self) -> datetime | None:
@@ -123,8 +120,6 @@ class Plan(Promising):
         self._follow(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
-        if self._packs_by_mix and self._mix.learn(job):
-            self._fleet.engine.expect(self._mix.mix())
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
             quota = self._shares.quota

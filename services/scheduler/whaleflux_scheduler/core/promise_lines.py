@@ -92,7 +92,7 @@ class PromiseLines:
 
     def waits(self, job: Job, request: PlaceRequest) -> None:
         """It may be placed, and asks for this."""
-        if request.units > 1 and not request.without_gpus and not any(group.share for group in request.groups):
+        if request.units > 1 and not request.without_gpus and not request.group.share:
             self._new[job.name] = job
 
     def leaves(self, name: str) -> None:

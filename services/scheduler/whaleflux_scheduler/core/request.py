@@ -42,7 +42,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
     preferred = max((rule.level for rule in whole if rule.preferred), default=0)
     return PlaceRequest(
         id="",
-        groups=(GroupRequest(gpus=spec.world_size, subgroups=_subgroups(parts_of=parts), share=share(spec)),),
+        group=GroupRequest(spec.world_size, subgroups=_subgroups(parts_of=parts), share=share(spec)),
         without_gpus=not spec.gpus,
         requirement=requirement(spec),
         level=Level(required) if required else None,
@@ -101,6 +101,9 @@ def requirement(spec: Spec) -> GpuRequirement:
         min_compute_capability=divmod(spec.min_compute_capability, 10),
         cpu_millicores_per_gpu=spec.counted_cpu_millicores,
         host_memory_bytes_per_gpu=spec.memory_bytes_per_rank,
+        labels=spec.node_labels,
+        nvme=spec.needs_nvme,
+        no_spot=spec.no_spot,
     )
 
 

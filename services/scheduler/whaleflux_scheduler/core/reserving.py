@@ -119,7 +119,7 @@ class Reserved:
 
     def away(self, request: PlaceRequest, job: Job, now: datetime) -> PlaceRequest:
         """The request without nodes on which work that has no GPU for itself would be in the way of a reservation."""
-        if not self._kept or not (request.without_gpus or any(group.share for group in request.groups)):
+        if not self._kept or not (request.without_gpus or request.group.share):
             return request
         behind = set(self.behind(job, now))
         avoided = {node for name in self._kept if name not in behind for node in _nodes_of(self._now[name])}

@@ -1,6 +1,6 @@
 """What goes into the placement engine and what comes out: frozen data, no behaviour beyond derived sizes.
 
-The engine itself is `whaleflux_scheduler.core.placement.engine.Engine`. A request names GPUs by what they can do, in groups that
+The engine itself is `whaleflux_scheduler.core.placement.engine.Engine`. A request names GPUs by what they can do, that
 must hold together at a level of the topology tree; the answer is a `Placement` (nothing is reserved until it is applied) or a
 `NoPlacement` that says what stands in the way. Bytes are bytes, bandwidths bytes per second in one direction, money USD.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from whaleflux.fleet.model import Level, LinkKind, PriceKind
+from whaleflux.fleet.model import Level, LinkKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +28,29 @@ class GpuOption:
 
 @dataclass(frozen=True, slots=True)
 class GpuRequirement:
-    """What each GPU, and the node it sits in, must offer. Zero and "" ask for nothing.
-
-    `min_interconnect_bytes_per_s` bounds the slowest link among the GPUs taken of one node. CPU and host memory are taken per GPU.
-    """
+    """What each GPU, and the node it sits in, must offer. Zero and "" ask for nothing. CPU and host memory are taken per GPU."""
 
     any_of: tuple[GpuOption, ...] = (GpuOption(),)
     mig_profile: str = ""  # MIG instances of this profile; "": whole GPUs, unless an option's model names an instance
     min_memory_bytes: int = 0
     min_compute_capability: tuple[int, int] = (0, 0)
-    min_interconnect_bytes_per_s: float = 0.0
-    min_network_bytes_per_s: float = 0.0  # of the node, all NICs together
     cpu_millicores_per_gpu: int = 0
     host_memory_bytes_per_gpu: int = 0
     labels: tuple[tuple[str, str], ...] = ()  # every one must be on the node
     nvme: bool = False
-    price_kinds: tuple[PriceKind, ...] = ()  # how the node may be paid for; () any (no spot: all but SPOT)
+    no_spot: bool = False  # no node that its owner may take back
 
     @property
     def of_node(self) -> bool:
         """Whether anything is asked of the node itself rather than of its GPUs."""
-        return bool(self.labels or self.nvme or self.price_kinds)
+        return bool(self.labels or self.nvme or self.no_spot)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of one GPU: device memory and thousandths of its compute. `apart`: no two ranks of a group on one device."""
+    """A part of one GPU: device memory. `apart`: no two ranks on one device."""
 
     memory_bytes: int = 0
-    compute_milli: int = 0
     apart: bool = False
 
 
@@ -74,33 +68,17 @@ class Subgroup:
 
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
-    """Ranks of one kind. `gpus` in total; `gpus_per_node` exactly so many on each of its nodes (0: as it fits best).
+    """The ranks: `gpus` in total.
 
     `level` must hold the whole group in one domain; `preferred` is tried before wider levels. With `share` each rank gets a part of
     a GPU, `gpus` counts ranks, and all ranks of one node may share a device.
     """
 
-    name: str = "workers"
     gpus: int = 1
-    gpus_per_node: int = 0
     level: Level | None = None
     preferred: Level | None = None
     subgroups: tuple[Subgroup, ...] = ()
     share: Share | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CommModel:
-    """Bytes that one training step moves: what "closer" is worth.
-
-    `all_reduce_bytes` is the buffer that all ranks reduce (gradients), `all_to_all_bytes` what each rank sends to all others together
-    (experts), `subgroup_bytes` the buffer that each innermost subgroup reduces (tensor parallelism). The default is a generic model of
-    one billion 16-bit parameters trained with data parallelism.
-    """
-
-    all_reduce_bytes: float = 2e9
-    all_to_all_bytes: float = 0.0
-    subgroup_bytes: float = 0.0
 
 
 class Goal(Enum):
@@ -127,14 +105,14 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class PlaceRequest:
-    """A gang: all of its groups or nothing. `id` names the attempt and must be new to the engine.
+    """A gang: all of it or nothing. `id` names the attempt and must be new to the engine.
 
     `level` and `preferred` hold the whole job together; `min_nodes` spreads and `max_nodes` packs it (0: no bound). `near_nodes` are the
     nodes of the attempt before, which are preferred at equal cost, so that a recovered gang stays as close as before.
     """
 
     id: str
-    groups: tuple[GroupRequest, ...] = (GroupRequest(),)
+    group: GroupRequest = field(default_factory=GroupRequest)
     requirement: GpuRequirement = field(default_factory=GpuRequirement)
     level: Level | None = None
     preferred: Level | None = None
@@ -147,27 +125,25 @@ class PlaceRequest:
     datasets: tuple[str, ...] = ()
     data_reads: float = 1.0  # how often the job reads its datasets as a whole; a node that keeps them fetches them once
     hard_locality: bool = False  # only nodes that hold every dataset
-    comm: CommModel = field(default_factory=CommModel)
     preference: Preference = field(default_factory=Preference)
-    without_gpus: bool = False  # the one group's ranks get CPU and memory alone
+    without_gpus: bool = False  # its ranks get CPU and memory alone
     reservation: str = ""  # of those who ask: nothing to the engine, which is asked of that reservation's GPUs
 
     @property
     def units(self) -> int:
         """GPUs (or shares) asked for, before an option multiplies them."""
-        return sum(group.gpus for group in self.groups)
+        return self.group.gpus
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAssignment:
-    """What one group gets on one node: device indices in rank order, and the job-wide ranks that run on them.
+    """What the gang gets on one node: device indices in rank order, and the job-wide ranks that run on them.
 
     With `share`, an index repeats once for each rank on that device. Work without GPUs has ranks and no index.
     """
 
     node: str
     gpus: tuple[int, ...]
-    group: str
     ranks: tuple[int, ...]
     share: Share | None = None
     cpu_millicores: int = 0

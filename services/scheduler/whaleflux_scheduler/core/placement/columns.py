@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,10 @@ from whaleflux.fleet.model import Level, Node
 from whaleflux.fleet.wiring import bits
 from whaleflux_scheduler.core.placement.shapes import Shape
 
-if TYPE_CHECKING:
-    from whaleflux_scheduler.core.placement.fragmentation import Mix
-
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 DOMAIN_LEVELS: tuple[Level, ...] = (Level.FLEET, Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)
 SHARED_LEVELS: tuple[Level, ...] = (Level.SITE, Level.ZONE, Level.SPINE, Level.LEAF)  # those with uplinks
-WHOLE_MILLI = 1000
 _MOST_ANSWERS = 4096  # requests differ without end; each answer is at most a few bytes per node
 Kept = TypeVar("Kept")
 
@@ -74,7 +70,6 @@ class Columns:
         self.kinds = list({id(r.shape): r.shape for r in ordered}.values())
         self.shapes = np.array(self.shape_of, dtype=np.int32)
         self.width = max((len(r.node.gpus) for r in ordered), default=0)
-        self.mix: Mix = ()  # what is asked for lately; none: not known
         # Answers that depend on shapes alone, kept by those who ask (supply, decide).
         self.matches: dict[object, Any] = {}
         self._domain_names: dict[tuple[Level, int], str] = {}
@@ -110,7 +105,6 @@ class Columns:
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
         # Accounts of every device, healthy or not; `healthy` says where new work may go.
-        self.milli_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.memory_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
         self.holders: dict[tuple[int, int], int] = {}  # of parts of a GPU, by row and position
@@ -128,7 +122,6 @@ class Columns:
             self.whole_memory[s, : shape.size] = shape.memory_bytes
         for i, row in enumerate(self.rows):
             size = len(row.node.gpus)
-            self.milli_free[i, :size] = WHOLE_MILLI
             self.memory_free[i] = self.whole_memory[self.shape_of[i]]
             if self.usable[i] == (1 << size) - 1:  # nearly every node
                 self.healthy[i, :size] = True
@@ -167,24 +160,22 @@ class Columns:
     def take(self, i: int, mask: int) -> None:
         """The GPUs of `mask` become wholly used; the caller has checked that they are free."""
         self.taken[i] |= mask
-        self._devices(i, mask, WHOLE_MILLI, free=False)
+        self._devices(i, mask, free=False)
         self.refresh(i)
 
     def give(self, i: int, mask: int) -> None:
         """The GPUs of `mask` become wholly free again."""
         self.taken[i] &= ~mask
-        self._devices(i, mask, WHOLE_MILLI, free=True)
+        self._devices(i, mask, free=True)
         self.refresh(i)
 
-    def _devices(self, i: int, mask: int, whole_milli: int, *, free: bool) -> None:
+    def _devices(self, i: int, mask: int, *, free: bool) -> None:
         positions = bits(mask)
         if len(positions) == 1:
             at = positions[0]
-            self.milli_free[i, at] = whole_milli if free else 0
             self.memory_free[i, at] = self.whole_memory[self.shape_of[i], at] if free else 0
         elif positions:
             chosen = list(positions)
-            self.milli_free[i, chosen] = whole_milli if free else 0
             self.memory_free[i, chosen] = self.whole_memory[self.shape_of[i], chosen] if free else 0
 
     def take_whole(self, rows: list[int], sign: int) -> None:
@@ -194,7 +185,6 @@ class Columns:
         at = np.array(rows)
         free = self.whole_memory[self.shapes[at]] if sign < 0 else 0
         self.memory_free[at] = free
-        self.milli_free[at] = np.where(self.healthy[at], WHOLE_MILLI, 0) if sign < 0 else 0
         self._refresh_many(at)
 
     def change_whole(self, masks: Mapping[int, int], *, free: bool) -> None:
@@ -206,15 +196,13 @@ class Columns:
         at = np.fromiter(masks, dtype=np.int64, count=len(masks))
         wide = np.array(list(masks.values()), dtype=np.uint64)[:, None] >> np.arange(self.width, dtype=np.uint64)
         chosen = (wide & np.uint64(1)).astype(np.bool_)
-        self.milli_free[at] = np.where(chosen, WHOLE_MILLI if free else 0, self.milli_free[at])
         self.memory_free[at] = np.where(chosen, self.whole_memory[self.shapes[at]] if free else 0, self.memory_free[at])
         self._refresh_many(at)
 
-    def share(self, i: int, position: int, milli: int, memory_bytes: int, sign: int) -> None:
+    def share(self, i: int, position: int, memory_bytes: int, sign: int) -> None:
         """Part of one GPU is taken (`sign` +1) or given back (-1); the last holder to leave makes it whole again."""
         key = (i, position)
         holders = self.holders[key] = self.holders.get(key, 0) + sign
-        self.milli_free[i, position] -= sign * milli
         self.memory_free[i, position] -= sign * memory_bytes
         if holders:
             self.taken[i] |= 1 << position
@@ -349,7 +337,7 @@ class Columns:
             seal.update(repr((row.node, row.schedulable)).encode())
         seal.update(repr((self.usable, self.taken, self.offered)).encode())
         seal.update(repr(sorted(self.holders.items())).encode())
-        for array in (self.offer, self.cpu_free, self.host_free, self.milli_free, self.memory_free):
+        for array in (self.offer, self.cpu_free, self.host_free, self.memory_free):
             seal.update(array.tobytes())
         for level in DOMAIN_LEVELS:
             seal.update(self.at_least[level].tobytes())

@@ -11,11 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whaleflux.fleet.links import DEFAULT_BYTES_PER_S, HOP_S, all_reduce_s, all_to_all_s, expected_slowdown
+from whaleflux.fleet.links import DEFAULT_BYTES_PER_S, HOP_S, all_reduce_s, expected_slowdown
 from whaleflux.fleet.model import Level, LinkKind
-from whaleflux_scheduler.core.placement.api import Bottleneck, CommModel
+from whaleflux_scheduler.core.placement.api import Bottleneck
 from whaleflux_scheduler.core.placement.columns import SHARED_LEVELS, Columns
 
+# What all ranks reduce in one training step: the gradients of a generic model of one billion 16-bit parameters, trained with data parallelism.
+ALL_REDUCE_BYTES = 2e9
 _NO_NETWORK = DEFAULT_BYTES_PER_S[LinkKind.ETHERNET]
 
 
@@ -45,7 +47,7 @@ def node_rate(columns: Columns, i: int, mask: int) -> float:
     return network * mask.bit_count() / shape.size
 
 
-def estimate(columns: Columns, parts: Sequence[tuple[int, int]], comm: CommModel, subgroup: int = 1) -> Estimate:
+def estimate(columns: Columns, parts: Sequence[tuple[int, int]]) -> Estimate:
     """Of `parts`, (row, mask of GPUs) with each row once."""
     if len(parts) == 1 and parts[0][1].bit_count() == 1:
         return _ALONE
@@ -59,11 +61,7 @@ def estimate(columns: Columns, parts: Sequence[tuple[int, int]], comm: CommModel
         if across < inside:
             bus, kind = across, link
     hops = 2 * (len(parts) - 1) if len(parts) > 1 else 2 * (ranks - 1)
-    step_s = all_reduce_s(comm.all_reduce_bytes, ranks, bus, hop, hops) if comm.all_reduce_bytes else 0.0
-    if comm.all_to_all_bytes:
-        step_s += all_to_all_s(comm.all_to_all_bytes, ranks, _rank_rate(columns, parts, bus))
-    if comm.subgroup_bytes and subgroup > 1:
-        step_s += all_reduce_s(comm.subgroup_bytes, subgroup, _subgroup_rate(columns, parts, subgroup, bus))
+    step_s = all_reduce_s(ALL_REDUCE_BYTES, ranks, bus, hop, hops)
     return Estimate(step_s, Bottleneck(_island_level(columns, parts, level), kind, bus if math.isfinite(bus) else 0.0))
 
 
@@ -99,22 +97,6 @@ def uplink_slowdown(columns: Columns, level: Level, touched: set[int], flows: in
     chosen = list(touched)
     load = ((columns.crossing[level][chosen] + flows - 1) / columns.links[level][chosen]).max()
     return expected_slowdown(round(float(load), 4), flows * len(touched), columns.fabric.hashed)
-
-
-def _rank_rate(columns: Columns, parts: Sequence[tuple[int, int]], bus: float) -> float:
-    """All-to-all: what one rank can send; inside a node its links, between nodes its part of the NICs after sharing."""
-    if len(parts) == 1:
-        return bus
-    return min(bus, *(node_rate(columns, i, mask) / mask.bit_count() for i, mask in parts))
-
-
-def _subgroup_rate(columns: Columns, parts: Sequence[tuple[int, int]], size: int, bus: float) -> float:
-    """The slowest innermost subgroup: the ring of its node when it fits there, else the whole gang's."""
-    if any(mask.bit_count() % size for _, mask in parts):
-        return bus
-    return min(
-        columns.shape(i).wiring.ring_bytes_per_s(columns.shape(i).wiring.choose(mask, size, size)) for i, mask in parts
-    )
 
 
 def _island_level(columns: Columns, parts: Sequence[tuple[int, int]], level: Level) -> Level:

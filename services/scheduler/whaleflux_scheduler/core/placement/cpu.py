@@ -22,7 +22,7 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
 )
 from whaleflux_scheduler.core.placement.columns import Columns, Ints
-from whaleflux_scheduler.core.placement.supply import Bools
+from whaleflux_scheduler.core.placement.supply import Bools, conditions_of, node_conditions
 
 Datasets = Mapping[str, DatasetFact]
 
@@ -57,7 +57,8 @@ def _allowed(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Boo
         and all(row.node.name in nodes for nodes in holders)
         for row in columns.rows
     )
-    return columns.open & np.fromiter(fits, dtype=np.bool_, count=columns.count)
+    suited = node_conditions(columns, request.requirement) if request.requirement.of_node else True
+    return columns.open & suited & np.fromiter(fits, dtype=np.bool_, count=columns.count)
 
 
 def _holders(request: PlaceRequest, datasets: Datasets) -> list[set[str]]:
@@ -104,7 +105,6 @@ def _placement(columns: Columns, request: PlaceRequest, parts: list[tuple[int, i
             NodeAssignment(
                 columns.names[row],
                 (),
-                request.groups[0].name,
                 tuple(range(rank, rank + count)),
                 cpu_millicores=count * need.cpu_millicores_per_gpu,
                 host_memory_bytes=count * need.host_memory_bytes_per_gpu,
@@ -124,6 +124,7 @@ def _blocked(columns: Columns, request: PlaceRequest, allowed: Bools) -> Iterato
     """Each node counts once, under what keeps it from taking a rank."""
     need, excluded = request.requirement, set(request.exclude_nodes)
     why: dict[str, int] = {}
+    suited = node_conditions(columns, need)
     for i, row in enumerate(columns.rows):
         if request.sites and row.node.site not in request.sites:
             said = f"not in site {' or '.join(request.sites)}"
@@ -131,6 +132,8 @@ def _blocked(columns: Columns, request: PlaceRequest, allowed: Bools) -> Iterato
             said = "excluded by name"
         elif not row.schedulable:
             said = row.reason or "not schedulable"
+        elif not suited[i]:
+            said = f"without {conditions_of(need)}"
         elif not allowed[i]:
             said = "without the datasets"
         elif columns.cpu_free[i] < need.cpu_millicores_per_gpu:

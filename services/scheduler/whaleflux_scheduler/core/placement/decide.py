@@ -47,9 +47,9 @@ def candidates(columns: Columns, request: PlaceRequest, datasets: Datasets) -> I
     for option, search in searches(columns, request, datasets):
         if search.last_resort and option in found:
             continue
-        for groups in search.all_groups():
+        for group in search.all_groups():
             found.add(option)
-            yield price(columns, request, option, groups, datasets)
+            yield price(columns, request, option, group, datasets)
 
 
 def rank(request: PlaceRequest, found: list[PricedPlace]) -> list[PricedPlace]:
@@ -110,15 +110,9 @@ def _lost_s(request: PlaceRequest, c: PricedPlace, fastest_s: float, speed: floa
 
 
 def assemble(columns: Columns, request: PlaceRequest, best: PricedPlace, others: list[PricedPlace]) -> Placement:
-    nodes: list[NodeAssignment] = []
-    rank_at = 0
-    for group in best.groups:
-        made = _assignments(columns, request, group, rank_at)
-        nodes += made
-        rank_at += sum(len(a.ranks) for a in made)
     return Placement(
         request.id,
-        tuple(nodes),
+        tuple(_assignments(columns, request, best.group)),
         best.option,
         best.cost,
         best.estimate.bottleneck,
@@ -137,8 +131,8 @@ def elsewhere(columns: Columns, best: PricedPlace, others: list[PricedPlace]) ->
     return list(named.values())[1:]
 
 
-def _assignments(columns: Columns, request: PlaceRequest, group: Group, rank_at: int) -> list[NodeAssignment]:
-    need, made = request.requirement, []
+def _assignments(columns: Columns, request: PlaceRequest, group: Group) -> list[NodeAssignment]:
+    need, made, rank_at = request.requirement, list[NodeAssignment](), 0
     size = inner_size(request)
     per_node: dict[int, list[int]] = {}
     for i, mask in group.parts:
@@ -153,7 +147,6 @@ def _assignments(columns: Columns, request: PlaceRequest, group: Group, rank_at:
             NodeAssignment(
                 columns.names[i],
                 tuple([indices[p] for p in positions]),
-                group.request.name,
                 ranks,
                 group.request.share,
                 need.cpu_millicores_per_gpu * len(positions),
@@ -167,11 +160,11 @@ def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple
     """Why here, for people: what was taken, how close it is, what bounds it, what it costs."""
     rows = best.rows
     level, d = columns.smallest_domain(rows)
-    count = sum(m.bit_count() for g in best.groups for _, m in g.parts) + sum(len(g.devices) for g in best.groups)
+    count = sum(mask.bit_count() for _, mask in best.group.parts) + len(best.group.devices)
     shape, nodes = columns.shape(rows[0]), len(set(rows))
     model = best.option.model or shape.models[0]
     lines = [f"{count} x {model} on {nodes} node{'s' * (nodes > 1)}, {where(columns, level, d)}"]
-    among, several = best.groups[0].considered
+    among, several = best.group.considered
     if several > 1:
         lines.append(f"best of {several} {_PLURAL[among]} with room")
     link = best.estimate.bottleneck

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,9 +37,6 @@ from whaleflux_scheduler.core.placement.shapes import Shapes
 from whaleflux_scheduler.core.placement.supply import could_use
 from whaleflux_scheduler.core.placement.validate import check_request
 
-if TYPE_CHECKING:
-    from whaleflux_scheduler.core.placement.fragmentation import Mix
-
 MAX_GPUS_PER_NODE = 64
 
 
@@ -64,7 +60,6 @@ class Engine:
         self._flows: dict[str, int] = {}
         self._datasets: dict[str, DatasetFact] = {}
         self._shapes = Shapes()
-        self._mix: Mix = ()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
         self._undo: list[Callable[[], None]] = []
@@ -130,12 +125,6 @@ class Engine:
             raise NotFound("node", name)
         self._rows[name].cache_room_bytes = room_bytes
 
-    def expect(self, mix: Mix) -> None:
-        """What is asked for lately: from now on parts of GPUs, and single-node work that states its CPU or memory, go where they strand least of it."""
-        self._mix = mix
-        if self._columns is not None:
-            self._columns.mix = mix
-
     def remove_dataset(self, name: str) -> None:
         self._datasets.pop(name, None)
 
@@ -148,7 +137,6 @@ class Engine:
 
     def _rebuilt(self) -> Columns:
         columns = Columns(self._rows, self.fabric)
-        columns.mix = self._mix
         self._flows = {}
         for id_ in sorted(self._placed):
             self._flows[id_] = _count(columns, self._placed[id_], 1, flows=None)
@@ -316,8 +304,7 @@ class Engine:
             if gpu not in indices:
                 continue
             position, count = indices.index(gpu), part.gpus.count(gpu)
-            fits = columns.milli_free[i, position] >= share.compute_milli * count
-            if not (fits and columns.memory_free[i, position] >= share.memory_bytes * count):
+            if not (columns.memory_free[i, position] >= share.memory_bytes * count):
                 raise Aborted(
                     f"{part.node}: GPU {gpu} has no room for the share",
                     reason=ErrorReason.GPU_TAKEN,
@@ -490,7 +477,7 @@ def _count_shares(columns: Columns, i: int, part: NodeAssignment, sign: int) -> 
     for gpu in part.gpus:
         if gpu not in indices:
             continue
-        columns.share(i, indices.index(gpu), share.compute_milli, share.memory_bytes, sign)
+        columns.share(i, indices.index(gpu), share.memory_bytes, sign)
 
 
 def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> None:
@@ -501,5 +488,4 @@ def _check_not_twice(columns: Columns, placements: Collection[Placement]) -> Non
                 other = holder.setdefault((part.node, gpu), placement.id)
                 assert other == placement.id, f"{part.node} GPU {gpu} held by {other} and {placement.id}"
     for i, position in columns.holders:
-        assert columns.milli_free[i, position] >= 0, "compute of a GPU over-committed"
         assert columns.memory_free[i, position] >= 0, "memory of a GPU over-committed"

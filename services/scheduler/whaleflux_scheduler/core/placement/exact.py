@@ -17,21 +17,20 @@ Where = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def place_on(columns: Columns, request: PlaceRequest, where: Where, datasets: Datasets) -> Placement | None:
-    """The request's one group on exactly these GPUs, as many as there are; None when one of them cannot be had."""
-    (asked,) = request.groups
+    """The request on exactly these GPUs, as many as there are; None when one of them cannot be had."""
     parts = [part for node, gpus in where if (part := _part(columns, request, node, gpus)) is not None]
     if not parts or len(parts) < len(where):
         return None
     option = _option(columns, request, parts[0])
     devices = tuple((i, at) for i, mask in parts for at in bits(mask))
-    group = replace(asked, gpus=max(1, len(devices) // option.per_unit))
-    found = Group(group, devices=devices) if asked.share else Group(group, parts=tuple(parts))
-    sized = replace(request, groups=(group,))
-    return assemble(columns, sized, price(columns, sized, option, (found,), datasets), [])
+    group = replace(request.group, gpus=max(1, len(devices) // option.per_unit))
+    found = Group(group, devices=devices) if group.share else Group(group, parts=tuple(parts))
+    sized = replace(request, group=group)
+    return assemble(columns, sized, price(columns, sized, option, found, datasets), [])
 
 
 def _part(columns: Columns, request: PlaceRequest, node: str, gpus: tuple[int, ...]) -> tuple[int, int] | None:
-    i, need, share = columns.index.get(node), request.requirement, request.groups[0].share
+    i, need, share = columns.index.get(node), request.requirement, request.group.share
     if i is None or not columns.open[i] or node in request.exclude_nodes:
         return None
     mask, count = columns.shape(i).mask(gpus), len(gpus)
@@ -48,9 +47,7 @@ def _roomy(columns: Columns, i: int, mask: int, share: Share) -> int:
     return sum(
         1 << at
         for at in bits(mask)
-        if columns.healthy[i, at]
-        and columns.milli_free[i, at] >= max(1, share.compute_milli)
-        and columns.memory_free[i, at] >= share.memory_bytes
+        if columns.healthy[i, at] and columns.memory_free[i, at] >= max(1, share.memory_bytes)
     )
 
 

@@ -22,7 +22,7 @@ from whaleflux_scheduler.core.placement.api import (
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
 from whaleflux_scheduler.core.placement.fractions import largest_free
 from whaleflux_scheduler.core.placement.search import feasible
-from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
+from whaleflux_scheduler.core.placement.supply import Bools, conditions_of, matching_positions, node_conditions
 
 LARGEST_SHARE = "largest free share"
 _MOST_MODELS = 4  # more are named together
@@ -74,9 +74,7 @@ def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) ->
         yield "excluded by name", "exclude_nodes", _rows(columns, lambda i: columns.names[i] not in excluded)
     yield from _hardware(columns, need)
     if need.of_node:
-        wanted = [f"{k}={v}" for k, v in need.labels] + ["NVMe"] * need.nvme
-        what = ", ".join([*wanted, *([" or ".join(k.value for k in need.price_kinds)] if need.price_kinds else [])])
-        yield f"without {what}", "requirement.labels", node_conditions(columns, need)
+        yield f"without {conditions_of(need)}", "requirement.labels", node_conditions(columns, need)
     if request.hard_locality and request.datasets:
         holders = [set(datasets[d].cached_on) if d in datasets else set() for d in request.datasets]
         yield (
@@ -123,12 +121,6 @@ def _hardware(columns: Columns, need: GpuRequirement) -> Iterator[tuple[str, str
             "requirement.min_compute_capability",
             _shapes(columns, lambda s: _any(columns, s, only, models)),
         )
-    if need.min_network_bytes_per_s:
-        yield (
-            f"network < {need.min_network_bytes_per_s / 1e9:.4g} GB/s",
-            "requirement.min_network_bytes_per_s",
-            _shapes(columns, lambda s: columns.kinds[s].network_bytes_per_s >= need.min_network_bytes_per_s),
-        )
     yield "no GPU", "", _shapes(columns, lambda s: columns.kinds[s].size > 0)
 
 
@@ -153,32 +145,26 @@ def _room(columns: Columns, request: PlaceRequest) -> Iterator[tuple[str, str, B
             "requirement.host_memory_bytes_per_gpu",
             passes,
         )
-    shares = [g.share for g in request.groups if g.share]
-    if shares:
-        yield "no GPU with room for the share", "groups.share", _share_room(columns, shares)
+    group = request.group
+    if group.share:
+        yield "no GPU with room for the share", "group.share", _share_room(columns, group.share)
         return
     yield "no free GPU", "", columns.offer > 0
     each = min(option.per_unit for option in need.any_of)
-    least = min((per_node_need(group, each) for group in request.groups), default=1)
-    if least > 1:
-        yield f"fewer than {least} free GPUs", "groups.gpus_per_node", columns.offer >= least
+    if (least := per_node_need(group, each)) > 1:
+        yield f"fewer than {least} free GPUs", "group", columns.offer >= least
 
 
 def per_node_need(group: GroupRequest, per_unit: int) -> int:
     """The fewest GPUs that are of any use on one node, where so many count as one that is asked for."""
     if (group.level or Level.FLEET) >= Level.NODE:
         return group.gpus * per_unit
-    inner = max((s.size for s in group.subgroups if s.required and s.level >= Level.NODE), default=1)
-    return max(inner, group.gpus_per_node * per_unit)
+    return max((s.size for s in group.subgroups if s.required and s.level >= Level.NODE), default=1)
 
 
-def _share_room(columns: Columns, shares: list[Share]) -> Bools:
-    passes = np.ones(columns.count, dtype=np.bool_)
-    for share in shares:
-        fits = columns.healthy & (columns.milli_free >= max(1, share.compute_milli))
-        fits &= columns.memory_free >= share.memory_bytes
-        passes &= fits.any(axis=1)
-    return passes
+def _share_room(columns: Columns, share: Share) -> Bools:
+    fits = columns.healthy & (columns.memory_free >= max(1, share.memory_bytes))
+    return np.asarray(fits.any(axis=1), dtype=np.bool_)
 
 
 def _rows(columns: Columns, passes: Callable[[int], bool]) -> Bools:
@@ -217,10 +203,10 @@ def _nearest_miss(columns: Columns, request: PlaceRequest, left: Bools, wanted: 
     """Among the domains that the request allows, the one with most usable GPUs and how many it lacks."""
     if not columns.count:
         return "the fleet has no nodes"
-    if any(g.share for g in request.groups):
+    if request.group.share:
         most_bytes, name = largest_free(columns, request.requirement, columns.open)
         return f"{LARGEST_SHARE}: {shown_bytes(most_bytes)} ({name})" if most_bytes else "no GPU has a share free"
-    widest = max([request.level or Level.FLEET, *(g.level or Level.FLEET for g in request.groups)])
+    widest = max(request.level or Level.FLEET, request.group.level or Level.FLEET)
     need, gpus = request.requirement, "GPUs"
     if len(need.any_of) == 1 and need.any_of[0].per_unit > 1:
         gpus = need.any_of[0].model
@@ -255,30 +241,23 @@ def _changes(request: PlaceRequest) -> Iterator[tuple[str, PlaceRequest]]:
         yield "would fit with soft data locality", replace(request, hard_locality=False)
     for level in _wider(request.level):
         yield f"would fit {_within(level)} (level)", replace(request, level=level)
-    for at, group in enumerate(request.groups):
-        for level in _wider(group.level):
-            groups = (*request.groups[:at], replace(group, level=level), *request.groups[at + 1 :])
-            yield f"would fit with group {group.name} {_within(level)}", replace(request, groups=groups)
+    group = request.group
+    for level in _wider(group.level):
+        yield f"would fit {_within(level)} (level)", replace(request, group=replace(group, level=level))
     if request.min_nodes > 1:
         yield "would fit without min_nodes", replace(request, min_nodes=0)
     if request.max_nodes:
         yield "would fit without max_nodes", replace(request, max_nodes=0)
-    if any(g.gpus_per_node for g in request.groups):
-        groups = tuple(replace(g, gpus_per_node=0) for g in request.groups)
-        yield "would fit without gpus_per_node", replace(request, groups=groups)
-    if any(g.subgroups for g in request.groups):
-        groups = tuple(replace(g, subgroups=()) for g in request.groups)
-        yield "would fit without required subgroups", replace(request, groups=groups)
+    if group.subgroups:
+        yield "would fit without required subgroups", replace(request, group=replace(group, subgroups=()))
     for name, relaxed in (
         ("cpu_millicores_per_gpu", replace(need, cpu_millicores_per_gpu=0)),
         ("host_memory_bytes_per_gpu", replace(need, host_memory_bytes_per_gpu=0)),
-        ("min_interconnect_bytes_per_s", replace(need, min_interconnect_bytes_per_s=0)),
-        ("min_network_bytes_per_s", replace(need, min_network_bytes_per_s=0)),
     ):
         if relaxed != need:
             yield f"would fit without {name}", replace(request, requirement=relaxed)
     if need.of_node:
-        bare = replace(need, labels=(), nvme=False, price_kinds=())
+        bare = replace(need, labels=(), nvme=False, no_spot=False)
         yield "would fit without its conditions on the node", replace(request, requirement=bare)
     if request.sites:
         yield "would fit in another site", replace(request, sites=())
@@ -303,14 +282,12 @@ def _wider(level: Level | None) -> list[Level]:
 
 def _fewer_gpus(columns: Columns, request: PlaceRequest, datasets: Datasets) -> int:
     """The most GPUs that would fit now in the same shape: by bisection over whole steps of the group."""
-    if len(request.groups) != 1:
-        return 0
-    group = request.groups[0]
-    step = max([group.gpus_per_node or 1, *(s.size for s in group.subgroups if s.required)])
+    group = request.group
+    step = max((s.size for s in group.subgroups if s.required), default=1)
     low, high = 0, group.gpus // step
     while high - low > 1:
         middle = (low + high) // 2
-        smaller = replace(request, groups=(replace(group, gpus=middle * step),))
+        smaller = replace(request, group=replace(group, gpus=middle * step))
         if smaller.min_nodes <= middle * step and feasible(columns, smaller, datasets):
             low = middle
         else:

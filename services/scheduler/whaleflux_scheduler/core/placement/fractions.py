@@ -1,7 +1,7 @@
-"""Parts of GPUs: memory and thousandths of compute, each counted per device. A MIG instance is a device of its own.
+"""Parts of GPUs: memory, counted per device. A MIG instance is a device of its own.
 
-A part goes to the device where it strands least of what is asked for (`fragmentation`), or, while that is not known, where it fits
-tightest, so that whole GPUs and large parts stay free for those who need them.
+A part goes to the device where it fits tightest, so that whole GPUs and large parts stay free for those who need them. (FGD's rule, by what is
+asked for lately, allocated less while jobs came and went: `docs/decisions.md`.)
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import numpy as np
 
 from whaleflux_scheduler.core.placement.api import GpuRequirement, Share
 from whaleflux_scheduler.core.placement.columns import Columns
-from whaleflux_scheduler.core.placement.fragmentation import Ask, stranded_by_share, stranded_by_whole
-from whaleflux_scheduler.core.placement.gang import Bounds, row_range
-from whaleflux_scheduler.core.placement.supply import Bools, Supply, matching_positions, node_conditions
+from whaleflux_scheduler.core.placement.supply import Bools, matching_positions, node_conditions
 
 Device = tuple[int, int]  # (row, position)
 
@@ -72,7 +70,7 @@ def _roomy(
 
 def _fitting(columns: Columns, need: GpuRequirement, model: str, share: Share) -> Bools:
     """Devices with room for one part, whether or not their node takes work."""
-    fits = (columns.milli_free >= max(1, share.compute_milli)) & (columns.memory_free >= share.memory_bytes)
+    fits = columns.memory_free >= max(1, share.memory_bytes)
     return fits & columns.healthy & _matching(columns, need, model)
 
 
@@ -94,7 +92,7 @@ def _open_rows(
 
 def _count(columns: Columns, need: GpuRequirement, device: Device, share: Share, sign: int) -> None:
     columns.host(device[0], need.cpu_millicores_per_gpu, need.host_memory_bytes_per_gpu, sign)
-    columns.share(*device, share.compute_milli, share.memory_bytes, sign)
+    columns.share(*device, share.memory_bytes, sign)
 
 
 def _best(
@@ -106,39 +104,21 @@ def _best(
         fits[device] = False
     if not fits.any():
         return None
-    if columns.mix and share.memory_bytes:
-        asked = Ask(1, share.memory_bytes, need.cpu_millicores_per_gpu, need.host_memory_bytes_per_gpu)
-        growth = stranded_by_share(columns, columns.mix, asked, fits)
-        row, position = np.unravel_index(int(np.argmin(growth)), growth.shape)
-        return int(row), int(position)
     places = np.argwhere(fits)
-    milli = columns.milli_free[fits]
-    memory = columns.memory_free[fits]
     offer = columns.offer[places[:, 0]].astype(np.int64)
-    best = int(np.lexsort((offer, memory, milli))[0])  # tightest compute, then memory, then the fullest node
+    best = int(np.lexsort((offer, columns.memory_free[fits]))[0])  # the tightest, then the fullest node
     return int(places[best][0]), int(places[best][1])
 
 
 def largest_free(columns: Columns, need: GpuRequirement, rows: Bools) -> tuple[int, str]:
     """Bytes of the largest part that one GPU of these nodes has free, and its node; (0, "") when none has."""
-    fits = rows[:, None] & columns.healthy & (columns.milli_free > 0)
+    fits = rows[:, None] & columns.healthy & (columns.memory_free > 0)
     fits &= np.logical_or.reduce([_matching(columns, need, option.model) for option in need.any_of])
     free = np.where(fits, columns.memory_free, 0)
     if not free.size or not free.any():
         return 0, ""
     row, _ = np.unravel_index(int(np.argmax(free)), free.shape)
     return int(free.max()), columns.names[int(row)]
-
-
-def least_stranding_node(supply: Supply, count: int, bounds: Bounds) -> int | None:
-    """The node on which `count` whole GPUs strand least of what is asked for; None when no single node has room."""
-    columns, need = supply.columns, supply.demand.need
-    lo, hi = row_range(supply, bounds)
-    rows = lo + np.flatnonzero(supply.usable(lo, hi) >= count)
-    if not len(rows):
-        return None
-    asked = Ask(count, 0, count * need.cpu_millicores_per_gpu, count * need.host_memory_bytes_per_gpu)
-    return int(rows[int(np.argmin(stranded_by_whole(columns, columns.mix, asked, rows)))])
 
 
 def _rows(columns: Columns, need: GpuRequirement, allowed: Bools | None) -> Bools:

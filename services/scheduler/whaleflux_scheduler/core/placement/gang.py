@@ -34,7 +34,6 @@ class Bounds:
     widest: Level = Level.FLEET
     min_nodes: int = 0
     max_nodes: int = 0
-    inside: tuple[Level, int] | None = None  # only within this domain
     slice: tuple[int, Level] | None = None  # runs of so many GPUs must lie in one domain of the level
     near: frozenset[int] = frozenset()
 
@@ -42,11 +41,6 @@ class Bounds:
 def splits(supply: Supply, bounds: Bounds, most: int = 6) -> Iterator[Split]:
     """Even splits of the demand over nodes, fewest nodes first."""
     demand = supply.demand
-    if demand.per_node:
-        nodes = demand.gpus // demand.per_node
-        if bounds.min_nodes <= nodes <= (bounds.max_nodes or nodes) and demand.per_node % demand.unit == 0:
-            yield Split(nodes, demand.per_node)
-        return
     largest = _largest_node(supply)
     if demand.most_per_node:
         largest = min(largest, demand.most_per_node)
@@ -82,7 +76,7 @@ def even(supply: Supply, split: Split, bounds: Bounds) -> Iterator[Counts]:
         return
     tried: set[tuple[int, int]] = set()
     for level in reversed(DOMAIN_LEVELS):
-        if level < bounds.widest or (bounds.inside and level < bounds.inside[0]):
+        if level < bounds.widest:
             return
         for d in _fitting(supply, level, split, bounds):
             rows = (int(supply.columns.lo[level][d]), int(supply.columns.hi[level][d]))
@@ -110,8 +104,7 @@ def possible(supply: Supply, bounds: Bounds) -> bool:
 
 def _fits(supply: Supply, level: Level, split: Split, bounds: Bounds) -> bool:
     """Whether a domain of the level has enough nodes."""
-    first, last = _domains_inside(supply, level, bounds)
-    return bool((_fitting_nodes(supply, level, split.per_node, bounds)[first:last] >= split.nodes).any())
+    return bool((_fitting_nodes(supply, level, split.per_node, bounds) >= split.nodes).any())
 
 
 def _shorten(nodes: list[int], split: Split, unit: int) -> Counts:
@@ -123,7 +116,6 @@ def _shorten(nodes: list[int], split: Split, unit: int) -> Counts:
 def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
     """The fullest node that still has `count` GPUs, in the leaf with the least room: whole nodes and leaves stay whole."""
     columns = supply.columns
-    lo_row, hi_row = row_range(supply, bounds)
     counts = supply.fleet()
     if count < len(counts):
         supply.considered = (Level.NODE, counts[count])
@@ -132,14 +124,10 @@ def single(supply: Supply, count: int, bounds: Bounds) -> int | None:
             continue
         here = supply.at_least(Level.LEAF, exactly) - supply.at_least(Level.LEAF, exactly + 1)
         leaves: Ints = here.nonzero()[0]
-        if bounds.inside:
-            inside = (columns.hi[Level.LEAF][leaves] > lo_row) & (columns.lo[Level.LEAF][leaves] < hi_row)
-            leaves = leaves[inside]
         if not len(leaves):
             continue
         leaf = int(leaves[0]) if len(leaves) == 1 else _tightest(supply, leaves, bounds)
-        lo = max(int(columns.lo[Level.LEAF][leaf]), lo_row)
-        hi = min(int(columns.hi[Level.LEAF][leaf]), hi_row)
+        lo, hi = int(columns.lo[Level.LEAF][leaf]), int(columns.hi[Level.LEAF][leaf])
         rows = (supply.usable(lo, hi) == exactly).nonzero()[0]
         if len(rows):
             found = [lo + int(r) for r in rows]
@@ -155,21 +143,6 @@ def _tightest(supply: Supply, leaves: Ints, bounds: Bounds) -> int:
         leaves = np.array(close) if close else leaves
     room = supply.at_least(Level.LEAF, supply.columns.width)[leaves] * 4096 + supply.at_least(Level.LEAF, 1)[leaves]
     return int(leaves[int(np.argmin(room))])
-
-
-def row_range(supply: Supply, bounds: Bounds) -> tuple[int, int]:
-    """The rows that the request's domain leaves."""
-    if not bounds.inside:
-        return 0, supply.columns.count
-    level, d = bounds.inside
-    return int(supply.columns.lo[level][d]), int(supply.columns.hi[level][d])
-
-
-def _domains_inside(supply: Supply, level: Level, bounds: Bounds) -> tuple[int, int]:
-    """The range of domains of `level` that lie in the allowed one."""
-    lo, hi = row_range(supply, bounds)
-    ids = supply.columns.domain[level]
-    return (ids[lo], ids[hi - 1] + 1) if hi > lo else (0, 0)
 
 
 def _fitting_nodes(supply: Supply, level: Level, per_node: int, bounds: Bounds) -> Ints:
@@ -189,29 +162,24 @@ def _fitting_nodes(supply: Supply, level: Level, per_node: int, bounds: Bounds) 
 
 def _fitting(supply: Supply, level: Level, split: Split, bounds: Bounds) -> list[int]:
     """Domains with enough nodes, best first: near ones, then the least slowdown inside, then the least room to spare."""
-    if bounds.inside and level < bounds.inside[0]:
-        return []
-    first, last = _domains_inside(supply, level, bounds)
-    nodes = _fitting_nodes(supply, level, split.per_node, bounds)[first:last]
+    nodes = _fitting_nodes(supply, level, split.per_node, bounds)
     fitting = (nodes >= split.nodes).nonzero()[0]
     if len(fitting):
         supply.considered = (level, len(fitting))
     if len(fitting) < 2:
-        return [first + int(d) for d in fitting]
+        return [int(d) for d in fitting]
     if bounds.near:
         ids = supply.columns.domain[level]
-        met = np.bincount([ids[i] for i in bounds.near], minlength=last)[first:last][fitting]
+        met = np.bincount([ids[i] for i in bounds.near], minlength=len(nodes))[fitting]
         fitting = fitting[met == met.max()]
-    anything = supply.at_least(level, 1)[first:last][fitting]
+    anything = supply.at_least(level, 1)[fitting]
     key = nodes[fitting].astype(np.int64) * (supply.columns.count + 1) + anything
     if level is Level.LEAF:
-        return [first + int(fitting[int(np.argmin(key))])]
+        return [int(fitting[int(np.argmin(key))])]
     order = fitting[np.argsort(key, kind="stable")]
     return [
         d
-        for _, d in sorted(
-            (_inside_key(supply, level, d, split, bounds), d) for d in _few(supply, level, order + first, split)
-        )
+        for _, d in sorted((_inside_key(supply, level, d, split, bounds), d) for d in _few(supply, level, order, split))
     ]
 
 
@@ -291,17 +259,16 @@ def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) 
 
 def ragged(supply: Supply, bounds: Bounds) -> Iterator[Counts]:
     """When no even split fits: whatever nodes have, largest first, in the deepest domain with enough in total."""
-    demand, widest = supply.demand, max(bounds.widest, bounds.inside[0]) if bounds.inside else bounds.widest
-    if demand.per_node or not (supply.total(widest) >= demand.gpus).any():
+    demand = supply.demand
+    if not (supply.total(bounds.widest) >= demand.gpus).any():
         return
     for level in reversed(DOMAIN_LEVELS):
-        if level < bounds.widest or (bounds.inside and level < bounds.inside[0]):
+        if level < bounds.widest:
             return
-        first, last = _domains_inside(supply, level, bounds)
-        total = supply.total(level)[first:last]
+        total = supply.total(level)
         fitting = (total >= demand.gpus).nonzero()[0]
         for d in fitting[np.argsort(total[fitting], kind="stable")][:4]:
-            counts = _collect(supply, level, first + int(d), bounds)
+            counts = _collect(supply, level, int(d), bounds)
             if counts is not None:
                 yield counts
                 break

@@ -8,7 +8,7 @@ from whaleflux.fleet.links import HOP_S, all_reduce_s
 from whaleflux.fleet.model import Level, LinkKind
 from whaleflux_scheduler.core.placement.api import Cost, GpuOption, PlaceRequest
 from whaleflux_scheduler.core.placement.columns import Columns, nvme_bytes
-from whaleflux_scheduler.core.placement.comm import Estimate, estimate
+from whaleflux_scheduler.core.placement.comm import ALL_REDUCE_BYTES, Estimate, estimate
 from whaleflux_scheduler.core.placement.search import Datasets, Group, Part
 
 
@@ -17,7 +17,7 @@ class PricedPlace:
     """A feasible place and what it costs."""
 
     option: GpuOption
-    groups: tuple[Group, ...]
+    group: Group
     estimate: Estimate
     cost: Cost
     breaks: bool  # work of one node takes part of a node that was wholly free
@@ -25,54 +25,48 @@ class PricedPlace:
 
     @property
     def rows(self) -> list[int]:
-        return [i for g in self.groups for i in ([i for i, _ in g.parts] or [i for i, _ in g.devices])]
+        return [i for i, _ in self.group.parts or self.group.devices]
 
 
 def price(
     columns: Columns,
     request: PlaceRequest,
     option: GpuOption,
-    groups: tuple[Group, ...],
+    group: Group,
     datasets: Datasets,
 ) -> PricedPlace:
     """What the place costs in time and money."""
     merged: dict[int, int] = {}
     usd = 0.0
-    for group in groups:
-        for i, mask in group.parts:
-            merged[i] = merged.get(i, 0) | mask
-            row = columns.rows[i]
-            gpus = mask.bit_count() if row.shape.whole else row.shape.gpus(mask)
-            usd += row.node.price.usd_per_gpu_hour * gpus
-        for i, position in group.devices:
-            merged[i] = merged.get(i, 0) | 1 << position
-            usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
+    for i, mask in group.parts:
+        merged[i] = merged.get(i, 0) | mask
+        row = columns.rows[i]
+        gpus = mask.bit_count() if row.shape.whole else row.shape.gpus(mask)
+        usd += row.node.price.usd_per_gpu_hour * gpus
+    for i, position in group.devices:
+        merged[i] = merged.get(i, 0) | 1 << position
+        usd += columns.rows[i].node.price.usd_per_gpu_hour * _part_of(columns, i, position, group)
     parts = sorted(merged.items())
-    found = estimate(columns, parts, request.comm, inner_size(request))
+    found = estimate(columns, parts)
     fetch_s = max(_fetch_s(columns, i, request, datasets) for i, _ in parts) if request.datasets else 0.0
     run_s = _run_s(columns, request, option, parts, found)
     total = usd * (run_s + fetch_s) / 3600 if run_s is not None else None
     first = columns.shape(parts[0][0])
     only, mask = parts[0]
     breaks = len(parts) == 1 and columns.taken[only] == 0 and mask != columns.usable[only] and first.whole
-    return PricedPlace(option, groups, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
+    return PricedPlace(option, group, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
 
 
 def inner_size(request: PlaceRequest) -> int:
     """Ranks of the largest subgroup that lives inside a node; 1 when there is none."""
-    size = 1
-    for group in request.groups:
-        for sub in group.subgroups:
-            if sub.level >= Level.NODE:
-                size = max(size, sub.size)
-    return size
+    return max((sub.size for sub in request.group.subgroups if sub.level >= Level.NODE), default=1)
 
 
 def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
-    """The larger of the memory and the compute share: what nobody else can use any more."""
+    """Of its memory."""
     share, gpu = group.request.share, columns.rows[i].node.gpus[position]
     assert share is not None
-    return max(share.compute_milli / 1000, share.memory_bytes / gpu.memory_bytes if gpu.memory_bytes else 0.0)
+    return share.memory_bytes / gpu.memory_bytes if gpu.memory_bytes else 0.0
 
 
 def _fetch_s(columns: Columns, i: int, request: PlaceRequest, datasets: Datasets) -> float:
@@ -91,16 +85,16 @@ def _run_s(
     work = request.preference.work_gpu_s
     if not work:
         return None
-    ideal = ideal_step_s(columns, request, parts)
+    ideal = ideal_step_s(columns, parts)
     slower = found.step_s / ideal - 1 if ideal else 0.0
     return work / (request.units * option.throughput) * (1 + request.preference.comm_fraction * max(0.0, slower))
 
 
-def ideal_step_s(columns: Columns, request: PlaceRequest, parts: list[Part]) -> float:
+def ideal_step_s(columns: Columns, parts: list[Part]) -> float:
     """Communication on the same GPUs if no link were shared or split: whole nodes, their full network."""
     ranks = sum(m.bit_count() for _, m in parts)
     shape = columns.shape(parts[0][0])
     bus = shape.wiring.ring_bytes_per_s((1 << shape.size) - 1)
     if ranks > shape.size and shape.network_bytes_per_s:
         bus = min(bus, shape.network_bytes_per_s)
-    return all_reduce_s(request.comm.all_reduce_bytes, ranks, bus, HOP_S[LinkKind.NVLINK], 2 * (ranks - 1))
+    return all_reduce_s(ALL_REDUCE_BYTES, ranks, bus, HOP_S[LinkKind.NVLINK], 2 * (ranks - 1))

@@ -163,11 +163,11 @@ class Relocator:
 
     def _row_sets(self, request: PlaceRequest) -> Iterator[tuple[float, list[int]]]:
         """For each domain that could hold the request, the rows that are cheapest to empty for it, and what that costs."""
-        if len(request.groups) != 1 or request.without_gpus or request.groups[0].share:
+        if request.without_gpus or request.group.share:
             return
         columns, level = self._engine.columns, _level(request)
         for option in request.requirement.any_of:
-            demand = Demand.of(request.groups[0], request, option)
+            demand = Demand.of(request.group, request, option)
             now, then = self._yields(request, demand)
             if level >= Level.NODE:
                 yield from self._single(np.flatnonzero((now < demand.gpus) & (then >= demand.gpus)))
@@ -222,13 +222,11 @@ def no_worse(place: Placement, one: Movable) -> bool:
 
 
 def _level(request: PlaceRequest) -> Level:
-    level = max(request.level or Level.FLEET, request.groups[0].level or Level.FLEET)
+    level = max(request.level or Level.FLEET, request.group.level or Level.FLEET)
     return Level.NODE if request.max_nodes == 1 else Level(level)
 
 
 def _chunk(request: PlaceRequest, demand: Demand) -> int:
     """Of a node the request takes multiples of it."""
-    if demand.per_node:
-        return demand.per_node
     least = -(-demand.gpus // request.max_nodes) if request.max_nodes else 1
     return max(demand.unit, -(-least // demand.unit) * demand.unit)

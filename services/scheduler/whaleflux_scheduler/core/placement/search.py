@@ -18,9 +18,9 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
     Share,
 )
-from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
+from whaleflux_scheduler.core.placement.columns import Columns
 from whaleflux_scheduler.core.placement.cover import Counts
-from whaleflux_scheduler.core.placement.fractions import Device, Together, least_stranding_node, place_parts
+from whaleflux_scheduler.core.placement.fractions import Device, Together, place_parts
 from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows, node_conditions
 
@@ -134,69 +134,41 @@ class Search:
     last_resort: bool = False
 
     def possible(self) -> bool:
-        if len(self.request.groups) > 1 or self.request.groups[0].share:
+        group = self.request.group
+        if group.share:
             return next(self.all_groups(), None) is not None
-        group = self.request.groups[0]
         supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
-        return bool(supply.match.shapes) and possible(supply, self._bounds(group, None))
+        return bool(supply.match.shapes) and possible(supply, self._bounds(group))
 
-    def all_groups(self) -> Iterator[tuple[Group, ...]]:
-        if len(self.request.groups) == 1:
-            group = self.request.groups[0]
-            for found in self._one(group, None):
-                yield (found,)
+    def all_groups(self) -> Iterator[Group]:
+        """Each place that is worth a price."""
+        group = self.request.group
+        if group.share:
+            found = (parts for domain in self._share_domains() if (parts := self._parts_in(group, group.share, domain)))
+            if devices := next(found, None):
+                yield Group(group, devices=tuple(devices))
             return
-        together = self._together()
-        if together:
-            yield together
+        supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
+        for counts in self._counts(supply, self._bounds(group)) if supply.match.shapes else ():
+            yield Group(group, self._masks(supply, counts), considered=supply.considered)
 
-    def _bounds(self, group: GroupRequest, inside: tuple[Level, int] | None) -> Bounds:
+    def _bounds(self, group: GroupRequest) -> Bounds:
         own = max(group.level or 0, self.request.level or 0)
         widest = Level(min(own, Level.LEAF))
         outer = next((s for s in group.subgroups if s.required and s.level < Level.NODE), None)
         chunk = (outer.size, outer.level) if outer else None
-        alone = len(self.request.groups) == 1
-        return Bounds(
-            widest,
-            self.request.min_nodes if alone else 0,
-            self.request.max_nodes if alone else 0,
-            inside,
-            chunk,
-            self.near,
-        )
+        return Bounds(widest, self.request.min_nodes, self.request.max_nodes, chunk, self.near)
 
-    def _one(self, group: GroupRequest, inside: tuple[Level, int] | None) -> Iterator[Group]:
-        if group.share:
-            found = next(
-                (
-                    d
-                    for domain in self._share_domains(group, inside)
-                    if (d := self._parts_in(group, group.share, domain))
-                ),
-                None,
-            )
-            if found:
-                yield Group(group, devices=tuple(found))
-            return
-        supply = Supply(self.columns, Demand.of(group, self.request, self.option), self.allowed, self.shapes)
-        if supply.match.shapes:
-            row = self._by_mix(supply, inside)
-            if row is not None:
-                yield Group(group, self._masks(supply, [(row, supply.demand.gpus)]))
-                return
-            for counts in self._counts(supply, self._bounds(group, inside)):
-                yield Group(group, self._masks(supply, counts), considered=supply.considered)
-
-    def _share_domains(self, group: GroupRequest, inside: tuple[Level, int] | None) -> list[tuple[Level, int] | None]:
-        """Where a group of parts may be: anywhere allowed, or each domain of the level that must hold it."""
-        level = Level(max(group.level or 0, self.request.level or 0))
-        if inside or level in (Level.FLEET, *(Level.NODE, Level.ISLAND, Level.GPU)):
-            return [inside]
+    def _share_domains(self) -> list[tuple[Level, int] | None]:
+        """Where parts may be: anywhere allowed, or each domain of the level that must hold them."""
+        level = Level(max(self.request.group.level or 0, self.request.level or 0))
+        if level in (Level.FLEET, Level.NODE, Level.ISLAND, Level.GPU):
+            return [None]
         return [(level, d) for d in range(len(self.columns.lo[level]))]
 
     def _parts_in(self, group: GroupRequest, share: Share, domain: tuple[Level, int] | None) -> list[Device] | None:
         level = max(group.level or 0, self.request.level or 0)
-        whole_node = level >= Level.NODE or group.gpus == group.gpus_per_node or self.request.max_nodes == 1
+        whole_node = level >= Level.NODE or self.request.max_nodes == 1
         spread = -(-group.gpus // self.request.min_nodes) if self.request.min_nodes else group.gpus
         if whole_node and self.request.min_nodes > 1:
             return None
@@ -211,21 +183,12 @@ class Search:
                 share,
                 group.gpus,
                 allowed=allowed,
-                most_per_node=min(spread, group.gpus_per_node or spread),
+                most_per_node=spread,
                 together=nearness,
             )
             if found and len({i for i, _ in found}) <= (self.request.max_nodes or len(found)):
                 return found
         return None
-
-    def _by_mix(self, supply: Supply, inside: tuple[Level, int] | None) -> int | None:
-        """Single-node work that states its CPU or memory goes where it strands least, once it is known what is asked for."""
-        demand, need = supply.demand, supply.demand.need
-        states = need.cpu_millicores_per_gpu or need.host_memory_bytes_per_gpu
-        alone = demand.gpus <= (demand.most_per_node or demand.gpus) and demand.per_node in (0, demand.gpus)
-        if not self.columns.mix or not states or not alone or self.near:
-            return None
-        return least_stranding_node(supply, demand.gpus, Bounds(inside=inside))
 
     def _counts(self, supply: Supply, bounds: Bounds) -> Iterator[Counts]:
         """Each even split that is tight in its domain: wider domains only while uplinks are shared, wider splits only where closer."""
@@ -257,54 +220,3 @@ class Search:
         unit = supply.demand.unit
         columns = self.columns
         return tuple((i, columns.shape(i).wiring.choose(supply.candidates(i), count, unit)) for i, count in counts)
-
-    def _together(self) -> tuple[Group, ...] | None:
-        """Several groups: the deepest domain in which all find room, one after the other, largest first."""
-        widest = self.request.level or Level.FLEET
-        need = self.request.units * self.option.per_unit
-        everything = Supply(
-            self.columns, Demand.of(GroupRequest(), self.request, self.option), self.allowed, self.shapes
-        )
-        for level in (Level.NODE, *reversed(DOMAIN_LEVELS)):
-            if level < min(widest, Level.NODE):
-                return None
-            room = everything.total(level)
-            fitting = (
-                np.flatnonzero(room >= need) if not any(g.share for g in self.request.groups) else np.arange(len(room))
-            )
-            for d in fitting[np.argsort(room[fitting], kind="stable")][:8]:
-                found = self._all_inside((level, int(d)))
-                if found:
-                    return found
-        return None
-
-    def _all_inside(self, inside: tuple[Level, int]) -> tuple[Group, ...] | None:
-        """Each group takes its GPUs for real while the next ones look, and all are given back at the end."""
-        found: dict[int, Group] = {}
-        try:
-            for at in sorted(range(len(self.request.groups)), key=lambda g: -self.request.groups[g].gpus):
-                group = next(self._one(self.request.groups[at], inside), None)
-                if group is None:
-                    return None
-                found[at] = group
-                occupy(self.columns, group, self.request, 1)
-        finally:
-            for group in found.values():
-                occupy(self.columns, group, self.request, -1)
-        nodes = {i for g in found.values() for i, _ in g.parts + g.devices}
-        if len(nodes) < self.request.min_nodes or (self.request.max_nodes and len(nodes) > self.request.max_nodes):
-            return None
-        return tuple(found[at] for at in range(len(self.request.groups)))
-
-
-def occupy(columns: Columns, group: Group, request: PlaceRequest, sign: int) -> None:
-    """Takes (+1) or gives back (-1) what a group found, for the time of one search."""
-    for i, mask in group.parts:
-        (columns.take if sign > 0 else columns.give)(i, mask)
-    for i, position in group.devices:
-        share = group.request.share
-        assert share is not None
-        columns.share(i, position, share.compute_milli, share.memory_bytes, sign)
-    need = request.requirement
-    for i, count in [(i, m.bit_count()) for i, m in group.parts] + [(i, 1) for i, _ in group.devices]:
-        columns.host(i, count * need.cpu_millicores_per_gpu, count * need.host_memory_bytes_per_gpu, sign)

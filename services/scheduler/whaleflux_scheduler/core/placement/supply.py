@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from whaleflux.fleet.model import Level, Node
+from whaleflux.fleet.model import Level, Node, PriceKind
 from whaleflux_scheduler.core.placement.api import GpuOption, GpuRequirement, GroupRequest, PlaceRequest
 from whaleflux_scheduler.core.placement.columns import Columns, Ints
 from whaleflux_scheduler.core.placement.shapes import Shape
@@ -36,7 +36,7 @@ def could_use(columns: Columns, i: int, request: PlaceRequest) -> bool:
         return True
     if need.of_node and not node_conditions(columns, need)[i]:
         return False
-    free = columns.usable[i] if request.groups[0].share else columns.free_mask(i)
+    free = columns.usable[i] if request.group.share else columns.free_mask(i)
     return any(free & matching_positions(columns.shape(i), need, option.model) for option in need.any_of)
 
 
@@ -46,8 +46,6 @@ def matching_positions(shape: Shape, need: GpuRequirement, model: str) -> int:
 
     A MIG instance is had by those only who ask for its profile, or for its model, which names it.
     """
-    if shape.network_bytes_per_s < need.min_network_bytes_per_s:
-        return 0
     return sum(
         1 << i
         for i in range(shape.size)
@@ -62,7 +60,6 @@ class Demand:
     """What one group asks of each node, after an option was chosen. `gpus` counts devices."""
 
     gpus: int
-    per_node: int  # exactly so many on each node; 0: free
     unit: int  # devices come in runs of this many on one node
     island: bool  # ... and each run inside one NVLink island
     model: str
@@ -81,7 +78,6 @@ class Demand:
         spread = -(-group.gpus // request.min_nodes) if request.min_nodes else 0
         return Demand(
             group.gpus * option.per_unit,
-            group.gpus_per_node * option.per_unit,
             unit,
             island,
             option.model,
@@ -121,10 +117,7 @@ class Match:
 
 
 def _devices_matter(shape: Shape, positions: int, demand: Demand) -> bool:
-    wiring, least = shape.wiring, demand.need.min_interconnect_bytes_per_s
-    if positions != (1 << shape.size) - 1 or (demand.island and len(wiring.islands) > 1):
-        return True
-    return least > 0 and not (wiring.uniform and least <= wiring.ring_bytes_per_s(positions))
+    return positions != (1 << shape.size) - 1 or (demand.island and len(shape.wiring.islands) > 1)
 
 
 class Supply:
@@ -189,10 +182,9 @@ class Supply:
     def devices(self, i: int) -> int:
         """How many GPUs of row `i` the demand can use, given which are free."""
         mask, wiring = self.candidates(i), self.columns.shape(i).wiring
-        count = wiring.widest(mask, self.demand.need.min_interconnect_bytes_per_s)
-        if self.demand.island:
-            count = min(count, wiring.island_units(mask, self.demand.unit) * self.demand.unit)
-        return count
+        return (
+            wiring.island_units(mask, self.demand.unit) * self.demand.unit if self.demand.island else mask.bit_count()
+        )
 
     def at_least(self, level: Level, count: int) -> Ints:
         """Per domain of `level`: nodes with at least `count` usable GPUs."""
@@ -247,7 +239,7 @@ class Supply:
 
 def node_conditions(columns: Columns, need: GpuRequirement) -> Bools:
     """Labels, NVMe and how it is paid for, facts of the node itself: which rows fit. Kept until nodes change."""
-    key = (need.labels, need.nvme, need.price_kinds)
+    key = (need.labels, need.nvme, need.no_spot)
     found = columns.matches.get(key)
     if found is None:
         fitting = [_node_fits(row.node, need) for row in columns.rows]
@@ -255,10 +247,16 @@ def node_conditions(columns: Columns, need: GpuRequirement) -> Bools:
     return cast("Bools", found)
 
 
+def conditions_of(need: GpuRequirement) -> str:
+    """What is asked of the node itself, in words."""
+    labels = [f"label {key}={value}" for key, value in need.labels]
+    return ", ".join([*labels, *["NVMe"] * need.nvme, *["a price that is not spot"] * need.no_spot])
+
+
 def _node_fits(node: Node, need: GpuRequirement) -> bool:
     if need.nvme and not any(d.nvme for d in node.disks):
         return False
-    if need.price_kinds and node.price.kind not in need.price_kinds:
+    if need.no_spot and node.price.kind is PriceKind.SPOT:
         return False
     return all(label in node.labels for label in need.labels)
 

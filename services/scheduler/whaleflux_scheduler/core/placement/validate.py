@@ -8,7 +8,6 @@ from functools import lru_cache
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.placement.api import (
-    CommModel,
     GpuRequirement,
     GroupRequest,
     PlaceRequest,
@@ -17,7 +16,6 @@ from whaleflux_scheduler.core.placement.api import (
 )
 
 MAX_GPUS = 1_000_000
-MAX_GROUPS = 64
 MAX_OPTIONS = 32
 
 
@@ -32,14 +30,7 @@ def _problems(request: PlaceRequest, named: bool) -> list[FieldViolation]:
     bad: list[FieldViolation] = []
     if named and not request.id:
         bad.append(FieldViolation("id", "is empty; name the attempt"))
-    if not 1 <= len(request.groups) <= MAX_GROUPS:
-        bad.append(FieldViolation("groups", f"{len(request.groups)} groups; 1-{MAX_GROUPS} are allowed"))
-    if len({g.name for g in request.groups}) != len(request.groups):
-        bad.append(FieldViolation("groups", "two groups have the same name"))
-    if len(request.groups) > 1 and (request.level or Level.FLEET) > Level.NODE:
-        bad.append(FieldViolation("level", "several groups share a node at most; ask for an island with one group"))
-    for at, group in enumerate(request.groups):
-        bad += _group(group, f"groups[{at}]")
+    bad += _group(request.group)
     bad += _requirement(request.requirement)
     if request.min_nodes < 0 or request.max_nodes < 0:
         bad.append(FieldViolation("min_nodes", "node bounds are 0 (none) or positive"))
@@ -51,7 +42,7 @@ def _problems(request: PlaceRequest, named: bool) -> list[FieldViolation]:
         )
     if not (math.isfinite(request.data_reads) and request.data_reads >= 0):
         bad.append(FieldViolation("data_reads", "is finite and not negative"))
-    return bad + list(_wishes(request.preference)) + list(_comm(request.comm))
+    return bad + list(_wishes(request.preference))
 
 
 @lru_cache(maxsize=1024)
@@ -62,29 +53,14 @@ def _wishes(wish: Preference) -> tuple[FieldViolation, ...]:
     return (FieldViolation("preference", "work, deadline, budget and comm_fraction are finite and not negative"),)
 
 
-@lru_cache(maxsize=1024)
-def _comm(comm: CommModel) -> tuple[FieldViolation, ...]:
-    if all(math.isfinite(x) and x >= 0 for x in (comm.all_reduce_bytes, comm.all_to_all_bytes, comm.subgroup_bytes)):
-        return ()
-    return (FieldViolation("comm", "bytes per step are finite and not negative"),)
-
-
 @lru_cache(maxsize=4096)
-def _group(group: GroupRequest, path: str) -> tuple[FieldViolation, ...]:
-    bad: list[FieldViolation] = []
+def _group(group: GroupRequest) -> tuple[FieldViolation, ...]:
+    bad, path = list[FieldViolation](), "group"
     if not 1 <= group.gpus <= MAX_GPUS:
         return (FieldViolation(f"{path}.gpus", f"{group.gpus} is outside 1-{MAX_GPUS:,}"),)
-    if group.gpus_per_node < 0 or (group.gpus_per_node and group.gpus % group.gpus_per_node):
-        bad.append(FieldViolation(f"{path}.gpus_per_node", f"{group.gpus_per_node} does not divide {group.gpus} GPUs"))
     for at, sub in enumerate(group.subgroups):
         if sub.size < 1 or group.gpus % sub.size:
             bad.append(FieldViolation(f"{path}.subgroups[{at}].size", f"{sub.size} does not divide {group.gpus} GPUs"))
-        elif group.gpus_per_node and sub.level >= Level.NODE and group.gpus_per_node % sub.size:
-            bad.append(
-                FieldViolation(
-                    f"{path}.subgroups[{at}].size", f"{sub.size} does not divide {group.gpus_per_node} per node"
-                )
-            )
     if group.share:
         bad += _share(group.share, group, f"{path}.share")
     elif group.level is Level.GPU and group.gpus > 1:
@@ -94,12 +70,8 @@ def _group(group: GroupRequest, path: str) -> tuple[FieldViolation, ...]:
 
 def _share(share: Share, group: GroupRequest, path: str) -> list[FieldViolation]:
     bad: list[FieldViolation] = []
-    if not 0 <= share.compute_milli <= 1000:
-        bad.append(FieldViolation(f"{path}.compute_milli", f"{share.compute_milli} is outside 0-1000"))
-    if share.memory_bytes < 0:
-        bad.append(FieldViolation(f"{path}.memory_bytes", "is negative"))
-    if not (share.memory_bytes or share.compute_milli):
-        bad.append(FieldViolation(path, "asks for nothing; name memory or compute"))
+    if share.memory_bytes < 1:
+        bad.append(FieldViolation(f"{path}.memory_bytes", "is not positive"))
     if share.apart and group.level is Level.GPU and group.gpus > 1:
         bad.append(FieldViolation(path, "several parts that are kept apart cannot lie in one GPU"))
     if group.subgroups:
@@ -120,8 +92,6 @@ def _requirement(need: GpuRequirement) -> tuple[FieldViolation, ...]:
             bad.append(FieldViolation(f"requirement.any_of[{at}].throughput", "is positive and finite"))
     for name in (
         "min_memory_bytes",
-        "min_interconnect_bytes_per_s",
-        "min_network_bytes_per_s",
         "cpu_millicores_per_gpu",
         "host_memory_bytes_per_gpu",
     ):
