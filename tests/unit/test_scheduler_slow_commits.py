@@ -171,6 +171,6 @@ async def settle(world, history, agents):
     seed=st.integers(0, 2**16),
     losing=st.sampled_from([0.0, 0.2]),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_who_waits_for_victims_runs_or_is_cancelled(victims, spread, ends_s, kills_s, cancel_s, seed, losing):
     virtual_time.run(make_room(victims, spread, ends_s, kills_s, cancel_s, seed, losing))
