@@ -237,6 +237,14 @@ def test_two_clusters_side_by_side(files, capsys):
         ("nodes: [{machine: h100x8}]\nqueues: {a: {weight: heavy}}", "queues.a.weight", "must be a number"),
         ("nodes: [{machine: h100x8}]\nevents: [{at: 1 h, what: down, nodes: 7}]", "events.nodes", "use 0 to 0"),
         ("nodes: [{machine: h100x8}]\ndelays: {save: soon}", "delays.save", "must be a time"),
+        ("nodes: [{machine: h100x8}]\nqueues: {a: {parent: b}, b: {parent: a}}", "queues.a.parent", "is below"),
+        ("nodes: [{machine: h100x8}]\nqueues: {a: {parent: org}}", "queues.a.parent", "does not exist"),
+        ("nodes: [{machine: h100x8}]\nqueues: {a: {weight: 100000000.0}}", "queues.a.weight", "use 0 to 1000000"),
+        (
+            "nodes: [{machine: h100x8}]\nqueues: {a: {guaranteed_gpus: 4}, b: {parent: a, guaranteed_gpus: 8}}",
+            "queues.a.guaranteed_gpus",
+            "guaranteed 8 GPUs together",
+        ),
     ],
 )
 def test_mistakes_in_a_cluster_file_name_the_field_and_what_would_be_right(files, capsys, cluster, field, said):
@@ -257,6 +265,10 @@ def test_mistakes_in_a_cluster_file_name_the_field_and_what_would_be_right(files
         ("jobs: [{name: a, gpus: 1, takes: 1 h, count: 3000000}]", "jobs.count", "1 to 2000000"),
         ("jobs: [{name: a, gpus: 1, takes: 1 h}, {name: a, gpus: 2, takes: 1 h}]", "jobs", "two of one queue and name"),
         ("jobs: [{name: a, gpus: 1, takes: 1 h, spec: {priority: 5000}}]", "jobs.spec", "priority"),
+        ("jobs: [{name: a, gpus: {1: .nan}, takes: 1 h}]", "jobs.gpus", "a weight above 0"),
+        ("jobs: [{name: a, gpus: {1: .inf}, takes: 1 h}]", "jobs.gpus", "a weight above 0"),
+        ("jobs: [{name: a, gpus: {1000000: 1}, takes: 1 h}]", "jobs.gpus", "0 to 100000"),
+        ("jobs: [{name: a, gpus: 1, takes: 1 h, spec: 5}]", "jobs.spec", "must be fields of a job file"),
         ("jobs: [{name: a, job: nothing.yaml, takes: 1 h}]", "jobs.job", "cannot read"),
         ("estimates: wild\njobs: [{name: a, gpus: 1, takes: 1 h}]", "estimates", "must be one of: exact"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from whaleflux_scheduler.core.model import Attempt, Task
 from whaleflux_scheduler.jobs import Jobs
 
 _SCOPE = "tasks:"
+_BEHIND = re.compile(r"(\S+) ([0-9]{1,18}) ([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class _Place:
         text, _ = parse_token(token, _SCOPE)
         if not text:
             return cls()
-        job, epoch, group_rank = text.removeprefix(_SCOPE).rsplit(" ", 2)
-        if not (epoch.isdecimal() and group_rank.isdecimal()):
+        found = _BEHIND.fullmatch(text.removeprefix(_SCOPE))
+        if found is None:
             raise InvalidArgument(
                 FieldViolation("page_token", "is of no listing of allocations; list again without it")
             )
-        return cls(job, int(epoch), int(group_rank))
+        return cls(found[1], int(found[2]), int(found[3]))
 
     def __str__(self) -> str:
         return f"{_SCOPE}{self.job} {self.epoch} {self.group_rank}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from whaleflux import names
 from whaleflux.errors import FieldViolation, InvalidArgument
@@ -31,6 +31,15 @@ def check_queue(queue: Queue) -> None:
 
 def check_tree(queues: Mapping[str, Queue], changed: str) -> None:
     """Raises InvalidArgument when the queue `changed` may not be as it is among all `queues`, by id."""
+    below = _below(queues)
+    above = _check_place(queues, changed)
+    _check_levels(above, _levels(below, changed))
+    for up in above:
+        _check_sum(queues, below, names.last(up.name), changed)
+
+
+def _check_place(queues: Mapping[str, Queue], changed: str) -> list[Queue]:
+    """The queue and those above it."""
     queue = queues[changed]
     if queue.parent and queue.parent not in queues:
         raise _violation(
@@ -41,12 +50,31 @@ def check_tree(queues: Mapping[str, Queue], changed: str) -> None:
         raise _violation(
             "parent", f"{names.queue(queue.parent)} is below {names.queue(changed)}, or the same; use another"
         )
-    below = _below(queues)
-    levels = len(above) - 1 + _levels(below, changed)
+    return above
+
+
+def _check_levels(above: Sequence[Queue], below: int) -> None:
+    levels = len(above) - 1 + below
     if levels > MOST_LEVELS:
         raise _violation("parent", f"there would be {levels} queues above one another; use at most {MOST_LEVELS}")
-    for up in above:
-        _check_sum(queues, below, names.last(up.name), changed)
+
+
+def check_all(queues: Mapping[str, Queue]) -> None:
+    """The same for all of them, each once; the violations name the queue: queues.ID.FIELD."""
+    below = _below(queues)
+
+    def place(id_: str) -> None:
+        check_queue(queues[id_])
+        _check_levels(_check_place(queues, id_), 1)
+
+    for check in (place, lambda id_: _check_sum(queues, below, id_, id_)):  # sums are of a tree
+        for id_ in queues:
+            try:
+                check(id_)
+            except InvalidArgument as wrong:
+                fields = [(found.field.removeprefix("queue."), found.description) for found in wrong.violations]
+                told = [FieldViolation(f"queues.{id_}.{field}", said) for field, said in fields]
+                raise InvalidArgument(told) from None
 
 
 def _check_sum(queues: Mapping[str, Queue], below: Mapping[str, list[str]], id_: str, changed: str) -> None:

@@ -12,6 +12,7 @@ from typing import TextIO
 from whaleflux import quantities
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.yaml_text import MAX_FILE_BYTES, load
+from whaleflux_scheduler.core import quota_rules
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.simulation import fleet_file, pictures, tables, traces
 from whaleflux_scheduler.simulation.cluster_file import Cluster, cluster_of
@@ -128,6 +129,7 @@ def _simulated(scenario: Scenario, inputs: Inputs, until_s: float, picture: Path
     cluster = inputs.cluster or (inputs.fleet.cluster if inputs.fleet else None)
     assert cluster is not None
     queues: dict[str, Queue] = {**(inputs.jobs.queues if inputs.jobs else {}), **cluster.queues}
+    quota_rules.check_all(queues)
     jobs, notes = _jobs(scenario, inputs, traces.fleet_gpus(cluster.nodes))
     spans = Spans(pictures.shown_nodes(cluster.nodes), pictures.MOST_SPANS) if picture else None
     with ExitStack() as files:

@@ -14,7 +14,7 @@ from whaleflux import names, quantities
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.manifests.job_spec import spec_of
-from whaleflux.manifests.reader import Fields, Reader
+from whaleflux.manifests.reader import Fields, Reader, kind_of
 from whaleflux.manifests.values import Choice
 from whaleflux.manifests.yaml_files import jobs_from_yaml
 from whaleflux_scheduler.core.model import Queue
@@ -22,7 +22,7 @@ from whaleflux_scheduler.simulation.cluster_file import a_list, a_whole, queues_
 from whaleflux_scheduler.simulation.estimates import ESTIMATES, Estimate, estimated, exact
 from whaleflux_scheduler.simulation.workload import Submission
 
-MAX_JOBS = 2_000_000
+MAX_JOBS, MAX_GPUS = 2_000_000, 100_000
 _HERE = Path()
 Draw = Callable[[random.Random], Any]
 
@@ -115,7 +115,10 @@ def _source(reader: Reader, base: Path) -> Source | None:
 
 def _inline(reader: Reader, base: Path) -> Spec | None:
     """The spec that fields of a job file below `spec`, and `priority`, make."""
-    given = dict(reader.raw("spec") or {}) if isinstance(reader.raw("spec"), (dict, type(None))) else {}
+    given = reader.raw("spec") or {}
+    if not isinstance(given, dict):
+        reader.note("spec", f"must be fields of a job file, not {kind_of(given)}")
+        return None
     priority = reader.take("priority", a_whole(0, 1000), None)
     gpus = reader.raw("gpus")
     content = Fields({"run": "true", "gpus": gpus if isinstance(gpus, int) else 1, **given})
@@ -149,14 +152,16 @@ def _job_file(value: object, base: Path) -> tuple[Spec, str]:
 
 def _sizes(value: object) -> Draw:
     """A number of GPUs, or weights by number."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 100_000:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_GPUS:
         return _always(int(value))
     if not isinstance(value, dict) or not value or len(value) > 100:
         raise ValueError("must be a number of GPUs, or weights by number: {1: 0.7, 8: 0.3}")
     sizes, weights = [], []
     for size, weight in value.items():
-        if not str(size).isdecimal() or not isinstance(weight, (int, float)) or isinstance(weight, bool) or weight <= 0:
-            raise ValueError(f"{size}: {weight} must be a number of GPUs and a weight above 0")
+        written = str(size)
+        whole = written.isascii() and written.isdecimal() and len(written) < 10 and int(written) <= MAX_GPUS
+        if not whole or not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight <= 1e9:
+            raise ValueError(f"{size}: {weight} must be a number of GPUs, 0 to {MAX_GPUS}, and a weight above 0")
         sizes.append(int(size))
         weights.append(float(weight))
     return lambda drawn: drawn.choices(sizes, weights)[0]
