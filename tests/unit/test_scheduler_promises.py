@@ -191,6 +191,17 @@ class TestPromises:
         assert not any(found[f"first{n}"].suspensions for n in range(4)), "nobody who ran before it came leaves for it"
         assert all(outcome.state is JobState.SUCCEEDED for outcome in found.values())
 
+    def test_who_made_room_runs_as_long_as_before_until_it_does_so_again(self):
+        first = [job(f"first{n}", 0.0, hours * HOUR, 4, 100 * HOUR) for n, hours in enumerate((90, 90, 0.1, 0.2))]
+        late = [job(f"late{n}", 20.0 + n, 20 * HOUR, 4, 100 * HOUR, checkpoint_every_steps=10) for n in range(2)]
+        gangs = [job(f"gang{n}", 10.0 + n * 4.5 * HOUR, HOUR, 8, 100 * HOUR) for n in range(2)]
+        beside = job("beside", 0.0, 90 * HOUR, 3, 100 * HOUR)
+        ticks = [job(f"tick{n}", 200.0 * n, 60.0, 1, 60.0) for n in range(1, 200)]  # so that there are events at all
+        found = simulate(sorted([*first, beside, *gangs, *late, *ticks], key=lambda j: j.at_s), nodes=5)
+        assert [found[f"late{n}"].suspensions for n in range(2)] == [2, 2]
+        assert 4.0 * HOUR < found["gang0"].start_s < 4.1 * HOUR
+        assert 8.9 * HOUR < found["gang1"].start_s < 9.1 * HOUR, "5.0 and 3.9, not 4.5 and 4"
+
     @settings(max_examples=15, deadline=None)
     @given(
         st.lists(

@@ -157,25 +157,25 @@ class ExpectedEnds:
     def passed(self, job: Job, now: datetime) -> list[str]:
         """Who began while the job waited, though it has waited for more GPU-hours than they had; who began last first. After `catch_up`.
 
-        They have run for `REST_S`, and would go on from a checkpoint.
+        They have run for `REST_S` and as long as all their attempts before, and would go on from a checkpoint.
         """
         claimant, waited_gpu_s = claimant_of(self._holdings, job, job.spec.gpus), _waited_gpu_s(job, now)
         since_s, rested_s = job.create_time.timestamp(), now.timestamp() - REST_S
         first, last = (bisect.bisect_right(self._by_begin, (at_s, chr(0x10FFFF))) for at_s in (since_s, rested_s))
-        found = []
-        for _, name in reversed(self._by_begin[max(first, last - MOST_PASSED) : last]):
-            other = self._holdings.jobs.get(name)
-            if (
-                other is None
-                or other.attempt is None
-                or not self._profile.gpus(name)
-                or name not in self._engine.placements
-            ):
-                continue
-            waited_less = _waited_gpu_s(other, other.attempt.allocate_time) < waited_gpu_s
-            if waited_less and claimant.outlasts(name, other.queue, other.spec.priority):
-                found.append(name)
-        return found
+        latest = reversed(self._by_begin[max(first, last - MOST_PASSED) : last])
+        return [
+            other.name
+            for begun_s, name in latest
+            if (other := self._leaves_gpus(name)) is not None
+            and begun_s + other.run_s <= now.timestamp()
+            and _waited_gpu_s(other, datetime.fromtimestamp(begun_s, UTC)) < waited_gpu_s
+            and claimant.outlasts(name, other.queue, other.spec.priority)
+        ]
+
+    def _leaves_gpus(self, name: str) -> Job | None:
+        """The job, if GPUs come free when it leaves."""
+        there = self._profile.gpus(name) and name in self._engine.placements
+        return self._holdings.jobs.get(name) if there else None
 
     def _asked(self, names: Iterable[str], now: datetime) -> Iterator[End]:
         """When they have left if they are asked to now."""
@@ -195,9 +195,8 @@ class ExpectedEnds:
         job = self._holdings.jobs.get(name)
         if job is None or job.attempt is None or not self._holdings.held(name) or not resumes(job):
             return None
-        return (
-            job.attempt.allocate_time.timestamp() if not job.spec.is_service and job.spec.time_limit_s is None else None
-        )
+        stays = job.spec.is_service or job.spec.time_limit_s is not None
+        return None if stays else job.attempt.allocate_time.timestamp()
 
     def _own_held_by_others(self, name: str) -> Counter[str]:
         """Who holds how much of what the job claims."""
