@@ -408,3 +408,33 @@ def test_a_queue_that_is_put_elsewhere_in_the_tree_takes_what_comes_free_there()
     assert [c.assignment for c in planner.decide(NOW)] in ([], [None])
     planner.apply(News(gone=(running.name,)))
     assert [(c.job, c.assignment is not None) for c in planner.decide(NOW)] == [(waiting.name, True)]
+
+
+def test_a_guarantee_that_goes_to_another_job_frees_the_first_for_others():
+    """Nothing came free, and nothing borrowed began to run: what ran there is no longer what its queue is guaranteed."""
+    planner = plan_with_queues()
+    planner.apply(News(queues={name: Queue(f"queues/{name}", guaranteed_gpus=4) for name in ("q", "r")}))
+    open_nodes(planner, node("s/a", model="A100-80GB"), node("s/h"))
+    run(planner, job("low", any_of=("A100-80GB",)))
+    urgent = job("urgent", at=1, queue="r", any_of=("A100-80GB",))
+    wait(planner, urgent)
+    assert [m.claim for m in planner.decide(NOW) if m.claim] == []
+    run(planner, job("high", at=2, priority=5, any_of=("H100-80GB",)))
+    assert [m.claim.victims for m in planner.decide(NOW) if m.claim] == [("queues/q/jobs/low",)]
+
+
+def test_a_guarantee_goes_by_priority_also_when_that_is_changed():
+    planner = plan_with_queues()
+    planner.apply(News(queues={name: Queue(f"queues/{name}", guaranteed_gpus=4) for name in ("q", "r")}))
+    open_nodes(planner, node("s/a", model="A100-80GB"), node("s/h"))
+    run(planner, job("low", any_of=("A100-80GB",)))
+    beside = run(planner, job("other-one", at=1, any_of=("H100-80GB",)))
+    urgent = job("urgent", at=2, queue="r", any_of=("H100-80GB",))
+    wait(planner, urgent)
+    assert [m.claim.victims for m in planner.decide(NOW) if m.claim] == [(beside.name,)]
+    planner.apply(News(jobs=(urgent,), candidates={urgent.name: None}))
+    other = job("other", at=3, queue="r", any_of=("A100-80GB",))
+    wait(planner, other)
+    assert [m.claim for m in planner.decide(NOW) if m.claim] == []
+    planner.apply(News(jobs=(replace(beside, spec=replace(beside.spec, priority=9)),)))
+    assert [m.claim.victims for m in planner.decide(NOW) if m.claim] == [("queues/q/jobs/low",)]

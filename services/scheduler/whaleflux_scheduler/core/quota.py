@@ -103,6 +103,9 @@ class QuotaTree:
         self._nodes: dict[str, QueueNode] = {}
         self.queues: Mapping[str, Queue] = {}
         self.guarantees = False  # whether any queue is guaranteed anything
+        self._lost_cover = (
+            False  # whether a guarantee covers others than it did, and some of those still hold what they held
+        )
         self.fleet = QueueNode("", _NOTHING)
         self.set_queues(queues or {})
 
@@ -240,6 +243,14 @@ class QuotaTree:
         counted = ((node.id, held) for node in self.node(queue).path() for held in node.counted)
         return {id_: held.gpus for id_, held in counted if held.job == job}
 
+    def take_lost_cover(self) -> bool:
+        """Whether somebody who holds GPUs may have to give them back who did not have to when this was asked last."""
+        if not self.guarantees:
+            return False
+        self._settle(self.fleet)
+        lost, self._lost_cover = self._lost_cover, False
+        return lost
+
     def borrowed(self, queue: str) -> int:
         """GPUs of jobs of the queue and of those below it that no guarantee there covers."""
         node = self.node(queue)
@@ -254,12 +265,16 @@ class QuotaTree:
         for below in node.below:
             self._settle(below)
             rest += below.rest if node is not self.fleet else ()
-        for held in node.counted:
+        before = node.counted
+        for held in before:
             if self._covered_by.get(held.job) is node:
                 del self._covered_by[held.job]
         node.covered, node.counted, node.rest = sum(below.covered for below in node.below), [], rest
         if node.guaranteed:
             self._cover(node, rest)
+        after = {held.job: held.gpus for held in node.counted}
+        if any(after.get(held.job, 0) < held.gpus and held.job in self._jobs for held in before):
+            self._lost_cover = True
 
     def _cover(self, node: QueueNode, jobs: list[Held]) -> None:
         node.rest = []

@@ -145,6 +145,8 @@ class Waiting(Questions):
 
     def _take_in_gains(self) -> None:
         """Tries again whom the nodes that gained could help, and those whose queue or array holds less."""
+        if self._shares.quota.take_lost_cover():
+            self._reclaim()
         holdings = self._fleet.holdings
         for queue in holdings.eased:
             self._turns.fell(queue)
