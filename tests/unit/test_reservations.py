@@ -14,6 +14,11 @@ from whaleflux_scheduler.core.model import Job, JobState, Queue, Spec
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News, Plan
 from whaleflux_scheduler.core.reservations import Fleet, Reservation, ReservationState
+from whaleflux_scheduler.core.steady_time import BELIEVED_AFTER_S, SteadyTime
+from whaleflux_scheduler.simulation.records import Spans
+from whaleflux_scheduler.simulation.runner import Simulation
+from whaleflux_scheduler.simulation.timeline import BEGIN, second_of
+from whaleflux_scheduler.simulation.workload import Delays, Submission, Workload
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -423,3 +428,98 @@ class TestPlan:
         world.kept.clear()
         world.step(reservations={})
         assert world.where(member) and world.where(other)
+
+
+SLOT_S = 600.0
+ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED)  # a restart may take a job over its limit
+
+
+class TestTime:
+    """Through the simulator: the production plan, whatever comes."""
+
+    def simulate(self, asked, jobs):
+        known = [node(f"s/n{number}", 4) for number in range(3)]
+        among, kept = Fleet({one.name: one for one in known}, {one.name for one in known}), list[Reservation]()
+        for number, (start, slots, gpus, under) in enumerate(asked):
+            times = {
+                "start": BEGIN + timedelta(seconds=start * SLOT_S),
+                "end": BEGIN + timedelta(seconds=(start + slots) * SLOT_S),
+            }
+            one = (
+                replace(maintenance(f"r{number}", nodes=(f"sites/s/nodes/n{gpus % 3}",)), **times)
+                if under
+                else replace(reserved(f"r{number}", gpus=gpus), **times)
+            )
+            admitted, wrong = reservations.admitted(one, kept, among)
+            kept += [] if wrong else [admitted]
+        submitted = [
+            Submission(
+                f"queues/q/jobs/j{number}",
+                Spec(
+                    command=("x",),
+                    gpus=gpus,
+                    time_limit_s=minutes * 60.0 + 1.0,
+                    priority=priority,
+                    reservation=f"reservations/r{of}" if of < len(asked) else "",
+                ),
+                at_ * SLOT_S / 3,
+                minutes * 60.0,
+            )
+            for number, (at_, minutes, gpus, priority, of) in enumerate(sorted(jobs))
+        ]
+        spans = Spans(frozenset(one.name for one in known), 10_000)
+        workload = Workload(submitted, {"q": Queue("queues/q")}, Delays(save_s=10.0, restart_s=30.0), (), tuple(kept))
+        simulation = Simulation(known, workload, spans=spans)
+        result = simulation.run(200 * SLOT_S)
+        simulation.check()
+        return kept, {one.name: one.spec for one in submitted}, spans, result
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8), st.integers(1, 12), st.booleans()), max_size=4),
+        st.lists(
+            st.tuples(
+                st.integers(0, 60),
+                st.integers(1, 90),
+                st.integers(1, 8),
+                st.sampled_from((0, 0, 50)),
+                st.integers(0, 8),
+            ),
+            max_size=16,
+        ),
+    )
+    def test_with_right_limits_nobody_is_ever_in_a_reservation_that_is_not_its_own(self, asked, jobs):
+        kept, specs, spans, result = self.simulate(asked, jobs)
+        for span in spans.kept:
+            for one in kept:
+                own = specs[span.job].reservation == one.name and not one.maintenance
+                theirs = one.nodes if one.maintenance else [uuid for _, part in one.held for uuid in part]
+                touches = span.node in theirs or not set(span.gpus).isdisjoint(theirs)
+                within = span.from_s < second_of(one.end) and second_of(one.start) < span.to_s
+                assert own or not (touches and within), (span, one)
+            if span.why == "suspended" and not any(spec.priority for spec in specs.values()):
+                assert specs[span.job].reservation, f"{span} was in nobody's way"
+        assert all(outcome.state in ENDED_STATES for outcome in result.outcomes), "nobody waits for ever"
+
+    def test_members_start_at_its_begin_to_the_second_and_are_not_kept_by_a_full_queue(self):
+        _, _, spans, _ = self.simulate([(3, 6, 8, False)], [(0, 90, 8, 0, 9), (0, 30, 8, 0, 0), (1, 10, 4, 0, 9)])
+        begun = {span.job.rpartition("/")[2]: span.from_s for span in spans.kept}
+        assert begun["j0"] == 3 * SLOT_S
+
+
+class TestSteadyTime:
+    def test_a_jump_counts_once_it_has_held_and_one_that_went_back_never(self):
+        time, hour = SteadyTime(), 3600.0
+        assert time.ahead_s(NOW, 0.0) == 0.0
+        assert time.ahead_s(NOW + HOUR, hour) == 0.0, "as time goes"
+        assert time.ahead_s(NOW + 3 * HOUR, hour) == 2 * hour
+        assert time.ahead_s(NOW + HOUR + timedelta(seconds=60), hour + 60.0) == 0.0, "and back"
+        late = NOW - HOUR
+        assert time.ahead_s(late, hour + 60.0) == pytest.approx(-2 * hour - 60.0)
+        after = BELIEVED_AFTER_S
+        assert time.ahead_s(late + timedelta(seconds=after - 1), hour + 60 + after - 1) < 0
+        assert time.ahead_s(late + timedelta(seconds=after), hour + 60 + after) == 0.0
+
+    def test_small_corrections_are_followed(self):
+        time = SteadyTime()
+        assert [time.ahead_s(NOW + timedelta(seconds=11.0 * at), 10.0 * at) for at in range(50)] == [0.0] * 50

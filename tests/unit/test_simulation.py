@@ -228,6 +228,27 @@ def test_two_clusters_side_by_side(files, capsys):
     assert found["second"]["summary"]["overall"]["wait_mean_s"] <= found["first"]["summary"]["overall"]["wait_mean_s"]
 
 
+def test_reservations_of_a_cluster_file_are_kept_by_the_production_plan(files, capsys):
+    kept = "{name: r, queue: b, gpus: 8, start: 2 h, for: 2 h}, {name: m, maintenance: true, nodes: 1, start: 8 h, for: 1 h}"
+    (files / "cluster.yaml").write_text(f"{CLUSTER}reservations: [{kept}]\n")
+    (files / "workload.yaml").write_text(
+        "jobs:\n- {name: long, queue: c, gpus: 16, takes: 5 h}\n"
+        "- {name: mine, queue: b, gpus: 8, takes: 1 h, at: 1 h, spec: {reservation: r}}\n"
+        "- {name: late, queue: c, gpus: 16, takes: 3 h, at: 7 h}\n"
+    )
+    code, _, _ = run(capsys, files / "cluster.yaml", files / "workload.yaml", "--moves", files / "moves")
+    moves = [json.loads(line) for line in (files / "moves").read_text().splitlines()]
+    told = [(line["t"], line["move"], line["job"].rpartition("/")[2]) for line in moves]
+    assert code == 0
+    assert (7200, "active", "r") in told and (4 * 3600, "ended", "r") in told
+    begun = {name: at for at, what, name in reversed(told) if what == "start"}
+    assert begun["mine"] == 7200
+    assert any(what == "start" and name == "long" and at >= 4 * 3600 for at, what, name in told), (
+        "suspended, and goes on"
+    )
+    assert begun["late"] >= 9 * 3600, "it would reach into the maintenance"
+
+
 @pytest.mark.parametrize(
     ("cluster", "field", "said"),
     [
@@ -244,6 +265,13 @@ def test_two_clusters_side_by_side(files, capsys):
             "nodes: [{machine: h100x8}]\nqueues: {a: {guaranteed_gpus: 4}, b: {parent: a, guaranteed_gpus: 8}}",
             "queues.a.guaranteed_gpus",
             "guaranteed 8 GPUs together",
+        ),
+        ("nodes: [{machine: h100x8}]\nreservations: [{name: r, gpus: 4}]", "reservations.for", "how long"),
+        ("nodes: [{machine: h100x8}]\nreservations: [{name: r, gpus: 9, for: 1 h}]", "reservations[0].gpus", "has 8"),
+        (
+            "nodes: [{machine: h100x8}]\nreservations: [{name: r, maintenance: true, for: 1 h}]",
+            "reservations[0].nodes",
+            "is empty",
         ),
     ],
 )

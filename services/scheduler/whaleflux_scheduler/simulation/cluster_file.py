@@ -16,7 +16,10 @@ from whaleflux.fleet.model import Gpu, Node, Price, PriceKind
 from whaleflux.fleet.profile import Profile
 from whaleflux.manifests.reader import Reader, kind_of
 from whaleflux.manifests.values import Choice, Whole
+from whaleflux_scheduler.core import reservations
 from whaleflux_scheduler.core.model import Queue
+from whaleflux_scheduler.core.reservations import MOST_GPUS, MOST_KEPT, Fleet, Reservation
+from whaleflux_scheduler.simulation.timeline import BEGIN, instant
 from whaleflux_scheduler.simulation.workload import NO_DELAYS, Delays, NodeEvent
 
 MAX_NODES = 100_000
@@ -34,6 +37,7 @@ class Cluster:
     queues: dict[str, Queue]
     events: tuple[NodeEvent, ...] = ()
     delays: Delays = NO_DELAYS
+    reservations: tuple[Reservation, ...] = ()
 
 
 def cluster_of(content: object) -> Cluster:
@@ -47,10 +51,12 @@ def cluster_of(content: object) -> Cluster:
     queues = queues_of(file)
     delays = _delays(file.inner("delays"))
     events = [event for one in file.items("events", a_list(MAX_EVENTS, "events")) for event in _event(one, nodes)]
+    asked = [_reservation(one, nodes) for one in file.items("reservations", a_list(MOST_KEPT, "reservations"))]
     file.done()
     if wrong:
         raise InvalidArgument(wrong[:50])
-    return Cluster(tuple(nodes), queues, tuple(sorted(events, key=lambda event: event.at_s)), delays)
+    events.sort(key=lambda event: event.at_s)
+    return Cluster(tuple(nodes), queues, tuple(events), delays, _kept(asked, nodes))
 
 
 def _group(reader: Reader, first: int) -> list[Node]:
@@ -173,6 +179,42 @@ def _event(reader: Reader, nodes: Sequence[Node]) -> list[NodeEvent]:
         return []
     over = [NodeEvent(at_s + for_s, "up", chosen)] if for_s is not None else []
     return [NodeEvent(at_s, what, chosen), *over]
+
+
+def _reservation(reader: Reader, nodes: Sequence[Node]) -> Reservation:
+    """As `whaleflux reservation create` says it; times count from the beginning."""
+    reader.require("name", "give it one")
+    reader.require("for", "say how long it lasts")
+    start_s = reader.take("start", quantities.seconds, 0.0)
+    for_s = reader.take("for", quantities.seconds, 3600.0)
+    maintenance = reader.take("maintenance", _field(False), False)
+    found = Reservation(
+        name=names.reservation(reader.take("name", lambda value: names.check_id("name", str(value)), "r")),
+        start=instant(start_s),
+        end=instant(start_s + for_s),
+        gpus=reader.take("gpus", a_whole(1, MOST_GPUS), 0),
+        gpu_type=reader.take("gpu_type", _field(""), ""),
+        nodes=reader.take("nodes", lambda value: _positions(value, nodes), ()),
+        queue=reader.take("queue", _field(""), "" if maintenance else "default"),
+        maintenance=maintenance,
+    )
+    reader.done()
+    return found
+
+
+def _kept(asked: Sequence[Reservation], nodes: Sequence[Node]) -> tuple[Reservation, ...]:
+    """With the GPUs that they keep, in the order of the file. Raises InvalidArgument."""
+    kept: list[Reservation] = []
+    fleet = Fleet({node.name: node for node in nodes}, {node.name for node in nodes})
+    for at, one in enumerate(asked):
+        admitted, wrong = reservations.admitted(one, kept, fleet)
+        if wrong := [*reservations.mistakes(one, BEGIN), *wrong]:
+            found = (
+                FieldViolation(v.field.replace("reservation.", f"reservations[{at}]."), v.description) for v in wrong
+            )
+            raise InvalidArgument(list(found))
+        kept.append(admitted)
+    return tuple(kept)
 
 
 _WHAT = Choice({what: what for what in ("down", "drain", "up")})

@@ -69,7 +69,7 @@ def begin(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None
     if job.spec.is_elastic:
         state.timeline.add(simulated.works_from_s, step, state, simulated, turn)
         state.timeline.add(at_s + lifecycle.LOOK_FIRST_S, look_at_size, state, simulated, turn, lifecycle.LOOK_FIRST_S)
-    if state.claimants.to(job.name):
+    if state.claimants.to(job.name) or state.leaving.to(job.name):
         look(at_s, state, simulated, turn)
 
 

@@ -8,6 +8,7 @@ from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.model import JobState
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import Move
+from whaleflux_scheduler.core.reservations import Reservation
 from whaleflux_scheduler.simulation import happenings
 from whaleflux_scheduler.simulation.running import SimulatedJob
 from whaleflux_scheduler.simulation.state import State
@@ -16,6 +17,9 @@ from whaleflux_scheduler.simulation.timeline import instant, second_of
 
 def apply(at_s: float, state: State, move: Move) -> None:
     """Makes the move; those about jobs that ended since are void."""
+    if move.reservation is not None:
+        _keep(at_s, state, move.reservation)
+        return
     simulated = state.jobs.get(move.job)
     if simulated is None:
         return
@@ -27,6 +31,19 @@ def apply(at_s: float, state: State, move: Move) -> None:
         _claim(at_s, state, simulated, move)
     else:
         _wait(state, simulated, move)
+
+
+def _keep(at_s: float, state: State, reservation: Reservation) -> None:
+    """It began, is over, has other GPUs or has more jobs leave."""
+    known = state.reservations[reservation.name]
+    state.reservations[reservation.name] = reservation
+    state.leaving.set(reservation.name, reservation.victims)
+    state.news.reservations = dict(state.reservations)
+    if reservation.state is not known.state:
+        state.result.moves.add(at_s, reservation.state.name.lower(), reservation.name, reservation.held)
+    for name in reservation.victims:
+        if (victim := state.jobs.get(name)) is not None:
+            happenings.look(at_s, state, victim, victim.turn)
 
 
 def _start(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> None:

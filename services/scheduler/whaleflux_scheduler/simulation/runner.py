@@ -46,7 +46,7 @@ class Simulation:
     ) -> None:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
         result = Result(sum(len(node.gpus) for node in nodes), hourly, log or MoveLog(), spans)
-        self._state = State(nodes, workload.queues, workload.delays, result)
+        self._state = State(nodes, workload.queues, workload.delays, result, workload.reservations)
         self._plan, self._decision_time = Plan(reasons=False, rules=rebalance), decision_time
         self._rebalance, self._after_rebalance = rebalance is not None, after_rebalance
         self._look_s = LOOK_EVERY_S
@@ -144,6 +144,6 @@ def _first_of_each(made: Iterable[Move]) -> Iterable[Move]:
     for move in made:
         if move.job in seen:
             continue
-        if move.assignment is not None or move.claim is not None:
+        if move.assignment is not None or move.claim is not None or move.reservation is not None:
             seen.add(move.job)
         yield move

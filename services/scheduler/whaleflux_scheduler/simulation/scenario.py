@@ -135,7 +135,7 @@ def _simulated(scenario: Scenario, inputs: Inputs, until_s: float, picture: Path
     with ExitStack() as files:
         log = MoveLog(files.enter_context(_writable(moves)) if moves else None)
         running = inputs.fleet.running if inputs.fleet else ()
-        workload = Workload(jobs, queues, cluster.delays, running)
+        workload = Workload(jobs, queues, cluster.delays, running, cluster.reservations)
         result = Simulation(cluster.nodes, workload, events=cluster.events, log=log, spans=spans).run(until_s)
     summary = summary_of(result)
     if picture:

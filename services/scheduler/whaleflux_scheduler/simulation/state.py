@@ -13,6 +13,7 @@ from whaleflux_scheduler.core.model import Job, JobState, Queue
 from whaleflux_scheduler.core.observed import NodeCondition
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.rebalance import RebalancePlan
+from whaleflux_scheduler.core.reservations import Reservation, has_to_leave
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.simulation.records import MoveLog, Outcomes, Series, Spans
 from whaleflux_scheduler.simulation.running import SimulatedJob
@@ -30,9 +31,11 @@ class Unsaid:
     urgent: bool = False  # whether a job's record alone is something to decide about
     candidates: dict[str, Candidate | None] = field(default_factory=dict)
     queues: dict[str, Queue] | None = None
+    reservations: dict[str, Reservation] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.urgent or self.candidates or self.closed or self.nodes or self.queues is not None)
+        told = self.queues is not None or self.reservations is not None
+        return bool(self.urgent or self.candidates or self.closed or self.nodes or told)
 
     def record(self, job: Job, *, urgent: bool = True) -> None:
         """The job as it is now, in place of what it was before, at the time of this change."""
@@ -48,6 +51,7 @@ class Unsaid:
             jobs=tuple(self.jobs.values()),
             candidates=self.candidates,
             queues=self.queues,
+            reservations=self.reservations,
         )
 
 
@@ -77,16 +81,25 @@ class Result:
 class State:
     """See the module."""
 
-    def __init__(self, nodes: Iterable[Node], queues: dict[str, Queue], delays: Delays, result: Result) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        queues: dict[str, Queue],
+        delays: Delays,
+        result: Result,
+        reservations: Iterable[Reservation] = (),
+    ) -> None:
         self.now_s, self.timeline = 0.0, Timeline()
         self.delays, self.result, self.queues = delays, result, dict(queues)
+        self.reservations = {one.name: one for one in reservations}
         self.jobs: dict[str, SimulatedJob] = {}  # not ended
-        self.claimants = JobPointers()
+        self.claimants, self.leaving = JobPointers(), JobPointers()  # for other jobs, and for reservations
         self.sizes = {node.name: len(node.gpus) for node in nodes}
         self.conditions: dict[str, NodeCondition] = {}  # of nodes that take no work
         self.on_node: dict[str, dict[str, None]] = {}  # jobs in the order of their start
         self.going_on: dict[str, None] = {}  # jobs that run, and claim where they go on
         self.news = Unsaid(nodes=list(nodes), closed=dict.fromkeys(self.sizes, ""), queues=dict(queues))
+        self.news.reservations = dict(self.reservations) or None
 
     def take_news(self) -> plan.News:
         """What came since the last call."""
@@ -110,7 +123,7 @@ class State:
         return {name: instant(one.saved_s(now_s, every_s)) for name, one in working if one.works_from_s <= now_s}
 
     def claimed_by(self, job: Job, now: datetime) -> str:
-        """A job that waits for GPUs of this one, "" for none: as the leader's loop works it out."""
+        """A job or a reservation that waits for GPUs of this one, "" for none: as the leader's loop works it out."""
         attempt = job.attempt
         held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
         for name in sorted(self.claimants.to(job.name)):
@@ -120,7 +133,8 @@ class State:
                 continue
             if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
                 return name
-        return ""
+        leaving = sorted(self.leaving.to(job.name))
+        return next((name for name in leaving if has_to_leave(job.name, held, self.reservations[name])), "")
 
     def claim_is_free(self, job: Job) -> bool:
         """Whether nobody else holds any of what a running job claims to go on there: as the leader's loop works it out."""

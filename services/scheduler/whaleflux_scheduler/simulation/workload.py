@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core.model import Job, Queue
+from whaleflux_scheduler.core.reservations import Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Workload:
     running: tuple[
         tuple[Job, Submission], ...
     ] = ()  # that run from the beginning, for as long as their submissions say
+    reservations: tuple[Reservation, ...] = ()  # with the GPUs that they keep
 
     def in_order(self) -> Iterator[Submission]:
         """Each job. Raises ValueError for one that comes before its predecessor."""
