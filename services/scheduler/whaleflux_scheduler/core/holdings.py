@@ -112,8 +112,9 @@ class Holdings:
         """Who holds or claims something there; reservations too."""
         return self._on_node.get(node, ())
 
-    def is_held(self, uuid: str) -> bool:
-        return uuid in self._holders
+    def holders(self, uuid: str) -> Collection[str]:
+        """Jobs that hold the GPU, several only of shares."""
+        return self._holders.get(uuid, ())
 
     def disputed(self, job: str) -> bool:
         return job in self._disputed

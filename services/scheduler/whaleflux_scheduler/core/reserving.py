@@ -25,7 +25,7 @@ from whaleflux_scheduler.core.reservations import Fleet, Reservation, Reservatio
 
 LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
 AGAIN_S = 60.0  # between two looks for what is short
-_PROMISED, _HELD = 4, 1  # what it costs to take a GPU that a job is promised, or holds
+_HELD, _SERVES, _PROMISED = 1, 3, 9  # what it costs to take a GPU that a training holds, a service, or that is promised
 _ABOVE_ALL = 1 << 30  # a priority
 _SPEC = Spec(command=("reserved",), priority=_ABOVE_ALL, cpu_millicores_per_rank=1)
 
@@ -258,7 +258,8 @@ class Reserved:
     def _cost(self, uuid: str) -> int:
         holdings = self._fleet.holdings
         promised = any(not is_reservation(name) for name in holdings.claimants_of((uuid,)))
-        return _PROMISED * promised + _HELD * holdings.is_held(uuid)
+        holders = [holdings.jobs[name].spec.is_service for name in holdings.holders(uuid)]
+        return _PROMISED * promised + max((_SERVES if serves else _HELD for serves in holders), default=0)
 
     def _see_nodes(self) -> None:
         """What nodes under maintenance have, as it is now."""
