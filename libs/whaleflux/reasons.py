@@ -104,6 +104,7 @@ class ErrorReason(_Words):
     PRIORITY_CAPPED = "PRIORITY_CAPPED", "the priority is above what users may give in the queue; operators may"
     PROGRAM_MISSING = "PROGRAM_MISSING", "a program that is needed is not installed; the message names its package"
     QUEUE_NOT_IN_TOKEN = "QUEUE_NOT_IN_TOKEN", "the caller's token is for other queues"
+    QUEUE_RESERVED = "QUEUE_RESERVED", "a reservation keeps GPUs for the queue"
     QUEUE_HAS_CHILDREN = "QUEUE_HAS_CHILDREN", "other queues are below the queue"
     QUEUE_NOT_EMPTY = "QUEUE_NOT_EMPTY", "the queue has unfinished jobs"
     QUEUE_PERMANENT = "QUEUE_PERMANENT", "the default queue always exists"

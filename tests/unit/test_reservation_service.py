@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.scheduler_world import World, node, until
 from whaleflux import names
-from whaleflux.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, StatusError
+from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, StatusError
 from whaleflux.events.memory import MemoryBus
 from whaleflux.rpc import auth
 from whaleflux.v1 import events_pb2
@@ -180,6 +180,11 @@ async def test_it_is_changed_as_long_as_it_fits_and_deleted_at_once():
             await world.update(kept.name, "gpus", gpus=3, etag=kept.etag)
         long = await world.submit(8, job_id="long")
         assert (await world.job(long)).state == pb.JOB_STATE_QUEUED
+        with pytest.raises(FailedPrecondition, match="whaleflux reservation rm own"):
+            await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="own"), None)
+            await world.reserve("own", world.wanted(1, queue="queues/own", after_s=1e4))
+            await world.scheduler.DeleteQueue(pb.DeleteQueueRequest(name="queues/own"), None)
+        await world.scheduler.DeleteReservation(pb.DeleteReservationRequest(name="reservations/own"), None)
         await world.scheduler.DeleteReservation(pb.DeleteReservationRequest(name=kept.name), None)
         await world.reaches(long, "RUNNING")
         listed = await world.scheduler.ListReservations(pb.ListReservationsRequest(show_ended=True), None)
@@ -234,6 +239,30 @@ async def test_what_becomes_of_it_is_told_in_events():
             *("ACTIVE", "ENDED", "DELETED"),
         ]
         assert "8 GPUs for queues/default" in told[0].message and told[0].cause.actor == "admin/root"
+
+
+async def test_what_a_job_may_use_is_asked_when_it_is_submitted_and_a_plan_shows_where():
+    async with Reserving() as world:
+        now = await world.reserve("now", world.wanted(4, after_s=0.0, members=["users/ann"]))
+        await world.stands(now.name, "ACTIVE")
+        await world.reserve("shut", world.maintenance("sites/s/nodes/b", after_s=SOON))
+        with pytest.raises(InvalidArgument, match="is for users/ann"):  # the world's user is ada
+            await world.create(1, reservation=now.name)
+        with pytest.raises(InvalidArgument, match="is maintenance"):
+            await world.create(1, reservation="reservations/shut")
+        with pytest.raises(InvalidArgument, match="not the name of a reservation"):
+            await world.create(1, reservation="now")
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="other"), None)
+        with pytest.raises(InvalidArgument, match="queue: default"):
+            await world.create(1, queue="other", reservation=now.name)
+        await world.update(now.name, members=["users/ada"])
+        plan = await world.create(2, dry=True, reservation=now.name)
+        assert plan.decision.placed and {u for t in plan.decision.tasks for u in t.gpu_uuids} < gpus_of(now)
+        await world.stands(now.name, "ENDED")
+        with pytest.raises(InvalidArgument, match="is over since"):
+            await world.create(1, reservation=now.name)
+        with pytest.raises(InvalidArgument, match="is over since"):
+            await world.update(now.name, gpus=2)
 
 
 async def told_of(bus, resource, last):

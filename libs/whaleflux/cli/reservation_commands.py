@@ -290,7 +290,7 @@ def _when(one: Any) -> str:
 def _what(one: Any) -> str:
     if one.maintenance:
         return f"{len(one.nodes)} node{'s' * (len(one.nodes) != 1)} free of work"
-    return f"{one.gpus} {one.gpu_type or 'GPUs'}"
+    return f"{one.gpus} {one.gpu_type or 'GPU' + 's' * (one.gpus != 1)}"
 
 
 def _whom(one: Any) -> str:

@@ -26,6 +26,7 @@ from whaleflux_scheduler.core import queue_access, quota_rules
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.job_verbs import RACES, contended
 from whaleflux_scheduler.jobs import Jobs
+from whaleflux_scheduler.reservation_records import RESERVATIONS
 
 UPDATABLE = (
     *("weight", "max_gpus", "members", "max_priority"),
@@ -152,6 +153,7 @@ class Queues:
             )
         for _ in range(RACES):
             await self._none_below(request.name)
+            await self._none_reserved(request.name)
             jobs_as_of = await self._jobs_ended(request.name)
             marked = pb.Queue.FromString(entry.value)
             marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
@@ -175,6 +177,21 @@ class Queues:
                 f"{below[0]} --parent NAME",
                 reason=ErrorReason.QUEUE_HAS_CHILDREN,
                 metadata={"name": name, "queues": str(len(below))},
+            )
+
+    async def _none_reserved(self, name: str) -> None:
+        """Refuses for reservations of it that are not over."""
+        kept = []
+        for entry in (await self._store.list(keys.RESERVATIONS)).entries:
+            with contextlib.suppress(DecodeError):
+                one = RESERVATIONS.read(entry.value)
+                kept += [one.name] if one.queue == name and one.state != pb.RESERVATION_STATE_ENDED else []
+        if kept:
+            raise FailedPrecondition(
+                f"{kept[0]} keeps GPUs for {name}; wait until it is over, or delete it with: whaleflux reservation rm "
+                f"{names.last(kept[0])}",
+                reason=ErrorReason.QUEUE_RESERVED,
+                metadata={"name": name, "reservations": str(len(kept))},
             )
 
     async def _jobs_ended(self, name: str) -> NoneCreated:

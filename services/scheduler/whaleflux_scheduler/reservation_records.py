@@ -112,7 +112,7 @@ def _of_state(new: pb.Reservation) -> str:
     if new.state == pb.RESERVATION_STATE_ENDED:
         return "its nodes take work again" if new.maintenance else "its GPUs are everybody's; what runs there goes on"
     victims = f"; {len(new.victims)} jobs were asked to leave" if new.victims else ""
-    return ("its nodes take no work" if new.maintenance else f"{new.gpus} GPUs are its members' alone") + victims
+    return ("its nodes take no work" if new.maintenance else f"{new.gpus} {_gpus(new)} for its members alone") + victims
 
 
 def in_words(one: pb.Reservation) -> str:
@@ -121,7 +121,11 @@ def in_words(one: pb.Reservation) -> str:
     if one.maintenance:
         return f"{len(one.nodes)} node{'s' * (len(one.nodes) != 1)} under maintenance, {first} to {last}"
     kind = f" {one.gpu_type}" if one.gpu_type else ""
-    return f"{one.gpus}{kind} GPUs for {one.queue}, {first} to {last}"
+    return f"{one.gpus}{kind} {_gpus(one)} for {one.queue}, {first} to {last}"
+
+
+def _gpus(one: pb.Reservation) -> str:
+    return "GPU" if one.gpus == 1 else "GPUs"
 
 
 def _state(message: pb.Reservation) -> str:

@@ -78,7 +78,10 @@ class Questions:
         if not self.nodes:
             return wait_reasons.no_nodes(now)
         if reserved := self._reserved.why(job, now):
-            return self._in_line(reserved, job)
+            there = self._reserved.place(job, shape(job.spec))
+            if there is None:
+                return self._in_line(reserved, job)
+            return self._placed(job, there, decisions.assignment_of(there, self._fleet.holdings.devices), now)
         request = self._within_quota(place_request(job.name, job.spec), job)
         wished = self._wished(self._reserved.away(request, job, now), job, now)
         answer = self._fleet.engine.place(wished)
@@ -103,7 +106,8 @@ class Questions:
         if full := self._over_array_limit(job):
             return self._in_line(wait_reasons.array_is_full(full, now), job)
         if reserved := self._reserved.why(job, now):
-            return self._in_line(reserved, job)
+            next_ = self._reserved.place(job, shape(job.spec)) is not None
+            return self._in_line(wait_reasons.is_next(now) if next_ else reserved, job)
         if not self.nodes:
             return self._in_line(wait_reasons.no_nodes(now), job)
         avoided = frozenset(exclude)
