@@ -180,6 +180,10 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.queue_changes.append((request.queue.name, request.queue.max_gpus, list(request.update_mask.paths)))
         return request.queue
 
+    async def ListReservations(self, request, context):
+        kept = sched.Reservation(name="reservations/kernel", maintenance=True, nodes=[NODE])
+        return sched.ListReservationsResponse(reservations=[kept])
+
     async def ListAllocations(self, request, context):
         return sched.ListAllocationsResponse(allocations=[sched.Allocation(job=JOB, task=job().attempt.tasks[0])])
 

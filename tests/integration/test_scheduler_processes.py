@@ -1,8 +1,10 @@
 """The scheduler as a process on a real etcd, agents over mTLS: what is acknowledged survives kills of either."""
 
 import asyncio
+import time
 
 import pytest
+from google.protobuf import timestamp_pb2
 
 from benchmarks.control_plane_suite import Suite, machine, request, until
 from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
@@ -155,3 +157,40 @@ async def test_a_dry_run_tells_where_and_stores_nothing(suite):
     job = await stub.CreateJob(dry)
     assert not job.decision.placed
     assert not (await stub.ListJobs(pb.ListJobsRequest(show_ended=True))).jobs
+
+
+async def test_a_reservation_is_kept_by_whoever_leads(suite):
+    stub, stamp = suite.stub("admin", "root"), timestamp_pb2.Timestamp
+    now = int(time.time())
+    kept = await stub.CreateReservation(
+        pb.CreateReservationRequest(
+            reservation_id="r",
+            reservation=pb.Reservation(
+                gpus=4, queue="queues/default", start_time=stamp(seconds=now), end_time=stamp(seconds=now + 600)
+            ),
+        )
+    )
+    own = {uuid for part in kept.held for uuid in part.gpu_uuids}
+    other, more = [(await stub.CreateJob(request(4))).name for _ in range(2)]
+    job = await reaches(stub, other, "RUNNING")
+    assert own.isdisjoint(uuid for task in job.attempt.tasks for uuid in task.gpu_uuids)
+    suite.process.kill()
+    await suite.start_scheduler()
+    member = (await stub.CreateJob(request(4, reservation=kept.name))).name
+    job = await reaches(stub, member, "RUNNING", 30.0)
+    assert {uuid for task in job.attempt.tasks for uuid in task.gpu_uuids} == own
+    assert (await stub.GetJob(pb.GetJobRequest(name=more))).state == pb.JOB_STATE_QUEUED
+    with pytest.raises(InvalidArgument, match="4 of 8 GPUs can be kept"):
+        await stub.CreateReservation(
+            pb.CreateReservationRequest(
+                reservation_id="s",
+                reservation=pb.Reservation(
+                    gpus=5, queue="queues/default", start_time=stamp(seconds=now), end_time=stamp(seconds=now + 60)
+                ),
+            )
+        )
+    await stub.DeleteReservation(pb.DeleteReservationRequest(name=kept.name))
+    for agent in suite.agents.values():
+        for task in list(agent.tasks):
+            agent.end(task)
+    await reaches(stub, more, "RUNNING", 30.0)
