@@ -329,6 +329,13 @@ class TestPlan:
         world.step(0.5)
         assert member not in world.kept[kept.name].victims
 
+    def test_who_said_too_little_and_started_late_is_asked_to_leave_in_time(self):
+        world = World(nodes=1)
+        kept = world.keep(reserved(gpus=4))
+        late = world.submit("late", 4, expected_s=60.0)
+        assert world.where(late) == uuids(kept)
+        assert world.plan.next_look == kept.start - timedelta(seconds=world.jobs[late].grace_s + 15)
+
     def test_members_of_another_queue_wait_and_say_so(self):
         world = World(queues=("q", "p"))
         kept = world.keep(reserved(start=0.0))
@@ -437,7 +444,7 @@ ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED)  # a restart may take a job
 class TestTime:
     """Through the simulator: the production plan, whatever comes."""
 
-    def simulate(self, asked, jobs):
+    def simulate(self, asked, jobs, *, expected=True):
         known = [node(f"s/n{number}", 4) for number in range(3)]
         among, kept = Fleet({one.name: one for one in known}, {one.name for one in known}), list[Reservation]()
         for number, (start, slots, gpus, under) in enumerate(asked):
@@ -459,6 +466,7 @@ class TestTime:
                     command=("x",),
                     gpus=gpus,
                     time_limit_s=minutes * 60.0 + 1.0,
+                    expected_s=minutes * 60.0 + 1.0 if expected else None,  # else what was learned of others
                     priority=priority,
                     reservation=f"reservations/r{of}" if of < len(asked) else "",
                 ),
@@ -501,6 +509,19 @@ class TestTime:
             in_nobodys_way = span.why == "suspended" and alike and not specs[span.job].reservation
             assert not in_nobodys_way, span
         assert all(outcome.state in ENDED_STATES for outcome in result.outcomes), "nobody waits for ever"
+
+    def test_who_is_quick_as_a_rule_is_held_to_its_limit_and_who_starts_late_is_asked_in_time(self):
+        quick, late = [(0, 1, 1, 0, 9)] * 3, [(42, 10, 1, 0, 9), (42, 10, 3, 0, 9), (42, 11, 5, 0, 9)]
+        _, _, spans, _ = self.simulate([(15, 1, 12, False)], [*quick, *late], expected=False)
+        assert not [span for span in spans.kept if span.why == "suspended"]
+        assert not [span for span in spans.kept if span.from_s < 15 * SLOT_S < span.to_s]
+
+    def test_members_of_one_that_is_over_leave_for_the_next_one_in_time(self):
+        _, _, spans, _ = self.simulate([(0, 3, 12, False), (3, 3, 12, False)], [(0, 80, 8, 0, 0), (0, 10, 8, 0, 1)])
+        ran = [(span.job.rpartition("/")[2], span.from_s, span.to_s) for span in spans.kept]  # j0: of the second one
+        assert [to_s for name, from_s, to_s in ran if name == "j1" and from_s == 0.0 and to_s < 3 * SLOT_S]
+        assert {from_s for name, from_s, _ in ran if name == "j0"} == {3 * SLOT_S}
+        assert all(to_s <= 3 * SLOT_S or from_s >= 6 * SLOT_S for name, from_s, to_s in ran if name == "j1")
 
     def test_members_start_at_its_begin_to_the_second_and_are_not_kept_by_a_full_queue(self):
         _, _, spans, _ = self.simulate([(3, 6, 8, False)], [(0, 90, 8, 0, 9), (0, 30, 8, 0, 0), (1, 10, 4, 0, 9)])

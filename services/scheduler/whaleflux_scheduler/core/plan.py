@@ -270,6 +270,7 @@ class Plan(Promising):
         self._patience.forget(job.name)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
+        self._reserved.starts(job)
         if self._hopeful and not self._fleet.any_hope:
             self._give_up_hope()
         return Move(job.name, decision, assignment)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import reservations, wait_reasons
-from whaleflux_scheduler.core.estimates import Estimates, safe_s
+from whaleflux_scheduler.core.estimates import START_S, Estimates, safe_s
 from whaleflux_scheduler.core.holdings import claim_id, is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision
@@ -25,6 +25,7 @@ from whaleflux_scheduler.core.reservations import Fleet, Reservation, Reservatio
 
 LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
 AGAIN_S = 60.0  # between two looks for what is short
+SOON_S = 300.0  # no member starts on what the next reservation needs so soon
 _HELD, _SERVES, _PROMISED = 1, 3, 9  # what it costs to take a GPU that a training holds, a service, or that is promised
 _ABOVE_ALL = 1 << 30  # a priority
 _SPEC = Spec(command=("reserved",), priority=_ABOVE_ALL, cpu_millicores_per_rank=1)
@@ -46,7 +47,8 @@ class Reserved:
         self._dues: dict[str, list[float]] = {}  # when jobs are to be asked to leave
         self._again_s = math.inf
         self._room: dict[str, tuple[ReservationState, int]] = {}  # of those who wait for it
-        self._small: dict[str, tuple[int, Engine]] = {}  # the fleet's version, and a reservation's own GPUs
+        self._soon = frozenset[str]()  # reservations that begin within minutes
+        self._small: dict[str, tuple[object, Engine]] = {}  # a reservation's own GPUs, and of when that is
 
     # what is the case
 
@@ -95,15 +97,24 @@ class Reserved:
         path = (node.id for node in self._fleet.holdings.shares.quota.node(job.queue).path())
         return one if one is not None and one.queue in path else None
 
+    def starts(self, job: Job) -> None:
+        """It was given GPUs, and may have to leave them for a reservation."""
+        if not self._kept:
+            return
+        holdings = self._fleet.holdings
+        on = holdings.held(job.name).keys()
+        names = {name for name in holdings.claimants_on(job.name) if name in self._kept}
+        names |= {one.name for one in self._now.values() if one.maintenance and not on.isdisjoint(one.nodes)}
+        for name in names:
+            self._dues.setdefault(name, []).append(self._leave_by(self._now[name], job))
+
     # who may use its GPUs
 
     def behind(self, job: Job, now: datetime) -> list[str]:
         """Reservations that the job does not delay: it has left before they begin."""
         if not self._kept:
             return []
-        over = now + timedelta(
-            seconds=min(safe_s(self._estimates, job) + MARGIN_S, reservations.LONGEST.total_seconds())
-        )
+        over = now + timedelta(seconds=min(self._lasts_s(job) + MARGIN_S, reservations.LONGEST.total_seconds()))
         return [name for name in self._kept if over <= self._now[name].start]
 
     def covered(self, names: Iterable[str] | None = None) -> int:
@@ -111,6 +122,12 @@ class Reserved:
         placed = self._fleet.engine.placements
         found = (placed.get(claim_id(name)) for name in (self._kept if names is None else names))
         return sum(placement.gpus for placement in found if placement is not None)
+
+    def _lasts_s(self, job: Job) -> float:
+        """Seconds in which it has surely left: by its limit where it has one, whatever jobs like it took."""
+        if job.spec.time_limit_s is not None:
+            return START_S + job.spec.time_limit_s - job.run_s + job.grace_s
+        return safe_s(self._estimates, job)
 
     def lent(self, lasts: int, now: datetime) -> int:
         """GPUs that nobody holds, kept for reservations that the soonest over of such a class of jobs does not delay."""
@@ -137,19 +154,26 @@ class Reserved:
 
     def _own_engine(self, one: Reservation, job: Job) -> Engine:
         """Its GPUs, with what is held of them: by then nothing else is to be had there."""
-        version, known = self._small.get(one.name, (-1, None))
-        if version != self._fleet.version or known is None or self._fleet.holdings.holds(job.name):
-            known = self._made(one, job.name)
-            self._small[one.name] = self._fleet.version, known
-        return known
+        now, needed = (self._fleet.version, self._soon), self._small.get(one.name)
+        if needed is None or needed[0] != now or self._fleet.holdings.holds(job.name):
+            needed = self._small[one.name] = now, self._made(one, job.name)
+        return needed[1]
+
+    def _needed_soon(self, now: datetime) -> frozenset[str]:
+        """Reservations that begin within minutes."""
+        soon = now + timedelta(seconds=SOON_S)
+        return frozenset(name for name, one in self._now.items() if now < one.start <= soon)
 
     def _made(self, one: Reservation, member: str) -> Engine:
         engine, devices = Engine(), self._fleet.holdings.devices
+        next_ = [self._now[name] for name in self._soon if name != one.name]
+        taken = {node for other in next_ if other.maintenance for node in other.nodes}
+        taken |= {uuid for other in next_ for _, uuids in other.held for uuid in uuids}
         for name, uuids in one.held:
-            if (node := devices.nodes.get(name)) is None or name not in devices.open:
+            if (node := devices.nodes.get(name)) is None or name not in devices.open or name in taken:
                 continue
             offered, _ = devices.offered(node)
-            own = set(uuids)
+            own = set(uuids) - taken
             gpus = (replace(gpu, healthy=gpu.healthy and gpu.uuid in own) for gpu in offered.gpus)
             engine.upsert_node(replace(offered, gpus=tuple(gpus)))
         free_of = {claim_id(one.name), member, claim_id(member)}
@@ -220,6 +244,7 @@ class Reserved:
         for name in list(self._now):
             self._replan(name, now)
         self._see_nodes()
+        self._soon = self._needed_soon(now)
         for name in list(self._now):
             self._have_leave(name, now)
         return [one for name, one in self._now.items() if self._is_news(name, one)]
@@ -293,12 +318,16 @@ class Reserved:
         if one.over:
             self._dues.pop(name, None)
             return
-        start_s = one.start.timestamp()
-        leave_by = {job: start_s - MARGIN_S - self._fleet.holdings.jobs[job].grace_s for job in self._in_the_way(one)}
+        jobs = self._fleet.holdings.jobs
+        leave_by = {job: self._leave_by(one, jobs[job]) for job in self._in_the_way(one)}
         late = {job for job, at_s in leave_by.items() if at_s <= now_s}
         self._dues[name] = [at_s for job, at_s in leave_by.items() if job not in late]
         if not late <= set(one.victims):
             self._now[name] = replace(one, victims=tuple(sorted(late.union(one.victims))))
+
+    def _leave_by(self, one: Reservation, job: Job) -> float:
+        """When the job has to be asked to leave so that it has left when the reservation begins."""
+        return one.start.timestamp() - MARGIN_S - job.grace_s
 
     def _in_the_way(self, one: Reservation) -> set[str]:
         """Jobs that have to be gone when it begins."""
@@ -306,8 +335,7 @@ class Reserved:
         if one.maintenance:
             there = {job for node in one.nodes for job in holdings.jobs_on(node) if holdings.held(job).get(node)}
             return {job for job in there if not is_reservation(job)}
-        claim = holdings.claim(one.name)
-        there = holdings.holders_of(claim) if claim is not None else set()
+        there = {job for _, uuids in one.held for uuid in uuids for job in holdings.holders(uuid)}
         return {job for job in there if not self._is_member(holdings.jobs[job], one)}
 
     def _is_member(self, job: Job, one: Reservation) -> bool:
