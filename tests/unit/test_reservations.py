@@ -166,7 +166,7 @@ class TestChoice:
         few = reservations.replan(kept, (), Fleet(among.nodes, {kept.held[1][0]}))
         assert (few.short, len(uuids(few))) == (4, 4)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(
         st.lists(
             st.tuples(
@@ -482,7 +482,7 @@ class TestTime:
         simulation.check()
         return kept, {one.name: one.spec for one in submitted}, spans, result
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(
         st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8), st.integers(1, 12), st.booleans()), max_size=4),
         st.lists(
