@@ -31,6 +31,7 @@ JOB_IN_TEXT = (
         rf"queues/(?P<queue>{ID_PATTERN.pattern})/jobs/{ID_PATTERN.pattern}(/checkpoints/[a-z0-9-]+)?"
     )
 )
+RESERVATION_IN_TEXT = re.compile(rf"reservations/{ID_PATTERN.pattern}")  # the same of a reservation
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _LAST_MILLIS = 253_402_300_799_000  # of the year 9999
 _ULID = re.compile("[0-7][0-9a-hjkmnp-tv-z]{25}")

@@ -424,6 +424,22 @@ def test_why_somebody_holds_a_job_is_for_those_who_read_it():
     assert told.message == "held by user/ann"
 
 
+def test_texts_name_no_reservation_that_is_not_there():
+    from whaleflux.trust.sight import OTHERS_RESERVATION, Sight
+
+    def access(queue):
+        return ownership.OPEN if queue == "open" else ownership.Access(frozenset({"groups/x"}))
+
+    kept = {"reservations/launch": "secret", "reservations/power": "", "reservations/ours": "open"}
+    job = pb.Job(name="queues/open/jobs/mine", submitter="user/eve", state=pb.JOB_STATE_SUSPENDING)
+    job.state_message = "makes room for reservations/launch"
+    job.decision.reasons.append("GPUs are kept for reservations/launch, reservations/power, reservations/ours")
+    shown = job_privacy.shown(job, Sight(EVE, access, kept.get), "open")
+    assert shown.state_message == f"makes room for {OTHERS_RESERVATION}"
+    told = f"GPUs are kept for {OTHERS_RESERVATION}, reservations/power, reservations/ours"
+    assert list(shown.decision.reasons) == [told]
+
+
 def test_every_field_of_a_job_is_public_or_private_on_purpose():
     """A field that is new is private; whoever finds it missing here says which it is."""
     private = {
@@ -456,4 +472,5 @@ def test_every_method_about_a_job_is_in_these_tables():
         "StreamLogs",
         "AttachJob",
     }
-    assert scheduler == tested | elsewhere | {"CreateJob", "GetQueue", "ListQueues"}
+    reservations = {f"{verb}Reservation" for verb in ("Create", "Get", "Update", "Delete")} | {"ListReservations"}
+    assert scheduler == tested | elsewhere | reservations | {"CreateJob", "GetQueue", "ListQueues"}

@@ -18,7 +18,7 @@ from whaleflux.store.api import Entry, Put
 from whaleflux.store.memory import MemoryStore
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import OPEN, Access
-from whaleflux.trust.sight import OTHERS_JOB, Sight
+from whaleflux.trust.sight import OTHERS_JOB, OTHERS_RESERVATION, Sight
 from whaleflux.v1 import events_pb2, health_pb2, inventory_pb2
 from whaleflux.v1 import router_pb2 as models
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -117,6 +117,15 @@ class TestEvents:
             assert seen(events_pb2.Event(resource=name, attributes={"owner": "user/ann"}), ANN) is not None, name
         for name in ("joinTokens/t", "secrets/s", "users/u", "anything/else"):
             assert seen(events_pb2.Event(resource=name), VIEWER) is None
+
+    def test_events_of_reservations_are_for_those_who_see_its_queue(self):
+        for queue, callers in (("queues/team", [MATE, VIEWER]), ("queues/open", [ANN, MATE, EVE, VIEWER])):
+            event = events_pb2.Event(
+                resource="reservations/r", attributes={"queue": queue}, message="for reservations/r"
+            )
+            assert [c for c in (ANN, MATE, EVE, VIEWER) if seen(event, c) is not None] == callers
+        upkeep = events_pb2.Event(resource="reservations/m", message="makes room for reservations/secret")
+        assert seen(upkeep, EVE).message == f"makes room for {OTHERS_RESERVATION}"
 
     async def test_pages_go_on_over_what_is_left_out_and_work_is_bounded(self, monkeypatch):
         monkeypatch.setattr("whaleflux_inventory.event_history.READ_AT_ONCE", 10)

@@ -14,14 +14,22 @@ from whaleflux.rpc.auth import Principal
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 
-OTHERS_JOB = "a job of another team"
+OTHERS_JOB, OTHERS_RESERVATION = "a job of another team", "a reservation of another team"
 
 
 class Sight:
-    """`access`: whom a queue is for, by its id, the same object for as long as that is so."""
+    """`access`: whom a queue is for, by its id, the same object for as long as that is so.
 
-    def __init__(self, principal: Principal, access: Callable[[str], Access]) -> None:
-        self.principal, self._access = principal, access
+    `reserved_for`: the id of the queue that a reservation is for, by its name; "": for all, None: that is not known.
+    """
+
+    def __init__(
+        self,
+        principal: Principal,
+        access: Callable[[str], Access],
+        reserved_for: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        self.principal, self._access, self._reserved_for = principal, access, reserved_for
         self.everything = principal.is_service or principal.is_operator
         if self.everything:
             ownership.note_asked()
@@ -59,10 +67,11 @@ class Sight:
         return [job if self.sees_named(job) else OTHERS_JOB for job in jobs]
 
     def cleaned(self, text: str, own: str = "") -> str:
-        """The text without the names of jobs that are not there for the caller; `own` may be named in any case."""
+        """The text without the names of jobs and reservations that are not there for the caller; `own` may be named in any case."""
         if self.everything:
             return text
-        return names.JOB_IN_TEXT.sub(lambda found: self._told(found, own), text)
+        jobs = names.JOB_IN_TEXT.sub(lambda found: self._told(found, own), text)
+        return names.RESERVATION_IN_TEXT.sub(lambda found: self._told_of_reservation(found[0], own), jobs)
 
     def look_again(self, queues: Iterable[str]) -> bool:
         """Whether the caller sees others of these queues than before; those that were not asked for yet are asked now."""
@@ -72,6 +81,11 @@ class Sight:
 
     def _told(self, found: re.Match[str], own: str) -> str:
         return found[0] if found[0] == own or self.sees_queue(found["queue"]) else OTHERS_JOB
+
+    def _told_of_reservation(self, name: str, own: str) -> str:
+        queue = self._reserved_for(name)
+        known = name == own or queue == "" or (queue is not None and self.sees_queue(queue))
+        return name if known else OTHERS_RESERVATION
 
     def _in_scope(self, queue: str) -> bool:
         return self.principal.queues is None or queue in self.principal.queues

@@ -46,6 +46,12 @@ def _of_queue(event: pb.Event, sight: Sight) -> bool:
     return sight.sees_queue(names.last(event.resource))
 
 
+def _of_reservation(event: pb.Event, sight: Sight) -> bool:
+    """Maintenance, which is for no queue, concerns everybody."""
+    queue = event.attributes.get("queue", "")
+    return not queue or sight.sees_queue(names.last(queue))
+
+
 def _of_model(event: pb.Event, sight: Sight) -> bool:
     queue, whose = event.attributes.get("queue", SERVING), event.attributes.get("owner", "")
     if not sight.sees(queue, whose):
@@ -82,6 +88,7 @@ _JUDGES: dict[tuple[str, ...], Callable[[pb.Event, Sight], bool]] = {  # of othe
     ("queues", "jobs"): _of_job,
     ("queues", "jobs", "checkpoints"): _of_checkpoint,
     ("queues",): _of_queue,
+    ("reservations",): _of_reservation,
     ("models",): _of_model,
     ("models", "replicas"): _of_model,
     ("datasets",): _of_dataset,

@@ -120,7 +120,7 @@ def assemble(
     sessions, leader_session, jobs = (
         AgentSessions(),
         LeaderSession(store),
-        Jobs(store, jobs_cache, JobAccess(store, queues_cache)),
+        Jobs(store, jobs_cache, JobAccess(store, queues_cache, reservations_cache)),
     )
     broker, attaching = LogBroker(sessions), AttachBroker(sessions, clock, SessionNews(bus, clock))
     secrets = JobSecrets(jobs, peers.secrets, peers.inventory)

@@ -16,13 +16,16 @@ from whaleflux.trust.view import UNKNOWN, access_of
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import queue_access
+from whaleflux_scheduler.reservation_records import StoredReservation
 
 
 class JobAccess:
     """Answers from the cache of queues, so that no call waits; it is some milliseconds old."""
 
-    def __init__(self, store: Store, queues: Cache[StoredQueue]) -> None:
-        self._store, self._queues = store, queues
+    def __init__(
+        self, store: Store, queues: Cache[StoredQueue], reservations: Cache[StoredReservation] | None = None
+    ) -> None:
+        self._store, self._queues, self._reservations = store, queues, reservations
         self._known: dict[str, tuple[StoredQueue, Access]] = {}
 
     def of(self, queue: str) -> Access:
@@ -49,7 +52,12 @@ class JobAccess:
 
     def sight(self) -> Sight:
         """The caller's."""
-        return Sight(auth.principal(), self.of)
+        return Sight(auth.principal(), self.of, self._reserved_for)
+
+    def _reserved_for(self, reservation: str) -> str | None:
+        """The id of the queue that it is for; "": maintenance, which concerns everybody."""
+        known = self._reservations.get(keys.of_name(keys.RESERVATIONS, reservation)) if self._reservations else None
+        return known.value.queue if known is not None else None
 
     def hides(self, stored: StoredJob, sight: Sight) -> bool:
         """Whether the job is not there for the caller."""

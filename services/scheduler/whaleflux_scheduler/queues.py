@@ -142,7 +142,7 @@ class Queues:
         return _Place([*unchanged, Unchanged(above)], [Put(above.key, above.value)])
 
     async def delete(self, request: pb.DeleteQueueRequest) -> None:
-        """Refuses while it has unfinished jobs or queues below it, also those that come at this moment."""
+        """Refuses while it has unfinished jobs, reservations, or queues below it, also those that come at this moment."""
         entry = await self.get(request.name)
         check_etag(request.etag, entry)
         if request.name == names.DEFAULT_QUEUE:
@@ -153,14 +153,13 @@ class Queues:
             )
         for _ in range(RACES):
             await self._none_below(request.name)
-            await self._none_reserved(request.name)
-            jobs_as_of = await self._jobs_ended(request.name)
+            as_of = [await self._jobs_ended(request.name), await self._none_reserved(request.name)]
             marked = pb.Queue.FromString(entry.value)
             marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
             try:
-                await changes.delete(self._store, entry, _put(entry.key, marked).value, when=[jobs_as_of])
+                await changes.delete(self._store, entry, _put(entry.key, marked).value, when=as_of)
             except ConditionFailed as changed:
-                if jobs_as_of not in changed.failed:
+                if not set(as_of) & set(changed.failed):
                     raise contended(request.name) from None
                 entry = await self.get(request.name)
                 continue
@@ -179,10 +178,11 @@ class Queues:
                 metadata={"name": name, "queues": str(len(below))},
             )
 
-    async def _none_reserved(self, name: str) -> None:
-        """Refuses for reservations of it that are not over."""
+    async def _none_reserved(self, name: str) -> NoneCreated:
+        """The same of reservations that are not over; refuses for one of it."""
+        snapshot = await self._store.list(keys.RESERVATIONS)
         kept = []
-        for entry in (await self._store.list(keys.RESERVATIONS)).entries:
+        for entry in snapshot.entries:
             with contextlib.suppress(DecodeError):
                 one = RESERVATIONS.read(entry.value)
                 kept += [one.name] if one.queue == name and one.state != pb.RESERVATION_STATE_ENDED else []
@@ -193,6 +193,7 @@ class Queues:
                 reason=ErrorReason.QUEUE_RESERVED,
                 metadata={"name": name, "reservations": str(len(kept))},
             )
+        return NoneCreated(keys.RESERVATIONS, snapshot.revision, or_written=True)
 
     async def _jobs_ended(self, name: str) -> NoneCreated:
         """What has to hold while the queue is deleted: that no job came after those that were looked at, nor took the place of one.

@@ -17,7 +17,7 @@ from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Entry, NoneCreated, Put, Snapshot, Store, Unchanged
+from whaleflux.store.api import Absent, ConditionFailed, Entry, NoneCreated, Present, Put, Snapshot, Store, Unchanged
 from whaleflux.trust import audit, ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -90,7 +90,8 @@ class ReservationBook:
                 return message
             with contextlib.suppress(ConditionFailed):
                 put = Put(key, RESERVATIONS.pack(message))
-                message.etag = f'"{await self._store.commit(put, when=[Absent(key), *known.unchanged])}"'
+                queue = [Present(keys.of_name(keys.QUEUES, message.queue))] if message.queue else []
+                message.etag = f'"{await self._store.commit(put, when=[Absent(key), *queue, *known.unchanged])}"'
                 return message
         raise contended(name)
 
