@@ -21,12 +21,13 @@ class Promising(MakingRoom):
         """Keeps and gives promises, of those who wait and were not moved in this step already."""
         now, jobs = watch.began, self._pending.jobs
         due = [(name, claim) for name, claim in self._promises.due(now) if name in jobs and name not in moved]
-        moves = [self._promised(name, claim, now) for name, claim in due]
+        may = [(name, claim) for name, claim in due if not self._kept_back(jobs[name].candidate.job)]
+        moves = [self._promised(name, claim, now) for name, claim in may]
         moved = moved | {move.job for move in moves}
         for name in self._promises.to_promise(now):
             waiting = jobs[name]
             job = waiting.candidate.job
-            if name in moved or watch.over or self._over_limit(job) or self._over_array_limit(job):
+            if name in moved or watch.over or self._kept_back(job):
                 self._promises.put_off(name, now)
                 continue
             request = replace(self._within_quota(waiting.line.kind.request, job), id=name)
