@@ -52,7 +52,7 @@ class Scene:
     most_gang: int
 
 
-QUICK, FULL = Scene(150, 0.95, 0, 6, 64), Scene(5_000, 0.95, 0, 1.5, 256)
+QUICK, FULL = Scene(150, 0.95, 0, 6, 64), Scene(5_000, 0.95, 0, 1, 256)
 
 
 class Jobs:
