@@ -179,3 +179,33 @@ class TestElastic:
         seen = simulated(fleet, jobs, queues(guests=4, others=0))
         assert seen["mine"].suspensions == 0
         assert seen["urgent"].wait_s > 800
+
+    @settings(max_examples=10, deadline=None, derandomize=True)
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from("abc"),
+                st.integers(0, 3000),
+                st.sampled_from([1, 2, 4, 8]),
+                st.integers(100, 4000),
+                st.booleans(),
+                st.integers(0, 2),
+            ),
+            min_size=1,
+            max_size=20,
+        )
+    )
+    def test_all_jobs_end_beside_elastic_ones_and_who_stays_within_its_guarantee_waits_for_nobody(self, drawn):
+        fleet = [node(f"s/{at}") for at in range(4)]
+        jobs = [
+            elastic(f"j{at}", queue, at_s, gpus, run_s, max(1, gpus // 2), 16, priority)
+            if grows
+            else submission(f"j{at}", queue, at_s, gpus, run_s, priority)
+            for at, (queue, at_s, gpus, run_s, grows, priority) in enumerate(drawn)
+        ]
+        jobs += [elastic(f"d{at}", "d", 1000 + 2500 * at, 4, 2000, 4, 4) for at in range(2)]
+        seen = simulated(fleet, jobs, queues(a=4, b=4, c=0, d=8))
+        assert all(one.state is JobState.SUCCEEDED for one in seen.values())
+        mine = [seen[f"d{at}"] for at in range(2)]
+        assert [one.suspensions for one in mine] == [0, 0]
+        assert max(one.wait_s for one in mine) < 60
