@@ -78,12 +78,6 @@ def _replacing(queue: str) -> scheduler_pb2.CreateJobRequest:
     return scheduler_pb2.CreateJobRequest(parent=queue, job=scheduler_pb2.Job(spec=_spec()), validate_only=True)
 
 
-def _reserving(queue: str) -> scheduler_pb2.CreateReservationRequest:
-    """Without times: refused once the caller's right to the queue was asked about."""
-    asked = scheduler_pb2.Reservation(queue=queue, gpus=1)
-    return scheduler_pb2.CreateReservationRequest(reservation_id="probe", reservation=asked)
-
-
 _I, _S, _H, _C, _R = inventory_pb2, scheduler_pb2, health_pb2, checkpoint_pb2, router_pb2
 _INVENTORY: dict[str, Probe] = {
     "CreateSite": _none(_I.CreateSiteRequest(site_id="Not A Site")),
@@ -139,7 +133,7 @@ _SCHEDULER: dict[str, Probe] = {
     "ListAllocations": _none(_S.ListAllocationsRequest()),
     "PlanRebalance": _none(_S.PlanRebalanceRequest()),
     "ApplyRebalance": _none(_S.ApplyRebalanceRequest(etag=STALE)),
-    "CreateReservation": Probe("queue", _reserving),
+    "CreateReservation": _none(_S.CreateReservationRequest(reservation_id="Not A Reservation")),
     "GetReservation": _none(_S.GetReservationRequest(name="reservations/absent")),
     "ListReservations": _none(_S.ListReservationsRequest()),
     "UpdateReservation": _none(_S.UpdateReservationRequest(reservation=_S.Reservation(name="reservations/absent"))),

@@ -10,6 +10,8 @@ from whaleflux import names
 from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, StatusError
 from whaleflux.events.memory import MemoryBus
 from whaleflux.rpc import auth
+from whaleflux.store import keys
+from whaleflux.store.api import Put
 from whaleflux.v1 import events_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 
@@ -263,6 +265,18 @@ async def test_what_a_job_may_use_is_asked_when_it_is_submitted_and_a_plan_shows
             await world.create(1, reservation=now.name)
         with pytest.raises(InvalidArgument, match="is over since"):
             await world.update(now.name, gpus=2)
+
+
+async def test_beside_a_record_that_cannot_be_read_nothing_is_kept_and_what_is_known_goes_on():
+    async with Reserving() as world:
+        kept = await world.reserve("known", world.wanted(4))
+        newer = pb.Reservation(name="reservations/newer", state=7)  # type: ignore[arg-type]
+        await world.store.commit(Put(keys.RESERVATIONS + "newer", newer.SerializeToString()))
+        with pytest.raises(FailedPrecondition, match="update it"):
+            await world.reserve("more", world.wanted(1))
+        assert (await world.stands(kept.name, "ACTIVE")).held == kept.held
+        listed = await world.scheduler.ListReservations(pb.ListReservationsRequest(), None)
+        assert {one.name for one in listed.reservations} == {kept.name, newer.name}
 
 
 async def told_of(bus, resource, last):

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, FieldViolation, InvalidArgument, PermissionDenied
+from whaleflux.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, PermissionDenied
 from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -201,9 +201,14 @@ class _Known:
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> _Known:
-        """Raises what the codec raises for a record of a newer version: which GPUs it keeps is not known then."""
+        """Raises FailedPrecondition for a record of a newer version: which GPUs it keeps is not known."""
         entries = {names.reservation(entry.key.removeprefix(keys.RESERVATIONS)): entry for entry in snapshot.entries}
-        values = [RESERVATIONS.decode(entry).value for entry in snapshot.entries]
+        try:
+            values = [RESERVATIONS.decode(entry).value for entry in snapshot.entries]
+        except (DecodeError, ValueError) as wrong:
+            raise FailedPrecondition(
+                f"a reservation {convert.UNREADABLE}: {wrong}", reason=ErrorReason.RECORD_UNREADABLE
+            ) from None
         return cls(entries, values, [NoneCreated(keys.RESERVATIONS, snapshot.revision, or_written=True)])
 
 
