@@ -322,8 +322,9 @@ class TestPlan:
         assert look == kept.start - grace
         world.step((look - world.now) / HOUR)
         assert set(world.kept[kept.name].victims) == set(fillers)
-        world.ends(*fillers, state=JobState.SUCCEEDED)
         world.step((kept.start - world.now) / HOUR)
+        assert world.plan.next_look > world.now, "who does not leave is not asked all the time"
+        world.ends(*fillers, state=JobState.SUCCEEDED)
         member = world.submit("member", 8, reservation=kept.name)
         assert world.where(member) == uuids(kept)
         world.step(0.5)

@@ -414,8 +414,11 @@ def state_at(kept: Reservation, now: datetime) -> ReservationState:
 
 def has_to_leave(job: str, held: Gpus, one: Reservation) -> bool:
     """Whether the job, which has these GPUs (none of work without), was asked to leave for the reservation and is still there."""
-    if one.over or job not in one.victims:
-        return False
+    return not one.over and job in one.victims and touches(one, held)
+
+
+def touches(one: Reservation, held: Gpus) -> bool:
+    """Whether some of these GPUs are the reservation's, or lie on its nodes under maintenance."""
     if one.maintenance:
         return not held.keys().isdisjoint(one.nodes)
     return any(not set(uuids).isdisjoint(held.get(node, ())) for node, uuids in one.held)

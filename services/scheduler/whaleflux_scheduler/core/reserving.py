@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from whaleflux.fleet.model import Node
@@ -25,10 +25,24 @@ from whaleflux_scheduler.core.reservations import Fleet, Reservation, Reservatio
 
 LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
 AGAIN_S = 60.0  # between two looks for what is short
+LONGEST_GRACE_S = 3600.0  # that a job file may ask for
 SOON_S = 300.0  # no member starts on what the next reservation needs so soon
 _HELD, _SERVES, _PROMISED = 1, 3, 9  # what it costs to take a GPU that a training holds, a service, or that is promised
 _ABOVE_ALL = 1 << 30  # a priority
 _SPEC = Spec(command=("reserved",), priority=_ABOVE_ALL, cpu_millicores_per_rank=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Nodes of a reservation's GPUs as they were, each with whether it took work, and whether some of the GPUs were lost."""
+
+    held: object
+    nodes: list[tuple[Node | None, bool]]
+    lost: bool
+
+
+def _same(before: list[tuple[Node | None, bool]], now: list[tuple[Node | None, bool]]) -> bool:
+    return all(a is b and x == y for (a, x), (b, y) in zip(before, now, strict=True))
 
 
 class Reserved:
@@ -45,6 +59,11 @@ class Reserved:
         self._under: dict[str, str] = {}  # nodes under maintenance, and what is said of them
         self._lost_since: dict[str, float] = {}
         self._dues: dict[str, list[float]] = {}  # when jobs are to be asked to leave
+        self._looked: dict[
+            str, tuple[object, float]
+        ] = {}  # of those that began: GPUs, and when to look again who is there
+        self._facts: dict[str, _Facts] = {}
+        self._at_s = -math.inf  # of the last step
         self._again_s = math.inf
         self._room: dict[str, tuple[ReservationState, int]] = {}  # of those who wait for it
         self._soon = frozenset[str]()  # reservations that begin within minutes
@@ -55,7 +74,7 @@ class Reserved:
     def know(self, stored: Mapping[str, Reservation]) -> None:
         """All that there are, as they are stored."""
         for name in self._stored.keys() - stored.keys():
-            for known in (self._now, self._said, self._lost_since, self._dues, self._small):
+            for known in (self._now, self._said, self._lost_since, self._dues, self._small, self._looked, self._facts):
                 known.pop(name, None)
         for name, one in stored.items():
             if self._stored.get(name) != one:
@@ -101,12 +120,11 @@ class Reserved:
         """It was given GPUs, and may have to leave them for a reservation."""
         if not self._kept:
             return
-        holdings = self._fleet.holdings
-        on = holdings.held(job.name).keys()
-        names = {name for name in holdings.claimants_on(job.name) if name in self._kept}
-        names |= {one.name for one in self._now.values() if one.maintenance and not on.isdisjoint(one.nodes)}
-        for name in names:
-            self._dues.setdefault(name, []).append(self._leave_by(self._now[name], job))
+        held = self._fleet.holdings.held(job.name)
+        for name, one in self._now.items():
+            far = self._at_s < self._first_s(one)
+            if one.state is ReservationState.SCHEDULED and not far and reservations.touches(one, held):
+                self._dues.setdefault(name, []).append(self._leave_by(one, job))
 
     # who may use its GPUs
 
@@ -229,11 +247,12 @@ class Reserved:
             if not one.over:
                 dues.append((one.end if one.state is ReservationState.ACTIVE else one.start).timestamp())
                 dues += self._dues.get(one.name, ())
-        return min(dues)
+        due_s = min(dues)
+        return due_s if due_s > self._at_s else self._at_s + 1.0  # what is due was seen to then
 
     def step(self, now: datetime) -> list[Reservation]:
         """What is to be written: reservations that began or are over, have other GPUs, or have more jobs leave."""
-        self._again_s = math.inf
+        self._again_s, self._at_s = math.inf, now.timestamp()
         if not self._now:
             return []
         before = {name: one.state for name, one in self._now.items()}
@@ -260,8 +279,7 @@ class Reserved:
         one, now_s = self._now[name], now.timestamp()
         if one.maintenance or one.over:
             return
-        fleet = self.fleet()
-        lost = any(not reservations.is_there(one, fleet, node, uuid) for node, uuids in one.held for uuid in uuids)
+        lost = self._is_lost(one)
         if not lost and not one.short:
             self._lost_since.pop(name, None)
             return
@@ -271,8 +289,22 @@ class Reserved:
             return
         self._lost_since[name] = now_s
         self._again_s = min(self._again_s, now_s + AGAIN_S)
-        self._now[name] = reservations.replan(one, self._now.values(), fleet)
+        self._now[name] = reservations.replan(one, self._now.values(), self.fleet())
         self._hold()
+
+    def _is_lost(self, one: Reservation) -> bool:
+        """Whether some of its GPUs are not there; worked out anew where its nodes are others than before."""
+        devices, known = self._fleet.holdings.devices, self._facts.get(one.name)
+        nodes = [(devices.nodes.get(node), self._takes_work(node)) for node, _ in one.held]
+        if known is None or known.held is not one.held or not _same(known.nodes, nodes):
+            fleet = self.fleet()
+            lost = any(not reservations.is_there(one, fleet, node, uuid) for node, uuids in one.held for uuid in uuids)
+            known = self._facts[one.name] = _Facts(one.held, nodes, lost)
+        return known.lost
+
+    def _takes_work(self, node: str) -> bool:
+        """Or would, if it were not for maintenance."""
+        return node in self._fleet.holdings.devices.open or (node in self._under and not self._why.get(node))
 
     def fleet(self) -> Fleet:
         """What GPUs may be chosen from."""
@@ -318,12 +350,24 @@ class Reserved:
         if one.over:
             self._dues.pop(name, None)
             return
+        if now_s < self._first_s(one):
+            self._dues[name] = [self._first_s(one)]
+            return
+        held, again_s = self._looked.get(name, (None, 0.0))
+        if one.state is ReservationState.ACTIVE and held is one.held and now_s < again_s:
+            self._dues[name] = []
+            return
+        self._looked[name] = one.held, now_s + AGAIN_S if one.state is ReservationState.ACTIVE else 0.0
         jobs = self._fleet.holdings.jobs
         leave_by = {job: self._leave_by(one, jobs[job]) for job in self._in_the_way(one)}
         late = {job for job, at_s in leave_by.items() if at_s <= now_s}
         self._dues[name] = [at_s for job, at_s in leave_by.items() if job not in late]
         if not late <= set(one.victims):
             self._now[name] = replace(one, victims=tuple(sorted(late.union(one.victims))))
+
+    def _first_s(self, one: Reservation) -> float:
+        """Before this nobody has to be asked to leave."""
+        return one.start.timestamp() - MARGIN_S - LONGEST_GRACE_S
 
     def _leave_by(self, one: Reservation, job: Job) -> float:
         """When the job has to be asked to leave so that it has left when the reservation begins."""
