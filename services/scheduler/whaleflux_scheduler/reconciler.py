@@ -60,6 +60,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.02, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
+STEP_BACK = timedelta(seconds=1)  # what is less is no jump of a clock
 LOOK_EVERY_S = 30.0  # at a clock by which something is due: it may have been set
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 _NOTHING = Observations()
@@ -231,7 +232,7 @@ class Reconciler:
                 for task in waiting:
                     task.cancel()
             before, before_s, last, last_s = last, last_s, self._clock.now(), self._clock.monotonic()
-            if last < before:
+            if before - last > STEP_BACK:
                 self._state.set_back(before - last + timedelta(seconds=last_s - before_s))
             if due := self._state.take_due(last):
                 self._state.touch(*due - {PLAN})
