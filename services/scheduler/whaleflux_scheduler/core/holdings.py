@@ -182,7 +182,7 @@ class Holdings:
             return ()
         gone = _without(before, held) | _without(before_claimed, claimed)
         came = _without(held, before) | _without(claimed, before_claimed)
-        nodes = {node: None for node, _ in gone | came}
+        nodes = dict.fromkeys(sorted({node for node, _ in gone | came}))  # in the same order in each process
         if before_claimed != claimed:
             others = {other for node in nodes for other in self._on_node.get(node, ()) if other in self._claims}
             touched, beside = [name, *sorted(others - {name})], list[str]()
