@@ -58,6 +58,11 @@ class Availability:
         known = self._at.get(name)
         return known[0] if known else None
 
+    def leaves_by(self, name: str, at_s: float) -> bool:
+        """Whether it is expected to have left by then."""
+        known = self._at.get(name)
+        return known is not None and known[0] <= at_s
+
     def gpus(self, name: str) -> int:
         """That come free with it."""
         known = self._at.get(name)

@@ -137,15 +137,17 @@ class ExpectedEnds:
 
         Those who `passed` it leave as soon as they are asked to.
         """
-        short = gpus_of(request) - self._engine.free_gpus() - self._holdings.count_of(job.name)
-        if short > 0 and self._profile.freed_by(by_s) + sum(map(self._profile.gpus, passed)) < short:
-            return None, False
         own = self._own_held_by_others(job.name)
+        here = self._holdings.count_of(job.name) - sum(own.values())
+        short = gpus_of(request) - self._engine.free_gpus() - here
+        freed = self._profile.freed_by(by_s) + sum(map(self._profile.gpus, passed))
+        if short > freed + sum(count for name, count in own.items() if self._profile.leaves_by(name, by_s)):
+            return None, False
         leaving = self._leaving(job, request, by_s, own)
         if passed:
             asked, others = set(passed), leaving
             leaving = itertools.chain(self._asked(passed, now), (end for end in others if end[1] not in asked))
-        first = _enough(leaving, short + sum(own.values()), self._profile, own)
+        first = _enough(leaving, short, self._profile, own)
         if first is None:
             return None, False
         ends = itertools.chain(first, leaving)

@@ -123,6 +123,8 @@ def assemble(columns: Columns, request: PlaceRequest, best: PricedPlace, others:
 
 def elsewhere(columns: Columns, best: PricedPlace, others: list[PricedPlace]) -> list[PricedPlace]:
     """The best three that people would call other places."""
+    if not others:
+        return []
     named = {_place(columns, best): best}
     for other in others[:_LOOKED_AT]:
         named.setdefault(_place(columns, other), other)
