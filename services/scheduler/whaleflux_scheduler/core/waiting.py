@@ -156,8 +156,11 @@ class Waiting(Questions):
             self._unpark(top)
         if self._fleet.gained:
             self._stop_others_beside(self._fleet.gained_from)
+        lent: dict[int, int] = {}  # by how long jobs take, as there are many classes and few of these
         for kind in self._fleet.take_gains(self._needs, self._promises.covered() + self._reserved.covered()):
-            if not self._could_hold(kind):
+            if kind.lasts not in lent:
+                lent[kind.lasts] = self._lent(kind)
+            if not self._could_hold(kind, lent[kind.lasts]):
                 continue
             was_refused = kind.refused
             self._try_again(kind)
@@ -176,9 +179,8 @@ class Waiting(Questions):
         if self._shares.quota.guarantees:
             self._reclaim()
 
-    def _could_hold(self, kind: RequestClass) -> bool:
-        """Whether what nodes gained, with what is kept for promises that its jobs do not delay, could be enough for it."""
-        lent = self._lent(kind)
+    def _could_hold(self, kind: RequestClass, lent: int) -> bool:
+        """Whether what nodes gained, with what is `lent` to it of what is kept for later, could be enough for it."""
         if kind.own and self._promises.has(kind.own):
             own = self._promises.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
             return self._fleet.engine.free_gpus() + own + lent >= need_of(kind.request).gpus
@@ -190,7 +192,7 @@ class Waiting(Questions):
 
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
-        for kind in [kind for kind in self._hopeful if not self._could_hold(kind)]:
+        for kind in [kind for kind in self._hopeful if not self._could_hold(kind, self._lent(kind))]:
             self._refuse(kind)
 
     def _lower_hold_enough(self, kind: RequestClass) -> bool:
