@@ -103,7 +103,7 @@ def test_maintenance_names_nodes_and_nothing_else(service):
     ("words", "flag", "says"),
     [
         (("create", "a", "--gpus", "1"), "--end", "--for TIME"),
-        (("create", "a", "--gpus", "1", "--for", "1h", "--end", "+1h"), "--end", "--for TIME"),
+        (("create", "a", "--gpus", "1", "--for", "1h", "--end", "+1h"), "--end", "leave one out"),
         (("create", "a", "--gpus", "1", "--for", "soon"), "--for", "a time such as"),
         (("create", "a", "--gpus", "1", "--start", "tomorrow", "--for", "1h"), "--start", "or +2h from now"),
         (("create", "a", "--gpus", "1", "--start", "+x", "--for", "1h"), "--start", "a time such as"),

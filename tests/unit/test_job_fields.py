@@ -191,6 +191,7 @@ def test_parts_of_gpus_are_told_from_whole_ones(gpu, expected):
     ("text", "field", "fix"),
     [
         ("gpu: {memory: 20 GB}", "gpu.memory", "write share: 20 GB instead"),
+        ("gpu: {share: 0 GB}", "gpu.share", "for whole GPUs, leave it out"),
         ("gpu: {memory: 20000000000}", "gpu.memory", "'>= 20000000000'"),
         ("gpu: {mig: half}", "gpu.mig", "1g.18gb"),
         ("gpu: {mig: 20 GB, share: 20 GB}", "gpu.mig", "exclude each other"),

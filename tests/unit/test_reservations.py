@@ -114,6 +114,13 @@ class TestAskedFor:
         beside = admit(reserved("s", gpus=12), maintenance(nodes=(where,)))
         assert where not in dict(beside.held)
 
+    def test_parts_of_gpus_are_not_kept_and_that_is_said(self):
+        one = next(iter(fleet().nodes.values()))
+        parts = replace(one, gpus=tuple(replace(gpu, parent_uuid="GPU-whole") for gpu in one.gpus))
+        among = Fleet({parts.name: parts}, {parts.name})
+        ((field, why),) = refused(reserved(gpus=1, nodes=(parts.name,)), among=among)
+        assert (field, "whole GPUs can, parts of them (MIG) cannot" in why) == ("reservation.gpus", True), why
+
     def test_a_queue_keeps_no_more_than_it_may(self):
         queues = {
             "top": Queue("queues/top", max_gpus=12),

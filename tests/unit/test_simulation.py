@@ -253,6 +253,8 @@ def test_reservations_of_a_cluster_file_are_kept_by_the_production_plan(files, c
     ("cluster", "field", "said"),
     [
         ("nodes: [{machine: h1000x8}]", "nodes.machine", "not a profile"),
+        ("nodes: []", "nodes", "list at least one group"),
+        ("{{{", "cluster.yaml", "is not YAML"),
         ("nodes: [{machine: h100x8, count: 0}]", "nodes.count", "1 to 100000"),
         ("nodes: [{machine: h100x8}]\nqueues: {a: {wait: 3}}", "queues.a.wait", "not a field"),
         ("nodes: [{machine: h100x8}]\nqueues: {a: {weight: heavy}}", "queues.a.weight", "must be a number"),
@@ -289,6 +291,7 @@ def test_mistakes_in_a_cluster_file_name_the_field_and_what_would_be_right(files
         ("jobs: [{name: a, gpus: 1}]", "jobs.takes", "say how long"),
         ("jobs: [{name: a, takes: 1 h}]", "jobs.gpus", "say how many GPUs"),
         ("jobs: [{name: a, gpus: 1, takes: {median: 1 h}}]", "jobs.takes", "log-normal"),
+        ("jobs: [{name: a, gpus: 1, takes: {least: 3 h, most: 1 h}}]", "jobs.takes", "swap them"),
         ("jobs: [{name: a, gpus: {0.5: 1}, takes: 1 h}]", "jobs.gpus", "a number of GPUs"),
         ("jobs: [{name: a, gpus: 1, takes: 1 h, count: 3000000}]", "jobs.count", "1 to 2000000"),
         ("jobs: [{name: a, gpus: 1, takes: 1 h}, {name: a, gpus: 2, takes: 1 h}]", "jobs", "two of one queue and name"),
@@ -307,6 +310,14 @@ def test_mistakes_in_a_workload_file_name_the_field_and_what_would_be_right(file
     assert code == 2
     assert f"{field}:" in err
     assert said in err
+
+
+def test_a_job_without_a_place_is_told_apart_and_nothing_is_printed_as_nan(files, capsys):
+    (files / "workload.yaml").write_text("jobs: [{name: a, gpus: 5000, takes: 1 h}]")
+    code, out, _ = run(capsys, files / "cluster.yaml", files / "workload.yaml")
+    assert code == 0
+    assert "1 not done (1 never started)" in out
+    assert "nan" not in out
 
 
 def test_nodes_stand_where_the_cluster_file_says():
@@ -341,3 +352,10 @@ def test_a_trace_that_nobody_knows_is_refused_with_what_is_known(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InvalidArgument, match="timestamp,duration,num_gpus"):
         traces.read(Path(tmp_path / "other.csv"), 16)
+
+
+@pytest.mark.parametrize("duration", ["nan", "inf", "-5", "0"])
+def test_a_row_without_a_run_time_is_left_out(tmp_path, duration):
+    (tmp_path / "philly.csv").write_text(PHILLY + f"2017-10-03 01:00:00,{duration},1,1,a\n")
+    found, whole = traces.read(tmp_path / "philly.csv", 16), PHILLY.count("\n") - 1
+    assert (len(found.rows), found.left_out) == (2, whole - 2 + 1)

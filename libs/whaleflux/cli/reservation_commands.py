@@ -234,8 +234,9 @@ def _set_times(
     from whaleflux.errors import FieldViolation, InvalidArgument
 
     if bool(end) + bool(for_) != 1 and whole:
+        fix = "say when it is over: --end TIME, or --for TIME and how long it lasts"
         raise InvalidArgument(
-            FieldViolation("--end", "say when it is over: --end TIME, or --for TIME and how long it lasts")
+            FieldViolation("--end", "is said twice: by --end TIME, or by --for TIME; leave one out" if end else fix)
         )
     first = _instant("--start", start, now) if start else begins or now
     asked.start_time.FromDatetime(first)

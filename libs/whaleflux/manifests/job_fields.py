@@ -198,7 +198,7 @@ class Spec:
         "Least CUDA compute capability.", default="any", example="8.9",
     )  # fmt: skip
     share_memory_bytes: int = _field(
-        0, "gpu.share", "gpu.share_memory_bytes", Size(MAX_SHARE_BYTES),
+        0, "gpu.share", "gpu.share_memory_bytes", Size(MAX_SHARE_BYTES, none="whole GPUs"),
         "Each rank gets this much of a GPU's memory, and other jobs may have the rest of that GPU. Nothing isolates them: the "
         "agent watches and ends a rank that stays above its share. `gpus` counts such shares, each on another GPU.",
         default="whole GPUs", example="20 GB", apart=True,

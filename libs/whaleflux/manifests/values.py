@@ -125,12 +125,16 @@ class Size(Value):
     """Bytes; 0: not set."""
 
     most: int = 1 << 50  # a pebibyte
+    none: str = "0"  # what a written 0 means to say; it would be taken for "not set", and is refused where that is another thing
 
     def words(self) -> str:
         return "size: `80 GB`, `512 MiB`, or bytes"
 
     def parse(self, value: object, base: Path) -> Any:
-        return quantities.size_bytes(value)
+        size = quantities.size_bytes(value)
+        if not size and self.none != "0":
+            raise ValueError(f"must be a size above 0; for {self.none}, leave it out")
+        return size
 
     def violations(self, at: str, value: Any) -> Violations:
         yield from number(at, value, 0, self.most)

@@ -194,7 +194,9 @@ def _enough(kept: Reservation, beside: Sequence[Reservation], fleet: Fleet) -> I
         types = sorted({gpu.model for node in fleet.nodes.values() for gpu in node.gpus if not gpu.parent_uuid})
         yield FieldViolation(_AT + "gpu_type", f"{where} no {what}; there are {_few(types) or 'none at all'}")
         return
-    if all_ < kept.gpus:
+    if not all_:
+        why = f"{where} none that can be reserved: whole GPUs can, parts of them (MIG) cannot; see: whaleflux nodes"
+    elif all_ < kept.gpus:
         why = f"{where} {all_} {what}; ask for at most {all_}"
     elif have == 0 and not beside:
         why = f"no node that takes work has {what} now; see: whaleflux nodes"

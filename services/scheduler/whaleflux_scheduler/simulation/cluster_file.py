@@ -46,8 +46,11 @@ def cluster_of(content: object) -> Cluster:
     file = Reader(content, "", wrong)
     file.require("nodes", "list groups of nodes: [{machine: h200x8, count: 16}]")
     nodes: list[Node] = []
-    for group in file.items("nodes", a_list(1000, "groups of nodes")):
+    groups = file.items("nodes", a_list(1000, "groups of nodes"))
+    for group in groups:
         nodes += _group(group, len(nodes))
+    if not groups and not wrong:
+        file.note("nodes", "is empty; list at least one group: [{machine: h200x8, count: 16}]")
     queues = queues_of(file)
     delays = _delays(file.inner("delays"))
     events = [event for one in file.items("events", a_list(MAX_EVENTS, "events")) for event in _event(one, nodes)]

@@ -100,6 +100,8 @@ def _content(path: Path) -> object:
     try:
         with path.open(encoding="utf-8") as stream:
             return load(stream.read(MAX_FILE_BYTES + 1))
+    except InvalidArgument as wrong:  # that it is no YAML: which of the files
+        raise InvalidArgument([FieldViolation(str(path), v.description) for v in wrong.violations]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise _wrong(str(path), f"cannot be read: {error}") from None
 

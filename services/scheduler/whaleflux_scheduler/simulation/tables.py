@@ -61,7 +61,7 @@ _LINES: tuple[Line, ...] = (
     ("wait, mean", lambda s: duration(s.overall.wait_mean_s), lambda s: s.overall.wait_mean_s),
     ("wait, p99", lambda s: duration(s.overall.wait_p99_s), lambda s: s.overall.wait_p99_s),
     ("completion, mean", lambda s: duration(s.overall.completion_mean_s), lambda s: s.overall.completion_mean_s),
-    ("utilisation", lambda s: f"{100 * s.utilisation:.1f} %", lambda s: s.utilisation),
+    ("utilisation", lambda s: _percent(s.utilisation), lambda s: s.utilisation),
     ("busy", lambda s: f"{s.busy_gpu_hours:,.0f} GPU-hours", lambda s: s.busy_gpu_hours),
     ("idle", lambda s: f"{s.idle_gpu_hours:,.0f} GPU-hours", lambda s: s.idle_gpu_hours),
     ("held in vain", lambda s: _known(s.wasted_gpu_hours, "GPU-hours"), lambda s: s.wasted_gpu_hours),
@@ -74,9 +74,14 @@ _LINES: tuple[Line, ...] = (
 )
 
 
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
 def _jobs(summary: Summary) -> str:
     parts = (("succeeded", summary.succeeded), ("failed", summary.failed), ("not done", summary.unfinished))
-    return ", ".join(f"{count:,} {what}" for what, count in parts if count) or "none"
+    counts = ", ".join(f"{count:,} {what}" for what, count in parts if count) or "none"
+    return counts + (f" ({summary.never_started:,} never started)" if summary.never_started else "")
 
 
 def _known(value: float, unit: str) -> str:

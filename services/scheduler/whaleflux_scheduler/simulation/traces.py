@@ -114,7 +114,7 @@ def _trace(found: Iterator[Row], most_gpus: int, first: int) -> Trace:
     for row in found:
         if len(rows) >= MAX_ROWS:
             raise InvalidArgument(FieldViolation("--trace", f"has more than {MAX_ROWS} jobs; cut it"))
-        fits = 0 < row.gpus <= most_gpus and row.run_s > 0
+        fits = 0 < row.gpus <= most_gpus and 0 < row.run_s < math.inf
         left_out += not fits
         if fits:
             rows.append(row)

@@ -192,6 +192,8 @@ def _length(value: object) -> Draw:
         return lambda drawn: max(1.0, round(drawn.lognormvariate(mu, sigma)))
     if set(value) == {"least", "most"}:
         least_s, most_s = quantities.seconds(value["least"]), quantities.seconds(value["most"])
+        if most_s < least_s:
+            raise ValueError("most is less than least; swap them")
         return lambda drawn: max(1.0, round(drawn.uniform(least_s, most_s)))
     raise ValueError("must be a time, {median: 10 min, sigma: 1.5} (log-normal), or {least: 1 min, most: 2 h}")
 
