@@ -435,6 +435,25 @@ class TestPlan:
         assert world.where(world.submit("rest", 4)).isdisjoint(uuids(kept))
         assert world.where(world.submit("second", 2, reservation=kept.name)) == uuids(kept) - world.where(member)
 
+    def test_a_member_starts_when_another_plan_hears_of_its_nodes_after_it_was_tried(self):
+        world = World()
+        kept = world.keep(reserved(gpus=8, start=0.5))
+        member = world.submit("member", 8, reservation=kept.name)
+        world.plan, known = Plan(), [node(f"s/n{number}", 4) for number in range(2)]
+        world.step(
+            1.0,
+            nodes=tuple(known),
+            closed={one.name: "not heard of" for one in known},
+            queues={"q": Queue("queues/q")},
+            jobs=tuple(world.jobs.values()),
+            candidates={member: Candidate(world.jobs[member])},
+            reservations=dict(world.kept),
+        )
+        assert not world.where(member)
+        for one in known:
+            world.step(closed={one.name: ""})
+        assert world.where(member) == uuids(kept)
+
     def test_what_was_deleted_is_everybodys_and_its_members_are_ordinary(self):
         world = World(nodes=1)
         kept = world.keep(reserved(gpus=4))

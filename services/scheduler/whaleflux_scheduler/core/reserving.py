@@ -65,7 +65,7 @@ class Reserved:
         self._facts: dict[str, _Facts] = {}
         self._at_s = -math.inf  # of the last step
         self._again_s = math.inf
-        self._room: dict[str, tuple[ReservationState, int]] = {}  # of those who wait for it
+        self._room: dict[str, tuple[ReservationState, int, int]] = {}  # of those who wait for it
         self._soon = frozenset[str]()  # reservations that begin within minutes
         self._small: dict[str, tuple[object, Engine]] = {}  # a reservation's own GPUs, and of when that is
 
@@ -210,9 +210,15 @@ class Reserved:
 
     def take_gained(self) -> list[str]:
         """Reservations that began, are over, or have other room than when this was asked last: for whom it could mean something."""
-        room = {name: (one.state, self.covered((name,))) for name, one in self._now.items() if not one.maintenance}
+        room = {name: self._room_of(one) for name, one in self._now.items() if not one.maintenance}
         before, self._room = self._room, room
         return [name for name in (*room, *(before.keys() - room.keys())) if before.get(name) != room.get(name)]
+
+    def _room_of(self, one: Reservation) -> tuple[ReservationState, int, int]:
+        """Its state, its idle GPUs, and its nodes that take work: a new leader hears of these later than of the others."""
+        begun = one.state is ReservationState.ACTIVE
+        opened = sum(node in self._fleet.holdings.devices.open for node, _ in one.held) if begun else 0
+        return one.state, self.covered((one.name,)), opened
 
     # reasons
 
