@@ -87,7 +87,7 @@ def test_who_is_guaranteed_takes_back_what_others_borrow(victim, reclaimed):
     assert claimant.reclaims(victim, queue_of[victim]) is reclaimed
 
 
-def test_priority_stops_nobody_within_a_guarantee_but_in_the_same_queue():
+def test_priority_stops_nobody_within_a_guarantee_but_for_who_is_within_the_same_one():
     quota = tree(a={"guaranteed_gpus": 4}, b={"guaranteed_gpus": 4})
     quota.hold("firm", "b", 4)
     quota.hold("guest", "b", 4, since_s=1)
@@ -95,7 +95,10 @@ def test_priority_stops_nobody_within_a_guarantee_but_in_the_same_queue():
     assert not above.entitled
     assert above.preempts("guest", 0)
     assert not above.preempts("firm", 0)
-    assert Claimant(quota, "new", "b", 8, 5).preempts("firm", 0)
+    assert Claimant(quota, "new", "b", 4, 5).preempts("firm", 0)
+    borrows = Claimant(quota, "new", "b", 8, 5)
+    assert borrows.preempts("guest", 0)
+    assert not borrows.preempts("firm", 0)
     assert not above.reclaims("guest", "b")
 
 

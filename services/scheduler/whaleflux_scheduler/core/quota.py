@@ -315,10 +315,10 @@ class Claimant:
         return self._at is not None and queue != self._queue and self._reclaimable(victim, queue) > 0
 
     def leaves(self, victim: str, queue: str) -> int:
-        """GPUs of the victim that guarantees cover which are not the claimant's."""
+        """GPUs of the victim that guarantees cover which do not yield to the claimant."""
         if not self._tree.guarantees:
             return 0
-        return sum(gpus for id_, gpus in self._tree.covered(victim, queue).items() if id_ not in self._path)
+        return sum(gpus for id_, gpus in self._tree.covered(victim, queue).items() if not self._yields(id_))
 
     def _reclaimable(self, victim: str, queue: str) -> int:
         assert self._at is not None
@@ -327,15 +327,27 @@ class Claimant:
         return self._tree.held_by(victim) - mine
 
     def preempts(self, victim: str, priority: int) -> bool:
-        """Whether the victim is of lower priority, and not within a guarantee that is not the claimant's."""
-        return priority < self._priority and not self._guaranteed_elsewhere(victim)
+        """Whether the victim is of lower priority, and not within a guarantee that does not cover the claimant instead."""
+        return priority < self._priority and not self._guaranteed(victim)
 
     def outlasts(self, victim: str, queue: str, priority: int) -> bool:
         """Whether the victim makes way when it stays longer than expected where the claimant was promised a start: an equal does too."""
-        return self.reclaims(victim, queue) or (priority <= self._priority and not self._guaranteed_elsewhere(victim))
+        return self.reclaims(victim, queue) or (priority <= self._priority and not self._guaranteed(victim))
 
-    def _guaranteed_elsewhere(self, victim: str) -> bool:
-        return self._tree.guarantees and self._tree.covering(victim).id not in self._path
+    def _guaranteed(self, victim: str) -> bool:
+        return self._tree.guarantees and not self._yields(self._tree.covering(victim).id)
+
+    def _yields(self, guaranteed: str) -> bool:
+        """Whether what this queue's guarantee covers is the claimant's to take, by priority.
+
+        Who would only borrow takes nothing that is guaranteed, not in its own queue either: those who made way for it would take as
+        much from a third one, by guarantee, and that one, by priority, from the claimant: for ever. So who goes first is one order,
+        by how low the guarantee stands and then by priority.
+        """
+        depth = self._path.get(guaranteed)
+        return guaranteed == self._tree.fleet.id or (
+            depth is not None and self._at is not None and depth <= self._at.depth
+        )
 
 
 def _settle_depth(node: QueueNode) -> int:
