@@ -62,7 +62,10 @@ def test_who_would_borrow_takes_nothing_guaranteed_in_its_own_queue_either():
     """Else the guest stops the gang by priority, the gang the small one, and the small one the guest by guarantee, for ever."""
     fleet = [node(f"s/{at}") for at in range(4)]
     jobs = [submission("guest", "guests", 0, 8, 4000, priority=2), submission("small", "owner", 5, 2, 1000)]
-    jobs += [submission("gang", "owner", 10, 8, 4000, priority=1), submission("urgent", "owner", 20, 4, 500, priority=1)]
+    jobs += [
+        submission("gang", "owner", 10, 8, 4000, priority=1),
+        submission("urgent", "owner", 20, 4, 500, priority=1),
+    ]
     seen = simulated(fleet, jobs, queues(guests=0, owner=4))
     assert all(one.state is JobState.SUCCEEDED for one in seen.values())
     assert {id_: one.suspensions for id_, one in seen.items()} == {"guest": 0, "small": 0, "gang": 0, "urgent": 0}
