@@ -8,12 +8,14 @@ saves: every one of them has to run again, on other GPUs or where it was, and no
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import random
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from benchmarks.common import Options, Report, Row, Target, main
@@ -201,16 +203,33 @@ def _quantile(ordered: Sequence[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(part * len(ordered)) - 1)] if ordered else math.nan
 
 
+def main_arguments(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark takes besides what all take."""
+    parser.add_argument("--nodes", type=int, help="nodes of 8 GPUs, 40 or more (default 5,000; quick: 150)")
+    parser.add_argument("--hours", type=float, help="how much of the fleet's time (default 1; quick: 6)")
+
+
+def _scene(options: Options) -> Scene:
+    scene, extra = QUICK if options.quick else FULL, options.extra
+    return replace(scene, nodes=extra.nodes or scene.nodes, until_h=extra.hours or scene.until_h)
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Prints a line when a run has ended: the full form takes long."""
+    print(json.dumps(outcome.row), file=sys.stderr, flush=True)
+    return outcome
+
+
 def measure(options: Options) -> Report:
     """Waits of gangs of at least 64 GPUs on a busy fleet, with and without moving what runs."""
-    scene = QUICK if options.quick else FULL
+    scene = _scene(options)
     rows = traces.read(options.trace("pollux", "philly.csv.gz"), 8 * scene.nodes).rows
     runs = [
-        simulated("without moves", scene, rows, options.seed, rules=None, lose=False),
-        simulated("with moves", scene, rows, options.seed, rules=RULES, lose=False),
-        simulated("with moves, nodes lost", scene, rows, options.seed, rules=RULES, lose=True),
+        _told(simulated("with moves", scene, rows, options.seed, rules=RULES, lose=False)),
+        _told(simulated("with moves, nodes lost", scene, rows, options.seed, rules=RULES, lose=True)),
+        _told(simulated("without moves", scene, rows, options.seed, rules=None, lose=False)),
     ]
-    without, moved, lost = runs
+    moved, lost, without = runs
     assert lost.losses is not None
     undone = lost.losses.again
     ratio = statistics.fmean(moved.waits_s) / statistics.fmean(without.waits_s)
@@ -238,4 +257,4 @@ def measure(options: Options) -> Report:
 
 
 if __name__ == "__main__":
-    sys.exit(main("rebalance", measure))
+    sys.exit(main("rebalance", measure, add_arguments=main_arguments))

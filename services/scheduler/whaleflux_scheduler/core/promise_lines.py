@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from whaleflux_scheduler.core.model import Job
@@ -173,8 +173,3 @@ class PromiseLines:
     def _leave_lines(self, name: str) -> None:
         for line in self._lines.values():
             line.leave(name)
-
-    def check(self, waiting: Collection[str]) -> None:
-        """Raises AssertionError when somebody stands in line who does not wait."""
-        strangers = self._asking.keys() - set(waiting)
-        assert not strangers, f"in line for a promise without waiting: {sorted(strangers)}"
