@@ -204,8 +204,8 @@ class TestQueues:
         assert move.assignment is None
         assert move.decision.reasons[-1] == "16 x A100-80GB would be more than queue q may take now"
         assert "4 of 8 GPUs free" in move.decision.summary
-        assert made.dry_run(mixed("other"), NOW).reasons == move.decision.reasons
-        assert made.explain(job, (), NOW).reasons == move.decision.reasons
+        assert set(move.decision.reasons) <= set(made.dry_run(mixed("other"), NOW).reasons)
+        assert set(move.decision.reasons) <= set(made.explain(job, (), NOW).reasons)
         assert made.shortage("q", job.spec).startswith("8 GPUs are asked for"), (
             "no queue's limit lets it have the others"
         )

@@ -19,8 +19,8 @@ def placement(fleet, gpus=1, busy=(), **more):
         made.upsert_node(one)
     for at, (name, count) in enumerate(busy):
         elsewhere = tuple(other for other in made.nodes if other != name)
-        made.apply(made.place(PlaceRequest(f"busy{at}", (GroupRequest(gpus=count),), exclude_nodes=elsewhere)))
-    answer = made.place(PlaceRequest("job", (GroupRequest(gpus=gpus),), **more))
+        made.apply(made.place(PlaceRequest(f"busy{at}", GroupRequest(gpus=count), exclude_nodes=elsewhere)))
+    answer = made.place(PlaceRequest("job", GroupRequest(gpus=gpus), **more))
     assert isinstance(answer, Placement)
     return answer
 

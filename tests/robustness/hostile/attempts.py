@@ -18,6 +18,8 @@ HANDSHAKE = "handshake"  # TLS, before anybody is known: of Envoy, etcd, NATS, a
 DOOR = "door"  # Envoy, which refuses what is no proper request, before it knows of what
 NOTHING = "nothing"  # it is answered, without what was wanted: a list without the others' things, a header that went no further
 
+OPEN_S = 8.0  # a stream that says nothing for so long was let in: a busy machine refuses late
+
 METHODS: dict[str, Method] = {one.path.rpartition("v1.")[2].replace("Service/", "/"): one for one in methods()}
 CLOSED = "CLOSED"  # no answer: the connection was refused or closed
 
@@ -116,7 +118,7 @@ class Calls:
         known = METHODS[method]
 
         async def do() -> Reply:
-            said = await call(self.channel, known, request, metadata)
+            said = await call(self.channel, known, request, metadata, open_s=OPEN_S)
             return Reply(said.code.name, f"{said.details} {said.response or ''}")
 
         return Attempt(name, do, frozenset(refused), seen_by, self._who, known.path, "", must_not_tell)
