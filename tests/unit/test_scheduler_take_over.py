@@ -50,6 +50,11 @@ async def test_who_follows_knows_the_nodes_before_it_leads(world, follower, monk
     await world.scheduler.CancelJob(pb.CancelJobRequest(name=names[0]), None)
     await until(lambda: all(agent.heard for agent in agents), "its end is reported")
     await world.reaches(names[0], "CANCELLED")
+
+    async def free():
+        return names[0] not in await world.held()
+
+    await until(free, "the plan has heard of it")
     follower.nodes.set_node(agents[11].node, None)  # shortly before: it is not in the prepared plan
     before = {job: dict(gpus) for job, gpus in (await world.held()).items()}
     steps = []
