@@ -10,11 +10,12 @@ from google.protobuf.message import DecodeError
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
+from whaleflux.errors import AlreadyExists, FailedPrecondition, NotFound
 from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, NoneCreated, Put, Snapshot, Store, Unchanged
 from whaleflux.trust import audit, ownership
@@ -101,7 +102,7 @@ class Queues:
         The leader's planner takes weight and limit with its next round; members and priority hold for what is asked from then on.
         """
         come_or_go = bool(request.add_members or request.remove_members)
-        paths = [] if come_or_go and not request.update_mask.paths else _checked(request.update_mask.paths)
+        paths = [] if come_or_go and not request.update_mask.paths else paths_of(request.update_mask.paths, UPDATABLE)
         for _ in range(RACES):
             entry = await self.get(request.queue.name)
             check_etag(request.queue.etag, entry)
@@ -248,20 +249,6 @@ def queue_message(entry: Entry) -> pb.Queue:
     queue = pb.Queue.FromString(entry.value)
     queue.etag = etag_of(entry)
     return queue
-
-
-def _checked(paths: Sequence[str]) -> list[str]:
-    known = ", ".join(UPDATABLE)
-    found = [
-        FieldViolation("update_mask", f"{path[:64]!r} cannot be changed; use {known}")
-        for path in paths
-        if path not in UPDATABLE
-    ]
-    if not paths:
-        found = [FieldViolation("update_mask", f"is empty; name what to change: {known}")]
-    if found:
-        raise InvalidArgument(found)
-    return list(dict.fromkeys(paths))
 
 
 def _set(queue: pb.Queue, wanted: pb.Queue, field: str) -> None:

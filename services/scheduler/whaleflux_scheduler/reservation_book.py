@@ -16,6 +16,7 @@ from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Entry, NoneCreated, Present, Put, Snapshot, Store, Unchanged
 from whaleflux.trust import audit, ownership
@@ -97,7 +98,7 @@ class ReservationBook:
 
     async def update(self, request: pb.UpdateReservationRequest, leading: Leading) -> pb.Reservation:
         """Sets the fields that the mask names."""
-        paths, sight = _checked(request.update_mask.paths), self._access.sight()
+        paths, sight = paths_of(request.update_mask.paths, UPDATABLE), self._access.sight()
         for _ in range(RACES):
             entry = await self._entry(request.reservation.name, sight)
             message = pb.Reservation()
@@ -274,19 +275,6 @@ def _refuse(*found: Sequence[FieldViolation] | Iterator[FieldViolation]) -> None
     for kind in found:
         if wrong := list(kind):
             raise InvalidArgument(wrong[:MOST_SAID])
-
-
-def _checked(paths: Sequence[str]) -> list[str]:
-    known = ", ".join(UPDATABLE)
-    wrong = [
-        FieldViolation("update_mask", f"{path[:64]!r} cannot be changed; use {known}")
-        for path in paths
-        if path not in UPDATABLE
-    ]
-    if not paths:
-        wrong = [FieldViolation("update_mask", f"is empty; name what to change: {known}")]
-    _refuse(wrong)
-    return list(dict.fromkeys(paths))
 
 
 def _denied(why: str) -> PermissionDenied:
