@@ -26,6 +26,13 @@ def server_spans(spans):
     return [span for span in spans.get_finished_spans() if span.kind is SpanKind.SERVER]
 
 
+async def server_span(spans):
+    """The one span of the server; it ends a moment after its caller has the answer."""
+    await until(lambda: server_spans(spans))
+    (span,) = server_spans(spans)
+    return span
+
+
 def count(method, code):
     labels = {"method": f"/{NAME}/{method}", "code": code}
     return REGISTRY.get_sample_value("whaleflux_rpc_requests_total", labels) or 0.0
@@ -46,7 +53,7 @@ class TestUnary:
         before = count("GetEcho", "OK")
         async with serving(Toy({"GetEcho": echo})) as server, dial(server) as channel:
             assert (await Stub(channel).unary("GetEcho")(text("hi"))).value == "hi user/ann"
-        (span,) = server_spans(spans)
+        span = await server_span(spans)
         assert span.name == f"{NAME}/GetEcho"
         assert (span.attributes["rpc.grpc.status_code"], span.status.status_code) == (0, StatusCode.UNSET)
         assert span.attributes["whaleflux.caller"] == "spiffe://whaleflux/user/ann"
@@ -60,7 +67,7 @@ class TestUnary:
             with pytest.raises(errors.NotFound, match="list them first") as caught:
                 await Stub(channel).unary("Refuse")(text())
         assert (caught.value.kind, caught.value.name) == ("node", "sites/a/nodes/n1")
-        (span,) = server_spans(spans)
+        span = await server_span(spans)
         assert (span.attributes["rpc.grpc.status_code"], span.status.status_code) == (5, StatusCode.UNSET)
         assert span.attributes["whaleflux.reason"] == "NODE_NOT_FOUND"
         assert not span.events
@@ -72,7 +79,7 @@ class TestUnary:
         async with serving(Toy({"Stumble": stumble})) as server, dial(server) as channel:
             with pytest.raises(ServerFailure) as caught:
                 await Stub(channel).unary("Stumble")(text())
-        (span,) = server_spans(spans)
+        span = await server_span(spans)
         trace_id = f"{span.context.trace_id:032x}"
         assert caught.value.message == f"internal error, trace {trace_id}"
         assert caught.value.metadata == {"trace_id": trace_id}
@@ -107,7 +114,7 @@ class TestUnary:
             with pytest.raises(ServerFailure) as caught:
                 await Stub(channel).unary("Abort")(text())
         assert caught.value.reason == "DATA_LOSS"
-        (span,) = server_spans(spans)
+        span = await server_span(spans)
         assert span.attributes["rpc.grpc.status_code"] == 15
         assert not span.events
 
@@ -258,7 +265,7 @@ class TestStreams:
             ):
                 async for _ in Stub(channel).stream("Watch")(text()):
                     pass
-        (span,) = server_spans(spans)
+        span = await server_span(spans)
         assert span.status.status_code is StatusCode.ERROR
         assert span.parent.span_id == cause.get_span_context().span_id
 

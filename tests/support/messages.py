@@ -63,10 +63,10 @@ def _set(draw: Any, message: Message, field: FieldDescriptor, depth: int) -> Non
 
 
 def _set_map(draw: Any, message: Message, field: FieldDescriptor, depth: int) -> None:
-    value = field.message_type.fields_by_name["value"]
+    key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
     target = getattr(message, field.name)
-    for key in draw(st.lists(TEXT, max_size=2)):
+    for at in draw(st.lists(_SCALARS[key.type], max_size=2)):
         if value.message_type is None:
-            target[key] = draw(_SCALARS[value.type])
+            target[at] = draw(_SCALARS[value.type])
         else:
-            target[key].CopyFrom(draw(messages(value.message_type, depth + 1)))
+            target[at].CopyFrom(draw(messages(value.message_type, depth + 1)))

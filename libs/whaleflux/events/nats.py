@@ -336,10 +336,10 @@ class _NatsFeed:
             await self._leave()
         with contextlib.suppress(nats.errors.Error, StatusError):
             given_back = sorted([*unseen, *drain(self.arrivals)], key=lambda event: event.sequence)
+            if given_back:  # the question makes the server drop the requests that nobody waits for; for them it would reorder
+                await self._bus.call(self._bus.jetstream().consumer_info(self.stream, str(self._wanted.durable_name)))
             for event in given_back:
                 await event.nak()
-                if event is given_back[0]:  # lets the server notice that nobody waits; it would reorder a burst
-                    await self._bus.call(self._bus.client.flush())
 
     async def _leave(self) -> None:
         """What is on its way arrives first: else nobody would give it back, and it came again only when its time to be settled is over."""
