@@ -336,7 +336,9 @@ class _NatsFeed:
             await self._leave()
         with contextlib.suppress(nats.errors.Error, StatusError):
             given_back = sorted([*unseen, *drain(self.arrivals)], key=lambda event: event.sequence)
-            if given_back:  # the question makes the server drop the requests that nobody waits for; for them it would reorder
+            if (
+                given_back
+            ):  # the question makes the server drop the requests that nobody waits for; for them it would reorder
                 await self._bus.call(self._bus.jetstream().consumer_info(self.stream, str(self._wanted.durable_name)))
             for event in given_back:
                 await event.nak()
