@@ -250,8 +250,8 @@ class TestPromises:
         assert "promised" in plan.explain(known, (), NOW).summary
 
 
-def plan_of(nodes, promises=None):
-    plan = Plan(promises=promises)
+def plan_of(nodes, promises=None, monotonic=lambda: 0.0):
+    plan = Plan(monotonic, promises=promises)
     fleet = [node(f"s/n{number}", 4) for number in range(nodes)]
     plan.apply(News(nodes=tuple(fleet), closed={n.name: "" for n in fleet}, queues={"q": Queue("queues/q")}))
     return plan
@@ -336,3 +336,16 @@ def test_what_cannot_start_sooner_is_not_asked_of_the_engine(monkeypatch):
     found = simulate(jobs)
     assert found["gang"].start_s <= found["gang"].promised_s < 20_200.0
     assert len(asked) < 5
+
+
+def test_a_step_that_ran_out_of_time_before_it_promised_is_gone_on_with_at_once():
+    """On a busy machine nothing else may happen for a minute: the gang was put off for as long, and nothing could move for it."""
+    clock = iter(range(10_000))
+    plan = plan_of(4, monotonic=lambda: float(next(clock)))
+    for number in range(4):
+        start(plan, waiting(f"r{number}", 4, expected_s=HOUR))
+    assert not any(move.claim for move in plan.step(offered(waiting("gang", 16)), NOW, budget_s=2.0))
+    assert plan.unfinished
+    (move,) = [move for move in plan.step(News(), NOW) if move.claim]
+    assert (move.job, move.claim.purpose) == ("queues/q/jobs/gang", ClaimPurpose.RESERVATION)
+    assert not plan.unfinished

@@ -85,6 +85,7 @@ class PromiseLines:
         self._asking: dict[str, Asking] = {}
         self._lines = {True: _Line(), False: _Line()}  # large ones without a promise, and others
         self._look_s = -math.inf  # nobody is to be looked at before
+        self._missed: dict[str, None] = {}
 
     def knows_node(self, gpus: int) -> None:
         """A node with so many GPUs."""
@@ -98,6 +99,7 @@ class PromiseLines:
     def leaves(self, name: str) -> None:
         """It waits no more."""
         self._new.pop(name, None)
+        self._missed.pop(name, None)
         if self._asking.pop(name, None) is not None:
             self._leave_lines(name)
 
@@ -125,8 +127,19 @@ class PromiseLines:
         asking.again_s = now_s + min(wait_s, LONGEST_AGAIN_S)
         self._look_s = min(self._look_s, asking.again_s)
 
+    def not_yet(self, name: str) -> None:
+        """There was no time to look at it: it is due in the next step."""
+        self._missed[name] = None
+        self._look_s = -math.inf
+
+    @property
+    def missed(self) -> bool:
+        """Whether there was no time in the last step for somebody who was due."""
+        return bool(self._missed)
+
     def due(self, now_s: float) -> list[str]:
         """Whom to look at: those with a promise first, then the first ones in line; a few."""
+        self._missed.clear()
         self._take_in()
         if now_s < self._look_s:
             return []

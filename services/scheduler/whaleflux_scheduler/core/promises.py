@@ -199,6 +199,15 @@ class Promises:
         """Whom to look for a promise, or for a better one; a few, the first ones in line. Each is to be looked at, or put off."""
         return self._lines.due(now.timestamp())
 
+    def not_yet(self, name: str) -> None:
+        """There is no time for it in this step: it is due in the next one."""
+        self._lines.not_yet(name)
+
+    @property
+    def missed(self) -> bool:
+        """Whether there was no time in the last step for somebody who was due."""
+        return self._lines.missed
+
     def put_off(self, name: str, now: datetime) -> None:
         """It cannot have a promise for now."""
         self._lines.put_off(name, now.timestamp())
@@ -219,7 +228,8 @@ class Promises:
         if before is not None and (promised_s == math.inf or before.victims or self._due[job.name] <= now_s):
             self._lines.put_off(job.name, now_s, left_s)
             return None
-        if not self._ends.catch_up(now):  # at the next step
+        if not self._ends.catch_up(now):
+            self._lines.not_yet(job.name)
             return None
         by_s = now_s + self.rules.horizon_s if before is None else promised_s - max(60.0, 0.1 * left_s) - MARGIN_S
         start, vain = self._ends.earliest(job, request, now, by_s)

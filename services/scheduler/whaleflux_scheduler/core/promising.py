@@ -27,8 +27,11 @@ class Promising(MakingRoom):
         for name in self._promises.to_promise(now):
             waiting = jobs[name]
             job = waiting.candidate.job
-            if name in moved or watch.over or self._kept_back(job):
+            if name in moved or self._kept_back(job):
                 self._promises.put_off(name, now)
+                continue
+            if watch.over:
+                self._promises.not_yet(name)
                 continue
             request = replace(self._within_quota(waiting.line.kind.request, job), id=name)
             if (claim := self._promises.promise(job, request, now)) is not None:

@@ -44,8 +44,8 @@ class Waiting(Questions):
 
     @property
     def unfinished(self) -> bool:
-        """True when the last step ran out of time before it had answered every job."""
-        return bool(self._turns.active or self._unanswered)
+        """True when the last step ran out of time before it had answered every job, or looked for every promise that was due."""
+        return bool(self._turns.active or self._unanswered or self._promises.missed)
 
     def _set_queues(self, queues: Mapping[str, Queue]) -> None:
         parked = [line for lines in self._parked.values() for line in lines]
