@@ -89,6 +89,12 @@ def test_a_closed_node_takes_work_again_when_it_is_back():
     assert one.start_s == 500.0
 
 
+def test_work_without_gpus_leaves_its_node_too():
+    down = NodeEvent(2 * HOUR, "down", ("sites/a/nodes/n0",))
+    one, other = simulated([job("one", gpus=0, ranks=1), job("other", run_s=3 * HOUR)], events=[down]).outcomes
+    assert (one.end_s, one.recoveries, other.recoveries) == (HOUR, 0, 1)
+
+
 def test_a_time_limit_ends_a_job_that_takes_longer():
     (one,) = simulated([job("one", time_limit_s=600.0)]).outcomes
     assert (one.state, one.end_s) == (JobState.FAILED, 600.0)

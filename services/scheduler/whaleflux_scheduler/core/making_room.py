@@ -38,13 +38,14 @@ class MakingRoom(Answers):
         holdings, kind = self._fleet.holdings, line.kind
         wished = self._pending.jobs[job.name].candidate.wished
         with holdings.without(job.name):
-            room = self._resizing.room_for(replace(kind.request, id=job.name), job, wished, now)
+            asked = self._reserved.away(replace(kind.request, id=job.name), job, now)
+            room = self._resizing.room_for(asked, job, wished, now)
         if room is not None:
             self._shrink(room.shrinking, job, now)
             return room.claim
         if not (self._lower_hold_enough(kind) or self._shares.quota.below_guarantee(line.queue)):
             return None
-        request = replace(self._within_quota(kind.request, job), id=job.name)
+        request = self._reserved.away(replace(self._within_quota(kind.request, job), id=job.name), job, now)
         with holdings.without(job.name):
             parts = self._resizing.parts_for(job, kind.need.gpus, now)
             plan = room_for(self._fleet.engine, holdings, request, job, parts)
@@ -73,6 +74,7 @@ class MakingRoom(Answers):
         self._join(candidate)
         self._refuse(self._pending.jobs[job.name].line.kind)  # until its claim is stored
         self._unanswered.pop(job.name, None)
+        self._borrows(job)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
 
     def _shrink(self, sizes: Mapping[str, Claim], by: Job, now: datetime) -> None:

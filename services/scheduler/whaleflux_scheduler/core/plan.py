@@ -122,9 +122,7 @@ class Plan(Promising):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
-            quota = self._shares.quota
-            if quota.guarantees and quota.covering(job.name).id != job.queue:
-                self._reclaim()
+            self._borrows(job)
         if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
             self._join(waiting.candidate)
 

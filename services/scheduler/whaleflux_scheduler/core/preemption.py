@@ -88,7 +88,7 @@ def _movable(holdings: Holdings, asked: Collection[str]) -> Iterator[tuple[str, 
 
 
 def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime) -> Claim:
-    """The place of the plan, by GPU, until its victims must have stopped long since."""
+    """The place of the plan, by GPU, until its victims must have stopped long since. It replaces what its job was promised before."""
     gpus: dict[str, tuple[str, ...]] = {}
     for part in plan.placement.nodes:
         gpus[part.node] = (*gpus.get(part.node, ()), *holdings.devices.uuids(part.node, part.gpus))
@@ -96,7 +96,10 @@ def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime) -> Claim:
     overlapping = [
         name
         for name, claim in holdings.claims.items()
-        if claim.concerns(gpus) and not (shares and holdings.jobs[name].spec.share_memory_bytes)
+        if name != plan.placement.id
+        and not is_reservation(name)
+        and claim.concerns(gpus)
+        and not (shares and holdings.jobs[name].spec.share_memory_bytes)
     ]
     victims = tuple(dict.fromkeys((*stopped(plan), *overlapping)))
     grace_s = max((holdings.jobs[name].grace_s for name in victims), default=0.0)

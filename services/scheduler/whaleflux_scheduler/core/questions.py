@@ -91,7 +91,8 @@ class Questions:
             return self._placed(job, answer, decisions.assignment_of(answer, self._fleet.holdings.devices), now)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now), request, job)
         decision = self._in_line(self._in_time(decision, job, now), job)
-        plan = room_for(self._fleet.engine, self._fleet.holdings, request, job)
+        asked = self._reserved.away(request, job, now)
+        plan = room_for(self._fleet.engine, self._fleet.holdings, asked, job)
         return decision if plan is None else self._with_victims(decision, job, stopped(plan))
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:

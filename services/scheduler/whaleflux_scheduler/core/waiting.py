@@ -66,10 +66,17 @@ class Waiting(Questions):
         below = [queue for queue in by_queue if quota.below_guarantee(queue)]
         self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]})
 
+    def _borrows(self, job: Job) -> None:
+        """What it has now may be taken back by those who are guaranteed it, where its own queue is not."""
+        quota = self._shares.quota
+        if quota.guarantees and quota.covering(job.name).id != job.queue:
+            self._reclaim()
+
     def _make_room_for(self, kinds: Iterable[RequestClass]) -> None:
         """Others may be stopped that could not before."""
         for kind in list(kinds):
-            kind.no_room_made = False
+            kind.no_room_made = kind.hopeful = False  # it is not given up with what came free
+            self._hopeful.pop(kind, None)
             for line in tuple(kind.lines.values()) if kind.counts_differ else ():
                 self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
                 self._turns.unpark(line)

@@ -45,7 +45,7 @@ def adopt(state: State, job: Job, submission: Submission) -> None:
     row = state.result.outcomes.add(job.name, job.queue, job.spec.gpus, job.spec.priority, 0.0, submission.run_s)
     state.result.outcomes.start_s[row] = 0.0
     simulated = state.jobs[job.name] = SimulatedJob(job, submission, row, submission.run_s, turn=1)
-    simulated.held = sum(task.gpus_worth for task in job.attempt.tasks)
+    simulated.held, simulated.there = sum(task.gpus_worth for task in job.attempt.tasks), True
     state.result.held.change(0.0, simulated.held)
     state.is_on(job, job.attempt.nodes)
     state.news.record(job)
@@ -133,6 +133,7 @@ def node_event(at_s: float, state: State, event: NodeEvent) -> None:
         closed = node in state.conditions
         state.result.closed.change(at_s, (closed - was_closed) * state.sizes[node])
     touched = {name for node in event.nodes for name in state.on_node.get(node, ())}
+    touched |= {name for name in state.claiming if not state.claiming[name].isdisjoint(event.nodes)}
     for name in sorted(touched):
         look(at_s, state, state.jobs[name], state.jobs[name].turn)
 
@@ -206,7 +207,7 @@ def _diagnosed(at_s: float, state: State, simulated: SimulatedJob, turn: int) ->
 
 def _end(at_s: float, state: State, simulated: SimulatedJob, job: Job) -> None:
     result, name, row = state.result, job.name, simulated.row
-    waited = simulated.held <= 0.0 and job.attempt is not None
+    waited = not simulated.there and job.attempt is not None
     leave(at_s, state, simulated, "done" if job.state is JobState.SUCCEEDED else job.state.name.lower())
     if waited:
         result.asked.change(at_s, -job.spec.gpus)
@@ -223,9 +224,9 @@ def _end(at_s: float, state: State, simulated: SimulatedJob, job: Job) -> None:
 def leave(at_s: float, state: State, simulated: SimulatedJob, why: str) -> None:
     """The attempt holds its GPUs no more."""
     job, held = simulated.job, simulated.held
-    if not held or job.attempt is None:
+    if not simulated.there or job.attempt is None:
         return
-    simulated.held = 0.0
+    simulated.held, simulated.there = 0.0, False
     state.result.held.change(at_s, -held)
     if state.result.spans is not None:
         state.result.spans.add(job.name, job.queue, job.attempt, simulated.placed_s, at_s, why)
@@ -238,6 +239,10 @@ def leave(at_s: float, state: State, simulated: SimulatedJob, why: str) -> None:
 def claims(state: State, job: Job) -> None:
     """The claim in the job's record is known to those whom it concerns."""
     state.claimants.set(job.name, job.claim.victims if job.claim is not None else ())
+    if job.claim is not None:
+        state.claiming[job.name] = job.claim.gpus.keys()
+    else:
+        state.claiming.pop(job.name, None)
     if job.claim is not None and job.state is JobState.RUNNING and job.claim.purpose in GOES_ON:
         state.going_on[job.name] = None
     else:

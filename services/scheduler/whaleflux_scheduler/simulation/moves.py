@@ -51,7 +51,7 @@ def _start(at_s: float, state: State, simulated: SimulatedJob, move: Move) -> No
     job = lifecycle.place(simulated.job, move.assignment, move.decision, instant(at_s))
     simulated.job, simulated.placed_s, simulated.turn = job, at_s, simulated.turn + 1
     assert job.attempt is not None
-    simulated.held = sum(task.gpus_worth for task in job.attempt.tasks)
+    simulated.held, simulated.there = sum(task.gpus_worth for task in job.attempt.tasks), True
     result, outcomes = state.result, state.result.outcomes
     result.held.change(at_s, simulated.held)
     result.asked.change(at_s, -job.spec.gpus)

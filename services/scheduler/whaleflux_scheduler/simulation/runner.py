@@ -97,7 +97,7 @@ class Simulation:
             made = self._plan.step(state.take_news(), instant(state.now_s))
             decided = time.thread_time()
             state.now_s += self._decision_time * (decided - begun)
-            for move in made if len(made) == 1 else _first_of_each(made):
+            for move in made if len(made) == 1 else first_of_each(made):
                 moves.apply(state.now_s, state, move)
             result.steps += 1
             result.step_s += decided - begun
@@ -133,12 +133,12 @@ class Simulation:
         for simulated in state.jobs.values():
             result.outcomes.states[simulated.row] = simulated.job.state
             result.job_usd += cost.job_cost_usd(simulated.job, instant(end_s))
-            if result.spans is not None and simulated.held and simulated.job.attempt:
+            if result.spans is not None and simulated.there and simulated.job.attempt:
                 job, attempt = simulated.job, simulated.job.attempt
                 result.spans.add(job.name, job.queue, attempt, simulated.placed_s, end_s, "runs")
 
 
-def _first_of_each(made: Iterable[Move]) -> Iterable[Move]:
+def first_of_each(made: Iterable[Move]) -> Iterable[Move]:
     """A record makes one transition in a round, as in the leader's loop: further moves of one job are void, and news of it says so."""
     seen = set[str]()
     for move in made:

@@ -29,6 +29,7 @@ class SimulatedJob:
     placed_s: float = 0.0
     turn: int = 0
     held: float = 0.0  # GPUs
+    there: bool = False  # its attempt is on its nodes, with or without GPUs
 
     def starts_work(self, at_s: float, gpus: int, delays: Delays) -> float:
         """All its ranks run; returns when it will have done its work."""

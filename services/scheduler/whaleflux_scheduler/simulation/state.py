@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -97,6 +97,7 @@ class State:
         self.sizes = {node.name: len(node.gpus) for node in nodes}
         self.conditions: dict[str, NodeCondition] = {}  # of nodes that take no work
         self.on_node: dict[str, dict[str, None]] = {}  # jobs in the order of their start
+        self.claiming: dict[str, Set[str]] = {}  # by job: nodes of what it claims
         self.going_on: dict[str, None] = {}  # jobs that run, and claim where they go on
         self.news = Unsaid(nodes=list(nodes), closed=dict.fromkeys(self.sizes, ""), queues=dict(queues))
         self.news.reservations = dict(self.reservations) or None
