@@ -79,6 +79,12 @@ async def test_a_plan_is_shown_and_carried_out():
         assert (proposal.starts, plan.mode) == (world.gang, "off")
         assert 0 < 2 * proposal.cost_gpu_s <= proposal.gain_gpu_s
         assert plan.budget_left_gpu_s == pytest.approx(0.01 * 12 * 86400)
+        checked = pb.ApplyRebalanceRequest(etag=plan.etag, validate_only=True)
+        assert (await world.scheduler.ApplyRebalance(checked, None)).proposals == plan.proposals
+        with pytest.raises(Aborted, match="this leader did not make it"):
+            await world.scheduler.ApplyRebalance(pb.ApplyRebalanceRequest(etag="bad", validate_only=True), None)
+        await asyncio.sleep(5)
+        assert (await world.job(world.gang)).state == pb.JOB_STATE_QUEUED
         await world.apply(plan.etag)
         gang = await world.reaches(world.gang, "RUNNING")
         assert where(gang) == {part.node for part in proposal.room}

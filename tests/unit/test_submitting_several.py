@@ -8,7 +8,15 @@ import pytest
 
 from tests.support.scheduler_world import USER, World, node, until
 from whaleflux.cli import creation, submission
-from whaleflux.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unavailable
+from whaleflux.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from whaleflux.rpc import auth
 from whaleflux.v1 import scheduler_pb2 as pb
 
@@ -119,6 +127,27 @@ def test_all_are_checked_before_the_first_is_sent(write):
     with pytest.raises(InvalidArgument, match="queues/default/jobs/b: data: is not declared"):
         submission.plan_all(fleet, jobs, replace=False)
     assert all(sent.validate_only for sent in fleet.sent)
+
+
+def test_a_name_that_is_taken_is_refused_before_a_plan_is_made(write, capsys):
+    fleet = Fleet()
+    jobs = read([write(FILE + "---\n" + FILE.replace("name: a", "name: b"))])
+    submission.refuse_taken(fleet, jobs, dry_run=False)
+    fleet.old = [pb.Job(name="queues/default/jobs/a")]
+    with pytest.raises(
+        AlreadyExists, match=r"jobs/a' exists already; so do queues/default/jobs/b; .*--replace.*--name"
+    ):
+        submission.refuse_taken(fleet, jobs, dry_run=False)
+    assert fleet.sent == []
+    submission.refuse_taken(fleet, jobs, dry_run=True)
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_members_of_an_array_and_jobs_without_a_name_are_not_looked_for(write):
+    fleet = Fleet()
+    fleet.old = [pb.Job(name="queues/default/jobs/sweep-0")]
+    jobs = read([write(FILE.replace("name: a", "name: sweep\narray: 0-2") + "---\nrun: /bin/x\ngpus: 1\n")])
+    submission.refuse_taken(fleet, jobs, dry_run=False)
 
 
 def test_jobs_of_one_command_may_wait_for_one_another(write):

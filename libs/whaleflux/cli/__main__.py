@@ -37,6 +37,7 @@ from whaleflux.cli import (
     submit_commands,
     suite_commands,
     token_commands,
+    typed_words,
 )
 from whaleflux.cli.examples import epilog
 from whaleflux.cli.help import WIDEST, GroupedCommands
@@ -183,11 +184,14 @@ def _write_no_more() -> None:
 def _explain(error: StatusError) -> None:
     """One line per mistake, each ending with what to do: the next command, where the message names none."""
     message = error.message
+    called, command = typed_words.called(GLOBAL.program, sys.argv[1:])
     if isinstance(error, InvalidArgument) and error.violations:
-        *others, message = [f"{next_step.field_in_the_file(v.field)}: {v.description}" for v in error.violations]
+        *others, message = [
+            f"{next_step.field_as_typed(v.field, called, command)}: {v.description}" for v in error.violations
+        ]
         for other in others:
             fail(other)
-    hint = next_step.after(error, sys.argv[1:])
+    hint = next_step.after(error, called)
     fail(message if "whaleflux " in message or not hint else f"{message.rstrip('.')}; {hint}")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from whaleflux.cli import typed_words
 from whaleflux.errors import (
     Aborted,
     AlreadyExists,
@@ -53,30 +57,13 @@ _BEHIND: dict[str, str] = {
     ErrorReason.STORE_UNAVAILABLE: "etcd",
 }  # what a service waits for
 FLEET_AWAY = "is the fleet running? see: whaleflux config; start one with: whaleflux up"
-_SPEC = "job.spec."
-_OF_THE_FILE = {
-    "job_id": "name",
-    "parent": "queue",
-    "queue_id": "NAME",
-    "secret_id": "NAME",
-    "reservation_id": "NAME",
-    "reservation.start_time": "--start",
-    "reservation.end_time": "--end",
-    "reservation.gpus": "--gpus",
-    "reservation.gpu_type": "--gpu-type",
-    "reservation.nodes": "--nodes",
-    "reservation.queue": "--queue",
-    "reservation.members": "--member",
-    "reservation.reason": "--message",
-    "dataset_id": "NAME",
-    "dataset.uri": "--source",
-    "dataset.credentials.secret": "--secret",
-}
+_SPEC, _MODEL = "job.spec.", "model."
+_OF_THE_FILE = {"job_id": "name", "model_id": "name", "parent": "queue"}
 
 
-def after(error: StatusError, called: list[str]) -> str:
-    """The advice for an error of the command line `called` (without the program's name)."""
-    command = " ".join(word for word in called[:2] if word.replace("-", "").isalpha() and not word.startswith("-"))
+def after(error: StatusError, called: Sequence[str]) -> str:
+    """The advice for an error of the command that these words call (without the program's name)."""
+    command = " ".join(called)
     if isinstance(error, InvalidArgument):
         return f"see: whaleflux {_help(error, command)}"
     if isinstance(error, NotFound | AlreadyExists):
@@ -105,9 +92,8 @@ def after(error: StatusError, called: list[str]) -> str:
 def _help(error: InvalidArgument, command: str) -> str:
     if error.violations and error.violations[-1].field == "context":
         return "config"
-    first = command.partition(" ")[0]
     of_file = bool(error.violations) and not error.violations[-1].field.startswith("-")
-    return _FILES[first] if first in _FILES and of_file else f"{first} --help".strip()
+    return _FILES[command] if command in _FILES and of_file else f"{command} --help".strip()
 
 
 def exit_code(error: StatusError) -> int:
@@ -118,14 +104,27 @@ def exit_code(error: StatusError) -> int:
     return 3 if away else 1
 
 
-def field_in_the_file(field: str) -> str:
-    """The scheduler names fields of the contract; who wrote a file knows them by its words."""
-    if not field.startswith(_SPEC):
-        return _OF_THE_FILE.get(field, field)
+def field_as_typed(field: str, called: Sequence[str], command: Any) -> str:
+    """The services name fields of the contract; who wrote a file knows them by its words, who typed options by these.
+
+    Of several jobs in one file the field stands behind the job's name: "queues/default/jobs/a: job.spec.gpus".
+    """
+    if " ".join(called) not in _FILES:
+        return typed_words.word_for(field, command)
+    of, colon, path = field.rpartition(": ")
+    return of + colon + _in_the_file(path)
+
+
+def _in_the_file(field: str) -> str:
     from whaleflux.manifests.field import name_in_file
     from whaleflux.manifests.job_fields import ATTRIBUTES
+    from whaleflux.manifests.model_fields import MODEL_FIELDS
 
-    return name_in_file(ATTRIBUTES.values(), field.removeprefix(_SPEC))
+    if field.startswith(_SPEC):
+        return name_in_file(ATTRIBUTES.values(), field.removeprefix(_SPEC))
+    if field.startswith(_MODEL):
+        return name_in_file(MODEL_FIELDS, field.removeprefix(_MODEL))
+    return _OF_THE_FILE.get(field, field)
 
 
 def of_the_system(error: OSError) -> str:

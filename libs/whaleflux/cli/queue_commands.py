@@ -66,7 +66,7 @@ def create(
         max_gpus=max_gpus or 0,
         members=member or (),
         max_priority=max_priority,
-        parent=_full(parent) if parent else "",
+        parent=_full(parent, "--parent") if parent else "",
         guaranteed_gpus=guaranteed or 0,
         lending_limit_gpus=_lent(lend),
     )
@@ -119,7 +119,7 @@ def set_(
         weight=weight or 0.0,
         max_gpus=max_gpus or 0,
         max_priority=max_priority,
-        parent=_full(parent) if parent else "",
+        parent=_full(parent, "--parent") if parent else "",
         guaranteed_gpus=guaranteed or 0,
         lending_limit_gpus=_lent(lend),
     )
@@ -226,8 +226,8 @@ def _lends(queue: Any) -> str:
     return f"at most {queue.lending_limit_gpus}" if queue.HasField("lending_limit_gpus") else "all"
 
 
-def _full(name: str) -> str:
-    return names.queue(name.removeprefix("queues/"))
+def _full(name: str, typed: str = "NAME") -> str:
+    return names.queue(names.check_id(typed, name.removeprefix("queues/")))
 
 
 def _limits(queue: Any) -> str:

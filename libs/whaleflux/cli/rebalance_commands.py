@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -61,7 +63,10 @@ def apply(
                 _show(found, fmt)
                 return
             etag = found.etag
-            if not yes:
+        elif not yes:
+            found = client.scheduler.ApplyRebalance(pb.ApplyRebalanceRequest(etag=etag, validate_only=True), timeout=30)
+        if not yes:
+            with contextlib.redirect_stdout(sys.stderr):  # what is done comes after it, for programs too
                 _show(found, Format.table)
         confirm("move these jobs?", yes)
         done = client.scheduler.ApplyRebalance(pb.ApplyRebalanceRequest(etag=etag), timeout=30)

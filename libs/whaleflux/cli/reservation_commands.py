@@ -273,7 +273,7 @@ def _nodes(client: Any, given: str) -> list[str]:
 
 
 def _queue(name: str) -> str:
-    return names.queue(name.removeprefix("queues/")) if name else ""
+    return names.queue(names.check_id("--queue", name.removeprefix("queues/"))) if name else ""
 
 
 def _full(name: str) -> str:

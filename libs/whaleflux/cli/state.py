@@ -25,6 +25,7 @@ class Global:
 
     context: str = ""
     debug: bool = False
+    program: Any = None  # the command line itself, once it was called
 
 
 GLOBAL = Global()

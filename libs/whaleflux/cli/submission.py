@@ -113,6 +113,26 @@ def _of(manifest: JobManifest, file: str, base: Path, wait_for_capacity: bool) -
     return Submission(file, base, manifest, request)
 
 
+def refuse_taken(client: Any, jobs: Sequence[Submission], *, dry_run: bool) -> None:
+    """Before anybody reads a plan: raises AlreadyExists where names are taken; a dry run says so and goes on.
+
+    Members of arrays that are there already are no mistake: the same command again submits the rest.
+    """
+    from whaleflux.errors import AlreadyExists
+
+    named = [one.name for one in jobs if one.name and not one.request.job.spec.array.name]
+    taken = [name for name in named if job_there(client, name) is not None]
+    if not taken:
+        return
+    also = f"so do {', '.join(taken[1:4])}{' and more' * (len(taken) > 4)}; " if len(taken) > 1 else ""
+    refused = AlreadyExists(
+        "job", taken[0], f"{also}take its place with: whaleflux submit --replace, or choose another name with --name"
+    )
+    if not dry_run:
+        raise refused
+    output.note(refused.message)
+
+
 def plan_all(client: Any, jobs: Sequence[Submission], *, replace: bool) -> None:
     """Packs folders, and asks the scheduler about every job. Raises StatusError, with the job's name where there are several."""
     packed: dict[tuple[Path | None, bool], Parcel | None] = {}

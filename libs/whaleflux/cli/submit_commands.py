@@ -16,6 +16,7 @@ from whaleflux.cli.state import MAX_RANK, Output, Yes, confirm, fleet
 from whaleflux.cli.submission import Submission
 
 _SHOWN = 10
+MOST_GPUS = 100_000  # as the field of the file
 
 
 def _unshared_storage(client: Any, planned: Any) -> str:
@@ -66,7 +67,9 @@ def submit(
         typer.Option("--env", metavar="NAME[=VALUE]", help="A variable of the job; without VALUE, yours."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the job.", show_default=False)] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs of the job.", show_default=False)] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=0, max=MOST_GPUS, help="GPUs of the job.", show_default=False)
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Cancel the job of that name first, and take its place.")
     ] = False,
@@ -103,6 +106,8 @@ def submit(
     overrides = submission.overrides_of(sets or [], name, gpus, env or [])
     jobs = submission.read_all(files, overrides, wait_for_capacity=wait_for_capacity)
     with fleet() as client:
+        if not replace:
+            submission.refuse_taken(client, jobs, dry_run=dry_run)
         submission.plan_all(client, jobs, replace=replace)
         followed = not (dry_run or detach) and fmt is Format.table and len(jobs) == 1
         _show_plans(client, jobs, fmt, dry_run=dry_run, aside=followed and not sys.stdout.isatty())

@@ -256,4 +256,4 @@ def where_set(path: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def number(at: str, value: float, least: float, most: float, unit: str = "") -> Violations:
     """Names a number out of its range."""
     if not math.isfinite(value) or not least <= value <= most:
-        yield FieldViolation(at, f"{value:g} is out of range; use {least:.15g} to {most:.15g}{unit and ' ' + unit}")
+        yield FieldViolation(at, f"{value:.15g} is out of range; use {least:.15g} to {most:.15g}{unit and ' ' + unit}")

@@ -11,6 +11,7 @@ from whaleflux.errors import FailedPrecondition, node_runs_twice
 from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes
 from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Write
 from whaleflux.v1 import inventory_pb2 as pb
@@ -224,13 +225,7 @@ def check_not_retired(node: pb.Node) -> None:
 
 
 def _checked_mask(request: pb.UpdateNodeRequest) -> list[str]:
-    paths = list(dict.fromkeys(request.update_mask.paths))
-    found = facts.Findings()
-    if not paths:
-        found.add("update_mask", f"is empty; name what to change: {', '.join(UPDATABLE)}")
-    for path in paths:
-        if path not in UPDATABLE:
-            found.add("update_mask", f"{path[:64]!r} cannot be changed; use {', '.join(UPDATABLE)}")
+    paths, found = paths_of(request.update_mask.paths, UPDATABLE), facts.Findings()
     if "labels" in paths:
         facts.check_labels(found, "node.labels", request.node.labels)
     if "price" in paths:

@@ -11,6 +11,7 @@ from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag, etag_of
 from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, Condition, ConditionFailed, Delete, Entry, Put, Store, Unchanged, Write
 from whaleflux.store.reading import read_all
@@ -27,7 +28,7 @@ _KINDS = {
     trust_pb2.PRINCIPAL_KIND_USER,
     trust_pb2.PRINCIPAL_KIND_SERVICE_ACCOUNT,
 }
-_CHANGEABLE = {"role", "display_name", "awaits_oidc"}
+_CHANGEABLE = ("role", "display_name", "awaits_oidc")
 
 
 def user_of(entry: Entry) -> trust_pb2.Principal:
@@ -112,9 +113,7 @@ class People:
 
     async def update(self, request: pb.UpdateUserRequest) -> trust_pb2.Principal:
         """Role, display name, whether the provider's next login of the name is bound to it."""
-        wanted, paths = request.user, set(request.update_mask.paths)
-        if not paths or paths - _CHANGEABLE:
-            raise InvalidArgument(FieldViolation("update_mask", f"name some of {', '.join(sorted(_CHANGEABLE))}"))
+        wanted, paths = request.user, paths_of(request.update_mask.paths, _CHANGEABLE)
         found = Findings()
         found.text("user.display_name", wanted.display_name, MAX_DISPLAY_NAME)
         found.raise_if_any()
@@ -123,7 +122,7 @@ class People:
 
         def change(user: trust_pb2.Principal) -> None:
             require_manageable(user)
-            for path in sorted(paths):
+            for path in paths:
                 setattr(user, path, getattr(wanted, path))
             if user.awaits_oidc:  # the next one takes the place of whoever was bound
                 user.ClearField("oidc_issuer")

@@ -23,6 +23,7 @@ from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag
 from whaleflux.rpc.paging import page_size
+from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store.api import ConditionFailed, Entry, Store
 from whaleflux.trust import audit, ownership
 from whaleflux.v1 import secrets_pb2 as pb
@@ -84,10 +85,10 @@ class SecretServicer(rpc.SecretServiceServicer):
         return shown(secret, 0) if request.validate_only else await self._records.create(record, sealed)
 
     async def UpdateSecret(self, request: pb.UpdateSecretRequest, context: Context) -> pb.Secret:
+        paths_of(request.update_mask.paths, _MASKED, needed=False)
         _raise(
             [
                 *_wrong_value(request.value, needed=False),
-                *_wrong_mask(request),
                 *_wrong_sharing(request.secret, auth.principal(), request.update_mask.paths),
             ]
         )
@@ -355,14 +356,6 @@ def _wrong_value(value: bytes, *, needed: bool) -> list[FieldViolation]:
             )
         ]
     return []
-
-
-def _wrong_mask(request: pb.UpdateSecretRequest) -> list[FieldViolation]:
-    return [
-        FieldViolation("update_mask", f"{path[:80]!r} cannot be changed; use: {', '.join(_MASKED)}")
-        for path in request.update_mask.paths
-        if path not in _MASKED
-    ]
 
 
 def _wrong_sharing(secret: pb.Secret, asker: auth.Principal, paths: Iterable[str]) -> list[FieldViolation]:

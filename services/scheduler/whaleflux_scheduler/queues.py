@@ -102,7 +102,7 @@ class Queues:
         The leader's planner takes weight and limit with its next round; members and priority hold for what is asked from then on.
         """
         come_or_go = bool(request.add_members or request.remove_members)
-        paths = [] if come_or_go and not request.update_mask.paths else paths_of(request.update_mask.paths, UPDATABLE)
+        paths = paths_of(request.update_mask.paths, UPDATABLE, needed=not come_or_go)
         for _ in range(RACES):
             entry = await self.get(request.queue.name)
             check_etag(request.queue.etag, entry)

@@ -54,8 +54,14 @@ class Rebalances:
         """What is worth it now, also for gangs that were looked at lately in vain."""
         return self._message(await self._look(thorough=True))
 
+    async def check(self, etag: str) -> pb.RebalancePlan:
+        """A plan that could be applied now. Raises Aborted naming what is not as it found it."""
+        await self._caught_up()
+        now = self._clock.now()
+        return self._message(await self._planner.ask(lambda planner: planner.check_rebalance(etag, now)))
+
     async def apply(self, etag: str) -> pb.RebalancePlan:
-        """Begins what a plan says. Raises Aborted naming what is not as it found it."""
+        """Begins what a plan says. Raises as `check`."""
         await self._caught_up()
         now = self._clock.now()
         plan, moves = await self._planner.ask(lambda planner: planner.apply_rebalance(etag, now))

@@ -257,7 +257,8 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def ApplyRebalance(self, request: pb.ApplyRebalanceRequest, context: _Context | None) -> pb.RebalancePlan:
         if not request.etag:
             raise InvalidArgument(FieldViolation("etag", "is empty; give the etag of a plan that PlanRebalance made"))
-        return await (await self._leader.leading()).rebalances.apply(request.etag)
+        rebalances = (await self._leader.leading()).rebalances
+        return await (rebalances.check if request.validate_only else rebalances.apply)(request.etag)
 
     # reservations
 

@@ -48,10 +48,14 @@ class Promising(MakingRoom):
         return Move(name, wait_reasons.promised(claim, now), claim=claim)
 
     def apply_rebalance(self, etag: str, now: datetime) -> tuple[RebalancePlan, list[Move]]:
-        """A plan of `plan_rebalance`, and what is to be stored for it. Raises Aborted naming what is not as it found it."""
-        waiting = {name: waiting.candidate.job for name, waiting in self._pending.jobs.items()}
-        plan = self._rebalancer.unchanged(etag, waiting, now)
+        """A plan of `plan_rebalance`, and what is to be stored for it. Raises as `check_rebalance`."""
+        plan = self.check_rebalance(etag, now)
         return plan, [self._claim(new, now) for new in self._rebalancer.claims(plan, now)]
+
+    def check_rebalance(self, etag: str, now: datetime) -> RebalancePlan:
+        """A plan of `plan_rebalance` that still holds. Raises Aborted naming what is not as it found it."""
+        waiting = {name: waiting.candidate.job for name, waiting in self._pending.jobs.items()}
+        return self._rebalancer.unchanged(etag, waiting, now)
 
     def _claim(self, new: NewClaim, now: datetime) -> Move:
         name, waiting = new.job.name, self._pending.jobs.get(new.job.name)

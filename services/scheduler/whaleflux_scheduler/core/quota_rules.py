@@ -23,7 +23,7 @@ def check_queue(queue: Queue) -> None:
         *number("queue.lending_limit_gpus", lends or 0, 0, MOST_GPUS),
     ]
     if 0 < queue.max_gpus < queue.guaranteed_gpus:
-        most = f"is {queue.guaranteed_gpus}, but it may hold at most {queue.max_gpus} (max_gpus); raise that, or lower this"
+        most = f"is {queue.guaranteed_gpus}, but it may hold at most {queue.max_gpus} GPUs; raise that limit, or lower this"
         found.append(FieldViolation("queue.guaranteed_gpus", most))
     if found:
         raise InvalidArgument(found)
