@@ -36,6 +36,7 @@ from nats.js.api import (
 from whaleflux.errors import FailedPrecondition, StatusError, Unavailable
 from whaleflux.events import api, nats_reading
 from whaleflux.events.api import Ack, Delivery, Excerpt, Start
+from whaleflux.events.deadline import within
 from whaleflux.events.nats_reading import taken_at
 from whaleflux.events.pull import HEARTBEAT_S, MAX_BATCH, REQUEST_S, Notice, PullSubscription, Said, drain
 from whaleflux.events.subjects import HUB
@@ -91,13 +92,7 @@ class NatsBus:
         client = Client()
         bus = cls(client, options)
         try:
-            async with asyncio.timeout(timeout_s):
-                await client.connect(
-                    **_client_options(options),
-                    reconnected_cb=bus._reconnected,
-                    disconnected_cb=bus._disconnected,
-                )
-                await bus._until_ready()
+            await within(timeout_s, bus._connected())
         except (TimeoutError, nats.errors.Error, OSError) as error:
             await _close(client)
             raise _unavailable(f"cannot connect to the event bus within {timeout_s} s", error) from error
@@ -105,6 +100,11 @@ class NatsBus:
             await _close(client)
             raise
         return bus
+
+    async def _connected(self) -> None:
+        callbacks = {"reconnected_cb": self._reconnected, "disconnected_cb": self._disconnected}
+        await self.client.connect(**_client_options(self.options), **callbacks)
+        await self._until_ready()
 
     @property
     def connected(self) -> bool:
