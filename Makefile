@@ -32,6 +32,7 @@ up: $(STAMP) ## The whole suite on this machine, until Ctrl-C
 	@$(BIN)/whaleflux up
 
 test: $(STAMP) ## All tests, in two lanes side by side
+	@$(BIN)/python -m compileall -q libs services  # each suite starts a dozen processes: none of them should compile
 	@$(BIN)/python -m tools.test_lanes $(ARGS)
 
 unit: $(STAMP) ## Tests without sockets and real time

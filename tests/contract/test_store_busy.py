@@ -72,7 +72,7 @@ async def busy(text: str, refusals: int) -> AsyncIterator[EtcdStore]:
 
 async def test_a_company_proxy_in_the_environment_is_not_the_way_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    async with asyncio.timeout(20), busy("", 0) as store:
+    async with asyncio.timeout(45), busy("", 0) as store:
         assert (await store.list("a")).revision == 7
 
 
@@ -94,13 +94,13 @@ async def test_what_will_never_be_taken_is_told_from_what_is_not_taken_now() -> 
 
 
 async def test_a_commit_a_campaign_a_cache_and_a_publisher_come_again() -> None:
-    async with asyncio.timeout(20), busy(TOO_MANY, 2) as store:
+    async with asyncio.timeout(45), busy(TOO_MANY, 2) as store:
         assert await commit_once(store, Put("a", b"1"), when=[Absent("a")], key="a") == 8
-    async with asyncio.timeout(20), busy(TOO_MANY, 3) as store, elect(store, "x", "me", ttl_s=60) as leader:
+    async with asyncio.timeout(45), busy(TOO_MANY, 3) as store, elect(store, "x", "me", ttl_s=60) as leader:
         assert leader.created == 8
-    async with asyncio.timeout(20), busy(NO_SPACE, 3) as store, Cache(store, "/p/", lambda entry: entry) as cache:
+    async with asyncio.timeout(45), busy(NO_SPACE, 3) as store, Cache(store, "/p/", lambda entry: entry) as cache:
         assert cache.revision == 7
-    async with asyncio.timeout(20), busy(TOO_MANY, 3) as store:
+    async with asyncio.timeout(45), busy(TOO_MANY, 3) as store:
         publisher = Publisher(store, MemoryBus(), "/p/", lambda _: None, name="test")
         running = asyncio.create_task(publisher.run())
         while publisher.revision < 7:

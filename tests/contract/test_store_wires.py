@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -86,20 +87,29 @@ async def test_renewed_certificates_are_taken_up_by_both_sides_while_they_run(wo
     mine, good = world.files("scheduler"), world.files("scheduler").load()
     async with Relay(world.server.client_port) as relay:
         store = world.store(mine, relay.endpoint, timeout_s=0.5)
-        assert await _answers(store)
+        await _until_it_answers(store)
         mine.save(CertificateAuthority.create(NOW).issue("scheduler", "1", NOW))
         relay.cut()  # what is open stays open: certificates are looked at when a connection begins
         assert not await _answers(store)
         relay.heal()
         assert not await _answers(store), "the client showed what it had read at its start"
         mine.save(good)
-        assert await _answers(store) or await _answers(store)  # what was opened before has to fail first
+        await _until_it_answers(store)  # what was opened before has to fail first
         await store.close()
-    for hosts, expected in ((("elsewhere",), False), (("127.0.0.1",), True)):
-        world.issue(etcd_hosts=hosts)
-        store = world.store(mine, timeout_s=0.5)
-        assert await _answers(store) is expected, "the server showed what it had read at its start"
-        await store.close()
+    world.issue(etcd_hosts=("elsewhere",))
+    store = world.store(mine, timeout_s=0.5)
+    assert not await _answers(store), "the server showed what it had read at its start"
+    await store.close()
+    world.issue()
+    store = world.store(mine, timeout_s=0.5)
+    await _until_it_answers(store)
+    await store.close()
+
+
+async def _until_it_answers(store: EtcdStore) -> None:
+    async with asyncio.timeout(30):  # a busy machine may need more than one of the store's short attempts
+        while not await _answers(store):
+            pass
 
 
 async def _answers(store: EtcdStore) -> bool:

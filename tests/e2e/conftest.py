@@ -14,7 +14,7 @@ from tests.support.spans import Collector, SeenSpan, collecting
 from tests.support.suite import state_folder
 from whaleflux.demo.run import DemoOptions, run
 
-STEPS, EVERY = 80, 10
+STEPS, EVERY = 50, 5
 
 
 @dataclass

@@ -117,7 +117,7 @@ async def test_containers_start_end_and_leave_nothing(engine, tmp_path):
 
 async def test_output_of_containers_reaches_the_log_files(engine, tmp_path):
     await DockerRuntime(engine).start(plan(tmp_path))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not (tmp_path / "rank-1.log").exists() or not (tmp_path / "rank-1.log").read_bytes():
             await asyncio.sleep(0.001)
     assert (tmp_path / "rank-1.log").read_bytes() == b"from the engine\n"

@@ -24,7 +24,7 @@ class Rank:
         found = json.loads((state / "tasks" / task / "meta.json").read_text())["token"]
         self._token, self._path = token or found, str(state / "ranks" / "rank.sock")
 
-    async def ask(self, timeout=10.0, **call):
+    async def ask(self, timeout=45.0, **call):
         """The answer to one call, `get_restore=GetRestoreRequest()` for instance. Raises what the agent says."""
         request = agent_pb2.RankRequest(token=self._token, **call)
         answer = await asyncio.to_thread(frames.call, self._path, request, timeout)
@@ -220,7 +220,7 @@ async def test_only_a_task_that_runs_is_listened_to(control, state):
         control.tasks.unwant("train-1-0")
         await until(lambda: control.tasks.phases("train-1-0")[-1] == "KILLED")
         with pytest.raises(Exception, match="not the token"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(45):
                 while True:  # until the agent itself has noted what it has reported
                     await rank.ask(report_progress=agent_pb2.ReportProgressRequest())
 

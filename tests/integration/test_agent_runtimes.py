@@ -76,7 +76,7 @@ async def test_children_that_hid_in_sessions_of_their_own_are_ended_too(tmp_path
         "time.sleep(600)"
     )
     running = await ProcessRuntime().start(process_plan(tmp_path, code))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (tmp_path / "ready").exists():
             await asyncio.sleep(0.01)
     await end(running, grace_s=0.2)

@@ -52,7 +52,7 @@ class Inside:
         request = pb.CreateJobRequest(parent="queues/default", job_id=job_id, job=pb.Job(spec=spec))
         return (await self.client.scheduler.CreateJob(request, timeout=10)).name
 
-    async def reaches(self, name, state, timeout_s=30):
+    async def reaches(self, name, state, timeout_s=60):
         """Seconds until the job is in the state."""
 
         async def there():
@@ -78,7 +78,7 @@ class Inside:
             await session.__aenter__()
             return True
 
-        await until(entered, "a session", 30, every_s=0.2)
+        await until(entered, "a session", 60, every_s=0.2)
         try:
             yield session.responses()
         finally:
@@ -151,7 +151,7 @@ async def a_caller_that_does_not_read_delays_no_report(inside, job):
             assert (await anext(session.responses())).data
         beside_s = await seconds("beside")
     print(f"submission to end: {alone_s:.2f} s alone, {beside_s:.2f} s beside callers that do not read")
-    assert beside_s < alone_s + 2
+    assert beside_s < alone_s + 8  # a second on a quiet machine
 
 
 async def who_is_killed_ends_the_session_and_leaves_nothing(inside, job, pid, word):
@@ -163,9 +163,9 @@ async def who_is_killed_ends_the_session_and_leaves_nothing(inside, job, pid, wo
         began_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match=word):
-            await asyncio.wait_for(anext(responses), 10)
+            await asyncio.wait_for(anext(responses), 45)
         print(f"killed, {word}: {time.monotonic() - began_s:.2f} s")
-    await until(lambda: not procfs.find("MARK", "suite"), "nothing of the session is left", 5)
+    await until(lambda: not procfs.find("MARK", "suite"), "nothing of the session is left", 30)
     assert procfs.find("WHALEFLUX_JOB", job)  # the rank goes on
 
 
@@ -183,5 +183,5 @@ async def files_of_an_ended_job_outlive_a_restart_of_the_agent(inside, job, tmp_
         await copying.fetch(inside.client, inside.read(job, "port"), str(tmp_path / "port"), replace=False)
         return True
 
-    await until(copied, "the file came", 30)
+    await until(copied, "the file came", 60)
     assert (tmp_path / "port").read_text().isdecimal()

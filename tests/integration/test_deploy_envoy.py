@@ -75,7 +75,7 @@ async def shown(port):
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     try:
         return writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
@@ -86,7 +86,7 @@ async def shown(port):
 def health(port, scheme, roots):
     """The status of /health at the inference API."""
     context = ssl.create_default_context(cafile=str(roots)) if scheme == "https" else None
-    with urllib.request.urlopen(f"{scheme}://localhost:{port}/health", context=context, timeout=5) as answer:
+    with urllib.request.urlopen(f"{scheme}://localhost:{port}/health", context=context, timeout=30) as answer:
         return answer.status
 
 
@@ -96,14 +96,14 @@ async def test_both_ports_speak_tls_alone_and_show_renewed_certificates_without_
     ports = free_ports(7443, 8080, 9901)
     process = await asyncio.create_subprocess_exec(*frontdoor.command(placed(tmp_path, ports)))
     try:
-        await frontdoor.wait_ready(f"127.0.0.1:{ports[9901]}", 30)
+        await frontdoor.wait_ready(f"127.0.0.1:{ports[9901]}", 60)
         roots = tmp_path / "frontdoor" / "ca.crt"
         assert await asyncio.to_thread(health, ports[8080], "https", roots) == 200
         with pytest.raises(OSError):
             await asyncio.to_thread(health, ports[8080], "http", roots)
         before = [await shown(ports[port]) for port in (7443, 8080)]
         identities(tmp_path)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while set(before) & {await shown(ports[port]) for port in (7443, 8080)}:
                 await asyncio.sleep(0.1)
     finally:

@@ -68,10 +68,10 @@ async def test_join_needs_no_certificate_and_nothing_else_goes_without(tmp_path)
         credentials = grpc.ssl_channel_credentials(CA.certificate_pem)
         options = (("grpc.ssl_target_name_override", "frontdoor.whaleflux"),)
         async with grpc.aio.secure_channel(f"127.0.0.1:{w.ports['front']}", credentials, options) as channel:
-            assert (await unary(channel, INVENTORY + "Join")(StringValue(), timeout=5)).value == "anonymous/-"
+            assert (await unary(channel, INVENTORY + "Join")(StringValue(), timeout=30)).value == "anonymous/-"
             for metadata in ((), FORGED):
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await unary(channel, INVENTORY + "CordonNode")(StringValue(), timeout=5, metadata=metadata)
+                    await unary(channel, INVENTORY + "CordonNode")(StringValue(), timeout=30, metadata=metadata)
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         await server.drain(0)
 
@@ -93,7 +93,7 @@ async def test_services_are_told_apart_by_name_and_a_missing_one_refuses_at_once
             listed = await RouterServiceStub(channel).ListModels(router_pb2.ListModelsRequest())
             assert not listed.models
             with pytest.raises(Unavailable):
-                await unary(channel, INVENTORY + "GetNode")(StringValue(), timeout=3)
+                await unary(channel, INVENTORY + "GetNode")(StringValue(), timeout=30)
             server = await w.start_inventory()
             assert (await unary(channel, INVENTORY + "GetNode")(StringValue())).value == "admin/root"
             stream = channel.unary_stream(
@@ -133,7 +133,7 @@ async def test_grpcurl_lists_and_describes_every_service_at_the_one_address(tmp_
         async with grpc.aio.secure_channel(f"127.0.0.1:{w.ports['front']}", credentials, options) as nobody:
             once = nobody.unary_stream(method, kinds[0].SerializeToString, kinds[1].FromString)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await once(asked[0], timeout=5).read()
+                await once(asked[0], timeout=30).read()
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         await server.drain(0)
     listed = {service.name for service in services.list_services_response.service}

@@ -45,26 +45,31 @@ async def test_two_shares_run_on_one_gpu_and_a_third_says_how_much_is_free(suite
     async with suite.client() as client:
         jobs = [await submit(client, tmp_path, f"share-{at}", "{share: 10 GB}", "sleep 600") for at in (1, 2)]
         for one in jobs:
-            await until(lambda n=one.name: _is(client, n, RUNNING), f"{one.name} runs", 30)
+            await until(lambda n=one.name: _is(client, n, RUNNING), f"{one.name} runs", 60)
         held = {
             uuid for one in jobs for task in (await state_of(client, one.name)).attempt.tasks for uuid in task.gpu_uuids
         }
         assert len(held) == 1
         assert "isolation of shares: none, watched" in str((await state_of(client, jobs[0].name)).decision.reasons)
         third = await submit(client, tmp_path, "share-3", "{share: 10 GB}", "sleep 1")
-        explained = await client.scheduler.ExplainJob(scheduler_pb2.ExplainJobRequest(name=third.name), timeout=5)
-        assert "largest free share: 5.77 GB (sites/edge/nodes/rtx)" in explained.decision.summary
+        explains = scheduler_pb2.ExplainJobRequest(name=third.name)
+
+        async def told():
+            explained = await client.scheduler.ExplainJob(explains, timeout=5)
+            return "largest free share: 5.77 GB (sites/edge/nodes/rtx)" in explained.decision.summary
+
+        await until(told, "how much is free", 60)
         (row,) = [row for row in await gpus(suite) if row["model"] == "RTX4090"]
         assert (row["held"], row["free"], row["free_in_shares_bytes"]) == (1, 0, 24 * 2**30 - 20 * 10**9)
         await client.scheduler.CancelJob(scheduler_pb2.CancelJobRequest(name=jobs[0].name), timeout=10)
-        await until(lambda: _is(client, third.name, SUCCEEDED), "the third has run", 30)
+        await until(lambda: _is(client, third.name, SUCCEEDED), "the third has run", 60)
 
 
 async def test_a_rank_gets_the_mig_instance_that_it_asked_for(suite, tmp_path):
     async with suite.client() as client:
         command = f'sh -c "echo $WHALEFLUX_GPU_UUID > {tmp_path}/rank-$RANK"'
         wanted = await submit(client, tmp_path, "sliced", "{mig: 18 GB}", command, gpus=2)
-        await until(lambda: _is(client, wanted.name, SUCCEEDED), "it has run", 30)
+        await until(lambda: _is(client, wanted.name, SUCCEEDED), "it has run", 60)
         done = await state_of(client, wanted.name)
         (task,) = done.attempt.tasks
         assert [(tmp_path / f"rank-{at}").read_text().strip() for at in (0, 1)] == list(task.gpu_uuids)

@@ -106,12 +106,16 @@ async def test_the_story_of_a_fleet(suite):
         assert events[3]["attributes"]["exit_code"] == "7"
         assert events[-2]["cause"]["message"] == "done"
 
-        drained = await told(suite, "--for", f"node/{running_on}", "--what", "draining")
-        asked, followed = drained
+        drains = ("--for", f"node/{running_on}", "--what", "draining")
+        await until(lambda: _are_told(suite, 2, *drains), "the drain and what followed", 60, every_s=0.5)
+        asked, followed = await told(suite, *drains)
         assert (asked["source"], asked["cause"]) == ("inventory", {"actor": "admin/local", "message": "new fan"})
         assert followed["cause"]["actor"].startswith("health_monitor")
-        key = (await told(suite, "--kind", "apikey", "--since", "1h"))[-1]
-        assert key["message"] == "ci"
+
+        async def of_the_key():
+            return "ci" in {e["message"] for e in await told(suite, "--kind", "apikey", "--since", "1h")}
+
+        await until(of_the_key, "the key is told of", 60, every_s=0.5)
 
         await _accounts(suite, low, cost_usd)
         code, shown, _ = await cli(suite, "describe", "job", "low")
@@ -129,8 +133,11 @@ async def _accounts(suite, low, cost_usd):
     assert (job["state"], attempts[0]["exit"]) == ("CANCELLED", "7")
     assert float(job["cost"]) == pytest.approx(cost_usd, abs=1e-5)
     assert sum(float(row["cost"]) for row in attempts) == pytest.approx(cost_usd, abs=1e-4)
-    code, totals, _ = await cli(suite, "history", "--since", "1h")
-    assert (code, "2 jobs" in totals) == (0, True)
+
+    async def both():
+        return "2 jobs" in (await cli(suite, "history", "--since", "1h"))[1]
+
+    await until(both, "both jobs are accounted for", 60, every_s=0.5)
 
 
 async def _on_attempt(client, name, number):
@@ -143,6 +150,10 @@ async def _deleted(client, name):
     return True
 
 
+async def _are_told(suite, count, *arguments):
+    return len(await told(suite, *arguments)) >= count
+
+
 async def _whole_story(suite, name):
     code, shown, _ = await cli(suite, "events", "-o", "json", "--for", "job/low")
     _, accounts, _ = await cli(suite, "history", "low", "-o", "name")
@@ -150,15 +161,24 @@ async def _whole_story(suite, name):
 
 
 async def test_the_audit_trail_has_every_change_of_it_though_nats_died(suite):
-    code, shown, why = await cli(suite, "audit", "-n", "1000", "-o", "json")
-    assert code == 0, why
-    records = json.loads(shown)
-    done = {(r["method"].rpartition("/")[2], r.get("object", "")) for r in records if r["result"] == "OK"}
     wanted = {("CreateJob", f"queues/default/jobs/{name}") for name in ("low", "high")}
     wanted |= {("CancelJob", "queues/default/jobs/high"), ("DeleteJob", "queues/default/jobs/low")}
-    assert wanted <= done
-    assert {"DrainNode", "CreateApiKey", "CreateJoinToken", "Join"} <= {method for method, _ in done}
+    records = []
+
+    async def written():
+        records[:] = await _audited(suite)
+        done = {(r["method"].rpartition("/")[2], r.get("object", "")) for r in records if r["result"] == "OK"}
+        methods = {method for method, _ in done}
+        return wanted <= done and {"DrainNode", "CreateApiKey", "CreateJoinToken", "Join"} <= methods
+
+    await until(written, "every change is in the trail", 60, every_s=0.5)
     assert {r["peer"] for r in records} == {"127.0.0.1"}
     assert {r["subject"].partition("/")[0] for r in records} <= {"admin", "anonymous", "agent", *ROLES}
     code, shown, why = await cli(suite, "audit", "verify")
     assert (code, shown.startswith("sound") or "sound" in why) == (0, True), shown + why
+
+
+async def _audited(suite):
+    code, shown, why = await cli(suite, "audit", "-n", "1000", "-o", "json")
+    assert code == 0, why
+    return json.loads(shown)

@@ -29,7 +29,7 @@ class Laptop:
         log = (self.elsewhere / "up.log").open("w+")
         argv = [sys.executable, "-m", "whaleflux.cli", "up", "--state", str(self.state), *flags]
         process = subprocess.Popen(argv, env=self.environment, stdout=log, stderr=log, cwd=ROOT)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while "stop with" not in (said := (self.elsewhere / "up.log").read_text()):
             assert process.poll() is None, said
             assert time.monotonic() < deadline, said
@@ -39,12 +39,12 @@ class Laptop:
     def whaleflux(self, *words):
         argv = [sys.executable, "-m", "whaleflux.cli", *words]
         return subprocess.run(
-            argv, env=self.environment, cwd=self.elsewhere, capture_output=True, text=True, timeout=60, check=False
+            argv, env=self.environment, cwd=self.elsewhere, capture_output=True, text=True, timeout=120, check=False
         )
 
     def until(self, words, *command):
         """What the command shows once it shows these words."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while words not in (shown := self.whaleflux(*command).stdout):
             assert time.monotonic() < deadline, shown
         return shown
@@ -61,7 +61,7 @@ def up(laptop):
     yield said
     if process.poll() is None:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=90)
 
 
 def test_up_says_what_comes_next_and_that_its_gpus_are_simulated(up):
@@ -112,7 +112,7 @@ def test_output_is_shown_once_and_to_its_end_through_a_restart_and_the_loss_of_t
             assert following.poll() is None, said.read_text()
             time.sleep(0.05)
         os.kill(int((laptop.state / "run" / "scheduler.pid").read_text()), signal.SIGKILL)
-        following.wait(timeout=60)
+        following.wait(timeout=100)
     finally:
         following.kill()
     states = said.read_text()
@@ -155,8 +155,8 @@ def test_a_running_job_is_requeued_held_and_released_and_another_waits_for_its_e
     )
     for name in ("first", "after"):
         assert laptop.whaleflux("submit", "-y", "-d", str(tmp_path / f"{name}.yaml")).returncode == 0
-    waits = laptop.whaleflux("job", "after").stdout
-    assert "waits: for queues/default/jobs/first to end without success" in waits
+    laptop.until("waits: for queues/default/jobs/first to end without success", "job", "after")
+    laptop.until("RUNNING", "job", "first")
     assert "SUSPENDING" in laptop.whaleflux("requeue", "first", "--hold", "-y").stderr
     laptop.until("held by", "job", "first")
     laptop.whaleflux("release", "first")

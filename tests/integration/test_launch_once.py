@@ -93,7 +93,7 @@ async def test_a_directory_that_no_node_has_ends_the_job_in_seconds(suite, tmp_p
     text = f"run: echo hello\ngpus: 1\nretry: {{max_restarts: 5}}\ndirectory: {tmp_path}/nowhere\n"
     async with suite.client() as client:
         began = time.monotonic()
-        job = await ended(client, await submitted(client, text, tmp_path, "nowhere"), 30)
+        job = await ended(client, await submitted(client, text, tmp_path, "nowhere"), 60)
     assert job.state == scheduler_pb2.JOB_STATE_FAILED
     assert "is not a folder on this node" in job.state_message
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 45

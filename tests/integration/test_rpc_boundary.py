@@ -38,7 +38,7 @@ def count(method, code):
     return REGISTRY.get_sample_value("whaleflux_rpc_requests_total", labels) or 0.0
 
 
-async def until(condition, timeout_s=3.0):
+async def until(condition, timeout_s=30.0):
     async with asyncio.timeout(timeout_s):
         while not condition():  # a metric has no event to wait for
             await asyncio.sleep(0.005)
@@ -135,7 +135,7 @@ class TestUnary:
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(30):
                 await stopped.wait()
             await until(lambda: count("Linger", "CANCELLED") == before + 1)
 
@@ -183,18 +183,22 @@ class TestBounds:
         assert "did not finish in 0.050 s" in (caught.value.details() or "")
 
     async def test_the_callers_deadline_stops_the_handler(self):
-        stopped = asyncio.Event()
+        started, stopped = asyncio.Event(), asyncio.Event()
 
         async def linger(request, context):
+            started.set()
             try:
                 await asyncio.sleep(60)
             finally:
                 stopped.set()
 
         async with serving(Toy({"Linger": linger})) as server, dial(server) as channel:
-            with pytest.raises(errors.DeadlineExceeded):
-                await Stub(channel).unary("Linger")(text(), timeout=0.1)
-            async with asyncio.timeout(3):
+            for timeout_s in (0.1, 1, 10):  # on a busy machine a call may be late before it has come to the server
+                with pytest.raises(errors.DeadlineExceeded):
+                    await Stub(channel).unary("Linger")(text(), timeout=timeout_s)
+                if started.is_set():
+                    break
+            async with asyncio.timeout(30):
                 await stopped.wait()
 
     async def test_an_inner_timeout_is_a_bug_and_not_a_deadline(self):
@@ -224,7 +228,7 @@ class TestBounds:
             await Stub(ann).unary("GetEcho")(text("and so is ann, afterwards"))
 
     async def test_one_caller_cannot_call_too_often_and_nobody_hardly_at_all(self):
-        limits = CallLimits(calls_per_s=0.001, burst=3, anonymous_per_s=1, anonymous_burst=1)
+        limits = CallLimits(calls_per_s=0.001, burst=3, anonymous_per_s=0.001, anonymous_burst=1)
         toy = Toy({"GetEcho": echo, "Join": echo})
         async with serving(toy, limits) as server, dial(server) as ann, dial(server, "frontdoor", "1") as door:
             for _ in range(3):
@@ -316,7 +320,7 @@ class TestStreams:
         async with serving(Toy(stream={"Watch": watch})) as server, dial(server) as channel:
             async with Stub(channel).stream("Watch")(text()) as stream:
                 assert (await anext(stream)).value == "one"
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(30):
                 await closed.wait()
 
     async def test_streams_of_one_caller_are_bounded(self):
@@ -355,7 +359,7 @@ class TestDrain:
             await anext(stream)
             unary = asyncio.create_task(Stub(channel).unary("Slow")(text()))
             await until(lambda: REGISTRY.get_sample_value(telemetry.Metric.RPC_IN_FLIGHT) == 1)
-            drained = asyncio.create_task(server.drain(grace_s=5))
+            drained = asyncio.create_task(server.drain(grace_s=60))
             with pytest.raises(errors.Unavailable) as caught:
                 await anext(stream)
             assert caught.value.reason == "DRAINING"
@@ -363,7 +367,7 @@ class TestDrain:
             assert not drained.done(), "the unary call is still being answered"
             release.set()
             assert (await unary).value == "finished"
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(30):
                 await drained
 
     async def test_health_says_not_serving_before_the_server_is_gone(self):
@@ -378,8 +382,8 @@ class TestDrain:
             assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
             await server.set_serving(False)
             assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            async with asyncio.timeout(2):
-                await server.drain(grace_s=5)
+            async with asyncio.timeout(30):
+                await server.drain(grace_s=60)
             with pytest.raises(errors.Unavailable):
                 await anext(watch)
 

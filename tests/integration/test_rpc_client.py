@@ -19,7 +19,7 @@ from whaleflux.rpc.retry_policy import CallPolicy
 from whaleflux.rpc.server import Server
 from whaleflux.rpc.tls_files import TlsFiles
 
-PATIENT = CallPolicy(attempts=20, backoff=Backoff(0.05, 0.2), timeout_s=8)
+PATIENT = CallPolicy(attempts=20, backoff=Backoff(0.05, 0.2), timeout_s=20)
 
 
 def failing(times, error):
@@ -47,7 +47,7 @@ async def start(toy, port=0):
 async def test_a_company_proxy_in_the_environment_is_not_the_way_to_a_service(monkeypatch, variable):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
     toy = Toy({"GetIt": failing(0, None)})
-    async with serving(toy) as server, dial(server, policy=CallPolicy(attempts=1, timeout_s=5)) as channel:
+    async with serving(toy) as server, dial(server, policy=CallPolicy(attempts=1, timeout_s=30)) as channel:
         assert (await Stub(channel).unary("GetIt")(text())).value == "1"
 
 
@@ -80,7 +80,7 @@ class TestRepeats:
             began = loop.time()
             with pytest.raises((errors.Unavailable, errors.DeadlineExceeded)):
                 await Stub(channel).unary("GetIt")(text(), timeout=0.5)
-            assert loop.time() - began < 1.5
+            assert loop.time() - began < 5
 
     async def test_a_timeout_of_nothing_is_not_even_sent(self):
         toy = Toy({"GetIt": failing(0, errors.Unavailable("x"))})
@@ -139,7 +139,7 @@ class TestRestart:
         tls = CA.issue("user", "ann", datetime.now(UTC))
         async with connect(f"127.0.0.1:{port}", tls, policy=CallPolicy(attempts=1)) as channel:
             with pytest.raises((errors.DeadlineExceeded, errors.Unavailable)):
-                async with asyncio.timeout(3):
+                async with asyncio.timeout(15):
                     await Stub(channel).unary("GetIt")(text(), timeout=0.2)
         listener.close()
 
@@ -272,12 +272,12 @@ def serving_in_a_thread(toy):
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
-    assert ready.wait(5)
+    assert ready.wait(60)
     try:
         yield state["server"]
     finally:
         state["loop"].call_soon_threadsafe(state["stop"].set)
-        thread.join(5)
+        thread.join(60)
 
 
 class TestSync:
@@ -293,11 +293,11 @@ class TestSync:
             target = f"127.0.0.1:{server.port}"
             with sync.connect(target, shown, server=server_name("scheduler")) as channel:
                 ask = Stub(channel).unary("GetWho")
-                assert ask(text(), timeout=5).value == "before"
+                assert ask(text(), timeout=30).value == "before"
                 shown.save(CA.issue("user", "after", datetime.now(UTC)))
-                assert ask(text(), timeout=5).value == "after"
+                assert ask(text(), timeout=30).value == "after"
                 shown.chain.unlink()  # being replaced just now
-                assert ask(text(), timeout=5).value == "after"
+                assert ask(text(), timeout=30).value == "after"
 
     def test_the_same_status_errors_repeats_and_streams_without_asyncio(self):
         closed = threading.Event()
@@ -335,7 +335,7 @@ class TestSync:
                 endless = stub.stream("Forever")(text())
                 assert next(endless).value == "tick"
                 endless.close()
-                assert closed.wait(3), "leaving the iterator ends the stream at the server"
+                assert closed.wait(30), "leaving the iterator ends the stream at the server"
 
     def test_nobody_there(self):
         tls = CA.issue("user", "ann", datetime.now(UTC))

@@ -16,7 +16,7 @@ from whaleflux.rpc.retry_policy import CallPolicy
 from whaleflux.rpc.server import Server
 from whaleflux.services import REFLECTION
 
-ONCE = CallPolicy(attempts=1, timeout_s=3)
+ONCE = CallPolicy(attempts=1, timeout_s=15)
 
 
 def now():
@@ -63,7 +63,7 @@ class TestConnections:
         async with serving(TOY) as server:
             async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials, options) as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await channel.unary_unary(f"/{NAME}/Join")(b"", timeout=3)
+                    await channel.unary_unary(f"/{NAME}/Join")(b"", timeout=15)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
     async def test_a_client_refuses_a_server_that_is_not_whom_it_wants(self):
@@ -201,7 +201,7 @@ async def peer_serial(port):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()

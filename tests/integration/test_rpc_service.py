@@ -43,7 +43,7 @@ class Process:
         return [json.loads(line) for line in (await self.process.stdout.read()).decode().splitlines()]
 
     async def ended(self):
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(45):
             return await self.process.wait()
 
     def dial(self):
@@ -52,7 +52,7 @@ class Process:
         return connect(target, tls, server=server_name("scheduler"), policy=CallPolicy(attempts=1))
 
 
-async def until(condition, timeout_s=20.0):
+async def until(condition, timeout_s=45.0):
     async with asyncio.timeout(timeout_s):
         while not condition():  # another process's file has no event to wait for
             await asyncio.sleep(0.01)
@@ -96,7 +96,7 @@ def fetch(port, path, scheme="http"):
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     try:
         with urllib.request.urlopen(
-            f"{scheme}://127.0.0.1:{port}{path}", timeout=5, context=unverified if scheme == "https" else None
+            f"{scheme}://127.0.0.1:{port}{path}", timeout=30, context=unverified if scheme == "https" else None
         ) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
@@ -215,7 +215,7 @@ async def test_a_service_without_its_store_is_not_ready_and_becomes_it_when_the_
             return 0
 
     async def answered(path, status):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await asyncio.to_thread(probe, path) != status:
                 await asyncio.sleep(0.05)
 

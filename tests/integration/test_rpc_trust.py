@@ -78,7 +78,7 @@ async def test_who_is_revoked_is_refused_and_loses_its_open_streams_at_once():
         stream = stub.stream("Watch")(text()).__aiter__()
         assert (await anext(stream)).value == "open"
         door.close("ann")
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(45):
             with pytest.raises(errors.Unauthenticated, match="ann was revoked"):
                 await anext(stream)
         with pytest.raises(errors.Unauthenticated, match="revoked"):
@@ -100,7 +100,7 @@ async def test_who_cannot_be_judged_now_loses_its_streams_and_nobody_else_suffer
             stream = stub.stream("Watch")(text()).__aiter__()
             assert (await anext(stream)).value == "open"
             door.close("ann", refusal)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(45):
                 with pytest.raises(type(refusal), match=refusal.message):
                     await anext(stream)
 
@@ -119,7 +119,7 @@ async def test_who_is_in_other_groups_opens_streams_again():
         door.regroup("research")
         door.regroup("research", "other")
         for name, error in (("Watch", errors.OutOfRange), ("Stay", errors.Unavailable)):
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(45):
                 with pytest.raises(error, match="your groups have changed"):
                     await anext(streams[name])
 
@@ -201,7 +201,7 @@ async def test_a_change_whose_caller_did_not_wait_for_the_answer_is_written_down
         call = asyncio.ensure_future(stub.unary("Echo")(text()))
         await begun.wait()
         call.cancel()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             while not trail:
                 await asyncio.sleep(0.01)
         with pytest.raises(ServerFailure):
@@ -210,7 +210,7 @@ async def test_a_change_whose_caller_did_not_wait_for_the_answer_is_written_down
         sending = asyncio.ensure_future(stub.collect("Send")(texts()))
         await begun.wait()
         sending.cancel()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             while len(trail) < 3:
                 await asyncio.sleep(0.01)
     assert [(r.result, r.after) for r in trail] == [("CANCELLED", "2"), ("INTERNAL", ""), ("CANCELLED", "2")]

@@ -152,8 +152,10 @@ async def test_no_value_is_found_anywhere_after_a_full_run(told_of_traces, tmp_p
             await reaches("low", pb.JOB_STATE_RUNNING)
             assert len(with_variables(f"HF_TOKEN={token}")) == 1
             memory = (suite.fleet.folder(NODE.name) / "secrets").resolve()
-            assert [path.name for path in memory.iterdir()] == ["default.low.2.0"], (
-                "what an attempt was given ends with it"
+            await until(
+                lambda: [path.name for path in memory.iterdir()] == ["default.low.2.0"],
+                "what an attempt was given ends with it",
+                60,
             )
             exec_ = await told.in_a_process(
                 "exec", "low", "--", "sh", "-c", 'printf %s "$HF_TOKEN" | sha256sum; stat -c %a "$KEY_FILE"'
@@ -190,8 +192,12 @@ async def test_no_value_is_found_anywhere_after_a_full_run(told_of_traces, tmp_p
                 ("secrets", "show", "hf-token", "-o", "table"),
             ):
                 await told(*words)
-            logs = await told("logs", "low", "--rank", "0")
-            assert _digest(rotated)[:16] in logs and _digest(key)[:16] in logs
+
+            async def shown():  # its process is there before its first line is
+                logs = await told("logs", "low", "--rank", "0")
+                return _digest(rotated)[:16] in logs and _digest(key)[:16] in logs
+
+            await until(shown, "it shows the new value, and the key", 60)
             await told("cancel", "low", "-y")
             await until(
                 lambda: not list(memory.glob("default.low*")), "it has ended, and what it was given is gone", 60

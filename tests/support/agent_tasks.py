@@ -23,12 +23,12 @@ async def end(running: Running, *, grace_s: float = 0.0) -> None:
     async def stuck(evidence: str) -> None:
         raise AssertionError(evidence)
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await terminate(running, NO_GPUS, grace_s=grace_s, on_stuck=stuck)
 
 
 async def until(condition: Callable[[], Any]) -> None:
     """Returns when `condition` holds; fails the test when it does not in time."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)

@@ -334,7 +334,7 @@ class _Anybody(Authority):
         return auth.NOBODY
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 45.0) -> None:
     """Returns when `condition` holds; fails the test when it does not in time."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -68,7 +68,7 @@ class NatsServer:
     async def start(self) -> None:
         """Starts and waits until it is ready; keeps the files of earlier starts."""
         self.launch()
-        await embedded.wait_ready(self.monitor, 15)
+        await embedded.wait_ready(self.monitor, 45)
 
     def launch(self) -> None:
         """Starts and does not wait."""
@@ -109,7 +109,7 @@ class NatsServer:
         return NatsOptions((f"nats://{self.address}",), location, **{"user": USER, "password": PASSWORD, **more})
 
     async def connect(self, location: str = "hub") -> NatsBus:
-        return await NatsBus.connect(self.options(location), timeout_s=15)
+        return await NatsBus.connect(self.options(location), timeout_s=45)
 
 
 class Link:

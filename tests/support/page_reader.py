@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.support.documented import Block
 
 ROOT = Path(__file__).parents[2]
-BLOCK_S = 120.0
+BLOCK_S = 240.0
 _QUESTION = re.compile(rb"\[[yY]/[nN]\]: ?$")
 _PROMPT = re.compile(rb"[$#>] (\x1b\[[0-9;?]*[a-zA-Z])*$")
 
@@ -71,7 +71,7 @@ class PageReader:
         process, terminal = self._start(script)
         try:
             printed = _conversation(process, terminal, f"{typed}\n".encode())
-            return process.wait(timeout=5), printed
+            return process.wait(timeout=60), printed
         finally:
             os.close(terminal)
             if process.poll() is None:

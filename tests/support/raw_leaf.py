@@ -75,7 +75,7 @@ class RawLeaf:
         self.send(b"PING\r\n")
         await self.until(lambda: self._pongs >= wanted or self.closed)
 
-    async def until(self, condition: Callable[[], object], within_s: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], within_s: float = 45.0) -> None:
         async with asyncio.timeout(within_s), self._changed:
             await self._changed.wait_for(condition)
 

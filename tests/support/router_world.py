@@ -60,7 +60,7 @@ def free_port() -> int:
         return port
 
 
-async def until(true: Callable[[], Any], within_s: float = 10.0, what: str = "") -> None:
+async def until(true: Callable[[], Any], within_s: float = 30.0, what: str = "") -> None:
     """Polls until `true()`; raises TimeoutError naming `what`."""
     end_s = time.monotonic() + within_s
     while not true():

@@ -96,7 +96,7 @@ class RunningSuite:
         async with self.client() as client:
             await self.fleet.join(client, machines)
             names = {machine.name for machine in machines}
-            await until(lambda: ready_nodes(client, names), f"{len(names)} nodes READY", 60)
+            await until(lambda: ready_nodes(client, names), f"{len(names)} nodes READY", 120)
 
     def stop_control_plane(self) -> None:
         """What `up` started; agents and their tasks run on."""

@@ -263,7 +263,7 @@ class TrustWorld:
         return str((await olga.inventory.CreateJoinToken(wanted)).secret)
 
 
-async def until(true: Any, what: str, within_s: float = 10.0) -> Any:
+async def until(true: Any, what: str, within_s: float = 30.0) -> Any:
     """Polls a condition; fails with `what`."""
     end_s = asyncio.get_running_loop().time() + within_s
     while True:

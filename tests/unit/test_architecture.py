@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md): walked, not trusted."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ ONLY = {
 }
 
 
+@functools.cache
 def imports(path: Path) -> list[str]:
     """Every module that a file imports, with the names taken from it, wherever in the file."""
     found = []
