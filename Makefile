@@ -38,7 +38,9 @@ test: $(STAMP) ## All tests, in two lanes side by side
 unit: $(STAMP) ## Tests without sockets and real time
 	@$(BIN)/python -m pytest -q tests/unit $(ARGS)
 
-lint: $(STAMP) protos audit-deps ## Format, rules, types, contract, known vulnerabilities
+lint: $(STAMP) protos audit-deps checks ## Format, rules, types, contract, known vulnerabilities
+
+checks: $(STAMP) ## Of lint what writes nothing that tests read: format, rules, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -84,4 +86,4 @@ format: $(STAMP) ## Formats the code and the contract
 clean: ## Removes what make made, and the state of the embedded suite
 	@rm -rf $(VENV) .build .whaleflux .tox dist libs/whaleflux/v1
 
-.PHONY: help setup demo up test unit soak lint audit-deps locks sbom protos clients bench docs generate format clean
+.PHONY: help setup demo up test unit soak lint checks audit-deps locks sbom protos clients bench docs generate format clean

@@ -30,7 +30,7 @@ def test_each_folder_of_tests_is_in_a_lane():
 def test_what_one_lane_leaves_out_the_other_has():
     left_out = {arg.removeprefix("--ignore=") for arg in FIRST if arg.startswith("--ignore=")}
     assert left_out and left_out <= set(SECOND)
-    assert all(any((ROOT / folder).glob("test_*.py")) for folder in left_out)
+    assert all((ROOT / path).exists() for path in left_out)
 
 
 A, B, C, D = (f"tests/integration/test_{name}.py::test" for name in "abcd")
