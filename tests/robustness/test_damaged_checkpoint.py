@@ -66,7 +66,7 @@ async def _settled(training: Training) -> list[checkpoint_pb2.Checkpoint]:
         await asyncio.sleep(0.5)
         return before == [c.name for c in found] and len(found) >= 2
 
-    await until(unchanged, "commits have settled", 30)
+    await until(unchanged, "commits have settled", 60)
     return found
 
 

@@ -261,8 +261,8 @@ def _by_noise(place: Place) -> list[Attempt]:
     door, http = place.world.suite.ports["frontdoor"], place.world.suite.ports["http"]
 
     async def serves() -> Reply:
-        answer = await raw(http, request("GET", "/v1/models", place.world.api_keys["own"]), wait_s=3)
-        me = await place.world.admin.identity.WhoAmI(i.WhoAmIRequest(), timeout=3)
+        answer = await raw(http, request("GET", "/v1/models", place.world.api_keys["own"]), wait_s=20)
+        me = await place.world.admin.identity.WhoAmI(i.WhoAmIRequest(), timeout=20)
         return Reply("serves", me.subject) if answer.code == "200" else answer
 
     async def slow() -> Reply:
@@ -292,7 +292,7 @@ def _by_noise(place: Place) -> list[Attempt]:
 
     async def malformed() -> Reply:
         try:
-            await wrong.channel.unary_unary(METHODS["Identity/Login"].path)(b"\xff" * 64, timeout=5)
+            await wrong.channel.unary_unary(METHODS["Identity/Login"].path)(b"\xff" * 64, timeout=20)
         except grpc.aio.AioRpcError as error:
             return Reply(error.code().name, error.details() or "")
         return Reply("OK")

@@ -31,7 +31,7 @@ ANNS_CODE = b"print('what Ann wrote')"
 ISOLATED = Machine("c", "n1", "h100x8")
 PYTHON = "/usr/bin/python3"  # users of tasks can run it
 CAN_ISOLATE = os.geteuid() == 0 and os.access(PYTHON, os.X_OK)
-_TOLD_WITHIN_S = 20.0  # refusals that repeat are counted for ten seconds before they are written down
+_TOLD_WITHIN_S = 60.0  # refusals that repeat are counted for ten seconds before they are written down
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Place:
             found = await self.world.admin.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=job))
             return found.state == scheduler_pb2.JOB_STATE_RUNNING
 
-        await until(running, f"{job} runs", 30)
+        await until(running, f"{job} runs", 90)
 
     async def trail(self, enough: Counter[tuple[str, str, str]]) -> Counter[tuple[str, str, str]]:
         """How often the trail tells of each (who, what, result); waits until it is `enough`, or no more can come."""
@@ -148,7 +148,7 @@ async def _isolated(place: Place) -> AsyncIterator[DemoFleet]:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     try:
-        await until(lambda: ready_nodes(place.world.admin, {ISOLATED.name}), "the isolated node is READY", 30)
+        await until(lambda: ready_nodes(place.world.admin, {ISOLATED.name}), "the isolated node is READY", 90)
         yield agents
     finally:
         agents.stop()
