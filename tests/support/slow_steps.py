@@ -1,7 +1,7 @@
 """A training program without training: it steps, reports, saves and restores as a real one does, and costs nothing.
 
 Each rank writes a line per step to its record, (monotonic seconds, step, epoch), and one per restore; it ends when the
-folder has a file `finish`. A rank waits for its peers as a collective would make it wait. Saves run beside the steps, one at a time, as the PyTorch checkpointer does it.
+folder has a file `finish`, and with `--save-at-end` when it gets SIGTERM, after a last save. A rank waits for its peers as a collective would make it wait. Saves run beside the steps, one at a time, as the PyTorch checkpointer does it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import json
 import operator
 import os
+import signal
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -66,13 +68,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pause-s", type=float, default=0.05)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--save-at-end", action="store_true")
     args = parser.parse_args()
+    stop = threading.Event()
+    if args.save_at_end:
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
     keeper, saving, pending = keeper_of_environment(None, WORLD), ThreadPoolExecutor(1), Future[None]()
     pending.set_result(None)
     step, restored = restore(keeper)
     with (args.folder / f"rank-{RANK}.record").open("a", buffering=1) as record:
         record.write(f"restored {step} {EPOCH} {restored or '-'}\n")
-        while not (args.folder / "finish").exists():
+        while not (stop.is_set() or (args.folder / "finish").exists()):
             time.sleep(args.pause_s)
             all_reduce(args.folder, step)
             step += 1
@@ -82,6 +88,8 @@ def main() -> None:
                 pending.result()
                 pending = saving.submit(save, keeper, step)
         pending.result()
+        if stop.is_set() and step % args.every:
+            save(keeper, step)
     keeper.close()
 
 

@@ -15,6 +15,7 @@ from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.holdings import held_by
+from whaleflux_scheduler.core.known_fleet import NOT_CONNECTED
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import (
     Claim,
@@ -36,6 +37,9 @@ A, B = "sites/s/nodes/a", "sites/s/nodes/b"
 C = "sites/s/nodes/c"
 MOVE = Claim(((B, ("GPU-b",)),), (), NOW + timedelta(seconds=60), ClaimPurpose.MOVE)
 FREE = Observations(claim_is_free=True)
+MOST_STARTS = (
+    2  # of a job from when nothing more happens: once, and again when it had to make room for who waited already
+)
 
 
 def running(claim=MOVE):
@@ -175,6 +179,24 @@ class TestPlace:
         near = {old, new} if lost in ("gpu", "taken") else {old}  # a node that is broken already spares a whole one
         assert {node for node, _ in move.assignment.nodes} <= near, "near its old nodes, where it can"
         assert sum(len(uuids) for _, uuids in move.assignment.nodes) == 2
+        planner.check()
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_new_leader_waits_for_the_node_where_it_goes_on(self, known):
+        """Agents come one after the other; its old place may be open before the new one is."""
+        before = planner_of("a", "b")
+        mover = ran(before, waiting("j", 4))
+        old, new = (A, B) if mover.attempt.nodes == (A,) else (B, A)
+        stopped = stopped_for(before, mover, ((new, tuple(gpu.uuid for gpu in node("s/" + new[-1]).gpus)),))
+        planner = plan_with_queues()
+        machines = {n: node("s/" + n[-1]) for n in (A, B)}
+        away = dict.fromkeys(machines, NOT_CONNECTED)
+        planner.apply(News(nodes=tuple(machines.values()) if known else (machines[old],), closed=away))
+        (told,) = planner.step(News(jobs=(stopped,), candidates={stopped.name: Candidate(stopped)}), NOW)
+        assert "it goes on at its new place when" in told.decision.summary
+        assert not [move for move in planner.step(News(closed={old: ""}), NOW) if move.assignment]
+        (move,) = planner.step(News(nodes=(machines[new],), closed={new: ""}), NOW)
+        assert move.assignment.nodes == stopped.claim.nodes
         planner.check()
 
     def test_a_part_of_a_gpu_goes_where_its_place_is(self):
@@ -323,7 +345,26 @@ class GoingOn(Queueing):
             assert placed.get(known.name) == known.claim.nodes
 
     def teardown(self):
-        """Nodes may be lost for good here: not everybody ends."""
+        """As there, when the nodes are back and no claim of theirs is left."""
+        if hasattr(self, "jobs") and hasattr(self, "lost"):  # it may have ended before it began
+            for name in sorted(self.lost):
+                self.node_is_lost_or_comes_back(name)
+            self.looks_at_its_place(late=True)
+            self.nothing_is_left_of_old_attempts()
+            begun = {name: lifecycle.next_number(known) for name, known in self.jobs.items()}
+            super().teardown()
+            again = {name: lifecycle.next_number(self.jobs[name]) - number for name, number in begun.items()}
+            assert max(again.values()) <= MOST_STARTS, "they go on in circles"
+
+    def nothing_is_left_of_old_attempts(self):
+        """So say the agents of nodes that are back."""
+        for known in list(self.jobs.values()):
+            runs = (
+                known.attempt.epoch if known.state in (JobState.STARTING, JobState.RUNNING, JobState.SUSPENDING) else 0
+            )
+            left = [task for attempt, task in known.holding() if attempt.epoch != runs]
+            reports = tuple(Report(task.id, TaskPhase.KILLED, -9) for task in left)
+            self.store(lifecycle.advance(known, Observations(reports), NOW, Timeouts()))
 
     def can_go_on(self, known):
         if known.state is not JobState.QUEUED or known.claim is None or not self.is_first(known):

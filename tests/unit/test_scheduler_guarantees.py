@@ -194,7 +194,7 @@ class TestElastic:
         assert seen["mine"].suspensions == 0
         assert seen["urgent"].wait_s > 800
 
-    @settings(max_examples=10, deadline=None, derandomize=True)
+    @settings(max_examples=15, deadline=None)
     @given(
         st.lists(
             st.tuples(

@@ -24,10 +24,10 @@ from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux_scheduler.convert import instant
+from whaleflux_scheduler.core.known_fleet import HEALTH_UNKNOWN, NOT_CONNECTED, NOT_LISTED, PASSING
 from whaleflux_scheduler.core.observed import IN_ORDER, NodeCondition
 
 _log = telemetry.get_logger("whaleflux.scheduler")
-HEALTH_UNKNOWN = "health_monitor has not told whether it is healthy"
 _ACTIVE = (inventory_pb2.NODE_INTENT_UNSPECIFIED, inventory_pb2.NODE_INTENT_ACTIVE)
 
 
@@ -210,7 +210,7 @@ class NodeView:
         """Why the node takes no work, "" when it does."""
         node = self._nodes.get(name)
         if node is None:
-            return "not in the inventory"
+            return NOT_LISTED
         if node.intent not in _ACTIVE:
             return enum_name(inventory_pb2.NodeIntent, node.intent, "NODE_INTENT_").lower()
         health = self._health.get(name)
@@ -220,7 +220,11 @@ class NodeView:
             return enum_name(health_pb2.NodePhase, health.phase, "NODE_PHASE_").lower()
         if occupied := self._occupied.get(name):
             return f"runs {min(occupied)}, whose record cannot be read"
-        return "" if name in self._connected else "its agent is not connected"
+        return "" if name in self._connected else NOT_CONNECTED
+
+    def may_open(self, name: str) -> bool:
+        """Whether the node takes no work for a reason that passes, one way or the other."""
+        return self.closed(name) in PASSING
 
     def condition(self, name: str) -> NodeCondition | None:
         """What the node's condition means for tasks on it; None: nobody has told, so nothing changes for them."""

@@ -430,8 +430,8 @@ class Reconciler:
         return ""
 
     def _claim_is_free(self, job: Job) -> bool:
-        """Whether nobody else holds any of what a running job claims to go on there."""
-        if job.claim is None or job.state is not JobState.RUNNING:
+        """Whether nobody else holds any of what a running job claims to go on there, and it is not uncertain whether it could."""
+        if job.claim is None or job.state is not JobState.RUNNING or any(map(self._nodes.may_open, job.claim.gpus)):
             return False
         return not any(job.claim.concerns(held_by(other)) for other in self._others_on(job.claim, job.name))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from whaleflux_scheduler.core import wait_reasons
+from whaleflux_scheduler.core.going_on import awaited_nodes
 from whaleflux_scheduler.core.model import SchedulingDecision
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Candidate, Line
@@ -27,6 +28,10 @@ class Answers(Waiting):
     ) -> None:
         super().__init__(half_life_s, rules, promises, reasons=reasons)
         self._refusals = Refusals(self._fleet)
+
+    def _awaited_nodes(self, candidate: Candidate) -> tuple[str, ...]:
+        """Where it goes on as soon as these nodes take work again."""
+        return awaited_nodes(candidate.job, candidate.exclude, self._fleet.holdings, self._fleet.may_open)
 
     def _tell(self, name: str, why: str) -> None:
         """A job that waits for something else than it was told is told again at the end of the step."""
@@ -68,6 +73,8 @@ class Answers(Waiting):
             return self._kept_few(few, request, job)
         if reserved := self._reserved.why(job, now):
             return reserved
+        if nodes := self._awaited_nodes(candidate):
+            return wait_reasons.for_its_place(nodes, now)
         if not line.kind.refused:
             return wait_reasons.others_alike_go_first(now)
         if (waits := self._patience.of(job.name)) is not None:

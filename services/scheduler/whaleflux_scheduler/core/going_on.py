@@ -1,12 +1,13 @@
 """Where a job goes on that was suspended to do so: on exactly the GPUs that it claims, or, when one of them is lost, wherever there is room.
 
 A job that grows, shrinks or moves has chosen its place before it stopped (`Claim`). It is placed there without a search. What happened
-meanwhile undoes that: a GPU failed, its node closed, or the claim is over. Then it is a job that waits like any other, near its old nodes;
+meanwhile undoes that: a GPU failed, its node closed, or the claim is over. A node that a new leader does not know well yet has not closed: it is waited for. Then it is a job that waits like any other, near its old nodes;
 one that was moved for the good of others has its old place back, if there is no other room.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from whaleflux_scheduler.core.attempt_failures import ended_by
@@ -32,6 +33,20 @@ def claimed_place(job: Job, request: PlaceRequest, engine: Engine, holdings: Hol
     with holdings.without(job.name):
         placement = engine.place_on(request, where)
     return None if placement is None else replace(placement, reasons=(_why(job), *placement.reasons))
+
+
+def awaited_nodes(
+    job: Job, exclude: Collection[str], holdings: Holdings, may_open: Callable[[str], bool]
+) -> tuple[str, ...]:
+    """Nodes of the place that the waiting job claims to go on there, which take no work only for now; none when all of it is lost anyway."""
+    claim = job.claim
+    if claim is None or not goes_on(job) or holdings.claim(job.name) != claim:
+        return ()
+    taken = any(holder != job.name for _, uuids in claim.nodes for uuid in uuids for holder in holdings.holders(uuid))
+    nodes = [node for node, _ in claim.nodes]
+    away = tuple(node for node in nodes if may_open(node))
+    lost = taken or any(node in exclude or (node not in holdings.devices.open and node not in away) for node in nodes)
+    return () if lost else away
 
 
 def way_back(job: Job, request: PlaceRequest, engine: Engine, holdings: Holdings) -> Placement | None:

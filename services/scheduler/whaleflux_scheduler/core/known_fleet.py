@@ -22,6 +22,10 @@ from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.queue_shares import QueueShares
 
 T = TypeVar("T")
+NOT_LISTED, NOT_CONNECTED = "not in the inventory", "its agent is not connected"
+HEALTH_UNKNOWN = "health_monitor has not told whether it is healthy"
+PASSING = frozenset({NOT_LISTED, NOT_CONNECTED, HEALTH_UNKNOWN, "suspect"})
+"""Why a node takes no work where that is decided soon, as of most nodes of a new leader: it takes some again, or it is lost."""
 _MANY = 16  # nodes; with more, one of them nearly always could
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class KnownFleet:
         self.engine = Engine()
         self.holdings, self.capacity = Holdings(self.engine, shares), Capacity()
         self.left_out: set[str] = set()  # nodes whose facts placement cannot take
+        self._lasting: set[str] = set()  # nodes that are closed, or gone, and not expected back
         self.gained: dict[str, None] = {}  # in the order in which they did
         self.gained_from = (
             -math.inf
@@ -71,6 +76,9 @@ class KnownFleet:
     def remove(self, name: str) -> None:
         """The node is gone; a GPU that it reported too may be offered by another now."""
         self.left_out.discard(name)
+        self._lasting.discard(name)
+        if self.holdings.jobs_on(name):  # of others nobody asks
+            self._lasting.add(name)
         if name in self.holdings.devices.nodes:
             self.capacity.remove(name)
             self._changed(self.holdings.remove(name))
@@ -79,8 +87,13 @@ class KnownFleet:
     def close(self, name: str, why: str) -> None:
         """Why the node takes no new work; "": it does."""
         if name in self.holdings.devices.nodes:
+            (self._lasting.add if why and why not in PASSING else self._lasting.discard)(name)
             self.capacity.close(self.holdings.devices.nodes[name], why)
             self._changed(self.holdings.close(name, why))
+
+    def may_open(self, name: str) -> bool:
+        """Whether the node takes no work now, and is expected to: nobody has told of it yet, or what keeps it closed passes."""
+        return name not in self.holdings.devices.open and name not in self._lasting
 
     def know_dataset(self, fact: DatasetFact) -> None:
         self.engine.upsert_dataset(fact)

@@ -168,6 +168,10 @@ class Plan(Promising):
             return self._try_reserved(kind, job, now)
         if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
             return self._give(job, place, now)
+        if kind.own and self._awaited_nodes(self._pending.jobs[job.name].candidate):
+            self._tell(job.name, "its place")
+            self._refuse(kind)
+            return None
         request = self._within_quota(kind.request, job)
         if kind.own and self._others_may_come_back(job):
             self._tell(job.name, "room")

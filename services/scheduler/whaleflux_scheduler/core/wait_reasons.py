@@ -127,6 +127,12 @@ def for_cheaper(waits: Waits, now: datetime) -> SchedulingDecision:
     )
 
 
+def for_its_place(nodes: Sequence[str], now: datetime) -> SchedulingDecision:
+    """Where it goes on is not lost, and takes no work at this moment."""
+    more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+    return _held_back(f"it goes on at its new place when {nodes[0]}{more} takes work again", now)
+
+
 def _minute(at: datetime) -> str:
     return at.strftime("%Y-%m-%d %H:%M UTC")
 
