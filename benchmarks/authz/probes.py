@@ -103,6 +103,8 @@ _INVENTORY: dict[str, Probe] = {
     "GetDataset": Probe("dataset", _named(_I.GetDatasetRequest)),
     "ListDatasets": _none(_I.ListDatasetsRequest()),
     "DeleteDataset": Probe("dataset", _named(_I.DeleteDatasetRequest, etag=STALE)),
+    "GetDatasetManifest": Probe("dataset", _named(_I.GetDatasetManifestRequest)),
+    "SetDatasetManifest": Probe("node", lambda name: _I.SetDatasetManifestRequest(node=name)),
     "ReportCachedDataset": Probe("node", lambda name: _I.ReportCachedDatasetRequest(copy=_I.DatasetCopy(node=name))),
 }
 _SCHEDULER: dict[str, Probe] = {

@@ -137,6 +137,11 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
     async def ListDatasets(self, request, context):
         return inv.ListDatasetsResponse(datasets=[inv.Dataset(name="datasets/c4", size_bytes=10**12)])
 
+    async def GetDataset(self, request, context):
+        holds = inv.DatasetCopy(node=NODE, present_bytes=10**12, state=inv.DATASET_COPY_STATE_READY)
+        full = inv.DatasetCopy(node=NODE + "2", state=inv.DATASET_COPY_STATE_FAILED, message="the disk is full")
+        return inv.Dataset(name=request.name, copies=[holds, full], manifest_digest="ab" * 32, file_count=3)
+
     async def CreateDataset(self, request, context):
         self.declared.append((request.dataset_id, request.dataset.uri, request.dataset.size_bytes))
         return inv.Dataset(name=f"datasets/{request.dataset_id}")
@@ -714,6 +719,13 @@ class TestErrors:
         assert "data: dataset:c4" in notes
         assert cli("datasets", "add", "c4", "--source", "/mnt/c4", "--size", "many")[0] == 2
         assert "datasets/c4" in cli("datasets", "ls")[1]
+        assert "ab" * 32 in cli("datasets", "show", "c4")[1]
+
+    def test_it_is_told_where_a_dataset_is_and_why_not(self, cli, shared):
+        table = cli("datasets", "where", "c4")[1]
+        assert [line.split()[1] for line in table.splitlines()] == ["STATE", "READY", "FAILED"]
+        assert "the disk is full" in table
+        assert json.loads(cli("datasets", "where", "c4", "-o", "json")[1])[0]["node"] == NODE
 
     def test_a_queue_is_changed_in_what_was_given_only(self, cli, shared):
         code, _, notes = cli("queue", "set", "research", "--max-gpus", "8")

@@ -14,6 +14,7 @@ import grpc
 from tests.support.acting import Unowned
 from whaleflux import names
 from whaleflux.config import load
+from whaleflux.data import manifest
 from whaleflux.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied
 from whaleflux.rpc import auth, roles
 from whaleflux.rpc.auth import Authority
@@ -54,6 +55,7 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
         self.registered: list[inventory_pb2.RegisterNodeRequest] = []
         self.renewed = 0
         self.datasets: dict[str, inventory_pb2.Dataset] = {}
+        self.manifests: dict[str, inventory_pb2.DatasetManifest] = {}
         self.cached: list[inventory_pb2.DatasetCopy] = []
 
     async def Join(self, request: Any, context: Any) -> Any:
@@ -80,6 +82,17 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
         if request.name not in self.datasets:
             raise NotFound("dataset", request.name)
         return self.datasets[request.name]
+
+    async def GetDatasetManifest(self, request: Any, context: Any) -> Any:
+        return self.manifests.get(request.name, inventory_pb2.DatasetManifest())
+
+    async def SetDatasetManifest(self, request: Any, context: Any) -> Any:
+        auth.require_own_node(request.node)
+        dataset = self.datasets[request.dataset]
+        if not dataset.manifest_digest:
+            self.manifests[request.dataset] = request.manifest
+            dataset.manifest_digest = manifest.from_proto(request.manifest).digest
+        return dataset
 
     async def ReportCachedDataset(self, request: Any, context: Any) -> Any:
         self.cached.append(request.copy)

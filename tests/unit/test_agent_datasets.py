@@ -1,51 +1,112 @@
 """The node's cache of datasets: whole or not there, whoever stops waiting for it."""
 
 import asyncio
+import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.agent_tasks import until
+from whaleflux.data import manifest, sources
+from whaleflux.errors import NotFound, Unavailable
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent.datasets import DatasetCache, copy
+from whaleflux_agent import dataset_pull
+from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
 
 NODE = "sites/lab/nodes/n1"
+ROOM = 1000
+STATE = "DATASET_COPY_STATE_"
 
 
 class Inventory:
-    """Knows every dataset."""
+    """Knows every dataset that it has a source of, and what the first node found it to be."""
 
-    def __init__(self, uri):
-        self.uri, self.declared_s = uri, 0.0
+    def __init__(self, uri, **others):
+        self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
+        self.manifests, self.copies, self.away = {}, {}, False
 
-    async def GetDataset(self, request, timeout):
-        found = inventory_pb2.Dataset(name=request.name, uri=str(self.uri), size_bytes=6)
-        found.create_time.FromSeconds(int(self.declared_s))
+    def _dataset(self, name):
+        if self.away:
+            raise Unavailable("nobody answers")
+        if name not in self.uris:
+            raise NotFound("dataset", name)
+        found = inventory_pb2.Dataset(name=name, uri=self.uris[name])
+        if known := self.manifests.get(name):
+            found.manifest_digest = manifest.from_proto(known).digest
         return found
 
+    async def GetDataset(self, request, timeout):
+        return self._dataset(request.name)
+
+    async def GetDatasetManifest(self, request, timeout):
+        return self.manifests[request.name]
+
+    async def SetDatasetManifest(self, request, timeout):
+        self.manifests.setdefault(request.dataset, request.manifest)
+        return self._dataset(request.dataset)
+
     async def ReportCachedDataset(self, request, timeout):
+        self.copies.setdefault(request.dataset, []).append(request.copy)
         return inventory_pb2.Dataset(name=request.dataset)
 
+    def states(self, name):
+        return [
+            inventory_pb2.DatasetCopyState.Name(copy.state).removeprefix(STATE) for copy in self.copies.get(name, ())
+        ]
 
-class SlowCopy:
-    """Copies once it may; counts how often it was asked to."""
 
-    def __init__(self):
-        self.begun, self.may = 0, threading.Event()
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(dataset_pull, "_PAUSE_S", 0.0)
 
-    def __call__(self, uri, folder):
-        self.begun += 1
+
+class Slow(sources.Local):
+    """Gives bytes once it may; counts how often a source was opened."""
+
+    begun, may = 0, threading.Event()
+
+    def open(self, found, offset, length):
         assert self.may.wait(60)
-        return copy(uri, folder)
+        return super().open(found, offset, length)
 
 
-async def test_a_fetch_that_its_task_gave_up_is_not_begun_a_second_time_beside_itself(tmp_path):
-    source, slow = tmp_path / "source", SlowCopy()
-    source.mkdir()
-    (source / "part-0").write_bytes(b"abcdef")
-    cache = DatasetCache(tmp_path / "cache", 1000, NODE, Inventory(source), frozenset, copy=slow)
+@pytest.fixture
+def slow():
+    count = SimpleNamespace(begun=0, may=threading.Event())
+
+    class Counted(Slow):
+        may = count.may
+
+    def open_source(uri, authorization, act_as):
+        count.begun += 1
+        return Counted(Path(uri), act_as)
+
+    count.open_source = open_source
+    yield count
+    count.may.set()
+
+
+def work(**spec):
+    return SimpleNamespace(spec=SimpleNamespace(**{"require_local_data": False, **spec}))
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "part-0").write_bytes(b"abcdef")
+    return folder
+
+
+def cache_of(tmp_path, inventory, in_use=frozenset, room=ROOM, **more):
+    return DatasetCache(tmp_path / "cache", room, NODE, inventory, in_use, **more)
+
+
+async def test_a_fetch_that_its_task_gave_up_is_not_begun_a_second_time_beside_itself(tmp_path, source, slow):
+    cache = cache_of(tmp_path, Inventory(source, other=source), open_source=slow.open_source)
     given_up = asyncio.create_task(cache.fetch("datasets/c4"))
     await until(lambda: slow.begun == 1)
     given_up.cancel()
@@ -54,32 +115,116 @@ async def test_a_fetch_that_its_task_gave_up_is_not_begun_a_second_time_beside_i
     other = asyncio.create_task(cache.fetch("datasets/other"))
     await until(lambda: slow.begun >= 2)  # by then a second one of the first would have begun, too
     slow.may.set()
-    await asyncio.gather(again, other)
-    assert (tmp_path / "cache" / "c4" / "part-0").read_bytes() == b"abcdef"
+    folder, _ = await asyncio.gather(again, other)
+    assert (Path(folder) / "part-0").read_bytes() == b"abcdef"
     assert slow.begun == 2
 
 
 async def test_a_fetch_that_failed_is_tried_again(tmp_path):
-    source = tmp_path / "source"
-    cache = DatasetCache(tmp_path / "cache", 1000, NODE, Inventory(source), frozenset)
+    source = tmp_path / "absent"
+    inventory = Inventory(source)
+    cache = cache_of(tmp_path, inventory)
     with pytest.raises(LaunchFailed, match="cannot fetch"):
         await cache.fetch("datasets/c4")
+    assert inventory.states("datasets/c4") == ["FAILED"]
     source.write_bytes(b"abcdef")
-    assert (await cache.fetch("datasets/c4")).endswith("c4")
+    assert (Path(await cache.fetch("datasets/c4")) / "absent").read_bytes() == b"abcdef"
+    assert inventory.states("datasets/c4") == ["FAILED", "PULLING", "READY"]
 
 
-async def test_what_an_earlier_dataset_of_the_name_left_is_given_to_nobody_for_long(tmp_path):
-    source, inventory = tmp_path / "source", Inventory(tmp_path / "source")
-    source.write_bytes(b"abcdef")
-    used = set()
-    cache = DatasetCache(tmp_path / "cache", 1000, NODE, inventory, lambda: frozenset(used))
+async def test_the_second_node_is_told_what_the_first_has_read_and_takes_nothing_else(tmp_path, source):
+    inventory = Inventory(source)
+    await cache_of(tmp_path / "one", inventory).fetch("datasets/c4")
+    (source / "part-0").write_bytes(b"ABCDEF")
+    with pytest.raises(LaunchFailed, match="not what its manifest says"):
+        await cache_of(tmp_path / "two", inventory).fetch("datasets/c4")
+    (source / "part-1").write_bytes(b"more")
+    (source / "part-0").unlink()
+    with pytest.raises(LaunchFailed, match="not what it was when it was first read"):
+        await cache_of(tmp_path / "two", inventory).fetch("datasets/c4")
+
+
+async def test_a_copy_that_somebody_wrote_to_is_given_to_nobody(tmp_path, source):
+    cache = cache_of(tmp_path, Inventory(source))
+    file = Path(await cache.fetch("datasets/c4")) / "part-0"
+    os.chmod(file, 0o644)
+    file.write_bytes(b"abcdeF")
+    assert (Path(await cache.fetch("datasets/c4")) / "part-0").read_bytes() == b"abcdef"
+
+
+async def test_a_whole_copy_is_used_while_nobody_answers(tmp_path, source):
+    inventory = Inventory(source)
+    cache = cache_of(tmp_path, inventory)
+    folder = await cache.fetch("datasets/c4")
+    inventory.away = True
+    assert await cache.fetch("datasets/c4") == folder
+
+
+async def test_what_does_not_fit_is_read_where_it_is_and_nothing_is_written(tmp_path, source):
+    said, inventory = [], Inventory(source)
+    cache = cache_of(tmp_path, inventory, room=5)
+
+    async def tell(text):
+        said.append(text)
+
+    assert await cache.fetch("datasets/c4", work(), tell) == str(source)
+    assert "read where it is: 6 B do not fit" in said[-1]
+    with pytest.raises(LaunchFailed, match="do not fit") as refused:
+        await cache.fetch("datasets/c4", work(require_local_data=True), tell)
+    assert refused.value.unfit
+    assert not list((tmp_path / "cache" / ".partial").iterdir())
+    assert inventory.copies["datasets/c4"][-1].message
+
+
+async def test_a_disk_that_fills_up_meanwhile_ends_no_job(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert await cache_of(tmp_path, Inventory(source)).fetch("datasets/c4", work()) == str(source)
+
+
+async def test_room_is_made_of_what_nobody_reads_and_only_when_it_is_enough(tmp_path, source):
+    large, used = tmp_path / "large", {"datasets/c4"}
+    large.write_bytes(bytes(8))
+    inventory = Inventory(source, other=source, large=large)
+    cache = cache_of(tmp_path, inventory, lambda: frozenset(used), room=13)
+    kept = await cache.fetch("datasets/c4", work())
+    idle = await cache.fetch("datasets/other", work())
+    assert await cache.fetch("datasets/large", work()) == str(tmp_path), "c4 is in use, and other alone is too little"
+    assert Path(kept).exists()
+    assert Path(idle).exists()
+    used.clear()
+    assert (Path(await cache.fetch("datasets/large", work())) / "large").exists()
+    assert not Path(kept).exists()
+    assert not inventory.copies["datasets/c4"][-1].present_bytes
+
+
+async def test_an_agent_that_stops_ends_what_is_on_its_way(tmp_path, source, slow):
+    cache = cache_of(tmp_path, Inventory(source), open_source=slow.open_source)
+    waiting = asyncio.create_task(cache.fetch("datasets/c4"))
+    await until(lambda: slow.begun == 1)
+    closing = asyncio.create_task(cache.close())
+    await asyncio.sleep(0)  # by then it has said so
+    slow.may.set()
+    await closing
+    with pytest.raises(LaunchFailed, match="the agent stops"):
+        await waiting
+    assert Path(await cache.fetch("datasets/c4")).exists()
+
+
+async def test_what_an_earlier_dataset_of_the_name_left_is_given_to_nobody(tmp_path, source):
+    inventory, used = Inventory(source), set()
+    cache = cache_of(tmp_path, inventory, lambda: frozenset(used))
     folder = Path(await cache.fetch("datasets/c4"))
     await cache.tidy()
     assert folder.exists()
-    inventory.declared_s = folder.stat().st_mtime + 60  # by another team, after the first was deleted
+    assert inventory.copies["datasets/c4"][-1].present_bytes == 6
+    inventory.manifests.clear()  # declared by another team, after the first was deleted
     used.add("datasets/c4")
     await cache.tidy()
     assert folder.exists(), "a task reads it"
     used.clear()
     await cache.tidy()
     assert not folder.exists()
+    await cache.fetch("datasets/c4")
+    inventory.uris.clear()
+    await cache.tidy()
+    assert not [f for f in (tmp_path / "cache").iterdir() if "@" in f.name]

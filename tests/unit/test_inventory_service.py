@@ -7,6 +7,7 @@ import pytest
 
 from whaleflux.clock import VirtualClock
 from whaleflux.convert import facts_to_proto, node_from_proto
+from whaleflux.data import manifest
 from whaleflux.errors import (
     Aborted,
     AlreadyExists,
@@ -27,6 +28,7 @@ from whaleflux_inventory import news
 from whaleflux_inventory.service import assemble
 
 N1 = "sites/a/nodes/n1"
+N2 = "sites/a/nodes/n2"
 DOMAIN_NODE = Node(
     N1, "a", (Gpu(0, "GPU-0", "H200", 141 << 30), Gpu(1, "GPU-1", "H200", 141 << 30)),
     (Link(0, 1, LinkKind.NVLINK, 4.5e11),), zone="z1", memory_bytes=1 << 40, labels=(("rack", "r1"),),
@@ -317,6 +319,46 @@ async def test_datasets_and_their_copies(world):
             await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="d", dataset=bad))
 
 
+def found(*sizes):
+    made = manifest.draft((f"part-{i}", size) for i, size in enumerate(sizes))
+    return made.known([bytes([i]) * 32 for i in range(made.chunk_count)])
+
+
+async def test_what_the_first_node_found_a_dataset_to_be_counts(world):
+    await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://data/c4"}))
+    asked = pb.GetDatasetManifestRequest(name="datasets/c4")
+    assert not (await world.call("GetDatasetManifest", asked)).files
+    first, second = found(10, 20), found(11)
+    say = pb.SetDatasetManifestRequest(dataset="datasets/c4", node=N1, manifest=first.to_proto())
+    known = await world.call("SetDatasetManifest", say, "agent", "a/n1")
+    assert (known.manifest_digest, known.size_bytes, known.file_count) == (first.digest, 30, 2)
+    assert known.manifest_author == "agent/a/n1"
+    say = pb.SetDatasetManifestRequest(dataset="datasets/c4", node=N2, manifest=second.to_proto())
+    assert (await world.call("SetDatasetManifest", say, "agent", "a/n2")).manifest_digest == first.digest
+    assert manifest.from_proto(await world.call("GetDatasetManifest", asked)) == first
+    await world.call("DeleteDataset", pb.DeleteDatasetRequest(name="datasets/c4"))
+    assert not (await world.store.list(keys.DATASET_MANIFESTS)).entries
+    with pytest.raises(NotFound):
+        await world.call("GetDatasetManifest", asked)
+
+
+async def test_a_manifest_that_cannot_be_changes_nothing(world):
+    await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://data/c4"}))
+    before = (await world.store.list("/")).revision
+    wrong = found(10).to_proto()
+    wrong.files[0].path = "../../etc/passwd"
+    for bad, said in (
+        (wrong, r"manifest: '\.\./\.\./etc/passwd' leads out"),
+        (pb.DatasetManifest(), "manifest: has chunks of 0"),
+    ):
+        request = pb.SetDatasetManifestRequest(dataset="datasets/c4", node=N1, manifest=bad)
+        with pytest.raises(InvalidArgument, match=said):
+            await world.call("SetDatasetManifest", request, "agent", "a/n1")
+    with pytest.raises(PermissionDenied):
+        await world.call("SetDatasetManifest", request, "agent", "a/n2")
+    assert (await world.store.list("/")).revision == before
+
+
 async def test_news_of_a_node(world):
     await world.register()
     key = keys.of_name(keys.NODES, N1)
@@ -342,7 +384,9 @@ async def test_a_token_that_cannot_be_read_holds_up_no_other(world):
     assert ([token.name for token in listed.join_tokens], list(listed.unreadable)) == ([made.name], ["joinTokens/01x"])
 
 
-@pytest.mark.parametrize("uri", ["", "data/c4", "s3://c4", "file://data", "https:///c4", "http://[x"])
+@pytest.mark.parametrize(
+    "uri", ["", "data/c4", "s3://", "ftp://data/c4", "file://data", "file://host/c4", "https:///c4", "http://[x"]
+)
 async def test_a_dataset_that_no_agent_could_read_is_refused(world, uri):
     with pytest.raises(InvalidArgument, match=r"dataset\.uri"):
         await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": uri}))

@@ -32,10 +32,17 @@ def add(
     name: Name,
     source: Annotated[
         str,
-        typer.Option("--source", metavar="PATH|URL", help="Absolute path, file:// or http(s):// that all nodes read."),
+        typer.Option(
+            "--source",
+            metavar="PATH|URL",
+            help="Absolute path, file://, http(s)://, s3://, gs:// or hf:// that all nodes read.",
+        ),
     ],
     size: Annotated[
-        str, typer.Option("--size", help="Such as 300 GB; jobs are placed by what they would fetch.")
+        str,
+        typer.Option(
+            "--size", help="Such as 300 GB, until a node has read it; jobs are placed by what they would fetch."
+        ),
     ] = "0",
     secret: Annotated[
         str, typer.Option("--secret", metavar="SECRET", help="Shown to the web server as a bearer token; https only.")
@@ -84,9 +91,10 @@ def list_(sort: Sort = "", fmt: Output = Format.table, no_headers: NoHeaders = F
     columns = [
         Column("NAME", lambda d: d.name),
         Column("SIZE", _size),
-        Column("COPIES", lambda d: str(len(d.copies))),
+        Column("COPIES", lambda d: str(sum(_state(copy) == "READY" for copy in d.copies))),
         Column("AGE", lambda d: output.age(d.create_time)),
         Column("FROM", lambda d: d.uri),
+        Column("VERSION", lambda d: d.manifest_digest[:16] or "-", wide=True),
         Column("OWNER", lambda d: d.owner or "-", wide=True),
         Column("FOR", lambda d: ", ".join(d.members) or "all users", wide=True),
     ]
@@ -102,17 +110,41 @@ def show(name: Name, fmt: Output = Format.table) -> None:
 
     with fleet() as client:
         found = client.inventory.GetDataset(pb.GetDatasetRequest(name=_full(name)), timeout=10)
-    copies = [f"{copy.node} ({shown_bytes(copy.present_bytes)})" for copy in found.copies]
+    copies = [f"{c.node} ({_state(c)}, {shown_bytes(c.present_bytes)})" for c in found.copies]
+    files = f"{found.file_count} files, as {found.manifest_author} found it" if found.file_count else ""
     lines = [
         ("name", found.name),
         ("from", found.uri),
         ("secret", names.last(found.credentials.secret)),
         ("size", _size(found)),
+        ("version", found.manifest_digest or "not known before a node has read all of it"),
+        ("files", files),
         ("declared", output.age(found.create_time) + " ago" + (f" by {found.owner}" if found.owner else "")),
         ("for", ", ".join(found.members) or "all users"),
         ("copies", ", ".join(copies) or "none yet: the first job that names it fetches it"),
     ]
     output.show_one(found, lines, fmt)
+
+
+@datasets.command("where")
+def where(name: Name, sort: Sort = "", fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
+    """Which nodes hold a dataset, pull it, or cannot, and why."""
+    from whaleflux.quantities import shown_bytes
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    with fleet() as client:
+        found = client.inventory.GetDataset(pb.GetDatasetRequest(name=_full(name)), timeout=10)
+    columns = [
+        Column("NODE", lambda c: c.node),
+        Column("STATE", _state),
+        Column("PRESENT", lambda c: shown_bytes(c.present_bytes)),
+        Column("PINNED", lambda c: "yes" if c.pinned else "no"),
+        Column("WHY", lambda c: c.message or "-"),
+        Column("VERSION", lambda c: c.manifest_digest[:16] or "-", wide=True),
+    ]
+    empty = f"no node holds {found.name}; the first job that names it has it pulled"
+    copies = ordered(list(found.copies), columns, sort)
+    output.show(copies, columns, fmt, headers=not no_headers, empty=empty, name=lambda c: str(c.node))
 
 
 @datasets.command("rm")
@@ -124,6 +156,13 @@ def remove(name: Name, yes: Yes = False) -> None:
         confirm(f"forget {_full(name)}?", yes)
         client.inventory.DeleteDataset(pb.DeleteDatasetRequest(name=_full(name)), timeout=10)
     output.note(f"{_full(name)} is forgotten")
+
+
+def _state(copy: Any) -> str:
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    state = pb.DatasetCopyState.Name(copy.state) if copy.state in pb.DatasetCopyState.values() else str(copy.state)
+    return "READY" if copy.state == pb.DATASET_COPY_STATE_UNSPECIFIED else state.removeprefix("DATASET_COPY_STATE_")
 
 
 def _size(dataset: Any) -> str:

@@ -92,6 +92,8 @@ TABLE: dict[str, OwnerRule] = {
         GetDataset=LEAVES_OUT,
         ListDatasets=LEAVES_OUT,
         DeleteDataset=RECORD,
+        GetDatasetManifest=LEAVES_OUT,
+        SetDatasetManifest=own_node("node"),
         ReportCachedDataset=own_node("copy.node"),
     ),
     **_service(
@@ -243,6 +245,7 @@ _ROUTINE = frozenset(
         _method("Health", "ReportFailure"),
         _method("Inventory", "RegisterNode"),
         _method("Inventory", "ReportCachedDataset"),
+        _method("Inventory", "SetDatasetManifest"),
         _method("Checkpoint", "BeginCheckpoint"),
         _method("Checkpoint", "ReportPieces"),
         _method("Checkpoint", "ConfirmDeleted"),

@@ -68,6 +68,8 @@ TABLE: Table = {
     _INVENTORY + "Join": ANYONE,
     _INVENTORY + "RenewCertificate": frozenset({AGENT}),
     _INVENTORY + "RegisterNode": frozenset({AGENT}),
+    _INVENTORY + "GetDatasetManifest": _READERS | {AGENT},
+    _INVENTORY + "SetDatasetManifest": frozenset({AGENT}),
     _INVENTORY + "ReportCachedDataset": frozenset({AGENT}),
     _INVENTORY + "CreateDataset": PEOPLE,
     _INVENTORY + "DeleteDataset": PEOPLE,

@@ -6,6 +6,7 @@ ROOT = "/whaleflux/v1/"
 SITES = ROOT + "sites/"  # {site}
 NODES = ROOT + "nodes/"  # {site}/{node}
 DATASETS = ROOT + "datasets/"  # {dataset}
+DATASET_MANIFESTS = ROOT + "dataset_manifests/"  # {dataset}: packed
 NODE_IDENTITIES = ROOT + "node_identities/"  # {site}/{node}: which machine has the name
 JOIN_TOKENS = ROOT + "join_tokens/"  # {token}
 SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys

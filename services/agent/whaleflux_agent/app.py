@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ from whaleflux_agent.checkpoint_access import CheckpointAccess
 from whaleflux_agent.checkpoint_collector import CheckpointCollector
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.code_cache import CodeCache
-from whaleflux_agent.datasets import DatasetCache, copy
+from whaleflux_agent.dataset_pull import Pace
+from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.devices import host
 from whaleflux_agent.devices.nvml import open_nvml
 from whaleflux_agent.devices.profile import ProfileSource
@@ -119,7 +119,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             _dataset_tidying(datasets, registration, clock),
         ],
         farewells=[lambda: _say_goodbye(heartbeat, revocation)],
-        on_stop=[attached.close, source.close, lambda: asyncio.to_thread(custody.state.close)],
+        on_stop=[attached.close, source.close, datasets.close, lambda: asyncio.to_thread(custody.state.close)],
     )
 
 
@@ -221,8 +221,9 @@ def _supervision(
         node,
         inventory,
         lambda: supervisor.datasets_in_use(),  # noqa: PLW0108  # made below
-        copy=functools.partial(copy, reader=isolation.reader),
+        reader=isolation.reader,
         header=secrets.header,
+        pace=Pace(settings.dataset_bytes_per_s),
     )
     context = NodeContext(
         node=node,

@@ -1,97 +1,76 @@
-"""The node's cache of datasets: fetched when a task needs them, evicted when others need the room."""
+"""The node's cache of datasets: pulled when a task needs them, given to nobody before they are whole, evicted when others need the room."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import stat
-import urllib.request
+import errno
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 from whaleflux import names, telemetry
+from whaleflux.data import manifest, sources
+from whaleflux.data.manifest import Manifest, ManifestWrong
+from whaleflux.data.sources import Source, SourceChanged, SourceFailed
 from whaleflux.errors import InvalidArgument, NotFound, StatusError
+from whaleflux.quantities import shown_bytes
+from whaleflux.retry import worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
+from whaleflux_agent import dataset_pull
 from whaleflux_agent.core.work import Work
+from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
+from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, key_of
 from whaleflux_agent.runtime.acting import as_user
 from whaleflux_agent.runtime.api import LaunchFailed
+from whaleflux_agent.secret_access import Tell
 
+T = TypeVar("T")
 _CALL_S = 10.0
-_STALLED_S = 60.0  # without a byte from a web server
-_DONE = ".whaleflux-complete"
+_TELL_EVERY_S = 2.0
+_VERSIONS = 2  # of one dataset that a fetch tries: what it finds out, and what another node found out before
 _log = telemetry.get_logger("whaleflux.agent")
 
-
-Tell = Callable[[str], Awaitable[None]]
 Header = Callable[[Work, inventory_pb2.Dataset, Tell], Awaitable[str]]
 """What a task shows to the server of a dataset (`SecretAccess.header`)."""
+OpenSource = Callable[[str, str, sources.ActAs], Source]
 
 
-async def _silent(_: str) -> None:
-    """Nobody waits to be told."""
+class _Unkept(Exception):
+    """It cannot be kept here; who may reads it where it is: `home`."""
+
+    def __init__(self, dataset: inventory_pb2.Dataset, home: str, why: str) -> None:
+        super().__init__(why)
+        self.dataset, self.home = dataset, home
 
 
-def copy(uri: str, folder: Path, authorization: str = "", *, reader: int = 0) -> int:
-    """Copies a file, a folder or a web address into `folder`; whole or not at all. Returns its bytes.
+@dataclass(slots=True)
+class _Fetch:
+    """One fetch of a dataset, for all who wait for it."""
 
-    `authorization` is shown to the server of the address, and not to where it may send us on. `reader`: the id that may read what
-    is copied of this node, and whose group may read the copy: whoever declares a dataset does not read with an agent's rights. 0: we.
-    """
-    url = urlsplit(uri)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if url.scheme in ("http", "https"):
-        request = urllib.request.Request(uri)  # noqa: S310  # scheme checked above
-        if authorization:
-            request.add_unredirected_header("Authorization", authorization)
-        with urllib.request.urlopen(request, timeout=_STALLED_S) as source:  # noqa: S310
-            with open(partial / (Path(url.path).name or "data"), "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-    elif url.scheme in ("", "file") and os.path.isabs(url.path):
-        _copy_local(Path(url.path), partial, reader)
-    else:
-        raise ValueError("use an absolute path, file:// or http(s)://")
-    if reader:
-        _let_read(partial, reader)
-    size = size_bytes(partial)
-    (partial / _DONE).touch()
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return size
+    progress: Progress = field(default_factory=Progress)
+    task: asyncio.Task[Copy] = field(init=False)
+    looked: tuple[float, int] = (0.0, 0)  # when, and at how many bytes
 
-
-def _copy_local(source: Path, target: Path, reader: int) -> None:
-    if reader:
-        os.chown(target, reader, reader)
-    with as_user(reader, reader):
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            shutil.copy2(source, target / source.name)
-
-
-def _let_read(folder: Path, group: int) -> None:
-    """The group may read what is there, whatever the source's modes were."""
-    for _, folders, files, here in os.fwalk(folder):
-        os.fchown(here, -1, group)
-        os.fchmod(here, 0o750)
-        for name in (*folders, *files):
-            if not stat.S_ISLNK(mode := os.lstat(name, dir_fd=here).st_mode):
-                os.chown(name, -1, group, dir_fd=here)
-                os.chmod(name, mode & 0o777 | 0o040, dir_fd=here)
-
-
-def size_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(os.path.getsize(os.path.join(root, name)) for root, _, found in os.walk(folder) for name in found)
+    def words(self, dataset: str) -> str:
+        """How far it is, and how fast since the last look."""
+        now_s, (then_s, before) = asyncio.get_running_loop().time(), self.looked
+        self.looked = now_s, self.progress.pulled_bytes
+        if not self.progress.total_bytes:
+            return dataset
+        rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
+        done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
+        return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
 
 
 class DatasetCache:
-    """A folder per dataset below `root`; `in_use` says which are not to be evicted."""
+    """Versions of datasets below `root`; `in_use` says which datasets tasks read now, which are not evicted.
+
+    `reader`: the id that may read what is copied of this node, and whose group may read the copies: whoever declares a dataset does not
+    read with an agent's rights. 0: we.
+    """
 
     def __init__(
         self,
@@ -100,110 +79,201 @@ class DatasetCache:
         node: str,
         stub: inventory_pb2_grpc.InventoryServiceStub,
         in_use: Callable[[], frozenset[str]],
-        copy: Callable[..., int] = copy,
+        *,
+        reader: int = 0,
         header: Header | None = None,
+        pace: Pace | None = None,
+        open_source: OpenSource = sources.open_source,
     ) -> None:
-        self._root, self._limit_bytes, self._node, self._stub, self._in_use = root, limit_bytes, node, stub, in_use
-        self._copy, self._header = copy, header
-        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._store, self._node, self._stub, self._in_use = DatasetStore(root, limit_bytes), node, stub, in_use
+        self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
+        self._fetching: dict[str, _Fetch] = {}
+        self._storing, self._opened = asyncio.Lock(), False
 
-    async def fetch(self, dataset: str, work: Work | None = None, tell: Tell = _silent) -> str:
-        """Local path of `dataset` (datasets/{dataset}); fetched if need be, for the task of `work`. Raises LaunchFailed."""
+    async def fetch(self, dataset: str, work: Work | None = None, tell: Tell | None = None) -> str:
+        """Where the task of `work` reads `dataset` (datasets/{dataset}). Says by `tell` how far it is. Raises LaunchFailed.
+
+        A folder, pulled if need be; its source where the node has no room for it and the job does not insist (`require_local_data`).
+        """
         try:
-            (id_,) = names.split(dataset, "datasets", field="datasets")
+            names.split(dataset, "datasets", field="datasets")
         except InvalidArgument as wrong:
             raise LaunchFailed(wrong.message) from None
-        folder = self._root / id_
-        if not (folder / _DONE).exists():
-            await asyncio.shield(self._fetch_once(dataset, folder, work, tell))
-        await asyncio.to_thread(os.utime, folder)  # used last: evicted last
-        return str(folder)
+        fetch = self._fetch_once(dataset, work, tell)
+        try:
+            while not (await asyncio.wait({fetch.task}, timeout=_TELL_EVERY_S))[0]:
+                if tell:
+                    await tell(fetch.words(dataset))
+            copy = fetch.task.result()
+        except _Unkept as unkept:
+            return await self._from_source(unkept, work, tell)
+        await self._in_store(self._store.touch, copy)
+        return str(copy.folder)
 
-    def _fetch_once(self, dataset: str, folder: Path, work: Work | None, tell: Tell) -> asyncio.Task[None]:
-        """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, for no thread can be stopped."""
+    def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> _Fetch:
+        """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, others may wait for it."""
         known = self._fetching.get(dataset)
         if known is None:
-            known = self._fetching[dataset] = asyncio.create_task(self._fetch(dataset, folder, work, tell))
-            known.add_done_callback(lambda done: self._fetched(dataset, done))
+            known = self._fetching[dataset] = _Fetch()
+            known.task = asyncio.create_task(self._bring(dataset, known, work, tell))
+            known.task.add_done_callback(lambda done: self._fetched(dataset, done))
         return known
 
-    def _fetched(self, dataset: str, done: asyncio.Task[None]) -> None:
+    def _fetched(self, dataset: str, done: asyncio.Task[Copy]) -> None:
         del self._fetching[dataset]
         if not done.cancelled():
             done.exception()  # whoever still waits hears of it
 
-    async def _fetch(self, dataset: str, folder: Path, work: Work | None, tell: Tell) -> None:
+    async def _bring(self, dataset: str, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
         try:
             found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
         except StatusError as failed:
-            raise LaunchFailed(f"{dataset}: {failed.message}") from None
-        if found.size_bytes > self._limit_bytes:
-            raise LaunchFailed(
-                f"{dataset} has {found.size_bytes} bytes, the cache {self._limit_bytes} (--dataset-bytes)"
-            )
-        shown = await self._credentials(found, work, tell)
-        for gone in await asyncio.to_thread(self._make_room, found.size_bytes):
-            await self._tell(gone, 0)
+            here = await self._in_store(self._store.find, dataset) if worth_repeating(failed) else None
+            if here is None:
+                raise LaunchFailed(f"{dataset}: {failed.message}") from None
+            return here  # whole, and nobody says that it is of another time
         try:
-            size = await asyncio.to_thread(self._copy, found.uri, folder, *shown)
-        except (OSError, ValueError) as error:
-            why = " (users of tasks must be able to read it)" if isinstance(error, PermissionError) else ""
-            raise LaunchFailed(f"{dataset}: cannot fetch {found.uri}: {error}{why}") from None
-        _log.info(Event.DATASET_CACHED, dataset=dataset, bytes=size)
-        await self._tell(dataset, size)
+            return await self._brought(found, fetch, work, tell)
+        except (SourceFailed, ManifestWrong, OSError) as failure:
+            await self._report(dataset, inventory_pb2.DATASET_COPY_STATE_FAILED, message=str(failure))
+            raise LaunchFailed(f"{dataset}: cannot fetch {found.uri}: {failure}") from None
+        except StatusError as failed:
+            raise LaunchFailed(f"{dataset}: {failed.message}") from None
+        except dataset_pull.Stopped:
+            raise LaunchFailed(f"{dataset}: the agent stops") from None
 
-    async def _credentials(self, found: inventory_pb2.Dataset, work: Work | None, tell: Tell) -> tuple[str, ...]:
-        """The header that the dataset's server wants; none where nobody said so."""
+    async def _brought(self, found: inventory_pb2.Dataset, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
+        source: Source | None = None
+        for _ in range(_VERSIONS):
+            digest = found.manifest_digest
+            if digest and (here := await self._in_store(self._store.find, found.name, digest)):
+                return here
+            source = source or self._open_source(found.uri, await self._shown(found, work, tell), self._acting)
+            wanted = await self._wanted(found, source)
+            made = await self._pulled(found, wanted, source, fetch)
+            if not digest:
+                request = inventory_pb2.SetDatasetManifestRequest(
+                    dataset=found.name, node=self._node, manifest=made.to_proto()
+                )
+                found = await self._stub.SetDatasetManifest(request, timeout=_CALL_S)
+            if found.manifest_digest == made.digest:
+                return await self._published(found, made, key_of(found.name, digest))
+        raise SourceChanged("its source was another one when another node read it")
+
+    def _acting(self) -> AbstractContextManager[None]:
+        return as_user(self._reader, self._reader)
+
+    async def _shown(self, found: inventory_pb2.Dataset, work: Work | None, tell: Tell | None) -> str:
+        """The header that the dataset's server wants; "" where nobody said so."""
         if not found.HasField("credentials"):
-            return ()
-        if work is None or self._header is None:
+            return ""
+        if work is None or tell is None or self._header is None:
             raise LaunchFailed(f"{found.name} is fetched with a secret, which only a task can be given")
-        return (await self._header(work, found, tell),)
+        return await self._header(work, found, tell)
 
-    def _make_room(self, needed_bytes: int) -> list[str]:
-        """Evicts what was used longest ago until `needed_bytes` more fit; returns the names."""
-        folders = sorted(self._folders(), key=lambda f: f.stat().st_mtime)
-        sizes = {folder: size_bytes(folder) for folder in folders}
-        held, gone = sum(sizes.values()), []
-        for folder in folders:
-            if held + needed_bytes <= self._limit_bytes:
-                break
-            name = names.dataset(folder.name)
-            if name not in self._in_use():
-                shutil.rmtree(folder, ignore_errors=True)
-                held -= sizes[folder]
-                gone.append(name)
-        return gone
+    async def _wanted(self, found: inventory_pb2.Dataset, source: Source) -> Wanted:
+        """What is to be pulled: as the manifest says, else as the source has it now."""
+        there = await asyncio.to_thread(dataset_pull.found_out, source)
+        if not found.manifest_digest:
+            return there
+        request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
+        known = manifest.from_proto(await self._stub.GetDatasetManifest(request, timeout=_CALL_S))
+        sizes = {file.path: file.size_bytes for file in there.manifest.files}
+        if known.digest != found.manifest_digest or any(sizes.get(f.path) != f.size_bytes for f in known.files):
+            raise SourceChanged("it is not what it was when it was first read; declare it under another name")
+        return Wanted(known, there.found)
 
-    async def _tell(self, dataset: str, present_bytes: int) -> None:
-        """Inventory's view is a hint for placement: a report that fails is not worth holding the task for."""
-        copy = inventory_pb2.DatasetCopy(node=self._node, present_bytes=present_bytes, pinned=bool(present_bytes))
+    async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: _Fetch) -> Manifest:
+        """All bytes, in the partial copy. Raises _Unkept where there is no room."""
+        key, size = key_of(found.name, found.manifest_digest), wanted.manifest.size_bytes
+        try:
+            gone = await self._in_store(self._store.reserve, key, size, self._kept)
+            for copy in gone:
+                await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY)
+            await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_PULLING, digest=found.manifest_digest)
+            pull = Pull(wanted, source, self._store.partial(key), pace=self._pace, progress=fetch.progress)
+            return await asyncio.to_thread(pull.run)
+        except (NoRoom, OSError) as failure:
+            if isinstance(failure, OSError) and failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            why = str(failure) if isinstance(failure, NoRoom) else "the disk of its cache is full"
+            _log.warning(Event.DISK_FULL, folder=str(self._store.root), reason=f"{found.name}: {why}")
+            await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_FAILED, message=why)
+            raise _Unkept(found, source.home(), why) from None
+        finally:
+            self._store.release(key)
+
+    def _kept(self, dataset: str) -> bool:
+        return dataset in self._in_use() or dataset in self._fetching
+
+    async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str) -> Copy:
+        partial = self._store.partial(key)
+        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader)
+        _log.info(Event.DATASET_CACHED, dataset=found.name, bytes=made.size_bytes)
+        await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_READY, made.size_bytes, made.digest)
+        return copy
+
+    async def _from_source(self, unkept: _Unkept, work: Work | None, tell: Tell | None) -> str:
+        """Where its original is, for a job that does not insist on a copy."""
+        found, why = unkept.dataset, str(unkept)
+        if work is None or work.spec.require_local_data:
+            raise LaunchFailed(f"{found.name}: {why}", unfit=True)
+        if found.HasField("credentials"):
+            raise LaunchFailed(
+                f"{found.name}: {why}; its source is shown a secret, so no task reads it there", unfit=True
+            )
+        if tell:
+            await tell(f"{found.name}, which is read where it is: {why}")
+        return unkept.home
+
+    async def _report(
+        self, dataset: str, state: int, present_bytes: int = 0, digest: str = "", message: str = ""
+    ) -> None:
+        """Inventory's view is a hint for placement: a report that fails is not worth holding the task for. READY without bytes: none."""
+        copy = inventory_pb2.DatasetCopy(
+            node=self._node,
+            present_bytes=present_bytes,
+            pinned=bool(present_bytes) and dataset in self._in_use(),
+            state=state,  # type: ignore[arg-type]
+            manifest_digest=digest,
+            message=message[:512],
+        )
         request = inventory_pb2.ReportCachedDatasetRequest(dataset=dataset, copy=copy)
         try:
             await self._stub.ReportCachedDataset(request, timeout=_CALL_S)
         except StatusError as error:
             _log.info(Event.RPC_FAILED, method="ReportCachedDataset", reason=error.message)
 
-    def _folders(self) -> list[Path]:
-        """Folders of datasets, whole or in part; whatever else lies there is not ours."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        return [f for f in self._root.iterdir() if f.is_dir() and names.ID_PATTERN.fullmatch(f.name)]
+    async def _in_store(self, do: Callable[..., T], *arguments: object) -> T:
+        """Work on the folder, one at a time."""
+        async with self._storing:
+            if not self._opened:
+                await asyncio.to_thread(self._store.open)
+                self._opened = True
+            return await asyncio.to_thread(do, *arguments)
 
     async def tidy(self) -> None:
-        """Tells what is here (an agent may have died before it could), and removes what is forgotten, or an earlier dataset's of the name."""
-        for folder in (f for f in self._folders() if (f / _DONE).exists()):
-            name = names.dataset(folder.name)
+        """Tells what is here (an agent may have died before it could), and removes what is forgotten, or of an earlier dataset of the name."""
+        for copy in await self._in_store(self._store.copies):
             try:
-                found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=name), timeout=_CALL_S)
-                if found.create_time.seconds <= (folder / _DONE).stat().st_mtime:
-                    await self._tell(name, await asyncio.to_thread(size_bytes, folder))
-                else:  # declared after this was copied: by somebody else, perhaps
-                    await self._remove(name, folder)
+                found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=copy.dataset), timeout=_CALL_S)
             except NotFound:
-                await self._remove(name, folder)
+                await self._remove(copy)
+                continue
             except StatusError:
                 return  # not now
+            if found.manifest_digest == copy.manifest.digest:
+                ready = inventory_pb2.DATASET_COPY_STATE_READY
+                await self._report(copy.dataset, ready, copy.size_bytes, copy.manifest.digest)
+            else:
+                await self._remove(copy)
 
-    async def _remove(self, name: str, folder: Path) -> None:
-        if name not in self._in_use():
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    async def _remove(self, copy: Copy) -> None:
+        if not self._kept(copy.dataset):
+            await self._in_store(self._store.remove, copy)
+
+    async def close(self) -> None:
+        """The agent stops: what is on its way is gone on with by the next one."""
+        for fetch in list(self._fetching.values()):
+            fetch.progress.stop.set()
+            await asyncio.wait({fetch.task}, timeout=_CALL_S)

@@ -94,7 +94,7 @@ def _shown(context: NodeContext, task: Task, work: Work, launch: LaunchContext, 
     own = [directory, str(error_path(task.folder, 0).parent), str(context.isolation.folders.home(task.meta))]
     if os.path.isdir(work.checkpoint_location):
         own.append(work.checkpoint_location)
-    given = [os.path.dirname(launch.agent_socket), *(path for _, path in launch.datasets)]
+    given = [os.path.dirname(launch.agent_socket), *(path for _, path in launch.datasets if os.path.isabs(path))]
     if os.path.isdir(launch.secrets_dir):
         given.append(launch.secrets_dir)
     return dict.fromkeys(own, "rw") | dict.fromkeys(given, "ro")

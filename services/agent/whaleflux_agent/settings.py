@@ -33,7 +33,7 @@ class Settings(ServiceSettings):
             "listen",
         ),
         "Work": (
-            "run", "checkpoint_root", "dataset_root", "dataset_bytes", "code_bytes", "first_port", "last_port", "log_bytes_per_rank",
+            "run", "checkpoint_root", "dataset_root", "dataset_bytes", "dataset_bytes_per_s", "code_bytes", "first_port", "last_port", "log_bytes_per_rank",
             "kept_tasks", "pass_environment", "secrets_dir", "cgroups", "docker",
         ),
         "Isolation of work": (
@@ -81,6 +81,9 @@ class Settings(ServiceSettings):
     )
     dataset_root: Path | None = Field(None, description="Cache of datasets; empty: in the state directory.")
     dataset_bytes: int = Field(1 << 40, gt=0, description="Most bytes that the cache of datasets may hold.")
+    dataset_bytes_per_s: int = Field(
+        0, ge=0, description="Most bytes a second that datasets are pulled with; 0: no limit."
+    )
     code_bytes: int = Field(
         2 << 30, ge=1 << 28, description="Most bytes of packed code that are kept to be unpacked again."
     )

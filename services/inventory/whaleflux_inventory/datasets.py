@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from whaleflux import names
 from whaleflux.clock import Clock
+from whaleflux.data import uris
 from whaleflux.errors import Aborted, AlreadyExists, InvalidArgument, NotFound
 from whaleflux.reasons import What
 from whaleflux.rpc import auth, changes, roles
@@ -16,13 +17,7 @@ from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux_inventory import convert, records
-from whaleflux_inventory.core.datasets import (
-    PASSWORD_INSIDE,
-    has_credentials,
-    may_be_shown_credentials,
-    readable_by_agents,
-)
+from whaleflux_inventory import convert, dataset_manifests, records
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
 
 SecretProblem = Callable[[str], Awaitable[str]]
@@ -30,6 +25,7 @@ SecretProblem = Callable[[str], Awaitable[str]]
 MAX_URI = 2048
 MAX_COPIES = 10_000
 MAX_MEMBERS = 1_000
+MAX_MESSAGE = 512
 
 
 class Datasets:
@@ -44,10 +40,10 @@ class Datasets:
         found = Findings()
         found.text("request_id", request.request_id, 128)
         found.text("dataset.uri", request.dataset.uri, MAX_URI)
-        if not readable_by_agents(request.dataset.uri):
-            found.add("dataset.uri", "is nothing that agents can read; use an absolute path, file:// or http(s)://")
-        if has_credentials(request.dataset.uri):
-            found.add("dataset.uri", PASSWORD_INSIDE)
+        if not uris.readable_by_agents(request.dataset.uri):
+            found.add("dataset.uri", uris.WANTED)
+        if uris.has_credentials(request.dataset.uri):
+            found.add("dataset.uri", uris.PASSWORD_INSIDE)
         found.number("dataset.size_bytes", request.dataset.size_bytes, 0, MAX_DISK_BYTES)
         await self._check_credentials(request.dataset, found)
         _check_members(request.dataset.members, found)
@@ -76,7 +72,7 @@ class Datasets:
         """A secret that whoever declares the dataset may use, for a server that may be shown it."""
         if not dataset.HasField("credentials"):
             return
-        if not may_be_shown_credentials(dataset.uri):
+        if not uris.may_be_shown_credentials(dataset.uri):
             found.add(
                 "dataset.uri",
                 "must be https:// where a secret is shown to its server; anybody on the way could read it otherwise",
@@ -118,7 +114,8 @@ class Datasets:
         check_etag(request.etag, entry)
         marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
         try:
-            await changes.delete(self._store, entry, marked.SerializeToString())
+            forgotten = dataset_manifests.forget(request.name)
+            await changes.delete(self._store, entry, marked.SerializeToString(), also=[forgotten])
         except ConditionFailed:
             raise Aborted(f"{request.name} changed while it was being deleted; read it again") from None
 
@@ -131,23 +128,37 @@ class Datasets:
             raise NotFound("dataset", name)
         return entry
 
+    async def manifest(self, name: str) -> pb.DatasetManifest:
+        """What it consists of; empty while that is not known."""
+        await self._seen(name)
+        return await dataset_manifests.read(self._store, name)
+
+    async def set_manifest(self, request: pb.SetDatasetManifestRequest) -> pb.Dataset:
+        """Records what a node found it to be, unless that is known: then it is told what counts."""
+        return convert.dataset_of(await dataset_manifests.record(self._store, request))
+
     async def report_copy(self, request: pb.ReportCachedDatasetRequest) -> pb.Dataset:
         """Replaces what is known of one node's copy; 0 bytes present: the node has none any more."""
         names.split(request.dataset, "datasets", field="dataset")
         names.split(request.copy.node, "sites", "nodes", field="copy.node")
         found = Findings()
         found.number("copy.present_bytes", request.copy.present_bytes, 0, MAX_DISK_BYTES)
+        found.text("copy.message", request.copy.message, MAX_MESSAGE)
+        found.text("copy.manifest_digest", request.copy.manifest_digest, 64)
         found.raise_if_any()
 
         def note(dataset: pb.Dataset) -> None:
             others = [copy for copy in dataset.copies if copy.node != request.copy.node]
-            mine = [request.copy] if request.copy.present_bytes else []
+            mine = [request.copy] if request.copy.present_bytes or request.copy.state in _WITHOUT_BYTES else []
             copies = sorted([*others[: MAX_COPIES - 1], *mine], key=lambda copy: copy.node)
             del dataset.copies[:]
             dataset.copies.extend(copies)
 
         entry = await records.change(self._store, keys.DATASETS, request.dataset, pb.Dataset, note, kind="dataset")
         return convert.dataset_of(entry)
+
+
+_WITHOUT_BYTES = (pb.DATASET_COPY_STATE_PULLING, pb.DATASET_COPY_STATE_FAILED)
 
 
 def _access(dataset: pb.Dataset) -> Access:

@@ -113,6 +113,13 @@ class InventoryServicer(rpc.InventoryServiceServicer):
         await self._datasets.delete(request)
         return Empty()
 
+    async def GetDatasetManifest(self, request: pb.GetDatasetManifestRequest, context: Context) -> pb.DatasetManifest:
+        return await self._datasets.manifest(request.name)
+
+    async def SetDatasetManifest(self, request: pb.SetDatasetManifestRequest, context: Context) -> pb.Dataset:
+        auth.require_own_node(request.node)
+        return await self._datasets.set_manifest(request)
+
     async def ReportCachedDataset(self, request: pb.ReportCachedDatasetRequest, context: Context) -> pb.Dataset:
         auth.require_own_node(request.copy.node)
         return await self._datasets.report_copy(request)

@@ -226,6 +226,9 @@ async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceSt
         await clock.sleep(DATASETS_EVERY_S)
 
 
+_WHOLE = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
+
+
 async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, DatasetFact]) -> dict[str, DatasetFact]:
     """By name; those whose record cannot be read stay as they are known."""
     facts: dict[str, DatasetFact] = {}
@@ -234,7 +237,11 @@ async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, Dataset
         request = inventory_pb2.ListDatasetsRequest(page_size=500, page_token=token)
         page = await inventory.ListDatasets(request, timeout=10.0)
         for dataset in page.datasets:
-            whole = (copy.node for copy in dataset.copies if copy.present_bytes >= dataset.size_bytes)
+            whole = (
+                copy.node
+                for copy in dataset.copies
+                if copy.state in _WHOLE and copy.present_bytes >= dataset.size_bytes
+            )
             facts[dataset.name] = DatasetFact(dataset.name, dataset.size_bytes, tuple(whole))
         facts |= {name: known[name] for name in page.unreadable if name in known}
         token = page.next_page_token

@@ -105,7 +105,8 @@ def _volumes(plan: LaunchPlan, environment: dict[str, str]) -> dict[str, dict[st
         writable.append(home)
     if (checkpoints := environment.get("WHALEFLUX_CHECKPOINT_LOCATION", "")) and os.path.isabs(checkpoints):
         writable.append(checkpoints)
-    data = [path for name, path in environment.items() if name.startswith("WHALEFLUX_DATASET_")]
+    datasets = (path for name, path in environment.items() if name.startswith("WHALEFLUX_DATASET_"))
+    data = [path for path in datasets if os.path.isabs(path)]  # else a URL, where there was no room
     data += [plan.secrets] if plan.secrets else []
     if socket := environment.get("WHALEFLUX_AGENT_SOCKET"):  # to connect is not to write
         data.append(os.path.dirname(socket))

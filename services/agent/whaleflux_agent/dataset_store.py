@@ -1,0 +1,174 @@
+"""The node's folder of datasets: which versions are there whole, what room they take, and which of them make room. Blocking: for threads.
+
+    root/<id>@<digest>/           a whole copy; the name is its dataset's and its version's
+    root/.manifests/<same>        what it consists of; a copy without is none
+    root/.partial/<same>/         on its way (`dataset_pull`)
+    root/.trash/                  on its way out
+
+One thread at a time: the cache sees to that (`DatasetCache`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from whaleflux import names
+from whaleflux.data import manifest
+from whaleflux.data.manifest import Manifest
+from whaleflux.quantities import shown_bytes
+from whaleflux.v1 import inventory_pb2
+from whaleflux_agent import dataset_pull
+
+_DIGITS = 16  # of a digest, in names of folders; the manifest holds all of it
+_SPARE_SHARE, _MOST_SPARE_BYTES = 0.02, 10 << 30  # of the disk, for whoever else writes there
+
+
+class NoRoom(Exception):
+    """It does not fit: nothing was written, and nothing removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A whole copy. `dataset`: datasets/{dataset}; `used_s`: when a task was last given it."""
+
+    dataset: str
+    folder: Path
+    manifest: Manifest
+    used_s: float
+
+    @property
+    def size_bytes(self) -> int:
+        return self.manifest.size_bytes
+
+
+def key_of(dataset: str, digest: str) -> str:
+    """The folder's name of a version; `digest` "": of one that is not known yet."""
+    return f"{names.last(dataset)}@{digest[:_DIGITS] or 'new'}"
+
+
+class DatasetStore:
+    """Everything below `root`, at most `limit_bytes` of it."""
+
+    def __init__(self, root: Path, limit_bytes: int) -> None:
+        self.root, self.limit_bytes = root, limit_bytes
+        self._reserved: dict[str, int] = {}  # bytes by key, of what is on its way
+
+    def open(self) -> None:
+        """Makes the folders, and takes out what an earlier agent had begun to. Raises OSError."""
+        for name in (".manifests", ".partial", ".trash"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        for left in (self.root / ".trash").iterdir():
+            shutil.rmtree(left, ignore_errors=True)
+
+    def copies(self) -> list[Copy]:
+        """All whole copies, those longest unused first."""
+        found = [copy for folder in self.root.iterdir() if "@" in folder.name and (copy := self._copy(folder))]
+        return sorted(found, key=lambda copy: copy.used_s)
+
+    def find(self, dataset: str, digest: str = "") -> Copy | None:
+        """The whole copy of a version (`digest` "": of any) that is as it was left; one that somebody wrote to is taken out."""
+        for copy in self.copies():
+            if copy.dataset == dataset and digest in ("", copy.manifest.digest):
+                if dataset_pull.unchanged(copy.folder, copy.manifest):
+                    return copy
+                self.remove(copy)
+        return None
+
+    def _copy(self, folder: Path) -> Copy | None:
+        try:
+            message = inventory_pb2.DatasetManifest.FromString((self.root / ".manifests" / folder.name).read_bytes())
+            used_s, found = folder.stat().st_mtime, manifest.from_proto(message)
+        except (OSError, ValueError):  # ManifestWrong, and what is no message
+            return None
+        dataset = names.dataset(folder.name.partition("@")[0])
+        return Copy(dataset, folder, found, used_s) if key_of(dataset, found.digest) == folder.name else None
+
+    def partial(self, key: str) -> Path:
+        return self.root / ".partial" / key
+
+    def reserve(self, key: str, size_bytes: int, kept: Callable[[str], bool]) -> list[Copy]:
+        """Keeps room for what comes, if need be of copies that are not `kept` (by dataset); returns those. Raises NoRoom."""
+        gone = self._leaving(key, size_bytes, kept)
+        for copy in gone:
+            self.remove(copy)
+        self._reserved[key] = size_bytes
+        return gone
+
+    def _leaving(self, key: str, size_bytes: int, kept: Callable[[str], bool]) -> list[Copy]:
+        """Copies that have to go, longest unused first; partial ones that nobody goes on with go at once."""
+        copies = self.copies()
+        missing = self._missing(key, size_bytes, copies)
+        if missing > 0:
+            self._drop_partials(key)
+            missing = self._missing(key, size_bytes, copies)
+        gone = list[Copy]()
+        for copy in copies:
+            if missing <= 0:
+                break
+            if not kept(copy.dataset):
+                gone.append(copy)
+                missing -= copy.size_bytes
+        if missing > 0:
+            raise NoRoom(
+                f"{shown_bytes(size_bytes)} do not fit: {shown_bytes(missing)} more are needed than the cache "
+                f"({shown_bytes(self.limit_bytes)}, --dataset-bytes) and its disk have beside what is in use"
+            )
+        return gone
+
+    def _missing(self, key: str, size_bytes: int, copies: list[Copy]) -> int:
+        """Bytes that are short, by the limit and by the disk; of the latter a partial copy has its part already."""
+        allowed = self.limit_bytes - sum(copy.size_bytes for copy in copies) - sum(self._reserved.values())
+        return size_bytes - min(allowed, self._free_bytes() + allocated(self.partial(key)))
+
+    def _drop_partials(self, but: str) -> None:
+        """Removes what nobody pulls."""
+        for folder in (self.root / ".partial").iterdir():
+            if folder.name != but and folder.name not in self._reserved:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _free_bytes(self) -> int:
+        """Of the disk, beside what is left to others; what is on its way has its room there already, or is about to."""
+        state = shutil.disk_usage(self.root)
+        coming = sum(max(0, size - allocated(self.partial(key))) for key, size in self._reserved.items())
+        return int(state.free - min(_SPARE_SHARE * state.total, _MOST_SPARE_BYTES) - coming)
+
+    def release(self, key: str) -> None:
+        """Nobody pulls it any more."""
+        self._reserved.pop(key, None)
+
+    def publish(self, dataset: str, found: Manifest, partial: Path, reader: int) -> Copy:
+        """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError."""
+        key = key_of(dataset, found.digest)
+        known, target = self.root / ".manifests" / key, self.root / key
+        written = known.with_name(f".{key}")
+        written.write_bytes(found.to_proto().SerializeToString())
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        written.rename(known)
+        dataset_pull.sync(known.parent)
+        dataset_pull.finish(partial, target, reader)
+        return Copy(dataset, target, found, target.stat().st_mtime)
+
+    def remove(self, copy: Copy) -> None:
+        """Not there from now on; whoever reads it reads on."""
+        out = self.root / ".trash" / names.ulid()
+        copy.folder.rename(out)
+        (self.root / ".manifests" / copy.folder.name).unlink(missing_ok=True)
+        shutil.rmtree(out, ignore_errors=True)
+
+    def touch(self, copy: Copy) -> None:
+        """It is used now: others go before it."""
+        os.utime(copy.folder)
+
+
+def allocated(partial: Path) -> int:
+    """Bytes that a partial copy has on the disk; 0 where there is none."""
+    total = 0
+    for root, _, found in os.walk(partial):
+        for name in found:
+            total += os.lstat(os.path.join(root, name)).st_blocks * 512
+    return total

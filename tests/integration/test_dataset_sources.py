@@ -1,0 +1,126 @@
+"""Originals over HTTP and through fsspec: in ranges where they are offered, whole where not, and never two versions in one."""
+
+import http.server
+import os
+import sys
+import threading
+import uuid
+
+import pytest
+
+from whaleflux.data import manifest as manifests
+from whaleflux.data import sources
+from whaleflux.data.manifest import ManifestWrong
+from whaleflux.data.sources import ByFsspec, SourceChanged, SourceFailed, Web
+from whaleflux_agent import dataset_pull
+from whaleflux_agent.dataset_pull import Pull, finish, found_out
+
+DATA = os.urandom(100_000)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One object; `ranged`, `etag`, `wants`, `cut` are the server's, for a test to set."""
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append(self.headers.get("Range", ""))
+        if server.wants and self.headers.get("Authorization") != server.wants:
+            return self.send_error(401)
+        data, first = DATA, 0
+        if server.ranged and (wanted := self.headers.get("Range", "")).startswith("bytes="):
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            data = DATA[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{len(DATA)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        if server.cut and len(data) > 1:
+            server.cut -= 1
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        try:
+            self.wfile.write(data)
+        except OSError:
+            pass  # the reader has what it wanted
+        return None
+
+    def log_message(self, *_):
+        """Silent."""
+
+
+@pytest.fixture
+def server():
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.daemon_threads = True
+    made.ranged, made.etag, made.wants, made.cut, made.asked = True, '"1"', "", 0, []
+    made.url = f"http://127.0.0.1:{made.server_port}/sets/c4%20en.tar?part=1"
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _small_and_at_once(monkeypatch):
+    monkeypatch.setattr(dataset_pull, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(dataset_pull, "_RUN_BYTES", 32768)
+    monkeypatch.setattr(manifests, "MIN_CHUNK_BYTES", 16384)
+
+
+def pulled(source, folder):
+    made = Pull(found_out(source), source, folder / "partial").run()
+    finish(folder / "partial", folder / "copy")
+    return made, {path.name: path.read_bytes() for path in (folder / "copy").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_a_file_of_a_web_server(server, tmp_path, ranged):
+    server.ranged, server.wants, server.cut = ranged, "Bearer t", 2
+    made, found = pulled(Web(server.url, "Bearer t"), tmp_path)
+    assert found == {"c4 en.tar": DATA}
+    assert made.chunk_count == 7
+    if ranged:
+        assert len(server.asked) > 4, "several stretches"
+
+
+def test_a_server_that_says_no_is_quoted(server):
+    server.wants = "Bearer t"
+    with pytest.raises(SourceFailed, match="401"):
+        Web(server.url).scan()
+
+
+def test_an_object_that_is_replaced_while_it_is_read_makes_no_version(server, tmp_path):
+    source = Web(server.url)
+    wanted = found_out(source)
+    server.etag = '"2"'
+    with pytest.raises(SourceChanged):
+        Pull(wanted, source, tmp_path / "partial").run()
+
+
+def test_what_fsspec_reads(tmp_path):
+    import fsspec
+
+    root = f"memory://{uuid.uuid4().hex}"
+    with fsspec.open(f"{root}/sub/big", "wb") as file:
+        file.write(DATA)
+    with fsspec.open(f"{root}/small", "wb") as file:
+        file.write(b"small")
+    made, found = pulled(ByFsspec(root), tmp_path / "folder")
+    assert found == {"big": DATA, "small": b"small"}
+    assert [file.path for file in made.files] == ["small", "sub/big"]
+    single = ByFsspec(f"{root}/sub/big")
+    assert pulled(single, tmp_path / "single")[1] == {"big": DATA}
+    assert single.home() == f"{root}/sub"
+    with pytest.raises(ManifestWrong, match="holds no bytes"):
+        found_out(ByFsspec("memory://absent/nothing"))
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(SourceFailed, match="gs:// needs the package gcsfs on this node"):
+        sources.open_source("gs://bucket/c4")
