@@ -34,7 +34,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{len(DATA)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        if server.says_length:
+            self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", server.etag)
         self.end_headers()
         if server.cut and len(data) > 1:
@@ -56,6 +57,7 @@ def server():
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     made.daemon_threads = True
     made.ranged, made.etag, made.wants, made.cut, made.asked = True, '"1"', "", 0, []
+    made.says_length = True
     made.url = f"http://127.0.0.1:{made.server_port}/sets/c4%20en.tar?part=1"
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
@@ -86,6 +88,11 @@ def test_a_file_of_a_web_server(server, tmp_path, ranged):
     assert made.chunk_count == 7
     if ranged:
         assert len(server.asked) > 4, "several stretches"
+
+
+def test_a_server_that_does_not_say_how_much_it_has(server, tmp_path):
+    server.ranged = server.says_length = False
+    assert pulled(Web(server.url), tmp_path)[1] == {"c4 en.tar": DATA}
 
 
 def test_a_server_that_says_no_is_quoted(server):

@@ -161,7 +161,7 @@ async def test_no_value_is_found_anywhere_after_a_full_run(told_of_traces, tmp_p
                 "exec", "low", "--", "sh", "-c", 'printf %s "$HF_TOKEN" | sha256sum; stat -c %a "$KEY_FILE"'
             )
             assert _digest(token) in exec_ and "400" in exec_
-            assert [one for one in Gated.seen if one] == [f"Bearer {source}"], (
+            assert set(filter(None, Gated.seen)) == {f"Bearer {source}"}, (
                 "shown to the server, and not where it sends us"
             )
 

@@ -153,11 +153,10 @@ class Web:
         with self._ask(0, 1) as answer:
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
             self.ranged = answer.status == 206 and total.isdigit()
-            size = total if self.ranged else answer.headers.get("Content-Length", "")
-            if not size.isdigit():
-                raise SourceFailed(f"{self._url}: the server does not say how long it is")
+            said = total if self.ranged else answer.headers.get("Content-Length", "")
+            size = int(said) if said.isdigit() else _length(answer)
             name = unquote(urlsplit(self._url).path).rpartition("/")[2] or "data"
-            return [Found(name, int(size), _version(answer))]
+            return [Found(name, size, _version(answer))]
 
     def home(self) -> str:
         return self._url.rpartition("/")[0]
@@ -187,6 +186,14 @@ class Web:
 
 def _version(answer: Any) -> str:
     return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+
+
+def _length(stream: BinaryIO) -> int:
+    """Of what a server gives without saying how much it is: only who reads it knows."""
+    total = 0
+    while data := stream.read(_SKIP_BYTES):
+        total += len(data)
+    return total
 
 
 def _skip(stream: BinaryIO, count: int) -> None:
