@@ -46,5 +46,5 @@ DOORS: dict[str, Door] = {
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
-    "locality": Door(waits_for="pins of datasets"),
+    "locality": Door(waits_for="the book of holds in the planner"),
 }

@@ -99,6 +99,7 @@ class ErrorReason(_Words):
     NO_FREE_PORT = "NO_FREE_PORT", "no port of the agent's range is free"
     NO_READY_REPLICA = "NO_READY_REPLICA", "no replica of the model can take a request now"
     OUT_OF_RANGE = "OUT_OF_RANGE", "what was asked for lies outside of what there is"
+    PIN_DOES_NOT_FIT = "PIN_DOES_NOT_FIT", "a node has no room for a dataset beside what is pinned there"
     PLANNER_BUSY = "PLANNER_BUSY", "too many questions wait for the planner; try again"
     PORT_TAKEN = "PORT_TAKEN", "another process listens on the port"
     PRIORITY_CAPPED = "PRIORITY_CAPPED", "the priority is above what users may give in the queue; operators may"

@@ -83,6 +83,11 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
             raise NotFound("dataset", request.name)
         return self.datasets[request.name]
 
+    async def ListNodePins(self, request: Any, context: Any) -> Any:
+        auth.require_own_node(request.node)
+        here = [one for one in self.datasets.values() if any(pin.node == request.node for pin in one.pins)]
+        return inventory_pb2.ListNodePinsResponse(datasets=here)
+
     async def GetDatasetManifest(self, request: Any, context: Any) -> Any:
         return self.manifests.get(request.name, inventory_pb2.DatasetManifest())
 

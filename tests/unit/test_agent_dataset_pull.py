@@ -64,8 +64,8 @@ class Faulty(Local):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(dataset_pull, "_PAUSE_S", 0.0)
-    monkeypatch.setattr(dataset_pull, "_RUN_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(dataset_pull, "PAUSE_S", 0.0)
+    monkeypatch.setattr(dataset_pull, "RUN_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(manifests, "MIN_CHUNK_BYTES", CHUNK_BYTES)
 
 

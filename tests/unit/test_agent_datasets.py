@@ -26,7 +26,7 @@ class Inventory:
 
     def __init__(self, uri, **others):
         self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
-        self.manifests, self.copies, self.away = {}, {}, False
+        self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
 
     def _dataset(self, name):
         if self.away:
@@ -48,6 +48,9 @@ class Inventory:
         self.manifests.setdefault(request.dataset, request.manifest)
         return self._dataset(request.dataset)
 
+    async def ListNodePins(self, request, timeout):
+        return inventory_pb2.ListNodePinsResponse(datasets=[self._dataset(name) for name in self.pinned])
+
     async def ReportCachedDataset(self, request, timeout):
         self.copies.setdefault(request.dataset, []).append(request.copy)
         return inventory_pb2.Dataset(name=request.dataset)
@@ -60,7 +63,7 @@ class Inventory:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(dataset_pull, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(dataset_pull, "PAUSE_S", 0.0)
 
 
 class Slow(sources.Local):
@@ -195,6 +198,31 @@ async def test_room_is_made_of_what_nobody_reads_and_only_when_it_is_enough(tmp_
     assert (Path(await cache.fetch("datasets/large", work())) / "large").exists()
     assert not Path(kept).exists()
     assert not inventory.copies["datasets/c4"][-1].present_bytes
+
+
+async def test_what_is_pinned_is_pulled_without_a_job_and_stays(tmp_path, source):
+    inventory = Inventory(source, other=source)
+    cache = cache_of(tmp_path, inventory, room=9)
+    inventory.pinned = ["datasets/c4"]
+    await cache.follow_pins()
+    await until(lambda: inventory.states("datasets/c4") == ["PULLING", "READY"])
+    assert inventory.copies["datasets/c4"][-1].pinned
+    assert await cache.fetch("datasets/other", work()) == str(source), "it makes no room for a job"
+    inventory.pinned = []
+    await cache.follow_pins()
+    assert not inventory.copies["datasets/c4"][-1].pinned
+    assert await cache.fetch("datasets/other", work()) != str(source)
+
+
+async def test_a_pin_that_does_not_fit_is_said_and_writes_nothing(tmp_path, source):
+    inventory = Inventory(source)
+    cache = cache_of(tmp_path, inventory, room=5)
+    inventory.pinned = ["datasets/c4"]
+    await cache.follow_pins()
+    await until(lambda: inventory.states("datasets/c4") == ["FAILED"])
+    await cache.follow_pins()
+    assert inventory.states("datasets/c4") == ["FAILED"], "not asked for again at once"
+    assert not list((tmp_path / "cache" / ".partial").iterdir())
 
 
 async def test_an_agent_that_stops_ends_what_is_on_its_way(tmp_path, source, slow):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from whaleflux.clock import VirtualClock
 from whaleflux.convert import facts_to_proto, node_from_proto
@@ -357,6 +358,64 @@ async def test_a_manifest_that_cannot_be_changes_nothing(world):
     with pytest.raises(PermissionDenied):
         await world.call("SetDatasetManifest", request, "agent", "a/n2")
     assert (await world.store.list("/")).revision == before
+
+
+async def pinnable(world, size=10, **nodes):
+    for name, cache_bytes in nodes.items():
+        await world.register(f"sites/a/nodes/{name}", agent=f"a/{name}", dataset_cache_bytes=cache_bytes)
+    for name in ("c4", "other"):
+        dataset = {"uri": "/d", "size_bytes": size}
+        await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id=name, dataset=dataset))
+
+
+def pin(dataset="c4", **how):
+    return pb.PinDatasetRequest(name=f"datasets/{dataset}", **how)
+
+
+async def test_pins_go_where_there_is_room_and_end_in_time(world):
+    await pinnable(world, n1=15, n2=30, n3=5)
+    pinned = await world.call("PinDataset", pin(copies=2, ttl=Duration(seconds=60)))
+    assert [one.node for one in pinned.pins] == [N1, N2]
+    await world.call("PinDataset", pin("other", nodes=[N2]))
+    asked = pb.ListNodePinsRequest(node=N2)
+    here = await world.call("ListNodePins", asked, "agent", "a/n2")
+    assert [one.name for one in here.datasets] == ["datasets/c4", "datasets/other"]
+    await world.clock.advance(61)
+    here = await world.call("ListNodePins", asked, "agent", "a/n2")
+    assert [one.name for one in here.datasets] == ["datasets/other"]
+    assert not (await world.call("UnpinDataset", pb.UnpinDatasetRequest(name="datasets/other"))).pins
+    with pytest.raises(PermissionDenied):
+        await world.call("ListNodePins", asked, "agent", "a/n1")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"nodes": [N1]}, "10 B of it pinned to others: 5 B are missing"),
+        ({"copies": 3}, "3 copies are asked for, and 1 of 3 nodes have room"),
+        ({"nodes": [N2], "copies": 1}, "one of the two"),
+        ({}, "one of the two"),
+        ({"copies": -1}, "copies"),
+        ({"nodes": ["sites/a/nodes/none"]}, "no node that takes work"),
+        ({"nodes": ["n1"]}, r"nodes\[0\]"),
+        ({"copies": 1, "ttl": Duration(seconds=-1)}, "ttl: is not above 0"),
+    ],
+)
+async def test_a_pin_that_cannot_be_is_refused_and_changes_nothing(world, how, said):
+    await pinnable(world, n1=15, n2=30, n3=5)
+    await world.call("PinDataset", pin("other", nodes=[N1]))
+    before = (await world.store.list("/")).revision
+    with pytest.raises((InvalidArgument, FailedPrecondition), match=said):
+        await world.call("PinDataset", pin(**how))
+    assert (await world.store.list("/")).revision == before
+
+
+async def test_pins_of_a_dataset_are_its_owners(world):
+    await pinnable(world, n1=15)
+    with pytest.raises(PermissionDenied):
+        await world.call("PinDataset", pin(copies=1), "user", "eve")
+    with pytest.raises(PermissionDenied):
+        await world.call("UnpinDataset", pb.UnpinDatasetRequest(name="datasets/c4"), "user", "eve")
 
 
 async def test_news_of_a_node(world):

@@ -10,10 +10,10 @@ from whaleflux import names
 from whaleflux.cli import output
 from whaleflux.cli.filters import Sort, ordered
 from whaleflux.cli.output import Column, Format
-from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
+from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, node_name, pages
 
 datasets = typer.Typer(
-    invoke_without_command=True, help="Datasets that jobs read: declare, list, show, forget. Alone: list them."
+    invoke_without_command=True, help="Datasets that jobs read: declare, list, pin to nodes, forget. Alone: list them."
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Dataset.")]
@@ -119,6 +119,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
         ("size", _size(found)),
         ("version", found.manifest_digest or "not known before a node has read all of it"),
         ("files", files),
+        ("pinned to", ", ".join(_pin(pin) for pin in found.pins)),
         ("declared", output.age(found.create_time) + " ago" + (f" by {found.owner}" if found.owner else "")),
         ("for", ", ".join(found.members) or "all users"),
         ("copies", ", ".join(copies) or "none yet: the first job that names it fetches it"),
@@ -147,6 +148,57 @@ def where(name: Name, sort: Sort = "", fmt: Output = Format.table, no_headers: N
     output.show(copies, columns, fmt, headers=not no_headers, empty=empty, name=lambda c: str(c.node))
 
 
+@datasets.command("pin")
+def pin(
+    name: Name,
+    node: Annotated[
+        list[str] | None, typer.Option("--node", metavar="NODE", help="A node that is to hold it; several times.")
+    ] = None,
+    copies: Annotated[int, typer.Option("--copies", min=0, help="On how many nodes, chosen by room.")] = 0,
+    for_: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="Such as 7 d; without: until it is unpinned.")
+    ] = "",
+) -> None:
+    """Has nodes hold a dataset also while no job needs it; refused where it does not fit.
+
+    \b
+      whaleflux datasets pin c4-en --copies 2 --for "7 d"
+      whaleflux datasets pin c4-en --node onprem/gpu-7
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux import quantities
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    request = pb.PinDatasetRequest(name=_full(name), copies=copies if copies or node else 1)
+    if for_:
+        try:
+            request.ttl.FromMilliseconds(int(quantities.seconds(for_) * 1000))
+        except ValueError as wrong:
+            raise InvalidArgument(FieldViolation("--for", str(wrong))) from None
+    with fleet() as client:
+        request.nodes.extend(node_name(client, one) for one in node or ())
+        pinned = client.inventory.PinDataset(request, timeout=10)
+    output.note(
+        f"{pinned.name} is pinned to {', '.join(p.node for p in pinned.pins)}; see: whaleflux datasets where {_id(name)}"
+    )
+
+
+@datasets.command("unpin")
+def unpin(
+    name: Name,
+    node: Annotated[
+        list[str] | None, typer.Option("--node", metavar="NODE", help="Of this node alone; several times.")
+    ] = None,
+) -> None:
+    """Takes pins away; copies stay until their room is needed."""
+    from whaleflux.v1 import inventory_pb2 as pb
+
+    with fleet() as client:
+        nodes = [node_name(client, one) for one in node or ()]
+        left = client.inventory.UnpinDataset(pb.UnpinDatasetRequest(name=_full(name), nodes=nodes), timeout=10)
+    output.note(f"{left.name} is pinned to {', '.join(p.node for p in left.pins) or 'no node any more'}")
+
+
 @datasets.command("rm")
 def remove(name: Name, yes: Yes = False) -> None:
     """Forgets a dataset; nodes delete their copies when no job uses them, the original stays."""
@@ -156,6 +208,11 @@ def remove(name: Name, yes: Yes = False) -> None:
         confirm(f"forget {_full(name)}?", yes)
         client.inventory.DeleteDataset(pb.DeleteDatasetRequest(name=_full(name)), timeout=10)
     output.note(f"{_full(name)} is forgotten")
+
+
+def _pin(pin: Any) -> str:
+    ends = f" until {pin.expire_time.ToJsonString()}" if pin.HasField("expire_time") else ""
+    return f"{pin.node}{ends} by {pin.author}"
 
 
 def _state(copy: Any) -> str:

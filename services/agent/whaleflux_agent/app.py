@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
 from whaleflux import hostport, names
 from whaleflux.checkpoint_storage import STORAGE_LABEL, found_storage
@@ -26,6 +28,7 @@ from whaleflux_agent.checkpoint_collector import CheckpointCollector
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.code_cache import CodeCache
 from whaleflux_agent.dataset_pull import Pace
+from whaleflux_agent.dataset_store import cache_bytes
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.devices import host
 from whaleflux_agent.devices.nvml import open_nvml
@@ -57,6 +60,7 @@ from whaleflux_agent.sync import SyncLoop
 from whaleflux_agent.task_runner import NodeContext, Sockets, Task
 
 _TIDY_EVERY_S = 3600.0
+_PINS_EVERY_S = 10.0
 _LOOK_AT_STORAGE_S = 5.0
 Context = ServiceContext[Settings]
 
@@ -117,6 +121,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             _renewal(ctx, inventory, description, revocation).run,
             _device_events(source, observations, registration),
             _dataset_tidying(datasets, registration, clock),
+            *([lambda: _dataset_pins(datasets, registration, clock)] if settings.run else []),
         ],
         farewells=[lambda: _say_goodbye(heartbeat, revocation)],
         on_stop=[attached.close, source.close, datasets.close, lambda: asyncio.to_thread(custody.state.close)],
@@ -185,6 +190,7 @@ def _description(ctx: Context, runtimes: dict[str, Runtime], isolation: Isolatio
         isolation=isolation.facts(runtimes["process"].limited_by) if runtimes else None,
         conditions=_conditions(isolation) if runtimes else (),
         memory_limits=runtimes["process"].memory_limits if runtimes else "",
+        dataset_cache_bytes=cache_bytes(_dataset_root(settings), settings.dataset_bytes) if runtimes else 0,
         zone=settings.zone,
         spine=settings.spine,
         leaf=settings.leaf,
@@ -216,7 +222,7 @@ def _supervision(
     files = SecretFiles(choose_root(settings.secrets_dir, settings.state_dir), settings.state_dir / "secrets")
     secrets = SecretAccess(files, agent_pb2_grpc.TaskServiceStub(_channel(ctx, "scheduler")), ctx.clock)
     datasets = DatasetCache(
-        settings.dataset_root or settings.state_dir / "datasets",
+        _dataset_root(settings),
         settings.dataset_bytes,
         node,
         inventory,
@@ -338,6 +344,13 @@ def _dataset_tidying(datasets: DatasetCache, registration: Registration, clock: 
     return tidy
 
 
+async def _dataset_pins(datasets: DatasetCache, registration: Registration, clock: Clock) -> None:
+    await registration.registered.wait()
+    while True:
+        await datasets.follow_pins()
+        await clock.sleep(_PINS_EVERY_S * (0.5 + random.random()))  # not all agents at once
+
+
 async def _storage_of_checkpoints(settings: Settings) -> str:
     """The name of the storage that this node's folder for checkpoints is on, so that people can see which nodes share one."""
     try:
@@ -345,6 +358,10 @@ async def _storage_of_checkpoints(settings: Settings) -> str:
             return await asyncio.to_thread(found_storage, settings.checkpoints)
     except (OSError, TimeoutError):  # nothing is mounted there, or it does not answer: jobs will say so
         return ""
+
+
+def _dataset_root(settings: Settings) -> Path:
+    return settings.dataset_root or settings.state_dir / "datasets"
 
 
 def _checkpoint_root(settings: Settings) -> str:

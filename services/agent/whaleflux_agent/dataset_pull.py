@@ -29,10 +29,10 @@ from whaleflux.data.manifest import Chunk, Manifest
 from whaleflux.data.sources import Found, Source, SourceChanged, SourceFailed
 
 LANES = 4
-_RUN_BYTES = 64 << 20  # asked of a source at once
+RUN_BYTES = 64 << 20  # asked of a source at once
 _PIECE_BYTES = 1 << 20
 _TRIES = 3  # of a stretch that does not come, or not as it should
-_PAUSE_S = 0.5
+PAUSE_S = 0.5
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # ours, not the source's
 _RECORD = struct.Struct(">I32s")
 FIXED_NS = 978307200 * 10**9  # when every file was last written, as far as its times say: a later write shows
@@ -165,7 +165,7 @@ class Pull:
 
     def _runs(self) -> Iterator[Sequence[Chunk]]:
         """Missing chunks that follow one another in a file, as far as one request goes."""
-        limit = _RUN_BYTES if self._source.ranged else 1 << 62
+        limit = RUN_BYTES if self._source.ranged else 1 << 62
         run: list[Chunk] = []
         for chunk in (chunk for chunk in self._chunks if chunk.index not in self._digests):
             follows = run and run[-1].index + 1 == chunk.index and run[-1].file == chunk.file
@@ -206,7 +206,7 @@ class Pull:
             except (SourceFailed, OSError) as failed:
                 if tried == _TRIES or (isinstance(failed, OSError) and failed.errno in _DISK):
                     raise
-                self.progress.stop.wait(_PAUSE_S * tried)
+                self.progress.stop.wait(PAUSE_S * tried)
                 self.progress.check()
 
     def _stream(self, run: Sequence[Chunk], journal: BinaryIO) -> None:

@@ -165,6 +165,13 @@ class DatasetStore:
         os.utime(copy.folder)
 
 
+def cache_bytes(root: Path, limit_bytes: int) -> int:
+    """Most bytes that a cache there can hold: its limit, or its disk less what is left to others."""
+    below = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    total = shutil.disk_usage(below).total
+    return int(min(limit_bytes, total - min(_SPARE_SHARE * total, _MOST_SPARE_BYTES)))
+
+
 def allocated(partial: Path) -> int:
     """Bytes that a partial copy has on the disk; 0 where there is none."""
     total = 0

@@ -30,6 +30,7 @@ from whaleflux_agent.secret_access import Tell
 T = TypeVar("T")
 _CALL_S = 10.0
 _TELL_EVERY_S = 2.0
+_PIN_AGAIN_S = 60.0
 _VERSIONS = 2  # of one dataset that a fetch tries: what it finds out, and what another node found out before
 _log = telemetry.get_logger("whaleflux.agent")
 
@@ -88,6 +89,8 @@ class DatasetCache:
         self._store, self._node, self._stub, self._in_use = DatasetStore(root, limit_bytes), node, stub, in_use
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, _Fetch] = {}
+        self._pinned = frozenset[str]()  # datasets/{dataset}, held also while no task reads them
+        self._not_before_s: dict[str, float] = {}  # when a pin that failed is tried again
         self._storing, self._opened = asyncio.Lock(), False
 
     async def fetch(self, dataset: str, work: Work | None = None, tell: Tell | None = None) -> str:
@@ -204,7 +207,35 @@ class DatasetCache:
             self._store.release(key)
 
     def _kept(self, dataset: str) -> bool:
-        return dataset in self._in_use() or dataset in self._fetching
+        return dataset in self._pinned or dataset in self._in_use() or dataset in self._fetching
+
+    async def follow_pins(self) -> None:
+        """Asks which datasets this node is to hold, and begins to pull what is missing; what failed is tried again in a minute."""
+        request = inventory_pb2.ListNodePinsRequest(node=self._node)
+        try:
+            wanted = {found.name: found for found in (await self._stub.ListNodePins(request, timeout=_CALL_S)).datasets}
+        except StatusError as error:
+            _log.info(Event.RPC_FAILED, method="ListNodePins", reason=error.message)
+            return  # what was pinned stays so
+        before, self._pinned = self._pinned, frozenset(wanted)
+        now_s = asyncio.get_running_loop().time()
+        for name, found in wanted.items():
+            if name in self._fetching or self._not_before_s.get(name, now_s) > now_s:
+                continue
+            copy = (
+                await self._in_store(self._store.find, name, found.manifest_digest) if found.manifest_digest else None
+            )
+            if copy is None and not found.HasField("credentials"):  # a secret is given for a task only
+                self._not_before_s[name] = now_s + _PIN_AGAIN_S
+                self._fetch_once(name, None, None)
+            elif copy and name not in before:
+                await self._report_here(copy)
+        for name in before - self._pinned:
+            if copy := await self._in_store(self._store.find, name):
+                await self._report_here(copy)
+
+    async def _report_here(self, copy: Copy) -> None:
+        await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY, copy.size_bytes, copy.manifest.digest)
 
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str) -> Copy:
         partial = self._store.partial(key)
@@ -233,7 +264,7 @@ class DatasetCache:
         copy = inventory_pb2.DatasetCopy(
             node=self._node,
             present_bytes=present_bytes,
-            pinned=bool(present_bytes) and dataset in self._in_use(),
+            pinned=bool(present_bytes) and (dataset in self._pinned or dataset in self._in_use()),
             state=state,  # type: ignore[arg-type]
             manifest_digest=digest,
             message=message[:512],
@@ -263,8 +294,7 @@ class DatasetCache:
             except StatusError:
                 return  # not now
             if found.manifest_digest == copy.manifest.digest:
-                ready = inventory_pb2.DATASET_COPY_STATE_READY
-                await self._report(copy.dataset, ready, copy.size_bytes, copy.manifest.digest)
+                await self._report_here(copy)
             else:
                 await self._remove(copy)
 

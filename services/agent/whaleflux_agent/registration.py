@@ -42,6 +42,7 @@ class NodeDescription:
     leaf: str = ""
     labels: tuple[tuple[str, str], ...] = ()
     machine_id: str = ""
+    dataset_cache_bytes: int = 0
     price: Price | None = None  # None: the machine's own
 
 
@@ -59,7 +60,7 @@ def facts(machine: Machine, description: NodeDescription) -> inventory_pb2.NodeF
     found.address, found.host_address = description.address, description.host_address
     found.driver_version, found.agent_version = machine.driver_version, description.agent_version
     found.runtimes.extend(description.runtimes)
-    found.memory_limits = description.memory_limits
+    found.memory_limits, found.dataset_cache_bytes = description.memory_limits, description.dataset_cache_bytes
     if description.isolation is not None:
         found.isolation.CopyFrom(description.isolation)
     for condition in (*machine.conditions, *description.conditions):

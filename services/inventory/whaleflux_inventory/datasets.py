@@ -19,6 +19,7 @@ from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, dataset_manifests, records
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
+from whaleflux_inventory.dataset_pins import DatasetPins
 
 SecretProblem = Callable[[str], Awaitable[str]]
 """Why the caller may not use a secret, by its name; "" when it may."""
@@ -33,6 +34,7 @@ class Datasets:
 
     def __init__(self, store: Store, clock: Clock, secret_problem: SecretProblem) -> None:
         self._store, self._clock, self._secret_problem = store, clock, secret_problem
+        self.pins = DatasetPins(store, clock)
 
     async def create(self, request: pb.CreateDatasetRequest) -> pb.Dataset:
         """Declares a dataset; the same request again (by its request_id) answers with what it made."""
@@ -107,10 +109,8 @@ class Datasets:
 
     async def delete(self, request: pb.DeleteDatasetRequest) -> None:
         """Forgets a dataset; for its owner, a group that it names, and operators."""
-        entry = await self._seen(request.name)
+        entry = await self._theirs(request.name)
         marked = pb.Dataset.FromString(entry.value)
-        if not ownership.may_change(auth.principal(), marked.owner, _access(marked)):
-            raise ownership.not_owner(request.name, marked.owner)
         check_etag(request.etag, entry)
         marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
         try:
@@ -118,6 +118,23 @@ class Datasets:
             await changes.delete(self._store, entry, marked.SerializeToString(), also=[forgotten])
         except ConditionFailed:
             raise Aborted(f"{request.name} changed while it was being deleted; read it again") from None
+
+    async def pin(self, request: pb.PinDatasetRequest) -> pb.Dataset:
+        """Has nodes hold it; for whom may forget it, too."""
+        return convert.dataset_of(await self.pins.pin(request, await self._theirs(request.name)))
+
+    async def unpin(self, request: pb.UnpinDatasetRequest) -> pb.Dataset:
+        """Takes pins away."""
+        await self._theirs(request.name)
+        return convert.dataset_of(await self.pins.unpin(request))
+
+    async def _theirs(self, name: str) -> Entry:
+        """The record, for its owner, a group that it names, and operators; else NotFound or PermissionDenied."""
+        entry = await self._seen(name)
+        dataset = pb.Dataset.FromString(entry.value)
+        if not ownership.may_change(auth.principal(), dataset.owner, _access(dataset)):
+            raise ownership.not_owner(name, dataset.owner)
+        return entry
 
     async def _seen(self, name: str) -> Entry:
         """The record; raises NotFound, the same for one that is not there for the caller."""

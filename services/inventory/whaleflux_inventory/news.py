@@ -50,7 +50,7 @@ def of_node(change: EntryChange, now: datetime) -> OutgoingEvent | None:
 
 
 def of_dataset(change: EntryChange, now: datetime) -> OutgoingEvent | None:
-    """CREATED, DELETED, or COPIES when a node's copy came or went."""
+    """CREATED, DELETED, CHANGED when pins were, or COPIES when a node's copy came or went."""
     new, old = _both(change, pb.Dataset)
     dataset = new or old or pb.Dataset()
     if new is None:
@@ -59,6 +59,8 @@ def of_dataset(change: EntryChange, now: datetime) -> OutgoingEvent | None:
         what, message = What.CREATED, f"{dataset.name} is declared, {dataset.size_bytes} bytes"
     elif new.last_change.what == What.DELETED:
         return None  # about to go
+    elif new.last_change != old.last_change:
+        what, message = What.CHANGED, new.last_change.reason
     else:
         what, message = What.COPIES, f"{dataset.name} is cached on {len(dataset.copies)} node(s)"
     whose = {"owner": dataset.owner, "members": ",".join(dataset.members)}

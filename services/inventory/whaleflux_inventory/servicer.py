@@ -113,6 +113,16 @@ class InventoryServicer(rpc.InventoryServiceServicer):
         await self._datasets.delete(request)
         return Empty()
 
+    async def PinDataset(self, request: pb.PinDatasetRequest, context: Context) -> pb.Dataset:
+        return await self._datasets.pin(request)
+
+    async def UnpinDataset(self, request: pb.UnpinDatasetRequest, context: Context) -> pb.Dataset:
+        return await self._datasets.unpin(request)
+
+    async def ListNodePins(self, request: pb.ListNodePinsRequest, context: Context) -> pb.ListNodePinsResponse:
+        auth.require_own_node(request.node)
+        return pb.ListNodePinsResponse(datasets=await self._datasets.pins.of_node(request.node))
+
     async def GetDatasetManifest(self, request: pb.GetDatasetManifestRequest, context: Context) -> pb.DatasetManifest:
         return await self._datasets.manifest(request.name)
 
