@@ -154,7 +154,7 @@ def pin(
     node: Annotated[
         list[str] | None, typer.Option("--node", metavar="NODE", help="A node that is to hold it; several times.")
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", min=0, help="On how many nodes, chosen by room.")] = 0,
+    copies: Annotated[int, typer.Option("--copies", min=0, max=256, help="On how many nodes, chosen by room.")] = 0,
     for_: Annotated[
         str, typer.Option("--for", metavar="TIME", help="Such as 7 d; without: until it is unpinned.")
     ] = "",
