@@ -77,7 +77,7 @@ async def test_trainings_move_and_go_on_from_their_checkpoints_so_that_a_gang_st
 @pytest.mark.parametrize("dies", ["scheduler", "old agent", "new agent"] if ALL else ["scheduler"])
 async def test_a_move_ends_though_one_of_them_dies(suite, jobs, moment, dies):
     name, gang = f"move-{moment}-{dies}".replace(" ", "-"), f"gang-{moment}-{dies}".replace(" ", "-")
-    began, _ = await state_of(suite.store())
+    before = await state_of(suite.store())
     await jobs.fragment(name)
     old = nodes(await jobs.job(name))
     await jobs.submit(gang, GANG, QUEUED)
@@ -90,7 +90,7 @@ async def test_a_move_ends_though_one_of_them_dies(suite, jobs, moment, dies):
     moved = await jobs.reaches(name, RUNNING, attempt=2)
     assert (nodes(moved) <= {"c", "d"}, moved.restarts) == (True, 0)
     await jobs.went_on(name, moved)
-    await all_is_well(suite, jobs, began)
+    await all_is_well(suite, jobs, *before)
 
 
 @pytest.mark.skipif(not ALL, reason="one kill is enough for now: `make soak` runs them all")
@@ -98,7 +98,7 @@ async def test_a_move_ends_though_one_of_them_dies(suite, jobs, moment, dies):
 @pytest.mark.parametrize("dies", ["scheduler", "agent"])
 async def test_a_preemption_ends_though_one_of_them_dies(suite, jobs, moment, dies):
     name, urgent = f"low-{moment}-{dies}".replace(" ", "-"), f"high-{moment}-{dies}".replace(" ", "-")
-    began, _ = await state_of(suite.store())
+    before = await state_of(suite.store())
     low = await jobs.train(name, gpu="H100-80GB")
     async with killed_at(suite, MOMENTS[moment], (name, urgent), nodes(low) if dies == "agent" else set()):
         await jobs.submit(urgent, URGENT, state=None)
@@ -108,15 +108,15 @@ async def test_a_preemption_ends_though_one_of_them_dies(suite, jobs, moment, di
     again = await jobs.reaches(name, RUNNING, attempt=2)
     assert again.restarts == 0
     await jobs.went_on(name, again)
-    await all_is_well(suite, jobs, began)
+    await all_is_well(suite, jobs, *before)
 
 
-async def all_is_well(suite, jobs, began):
+async def all_is_well(suite, jobs, began, held):
     """All nodes are there, nobody claims anything, and nothing was ever given twice."""
     await until(lambda: ready_nodes(jobs.client, {one.name for one in (*FULL, *ROOM)}), "all nodes READY", 60)
     listed = (await jobs.client.scheduler.ListJobs(pb.ListJobsRequest(page_size=100), timeout=10)).jobs
     assert not [job.name for job in listed if job.HasField("claim")]
-    assert validate.replay(await truth_of(suite.store(), began)) == []
+    assert validate.replay(await truth_of(suite.store(), began), held) == []
 
 
 class killed_at:  # noqa: N801 - reads as a clause

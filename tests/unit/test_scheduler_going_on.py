@@ -1,5 +1,6 @@
 """A running job that claims another place goes on there from its checkpoint, once nobody else holds any of it."""
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -102,23 +103,45 @@ def test_the_core_has_the_contracts_purposes_and_keeps_them_in_the_store():
 
 async def test_a_claim_in_the_record_of_a_running_job_takes_it_there():
     async with World() as world:
-        await world.add(node("s/a"))
-        name = await world.submit(4)
-        await world.reaches(name, "RUNNING")
-        await world.add(node("s/b"))
-        entry = await world.store.get(key_of(name))
-        stored = convert.JOBS.decode(entry)
-        uuids = tuple(gpu.uuid for gpu in node("s/b").gpus[:4])
-        claim = Claim(((B, uuids),), (), world.clock.now() + timedelta(seconds=60), ClaimPurpose.MOVE)
-        put = convert.JOBS.put(entry.key, replace(stored.value, claim=claim), stored)
-        await world.store.commit(put, when=[Unchanged(entry)])
-
-        async def runs_again() -> pb.Job | None:
-            known = await world.job(name)
-            return known if known.attempt.number == 2 and known.state == pb.JOB_STATE_RUNNING else None
-
-        moved = await until(runs_again, "it runs again")
+        name, _ = await one_that_may_go_on(world)
+        await claims_b(world, name)
+        moved = await until(lambda: runs_again(world, name), "it runs again")
         assert (moved.restarts, moved.HasField("claim")) == (0, False)
+
+
+async def test_it_stops_for_its_new_place_only_when_an_agent_is_there():
+    async with World() as world:
+        name, agent = await one_that_may_go_on(world)
+        await agent.disconnect()
+        await claims_b(world, name)
+        await asyncio.sleep(5.0)
+        assert (await world.job(name)).state == pb.JOB_STATE_RUNNING
+        await agent.connect()
+        assert (await until(lambda: runs_again(world, name), "it runs again")).restarts == 0
+
+
+async def one_that_may_go_on(world):
+    """A job on one node, and the agent of another."""
+    await world.add(node("s/a"))
+    name = await world.submit(4)
+    await world.reaches(name, "RUNNING")
+    (agent,) = await world.add(node("s/b"))
+    return name, agent
+
+
+async def runs_again(world, name) -> pb.Job | None:
+    known = await world.job(name)
+    return known if known.attempt.number == 2 and known.state == pb.JOB_STATE_RUNNING else None
+
+
+async def claims_b(world, name):
+    """It is to go on there, as its record says."""
+    entry = await world.store.get(key_of(name))
+    stored = convert.JOBS.decode(entry)
+    uuids = tuple(gpu.uuid for gpu in node("s/b").gpus[:4])
+    claim = Claim(((B, uuids),), (), world.clock.now() + timedelta(seconds=60), ClaimPurpose.MOVE)
+    put = convert.JOBS.put(entry.key, replace(stored.value, claim=claim), stored)
+    await world.store.commit(put, when=[Unchanged(entry)])
 
 
 class TestPlace:
