@@ -502,7 +502,7 @@ class TestReads:
 class TestEvents:
     def test_what_is_kept_in_the_order_in_which_it_happened_with_who(self, cli):
         code, text, notes = cli("events", "-o", "json")
-        told = [json.loads(line) for line in text.splitlines()]
+        told = json.loads(text)
         assert (code, notes) == (0, "")
         assert [(t["resource"], t["what"], t["cause"]["actor"]) for t in told] == [
             (r, w, by) for r, w, _, by, _ in HAPPENED

@@ -92,7 +92,7 @@ def test_a_sweep_from_one_file_and_its_second_submission(suite, whaleflux):
     assert {asyncio.run(ended(suite, f"sweep-{n}")) for n in range(4)} == {"SUCCEEDED"}
     said = json.loads(whaleflux("logs", "sweep-3").stdout)
     assert (said["index"], said["lr"], said["seed"]) == (3, 0.03, 2)
-    every = [json.loads(line) for line in whaleflux("logs", "sweep", "-o", "json").stdout.splitlines()]
+    every = [json.loads(line) for line in whaleflux("logs", "sweep", "-o", "jsonl").stdout.splitlines()]
     assert [(line["job"], line["rank"], json.loads(line["text"])["index"]) for line in every] == [
         (f"queues/default/jobs/sweep-{n}", 0, n) for n in range(4)
     ]

@@ -53,7 +53,7 @@ async def cli(suite, *arguments):
 
 
 async def told(suite, *arguments):
-    code, shown, why = await cli(suite, "events", "-o", "json", *arguments)
+    code, shown, why = await cli(suite, "events", "-o", "jsonl", *arguments)
     assert code == 0, why
     return [json.loads(line) for line in shown.splitlines()]
 

@@ -117,6 +117,23 @@ async def test_what_came_damaged_is_pulled_anew_and_given_up_in_the_end(tmp_path
     assert scheduler.offsets == [0] * 5
 
 
+async def test_code_that_does_not_come_ends_the_start_in_time(tmp_path, packed):
+    scheduler, said = Scheduler(packed), []
+    scheduler.may.clear()  # it neither answers nor hangs up
+
+    async def tell(text):
+        said.append(text)
+
+    began_s = asyncio.get_running_loop().time()
+    with pytest.raises(LaunchFailed, match=r"could not be had within 60 minutes .* see whether NATS"):
+        await cache_of(tmp_path, scheduler).unpack(
+            scheduler.work("queues/q/jobs/j", packed[1]), tmp_path / "code", tell
+        )
+    took_s = asyncio.get_running_loop().time() - began_s
+    assert code_cache.LONGEST_S <= took_s <= code_cache.LONGEST_S + 2 * code_cache.STREAM_S
+    assert "did not send all of it within 600 s" in said[0] and len(scheduler.offsets) == took_s // code_cache.STREAM_S
+
+
 async def test_code_that_is_gone_is_refused_with_what_to_do(tmp_path, packed):
     scheduler = Scheduler()
     with pytest.raises(LaunchFailed, match="submit the job again"):

@@ -54,13 +54,21 @@ def request(**fields):
 
 def test_each_line_is_an_object_for_programs(capsys):
     fleet = Fleet({JOB: [chunk(b"a\nb \xff\x1b[2J\n", rank=3, attempt=2, at_s=1_800_000_000), chunk(b"c", rank=4)]})
-    assert log_reading.read(fleet, request(), ObjectScreen(ranks=True))
+    assert log_reading.read(fleet, request(), ObjectScreen())
     told = {"job": JOB, "attempt": 2, "rank": 3, "time": "2027-01-15T08:00:00.000Z"}
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         told | {"text": "a"},
         told | {"text": "b \ufffd\x1b[2J"},
         {"job": JOB, "attempt": 1, "rank": 4, "time": None, "text": "c"},
     ]
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_all_lines_together_are_one_document(capsys, lines):
+    screen = ObjectScreen(document=True)
+    log_reading.read(Fleet({JOB: [chunk(b"x\n" * lines)]}), request(), screen)
+    screen.close()
+    assert [line["text"] for line in json.loads(capsys.readouterr().out)] == ["x"] * lines
 
 
 @pytest.mark.parametrize("follow", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.support.canned_fleet import canned_fleet
 from whaleflux.cli.__main__ import app
 
 RUN = CliRunner()
@@ -30,7 +31,8 @@ def commands(group, before=""):
         yield from commands(command, f"{before}{name} ")
 
 
-COMMANDS = dict(commands(typer.main.get_command(app)))
+PROGRAM = typer.main.get_command(app)
+COMMANDS = dict(commands(PROGRAM))
 
 
 def formats(command):
@@ -42,7 +44,62 @@ def test_commands_that_act_are_commands():
     assert set(COMMANDS) >= ACTS | FILES
 
 
-@pytest.mark.parametrize("words", sorted(set(COMMANDS) - ACTS - FILES))
+READS = sorted(set(COMMANDS) - ACTS - FILES)
+GIVEN = {
+    "audit verify": [], "describe": ["job", "x"], "explain-field": ["gpus"], "rebalance apply": ["--yes"], "token create": ["--site", "a"],
+    "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
+    "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
+    "config": ["--help"],
+}  # fmt: skip
+NO_DOCUMENT = {
+    "audit export": "writes a file of JSON lines",
+    "simulate": "another process prints",
+    "config": "reads a file",
+}
+
+
+def words_of(words, tmp_path):
+    """The command with what it needs: files that are there, and x for each name."""
+    (tmp_path / "job.yaml").write_text("run: /bin/true\ngpus: 1\nworkdir: none\n")
+    (tmp_path / "value").write_text("v")
+    files = {"JOB": str(tmp_path / "job.yaml"), "VALUE": str(tmp_path / "value")}
+    needed = ["x" for param in COMMANDS[words].params if param.required and param.param_type_name == "argument"]
+    return [*words.split(), *(files.get(word, word) for word in GIVEN.get(words, needed))]
+
+
+def answered(words, monkeypatch, capsys):
+    """What the command prints, of a fleet that answers everything with two of each."""
+    with canned_fleet(monkeypatch) as channel:
+        try:
+            PROGRAM.main(words, standalone_mode=False)
+        except typer.Exit as left:
+            assert left.exit_code in (0, 1)
+    return capsys.readouterr().out, channel.asked
+
+
+@pytest.mark.parametrize("words", [words for words in READS if words not in NO_DOCUMENT])
+def test_every_read_prints_one_document_as_json_and_an_item_a_line_as_jsonl(words, monkeypatch, capsys, tmp_path):
+    line = words_of(words, tmp_path)
+    shown, asked = answered([*line, "-o", "json"], monkeypatch, capsys)
+    document = json.loads(shown)
+    lines = [json.loads(one) for one in answered([*line, "-o", "jsonl"], monkeypatch, capsys)[0].splitlines()]
+    assert lines == (document if isinstance(document, list) else [document]), words
+    assert document or not asked or words == "secrets rewrap", "nothing was made of the answers"
+
+
+def test_what_prints_no_document_is_a_read():
+    assert set(NO_DOCUMENT) <= set(READS) and set(GIVEN) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("words", "name"), [(["events", "-w"], "event"), (["logs", "-f", "x"], "line")])
+def test_what_has_no_end_is_an_object_a_line(words, name, monkeypatch, capsys):
+    monkeypatch.setattr("whaleflux.cli.kept_events.follow", lambda *_: iter(()))
+    for form in ("json", "jsonl"):
+        shown, _ = answered([*words, "-o", form], monkeypatch, capsys)
+        assert all(isinstance(json.loads(line), dict) for line in shown.splitlines()), name
+
+
+@pytest.mark.parametrize("words", READS)
 def test_every_read_has_json(words):
     assert "json" in formats(COMMANDS[words]), f"whaleflux {words} has no -o json"
 

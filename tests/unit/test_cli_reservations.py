@@ -58,7 +58,8 @@ class Service:
 @pytest.fixture
 def service(monkeypatch):
     found = Service()
-    client = type("Client", (), {"scheduler": found})()
+    client = type("Client", (), {"scheduler": found, "identity": None})()
+    monkeypatch.setattr(reservation_commands, "note_strangers", lambda *_: None)
     monkeypatch.setattr(reservation_commands, "fleet", lambda: contextlib.nullcontext(client))
     return found
 

@@ -119,7 +119,12 @@ class TestAskedFor:
         parts = replace(one, gpus=tuple(replace(gpu, parent_uuid="GPU-whole") for gpu in one.gpus))
         among = Fleet({parts.name: parts}, {parts.name})
         ((field, why),) = refused(reserved(gpus=1, nodes=(parts.name,)), among=among)
-        assert (field, "whole GPUs can, parts of them (MIG) cannot" in why) == ("reservation.gpus", True), why
+        assert (field, "parts of them (MIG) cannot; guarantee the queue" in why) == ("reservation.gpus", True), why
+
+    @pytest.mark.parametrize("part", ["H200 1g.18gb", "1g.18gb", "MIG-5c1a6b2e", "MIG 3g.71gb"])
+    def test_who_asks_for_parts_of_gpus_is_told_what_to_do_instead(self, part):
+        ((field, why),) = refused(reserved(gpus=1, gpu_type=part))
+        assert field == "reservation.gpu_type" and part in why and "--guaranteed N" in why
 
     def test_a_queue_keeps_no_more_than_it_may(self):
         queues = {

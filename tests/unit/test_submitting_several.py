@@ -233,6 +233,26 @@ def test_replacing_cancels_waits_and_takes_the_place(write, monkeypatch):
         submission.plan_all(fleet, read([write(FILE.replace("name: a\n", ""))]), replace=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "faults", "said"),
+    [
+        ("a", [Unavailable("away")], "queues/default/jobs/a is cancelled, and nothing has its place yet; the same command again goes on"),
+        (
+            "ab", [None, Unavailable("away")],
+            "1 of 2 jobs are submitted; not submitted: queues/default/jobs/b; of these cancelled already: queues/default/jobs/b; the same command",
+        ),
+    ],
+)  # fmt: skip
+def test_replacing_that_breaks_off_says_what_was_cancelled_for_nothing(write, capsys, names, faults, said):
+    fleet = Fleet(*faults)
+    fleet.old = [pb.Job(name="queues/default/jobs/a", etag='"1"')]
+    jobs = read([write("---\n".join(FILE.replace("name: a", f"name: {name}") for name in names))])
+    submission.plan_all(fleet, jobs, replace=True)
+    with pytest.raises(Unavailable):
+        creation.create_all(fleet, jobs)
+    assert said in capsys.readouterr().err
+
+
 async def test_the_new_job_takes_the_records_place_in_one_step_and_runs():
     async with World() as world:
         await world.add(node("s/n1"))

@@ -82,8 +82,8 @@ def verify(
     else:
         with fleet() as client:
             found = client.audit.VerifyAudit(audit_pb2.VerifyAuditRequest(), timeout=300)
-    if fmt is Format.json:
-        output.say_json(output.as_json(found))
+    if fmt.is_json:
+        output.say_json(output.as_json(found), fmt)
     else:
         empty = f"sound: {_read(found)}"
         output.show(found.findings, _finding_columns(), fmt, headers=not no_headers, empty=empty)
@@ -100,7 +100,7 @@ def export(
     file: Annotated[Path, typer.Argument(help="Where to write, one record a line.", metavar="FILE")],
     since: Since = "",
     until: Until = "",
-    fmt: Annotated[Format, typer.Option("-o", "--output", help="json: JSON lines, the only form.")] = Format.json,
+    fmt: Annotated[Format, typer.Option("-o", "--output", help="jsonl, the only form.")] = Format.jsonl,
 ) -> None:
     """Writes the trail as JSON lines, oldest first, each with the bytes that were hashed: for a SIEM, or to be verified later.
 

@@ -42,8 +42,8 @@ def show(call: typer.Context, fmt: Output = Format.table) -> None:
         path = find(GLOBAL.context)
         context = Context.load(path)
     shown = asdict(context) | {"api_key": "***"}
-    if fmt is Format.json:
-        output.say_json({"context": str(path), **shown})
+    if fmt.is_json:
+        output.say_json({"context": str(path), **shown}, fmt)
         return
     output.table([], [["context", str(path)], *([key, value] for key, value in shown.items())])
 

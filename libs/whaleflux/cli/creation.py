@@ -25,10 +25,13 @@ def create_all(client: Any, jobs: Sequence[Submission]) -> list[Any]:
     """Sends folders, then jobs; returns them as they are stored. What is there already when it breaks off is said."""
     for parcel in {id(one.parcel): one.parcel for one in jobs if one.parcel}.values():
         workdir.send(client, parcel)
-    for old in [one for one in jobs if one.replaced and not one.replaced.HasField("end_time")] if len(jobs) > 1 else []:
-        _cancel(client, old.name)  # all at once, they end side by side
     made: list[Any] = []
     try:
+        for old in (
+            [one for one in jobs if one.replaced and not one.replaced.HasField("end_time")] if len(jobs) > 1 else []
+        ):
+            _cancel(client, old.name)  # all at once, they end side by side
+            old.cancelled = True
         for group in _groups(jobs):
             _create(client, group, made)
             _say_progress(len(made), len(jobs))
@@ -102,6 +105,7 @@ def _replacing(client: Any, one: Submission) -> Any:
         try:
             if old is not None and not old.HasField("end_time"):
                 _cancel(client, one.name)
+                one.cancelled = True
             one.request.replaces = old.etag if old is not None else ""
             return sending.created(client, one.request)
         except (FailedPrecondition, Aborted, AlreadyExists) as busy:
@@ -141,12 +145,21 @@ def _say_progress(done: int, total: int) -> None:
 
 
 def _say_how_far(made: Sequence[Any], jobs: Sequence[Submission]) -> None:
-    if len(jobs) < 2:
-        return
     there = {job.name for job in made}
-    left = [one.title for one in jobs if one.name not in there]
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    left = [one for one in jobs if one.name not in there]
+    ended = [one.title for one in left if one.cancelled]
+    if len(jobs) < 2:
+        if ended:
+            output.note(f"{ended[0]} is cancelled, and nothing has its place yet; the same command again goes on")
+        return
     repeatable = all(one.request.job.spec.array.name and not one.replaced for one in jobs)
     again = "; the same command again submits the rest" if repeatable else ""
-    rest = f"; not submitted: {', '.join(left[:_SHOWN])}{more}{again}" if left else ""
-    output.note(f"{len(made)} of {len(jobs)} jobs are submitted{rest}")
+    rest = f"; not submitted: {_some([one.title for one in left])}{again}" if left else ""
+    lost = f"; of these cancelled already: {_some(ended)}" if ended else ""
+    restart = "; the same command again replaces those that are submitted, too: leave them out" if made and lost else ""
+    output.note(f"{len(made)} of {len(jobs)} jobs are submitted{rest}{lost}{restart}")
+
+
+def _some(listed: Sequence[str]) -> str:
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more

@@ -41,8 +41,8 @@ def describe(
         raise InvalidArgument(FieldViolation("KIND", f"give one of {', '.join(_KINDS)} and a name, such as: job llama"))
     with fleet() as client:
         shown = {"job": _job, "node": _node, "model": _model}[kind](client, name)
-    if fmt is Format.json:
-        output.say_json(shown.as_json())
+    if fmt.is_json:
+        output.say_json(shown.as_json(), fmt)
     elif fmt is Format.name:
         output.say(shown.name)
     else:

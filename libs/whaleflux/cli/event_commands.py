@@ -40,9 +40,9 @@ def events(
       whaleflux events                                the newest 200
       whaleflux events --for job/llama-70b-sft        all that happened to a job, also one that is deleted
       whaleflux events --for node/n1 --since 2d
-      whaleflux events -w -o json | jq .what
+      whaleflux events -w -o jsonl | jq .what
 
-    Kept for days (setting events_days of inventory). What a job cost is kept for longer: whaleflux history.
+    With -w, json is an event a line, as jsonl is: it has no end. Kept for days (setting events_days of inventory). What a job cost is kept for longer: whaleflux history.
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.cli import kept_events
     from whaleflux.v1 import events_pb2
@@ -62,12 +62,13 @@ def events(
             found, last = kept_events.newest(client, wanted, number, part)
         if not found and wanted.resource:
             check_exists(client, wanted.resource)
-        show(found, fmt, headers=not no_headers, empty="" if watch else _nothing(for_))
+        lines = Format.jsonl if watch and fmt is Format.json else fmt  # what has no end is no document
+        show(found, lines, headers=not no_headers, empty="" if watch else _nothing(for_))
         if watch:
             try:
                 for event in kept_events.follow(client, wanted, last):
                     if part in event.resource:
-                        show([event], fmt, headers=False)
+                        show([event], lines, headers=False)
             except KeyboardInterrupt:
                 return
 
@@ -76,10 +77,7 @@ def show(found: list[Event], fmt: Format, *, headers: bool = True, empty: str = 
     """One line each, so that lines that come later look the same."""
     from whaleflux.cli import kept_events
 
-    if fmt is Format.json:
-        for event in found:
-            output.say_json(output.as_json(event), indent=None)
-    elif fmt is Format.table:
+    if fmt is Format.table:
         for event in found:
             output.say(kept_events.line(event))
         output.note("" if found else empty)

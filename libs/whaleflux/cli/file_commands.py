@@ -24,13 +24,15 @@ def validate(file: File, fmt: Output = Format.table) -> None:
     try:
         kind, names, remark = _valid(file)
     except InvalidArgument as error:
-        if fmt is Format.json:
+        if fmt.is_json:
             wrong = [{"field": v.field, "description": v.description} for v in error.violations]
-            output.say_json({"file": file, "valid": False, "violations": wrong})
+            output.say_json({"file": file, "valid": False, "violations": wrong}, fmt)
         raise
-    if fmt is Format.json:
+    if fmt.is_json:
         notes = [remark] if remark else []
-        output.say_json({"file": file, "valid": True, "kind": kind, "names": names, "violations": [], "notes": notes})
+        output.say_json(
+            {"file": file, "valid": True, "kind": kind, "names": names, "violations": [], "notes": notes}, fmt
+        )
     elif fmt is Format.name:
         output.say(*names)
     else:
@@ -75,10 +77,10 @@ def explain_field(
     if json_schema and field:
         raise InvalidArgument(FieldViolation("--json-schema", f"is of the whole file; leave out {field}"))
     if json_schema:
-        output.say_json(reference.json_schema(kind))
-    elif fmt is Format.json:
+        output.say_json(reference.json_schema(kind), fmt)
+    elif fmt.is_json:
         chosen = reference.find(kind, field) if field else reference.fields_of(kind)
-        output.say_json([dict(reference.explained(kind, found)) for found in chosen])
+        output.show([dict(reference.explained(kind, found)) for found in chosen], (), fmt)
     elif field:
         for found in reference.find(kind, field):
             output.say(*(f"{title:12}{text}" for title, text in reference.explained(kind, found)), "")

@@ -209,8 +209,8 @@ def status(fmt: Output = Format.table) -> None:
         "models": {m.name: m.ready_replicas for m in models},
         "simulated": any(n.facts.simulated for n in listed),
     }
-    if fmt is Format.json:
-        output.say_json(summary)
+    if fmt.is_json:
+        output.say_json(summary, fmt)
         return
     rows = [
         ["nodes", _counted(summary["nodes"]) + (" (simulated ones among them)" if summary["simulated"] else "")],

@@ -254,7 +254,7 @@ def explain(
     with fleet() as client:
         request = scheduler_pb2.ExplainJobRequest(name=job_name(name), history=history)
         answer = client.scheduler.ExplainJob(request, timeout=10)
-    if fmt is Format.json:
+    if fmt.is_json:
         output.show_one(answer, [], fmt)
         return
     if history:

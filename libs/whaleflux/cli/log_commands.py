@@ -18,6 +18,7 @@ class LogFormat(StrEnum):
 
     text = "text"
     json = "json"
+    jsonl = "jsonl"
 
 
 def logs(
@@ -36,7 +37,7 @@ def logs(
     since: Since = "",
     timestamps: Annotated[bool, typer.Option("--timestamps", help="When each line was written, UTC.")] = False,
     fmt: Annotated[
-        LogFormat, typer.Option("-o", "--output", help="text, or json: an object for each line.")
+        LogFormat, typer.Option("-o", "--output", help="text, json (a list of the lines), or jsonl (an object a line).")
     ] = LogFormat.text,
 ) -> None:
     """What a job's processes print, or those of all members of an array. Ctrl-C stops reading, not the job.
@@ -47,10 +48,10 @@ def logs(
       whaleflux logs --previous J             why the attempt before this one ended
       whaleflux logs --since 10m --timestamps J
       whaleflux logs --tail 1 ARRAY           the last line of each member
-      whaleflux logs -o json J | jq -r .text  job, attempt, rank, time and text of each line
+      whaleflux logs -o jsonl J | jq -r .text  job, attempt, rank, time and text of each line
 
     A node keeps the output of the last 20 tasks that ended on it (its setting kept_tasks), of each rank the newest 32 MiB or more.
-    Times are exact to half a second; those of old lines of a long output to minutes.
+    Times are exact to half a second; those of old lines of a long output to minutes. With -f, json is an object a line, too.
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.cli import log_reading
     from whaleflux.cli.screen import ObjectScreen, Screen
@@ -59,19 +60,22 @@ def logs(
 
     if previous and attempt:
         raise InvalidArgument(FieldViolation("--previous", "is one attempt, and --attempt names one; give one of them"))
-    as_json = fmt is LogFormat.json
+    as_json = fmt is not LogFormat.text
     request = scheduler_pb2.StreamLogsRequest(
         name=job_name(name), rank=max(rank, 0), all_ranks=rank < 0, follow=follow_, tail_lines=tail, attempt=attempt,
         times=timestamps or as_json,
     )  # fmt: skip
     if since:
         request.since_time.FromNanoseconds(max(0, int(since_s(since) * 1e9)))
-    screen = (ObjectScreen if as_json else Screen)(ranks=rank < 0, times=timestamps)
+    as_list = fmt is LogFormat.json and not follow_  # what goes on and on is no document
+    screen = ObjectScreen(document=as_list) if as_json else Screen(ranks=rank < 0, times=timestamps)
     with fleet() as client:
         try:
             complete = log_reading.read(client, request, screen, previous=previous)
         except KeyboardInterrupt:
             screen.state("stopped reading; the job goes on")
             raise typer.Exit(130) from None
+        finally:
+            screen.close()
     if not complete:
         raise typer.Exit(1)

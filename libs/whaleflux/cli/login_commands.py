@@ -105,9 +105,9 @@ def whoami(fmt: Output = Format.table) -> None:
     with fleet() as client:
         who = client.identity.WhoAmI(identity_pb2.WhoAmIRequest(), timeout=10)
         context = client.context
-    if fmt is Format.json:
+    if fmt.is_json:
         here = {"server": context.server, "certificate_expire_time": _instant(context)} if context is not None else {}
-        output.say_json({**output.as_json(who), **{key: value for key, value in here.items() if value}})
+        output.say_json({**output.as_json(who), **{key: value for key, value in here.items() if value}}, fmt)
         return
     lines = [
         ("subject", who.subject),

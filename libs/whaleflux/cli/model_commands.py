@@ -161,7 +161,7 @@ def route(
     request = router_pb2.RouteRequest(model=model, prompt_tokens=prompt_tokens, max_output_tokens=max_tokens)
     with fleet() as client:
         answer = client.router.Route(request, timeout=10)
-    if fmt is Format.json:
+    if fmt.is_json:
         output.show_one(answer, [], fmt)
         return
     ranked = [

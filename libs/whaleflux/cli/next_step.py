@@ -74,6 +74,11 @@ def after(error: StatusError, called: Sequence[str]) -> str:
         return "see why with: whaleflux replicas -o wide"
     if error.reason in _BEHIND and isinstance(error, Unavailable):
         return f"the fleet is there, its {_BEHIND[error.reason]} does not answer; repeat the command, or look into the log of {_BEHIND[error.reason]}"
+    if isinstance(error, DeadlineExceeded) and "service" in error.metadata:
+        return (
+            f"the front door is there; look into the logs of {error.metadata['service']}, etcd and NATS (those of whaleflux up are in "
+            "STATE/logs)"
+        )
     if isinstance(error, Unavailable | DeadlineExceeded):
         return FLEET_AWAY
     if error.reason == ErrorReason.DISABLED:

@@ -1,4 +1,7 @@
-"""How results are shown: a table, the same as JSON (the contract's own), as CSV, or names; results on stdout, notes on stderr."""
+"""How results are shown: a table, the same as JSON (the contract's own), as CSV, or names; results on stdout, notes on stderr.
+
+`-o json` is one document, whatever is read, so that any program can parse it; `-o jsonl` is each item on a line of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,14 @@ class Format(StrEnum):
     table = "table"
     wide = "wide"
     json = "json"
+    jsonl = "jsonl"
     csv = "csv"
     name = "name"
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is for programs that read JSON."""
+        return self in (Format.json, Format.jsonl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,9 @@ def show(
     """Prints the messages; for an empty table `empty` goes to stderr, with what to do next."""
     if fmt is Format.json:
         say_json([as_json(m) for m in messages])
+    elif fmt is Format.jsonl:
+        for message in messages:
+            say_json(as_json(message), fmt)
     elif fmt is Format.name:
         for message in messages:
             say(name(message))
@@ -67,8 +79,8 @@ def show(
 
 def show_one(message: Any, lines: Sequence[tuple[str, str]], fmt: Format) -> None:
     """One resource as "key  value" lines, or as JSON."""
-    if fmt is Format.json:
-        say_json(as_json(message))
+    if fmt.is_json:
+        say_json(as_json(message), fmt)
     elif fmt is Format.name:
         say(message.name)
     else:
@@ -103,9 +115,9 @@ def say(*lines: str, stream: TextIO | None = None) -> None:
         print(in_one_line(line), file=stream or sys.stdout, flush=True)
 
 
-def say_json(value: Any, *, indent: int | None = 2) -> None:
-    """As JSON, in which control characters are escaped."""
-    print(json.dumps(value, indent=indent), flush=True)
+def say_json(value: Any, fmt: Format = Format.json) -> None:
+    """As JSON, in which control characters are escaped; on one line for JSON lines."""
+    print(json.dumps(value, indent=None if fmt is Format.jsonl else 2), flush=True)
 
 
 def say_csv(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -308,7 +308,7 @@ def create_token(
     with fleet() as client:
         made = client.identity.CreateToken(pb.CreateTokenRequest(token=wanted, ttl_s=round(86_400 * days)), timeout=10)
         server = _server(client)
-    if fmt is Format.json:
+    if fmt.is_json:
         output.show_one(made, [], fmt)
         return
     output.say(made.secret)

@@ -12,6 +12,7 @@ from whaleflux.cli import output, queue_tree
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.reservation_commands import reservations, told
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
+from whaleflux.cli.strangers import note_strangers
 
 queue = typer.Typer(no_args_is_help=True, help="Queues: make, change, list, delete.")
 
@@ -73,6 +74,7 @@ def create(
     with fleet() as client:
         request = pb.CreateQueueRequest(queue_id=name, queue=made, request_id=names.ulid())
         made = client.scheduler.CreateQueue(request, timeout=10)
+        note_strangers(client, member or ())
     output.note(f"{made.name}: {_limits(made)}; jobs choose it with: queue: {name}")
 
 
@@ -127,6 +129,7 @@ def set_(
     request.update_mask.paths.extend(changed)
     with fleet() as client:
         made = client.scheduler.UpdateQueue(request, timeout=10)
+        note_strangers(client, member or ())
     output.note(f"{made.name}: {_limits(made)}")
 
 

@@ -76,8 +76,8 @@ def apply(
 
 
 def _show(plan: Any, fmt: Format) -> None:
-    if fmt is Format.json:
-        output.say_json(output.as_json(plan))
+    if fmt.is_json:
+        output.say_json(output.as_json(plan), fmt)
         return
     if fmt is not Format.table:
         from whaleflux.errors import FieldViolation, InvalidArgument

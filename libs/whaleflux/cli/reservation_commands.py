@@ -12,6 +12,7 @@ from whaleflux import names
 from whaleflux.cli import output
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, node_name, pages
+from whaleflux.cli.strangers import note_strangers
 
 reservation = typer.Typer(
     no_args_is_help=True, help="Reservations: GPUs kept for jobs that come, and nodes under maintenance."
@@ -81,6 +82,7 @@ def create(
             reservation_id=name, reservation=asked, validate_only=dry_run, request_id=names.ulid()
         )
         made = client.scheduler.CreateReservation(request, timeout=30)
+        note_strangers(client, member or ())
     if fmt is not Format.table:
         output.show_one(made, [], fmt)
         return
@@ -132,6 +134,7 @@ def update(
         request = pb.UpdateReservationRequest(reservation=wanted)
         request.update_mask.paths.extend(paths)
         made = client.scheduler.UpdateReservation(request, timeout=30)
+        note_strangers(client, member or ())
     output.note(f"{made.name}: {_what(made)}, {_when(made)}")
 
 

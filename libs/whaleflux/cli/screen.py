@@ -10,6 +10,7 @@ from typing import Any
 from whaleflux import names
 from whaleflux.cli import output
 from whaleflux.cli.log_lines import LogView, records
+from whaleflux.cli.output import Format
 
 MARK = "-- "
 
@@ -39,6 +40,9 @@ class Screen:
             for line in lines:
                 output.aside(f"{MARK}{line}")
 
+    def close(self) -> None:
+        """Nothing more comes."""
+
     def clear(self) -> None:
         """So that what is written next stands on a line of its own."""
         if before := self._view.cleared():
@@ -46,14 +50,29 @@ class Screen:
 
 
 class ObjectScreen(Screen):
-    """For programs: each line of output is a JSON object on a line of stdout; states are as for people."""
+    """For programs: each line of output is a JSON object on a line of stdout; states are as for people.
+
+    `document`: together they are one JSON list, which `close` ends.
+    """
+
+    def __init__(self, *, document: bool = False) -> None:
+        super().__init__()
+        self._document, self._begun = document, False
 
     def lines(self, chunk: Any, job: str = "", *, named: bool = False) -> None:
         time = shown_time(chunk.time)
         said = {"job": job, "attempt": chunk.attempt, "rank": chunk.rank, "time": None if time == "-" else time}
         with self._lock:
             for record in records(chunk.data, **said):
-                output.say_json(record, indent=None)
+                if self._document:
+                    output.say("," if self._begun else "[")
+                self._begun = True
+                output.say_json(record, Format.jsonl)
+
+    def close(self) -> None:
+        """Nothing more comes; a list ends, also when reading broke off."""
+        if self._document:
+            output.say("]" if self._begun else "[]")
 
 
 def shown_time(stamp: Any) -> str:

@@ -203,7 +203,7 @@ def rewrap(fmt: Output = Format.table) -> None:
             if sys.stderr.isatty():
                 output.progress(f"{said.done} of {said.total}" if said.done < said.total else "")
     if fmt is not Format.table:
-        output.say_json(output.as_json(said))
+        output.say_json(output.as_json(said), fmt)
     elif not said.failed:
         output.note(f"{said.rewrapped} of {said.total} secrets are wrapped anew; older keys are not needed any more")
     for name in said.failed:

@@ -34,7 +34,9 @@ _COMPLETION_S = 0.3  # nobody waits longer for a name
 MAX_RANK = 99_999  # of the largest job
 MAX_LINES = 1_000_000_000  # fits the contract's field
 
-Output = Annotated[Format, typer.Option("-o", "--output", help="table, wide, json, csv or name.")]
+Output = Annotated[
+    Format, typer.Option("-o", "--output", help="table, wide, json, jsonl (an item a line), csv or name.")
+]
 NoHeaders = Annotated[bool, typer.Option("--no-headers", help="Only rows.")]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
 Reason = Annotated[str, typer.Option("-m", "--message", help="Why; shown wherever the node is.")]
@@ -50,10 +52,13 @@ def fleet(within_s: float = 0.0) -> Iterator[Client]:
     from whaleflux.cli import reach
 
     reach.check_known(GLOBAL.context, within_s or reach.WITHIN_S)
+    from whaleflux.cli.waiting import Waiting
     from whaleflux.errors import Unavailable
     from whaleflux.sdk.client import Client  # gRPC, which an answer of "nobody is there" need not wait for
 
     with Client.from_context(GLOBAL.context) as client:
+        if not within_s:  # a completion has no time to tell
+            client.channel.beside = Waiting().call
         try:
             yield client
         except Unavailable:

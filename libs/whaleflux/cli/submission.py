@@ -33,6 +33,7 @@ class Submission:
     parcel: Parcel | None = None
     planned: Any = None
     replaced: Any = None  # the job whose place it takes
+    cancelled: bool = False  # that job, by this command
 
     @property
     def name(self) -> str:

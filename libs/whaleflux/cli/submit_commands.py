@@ -133,7 +133,7 @@ def _show_plans(client: Any, jobs: Sequence[Submission], fmt: Format, *, dry_run
         if said := _unshared_storage(client, one.planned):
             output.note(f"checkpoints: {said}")
     if dry_run and fmt is not Format.table:
-        _show_all(submission.shown(jobs) if fmt is Format.json else [one.planned for one in jobs], fmt)
+        _show_all(submission.shown(jobs) if fmt.is_json else [one.planned for one in jobs], fmt)
 
 
 def _show_made(made: Sequence[Any], jobs: Sequence[Submission], fmt: Format) -> None:

@@ -129,7 +129,7 @@ def version(fmt: Output = Format.table) -> None:
         versions["fleet"] = "reachable"
     except StatusError as error:
         versions["fleet"] = f"not reached: {error.message}"
-    if fmt is Format.json:
-        output.say_json(versions)
+    if fmt.is_json:
+        output.say_json(versions, fmt)
     else:
         output.table([], [[what, found] for what, found in versions.items()])

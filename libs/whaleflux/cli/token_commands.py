@@ -49,7 +49,7 @@ def create_token(
         request = inventory_pb2.CreateJoinTokenRequest(site=names.site(site_id), ttl_s=round(ttl_s), node=named)
         made = client.inventory.CreateJoinToken(request, timeout=10)
         context = client.context
-    if fmt is Format.json:
+    if fmt.is_json:
         output.show_one(made, [], fmt)
         return
     output.say(made.secret)

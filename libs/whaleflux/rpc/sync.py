@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import grpc
@@ -23,6 +24,12 @@ from whaleflux.rpc.status import from_rpc_error
 from whaleflux.rpc.tls_files import Tls, TlsFiles
 
 Metadata = tuple[tuple[str, str], ...]
+Beside = Callable[[str], AbstractContextManager[Callable[[StatusError], None]]]
+"""By the call's method."""
+
+
+def _nobody(_: str) -> AbstractContextManager[Callable[[StatusError], None]]:
+    return nullcontext(lambda _: None)
 
 
 def connect(
@@ -44,7 +51,10 @@ def connect(
 
 
 class SyncChannel:
-    """What a generated stub is built on. Use `connect`. `renewable`: files that are looked at again, and how one dials with them."""
+    """What a generated stub is built on. Use `connect`. `renewable`: files that are looked at again, and how one dials with them.
+
+    `beside` stands around each unary call, all its attempts, and is told of those that failed: for who shows what is waited for.
+    """
 
     def __init__(
         self,
@@ -55,6 +65,7 @@ class SyncChannel:
     ) -> None:
         self._channel, self.policy, self.metadata = channel, policy or CallPolicy(), metadata
         self._renewable = renewable
+        self.beside: Beside = _nobody
         self._stamp = renewable[0].stamp() if renewable else None
         self._stamped_at = time.monotonic()
 
@@ -142,12 +153,16 @@ class _Unary:
         deadline = time.monotonic() + (policy.timeout_s if timeout is None else timeout)
         again = repeatable(self._method, request)
         attempt = policy.attempts if self._consumes else 1  # a stream of requests is used up by its first attempt
-        with propagation.outgoing(self._method, streaming=False) as headers:
+        with (
+            self._channel.beside(self._method) as failed,
+            propagation.outgoing(self._method, streaming=False) as headers,
+        ):
             sent = (*self._channel.metadata, *headers, *metadata)
             while True:
                 try:
                     return self._once(request, deadline - time.monotonic(), sent)
                 except StatusError as error:
+                    failed(error)
                     left_s = deadline - time.monotonic()
                     pause_s = policy.pause_s(attempt, error, again, left_s, random.random())
                     if pause_s is None:

@@ -15,7 +15,7 @@ from whaleflux import telemetry
 from whaleflux.clock import Clock
 from whaleflux.code.limits import DIGEST, MAX_PACKED_BYTES
 from whaleflux.code.unpack import UnpackError, digest_of, unpack
-from whaleflux.errors import StatusError
+from whaleflux.errors import StatusError, Unavailable
 from whaleflux.retry import Backoff, worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -23,6 +23,8 @@ from whaleflux_agent.core.work import Work
 from whaleflux_agent.runtime.api import LaunchFailed
 
 RETRY = Backoff(first_s=0.5, longest_s=10.0)
+STREAM_S = 600.0  # of one download, which goes on behind what came
+LONGEST_S = 3600.0  # of all of them together
 _DAMAGED = 3  # downloads in a row that were not what they should be
 _log = telemetry.get_logger("whaleflux.agent")
 
@@ -97,8 +99,11 @@ class CodeCache:
                 pull.task.cancel()
 
     async def _pull(self, work: Work) -> None:
-        """Until the archive is there: outages are waited out, what came is kept, and a broken download goes on behind it."""
-        failures = damaged = 0
+        """Until the archive is there: outages are waited out, what came is kept, and a broken download goes on behind it.
+
+        Raises LaunchFailed after `LONGEST_S`.
+        """
+        failures, damaged, began_s = 0, 0, self._clock.monotonic()
         partial = self._root / f".{work.spec.code}.partial"
         while True:
             try:
@@ -113,6 +118,8 @@ class CodeCache:
                 if not worth_repeating(error):
                     await asyncio.to_thread(partial.unlink, missing_ok=True)  # it may be what is wrong
                     raise LaunchFailed(f"the code of {work.job}: {error.message}") from None
+                if self._clock.monotonic() - began_s >= LONGEST_S:
+                    raise LaunchFailed(_not_in_time(work, error.message)) from None
                 failures += 1
                 await self._say(work.spec.code, f"code, which cannot be had now ({error.message}) and is tried again,")
             except OSError as error:
@@ -130,12 +137,15 @@ class CodeCache:
     async def _download(self, work: Work, partial: Path) -> None:
         have = await asyncio.to_thread(self._begin, partial)
         request = scheduler_pb2.DownloadCodeRequest(job=work.job, epoch=work.epoch, offset=have)
-        async with self._stub.DownloadCode(request) as answers:
-            async for answer in answers:
-                have += len(answer.data)
-                if have > MAX_PACKED_BYTES:
-                    raise LaunchFailed(f"the code of {work.job} is larger than {MAX_PACKED_BYTES} bytes")
-                await asyncio.to_thread(_write, partial, have - len(answer.data), answer.data)
+        try:
+            async with asyncio.timeout(STREAM_S), self._stub.DownloadCode(request) as answers:
+                async for answer in answers:
+                    have += len(answer.data)
+                    if have > MAX_PACKED_BYTES:
+                        raise LaunchFailed(f"the code of {work.job} is larger than {MAX_PACKED_BYTES} bytes")
+                    await asyncio.to_thread(_write, partial, have - len(answer.data), answer.data)
+        except TimeoutError:
+            raise Unavailable(f"the scheduler did not send all of it within {STREAM_S:.0f} s") from None
 
     def _begin(self, partial: Path) -> int:
         """Makes the folder and room; returns how many bytes an earlier try has left."""
@@ -197,6 +207,13 @@ def _write(file: Path, at: int, data: Any) -> None:
             view, at = view[written:], at + written
     finally:
         os.close(descriptor)
+
+
+def _not_in_time(work: Work, why: str) -> str:
+    return (
+        f"the code of {work.job} could not be had within {LONGEST_S / 60:.0f} minutes ({why}); see whether NATS and the scheduler answer, and "
+        "submit it again"
+    )
 
 
 def _no_room(error: OSError, folder: Path) -> str:
