@@ -9,7 +9,6 @@ the load. The quick form is 5,000 jobs on 25 nodes, run twice. Seconds are CPU t
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from functools import lru_cache
 from benchmarks.common import Options, Report, Row, Target, main
 from benchmarks.scheduler_speed import fleet
 from whaleflux.manifests.job_fields import Spec
+from whaleflux.service import collect_rarely
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.simulation import traces
 from whaleflux_scheduler.simulation.results import summary_of
@@ -78,10 +78,10 @@ def spec_of(gpus: int, priority: int) -> Spec:
 
 
 def simulated(month: Month, nodes: int) -> Result:
-    """Steps are of whole seconds, as the trace's times are."""
-    gc.collect()
-    gc.freeze()
-    return Simulation(fleet(nodes), Workload(month, QUEUES, Delays(start_s=0.0, save_s=30.0))).run()
+    """Steps are of whole seconds, as the trace's times are. Garbage is collected as in a service."""
+    simulation = Simulation(fleet(nodes), Workload(month, QUEUES, Delays(start_s=0.0, save_s=30.0)))
+    collect_rarely()
+    return simulation.run()
 
 
 def row_of(name: str, result: Result) -> Row:

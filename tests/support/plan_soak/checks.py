@@ -95,7 +95,8 @@ def claims_stand_alone(records: dict[str, Job]) -> None:
             for uuid in uuids:
                 other = claimed.setdefault(uuid, name)
                 both = job.spec.share_memory_bytes and records[other].spec.share_memory_bytes
-                assert other == name or both, f"{uuid} is claimed by {other} and by {name}"
+                goes_on = any(uuid in held for one in (name, other) for held in held_by(records[one]).values())
+                assert other == name or both or goes_on, f"{uuid} is claimed by {other} and by {name}"
 
 
 # moves
@@ -200,7 +201,10 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) 
 
 
 def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> None:
-    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority; no service and nobody who does not run."""
+    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority, or only shrinks; no service that runs.
+
+    Of claims that others are about to lose it may take one of its own queue's, which was made in the same step.
+    """
     claim = move.claim
     assert claim is not None
     held = held_by(job)
@@ -217,16 +221,24 @@ def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> No
         assert not other.spec.is_service or other.state is not JobState.RUNNING, (
             f"{name} is a service, and {job.name} has it stopped"
         )
-        if other.spec.priority >= job.spec.priority:
+        if (
+            other.spec.priority >= job.spec.priority
+            and other.state is not JobState.QUEUED
+            and not other.spec.is_elastic
+        ):
             assert guaranteed(world, job), f"{job.name} has {name} stopped, which is of priority {other.spec.priority}"
-            assert other.queue != job.queue or other.spec.is_elastic, (
-                f"{job.name} takes back from {name} of its own queue"
-            )
+            assert other.queue != job.queue, f"{job.name} takes back from {name} of its own queue"
 
 
 def guaranteed(world: PlanWorld, job: Job) -> bool:
-    """Whether anything on the way to the root is guaranteed it."""
-    return any(queue.guaranteed_gpus for queue in world.state.queues.values()) or job.spec.is_elastic
+    """Whether anything on its queue's way to the root is guaranteed."""
+    queues, at, seen = world.state.queues, job.queue, set[str]()
+    while at in queues and at not in seen:
+        seen.add(at)
+        if queues[at].guaranteed_gpus or any(one.guaranteed_gpus and one.parent == at for one in queues.values()):
+            return True
+        at = queues[at].parent
+    return False
 
 
 def fits_nodes(world: PlanWorld, made: list[Move], after: dict[str, Job]) -> None:

@@ -7,7 +7,6 @@ A history is a world and some hundred operations. One that fails is shortened to
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
 import time
@@ -17,6 +16,7 @@ from random import Random
 
 from tests.support.plan_soak.rules import RULES, Operation, do
 from tests.support.plan_soak.world import PlanWorld
+from whaleflux.service import collect_rarely
 
 LENGTH = 200  # operations of a history
 AGAINST_ALL = 8  # each so-manieth history has the reference beside it
@@ -84,8 +84,7 @@ def told(seed: int, number: int, operations: Sequence[Operation], world: Worlds)
 def soak(operations: int, seed: int, first: int = 0, say: Callable[[str], None] = print) -> int:
     """How many histories failed."""
     begun_s, done, number, failures = time.process_time(), 0, first, 0
-    gc.collect()
-    gc.freeze()
+    collect_rarely()
     while done < operations:
         listed = history(seed, number, min(LENGTH, operations - done))
         if replay(listed, worlds_of(number)) is not None:

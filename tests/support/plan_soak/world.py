@@ -167,6 +167,7 @@ class PlanWorld:
         self.over = [*self.over, *(job for job in news.jobs if job.ended)][-REMEMBERED:]
         return replace(
             news,
+            candidates={name: None if one and one.job.hold else one for name, one in news.candidates.items()},
             removed=tuple(more.removed),
             gone=tuple(more.gone),
             saved=self.state.saved(self.now_s) if more.saved else None,

@@ -345,11 +345,36 @@ class Holdings:
     @contextlib.contextmanager
     def without_claims(self, claimants: Iterable[str]) -> Iterator[None]:
         """The engine as if these claimed nothing; everything is as before at the end, whatever happens inside."""
+        lifted = dict.fromkeys(claimants)
         with self._engine.transaction():  # never committed
-            for id_ in map(claim_id, claimants):
+            for id_ in map(claim_id, lifted):
                 if id_ in self._engine.placements:
                     self._engine.release(id_)
+            for name, beneath in self._beneath(lifted):
+                self._engine.apply(self.as_placement(name + KEPT, self._jobs[name], beneath))
             yield
+
+    def _beneath(self, lifted: Collection[str]) -> Iterator[tuple[str, Gpus]]:
+        """What jobs claim of GPUs that reservations among these keep for later: it is not free when they are lifted."""
+        first = [self._claimed[name] for name in lifted if is_reservation(name) and name in self._claimed]
+        for name in (
+            [name for name in self._claimed if name not in lifted and not is_reservation(name)] if first else ()
+        ):
+            beneath = {
+                node: both
+                for node, uuids in self._claimed[name].items()
+                if (
+                    both := frozenset(
+                        u for one in first for u in uuids & one.get(node, _NONE) if self._only(node, u, name)
+                    )
+                )
+            }
+            if beneath:
+                yield name, beneath
+
+    def _only(self, node: str, uuid: str, claimant: str) -> bool:
+        """Whether a reservation alone stands before the claimant."""
+        return is_reservation(self._claimant.get(uuid, "")) and self._free(node, uuid, claimant, "")
 
     def holders_of(self, claim: Claim) -> set[str]:
         """Jobs that hold some of what is claimed."""

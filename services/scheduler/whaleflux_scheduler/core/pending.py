@@ -38,7 +38,7 @@ class RequestClass:
     """Jobs whose requests are alike. `own` names a job that holds or claims GPUs: it is alone, as it may fit where others do not.
 
     `refused`: the fleet had no room, and nothing came free since that could be enough. `no_room_made`: nor can others be stopped for it. `hopeful`: it was, and
-    nodes have gained since.
+    nodes have gained since. `may_stop`: it is tried because others may be stopped, whatever becomes of what was gained.
     """
 
     request: PlaceRequest  # of nobody in particular: its id is empty
@@ -55,6 +55,7 @@ class RequestClass:
     seen: int = 0  # how many falls of keys it has taken in
     refused: bool = False
     no_room_made: bool = False
+    may_stop: bool = False
     hopeful: bool = False
     why: NoPlacement | None = None
     why_at: int = -1  # the version of what room the fleet has, then

@@ -14,7 +14,7 @@ from itertools import accumulate, islice
 from whaleflux_scheduler.core import elastic, resize
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.elastic_index import ElasticIndex
-from whaleflux_scheduler.core.holdings import EXTRA, Holdings, count, is_reservation
+from whaleflux_scheduler.core.holdings import EXTRA, Holdings, count
 from whaleflux_scheduler.core.lifecycle import may_go_on
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan, Victim
@@ -258,7 +258,7 @@ def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime, *
     """Whether what it has beyond that may be had: what is lent and for a higher priority at any time, for an equal one when it has settled."""
     if not may_go_on(giver) or giver.name == to.name or holdings.disputed(giver.name):
         return False
-    if any(map(is_reservation, holdings.claimants_on(giver.name))):  # what it left would be the reservation's
+    if holdings.claimants_on(giver.name) - {to.name}:  # what it left would be theirs
         return False
     first = lent or giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
     return first and count(holdings.held(giver.name)) > keeps

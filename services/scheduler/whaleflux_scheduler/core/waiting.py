@@ -60,11 +60,11 @@ class Waiting(Questions):
         if self._shares.quota.guarantees:
             self._make_room_for(self._pending.classes)
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, *, beside: bool = False) -> None:
         """Who is guaranteed more than is held may have room made."""
         quota, by_queue = self._shares.quota, self._pending.by_queue
         below = [queue for queue in by_queue if quota.below_guarantee(queue)]
-        self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]})
+        self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]}, beside=beside)
 
     def _borrows(self, job: Job) -> None:
         """What it has now may be taken back by those who are guaranteed it, where its own queue is not."""
@@ -72,11 +72,13 @@ class Waiting(Questions):
         if quota.guarantees and quota.covering(job.name).id != job.queue:
             self._reclaim()
 
-    def _make_room_for(self, kinds: Iterable[RequestClass]) -> None:
-        """Others may be stopped that could not before."""
+    def _make_room_for(self, kinds: Iterable[RequestClass], *, beside: bool = False) -> None:
+        """Others may be stopped that could not before; `beside`: together with what came free, as long as that is free."""
         for kind in list(kinds):
-            kind.no_room_made = kind.hopeful = False  # it is not given up with what came free
-            self._hopeful.pop(kind, None)
+            kind.no_room_made = False
+            if not beside:
+                kind.may_stop, kind.hopeful = True, False  # it is not given up with what came free
+                self._hopeful.pop(kind, None)
             for line in tuple(kind.lines.values()) if kind.counts_differ else ():
                 self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
                 self._turns.unpark(line)
@@ -171,7 +173,7 @@ class Waiting(Questions):
                 continue
             was_refused = kind.refused
             self._try_again(kind)
-            if was_refused:
+            if was_refused and not kind.may_stop:
                 self._hopeful[kind] = None
                 kind.hopeful = True
 
@@ -182,9 +184,9 @@ class Waiting(Questions):
         """
         lowest = min((of for of, gpus in self._fleet.holdings.stoppable.items() if gpus), default=None)
         if lowest is not None:
-            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(lowest, priority)))
+            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(lowest, priority)), beside=True)
         if self._shares.quota.guarantees:
-            self._reclaim()
+            self._reclaim(beside=True)
 
     def _could_hold(self, kind: RequestClass, lent: int) -> bool:
         """Whether what nodes gained, with what is `lent` to it of what is kept for later, could be enough for it."""
@@ -229,7 +231,7 @@ class Waiting(Questions):
     def _refuse(self, kind: RequestClass) -> None:
         """It is not tried until something changes."""
         kind.refused = kind.no_room_made = True
-        kind.hopeful = False
+        kind.hopeful = kind.may_stop = False
         self._hopeful.pop(kind, None)
         self._turns.drop(kind)
 
