@@ -1,6 +1,8 @@
 """Errors name what was typed: every field of every request that a command sends has an option or argument there; every number its limits."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -16,6 +18,7 @@ from whaleflux.v1 import router_pb2 as router
 from whaleflux.v1 import scheduler_pb2 as scheduler
 from whaleflux.v1 import secrets_pb2 as secrets
 
+PROTOS = Path(__file__).parents[2] / "protos" / "whaleflux" / "v1"
 PROGRAM = typer.main.get_command(app)
 REQUESTS = {
     "queue create": scheduler.CreateQueueRequest, "queue set": scheduler.UpdateQueueRequest,
@@ -64,6 +67,29 @@ NOT_ON = {
 }
 
 
+def output_only():
+    """(message, field) of what the contract's comments say is for services to fill in."""
+    found, message, comments = set(), "", ""
+    for line in "\n".join(file.read_text() for file in sorted(PROTOS.glob("*.proto"))).splitlines():
+        if begins := re.match(r"message (\w+)", line):
+            message = begins[1]
+        if line.strip().startswith("//"):
+            comments += line
+            continue
+        if (field := re.match(r"  [\w. <>,]+ (\w+) = \d+", line)) and "// Output only." in comments:
+            found.add((message, field[1]))
+        comments = ""
+    return found
+
+
+OUTPUT_ONLY = output_only()
+
+
+def test_what_services_fill_in_is_read_from_the_contract():
+    assert {("Reservation", "held"), ("Dataset", "manifest_digest")} <= OUTPUT_ONLY
+    assert not {("Reservation", "gpus"), ("Queue", "weight")} & OUTPUT_ONLY
+
+
 def refused(*words):
     """What is said of a command line, (field, description)."""
     with pytest.raises(InvalidArgument) as found:
@@ -74,7 +100,8 @@ def refused(*words):
 def leaves(message, path=""):
     """Each field that people could get wrong, as violations call it."""
     for field in message.fields:
-        if field.name in NOT_TYPED or field.name in NOT_ASKED.get(message.name, ()):
+        asked = field.name not in NOT_ASKED.get(message.name, ()) and (message.name, field.name) not in OUTPUT_ONLY
+        if field.name in NOT_TYPED or not asked:
             continue
         inner = field.message_type
         if inner is not None and inner.file.package.startswith("whaleflux") and not field.is_repeated:
