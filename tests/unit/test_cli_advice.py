@@ -34,12 +34,13 @@ def texts() -> Iterator[tuple[str, str]]:
     for path in sorted([*ROOT.glob("libs/**/*.py"), *ROOT.glob("services/**/*.py")]):
         if "/v1/" in str(path):
             continue
+        file = path.relative_to(ROOT)
         for node in ast.walk(ast.parse(path.read_text())):
-            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.JoinedStr):
-                yield where, "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                said = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                yield f"{file}:{node.lineno}", said
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield where, node.value
+                yield f"{file}:{node.lineno}", node.value
 
 
 def wrong_in(line: str) -> str:
