@@ -591,7 +591,7 @@ class TestHistory:
 class TestSubmit:
     @pytest.fixture
     def file(self, tmp_path):
-        (tmp_path / "job.yaml").write_text("name: j1\nrun: python train.py\ngpus: 4\n")
+        (tmp_path / "job.yaml").write_text("name: new\nrun: python train.py\ngpus: 4\n")
         return str(tmp_path / "job.yaml")
 
     def test_plan_then_submit_then_follow_to_the_end(self, cli, shared, file):
@@ -632,7 +632,7 @@ class TestSubmit:
             assert "-y" in why
 
     def test_stdin_with_yes(self, cli):
-        assert cli("submit", "-", "-y", "-d", stdin="name: j1\nrun: x\ngpus: 1\n")[0] == 0
+        assert cli("submit", "-", "-y", "-d", stdin="name: new\nrun: x\ngpus: 1\n")[0] == 0
 
     def test_every_mistake_is_a_line_of_its_own(self, cli):
         code, text, why = cli("submit", "-", "-y", stdin="run: x\ngpus: many\nnam: y\n")
@@ -780,7 +780,7 @@ class TestProgram:
         assert "\033[" not in on_a_terminal(shared, {"NO_COLOR": "1"})
 
     def test_ctrl_c_while_following(self, shared, tmp_path):
-        (tmp_path / "job.yaml").write_text("name: j1\nrun: x\ngpus: 1\n")
+        (tmp_path / "job.yaml").write_text("name: new\nrun: x\ngpus: 1\n")
         shared.scheduler.ends = False
         process = subprocess.Popen(
             [sys.executable, "-m", "whaleflux.cli", "submit", str(tmp_path / "job.yaml"), "-y"],
