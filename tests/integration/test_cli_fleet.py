@@ -60,14 +60,14 @@ def node():
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\x9b1A\u202e\n12:00:00  SUCCEEDED queues/default/jobs/forged"
-HAPPENED = [  # resource, what, message, who, seconds ago
+HAPPENED = [  # resource, what, message, who, seconds ago when the tests begin: they take a minute
     (NODE, "CREATED", "joined with 8 GPU(s)", "agent/onprem/n1", 3600),
     (NODE, "READY", "signs of life arrive", "health_monitor/alive", 3590),
-    (JOB, "QUEUED", "", "user/ann", 600),
-    (JOB, "RUNNING", "runs on 1 node", "scheduler/start", 500),
-    (JOB, "RECOVERING", HOSTILE, "scheduler/exit", 400),
-    ("incidents/i1", "OPENED", "n1 is silent", "health_monitor/node-lost", 300),
-    ("incidents/i1", "FENCED", "n1 is silent", "health_monitor/node-lost", 290),
+    (JOB, "QUEUED", "", "user/ann", 3400),
+    (JOB, "RUNNING", "runs on 1 node", "scheduler/start", 3300),
+    (JOB, "RECOVERING", HOSTILE, "scheduler/exit", 1500),
+    ("incidents/i1", "OPENED", "n1 is silent", "health_monitor/node-lost", 1400),
+    ("incidents/i1", "FENCED", "n1 is silent", "health_monitor/node-lost", 1390),
     (f"{JOB}/checkpoints/s100", "COMMITTED", "step 100", "checkpoint", 160),
     ("queues/default/jobs/gone", "DELETED", "its record is deleted", "user/ann", 100),
 ]
@@ -515,7 +515,7 @@ class TestEvents:
         assert whats("--for", "node/n1") == ["CREATED", "READY"]
         assert whats("--for", "incident/i1", "--what", "fenced") == ["FENCED"]
         assert whats("--for", "jobs/j1") == ["QUEUED", "RUNNING", "RECOVERING", "COMMITTED"], "a part of a name"
-        assert whats("--since", "450s", "--until", "220s") == ["RECOVERING", "OPENED", "FENCED"]
+        assert whats("--since", "2500s", "--until", "800s") == ["RECOVERING", "OPENED", "FENCED"]
         assert whats("--kind", "node,checkpoint") == ["CREATED", "READY", "COMMITTED"]
         assert whats("-n", "2") == ["CREATED", "READY"], "the newest by their place, which were told last"
         assert cli("events", "--for", "node/onprem/n1", "-o", "name")[1] == f"{NODE}\n{NODE}\n"

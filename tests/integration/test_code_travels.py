@@ -69,7 +69,7 @@ def test_both_nodes_start_in_the_folder_and_it_is_sent_once(suite, whaleflux, tm
     assert asyncio.run(ended(suite, "first")) == "SUCCEEDED"
     said = whaleflux("logs", "first", "--rank", "-1").stdout
     assert all(f"words of first on sites/lab/nodes/{node}" in said for node in "ab"), said
-    assert "has this code already" in whaleflux("submit", file, "-y", "-d", check=False).stderr
+    assert "has this code already" in whaleflux("submit", file, "-y", "-d", "--name", "second").stderr
 
 
 def test_an_outage_of_the_event_bus_is_waited_out_and_said(suite, whaleflux, tmp_path):
