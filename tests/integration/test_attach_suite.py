@@ -18,7 +18,7 @@ from whaleflux.sdk.sessions import JobSession
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_agent.runtime import procfs
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 NODE = Machine("onprem", "h200-a", "h200x8")
 BIG = 64 << 20

@@ -16,7 +16,7 @@ from whaleflux.services import ROLES
 from whaleflux.v1 import inventory_pb2, router_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]  # about 30 s on a quiet machine
 
 A, B = Machine("onprem", "a", "a100x8"), Machine("onprem", "b", "a100x8")
 # Its first attempt fails once it is told to: it was RUNNING by then.

@@ -21,7 +21,7 @@ from whaleflux.demo.fleet import Machine
 from whaleflux.embedded.processes import with_variables
 from whaleflux.v1 import scheduler_pb2 as pb
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 NODE = Machine("onprem", "h200-a", "h200x8")
 # Shows that it has what it should, by what nobody can turn back; then does as its file says.

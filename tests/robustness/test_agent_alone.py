@@ -15,7 +15,7 @@ from whaleflux.demo.fleet import DemoFleet, Machine
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import health_pb2, scheduler_pb2
 
-pytestmark = [pytest.mark.robustness, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.robustness, pytest.mark.timeout(300)]
 
 LONE = Machine("lone", "a", "rtx4090x1")
 AWAY_S = 8.0  # longer than the silence after which a node that died is fenced: real time is the point

@@ -19,7 +19,7 @@ from tests.support.suite import RunningSuite, ready_nodes, until
 from whaleflux.demo.fleet import DemoFleet, Machine
 from whaleflux.v1 import scheduler_pb2
 
-pytestmark = [pytest.mark.robustness, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.robustness, pytest.mark.timeout(300)]
 
 ISLAND = (Machine("island", "a", "rtx4090x1"), Machine("island", "b", "rtx4090x1"))
 CUT_S = 8.0  # longer than the silence after which a node that died is fenced

@@ -16,7 +16,7 @@ from tests.support.suite import RunningSuite, until
 from whaleflux.embedded.processes import with_variables
 from whaleflux.v1 import checkpoint_pb2, scheduler_pb2
 
-pytestmark = [pytest.mark.robustness, pytest.mark.timeout(180)]  # the first test waits for the whole run
+pytestmark = [pytest.mark.robustness, pytest.mark.timeout(300)]  # the first test waits for the whole run
 
 
 @dataclass

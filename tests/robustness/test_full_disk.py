@@ -24,7 +24,7 @@ from whaleflux.v1 import scheduler_pb2
 
 pytestmark = [
     pytest.mark.robustness,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small file system"),
 ]
 
