@@ -157,6 +157,8 @@ def claim_of(message: pb.Claim) -> Claim:
         expire_time=instant(message, "expire_time") or datetime.fromtimestamp(0, UTC),
         purpose=ClaimPurpose(message.purpose) if message.purpose in _PURPOSES else ClaimPurpose.UNSPECIFIED,
         start_time=instant(message, "start_time"),
+        make_time=instant(message, "make_time"),
+        limited_queue=message.limited_queue,
     )
 
 
@@ -255,9 +257,11 @@ def _merge_claim(claim: Claim | None, message: pb.Job) -> None:
                 victims=claim.victims,
                 expire_time=timestamp(claim.expire_time),
                 purpose=claim.purpose.value,  # type: ignore[arg-type]  # a test compares the enums
+                limited_queue=claim.limited_queue,
             )
         )
         _set_instant(message.claim, "start_time", claim.start_time)
+        _set_instant(message.claim, "make_time", claim.make_time)
 
 
 def _merge_waiting(job: Job, message: pb.Job) -> None:

@@ -425,7 +425,7 @@ class Reconciler:
             claim = stored.value.claim if stored is not None else None
             if claim is None or now >= claim.expire_time:
                 continue
-            if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
+            if claim.asks(job, held):
                 return name
         return ""
 

@@ -65,6 +65,7 @@ class TriesAll(SoakedPlan):
             self._try_again(kind)
         for top in list(self._parked):
             self._unpark(top)
+        self._swaps |= {line: None for lines in self._parked.values() for line in lines}
         return super().decide(now, budget_s)
 
 

@@ -61,7 +61,7 @@ class Answers(Waiting):
     def _why_now(self, line: Line, candidate: Candidate, now: datetime) -> SchedulingDecision:
         job = candidate.job
         if limit := self._over_limit(job):
-            return wait_reasons.queue_is_full(limit, now)
+            return self._full(limit, job, now)
         if full := self._over_array_limit(job):
             return wait_reasons.array_is_full(full, now)
         if line.kind.impossible:

@@ -206,7 +206,25 @@ class Holdings:
     def _count_stoppable(self, name: str, sign: int) -> None:
         job = self._jobs.get(name)
         if job is not None and (name in self._claims or (job.state is JobState.RUNNING and not job.spec.is_service)):
-            self.stoppable[job.spec.priority] += sign * self.count_of(name)
+            change = sign * self.count_of(name)
+            self.stoppable[job.spec.priority] += change
+            if not is_reservation(name):
+                self.shares.quota.count_stoppable(job.queue, job.spec.priority, change)
+        if job is not None and (swap := self.swap_of(name)):
+            self.shares.quota.count_swaps(job.queue, sign * swap)
+
+    def swap_of(self, job: str) -> int | None:
+        """GPUs that the job claims where others leave for it under a limit; None: nobody does."""
+        claim = self._claims.get(job)
+        return self.claimed_beside(job) if claim is not None and claim.limited_queue else None
+
+    def claimed(self, job: str) -> Gpus:
+        """What is kept for the job, by node; it may hold some of it."""
+        return self._claimed.get(job, NOTHING)
+
+    def claimed_beside(self, job: str) -> int:
+        """GPUs that the job claims and does not hold."""
+        return len(_without(self._claimed.get(job, NOTHING), self._held.get(job, NOTHING)))
 
     def _record(self, job: Job, held: Gpus, claimed: Gpus) -> None:
         name = job.name

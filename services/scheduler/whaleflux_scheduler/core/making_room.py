@@ -15,11 +15,13 @@ from whaleflux_scheduler.core.going_on import Place, left_place, under_way
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Line, RequestClass
-from whaleflux_scheduler.core.placement.api import Placement
+from whaleflux_scheduler.core.placement.api import Placement, PreemptionPlan
 from whaleflux_scheduler.core.preemption import claim_for, room_for
 from whaleflux_scheduler.core.promise_lines import PromiseRules
+from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.resizing import Resizing, enlarged, shrinking
+from whaleflux_scheduler.core.under_limit import room_under_limit
 
 
 class MakingRoom(Answers):
@@ -55,20 +57,41 @@ class MakingRoom(Answers):
         self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
         return claim
 
+    def _swap(self, line: Line, job: Job, limit: QueueLimit, now: datetime) -> Claim | None:
+        """What is kept for the job while others leave under the limit that keeps it back; None: nobody may be stopped for it."""
+        line.vain, kind = False, line.kind
+        if self._has_claim(kind) or kind.impossible or not self._may_swap(line):
+            return None
+        holdings, request = self._fleet.holdings, self._reserved.away(replace(kind.request, id=job.name), job, now)
+        plan = room_under_limit(self._fleet.engine, holdings, request, job)
+        if isinstance(plan, PreemptionPlan):
+            return claim_for(plan, holdings, now, limit.queue)
+        if plan is not None:
+            line.vain = True
+            self._vain[line] = None
+        return None
+
+    def _has_claim(self, kind: RequestClass) -> bool:
+        """Whether GPUs are kept for it already, other than for a promised start."""
+        claim = self._fleet.holdings.claim(kind.own) if kind.own else None
+        return claim is not None and claim.purpose is not ClaimPurpose.RESERVATION
+
     def _may_make_room(self, kind: RequestClass) -> bool:
         """Whether others could be stopped for any of its lines, as far as numbers tell."""
-        claim = self._fleet.holdings.claim(kind.own) if kind.own else None
-        if kind.no_room_made or kind.impossible or (claim and claim.purpose is not ClaimPurpose.RESERVATION):
+        if kind.no_room_made or kind.impossible or self._has_claim(kind):
             return False
         quota = self._shares.quota
         below = quota.guarantees and any(quota.below_guarantee(line.queue) for line in kind.lines.values())
         return below or self._lower_hold_enough(kind) or self._resizing.may_give(kind.priority, kind.need.gpus)
 
-    def _keep(self, job: Job, claim: Claim, now: datetime) -> Move:
+    def _keep(self, job: Job, claim: Claim, now: datetime, limit: QueueLimit | None = None) -> Move:
         """The next of its class may find other victims; the job itself is alone from now on."""
         candidate = self._pending.jobs[job.name].candidate
-        short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
-        decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
+        if limit is not None:
+            decision = wait_reasons.queue_is_full(limit, now)
+        else:
+            short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
+            decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
         self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
         self._promises.claims(job.name)
         self._join(candidate)

@@ -205,6 +205,7 @@ class Claim:
     """GPUs that are kept for a job while `victims` leave them: (node, UUIDs in rank order).
 
     Over when the job is placed or ends, at the latest at `expire_time`. `start_time`: when a reservation has to be kept.
+    `limited_queue`: the limit of this queue, by id, keeps the job back, so that victims leave which ran by `make_time`, wherever they are.
     """
 
     nodes: tuple[tuple[str, tuple[str, ...]], ...]
@@ -212,10 +213,22 @@ class Claim:
     expire_time: datetime
     purpose: ClaimPurpose = ClaimPurpose.PREEMPTION
     start_time: datetime | None = None
+    make_time: datetime | None = None
+    limited_queue: str = ""
 
     @property
     def gpus(self) -> dict[str, frozenset[str]]:
         return {node: frozenset(uuids) for node, uuids in self.nodes}
+
+    def asks(self, victim: Job, held: Mapping[str, Collection[str]]) -> bool:
+        """Whether one of its victims, which holds these UUIDs by node, has to leave, or loses what it claims itself."""
+        if self.concerns(held) or (victim.claim is not None and self.concerns(victim.claim.gpus)):
+            return True
+        if not self.limited_queue or self.make_time is None:
+            return False
+        began = victim.attempt.allocate_time if held and victim.attempt is not None else None
+        claimed = victim.claim.make_time if victim.claim is not None else None
+        return any(at is not None and at <= self.make_time for at in (began, claimed))
 
     def concerns(self, held: Mapping[str, Collection[str]]) -> bool:
         """Whether any of these GPUs, UUIDs by node, is claimed."""

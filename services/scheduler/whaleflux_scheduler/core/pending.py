@@ -86,6 +86,7 @@ class Line:
     names: dict[str, float] = field(default_factory=dict)  # when each was submitted; a name may come again
     entry: Entry[Line] | None = None  # in the heap of its class
     parked: bool = False  # its queue or its array may not take more
+    vain: bool = False  # enough of its queue could be stopped for it, but not so that it fits
 
     def first(self) -> tuple[float, str] | None:
         """When the first of the line was submitted, and its name."""

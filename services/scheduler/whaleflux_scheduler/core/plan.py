@@ -122,6 +122,7 @@ class Plan(Promising):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
+            self._swap_beside(job)
             self._borrows(job)
         if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
             self._join(waiting.candidate)
@@ -138,10 +139,10 @@ class Plan(Promising):
         for name in self._patience.due(now):
             self._try_again(self._pending.jobs[name].line.kind)
         self._take_in_gains()
-        while self._turns.active and not watch.over:
-            line = self._turns.next()
+        while (self._turns.active or self._may_be_swaps) and not watch.over:
+            line = self._turns.next() if self._turns.active else self._next_swap()
             if line is None:
-                break
+                continue
             begun = watch.now
             move = self._try(line, now)
             moves += self._take_also()
@@ -159,8 +160,12 @@ class Plan(Promising):
         kind, first = line.kind, line.first()
         assert first is not None
         job = self._pending.jobs[first[1]].candidate.job
-        limit = self._over_limit(job)
-        if limit or self._over_array_limit(job):
+        limit, full = self._over_limit(job), self._over_array_limit(job)
+        if limit and not full and (claim := self._swap(line, job, limit, now)) is not None:
+            if line.parked:  # the next of it may find others
+                self._swaps[line] = None
+            return self._keep(job, claim, now, limit)
+        if limit or full:
             self._park(line, limit)
             self._tell(job.name, "limit")
             return None

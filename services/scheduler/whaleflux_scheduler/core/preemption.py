@@ -7,6 +7,7 @@ goes on with what the old one began.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, is_reservation, job_of
@@ -40,22 +41,26 @@ def room_for(
     return None
 
 
-def may_stop(holdings: Holdings, job: Job, gpus: int) -> list[Victim]:
+def may_stop(holdings: Holdings, job: Job, gpus: int, among: Collection[str] | None = None) -> list[Victim]:
     """Running training and claims that may have to make room: what is borrowed of the queue's guarantee, and what is of lower priority.
 
-    Those that make room for an equal already, and services, are left out.
+    Those that make room for an equal already, and services, are left out. `among`: only of these jobs.
     """
     claimant = claimant_of(holdings, job, gpus)
-    asked = {
-        v for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name) for v in claim.victims
-    }
+    asked = asked_to_leave(holdings, claimant)
     return [
         Victim(id_, held.spec.priority, _lost_gpu_s(holdings, held), reclaimed=claimant.reclaims(held.name, held.queue))
-        for id_, held in _movable(holdings, asked)
+        for id_, held in _movable(holdings, asked, among)
         if held.name != job.name
         and _yields(claimant, holdings, held.name)
         and not _promised(claimant, holdings, job, id_)
     ]
+
+
+def asked_to_leave(holdings: Holdings, claimant: Claimant) -> set[str]:
+    """Victims of claims that do not yield to the claimant."""
+    theirs = (claim for name, claim in holdings.claims.items() if not _yields(claimant, holdings, name))
+    return {victim for claim in theirs for victim in claim.victims}
 
 
 def claimant_of(holdings: Holdings, job: Job, gpus: int) -> Claimant:
@@ -77,18 +82,23 @@ def _yields(claimant: Claimant, holdings: Holdings, name: str) -> bool:
     return claimant.reclaims(name, held.queue) or claimant.preempts(name, held.spec.priority)
 
 
-def _movable(holdings: Holdings, asked: Collection[str]) -> Iterator[tuple[str, Job]]:
+def _movable(holdings: Holdings, asked: Collection[str], among: Collection[str] | None) -> Iterator[tuple[str, Job]]:
     """What the engine knows of it, and the job."""
     for name in holdings.claims:
-        yield claim_id(name), holdings.jobs[name]
-    for name, held in holdings.jobs.items():
+        if among is None or name in among:
+            yield claim_id(name), holdings.jobs[name]
+    for name in holdings.jobs if among is None else among:
+        held = holdings.jobs[name]
         trains = held.state is JobState.RUNNING and not held.spec.is_service
         if trains and name not in asked and not holdings.disputed(name):
             yield name, held
 
 
-def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime) -> Claim:
-    """The place of the plan, by GPU, until its victims must have stopped long since. It replaces what its job was promised before."""
+def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime, limited_queue: str = "") -> Claim:
+    """The place of the plan, by GPU, until its victims must have stopped long since. It replaces what its job was promised before.
+
+    `limited_queue`: victims leave under its limit.
+    """
     gpus: dict[str, tuple[str, ...]] = {}
     for part in plan.placement.nodes:
         gpus[part.node] = (*gpus.get(part.node, ()), *holdings.devices.uuids(part.node, part.gpus))
@@ -103,7 +113,8 @@ def claim_for(plan: PreemptionPlan, holdings: Holdings, now: datetime) -> Claim:
     ]
     victims = tuple(dict.fromkeys((*stopped(plan), *overlapping)))
     grace_s = max((holdings.jobs[name].grace_s for name in victims), default=0.0)
-    return Claim(tuple(gpus.items()), victims, now + timedelta(seconds=CLAIM_S + grace_s))
+    until = now + timedelta(seconds=CLAIM_S + grace_s)
+    return Claim(tuple(gpus.items()), victims, until, make_time=now, limited_queue=limited_queue)
 
 
 def stopped(plan: PreemptionPlan) -> tuple[str, ...]:
@@ -112,9 +123,14 @@ def stopped(plan: PreemptionPlan) -> tuple[str, ...]:
 
 
 def still_stopping(holdings: Holdings, job: str) -> list[str]:
-    """Victims of the job's claim that still hold what it claims."""
+    """Victims of the job's claim that still hold what it claims, or what its queue's limit counts."""
     claim = holdings.claim(job)
-    return [] if claim is None else [victim for victim in claim.victims if claim.concerns(holdings.held(victim))]
+    return [] if claim is None else [victim for victim in claim.victims if _holds_for(claim, holdings, victim)]
+
+
+def _holds_for(claim: Claim, holdings: Holdings, victim: str) -> bool:
+    known, held = holdings.jobs.get(victim), holdings.held(victim)
+    return known is not None and bool(held) and claim.asks(replace(known, claim=None), held)
 
 
 def _lost_gpu_s(holdings: Holdings, job: Job) -> float:

@@ -20,7 +20,7 @@ from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.patience import Patience
 from whaleflux_scheduler.core.pending import Pending
-from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
+from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promises import Promises
@@ -31,6 +31,7 @@ from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRul
 from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
 from whaleflux_scheduler.core.reserving import Reserved
+from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
 HIGHEST_PRIORITY = 1_000
@@ -74,7 +75,9 @@ class Questions:
         """What `decide` would answer for a job that does not exist yet."""
         job = replace(job, spec=elastic.at_least(job.spec))
         if limit := self._over_limit(job):
-            return wait_reasons.queue_is_full(limit, now)
+            full = wait_reasons.queue_is_full(limit, now)
+            swap = room_under_limit(self._fleet.engine, self._fleet.holdings, place_request(job.name, job.spec), job)
+            return self._with_victims(full, job, stopped(swap)) if isinstance(swap, PreemptionPlan) else full
         if not self.nodes:
             return wait_reasons.no_nodes(now)
         if reserved := self._reserved.why(job, now):
@@ -103,7 +106,7 @@ class Questions:
             return wait_reasons.pauses(until, now)
         job = replace(job, spec=elastic.at_least(job.spec))
         if limit := self._over_limit(job):
-            return self._in_line(wait_reasons.queue_is_full(limit, now), job)
+            return self._in_line(self._full(limit, job, now), job)
         if full := self._over_array_limit(job):
             return self._in_line(wait_reasons.array_is_full(full, now), job)
         if reserved := self._reserved.why(job, now):
@@ -178,6 +181,11 @@ class Questions:
                     continue
                 yield Gang(job, replace(self._within_quota(kind.request, job), id=job.name))
 
+    def _full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
+        """Its queue may not take it now; unless others are on their way out for it."""
+        full = wait_reasons.queue_is_full(limit, now)
+        return self._with_victims(full, job, still_stopping(self._fleet.holdings, job.name))
+
     def _kept_back(self, job: Job) -> bool:
         return bool(self._over_limit(job) or self._over_array_limit(job))
 
@@ -203,7 +211,8 @@ class Questions:
             return None
         own, lends_back = self._fleet.holdings.count_of(job.name), not job.spec.is_service
         wanted, free = job.spec.gpus if gpus is None else gpus, self._fleet.engine.free_gpus
-        return self._shares.quota.admit(job.queue, wanted, own=own, free=free, lends_back=lends_back)
+        swap = self._fleet.holdings.swap_of(job.name)
+        return self._shares.quota.admit(job.queue, wanted, own=own, free=free, lends_back=lends_back, swap=swap)
 
     def _within_quota(self, request: PlaceRequest, job: Job) -> PlaceRequest:
         """Of the GPU types of which its queue may take as many as are needed now."""

@@ -63,7 +63,7 @@ class Turns:
         if line.parked or line in kind.passed:
             return
         kind.families.setdefault(self._family(line.queue), {})[line] = None
-        kind.heap.put(line, self._key_of(line))
+        kind.heap.put(line, self.key_of(line))
         if kind in self._active:
             self._put_head(kind)
 
@@ -142,7 +142,8 @@ class Turns:
     def _now(self) -> int:
         return self._forgotten + len(self._falls)
 
-    def _key_of(self, line: Line) -> tuple[Any, float, str]:
+    def key_of(self, line: Line) -> tuple[Any, float, str]:
+        """Its first's turn; the least goes first."""
         first = line.first()
         assert first is not None
         kind = line.kind
@@ -176,7 +177,7 @@ class Turns:
         for family in fallen:
             for line in kind.families.get(family, ()):
                 if line.entry is not None:
-                    kind.heap.put(line, self._key_of(line))
+                    kind.heap.put(line, self.key_of(line))
 
 
 class ArrayLimit(NamedTuple):

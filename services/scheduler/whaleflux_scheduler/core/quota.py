@@ -10,6 +10,7 @@ that nobody is worse off than with a cluster of its own).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -80,6 +81,8 @@ class QueueNode:
     covered: int = 0  # GPUs of these and of those that are counted below
     rest: list[Held] = field(default_factory=list)  # jobs that neither it nor one below it covers
     stale: bool = True
+    stoppable: Counter[int] = field(default_factory=Counter)  # by priority: GPUs of work that may be stopped
+    swaps: int = 0  # GPUs that jobs claim for which others leave under a limit: held twice until these have left
 
     @property
     def over(self) -> int:
@@ -102,6 +105,8 @@ class QuotaTree:
         self._covered_by: dict[str, QueueNode] = {}
         self._nodes: dict[str, QueueNode] = {}
         self.queues: Mapping[str, Queue] = {}
+        self._stoppable: dict[str, Counter[int]] = {}  # by queue, of its own jobs
+        self._swaps: Counter[str] = Counter()  # the same
         self.guarantees = False  # whether any queue is guaranteed anything
         self._lost_cover = (
             False  # whether a guarantee covers others than it did, and some of those still hold what they held
@@ -123,6 +128,11 @@ class QuotaTree:
         self.fleet.guaranteed = 0  # the fleet as a whole promises nothing: what is counted there is borrowed
         for name, (queue_id, held) in self._jobs.items():
             self._count(self.node(queue_id), name, held, held.gpus)
+        for queue_id, by_priority in self._stoppable.items():
+            for priority, gpus in by_priority.items():
+                _add_stoppable(self.node(queue_id), priority, gpus)
+        for queue_id, gpus in self._swaps.items():
+            _add_swaps(self.node(queue_id), gpus)
 
     def _join(self, node: QueueNode, parent: str) -> None:
         """Below its parent. One whose parent is not known, or that is above itself, gets nothing more."""
@@ -179,23 +189,67 @@ class QuotaTree:
             up.stale = True
             lent, firm = _charge(up.lent, lent), _charge(up.firm, firm)
 
+    def count_stoppable(self, queue: str, priority: int, change: int) -> None:
+        """More or fewer GPUs of work that may be stopped."""
+        self._stoppable.setdefault(queue, Counter())[priority] += change
+        _add_stoppable(self.node(queue), priority, change)
+
+    def count_swaps(self, queue: str, change: int) -> None:
+        """More or fewer GPUs that jobs claim for which others leave under a limit."""
+        self._swaps[queue] += change
+        _add_swaps(self.node(queue), change)
+
+    def suppose(self, queue: str, change: int) -> None:
+        """As if its jobs held more, or less: for `admit` alone, and to be taken back. Whom guarantees cover is as before."""
+        lent = firm = change
+        for up in self.node(queue).path():
+            up.held += change
+            lent, firm = _charge(up.lent, lent), _charge(up.firm, firm)
+
     # admission
 
     def admit(
-        self, queue: str, gpus: int, *, own: int = 0, free: Callable[[], int] = int, lends_back: bool = True
+        self,
+        queue: str,
+        gpus: int,
+        *,
+        own: int = 0,
+        free: Callable[[], int] = int,
+        lends_back: bool = True,
+        swap: int | None = None,
     ) -> QueueLimit | None:
         """What keeps the queue from taking `gpus` now, None when it may. `own`: GPUs of these that the job itself holds already.
 
         `free` answers how many GPUs of the fleet nobody holds. Work that cannot give back what it borrows (`lends_back` False) takes
-        nothing that somebody is guaranteed, used or not.
+        nothing that somebody is guaranteed, used or not. `swap`: others leave for the job under a limit, and so many GPUs it claims there;
+        what others of that kind claim does not count for it: whichever of them comes first, there are only so many that leave.
         """
         node = self.node(queue)
         for up in node.path():
             if not up.known:
                 return QueueLimit(up.id, up.held - own, None)
-            if gpus and up.queue.max_gpus and up.held - own + gpus > up.queue.max_gpus:
+            if gpus and up.queue.max_gpus and self._held_beside(up, own, swap) + gpus > up.queue.max_gpus:
                 return QueueLimit(up.id, up.held - own, up.queue.max_gpus)
         return self._keeps(node, gpus - own, free, lends_back)
+
+    def _held_beside(self, node: QueueNode, own: int, swap: int | None) -> int:
+        return node.held - own - (0 if swap is None else node.swaps - swap)
+
+    def jobs_below(self, node: QueueNode) -> Iterator[str]:
+        """Jobs that hold something in the queue and in those below it."""
+        yield from node.jobs
+        for below in node.below:
+            yield from self.jobs_below(below)
+
+    def limited_at(self, queue: str, gpus: int, own: int) -> QueueNode | None:
+        """The highest queue that keeps the job back; the fleet, where it is idle GPUs that are kept for others. None: one is not known."""
+        at = None
+        for up in self.node(queue).path():
+            if not up.known:
+                return None
+            if up.queue.max_gpus and up.held - own + gpus > up.queue.max_gpus:
+                at = up
+        return at or self.fleet
 
     def _keeps(self, node: QueueNode, more: int, free: Callable[[], int], lends_back: bool) -> QueueLimit | None:
         """Idle GPUs that are kept for others, where they are wanted."""
@@ -365,6 +419,16 @@ def _guarantee(node: QueueNode) -> None:
     assert node.above is not None
     node.above.lent.load += node.lent.taken
     node.above.firm.load += node.firm.taken
+
+
+def _add_stoppable(node: QueueNode, priority: int, change: int) -> None:
+    for up in node.path():
+        up.stoppable[priority] += change
+
+
+def _add_swaps(node: QueueNode, change: int) -> None:
+    for up in node.path():
+        up.swaps += change
 
 
 def _charge(charge: _Charge, change: int) -> int:

@@ -38,6 +38,9 @@ class Waiting(Questions):
         self._turns = Turns(self._shares.turn, self._shares.family)
         self._hopeful: dict[RequestClass, None] = {}  # that were refused, and are tried because nodes gained
         self._parked: dict[str, dict[Line, None]] = {}  # by the top of their queue's part of the tree
+        self._swaps: dict[Line, None] = {}  # parked lines for which others of their queue could be stopped
+        self._swaps_in_turn: list[Line] = []  # of these, those that are being tried; the first is the last one
+        self._vain: dict[Line, None] = {}  # those of which none fitted then
         self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
         self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
         self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
@@ -45,7 +48,11 @@ class Waiting(Questions):
     @property
     def unfinished(self) -> bool:
         """True when the last step ran out of time before it had answered every job, or looked for every promise that was due."""
-        return bool(self._turns.active or self._unanswered or self._promises.missed)
+        return bool(self._turns.active or self._unanswered or self._may_be_swaps or self._promises.missed)
+
+    @property
+    def _may_be_swaps(self) -> bool:
+        return bool(self._swaps or self._swaps_in_turn)
 
     def _set_queues(self, queues: Mapping[str, Queue]) -> None:
         parked = [line for lines in self._parked.values() for line in lines]
@@ -55,6 +62,7 @@ class Waiting(Questions):
         for line in parked:
             self._parked.setdefault(self._shares.family(line.queue), {})[line] = None
         self._kept_from = dict.fromkeys(self._parked)  # whoever of them was kept back: their tops may be others now
+        self._swaps = dict.fromkeys(parked)
         for top in tuple(self._parked):
             self._unpark(top)
         if self._shares.quota.guarantees:
@@ -65,6 +73,7 @@ class Waiting(Questions):
         quota, by_queue = self._shares.quota, self._pending.by_queue
         below = [queue for queue in by_queue if quota.below_guarantee(queue)]
         self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]}, beside=beside)
+        self._swaps |= {line: None for queue in below for line in by_queue[queue] if line.parked}
 
     def _borrows(self, job: Job) -> None:
         """What it has now may be taken back by those who are guaranteed it, where its own queue is not."""
@@ -141,6 +150,8 @@ class Waiting(Questions):
         self._turns.leave(line)
         if line.parked:
             self._parked.get(self._shares.family(line.queue), {}).pop(line, None)
+            self._swaps.pop(line, None)
+            self._vain.pop(line, None)
         if not line.kind.lines:
             self._needs.discard(line.kind, line.kind.need)
             self._hopeful.pop(line.kind, None)
@@ -165,6 +176,8 @@ class Waiting(Questions):
             self._unpark(top)
         if self._fleet.gained:
             self._stop_others_beside(self._fleet.gained_from)
+            self._swaps |= self._vain
+            self._vain.clear()
         lent: dict[int, int] = {}  # by how long jobs take, as there are many classes and few of these
         for kind in self._fleet.take_gains(self._needs, self._promises.covered() + self._reserved.covered()):
             if kind.lasts not in lent:
@@ -223,10 +236,52 @@ class Waiting(Questions):
             first = line.first()
             job = self._pending.jobs[first[1]].candidate.job if first else None
             if job is None or not (self._over_limit(job) or self._over_array_limit(job)):
-                del self._parked[top][line]
-                self._turns.unpark(line)
-                if not line.kind.settled:
-                    self._turns.activate(line.kind)
+                self._unpark_line(top, line)
+            elif not line.vain and self._may_swap(line):
+                self._swaps[line] = None
+
+    def _unpark_line(self, top: str, line: Line) -> None:
+        del self._parked[top][line]
+        self._swaps.pop(line, None)
+        self._vain.pop(line, None)
+        self._turns.unpark(line)
+        if not line.kind.settled:
+            self._turns.activate(line.kind)
+
+    # limits under which others may be stopped
+
+    def _may_swap(self, line: Line) -> bool:
+        """Whether others could be stopped under the limit that keeps it back, as far as the least numbers tell."""
+        quota = self._shares.quota
+        first = line.first()
+        own = self._fleet.holdings.count_of(first[1]) if first is not None else 0
+        within = quota.limited_at(line.queue, line.kind.gpus, own)
+        if within is None:
+            return False
+        lower = any(gpus > 0 for priority, gpus in within.stoppable.items() if priority < line.kind.priority)
+        return lower or (quota.guarantees and quota.below_guarantee(line.queue))
+
+    def _swap_beside(self, job: Job) -> None:
+        """The job may be stopped that could not before: it may be under a limit that keeps others back."""
+        for top in {self._shares.family(job.queue): None, **self._kept_from}:
+            lines = self._parked.get(top, ())
+            above = (line for line in lines if line.kind.priority > job.spec.priority)
+            self._swaps |= {line: None for line in above if self._may_swap(line)}
+
+    def _next_swap(self) -> Line | None:
+        """The parked line whose turn it is, of those for which others could be stopped; who is not kept back any more waits for its turn."""
+        if not self._swaps_in_turn:
+            lines = (line for line in self._swaps if line.parked and line.names)
+            self._swaps_in_turn = sorted(lines, key=self._turns.key_of, reverse=True)
+            self._swaps.clear()
+        while self._swaps_in_turn:
+            line = self._swaps_in_turn.pop()
+            if not line.parked or (first := line.first()) is None:
+                continue
+            if self._kept_back(self._pending.jobs[first[1]].candidate.job):
+                return line
+            self._unpark_line(self._shares.family(line.queue), line)
+        return None
 
     def _refuse(self, kind: RequestClass) -> None:
         """It is not tried until something changes."""

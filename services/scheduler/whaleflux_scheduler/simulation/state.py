@@ -132,7 +132,7 @@ class State:
             claim = claimant.job.claim if claimant is not None else None
             if claim is None or now >= claim.expire_time:
                 continue
-            if claim.concerns(held) or (job.claim is not None and claim.concerns(job.claim.gpus)):
+            if claim.asks(job, held):
                 return name
         leaving = sorted(self.leaving.to(job.name))
         return next((name for name in leaving if has_to_leave(job.name, held, self.reservations[name])), "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from whaleflux.fleet.model import Level, LinkKind
 
@@ -244,6 +245,19 @@ class Victim:
     priority: int
     lost_gpu_s: float = 0.0
     reclaimed: bool = False
+
+
+class Limit(Protocol):
+    """What counts beside the devices: how much the one who asks may take while others have it."""
+
+    def leaves(self, id_: str) -> None:
+        """As if this victim had left."""
+
+    def stays(self, id_: str) -> None:
+        """As if it had not."""
+
+    def enough(self) -> bool:
+        """Whether what is asked for may be taken so."""
 
 
 @dataclass(frozen=True, slots=True)

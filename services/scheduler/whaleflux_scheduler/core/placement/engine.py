@@ -20,6 +20,7 @@ from whaleflux_scheduler.core.placement import cpu
 from whaleflux_scheduler.core.placement import preempt as preemption
 from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
+    Limit,
     NodeAssignment,
     NoPlacement,
     Placement,
@@ -193,12 +194,14 @@ class Engine:
             raise NotFound("placement", id_)
         return self._placed[id_]
 
-    def preempt(self, request: PlaceRequest, victims: Sequence[Victim]) -> PreemptionPlan | NoPlacement:
-        """The cheapest of `victims` to stop so that the request fits. Changes nothing."""
+    def preempt(
+        self, request: PlaceRequest, victims: Sequence[Victim], limit: Limit | None = None
+    ) -> PreemptionPlan | NoPlacement:
+        """The cheapest of `victims` to stop so that the request fits, and a limit lets it. Changes nothing."""
         check_request(request)
         if request.without_gpus:  # nobody is stopped for CPU alone
             return self.explain(request)
-        return preemption.plan(self, request, victims) or self.explain(request)
+        return preemption.plan(self, request, victims, limit) or self.explain(request)
 
     # -- changing -------------------------------------------------------------------------------------------------------------
 
