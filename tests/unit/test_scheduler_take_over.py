@@ -1,13 +1,16 @@
 """Taking over: who followed knows the fleet already, and goes on with exactly what is held."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.support.scheduler_world import World, node, until
+from tests.support.scheduler_world import World, node, plan_with_queues, until
 from whaleflux.store.api import Delete
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.bootstrap import Peers, assemble
+from whaleflux_scheduler.core.model import Job, JobState, Spec
+from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
 from whaleflux_scheduler.planner_thread import PlannerThread
 
@@ -74,6 +77,27 @@ async def test_who_follows_knows_the_nodes_before_it_leads(world, follower, monk
     assert {job: dict(gpus) for job, gpus in (await held(follower)).items()} == before
     planner = follower.leader_session.current.planner
     await planner.ask(lambda plan: plan.check())
+
+
+@pytest.mark.parametrize("many", [3, 120])
+def test_reasons_that_were_given_before_the_fleet_was_known_come_to_be_true(many):
+    """A few at once, however many wait; and none is said again when nothing about the fleet is other than it was."""
+    now, plan = datetime(2026, 5, 1, tzinfo=UTC), plan_with_queues()
+    spec = Spec(command=("x",), gpus=64)
+    jobs = [Job(f"queues/q/jobs/j{at}", spec, JobState.QUEUED, now + timedelta(seconds=at)) for at in range(many)]
+    first = plan.step(News(candidates={job.name: Candidate(job) for job in jobs}), now)
+    assert all("the fleet has no nodes" in move.decision.summary for move in first)
+    known = [node(f"s/n{at}") for at in range(4)]
+    news, told, looks = News(nodes=tuple(known), closed={one.name: "" for one in known}), {}, 0
+    at = now + timedelta(seconds=10)
+    while news is not None:
+        moves = plan.step(news, at)
+        assert len(moves) <= 50
+        told |= {move.job: move.decision.summary for move in moves}
+        news, at, looks = (News() if plan.next_look else None), plan.next_look, looks + 1
+    assert looks == -(-many // 50)
+    assert told.keys() == {job.name for job in jobs}
+    assert not any("no nodes" in summary for summary in told.values())
 
 
 async def test_a_replica_that_leads_again_begins_anew(world):

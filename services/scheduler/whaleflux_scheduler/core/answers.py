@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import datetime
 
@@ -18,6 +19,11 @@ from whaleflux_scheduler.core.stopwatch import Stopwatch
 from whaleflux_scheduler.core.waiting import Waiting
 
 ANSWER_S = 0.01  # of a step that is bounded in time, at most, for reasons to wait
+AGAIN_EVERY_S, AGAIN_AFTER_S, AGAIN_AT_ONCE = (
+    5.0,
+    0.1,
+    50,
+)  # reasons of a fleet that was another: sweeps, their steps, jobs in each
 
 
 class Answers(Waiting):
@@ -28,6 +34,8 @@ class Answers(Waiting):
     ) -> None:
         super().__init__(half_life_s, rules, promises, reasons=reasons)
         self._refusals = Refusals(self._fleet)
+        self._again: list[str] = []  # jobs that were told something of another fleet, in the sweep that is under way
+        self._swept, self._swept_s = 0, 0.0  # the fleet of the last sweep, and when that began
 
     def _awaited_nodes(self, candidate: Candidate) -> tuple[str, ...]:
         """Where it goes on as soon as these nodes take work again."""
@@ -43,6 +51,8 @@ class Answers(Waiting):
     def _answer(self, watch: Stopwatch) -> list[Move]:
         """Reasons for those who have none yet; they are short when there is no time for better ones."""
         moves = []
+        if not self._unanswered:
+            self._say_again()
         self._refusals.begin(watch)
         end_s = watch.passed_s + ANSWER_S
         for name in list(self._unanswered):
@@ -52,8 +62,28 @@ class Answers(Waiting):
             if watch.over or (watch.bounded and watch.passed_s > end_s):
                 break  # those who start are not to wait for those who do not
             del self._unanswered[name]
+            waiting.told_of = self._fleet.facts_version
             moves.append(Move(name, self._why(waiting.line, waiting.candidate, watch)))
         return moves
+
+    @property
+    def _next_again(self) -> float:
+        """When reasons are to be said again, seconds since the epoch; infinite: all are of the fleet as it is."""
+        now_s = self._now.timestamp()
+        if self._again:
+            return now_s + AGAIN_AFTER_S
+        known = not self._reasons or not self._pending.jobs or self._swept == self._fleet.facts_version
+        return math.inf if known else self._swept_s + AGAIN_EVERY_S
+
+    def _say_again(self) -> None:
+        """Has some of those told again who were told of a fleet that is another by now: a few at once, however many wait."""
+        now_s, at_s = self._now.timestamp(), self._next_again
+        if not self._again and at_s != math.inf and (at_s <= now_s or now_s < self._swept_s):
+            self._swept, self._swept_s = self._fleet.facts_version, now_s
+            known = self._pending.jobs.items()
+            self._again = [name for name, waiting in known if 0 <= waiting.told_of < self._swept]
+        some, self._again = self._again[-AGAIN_AT_ONCE:], self._again[:-AGAIN_AT_ONCE]
+        self._unanswered |= {name: None for name in some if name in self._pending.jobs}
 
     def _why(self, line: Line, candidate: Candidate, watch: Stopwatch) -> SchedulingDecision:
         return self._in_time(self._why_now(line, candidate, watch.began), candidate.job, watch.began)

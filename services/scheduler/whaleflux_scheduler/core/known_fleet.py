@@ -44,6 +44,8 @@ class KnownFleet:
         )  # the highest priority of what left there; infinite: nothing that others could have stopped
         self.version = 0  # grows with whatever could change an answer
         self.room_version = 0  # the same, without jobs that hold nothing and held nothing
+        self.facts_version = 0  # grows with the nodes, what they have, and whether they take work
+        self._why_closed: dict[str, str] = {}
         self._hopes: dict[str, None] = {}  # nodes that gained, until all who could use that were tried
         self._free: dict[
             tuple[str, Level], int
@@ -69,6 +71,7 @@ class KnownFleet:
             self.left_out.add(node.name)
             return
         self.left_out.discard(node.name)
+        self.facts_version += 1
         if node.name not in devices.open:
             self.engine.set_schedulable(node.name, False, "not ready yet")
         self._changed(affected)
@@ -79,7 +82,9 @@ class KnownFleet:
         self._lasting.discard(name)
         if self.holdings.jobs_on(name):  # of others nobody asks
             self._lasting.add(name)
+        self._why_closed.pop(name, None)
         if name in self.holdings.devices.nodes:
+            self.facts_version += 1
             self.capacity.remove(name)
             self._changed(self.holdings.remove(name))
             self.gained.pop(name, None)
@@ -88,6 +93,8 @@ class KnownFleet:
         """Why the node takes no new work; "": it does."""
         if name in self.holdings.devices.nodes:
             (self._lasting.add if why and why not in PASSING else self._lasting.discard)(name)
+            self.facts_version += self._why_closed.get(name) != why
+            self._why_closed[name] = why
             self.capacity.close(self.holdings.devices.nodes[name], why)
             self._changed(self.holdings.close(name, why))
 

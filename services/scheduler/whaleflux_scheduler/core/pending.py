@@ -113,6 +113,7 @@ class Waiting:
     candidate: Candidate
     line: Line
     told: str = ""
+    told_of: int = -1  # the fleet, as it was then (`KnownFleet.facts_version`)
 
 
 class Ahead(NamedTuple):

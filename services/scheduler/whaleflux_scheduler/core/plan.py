@@ -56,7 +56,7 @@ class Plan(Promising):
     @property
     def next_look(self) -> datetime | None:
         """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
-        at_s = min(self._promises.next_look, self._reserved.next_look, self._patience.next_look)
+        at_s = min(self._promises.next_look, self._reserved.next_look, self._patience.next_look, self._next_again)
         return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
 
     def prepare(self) -> None:
