@@ -90,6 +90,43 @@ async def test_a_queue_with_ended_jobs_only_is_deleted(world):
         await world.scheduler.GetQueue(pb.GetQueueRequest(name="queues/q"), None)
 
 
+async def test_a_queue_of_the_same_name_has_no_part_in_what_ended_in_the_earlier_one(world):
+    """It neither lists it, nor shows it to its members, nor is charged for it; whose it is and operators find it still."""
+    await create_queue(world, "q")
+    await world.add(node("a/n1"))
+    old = await world.submit(4, queue="q")
+    await world.reaches(old, "RUNNING")
+    again = await world.submit(4, queue="q", job_id="again")
+    ended = await world.scheduler.CancelJob(pb.CancelJobRequest(name=again), None)
+    await world.clock.sleep(3600)
+    await world.scheduler.CancelJob(pb.CancelJobRequest(name=old), None)
+    await world.clock.sleep(10)
+    await delete_queue(world, "q")
+    await world.clock.sleep(10)
+    members = ["users/ada", "users/eve"]
+    await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="q", queue=pb.Queue(members=members)), None)
+    await until(lambda: "q" in world.service.jobs.access.queues(), "it is known")
+
+    async def listed(parent, who="ada"):
+        with auth.acting_as(auth.Identity("user", who)):
+            request = pb.ListJobsRequest(parent=parent, show_ended=True)
+            return {job.name for job in (await world.scheduler.ListJobs(request, None)).jobs}
+
+    assert await listed("queues/q") == set()
+    assert await listed("queues/-") == {old, again}
+    assert await listed("queues/-", "eve") == set()
+    job = pb.Job(spec=pb.JobSpec(command=["other"], gpus=1))
+    replacing = pb.CreateJobRequest(parent="queues/q", job_id="again", job=job, replaces=ended.etag)
+    with auth.acting_as(USER):
+        await world.scheduler.CreateJob(replacing, None)
+    assert await listed("queues/q", "eve") == {again}, "it is one of the new queue, though its record was there"
+    await world.restart()
+    await world.caught_up()
+    queues = (await world.scheduler.ListQueues(pb.ListQueuesRequest(), None)).queues
+    (shown,) = (queue for queue in queues if queue.name == "queues/q")
+    assert shown.use.fair_share_gpus < 1
+
+
 async def update_queue(world, name="default", paths=("max_gpus",), etag="", **fields):
     request = pb.UpdateQueueRequest(queue=pb.Queue(name=f"queues/{name}", etag=etag, **fields))
     request.update_mask.paths.extend(paths)

@@ -14,6 +14,7 @@ from whaleflux.trust.ownership import Access
 from whaleflux.trust.sight import Sight
 from whaleflux.trust.view import UNKNOWN, access_of
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler import convert
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import queue_access
 from whaleflux_scheduler.reservation_records import StoredReservation
@@ -59,18 +60,27 @@ class JobAccess:
         known = self._reservations.get(keys.of_name(keys.RESERVATIONS, reservation)) if self._reservations else None
         return known.value.queue if known is not None else None
 
+    def of_earlier_queue(self, stored: StoredJob) -> bool:
+        """Whether the job ended in a queue that was deleted, of which another has the name now."""
+        queue = self._queues.get(keys.QUEUES + stored.value.queue)
+        return queue is not None and of_earlier_queue(stored, queue)
+
+    def _queue_of(self, stored: StoredJob) -> str:
+        """Whose members see the job: nobody's, when its queue is gone, whoever has the name now."""
+        return "" if self.of_earlier_queue(stored) else stored.value.queue
+
     def hides(self, stored: StoredJob, sight: Sight) -> bool:
         """Whether the job is not there for the caller."""
-        return not sight.sees(stored.value.queue, stored.message.submitter)
+        return not sight.sees(self._queue_of(stored), stored.message.submitter)
 
     def check_change(self, stored: StoredJob, sight: Sight) -> None:
         """Raises PermissionDenied (NOT_OWNER) for a job that the caller sees and may not change."""
-        if not sight.changes(stored.value.queue, stored.message.submitter):
+        if not sight.changes(self._queue_of(stored), stored.message.submitter):
             raise ownership.not_owner(stored.value.name, stored.message.submitter)
 
     def check_read(self, stored: StoredJob, sight: Sight) -> None:
         """The same for what is private of it: its output."""
-        if not sight.reads(stored.value.queue, stored.message.submitter):
+        if not sight.reads(self._queue_of(stored), stored.message.submitter):
             raise ownership.not_owner(stored.value.name, stored.message.submitter)
 
     async def check_use(self, queue: str, priority: int) -> None:
@@ -111,6 +121,14 @@ class JobAccess:
             return access
         entry = await self._store.get(keys.QUEUES + queue)
         return UNKNOWN if entry is None else access_of(pb.Queue.FromString(entry.value))
+
+
+def of_earlier_queue(stored: StoredJob, queue: StoredQueue) -> bool:
+    """Whether the job's queue is an earlier one of this name. The record of a job that replaces an ended one is older than itself, so both count."""
+    if stored.entry.created >= queue.entry.created or not stored.value.ended:
+        return False
+    made = convert.instant(queue.message, "create_time")
+    return made is not None and stored.value.create_time < made
 
 
 def queue_not_there(queue: str) -> NotFound:

@@ -132,7 +132,7 @@ class Jobs:
         return NotFound("job", name, hint)
 
     async def page(self, request: pb.ListJobsRequest, sight: Sight) -> tuple[list[StoredJob], str]:
-        """Newest first within each queue; what is not there for the caller is left out."""
+        """Newest first within each queue; what is not there for the caller is left out, and of a queue what ended in an earlier one of its name."""
         queue = "" if request.parent in ("", "queues/-") else names.split(request.parent, "queues", field="parent")[0]
         size = page_size(request.page_size)
         after, _ = parse_token(request.page_token, _SCOPE)
@@ -140,7 +140,7 @@ class Jobs:
         found = sorted(
             (key, stored)
             for stored in self.cache.values.values()
-            if (not queue or stored.value.queue == queue)
+            if (not queue or (stored.value.queue == queue and not self.access.of_earlier_queue(stored)))
             and (request.show_ended or not stored.value.ended)
             and (sight.everything or not self.access.hides(stored, sight))
             and (key := _SCOPE + _order(stored.value)) > after

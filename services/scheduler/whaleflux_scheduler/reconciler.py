@@ -45,6 +45,7 @@ from whaleflux_scheduler.core.reservations import Reservation, has_to_leave
 from whaleflux_scheduler.decision_log import DecisionLog
 from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
 from whaleflux_scheduler.housekeeping import Housekeeping
+from whaleflux_scheduler.job_access import of_earlier_queue
 from whaleflux_scheduler.job_tracking import JobTracking, Offer
 from whaleflux_scheduler.job_view import JobView
 from whaleflux_scheduler.jobs import key_of
@@ -129,7 +130,15 @@ class Reconciler:
         ended = [stored.value for stored in self._sources.jobs.values.values() if stored.value.ended]
         ended.sort(key=lambda job: job.end_time or job.create_time)
         self._to_learn = ended[-MOST_LEARNED:]
-        self._past_uses = past_uses((stored.value for stored in self._sources.jobs.values.values()), self._clock.now())
+        self._past_uses = past_uses(self._of_their_queues(), self._clock.now())
+
+    def _of_their_queues(self) -> Iterator[Job]:
+        """All jobs but those that ended in a queue that is gone, of which another has the name now."""
+        queues = {names.top(stored.value.name): stored for stored in self._sources.queues.values.values()}
+        for stored in self._sources.jobs.values.values():
+            queue = queues.get(stored.value.queue)
+            if queue is None or not of_earlier_queue(stored, queue):
+                yield stored.value
 
     async def run(self) -> None:
         """Until cancelled; raises Fenced (in a group) when another leads."""
