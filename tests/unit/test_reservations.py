@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.scheduler_world import node
-from whaleflux_scheduler.core import reservations
+from whaleflux_scheduler.core import reservation_rules, reservations, reserved_gpus
 from whaleflux_scheduler.core.lifecycle import place
 from whaleflux_scheduler.core.model import Job, JobState, Queue, Spec
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News, Plan
-from whaleflux_scheduler.core.reservations import Fleet, Reservation, ReservationState
+from whaleflux_scheduler.core.reservations import Reservation, ReservationState
+from whaleflux_scheduler.core.reserved_gpus import Fleet
 from whaleflux_scheduler.core.steady_time import BELIEVED_AFTER_S, SteadyTime
 from whaleflux_scheduler.simulation.records import Spans
 from whaleflux_scheduler.simulation.runner import Simulation
@@ -45,18 +46,55 @@ def fleet(nodes=4, gpus=4, **more):
 
 
 def admit(asked, *others, among=None):
-    kept, wrong = reservations.admitted(asked, others, among or fleet())
+    kept, wrong = reservation_rules.admitted(asked, others, among or fleet())
     assert not wrong, wrong
     return kept
 
 
 def refused(asked, *others, among=None):
-    _, wrong = reservations.admitted(asked, others, among or fleet())
+    _, wrong = reservation_rules.admitted(asked, others, among or fleet())
     return [(one.field, one.description) for one in wrong]
 
 
 def uuids(kept):
     return {uuid for _, part in kept.held for uuid in part}
+
+
+MIXED = [node(f"s/n{n}", 4, model=model) for n, model in enumerate(["A100-80GB", "H100-80GB", "H100-80GB", "L40S"])]
+
+
+class TestTypes:
+    def fleet(self, *closed):
+        known = {one.name: one for one in MIXED}
+        return Fleet(known, known.keys() - set(closed))
+
+    def types(self, kept):
+        models = {gpu.uuid: gpu.model for one in MIXED for gpu in one.gpus}
+        return {models[uuid] for uuid in uuids(kept)}
+
+    def test_all_are_of_one_type_or_it_is_refused_with_what_would_do(self):
+        assert self.types(admit(reserved(gpus=8), among=self.fleet())) == {"H100-80GB"}
+        field, why = refused(reserved(gpus=9), among=self.fleet())[0]
+        assert field == "reservation.gpus"
+        assert "of one type 8 can be kept in that time (the fleet has 8 H100-80GB, 4 A100-80GB, 4 L40S)" in why
+        assert why.endswith("ask for at most 8, or take several types: --gpu-type any")
+
+    def test_several_types_are_taken_where_any_will_do_and_no_type_has_enough(self):
+        assert len(self.types(admit(reserved(gpus=8, gpu_type="any"), among=self.fleet()))) == 1
+        kept = admit(reserved(gpus=16, gpu_type="any"), among=self.fleet())
+        assert (kept.count(), len(self.types(kept))) == (16, 3)
+        assert "the fleet has 16" in refused(reserved(gpus=17, gpu_type="any"), among=self.fleet())[0][1]
+
+    def test_what_is_lost_is_replaced_by_the_same_type(self):
+        kept = admit(
+            reserved(gpus=4, nodes=()), among=self.fleet("sites/s/nodes/n0", "sites/s/nodes/n2", "sites/s/nodes/n3")
+        )
+        lost = replace(kept, held=((kept.held[0][0], kept.held[0][1][:2]),))
+        again = reserved_gpus.replan(lost, (), self.fleet("sites/s/nodes/n2"))
+        assert (self.types(again), again.short) == ({"H100-80GB"}, 0)
+        full = reserved("s", gpus=2, gpu_type="H100-80GB", held=(("sites/s/nodes/n1", kept.held[0][1][2:]),))
+        few = reserved_gpus.replan(lost, (full,), self.fleet("sites/s/nodes/n2"))
+        assert (self.types(few), few.short) == ({"H100-80GB"}, 2), "not of others, which its jobs may not run on"
 
 
 class TestAskedFor:
@@ -81,12 +119,12 @@ class TestAskedFor:
         ],
     )
     def test_what_is_wrong_is_named_with_its_limit(self, asked, field, says):
-        wrong = {one.field: one.description for one in reservations.mistakes(asked, NOW)}
+        wrong = {one.field: one.description for one in reservation_rules.mistakes(asked, NOW)}
         assert says in wrong[f"reservation.{field}"], wrong
 
     def test_what_is_right_is_not_and_one_that_has_begun_keeps_its_start(self):
-        assert not [*reservations.mistakes(reserved(), NOW), *reservations.mistakes(maintenance(), NOW)]
-        assert not list(reservations.mistakes(reserved(start=-1), NOW, begun=True))
+        assert not [*reservation_rules.mistakes(reserved(), NOW), *reservation_rules.mistakes(maintenance(), NOW)]
+        assert not list(reservation_rules.mistakes(reserved(start=-1), NOW, begun=True))
 
     def test_more_than_there_is_is_refused_with_what_there_is(self):
         assert "the fleet has 16" in refused(reserved(gpus=17))[0][1]
@@ -134,7 +172,9 @@ class TestAskedFor:
         }
 
         def wrong(asked, *others, guarantee=True):
-            return [one.description for one in reservations.within_quota(asked, others, queues, guarantee=guarantee)]
+            return [
+                one.description for one in reservation_rules.within_quota(asked, others, queues, guarantee=guarantee)
+            ]
 
         assert not wrong(reserved(gpus=8)) and not wrong(reserved(gpus=12), guarantee=False)
         (why,) = wrong(reserved("s", gpus=5), reserved(gpus=4))
@@ -172,10 +212,10 @@ class TestChoice:
         lost = kept.held[0][0]
         among = fleet()
         left = Fleet(among.nodes, among.open - {lost})
-        again = reservations.replan(kept, (), left)
+        again = reserved_gpus.replan(kept, (), left)
         assert (again.short, len(uuids(again))) == (0, 8)
         assert lost not in dict(again.held) and dict(kept.held)[kept.held[1][0]] == dict(again.held)[kept.held[1][0]]
-        few = reservations.replan(kept, (), Fleet(among.nodes, {kept.held[1][0]}))
+        few = reserved_gpus.replan(kept, (), Fleet(among.nodes, {kept.held[1][0]}))
         assert (few.short, len(uuids(few))) == (4, 4)
 
     @settings(max_examples=25, deadline=None)
@@ -197,17 +237,17 @@ class TestChoice:
                 if under
                 else reserved(f"r{number}", start, start + hours, gpus)
             )
-            admitted, wrong = reservations.admitted(one, kept, among)
+            admitted, wrong = reservation_rules.admitted(one, kept, among)
             if not wrong and (nodes or not under):
                 kept.append(admitted)
         for lost in losses:
             left = Fleet(among.nodes, among.open - {f"sites/s/nodes/n{n}" for n in lost})
             for at_, one in enumerate(kept):
                 if not one.maintenance:
-                    kept[at_] = reservations.replan(one, kept, left)
+                    kept[at_] = reserved_gpus.replan(one, kept, left)
         for one in kept:
             others = [other for other in kept if other is not one]
-            taken = reservations.taken_by(one, others)
+            taken = reserved_gpus.taken_by(one, others)
             assert not taken & uuids(one) and not taken & {name for name, _ in one.held}
             assert one.maintenance or one.count() + one.short == one.gpus
         for now in range(15):
@@ -489,7 +529,7 @@ class TestTime:
                 if under
                 else replace(reserved(f"r{number}", gpus=gpus), **times)
             )
-            admitted, wrong = reservations.admitted(one, kept, among)
+            admitted, wrong = reservation_rules.admitted(one, kept, among)
             kept += [] if wrong else [admitted]
         submitted = [
             Submission(

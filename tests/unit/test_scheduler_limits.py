@@ -111,35 +111,43 @@ def test_what_others_do_not_lend_stays_theirs_and_who_borrows_makes_room():
     assert suspensions(seen) == {"low": 1}
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["top", "a", "b", "c"]),
-            st.integers(0, 3000),
-            st.sampled_from([1, 2, 4, 8]),
-            st.integers(100, 4000),
-            st.integers(0, 2),
-        ),
-        min_size=1,
-        max_size=25,
-    )
+JOBS = st.lists(
+    st.tuples(
+        st.sampled_from(["top", "a", "b", "c"]),
+        st.integers(0, 3000),
+        st.sampled_from([1, 2, 4, 8]),
+        st.integers(100, 4000),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=25,
 )
-def test_all_jobs_end_and_each_priority_is_stopped_for_higher_ones_alone(drawn):
-    """Limits at two levels beside a guarantee: nobody leaves in circles, and those of the highest priority stay where nobody is guaranteed more."""
+
+
+def limited_at_two_levels(drawn, guaranteed):
     queues = tree(
-        top={"max_gpus": 10, "guaranteed_gpus": 4},
-        a={"parent": "top", "guaranteed_gpus": 4},
+        top={"max_gpus": 10, "guaranteed_gpus": guaranteed},
+        a={"parent": "top", "guaranteed_gpus": guaranteed},
         b={"parent": "top", "max_gpus": 8},
         c={"max_gpus": 8},
     )
     jobs = [submission(f"j{at}", *one) for at, one in enumerate(drawn)]
-    seen = simulated([node(f"s/{at}") for at in range(4)], jobs, queues)
+    return simulated([node(f"s/{at}") for at in range(4)], jobs, queues)
+
+
+@settings(max_examples=20, deadline=None)
+@given(JOBS)
+def test_beside_guarantees_all_jobs_end(drawn):
+    """Nobody leaves in circles."""
+    assert all(one.state is JobState.SUCCEEDED for one in limited_at_two_levels(drawn, 4).values())
+
+
+@settings(max_examples=20, deadline=None)
+@given(JOBS)
+def test_without_guarantees_all_jobs_end_and_those_of_the_highest_priority_stay(drawn):
+    seen, highest = limited_at_two_levels(drawn, 0), max(one[4] for one in drawn)
     assert all(one.state is JobState.SUCCEEDED for one in seen.values())
-    of_c = [(id_, drawn[int(id_[1:])]) for id_ in seen if drawn[int(id_[1:])][0] == "c"]
-    highest = max((one[4] for _, one in of_c), default=0)
-    if not any(one[0] == "a" for one in drawn) and all(one[4] < highest for one in drawn if one[0] != "c"):
-        assert not [id_ for id_, one in of_c if one[4] == highest and seen[id_].suspensions]
+    assert not [id_ for id_ in suspensions(seen) if drawn[int(id_[1:])][4] == highest]
 
 
 @pytest.mark.parametrize("new_leader", [False, True])

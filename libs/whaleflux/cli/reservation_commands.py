@@ -40,7 +40,7 @@ Reason = Annotated[str, typer.Option("--message", "-m", help="What it is for.")]
 def create(
     name: Name,
     gpus: Gpus = None,
-    gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="TYPE", help="Only GPUs of this type.")] = "",
+    gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="TYPE", help="Only GPUs of this type; any: of several types. At first all are of one type.")] = "",
     queue: Annotated[
         str, typer.Option("--queue", metavar="QUEUE", help="Whose jobs may use it; default at first.")
     ] = "",
@@ -294,7 +294,8 @@ def _when(one: Any) -> str:
 def _what(one: Any) -> str:
     if one.maintenance:
         return f"{len(one.nodes)} node{'s' * (len(one.nodes) != 1)} free of work"
-    return f"{one.gpus} {one.gpu_type or 'GPU' + 's' * (one.gpus != 1)}"
+    kind = one.gpu_type if one.gpu_type not in ("", "any") else "GPU" + "s" * (one.gpus != 1)
+    return f"{one.gpus} {kind}"
 
 
 def _whom(one: Any) -> str:

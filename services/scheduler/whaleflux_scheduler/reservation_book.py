@@ -23,7 +23,7 @@ from whaleflux.trust import audit, ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core import reservations
+from whaleflux_scheduler.core import reservation_rules
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.core.reservations import Reservation, ReservationState
 from whaleflux_scheduler.job_access import JobAccess
@@ -75,7 +75,7 @@ class ReservationBook:
         name = names.reservation(names.check_id("reservation_id", request.reservation_id))
         message, now = _asked(request.reservation, name), self._clock.now()
         await self._check_rights(message)
-        _refuse(_wrong_names(message), reservations.mistakes(RESERVATIONS.to_domain(message), now))
+        _refuse(_wrong_names(message), reservation_rules.mistakes(RESERVATIONS.to_domain(message), now))
         message.creator = changes.actor()
         message.create_time.FromDatetime(now)
         message.state_time.FromDatetime(now)
@@ -111,7 +111,9 @@ class ReservationBook:
                 _set(message, request.reservation, path)
             after = RESERVATIONS.to_domain(message)
             began = before.state is not ReservationState.SCHEDULED
-            _refuse(_too_late(before, after), _wrong_names(message), reservations.mistakes(after, now, begun=began))
+            _refuse(
+                _too_late(before, after), _wrong_names(message), reservation_rules.mistakes(after, now, begun=began)
+            )
             known = await self._known()
             RESERVATIONS.merge(await self._admit(after, known, leading), message)
             message.last_change.CopyFrom(changes.asked(What.CHANGED, now, in_words(message)))
@@ -164,9 +166,9 @@ class ReservationBook:
         if not asked.maintenance:
             who = auth.principal()
             guarantee = not (who.is_operator or who.is_service)
-            _refuse(reservations.within_quota(asked, known.values, await self._queues(), guarantee=guarantee))
+            _refuse(reservation_rules.within_quota(asked, known.values, await self._queues(), guarantee=guarantee))
         await leading.view.caught_up()
-        admit = reservations.admitted
+        admit = reservation_rules.admitted
         kept, wrong = await leading.planner.ask(lambda plan: admit(asked, known.values, plan.reservation_fleet()))
         _refuse(wrong)
         return kept
@@ -248,7 +250,7 @@ def _wrong_names(asked: pb.Reservation) -> Iterator[FieldViolation]:
         if not asked.HasField(field):
             yield FieldViolation(f"reservation.{field}", "is not set; say when")
     for name, collections, field in (
-        *((node, ("sites", "nodes"), "reservation.nodes") for node in asked.nodes[: reservations.MOST_NODES]),
+        *((node, ("sites", "nodes"), "reservation.nodes") for node in asked.nodes[: reservation_rules.MOST_NODES]),
         *(((asked.queue, ("queues",), "reservation.queue"),) if asked.queue else ()),
     ):
         try:

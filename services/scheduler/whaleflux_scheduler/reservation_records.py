@@ -12,7 +12,7 @@ from whaleflux.store.codec import Codec, Stored
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core.reservations import Reservation, ReservationState
+from whaleflux_scheduler.core.reservations import ANY_TYPE, Reservation, ReservationState
 
 StoredReservation = Stored[Reservation, pb.Reservation]
 SOURCE = "scheduler"
@@ -120,7 +120,7 @@ def in_words(one: pb.Reservation) -> str:
     first, last = (at.ToDatetime(tzinfo=UTC).isoformat(timespec="minutes") for at in (one.start_time, one.end_time))
     if one.maintenance:
         return f"{len(one.nodes)} node{'s' * (len(one.nodes) != 1)} under maintenance, {first} to {last}"
-    kind = f" {one.gpu_type}" if one.gpu_type else ""
+    kind = f" {one.gpu_type}" if one.gpu_type not in ("", ANY_TYPE) else ""
     return f"{one.gpus}{kind} {_gpus(one)} for {one.queue}, {first} to {last}"
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import after_failure, capacity, decisions, elastic, goals, reservations, wait_reasons
+from whaleflux_scheduler.core import after_failure, capacity, decisions, elastic, goals, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
@@ -30,6 +30,7 @@ from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
+from whaleflux_scheduler.core.reserved_gpus import Fleet
 from whaleflux_scheduler.core.reserving import Reserved
 from whaleflux_scheduler.core.under_limit import room_under_limit
 
@@ -157,7 +158,7 @@ class Questions:
         """What is asked for, of the GPU types of which the queue could ever take enough."""
         return that_may(shape(spec), lambda gpus: self._over_queue(queue, gpus) is None)
 
-    def reservation_fleet(self) -> reservations.Fleet:
+    def reservation_fleet(self) -> Fleet:
         """What GPUs reservations may be given."""
         return self._reserved.fleet()
 

@@ -21,7 +21,8 @@ from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, S
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.promises import MARGIN_S, soonest_s
-from whaleflux_scheduler.core.reservations import Fleet, Reservation, ReservationState
+from whaleflux_scheduler.core.reservations import Reservation, ReservationState
+from whaleflux_scheduler.core.reserved_gpus import Fleet, is_there, replan
 
 LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
 AGAIN_S = 60.0  # between two looks for what is short
@@ -295,7 +296,7 @@ class Reserved:
             return
         self._lost_since[name] = now_s
         self._again_s = min(self._again_s, now_s + AGAIN_S)
-        self._now[name] = reservations.replan(one, self._now.values(), self.fleet())
+        self._now[name] = replan(one, self._now.values(), self.fleet())
         self._hold()
 
     def _is_lost(self, one: Reservation) -> bool:
@@ -304,7 +305,7 @@ class Reserved:
         nodes = [(devices.nodes.get(node), self._takes_work(node)) for node, _ in one.held]
         if known is None or known.held is not one.held or not _same(known.nodes, nodes):
             fleet = self.fleet()
-            lost = any(not reservations.is_there(one, fleet, node, uuid) for node, uuids in one.held for uuid in uuids)
+            lost = any(not is_there(one, fleet, node, uuid) for node, uuids in one.held for uuid in uuids)
             known = self._facts[one.name] = _Facts(one.held, nodes, lost)
         return known.lost
 

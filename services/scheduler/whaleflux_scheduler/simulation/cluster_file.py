@@ -16,9 +16,11 @@ from whaleflux.fleet.model import Gpu, Node, Price, PriceKind
 from whaleflux.fleet.profile import Profile
 from whaleflux.manifests.reader import Reader, kind_of
 from whaleflux.manifests.values import Choice, Whole
-from whaleflux_scheduler.core import reservations
+from whaleflux_scheduler.core import reservation_rules
 from whaleflux_scheduler.core.model import Queue
-from whaleflux_scheduler.core.reservations import MOST_GPUS, MOST_KEPT, Fleet, Reservation
+from whaleflux_scheduler.core.reservation_rules import MOST_GPUS, MOST_KEPT
+from whaleflux_scheduler.core.reservations import Reservation
+from whaleflux_scheduler.core.reserved_gpus import Fleet
 from whaleflux_scheduler.simulation.timeline import BEGIN, instant
 from whaleflux_scheduler.simulation.workload import NO_DELAYS, Delays, NodeEvent
 
@@ -210,8 +212,8 @@ def _kept(asked: Sequence[Reservation], nodes: Sequence[Node]) -> tuple[Reservat
     kept: list[Reservation] = []
     fleet = Fleet({node.name: node for node in nodes}, {node.name for node in nodes})
     for at, one in enumerate(asked):
-        admitted, wrong = reservations.admitted(one, kept, fleet)
-        if wrong := [*reservations.mistakes(one, BEGIN), *wrong]:
+        admitted, wrong = reservation_rules.admitted(one, kept, fleet)
+        if wrong := [*reservation_rules.mistakes(one, BEGIN), *wrong]:
             found = (
                 FieldViolation(v.field.replace("reservation.", f"reservations[{at}]."), v.description) for v in wrong
             )
