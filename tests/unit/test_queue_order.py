@@ -4,11 +4,13 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from whaleflux.manifests.job_fields import Spec
+from whaleflux_scheduler.core import pending as pending_module
+from whaleflux_scheduler.core.in_order import InOrder
 from whaleflux_scheduler.core.lazy_heap import LazyHeap
 from whaleflux_scheduler.core.model import Job, JobState, Queue
 from whaleflux_scheduler.core.pending import Candidate, Pending
@@ -239,3 +241,36 @@ class AgainstASearch(RuleBasedStateMachine):
 
 AgainstASearch.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 test_against_a_search = AgainstASearch.TestCase
+
+
+class TestPositions:
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 1500), st.lists(st.tuples(st.booleans(), st.integers(0, 2000)), max_size=60))
+    def test_where_one_stands_is_where_a_sorted_list_has_it(self, many, changes):
+        known = {(0.0, float(at), "") for at in range(0, 2 * many, 2)}
+        order = InOrder(known)
+        for comes, at in changes:
+            key = (0.0, float(at), "")
+            if comes and key not in known:
+                order.add(key)
+            elif not comes and key in known:
+                order.remove(key)
+            known = known | {key} if comes else known - {key}
+            assert order.before(key) == sum(one < key for one in known)
+        assert list(order) == sorted(known)
+
+    def test_who_waits_is_not_looked_at_for_each_who_comes(self, monkeypatch):
+        lines, looks, order_of = Lines(), [], pending_module.order_of
+        for at in range(500):
+            lines.join(job(f"j{at}", at=at, gpus=1 + at % 4, priority=at % 2))
+        lines.pending.positions(["queues/q/jobs/j0"])
+        monkeypatch.setattr(pending_module, "order_of", lambda one: (looks.append(one), order_of(one))[1])
+        lines.join(job("new", at=600, priority=1))
+        lines.leave("queues/q/jobs/j1")
+        assert lines.pending.positions(["queues/q/jobs/new", "queues/q/jobs/j0"]) == {
+            "queues/q/jobs/new": 250,
+            "queues/q/jobs/j0": 251,
+        }
+        ahead = lines.pending.before(job("later", at=700))
+        assert (ahead.many, ahead.above, ahead.names[0]) == (500, 250, "queues/q/jobs/j3")
+        assert len(looks) == 5

@@ -5,14 +5,15 @@ In a class the jobs of one queue (and of one limited array) stand in line in the
 
 from __future__ import annotations
 
-import bisect
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from whaleflux.errors import InvalidArgument
+from whaleflux_scheduler.core.in_order import InOrder, order_of
 from whaleflux_scheduler.core.lazy_heap import Entry, LazyHeap
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.needs import Need, need_of
@@ -130,6 +131,7 @@ class Pending:
     def __init__(self) -> None:
         self.jobs: dict[str, Waiting] = {}
         self.by_queue: dict[str, dict[Line, None]] = {}
+        self._orders: dict[str, InOrder] = {}  # of queues of which somebody asked
         self._classes: dict[_Same, RequestClass] = {}
         self._facts: dict[_Same, tuple[Need, str]] = {}
         self._hashes: dict[int, tuple[PlaceRequest, int]] = {}  # by the identity of objects that are kept with them
@@ -148,29 +150,28 @@ class Pending:
             if priority < own <= most:
                 yield from tuple(classes)
 
-    def before(self, job: Job, key: Callable[[Job], Any]) -> Ahead:
+    def before(self, job: Job) -> Ahead:
         """Who goes before the job in its queue. Other queues are not looked at."""
-        own, priority = key(job), job.spec.priority
-        first = [(key(other), other.spec.priority > priority) for other in self._in_queue(job.queue)]
-        first = [(order, above) for order, above in first if order < own]
-        named = [order[-1] for order, _ in heapq.nsmallest(MOST_NAMED, first)]
-        return Ahead(tuple(named), len(first), sum(above for _, above in first))
+        own, order = order_of(job), self._order_of_queue(job.queue)
+        named = itertools.takewhile(lambda key: key < own, itertools.islice(order, MOST_NAMED))
+        above = order.before((own[0], -math.inf, ""))
+        return Ahead(tuple(key[-1] for key in named), order.before(own), above)
 
-    def positions(self, names: Iterable[str], key: Callable[[Job], Any]) -> dict[str, int]:
-        """Of those that wait: their positions in their queues, from 1. A queue is put in order once, however many of it are asked for."""
-        asked: dict[str, list[Job]] = {}
-        for name in names:
-            if (waiting := self.jobs.get(name)) is not None:
-                asked.setdefault(waiting.line.queue, []).append(waiting.candidate.job)
-        found: dict[str, int] = {}
-        for queue, ours in asked.items():
-            order = sorted(map(key, self._in_queue(queue)))
-            found |= {job.name: bisect.bisect_left(order, key(job)) + 1 for job in ours}
-        return found
+    def positions(self, names: Iterable[str]) -> dict[str, int]:
+        """Of those that wait: their positions in their queues, from 1."""
+        known = ((name, self.jobs[name].candidate.job) for name in names if name in self.jobs)
+        return {name: self._order_of_queue(job.queue).before(order_of(job)) + 1 for name, job in known}
 
-    def _in_queue(self, queue: str) -> Iterator[Job]:
-        lines = self.by_queue.get(queue, ())
-        return (self.jobs[name].candidate.job for line in lines for name in line.names)
+    def _order_of_queue(self, queue: str) -> InOrder:
+        """Worked out when somebody asks first, then kept: who simulates asks never."""
+        order = self._orders.get(queue)
+        if order is None:
+            lines = self.by_queue.get(queue, ())
+            jobs = (self.jobs[name].candidate.job for line in lines for name in line.names)
+            order = InOrder(map(order_of, jobs))
+            if lines:
+                self._orders[queue] = order
+        return order
 
     def join(self, candidate: Candidate, request: PlaceRequest, *, own: bool, lasts: int = 0) -> Waiting:
         """The job waits in its line; `own`: it holds or claims GPUs, `lasts`: a class of jobs that take equally long."""
@@ -183,6 +184,8 @@ class Pending:
             self.by_queue.setdefault(job.queue, {})[line] = None
         line.join(job)
         waiting = self.jobs[job.name] = Waiting(candidate, line)
+        if (order := self._orders.get(job.queue)) is not None:
+            order.add(order_of(job))
         return waiting
 
     def leave(self, name: str) -> Line | None:
@@ -191,6 +194,8 @@ class Pending:
         if waiting is None:
             return None
         line = waiting.line
+        if (order := self._orders.get(line.queue)) is not None:
+            order.remove(order_of(waiting.candidate.job))
         line.names.pop(name, None)
         if line.names:
             return None
@@ -199,6 +204,7 @@ class Pending:
         del self.by_queue[line.queue][line]
         if not self.by_queue[line.queue]:
             del self.by_queue[line.queue]
+            self._orders.pop(line.queue, None)
         if not kind.lines:
             del self._classes[self._key(kind.request, kind.own, kind.lasts)]
             self._by_priority[kind.priority].discard(kind)

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from whaleflux_scheduler.core.in_order import Order, order_of
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.placement.api import PlaceRequest
-from whaleflux_scheduler.core.queue_order import order_of
 
 AGAIN_S, LONGEST_AGAIN_S = 60.0, 1800.0  # between two looks at one job
 MOST_LOOKS = 4  # in one step
@@ -49,8 +49,8 @@ class Asking:
 class _Line:
     """Jobs in the order of their turns, each once."""
 
-    heap: list[tuple[int, float, str]] = field(default_factory=list)
-    of: dict[str, tuple[int, float, str]] = field(default_factory=dict)
+    heap: list[Order] = field(default_factory=list)
+    of: dict[str, Order] = field(default_factory=dict)
 
     def join(self, job: Job) -> None:
         if self.of.get(job.name) != (entry := order_of(job)):
@@ -64,7 +64,7 @@ class _Line:
 
     def first(self, most: int) -> list[str]:
         """The first ones, at most so many."""
-        found: list[tuple[int, float, str]] = []
+        found: list[Order] = []
         while self.heap and len(found) < most:
             entry = heapq.heappop(self.heap)
             if self.of.get(entry[2]) == entry and entry not in found:

@@ -15,6 +15,7 @@ from whaleflux_scheduler.core import after_failure, capacity, decisions, elastic
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
+from whaleflux_scheduler.core.in_order import order_of
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
@@ -24,7 +25,7 @@ from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, Pree
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promises import Promises
-from whaleflux_scheduler.core.queue_order import ArrayLimit, order_of, over_array_limit
+from whaleflux_scheduler.core.queue_order import ArrayLimit, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse, Turn
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
@@ -263,11 +264,11 @@ class Questions:
 
     def positions(self, names: Iterable[str]) -> dict[str, int]:
         """Of those that wait: their positions in their queues, from 1."""
-        return self._pending.positions(names, order_of)
+        return self._pending.positions(names)
 
     def _in_line(self, decision: SchedulingDecision, job: Job) -> SchedulingDecision:
         """With its position in its queue, and who goes first."""
-        return wait_reasons.in_line(decision, self._pending.before(job, order_of), self._queues_before(job))
+        return wait_reasons.in_line(decision, self._pending.before(job), self._queues_before(job))
 
     def _queues_before(self, job: Job) -> list[str]:
         """Other queues whose turn it is before the job's, the first one first."""

@@ -17,11 +17,6 @@ from whaleflux_scheduler.core.pending import Line, RequestClass
 _MOST_FALLS = 10_000  # that are remembered for classes that were not looked at
 
 
-def order_of(job: Job) -> tuple[int, float, str]:
-    """Priority, then submission; among jobs of one queue a smaller key goes first."""
-    return (-job.spec.priority, job.create_time.timestamp(), job.name)
-
-
 class Turns:
     """The classes that are to be tried, and whose turn it is among all their lines.
 
