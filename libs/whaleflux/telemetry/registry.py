@@ -163,6 +163,7 @@ class Event(StrEnum):
     STREAM_LINKS_WAITING = "stream_links_waiting"
     FEED_BROKEN = "feed_broken"
     HEALTH_AWAITED = "health_awaited"
+    CLOCK_AHEAD = "clock_ahead"  # of most agents' clocks
     HEALTH_KNOWN = "health_known"
     NODE_JOINED = "node_joined"
     NODE_CONNECTED = "node_connected"

@@ -65,6 +65,9 @@ class JobTracking:
         self._not_storable = 0  # revision of the record
         self._nodes: tuple[int, frozenset[str]] = 0, frozenset()  # an epoch, and where its attempt is placed
         self._seen: tuple[int, JobState, datetime] | None = None  # an epoch and a state, and since when
+        self._moved: tuple[object, timedelta] | None = (
+            None  # when an attempt began as stored, and how the clock moved since
+        )
 
     # reports
 
@@ -147,12 +150,31 @@ class JobTracking:
             self._seen = job.epoch, job.state, now
         return self._seen[2]
 
-    def set_back(self, by: timedelta) -> None:
-        """The clock was set back."""
-        self._avoided = {node: until - by for node, until in self._avoided.items()}
+    def clock_moved(self, job: Job | None, by: timedelta) -> None:
+        """The clock was set, ahead or back: what lasts, lasts no longer and no shorter. `job`: as it is stored."""
+        self._avoided = {node: until + by for node, until in self._avoided.items()}
         if self._seen is not None:
             epoch, state, since = self._seen
-            self._seen = epoch, state, since - by
+            self._seen = epoch, state, since + by
+        if job is not None and job.attempt is not None and job.attempt.end_time is None:
+            known = self._moved
+            self._moved = job.attempt.began, by + (known[1] if known and known[0] == job.attempt.began else timedelta())
+
+    def by_this_clock(self, job: Job) -> Job:
+        """The job as if its running attempt had begun by the clock as it is now; written like this with the job's next state."""
+        attempt = job.attempt
+        if self._moved is None or attempt is None or attempt.began != self._moved[0]:
+            return job
+        by = self._moved[1]
+        return replace(
+            job,
+            attempt=replace(
+                attempt,
+                allocate_time=attempt.allocate_time + by,
+                run_time=attempt.run_time and attempt.run_time + by,
+                first_step_time=attempt.first_step_time and attempt.first_step_time + by,
+            ),
+        )
 
     # the end of an attempt
 

@@ -37,8 +37,9 @@ class JobView:
 
     def present(self, stored: StoredJob) -> scheduler_pb2.Job:
         """The job with its cost up to now, its live step, and why it waits."""
-        job, message = stored.value, present_stored(stored, self._clock)
-        tracking = self._state.tracked(job.name)
+        tracking = self._state.tracked(stored.value.name)
+        job = stored.value if tracking is None else tracking.by_this_clock(stored.value)
+        message = present_stored(stored, self._clock, job)
         if tracking is None:
             return message
         if progress := tracking.progress_in(job.attempt):
@@ -93,11 +94,12 @@ class JobView:
         return replace(decision, reasons=(*first, *decision.reasons, *known), tasks=tasks)
 
 
-def present_stored(stored: StoredJob, clock: Clock) -> scheduler_pb2.Job:
-    """The job as any replica can show it: its record, with its cost up to now."""
+def present_stored(stored: StoredJob, clock: Clock, known: Job | None = None) -> scheduler_pb2.Job:
+    """The job as any replica can show it: its record, with its cost up to now. `known`: as its leader counts the time."""
+    job = known or stored.value
     message = scheduler_pb2.Job()
     message.CopyFrom(stored.message)
-    message.cost_usd = cost.job_cost_usd(stored.value, clock.now())
-    if (at := running_time.latest_end(stored.value)) is not None and not stored.value.ended:
+    message.cost_usd = cost.job_cost_usd(job, clock.now())
+    if (at := running_time.latest_end(job)) is not None and not job.ended:
         message.latest_end_time.CopyFrom(convert.timestamp(at))
     return message

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import dependencies
@@ -198,10 +198,10 @@ class LeaderState:
                 self._rescheduled.set()
         self._due_at[name] = at
 
-    def set_back(self, by: timedelta) -> None:
-        """The clock was set back: what was to last from then on lasts from now on, and everybody who is due is looked at."""
-        for tracking in self._tracked.values():
-            tracking.set_back(by)
+    def clock_moved(self, by: timedelta, job_of: Callable[[str], Job | None]) -> None:
+        """The clock was set, ahead or back: what was to last from then on lasts from now on, and everybody who is due is looked at."""
+        for name, tracking in self._tracked.items():
+            tracking.clock_moved(job_of(name), by)
         self.touch(*self._due_at)
 
     def next_due(self) -> datetime | None:

@@ -21,10 +21,11 @@ from whaleflux.store import keys
 from whaleflux.store.api import Store
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader
-from whaleflux.telemetry import Metric
+from whaleflux.telemetry import Event, Metric
 from whaleflux_scheduler import spans
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
+from whaleflux_scheduler.clock_watch import ClockWatch
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
 from whaleflux_scheduler.core import (
     after_failure,
@@ -61,10 +62,10 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.02, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
-STEP_BACK = timedelta(seconds=1)  # what is less is no jump of a clock
 LOOK_EVERY_S = 30.0  # at a clock by which something is due: it may have been set
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 _NOTHING = Observations()
+_log = telemetry.get_logger("whaleflux.scheduler")
 PLAN = "!plan"  # what looks at no job in particular when it is due
 
 
@@ -114,6 +115,8 @@ class Reconciler:
         self._ordered: list[Move] = []  # that the planner made beside its steps
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
         nodes.on_change = self._state.wake
+        self._watch = ClockWatch(clock)
+        self._doubted: set[str] = set()  # jobs that were looked at before agents had borne out the clock
         self._tasks: asyncio.TaskGroup | None = None
         self._rounds_done = 0
         self._round_over = asyncio.Event()  # another one for each round
@@ -151,6 +154,7 @@ class Reconciler:
                 group.create_task(self._follow_reservations())
                 group.create_task(self._keeper.run())
                 group.create_task(self._alarm())
+                group.create_task(self._confirm_clock())
                 group.create_task(self._rounds())
                 group.create_task(self._keep_showing())
                 group.create_task(self._housekeeping.prune())
@@ -227,7 +231,6 @@ class Reconciler:
 
     async def _alarm(self) -> None:
         """Wakes the loop when a deadline of a job has come; what lasts lasts no longer when the clock is set back."""
-        last, last_s = self._clock.now(), self._clock.monotonic()
         while True:
             rescheduled = self._state.watch_schedule()
             at = self._state.next_due()
@@ -240,11 +243,30 @@ class Reconciler:
             finally:
                 for task in waiting:
                     task.cancel()
-            before, before_s, last, last_s = last, last_s, self._clock.now(), self._clock.monotonic()
-            if before - last > STEP_BACK:
-                self._state.set_back(before - last + timedelta(seconds=last_s - before_s))
-            if due := self._state.take_due(last):
+            if due := self._state.take_due(self._look_at_clock()):
                 self._state.touch(*due - {PLAN})
+
+    def _look_at_clock(self) -> datetime:
+        """The time; what lasts moves with a clock that was set."""
+        now, moved = self._watch.look()
+        if moved:
+            self._state.clock_moved(moved, self._stored_job)
+            for session in self._sessions.connected.values():
+                session.clock_behind += moved
+        return now
+
+    def _stored_job(self, name: str) -> Job | None:
+        stored = self._sources.jobs.get(key_of(name))
+        return stored.value if stored is not None and stored.value.readable else None
+
+    async def _confirm_clock(self) -> None:
+        """By agents' clocks: until then nobody's time is up, which another leader's clock began to count."""
+        ahead = await self._watch.confirm(self._sessions.connected.values())
+        if ahead:
+            _log.error(Event.CLOCK_AHEAD, seconds=ahead.total_seconds())
+            self._state.clock_moved(ahead, self._stored_job)
+        self._state.touch(*self._doubted)
+        self._doubted.clear()
 
     async def _keep_showing(self) -> None:
         """Gauges are at most a second older than the last round."""
@@ -276,7 +298,7 @@ class Reconciler:
             done.set()
 
     async def _round(self) -> None:
-        now = self._clock.now()
+        now = self._look_at_clock()
         changes = self._nodes.take_changes()
         names = self._state.take_touched()
         for node in changes.touched:
@@ -307,7 +329,7 @@ class Reconciler:
                 gone.append(name)
                 self._forget(name)
                 continue
-            jobs.append(stored.value)
+            jobs.append(self._state.tracking(name).by_this_clock(stored.value))
             candidates[name] = self._look(stored, now, transitions)
         queues, datasets = self._queues() if self._queues_changed else None, self._datasets
         reserved = self._reserved() if self._reservations_changed else None
@@ -352,8 +374,8 @@ class Reconciler:
 
     def _look(self, stored: StoredJob, now: datetime, transitions: dict[str, Transition]) -> Candidate | None:
         """Adds the job's transition, if it makes one; returns the job as a candidate when it may be placed."""
-        job = stored.value
-        tracking = self._state.tracking(job.name)
+        tracking = self._state.tracking(stored.value.name)
+        job = tracking.by_this_clock(stored.value)
         tracking.withdraw_offer()
         if not job.readable:  # what is reported of it waits until it can be read
             self._state.schedule(job.name, None)
@@ -394,8 +416,20 @@ class Reconciler:
         reports = tuple(pending.report for pending in tracking.reports)
         ends, gone = self._ends(job)
         claimed_by, free = self._claimed_by(job, now), self._claim_is_free(job)
-        since = tracking.seen_since(job, now)
-        observed = Observations(reports, nodes, diagnosis, claimed_by, free, ends=ends, gone=gone, since=since)
+        since, doubted = tracking.seen_since(job, now), not self._watch.confirmed
+        observed = Observations(
+            reports,
+            nodes,
+            diagnosis,
+            claimed_by,
+            free,
+            ends=ends,
+            gone=gone,
+            since=since,
+            clock_doubted=doubted,
+        )
+        if doubted and job.state in ACTIVE:
+            self._doubted.add(job.name)
         progress = tracking.progress_in(job.attempt)
         return (
             observed

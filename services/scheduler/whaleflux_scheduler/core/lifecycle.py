@@ -7,10 +7,11 @@ Placing is decided elsewhere (`planner`) and applied by `place`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from whaleflux.clock import CLOCK_SKEW
 from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import (
     accounting,
@@ -283,17 +284,22 @@ def _active(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
         return fence(job, failure, now)
     attempt = job.attempt
     assert attempt is not None
-    if cost.budget_is_spent(job, now):
+    if _is_over(cost.budget_is_spent, job, observed, now):
         spent = f"its budget of {job.spec.budget_usd:g} USD is spent; raise it and submit again"
         return _finish(job, JobState.FAILED, EndReason.BUDGET, spent, now)
     if job.state is JobState.STARTING:
         return _starting(job, attempt, now)
     if _ended_well(attempt):
         return _finish(job, JobState.SUCCEEDED, EndReason.DONE, "all ranks ended well", now)
-    if running_time.time_is_up(job, now):
+    if _is_over(running_time.time_is_up, job, observed, now):
         over = f"its time_limit of {shown_duration(job.spec.time_limit_s or 0.0)} is over; raise it and submit again"
         return _finish(job, JobState.FAILED, EndReason.TIME_LIMIT, over, now)
     return suspend(job, observed.claimed_by, now) if observed.claimed_by else _going_on(job, observed, now)
+
+
+def _is_over(up: Callable[[Job, datetime], bool], job: Job, observed: Observations, now: datetime) -> bool:
+    """Whether its time, or its money, is up; what would be since long, by a clock that nobody has borne out, is not believed."""
+    return up(job, now) and not (observed.clock_doubted and up(job, now - CLOCK_SKEW))
 
 
 def _going_on(job: Job, observed: Observations, now: datetime) -> Job:

@@ -130,6 +130,11 @@ class Attempt:
     first_step_time: datetime | None = None  # of elastic jobs
 
     @property
+    def began(self) -> tuple[int, datetime, datetime | None]:
+        """Its epoch, and since when it holds GPUs and runs."""
+        return self.epoch, self.allocate_time, self.run_time
+
+    @property
     def nodes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(task.node for task in self.tasks))
 

@@ -117,6 +117,7 @@ class Observations:
     ends: Mapping[str, JobState] = field(default_factory=dict)  # of awaited jobs, by uid; UNSPECIFIED: deleted, unseen
     gone: frozenset[str] = frozenset()  # uids of awaited jobs that were deleted
     since: datetime | None = None  # when this leader first saw it in its state and epoch; None: as its record says
+    clock_doubted: bool = False  # how long it has run is not known for sure, by more than clocks may differ
 
 
 @dataclass(frozen=True, slots=True)
