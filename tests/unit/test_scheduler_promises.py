@@ -151,6 +151,18 @@ class TestPromises:
         assert found["too-long"].start_s >= found["gang"].start_s, "it would have been in the way"
         assert sum(outcome.suspensions for outcome in found.values()) == 0
 
+    @pytest.mark.parametrize("expected_s", [None, 600.0])
+    def test_who_has_a_time_limit_is_counted_on_to_use_it_whatever_is_expected(self, expected_s):
+        """So nobody within its limit is in a promise's way, and suspended for it."""
+        jobs = [job(f"train-{n}", 1_000.0 * n, 600.0, 4) for n in range(3)]
+        jobs += [job("long", 5_000.0, 10_000.0, 4, 10_000.0), job("gang", 5_010.0, 100.0, 16, 100.0)]
+        jobs += [job("train-9", 5_020.0, 15_000.0, 4, expected_s, time_limit_s=20_000.0)]
+        jobs += [job("train-10", 5_030.0, 5_000.0, 4, expected_s, time_limit_s=6_000.0)]
+        found = simulate(jobs)
+        assert found["train-9"].start_s >= found["gang"].start_s
+        assert found["train-10"].wait_s == 0.0, "it is over in time in any case"
+        assert sum(one.suspensions for one in found.values()) == 0
+
     def test_who_said_too_little_is_suspended_and_goes_on_later(self):
         jobs = [
             job("long", 0.0, 3_000.0, 4, 3_000.0),

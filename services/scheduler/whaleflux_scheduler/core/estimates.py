@@ -135,10 +135,15 @@ def end_of(estimates: Estimates, job: Job, now: datetime) -> End | None:
 
 
 def safe_s(estimates: Estimates, job: Job) -> float:
-    """Seconds from its start in which a waiting job has left its GPUs again, its grace included; infinite for a service."""
-    if job.spec.is_service and job.spec.time_limit_s is None:
+    """Seconds from its start in which a waiting job has left its GPUs again, its grace included; infinite for a service.
+
+    By its time limit where it has one, whatever it expects or jobs like it took: within that it is not stopped for others' promises.
+    """
+    limit_s = job.spec.time_limit_s
+    if job.spec.is_service and limit_s is None:
         return math.inf
-    return START_S + estimates.of(job, job.run_s).safe_s - job.run_s + job.grace_s
+    lasts_s = limit_s if limit_s is not None else estimates.of(job, job.run_s).safe_s
+    return START_S + lasts_s - job.run_s + job.grace_s
 
 
 def _families(job: Job) -> Iterator[Family]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import reservations, wait_reasons
-from whaleflux_scheduler.core.estimates import START_S, Estimates, safe_s
+from whaleflux_scheduler.core.estimates import Estimates, safe_s
 from whaleflux_scheduler.core.holdings import claim_id, is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision
@@ -133,7 +133,9 @@ class Reserved:
         """Reservations that the job does not delay: it has left before they begin."""
         if not self._kept:
             return []
-        over = now + timedelta(seconds=min(self._lasts_s(job) + MARGIN_S, reservations.LONGEST.total_seconds()))
+        over = now + timedelta(
+            seconds=min(safe_s(self._estimates, job) + MARGIN_S, reservations.LONGEST.total_seconds())
+        )
         return [name for name in self._kept if over <= self._now[name].start]
 
     def covered(self, names: Iterable[str] | None = None) -> int:
@@ -141,12 +143,6 @@ class Reserved:
         placed = self._fleet.engine.placements
         found = (placed.get(claim_id(name)) for name in (self._kept if names is None else names))
         return sum(placement.gpus for placement in found if placement is not None)
-
-    def _lasts_s(self, job: Job) -> float:
-        """Seconds in which it has surely left: by its limit where it has one, whatever jobs like it took."""
-        if job.spec.time_limit_s is not None:
-            return START_S + job.spec.time_limit_s - job.run_s + job.grace_s
-        return safe_s(self._estimates, job)
 
     def lent(self, lasts: int, now: datetime) -> int:
         """GPUs that nobody holds, kept for reservations that the soonest over of such a class of jobs does not delay."""
