@@ -523,3 +523,59 @@ async def test_a_resize_that_fails_half_way_leaves_it_running():
         again = await runs_with(world, low, 4)
         assert ({task.node for task in again.attempt.tasks}, again.HasField("claim")) == ({with_low.node}, False)
         await world.planner.ask(lambda planner: planner.check())
+
+
+class TestWhyItStays:
+    """The first thing that stands in the way of growing, in the order of the rules."""
+
+    def why(self, planner, running, at=NOW):
+        return planner.why_it_stays(running, at)
+
+    def test_it_has_what_its_file_says(self):
+        planner = planner_of("a", "b")
+        full = runs(planner, job("full", 4, 2, 4))
+        assert self.why(planner, full) == "does not grow: it has 4 GPUs, and elastic.max is 4"
+        flat = runs(planner, job("flat", 2, 1, 4, elastic_speeds=((1, 1.0), (2, 2.0), (4, 2.0))))
+        assert (
+            self.why(planner, flat)
+            == "does not grow: its elastic.speeds say that it is no faster with more than 2 GPUs"
+        )
+        assert self.why(planner, runs(planner, job("fixed", 1))) == ""
+
+    def test_its_queue_may_not_take_more(self):
+        planner = planner_of("a", "b", max_gpus=5)
+        one = runs(planner, job("one", 4, 4, 8, elastic_step=2))
+        assert self.why(planner, one) == "does not grow: queue q holds 4 of at most 5 GPUs"
+
+    def test_too_few_are_idle_and_others_come_first(self):
+        planner = planner_of("a")
+        one = runs(planner, job("one", 4, 4, 8, elastic_step=2))
+        offer(planner, job("other", 3, at=1))
+        why = self.why(planner, one)
+        assert why.startswith("does not grow: 0 GPUs that it could use are idle, and its step is 2")
+        assert why.endswith("1 jobs that wait take what comes free first")
+
+    def test_it_would_not_pay_yet_or_was_restarted_lately(self):
+        planner = planner_of("a", "b")
+        one = runs(planner, job("one", 4, 4, 8, elastic_step=4, expected_s=100.0))
+        why = self.why(planner, one)
+        assert why.startswith("does not grow: 4 GPUs are idle; to go on with them is expected to save ")
+        assert why.endswith(", and a restart costs 1m")
+        again = replace(one, past_attempts=(one.attempt,))
+        assert "restarted lately, and is left alone for 2m more" in self.why(planner, again)
+
+    def test_what_grows_says_so(self):
+        planner = planner_of("a", "b")
+        one = runs(planner, job("one", 4, 4, 8, elastic_step=4, expected_s=10 * 3600.0))
+        assert self.why(planner, one).startswith("it grows to 8 GPUs")
+        (move,) = planner.decide(NOW + HOUR)
+        claimed = lifecycle.claim_while_running(one, move.claim, move.decision.summary)
+        assert self.why(planner, claimed) == "it is about to go on with 8 GPUs instead of 4"
+
+    async def test_through_explain(self):
+        async with World() as world:
+            await world.add(node("a/n1"))
+            name = await world.submit(2, elastic={"min": 1, "max": 2}, checkpoint={"every_steps": 10})
+            await world.reaches(name, "RUNNING")
+            answer = await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=name), None)
+            assert answer.decision.reasons[-1] == "does not grow: it has 2 GPUs, and elastic.max is 2"

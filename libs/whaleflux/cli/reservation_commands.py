@@ -40,7 +40,14 @@ Reason = Annotated[str, typer.Option("--message", "-m", help="What it is for.")]
 def create(
     name: Name,
     gpus: Gpus = None,
-    gpu_type: Annotated[str, typer.Option("--gpu-type", metavar="TYPE", help="Only GPUs of this type; any: of several types. At first all are of one type.")] = "",
+    gpu_type: Annotated[
+        str,
+        typer.Option(
+            "--gpu-type",
+            metavar="TYPE",
+            help="Only GPUs of this type; any: of several types. At first all are of one type.",
+        ),
+    ] = "",
     queue: Annotated[
         str, typer.Option("--queue", metavar="QUEUE", help="Whose jobs may use it; default at first.")
     ] = "",

@@ -58,6 +58,16 @@ class JobView:
         avoided = tracking.avoided(now) if tracking is not None else ()
         return await self._planner.ask(lambda planner: planner.explain(job, avoided, now))
 
+    async def why_it_stays(self, job: Job) -> str:
+        """Why a running elastic job does not grow; "" for any other, and where the planner has no time."""
+        if not job.spec.is_elastic or job.state is not JobState.RUNNING:
+            return ""
+        now, tracking = self._clock.now(), self._state.tracked(job.name)
+        known = tracking.by_this_clock(job) if tracking is not None else job
+        with contextlib.suppress(ResourceExhausted, Unavailable):
+            return await self._planner.ask(lambda planner: planner.why_it_stays(known, now))
+        return ""
+
     async def check_capacity(self, queue: str, spec: Spec) -> None:
         """Raises FailedPrecondition for what this queue and fleet can never give.
 

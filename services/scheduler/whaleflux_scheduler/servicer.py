@@ -205,6 +205,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
             response.decision.CopyFrom(job_privacy.shown_decision(decision, sight, request.name))
         else:
             response.decision.CopyFrom(response.job.decision)
+            if stored.value.spec.is_elastic and stored.value.state is JobState.RUNNING:
+                view = (await self._leader.leading()).view
+                response.decision.reasons.extend(filter(None, [await view.why_it_stays(stored.value)]))
         return response
 
     async def StreamLogs(

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from whaleflux_scheduler.core import resize, resize_reasons, wait_reasons
+from whaleflux_scheduler.core import growth_reasons, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.answers import Answers
 from whaleflux_scheduler.core.going_on import Place, left_place, under_way
-from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Line, RequestClass
 from whaleflux_scheduler.core.placement.api import Placement, PreemptionPlan
@@ -129,6 +129,14 @@ class MakingRoom(Answers):
         for growth, claim in self._resizing.grown(self._fleet.version, now, self._over_limit):
             self._fleet.hold(growth.job, self._fleet.holdings.held(growth.job.name), claim)
             yield Move(growth.job.name, resize_reasons.grows(growth, now), claim=claim)
+
+    def why_it_stays(self, job: Job, now: datetime) -> str:
+        """Why a running elastic job does not grow; "" for any other."""
+        if not job.spec.is_elastic or job.state is not JobState.RUNNING:
+            return ""
+        kept = self._promises.covered() + self._reserved.covered()
+        idle, waiting = self._fleet.engine.free_by_model(), len(self._pending)
+        return growth_reasons.why_it_stays(job, now, idle, lambda gpus: self._over_limit(job, gpus), waiting, kept)
 
     def _follow(self, job: Job) -> None:
         """Who left for another place and runs again: those who claim what it left need not wait for it any more."""

@@ -16,7 +16,7 @@ from whaleflux_scheduler.core.pending import Ahead
 from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
 from whaleflux_scheduler.core.quota import QueueLimit
-from whaleflux_scheduler.core.reservations import Reservation
+from whaleflux_scheduler.core.reservations import Reservation, ReservationState
 
 _IN_THE_FILE = {  # the engine's words, and those of who writes job files
     "excluded by name": "avoided after a failure",
@@ -223,13 +223,22 @@ def for_reservation(why: str, now: datetime, change: str = "") -> SchedulingDeci
 
 
 def with_reservations(decision: SchedulingDecision, kept: Collection[Reservation]) -> SchedulingDecision:
-    """With what keeps idle GPUs from it: it may not be over when they are needed."""
-    if not kept:
-        return decision
+    """With what keeps idle GPUs from it: those that have begun have theirs for themselves, before others it may not be over in time."""
+    begun = [one for one in kept if one.state is ReservationState.ACTIVE]
+    to_come = [one for one in kept if one.state is not ReservationState.ACTIVE]
+    told = []
+    if begun:
+        told.append(f"GPUs are kept for {_some_reservations(begun)}: until they end, only their members use them")
+    if to_come:
+        until = "until they begin, jobs may use them that are over by then (time_limit, expected)"
+        told.append(f"GPUs are kept for {_some_reservations(to_come)}; {until}")
+    return replace(decision, reasons=(*decision.reasons, *told)) if told else decision
+
+
+def _some_reservations(kept: Sequence[Reservation]) -> str:
     told = [f"{one.name} ({'maintenance' if one.maintenance else 'reserved'} {one.window})" for one in kept]
     many = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
-    why = f"GPUs are kept for {', '.join(told[:_MOST_NAMES])}{many}; until they begin, jobs may use them that are over by then (time_limit, expected)"
-    return replace(decision, reasons=(*decision.reasons, why))
+    return ", ".join(told[:_MOST_NAMES]) + many
 
 
 def in_line(decision: SchedulingDecision, ahead: Ahead, queues: Sequence[str] = ()) -> SchedulingDecision:
