@@ -14,6 +14,7 @@ from whaleflux.store import keys
 from whaleflux.store.api import Put
 from whaleflux.v1 import events_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler import reservation_keeper, reservation_records
 
 SAVES = pb.CheckpointPolicy(every_steps=10)
 SOON, LONG = 120.0, 240.0  # seconds
@@ -241,6 +242,19 @@ async def test_what_becomes_of_it_is_told_in_events():
             *("ACTIVE", "ENDED", "DELETED"),
         ]
         assert "8 GPUs for queues/default" in told[0].message and told[0].cause.actor == "admin/root"
+
+
+async def test_one_that_is_forgotten_is_told_of_with_the_reason(monkeypatch):
+    monkeypatch.setattr(reservation_keeper, "PRUNE_EVERY_S", 60.0)
+    monkeypatch.setattr(reservation_records, "KEPT_ENDED", timedelta(minutes=5))
+    bus = MemoryBus()
+    async with Reserving(bus=bus) as world:
+        kept = await world.reserve(one=world.wanted(8, 0.0, SOON))
+        await asyncio.sleep(SOON)
+        await world.stands(kept.name, "ENDED")
+        await asyncio.sleep(600.0)
+        told = await told_of(bus, "reservations/r", "DELETED")
+        assert (told[-1].message, told[-1].cause.actor) == ("it was over, and is forgotten", "scheduler/reservation")
 
 
 async def test_what_a_job_may_use_is_asked_when_it_is_submitted_and_a_plan_shows_where():

@@ -75,7 +75,7 @@ def of_change(change: EntryChange, now: datetime) -> OutgoingEvent | None:
         return None
     what, message = told
     asked = asked_for(old, new)
-    by_itself = what in (What.CREATED, What.DELETED, What.CHANGED)
+    by_itself = what in (What.CREATED, What.CHANGED) or (what == What.DELETED and asked is not None)
     return state_event(
         change,
         now,
@@ -93,7 +93,8 @@ def of_change(change: EntryChange, now: datetime) -> OutgoingEvent | None:
 
 def _told(old: pb.Reservation | None, new: pb.Reservation | None) -> tuple[str, str] | None:
     if new is None:
-        return What.DELETED, "its GPUs are everybody's"
+        over = old is not None and old.state == pb.RESERVATION_STATE_ENDED
+        return What.DELETED, "it was over, and is forgotten" if over else "its GPUs are everybody's"
     if old is None:
         return What.CREATED, in_words(new)
     if old.state != new.state:
