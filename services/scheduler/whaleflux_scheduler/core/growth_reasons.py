@@ -33,7 +33,7 @@ def why_it_stays(
     if (rests_s := resize.unsettled_s(job, now)) > 0:
         return _stays(f"it was restarted lately, and is left alone for {_rounded(rests_s)} more")
     if limit := limit_of(more):
-        most = f"queue {limit.queue} holds {limit.held} of at most {limit.most} GPUs"
+        most = f"queue {limit.queue} holds {limit.held + has} of at most {limit.most} GPUs"
         return _stays(f"{limit.kept} idle GPUs are kept for queues that do not lend them" if limit.kept else most)
     return _for_gpus(job, now, idle, waiting, kept)
 
