@@ -16,11 +16,11 @@ from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.estimates import Estimates, safe_s
+from whaleflux_scheduler.core.lending import MARGIN_S
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
-from whaleflux_scheduler.core.promises import MARGIN_S
 from whaleflux_scheduler.jobs import key_of
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)

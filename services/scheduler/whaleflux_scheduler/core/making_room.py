@@ -134,7 +134,7 @@ class MakingRoom(Answers):
         """Why a running elastic job does not grow; "" for any other."""
         if not job.spec.is_elastic or job.state is not JobState.RUNNING:
             return ""
-        kept = self._promises.covered() + self._reserved.covered()
+        kept = self._lending.covered()
         idle, waiting = self._fleet.engine.free_by_model(), len(self._pending)
         return growth_reasons.why_it_stays(job, now, idle, lambda gpus: self._over_limit(job, gpus), waiting, kept)
 

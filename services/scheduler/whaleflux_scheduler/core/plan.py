@@ -259,8 +259,8 @@ class Plan(Promising):
             placement = engine.seek(request)
             if placement is not None or kind.need.gpus > _FEW:
                 return placement
-        claimants = [*self._promises.behind(job, now), *self._reserved.behind(job, now)]
-        if not claimants or self._promises.covered(claimants) + engine.free_gpus() < kind.need.gpus:
+        claimants = self._lending.behind(job, now)
+        if not claimants or self._lending.covered(claimants) + engine.free_gpus() < kind.need.gpus:
             return None
         with self._fleet.holdings.without_claims(claimants):
             return engine.seek(request) if engine.feasible(request) else None

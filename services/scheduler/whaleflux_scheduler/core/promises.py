@@ -9,14 +9,15 @@ sooner, and later only when its place is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from whaleflux_scheduler.core.availability import Start
-from whaleflux_scheduler.core.estimates import LEAST_S, START_S, Estimates, safe_s
+from whaleflux_scheduler.core.estimates import LEAST_S, START_S, Estimates
 from whaleflux_scheduler.core.expected_ends import ExpectedEnds
-from whaleflux_scheduler.core.holdings import Holdings, claim_id
+from whaleflux_scheduler.core.holdings import Holdings
+from whaleflux_scheduler.core.lending import MARGIN_S
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -24,16 +25,9 @@ from whaleflux_scheduler.core.preemption import claimant_of
 from whaleflux_scheduler.core.promise_lines import AGAIN_S, PromiseLines, PromiseRules
 from whaleflux_scheduler.core.quota import Claimant
 
-MARGIN_S = 15.0  # between when the last one has left and the promised start: what agents and the store need
 PASSED_GAIN_S = 1_800.0  # that a start has to be sooner for those who passed to make room
 LAPSES_S = 600.0  # after the promised start, when GPUs did not come free at all: another place is looked for
 MOST_WINDOWS = 8  # for one answer
-_NEVER_OVER = 99  # the class of what lasts without end
-
-
-def soonest_s(lasts: int) -> float:
-    """Seconds in which the soonest over of a class of `Promises.lasts` has left; infinite for those that never do."""
-    return math.inf if lasts == _NEVER_OVER else 2.0 ** (lasts / 2) * (lasts > 0)
 
 
 class Promises:
@@ -42,15 +36,14 @@ class Promises:
     def __init__(
         self, engine: Engine, holdings: Holdings, estimates: Estimates, rules: PromiseRules | None = None
     ) -> None:
-        self._engine, self._holdings, self._estimates = engine, holdings, estimates
+        self._holdings = holdings
         self.rules = rules or PromiseRules()
         self._ends = ExpectedEnds(engine, holdings, estimates)
         self._lines = PromiseLines(self.rules)
-        self._starts: dict[str, float] = {}  # promised, seconds since the epoch
+        self.starts_s: dict[str, float] = {}  # promised, seconds since the epoch; by job
         self._due: dict[str, float] = {}  # when to look who has to leave
         self._places: dict[str, object] = {}  # promised GPUs
         self._named: dict[str, frozenset[str]] = {}  # victims that the record names
-        self._kept: dict[str, tuple[Placement, int]] = {}  # GPUs that nobody holds and that are kept for each
 
     # what is the case
 
@@ -78,8 +71,8 @@ class Promises:
         self._ends.starts(job, now)
         self._keep(job.name)
         for claimant in self._holdings.claimants_on(job.name):
-            if claimant in self._starts:
-                leave_s = self._leave_by(self._starts[claimant], job.name)
+            if claimant in self.starts_s:
+                leave_s = self._leave_by(self.starts_s[claimant], job.name)
                 self._due[claimant] = min(self._due.get(claimant, math.inf), leave_s)
 
     def waits(self, job: Job, request: PlaceRequest) -> None:
@@ -98,16 +91,15 @@ class Promises:
         """The promise that holdings has for the job."""
         claim = self._holdings.claim(name)
         if claim is None or claim.purpose is not ClaimPurpose.RESERVATION or claim.start_time is None:
-            if self._starts.pop(name, None) is not None:
+            if self.starts_s.pop(name, None) is not None:
                 del self._due[name], self._places[name]
-                self._kept.pop(name, None)
                 self._lines.lost(name)
             return
         self._lines.was_given(name)
         start_s = claim.start_time.timestamp()
-        if (self._starts.get(name), self._places.get(name)) != (start_s, claim.nodes):
+        if (self.starts_s.get(name), self._places.get(name)) != (start_s, claim.nodes):
             self._places[name] = claim.nodes
-            self._starts[name] = start_s
+            self.starts_s[name] = start_s
             holders = self._holdings.holders_of(claim)
             self._due[name] = min((self._leave_by(start_s, holder) for holder in holders), default=start_s)
 
@@ -117,49 +109,17 @@ class Promises:
 
     def has(self, name: str) -> bool:
         """Whether it was promised a start."""
-        return name in self._starts
+        return name in self.starts_s
 
     # who may use promised GPUs
-
-    def lasts(self, job: Job) -> int:
-        """A class of jobs that are over equally soon, by factors of 1.4: one answer does for those that ask for the same."""
-        lasts_s = safe_s(self._estimates, job)
-        return _NEVER_OVER if lasts_s == math.inf else int(2 * math.log2(max(1.0, lasts_s)))
-
-    def behind(self, job: Job, now: datetime) -> list[str]:
-        """Jobs whose promises the job does not delay: it has left before their time comes."""
-        if not self._starts:
-            return []
-        over_s = now.timestamp() + safe_s(self._estimates, job) + MARGIN_S
-        return [name for name, start_s in self._starts.items() if over_s <= start_s and name != job.name]
-
-    def lent(self, lasts: int, now: datetime) -> int:
-        """GPUs that nobody holds, kept for promises that the soonest over of such a class of jobs does not delay."""
-        if not self._starts or lasts == _NEVER_OVER:
-            return 0
-        over_s = now.timestamp() + soonest_s(lasts) + MARGIN_S
-        return self.covered(name for name, start_s in self._starts.items() if over_s <= start_s)
 
     def windows(self, job: Job, now: datetime) -> Iterator[tuple[float, list[str]]]:
         """In how many seconds a job has to be over, and whose promises it does not delay then; the longest time first."""
         now_s = now.timestamp()
-        starts = sorted(((at_s, name) for name, at_s in self._starts.items() if name != job.name), reverse=True)
+        starts = sorted(((at_s, name) for name, at_s in self.starts_s.items() if name != job.name), reverse=True)
         for number, (at_s, _) in enumerate(starts[:MOST_WINDOWS], 1):
             if (left_s := at_s - now_s - MARGIN_S - START_S - job.grace_s) >= LEAST_S:
                 yield left_s, [name for _, name in starts[:number]]
-
-    def covered(self, claimants: Iterable[str] | None = None) -> int:
-        """GPUs that nobody holds and that are kept for these promises, by default for all."""
-        return sum(map(self._covered, self._starts if claimants is None else claimants))
-
-    def _covered(self, name: str) -> int:
-        placement = self._engine.placements.get(claim_id(name))
-        if placement is None:
-            return 0
-        known = self._kept.get(name)
-        if known is None or known[0] is not placement:
-            known = self._kept[name] = placement, placement.gpus
-        return known[1]
 
     # what is to be done
 
@@ -178,7 +138,7 @@ class Promises:
         ]
 
     def _with_victims(self, name: str, now_s: float) -> Claim | None:
-        claim, start_s = self._holdings.claim(name), self._starts[name]
+        claim, start_s = self._holdings.claim(name), self.starts_s[name]
         assert claim is not None
         claimant = claimant_of(self._holdings, self._holdings.jobs[name], sum(len(uuids) for _, uuids in claim.nodes))
         leave_by = {holder: self._leave_by(start_s, holder) for holder in self._holdings.holders_of(claim) - {name}}
@@ -214,7 +174,7 @@ class Promises:
 
     def expected_start(self, job: Job, ahead: Sequence[Job], now: datetime) -> tuple[datetime, datetime] | None:
         """As `ExpectedEnds.expected_start`."""
-        return self._ends.expected_start(job, ahead, self._starts, now)
+        return self._ends.expected_start(job, ahead, self.starts_s, now)
 
     def soonest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> Start | None:
         """The earliest start of the request that is not after `by_s`, seconds since the epoch; None: none is in sight."""
@@ -223,7 +183,7 @@ class Promises:
     def promise(self, job: Job, request: PlaceRequest, now: datetime) -> Claim | None:
         """A start for the job, or an earlier one than it was promised; None: none is in sight, or none that is worth a change."""
         now_s, before = now.timestamp(), self._holdings.claim(job.name)
-        promised_s = self._starts.get(job.name, math.inf)
+        promised_s = self.starts_s.get(job.name, math.inf)
         left_s = max(0.0, promised_s - now_s) if promised_s != math.inf else 0.0
         if before is not None and (promised_s == math.inf or before.victims or self._due[job.name] <= now_s):
             self._lines.put_off(job.name, now_s, left_s)

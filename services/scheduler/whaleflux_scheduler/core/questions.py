@@ -17,6 +17,7 @@ from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
 from whaleflux_scheduler.core.in_order import order_of
 from whaleflux_scheduler.core.known_fleet import KnownFleet
+from whaleflux_scheduler.core.lending import Lending
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.patience import Patience
@@ -50,6 +51,8 @@ class Questions:
         self._estimates = Estimates()
         self._promises = Promises(self._fleet.engine, self._fleet.holdings, self._estimates, promises)
         self._reserved = Reserved(self._fleet, self._estimates)
+        kept = self._promises.starts_s, self._reserved.starts_s
+        self._lending = Lending(self._fleet.engine, self._estimates, *kept)
         self._patience = Patience(self._promises.soonest)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 

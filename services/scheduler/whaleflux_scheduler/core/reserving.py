@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import reservations, wait_reasons
-from whaleflux_scheduler.core.estimates import Estimates, safe_s
+from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import claim_id, is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
+from whaleflux_scheduler.core.lending import MARGIN_S, Lending
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.promises import MARGIN_S, soonest_s
 from whaleflux_scheduler.core.reservations import Reservation, ReservationState
 from whaleflux_scheduler.core.reserved_gpus import Fleet, is_there, replan
 
@@ -50,11 +50,13 @@ class Reserved:
     """See the module."""
 
     def __init__(self, fleet: KnownFleet, estimates: Estimates) -> None:
-        self._fleet, self._estimates = fleet, estimates
+        self._fleet = fleet
         self._stored: dict[str, Reservation] = {}
         self._now: dict[str, Reservation] = {}  # as decided
         self._said: dict[str, Reservation] = {}  # decided, and told to who writes it
         self._kept: dict[str, dict[str, tuple[str, ...]]] = {}  # GPUs in the engine
+        self.starts_s: dict[str, float] = {}  # of these, seconds since the epoch
+        self._lending = Lending(fleet.engine, estimates, self.starts_s)
         self._seen: dict[str, Node | None] = {}  # nodes under maintenance, as they were when their GPUs were counted
         self._why: dict[str, str] = {}  # why nodes are closed beside reservations
         self._under: dict[str, str] = {}  # nodes under maintenance, and what is said of them
@@ -129,31 +131,11 @@ class Reserved:
 
     # who may use its GPUs
 
-    def behind(self, job: Job, now: datetime) -> list[str]:
-        """Reservations that the job does not delay: it has left before they begin."""
-        if not self._kept:
-            return []
-        over = now + timedelta(
-            seconds=min(safe_s(self._estimates, job) + MARGIN_S, reservations.LONGEST.total_seconds())
-        )
-        return [name for name in self._kept if over <= self._now[name].start]
-
-    def covered(self, names: Iterable[str] | None = None) -> int:
-        """GPUs that nobody holds and that are kept for these, by default for all."""
-        placed = self._fleet.engine.placements
-        found = (placed.get(claim_id(name)) for name in (self._kept if names is None else names))
-        return sum(placement.gpus for placement in found if placement is not None)
-
-    def lent(self, lasts: int, now: datetime) -> int:
-        """GPUs that nobody holds, kept for reservations that the soonest over of such a class of jobs does not delay."""
-        over_s = now.timestamp() + soonest_s(lasts) + MARGIN_S
-        return self.covered(name for name in self._kept if over_s <= self._now[name].start.timestamp())
-
     def away(self, request: PlaceRequest, job: Job, now: datetime) -> PlaceRequest:
         """The request without nodes on which work that has no GPU for itself would be in the way of a reservation."""
         if not self._kept or not (request.without_gpus or request.group.share):
             return request
-        behind = set(self.behind(job, now))
+        behind = set(self._lending.behind(job, now))
         avoided = {node for name in self._kept if name not in behind for node in _nodes_of(self._now[name])}
         return (
             replace(request, exclude_nodes=tuple(sorted(avoided.union(request.exclude_nodes)))) if avoided else request
@@ -163,7 +145,11 @@ class Reserved:
         """Where a member goes, on GPUs of its reservation alone; None: it has not begun, or they are in use."""
         one = self.of(job)
         own = self._fleet.holdings.count_of(job.name)
-        if one is None or one.state is not ReservationState.ACTIVE or self.covered((one.name,)) + own < request.units:
+        if (
+            one is None
+            or one.state is not ReservationState.ACTIVE
+            or self._lending.covered((one.name,)) + own < request.units
+        ):
             return None
         return self._own_engine(one, job).seek(replace(request, id=job.name))
 
@@ -215,7 +201,7 @@ class Reserved:
         """Its state, its idle GPUs, and its nodes that take work: a new leader hears of these later than of the others."""
         begun = one.state is ReservationState.ACTIVE
         opened = sum(node in self._fleet.holdings.devices.open for node, _ in one.held) if begun else 0
-        return one.state, self.covered((one.name,)), opened
+        return one.state, self._lending.covered((one.name,)), opened
 
     # reasons
 
@@ -230,14 +216,14 @@ class Reserved:
         if one.state is not ReservationState.ACTIVE:
             begins = one.start.isoformat(timespec="seconds")
             return wait_reasons.for_reservation(f"{one.name} begins at {begins}", now)
-        free, short = self.covered((one.name,)), f", {one.short} of them lost" if one.short else ""
+        free, short = self._lending.covered((one.name,)), f", {one.short} of them lost" if one.short else ""
         text = f"{free} of the {one.gpus} GPUs of {one.name} are free{short}, and {job.spec.gpus} are asked for, in this shape"
         return wait_reasons.for_reservation(text, now, "wait until others of it have ended")
 
     def in_the_way_of(self, job: Job, now: datetime) -> list[Reservation]:
         """Reservations that keep idle GPUs from the job, the first to begin first."""
-        behind = set(self.behind(job, now))
-        names = [name for name in self._kept if name not in behind and self.covered((name,))]
+        behind = set(self._lending.behind(job, now))
+        names = [name for name in self._kept if name not in behind and self._lending.covered((name,))]
         return sorted((self._now[name] for name in names), key=lambda one: (one.start, one.name))
 
     # what is to be done
@@ -344,6 +330,8 @@ class Reserved:
             if self._kept.get(name) != gpus:
                 self._fleet.hold(_stand_in(name), {}, _claim(self._now[name], gpus))
         self._kept = kept
+        self.starts_s.clear()
+        self.starts_s.update({name: self._now[name].start.timestamp() for name in kept})
         before, self._under = self._under, self._under_maintenance()
         for node in sorted(before.keys() ^ self._under.keys()):
             self._fleet.close(node, self._why.get(node, "") or self._under.get(node, ""))

@@ -122,7 +122,7 @@ class Waiting(Questions):
         self._leave(job.name)
         near = job.attempt.nodes if job.attempt else ()
         asked = shape(job.spec, tuple(sorted(candidate.exclude)), near)
-        line = self._pending.join(candidate, asked, own=self._stands_alone(job), lasts=self._promises.lasts(job)).line
+        line = self._pending.join(candidate, asked, own=self._stands_alone(job), lasts=self._lending.lasts(job)).line
         if self._reserved.find(job.spec) is None:
             self._promises.waits(job, asked)
         kind = line.kind
@@ -179,7 +179,7 @@ class Waiting(Questions):
             self._swaps |= self._vain
             self._vain.clear()
         lent: dict[int, int] = {}  # by how long jobs take, as there are many classes and few of these
-        for kind in self._fleet.take_gains(self._needs, self._promises.covered() + self._reserved.covered()):
+        for kind in self._fleet.take_gains(self._needs, self._lending.covered()):
             if kind.lasts not in lent:
                 lent[kind.lasts] = self._lent(kind)
             if not self._could_hold(kind, lent[kind.lasts]):
@@ -204,13 +204,13 @@ class Waiting(Questions):
     def _could_hold(self, kind: RequestClass, lent: int) -> bool:
         """Whether what nodes gained, with what is `lent` to it of what is kept for later, could be enough for it."""
         if kind.own and self._promises.has(kind.own):
-            own = self._promises.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
+            own = self._lending.covered((kind.own,)) + count(self._fleet.holdings.held(kind.own))
             return self._fleet.engine.free_gpus() + own + lent >= need_of(kind.request).gpus
         return self._fleet.could_hold(kind.need, lent)
 
     def _lent(self, kind: RequestClass) -> int:
         """GPUs that are kept for later, and may be used by it until then."""
-        return self._promises.lent(kind.lasts, self._now) + self._reserved.lent(kind.lasts, self._now)
+        return self._lending.lent(kind.lasts, self._now)
 
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
