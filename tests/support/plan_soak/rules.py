@@ -11,7 +11,7 @@ from tests.support.plan_soak.world import NODES, QUEUES, PlanWorld
 from tests.support.scheduler_world import GB
 from whaleflux.errors import Aborted
 from whaleflux.manifests.job_fields import JobKind, Rule, Spec
-from whaleflux_scheduler.core import lifecycle, reservations, verbs
+from whaleflux_scheduler.core import lifecycle, reservation_rules, verbs
 from whaleflux_scheduler.core.model import Cause, Hold, JobState, Queue, TaskPhase
 from whaleflux_scheduler.core.observed import AttemptFailure, EndReason
 from whaleflux_scheduler.core.reservations import Reservation
@@ -197,7 +197,7 @@ def reserves(world: PlanWorld, r: Random) -> None:
     else:
         asked = Reservation(name, start, end, gpus=r.choice((1, 3, 6)), queue=r.choice(sorted(QUEUES)))
     others = world.state.reservations.values()
-    kept, wrong = reservations.admitted(asked, others, world.plan.reservation_fleet())
+    kept, wrong = reservation_rules.admitted(asked, others, world.plan.reservation_fleet())
     if not wrong and len(world.state.reservations) < 3:
         world.state.reservations[name] = kept
         world.set_reservations()
