@@ -126,9 +126,10 @@ class Before:
 
 
 def count(job: Job) -> int:
-    """GPUs that it holds or claims."""
+    """GPUs that it holds or claims; where others leave for it under a limit, only one of the two counts at a time."""
     held = {uuid for uuids in held_by(job).values() for uuid in uuids if not uuid.startswith("cpu:")}
-    claimed = {uuid for _, uuids in job.claim.nodes for uuid in uuids} if job.claim is not None else set()
+    kept = job.claim is not None and not job.claim.limited_queue
+    claimed = {uuid for _, uuids in job.claim.nodes for uuid in uuids} if kept else set()
     return len(held | claimed)
 
 

@@ -76,9 +76,9 @@ class Waiting(Questions):
         self._swaps |= {line: None for queue in below for line in by_queue[queue] if line.parked}
 
     def _borrows(self, job: Job) -> None:
-        """What it has now may be taken back by those who are guaranteed it, where its own queue is not."""
+        """What it has now may be taken back by those who are guaranteed it, where its own queue is not, or one below that is."""
         quota = self._shares.quota
-        if quota.guarantees and quota.covering(job.name).id != job.queue:
+        if quota.guarantees and ((at := quota.covering(job.name)).id != job.queue or at.below):
             self._reclaim()
 
     def _make_room_for(self, kinds: Iterable[RequestClass], *, beside: bool = False) -> None:
