@@ -353,6 +353,7 @@ class TestPlan:
         assert world.where(member) < uuids(kept)
         stranger = world.submit("stranger", 1, time_limit_s=1.0)
         assert not world.where(stranger)
+        assert any("until they end, only their members use them" in reason for reason in world.why(stranger).reasons)
         second, third = world.submit("m2", 2, reservation=kept.name), world.submit("m3", 2, reservation=kept.name)
         assert world.where(member) | world.where(second) == uuids(kept)
         assert "0 of the 4 GPUs of reservations/r are free" in world.why(third).summary
