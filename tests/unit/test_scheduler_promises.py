@@ -61,6 +61,19 @@ class TestEstimates:
         assert not known.learn(ended("other", run_s=0.0))
         assert not known.learn(waiting("third"))
 
+    def test_who_was_cancelled_tells_nothing_of_how_long_such_jobs_run(self):
+        known = Estimates()
+        cancelled = replace(ended("train-1", run_s=5.0), state=JobState.CANCELLED)
+        assert not known.learn(cancelled)
+        assert known.of(waiting("train-2")).likely_s == estimates.DEFAULT_S
+
+    def test_a_few_runs_of_another_name_say_nothing(self):
+        known = Estimates()
+        for number in range(estimates.ENOUGH_OF_OTHERS):
+            assert known.of(waiting("other")).likely_s == estimates.DEFAULT_S
+            known.learn(ended(f"try-{number}", run_s=5.0))
+        assert known.of(waiting("other")).likely_s == estimates.LEAST_S
+
     @pytest.mark.parametrize(("ran_s", "guess_s"), [(0.0, HOUR), (HOUR, 2 * HOUR), (5 * HOUR, 8 * HOUR)])
     def test_who_runs_longer_than_expected_is_guessed_at_twice_as_much(self, ran_s, guess_s):
         assert Estimates().of(waiting("long", expected_s=HOUR), ran_s).likely_s == guess_s

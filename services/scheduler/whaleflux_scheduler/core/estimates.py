@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import running_time
-from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.model import Job, JobState
 
 DEFAULT_S = 4 * 3600.0  # of a job that nothing is known of
 LEAST_S, LONGEST_S = 60.0, 10 * 365 * 86400.0
 KEPT_RUNS = 16  # of each family
+ENOUGH_OF_OTHERS = 4  # runs of any name that say something of a new one; fewer may be tries that failed at once
 MOST_FAMILIES = 20_000
 MOST_SEEN = 20_000  # ended jobs that are remembered as learned
 START_S = 60.0  # from the placement until all ranks run, where that is not over yet
@@ -57,8 +58,13 @@ class Estimates:
         return len(self._runs)
 
     def learn(self, job: Job) -> bool:
-        """An ended job; True when it told something new. One that never ran, or was learned before, tells nothing."""
-        if not job.ended or job.run_s <= 0 or job.spec.is_service or (key := job.uid or job.name) in self._seen:
+        """An ended job; True when it told something new.
+
+        One that never ran, was cancelled (how long it would have run is not known), or was learned before, tells nothing.
+        """
+        if not job.ended or job.state is JobState.CANCELLED or job.run_s <= 0 or job.spec.is_service:
+            return False
+        if (key := job.uid or job.name) in self._seen:
             return False
         self._seen[key] = None
         while len(self._seen) > MOST_SEEN:
@@ -85,8 +91,9 @@ class Estimates:
 
     def _learned(self, job: Job, ran_s: float, hard_s: float | None) -> tuple[float, float, str]:
         for family in _families(job):
-            longer = sorted(run for run in self._runs.get(family, ()) if run > ran_s)
-            if longer:
+            runs = self._runs.get(family, ())
+            longer = sorted(run for run in runs if run > ran_s)
+            if longer and (family[1] or len(runs) >= ENOUGH_OF_OTHERS):
                 likely_s, safe_s = _quantile(longer, 0.5), _quantile(longer, 0.9)
                 return max(likely_s, LEAST_S), max(safe_s, LEAST_S), f"the last {len(longer)} runs like it"
         guess_s = _doubled(DEFAULT_S if hard_s is None else hard_s, ran_s)
