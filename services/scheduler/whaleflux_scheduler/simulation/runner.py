@@ -16,7 +16,6 @@ from whaleflux_scheduler.simulation.state import Result, State
 from whaleflux_scheduler.simulation.timeline import NEVER_S, instant, second_of
 from whaleflux_scheduler.simulation.workload import NodeEvent, Submission, Workload
 
-ALL_MEASURED, MEASURED_EVERY = 1_000, 13  # steps of which the CPU time is taken: the first ones, and then some
 LOOK_EVERY_S = 60.0  # for moves of running jobs
 AfterRebalance = Callable[[float, State, RebalancePlan], None]
 """Called with the second, the simulation's state and what was moved."""
@@ -94,23 +93,15 @@ class Simulation:
         state, result = self._state, self._state.result
         while state.news or look:
             look = False
-            counts = self._weight(result.steps)
-            begun = time.thread_time() if counts else 0.0
+            begun = time.thread_time()
             made = self._plan.step(state.take_news(), instant(state.now_s))
-            decided = time.thread_time() if counts else 0.0
+            decided = time.thread_time()
             state.now_s += self._decision_time * (decided - begun)
             for move in made if len(made) == 1 else first_of_each(made):
                 moves.apply(state.now_s, state, move)
             result.steps += 1
-            if counts:
-                result.step_s += counts * (decided - begun)
-                result.apply_s += counts * (time.thread_time() - decided)
-
-    def _weight(self, steps: int) -> int:
-        """How many steps the next one stands for in what they took; 0: it is not measured, as that takes a tenth of its time."""
-        if steps < ALL_MEASURED or self._decision_time:
-            return 1
-        return MEASURED_EVERY * (steps % MEASURED_EVERY == 0)
+            result.step_s += decided - begun
+            result.apply_s += time.thread_time() - decided
 
     def _look_for_moves(self) -> None:
         """As the leader does each minute when it may move."""

@@ -70,7 +70,7 @@ class Result:
     job_usd: float = 0.0  # of the GPU-hours that jobs held, at their nodes' prices
     end_s: float = 0.0
     steps: int = 0
-    step_s: float = 0.0  # CPU time in the planner, from a sample where there are many steps
+    step_s: float = 0.0  # CPU time in the planner
     apply_s: float = 0.0  # the same in the transitions that its moves make
     total_s: float = 0.0
     rebalances: list[RebalancePlan] = field(default_factory=list)  # that were carried out
