@@ -326,6 +326,19 @@ class TestShrinking:
         assert smaller.attempt.ranks == 4
         assert high.name in {move.job for move in planner.decide(NOW) if move.assignment} or held(planner, high) == 4
 
+    @pytest.mark.parametrize(("least", "kept"), [(2, 3), (4, 0)])
+    def test_it_keeps_no_gpu_that_is_reported_as_sick(self, least, kept):
+        planner = planner_of("a", "b")
+        low = runs(planner, job("low", 8, least))
+        first = planner.known_nodes["sites/s/nodes/a"]
+        gpus = tuple(replace(gpu, healthy=gpu.index != 0) for gpu in first.gpus)
+        planner.apply(News(nodes=(replace(first, gpus=gpus),)))
+        moves = offer(planner, job("high", 4, priority=9, at=1))
+        assert moves["queues/q/jobs/high"].claim.victims == (low.name,)
+        keeps = [uuid for _, uuids in moves[low.name].claim.nodes for uuid in uuids] if low.name in moves else []
+        assert len(keeps) == kept
+        assert gpus[0].uuid not in keeps
+
     def test_it_is_stopped_when_what_is_left_is_less_than_its_least(self):
         planner = planner_of("a", "b")
         low = runs(planner, job("low", 8, 6))
@@ -346,6 +359,18 @@ class TestShrinking:
         moves = {move.job: move for move in planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))}
         assert moves[waits.name].claim.victims == (grown.name,)
         assert sum(len(uuids) for _, uuids in moves[grown.name].claim.nodes) == 5
+
+    def test_for_an_equal_when_idle_gpus_that_counted_for_its_part_are_taken(self):
+        planner = planner_of("a")
+        slow = node("s/slow", model=SLOW)
+        planner.apply(News(nodes=(slow,), closed={slow.name: ""}))
+        large = runs(planner, job("large", 4, 1, any_of=(MODEL,)))
+        waits, other = job("waits", 1, any_of=(MODEL,), at=1), job("other", 4, any_of=(SLOW,), at=2)
+        (move,) = offer(planner, waits, now=NOW + HOUR).values()
+        assert move.claim is None, "of eight GPUs four are its part"
+        moves = offer(planner, other, now=NOW + HOUR)
+        assert moves[other.name].assignment is not None
+        assert moves[waits.name].claim.victims == (large.name,)
 
     def test_an_equal_is_left_alone_until_it_has_worked_for_what_its_restart_cost(self):
         ran = placed_as(job("j", 8, 2, 8))

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.support.scheduler_world import World, node, plan_with_queues, until
+from tests.support.scheduler_world import GB, World, node, plan_with_queues, until
 from whaleflux.store.api import Put, Unchanged
 from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -38,6 +38,11 @@ def planner_of(*names):
 def job(name, gpus=4, priority=0, at=0):
     created = NOW + timedelta(seconds=at)
     return Job(f"queues/q/jobs/{name}", Spec(command=("x",), gpus=gpus, priority=priority), JobState.QUEUED, created)
+
+
+def parts(name, share_gb, priority=0, at=0, **fields):
+    spec = Spec(command=("x",), gpus=1, share_memory_bytes=share_gb * GB, priority=priority, **fields)
+    return replace(job(name, at=at), spec=spec)
 
 
 def offer(planner, *jobs):
@@ -125,6 +130,32 @@ class TestClaims:
         assert choices[high.name].claim is None, "it has one already"
         stopped(planner, low[1])
         assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
+        planner.check()
+
+    def test_of_a_gpu_that_others_share_still_nobody_gets_another_part(self):
+        planner = plan_with_queues()
+        planner.apply(News(nodes=(one := node("s/a", 1),), closed={one.name: ""}))
+        low = run(planner, parts("low", 20))
+        high = claimed(planner, job("high", 1, priority=9, at=2))
+        other = parts("other", 20, at=3)
+        assert offer(planner, other)[other.name].assignment is None
+        planner.check()
+        stopped(planner, low)
+        assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
+        planner.check()
+
+    def test_as_much_of_a_gpu_is_kept_as_a_part_needs_and_no_more(self):
+        planner = plan_with_queues()
+        planner.apply(News(nodes=(one := node("s/a", 1),), closed={one.name: ""}))
+        run(planner, parts("stays", 20, priority=9))
+        low = run(planner, parts("low", 20, at=1))
+        high = claimed(planner, parts("high", 50, priority=9, at=2))
+        assert high.claim.victims == (low.name,)
+        other = parts("other", 10, at=3)
+        assert offer(planner, other)[other.name].assignment is None
+        stopped(planner, low)
+        placed = {choice.job for choice in planner.decide(NOW) if choice.assignment}
+        assert placed == {high.name, other.name}
         planner.check()
 
     @pytest.mark.parametrize("end", ["cancelled", "expired", "deleted"])

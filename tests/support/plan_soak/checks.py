@@ -193,7 +193,8 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) 
         if name == job.name or claim is None or taken.isdisjoint(uuid for _, uuids in claim.nodes for uuid in uuids):
             continue
         after = world.state.jobs[name].job
-        if after.claim is None or after.claim.nodes != claim.nodes or job.spec.share_memory_bytes:
+        both = job.spec.share_memory_bytes and other.spec.share_memory_bytes
+        if after.claim is None or after.claim.nodes != claim.nodes or both:
             continue
         kept = claim.purpose is ClaimPurpose.RESERVATION and claim.start_time is not None
         assert kept and over_s <= claim.start_time.timestamp() + 0.001, (
@@ -202,19 +203,16 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) 
 
 
 def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> None:
-    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority, or only shrinks; no service that runs.
-
-    Of claims that others are about to lose it may take one of its own queue's, which was made in the same step.
-    """
+    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority, or only shrinks; no service that runs."""
     claim = move.claim
     assert claim is not None
     held = held_by(job)
     for node, uuids in claim.nodes if claim.purpose is not ClaimPurpose.RESERVATION else ():
-        new = set(uuids) - held.get(node, frozenset())  # who shrinks keeps what it has
+        new = set(uuids) - held.get(node, frozenset())  # who shrinks stays where it is
         there = {gpu.uuid for gpu in world.nodes[node].gpus if gpu.healthy}
         closed = world.why_closed.get(node, "gone") if new else ""
         assert not closed, f"{job.name} claims GPUs of {node}, which is {closed}"
-        assert there.issuperset(new), f"{job.name} claims {new - there}, which are not in order"
+        assert there.issuperset(uuids), f"{job.name} claims {set(uuids) - there}, which are not in order"
     if claim.purpose is not ClaimPurpose.PREEMPTION:
         return
     for name in claim.victims:
@@ -222,11 +220,8 @@ def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> No
         assert not other.spec.is_service or other.state is not JobState.RUNNING, (
             f"{name} is a service, and {job.name} has it stopped"
         )
-        if (
-            other.spec.priority >= job.spec.priority
-            and other.state is not JobState.QUEUED
-            and not other.spec.is_elastic
-        ):
+        shrinks = other.spec.is_elastic and other.state is not JobState.QUEUED
+        if other.spec.priority >= job.spec.priority and not shrinks:
             assert guaranteed(world, job), f"{job.name} has {name} stopped, which is of priority {other.spec.priority}"
             assert other.queue != job.queue, f"{job.name} takes back from {name} of its own queue"
 

@@ -105,6 +105,12 @@ class Devices:
         at = self._listed[node].at
         return tuple([at[index] for index in indices])
 
+    def in_order(self, gpus: Gpus) -> Gpus:
+        """Those of them that no node reports as sick."""
+        return {
+            node: uuids - self._listed[node].sick if node in self._listed else uuids for node, uuids in gpus.items()
+        }
+
     def memory_bytes(self, node: str, uuid: str) -> int:
         """Memory of a GPU, 0 when the node does not report it."""
         known = self._nodes.get(node)
@@ -125,14 +131,16 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """A node's GPUs, looked up often: UUIDs by position, models by UUID, and whether all of them are whole GPUs."""
+    """A node's GPUs, looked up often: UUIDs by position, models by UUID, whether all of them are whole GPUs, and those that are not healthy."""
 
     at: Mapping[int, str]
     models: Mapping[str, str]
     whole: bool
+    sick: frozenset[str]
 
     @classmethod
     def of(cls, node: Node) -> _Listed:
         at = {gpu.index: gpu.uuid for gpu in node.gpus}
         models = {gpu.uuid: gpu.model for gpu in node.gpus}
-        return cls(at, models, all(gpu.part_of_gpu == 1.0 for gpu in node.gpus))
+        sick = frozenset(gpu.uuid for gpu in node.gpus if not gpu.healthy)
+        return cls(at, models, all(gpu.part_of_gpu == 1.0 for gpu in node.gpus), sick)

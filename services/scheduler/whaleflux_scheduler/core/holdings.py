@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from whaleflux.errors import Aborted, AlreadyExists
 from whaleflux.fleet.model import Level, LinkKind, Node
 from whaleflux_scheduler.core.devices import NOTHING, Devices, Gpus
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Task
-from whaleflux_scheduler.core.placement.api import Bottleneck, Cost, GpuOption, NodeAssignment, Placement
+from whaleflux_scheduler.core.placement.api import Bottleneck, Cost, GpuOption, NodeAssignment, Placement, Share
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.queue_shares import QueueShares
 from whaleflux_scheduler.core.request import share
@@ -139,7 +140,7 @@ class Holdings:
     def check(self) -> None:
         """Raises AssertionError when the engine holds something else than the jobs do, or a GPU has two holders."""
         self._engine.check()
-        claims = {claim_id(job) for job in self._claimed if self._cover(job)}
+        claims = {claim_id(job) for job in self._claimed if self._kept(job).nodes}
         wanted = self._held.keys() | claims
         assert self._engine.placements.keys() | self._disputed == wanted, "holdings differ"
         for job, held in self._held.items():
@@ -248,8 +249,35 @@ class Holdings:
     def _claimants(self, uuids: Iterable[str]) -> set[str]:
         return {self._claimant[uuid] for uuid in uuids if uuid in self._claimant} if self._claimant else set()
 
-    def _cover(self, claimant: str, as_if_free: str = "", nodes: Collection[str] | None = None) -> Gpus:
-        """What of a claim nobody holds, on these nodes: the claim itself keeps it. The job `as_if_free` counts as holding nothing."""
+    def _kept(self, claimant: str, as_if_free: str = "", nodes: Collection[str] | None = None) -> Placement:
+        """What the claim itself keeps on these nodes: what nobody holds, and the rest of GPUs of which others have shares.
+
+        The job `as_if_free` counts as holding nothing.
+        """
+        cover = self._cover(claimant, as_if_free, nodes)
+        kept = self.as_placement(claim_id(claimant), self._jobs[claimant], cover)
+        rests = tuple(self._rests(claimant, as_if_free, nodes))
+        return replace(kept, nodes=(*kept.nodes, *rests)) if rests else kept
+
+    def _rests(self, claimant: str, as_if_free: str, nodes: Collection[str] | None) -> Iterator[NodeAssignment]:
+        claimed = self._claimed.get(claimant, NOTHING)
+        for node in claimed if nodes is None else [node for node in nodes if node in claimed]:
+            for uuid in sorted(uuid for uuid in claimed[node] if self._claimant.get(uuid) == claimant):
+                rest, at = self._rest(node, uuid, claimant, as_if_free), self.devices.indices(node, (uuid,))
+                if rest > 0 and at:
+                    yield NodeAssignment(node, at, (), Share(rest))
+
+    def _rest(self, node: str, uuid: str, claimant: str, as_if_free: str) -> int:
+        """Bytes of a GPU that are to be nobody else's until enough of those leave who have shares of it."""
+        others = self._holders.get(uuid, {}).keys() - {as_if_free}
+        shares = [self._share_bytes(job) for job in others]
+        if not shares or not all(shares) or claimant in others or self._free(node, uuid, claimant, as_if_free):
+            return 0
+        memory = self.devices.memory_bytes(node, uuid)
+        return min(self._share_bytes(claimant) or memory, memory - sum(shares))
+
+    def _cover(self, claimant: str, as_if_free: str, nodes: Collection[str] | None) -> Gpus:
+        """What of a claim nobody holds, on these nodes."""
         cover, claimed = {}, self._claimed.get(claimant, NOTHING)
         for node in claimed if nodes is None else [node for node in nodes if node in claimed]:
             uuids = claimed[node]
@@ -293,9 +321,9 @@ class Holdings:
             self._amend(name, nodes)
         for name in jobs:
             if held := self._held.get(name):
-                self._apply(name, self._jobs[name], held)
-            if cover := self._cover(name):
-                self._apply(claim_id(name), self._jobs[name], cover)
+                self._apply(self.as_placement(name, self._jobs[name], held))
+            if name in self._claimed and (kept := self._kept(name)).nodes:
+                self._apply(kept)
 
     def _amend(self, claimant: str, nodes: Collection[str]) -> None:
         """What its claim keeps on these nodes; a large claim is not to be taken out as a whole for each job that leaves it."""
@@ -304,13 +332,13 @@ class Holdings:
             self._take_out([claimant])
             self._put_in([claimant])
             return
-        cover = self._cover(claimant, nodes=nodes)
+        kept = self._kept(claimant, nodes=nodes)
         if id_ not in self._engine.placements:
-            if cover:
-                self._apply(id_, self._jobs[claimant], cover)
+            if kept.nodes:
+                self._apply(kept)
             return
         try:
-            self._engine.amend(id_, nodes, self.as_placement(id_, self._jobs[claimant], cover).nodes)
+            self._engine.amend(id_, nodes, kept.nodes)
         except Aborted as twice:
             log.error("%s holds GPUs that another job holds: %s", id_, twice)
             self._engine.release(id_)
@@ -326,13 +354,13 @@ class Holdings:
         """Of two that claim one GPU: the lower one has not heard of it yet, and is about to lose its claim."""
         return name != other and self._jobs[name].spec.priority > self._jobs[other].spec.priority
 
-    def _apply(self, id_: str, job: Job, gpus: Gpus) -> None:
+    def _apply(self, placement: Placement) -> None:
         try:
-            self._engine.apply(self.as_placement(id_, job, gpus))
-            self._disputed.discard(id_)
+            self._engine.apply(placement)
+            self._disputed.discard(placement.id)
         except (AlreadyExists, Aborted) as twice:  # keep deciding for the others, and say so loudly
-            log.error("%s holds GPUs that another job holds: %s", id_, twice)
-            self._disputed.add(id_)
+            log.error("%s holds GPUs that another job holds: %s", placement.id, twice)
+            self._disputed.add(placement.id)
 
     def _settle_disputes(self) -> None:
         jobs = set(map(job_of, self._disputed))
@@ -430,7 +458,7 @@ class Holdings:
         id_ = claim_id(claimant)
         if id_ in self._engine.placements:
             self._engine.release(id_)
-        self._engine.apply(self.as_placement(id_, self._jobs[claimant], self._cover(claimant, as_if_free)))
+        self._engine.apply(self._kept(claimant, as_if_free))
 
     def as_placement(self, id_: str, job: Job, gpus: Gpus) -> Placement:
         """GPUs that a node does not report now take no position there, but their share of its CPU and memory.

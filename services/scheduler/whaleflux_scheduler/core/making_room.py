@@ -38,6 +38,7 @@ class MakingRoom(Answers):
     def _make_room(self, line: Line, job: Job, now: datetime) -> Claim | None:
         """What is kept for the job while others stop; None: nothing that is running may be stopped for it."""
         holdings, kind = self._fleet.holdings, line.kind
+        self._resizing.is_asked(job.spec.priority)
         wished = self._pending.jobs[job.name].candidate.wished
         with holdings.without(job.name):
             asked = self._reserved.away(replace(kind.request, id=job.name), job, now)
@@ -56,6 +57,14 @@ class MakingRoom(Answers):
         claim = claim_for(plan, holdings, now)
         self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
         return claim
+
+    def _parts_fell(self) -> bool:
+        """Tries those again to whom elastic jobs may have to give more, as idle GPUs were taken that counted for their parts."""
+        gives = self._resizing.may_give
+        for own in self._resizing.take_fallen():
+            kinds = self._pending.above(own - 1, own)
+            self._make_room_for(kind for kind in kinds if gives(own, kind.need.gpus))
+        return bool(self._turns.active)
 
     def _swap(self, line: Line, job: Job, limit: QueueLimit, now: datetime) -> Claim | None:
         """What is kept for the job while others leave under the limit that keeps it back; None: nobody may be stopped for it."""

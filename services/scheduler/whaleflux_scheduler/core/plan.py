@@ -139,7 +139,7 @@ class Plan(Promising):
         for name in self._patience.due(now):
             self._try_again(self._pending.jobs[name].line.kind)
         self._take_in_gains()
-        while (self._turns.active or self._may_be_swaps) and not watch.over:
+        while (self._turns.active or self._may_be_swaps or self._parts_fell()) and not watch.over:
             line = self._turns.next() if self._turns.active else self._next_swap()
             if line is None:
                 continue

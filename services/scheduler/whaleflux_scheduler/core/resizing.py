@@ -39,6 +39,7 @@ class Resizing:
         self._engine, self._holdings = engine, holdings
         self._running = ElasticIndex()
         self._looked_at = -1  # the fleet's version then
+        self._asked: dict[int, int] = {}  # by priority of who asked for room: the largest part that jobs had then
 
     def learn(self, job: Job) -> bool:
         """A job as it is stored; True when it may give others GPUs that it could not before (`ElasticIndex.learn`)."""
@@ -57,11 +58,26 @@ class Resizing:
         extra = self._running.spare(priority)
         return extra > 0 and gpus <= extra + self._engine.free_gpus()
 
+    def is_asked(self, priority: int) -> None:
+        """Somebody of that priority asks for room, against the part that jobs have now."""
+        if self._running:
+            self._asked[priority] = max(self._asked.get(priority, 0), self._part(priority))
+
+    def take_fallen(self) -> list[int]:
+        """Priorities of those who asked when jobs had a larger part: idle GPUs were taken since, so these may have to give more."""
+        fallen = [priority for priority, part in self._asked.items() if self._part(priority) < part]
+        for priority in fallen:
+            del self._asked[priority]
+        return fallen
+
+    def _part(self, priority: int) -> int:
+        return self._running.part(priority, self._engine.free_gpus())
+
     def room_for(self, request: PlaceRequest, job: Job, wished: int, now: datetime) -> Room | None:
         """Room of what elastic jobs have beyond their parts, for a job that waits: its part of up to `wished`, else its least."""
         if not self._running or request.without_gpus:
             return None
-        part = self._running.part(job.spec.priority, self._engine.free_gpus())
+        part = self._part(job.spec.priority)
         givers = self._givers(job, request.units, part, now)
         if (size := elastic.floor(job.spec, min(part, wished))) > elastic.least(job.spec):
             larger = replace(
@@ -102,7 +118,7 @@ class Resizing:
             least = elastic.least(giver.spec) if lent else _keeps(giver, job, part)
             keeps = max(least, claimant.leaves(giver.name, giver.queue))
             if giver.name not in asked and _gives(giver, job, keeps, self._holdings, now, lent=lent):
-                found.append(Giver(giver, keeps, count(self._holdings.held(giver.name)) - keeps))
+                found.append(Giver(giver, keeps, count(_in_order(giver, self._holdings)) - keeps))
                 nodes += len(self._holdings.held(giver.name))
         return found
 
@@ -261,13 +277,18 @@ def _gives(giver: Job, to: Job, keeps: int, holdings: Holdings, now: datetime, *
     if holdings.claimants_on(giver.name) - {to.name}:  # what it left would be theirs
         return False
     first = lent or giver.spec.priority < to.spec.priority or resize.may_give(giver, now)
-    return first and count(holdings.held(giver.name)) > keeps
+    return first and count(_in_order(giver, holdings)) > keeps
+
+
+def _in_order(job: Job, holdings: Holdings) -> Gpus:
+    """What it may go on with: a GPU that is reported as sick it does not keep."""
+    return holdings.devices.in_order(holdings.held(job.name))
 
 
 def _split(engine: Engine, holdings: Holdings, giver: Giver) -> Iterator[Victim]:
     """Takes the job apart in the engine: what it keeps stays its own, the rest may be taken."""
     job, held = giver.job, holdings.held(giver.job.name)
-    own = {node: frozenset(uuids) for node, uuids in _kept(held, {}, job, giver.keeps).items()}
+    own = {node: frozenset(uuids) for node, uuids in _kept(_in_order(job, holdings), {}, job, giver.keeps).items()}
     extra = {node: rest for node, uuids in held.items() if (rest := uuids - own.get(node, frozenset()))}
     engine.release(job.name)
     if own:
@@ -294,7 +315,7 @@ def shrinking(
     """What those of the victims that are elastic go on with, where what is left to them is enough; the others are stopped."""
     found = {}
     for victim in victims:
-        held = holdings.held(victim.name)
+        held = _in_order(victim, holdings)
         left = sum(len(uuids - claim.gpus.get(n, frozenset())) for n, uuids in held.items())
         beyond = max(0, left - parts.get(victim.name, left))
         size = elastic.floor(victim.spec, left - int(beyond * GIVES_MORE))
