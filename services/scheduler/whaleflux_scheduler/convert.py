@@ -92,7 +92,12 @@ _STATES = frozenset(int(state) for state in JobState if state)
 
 
 def job_of(message: pb.Job) -> Job:
-    """The job as stored; its decision stays in the message. With a state or a phase of a newer version it is not `readable`."""
+    """The job as stored; its decision stays in the message. With a state or a phase of a newer version it is not `readable`.
+
+    Raises DecodeError for a message without a name, as which an empty record reads.
+    """
+    if not message.name:
+        raise DecodeError("the record of a job has no name")
     return _job_of(message, JobState(message.state) if _is_known(message) else JobState.UNSPECIFIED, {})
 
 
