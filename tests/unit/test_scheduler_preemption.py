@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.scheduler_world import GB, World, node, plan_with_queues, until
+from whaleflux.manifests.job_fields import JobKind
 from whaleflux.store.api import Put, Unchanged
 from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -17,7 +18,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import lifecycle
 from whaleflux_scheduler.core.estimates import Estimates, safe_s
 from whaleflux_scheduler.core.lending import MARGIN_S
-from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Spec, TaskPhase
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import NodeCondition, Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
@@ -198,6 +199,38 @@ class TestClaims:
         assert {choice.job for choice in planner.decide(NOW) if choice.assignment} == {high.name}
         planner.check()
 
+    @pytest.mark.parametrize("new_leader", [False, True])
+    def test_of_two_that_take_back_what_a_claim_keeps_the_first_has_it(self, new_leader):
+        planner = planner_of("a")
+        low = run(planner, job("low", 2))
+        high = claimed(planner, job("high", 4, priority=9, at=1))
+        low = lifecycle.suspend(low, "x", NOW)
+        planner.apply(News(jobs=(low,)))
+        planner.apply(News(queues={"q": Queue("queues/q"), "p": Queue("queues/p", guaranteed_gpus=4)}))
+        back = [replace(job("x", 2, at=at), name=f"queues/p/jobs/b{at}") for at in (2, 3)]
+        first = offer(planner, back[0])[back[0].name].claim
+        if new_leader:
+            planner = planner_of("a")
+            planner.apply(News(queues={"q": Queue("queues/q"), "p": Queue("queues/p", guaranteed_gpus=4)}))
+            offer(planner, low, high, lifecycle.claim(back[0], first, "waits"))
+        assert first.victims == (high.name,)
+        assert offer(planner, back[1])[back[1].name].claim is None
+        planner.check()
+
+    def test_idle_gpus_are_for_services_when_who_was_guaranteed_them_takes_others(self):
+        planner, slow = planner_of("a"), node("s/slow", model="A100-80GB")
+        planner.apply(News(nodes=(slow,), closed={slow.name: ""}))
+        planner.apply(News(queues={"q": Queue("queues/q"), "p": Queue("queues/p", guaranteed_gpus=4)}))
+        fast = Spec(command=("x",), gpus=4, any_of=("H100-80GB",))
+        low = run(planner, replace(job("low"), spec=fast))
+        serves = job("serves", at=1)
+        serves = replace(serves, spec=Spec(command=("x",), gpus=4, kind=JobKind.SERVICE))
+        assert offer(planner, serves)[serves.name].assignment is None, "it could not give them back"
+        back = replace(job("x", at=2), name="queues/p/jobs/back", spec=fast)
+        moves = offer(planner, back)
+        assert moves[back.name].claim.victims == (low.name,)
+        assert moves[serves.name].assignment is not None
+
     def test_what_begins_to_run_may_be_stopped_for_those_who_wait_already(self):
         planner = planner_of("a")
         waiting = job("low")
@@ -373,12 +406,16 @@ class Queueing(RuleBasedStateMachine):
 
     @invariant()
     def room_that_was_made_is_used(self):
-        """Once nobody else holds what is claimed, the next decision places who claims it."""
+        """Once nobody else holds what is claimed, the next decision places who claims it.
+
+        A promised start comes when it was promised: who goes before it, and is over by then, may have its place until then.
+        """
         held = {uuid for known in self.jobs.values() for _, task in known.holding() for uuid in task.gpus}
         ready = {
             known.name
             for known in self.jobs.values()
             if known.claim is not None
+            and known.claim.purpose is not ClaimPurpose.RESERVATION
             and self.is_first(known)
             and held.isdisjoint(uuid for _, gpus in known.claim.nodes for uuid in gpus)
         }

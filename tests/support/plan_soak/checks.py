@@ -88,7 +88,7 @@ def nobody_is_lost(world: PlanWorld, records: dict[str, Job]) -> None:
 
 
 def claims_stand_alone(records: dict[str, Job]) -> None:
-    """No GPU is claimed by two, but for shares of it."""
+    """No GPU is claimed by two, but for shares of it, and until one has stopped that gives up its claim to the other then."""
     claimed: dict[str, str] = {}
     for name, job in records.items():
         for _, uuids in job.claim.nodes if job.claim is not None else ():
@@ -96,7 +96,13 @@ def claims_stand_alone(records: dict[str, Job]) -> None:
                 other = claimed.setdefault(uuid, name)
                 both = job.spec.share_memory_bytes and records[other].spec.share_memory_bytes
                 goes_on = any(uuid in held for one in (name, other) for held in held_by(records[one]).values())
-                assert other == name or both or goes_on, f"{uuid} is claimed by {other} and by {name}"
+                stops = gives_up(records[other], records[name]) or gives_up(records[name], records[other])
+                assert other == name or both or goes_on or stops, f"{uuid} is claimed by {other} and by {name}"
+
+
+def gives_up(job: Job, to: Job) -> bool:
+    """Whether it stops, and hears then that its claim is the other's."""
+    return job.state is JobState.SUSPENDING and to.claim is not None and job.name in to.claim.victims
 
 
 # moves
@@ -117,11 +123,12 @@ class Before:
             return
         after = world.records
         within_limits(world, self, after)
+        loses = losing(self, made)
         for move in made:
             if move.assignment is not None and move.job in self.records:
                 starts_rightly(world, self.records[move.job], move, self)
             elif move.claim is not None and move.job in self.records:
-                claims_rightly(world, self.records[move.job], move, self)
+                claims_rightly(world, self.records[move.job], move, self, loses)
         fits_nodes(world, made, after)
 
 
@@ -202,8 +209,17 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) 
         )
 
 
-def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> None:
-    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority, or only shrinks; no service that runs."""
+def losing(before: Before, made: list[Move]) -> set[tuple[str, str]]:
+    """Who is about to lose its claim, and to whom."""
+    claims = {name: job.claim for name, job in before.records.items()} | {move.job: move.claim for move in made}
+    return {(victim, name) for name, claim in claims.items() if claim is not None for victim in claim.victims}
+
+
+def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before, loses: set[tuple[str, str]]) -> None:
+    """Whoever is stopped for it is borrowed of its guarantee, or of lower priority, or only shrinks; no service that runs.
+
+    Who loses its claim to one from whom it is taken in turn has to hear it of both, as the one's record may be written first.
+    """
     claim = move.claim
     assert claim is not None
     held = held_by(job)
@@ -221,7 +237,8 @@ def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> No
             f"{name} is a service, and {job.name} has it stopped"
         )
         shrinks = other.spec.is_elastic and other.state is not JobState.QUEUED
-        if other.spec.priority >= job.spec.priority and not shrinks:
+        in_turn = any((name, one) in loses for one in claim.victims)
+        if other.spec.priority >= job.spec.priority and not shrinks and not in_turn:
             assert guaranteed(world, job), f"{job.name} has {name} stopped, which is of priority {other.spec.priority}"
             assert other.queue != job.queue, f"{job.name} takes back from {name} of its own queue"
 

@@ -351,8 +351,15 @@ class Holdings:
             jobs.setdefault(name, node)
 
     def _goes_first(self, name: str, other: str) -> bool:
-        """Of two that claim one GPU: the lower one has not heard of it yet, and is about to lose its claim."""
+        """Of two that claim one GPU: the one that makes way, or is lower, has not heard of it yet, and is about to lose its claim."""
+        makes_way, has_it = self._makes_way(other, name), self._makes_way(name, other)
+        if makes_way != has_it:
+            return makes_way
         return name != other and self._jobs[name].spec.priority > self._jobs[other].spec.priority
+
+    def _makes_way(self, name: str, claimant: str) -> bool:
+        claim = self._claims.get(claimant)
+        return claim is not None and name in claim.victims
 
     def _apply(self, placement: Placement) -> None:
         try:

@@ -139,6 +139,8 @@ class Plan(Promising):
         for name in self._patience.due(now):
             self._try_again(self._pending.jobs[name].line.kind)
         self._take_in_gains()
+        if self._kept_from:
+            self._slack_rose()
         while (self._turns.active or self._may_be_swaps or self._parts_fell()) and not watch.over:
             line = self._turns.next() if self._turns.active else self._next_swap()
             if line is None:
@@ -150,6 +152,8 @@ class Plan(Promising):
                 moves.append(replace(move, begun=begun, ended=watch.now) if watch.bounded else move)
             if self._fleet.gained or self._fleet.holdings.eased:
                 self._take_in_gains()
+            if move is not None and self._kept_from:
+                self._slack_rose()
         if not self._turns.active:
             moves += self._promise({move.job for move in moves}, watch)
             moves += self._grow(now)

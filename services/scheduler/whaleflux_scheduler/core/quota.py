@@ -10,6 +10,7 @@ that nobody is worse off than with a cluster of its own).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -250,6 +251,12 @@ class QuotaTree:
             if up.queue.max_gpus and up.held - own + gpus > up.queue.max_gpus:
                 at = up
         return at or self.fleet
+
+    def slack(self, free: int) -> tuple[float, float]:
+        """How many of the `free` GPUs are kept for nobody: for work that gives back what it borrows, and for other work; infinite: nothing is kept."""
+        kept = (charge.load - self.fleet.held for charge in (self.fleet.lent, self.fleet.firm))
+        lent, firm = (free - gpus if gpus > 0 else math.inf for gpus in kept)
+        return lent, firm
 
     def _keeps(self, node: QueueNode, more: int, free: Callable[[], int], lends_back: bool) -> QueueLimit | None:
         """Idle GPUs that are kept for others, where they are wanted."""

@@ -6,6 +6,7 @@ stopped for it that could not before. Lines whose queue or array may not take mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.request import shape
 
+_NO_SLACK = (-math.inf, -math.inf)
+
 
 class Waiting(Questions):
     """See the module."""
@@ -42,6 +45,7 @@ class Waiting(Questions):
         self._swaps_in_turn: list[Line] = []  # of these, those that are being tried; the first is the last one
         self._vain: dict[Line, None] = {}  # those of which none fitted then
         self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
+        self._slack: tuple[float, float] = _NO_SLACK  # the least since those were asked last (`QuotaTree.slack`)
         self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
         self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
 
@@ -62,6 +66,7 @@ class Waiting(Questions):
         for line in parked:
             self._parked.setdefault(self._shares.family(line.queue), {})[line] = None
         self._kept_from = dict.fromkeys(self._parked)  # whoever of them was kept back: their tops may be others now
+        self._slack = _NO_SLACK
         self._swaps = dict.fromkeys(parked)
         for top in tuple(self._parked):
             self._unpark(top)
@@ -190,6 +195,16 @@ class Waiting(Questions):
                 self._hopeful[kind] = None
                 kind.hopeful = True
 
+    def _slack_rose(self) -> None:
+        """Tries those again from whom idle GPUs are kept: those for whom they are took others, which were not idle, or fewer are kept."""
+        before, self._slack = self._slack, self._slack_now()
+        if any(now > then for now, then in zip(self._slack, before, strict=True)):
+            for top in tuple(self._kept_from):
+                self._unpark(top)
+
+    def _slack_now(self) -> tuple[float, float]:
+        return self._shares.quota.slack(self._fleet.engine.free_gpus())
+
     def _stop_others_beside(self, priority: float) -> None:
         """Together with what came free, others may be stopped now for whom that was too little before.
 
@@ -229,6 +244,8 @@ class Waiting(Questions):
         self._parked.setdefault(top, {})[line] = None
         if limit is not None and limit.kept:
             self._kept_from[top] = None
+            lent, firm = self._slack_now()
+            self._slack = min(lent, self._slack[0]), min(firm, self._slack[1])
 
     def _unpark(self, top: str) -> None:
         """Lines that their queue or array kept back, and may not any more."""
