@@ -16,7 +16,7 @@ from whaleflux.v1 import health_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import elastic, lifecycle, resize
 from whaleflux_scheduler.core.holdings import held_by
-from whaleflux_scheduler.core.model import ClaimPurpose, Job, JobState, Queue, Spec, TaskPhase
+from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, Queue, Spec, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Report, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News
@@ -370,6 +370,20 @@ class TestShrinking:
         assert move.claim is None, "of eight GPUs four are its part"
         moves = offer(planner, other, now=NOW + HOUR)
         assert moves[other.name].assignment is not None
+        assert moves[waits.name].claim.victims == (large.name,)
+
+    def test_for_an_equal_when_nobody_claims_its_gpus_any_more(self):
+        planner = planner_of("a")
+        large = runs(planner, job("large", 4, 1))
+        place = tuple((task.node, task.gpus) for task in large.attempt.tasks)
+        until = NOW + 2 * HOUR
+        promise = Claim(place, (), until, ClaimPurpose.RESERVATION, start_time=until)
+        promised, waits = replace(job("promised", 4), claim=promise), job("waits", 1, at=1)
+        planner.apply(News(jobs=(promised,)))
+        (move,) = offer(planner, waits, now=NOW + HOUR).values()
+        assert move.claim is None, "what it left would be another's"
+        planner.apply(News(jobs=(replace(promised, claim=None),)))
+        moves = {move.job: move for move in planner.decide(NOW + HOUR)}
         assert moves[waits.name].claim.victims == (large.name,)
 
     def test_an_equal_is_left_alone_until_it_has_worked_for_what_its_restart_cost(self):

@@ -96,6 +96,10 @@ class ElasticIndex:
 
     # giving
 
+    def has_more(self, name: str) -> bool:
+        """Whether the job has more than its least."""
+        return name in self._known and self._known[name].extra > 0
+
     def spare(self, priority: int) -> int:
         """GPUs that jobs of at most that priority have beyond their least."""
         return sum(gpus for of, gpus in self._extra.items() if of <= priority)

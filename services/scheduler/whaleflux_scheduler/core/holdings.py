@@ -82,6 +82,7 @@ class Holdings:
         self._disputed: set[str] = set()  # what the engine could not take
         self._as_recorded: set[str] = set()  # jobs that hold and claim what their record in `_jobs` says
         self.reclaimed: set[str] = set()  # jobs of which others claim more or less than when their owner last looked
+        self.unclaimed_now: set[str] = set()  # jobs of which somebody claims less than when their owner last looked
         self._left_out: dict[str, list[str]] = {}  # by node: why GPUs are not offered
 
     @property
@@ -189,6 +190,8 @@ class Holdings:
             touched, beside = [name, *sorted(others - {name})], list[str]()
             changed = (*_pairs(before_claimed), *_pairs(claimed))
             self.reclaimed.update(holder for _, uuid in changed for holder in self._holders.get(uuid, ()))
+            let_go = (uuid for _, uuid in _without(before_claimed, claimed))
+            self.unclaimed_now.update(holder for uuid in let_go for holder in self._holders.get(uuid, ()))
         else:
             touched, beside = [name], sorted(self._claimants(uuid for _, uuid in gone | came) - {name})
         self._take_out(touched)

@@ -58,13 +58,17 @@ class MakingRoom(Answers):
         self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
         return claim
 
-    def _parts_fell(self) -> bool:
-        """Tries those again to whom elastic jobs may have to give more, as idle GPUs were taken that counted for their parts."""
-        gives = self._resizing.may_give
+    def _elastic_give_more(self) -> bool:
+        """Tries those again to whom elastic jobs may have to give more: idle GPUs were taken that counted for their parts, or a claim on theirs is gone."""
         for own in self._resizing.take_fallen():
-            kinds = self._pending.above(own - 1, own)
-            self._make_room_for(kind for kind in kinds if gives(own, kind.need.gpus))
+            self._have_given(self._pending.above(own - 1, own))
+        if (lowest := self._resizing.may_give_again()) is not None:
+            self._have_given(self._pending.above(lowest - 1))
         return bool(self._turns.active)
+
+    def _have_given(self, kinds: Iterator[RequestClass]) -> None:
+        gives = self._resizing.may_give
+        self._make_room_for(kind for kind in kinds if gives(kind.priority, kind.need.gpus))
 
     def _swap(self, line: Line, job: Job, limit: QueueLimit, now: datetime) -> Claim | None:
         """What is kept for the job while others leave under the limit that keeps it back; None: nobody may be stopped for it."""

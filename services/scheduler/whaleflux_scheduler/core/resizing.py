@@ -73,6 +73,13 @@ class Resizing:
     def _part(self, priority: int) -> int:
         return self._running.part(priority, self._engine.free_gpus())
 
+    def may_give_again(self) -> int | None:
+        """The lowest priority of those who could not give what others claimed, and may now; None: there are none."""
+        names, known = self._holdings.unclaimed_now, self._holdings.jobs
+        again = [known[name].spec.priority for name in names if name in known and self._running.has_more(name)]
+        names.clear()
+        return min(again, default=None)
+
     def room_for(self, request: PlaceRequest, job: Job, wished: int, now: datetime) -> Room | None:
         """Room of what elastic jobs have beyond their parts, for a job that waits: its part of up to `wished`, else its least."""
         if not self._running or request.without_gpus:
