@@ -231,6 +231,17 @@ class TestClaims:
         assert moves[back.name].claim.victims == (low.name,)
         assert moves[serves.name].assignment is not None
 
+    def test_what_a_guarantee_covers_no_more_is_had_by_others_in_the_same_step(self):
+        planner = planner_of("a", "b")
+        planner.apply(News(queues={"q": Queue("queues/q", guaranteed_gpus=4), "p": Queue("queues/p")}))
+        run(planner, job("large"))
+        lent = [run(planner, replace(job("x", 1), name=f"queues/p/jobs/lent{i}")) for i in range(4)]
+        waits, first = job("waits", 1, at=1), job("first", 3, priority=1, at=2)
+        assert offer(planner, waits)[waits.name].claim is None, "all that is guaranteed is held"
+        moves = offer(planner, first)
+        assert moves[first.name].claim is not None
+        assert moves[waits.name].claim.victims[0] in {one.name for one in lent}
+
     def test_what_begins_to_run_may_be_stopped_for_those_who_wait_already(self):
         planner = planner_of("a")
         waiting = job("low")

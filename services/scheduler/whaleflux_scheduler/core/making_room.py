@@ -58,13 +58,18 @@ class MakingRoom(Answers):
         self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
         return claim
 
-    def _elastic_give_more(self) -> bool:
-        """Tries those again to whom elastic jobs may have to give more: idle GPUs were taken that counted for their parts, or a claim on theirs is gone."""
+    def _others_give_more(self) -> bool:
+        """Tries those again to whom others may have to give more by what was decided: whether there are any.
+
+        A guarantee covers others than before; idle GPUs were taken that counted for the parts of elastic jobs, or a claim on theirs is gone.
+        """
+        if self._shares.quota.take_lost_cover():
+            self._reclaim()
         for own in self._resizing.take_fallen():
             self._have_given(self._pending.above(own - 1, own))
         if (lowest := self._resizing.may_give_again()) is not None:
             self._have_given(self._pending.above(lowest - 1))
-        return bool(self._turns.active)
+        return bool(self._turns.active or self._may_be_swaps)
 
     def _have_given(self, kinds: Iterator[RequestClass]) -> None:
         gives = self._resizing.may_give

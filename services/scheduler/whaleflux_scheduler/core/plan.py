@@ -141,7 +141,7 @@ class Plan(Promising):
         self._take_in_gains()
         if self._kept_from:
             self._slack_rose()
-        while (self._turns.active or self._may_be_swaps or self._elastic_give_more()) and not watch.over:
+        while (self._turns.active or self._may_be_swaps or self._others_give_more()) and not watch.over:
             line = self._turns.next() if self._turns.active else self._next_swap()
             if line is None:
                 continue
