@@ -126,7 +126,7 @@ class Before:
         loses = losing(self, made)
         for move in made:
             if move.assignment is not None and move.job in self.records:
-                starts_rightly(world, self.records[move.job], move, self)
+                starts_rightly(world, self.records[move.job], move, self, loses)
             elif move.claim is not None and move.job in self.records:
                 claims_rightly(world, self.records[move.job], move, self, loses)
         fits_nodes(world, made, after)
@@ -171,7 +171,7 @@ def within_limits(world: PlanWorld, before: Before, after: dict[str, Job]) -> No
         assert members <= max(2, before.arrays[of]), f"{members} members of {of} run, and 2 may"
 
 
-def starts_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> None:
+def starts_rightly(world: PlanWorld, job: Job, move: Move, before: Before, loses: set[tuple[str, str]]) -> None:
     """On GPUs that are there, in order and free, and not at the cost of a promise."""
     assert move.assignment is not None
     free_of = {name: held_by(other) for name, other in before.records.items() if name != job.name}
@@ -189,10 +189,10 @@ def starts_rightly(world: PlanWorld, job: Job, move: Move, before: Before) -> No
         for name, held in free_of.items():
             both = taken.intersection(*[set().union(*held.values())]) if held else set()
             assert not both, f"{job.name} is given {both}, which {name} holds"
-    keeps_promises(world, job, taken, before)
+    keeps_promises(world, job, taken, before, {name for name, _ in loses})
 
 
-def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) -> None:
+def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before, loses: set[str]) -> None:
     """Who starts on GPUs that are promised to somebody is over by then; on a reservation's that has begun are its members only."""
     over_s = world.now.timestamp() + world.plan.lasts_s(job) + MARGIN_S
     for name, other in before.records.items():
@@ -200,6 +200,8 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before) 
         if name == job.name or claim is None or taken.isdisjoint(uuid for _, uuids in claim.nodes for uuid in uuids):
             continue
         after = world.state.jobs[name].job
+        if after.state is JobState.SUSPENDING and name in loses:  # it gives its claim up when it has stopped
+            continue
         both = job.spec.share_memory_bytes and other.spec.share_memory_bytes
         if after.claim is None or after.claim.nodes != claim.nodes or both:
             continue
