@@ -213,7 +213,8 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before, 
 
 def losing(before: Before, made: list[Move]) -> set[tuple[str, str]]:
     """Who is about to lose its claim, and to whom."""
-    claims = {name: job.claim for name, job in before.records.items()} | {move.job: move.claim for move in made}
+    claims = {name: job.claim for name, job in before.records.items()}
+    claims |= {move.job: move.claim for move in made if move.claim is not None}
     return {(victim, name) for name, claim in claims.items() if claim is not None for victim in claim.victims}
 
 
