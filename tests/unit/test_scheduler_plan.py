@@ -411,7 +411,7 @@ def test_a_queue_that_is_put_elsewhere_in_the_tree_takes_what_comes_free_there()
 
 
 def test_a_guarantee_that_goes_to_another_job_frees_the_first_for_others():
-    """Nothing came free, and nothing borrowed began to run: what ran there is no longer what its queue is guaranteed."""
+    """Nothing came free, and nothing borrowed began to run: what ran there is no longer what its queue is guaranteed, from this step on."""
     planner = plan_with_queues()
     planner.apply(News(queues={name: Queue(f"queues/{name}", guaranteed_gpus=4) for name in ("q", "r")}))
     open_nodes(planner, node("s/a", model="A100-80GB"), node("s/h"))
@@ -419,8 +419,11 @@ def test_a_guarantee_that_goes_to_another_job_frees_the_first_for_others():
     urgent = job("urgent", at=1, queue="r", any_of=("A100-80GB",))
     wait(planner, urgent)
     assert [m.claim for m in planner.decide(NOW) if m.claim] == []
-    run(planner, job("high", at=2, priority=5, any_of=("H100-80GB",)))
-    assert [m.claim.victims for m in planner.decide(NOW) if m.claim] == [("queues/q/jobs/low",)]
+    high = job("high", at=2, priority=5, any_of=("H100-80GB",))
+    wait(planner, high)
+    moves = planner.decide(NOW)
+    assert [m.job for m in moves if m.assignment] == [high.name]
+    assert [(m.job, m.claim.victims) for m in moves if m.claim] == [(urgent.name, ("queues/q/jobs/low",))]
 
 
 def test_a_guarantee_goes_by_priority_also_when_that_is_changed():
