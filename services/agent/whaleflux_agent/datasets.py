@@ -218,6 +218,7 @@ class DatasetCache:
             _log.info(Event.RPC_FAILED, method="ListNodePins", reason=error.message)
             return  # what was pinned stays so
         before, self._pinned = self._pinned, frozenset(wanted)
+        self._not_before_s = {name: at_s for name, at_s in self._not_before_s.items() if name in wanted}
         now_s = asyncio.get_running_loop().time()
         for name, found in wanted.items():
             if name in self._fetching or self._not_before_s.get(name, now_s) > now_s:
