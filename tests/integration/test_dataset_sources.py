@@ -11,7 +11,7 @@ import pytest
 from whaleflux.data import manifest as manifests
 from whaleflux.data import sources
 from whaleflux.data.manifest import ManifestWrong
-from whaleflux.data.sources import ByFsspec, SourceChanged, SourceFailed, Web
+from whaleflux.data.sources import ByFsspec, Found, SourceChanged, SourceFailed, Web
 from whaleflux_agent import dataset_pull
 from whaleflux_agent.dataset_pull import Pull, finish, found_out
 
@@ -38,6 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", server.etag)
         self.end_headers()
+        if server.trickles.is_set() and len(data) > 1:
+            self._trickle(data)
         if server.cut and len(data) > 1:
             server.cut -= 1
             data = data[: len(data) // 2]
@@ -48,6 +50,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass  # the reader has what it wanted
         return None
 
+    def _trickle(self, data):
+        """A byte at a time, until nobody listens."""
+        try:
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                self.server.gone.wait(0.01)
+        except OSError:
+            self.close_connection = True
+
     def log_message(self, *_):
         """Silent."""
 
@@ -57,11 +68,12 @@ def server():
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     made.daemon_threads = True
     made.ranged, made.etag, made.wants, made.cut, made.asked = True, '"1"', "", 0, []
-    made.says_length = True
+    made.says_length, made.trickles, made.gone = True, threading.Event(), threading.Event()
     made.url = f"http://127.0.0.1:{made.server_port}/sets/c4%20en.tar?part=1"
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
+    made.gone.set()
     made.shutdown()
     thread.join()
     made.server_close()
@@ -130,3 +142,35 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(SourceFailed, match="gs:// needs the package gcsfs on this node"):
         sources.open_source("gs://bucket/c4")
+
+
+def test_a_server_that_trickles_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "STALLED_S", 0.2)
+    source = Web(server.url)
+    wanted = found_out(source)
+    server.trickles.set()
+    with pytest.raises(SourceFailed, match="at least 16384 a second are needed"):
+        Pull(wanted, source, tmp_path / "partial").run()
+
+
+def test_a_driver_that_never_answers_is_given_up_and_so_many_at_most(monkeypatch):
+    source, ends, begun = ByFsspec("memory://x"), threading.Event(), []
+    monkeypatch.setattr(sources, "STALLED_S", 0.01)
+    monkeypatch.setattr(source._fs, "cat_file", lambda *_, **__: begun.append(1) or ends.wait(60), raising=False)
+    try:
+        for _ in range(sources.MAX_ABANDONED):
+            with source.open(Found("a", 10), 0, 10) as stream, pytest.raises(SourceFailed, match="no answer within"):
+                stream.read(10)
+        with source.open(Found("a", 10), 0, 10) as stream, pytest.raises(SourceFailed, match="have not come back"):
+            stream.read(10)
+        assert len(begun) == sources.MAX_ABANDONED
+    finally:
+        ends.set()
+
+
+def test_a_server_that_breaks_off_in_mid_chunk_is_one_that_failed(server, tmp_path):
+    source = Web(server.url)
+    wanted = found_out(source)
+    server.cut = 100
+    with pytest.raises(SourceFailed, match="ended before its end"):
+        Pull(wanted, source, tmp_path / "partial").run()

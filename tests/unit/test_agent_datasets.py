@@ -1,6 +1,7 @@
 """The node's cache of datasets: whole or not there, whoever stops waiting for it."""
 
 import asyncio
+import errno
 import os
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.support.agent_tasks import until
 from whaleflux.data import manifest, sources
 from whaleflux.errors import NotFound, Unavailable
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent import dataset_pull
+from whaleflux_agent import dataset_pull, dataset_store
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
 
@@ -27,6 +28,7 @@ class Inventory:
     def __init__(self, uri, **others):
         self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
         self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
+        self.tells_pins = True
 
     def _dataset(self, name):
         if self.away:
@@ -49,6 +51,8 @@ class Inventory:
         return self._dataset(request.dataset)
 
     async def ListNodePins(self, request, timeout):
+        if not self.tells_pins:
+            raise Unavailable("nobody answers")
         return inventory_pb2.ListNodePinsResponse(datasets=[self._dataset(name) for name in self.pinned])
 
     async def ReportCachedDataset(self, request, timeout):
@@ -256,3 +260,70 @@ async def test_what_an_earlier_dataset_of_the_name_left_is_given_to_nobody(tmp_p
     inventory.uris.clear()
     await cache.tidy()
     assert not [f for f in (tmp_path / "cache").iterdir() if "@" in f.name]
+
+
+async def test_an_agent_that_does_not_know_its_pins_yet_removes_nothing(tmp_path, source):
+    inventory = Inventory(source, other=source)
+    inventory.pinned = ["datasets/c4"]
+    kept = await cache_of(tmp_path, inventory, room=9).fetch("datasets/c4", work())
+    restarted = cache_of(tmp_path, inventory, room=9)
+    inventory.tells_pins = False
+    assert await restarted.fetch("datasets/other", work()) == str(source)
+    assert Path(kept).exists()
+    inventory.tells_pins = True
+    assert await restarted.fetch("datasets/other", work()) == str(source), "it is pinned, as it has asked by now"
+    inventory.pinned = []
+    await restarted.follow_pins()
+    assert await restarted.fetch("datasets/other", work()) != str(source)
+
+
+async def test_looks_at_pins_read_nothing_of_what_is_there(tmp_path, source, monkeypatch):
+    inventory = Inventory(source)
+    inventory.pinned = ["datasets/c4"]
+    cache, looks = cache_of(tmp_path, inventory), []
+    folder = Path(await cache.fetch("datasets/c4"))
+    unchanged = dataset_pull.unchanged
+    monkeypatch.setattr(dataset_pull, "unchanged", lambda *which: looks.append(which) or unchanged(*which))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: looks.append(path) or b"")
+    for _ in range(3):
+        await cache.follow_pins()
+    assert not looks
+    assert inventory.states("datasets/c4") == ["PULLING", "READY", "READY"]
+    folder.rename(tmp_path / "away")
+    await cache.follow_pins()
+    monkeypatch.undo()
+    await until(lambda: inventory.states("datasets/c4")[3:] == ["PULLING", "READY"])
+
+
+async def test_a_pinned_copy_that_somebody_wrote_to_is_found_out_and_pulled_again(tmp_path, source):
+    inventory = Inventory(source)
+    inventory.pinned = ["datasets/c4"]
+    cache = cache_of(tmp_path, inventory)
+    file = Path(await cache.fetch("datasets/c4")) / "part-0"
+    os.chmod(file, 0o644)
+    file.write_bytes(b"abcdeF")
+    await cache.tidy()
+    assert inventory.copies["datasets/c4"][-1].present_bytes == 0
+    await cache.follow_pins()
+    await until(lambda: file.exists() and file.read_bytes() == b"abcdef")
+
+
+async def test_a_copy_whose_manifest_cannot_be_read_stays_and_counts(tmp_path, source, monkeypatch):
+    inventory = Inventory(source, other=source)
+    kept = Path(await cache_of(tmp_path, inventory, room=9).fetch("datasets/c4", work()))
+    reading, broken = Path.read_bytes, [True]
+
+    def read(path):
+        if broken[0] and path.name == kept.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return reading(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    restarted = cache_of(tmp_path, inventory, room=9)
+    monkeypatch.setattr(dataset_store, "allocated", lambda folder: 6 if folder == kept else 0)
+    assert await restarted.fetch("datasets/other", work()) == str(source), "its room is taken"
+    await restarted.tidy()
+    assert kept.exists()
+    broken[0] = False
+    assert await restarted.fetch("datasets/c4", work()) == str(kept)
+    assert inventory.states("datasets/c4") == ["PULLING", "READY"], "not pulled a second time"

@@ -1,30 +1,39 @@
 """Reads originals of datasets: files and folders, web servers, and what fsspec reads. Blocking: for threads.
 
 A source first says what is there (`scan`), then gives any stretch of any file. Its `version` of a file changes when somebody writes
-it, as far as the place says so: what is read over minutes is one version, or it is no dataset.
+it, as far as the place says so: what is read over minutes is one version, or it is no dataset. No server keeps a reader for ever: each
+answer has a deadline, and bytes come at some rate at least.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import os
 import stat
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from whaleflux.data import uris
 from whaleflux.data.manifest import MAX_CHUNKS, ManifestWrong
 
-STALLED_S = 60.0  # without a byte from a server
+STALLED_S = 60.0  # without an answer from a server
+SCAN_S = 600.0  # for a driver's list of all files
+MIN_BYTES_PER_S = 16 << 10  # of one stream; less, over STALLED_S, is none
+MAX_ABANDONED = 16  # calls of drivers that never came back, in this process
 _PIECE_BYTES = 8 << 20  # asked of fsspec at once
 _SKIP_BYTES = 1 << 20
+T = TypeVar("T")
 ActAs = Callable[[], AbstractContextManager[None]]
 """As whom files of this machine are opened."""
 
@@ -154,7 +163,7 @@ class Web:
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
             self.ranged = answer.status == 206 and total.isdigit()
             said = total if self.ranged else answer.headers.get("Content-Length", "")
-            size = int(said) if said.isdigit() else _length(answer)
+            size = int(said) if said.isdigit() else _length(_Steady(answer))
             name = unquote(urlsplit(self._url).path).rpartition("/")[2] or "data"
             return [Found(name, size, _version(answer))]
 
@@ -166,9 +175,10 @@ class Web:
         with self._ask(offset, length) as answer:
             if found.version and _version(answer) != found.version:
                 raise SourceChanged(f"{self._url} changed while it was read")
+            steady = _Steady(answer)
             if answer.status != 206:
-                _skip(answer, offset)
-            yield answer
+                _skip(steady, offset)
+            yield steady  # type: ignore[misc]  # all of a BinaryIO that a pull needs
 
     @contextlib.contextmanager
     def _ask(self, offset: int, length: int) -> Iterator[Any]:
@@ -178,17 +188,93 @@ class Web:
         if self._authorization:
             request.add_unredirected_header("Authorization", self._authorization)
         try:
-            with urllib.request.urlopen(request, timeout=STALLED_S) as answer:  # noqa: S310
+            with _within(STALLED_S, lambda: urllib.request.urlopen(request, timeout=STALLED_S)) as answer:  # noqa: S310
                 yield answer
         except urllib.error.HTTPError as error:
             raise SourceFailed(f"{error}") from None
+        except http.client.HTTPException as error:
+            raise _said(error) from None
 
 
 def _version(answer: Any) -> str:
     return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
 
 
-def _length(stream: BinaryIO) -> int:
+class _Steady:
+    """A server's answer, as long as it does not trickle: each receipt has its time-out, all of them together their rate."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer, self._waited_s, self._count = answer, 0.0, 0
+
+    def read(self, most: int) -> bytes:
+        """Up to `most` bytes, those that are there first; none at the end. Raises SourceFailed, OSError."""
+        begun_s = time.monotonic()
+        try:
+            data: bytes = self._answer.read1(most)
+        except http.client.HTTPException as error:
+            raise _said(error) from None
+        self._waited_s += time.monotonic() - begun_s
+        self._count += len(data)
+        if self._waited_s >= STALLED_S:
+            self._check_rate()
+        return data
+
+    def _check_rate(self) -> None:
+        if self._count < MIN_BYTES_PER_S * self._waited_s:
+            raise SourceFailed(
+                f"{self._count} bytes came in {self._waited_s:.0f} s; at least {MIN_BYTES_PER_S} a second are needed"
+            )
+        self._waited_s, self._count = 0.0, 0
+
+
+class _Abandoned:
+    """How many calls have been left to themselves and have not come back."""
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+
+    def add(self, more: int) -> None:
+        with self._lock:
+            self._count += more
+
+    def check(self) -> None:
+        if self._count >= MAX_ABANDONED:
+            raise SourceFailed(f"{self._count} earlier reads have not come back; see to the source, restart the agent")
+
+
+_abandoned = _Abandoned()
+
+
+def _within(limit_s: float, call: Callable[[], T]) -> T:
+    """What a call returns that may never come back: after `limit_s` it is left to itself.
+
+    Raises SourceFailed when the time is up, and when too many have been left; what the call raises.
+    """
+    _abandoned.check()
+    made = Future[T]()
+
+    def run() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="source", daemon=True).start()
+    try:
+        return made.result(limit_s)
+    except TimeoutError:
+        if made.done():
+            raise  # the call's own
+        _abandoned.add(1)
+        made.add_done_callback(lambda _: _abandoned.add(-1))
+        raise SourceFailed(f"no answer within {limit_s:.0f} s") from None
+
+
+def _said(error: Exception) -> SourceFailed:
+    return SourceFailed(f"{type(error).__name__}: {error}")
+
+
+def _length(stream: _Steady) -> int:
     """Of what a server gives without saying how much it is: only who reads it knows."""
     total = 0
     while data := stream.read(_SKIP_BYTES):
@@ -196,7 +282,7 @@ def _length(stream: BinaryIO) -> int:
     return total
 
 
-def _skip(stream: BinaryIO, count: int) -> None:
+def _skip(stream: _Steady, count: int) -> None:
     while count:
         read = len(stream.read(min(count, _SKIP_BYTES)))
         if not read:
@@ -221,7 +307,7 @@ class ByFsspec:
 
     def scan(self) -> list[Found]:
         with _said_by_driver():
-            details = self._fs.find(self._root, detail=True)
+            details = _within(SCAN_S, lambda: self._fs.find(self._root, detail=True))
             root = str(self._root).rstrip("/")
             self._single = list(details) == [root]
             named = (
@@ -254,7 +340,7 @@ class _Stretch(io.RawIOBase):
         if end <= self._at:
             return 0
         with _said_by_driver():
-            data = self._fs.cat_file(self._path, start=self._at, end=end)
+            data = _within(STALLED_S, lambda: self._fs.cat_file(self._path, start=self._at, end=end))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -265,8 +351,10 @@ def _said_by_driver() -> Iterator[None]:
     """Drivers raise whatever their libraries do."""
     try:
         yield
+    except SourceFailed:
+        raise
     except Exception as error:
-        raise SourceFailed(f"{type(error).__name__}: {error}") from None
+        raise _said(error) from None
 
 
 def _version_of(about: dict[str, Any]) -> str:

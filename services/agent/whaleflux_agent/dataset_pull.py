@@ -53,7 +53,7 @@ class Pace:
         self._bytes_per_s, self._lock, self._free_at_s = bytes_per_s, threading.Lock(), 0.0
 
     def wait(self, count: int, stop: threading.Event) -> None:
-        """Returns when `count` bytes more may come, or `stop` is set."""
+        """Returns when `count` bytes more, which have come, do not make too many; or `stop` is set."""
         if not self._bytes_per_s:
             return
         with self._lock:
@@ -230,10 +230,10 @@ class Pull:
         digest, left = hashlib.sha256(), chunk.size_bytes
         while left:
             self.progress.check()
-            self._pace.wait(min(left, _PIECE_BYTES), self.progress.stop)
             data = stream.read(min(left, _PIECE_BYTES))
             if not data:
                 raise SourceFailed("it ended before its end")
+            self._pace.wait(len(data), self.progress.stop)
             digest.update(data)
             file.write(data)
             left -= len(data)
@@ -291,13 +291,13 @@ def _settle(path: Path, reader: int) -> None:
 
 
 def unchanged(folder: Path, expected: Manifest) -> bool:
-    """Whether a finished copy is as it was left: each file there, of its size, and written by nobody since."""
+    """Whether a finished copy is as it was left: each file there, of its size, and written by nobody since. Raises OSError (EIO)."""
     try:
         for file in expected.files:
             state = os.stat(folder / file.path, follow_symlinks=False)
             if (state.st_size, state.st_mtime_ns) != (file.size_bytes, FIXED_NS):
                 return False
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

@@ -5,15 +5,17 @@
     root/.partial/<same>/         on its way (`dataset_pull`)
     root/.trash/                  on its way out
 
-One thread at a time: the cache sees to that (`DatasetCache`).
+What is there is read once and kept in memory: nobody else writes there. A manifest that cannot be read says nothing of its copy: that stays
+and counts, is given to nobody, and is looked at again. One thread at a time: the cache sees to that (`DatasetCache`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whaleflux import names
@@ -56,6 +58,8 @@ class DatasetStore:
     def __init__(self, root: Path, limit_bytes: int) -> None:
         self.root, self.limit_bytes = root, limit_bytes
         self._reserved: dict[str, int] = {}  # bytes by key, of what is on its way
+        self._copies: dict[str, Copy] = {}  # by the folder's name
+        self._unread: dict[str, int] = {}  # bytes by the folder's name, of what cannot be read
 
     def open(self) -> None:
         """Makes the folders, and takes out what an earlier agent had begun to. Raises OSError."""
@@ -63,14 +67,21 @@ class DatasetStore:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for left in (self.root / ".trash").iterdir():
             shutil.rmtree(left, ignore_errors=True)
+        for folder in self.root.iterdir():
+            if "@" in folder.name:
+                self._look_at(folder)
 
     def copies(self) -> list[Copy]:
         """All whole copies, those longest unused first."""
-        found = [copy for folder in self.root.iterdir() if "@" in folder.name and (copy := self._copy(folder))]
-        return sorted(found, key=lambda copy: copy.used_s)
+        for name in list(self._unread):
+            self._look_at(self.root / name)
+        return sorted(self._copies.values(), key=lambda copy: copy.used_s)
 
     def find(self, dataset: str, digest: str = "") -> Copy | None:
-        """The whole copy of a version (`digest` "": of any) that is as it was left; one that somebody wrote to is taken out."""
+        """The whole copy of a version (`digest` "": of any) that is as it was left; one that somebody wrote to is taken out.
+
+        Looks at each of its files. Raises OSError for one that cannot be looked at.
+        """
         for copy in self.copies():
             if copy.dataset == dataset and digest in ("", copy.manifest.digest):
                 if dataset_pull.unchanged(copy.folder, copy.manifest):
@@ -78,14 +89,29 @@ class DatasetStore:
                 self.remove(copy)
         return None
 
-    def _copy(self, folder: Path) -> Copy | None:
+    def holding(self, dataset: str, digest: str = "") -> Copy | None:
+        """The same, without a look at its files: one that is gone as a whole is noticed, no more."""
+        for copy in self.copies():
+            if copy.dataset == dataset and digest in ("", copy.manifest.digest):
+                if copy.folder.exists():
+                    return copy
+                self._forget(copy)
+        return None
+
+    def _look_at(self, folder: Path) -> None:
+        """Notes what a folder holds, as far as that can be read."""
+        self._unread.pop(folder.name, None)
         try:
             message = inventory_pb2.DatasetManifest.FromString((self.root / ".manifests" / folder.name).read_bytes())
             used_s, found = folder.stat().st_mtime, manifest.from_proto(message)
-        except (OSError, ValueError):  # ManifestWrong, and what is no message
-            return None
+        except (FileNotFoundError, ValueError):  # ValueError: ManifestWrong, and what is no message
+            return
+        except OSError:
+            self._unread[folder.name] = allocated(folder)
+            return
         dataset = names.dataset(folder.name.partition("@")[0])
-        return Copy(dataset, folder, found, used_s) if key_of(dataset, found.digest) == folder.name else None
+        if key_of(dataset, found.digest) == folder.name:
+            self._copies[folder.name] = Copy(dataset, folder, found, used_s)
 
     def partial(self, key: str) -> Path:
         return self.root / ".partial" / key
@@ -121,7 +147,8 @@ class DatasetStore:
 
     def _missing(self, key: str, size_bytes: int, copies: list[Copy]) -> int:
         """Bytes that are short, by the limit and by the disk; of the latter a partial copy has its part already."""
-        allowed = self.limit_bytes - sum(copy.size_bytes for copy in copies) - sum(self._reserved.values())
+        held = sum(copy.size_bytes for copy in copies) + sum(self._unread.values())
+        allowed = self.limit_bytes - held - sum(self._reserved.values())
         return size_bytes - min(allowed, self._free_bytes() + allocated(self.partial(key)))
 
     def _drop_partials(self, but: str) -> None:
@@ -151,18 +178,27 @@ class DatasetStore:
         written.rename(known)
         dataset_pull.sync(known.parent)
         dataset_pull.finish(partial, target, reader)
-        return Copy(dataset, target, found, target.stat().st_mtime)
+        self._unread.pop(key, None)
+        self._copies[key] = Copy(dataset, target, found, target.stat().st_mtime)
+        return self._copies[key]
 
     def remove(self, copy: Copy) -> None:
         """Not there from now on; whoever reads it reads on."""
         out = self.root / ".trash" / names.ulid()
-        copy.folder.rename(out)
-        (self.root / ".manifests" / copy.folder.name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            copy.folder.rename(out)
+        self._forget(copy)
         shutil.rmtree(out, ignore_errors=True)
+
+    def _forget(self, copy: Copy) -> None:
+        (self.root / ".manifests" / copy.folder.name).unlink(missing_ok=True)
+        self._copies.pop(copy.folder.name, None)
 
     def touch(self, copy: Copy) -> None:
         """It is used now: others go before it."""
         os.utime(copy.folder)
+        if copy.folder.name in self._copies:
+            self._copies[copy.folder.name] = replace(copy, used_s=copy.folder.stat().st_mtime)
 
 
 def cache_bytes(root: Path, limit_bytes: int) -> int:
@@ -177,5 +213,6 @@ def allocated(partial: Path) -> int:
     total = 0
     for root, _, found in os.walk(partial):
         for name in found:
-            total += os.lstat(os.path.join(root, name)).st_blocks * 512
+            with contextlib.suppress(OSError):  # removed meanwhile, or cannot be looked at
+                total += os.lstat(os.path.join(root, name)).st_blocks * 512
     return total

@@ -89,7 +89,10 @@ class DatasetCache:
         self._store, self._node, self._stub, self._in_use = DatasetStore(root, limit_bytes), node, stub, in_use
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, _Fetch] = {}
-        self._pinned = frozenset[str]()  # datasets/{dataset}, held also while no task reads them
+        self._pins: frozenset[str] | None = (
+            None  # datasets/{dataset}, held also while no task reads them; None: not known yet
+        )
+        self._told_pins = frozenset[str]()  # those that inventory has heard of from here
         self._not_before_s: dict[str, float] = {}  # when a pin that failed is tried again
         self._storing, self._opened = asyncio.Lock(), False
 
@@ -128,18 +131,19 @@ class DatasetCache:
             done.exception()  # whoever still waits hears of it
 
     async def _bring(self, dataset: str, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
+        found = inventory_pb2.Dataset(name=dataset)
         try:
-            found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
-        except StatusError as failed:
-            here = await self._in_store(self._store.find, dataset) if worth_repeating(failed) else None
-            if here is None:
-                raise LaunchFailed(f"{dataset}: {failed.message}") from None
-            return here  # whole, and nobody says that it is of another time
-        try:
+            try:
+                found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
+            except StatusError as failed:
+                here = await self._in_store(self._store.find, dataset) if worth_repeating(failed) else None
+                if here is None:
+                    raise
+                return here  # whole, and nobody says that it is of another time
             return await self._brought(found, fetch, work, tell)
         except (SourceFailed, ManifestWrong, OSError) as failure:
             await self._report(dataset, inventory_pb2.DATASET_COPY_STATE_FAILED, message=str(failure))
-            raise LaunchFailed(f"{dataset}: cannot fetch {found.uri}: {failure}") from None
+            raise LaunchFailed(f"{dataset}: cannot fetch {found.uri or 'it'}: {failure}") from None
         except StatusError as failed:
             raise LaunchFailed(f"{dataset}: {failed.message}") from None
         except dataset_pull.Stopped:
@@ -190,6 +194,7 @@ class DatasetCache:
         """All bytes, in the partial copy. Raises _Unkept where there is no room."""
         key, size = key_of(found.name, found.manifest_digest), wanted.manifest.size_bytes
         try:
+            await self._know_pins()
             gone = await self._in_store(self._store.reserve, key, size, self._kept)
             for copy in gone:
                 await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY)
@@ -207,33 +212,48 @@ class DatasetCache:
             self._store.release(key)
 
     def _kept(self, dataset: str) -> bool:
-        return dataset in self._pinned or dataset in self._in_use() or dataset in self._fetching
+        """Whether a copy stays; all do while it is not known which are pinned."""
+        return self._pins is None or dataset in self._pins or dataset in self._in_use() or dataset in self._fetching
 
-    async def follow_pins(self) -> None:
-        """Asks which datasets this node is to hold, and begins to pull what is missing; what failed is tried again in a minute."""
+    async def _know_pins(self) -> None:
+        """Before anything is removed: an agent that has just started does not know what is pinned."""
+        if self._pins is None:
+            await self._ask_pins()
+
+    async def _ask_pins(self) -> dict[str, inventory_pb2.Dataset] | None:
+        """What this node is to hold; None, and what was pinned stays so, when nobody answers."""
         request = inventory_pb2.ListNodePinsRequest(node=self._node)
         try:
             wanted = {found.name: found for found in (await self._stub.ListNodePins(request, timeout=_CALL_S)).datasets}
         except StatusError as error:
             _log.info(Event.RPC_FAILED, method="ListNodePins", reason=error.message)
-            return  # what was pinned stays so
-        before, self._pinned = self._pinned, frozenset(wanted)
+            return None
+        self._pins = frozenset(wanted)
+        return wanted
+
+    async def follow_pins(self) -> None:
+        """Asks which datasets this node is to hold, and begins to pull what is missing; what failed is tried again in a minute."""
+        before = self._told_pins
+        if (wanted := await self._ask_pins()) is None:
+            return
+        self._told_pins = frozenset(wanted)
         self._not_before_s = {name: at_s for name, at_s in self._not_before_s.items() if name in wanted}
         now_s = asyncio.get_running_loop().time()
         for name, found in wanted.items():
             if name in self._fetching or self._not_before_s.get(name, now_s) > now_s:
                 continue
-            copy = (
-                await self._in_store(self._store.find, name, found.manifest_digest) if found.manifest_digest else None
-            )
+            copy = await self._holding(name, found.manifest_digest) if found.manifest_digest else None
             if copy is None and not found.HasField("credentials"):  # a secret is given for a task only
                 self._not_before_s[name] = now_s + _PIN_AGAIN_S
                 self._fetch_once(name, None, None)
             elif copy and name not in before:
                 await self._report_here(copy)
-        for name in before - self._pinned:
-            if copy := await self._in_store(self._store.find, name):
+        for name in before - self._told_pins:
+            if copy := await self._holding(name):
                 await self._report_here(copy)
+
+    async def _holding(self, dataset: str, digest: str = "") -> Copy | None:
+        return await self._in_store(self._store.holding, dataset, digest)
 
     async def _report_here(self, copy: Copy) -> None:
         await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY, copy.size_bytes, copy.manifest.digest)
@@ -265,7 +285,7 @@ class DatasetCache:
         copy = inventory_pb2.DatasetCopy(
             node=self._node,
             present_bytes=present_bytes,
-            pinned=bool(present_bytes) and (dataset in self._pinned or dataset in self._in_use()),
+            pinned=bool(present_bytes) and (dataset in (self._pins or ()) or dataset in self._in_use()),
             state=state,  # type: ignore[arg-type]
             manifest_digest=digest,
             message=message[:512],
@@ -286,6 +306,7 @@ class DatasetCache:
 
     async def tidy(self) -> None:
         """Tells what is here (an agent may have died before it could), and removes what is forgotten, or of an earlier dataset of the name."""
+        await self._know_pins()
         for copy in await self._in_store(self._store.copies):
             try:
                 found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=copy.dataset), timeout=_CALL_S)
@@ -294,10 +315,22 @@ class DatasetCache:
                 continue
             except StatusError:
                 return  # not now
-            if found.manifest_digest == copy.manifest.digest:
-                await self._report_here(copy)
-            else:
+            if found.manifest_digest != copy.manifest.digest:
                 await self._remove(copy)
+            elif await self._as_left(copy):
+                await self._report_here(copy)
+
+    async def _as_left(self, copy: Copy) -> bool:
+        """Whether nobody wrote to it; one that somebody did is taken out, and that is told. What a task reads is left to it."""
+        if copy.dataset in self._in_use() or copy.dataset in self._fetching:
+            return True
+        try:
+            if await self._in_store(self._store.find, copy.dataset, copy.manifest.digest):
+                return True
+        except OSError:
+            return False  # not known: nothing is told
+        await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY)
+        return False
 
     async def _remove(self, copy: Copy) -> None:
         if not self._kept(copy.dataset):
