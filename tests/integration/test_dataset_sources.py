@@ -154,9 +154,13 @@ def test_a_server_that_trickles_is_given_up(server, tmp_path, monkeypatch):
 
 
 def test_a_driver_that_never_answers_is_given_up_and_so_many_at_most(monkeypatch):
+    import fsspec
+
     source, ends, begun = ByFsspec("memory://x"), threading.Event(), []
     monkeypatch.setattr(sources, "STALLED_S", 0.01)
-    monkeypatch.setattr(source._fs, "cat_file", lambda *_, **__: begun.append(1) or ends.wait(60), raising=False)
+    monkeypatch.setattr(
+        type(fsspec.filesystem("memory")), "cat_file", lambda *_, **__: begun.append(1) or ends.wait(60), raising=False
+    )
     try:
         for _ in range(sources.MAX_ABANDONED):
             with source.open(Found("a", 10), 0, 10) as stream, pytest.raises(SourceFailed, match="no answer within"):
