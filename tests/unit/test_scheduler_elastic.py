@@ -126,6 +126,15 @@ class TestStart:
         runs(planner, job("other", 3))
         assert planner.dry_run(job("j", 4, 1), NOW).placed
 
+    def test_its_plan_says_what_its_fewest_and_its_most_gpus_cost(self):
+        said = "elastic: 1 GPU at least, $2.00/h, and 8 at most, $16.00/h at the same price"
+        planner = planner_of("a")
+        asked = job("j", 4, 1, 8)
+        assert said in planner.dry_run(asked, NOW).reasons
+        runs(planner, job("other", 4))
+        for decision in (planner.dry_run(asked, NOW), planner.explain(asked, (), NOW)):
+            assert not decision.placed and said in decision.reasons
+
 
 class TestGrowth:
     def test_into_idle_gpus_when_it_has_run_long_enough_for_that_to_pay(self):

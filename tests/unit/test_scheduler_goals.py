@@ -176,7 +176,43 @@ class TestWords:
 
     def test_a_budget_that_is_too_small_is_said(self):
         reasons = fleet().dry_run(job(goal=Goal.CHEAPEST, expected_s=HOUR_S, budget_usd=5.0), NOW).reasons
-        assert reasons[0] == "needs $10.00, and $5.00 of its budget are left: it ends as FAILED before it is done"
+        left = "$5.00 of its budget of $5.00 are left"
+        assert reasons[0] == f"the cheapest choice on A100-80GB needs $10.00, and {left}: raise `budget`, or ask for less"
+        assert reasons[1] == f"needs $10.00, and {left}: it ends as FAILED after 37m30s, before it is done"
+
+    def test_a_budget_without_deadline_or_goal_says_what_it_allows(self):
+        reasons = fleet().dry_run(job(expected_s=HOUR_S, budget_usd=20.0), NOW).reasons
+        assert reasons[:2] == (
+            "would end 2026-05-01 13:00 UTC",
+            "expected to cost $16.00 from now on, and $20.00 of its budget of $20.00 are left",
+        )
+
+    def test_a_place_that_is_too_dear_names_the_goal_that_takes_a_cheaper_one(self):
+        reasons = fleet().dry_run(job(expected_s=HOUR_S, budget_usd=12.0), NOW).reasons
+        assert reasons[0] == (
+            "expected to cost $10.00 at least on A100-80GB, and $12.00 of its budget of $12.00 are left; "
+            "`goal: cheapest` takes such ones where they are free"
+        )
+        assert reasons[1].startswith("needs $16.00, and $12.00 of its budget of $12.00 are left")
+
+    def test_of_work_of_unknown_length_it_says_how_long_the_money_lasts(self):
+        reasons = fleet().dry_run(job(budget_usd=8.0), NOW).reasons
+        assert reasons[0] == "$8.00 of its budget of $8.00 are left: enough for 30m at $16.00/h, then it ends as FAILED"
+        assert "`expected`" in reasons[1]
+        free = fleet(h200_usd=0.0).dry_run(job(budget_usd=8.0, types=TYPES[:1]), NOW).reasons
+        assert free[0] == "its nodes have no price, so nothing of its budget is spent there"
+
+    @pytest.mark.parametrize(("budget", "said"), [(12.0, "expected to cost $10.00 at least"), (5.0, "needs $10.00, and $5.00")])
+    def test_who_waits_is_told_too(self, budget, said):
+        made = fleet(h200=1, a100=2)
+        for name, kind, gpus in (("h", TYPES[0], 4), ("a", GpuChoice("A100-80GB"), 8)):
+            asked = job(name, gpus, (kind,))
+            move = choose(made, asked)
+            made.apply(News(jobs=(lifecycle.place(asked, move.assignment, move.decision, NOW),)))
+        asked = job(expected_s=HOUR_S, budget_usd=budget)
+        for decision in (made.dry_run(asked, NOW), made.explain(asked, (), NOW)):
+            assert not decision.placed and said in decision.reasons[0]
+            assert f"of its budget of ${budget:.2f} are left" in decision.reasons[0]
 
     def test_jobs_without_any_of_it_are_told_nothing(self):
         reasons = fleet().dry_run(job(expected_s=HOUR_S), NOW).reasons

@@ -12,7 +12,7 @@ from dataclasses import replace
 from whaleflux import names
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.model import Node
-from whaleflux_scheduler.core.placement.api import NoPlacement, PlaceRequest
+from whaleflux_scheduler.core.placement.api import Goal, NoPlacement, Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.explain import LARGEST_SHARE
 
@@ -67,6 +67,14 @@ class Capacity:
         if asked not in self._short:
             self._ask(asked)
         return self._short.get(asked)
+
+    def cheapest(self, request: PlaceRequest) -> Placement | None:
+        """Where the request would cost least in the empty fleet, for its work or else per hour; None: nowhere, or it cannot be asked."""
+        asked = _shape(replace(request, preference=replace(request.preference, goal=Goal.CHEAPEST, deadline_s=None)))
+        try:
+            return self._engine.fits(asked)
+        except InvalidArgument:  # what cannot be asked is refused elsewhere
+            return None
 
     def unknown_sites(self, request: PlaceRequest) -> str:
         """What to say of sites that are asked for and have no node; "" when all have one, or no nodes are known."""

@@ -15,7 +15,7 @@ from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.manifests.job_fields import Goal as Wanted
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.quantities import shown_duration
-from whaleflux_scheduler.core import cost
+from whaleflux_scheduler.core import budgets, cost
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.model import Attempt, Job
 from whaleflux_scheduler.core.placement.api import Goal, Placement, PlaceRequest, Preference
@@ -32,7 +32,7 @@ def goal_of(spec: Spec) -> Goal:
 
 def looks_ahead(spec: Spec) -> bool:
     """Whether its work, its time and its money say where it goes, or something about it."""
-    return spec.goal in _GOALS or spec.deadline is not None
+    return spec.goal in _GOALS or spec.deadline is not None or spec.budget_usd > 0
 
 
 def work_left_s(job: Job, estimates: Estimates, now: datetime) -> float:
@@ -108,21 +108,17 @@ def of_placement(job: Job, placement: Placement, others: Sequence[Outlook], now:
     """When it will end, what it costs until then, and what of the deadline or the budget is not kept."""
     if not looks_ahead(job.spec):
         return ()
-    end = end_of(placement, now)
+    end, money = end_of(placement, now), budgets.of_placement(job, placement, now)
     if end is None:
-        return ("how long it runs is not known, so nothing is said of its end; say so with `expected`",)
+        unknown = "how long it runs is not known, so nothing is said of its end; say so with `expected`"
+        return tuple(filter(None, (money, unknown)))
     usd = placement.cost.total_usd or 0.0
-    lines = [f"would end {_shown(end)}" + (f", for ${usd:.2f} from now on" if usd else "")]
+    lines = [f"would end {_shown(end)}" + (f", for ${usd:.2f} from now on" if usd and not money else "")]
     late = job.spec.deadline
     if late is not None and end > late:
         lines.insert(0, _is_late(end, late, others))
-    left = job.spec.budget_usd - job.cost_usd
-    if job.spec.budget_usd > 0 and usd > left:
-        lines.insert(
-            0,
-            f"needs ${usd:.2f}, and ${max(0.0, left):.2f} of its budget are left: it ends as FAILED before it is done",
-        )
-    return tuple(lines)
+    lines.insert(0 if budgets.is_over(job, placement, now) else len(lines), money)
+    return tuple(filter(None, lines))
 
 
 def of_waiting(job: Job, others: Sequence[Outlook], now: datetime) -> tuple[str, ...]:

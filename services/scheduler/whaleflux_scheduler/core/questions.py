@@ -11,7 +11,7 @@ from datetime import datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import after_failure, capacity, decisions, elastic, goals, wait_reasons
+from whaleflux_scheduler.core import after_failure, budgets, capacity, decisions, elastic, goals, wait_reasons
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
@@ -79,6 +79,10 @@ class Questions:
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
         job = replace(job, spec=elastic.at_least(job.spec))
+        decision = self._planned(job, now)
+        return decision if decision.placed else self._with_money(decision, job, now)
+
+    def _planned(self, job: Job, now: datetime) -> SchedulingDecision:
         if limit := self._over_limit(job):
             full = wait_reasons.queue_is_full(limit, now)
             swap = room_under_limit(self._fleet.engine, self._fleet.holdings, place_request(job.name, job.spec), job)
@@ -89,14 +93,14 @@ class Questions:
             there = self._reserved.place(job, shape(job.spec))
             if there is None:
                 return self._in_line(reserved, job)
-            return self._placed(job, there, decisions.assignment_of(there, self._fleet.holdings.devices), now)
+            return self._priced(job, there, now)
         request = self._within_quota(place_request(job.name, job.spec), job)
         wished = self._wished(self._reserved.away(request, job, now), job, now)
         answer = self._fleet.engine.place(wished)
         if isinstance(answer, Placement):
             if waits := self._patience.cheaper(job, wished, answer, now):
                 return self._in_line(wait_reasons.for_cheaper(waits, now), job)
-            return self._placed(job, answer, decisions.assignment_of(answer, self._fleet.holdings.devices), now)
+            return self._priced(job, answer, now)
         decision = self._kept_few(wait_reasons.does_not_fit(answer, now), request, job)
         decision = self._in_line(self._in_time(decision, job, now), job)
         asked = self._reserved.away(request, job, now)
@@ -105,6 +109,9 @@ class Questions:
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
+        return self._with_money(self._waits_why(job, exclude, now), replace(job, spec=elastic.at_least(job.spec)), now)
+
+    def _waits_why(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         if kept := wait_reasons.kept_back(job, now):
             return kept
         if (until := after_failure.paused_until(job, now)) is not None:
@@ -235,6 +242,25 @@ class Questions:
         decision = decisions.placed(job, placement, assignment, self._fleet.holdings.devices, next_epoch(job), now)
         ahead = goals.of_placement(job, placement, self._outlooks(job, now), now)
         return replace(decision, reasons=(*ahead, *decision.reasons)) if ahead else decision
+
+    def _priced(self, job: Job, placement: Placement, now: datetime) -> SchedulingDecision:
+        """The decision for who asks before it is made, with what would be cheaper where its budget is too small."""
+        decision = self._placed(job, placement, decisions.assignment_of(placement, self._fleet.holdings.devices), now)
+        over = budgets.is_over(job, placement, now)
+        cheaper = budgets.of_cheapest(job, self._cheapest(job, now), now, over=True) if over else ""
+        told = filter(None, (cheaper, budgets.of_sizes(job, placement)))
+        return replace(decision, reasons=(*told, *decision.reasons))
+
+    def _with_money(self, decision: SchedulingDecision, job: Job, now: datetime) -> SchedulingDecision:
+        """Of one that waits: with what its budget allows, and what an elastic job's sizes cost, on the cheapest GPUs that suit it."""
+        if job.spec.budget_usd <= 0 and not job.spec.is_elastic:
+            return decision
+        cheapest = self._cheapest(job, now)
+        told = filter(None, (budgets.of_cheapest(job, cheapest, now), cheapest and budgets.of_sizes(job, cheapest)))
+        return replace(decision, reasons=(*told, *decision.reasons))
+
+    def _cheapest(self, job: Job, now: datetime) -> Placement | None:
+        return self._fleet.capacity.cheapest(self._wished(self._ever(job.queue, job.spec), job, now))
 
     def _in_time(self, decision: SchedulingDecision, job: Job, now: datetime) -> SchedulingDecision:
         """With until when it has to start to keep its deadline, or that it cannot any more."""
