@@ -11,11 +11,12 @@ from tests.support.scheduler_world import node
 from whaleflux.cli.job_commands import say_decision
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core import lifecycle
+from whaleflux_scheduler.core import lifecycle, wait_reasons
 from whaleflux_scheduler.core.expected_ends import start_in_turn
-from whaleflux_scheduler.core.model import Job, JobState, Queue
+from whaleflux_scheduler.core.model import Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.core.reservations import Reservation
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 HOUR = 3600.0
@@ -128,3 +129,15 @@ def test_more_ahead_is_never_sooner(ends, ahead):
     alone, behind = start_in_turn(1, ends, [], 2), start_in_turn(1, ends, ahead, 2)
     assert (alone is None) == (behind is None)
     assert alone is None or behind is None or behind >= alone
+
+
+@pytest.mark.parametrize(("maintenance", "begun"), [(False, False), (False, True), (True, False), (True, True)])
+def test_what_is_said_of_a_reservation_depends_on_whether_it_has_begun(maintenance, begun):
+    """By the time, too: nobody may have decided anything since it began."""
+    start = NOW - timedelta(minutes=1) if begun else NOW + timedelta(hours=1)
+    kept = Reservation("reservations/r", start, NOW + timedelta(hours=2), maintenance=maintenance)
+    waits = SchedulingDecision(NOW, False, "waits")
+    (said,) = wait_reasons.with_reservations(waits, [kept]).reasons
+    assert ("until they begin" in said) is not begun
+    assert ("only their members" in said) is (begun and not maintenance)
+    assert ("nodes take no work" in said) is (begun and maintenance)

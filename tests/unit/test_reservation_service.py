@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from tests.support.scheduler_world import World, node, until
 from whaleflux import names
@@ -123,6 +124,27 @@ async def test_a_node_under_maintenance_is_empty_in_time_and_comes_back_by_itsel
         assert any("under maintenance until" in one.constraint for one in decision.exclusions), decision
         await world.stands(kept.name, "ENDED")
         assert {task.node for task in (await world.reaches(victim, "RUNNING")).attempt.tasks} == {where}
+
+
+async def test_who_waits_for_a_node_under_maintenance_is_told_so_and_when_it_is_over():
+    expected = Duration(seconds=7200)
+    async with Reserving() as world:
+        long = await world.submit(4, job_id="long", expected=expected)
+        (task,) = (await world.reaches(long, "RUNNING")).attempt.tasks
+        other = ({names.node("s", "a"), names.node("s", "b")} - {task.node}).pop()
+        kept = await world.reserve("m", world.maintenance(other, for_s=1800.0))
+        waits = await world.submit(4, job_id="waits", expected=expected)
+
+        async def reasons():
+            return (await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=waits), None)).decision.reasons
+
+        over = kept.end_time.ToDatetime().strftime("%Y-%m-%dT%H:%M")
+        assert any("until they begin, jobs may use them" in one for one in await reasons())
+        assert any(f"expected to start {over}" in one for one in await reasons()), await reasons()
+        await world.stands(kept.name, "ACTIVE")
+        told = await reasons()
+        assert any(f"expected to start {over}" in one for one in told), told
+        assert not any("until they begin" in one or "only their members" in one for one in told), told
 
 
 async def _nobody_on(world, where):

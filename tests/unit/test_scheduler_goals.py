@@ -177,7 +177,9 @@ class TestWords:
     def test_a_budget_that_is_too_small_is_said(self):
         reasons = fleet().dry_run(job(goal=Goal.CHEAPEST, expected_s=HOUR_S, budget_usd=5.0), NOW).reasons
         left = "$5.00 of its budget of $5.00 are left"
-        assert reasons[0] == f"the cheapest choice on A100-80GB needs $10.00, and {left}: raise `budget`, or ask for less"
+        assert (
+            reasons[0] == f"the cheapest choice on A100-80GB needs $10.00, and {left}: raise `budget`, or ask for less"
+        )
         assert reasons[1] == f"needs $10.00, and {left}: it ends as FAILED after 37m30s, before it is done"
 
     def test_a_budget_without_deadline_or_goal_says_what_it_allows(self):
@@ -202,7 +204,9 @@ class TestWords:
         free = fleet(h200_usd=0.0).dry_run(job(budget_usd=8.0, types=TYPES[:1]), NOW).reasons
         assert free[0] == "its nodes have no price, so nothing of its budget is spent there"
 
-    @pytest.mark.parametrize(("budget", "said"), [(12.0, "expected to cost $10.00 at least"), (5.0, "needs $10.00, and $5.00")])
+    @pytest.mark.parametrize(
+        ("budget", "said"), [(12.0, "expected to cost $10.00 at least"), (5.0, "needs $10.00, and $5.00")]
+    )
     def test_who_waits_is_told_too(self, budget, said):
         made = fleet(h200=1, a100=2)
         for name, kind, gpus in (("h", TYPES[0], 4), ("a", GpuChoice("A100-80GB"), 8)):

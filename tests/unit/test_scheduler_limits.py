@@ -166,3 +166,62 @@ async def test_a_full_queue_through_its_doors(new_leader):
         await world.reaches(low, "QUEUED")
         waiting = await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=low), None)
         assert waiting.decision.summary == "waits: queue default holds 4 of at most 4 GPUs"
+
+
+async def limits(world, queue="default", **limits):
+    request = pb.UpdateQueueRequest(queue=pb.Queue(name=f"queues/{queue}", **limits))
+    request.update_mask.paths.extend(limits)
+    await world.scheduler.UpdateQueue(request, None)
+
+
+async def stuck(world):
+    listed = await world.scheduler.ListQueues(pb.ListQueuesRequest(), None)
+    return [name for queue in listed.queues for name in queue.use.stuck_jobs]
+
+
+async def why(world, job):
+    return (await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=job), None)).decision
+
+
+@pytest.mark.parametrize("limited", ["own", "above"])
+async def test_a_gang_that_a_lowered_limit_can_never_hold_is_told_so_and_so_is_who_lowered_it(limited):
+    async with World() as world:
+        await world.add(node("a/n1"), node("a/n2"))
+        for name, parent in (("top", ""), ("team", "queues/top")):
+            await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id=name, queue=pb.Queue(parent=parent)), None)
+        for _ in range(2):
+            await world.reaches(await world.submit(4), "RUNNING")
+        gang, small = await world.submit(8, queue="team"), await world.submit(4, queue="team")
+        assert await stuck(world) == []
+        queue = {"own": "team", "above": "top"}[limited]
+        await limits(world, queue, max_gpus=4)
+        assert await stuck(world) == [gang], "at once"
+        told = await why(world, gang)
+        assert told.summary == (
+            f"waits: 8 GPUs are asked for, and queue {queue} may hold at most 4 at once: it can never start under this limit"
+        )
+        assert told.smallest_change == (
+            f"raise the limit: whaleflux queue set {queue} --max-gpus 8, or submit it again with at most 4 GPUs"
+        )
+        assert "never" not in (await why(world, small)).summary
+        await limits(world, queue, max_gpus=0)
+        assert await stuck(world) == []
+        assert "never" not in (await why(world, gang)).summary
+
+
+async def test_a_gang_beside_guarantees_that_are_not_lent_is_told_so():
+    async with World() as world:
+        await world.add(node("a/n1"), node("a/n2"))
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="firm"), None)
+        await world.reaches(await world.submit(4), "RUNNING")
+        await limits(world, "firm", guaranteed_gpus=2, lending_limit_gpus=0)
+        gang = await world.submit(8)
+        assert await stuck(world) == [gang]
+        told = await why(world, gang)
+        assert told.summary == (
+            "waits: 8 GPUs are asked for, and of the fleet's 8 other queues are guaranteed 2 that they do not lend: it can never start "
+            "under these limits"
+        )
+        assert "--lend N, or submit it again with at most 6 GPUs" in told.smallest_change
+        await limits(world, "firm", guaranteed_gpus=2, lending_limit_gpus=2)
+        assert await stuck(world) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ from whaleflux.cli.output import Column, Format
 from whaleflux.cli.reservation_commands import reservations, told
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 from whaleflux.cli.strangers import note_strangers
+
+_LIMITS = frozenset({"max_gpus", "parent", "guaranteed_gpus", "lending_limit_gpus"})
+_MOST_NAMED = 5
 
 queue = typer.Typer(no_args_is_help=True, help="Queues: make, change, list, delete.")
 
@@ -130,7 +134,20 @@ def set_(
     with fleet() as client:
         made = client.scheduler.UpdateQueue(request, timeout=10)
         note_strangers(client, member or ())
+        stuck = [] if _LIMITS.isdisjoint(changed) else queue_tree.stuck(listed_queues(client))
     output.note(f"{made.name}: {_limits(made)}")
+    output.note(stuck_words(stuck))
+
+
+def stuck_words(stuck: Sequence[str]) -> str:
+    """What to know about jobs that limits keep from ever starting; "" where there are none."""
+    if not stuck:
+        return ""
+    more = f" and {len(stuck) - _MOST_NAMED} more" if len(stuck) > _MOST_NAMED else ""
+    return (
+        f"under these limits {', '.join(stuck[:_MOST_NAMED])}{more} can never start: raise the limits, or ask for fewer GPUs; see "
+        f"whaleflux explain {stuck[0]}"
+    )
 
 
 @queue.command("show")
@@ -152,6 +169,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
         ("holds", f"{row.held} GPUs, {row.borrowed} of them borrowed" if row else "not known"),
         ("fair share", f"{row.share} GPUs beyond its guarantee, by weight" if row else "-"),
         ("reservations", "; ".join(map(told, kept)) or "none"),
+        ("can never start", ", ".join(found.use.stuck_jobs) or "none that is known"),
         ("max priority", f"{_max_priority(found)} of users; operators may give any"),
         ("for", ", ".join(found.members) or "all users"),
         ("made", output.age(found.create_time) + " ago"),
@@ -199,9 +217,16 @@ def queues(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
 def _rows(client: Any) -> list[queue_tree.QueueRow]:
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    listed = pages(client.scheduler.ListQueues, pb.ListQueuesRequest(), "queues")
+    listed = listed_queues(client)
     held = _held(pages(client.scheduler.ListAllocations, pb.ListAllocationsRequest(), "allocations"))
     return queue_tree.rows(listed, held)
+
+
+def listed_queues(client: Any) -> list[Any]:
+    """All that there are for the caller."""
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    return list(pages(client.scheduler.ListQueues, pb.ListQueuesRequest(), "queues"))
 
 
 def _held(allocations: list[Any]) -> Counter[str]:

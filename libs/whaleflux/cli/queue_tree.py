@@ -41,6 +41,11 @@ def rows(queues: Sequence[Any], held: Mapping[str, int]) -> list[QueueRow]:
     return [row for queue in below.get("", ()) for row in _rows(queue, below, held, 0)]
 
 
+def stuck(queues: Sequence[Any]) -> list[str]:
+    """Jobs of all of them that can never start under the limits as they are, as far as the leader says so."""
+    return [name for queue in sorted(queues, key=lambda queue: queue.name) for name in queue.use.stuck_jobs]
+
+
 def _rows(queue: Any, below: Mapping[str, Sequence[Any]], held: Mapping[str, int], level: int) -> Iterator[QueueRow]:
     under = [list(_rows(child, below, held, level + 1)) for child in below.get(queue.name, ())]
     direct = [found[0] for found in under]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from whaleflux import names
-from whaleflux.errors import NotFound, PermissionDenied
+from whaleflux.errors import NotFound, PermissionDenied, Unavailable
 from whaleflux.reasons import ErrorReason
 from whaleflux.rpc import auth, roles
 from whaleflux.store import keys
@@ -41,6 +43,11 @@ class JobAccess:
     def queues(self) -> list[str]:
         """Ids of those that are known."""
         return [key.removeprefix(keys.QUEUES) for key in self._queues.values]
+
+    async def knows_queues(self, revision: int) -> None:
+        """Returns when queues are known as they were then, or after a second."""
+        with contextlib.suppress(Unavailable):
+            await self._queues.at_least(revision, timeout_s=1.0)
 
     def above(self, queue: str) -> list[str]:
         """Ids of the queues above it."""

@@ -89,6 +89,7 @@ class JobView:
 
     async def queue_use(self, queues: Sequence[str]) -> dict[str, QueueUse]:
         """What queues hold and are due, by id; nothing of a planner that has no time for it."""
+        await self.caught_up()
         with contextlib.suppress(ResourceExhausted, Unavailable):
             return await self._planner.ask(lambda planner: planner.queue_use(queues))
         return {}

@@ -84,10 +84,15 @@ class Scheduler(rpc.SchedulerServiceServicer):
         uses = await leading.view.queue_use([names.last(queue.name) for queue in queues]) if leading is not None else {}
         for queue in queues:
             if (use := uses.get(names.last(queue.name))) is not None:
-                queue.use.CopyFrom(pb.QueueUse(held_gpus=use.held, borrowed_gpus=use.over, fair_share_gpus=use.score))
+                stuck = use.stuck if self._access.sight().everything else ()
+                queue.use.CopyFrom(
+                    pb.QueueUse(held_gpus=use.held, borrowed_gpus=use.over, fair_share_gpus=use.score, stuck_jobs=stuck)
+                )
 
     async def UpdateQueue(self, request: pb.UpdateQueueRequest, context: _Context | None) -> pb.Queue:
-        return await self._queues.update(request)
+        queue = await self._queues.update(request)
+        await self._access.knows_queues(int(queue.etag.strip('"')))  # so that who asks next is told what follows
+        return queue
 
     async def DeleteQueue(self, request: pb.DeleteQueueRequest, context: _Context | None) -> empty_pb2.Empty:
         await self._queues.delete(request)

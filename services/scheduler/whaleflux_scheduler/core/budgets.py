@@ -24,7 +24,9 @@ def of_placement(job: Job, placement: Placement, now: datetime) -> str:
     if per_hour <= 0:
         return "its nodes have no price, so nothing of its budget is spent there"
     if usd is None:
-        return f"{_left(job, now)}: enough for {_lasts(job, per_hour, now)} at ${per_hour:.2f}/h, then it ends as FAILED"
+        return (
+            f"{_left(job, now)}: enough for {_lasts(job, per_hour, now)} at ${per_hour:.2f}/h, then it ends as FAILED"
+        )
     if usd > left_usd(job, now):
         return f"needs ${usd:.2f}, and {_left(job, now)}: it ends as FAILED after {_lasts(job, per_hour, now)}, before it is done"
     return f"expected to cost ${usd:.2f} from now on, and {_left(job, now)}"

@@ -55,6 +55,11 @@ class Capacity:
         elif why != RETIRED and self._retired.pop(node.name, None) is not None:
             self.upsert(node)
 
+    @property
+    def gpus(self) -> int:
+        """Of all registered nodes but those retired."""
+        return self._engine.free_gpus()
+
     def known_enough(self, request: PlaceRequest) -> bool:
         """Whether it is known already that the fleet could hold it; of any thread."""
         return _shape(request) in self._enough

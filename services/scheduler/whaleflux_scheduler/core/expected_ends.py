@@ -87,12 +87,18 @@ class ExpectedEnds:
     # what follows
 
     def expected_start(
-        self, job: Job, ahead: Sequence[Job], promised: Mapping[str, float], now: datetime
+        self,
+        job: Job,
+        ahead: Sequence[Job],
+        promised: Mapping[str, float],
+        now: datetime,
+        returns: Sequence[tuple[datetime, int]] = (),
     ) -> tuple[datetime, datetime] | None:
         """When the job starts if those ahead do first, by likely and by safe ends; None: not as those end who are known.
 
         Jobs that were promised a start, seconds since the epoch, are in nobody's way before that. GPUs are counted alone: a job that wants them
-        close together, or of one type, may start later; one that others let pass, sooner.
+        close together, or of one type, may start later; one that others let pass, sooner. `returns`: when so many GPUs come free that no
+        job has: those of reservations.
         """
         self.catch_up(now)
         before = [other for other in ahead if other.name not in promised]
@@ -100,6 +106,7 @@ class ExpectedEnds:
         found = self._soonest(max(1, wanted - free))
         ends = [(end.likely, end.safe, count) for count, one in found if (end := end_of(self._estimates, one, now))]
         ends += [over for name, at_s in promised.items() if (over := self._end_of_promised(name, at_s)) is not None]
+        ends += [(at, at, gpus) for at, gpus in returns]
         lasting = [(other.spec.gpus, self._estimates.of(other, other.run_s)) for other in before]
         gpus = job.spec.gpus
         likely = start_in_turn(

@@ -172,9 +172,11 @@ class Promises:
         """It cannot have a promise for now."""
         self._lines.put_off(name, now.timestamp())
 
-    def expected_start(self, job: Job, ahead: Sequence[Job], now: datetime) -> tuple[datetime, datetime] | None:
+    def expected_start(
+        self, job: Job, ahead: Sequence[Job], now: datetime, returns: Sequence[tuple[datetime, int]] = ()
+    ) -> tuple[datetime, datetime] | None:
         """As `ExpectedEnds.expected_start`."""
-        return self._ends.expected_start(job, ahead, self.starts_s, now)
+        return self._ends.expected_start(job, ahead, self.starts_s, now, returns)
 
     def soonest(self, job: Job, request: PlaceRequest, now: datetime, by_s: float) -> Start | None:
         """The earliest start of the request that is not after `by_s`, seconds since the epoch; None: none is in sight."""

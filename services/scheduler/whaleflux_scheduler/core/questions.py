@@ -21,7 +21,7 @@ from whaleflux_scheduler.core.lending import Lending
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.patience import Patience
-from whaleflux_scheduler.core.pending import Pending
+from whaleflux_scheduler.core.pending import Line, Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.promise_lines import PromiseRules
@@ -38,6 +38,7 @@ from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
 HIGHEST_PRIORITY = 1_000
+MOST_STUCK = 20  # of a queue, that are named
 
 
 class Questions:
@@ -84,7 +85,7 @@ class Questions:
 
     def _planned(self, job: Job, now: datetime) -> SchedulingDecision:
         if limit := self._over_limit(job):
-            full = wait_reasons.queue_is_full(limit, now)
+            full = self._is_full(limit, job, now)
             swap = room_under_limit(self._fleet.engine, self._fleet.holdings, place_request(job.name, job.spec), job)
             return self._with_victims(full, job, stopped(swap)) if isinstance(swap, PreemptionPlan) else full
         if not self.nodes:
@@ -140,11 +141,14 @@ class Questions:
         decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
         if (claim := self._fleet.holdings.claim(job.name)) is not None:
             decision = wait_reasons.with_promise(decision, claim)
-        elif (expected := self._promises.expected_start(job, self._before(job), now)) is not None:
+        elif (expected := self._expected_start(job, now)) is not None:
             decision = wait_reasons.with_expected_start(decision, *expected)
         if not decision.preempts:
             decision = self._sooner(decision, request, job, now)
         return self._in_line(self._in_time(decision, job, now), job)
+
+    def _expected_start(self, job: Job, now: datetime) -> tuple[datetime, datetime] | None:
+        return self._promises.expected_start(job, self._before(job), now, self._reserved.returns())
 
     def _before(self, job: Job) -> list[Job]:
         """Jobs of all queues that were submitted before it or are of higher priority, in order."""
@@ -195,15 +199,50 @@ class Questions:
 
     def _full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
         """Its queue may not take it now; unless others are on their way out for it."""
-        full = wait_reasons.queue_is_full(limit, now)
+        full = self._is_full(limit, job, now)
         return self._with_victims(full, job, still_stopping(self._fleet.holdings, job.name))
+
+    def _is_full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
+        gpus = job.spec.gpus
+        if small := self._over_queue(job.queue, gpus):
+            return wait_reasons.never_in_queue(small, gpus, now)
+        if limit.kept and (kept := self._kept_for_others(job.queue, gpus, lends_back=not job.spec.is_service)):
+            return wait_reasons.never_beside(gpus, self._fleet.capacity.gpus, kept, now)
+        return wait_reasons.queue_is_full(limit, now)
+
+    def _kept_for_others(self, queue: str, gpus: int, *, lends_back: bool) -> int:
+        """GPUs that others are guaranteed and do not lend, where these leave too few however idle the fleet is; 0: they do not."""
+        needed = self._shares.quota.fleet_needed(queue, gpus, lends_back=lends_back)
+        there = self._fleet.capacity.gpus
+        return needed - gpus if not self._fleet.left_out and gpus <= there < needed else 0
+
+    def _stuck(self) -> dict[str, list[str]]:
+        """By queue, jobs that wait and can never start under the limits as they are: the first of each line that is looked at."""
+        found = dict[str, list[str]]()
+        for queue, line in itertools.islice(self._waiting_lines(), MOST_LINES):
+            first = line.first()
+            job = self._pending.jobs[first[1]].candidate.job if first else None
+            if job is not None and len(found.get(queue, ())) < MOST_STUCK and self._never_starts(job):
+                found.setdefault(queue, []).append(job.name)
+        return found
+
+    def _never_starts(self, job: Job) -> bool:
+        if self._reserved.find(job.spec) is not None:
+            return False
+        gpus, lends_back = job.spec.gpus, not job.spec.is_service
+        if self._over_queue(job.queue, gpus):
+            return True
+        if not self._shares.quota.guarantees or self._fleet.holdings.holds(job.name):
+            return False  # what it claims already is its own
+        return self._kept_for_others(job.queue, gpus, lends_back=lends_back) > 0
 
     def _kept_back(self, job: Job) -> bool:
         return bool(self._over_limit(job) or self._over_array_limit(job))
 
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
-        """What queues hold, by id."""
-        return {queue: self._shares.use(queue) for queue in queues}
+        """What queues hold, by id, and who of them can never start."""
+        stuck = self._stuck()
+        return {queue: self._shares.use(queue)._replace(stuck=tuple(stuck.get(queue, ()))) for queue in queues}
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
         """GPUs of open nodes and GPUs held, by model; for metrics."""
@@ -256,7 +295,8 @@ class Questions:
         if job.spec.budget_usd <= 0 and not job.spec.is_elastic:
             return decision
         cheapest = self._cheapest(job, now)
-        told = filter(None, (budgets.of_cheapest(job, cheapest, now), cheapest and budgets.of_sizes(job, cheapest)))
+        sizes = budgets.of_sizes(job, cheapest) if cheapest is not None else ""
+        told = filter(None, (budgets.of_cheapest(job, cheapest, now), sizes))
         return replace(decision, reasons=(*told, *decision.reasons))
 
     def _cheapest(self, job: Job, now: datetime) -> Placement | None:
@@ -303,12 +343,14 @@ class Questions:
         """Other queues whose turn it is before the job's, the first one first."""
         turn, due = self._shares.turn, dict[str, Turn]()
         own = turn(job.queue, job.spec.gpus, job.spec.priority)
-        waits = ((queue, line) for queue, lines in self._pending.by_queue.items() for line in lines)
-        for queue, line in itertools.islice(waits, MOST_LINES):
+        for queue, line in itertools.islice(self._waiting_lines(), MOST_LINES):
             if queue != job.queue and not line.parked:
                 key = turn(queue, line.kind.gpus, line.kind.priority)
                 due[queue] = min(due.get(queue, key), key)
         return sorted((queue for queue, key in due.items() if key < own), key=due.__getitem__)
+
+    def _waiting_lines(self) -> Iterator[tuple[str, Line]]:
+        return ((queue, line) for queue, lines in self._pending.by_queue.items() for line in lines)
 
     def _sooner(
         self, decision: SchedulingDecision, request: PlaceRequest, job: Job, now: datetime

@@ -21,11 +21,15 @@ Turn = tuple[bool, int, tuple[tuple[float, str], ...]]
 
 
 class QueueUse(NamedTuple):
-    """GPUs that a queue and those below it hold, how many beyond its guarantee, and what of these counts for its turn."""
+    """GPUs that a queue and those below it hold, how many beyond its guarantee, and what of these counts for its turn.
+
+    `stuck`: its jobs that wait and can never start under the limits as they are.
+    """
 
     held: int
     over: int
     score: float
+    stuck: tuple[str, ...] = ()
 
 
 class PastUse(NamedTuple):

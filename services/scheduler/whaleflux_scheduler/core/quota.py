@@ -56,6 +56,7 @@ class _Charge:
 
     kept: int = 0
     load: int = 0  # its own jobs', and what those below it take
+    idle: int = 0  # what those below it take when nobody holds anything
 
     @property
     def taken(self) -> int:
@@ -258,6 +259,15 @@ class QuotaTree:
         lent, firm = (free - gpus if gpus > 0 else math.inf for gpus in kept)
         return lent, firm
 
+    def fleet_needed(self, queue: str, gpus: int, *, lends_back: bool = True) -> int:
+        """GPUs that there have to be so that its limits let the queue take so many of them while nobody else holds any."""
+        needed, below = gpus, 0
+        for up in self.node(queue).path():
+            charge = up.lent if lends_back else up.firm
+            needed = max(charge.kept, charge.idle - below + needed)
+            below = max(charge.kept, charge.idle)
+        return needed
+
     def _keeps(self, node: QueueNode, more: int, free: Callable[[], int], lends_back: bool) -> QueueLimit | None:
         """Idle GPUs that are kept for others, where they are wanted."""
         taken = more
@@ -426,6 +436,7 @@ def _guarantee(node: QueueNode) -> None:
     assert node.above is not None
     node.above.lent.load += node.lent.taken
     node.above.firm.load += node.firm.taken
+    node.above.lent.idle, node.above.firm.idle = node.above.lent.load, node.above.firm.load
 
 
 def _add_stoppable(node: QueueNode, priority: int, change: int) -> None:

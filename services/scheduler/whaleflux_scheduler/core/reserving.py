@@ -226,6 +226,15 @@ class Reserved:
         names = [name for name in self._kept if name not in behind and self._lending.covered((name,))]
         return sorted((self._now[name] for name in names), key=lambda one: (one.start, one.name))
 
+    def returns(self) -> list[tuple[datetime, int]]:
+        """When reservations are over, and how many GPUs come free then, as far as nobody else has them by then."""
+        found = []
+        for name, gpus in self._kept.items():
+            one = self._now[name]
+            members_run = one.state is ReservationState.ACTIVE and not one.maintenance
+            found.append((one.end, self._lending.covered((name,)) if members_run else sum(map(len, gpus.values()))))
+        return found
+
     # what is to be done
 
     @property

@@ -74,6 +74,25 @@ def array_is_full(limit: ArrayLimit, now: datetime) -> SchedulingDecision:
     return _held_back(f"{limit.running} members of {limit.array} run, at most {limit.most} at a time (array)", now)
 
 
+def never_in_queue(limit: QueueLimit, gpus: int, now: datetime) -> SchedulingDecision:
+    """However long it waits, its queue may not hold as many GPUs as it asks for."""
+    return _held_back(
+        f"{gpus} GPUs are asked for, and queue {limit.queue} may hold at most {limit.most} at once: it can never start under this limit",
+        now,
+        f"raise the limit: whaleflux queue set {limit.queue} --max-gpus {gpus}, or submit it again with at most {limit.most} GPUs",
+    )
+
+
+def never_beside(gpus: int, there: int, kept: int, now: datetime) -> SchedulingDecision:
+    """However long it waits, too many of the fleet's GPUs are kept for others who do not lend them."""
+    return _held_back(
+        f"{gpus} GPUs are asked for, and of the fleet's {there} other queues are guaranteed {kept} that they do not lend: it can never start "
+        "under these limits",
+        now,
+        f"let those queues lend more: whaleflux queue set NAME --lend N, or submit it again with at most {max(0, there - kept)} GPUs",
+    )
+
+
 def queue_is_small(limit: QueueLimit, gpus: int) -> str:
     """Its queue may never hold as many GPUs as the job asks for."""
     return (
@@ -224,11 +243,14 @@ def for_reservation(why: str, now: datetime, change: str = "") -> SchedulingDeci
 
 def with_reservations(decision: SchedulingDecision, kept: Collection[Reservation]) -> SchedulingDecision:
     """With what keeps idle GPUs from it: those that have begun have theirs for themselves, before others it may not be over in time."""
-    begun = [one for one in kept if one.state is ReservationState.ACTIVE]
-    to_come = [one for one in kept if one.state is not ReservationState.ACTIVE]
+    begun = [one for one in kept if one.state is ReservationState.ACTIVE or one.start <= decision.time]
+    to_come = [one for one in kept if one not in begun]
+    closed, members = [one for one in begun if one.maintenance], [one for one in begun if not one.maintenance]
     told = []
-    if begun:
-        told.append(f"GPUs are kept for {_some_reservations(begun)}: until they end, only their members use them")
+    if closed:
+        told.append(f"nodes take no work for {_some_reservations(closed)}: they do again when it is over")
+    if members:
+        told.append(f"GPUs are kept for {_some_reservations(members)}: until they end, only their members use them")
     if to_come:
         until = "until they begin, jobs may use them that are over by then (time_limit, expected)"
         told.append(f"GPUs are kept for {_some_reservations(to_come)}; {until}")
