@@ -100,9 +100,12 @@ class FakeCheckpoint:
         self.newest = ""
         self.kept: list[checkpoint_pb2.Checkpoint] = []
         self.asked: list[str] = []
+        self.listed: list[str] = []  # whose checkpoints were asked for
 
     async def ListCheckpoints(self, request, timeout=None):
-        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=self.kept)
+        self.listed.append(request.parent)
+        of_job = (one for one in self.kept if one.name.startswith(f"{request.parent}/checkpoints/"))
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=of_job)
 
     async def FindRestorable(self, request, timeout=None):
         self.asked.append(request.job)

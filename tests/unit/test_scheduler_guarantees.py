@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.scheduler_world import World, node
+from tests.support.scheduler_world import FakeCheckpoint, World, node
+from tests.support.virtual_time import LoopClock
 from whaleflux import names
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.v1 import checkpoint_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler import saved_checkpoints
 from whaleflux_scheduler.core.model import JobState, Queue
 from whaleflux_scheduler.core.queue_shares import PastUse, QueueShares
 from whaleflux_scheduler.simulation.runner import Simulation
@@ -129,6 +131,42 @@ async def test_of_two_victims_the_one_that_saved_last_makes_room():
         await world.reaches(urgent, "RUNNING")
         assert (await world.job(second)).state == pb.JOB_STATE_RUNNING
         assert (await world.job(first)).state == pb.JOB_STATE_QUEUED
+
+
+async def test_the_checkpoints_are_asked_for_of_those_alone_that_run_and_may_be_stopped():
+    async with World() as world:
+        await world.add(node("a/n1"))
+        ended = await world.submit(1, job_id="ended")
+        await world.reaches(ended, "RUNNING")
+        world.agents["sites/a/nodes/n1"].exit()
+        await world.reaches(ended, "SUCCEEDED")
+        runs = await world.submit(1, job_id="runs")
+        await world.reaches(runs, "RUNNING")
+        serves = await world.submit(1, job_id="serves", kind=pb.JOB_KIND_SERVICE)
+        await world.reaches(serves, "RUNNING")
+        waits = await world.submit(4, job_id="waits")
+        await world.reaches(waits, "QUEUED")
+        world.checkpoint.listed.clear()
+        await world.clock.sleep(100.0)
+        assert set(world.checkpoint.listed) == {runs}
+
+
+async def test_of_many_jobs_some_are_asked_about_at_a_time_and_each_in_its_turn():
+    jobs = [f"queues/q/jobs/j{n}" for n in range(2 * saved_checkpoints.MOST_ASKED)]
+    checkpoint, told, clock = FakeCheckpoint(), [], LoopClock()
+    for name in jobs:
+        kept = checkpoint_pb2.Checkpoint(name=f"{name}/checkpoints/c", state=checkpoint_pb2.CHECKPOINT_STATE_COMMITTED)
+        kept.commit_time.FromDatetime(clock.now())
+        checkpoint.kept.append(kept)
+    asks = saved_checkpoints.SavedCheckpoints(told.append, checkpoint, lambda: jobs, clock)
+    for known in (saved_checkpoints.MOST_ASKED, len(jobs)):
+        await clock.sleep(30.0)
+        checkpoint.listed.clear()
+        await asks.look()
+        assert len(checkpoint.listed) == saved_checkpoints.MOST_ASKED and len(told[-1]) == known
+    del jobs[1:]
+    await asks.look()
+    assert told[-1].keys() == {jobs[0]} and len(told) == 3
 
 
 async def test_a_queue_shows_what_it_holds_and_borrows():

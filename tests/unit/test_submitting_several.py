@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.scheduler_world import USER, World, node, until
-from whaleflux.cli import creation, submission
+from whaleflux.cli import creation, submission, submit_commands
+from whaleflux.cli.output import Format
 from whaleflux.errors import (
     Aborted,
     AlreadyExists,
@@ -15,6 +16,7 @@ from whaleflux.errors import (
     FieldViolation,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     Unavailable,
 )
 from whaleflux.rpc import auth
@@ -107,6 +109,8 @@ class Fleet:
         return pb.Job(name=f"queues/default/jobs/{request.job_id}", spec=request.job.spec)
 
     def GetJob(self, request, timeout):
+        if isinstance(self.old, dict):
+            return self.old[request.name]
         if not self.old:
             raise NotFound("job", request.name)
         return self.old.pop(0) if len(self.old) > 1 else self.old[0]
@@ -251,6 +255,88 @@ def test_replacing_that_breaks_off_says_what_was_cancelled_for_nothing(write, ca
     with pytest.raises(Unavailable):
         creation.create_all(fleet, jobs)
     assert said in capsys.readouterr().err
+
+
+def replacing(fleet, jobs):
+    submission.plan_all(fleet, jobs, replace=True)
+    return creation.create_all(fleet, jobs)
+
+
+def there(jobs, **more):
+    """The jobs as they are there after the command."""
+    return [pb.Job(name=one.name, etag='"1"', spec=one.request.job.spec, step=-1, **more) for one in jobs]
+
+
+def test_the_same_file_again_replaces_nothing_that_has_not_ended(write, capsys):
+    fleet, file = Fleet(), write(FILE + "---\n" + FILE.replace("name: a", "name: b"))
+    first = read([file])
+    replacing(fleet, first)
+    ended = there(first[1:])[0]
+    ended.end_time.FromSeconds(1)
+    fleet.old, fleet.sent = {one.name: one for one in (*there(first[:1]), ended)}, []
+    jobs = read([file])
+    made = replacing(fleet, jobs)
+    assert [job.name for job in made] == [one.name for one in first] and fleet.cancelled == 0
+    assert [sent.job_id for sent in fleet.sent if not sent.validate_only] == ["b"], "it has ended: it runs again"
+    assert submission.replaces_line(jobs[0]) == [
+        "  replaces   nothing: queues/default/jobs/a (UNSPECIFIED) is what the file and its folder ask for, and stays"
+    ]
+    submit_commands.show_made(made, jobs, Format.table)
+    said = capsys.readouterr().err
+    assert "queues/default/jobs/a stays: there already, not ended" in said
+    assert "submitted queues/default/jobs/b in place of the one that was" in said
+
+
+@pytest.mark.parametrize("change", [{"cancel_requested": True}, {"spec": pb.JobSpec(gpus=1)}])
+def test_what_is_on_its_way_out_or_other_than_the_file_is_replaced(write, change):
+    jobs, fleet = read([write()]), Fleet()
+    (old,) = there(jobs)
+    for field, value in change.items():
+        old.ClearField(field)
+        old.MergeFrom(pb.Job(**{field: value}))
+    fleet.old = [old]
+    submission.plan_all(fleet, jobs, replace=True)
+    assert (jobs[0].kept, jobs[0].replaced) == (None, old)
+
+
+def test_whose_place_may_not_be_taken_is_said_before_anything_is_cancelled(write):
+    class Owned(Fleet):
+        def CreateJob(self, request, timeout):
+            if request.validate_only and request.replaces == '"b"':
+                raise PermissionDenied("queues/default/jobs/b is ada's")
+            return super().CreateJob(request, timeout)
+
+    fleet = Owned()
+    fleet.old = {
+        f"queues/default/jobs/{name}": pb.Job(name=f"queues/default/jobs/{name}", etag=f'"{name}"') for name in "ab"
+    }
+    with pytest.raises(PermissionDenied):
+        replacing(fleet, read([write(FILE + "---\n" + FILE.replace("name: a", "name: b"))]))
+    assert fleet.cancelled == 0 and all(sent.validate_only for sent in fleet.sent)
+
+
+async def test_a_dry_run_asks_whether_the_place_may_be_taken():
+    async with World() as world:
+        await world.add(node("s/n1"))
+        members = [f"users/{name}" for name in ("ada", "eve")]
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="q", queue=pb.Queue(members=members)), None)
+        await until(lambda: "q" in world.service.jobs.access.queues(), "it is known")
+        job = pb.Job(spec=pb.JobSpec(command=["x"], gpus=1))
+
+        async def asked(who, etag=""):
+            request = pb.CreateJobRequest(
+                parent="queues/q", job_id="hers", job=job, replaces=etag, validate_only=bool(etag)
+            )
+            with auth.acting_as(auth.Identity("user", who)):
+                return await world.scheduler.CreateJob(request, None)
+
+        made = await asked("ada")
+        hers = await world.reaches(made.name, "RUNNING")
+        assert (await asked("ada", hers.etag)).decision.summary
+        with pytest.raises(PermissionDenied):
+            await asked("eve", hers.etag)
+        with pytest.raises(Aborted):
+            await asked("ada", made.etag)
 
 
 async def test_the_new_job_takes_the_records_place_in_one_step_and_runs():

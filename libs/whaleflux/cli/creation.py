@@ -76,6 +76,8 @@ def _create(client: Any, group: Sequence[Submission], made: list[Any]) -> None:
 
 
 def _made(client: Any, one: Submission) -> Any:
+    if one.kept is not None:
+        return one.kept
     _same_again(one)
     return _replacing(client, one) if one.replaced else sending.created(client, one.request)
 

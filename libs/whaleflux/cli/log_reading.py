@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from whaleflux import names
 from whaleflux.cli import arrays, output
 from whaleflux.cli.following import attempt_number
+from whaleflux.cli.waiting import SAY_AFTER_S
 from whaleflux.errors import FieldViolation, InvalidArgument, NotFound, StatusError
 from whaleflux.v1 import scheduler_pb2
 
@@ -86,8 +88,11 @@ def _one(client: Any, request: Any, screen: Any, *, previous: bool, member: bool
 def _show(client: Any, request: Any, screen: Any, *, member: bool) -> bool:
     """Whether there was anything to show."""
     shown, some = 0, False
+    chunks = client.read_logs(request)
+    if request.follow and not member:
+        chunks = first_awaited(chunks, lambda: output.note(_why_nothing_yet(client, request.name)))
     try:
-        for chunk in client.read_logs(request):
+        for chunk in chunks:
             if shown and chunk.attempt > shown:
                 screen.state((f"{names.last(request.name)}: " if member else "") + f"attempt {chunk.attempt}")
             shown = max(shown, chunk.attempt)
@@ -98,6 +103,33 @@ def _show(client: Any, request: Any, screen: Any, *, member: bool) -> bool:
         raise InvalidArgument(
             [FieldViolation(_FLAGS.get(wrong.field, wrong.field), wrong.description) for wrong in error.violations]
         ) from None
+
+
+def first_awaited(chunks: Iterator[Any], say: Callable[[], None], after_s: float = SAY_AFTER_S) -> Iterator[Any]:
+    """The same chunks; says once what is waited for when none comes for a while."""
+    over = threading.Event()
+
+    def wait() -> None:
+        if not over.wait(after_s):
+            with contextlib.suppress(StatusError):  # who reads is told of it
+                say()
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        for chunk in chunks:
+            over.set()
+            yield chunk
+    finally:
+        over.set()
+
+
+def _why_nothing_yet(client: Any, name: str) -> str:
+    """What the job is doing that has printed nothing so far; "" of one that has ended by now."""
+    job = client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=name), timeout=10)
+    if job.end_time.seconds:
+        return ""
+    why = f": {job.state_message}" if job.state_message else ""
+    return f"waits for the first output of {name}, which is {output.job_state(job)}{why}; Ctrl-C ends the wait"
 
 
 def _nothing(client: Any, request: Any) -> str:

@@ -33,6 +33,7 @@ class Submission:
     parcel: Parcel | None = None
     planned: Any = None
     replaced: Any = None  # the job whose place it takes
+    kept: Any = None  # the unfinished job that is there already as this one would be: it stays
     cancelled: bool = False  # that job, by this command
 
     @property
@@ -135,7 +136,10 @@ def refuse_taken(client: Any, jobs: Sequence[Submission], *, dry_run: bool) -> N
 
 
 def plan_all(client: Any, jobs: Sequence[Submission], *, replace: bool) -> None:
-    """Packs folders, and asks the scheduler about every job. Raises StatusError, with the job's name where there are several."""
+    """Packs folders, and asks the scheduler about every job. Raises StatusError, with the job's name where there are several.
+
+    `replace`: also whether the caller may take the place of each job that is there. One that is there as it would be, and has not ended, is kept.
+    """
     packed: dict[tuple[Path | None, bool], Parcel | None] = {}
     planned: dict[bytes, Any] = {}
     before: list[str] = []
@@ -145,6 +149,11 @@ def plan_all(client: Any, jobs: Sequence[Submission], *, replace: bool) -> None:
             packed[folder] = workdir.parcel_of(*folder)
         one.parcel = packed[folder]
         one.request.job.spec.code = one.parcel.packed.digest if one.parcel else ""
+        if replace:
+            one.replaced = job_there(client, one.name)
+            one.request.replaces = one.replaced.etag if one.replaced is not None else ""
+            if _is_as_asked(one.replaced, one.request.job.spec):
+                one.kept, one.replaced, one.request.replaces = one.replaced, None, ""
         alike = _alike(one)
         if alike not in planned:
             one.request.validate_only = True
@@ -153,14 +162,26 @@ def plan_all(client: Any, jobs: Sequence[Submission], *, replace: bool) -> None:
             one.request.validate_only = False
             del one.request.submitted_before[:]
         one.planned = planned[alike]
-        one.replaced = job_there(client, one.name) if replace else None
         before += [one.name] if one.name else []
 
 
+def _is_as_asked(there: Any, spec: Any) -> bool:
+    """Whether a job that is there has not ended, is not about to, and is what the file and its folder ask for."""
+    if there is None or there.HasField("end_time") or there.cancel_requested:
+        return False
+    stored = type(spec)()
+    stored.CopyFrom(there.spec)
+    stored.ClearField("secrets_groups")  # which the scheduler notes
+    return bool(stored == spec)
+
+
 def _alike(one: Submission) -> bytes:
-    """The same for members of an array that differ only in what the scheduler does not look at: it is asked about one of them."""
+    """The same for members of an array that differ only in what the scheduler does not look at: it is asked about one of them.
+
+    Who takes the place of another is asked about by itself: it may be somebody else's.
+    """
     array = one.request.job.spec.array
-    if not array.name:
+    if not array.name or one.replaced is not None:
         return one.request.request_id.encode()
     shape = type(one.request.job.spec)()
     shape.CopyFrom(one.request.job.spec)
@@ -239,10 +260,18 @@ def shown(jobs: Sequence[Submission]) -> list[Any]:
 
 
 def replaces_line(one: Submission) -> list[str]:
-    """For the plan: whose place it takes, and what that loses."""
+    """For the plan: whose place it takes, and what that loses; or that it is there already."""
+    if one.kept is not None:
+        return [
+            f"  replaces   nothing: {one.name} ({was(one.kept)}) is what the file and its folder ask for, and stays"
+        ]
     old = one.replaced
     if old is None:
         return []
-    step = f" at step {old.step}" if old.step >= 0 else ""
     ends = "its record goes" if old.HasField("end_time") else "it is cancelled first, and its GPUs are waited for"
-    return [f"  replaces   {old.name} ({output.job_state(old)}{step}): {ends}"]
+    return [f"  replaces   {old.name} ({was(old)}): {ends}"]
+
+
+def was(job: Any) -> str:
+    """RUNNING at step 7."""
+    return output.job_state(job) + (f" at step {job.step}" if job.step >= 0 else "")

@@ -71,7 +71,8 @@ def submit(
         int | None, typer.Option("--gpus", min=0, max=MOST_GPUS, help="GPUs of the job.", show_default=False)
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Cancel the job of that name first, and take its place.")
+        bool,
+        typer.Option("--replace", help="Cancel the job of that name first, and take its place, unless it is the same."),
     ] = False,
     wait_for_capacity: Annotated[
         bool,
@@ -117,7 +118,7 @@ def submit(
         submission.consent(jobs, yes)
         confirm(f"submit {len(jobs)} jobs?" if len(jobs) > 1 else "submit?", yes)
         made = creation.create_all(client, jobs)
-        _show_made(made, jobs, fmt)
+        show_made(made, jobs, fmt)
         if followed:
             raise typer.Exit(follow(client, made[0].name, rank=rank))
 
@@ -136,18 +137,38 @@ def _show_plans(client: Any, jobs: Sequence[Submission], fmt: Format, *, dry_run
         _show_all(submission.shown(jobs) if fmt.is_json else [one.planned for one in jobs], fmt)
 
 
-def _show_made(made: Sequence[Any], jobs: Sequence[Submission], fmt: Format) -> None:
+def show_made(made: Sequence[Any], jobs: Sequence[Submission], fmt: Format) -> None:
+    """What the command did, job by job."""
     if fmt is not Format.table:
         _show_all(made, fmt)
         return
-    old = [job.name for job, one in zip(made, jobs, strict=True) if creation.was_there(job, one)]
-    new = [job.name for job in made if job.name not in old]
+    for line in _replaced_words(jobs):
+        output.note(line)
+    told = {one.name for one in jobs if one.kept is not None or one.replaced is not None}
+    old = [
+        job.name for job, one in zip(made, jobs, strict=True) if job.name not in told and creation.was_there(job, one)
+    ]
+    new = [job.name for job in made if job.name not in {*old, *told}]
     if len(new) > _SHOWN:
         output.note(f"submitted {len(new)} jobs, {new[0]} to {new[-1]}")
     else:
         output.note("\n".join(f"submitted {name}" for name in new))
     if old:
         output.note(f"{len(old)} were there already, as they are; --replace runs them again")
+
+
+def _replaced_words(jobs: Sequence[Submission]) -> list[str]:
+    """Whose place was taken, and who was there already and stays."""
+    replaced = [one for one in jobs if one.replaced is not None]
+    lines = [f"submitted {one.name} in place of the one that was {submission.was(one.replaced)}" for one in replaced]
+    if len(replaced) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(replaced) - _SHOWN} more in place of others"]
+    kept = [one.name for one in jobs if one.kept is not None]
+    if kept:
+        which = f"{kept[0]} stays" if len(kept) == 1 else f"{kept[0]} and {len(kept) - 1} more stay"
+        why = "there already, not ended, and what the file and its folder ask for"
+        lines.append(f"{which}: {why}; to start anew: whaleflux cancel {kept[0]}, and the same command again")
+    return lines
 
 
 def _show_all(found: Sequence[Any], fmt: Format) -> None:

@@ -53,7 +53,8 @@ def connect(
 class SyncChannel:
     """What a generated stub is built on. Use `connect`. `renewable`: files that are looked at again, and how one dials with them.
 
-    `beside` stands around each unary call, all its attempts, and is told of those that failed: for who shows what is waited for.
+    `beside` stands around each unary call, all its attempts, and around the wait for the first message of a stream (`awaiting`), and is told of
+    those that failed: for who shows what is waited for.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class SyncChannel:
             except (OSError, InvalidArgument):
                 pass  # being replaced right now; the old certificate serves until the next look
         return self._channel
+
+    def awaiting(self, method: str) -> FirstMessage:
+        """For who opens streams of this method, one after another, until something comes."""
+        return FirstMessage(self, method)
 
     def close(self) -> None:
         self._channel.close()
@@ -126,6 +131,36 @@ class SyncChannel:
         _registered_method: bool = False,
     ) -> Any:
         return _Streaming(self, _Callable(self, "stream_stream", method, request_serializer, response_deserializer))
+
+
+class FirstMessage:
+    """The wait for a message, over as many streams as it takes; use it as a context: then it ends, whatever happens."""
+
+    def __init__(self, channel: SyncChannel, method: str) -> None:
+        self._channel, self._method = channel, method
+        self._around: AbstractContextManager[Callable[[StatusError], None]] | None = None
+        self._failed: Callable[[StatusError], None] = lambda _: None
+
+    def __enter__(self) -> Self:
+        self.begins()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.came()
+
+    def begins(self, because: StatusError | None = None) -> None:
+        """Nothing has come yet; the last stream broke because of this."""
+        if self._around is None:
+            self._around = self._channel.beside(self._method)
+            self._failed = self._around.__enter__()
+        if because is not None:
+            self._failed(because)
+
+    def came(self) -> None:
+        """A message came, or nobody waits any more."""
+        if self._around is not None:
+            around, self._around = self._around, None
+            around.__exit__(None, None, None)
 
 
 class _Callable:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ENDED = frozenset(
     {scheduler_pb2.JOB_STATE_SUCCEEDED, scheduler_pb2.JOB_STATE_FAILED, scheduler_pb2.JOB_STATE_CANCELLED}
 )
+_WATCH = "/whaleflux.v1.SchedulerService/WatchJobs"
 _AGAIN_S = 0.2  # after a stream that the server ended in order
 
 
@@ -147,21 +148,24 @@ class Client(Stubs):
     def follow_job(self, name: str) -> Iterator[scheduler_pb2.Job]:
         """As `AsyncClient.follow_job`."""
         following, patience = JobFollowing(name), Patience(FOLLOW_OUTAGE_S)
-        while True:
-            following.opened()
-            pause_s = _AGAIN_S
-            try:
-                for change in self.scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(name=name)):
-                    patience.received()
-                    if (job := following.received(change)) is not None:
-                        yield job
-                        if job.state in ENDED:
-                            return
-            except StatusError as error:
-                if (longer_s := patience.pause_s(error, time.monotonic())) is None:
-                    raise
-                pause_s = longer_s
-            time.sleep(pause_s)
+        with self.channel.awaiting(_WATCH) as first:
+            while True:
+                following.opened()
+                pause_s = _AGAIN_S
+                try:
+                    for change in self.scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(name=name)):
+                        patience.received()
+                        first.came()
+                        if (job := following.received(change)) is not None:
+                            yield job
+                            if job.state in ENDED:
+                                return
+                except StatusError as error:
+                    if (longer_s := patience.pause_s(error, time.monotonic())) is None:
+                        raise
+                    pause_s = longer_s
+                    first.begins(error)
+                time.sleep(pause_s)
 
     def read_logs(
         self, request: scheduler_pb2.StreamLogsRequest, *, outage_s: float = OUTAGE_S

@@ -27,11 +27,12 @@ from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux.v1.scheduler_pb2_grpc import add_SchedulerServiceServicer_to_server
 from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
-from whaleflux_scheduler import convert, news, placements, saved_checkpoints
+from whaleflux_scheduler import convert, news, placements
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.attach import AttachBroker
 from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
+from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.promise_lines import PromiseRules
@@ -49,6 +50,7 @@ from whaleflux_scheduler.prepared_plan import PreparedPlan
 from whaleflux_scheduler.rebalances import Rebalances, RebalanceSettings
 from whaleflux_scheduler.reconciler import Reconciler, Sources
 from whaleflux_scheduler.reservation_records import RESERVATIONS
+from whaleflux_scheduler.saved_checkpoints import SavedCheckpoints, could_make_room
 from whaleflux_scheduler.servicer import Scheduler
 from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.steady_clock import SteadyClock
@@ -177,7 +179,7 @@ def assemble(
                 if peers.inventory is not None:
                     group.create_task(_follow_datasets(reconciler, peers.inventory, clock))
                 if peers.checkpoint is not None:
-                    group.create_task(saved_checkpoints.follow(reconciler.saved, peers.checkpoint, clock))
+                    group.create_task(_follow_checkpoints(reconciler, peers.checkpoint, jobs_cache, clock).run())
                 if code is not None:
                     group.create_task(CodeCollection(code, jobs_cache, clock, code_grace_s).run())
                 for publisher in publishers:
@@ -210,6 +212,15 @@ def _feeds(nodes: NodeView, peers: Peers) -> list[Loop]:
         health = peers.health
         feeds.append(lambda: nodes.follow_health(health))
     return feeds
+
+
+def _follow_checkpoints(
+    reconciler: Reconciler, checkpoint: CheckpointServiceStub, jobs: Cache[StoredJob], clock: Clock
+) -> SavedCheckpoints:
+    def running() -> list[str]:
+        return could_make_room(stored.value for stored in jobs.values.values())
+
+    return SavedCheckpoints(reconciler.saved, checkpoint, running, clock)
 
 
 async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceStub, clock: Clock) -> None:

@@ -1,46 +1,81 @@
-"""When the newest checkpoint of each job was committed: what a job loses when it makes room is what it did since."""
+"""When the newest checkpoint of each running job was committed: what a job loses when it makes room is what it did since.
+
+The checkpoint service is asked job by job, of those alone that could be asked to make room, some at a time: what it costs grows with what
+runs, not with all that was ever saved.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
-from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import StatusError
 from whaleflux.v1 import checkpoint_pb2 as pb
 from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from whaleflux_scheduler.core.model import Job, JobState
 
 EVERY_S = 30.0  # the checkpoint service offers no watch; who loses least is a matter of minutes
+MOST_ASKED = 300  # jobs in one look; those that were asked about longest ago go first
+AT_ONCE = 8
+ANSWER_S = 10.0
 _KEPT = frozenset({pb.CHECKPOINT_STATE_COMMITTED, pb.CHECKPOINT_STATE_CERTIFIED})
 
 
-async def follow(
-    told: Callable[[Mapping[str, datetime]], None], checkpoint: CheckpointServiceStub, clock: Clock
-) -> None:
-    """Tells all that are known, by job, each time that they differ from before."""
-    known: Mapping[str, datetime] = {}
-    while True:
-        with contextlib.suppress(StatusError):  # asked again soon; until then what was known counts
-            newest = await _newest(checkpoint)
-            if newest != known:
-                told(newest)
-                known = newest
-        await clock.sleep(EVERY_S)
+def could_make_room(jobs: Iterable[Job]) -> list[str]:
+    """Names of those that run and may be stopped for others."""
+    return [job.name for job in jobs if job.state is JobState.RUNNING and not job.spec.is_service and job.spec.gpus > 0]
 
 
-async def _newest(checkpoint: CheckpointServiceStub) -> dict[str, datetime]:
-    newest: dict[str, datetime] = {}
-    token, more = "", True
-    while more:
-        request = pb.ListCheckpointsRequest(parent="queues/-/jobs/-", page_size=500, page_token=token)
-        page = await checkpoint.ListCheckpoints(request, timeout=10.0)
-        for one in page.checkpoints:
-            if one.state in _KEPT and one.HasField("commit_time"):
-                queue, job, _ = names.split(one.name, "queues", "jobs", "checkpoints")
-                at, name = one.commit_time.ToDatetime(tzinfo=UTC), names.job(queue, job)
-                newest[name] = max(at, newest.get(name, at))
-        token = page.next_page_token
-        more = bool(token)
-    return newest
+class SavedCheckpoints:
+    """Asks about the jobs that `names` answers, and tells all that is known of these, by job, each time that it differs from before."""
+
+    def __init__(
+        self,
+        told: Callable[[Mapping[str, datetime]], None],
+        checkpoint: CheckpointServiceStub,
+        names: Callable[[], Iterable[str]],
+        clock: Clock,
+    ) -> None:
+        self._told, self._checkpoint, self._names, self._clock = told, checkpoint, names, clock
+        self._known: dict[str, datetime] = {}
+        self._asked: dict[str, float] = {}  # when, monotonic
+
+    async def run(self) -> None:
+        """For ever. What cannot be asked is asked again; until then what was known counts."""
+        while True:
+            await self.look()
+            await self._clock.sleep(EVERY_S)
+
+    async def look(self) -> None:
+        """Asks once about some."""
+        names = set(self._names())
+        self._asked = {name: at_s for name, at_s in self._asked.items() if name in names}
+        known = {name: at for name, at in self._known.items() if name in names}
+        due = sorted(names, key=lambda name: (self._asked.get(name, 0.0), name))[:MOST_ASKED]
+        for start in range(0, len(due), AT_ONCE):
+            some = due[start : start + AT_ONCE]
+            newest = await asyncio.gather(*map(self._newest, some))
+            known.update((name, at) for name, at in zip(some, newest, strict=True) if at is not None)
+        if known != self._known:
+            self._known = known
+            self._told(dict(known))
+
+    async def _newest(self, job: str) -> datetime | None:
+        """None: there is none, or nobody answers."""
+        self._asked[job] = self._clock.monotonic()
+        newest: datetime | None = None
+        request = pb.ListCheckpointsRequest(parent=job, page_size=500)
+        with contextlib.suppress(StatusError):
+            while True:
+                page = await self._checkpoint.ListCheckpoints(request, timeout=ANSWER_S)
+                for one in page.checkpoints:
+                    if one.state in _KEPT and one.HasField("commit_time"):
+                        at = one.commit_time.ToDatetime(tzinfo=UTC)
+                        newest = at if newest is None else max(newest, at)
+                if not page.next_page_token:
+                    break
+                request.page_token = page.next_page_token
+        return newest

@@ -86,6 +86,8 @@ class Submissions:
         await self._secrets.admit(job.spec, request.parent, owner, auth.principal())
         if request.on_behalf_of:
             job.spec.priority = self._access.highest_of(queue, owner, job.spec.priority)
+        if request.validate_only and request.replaces:
+            await self._check_replaced(job.name, request.replaces)
         convert.set_time(job.create_time, now)
         job.state_time.CopyFrom(job.create_time)
         await self._await_others(job, frozenset(request.submitted_before) if request.validate_only else frozenset())
@@ -182,6 +184,13 @@ class Submissions:
         check_etag(etag, old)
         check_deletable(stored)
         return Unchanged(old)
+
+    async def _check_replaced(self, name: str, etag: str) -> None:
+        """Raises PermissionDenied and Aborted for a job whose place the caller may not take; that it has to have ended is asked when one does."""
+        old = await self._store.get(keys.of_name(keys.JOBS, name))
+        if old is not None:
+            self._access.check_change(convert.read_job(old), self._access.sight())
+            check_etag(etag, old)
 
     async def _existing(self, job: pb.Job) -> Entry | None:
         """The job of that name, or the one that an earlier delivery of the same request made."""
