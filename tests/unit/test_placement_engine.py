@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.unit.fleets import GB, Level, node, nodes, nvlink
 from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -368,6 +370,26 @@ class TestState:
         with pytest.raises(Aborted):
             made.apply(replace(found, id="other"))
         made.check()
+
+    @given(st.lists(st.integers(0, 8), min_size=4, max_size=4), st.integers(0, 4), st.integers(1, 32), st.data())
+    @settings(max_examples=60, deadline=None)
+    def test_what_fits_is_never_more_than_the_freest_nodes_have_room_for(self, taken, most_nodes, gpus, data):
+        fleet = [node(f"n{at}") for at in range(4)]
+        made = engine(*fleet)
+        for at, count in enumerate(taken):
+            if count:
+                take(made, fleet[at].name, count, f"t{at}")
+        asked = want(gpus, max_nodes=most_nodes)
+        room, left = made.room_of(asked), [8 - count for count in taken]
+        assert room.total == sum(left)
+        for at in data.draw(st.lists(st.integers(0, 3), max_size=4, unique=True)):
+            if taken[at]:
+                made.release(f"t{at}")
+                room.frees(fleet[at].name, taken[at])
+                left[at] = 8
+        room.frees("unknown", 8)
+        assert room.most == sum(sorted(left, reverse=True)[: most_nodes or 4])
+        assert made.fits(asked) is None or gpus <= room.most
 
     def test_a_transaction_leaves_no_trace(self):
         made = engine(*nodes())

@@ -363,6 +363,22 @@ def test_what_cannot_start_sooner_is_not_asked_of_the_engine(monkeypatch):
     assert len(asked) < 5
 
 
+def test_pieces_of_nodes_that_come_free_are_counted_and_not_asked_of_the_engine_where_whole_nodes_are_wanted(monkeypatch):
+    asked = []
+
+    def counted(*args, **more):
+        asked.append(args)
+        return availability.earliest(*args, **more)
+
+    monkeypatch.setattr(expected_ends, "earliest", counted)
+    jobs = [job(f"long{n}", 0.0, 20_000.0, 3, 20_000.0) for n in range(4)]  # three quarters of each node
+    jobs += [job("gang", 10.0, 100.0, 4, 100.0, max_nodes=1)]
+    jobs += [job(f"s{n}", 20.0 + 60.0 * n, 300.0, 1, 300.0) for n in range(200)]
+    found = simulate(jobs)
+    assert found["gang"].start_s <= found["gang"].promised_s < 20_200.0
+    assert len(asked) < 5
+
+
 def test_a_step_that_ran_out_of_time_before_it_promised_is_gone_on_with_at_once():
     """On a busy machine nothing else may happen for a minute: the gang was put off for as long, and nothing could move for it."""
     clock = iter(range(10_000))

@@ -20,6 +20,7 @@ from whaleflux_scheduler.core.holdings import Holdings
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.placement.api import PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.placement.node_room import NodeRoom
 from whaleflux_scheduler.core.preemption import claimant_of
 from whaleflux_scheduler.core.quota import Claimant
 from whaleflux_scheduler.core.rebalance import resumes
@@ -154,14 +155,27 @@ class ExpectedEnds:
         if passed:
             asked, others = set(passed), leaving
             leaving = itertools.chain(self._asked(passed, now), (end for end in others if end[1] not in asked))
-        first = _enough(leaving, short, self._profile, own)
-        if first is None:
-            return None, False
-        ends = itertools.chain(first, leaving)
         vacate, now_s = self._vacating(job.name), now.timestamp()
         with self._holdings.without(job.name):
+            room = self._engine.room_of(request)
+            first = self._enough(leaving, gpus_of(request), room, job.name)
+            if first is None:
+                return None, room.total >= gpus_of(request)
+            ends = itertools.chain(first, leaving)
             start = earliest(self._engine, request, ends, vacate, now_s=now_s, least=len(first))
         return start, start is None
+
+    def _enough(self, leaving: Iterator[End], gpus: int, room: NodeRoom, claimant: str) -> list[End] | None:
+        """The first ones until they leave so much room; None: all of them do not."""
+        found: list[End] = []
+        while room.most < gpus:
+            end = next(leaving, None)
+            if end is None or len(found) == MOST_RELEASED:
+                return None
+            found.append(end)
+            for node, freed in self._holdings.let_go(end[1], claimant):
+                room.frees(node, freed)
+        return found
 
     def passed(self, job: Job, now: datetime) -> list[str]:
         """Who began while the job waited, though it has waited for more GPU-hours than they had; who began last first. After `catch_up`.
@@ -229,18 +243,6 @@ class ExpectedEnds:
 
     def _vacating(self, claimant: str) -> _Vacating:
         return _Vacating(self._engine, self._holdings, claimant)
-
-
-def _enough(leaving: Iterator[End], gpus: int, profile: Availability, own: Counter[str]) -> list[End] | None:
-    """The first ones until they leave so many GPUs; None: all of them do not."""
-    found: list[End] = []
-    while gpus > 0:
-        end = next(leaving, None)
-        if end is None or len(found) == MOST_RELEASED:
-            return None
-        found.append(end)
-        gpus -= profile.gpus(end[1]) + own[end[1]]
-    return found
 
 
 def _may_be_counted_on(other: Job, claimant: Claimant) -> bool:

@@ -449,6 +449,14 @@ class Holdings:
             return count(held)
         return sum(self._claimant.get(uuid, job) == job for _, uuid in _pairs(held))
 
+    def let_go(self, job: str, claimant: str) -> Iterator[tuple[str, int]]:
+        """GPUs that come free for the claimant when the job leaves, by node."""
+        held = self.held(job)
+        if not held or not self._jobs[job].spec.gpus:
+            return
+        for node, uuids in held.items():
+            yield node, sum(self._claimant.get(u, claimant) == claimant for u in uuids) if self._claimant else len(uuids)
+
     def claimants_on(self, job: str) -> set[str]:
         """Others that claim some of what the job holds."""
         return self._claimants(uuid for _, uuid in _pairs(self.held(job))) - {job}

@@ -33,6 +33,7 @@ from whaleflux_scheduler.core.placement.comm import flows_of
 from whaleflux_scheduler.core.placement.decide import decide
 from whaleflux_scheduler.core.placement.exact import Where, place_on
 from whaleflux_scheduler.core.placement.explain import explain
+from whaleflux_scheduler.core.placement.node_room import NodeRoom
 from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.shapes import Shapes
 from whaleflux_scheduler.core.placement.supply import could_use
@@ -372,6 +373,11 @@ class Engine:
             if gpus:
                 found[kind.models[0]] = found.get(kind.models[0], 0) + int(gpus)
         return found
+
+    def room_of(self, request: PlaceRequest) -> NodeRoom:
+        """What as many nodes as the request may have offer together; it is not placed while that is less than its GPUs."""
+        together = max(request.level or Level.FLEET, request.group.level or Level.FLEET) >= Level.NODE
+        return NodeRoom(self.columns, 1 if together else request.max_nodes)
 
     def could_use(self, name: str, request: PlaceRequest) -> bool:
         """Whether the node could give anything at all to the request now, alone or with others; a yes may be too hopeful."""
