@@ -363,7 +363,9 @@ def test_what_cannot_start_sooner_is_not_asked_of_the_engine(monkeypatch):
     assert len(asked) < 5
 
 
-def test_pieces_of_nodes_that_come_free_are_counted_and_not_asked_of_the_engine_where_whole_nodes_are_wanted(monkeypatch):
+def test_pieces_of_nodes_that_come_free_are_counted_and_not_asked_of_the_engine_where_whole_nodes_are_wanted(
+    monkeypatch,
+):
     asked = []
 
     def counted(*args, **more):

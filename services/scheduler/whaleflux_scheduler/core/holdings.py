@@ -455,7 +455,10 @@ class Holdings:
         if not held or not self._jobs[job].spec.gpus:
             return
         for node, uuids in held.items():
-            yield node, sum(self._claimant.get(u, claimant) == claimant for u in uuids) if self._claimant else len(uuids)
+            yield (
+                node,
+                sum(self._claimant.get(u, claimant) == claimant for u in uuids) if self._claimant else len(uuids),
+            )
 
     def claimants_on(self, job: str) -> set[str]:
         """Others that claim some of what the job holds."""
