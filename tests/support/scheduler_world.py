@@ -27,6 +27,7 @@ from whaleflux_scheduler.bootstrap import Peers, Service, assemble
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.plan import News, Plan
+from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.rebalances import RebalanceSettings
 
 USER = auth.Identity("user", "ada")
@@ -295,8 +296,9 @@ class World:
         bus: Bus | None = None,
         secrets: Any = None,
         rebalancing: RebalanceSettings | None = None,
+        let_end_s: float = MOST_S,
     ) -> None:
-        self.bus, self.rebalancing = bus, rebalancing
+        self.bus, self.rebalancing, self.let_end_s = bus, rebalancing, let_end_s
         self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
         self.code = MemoryCode(self.clock)
@@ -328,6 +330,7 @@ class World:
             self.keep_ended,
             self.code,
             rebalancing=self.rebalancing,
+            let_end_s=self.let_end_s,
         )
         scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self.scheduler = AsAdmin(scheduler)

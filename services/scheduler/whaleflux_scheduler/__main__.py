@@ -30,6 +30,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         settings.code_grace_s,
         settings.queue_half_life_s,
         promises=settings.promise_rules(),
+        let_end_s=settings.preemption_let_end_s,
         rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)

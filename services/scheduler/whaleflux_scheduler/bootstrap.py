@@ -37,6 +37,7 @@ from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
+from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
@@ -112,6 +113,7 @@ def assemble(
     *,
     promises: PromiseRules | None = None,
     rebalancing: RebalanceSettings | None = None,
+    let_end_s: float = MOST_S,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
     moving = rebalancing or RebalanceSettings()
@@ -131,7 +133,7 @@ def assemble(
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
     tasks = Tasks(leader_session, broker, attaching, secrets)
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
-    prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises)
+    prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, let_end_s=let_end_s)
     service = Service(
         servicers=[
             (add_SchedulerServiceServicer_to_server, scheduler, "whaleflux.v1.SchedulerService"),

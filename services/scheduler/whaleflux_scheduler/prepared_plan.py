@@ -14,6 +14,7 @@ from whaleflux_scheduler.core.plan import News, Plan
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.node_view import NodeView
 
 PASS_EVERY_S = 1.0
@@ -31,9 +32,10 @@ class PreparedPlan:
         *,
         rules: RebalanceRules | None = None,
         promises: PromiseRules | None = None,
+        let_end_s: float = MOST_S,
     ) -> None:
         self._nodes, self._clock, self._queue_half_life_s = nodes, clock, queue_half_life_s
-        self._rules, self._promises = rules, promises
+        self._rules, self._promises, self._let_end_s = rules, promises, let_end_s
         self._plan: Plan | None = None
         self.give_back()
 
@@ -69,4 +71,5 @@ class PreparedPlan:
             self._queue_half_life_s,
             rules=self._rules,
             promises=self._promises,
+            let_end_s=self._let_end_s,
         )

@@ -12,6 +12,7 @@ from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.soon_over import MOST_S
 
 _DEFAULTS, _RULES, _PROMISES = Timeouts(), RebalanceRules(), PromiseRules()
 
@@ -74,6 +75,16 @@ class Settings(ServiceSettings):
         description=(
             "Seconds that a large job waits before work that began meanwhile, has run for an hour and saves checkpoints may be "
             "suspended for its start."
+        ),
+    )
+
+    preemption_let_end_s: float = Field(
+        MOST_S,
+        ge=0,
+        le=3600,
+        description=(
+            "Seconds that a job waits at most for others that are about to end instead of having them stopped, where that costs less "
+            "GPU time than to stop them and start them again. 0: others are stopped at once."
         ),
     )
 

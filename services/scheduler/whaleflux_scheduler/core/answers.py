@@ -11,7 +11,6 @@ from whaleflux_scheduler.core.going_on import awaited_nodes
 from whaleflux_scheduler.core.model import SchedulingDecision
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Candidate, Line
-from whaleflux_scheduler.core.preemption import still_stopping
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.refusals import Refusals
@@ -43,7 +42,7 @@ class Answers(Waiting):
 
     def _tell(self, name: str, why: str) -> None:
         """A job that waits for something else than it was told is told again at the end of the step."""
-        waiting = self._pending.jobs[name]
+        waiting, why = self._pending.jobs[name], "others end" if self._soon_over.of(name, self._now) else why
         before, waiting.told = waiting.told, why
         if self._reasons and before not in ("", why):
             self._unanswered[name] = None
@@ -111,5 +110,5 @@ class Answers(Waiting):
             return wait_reasons.for_cheaper(waits, now)
         decision = wait_reasons.does_not_fit(self._refusals.of(line.kind, job), now, candidate.exclude)
         decision = wait_reasons.with_reservations(decision, self._reserved.in_the_way_of(job, now))
-        decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        decision = self._with_those_who_leave(decision, job, now)
         return wait_reasons.with_promise(decision, self._fleet.holdings.claim(job.name))

@@ -89,13 +89,32 @@ class Estimates:
             likely_s, safe_s = min(likely_s, hard_s), min(safe_s, hard_s)
         return Estimate(likely_s, safe_s, hard_s, source)
 
-    def _learned(self, job: Job, ran_s: float, hard_s: float | None) -> tuple[float, float, str]:
+    def left_s(self, job: Job, ran_s: float) -> float | None:
+        """In how many seconds a job that has run for `ran_s` probably ends by itself; None: nobody knows, or it runs for longer than was known.
+
+        Half of all such jobs are over by then.
+        """
+        hard_s, said_s = job.spec.time_limit_s, job.spec.expected_s
+        if said_s is not None:
+            known = [said_s] * (said_s > ran_s)
+        else:
+            known = [_quantile(longer, 0.5)] if (longer := self._longer(job, ran_s)) else []
+        ends = [*known, hard_s] if hard_s is not None else known
+        return max(0.0, min(ends) - ran_s) if ends else None
+
+    def _longer(self, job: Job, ran_s: float) -> list[float]:
+        """Runs like it that were longer, in order; of the narrowest family that has any."""
         for family in _families(job):
             runs = self._runs.get(family, ())
             longer = sorted(run for run in runs if run > ran_s)
             if longer and (family[1] or len(runs) >= ENOUGH_OF_OTHERS):
-                likely_s, safe_s = _quantile(longer, 0.5), _quantile(longer, 0.9)
-                return max(likely_s, LEAST_S), max(safe_s, LEAST_S), f"the last {len(longer)} runs like it"
+                return longer
+        return []
+
+    def _learned(self, job: Job, ran_s: float, hard_s: float | None) -> tuple[float, float, str]:
+        if longer := self._longer(job, ran_s):
+            likely_s, safe_s = _quantile(longer, 0.5), _quantile(longer, 0.9)
+            return max(likely_s, LEAST_S), max(safe_s, LEAST_S), f"the last {len(longer)} runs like it"
         guess_s = _doubled(DEFAULT_S if hard_s is None else hard_s, ran_s)
         return guess_s, guess_s, "its time limit" if hard_s is not None else "no run like it is known"
 

@@ -16,7 +16,7 @@ from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Line, RequestClass
 from whaleflux_scheduler.core.placement.api import Placement, PreemptionPlan
-from whaleflux_scheduler.core.preemption import claim_for, room_for
+from whaleflux_scheduler.core.preemption import claim_for, room_for, stopped
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
@@ -48,11 +48,13 @@ class MakingRoom(Answers):
             return room.claim
         if not (self._lower_hold_enough(kind) or self._shares.quota.below_guarantee(line.queue)):
             return None
+        if self._soon_over.of(job.name, now):
+            return None
         request = self._reserved.away(replace(self._within_quota(kind.request, job), id=job.name), job, now)
         with holdings.without(job.name):
             parts = self._resizing.parts_for(job, kind.need.gpus, now)
             plan = room_for(self._fleet.engine, holdings, request, job, parts)
-        if plan is None:
+        if plan is None or self._lets_end(job, plan, now):
             return None
         claim = claim_for(plan, holdings, now)
         self._shrink(shrinking(claim, [holdings.jobs[name] for name in claim.victims], holdings, now), job, now)
@@ -78,16 +80,33 @@ class MakingRoom(Answers):
     def _swap(self, line: Line, job: Job, limit: QueueLimit, now: datetime) -> Claim | None:
         """What is kept for the job while others leave under the limit that keeps it back; None: nobody may be stopped for it."""
         line.vain, kind = False, line.kind
-        if self._has_claim(kind) or kind.impossible or not self._may_swap(line):
+        if self._has_claim(kind) or kind.impossible or not self._may_swap(line) or self._soon_over.of(job.name, now):
             return None
         holdings, request = self._fleet.holdings, self._reserved.away(replace(kind.request, id=job.name), job, now)
         plan = room_under_limit(self._fleet.engine, holdings, request, job)
         if isinstance(plan, PreemptionPlan):
-            return claim_for(plan, holdings, now, limit.queue)
+            return None if self._lets_end(job, plan, now) else claim_for(plan, holdings, now, limit.queue)
         if plan is not None:
             line.vain = True
             self._vain[line] = None
         return None
+
+    def _lets_end(self, job: Job, plan: PreemptionPlan, now: datetime) -> bool:
+        """Whether it waits for those to end whom the plan would stop; it is decided again when they should have."""
+        waits = self._soon_over.lets_end(job, dict.fromkeys(stopped(plan)), now)
+        if waits:
+            self._tell(job.name, "others end")
+        return waits
+
+    def _look_again(self, now: datetime) -> None:
+        """Those whom others were let end for have their next chance."""
+        for name in self._soon_over.due(now):
+            if (waiting := self._pending.jobs.get(name)) is None:
+                self._soon_over.forget(name)
+            elif waiting.line.parked:
+                self._swaps[waiting.line] = None
+            else:
+                self._make_room_for((waiting.line.kind,))
 
     def _has_claim(self, kind: RequestClass) -> bool:
         """Whether GPUs are kept for it already, other than for a promised start."""
@@ -115,6 +134,7 @@ class MakingRoom(Answers):
         self._join(candidate)
         self._refuse(self._pending.jobs[job.name].line.kind)  # until its claim is stored
         self._unanswered.pop(job.name, None)
+        self._soon_over.forget(job.name)
         self._borrows(job)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
 

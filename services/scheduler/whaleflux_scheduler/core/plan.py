@@ -29,6 +29,7 @@ from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promising import Promising
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
+from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.core.stopwatch import Stopwatch
 
 __all__ = ("Move", "News", "Plan")
@@ -38,7 +39,8 @@ _FEW = 8  # GPUs; for more it pays to ask first whether there is any place
 class Plan(Promising):
     """See the module. `monotonic` is read by steps that are bounded in time, and by no others.
 
-    `reasons` False: those who wait are not told why, for who simulates and nobody asks.
+    `reasons` False: those who wait are not told why, for who simulates and nobody asks. `let_end_s`: for how long a job lets others end before they
+    are stopped for it (`soon_over`).
     """
 
     def __init__(
@@ -49,14 +51,17 @@ class Plan(Promising):
         reasons: bool = True,
         rules: RebalanceRules | None = None,
         promises: PromiseRules | None = None,
+        let_end_s: float = MOST_S,
     ) -> None:
         super().__init__(half_life_s, rules, promises, reasons=reasons)
         self._monotonic = monotonic
+        self._soon_over.most_s = let_end_s
 
     @property
     def next_look(self) -> datetime | None:
         """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
-        at_s = min(self._promises.next_look, self._reserved.next_look, self._patience.next_look, self._next_again)
+        waits_s = min(self._patience.next_look, self._soon_over.next_look)
+        at_s = min(self._promises.next_look, self._reserved.next_look, waits_s, self._next_again)
         return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
 
     def prepare(self) -> None:
@@ -138,6 +143,7 @@ class Plan(Promising):
         moves = self._keep_reservations(now)
         for name in self._patience.due(now):
             self._try_again(self._pending.jobs[name].line.kind)
+        self._look_again(now)
         self._take_in_gains()
         if self._kept_from:
             self._slack_rose()
@@ -279,6 +285,7 @@ class Plan(Promising):
         self._leave(job.name)
         self._promises.leaves(job.name)
         self._patience.forget(job.name)
+        self._soon_over.forget(job.name)
         self._fleet.hold(job, held)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         self._reserved.starts(job)

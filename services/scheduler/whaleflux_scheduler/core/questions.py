@@ -34,6 +34,7 @@ from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
 from whaleflux_scheduler.core.reserved_gpus import Fleet
 from whaleflux_scheduler.core.reserving import Reserved
+from whaleflux_scheduler.core.soon_over import SoonOver
 from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
@@ -55,6 +56,7 @@ class Questions:
         kept = self._promises.starts_s, self._reserved.starts_s
         self._lending = Lending(self._fleet.engine, self._estimates, *kept)
         self._patience = Patience(self._promises.soonest)
+        self._soon_over = SoonOver(self._fleet.holdings, self._estimates)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property
@@ -87,7 +89,7 @@ class Questions:
         if limit := self._over_limit(job):
             full = self._is_full(limit, job, now)
             swap = room_under_limit(self._fleet.engine, self._fleet.holdings, place_request(job.name, job.spec), job)
-            return self._with_victims(full, job, stopped(swap)) if isinstance(swap, PreemptionPlan) else full
+            return self._with_stops(full, job, swap, now) if isinstance(swap, PreemptionPlan) else full
         if not self.nodes:
             return wait_reasons.no_nodes(now)
         if reserved := self._reserved.why(job, now):
@@ -106,7 +108,7 @@ class Questions:
         decision = self._in_line(self._in_time(decision, job, now), job)
         asked = self._reserved.away(request, job, now)
         plan = room_for(self._fleet.engine, self._fleet.holdings, asked, job)
-        return decision if plan is None else self._with_victims(decision, job, stopped(plan))
+        return decision if plan is None else self._with_stops(decision, job, plan, now)
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
@@ -138,7 +140,7 @@ class Questions:
         claims = [name for name in self._fleet.holdings.claims if name != job.name and not is_reservation(name)]
         decision = wait_reasons.with_claims(decision, claims)
         decision = wait_reasons.with_reservations(decision, self._reserved.in_the_way_of(job, now))
-        decision = self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+        decision = self._with_those_who_leave(decision, job, now)
         if (claim := self._fleet.holdings.claim(job.name)) is not None:
             decision = wait_reasons.with_promise(decision, claim)
         elif (expected := self._expected_start(job, now)) is not None:
@@ -199,8 +201,7 @@ class Questions:
 
     def _full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
         """Its queue may not take it now; unless others are on their way out for it."""
-        full = self._is_full(limit, job, now)
-        return self._with_victims(full, job, still_stopping(self._fleet.holdings, job.name))
+        return self._with_those_who_leave(self._is_full(limit, job, now), job, now)
 
     def _is_full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
         gpus = job.spec.gpus
@@ -330,6 +331,21 @@ class Questions:
         known = (self._fleet.holdings.jobs.get(victim) for victim in victims)
         reclaimed = any(other is not None and other.spec.priority >= job.spec.priority for other in known)
         return wait_reasons.with_victims(decision, victims, reclaimed=reclaimed)
+
+    def _with_those_who_leave(self, decision: SchedulingDecision, job: Job, now: datetime) -> SchedulingDecision:
+        """With those who are stopped for it, or whom it lets end."""
+        if (waits := self._soon_over.of(job.name, now)) is not None:
+            return wait_reasons.lets_end(decision, waits, now)
+        return self._with_victims(decision, job, still_stopping(self._fleet.holdings, job.name))
+
+    def _with_stops(
+        self, decision: SchedulingDecision, job: Job, plan: PreemptionPlan, now: datetime
+    ) -> SchedulingDecision:
+        """With those who would be stopped for it, now or unless they end before."""
+        victims = stopped(plan)
+        if (waits := self._soon_over.weighed(job, dict.fromkeys(victims), now)) is not None:
+            return wait_reasons.lets_end(decision, waits, now)
+        return self._with_victims(decision, job, victims)
 
     def positions(self, names: Iterable[str]) -> dict[str, int]:
         """Of those that wait: their positions in their queues, from 1."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from whaleflux_scheduler.core.holdings import Holdings, claim_id, count, job_of
+from whaleflux_scheduler.core.holdings import Holdings, claim_id, count, held_by, job_of
 from whaleflux_scheduler.core.model import ACTIVE, Job, JobState
 from whaleflux_scheduler.core.placement.api import NoPlacement, PlaceRequest, PreemptionPlan, Victim
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -65,10 +65,15 @@ class UnderLimit:
         """What leaves, or loses its claim, whatever is decided now."""
         asked = asked_to_leave(self._holdings, claimant_of(self._holdings, self._job, self._gpus))
         for name in self._there:
-            if name != self._job.name and (name in asked or self._holdings.jobs[name].state not in _STAYS):
+            if name != self._job.name and (name in asked or self._is_over(name)):
                 yield name
                 if name in asked and self._holdings.claim(name) is not None:
                     yield claim_id(name)
+
+    def _is_over(self, name: str) -> bool:
+        """Whether it holds only what it has not left yet. What it was given a moment ago, its record does not say."""
+        job = self._holdings.jobs[name]
+        return job.state not in _STAYS and held_by(job) == self._holdings.held(name)
 
     def leaves(self, id_: str) -> None:
         """As if this victim had left."""

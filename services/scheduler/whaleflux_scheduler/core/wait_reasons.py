@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -17,6 +18,7 @@ from whaleflux_scheduler.core.placement.api import NoPlacement
 from whaleflux_scheduler.core.queue_order import ArrayLimit
 from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.reservations import Reservation, ReservationState
+from whaleflux_scheduler.core.soon_over import LetsEnd
 
 _IN_THE_FILE = {  # the engine's words, and those of who writes job files
     "excluded by name": "avoided after a failure",
@@ -187,6 +189,18 @@ def with_victims(
     )
     summary = f"starts when {len(victims)} job{'s' * several} {which} {'have' if several else 'has'} stopped"
     return replace(decision, summary=summary, preempts=tuple(victims)[:_MOST_AHEAD], exclusions=(), smallest_change="")
+
+
+def lets_end(decision: SchedulingDecision, waits: LetsEnd, now: datetime) -> SchedulingDecision:
+    """Others would be stopped for it, who are about to end by themselves."""
+    many, now_s = len(waits.victims), now.timestamp()
+    named = ", ".join(waits.victims[:_MOST_NAMES]) + f" and {many - _MOST_NAMES} more" * (many > _MOST_NAMES)
+    ends, stops = (shown_duration(math.ceil(max(0.0, at_s - now_s))) for at_s in (waits.ends_s, waits.stops_s))
+    why = (
+        f"would stop {named} in {stops} unless {'they end' if many > 1 else 'it ends'} before: expected in {ends}, and a stop costs more GPU time "
+        "than this wait"
+    )
+    return replace(decision, reasons=(why, *decision.reasons))
 
 
 def with_quota(decision: SchedulingDecision, kept: Collection[GpuChoice], job: Job) -> SchedulingDecision:

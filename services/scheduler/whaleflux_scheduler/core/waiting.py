@@ -116,6 +116,7 @@ class Waiting(Questions):
             self._leave(name)
             self._promises.leaves(name)
             self._patience.forget(name)
+            self._soon_over.forget(name)
             return
         candidate = _asking_for_least(candidate)
         known = self._pending.jobs.get(name)
@@ -271,6 +272,8 @@ class Waiting(Questions):
         """Whether others could be stopped under the limit that keeps it back, as far as the least numbers tell."""
         quota = self._shares.quota
         first = line.first()
+        if first is not None and self._soon_over.of(first[1], self._now):
+            return False
         own = self._fleet.holdings.count_of(first[1]) if first is not None else 0
         within = quota.limited_at(line.queue, line.kind.gpus, own)
         if within is None:
