@@ -10,59 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.agent_tasks import until
-from whaleflux.data import manifest, sources
-from whaleflux.errors import NotFound, Unavailable
-from whaleflux.v1 import inventory_pb2
+from tests.support.dataset_inventory import Inventory
+from whaleflux.data import sources
 from whaleflux_agent import dataset_pull, dataset_store
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
 
 NODE = "sites/lab/nodes/n1"
 ROOM = 1000
-STATE = "DATASET_COPY_STATE_"
-
-
-class Inventory:
-    """Knows every dataset that it has a source of, and what the first node found it to be."""
-
-    def __init__(self, uri, **others):
-        self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
-        self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
-        self.tells_pins = True
-
-    def _dataset(self, name):
-        if self.away:
-            raise Unavailable("nobody answers")
-        if name not in self.uris:
-            raise NotFound("dataset", name)
-        found = inventory_pb2.Dataset(name=name, uri=self.uris[name])
-        if known := self.manifests.get(name):
-            found.manifest_digest = manifest.from_proto(known).digest
-        return found
-
-    async def GetDataset(self, request, timeout):
-        return self._dataset(request.name)
-
-    async def GetDatasetManifest(self, request, timeout):
-        return self.manifests[request.name]
-
-    async def SetDatasetManifest(self, request, timeout):
-        self.manifests.setdefault(request.dataset, request.manifest)
-        return self._dataset(request.dataset)
-
-    async def ListNodePins(self, request, timeout):
-        if not self.tells_pins:
-            raise Unavailable("nobody answers")
-        return inventory_pb2.ListNodePinsResponse(datasets=[self._dataset(name) for name in self.pinned])
-
-    async def ReportCachedDataset(self, request, timeout):
-        self.copies.setdefault(request.dataset, []).append(request.copy)
-        return inventory_pb2.Dataset(name=request.dataset)
-
-    def states(self, name):
-        return [
-            inventory_pb2.DatasetCopyState.Name(copy.state).removeprefix(STATE) for copy in self.copies.get(name, ())
-        ]
 
 
 @pytest.fixture(autouse=True)

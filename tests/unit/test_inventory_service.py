@@ -308,6 +308,11 @@ async def test_datasets_and_their_copies(world):
     assert dataset.copies[0].pinned
     with pytest.raises(PermissionDenied):
         await world.call("ReportCachedDataset", report, "agent", "a/n2")
+    for wrong in ("unix:/run/secret.sock", "no port", "x" * 300 + ":1"):
+        report.copy.address = wrong
+        with pytest.raises(InvalidArgument, match="copy.address"):
+            await world.call("ReportCachedDataset", report, "agent", "a/n1")
+    report.copy.address = "10.0.0.1:7000"
     report.copy.present_bytes = 0
     assert not (await world.call("ReportCachedDataset", report, "agent", "a/n1")).copies
     with pytest.raises(Aborted):

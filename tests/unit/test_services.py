@@ -15,7 +15,7 @@ from whaleflux.services import BY_GRPC, REFLECTING, REFLECTION, ROLES, SERVICES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-AGENTS_OWN = {"NodeService"}  # served by agents, on nodes
+AGENTS_OWN = {"NodeService", "PieceService"}  # served by agents, on nodes
 
 
 @pytest.mark.parametrize("path", generate.paths())

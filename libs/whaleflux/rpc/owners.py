@@ -187,6 +187,11 @@ TABLE: dict[str, OwnerRule] = {
         Probe=FLEET,
     ),
     **_service(
+        "Piece",
+        ListPieces=LEAVES_OUT,
+        ReadPiece=LEAVES_OUT,
+    ),
+    **_service(
         "Health",
         Heartbeat=own_node("hello.node"),
         ReportFailure=FLEET,
@@ -239,6 +244,7 @@ _READS = (
     "Verify",
     "WhoAmI",
     "Download",
+    "Read",
 )
 _ROUTINE = frozenset(
     {

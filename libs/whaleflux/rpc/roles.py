@@ -124,6 +124,9 @@ TABLE: Table = {
     "/whaleflux.v1.TaskService/Attach": frozenset({AGENT}),
     "/whaleflux.v1.TaskService/OpenTaskSecrets": frozenset({AGENT}),
     "/whaleflux.v1.NodeService/Probe": frozenset({HEALTH_MONITOR, ADMIN, OPERATOR}),  # neighbours look at the port only
+    # agents of one site, among themselves
+    "/whaleflux.v1.PieceService/ListPieces": frozenset({AGENT}),
+    "/whaleflux.v1.PieceService/ReadPiece": frozenset({AGENT}),
     # health_monitor alone judges; the scheduler asks it what a failure means
     _HEALTH + "Heartbeat": frozenset({AGENT}),
     _HEALTH + "ReportFailure": frozenset({SCHEDULER}),

@@ -27,6 +27,7 @@ from whaleflux_agent.checkpoint_access import CheckpointAccess
 from whaleflux_agent.checkpoint_collector import CheckpointCollector
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.code_cache import CodeCache
+from whaleflux_agent.dataset_peers import Peers
 from whaleflux_agent.dataset_pull import Pace
 from whaleflux_agent.dataset_store import cache_bytes
 from whaleflux_agent.datasets import DatasetCache
@@ -41,6 +42,7 @@ from whaleflux_agent.joining import come_back
 from whaleflux_agent.machine_id import host_id_file, machine_id
 from whaleflux_agent.node_servicer import NodeServicer
 from whaleflux_agent.observations import Observations
+from whaleflux_agent.piece_servicer import PieceServicer
 from whaleflux_agent.rank_server import RankServer
 from whaleflux_agent.rank_servicer import RankServicer, socket_path
 from whaleflux_agent.registration import NodeDescription, Registration
@@ -107,7 +109,12 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
                 agent_pb2_grpc.add_NodeServiceServicer_to_server,
                 NodeServicer(description.node, supervisor, clock),
                 "whaleflux.v1.NodeService",
-            )
+            ),
+            (
+                agent_pb2_grpc.add_PieceServiceServicer_to_server,
+                PieceServicer(description.node, datasets.held, inventory, clock),
+                "whaleflux.v1.PieceService",
+            ),
         ],
         loops=[
             registration.run,
@@ -230,6 +237,8 @@ def _supervision(
         reader=isolation.reader,
         header=secrets.header,
         pace=Pace(settings.dataset_bytes_per_s),
+        address=_reachable(ctx.address, settings.address_for_ranks()),
+        peers=Peers(node, ctx.tls, settings.trust_domain, inventory),
     )
     context = NodeContext(
         node=node,

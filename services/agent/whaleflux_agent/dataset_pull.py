@@ -18,7 +18,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +27,12 @@ from typing import BinaryIO
 from whaleflux.data import manifest
 from whaleflux.data.manifest import Chunk, Manifest
 from whaleflux.data.sources import Found, Source, SourceChanged, SourceFailed
+from whaleflux_agent.core.piece_order import PieceOrder, Take
 
 LANES = 4
 RUN_BYTES = 64 << 20  # asked of a source at once
+_RUNS = 32  # at least, that a version is asked for in: so that nodes can share them
+_LOOK_S = 1.0  # after which a lane without work looks again
 _PIECE_BYTES = 1 << 20
 _TRIES = 3  # of a stretch that does not come, or not as it should
 PAUSE_S = 0.5
@@ -69,7 +72,11 @@ class Progress:
     total_bytes: int = 0
     done_bytes: int = 0
     here_bytes: int = 0
-    pulled_bytes: int = 0  # from sources, those in vain included
+    pulled_bytes: int = 0  # those in vain included
+    waits_for: str = ""  # the node that reads it first
+    peer_bytes: int = 0  # of chunks that other nodes gave
+    liars: dict[str, str] = field(default_factory=dict)  # nodes that gave wrong bytes, and which
+    failures: dict[str, str] = field(default_factory=dict)  # nodes that did not give what they said that they have
     stop: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
@@ -95,7 +102,7 @@ class Wanted:
 
 
 class Pull:
-    """One pull into `partial`, from `source`."""
+    """One pull into `partial`, from `source`, and from the nodes that `seen` tells of: `peer` opens them, `me` is this one among them."""
 
     def __init__(
         self,
@@ -105,21 +112,41 @@ class Pull:
         *,
         pace: Pace | None = None,
         progress: Progress | None = None,
+        me: str = "",
+        peer: Callable[[str], Source] | None = None,
     ) -> None:
-        self._wanted, self._source, self._partial = wanted, source, partial
+        self._wanted, self._source, self._partial, self._peer = wanted, source, partial, peer
         self._pace, self.progress = pace or Pace(), progress or Progress()
         self._found = {one.path: one for one in wanted.found}
         self._chunks = tuple(wanted.manifest.chunks())
         self._digests: dict[int, bytes] = {}
-        self._writing = threading.Lock()
+        self._turn = threading.Condition()
+        self._order = PieceOrder(
+            me,
+            wanted.manifest.digest,
+            self._chunks,
+            lanes=LANES,
+            run_bytes=min(RUN_BYTES, max(1, wanted.manifest.size_bytes // _RUNS)),
+            ranged=source.ranged,
+        )
+        self.pieces = 0  # a bitmap of the chunks that are here, each compared with the manifest
         self.progress.total_bytes = wanted.manifest.size_bytes
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._wanted.manifest
+
+    @property
+    def files(self) -> Path:
+        """Where its files are on their way."""
+        return self._partial / "files"
 
     def run(self) -> Manifest:
         """Pulls what is missing and returns what it is; `finish` makes it last. Raises SourceFailed, Stopped, OSError (ENOSPC)."""
         self._begin()
         with open(self._partial / "journal", "r+b", buffering=0) as journal:
             self._go_on(journal)
-            self._fetch(self._runs(), journal)
+            self._fetch(journal)
         if not self._wanted.known and tuple(by_path(self._source.scan())) != self._wanted.found:
             raise SourceChanged("its source was changed while it was read; it is read again")
         return self._wanted.manifest.known([self._digests[chunk.index] for chunk in self._chunks])
@@ -163,44 +190,52 @@ class Pull:
         except OSError:
             return False
 
-    def _runs(self) -> Iterator[Sequence[Chunk]]:
-        """Missing chunks that follow one another in a file, as far as one request goes."""
-        limit = RUN_BYTES if self._source.ranged else 1 << 62
-        run: list[Chunk] = []
-        for chunk in (chunk for chunk in self._chunks if chunk.index not in self._digests):
-            follows = run and run[-1].index + 1 == chunk.index and run[-1].file == chunk.file
-            if run and (not follows or sum(one.size_bytes for one in run) + chunk.size_bytes > limit):
-                yield run
-                run = []
-            run.append(chunk)
-        if run:
-            yield run
-
-    def _fetch(self, runs: Iterable[Sequence[Chunk]], journal: BinaryIO) -> None:
-        waiting, lock, wrong = iter(list(runs)), threading.Lock(), list[BaseException]()
+    def _fetch(self, journal: BinaryIO) -> None:
+        """All that is missing, by some lanes; each brings what comes next until nothing is left, or one of them fails for good."""
+        wrong = list[BaseException]()
 
         def lane() -> None:
-            while not wrong:
-                with lock:
-                    run = next(waiting, None)
-                if run is None:
-                    return
-                try:
-                    self._bring(run, journal)
-                except BaseException as error:
+            try:
+                while not wrong and (take := self._next_take(wrong)):
+                    self._bring(take, journal)
+            except BaseException as error:
+                with self._turn:
                     wrong.append(error)
+                    self._turn.notify_all()
 
-        with ThreadPoolExecutor(LANES if self._source.ranged else 1, thread_name_prefix="dataset") as pool:
+        with ThreadPoolExecutor(LANES, thread_name_prefix="dataset") as pool:
             for _ in range(LANES):
                 pool.submit(lane)
         if wrong:
             raise wrong[0]
 
-    def _bring(self, run: Sequence[Chunk], journal: BinaryIO) -> None:
+    def _next_take(self, wrong: list[BaseException]) -> Take | None:
+        """Waits for it; None when all is here, or on its way by others."""
+        with self._turn:
+            while not wrong and not self._order.over:
+                self.progress.check()
+                if take := self._order.next(time.monotonic()):
+                    return take
+                self._turn.wait(_LOOK_S)
+        return None
+
+    def _bring(self, take: Take, journal: BinaryIO) -> None:
+        """What a take is of, or as much as a peer gives of it."""
+        try:
+            if take.peer:
+                self._bring_from_peer(take, journal)
+            else:
+                self._bring_from_source(take.chunks, journal)
+        finally:
+            with self._turn:
+                self._order.ended(take, [chunk for chunk in take.chunks if chunk.index not in self._digests])
+                self._turn.notify_all()
+
+    def _bring_from_source(self, run: Sequence[Chunk], journal: BinaryIO) -> None:
         """All chunks of a run, with some tries."""
         for tried in range(1, _TRIES + 1):
             try:
-                return self._stream([chunk for chunk in run if chunk.index not in self._digests], journal)
+                return self._stream(self._source, [one for one in run if one.index not in self._digests], journal)
             except (SourceChanged, Stopped):
                 raise
             except (SourceFailed, OSError) as failed:
@@ -209,12 +244,34 @@ class Pull:
                 self.progress.stop.wait(PAUSE_S * tried)
                 self.progress.check()
 
-    def _stream(self, run: Sequence[Chunk], journal: BinaryIO) -> None:
+    def _bring_from_peer(self, take: Take, journal: BinaryIO) -> None:
+        """One try: another peer, or the source, does it as well. Who gives wrong bytes is asked no more, and named."""
+        assert self._peer is not None
+        try:
+            self._stream(self._peer(take.peer), take.chunks, journal)
+            with self._turn:
+                self.progress.peer_bytes += sum(chunk.size_bytes for chunk in take.chunks)
+        except Corrupt as wrong:
+            self.progress.liars[take.peer] = str(wrong)
+            with self._turn:
+                self._order.drop(take.peer)
+        except SourceFailed as failed:
+            self.progress.failures[take.peer] = str(failed)
+            with self._turn:
+                self._order.rest(take.peer, time.monotonic())
+
+    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str]) -> None:
+        """What peers have (bitmaps of chunks, by node), and which nodes pull the same now."""
+        with self._turn:
+            self._order.seen(pieces, fellows, time.monotonic())
+            self._turn.notify_all()
+
+    def _stream(self, source: Source, run: Sequence[Chunk], journal: BinaryIO) -> None:
         path = self._wanted.manifest.files[run[0].file].path
         length = sum(chunk.size_bytes for chunk in run)
         found = self._found.get(path) or Found(path, self._wanted.manifest.files[run[0].file].size_bytes)
         with (
-            self._source.open(found, run[0].offset, length) as stream,
+            source.open(found, run[0].offset, length) as stream,
             open(self._path(run[0]), "r+b") as file,
         ):
             for chunk in run:
@@ -242,10 +299,12 @@ class Pull:
         return digest.digest()
 
     def _note(self, journal: BinaryIO, chunk: Chunk, digest: bytes) -> None:
-        with self._writing:
+        with self._turn:
             self._digests[chunk.index] = digest
             journal.write(_RECORD.pack(chunk.index, digest))
             self.progress.done_bytes += chunk.size_bytes
+            self.pieces |= 1 << chunk.index
+            self._order.have(chunk.index)
 
     def _path(self, chunk: Chunk) -> Path:
         return self._partial / "files" / self._wanted.manifest.files[chunk.file].path

@@ -47,6 +47,16 @@ class Copy:
         return self.manifest.size_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is here of one version. `have`: a bitmap of its chunks; `settled`: its files are as `dataset_pull.finish` left them."""
+
+    manifest: Manifest
+    folder: Path
+    have: int
+    settled: bool
+
+
 def key_of(dataset: str, digest: str) -> str:
     """The folder's name of a version; `digest` "": of one that is not known yet."""
     return f"{names.last(dataset)}@{digest[:_DIGITS] or 'new'}"
@@ -97,6 +107,11 @@ class DatasetStore:
                     return copy
                 self._forget(copy)
         return None
+
+    def known(self, dataset: str, digest: str) -> Copy | None:
+        """The whole copy of a version, as far as memory says; for any thread."""
+        copy = self._copies.get(key_of(dataset, digest))
+        return copy if copy and copy.manifest.digest == digest else None
 
     def _look_at(self, folder: Path) -> None:
         """Notes what a folder holds, as far as that can be read."""

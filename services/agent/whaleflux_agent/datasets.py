@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from whaleflux import names, telemetry
-from whaleflux.data import manifest, sources
+from whaleflux.data import sources
 from whaleflux.data.manifest import Manifest, ManifestWrong
 from whaleflux.data.sources import Source, SourceChanged, SourceFailed
 from whaleflux.errors import InvalidArgument, NotFound, StatusError
@@ -21,8 +21,11 @@ from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent import dataset_pull
 from whaleflux_agent.core.work import Work
+from whaleflux_agent.dataset_peers import Peers, following, swarm_of
 from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
-from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, key_of
+from whaleflux_agent.dataset_reports import FAILED, PULLING, READY, CopyReports
+from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of
+from whaleflux_agent.dataset_versions import Versions, shareable
 from whaleflux_agent.runtime.acting import as_user
 from whaleflux_agent.runtime.api import LaunchFailed
 from whaleflux_agent.secret_access import Tell
@@ -47,6 +50,14 @@ class _Unkept(Exception):
         self.dataset, self.home = dataset, home
 
 
+class _MadeElsewhere(Exception):
+    """Another node of the site reads it first."""
+
+    def __init__(self, dataset: inventory_pb2.Dataset) -> None:
+        super().__init__(dataset.name)
+        self.dataset = dataset
+
+
 @dataclass(slots=True)
 class _Fetch:
     """One fetch of a dataset, for all who wait for it."""
@@ -59,6 +70,8 @@ class _Fetch:
         """How far it is, and how fast since the last look."""
         now_s, (then_s, before) = asyncio.get_running_loop().time(), self.looked
         self.looked = now_s, self.progress.pulled_bytes
+        if self.progress.waits_for:
+            return f"{dataset}, which {self.progress.waits_for} reads first"
         if not self.progress.total_bytes:
             return dataset
         rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
@@ -85,8 +98,13 @@ class DatasetCache:
         header: Header | None = None,
         pace: Pace | None = None,
         open_source: OpenSource = sources.open_source,
+        address: str = "",
+        peers: Peers | None = None,
     ) -> None:
         self._store, self._node, self._stub, self._in_use = DatasetStore(root, limit_bytes), node, stub, in_use
+        self._reports, self._peers = CopyReports(node, address, stub, self._stays), peers
+        self._versions = Versions(stub, self._reports)
+        self._pulls: dict[tuple[str, str], Pull] = {}  # those of a known version, by dataset and digest
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, _Fetch] = {}
         self._pins: frozenset[str] | None = (
@@ -142,7 +160,7 @@ class DatasetCache:
                 return here  # whole, and nobody says that it is of another time
             return await self._brought(found, fetch, work, tell)
         except (SourceFailed, ManifestWrong, OSError) as failure:
-            await self._report(dataset, inventory_pb2.DATASET_COPY_STATE_FAILED, message=str(failure))
+            await self._reports.say(dataset, FAILED, message=str(failure))
             raise LaunchFailed(f"{dataset}: cannot fetch {found.uri or 'it'}: {failure}") from None
         except StatusError as failed:
             raise LaunchFailed(f"{dataset}: {failed.message}") from None
@@ -151,20 +169,24 @@ class DatasetCache:
 
     async def _brought(self, found: inventory_pb2.Dataset, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
         source: Source | None = None
-        for _ in range(_VERSIONS):
+        tried = 0
+        while tried < _VERSIONS:
+            found = await self._versions.unless_made(found, fetch.progress)
             digest = found.manifest_digest
             if digest and (here := await self._in_store(self._store.find, found.name, digest)):
                 return here
             source = source or self._open_source(found.uri, await self._shown(found, work, tell), self._acting)
-            wanted = await self._wanted(found, source)
-            made = await self._pulled(found, wanted, source, fetch)
-            if not digest:
-                request = inventory_pb2.SetDatasetManifestRequest(
-                    dataset=found.name, node=self._node, manifest=made.to_proto()
-                )
-                found = await self._stub.SetDatasetManifest(request, timeout=_CALL_S)
-            if found.manifest_digest == made.digest:
-                return await self._published(found, made, key_of(found.name, digest))
+            wanted = await self._versions.wanted(found, source)
+            try:
+                made = await self._pulled(found, wanted, source, fetch)
+                tried += 1
+                found = found if digest else await self._versions.record(found, made)
+                if found.manifest_digest == made.digest:
+                    return await self._published(found, made, key_of(found.name, digest), fetch.progress)
+            except _MadeElsewhere as made_elsewhere:
+                found = made_elsewhere.dataset
+            finally:
+                self._pulls = {of: pull for of, pull in self._pulls.items() if of[0] != found.name}
         raise SourceChanged("its source was another one when another node read it")
 
     def _acting(self) -> AbstractContextManager[None]:
@@ -178,18 +200,6 @@ class DatasetCache:
             raise LaunchFailed(f"{found.name} is fetched with a secret, which only a task can be given")
         return await self._header(work, found, tell)
 
-    async def _wanted(self, found: inventory_pb2.Dataset, source: Source) -> Wanted:
-        """What is to be pulled: as the manifest says, else as the source has it now."""
-        there = await asyncio.to_thread(dataset_pull.found_out, source)
-        if not found.manifest_digest:
-            return there
-        request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
-        known = manifest.from_proto(await self._stub.GetDatasetManifest(request, timeout=_CALL_S))
-        sizes = {file.path: file.size_bytes for file in there.manifest.files}
-        if known.digest != found.manifest_digest or any(sizes.get(f.path) != f.size_bytes for f in known.files):
-            raise SourceChanged("it is not what it was when it was first read; declare it under another name")
-        return Wanted(known, there.found)
-
     async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: _Fetch) -> Manifest:
         """All bytes, in the partial copy. Raises _Unkept where there is no room."""
         key, size = key_of(found.name, found.manifest_digest), wanted.manifest.size_bytes
@@ -197,19 +207,62 @@ class DatasetCache:
             await self._know_pins()
             gone = await self._in_store(self._store.reserve, key, size, self._kept)
             for copy in gone:
-                await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY)
-            await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_PULLING, digest=found.manifest_digest)
-            pull = Pull(wanted, source, self._store.partial(key), pace=self._pace, progress=fetch.progress)
-            return await asyncio.to_thread(pull.run)
+                await self._reports.say(copy.dataset, READY)
+            found = await self._reports.say(found.name, PULLING, digest=found.manifest_digest) or found
+            if not wanted.known and self._versions.made_elsewhere(found):
+                raise _MadeElsewhere(found)
+            return await self._run_pull(found, wanted, source, self._store.partial(key), fetch.progress)
         except (NoRoom, OSError) as failure:
             if isinstance(failure, OSError) and failure.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             why = str(failure) if isinstance(failure, NoRoom) else "the disk of its cache is full"
             _log.warning(Event.DISK_FULL, folder=str(self._store.root), reason=f"{found.name}: {why}")
-            await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_FAILED, message=why)
+            await self._reports.say(found.name, FAILED, message=why)
             raise _Unkept(found, source.home(), why) from None
         finally:
             self._store.release(key)
+
+    async def _run_pull(
+        self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, partial: Path, progress: Progress
+    ) -> Manifest:
+        """From peers first, where its version is known; else others are told that it is this node which reads it."""
+        if not wanted.known:
+            first = Pull(wanted, source, partial, pace=self._pace, progress=progress)
+            async with self._versions.making(found, progress):
+                made = await asyncio.to_thread(first.run)
+            self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it
+            return made
+        async with swarm_of(self._peers if shareable(found) or self._pinned(found.name) else None, found) as swarm:
+            pull = Pull(
+                wanted,
+                source,
+                partial,
+                pace=self._pace,
+                progress=progress,
+                me=self._node,
+                peer=swarm.source if swarm else None,
+            )
+            self._pulls[found.name, wanted.manifest.digest] = pull
+            if swarm is None:
+                return await asyncio.to_thread(pull.run)
+            pull.seen(*await swarm.look())
+            async with following(swarm, pull):
+                return await asyncio.to_thread(pull.run)
+
+    def held(self, dataset: str, digest: str) -> Held | None:
+        """What is here of a version, each chunk compared: all of a whole copy, or the part that a pull has."""
+        if copy := self._store.known(dataset, digest):
+            return Held(copy.manifest, copy.folder, (1 << copy.manifest.chunk_count) - 1, settled=True)
+        if pull := self._pulls.get((dataset, digest)):
+            return Held(pull.manifest, pull.files, pull.pieces, settled=False)
+        return None
+
+    def _pinned(self, dataset: str) -> bool:
+        return dataset in (self._pins or ())
+
+    def _stays(self, dataset: str) -> bool:
+        """Whether a whole copy is held because it is needed."""
+        return self._pinned(dataset) or dataset in self._in_use()
 
     def _kept(self, dataset: str) -> bool:
         """Whether a copy stays; all do while it is not known which are pinned."""
@@ -256,13 +309,22 @@ class DatasetCache:
         return await self._in_store(self._store.holding, dataset, digest)
 
     async def _report_here(self, copy: Copy) -> None:
-        await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY, copy.size_bytes, copy.manifest.digest)
+        await self._reports.say(copy.dataset, READY, copy.size_bytes, copy.manifest.digest)
 
-    async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str) -> Copy:
+    async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, progress: Progress) -> Copy:
         partial = self._store.partial(key)
         copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader)
-        _log.info(Event.DATASET_CACHED, dataset=found.name, bytes=made.size_bytes)
-        await self._report(found.name, inventory_pb2.DATASET_COPY_STATE_READY, made.size_bytes, made.digest)
+        _log.info(
+            Event.DATASET_CACHED,
+            dataset=found.name,
+            bytes=made.size_bytes,
+            pulled=progress.pulled_bytes,
+            peers=progress.peer_bytes,
+        )
+        for node, why in progress.liars.items():
+            _log.warning(Event.DATASET_PEER_WRONG, dataset=found.name, node=node, reason=why)
+        told = "; ".join(f"{node} gave wrong bytes: {why}" for node, why in progress.liars.items())
+        await self._reports.say(found.name, READY, made.size_bytes, made.digest, message=told)
         return copy
 
     async def _from_source(self, unkept: _Unkept, work: Work | None, tell: Tell | None) -> str:
@@ -277,24 +339,6 @@ class DatasetCache:
         if tell:
             await tell(f"{found.name}, which is read where it is: {why}")
         return unkept.home
-
-    async def _report(
-        self, dataset: str, state: int, present_bytes: int = 0, digest: str = "", message: str = ""
-    ) -> None:
-        """Inventory's view is a hint for placement: a report that fails is not worth holding the task for. READY without bytes: none."""
-        copy = inventory_pb2.DatasetCopy(
-            node=self._node,
-            present_bytes=present_bytes,
-            pinned=bool(present_bytes) and (dataset in (self._pins or ()) or dataset in self._in_use()),
-            state=state,  # type: ignore[arg-type]
-            manifest_digest=digest,
-            message=message[:512],
-        )
-        request = inventory_pb2.ReportCachedDatasetRequest(dataset=dataset, copy=copy)
-        try:
-            await self._stub.ReportCachedDataset(request, timeout=_CALL_S)
-        except StatusError as error:
-            _log.info(Event.RPC_FAILED, method="ReportCachedDataset", reason=error.message)
 
     async def _in_store(self, do: Callable[..., T], *arguments: object) -> T:
         """Work on the folder, one at a time."""
@@ -329,7 +373,7 @@ class DatasetCache:
                 return True
         except OSError:
             return False  # not known: nothing is told
-        await self._report(copy.dataset, inventory_pb2.DATASET_COPY_STATE_READY)
+        await self._reports.say(copy.dataset, READY)
         return False
 
     async def _remove(self, copy: Copy) -> None:

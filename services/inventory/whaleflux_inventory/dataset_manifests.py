@@ -36,6 +36,7 @@ async def record(store: Store, request: pb.SetDatasetManifestRequest) -> Entry:
             return entry
         dataset.manifest_digest, dataset.file_count = found.digest, len(found.files)
         dataset.size_bytes, dataset.manifest_author = found.size_bytes, changes.actor()
+        del dataset.makers[:]
         value = dataset.SerializeToString(deterministic=True)
         writes = (Put(entry.key, value), Put(_key(request.dataset), packed))
         try:

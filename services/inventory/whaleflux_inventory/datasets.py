@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from whaleflux import names
+from whaleflux import hostport, names
 from whaleflux.clock import Clock
 from whaleflux.data import uris
 from whaleflux.errors import Aborted, AlreadyExists, InvalidArgument, NotFound
@@ -19,6 +19,7 @@ from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, dataset_manifests, records
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
+from whaleflux_inventory.core.makers import note_maker
 from whaleflux_inventory.dataset_pins import DatasetPins
 
 SecretProblem = Callable[[str], Awaitable[str]]
@@ -27,6 +28,7 @@ MAX_URI = 2048
 MAX_COPIES = 10_000
 MAX_MEMBERS = 1_000
 MAX_MESSAGE = 512
+MAX_ADDRESS = 256
 
 
 class Datasets:
@@ -162,6 +164,7 @@ class Datasets:
         found.number("copy.present_bytes", request.copy.present_bytes, 0, MAX_DISK_BYTES)
         found.text("copy.message", request.copy.message, MAX_MESSAGE)
         found.text("copy.manifest_digest", request.copy.manifest_digest, 64)
+        _check_address(request.copy.address, found)
         found.raise_if_any()
 
         def note(dataset: pb.Dataset) -> None:
@@ -170,6 +173,7 @@ class Datasets:
             copies = sorted([*others[: MAX_COPIES - 1], *mine], key=lambda copy: copy.node)
             del dataset.copies[:]
             dataset.copies.extend(copies)
+            note_maker(dataset, request.copy, self._clock.now())
 
         entry = await records.change(self._store, keys.DATASETS, request.dataset, pb.Dataset, note, kind="dataset")
         return convert.dataset_of(entry)
@@ -187,6 +191,14 @@ def _sees(dataset: pb.Dataset) -> bool:
     who = auth.principal()
     seen = ownership.may_see(who, _access(dataset)) or ownership.is_owner(who, dataset.owner)
     return seen or who.role == roles.AGENT
+
+
+def _check_address(address: str, found: Findings) -> None:
+    found.text("copy.address", address, MAX_ADDRESS)
+    try:
+        _ = address and hostport.parse(address)
+    except InvalidArgument as wrong:
+        found.add("copy.address", wrong.violations[0].description)
 
 
 def _check_members(members: Sequence[str], found: Findings) -> None:

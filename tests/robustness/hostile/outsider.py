@@ -67,6 +67,7 @@ def _without_a_certificate(outside: Calls) -> list[Attempt]:
         _elsewhere(outside, "health behind the door", "/grpc.health.v1.Health/Check"),
         _elsewhere(outside, "addresses of engines", "/envoy.service.endpoint.v3.EndpointDiscoveryService/FetchEndpoints"),
         _elsewhere(outside, "a node's own service", "/whaleflux.v1.NodeService/Probe"),
+        _elsewhere(outside, "pieces of a node", "/whaleflux.v1.PieceService/ReadPiece"),
         _elsewhere(outside, "a detour", "/whaleflux.v1.InventoryService/../whaleflux.v1.NodeService/Probe"),
         _reflection(outside),
     ]  # fmt: skip
