@@ -310,7 +310,7 @@ async def test_datasets_and_their_copies(world):
         await world.call("ReportCachedDataset", report, "agent", "a/n2")
     for wrong in ("unix:/run/secret.sock", "no port", "x" * 300 + ":1"):
         report.copy.address = wrong
-        with pytest.raises(InvalidArgument, match="copy.address"):
+        with pytest.raises(InvalidArgument, match=r"copy\.address"):
             await world.call("ReportCachedDataset", report, "agent", "a/n1")
     report.copy.address = "10.0.0.1:7000"
     report.copy.present_bytes = 0
