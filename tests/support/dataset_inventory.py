@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from whaleflux.data import manifest
 from whaleflux.errors import NotFound, Unavailable
 from whaleflux.v1 import inventory_pb2
-from whaleflux_inventory.core.makers import note_maker
+from whaleflux_inventory.dataset_makers import note_maker
 
 STATE = "DATASET_COPY_STATE_"
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux.data.manifest import Chunk
-from whaleflux_agent.core.piece_order import PATIENCE_S, REST_S, PieceOrder
+from whaleflux_agent.piece_order import BUSY_S, PATIENCE_S, REST_S, PieceOrder
 
 SIZE = 10
 
@@ -109,6 +109,16 @@ def test_a_peer_that_failed_rests_and_one_that_lied_is_asked_no_more():
     assert third.peer == "", "the source has it"
     one.ended(third, third.chunks)
     assert one.next(REST_S + 1).peer == first.peer
+
+
+def test_nobody_goes_to_the_source_because_a_peer_is_busy():
+    one = order(count=1)
+    one.seen({"n2": 1}, frozenset(), 0.0)
+    take = one.next(0.0)
+    one.busy("n2", 0.0)
+    one.ended(take, take.chunks)
+    assert one.next(BUSY_S / 2) is None
+    assert one.next(BUSY_S).peer == "n2"
 
 
 def test_chunks_that_do_not_exist_are_no_pieces():

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux_inventory.core.makers import SILENT, note_maker
+from whaleflux_inventory.dataset_makers import SILENT, note_maker
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -42,6 +42,10 @@ class SourceFailed(Exception):
     """It cannot be read now: what, and why."""
 
 
+class SourceBusy(SourceFailed):
+    """It has no time now, and will have soon."""
+
+
 class SourceChanged(SourceFailed):
     """Somebody writes it while it is read."""
 

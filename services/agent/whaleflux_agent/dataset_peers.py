@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from whaleflux import hostport, names
-from whaleflux.data.sources import Found, SourceFailed
-from whaleflux.errors import InvalidArgument, StatusError
+from whaleflux.data.sources import Found, SourceBusy, SourceFailed
+from whaleflux.errors import InvalidArgument, ResourceExhausted, StatusError
 from whaleflux.rpc.channel import Channel, Stream, connect
 from whaleflux.rpc.pki import Tls, TlsFiles, server_name
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2_grpc
@@ -167,6 +167,8 @@ class Swarm:
             raise SourceFailed(f"no answer within {limit_s:.0f} s") from None
         except concurrent.futures.CancelledError:
             raise SourceFailed("the agent stops") from None
+        except ResourceExhausted as busy:
+            raise SourceBusy(busy.message) from None
         except StatusError as failed:
             raise SourceFailed(failed.message) from None
 

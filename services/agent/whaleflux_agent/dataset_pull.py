@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from whaleflux.data import manifest
-from whaleflux.data.manifest import Chunk, Manifest
-from whaleflux.data.sources import Found, Source, SourceChanged, SourceFailed
-from whaleflux_agent.core.piece_order import PieceOrder, Take
+from whaleflux.data.manifest import Chunk, File, Manifest
+from whaleflux.data.sources import Found, Source, SourceBusy, SourceChanged, SourceFailed
+from whaleflux_agent.piece_order import PieceOrder, Take
 
 LANES = 4
 RUN_BYTES = 64 << 20  # asked of a source at once
@@ -102,7 +102,10 @@ class Wanted:
 
 
 class Pull:
-    """One pull into `partial`, from `source`, and from the nodes that `seen` tells of: `peer` opens them, `me` is this one among them."""
+    """One pull into `partial`, from `source`, and from the nodes that `seen` tells of: `peer` opens them, `me` is this one among them.
+
+    `ahead`: from nodes only, before the version is known. Nothing of that is believed: `go_on_with` has it read again.
+    """
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class Pull:
         progress: Progress | None = None,
         me: str = "",
         peer: Callable[[str], Source] | None = None,
+        ahead: bool = False,
     ) -> None:
         self._wanted, self._source, self._partial, self._peer = wanted, source, partial, peer
         self._pace, self.progress = pace or Pace(), progress or Progress()
@@ -127,7 +131,8 @@ class Pull:
             self._chunks,
             lanes=LANES,
             run_bytes=min(RUN_BYTES, max(1, wanted.manifest.size_bytes // _RUNS)),
-            ranged=source.ranged,
+            ranged=source.ranged or ahead,
+            source=not ahead,
         )
         self.pieces = 0  # a bitmap of the chunks that are here, each compared with the manifest
         self.progress.total_bytes = wanted.manifest.size_bytes
@@ -255,6 +260,9 @@ class Pull:
             self.progress.liars[take.peer] = str(wrong)
             with self._turn:
                 self._order.drop(take.peer)
+        except SourceBusy:
+            with self._turn:
+                self._order.busy(take.peer, time.monotonic())
         except SourceFailed as failed:
             self.progress.failures[take.peer] = str(failed)
             with self._turn:
@@ -308,6 +316,20 @@ class Pull:
 
     def _path(self, chunk: Chunk) -> Path:
         return self._partial / "files" / self._wanted.manifest.files[chunk.file].path
+
+
+def go_on_with(ahead: Path, partial: Path, wanted: Wanted) -> None:
+    """Makes what was pulled ahead the begin of a pull of a version that is known now; without, where it is of another one.
+
+    It is believed like what a killed pull left: each chunk that it says is there is read and compared first.
+    """
+    blank = tuple(File(file.path, file.size_bytes) for file in wanted.manifest.files)
+    before = Wanted(Manifest(wanted.manifest.chunk_bytes, blank), wanted.found)
+    plan = ahead / "plan"
+    if not partial.exists() and plan.exists() and plan.read_text() == before.identity():
+        plan.write_text(wanted.identity())
+        ahead.rename(partial)
+    shutil.rmtree(ahead, ignore_errors=True)
 
 
 def by_path(found: Iterable[Found]) -> list[Found]:

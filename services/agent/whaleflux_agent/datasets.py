@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -77,6 +77,22 @@ class _Fetch:
         rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
         done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
         return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
+
+
+def _ahead_key(found: inventory_pb2.Dataset) -> str:
+    """The partial copy of what its maker has, while its version is not known: nothing that this node answers for."""
+    return f"{names.last(found.name)}@ahead"
+
+
+@asynccontextmanager
+async def running(pull: Pull) -> AsyncIterator[None]:
+    """In the block, as far as it comes; what it fails at somebody else finds out."""
+    task = asyncio.create_task(asyncio.to_thread(pull.run))
+    try:
+        yield
+    finally:
+        pull.progress.stop.set()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class DatasetCache:
@@ -171,12 +187,16 @@ class DatasetCache:
         source: Source | None = None
         tried = 0
         while tried < _VERSIONS:
-            found = await self._versions.unless_made(found, fetch.progress)
-            digest = found.manifest_digest
-            if digest and (here := await self._in_store(self._store.find, found.name, digest)):
+            if found.manifest_digest and (here := await self._find(found)):
                 return here
             source = source or self._open_source(found.uri, await self._shown(found, work, tell), self._acting)
+            if self._versions.made_elsewhere(found):
+                found = await self._wait_for_maker(found, source, fetch)
+            digest = found.manifest_digest
             wanted = await self._versions.wanted(found, source)
+            if digest:
+                ahead, partial = self._store.partial(_ahead_key(found)), self._store.partial(key_of(found.name, digest))
+                await self._in_store(dataset_pull.go_on_with, ahead, partial, wanted)
             try:
                 made = await self._pulled(found, wanted, source, fetch)
                 tried += 1
@@ -188,6 +208,42 @@ class DatasetCache:
             finally:
                 self._pulls = {of: pull for of, pull in self._pulls.items() if of[0] != found.name}
         raise SourceChanged("its source was another one when another node read it")
+
+    async def _find(self, found: inventory_pb2.Dataset) -> Copy | None:
+        return await self._in_store(self._store.find, found.name, found.manifest_digest)
+
+    async def _wait_for_maker(
+        self, found: inventory_pb2.Dataset, source: Source, fetch: _Fetch
+    ) -> inventory_pb2.Dataset:
+        """Until its manifest is known, or nobody makes it. Meanwhile comes what the maker has, if there is room."""
+        key, wanted = _ahead_key(found), await asyncio.to_thread(dataset_pull.found_out, source)
+        try:
+            await self._reserved(key, wanted)
+        except NoRoom:
+            return await self._versions.unless_made(found, fetch.progress)
+        try:
+            async with swarm_of(self._peers, found) as swarm:
+                if swarm is None:
+                    return await self._versions.unless_made(found, fetch.progress)
+                pull = Pull(
+                    wanted,
+                    source,
+                    self._store.partial(key),
+                    pace=self._pace,
+                    me=self._node,
+                    peer=swarm.source,
+                    ahead=True,
+                )
+                async with following(swarm, pull), running(pull):
+                    return await self._versions.unless_made(found, fetch.progress)
+        finally:
+            self._store.release(key)
+
+    async def _reserved(self, key: str, wanted: Wanted) -> None:
+        """Takes its room, and tells which copies went for it. Raises NoRoom."""
+        await self._know_pins()
+        for copy in await self._in_store(self._store.reserve, key, wanted.manifest.size_bytes, self._kept):
+            await self._reports.say(copy.dataset, READY)
 
     def _acting(self) -> AbstractContextManager[None]:
         return as_user(self._reader, self._reader)
@@ -202,12 +258,9 @@ class DatasetCache:
 
     async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: _Fetch) -> Manifest:
         """All bytes, in the partial copy. Raises _Unkept where there is no room."""
-        key, size = key_of(found.name, found.manifest_digest), wanted.manifest.size_bytes
+        key = key_of(found.name, found.manifest_digest)
         try:
-            await self._know_pins()
-            gone = await self._in_store(self._store.reserve, key, size, self._kept)
-            for copy in gone:
-                await self._reports.say(copy.dataset, READY)
+            await self._reserved(key, wanted)
             found = await self._reports.say(found.name, PULLING, digest=found.manifest_digest) or found
             if not wanted.known and self._versions.made_elsewhere(found):
                 raise _MadeElsewhere(found)
@@ -227,7 +280,7 @@ class DatasetCache:
     ) -> Manifest:
         """From peers first, where its version is known; else others are told that it is this node which reads it."""
         if not wanted.known:
-            first = Pull(wanted, source, partial, pace=self._pace, progress=progress)
+            first = self._pulls[found.name, ""] = Pull(wanted, source, partial, pace=self._pace, progress=progress)
             async with self._versions.making(found, progress):
                 made = await asyncio.to_thread(first.run)
             self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC
 from typing import Any
 
@@ -26,12 +26,12 @@ from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2
 from whaleflux_agent.dataset_pull import FIXED_NS
 from whaleflux_agent.dataset_store import Held
 
-MAX_READS = 8  # at a time; the node's disk and network are its own work's first
+MAX_READS, MAX_WAITING = 8, 64  # at a time; the node's disk and network are its own work's first
 MAX_READ_BYTES = 1 << 40
 _MESSAGE_BYTES = 1 << 20
 _MIN_BYTES_PER_S = 256 << 10  # of a reader; a slower one is cut off
-_CALL_S = 5.0
-_MOVES, _MOVED_S = 5, 0.1  # how often, and how soon, a file is looked for that is being moved
+_CALL_S, _WAIT_S = 5.0, 3.0
+_MOVES, _MOVED_S = 20, 0.1  # how often, and how soon, a file is looked for that is being moved
 _KNOWN_S, _MAX_KNOWN = 5.0, 256  # what inventory said of a dataset, and of how many
 _PIECE = "piece"
 
@@ -48,7 +48,7 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
     ) -> None:
         self._node, self._held, self._inventory, self._clock = node, held, inventory, clock
         self._known: OrderedDict[str, tuple[float, inventory_pb2.Dataset]] = OrderedDict()
-        self._reads = 0
+        self._reads, self._waiting = asyncio.Semaphore(MAX_READS), 0
 
     async def ListPieces(self, request: agent_pb2.ListPiecesRequest, context: Any) -> agent_pb2.ListPiecesResponse:
         held = await self._given(request.dataset, request.manifest_digest, request.node)
@@ -62,14 +62,13 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
         _check_stretch(request, held)
         limit_s = _CALL_S + request.size_bytes / _MIN_BYTES_PER_S
         try:
-            with self._reading():
-                async with asyncio.timeout(limit_s):
-                    number = await self._opened(held, request)
-                    try:
-                        async for data in _read(number, request):
-                            yield agent_pb2.ReadPieceResponse(data=data)
-                    finally:
-                        os.close(number)
+            async with self._reading(), asyncio.timeout(limit_s):
+                number = await self._opened(held, request)
+                try:
+                    async for data in _read(number, request):
+                        yield agent_pb2.ReadPieceResponse(data=data)
+                finally:
+                    os.close(number)
         except TimeoutError:
             raise DeadlineExceeded(f"{request.path} was not read within {limit_s:.0f} s") from None
 
@@ -96,7 +95,7 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
 
     async def _may_have(self, node: str, name: str, digest: str) -> bool:
         dataset = await self._dataset(name)
-        if dataset is None or dataset.manifest_digest != digest or dataset.HasField("credentials"):
+        if dataset is None or digest not in ("", dataset.manifest_digest) or dataset.HasField("credentials"):
             return False
         return not dataset.members or node in self._pinned(dataset)
 
@@ -127,19 +126,28 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
             self._known.popitem(last=False)
         return found
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        if self._reads >= MAX_READS:
-            raise ResourceExhausted(
-                f"{self._node} gives {MAX_READS} pieces at a time; ask another",
-                reason=ErrorReason.TOO_OFTEN,
-                retry_after_s=1.0,
-            )
-        self._reads += 1
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[None]:
+        """One of the few reads at a time. Raises ResourceExhausted when that takes too long, or too many wait."""
+        busy = ResourceExhausted(
+            f"{self._node} gives {MAX_READS} pieces at a time; ask another",
+            reason=ErrorReason.TOO_OFTEN,
+            retry_after_s=1.0,
+        )
+        if self._waiting >= MAX_WAITING:
+            raise busy
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                await self._reads.acquire()
+        except TimeoutError:
+            raise busy from None
+        finally:
+            self._waiting -= 1
         try:
             yield
         finally:
-            self._reads -= 1
+            self._reads.release()
 
 
 def _check_stretch(request: agent_pb2.ReadPieceRequest, held: Held) -> None:

@@ -19,7 +19,7 @@ from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, dataset_manifests, records
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
-from whaleflux_inventory.core.makers import note_maker
+from whaleflux_inventory.dataset_makers import note_maker
 from whaleflux_inventory.dataset_pins import DatasetPins
 
 SecretProblem = Callable[[str], Awaitable[str]]

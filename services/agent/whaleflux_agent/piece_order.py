@@ -15,6 +15,7 @@ from whaleflux.data.manifest import Chunk
 
 PATIENCE_S = 10.0  # without a chunk more at any peer
 REST_S = 10.0  # of a peer that failed
+BUSY_S = 1.0  # of one that has enough to do: nobody goes to the source for that
 MAX_FELLOWS = 64  # among whom chunks are shared out
 _MASK = (1 << 64) - 1
 
@@ -28,18 +29,27 @@ class Take:
 
 
 class PieceOrder:
-    """What is missing, who has it, and whose business it is. For one thread at a time."""
+    """What is missing, who has it, and whose business it is. For one thread at a time. `source`: whether that is asked at all."""
 
     def __init__(
-        self, me: str, version: str, chunks: Sequence[Chunk], *, lanes: int, run_bytes: int, ranged: bool = True
+        self,
+        me: str,
+        version: str,
+        chunks: Sequence[Chunk],
+        *,
+        lanes: int,
+        run_bytes: int,
+        ranged: bool = True,
+        source: bool = True,
     ) -> None:
         self._me, self._version, self._chunks = me, version, chunks
-        self._lanes, self._run_bytes, self._ranged = lanes, run_bytes, ranged
+        self._lanes, self._run_bytes, self._ranged, self._source = lanes, run_bytes, ranged, source
         self._missing = (1 << len(chunks)) - 1
         self._pieces: dict[str, int] = {}
         self._fellows, self._own = frozenset[str](), self._missing
         self._begin = _number(f"{me} {version}") % max(1, len(chunks))  # so that not all ask for the same first
         self._resting: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
         self._dropped = set[str]()
         self._asked: dict[str, int] = {}  # takes that run, by whom they are asked of
         self._grew_s = 0.0
@@ -78,22 +88,24 @@ class PieceOrder:
         """What a lane is to bring, and until `done` or `failed` nobody else; None when there is nothing to do at this time."""
         if not self._missing:
             return None
-        usable = {node: bits for node, bits in self._pieces.items() if self._may_ask(node, now_s)}
-        alone = self._missing & ~_union(usable.values())
+        known = {node: bits for node, bits in self._pieces.items() if self._counts(node, now_s)}
+        usable = {node: bits for node, bits in known.items() if self._busy.get(node, 0.0) <= now_s}
+        alone = self._missing & ~_union(known.values())
         theirs = self._fellows - self._dropped
-        if alone & self._own and self._asked.get("", 0) < (self._lanes // 2 if theirs or usable else self._lanes):
-            return self._from_source(alone & self._own)
+        at_source = self._lanes // 2 if theirs or usable else self._lanes
+        if self._asked.get("", 0) < at_source and (take := self._from_source(alone & self._own)):
+            return take
         if take := self._from_peer(usable):
             return take
-        patient = theirs and now_s - self._grew_s < PATIENCE_S
-        return self._from_source(alone & self._own if patient else alone)
+        patient = (theirs or known) and now_s - self._grew_s < PATIENCE_S
+        return self._from_source(alone & self._own if patient else self._missing & ~_union(usable.values()))
 
-    def _may_ask(self, node: str, now_s: float) -> bool:
+    def _counts(self, node: str, now_s: float) -> bool:
         return node not in self._dropped and self._resting.get(node, 0.0) <= now_s
 
     def _from_source(self, wanted: int) -> Take | None:
         """The first of those, and what follows it in its file as far as one request goes; one at a time where it gives no ranges."""
-        if not wanted or (self._asked.get("", 0) and not self._ranged):
+        if not wanted or not self._source or (self._asked.get("", 0) and not self._ranged):
             return None
         run = [self._chunks[self._first(wanted) if self._ranged else _lowest(wanted)]]
         size = run[0].size_bytes
@@ -132,6 +144,10 @@ class PieceOrder:
     def rest(self, peer: str, now_s: float) -> None:
         """It did not answer as it should: not asked for a while."""
         self._resting[peer] = now_s + REST_S
+
+    def busy(self, peer: str, now_s: float) -> None:
+        """It is as it should be, and has no time now."""
+        self._busy[peer] = now_s + BUSY_S
 
     def drop(self, peer: str) -> None:
         """It gave what it should not: never asked again."""
