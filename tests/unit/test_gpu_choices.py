@@ -161,6 +161,22 @@ class TestPlacing:
         assert "16 GPUs are asked for, and all registered nodes together" in made.shortage("q", mixed().spec)
         assert not made.shortage("q", mixed(gpus=6).spec)
 
+    @pytest.mark.parametrize(
+        ("asked", "said"),
+        [
+            ({"any_of": ("B300",)}, "gpu: no registered node has B300 GPUs; there are: A100-80GB, H200"),
+            (
+                {"mig_profile": "3g.71gb"},
+                "gpu.mig: no registered node has instances 3g.71gb; there are: A100-80GB, H200",
+            ),
+            ({"any_of": ("B300", "H200"), "gpus": 3}, "3 GPUs are asked for"),
+        ],
+    )
+    def test_a_type_that_nobody_has_is_named_with_those_that_there_are(self, asked, said):
+        made = planner(node("s/h", 2, model="H200"), *a100(1))
+        spec = Spec(command=("x",), **{"gpus": 1, **asked})
+        assert made.shortage("q", spec).startswith(said)
+
 
 def a100(count, **how):
     return [node(f"s/a{at}", 4, model="A100-80GB", leaf="l1", **how) for at in range(count)]

@@ -18,6 +18,9 @@ reservation = typer.Typer(
     no_args_is_help=True, help="Reservations: GPUs kept for jobs that come, and nodes under maintenance."
 )
 
+_SHORTEST, _LONGEST = timedelta(minutes=1), timedelta(days=366)
+_FAR = timedelta(days=100_000)  # further ahead than any that is taken, and a time that can be written
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Reservation.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, max=20_000, help="How many GPUs to keep.")]
 Start = Annotated[
@@ -253,7 +256,16 @@ def _set_times(
     if end:
         asked.end_time.FromDatetime(_instant("--end", end, now))
     elif for_:
-        asked.end_time.FromDatetime(first + _span("--for", for_))
+        asked.end_time.FromDatetime(first + _lasts(for_))
+
+
+def _lasts(text: str) -> timedelta:
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    span = _span("--for", text)
+    if not _SHORTEST <= span <= _LONGEST:
+        raise InvalidArgument(FieldViolation("--for", f"{text[:40]!r} is not between 1 min and 366 d; use such a time"))
+    return span
 
 
 def _instant(flag: str, text: str, now: datetime) -> datetime:
@@ -261,7 +273,7 @@ def _instant(flag: str, text: str, now: datetime) -> datetime:
     from whaleflux.quantities import instant
 
     if text.startswith("+"):
-        return now + _span(flag, text[1:])
+        return now + min(_span(flag, text[1:]), _FAR)
     try:
         return instant(text)
     except ValueError as wrong:
@@ -274,8 +286,10 @@ def _span(flag: str, text: str) -> timedelta:
 
     try:
         return timedelta(seconds=seconds(text))
-    except (ValueError, OverflowError) as wrong:
+    except ValueError as wrong:
         raise InvalidArgument(FieldViolation(flag, f"{text[:40]!r} {wrong}")) from None
+    except OverflowError:
+        raise InvalidArgument(FieldViolation(flag, f"{text[:40]!r} is too long; use at most 366 d")) from None
 
 
 def _nodes(client: Any, given: str) -> list[str]:

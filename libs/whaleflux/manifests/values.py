@@ -18,6 +18,8 @@ from whaleflux import quantities
 from whaleflux.errors import FieldViolation
 from whaleflux.manifests.reader import Reader
 
+LEAST_BYTES = 1 << 20  # that anybody means: a smaller number lacks its unit
+
 Violations = Iterator[FieldViolation]
 Schema = dict[str, Any]
 
@@ -132,6 +134,8 @@ class Size(Value):
 
     def parse(self, value: object, base: Path) -> Any:
         size = quantities.size_bytes(value)
+        if 0 < size < LEAST_BYTES:
+            raise ValueError(f"is {size} bytes, which is no size of memory; say the unit, such as {size} GB")
         if not size and self.none != "0":
             raise ValueError(f"must be a size above 0; for {self.none}, leave it out")
         return size
@@ -172,15 +176,18 @@ class Seconds(Value):
 
 @dataclass(frozen=True)
 class Dollars(Value):
-    """An amount; 0: not set."""
+    """An amount; 0: not set, so that a written 0 is refused; `none` says what is meant where nothing is written."""
 
     most: float = 1e9
+    none: str = "no limit"
 
     def words(self) -> str:
         return "amount: `12000 USD`"
 
     def parse(self, value: object, base: Path) -> Any:
-        return quantities.dollars(value)
+        if not (amount := quantities.dollars(value)):
+            raise ValueError(f"must be an amount above 0, such as 12000 USD; for {self.none}, leave it out")
+        return amount
 
     def violations(self, at: str, value: Any) -> Violations:
         yield from number(at, value, 0.0, self.most)

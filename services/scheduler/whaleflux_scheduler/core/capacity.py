@@ -6,7 +6,7 @@ says nothing about what is possible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from whaleflux import names
@@ -89,6 +89,20 @@ class Capacity:
             return ""
         return f"no registered node is in {_listed(missing)}; sites with nodes: {_listed(sorted(known))}"
 
+    def unknown_types(self, request: PlaceRequest) -> str:
+        """What to say of GPU types, or MIG instances, that are asked for and that no node has; "" when there is one, or any will do."""
+        need, known = request.requirement, self._models()
+        asked = [option.model for option in need.any_of if option.model]
+        there = f"there are: {_few(known)}" if known else "there are no GPUs"
+        if need.mig_profile and not any(model.endswith(f" {need.mig_profile}") for model in known):
+            return f"gpu.mig: no registered node has instances {need.mig_profile}; {there}"
+        if asked and known.isdisjoint(asked):
+            return f"gpu: no registered node has {_few(asked)} GPUs; {there}"
+        return ""
+
+    def _models(self) -> set[str]:
+        return {model for row in self._engine.nodes.values() for model in row.shape.model_names if model}
+
     def _ask(self, asked: PlaceRequest) -> None:
         if len(self._enough) + len(self._short) >= _MOST_KNOWN:
             self._enough.clear()
@@ -101,6 +115,10 @@ class Capacity:
             self._short[asked] = answer
         else:
             self._enough.add(asked)
+
+
+def _few(models: Collection[str]) -> str:
+    return ", ".join(sorted(models)[:_MOST_NAMED])
 
 
 def _listed(sites: Sequence[str]) -> str:

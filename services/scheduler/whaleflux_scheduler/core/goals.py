@@ -113,10 +113,12 @@ def of_placement(job: Job, placement: Placement, others: Sequence[Outlook], now:
         unknown = "how long it runs is not known, so nothing is said of its end; say so with `expected`"
         return tuple(filter(None, (money, unknown)))
     usd = placement.cost.total_usd or 0.0
-    lines = [f"would end {_shown(end)}" + (f", for ${usd:.2f} from now on" if usd and not money else "")]
+    price = f", for ${usd:.2f} from now on" if usd and not money else ""
     late = job.spec.deadline
-    if late is not None and end > late:
-        lines.insert(0, _is_late(end, late, others))
+    is_late = late is not None and end > late
+    lines = [_is_late(end, late, others)] if late is not None and is_late else []
+    if price or not is_late:
+        lines.append(f"would end {_shown(end)}{price}")
     lines.insert(0 if budgets.is_over(job, placement, now) else len(lines), money)
     return tuple(filter(None, lines))
 

@@ -165,7 +165,8 @@ class Questions:
         short = self._fleet.capacity.short_of(self._ever(queue, spec)) if not self._fleet.left_out else None
         if short is None:
             return ""
-        return self._fleet.capacity.unknown_sites(shape(spec)) or capacity.in_words(short)
+        known, asked = self._fleet.capacity, shape(spec)
+        return known.unknown_sites(asked) or known.unknown_types(asked) or capacity.in_words(short)
 
     def _over_queue(self, queue: str, gpus: int) -> QueueLimit | None:
         limits = ((up.id, up.queue.max_gpus) for up in self._shares.quota.node(queue).path())
