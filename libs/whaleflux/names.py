@@ -2,7 +2,7 @@
 
     sites/{site}/nodes/{node}    queues/{queue}/jobs/{job}    queues/{queue}/jobs/{job}/checkpoints/{checkpoint}
     models/{model}/replicas/{replica}    datasets/{dataset}    incidents/{incident}    secrets/{secret}
-    reservations/{reservation}
+    reservations/{reservation}    offers/{offer}    leases/{lease}
 
 No other module puts names together or takes them apart by itself (a test looks).
 
@@ -157,6 +157,16 @@ def secret(secret_id: str) -> str:
 def dataset(dataset_id: str) -> str:
     """datasets/{dataset}; the id may have the collection before it already."""
     return join(("datasets", dataset_id.removeprefix("datasets/")))
+
+
+def offer(offer_id: str) -> str:
+    """offers/{offer}; the id may have the collection before it already."""
+    return join(("offers", offer_id.removeprefix("offers/")))
+
+
+def lease(lease_id: str) -> str:
+    """leases/{lease}; the id may have the collection before it already."""
+    return join(("leases", lease_id.removeprefix("leases/")))
 
 
 def incident(incident_id: str) -> str:

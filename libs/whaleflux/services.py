@@ -65,7 +65,7 @@ SERVICES: tuple[Service, ...] = (
             "secrets": "SecretService",
             "audit": "AuditService",
         },
-        tells=("site", "node", "dataset", "jointoken"),
+        tells=("site", "node", "dataset", "jointoken", "offer", "lease"),
         reads_streams=("EVENTS", "ACCOUNTING", "AUDIT"),
         keeps_streams=True,
         signs=True,

@@ -32,7 +32,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now_s
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
         work = (executor or self._threads).submit(func, *args)
         self._working.add(work)
         told = asyncio.wrap_future(work, loop=self)
@@ -68,7 +70,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         raise RuntimeError("nothing can happen any more: no timer is set, no thread brings anything, and all wait")
 
 
-class _Selector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _Selector(selectors.DefaultSelector):
     def __init__(self, loop: VirtualTimeLoop) -> None:
         super().__init__()
         self._loop = loop

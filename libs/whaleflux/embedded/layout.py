@@ -70,6 +70,11 @@ class Layout:
         """What the agents of simulated nodes keep, a folder each."""
         return self.root / "agents"
 
+    @property
+    def rented(self) -> Path:
+        """Machines of the simulated cloud, a folder each, with what their agents keep."""
+        return self.agents / "rented"
+
     def agent(self, name: str) -> Path:
         """State folder of one of them."""
         return self.agents / name

@@ -39,6 +39,16 @@ def shims_below(folder: Path) -> dict[int, str]:
     return found
 
 
+def started_below(folder: Path, module: str) -> list[int]:
+    """Pids of `python -m module FOLDER` for folders below `folder`."""
+    found = []
+    for pid, content in _each("cmdline"):
+        words = content.rstrip(b"\0").split(b"\0")
+        if words[-3:-1] == [b"-m", module.encode()] and words[-1].startswith(f"{folder}/".encode()):
+            found.append(pid)
+    return found
+
+
 def _variable(pid: int, name: str) -> str:
     with contextlib.suppress(OSError):
         for entry in (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0"):

@@ -46,6 +46,7 @@ _PORTS = (
 )  # fmt: skip
 _IDENTITIES = (*ROLES, "frontdoor")
 _READY_S = 60.0
+_RENTED_MACHINE = "whaleflux_inventory.providers.simulated_machine"
 _RENEW_EVERY_S = 86_400.0  # certificates live for 30 days
 
 
@@ -107,7 +108,8 @@ class Suite:
     async def stop(self) -> None:
         """Stops all in reverse order; what simulated nodes still run ends with them."""
         await self.supervisor.stop()
-        if self.simulated:
+        await _end_rented(self.layout)
+        if self.simulated or self.layout.rented.exists():
             await _end_tasks(self.layout, self.simulated)
 
     def address(self, name: str) -> str:
@@ -203,6 +205,11 @@ class Suite:
             "ca_key": str(self.layout.pki / "authority.key"),
             "first_admin": local_admin(),
             "secrets_key_file": str(self.layout.secrets_key),
+            "rent_server": self.address("frontdoor"),
+            "rent_simulated": str(self.layout.rented),
+            "rent_checkpoint_root": str(self.layout.checkpoints),
+            "rent_poll_s": "0.5",
+            "rent_silent_s": "60",
         }
         listens = {setting: self.address(setting.removesuffix("_listen")) for setting in service.http}
         # Engines run on this machine; no model reaches the suite's own parts.
@@ -344,6 +351,11 @@ async def _until_signalled(suite: Suite, ready: Callable[[Suite], None]) -> None
         suite.layout.pid_file.unlink(missing_ok=True)
 
 
+async def _end_rented(layout: Layout) -> None:
+    """Ends the machines that are played by processes of their own: the suite's cloud ends with it."""
+    await processes.end(lambda: processes.started_below(layout.rented, _RENTED_MACHINE))
+
+
 async def _end_tasks(layout: Layout, nodes: Sequence[SimulatedNode]) -> None:
     """Ends what simulated nodes run."""
     tokens = set[str]()
@@ -367,8 +379,10 @@ def _tasks_of_agents(layout: Layout, nodes: Sequence[SimulatedNode], tokens: set
 def _end_left_behind(layout: Layout) -> bool:
     """Ranks outlive a supervisor that was killed, for its next start; whether there were any."""
     nodes = simulated.remembered(layout.simulated_file)
-    if not _tasks_of_agents(layout, nodes, set()):
+    machines = processes.started_below(layout.rented, _RENTED_MACHINE)
+    if not machines and not _tasks_of_agents(layout, nodes, set()):
         return False
+    asyncio.run(_end_rented(layout))
     asyncio.run(_end_tasks(layout, nodes))
     return True
 

@@ -98,6 +98,13 @@ TABLE: dict[str, OwnerRule] = {
         GetDatasetManifest=LEAVES_OUT,
         SetDatasetManifest=own_node("node"),
         ReportCachedDataset=own_node("copy.node"),
+        CreateOffer=FLEET,
+        ListOffers=FLEET,
+        DeleteOffer=FLEET,
+        CreateLease=FLEET,
+        GetLease=FLEET,
+        ListLeases=FLEET,
+        EndLease=FLEET,
     ),
     **_service(
         "Identity",

@@ -74,6 +74,8 @@ TABLE: Table = {
     _INVENTORY + "GetDatasetManifest": _READERS | {AGENT},
     _INVENTORY + "SetDatasetManifest": frozenset({AGENT}),
     _INVENTORY + "ReportCachedDataset": frozenset({AGENT}),
+    _INVENTORY + "CreateLease": OPERATORS | {SCHEDULER},
+    _INVENTORY + "EndLease": OPERATORS | {SCHEDULER},
     _INVENTORY + "CreateDataset": PEOPLE,
     _INVENTORY + "DeleteDataset": PEOPLE,
     # who people are: everybody asks who they are, people mind their own tokens, operators the others

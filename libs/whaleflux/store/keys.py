@@ -11,6 +11,9 @@ NODE_IDENTITIES = ROOT + "node_identities/"  # {site}/{node}: which machine has 
 JOIN_TOKENS = ROOT + "join_tokens/"  # {token}
 SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys
 SECRET_VALUES = ROOT + "secret_values/"  # {secret}/{version}: sealed
+OFFERS = ROOT + "offers/"  # {offer}
+LEASES = ROOT + "leases/"  # {lease}: machines that are rented
+RENTAL_FLEET = ROOT + "rental_fleet"  # by what tag providers know this fleet's machines
 TRUST = ROOT + "trust/"  # who is known, who is not admitted any more: read by every service (`trust.view`)
 PRINCIPALS = TRUST + "principals/"  # {user}
 GROUPS = TRUST + "groups/"  # {group}
@@ -64,6 +67,8 @@ _COLLECTIONS = {
     NODES: ("sites", "nodes"),
     DATASETS: ("datasets",),
     JOIN_TOKENS: ("joinTokens",),
+    OFFERS: ("offers",),
+    LEASES: ("leases",),
     SECRETS: ("secrets",),
     PRINCIPALS: ("users",),
     GROUPS: ("groups",),

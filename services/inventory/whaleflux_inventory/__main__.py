@@ -31,6 +31,7 @@ from whaleflux_inventory.event_history import EventHistory
 from whaleflux_inventory.identity_parts import assemble_identity
 from whaleflux_inventory.key_wrapping import wrapper_of
 from whaleflux_inventory.people import People
+from whaleflux_inventory.renting import keeper_of, renting_of
 from whaleflux_inventory.secret_servicer import SecretServicer
 from whaleflux_inventory.service import assemble
 from whaleflux_inventory.settings import Settings
@@ -43,7 +44,8 @@ async def build(ctx: Context) -> Parts:
     """Every replica serves everything; one at a time publishes."""
     authority = _authority(ctx.settings)
     secrets = SecretServicer(ctx.store, ctx.clock, wrapper_of(ctx.settings), ctx.trust)
-    servicer = assemble(ctx.store, ctx.clock, authority, _peers(ctx), secrets.problem)
+    peers = _peers(ctx)
+    servicer = assemble(ctx.store, ctx.clock, authority, peers, secrets.problem, renting_of(ctx.settings, authority))
     identity = assemble_identity(ctx.store, ctx.clock, authority, ctx.settings, ctx.tls.load().roots)
     history = EventHistory(ctx.bus if ctx.settings.nats else None, ctx.trust.queue_access)
     told = ctx.settings
@@ -57,8 +59,22 @@ async def build(ctx: Context) -> Parts:
             (add_SecretServiceServicer_to_server, secrets, "whaleflux.v1.SecretService"),
             (add_AuditServiceServicer_to_server, audit, "whaleflux.v1.AuditService"),
         ],
-        loops=[lambda: _know_the_first_admin(ctx), *([lambda: _publish(ctx)] if ctx.settings.nats else [])],
+        loops=[
+            lambda: _know_the_first_admin(ctx),
+            *([lambda: _publish(ctx)] if ctx.settings.nats else []),
+            *([lambda: _rent(ctx, authority, peers, secrets)] if ctx.settings.rent_server else []),
+        ],
     )
+
+
+async def _rent(ctx: Context, authority: CertificateAuthority | None, peers: Peers, secrets: SecretServicer) -> None:
+    """One replica at a time carries leases on; also where there is no bus."""
+
+    async def work(leader: Leader) -> None:
+        keeper = keeper_of(ctx.store, ctx.clock, leader, ctx.settings, authority, peers, secrets.credentials)
+        await (keeper.run() if keeper is not None else asyncio.Event().wait())
+
+    await lead(ctx.store, f"{ROLE}-leases", ctx.address, work)
 
 
 def _authority(settings: Settings) -> CertificateAuthority | None:
@@ -95,6 +111,8 @@ async def _publish(ctx: Context) -> None:
                 ("inventory-nodes", keys.NODES, news.of_node),
                 ("inventory-datasets", keys.DATASETS, news.of_dataset),
                 ("inventory-sites", keys.SITES, news.of_site),
+                ("inventory-offers", keys.OFFERS, news.of_offer),
+                ("inventory-leases", keys.LEASES, news.of_lease),
                 ("inventory-join-tokens", keys.JOIN_TOKENS, news.of_join_token),
             ):
                 told = partial(_described, describe, ctx.clock)

@@ -67,6 +67,63 @@ def of_dataset(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     return _told(change, now, dataset.name, what, message, asked_for(old, new), whose)
 
 
+def of_offer(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, DELETED, and CHANGED when it refused a machine, or gives some again."""
+    new, old = _both(change, pb.Offer)
+    offer, asked = new or old or pb.Offer(), asked_for(old, new)
+    if new is None:
+        what, message = What.DELETED, f"{offer.name} is forgotten"
+    elif old is None:
+        what, message = What.CREATED, f"{offer.gpus} {offer.gpu_type} of {offer.provider} in {offer.site}"
+    elif new.refusals > old.refusals:
+        what, message = What.CHANGED, f"{offer.name} refused a machine: {new.refusal}"
+    elif old.refusals and not new.refusals:
+        what, message = What.CHANGED, f"{offer.name} gives machines again"
+    else:
+        return None
+    return _told(change, now, offer.name, what, message, asked)
+
+
+def of_lease(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """Its new state, CHANGED when it is to end or a stray machine of it was found, DELETED."""
+    new, old = _both(change, pb.Lease)
+    lease, asked = new or old or pb.Lease(), asked_for(old, new)
+    before = _state(old) if old else ""
+    what: str
+    if new is None:
+        what, message = What.DELETED, f"{lease.name} was over for long"
+    elif _state(new) != before:
+        what, message = _state(new), _of_state(new)
+    elif list(new.strays) != list(old.strays if old else ()):
+        what = What.CHANGED
+        message = f"{lease.name}: {new.strays[-1]} carries its tag and is not its machine; it is ended"
+    elif old is not None and new.end_reason != old.end_reason:
+        what, message = What.CHANGED, f"{lease.name} is to end: {new.end_reason}"
+    else:
+        return None
+    attributes = {"queue": lease.queue, "offer": lease.offer.name, "node": lease.node, "machine": lease.provider_id}
+    attributes |= {"simulated": str(lease.offer.provider == "simulated").lower()}
+    return state_event(
+        change, now, source=SOURCE, resource=lease.name, what=what, previous=before, message=message, asked=asked,
+        attributes=attributes,
+    )  # fmt: skip
+
+
+def _state(lease: pb.Lease) -> str:
+    known = lease.state in pb.LeaseState.values()
+    return pb.LeaseState.Name(lease.state).removeprefix("LEASE_STATE_") if known else str(lease.state)
+
+
+def _of_state(lease: pb.Lease) -> str:
+    """The state with what matters in it, for people."""
+    offer, hours = names.last(lease.offer.name), f"{lease.offer.usd_per_hour:.2f} USD/h"
+    if lease.state == pb.LEASE_STATE_GONE:
+        return f"{lease.name} is over: {lease.end_reason}; {lease.spent_usd + lease.stray_usd:.2f} USD"
+    if lease.state in (pb.LEASE_STATE_DRAINING, pb.LEASE_STATE_RELEASING):
+        return f"{lease.name}: {lease.end_reason}"
+    return f"{lease.name}: {lease.offer.gpus} {lease.offer.gpu_type} by offer {offer}, {hours}, attempt {lease.attempt}"
+
+
 def of_site(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     """CREATED."""
     new, old = _both(change, pb.Site)

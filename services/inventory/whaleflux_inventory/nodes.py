@@ -200,6 +200,17 @@ class Nodes:
         await self._identities.release(name, lambda admission: revocations.of_admission(admission, why, now))
         return node
 
+    async def retire_gone(self, name: str, reason: str) -> None:
+        """Retires a node whose machine was given back to its provider: nothing can run there, whoever holds it."""
+
+        def intend(node: pb.Node) -> None:
+            if convert.intent_of(node) is not Intent.RETIRED:
+                node.intent, node.intent_reason = pb.NODE_INTENT_RETIRED, reason
+                node.last_change.CopyFrom(changes.asked(Intent.RETIRED.value, self._clock.now(), reason))
+
+        also = [self._revocation(name, reason)]
+        await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", also=also)
+
     async def _may_retire(self, name: str) -> bool:
         """Whether the node is unreachable; refuses one that is alive and at work."""
         await records.read(self._store, keys.NODES, name, "node")

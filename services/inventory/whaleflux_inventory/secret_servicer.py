@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Protocol
 
 from google.protobuf.empty_pb2 import Empty
@@ -178,6 +178,21 @@ class SecretServicer(rpc.SecretServiceServicer):
             if found and found[1].secret.versions[-1].text
             else f"secret {names.last(name)!r} is no text, which a header could hold"
         )
+
+    async def credentials(self, name: str, owner: str) -> Mapping[str, str]:
+        """The parts of a provider's keys, for a lease by an offer that `owner` (role/name) declared.
+
+        Raises FailedPrecondition where its owner may not use the secret any more, ValueError where it is none of several parts.
+        """
+        if self._directory.is_disabled(names.last(owner)):
+            raise FailedPrecondition(f"{owner}, who declared the offer, is disabled")
+        found = await self._records.find(name)
+        asker = rules.of_subject(owner, self._directory.groups_of(names.last(owner)))
+        known = shared(found[1].secret) if found else None
+        if found is None or (problem := rules.why_not(asker, known, name, "")):
+            raise FailedPrecondition(problem if found else f"{name} is gone")
+        opened = await self._opened(found[1], found[1].secret.versions[-1].version)
+        return rules.credentials_of(opened.value)
 
     def _asker(self, request: pb.OpenSecretsRequest) -> auth.Principal:
         """The fleet's groups are those of now; what an identity provider said at login, only the job remembers."""

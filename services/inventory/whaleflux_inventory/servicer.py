@@ -17,7 +17,9 @@ from whaleflux_inventory import convert
 from whaleflux_inventory.core.intents import Intent
 from whaleflux_inventory.datasets import Datasets
 from whaleflux_inventory.joining import Joining
+from whaleflux_inventory.leases import Leases
 from whaleflux_inventory.nodes import Nodes
+from whaleflux_inventory.offers import Offers
 from whaleflux_inventory.sites import Sites
 
 Context = Any  # grpc.aio's, which no rpc here needs
@@ -26,9 +28,19 @@ Context = Any  # grpc.aio's, which no rpc here needs
 class InventoryServicer(rpc.InventoryServiceServicer):
     """Who may call what is the boundary's business; that an agent touches only its own node is ours."""
 
-    def __init__(self, store: Store, sites: Sites, nodes: Nodes, joining: Joining, datasets: Datasets) -> None:
+    def __init__(
+        self,
+        store: Store,
+        sites: Sites,
+        nodes: Nodes,
+        joining: Joining,
+        datasets: Datasets,
+        offers: Offers,
+        leases: Leases,
+    ) -> None:
         self._store, self._sites, self._nodes = store, sites, nodes
         self._joining, self._datasets = joining, datasets
+        self._offers, self._leases = offers, leases
 
     async def CreateSite(self, request: pb.CreateSiteRequest, context: Context) -> pb.Site:
         return await self._sites.create(request)
@@ -133,3 +145,31 @@ class InventoryServicer(rpc.InventoryServiceServicer):
     async def ReportCachedDataset(self, request: pb.ReportCachedDatasetRequest, context: Context) -> pb.Dataset:
         auth.require_own_node(request.copy.node)
         return await self._datasets.report_copy(request)
+
+    async def CreateOffer(self, request: pb.CreateOfferRequest, context: Context) -> pb.Offer:
+        return await self._offers.create(request)
+
+    async def ListOffers(self, request: pb.ListOffersRequest, context: Context) -> pb.ListOffersResponse:
+        page = await self._offers.page(request)
+        return pb.ListOffersResponse(
+            offers=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def DeleteOffer(self, request: pb.DeleteOfferRequest, context: Context) -> Empty:
+        await self._offers.delete(request)
+        return Empty()
+
+    async def CreateLease(self, request: pb.CreateLeaseRequest, context: Context) -> pb.Lease:
+        return await self._leases.create(request)
+
+    async def GetLease(self, request: pb.GetLeaseRequest, context: Context) -> pb.Lease:
+        return await self._leases.get(request.name)
+
+    async def ListLeases(self, request: pb.ListLeasesRequest, context: Context) -> pb.ListLeasesResponse:
+        page = await self._leases.page(request)
+        return pb.ListLeasesResponse(
+            leases=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def EndLease(self, request: pb.EndLeaseRequest, context: Context) -> pb.Lease:
+        return await self._leases.end(request)

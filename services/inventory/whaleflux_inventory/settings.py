@@ -79,6 +79,28 @@ class Settings(ServiceSettings):
     audit_max_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Most bytes of that, about 500 for each record; the oldest goes first."
     )
+    rent_server: str = Field(
+        "", description="The front door as rented machines dial it, host:port; without it nothing is rented."
+    )
+    rent_server_name: str = Field("", description="Name in its certificate; empty: the host that is dialled.")
+    rent_commands: Path | None = Field(
+        None, description="Folder with the executables that offers of the provider `command` may name."
+    )
+    rent_simulated: Path | None = Field(
+        None, description="Folder for machines that are played, of offers of the provider `simulated`; empty: none are."
+    )
+    rent_checkpoint_root: Path | None = Field(
+        None, description="Folder for checkpoints that the machines which are played share with other agents here."
+    )
+    rent_poll_s: float = Field(
+        5.0, ge=0.2, le=60, description="Seconds between looks at providers while a machine comes or goes."
+    )
+    rent_silent_s: float = Field(
+        1800.0,
+        ge=60,
+        le=86_400,
+        description="A rented machine ends by itself when it has not reached the front door for so many seconds.",
+    )
     leaf_sites: str = Field("", description="Sites with a NATS server of their own, comma separated; empty: none.")
 
     def kept(self) -> tuple[StreamLimits, StreamLimits, StreamLimits]:

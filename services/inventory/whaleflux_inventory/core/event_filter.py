@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "reservation": ("reservations",),
     "dataset": ("datasets",),
     "site": ("sites",),
+    "offer": ("offers",),
+    "lease": ("leases",),
     "jointoken": ("joinTokens",),
     "apikey": ("apiKeys",),
 }

@@ -1,0 +1,50 @@
+"""What an offer may say: bounds on every number and text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from whaleflux_inventory.core.facts import MAX_GPU_BYTES, MAX_GPUS, MAX_TEXT, Findings
+from whaleflux_inventory.core.offers import Offer
+
+MAX_USD_PER_HOUR = 100_000.0
+MAX_BOOT_S = 7_200.0
+MAX_BILLING_UNIT_S = 2_678_400.0  # a month of 31 days
+MAX_MACHINES = 1_000
+MAX_OPTIONS = 32
+MAX_OPTION = 2_048
+MIN_LEASE_S, MAX_LEASE_S = 60, 30 * 86_400
+MAX_OFFERS_OF_LEASE = 16
+_OPTION = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+def check(offer: Offer, gpu_memory_bytes: int) -> Findings:
+    """What is wrong with an offer by itself, whoever its provider is."""
+    found = Findings()
+    for field, text in (("machine_type", offer.machine_type), ("region", offer.region), ("zone", offer.zone)):
+        found.text(f"offer.{field}", text, MAX_TEXT)
+    if not offer.machine_type:
+        found.add("offer.machine_type", "is empty; say what the provider calls the machines")
+    found.text("offer.gpu_type", offer.gpu_type, 64)
+    if not offer.gpu_type:
+        found.add("offer.gpu_type", "is empty; name the GPUs as job files do, such as H200")
+    found.number("offer.gpus", offer.gpus, 1, MAX_GPUS)
+    found.number("offer.gpu_memory_bytes", gpu_memory_bytes, 0, MAX_GPU_BYTES)
+    found.number("offer.usd_per_hour", offer.terms.usd_per_hour, 0.0001, MAX_USD_PER_HOUR)
+    found.number("offer.boot_s", offer.terms.boot_s, 0, MAX_BOOT_S)
+    found.number("offer.billing_unit_s", offer.terms.billing_unit_s, 1, MAX_BILLING_UNIT_S)
+    found.number("offer.max_machines", offer.max_machines, 1, MAX_MACHINES)
+    _check_options(found, offer.options)
+    return found
+
+
+def _check_options(found: Findings, options: Mapping[str, str]) -> None:
+    if len(options) > MAX_OPTIONS:
+        found.add("offer.options", f"are {len(options)}; give at most {MAX_OPTIONS}")
+        return
+    for key, value in options.items():
+        if not _OPTION.fullmatch(key):
+            found.add("offer.options", f"{key[:40]!r} is no name of an option: use a-z, 0-9 and _")
+        elif len(value) > MAX_OPTION or any(ord(letter) < 32 for letter in value):
+            found.add(f"offer.options.{key}", f"must be one line of at most {MAX_OPTION} characters")

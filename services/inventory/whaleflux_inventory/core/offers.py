@@ -1,0 +1,69 @@
+"""Offers: machines that can be rented, and how far each is believed to have one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from whaleflux_inventory.core.lease_rules import Terms
+
+RECOVERY_S = 600.0  # after one refusal trust is whole again; twice as long after each further one in a row
+MOST_DOUBLINGS = 4
+TRUSTED = 0.5  # offers below are asked only when none above is left
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One offer as its record says. `secret`: with the provider's keys, and `owner` who may use it; `refused_s`: Unix seconds, 0.0 never."""
+
+    name: str
+    provider: str
+    machine_type: str
+    site: str
+    terms: Terms
+    gpu_type: str = ""
+    gpus: int = 1
+    region: str = ""
+    zone: str = ""
+    market: str = "on_demand"
+    max_machines: int = 1
+    secret: str = ""
+    owner: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    refused_s: float = 0.0
+    refusals: int = 0
+
+    @property
+    def account(self) -> tuple[str, str, str]:
+        """Offers of one account share its list of machines and its limits of calls."""
+        return self.provider, self.region, f"{self.secret}|{self.options.get('command', '')}"
+
+    @property
+    def usd_per_gpu_hour(self) -> float:
+        return self.terms.usd_per_hour / max(self.gpus, 1)
+
+
+def trust(offer: Offer, now_s: float) -> float:
+    """How far it is believed to have a machine: 0 right after a refusal, growing evenly to 1."""
+    if not offer.refusals:
+        return 1.0
+    recovery_s = RECOVERY_S * 2.0 ** min(offer.refusals - 1, MOST_DOUBLINGS)
+    return min(1.0, max(0.0, (now_s - offer.refused_s) / recovery_s))
+
+
+def choose(offers: Iterable[Offer], rented: Mapping[str, int], now_s: float) -> Offer | None:
+    """The first in the given order that is trusted and has room below its `max_machines`; None: there is none."""
+    for offer in offers:
+        if rented.get(offer.name, 0) < offer.max_machines and trust(offer, now_s) >= TRUSTED:
+            return offer
+    return None
+
+
+def ranked(offers: Iterable[Offer], now_s: float) -> list[Offer]:
+    """The cheapest GPU first; what was refused lately counts as dearer, and last while it is not trusted."""
+
+    def order(offer: Offer) -> tuple[bool, float, float, str]:
+        believed = trust(offer, now_s)
+        return believed < TRUSTED, offer.usd_per_gpu_hour * (2 - believed), offer.terms.boot_s, offer.name
+
+    return sorted(offers, key=order)

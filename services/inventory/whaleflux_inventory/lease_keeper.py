@@ -1,0 +1,398 @@
+"""Carries leases on: one leader asks providers, stores each step before it is taken, and finds again what a crash left.
+
+A round lists the machines of every account with something under way, decides for each lease (`core/lease_rules.py`), and each
+`sweep_s` looks at all accounts: a machine with this fleet's tag that no lease accounts for is ended and what it cost is written down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from whaleflux import names
+from whaleflux.clock import Clock
+from whaleflux.errors import Compacted, InvalidArgument, Unavailable
+from whaleflux.store import keys
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Delete, Entry, Fenced, Put, Store, Unchanged, Write
+from whaleflux.store.election import Leader
+from whaleflux.store.reading import read_all
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory.core import lease_rules as rules
+from whaleflux_inventory.core.lease_rules import Lease, Machine, Seen, State, Step
+from whaleflux_inventory.core.offers import Offer, choose
+from whaleflux_inventory.lease_launch import Launching, no_admission
+from whaleflux_inventory.lease_records import core_lease, core_offer, lease_of, offer_of, set_seconds, store_lease
+from whaleflux_inventory.provider_accounts import Accounts
+from whaleflux_inventory.providers.api import NoCapacity, ProviderError, Throttled
+from whaleflux_inventory.rented_nodes import RentedNodes, node_of
+from whaleflux_inventory.sites import Sites
+
+log = logging.getLogger(__name__)
+SIDE_BY_SIDE = 8  # leases that are carried on at a time
+STEPS_OF_ROUND = 24  # of one lease: more than its offers times the steps to a refusal
+LAG_S = 60.0  # of lists of an account that cannot be opened
+KEPT_S = 30 * 86_400.0  # a lease that is over is shown for so long
+_SETTLED = frozenset({State.JOINED, State.GONE})
+_MOVING = frozenset(State) - _SETTLED
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds between rounds while something is under way, and between looks at everything."""
+
+    poll_s: float = 5.0
+    sweep_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A lease with its record and entry."""
+
+    entry: Entry
+    record: pb.Lease
+    lease: Lease
+
+    @property
+    def offer(self) -> Offer:
+        return core_offer(self.record.offer)
+
+
+class LeaseKeeper:
+    """Lives as long as its leadership, and remembers nothing that is not in the store but what providers listed in this round."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        leader: Leader,
+        accounts: Accounts,
+        nodes: RentedNodes,
+        launching: Launching,
+        pace: Pace = Pace(),
+    ) -> None:
+        self._store, self._clock, self._held = store, clock, leader.held
+        self._accounts, self._nodes, self._launching, self._pace = accounts, nodes, launching, pace
+        self._sites = Sites(store, clock)
+        self._offers: dict[str, tuple[Entry, pb.Offer]] = {}
+        self._rented = Counter[str]()
+        self._fleet = ""
+        self._swept_s = float("-inf")
+
+    async def run(self) -> None:
+        """For ever; raises Fenced when another leads."""
+        changed = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hear(changed))
+            while True:
+                changed.clear()
+                pause_s = self._pace.sweep_s
+                try:
+                    pause_s = self._pace.poll_s if await self.round() else self._pace.sweep_s
+                except Fenced:
+                    raise
+                except (ConditionFailed, Unavailable) as error:
+                    log.warning("a round of leases is cut short: %s", error)
+                    pause_s = self._pace.poll_s
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await changed.wait()
+
+    async def round(self) -> bool:
+        """One look at everything that needs one; whether something is under way that needs another soon."""
+        self._fleet = self._fleet or await self._fleet_id()
+        await self._read_offers()
+        sweep = self._clock.monotonic() - self._swept_s >= self._pace.sweep_s
+        listed = await self._listed(await self._leases(), sweep=sweep)
+        known = await self._leases()  # read after the lists: what is listed has its lease here, or none
+        self._rented = Counter(one.lease.offer for one in known.values() if one.lease.live)
+        known |= await self._found(listed, known)
+        limit = asyncio.Semaphore(SIDE_BY_SIDE)
+        due = [one for one in known.values() if one.lease.live or _tagged(listed, one)]
+        ends = await asyncio.gather(*(self._carried_on(one, listed, limit) for one in due), return_exceptions=True)
+        _raise_first(ends)
+        if sweep and all(machines is not None for machines in listed.values()):
+            self._swept_s = self._clock.monotonic()
+        await self._forget_old(known.values())
+        after = (await self._leases()).values()
+        return any(one.lease.state in _MOVING or (one.lease.live and one.offer.market == "spot") for one in after)
+
+    async def _hear(self, changed: asyncio.Event) -> None:
+        """Wakes the keeper when somebody rents or gives back."""
+        while True:
+            from_here = (await self._store.list(keys.LEASES)).revision
+            changed.set()  # whatever happened before
+            with contextlib.suppress(Compacted):
+                async with contextlib.aclosing(self._store.watch(keys.LEASES, after=from_here)) as batches:
+                    async for batch in batches:
+                        if any(event.entry is not None and _is_asked(event.entry) for event in batch.events):
+                            changed.set()
+
+    # reading
+
+    async def _fleet_id(self) -> str:
+        """By which tag this fleet's machines are told from others'. Made once."""
+        entry = await self._store.get(keys.RENTAL_FLEET)
+        if entry is None:
+            made = names.ulid(self._clock.now().timestamp())
+            with contextlib.suppress(ConditionFailed):
+                await self._commit([Put(keys.RENTAL_FLEET, made.encode())], [Absent(keys.RENTAL_FLEET)])
+            entry = await self._store.get(keys.RENTAL_FLEET)
+        return entry.value.decode() if entry else made
+
+    async def _read_offers(self) -> None:
+        read = read_all((await self._store.list(keys.OFFERS)).entries, offer_of)
+        self._offers = {offer.name: (entry, offer) for entry, offer in read.values}
+
+    async def _leases(self) -> dict[str, _Known]:
+        read = read_all((await self._store.list(keys.LEASES)).entries, _known)
+        return {one.lease.name: one for _, one in read.values}
+
+    async def _listed(
+        self, leases: Mapping[str, _Known], *, sweep: bool
+    ) -> dict[tuple[str, str, str], Sequence[Machine] | None]:
+        """The machines of each account with something under way; of every account that is known, in a sweep."""
+        offers: dict[tuple[str, str, str], Offer] = {}
+        for one in leases.values():
+            spot = one.lease.live and one.offer.market == "spot"
+            if one.lease.calls and (sweep or spot or one.lease.state in _MOVING):
+                offers.setdefault(one.offer.account, one.offer)
+        for _, record in self._offers.values() if sweep else ():
+            offer = core_offer(record)
+            offers[offer.account] = offer
+        lists = await asyncio.gather(*(self._accounts.machines(one, self._fleet) for one in offers.values()))
+        return dict(zip(offers, lists, strict=True))
+
+    async def _found(
+        self, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None], known: Mapping[str, _Known]
+    ) -> dict[str, _Known]:
+        """Leases for machines that name one which is not there (its record was lost with a backup): only to be ended."""
+        found = dict[str, _Known]()
+        for account, machines in listed.items():
+            for machine in machines or ():
+                if machine.ended or machine.lease in known or machine.lease in found:
+                    continue
+                made = await self._of_nobody(account, machine)
+                if made is not None:
+                    found[made.lease.name] = made
+        return found
+
+    async def _of_nobody(self, account: tuple[str, str, str], machine: Machine) -> _Known | None:
+        offer = self._offer_of_account(account, machine.offer)
+        if offer is None or not _is_lease(machine.lease):
+            log.warning("%s carries the fleet's tag and names no lease; it is left alone", machine.id)
+            return None
+        record = pb.Lease(name=machine.lease, offers=[offer.name], state=pb.LEASE_STATE_RELEASING, attempt=1, calls=1)
+        record.offer.CopyFrom(offer)
+        record.offer.ClearField("etag")
+        record.provider_id, record.node = machine.id, node_of(offer.site, machine.lease, 1)
+        record.end_reason = "a machine with this fleet's tag that no lease accounts for"
+        now_s = self._clock.now().timestamp()
+        for field in ("create_time", "ask_time", "call_time"):
+            set_seconds(record, field, machine.created_s)
+        set_seconds(record, "hard_end_time", now_s)
+        set_seconds(record, "state_time", now_s)
+        key, value = keys.of_name(keys.LEASES, record.name), record.SerializeToString(deterministic=True)
+        revision = await self._commit([Put(key, value)], [Absent(key)])
+        return _known(Entry(key, value, revision, revision))
+
+    def _offer_of_account(self, account: tuple[str, str, str], name: str) -> pb.Offer | None:
+        of_account = [record for _, record in self._offers.values() if core_offer(record).account == account]
+        return next((record for record in of_account if record.name == name), of_account[0] if of_account else None)
+
+    # carrying on
+
+    async def _carried_on(
+        self,
+        one: _Known,
+        listed: Mapping[tuple[str, str, str], Sequence[Machine] | None],
+        limit: asyncio.Semaphore,
+    ) -> None:
+        async with limit:
+            try:
+                await self._steps(one, listed)
+            except Fenced:
+                raise
+            except ConditionFailed:
+                log.info("%s changed meanwhile; it is looked at again", one.lease.name)
+
+    async def _steps(self, one: _Known, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None]) -> None:
+        """Steps until nothing is left to do now."""
+        for _ in range(STEPS_OF_ROUND):
+            seen = await self._seen(one, listed)
+            now_s = self._now_s()
+            done = rules.step(one.lease, seen, now_s)
+            if done.next_offer:
+                done = Step(self._elsewhere(one, done.lease, done.next_offer, now_s), end=done.end)
+            before = one.lease
+            one = await self._stored(one, done)
+            if done.drain:
+                await self._nodes.drain(one.record.node, f"{one.lease.name} ends: {one.lease.end_reason}")
+            for machine in done.end:
+                await self._accounts.terminate(one.offer, machine)
+            if done.launch:
+                one = await self._launched(one)
+                if one.lease.state is not State.INTENT:
+                    return
+            elif one.lease.state is before.state:
+                return
+
+    async def _seen(self, one: _Known, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None]) -> Seen:
+        machines = listed.get(one.offer.account)
+        own = None if machines is None else [machine for machine in machines if machine.lease == one.lease.name]
+        state = one.lease.state
+        try:
+            lag_s = await self._accounts.lag_s(one.offer)
+        except ProviderError:
+            lag_s, own = LAG_S, None
+        return Seen(
+            machines=own,
+            joined=state is State.BOOTING and await self._nodes.joined(one.record.node),
+            held=await self._nodes.held(one.record.node) if state is State.DRAINING else None,
+            lag_s=lag_s,
+        )
+
+    async def _launched(self, one: _Known) -> _Known:
+        """Makes the call that the record has announced, and writes down what came of it."""
+        request = self._launching.request(one.lease, one.offer, self._fleet)
+        try:
+            machine = await self._accounts.launch(one.offer, request)
+        except Throttled as busy:
+            return await self._after_busy(one, busy)
+        except ProviderError as refusal:
+            await self._refused(one.offer, refusal)
+            why = f"{names.last(one.offer.name)}: {refusal}"
+            return await self._stored(one, Step(self._elsewhere(one, one.lease, why, self._now_s())))
+        except Exception as error:  # whatever it is: there may be a machine
+            log.warning("%s: the call to %s had no answer: %r", one.lease.name, one.offer.provider, error)
+            lag_s = await self._accounts.lag_s(one.offer)
+            return await self._stored(one, Step(rules.no_answer(one.lease, self._now_s(), lag_s)))
+        made = await self._stored(one, Step(rules.launched(one.lease, machine, self._now_s())))
+        await self._refused(one.offer, None)
+        return made
+
+    async def _after_busy(self, one: _Known, busy: Throttled) -> _Known:
+        now_s = self._now_s()
+        if rules.is_busy_too_long(one.lease, now_s):
+            after = self._elsewhere(one, one.lease, f"{names.last(one.offer.name)}: too busy", now_s)
+        else:
+            after = rules.busy(one.lease, now_s, busy.pause_s)
+        return await self._stored(one, Step(after))
+
+    def _elsewhere(self, one: _Known, lease: Lease, why: str, now_s: float) -> Lease:
+        """The next of its offers that is believed to have a machine; none: the lease is over."""
+        wanted = [core_offer(self._offers[name][1]) for name in one.record.offers if name in self._offers]
+        rented = self._rented.copy()
+        rented[lease.offer] -= 1  # its own place
+        chosen = choose((offer for offer in wanted if offer.name != lease.offer or lease.provider_id), rented, now_s)
+        if chosen is None or lease.end_reason:
+            return rules.no_offer(lease, f"no offer has a machine; the last said: {why}", now_s)
+        self._rented[lease.offer] -= 1
+        self._rented[chosen.name] += 1
+        return rules.other_offer(lease, chosen.name, chosen.terms, now_s)
+
+    # writing
+
+    async def _stored(self, one: _Known, done: Step) -> _Known:
+        """The record as the step says, before anything of it is done. Raises ConditionFailed where somebody changed it."""
+        if done.lease == one.lease:
+            return one
+        record = pb.Lease()
+        record.CopyFrom(one.record)
+        offer = one.record.offer
+        if done.lease.offer != one.lease.offer:
+            offer = self._offers[done.lease.offer][1]
+        store_lease(done.lease, offer, record)
+        record.offer.ClearField("etag")
+        record.node = node_of(offer.site, record.name, done.lease.attempt)
+        writes, when = await self._beside(one, done, core_offer(offer))
+        value = record.SerializeToString(deterministic=True)
+        revision = await self._commit([Put(one.entry.key, value), *writes], [Unchanged(one.entry), *when])
+        return _known(Entry(one.entry.key, value, revision, one.entry.created, one.entry.version + 1))
+
+    async def _beside(self, one: _Known, done: Step, offer: Offer) -> tuple[list[Write], list[Condition]]:
+        """What goes with the record: the token by which its machine joins, and its end."""
+        if done.launch:
+            site, when = await self._sites.implied(offer.site)
+            return [self._launching.admission(done.lease, offer), *site], when
+        if done.lease.state is State.GONE or done.lease.attempt != one.lease.attempt:
+            await self._nodes.retire(
+                one.record.node, f"{one.lease.name} is over: {done.lease.end_reason or 'begun anew'}"
+            )
+            return [no_admission(one.lease)], []
+        return [], []
+
+    async def _refused(self, offer: Offer, refusal: ProviderError | None) -> None:
+        """Remembers that an offer had nothing, or has again, for the next who wants it."""
+        known = self._offers.get(offer.name)
+        if known is None or (refusal is None and not known[1].refusals):
+            return
+        entry, record = known
+        if refusal is None:
+            record.refusals, record.refusal = 0, ""
+            record.ClearField("refused_time")
+        else:
+            record.refusals, record.refusal = record.refusals + 1, f"{_kind_of(refusal)}: {refusal}"[:500]
+            record.refused_time.FromDatetime(self._clock.now())
+        record.etag = ""
+        value = record.SerializeToString(deterministic=True)
+        try:
+            revision = await self._commit([Put(entry.key, value)], [Unchanged(entry)])
+        except Fenced:
+            raise
+        except ConditionFailed:  # another lease had the same answer in this moment, or an operator changed it
+            return
+        self._offers[offer.name] = Entry(entry.key, value, revision, entry.created), record
+
+    async def _forget_old(self, known: Iterable[_Known]) -> None:
+        old = [one for one in known if not one.lease.live and self._now_s() - one.lease.state_s > KEPT_S]
+        for one in old[:100]:
+            with contextlib.suppress(ConditionFailed):
+                await self._commit([Delete(one.entry.key)], [Unchanged(one.entry)])
+
+    async def _commit(self, writes: Sequence[Write], when: Sequence[Condition]) -> int:
+        return await self._store.commit(*writes, when=[*when, self._held])
+
+    def _now_s(self) -> float:
+        return self._clock.now().timestamp()
+
+
+def _known(entry: Entry) -> _Known:
+    record = lease_of(entry)
+    record.etag = ""
+    return _Known(entry, record, core_lease(record))
+
+
+def _tagged(listed: Mapping[tuple[str, str, str], Sequence[Machine] | None], one: _Known) -> bool:
+    """Whether something still carries the tag of a lease that is over."""
+    machines = listed.get(one.offer.account) or ()
+    return any(machine.lease == one.lease.name and not machine.ended for machine in machines)
+
+
+def _raise_first(ends: Sequence[BaseException | None]) -> None:
+    """The loss of leadership before all else; one lease that fails holds up no other."""
+    failed = [one for one in ends if one is not None]
+    for error in sorted(failed, key=lambda one: not isinstance(one, Fenced)):
+        raise error
+
+
+def _is_lease(name: str) -> bool:
+    try:
+        names.split(name, "leases")
+    except InvalidArgument:
+        return False
+    return True
+
+
+def _is_asked(entry: Entry) -> bool:
+    """Whether somebody but the keeper wrote it: rented, or to be given back."""
+    record = pb.Lease.FromString(entry.value)
+    ending = bool(record.end_reason) and record.state != pb.LEASE_STATE_GONE and not record.HasField("end_time")
+    return record.state == pb.LEASE_STATE_INTENT or ending
+
+
+def _kind_of(refusal: ProviderError) -> str:
+    return "no stock" if isinstance(refusal, NoCapacity) else type(refusal).__name__

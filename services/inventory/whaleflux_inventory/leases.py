@@ -1,0 +1,148 @@
+"""Leases as people and the scheduler ask for them: stored intents, which the keeper carries out."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+from whaleflux import names
+from whaleflux.clock import Clock
+from whaleflux.errors import Aborted, FailedPrecondition, NotFound
+from whaleflux.reasons import What
+from whaleflux.rpc import auth, changes
+from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.store import keys
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Present, Put, Store
+from whaleflux.store.reading import read_all
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory import convert, records
+from whaleflux_inventory.core.facts import MAX_REASON, Findings
+from whaleflux_inventory.core.offer_facts import MAX_LEASE_S, MAX_OFFERS_OF_LEASE, MIN_LEASE_S
+from whaleflux_inventory.core.offers import choose
+from whaleflux_inventory.core.rental_cost import paid_usd
+from whaleflux_inventory.lease_records import core_offer, is_over, lease_of, leases_in, offer_of, shown_lease, terms_of
+from whaleflux_inventory.rented_nodes import node_of
+
+MAX_USD = 10_000_000.0
+
+
+class Leases:
+    """`why_not`: why this fleet cannot rent at all, in words; "" where it can."""
+
+    def __init__(self, store: Store, clock: Clock, why_not: str = "") -> None:
+        self._store, self._clock, self._why_not = store, clock, why_not
+
+    async def create(self, request: pb.CreateLeaseRequest) -> pb.Lease:
+        """Stores the intent to rent; the same request again (by its request_id) answers with what it made."""
+        self._check(request)
+        if self._why_not:
+            raise FailedPrecondition(self._why_not)
+        fingerprint = convert.fingerprint(request.request_id, request)
+        if fingerprint and (before := await self._made_before(fingerprint)) is not None:
+            return before
+        offers = [await self._offer(name, at) for at, name in enumerate(request.offers)]
+        now = self._clock.now()
+        chosen = await self._chosen(offers)
+        lease = pb.Lease(
+            name=names.lease(names.ulid(now.timestamp())),
+            state=pb.LEASE_STATE_INTENT,
+            attempt=1,
+            queue=request.queue,
+            reason=request.reason,
+            owner=auth.caller().subject,
+            request_fingerprint=fingerprint,
+            cost_cap_usd=request.cost_cap_usd or max(paid_usd(request.ttl_s, terms_of(one)) for one in offers),
+        )
+        lease.offers[:] = request.offers
+        lease.offer.CopyFrom(chosen)
+        lease.offer.ClearField("etag")
+        lease.node = node_of(chosen.site, lease.name, 1)
+        lease.create_time.FromDatetime(now)
+        lease.state_time.FromDatetime(now)
+        lease.hard_end_time.FromDatetime(now + timedelta(seconds=request.ttl_s))
+        lease.last_change.CopyFrom(changes.asked(What.CREATED, now, request.reason))
+        key, value = keys.of_name(keys.LEASES, lease.name), lease.SerializeToString(deterministic=True)
+        known: list[Condition] = [Present(keys.of_name(keys.OFFERS, name)) for name in dict.fromkeys(request.offers)]
+        try:
+            revision = await self._store.commit(Put(key, value), when=[Absent(key), *known])
+        except ConditionFailed:
+            raise Aborted("an offer was forgotten in this moment; look again: whaleflux offers ls") from None
+        return shown_lease(Entry(key, value, revision, revision), now.timestamp())
+
+    async def get(self, name: str) -> pb.Lease:
+        """One lease, also one that is over."""
+        names.split(name, "leases")
+        return shown_lease(await records.read(self._store, keys.LEASES, name, "lease"), self._now_s())
+
+    async def page(self, request: pb.ListLeasesRequest) -> Page[pb.Lease]:
+        """One page of leases."""
+        return await list_page(
+            self._store,
+            keys.LEASES,
+            lambda entry: shown_lease(entry, self._now_s()),
+            size=page_size(request.page_size),
+            token=request.page_token,
+            keep=lambda lease: request.show_gone or not is_over(lease),
+        )
+
+    async def end(self, request: pb.EndLeaseRequest) -> pb.Lease:
+        """Asks for its end; asked again, nothing changes."""
+        names.split(request.name, "leases")
+        found = Findings()
+        found.text("reason", request.reason, MAX_REASON)
+        found.raise_if_any()
+
+        def ends(lease: pb.Lease) -> None:
+            if not lease.end_reason and not is_over(lease):
+                lease.end_reason = request.reason or f"given back by {changes.actor()}"
+                lease.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), lease.end_reason))
+
+        entry = await records.change(
+            self._store, keys.LEASES, request.name, pb.Lease, ends, kind="lease", etag=request.etag
+        )
+        return shown_lease(entry, self._now_s())
+
+    def _check(self, request: pb.CreateLeaseRequest) -> None:
+        found = Findings()
+        if not 0 < len(request.offers) <= MAX_OFFERS_OF_LEASE:
+            found.add("offers", f"are {len(request.offers)}; name 1 to {MAX_OFFERS_OF_LEASE}, see: whaleflux offers ls")
+        found.number("ttl_s", request.ttl_s, MIN_LEASE_S, MAX_LEASE_S)
+        found.number("cost_cap_usd", request.cost_cap_usd, 0, MAX_USD)
+        found.text("reason", request.reason, MAX_REASON)
+        found.text("request_id", request.request_id, 128)
+        found.raise_if_any()
+        for at, name in enumerate(request.offers):
+            names.split(name, "offers", field=f"offers[{at}]")
+        if request.queue:
+            names.split(request.queue, "queues", field="queue")
+
+    async def _offer(self, name: str, at: int) -> pb.Offer:
+        try:
+            return offer_of(await records.read(self._store, keys.OFFERS, name, "offer"))
+        except NotFound:
+            raise NotFound("offer", name, f"offers[{at}]; see: whaleflux offers ls") from None
+
+    async def _chosen(self, offers: list[pb.Offer]) -> pb.Offer:
+        """Where it begins. Raises FailedPrecondition where none of them may be asked now."""
+        live = [one for one in leases_in((await self._store.list(keys.LEASES)).entries) if not is_over(one)]
+        rented = {one.name: sum(lease.offer.name == one.name for lease in live) for one in offers}
+        seen = [core_offer(one) for one in offers]
+        best = choose(seen, rented, self._now_s())
+        if best is None:
+            said = "; ".join(
+                f"{names.last(one.name)}: {rented[one.name]} of {one.max_machines} rented"
+                if rented[one.name] >= one.max_machines
+                else f"{names.last(one.name)}: refused {math.floor(self._now_s() - one.refused_s)} s ago"
+                for one in seen
+            )
+            raise FailedPrecondition(f"none of these offers can be asked for a machine now ({said})")
+        return next(one for one in offers if one.name == best.name)
+
+    async def _made_before(self, fingerprint: str) -> pb.Lease | None:
+        for entry, lease in read_all((await self._store.list(keys.LEASES)).entries, lease_of).values:
+            if lease.request_fingerprint == fingerprint and lease.owner == auth.caller().subject:
+                return shown_lease(entry, self._now_s())
+        return None
+
+    def _now_s(self) -> float:
+        return self._clock.now().timestamp()

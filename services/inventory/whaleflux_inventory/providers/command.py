@@ -1,0 +1,162 @@
+"""A provider behind an executable: bare-metal shops, batch systems, clouds without an adapter.
+
+The offer's option `command` names an executable in the folder that inventory's setting `rent_commands` names; operators put executables
+there, an offer cannot. It is started with one word, `launch`, `list` or `terminate`, is given JSON on stdin and answers JSON on stdout:
+
+    launch     {"fleet", "lease", "token", "tags", "offer": {...}, "user_data", "hard_end_s"}  ->  {"id": "..."}
+    list       {"fleet"}                             ->  {"machines": [{"id", "tags", "created_s", "ended"?, "taken_s"?, "taken_why"?}]}
+    terminate  {"id"}                                ->  {}
+
+It may refuse: {"error": "no_capacity" | "throttled" | "auth" | "unsupported" | "not_found", "message": "..."}; whatever else it does
+(another exit code, no JSON, no end in time) means that nobody knows what came of it. Keys of the offer's secret are in its environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from whaleflux.names import ID_PATTERN
+from whaleflux_inventory.core.lease_rules import Machine
+from whaleflux_inventory.core.offers import Offer
+from whaleflux_inventory.providers.api import (
+    CALL_WITHIN_S,
+    FLEET_TAG,
+    LEASE_TAG,
+    MAX_MACHINES,
+    OFFER_TAG,
+    TOKEN_TAG,
+    AuthFailed,
+    LaunchRequest,
+    MachineNotFound,
+    NoCapacity,
+    ProviderError,
+    Throttled,
+    Unsupported,
+)
+from whaleflux_inventory.providers.user_data import user_data
+
+MAX_ANSWER_BYTES = 8 << 20
+_ERRORS: dict[str, type[ProviderError]] = {
+    "no_capacity": NoCapacity,
+    "throttled": Throttled,
+    "auth": AuthFailed,
+    "unsupported": Unsupported,
+    "not_found": MachineNotFound,
+}
+_KEPT = ("PATH", "HOME", "LANG", "TZ", "HTTPS_PROXY", "NO_PROXY")
+
+
+class CommandKind:
+    """`folder`: with the executables that offers may name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def problems(self, offer: Offer) -> dict[str, str]:
+        name = offer.options.get("command", "")
+        if not ID_PATTERN.fullmatch(name):
+            return {"options.command": "must name an executable in inventory's folder of rent_commands: a-z, 0-9, -"}
+        if not os.access(self._folder / name, os.X_OK) or not (self._folder / name).is_file():
+            return {"options.command": f"{name!r} is no executable in inventory's folder of rent_commands"}
+        if offer.options.get("lag_s") and not offer.options["lag_s"].isdecimal():
+            return {"options.lag_s": "must be whole seconds by which its list may lag behind"}
+        return {}
+
+    def open(self, offer: Offer, keys: Mapping[str, str]) -> Command:
+        lag_s = float(offer.options.get("lag_s") or 60)
+        return Command(self._folder / offer.options["command"], keys, lag_s)
+
+
+class Command:
+    """One executable with its keys."""
+
+    def __init__(self, executable: Path, keys: Mapping[str, str], lag_s: float) -> None:
+        self._executable, self._keys, self.lag_s = executable, keys, lag_s
+
+    async def launch(self, request: LaunchRequest) -> str:
+        offer = request.offer
+        asked = {
+            "fleet": request.fleet,
+            "lease": request.lease,
+            "token": request.token,
+            "tags": request.tags,
+            "offer": {
+                "name": offer.name,
+                "machine_type": offer.machine_type,
+                "region": offer.region,
+                "zone": offer.zone,
+                "market": offer.market,
+                "options": dict(offer.options),
+            },
+            "user_data": user_data(request),
+            "hard_end_s": request.hard_end_s,
+        }
+        machine = (await self._run("launch", asked)).get("id")
+        if not isinstance(machine, str) or not 0 < len(machine) <= 256:
+            raise OSError(f"{self._executable.name} launch did not say the machine's id")
+        return machine
+
+    async def machines(self, fleet: str) -> Sequence[Machine]:
+        answer = (await self._run("list", {"fleet": fleet})).get("machines")
+        if not isinstance(answer, list) or len(answer) > MAX_MACHINES:
+            raise OSError(f"{self._executable.name} list did not list machines")
+        read = [_machine(one) for one in answer]
+        return [machine for machine, of in read if of == fleet]
+
+    async def terminate(self, machine_id: str) -> None:
+        await self._run("terminate", {"id": machine_id})
+
+    async def _run(self, what: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
+        process = await asyncio.create_subprocess_exec(
+            str(self._executable),
+            what,
+            env={**environment, **self._keys},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            async with asyncio.timeout(CALL_WITHIN_S - 1):
+                said, _ = await process.communicate(json.dumps(asked).encode())
+        finally:
+            if process.returncode is None:
+                process.kill()
+        return self._answer(what, said, process.returncode)
+
+    def _answer(self, what: str, said: bytes, code: int | None) -> dict[str, Any]:
+        try:
+            answer = json.loads(said[:MAX_ANSWER_BYTES])
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise OSError(f"{self._executable.name} {what} ended with code {code} and no JSON object")
+        if (error := _ERRORS.get(str(answer.get("error", "")))) is not None:
+            raise error(str(answer.get("message", answer["error"]))[:300])
+        if code or "error" in answer:
+            raise OSError(f"{self._executable.name} {what} ended with code {code}")
+        return answer
+
+
+def _machine(one: Any) -> tuple[Machine, str]:
+    """A machine and the fleet whose tag it carries. Raises OSError for what is not one."""
+    try:
+        tags = one["tags"]
+        machine = Machine(
+            id=str(one["id"]),
+            lease=str(tags.get(LEASE_TAG, "")),
+            token=str(tags.get(TOKEN_TAG, "")),
+            created_s=float(one["created_s"]),
+            offer=str(tags.get(OFFER_TAG, "")),
+            ended=bool(one.get("ended", False)),
+            taken_s=float(one.get("taken_s") or 0.0),
+            taken_why=str(one.get("taken_why", ""))[:300],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise OSError("a machine in the list lacks id, tags or created_s") from None
+    return machine, str(tags.get(FLEET_TAG, ""))

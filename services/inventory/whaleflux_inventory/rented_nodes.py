@@ -1,0 +1,64 @@
+"""The nodes that rented machines are: whether one has joined, its drain, and its end."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from whaleflux import names
+from whaleflux.errors import NotFound, StatusError
+from whaleflux.store import keys
+from whaleflux.store.api import Store
+from whaleflux_inventory import convert
+from whaleflux_inventory.core.intents import Intent
+from whaleflux_inventory.nodes import Dependencies, Nodes
+
+
+class RentedNodes(Protocol):
+    """What the keeper of leases does with nodes, by their full name."""
+
+    async def joined(self, node: str) -> bool: ...
+    async def held(self, node: str) -> int | None:
+        """GPUs of it that jobs hold; None: nobody knows now."""
+        ...
+
+    async def drain(self, node: str, why: str) -> None:
+        """Its work is moved away; nothing where it is so already."""
+        ...
+
+    async def retire(self, node: str, why: str) -> None:
+        """Its machine is gone for good; nothing where it never joined."""
+        ...
+
+
+class InventoryNodes:
+    """Inventory's own nodes."""
+
+    def __init__(self, store: Store, nodes: Nodes, dependencies: Dependencies) -> None:
+        self._store, self._nodes, self._dependencies = store, nodes, dependencies
+
+    async def joined(self, node: str) -> bool:
+        return await self._store.get(keys.of_name(keys.NODES, node)) is not None
+
+    async def held(self, node: str) -> int | None:
+        try:
+            return await self._dependencies.gpus_held(node)
+        except StatusError:
+            return None
+
+    async def drain(self, node: str, why: str) -> None:
+        try:
+            there = convert.intent_of(await self._nodes.get(node))
+        except NotFound:
+            return
+        if there in (Intent.ACTIVE, Intent.CORDONED):
+            await self._nodes.set_intent(node, Intent.DRAINING, why, "")
+
+    async def retire(self, node: str, why: str) -> None:
+        if await self.joined(node):
+            await self._nodes.retire_gone(node, why)
+
+
+def node_of(site: str, lease: str, attempt: int) -> str:
+    """The name that the machine of a lease's attempt joins under: its own, since a retired node's name is never used again."""
+    number = f"-{attempt}" if attempt > 1 else ""
+    return names.node(names.last(site), f"{names.last(lease)}{number}")

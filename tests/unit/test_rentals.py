@@ -1,0 +1,221 @@
+"""Offers and leases as people ask for them: files, rpcs, what is refused and changes nothing."""
+
+import pytest
+
+from tests.unit.test_inventory_service import FakeDependencies
+from tests.unit.test_secrets_service import World as Secrets
+from whaleflux.clock import VirtualClock
+from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from whaleflux.events.publisher import EntryChange
+from whaleflux.manifests.offer_file import offers_from_yaml
+from whaleflux.rpc import auth, pki
+from whaleflux.store import Put, keys
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux.v1 import types_pb2
+from whaleflux_inventory import news
+from whaleflux_inventory.lease_launch import FrontDoor, Launching
+from whaleflux_inventory.lease_records import core_lease, core_offer
+from whaleflux_inventory.providers.command import CommandKind
+from whaleflux_inventory.providers.simulated import SimulatedKind
+from whaleflux_inventory.providers.user_data import MAX_BYTES, user_data
+from whaleflux_inventory.service import Renting, assemble
+
+CA = pki.CertificateAuthority.create(VirtualClock().now(), "whaleflux")
+FILE = """
+offers:
+- name: a
+  provider: simulated
+  machine: h200x8
+  gpu: H200
+  gpus: 8
+  gpu_memory: 141 GB
+  site: cloud
+  market: spot
+  price: 20 USD
+  boot: 4 min
+  billing_unit: 1 h
+  max: 2
+  options: {boot_s: 1-2}
+"""
+
+
+class World:
+    def __init__(self, tmp_path, store=None, problem=None, why_not=""):
+        self.store, self.clock = store or MemoryStore(), VirtualClock()
+        kinds = {"simulated": SimulatedKind(tmp_path / "cloud", {}), "command": CommandKind(tmp_path)}
+        more = [problem] if problem else []
+        self.rpc = assemble(self.store, self.clock, CA, FakeDependencies(), *more, renting=Renting(kinds, why_not))
+
+    async def call(self, method, request, role="operator", name="olga"):
+        with auth.acting_as(auth.Identity(role, name)):
+            return await getattr(self.rpc, method)(request, None)
+
+    async def offer(self, offer_id="a", **more):
+        offer = offers_from_yaml(FILE)[0].offer
+        for field, value in more.items():
+            getattr(offer, field).update(value) if isinstance(value, dict) else setattr(offer, field, value)
+        return await self.call("CreateOffer", pb.CreateOfferRequest(offer_id=offer_id, offer=offer, request_id="r"))
+
+    async def lease(self, *offers, **more):
+        wanted = [f"offers/{one}" for one in offers or ("a",)]
+        return await self.call("CreateLease", pb.CreateLeaseRequest(offers=wanted, **{"ttl_s": 3600, **more}))
+
+    async def revision(self):
+        return (await self.store.list("")).revision
+
+
+@pytest.fixture
+async def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_a_file_says_all_of_an_offer():
+    (one,) = offers_from_yaml(FILE)
+    assert (one.offer_id, one.offer.site, one.offer.market) == ("a", "sites/cloud", types_pb2.PRICE_KIND_SPOT)
+    assert (one.offer.usd_per_hour, one.offer.boot_s, one.offer.billing_unit_s) == (20.0, 240.0, 3600.0)
+    assert one.offer.gpu_memory_bytes == 141 * 10**9 and dict(one.offer.options) == {"boot_s": "1-2"}
+
+
+def test_every_mistake_of_a_file_is_named_with_its_line():
+    wrong = FILE.replace("gpus: 8", "gpus: 0").replace("market: spot", "market: cheap").replace("price", "prize")
+    with pytest.raises(InvalidArgument) as refused:
+        offers_from_yaml(wrong + FILE.partition("\n")[2].partition("\n")[2])
+    fields = [one.field.rpartition(".")[2] for one in refused.value.violations]
+    assert {"gpus", "market", "price", "prize"} <= set(fields)
+    assert "(line 7)" in str(refused.value) and "did you mean" in str(refused.value)
+    with pytest.raises(InvalidArgument, match="there twice"):
+        offers_from_yaml(FILE + "---\n" + FILE)
+
+
+async def test_an_offer_is_declared_once_listed_and_forgotten(world):
+    made = await world.offer(refusals=7, owner="user/mallory")
+    assert (made.owner, made.refusals, made.trust) == ("operator/olga", 0, 1.0)
+    assert await world.offer(refusals=7, owner="user/mallory") == made  # the same request again
+    with pytest.raises(AlreadyExists):
+        await world.offer(gpus=4)
+    assert [one.name for one in (await world.call("ListOffers", pb.ListOffersRequest())).offers] == ["offers/a"]
+    await world.call("DeleteOffer", pb.DeleteOfferRequest(name="offers/a"))
+    assert not (await world.call("ListOffers", pb.ListOffersRequest())).offers
+
+
+@pytest.mark.parametrize(
+    ("how", "field"),
+    [
+        ({"provider": "gcp"}, "offer.provider"),
+        ({"machine_type": "h999x8"}, "offer.machine_type"),
+        ({"machine_type": ""}, "offer.machine_type"),
+        ({"gpus": 0}, "offer.gpus"),
+        ({"usd_per_hour": float("nan")}, "offer.usd_per_hour"),
+        ({"usd_per_hour": 0.0}, "offer.usd_per_hour"),
+        ({"billing_unit_s": 1e9}, "offer.billing_unit_s"),
+        ({"boot_s": -1.0}, "offer.boot_s"),
+        ({"site": "cloud"}, "offer.site"),
+        ({"market": types_pb2.PRICE_KIND_OWNED}, "offer.market"),
+        ({"secret": "secrets/none"}, "offer.secret"),
+        ({"max_machines": -1}, "offer.max_machines"),
+        ({"options": {"faults": "fire"}}, "offer.options.faults"),
+        ({"options": {"Boot": "1"}}, "offer.options"),
+        ({"provider": "command", "options": {"command": "../../bin/sh"}}, "offer.options.command"),
+    ],
+)
+async def test_bad_offers_name_the_field_and_change_nothing(world, how, field):
+    before = await world.revision()
+    with pytest.raises(InvalidArgument) as refused:
+        await world.offer(**how)
+    assert field in [one.field for one in refused.value.violations]
+    assert await world.revision() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "field"),
+    [
+        ({"ttl_s": 59}, "ttl_s"),
+        ({"ttl_s": 10**9}, "ttl_s"),
+        ({"cost_cap_usd": -1.0}, "cost_cap_usd"),
+        ({"cost_cap_usd": float("inf")}, "cost_cap_usd"),
+        ({"queue": "default"}, "queue"),
+        ({"reason": "x" * 501}, "reason"),
+    ],
+)
+async def test_bad_leases_name_the_field_and_change_nothing(world, how, field):
+    await world.offer()
+    before = await world.revision()
+    with pytest.raises(InvalidArgument) as refused:
+        await world.lease(**how)
+    assert field in [one.field for one in refused.value.violations]
+    assert await world.revision() == before
+
+
+async def test_a_lease_is_an_intent_with_an_end_and_a_cap(world):
+    await world.offer()
+    made = await world.lease(queue="queues/research", reason="a rush", request_id="once")
+    assert await world.lease(queue="queues/research", reason="a rush", request_id="once") == made
+    assert (made.state, made.cost_cap_usd, made.owner) == (pb.LEASE_STATE_INTENT, 20.0, "operator/olga")
+    assert made.node.startswith("sites/cloud/nodes/") and made.hard_end_time.seconds - made.create_time.seconds == 3600
+    with pytest.raises(NotFound):
+        await world.lease("b")
+    with pytest.raises(FailedPrecondition, match="leases end"):
+        await world.call("DeleteOffer", pb.DeleteOfferRequest(name="offers/a"))
+    ended = await world.call("EndLease", pb.EndLeaseRequest(name=made.name, reason="enough"))
+    again = await world.call("EndLease", pb.EndLeaseRequest(name=made.name, reason="more"))
+    assert ended.end_reason == again.end_reason == "enough" and again.etag == ended.etag
+
+
+async def test_no_more_machines_than_the_offer_has_and_none_right_after_a_refusal(world):
+    await world.offer()
+    await world.lease(request_id="1")
+    await world.lease(request_id="2")
+    with pytest.raises(FailedPrecondition, match="2 of 2 rented"):
+        await world.lease(request_id="3")
+    entry = await world.store.get(keys.OFFERS + "a")
+    await world.offer("b")
+    refused = pb.Offer.FromString(entry.value)
+    refused.name, refused.refusals = "offers/b", 1
+    refused.refused_time.FromDatetime(world.clock.now())
+    await world.store.commit(Put(keys.OFFERS + "b", refused.SerializeToString()))
+    with pytest.raises(FailedPrecondition, match="refused 0 s ago"):
+        await world.lease("b")
+
+
+async def test_who_cannot_rent_says_why(tmp_path):
+    world = World(tmp_path, why_not="no address is known")
+    await world.offer()
+    with pytest.raises(FailedPrecondition, match="no address"):
+        await world.lease()
+
+
+async def test_keys_are_opened_only_while_the_offers_owner_may_use_them(tmp_path):
+    secrets = Secrets(tmp_path)
+    await secrets.add("cloud", b'{"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}')
+    world = World(tmp_path, secrets.store, secrets.rpc.problem)
+    with pytest.raises(InvalidArgument, match=r"offer\.secret"):
+        await world.offer(secret="secrets/cloud")  # olga's it is not
+    opened = await secrets.rpc.credentials("secrets/cloud", "user/ann")
+    assert opened["AWS_ACCESS_KEY_ID"] == "x"
+    with pytest.raises(FailedPrecondition):
+        await secrets.rpc.credentials("secrets/cloud", "operator/olga")
+
+
+async def test_a_repeated_request_is_the_same_to_the_letter_and_nothing_secret_is_stored(world):
+    await world.offer()
+    record = await world.lease()
+    lease, offer = core_lease(record), core_offer(record.offer)
+    launching = Launching(FrontDoor("fleet.example:7443"), CA, 1800.0)
+    first, second = (user_data(launching.request(lease, offer, "fleet-1")) for _ in range(2))
+    assert first == second and len(first) < MAX_BYTES and "shutdown -h now" in first
+    secret = launching.request(lease, offer, "f").environment["WHALEFLUX_JOIN_TOKEN"].partition(".")[2]
+    assert len(secret) == 43 and secret.encode() not in launching.admission(lease, offer).value
+    stored = pb.JoinTokenRecord.FromString(launching.admission(lease, offer).value)
+    assert stored.token.node == record.node
+
+
+async def test_what_became_of_a_lease_is_told(world):
+    await world.offer()
+    record = await world.lease(reason="a rush")
+    old = await world.store.get(keys.of_name(keys.LEASES, record.name))
+    record = pb.Lease.FromString(old.value)
+    record.state, record.end_reason, record.spent_usd = pb.LEASE_STATE_GONE, "its time is over", 3.5
+    new = type(old)(old.key, record.SerializeToString(), old.revision + 1, old.created)
+    told = news.of_lease(EntryChange(old.key, old, new, new.revision), world.clock.now())
+    assert b"is over: its time is over; 3.50 USD" in told.data
