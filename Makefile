@@ -74,6 +74,11 @@ soak: $(STAMP) ## Long forms of tests: a million operations on a plan (PLAN_OPER
 bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing
 	@$(BIN)/python -m benchmarks.run $(NAME) $(ARGS)
 
+RAY ?= ray==2.60.0
+ray: ## Ray in an environment of its own, .venv-ray, for tests and benchmarks against it (RAY=ray==2.60.0)
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check "$(RAY)"
+
 docs: $(STAMP) ## The docs as a site, in .build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q && echo "open .build/site/index.html"
 
@@ -86,4 +91,4 @@ format: $(STAMP) ## Formats the code and the contract
 clean: ## Removes what make made, and the state of the embedded suite
 	@rm -rf $(VENV) .build .whaleflux .tox dist libs/whaleflux/v1
 
-.PHONY: help setup demo up test unit soak lint checks audit-deps locks sbom protos clients bench docs generate format clean
+.PHONY: help setup demo up test unit soak lint checks audit-deps locks sbom protos clients bench ray docs generate format clean

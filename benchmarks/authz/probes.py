@@ -143,6 +143,7 @@ _SCHEDULER: dict[str, Probe] = {
         lambda name: _S.AttachJobRequest(open=_S.AttachOpen(name=name, command=_S.AttachCommand(argv=["true"])))
     ),
     "ListAllocations": _none(_S.ListAllocationsRequest()),
+    "PlanRay": _none(_S.PlanRayRequest()),
     "PlanRebalance": _none(_S.PlanRebalanceRequest()),
     "ApplyRebalance": _none(_S.ApplyRebalanceRequest(etag=STALE)),
     "CreateReservation": _none(_S.CreateReservationRequest(reservation_id="Not A Reservation")),

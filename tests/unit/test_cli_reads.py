@@ -49,7 +49,7 @@ GIVEN = {
     "audit verify": [], "describe": ["job", "x"], "explain-field": ["gpus"], "rebalance apply": ["--yes"], "token create": ["--site", "a"],
     "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
     "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
-    "config": ["--help"],
+    "config": ["--help"], "ray explain": ["DEMAND"],
 }  # fmt: skip
 NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",
@@ -62,7 +62,12 @@ def words_of(words, tmp_path):
     """The command with what it needs: files that are there, and x for each name."""
     (tmp_path / "job.yaml").write_text("run: /bin/true\ngpus: 1\nworkdir: none\n")
     (tmp_path / "value").write_text("v")
-    files = {"JOB": str(tmp_path / "job.yaml"), "VALUE": str(tmp_path / "value")}
+    (tmp_path / "demand.json").write_text('{"bundles": [{"resources": {"GPU": 1}, "count": 2}]}')
+    files = {
+        "JOB": str(tmp_path / "job.yaml"),
+        "VALUE": str(tmp_path / "value"),
+        "DEMAND": str(tmp_path / "demand.json"),
+    }
     needed = ["x" for param in COMMANDS[words].params if param.required and param.param_type_name == "argument"]
     return [*words.split(), *(files.get(word, word) for word in GIVEN.get(words, needed))]
 

@@ -21,6 +21,7 @@ ENTRANCES = {
     "whaleflux.healthcheck",
     "whaleflux.cli.entry",
     "whaleflux_agent.runtime.shim",
+    "whaleflux.ray_cluster.reader",
 }
 PUBLIC = [
     ROOT / "README.md",
@@ -83,6 +84,7 @@ class TestModules:
 
     def test_programs_started_by_their_path_are(self):
         assert 'with_name("shim.py")' in MODULES["whaleflux_agent.runtime.process"].read_text()
+        assert 'with_name("reader.py")' in MODULES["whaleflux.ray_cluster.reading"].read_text()
 
 
 def benchmark_modules():

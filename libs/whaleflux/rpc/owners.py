@@ -175,6 +175,7 @@ TABLE: dict[str, OwnerRule] = {
         StreamLogs=RECORD,
         AttachJob=RECORD,
         ListAllocations=LEAVES_OUT,
+        PlanRay=FLEET,
         PlanRebalance=FLEET,
         ApplyRebalance=FLEET,
         CreateReservation=RECORD,

@@ -112,6 +112,7 @@ TABLE: Table = {
     _SCHEDULER + "CreateQueue": OPERATORS | {INFERENCE_ROUTER},
     _SCHEDULER + "DeleteQueue": OPERATORS,
     _SCHEDULER + "UpdateQueue": OPERATORS,
+    _SCHEDULER + "PlanRay": PEOPLE,
     _SCHEDULER + "PlanRebalance": OPERATORS,
     _SCHEDULER + "ApplyRebalance": OPERATORS,
     _SCHEDULER + "CreateReservation": PEOPLE,  # users within what their queue is guaranteed, which the servicer asks

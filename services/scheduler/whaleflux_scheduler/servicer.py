@@ -21,7 +21,7 @@ from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
-from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs
+from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs, ray_plans
 from whaleflux_scheduler.attach import AttachBroker, opening
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
@@ -267,6 +267,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
             raise InvalidArgument(FieldViolation("etag", "is empty; give the etag of a plan that PlanRebalance made"))
         rebalances = (await self._leader.leading()).rebalances
         return await (rebalances.check if request.validate_only else rebalances.apply)(request.etag)
+
+    async def PlanRay(self, request: pb.PlanRayRequest, context: _Context | None) -> pb.RayPlan:
+        return await ray_plans.planned(request, await self._leader.leading())
 
     # reservations
 

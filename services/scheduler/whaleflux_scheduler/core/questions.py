@@ -29,6 +29,7 @@ from whaleflux_scheduler.core.promises import Promises
 from whaleflux_scheduler.core.queue_order import ArrayLimit, over_array_limit
 from whaleflux_scheduler.core.queue_shares import QueueShares, QueueUse, Turn
 from whaleflux_scheduler.core.quota import QueueLimit
+from whaleflux_scheduler.core.ray_nodes import FreeNode, free_nodes
 from whaleflux_scheduler.core.rebalance import Gang, RebalancePlan, RebalanceRules
 from whaleflux_scheduler.core.rebalancing import Rebalancer
 from whaleflux_scheduler.core.request import of_model, place_request, shape, that_may
@@ -179,6 +180,10 @@ class Questions:
     def reservation_fleet(self) -> Fleet:
         """What GPUs reservations may be given."""
         return self._reserved.fleet()
+
+    def free_nodes(self) -> list[FreeNode]:
+        """What nodes that take work have left."""
+        return free_nodes(self._fleet.engine)
 
     def plan_rebalance(self, now: datetime, *, thorough: bool = False) -> RebalancePlan:
         """Running jobs that should go elsewhere now; `thorough`: also for those who wait that were looked at lately in vain."""

@@ -1,0 +1,225 @@
+"""What a Ray cluster should get, through the service and the command: the fleet as it is, bad input, and what is read of Ray's own state."""
+
+import contextlib
+import json
+from types import SimpleNamespace as Message
+
+import pytest
+from google.protobuf import json_format
+from typer.testing import CliRunner
+
+from tests.support.scheduler_world import World, node
+from whaleflux.cli import ray_commands
+from whaleflux.cli.__main__ import app
+from whaleflux.errors import FailedPrecondition, InvalidArgument, Unavailable
+from whaleflux.ray_cluster import reader, reading
+from whaleflux.v1 import scheduler_pb2 as pb
+
+RUN = CliRunner()
+GIB = 1024
+
+
+def bundle(count=1, **resources):
+    return pb.RayBundle(resources=resources, count=count)
+
+
+async def planned(world, **demand):
+    return await world.scheduler.PlanRay(pb.PlanRayRequest(demand=pb.RayDemand(**demand)), None)
+
+
+class TestService:
+    async def test_the_fleet_as_it_is_now(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            found = await planned(world, bundles=[bundle(6, GPU=1)])
+            assert [(one.count, one.gpus) for one in found.additions] == [(1, 4), (1, 2)]
+            name = await world.submit(4)
+            await world.reaches(name, "RUNNING")
+            busy = await planned(world, bundles=[bundle(6, GPU=1)])
+            assert busy.gpus == 4
+            assert [(one.count, one.never) for one in busy.unmet] == [(2, False)]
+
+    async def test_what_can_never_be_had_says_why(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            asked = [bundle(1, gpu_memory=10_000 * GIB), bundle(1, GPU=5), bundle(1, GPU=1, licence=1)]
+            found = await planned(world, bundles=asked)
+            assert all(one.never for one in found.unmet)
+            words = " ".join(one.why for one in found.unmet)
+            for part in ("on one GPU; the largest", "5 GPUs on one node; the largest has 4", "resource licence"):
+                assert part in words
+
+    async def test_nodes_that_are_there_or_under_way_come_first(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            there = {"GPU": 2.0, "gpu_memory": 2.0 * 80 * GIB, "CPU": 8.0}
+            for status, added in (("STARTING", 0), ("IDLE", 0), ("DRAINING", 2), ("DEAD", 2)):
+                nodes = [pb.RayNode(id="one", status=status, total=there, available=there)]
+                found = await planned(world, bundles=[bundle(2, GPU=1)], nodes=nodes)
+                assert found.gpus == added, status
+
+    async def test_what_it_should_hold_in_all_counts_what_is_used(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            busy = pb.RayNode(id="one", status="RUNNING", total={"GPU": 2.0, "CPU": 8.0}, available={"CPU": 8.0})
+            held = await planned(world, constraints=[bundle(2, GPU=1)], nodes=[busy])
+            assert held.gpus == 0
+            more = await planned(world, constraints=[bundle(4, GPU=1)], nodes=[busy])
+            assert (more.gpus, more.additions[0].why.partition(":")[0]) == (
+                2,
+                "for what the cluster should hold in all",
+            )
+
+    @pytest.mark.parametrize(
+        ("demand", "field"),
+        [
+            ({"bundles": [bundle(0, GPU=1)]}, "demand.bundles[0].count"),
+            ({"bundles": [bundle(1, GPU=-1)]}, "demand.bundles[0].resources[GPU]"),
+            ({"bundles": [bundle(1, GPU=float("nan"))]}, "demand.bundles[0].resources[GPU]"),
+            ({"bundles": [bundle(1, GPU=1)] * 1001}, "demand.bundles"),
+            ({"gangs": [pb.RayGang(count=1)]}, "demand.gangs[0].bundles"),
+            ({"gangs": [pb.RayGang(bundles=[bundle()], count=1, strategy=9)]}, "demand.gangs[0].strategy"),
+            ({"nodes": [pb.RayNode(total={"GPU": float("inf")})]}, "demand.nodes[0].total[GPU]"),
+            ({"nodes": [pb.RayNode(total={"GPU": 1e9})]}, "demand.nodes[0].total[GPU]"),
+        ],
+    )
+    async def test_bad_input_names_the_field(self, demand, field):
+        async with World() as world:
+            with pytest.raises(InvalidArgument) as refused:
+                await planned(world, **demand)
+            assert refused.value.violations[0].field == field
+            with pytest.raises(InvalidArgument):
+                await world.scheduler.PlanRay(pb.PlanRayRequest(), None)
+
+
+def request(resources, constraints=(), selectors=()):
+    return Message(resources_bundle=resources, placement_constraints=constraints, label_selectors=selectors)
+
+
+def constraint(kind):
+    return Message(HasField=lambda name: name == kind)
+
+
+def state(**more):
+    empty = {
+        "pending_resource_requests": [], "pending_gang_resource_requests": [], "cluster_resource_constraints": [],
+        "node_states": [], "cluster_session_name": "s", "cluster_resource_state_version": 7,
+    }  # fmt: skip
+    return Message(**(empty | more))
+
+
+class TestReader:
+    def read(self, **more):
+        found = reader.demand_of(state(**more), {1: "RUNNING", 3: "IDLE"}.get)
+        return json_format.ParseDict(found, pb.RayDemand())
+
+    def test_requests_by_shape(self):
+        waits = [Message(request=request({"GPU": 0.5}, selectors=[Message(label_constraints=[])]), count=4)]
+        found = self.read(pending_resource_requests=waits)
+        assert [(dict(one.resources), one.count, len(one.selectors)) for one in found.bundles] == [({"GPU": 0.5}, 4, 0)]
+        assert (found.session, found.version) == ("s", 7)
+
+    @pytest.mark.parametrize("said", ["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"])
+    def test_equal_groups_are_one(self, said):
+        group = Message(requests=[request({"GPU": 1.0})] * 3, details=f"4f2:{said}|PENDING", bundle_selectors=[])
+        found = self.read(pending_gang_resource_requests=[group, group]).gangs
+        assert [(one.count, one.bundles[0].count, pb.RayStrategy.Name(one.strategy)) for one in found] == [
+            (2, 3, f"RAY_STRATEGY_{said}")
+        ]
+
+    @pytest.mark.parametrize(("kind", "said"), [("affinity", "STRICT_PACK"), ("anti_affinity", "STRICT_SPREAD")])
+    def test_without_words_the_constraints_tell_how_a_group_lies(self, kind, said):
+        selected = [Message(resource_requests=[request({"GPU": 1.0}, [constraint(kind)])])]
+        group = Message(requests=[], details="", bundle_selectors=selected)
+        found = self.read(pending_gang_resource_requests=[group]).gangs[0]
+        assert pb.RayStrategy.Name(found.strategy) == f"RAY_STRATEGY_{said}"
+
+    def test_nodes_as_they_are(self):
+        one = Message(
+            node_id=b"\x12", status=3, total_resources={"GPU": 2.0}, available_resources={"GPU": 1.0}, dynamic_labels={},
+            labels={"a": "b"}, instance_id="lease", ray_node_type_name="h200x2", idle_duration_ms=5, node_activity=["busy"],
+        )  # fmt: skip
+        found = self.read(node_states=[one]).nodes[0]
+        assert (found.id, found.status, found.instance, dict(found.labels)) == ("12", "IDLE", "lease", {"a": "b"})
+        assert reader.without_time(reader.demand_of(state(node_states=[one]), str)) == reader.without_time(
+            reader.demand_of(state(node_states=[Message(**(vars(one) | {"idle_duration_ms": 9}))]), str)
+        )
+
+
+class TestReading:
+    """Of a program that stands for an interpreter: its ends in words."""
+
+    def as_if(self, tmp_path, body):
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        return str(program)
+
+    def test_what_it_prints(self, tmp_path):
+        assert reading.read_once("h:1", self.as_if(tmp_path, "echo '{\"version\": 3}'")) == {"version": 3}
+
+    @pytest.mark.parametrize(
+        ("code", "error"), [(2, InvalidArgument), (3, Unavailable), (4, FailedPrecondition), (9, Unavailable)]
+    )
+    def test_how_it_ends(self, tmp_path, code, error):
+        with pytest.raises(error, match="because"):
+            reading.read_once("h:1", self.as_if(tmp_path, f"echo because >&2; exit {code}"))
+
+    def test_an_interpreter_that_is_not_there(self):
+        with pytest.raises(InvalidArgument, match="--python"):
+            reading.read_once("h:1", "/no/such/python")
+
+    def test_where_no_ray_is(self, monkeypatch):
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr(reading, "find_spec", lambda name: None)
+        with pytest.raises(FailedPrecondition, match="--python"):
+            reading.interpreter()
+
+
+PLAN = pb.RayPlan(
+    gpus=4, usd_per_hour=8.0,
+    additions=[pb.RayAddition(gpu_type="H200", gpus=4, count=1, nodes=["sites/s/nodes/a"], bundles=[bundle(4, GPU=1)], why="for it")],
+    unmet=[pb.RayUnmet(bundle=bundle(1, GPU=9), count=1, why="9 GPUs on one node; the largest has 4", never=True)],
+)  # fmt: skip
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    found = []
+    service = Message(PlanRay=lambda request, timeout: found.append(request) or PLAN)
+    monkeypatch.setattr(ray_commands, "fleet", lambda: contextlib.nullcontext(Message(scheduler=service)))
+    return found
+
+
+class TestCommand:
+    def test_a_file_and_its_own_document_ask_the_same(self, asked, tmp_path):
+        demand = {"bundles": [{"resources": {"gpu_memory": 61440}, "count": 3}]}
+        for content in (demand, {"demand": demand, "plan": {}}):
+            (tmp_path / "demand.json").write_text(json.dumps(content))
+            done = RUN.invoke(app, ["ray", "explain", str(tmp_path / "demand.json")])
+            assert done.exit_code == 0, done.output
+            for words in (
+                "{gpu_memory: 64.4 GB}",
+                "nodes to add: 4 GPUs, $8.00 per hour",
+                "H200",
+                "never",
+                "largest has 4",
+            ):
+                assert words in done.output
+        assert asked[0] == asked[1]
+
+    def test_as_json(self, asked, tmp_path):
+        (tmp_path / "demand.json").write_text('{"bundles": [{"resources": {"GPU": 1}, "count": 3}]}')
+        done = RUN.invoke(app, ["ray", "explain", str(tmp_path / "demand.json"), "-o", "json"])
+        assert json.loads(done.stdout)["plan"]["gpus"] == 4
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"bundles": [{"count": "many"}]}', '{"nothing": 1}'])
+    def test_a_file_that_is_no_demand_is_refused(self, asked, tmp_path, text):
+        (tmp_path / "demand.json").write_text(text)
+        done = RUN.invoke(app, ["ray", "explain", str(tmp_path / "demand.json")])
+        assert isinstance(done.exception, InvalidArgument)
+        assert not asked
+
+    @pytest.mark.parametrize("words", [[], ["demand.json", "--address", "h:1"], ["demand.json", "-o", "csv"]])
+    def test_one_of_both(self, asked, words):
+        assert isinstance(RUN.invoke(app, ["ray", "explain", *words]).exception, InvalidArgument)
