@@ -69,6 +69,40 @@ FOUND = {
             ("fails", 1579781670),
         ],
     ),
+    "whose claim was to be taken over waited for nobody else when the one that had to leave for it did": (
+        32,
+        [
+            ("submit", 873295922),
+            ("submit", 2516392300),
+            ("submit", 3037791613),
+            ("submit", 3148291967),
+            ("time_passes", 2349469257),
+            ("time_passes", 362476966),
+            ("is_cordoned", 244232803),
+            ("fails", 1852814941),
+            ("time_passes", 846998427),
+            ("time_passes", 3283218308),
+            ("time_passes", 1397998219),
+            ("time_passes", 2447808036),
+            ("time_passes", 275677334),
+            ("submit", 3217135352),
+            ("limits_change", 483052206),
+            ("time_passes", 1523153632),
+            ("time_passes", 3894322553),
+            ("limits_change", 4059180707),
+        ],
+    ),
+    "a resize went on to claim what somebody else had claimed while it stopped": (
+        0,
+        [
+            ("submit", 447033969),
+            ("time_passes", 2374524620),
+            ("is_cancelled", 4171257345),
+            ("limits_change", 3648060833),
+            ("submit", 136094094),
+            ("time_passes", 3499771969),
+        ],
+    ),
 }
 
 

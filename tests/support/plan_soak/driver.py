@@ -53,18 +53,23 @@ def replay(operations: Sequence[Operation], world: Worlds = PlanWorld) -> tuple[
     return None
 
 
+def what_failed(wrong: Exception) -> str:
+    """The function that found it: so that another failure is not taken for this one."""
+    return traceback.extract_tb(wrong.__traceback__)[-1].name
+
+
 def shortened(operations: Sequence[Operation], world: Worlds, most_s: float = 120.0) -> list[Operation]:
-    """Those of them that are needed to fail: without halves, quarters, and so on, as far as that still fails (ddmin)."""
+    """Those of them that are needed to fail alike: without halves, quarters, and so on, as far as that still does (ddmin)."""
     failed = replay(operations, world)
     assert failed is not None, "it does not fail"
-    left, end_s = list(operations[: failed[0] + 1]), time.thread_time() + most_s
+    what, left, end_s = what_failed(failed[1]), list(operations[: failed[0] + 1]), time.thread_time() + most_s
     size = len(left) // 2
     while size and time.thread_time() < end_s:
         at, shorter = 0, False
         while at < len(left):
             less = left[:at] + left[at + size :]
             again = replay(less, world)
-            if again is not None:
+            if again is not None and what_failed(again[1]) == what:
                 left, shorter = less[: again[0] + 1], True
             else:
                 at += size

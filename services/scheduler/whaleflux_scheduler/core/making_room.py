@@ -12,6 +12,7 @@ from datetime import datetime
 from whaleflux_scheduler.core import growth_reasons, resize, resize_reasons, wait_reasons
 from whaleflux_scheduler.core.answers import Answers
 from whaleflux_scheduler.core.going_on import Place, left_place, under_way
+from whaleflux_scheduler.core.holdings import count
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState
 from whaleflux_scheduler.core.moves import Move
 from whaleflux_scheduler.core.pending import Line, RequestClass
@@ -46,7 +47,7 @@ class MakingRoom(Answers):
         if room is not None:
             self._shrink(room.shrinking, job, now)
             return room.claim
-        if not (self._lower_hold_enough(kind) or self._shares.quota.below_guarantee(line.queue)):
+        if not (self._lower_hold_enough(kind) or self._may_reclaim(line)):
             return None
         if self._soon_over.of(job.name, now):
             return None
@@ -65,8 +66,7 @@ class MakingRoom(Answers):
 
         A guarantee covers others than before; idle GPUs were taken that counted for the parts of elastic jobs, or a claim on theirs is gone.
         """
-        if self._shares.quota.take_lost_cover():
-            self._reclaim()
+        self._take_in_lost_cover()
         for own in self._resizing.take_fallen():
             self._have_given(self._pending.above(own - 1, own))
         if (lowest := self._resizing.may_give_again()) is not None:
@@ -117,8 +117,7 @@ class MakingRoom(Answers):
         """Whether others could be stopped for any of its lines, as far as numbers tell."""
         if kind.no_room_made or kind.impossible or self._has_claim(kind):
             return False
-        quota = self._shares.quota
-        below = quota.guarantees and any(quota.below_guarantee(line.queue) for line in kind.lines.values())
+        below = self._shares.quota.guarantees and any(map(self._may_reclaim, kind.lines.values()))
         return below or self._lower_hold_enough(kind) or self._resizing.may_give(kind.priority, kind.need.gpus)
 
     def _keep(self, job: Job, claim: Claim, now: datetime, limit: QueueLimit | None = None) -> Move:
@@ -136,7 +135,13 @@ class MakingRoom(Answers):
         self._unanswered.pop(job.name, None)
         self._soon_over.forget(job.name)
         self._borrows(job)
+        self._swap_beside_claim(claim)
         return Move(job.name, self._with_victims(decision, job, claim.victims), claim=claim)
+
+    def _swap_beside_claim(self, claim: Claim) -> None:
+        """Where more is to leave for it than it takes, the rest may be had by others."""
+        if sum(map(self._fleet.holdings.count_of, claim.victims)) > count(claim.gpus):
+            self._swap_with(claim.victims)
 
     def _shrink(self, sizes: Mapping[str, Claim], by: Job, now: datetime) -> None:
         """Elastic jobs go on with what is left to them instead of being stopped."""

@@ -144,7 +144,7 @@ class Pending:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def above(self, priority: int, most: float = math.inf) -> Iterator[RequestClass]:
+    def above(self, priority: float, most: float = math.inf) -> Iterator[RequestClass]:
         """Those whose jobs may have others stopped that are of this priority, up to `most`."""
         for own, classes in self._by_priority.items():
             if priority < own <= most:

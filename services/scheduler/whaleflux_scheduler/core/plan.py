@@ -127,8 +127,10 @@ class Plan(Promising):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
         if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
-            self._swap_beside(job)
+            self._swap_beside((job,))
             self._borrows(job)
+        if job.state is JobState.SUSPENDING and (known is None or known.state is not JobState.SUSPENDING):
+            self._swap_with((job.name,))
         if (waiting := self._pending.jobs.get(job.name)) is not None and held != holdings.holds(job.name):
             self._join(waiting.candidate)
 

@@ -45,6 +45,7 @@ class Promising(MakingRoom):
         self._join(candidate)
         self._refuse(self._pending.jobs[name].line.kind)  # as it was before it stood alone
         self._unanswered.pop(name, None)
+        self._swap_beside_claim(claim)
         return Move(name, wait_reasons.promised(claim, now), claim=claim)
 
     def apply_rebalance(self, etag: str, now: datetime) -> tuple[RebalancePlan, list[Move]]:

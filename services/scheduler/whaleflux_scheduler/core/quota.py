@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,6 +81,7 @@ class QueueNode:
     jobs: dict[str, Held] = field(default_factory=dict)  # of this queue itself
     counted: list[Held] = field(default_factory=list)  # jobs that its own guarantee covers
     covered: int = 0  # GPUs of these and of those that are counted below
+    lowest: float = math.inf  # priority of the jobs that its own guarantee covers
     rest: list[Held] = field(default_factory=list)  # jobs that neither it nor one below it covers
     stale: bool = True
     stoppable: Counter[int] = field(default_factory=Counter)  # by priority: GPUs of work that may be stopped
@@ -110,9 +111,7 @@ class QuotaTree:
         self._stoppable: dict[str, Counter[int]] = {}  # by queue, of its own jobs
         self._swaps: Counter[str] = Counter()  # the same
         self.guarantees = False  # whether any queue is guaranteed anything
-        self._lost_cover = (
-            False  # whether a guarantee covers others than it did, and some of those still hold what they held
-        )
+        self._lost_cover: dict[str, None] = {}  # jobs that guarantees cover less than before, of what they hold still
         self.fleet = QueueNode("", _NOTHING)
         self.set_queues(queues or {})
 
@@ -298,10 +297,17 @@ class QuotaTree:
             own_is_below = own_is_below or node is at
         return None
 
-    def below_guarantee(self, queue: str) -> bool:
-        """Whether it, or one above it, is guaranteed more than its jobs have of that."""
+    def below_guarantee(self, queue: str, priority: int) -> bool:
+        """Whether it, or one above it, is guaranteed more than its jobs have of that, but for those that yield it to this priority."""
+        return priority > self.guarantees_above(queue)
+
+    def guarantees_above(self, queue: str) -> float:
+        """The priority above which jobs may get some of what the queue, or one above it, is guaranteed: the least of those that have it all."""
         self._settle(self.fleet)
-        return any(up.covered < up.guaranteed for up in self.node(queue).path())
+        return min(
+            (-math.inf if up.covered < up.guaranteed else up.lowest for up in self.node(queue).path()),
+            default=math.inf,
+        )
 
     def covering(self, job: str) -> QueueNode:
         """The queue whose guarantee covers the job; the fleet, when it is borrowed from all."""
@@ -314,12 +320,12 @@ class QuotaTree:
         counted = ((node.id, held) for node in self.node(queue).path() for held in node.counted)
         return {id_: held.gpus for id_, held in counted if held.job == job}
 
-    def take_lost_cover(self) -> bool:
-        """Whether somebody who holds GPUs may have to give them back who did not have to when this was asked last."""
+    def take_lost_cover(self) -> Collection[str]:
+        """Jobs that may have to give GPUs back which they did not have to when this was asked last."""
         if not self.guarantees:
-            return False
+            return ()
         self._settle(self.fleet)
-        lost, self._lost_cover = self._lost_cover, False
+        lost, self._lost_cover = self._lost_cover, {}
         return lost
 
     def borrowed(self, queue: str) -> int:
@@ -343,9 +349,10 @@ class QuotaTree:
         node.covered, node.counted, node.rest = sum(below.covered for below in node.below), [], rest
         if node.guaranteed:
             self._cover(node, rest)
+        node.lowest = min((-held.rank for held in node.counted), default=math.inf)
         after = {held.job: held.gpus for held in node.counted}
-        if any(after.get(held.job, 0) < held.gpus and held.job in self._jobs for held in before):
-            self._lost_cover = True
+        lost = (held.job for held in before if after.get(held.job, 0) < held.gpus and held.job in self._jobs)
+        self._lost_cover.update(dict.fromkeys(lost))
 
     def _cover(self, node: QueueNode, jobs: list[Held]) -> None:
         node.rest = []

@@ -7,7 +7,7 @@ stopped for it that could not before. Lines whose queue or array may not take mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -76,9 +76,17 @@ class Waiting(Questions):
     def _reclaim(self, *, beside: bool = False) -> None:
         """Who is guaranteed more than is held may have room made."""
         quota, by_queue = self._shares.quota, self._pending.by_queue
-        below = [queue for queue in by_queue if quota.below_guarantee(queue)]
-        self._make_room_for({line.kind: None for queue in below for line in by_queue[queue]}, beside=beside)
-        self._swaps |= {line: None for queue in below for line in by_queue[queue] if line.parked}
+        above = {queue: priority for queue in by_queue if (priority := quota.guarantees_above(queue)) < math.inf}
+        lowest = min((priority for priority in above.values() if priority > -math.inf), default=math.inf)
+        lines = [line for queue, priority in above.items() if priority == -math.inf for line in by_queue[queue]]
+        high = (line for kind in self._pending.above(lowest) for line in kind.lines.values())
+        lines += [line for line in high if line.kind.priority > above.get(line.queue, math.inf)]
+        self._make_room_for({line.kind: None for line in lines}, beside=beside)
+        self._swaps |= {line: None for line in lines if line.parked}
+
+    def _may_reclaim(self, line: Line) -> bool:
+        """Whether somebody's guarantee may have room for its jobs."""
+        return self._shares.quota.below_guarantee(line.queue, line.kind.priority)
 
     def _borrows(self, job: Job) -> None:
         """What it has now may be taken back by those who are guaranteed it, where its own queue is not, or one below that is."""
@@ -137,7 +145,7 @@ class Waiting(Questions):
         if line.first() == (job.create_time.timestamp(), job.name):
             self._turns.enter(line)
         quota = self._shares.quota
-        if kind.settled and len(line.names) == 1 and quota.guarantees and quota.below_guarantee(line.queue):
+        if kind.settled and len(line.names) == 1 and quota.guarantees and self._may_reclaim(line):
             self._make_room_for((kind,))  # it was settled by queues for which nobody makes room
         elif not kind.settled:
             self._turns.activate(kind)
@@ -171,8 +179,7 @@ class Waiting(Questions):
 
     def _take_in_gains(self) -> None:
         """Tries again whom the nodes that gained could help, and those whose queue or array holds less."""
-        if self._shares.quota.take_lost_cover():
-            self._reclaim()
+        self._take_in_lost_cover()
         holdings = self._fleet.holdings
         for queue in holdings.eased:
             self._turns.fell(queue)
@@ -195,6 +202,16 @@ class Waiting(Questions):
             if was_refused and not kind.may_stop:
                 self._hopeful[kind] = None
                 kind.hopeful = True
+
+    def _take_in_lost_cover(self) -> None:
+        """What guarantees cover no more may be taken back by those who are guaranteed it, and by those of higher priority."""
+        known = self._fleet.holdings.jobs
+        lost = [known[name] for name in self._shares.quota.take_lost_cover() if name in known]
+        if lost:
+            self._reclaim()
+            lowest = min(job.spec.priority for job in lost)
+            self._make_room_for(filter(self._lower_hold_enough, self._pending.above(lowest)))
+            self._swap_beside(lost)
 
     def _slack_rose(self) -> None:
         """Tries those again from whom idle GPUs are kept: those for whom they are took others, which were not idle, or fewer are kept."""
@@ -279,14 +296,25 @@ class Waiting(Questions):
         if within is None:
             return False
         lower = any(gpus > 0 for priority, gpus in within.stoppable.items() if priority < line.kind.priority)
-        return lower or (quota.guarantees and quota.below_guarantee(line.queue))
+        return lower or (quota.guarantees and self._may_reclaim(line))
 
-    def _swap_beside(self, job: Job) -> None:
-        """The job may be stopped that could not before: it may be under a limit that keeps others back."""
-        for top in {self._shares.family(job.queue): None, **self._kept_from}:
-            lines = self._parked.get(top, ())
-            above = (line for line in lines if line.kind.priority > job.spec.priority)
+    def _swap_beside(self, jobs: Iterable[Job]) -> None:
+        """These may be stopped that could not before: they may be under a limit that keeps others back."""
+        lowest = dict[str, int]()
+        for job in jobs:
+            for top in (self._shares.family(job.queue), *self._kept_from):
+                lowest[top] = min(job.spec.priority, lowest.get(top, job.spec.priority))
+        for top, priority in lowest.items():
+            above = (line for line in self._parked.get(top, ()) if line.kind.priority > priority)
             self._swaps |= {line: None for line in above if self._may_swap(line)}
+
+    def _swap_with(self, leaving: Collection[str]) -> None:
+        """These are about to leave, so they count under limits no more: with them, others may be enough."""
+        known = self._fleet.holdings.jobs
+        queues = {known[name].queue for name in leaving if name in known}
+        for top in {**dict.fromkeys(sorted(map(self._shares.family, queues))), **self._kept_from}:
+            lines = (line for line in self._parked.get(top, ()) if not line.vain)
+            self._swaps |= {line: None for line in lines if self._may_swap(line)}
 
     def _next_swap(self) -> Line | None:
         """The parked line whose turn it is, of those for which others could be stopped; who is not kept back any more waits for its turn."""

@@ -177,6 +177,8 @@ def left(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
     leave(at_s, state, simulated, "suspended")
     simulated.job = lifecycle.advance(gone, Observations(), now, _PATIENT)
     _queued(at_s, state, simulated)
+    if simulated.job.claim is not None:  # others may have come to claim where it was to go on
+        look(at_s, state, simulated, simulated.turn)
 
 
 def _queued(at_s: float, state: State, simulated: SimulatedJob) -> None:
