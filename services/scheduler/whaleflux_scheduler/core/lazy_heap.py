@@ -43,6 +43,10 @@ class LazyHeap(Generic[T]):
         heapq.heapify(self._entries)
         self._tidy_at = max(_TIDY_FROM, 2 * len(self._entries))
 
+    def things(self) -> list[T]:
+        """Those that are in it, in no order."""
+        return [entry[2] for entry in self._entries if _stands(entry)]
+
     def clear(self) -> None:
         """Of things that have left all the same."""
         self._entries.clear()

@@ -85,7 +85,9 @@ class Line:
     array: str
     members: list[tuple[float, str]] = field(default_factory=list)  # a heap by submission; may hold names that left
     names: dict[str, float] = field(default_factory=dict)  # when each was submitted; a name may come again
-    entry: Entry[Line] | None = None  # in the heap of its class
+    entry: Entry[Line] | None = (
+        None  # in the heap of its class; while it is parked, of those for which others could be stopped
+    )
     parked: bool = False  # its queue or its array may not take more
     vain: bool = False  # enough of its queue could be stopped for it, but not so that it fits
 

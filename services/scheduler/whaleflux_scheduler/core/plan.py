@@ -150,7 +150,7 @@ class Plan(Promising):
         if self._kept_from:
             self._slack_rose()
         while (self._turns.active or self._may_be_swaps or self._others_give_more()) and not watch.over:
-            line = self._turns.next() if self._turns.active else self._next_swap()
+            line = self._next_line()
             if line is None:
                 continue
             begun = watch.now

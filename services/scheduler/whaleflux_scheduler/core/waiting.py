@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from whaleflux_scheduler.core import elastic
 from whaleflux_scheduler.core.going_on import left_for_a_move
 from whaleflux_scheduler.core.holdings import count
+from whaleflux_scheduler.core.lazy_heap import LazyHeap
 from whaleflux_scheduler.core.model import Job, Queue
 from whaleflux_scheduler.core.moves import News
 from whaleflux_scheduler.core.needs import NeedIndex, need_of
@@ -42,7 +43,7 @@ class Waiting(Questions):
         self._hopeful: dict[RequestClass, None] = {}  # that were refused, and are tried because nodes gained
         self._parked: dict[str, dict[Line, None]] = {}  # by the top of their queue's part of the tree
         self._swaps: dict[Line, None] = {}  # parked lines for which others of their queue could be stopped
-        self._swaps_in_turn: list[Line] = []  # of these, those that are being tried; the first is the last one
+        self._swaps_by_turn: LazyHeap[Line] = LazyHeap()  # of these, those that have been put in order
         self._vain: dict[Line, None] = {}  # those of which none fitted then
         self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
         self._slack: tuple[float, float] = _NO_SLACK  # the least since those were asked last (`QuotaTree.slack`)
@@ -56,7 +57,7 @@ class Waiting(Questions):
 
     @property
     def _may_be_swaps(self) -> bool:
-        return bool(self._swaps or self._swaps_in_turn)
+        return bool(self._swaps) or self._swaps_by_turn.top() is not None
 
     def _set_queues(self, queues: Mapping[str, Queue]) -> None:
         parked = [line for lines in self._parked.values() for line in lines]
@@ -184,6 +185,8 @@ class Waiting(Questions):
         for queue in holdings.eased:
             self._turns.fell(queue)
             self._unpark(self._shares.family(queue))
+        if holdings.eased:
+            self._swaps |= dict.fromkeys(self._swaps_by_turn.things())  # their turns may have come closer
         holdings.eased.clear()
         for top in tuple(self._kept_from) if self._fleet.gained else ():
             self._unpark(top)
@@ -316,19 +319,33 @@ class Waiting(Questions):
             lines = (line for line in self._parked.get(top, ()) if not line.vain)
             self._swaps |= {line: None for line in lines if self._may_swap(line)}
 
+    def _next_line(self) -> Line | None:
+        """The line whose turn it is: of those that are to be tried, and of parked ones for which others could be stopped."""
+        swap = self._next_swap()
+        line = self._turns.next() if self._turns.active else None
+        if swap is None or swap.entry is None:
+            return line
+        if line is not None and line.entry is not None and line.entry[0] < swap.entry[0]:
+            return line
+        swap.entry = None
+        return swap
+
     def _next_swap(self) -> Line | None:
-        """The parked line whose turn it is, of those for which others could be stopped; who is not kept back any more waits for its turn."""
-        if not self._swaps_in_turn:
-            lines = (line for line in self._swaps if line.parked and line.names)
-            self._swaps_in_turn = sorted(lines, key=self._turns.key_of, reverse=True)
-            self._swaps.clear()
-        while self._swaps_in_turn:
-            line = self._swaps_in_turn.pop()
-            if not line.parked or (first := line.first()) is None:
-                continue
-            if self._kept_back(self._pending.jobs[first[1]].candidate.job):
+        """The first of the parked lines for which others could be stopped; who is not kept back any more waits for its turn."""
+        for line in self._swaps:
+            if line.parked and line.names:
+                self._swaps_by_turn.put(line, self._turns.key_of(line))
+        self._swaps.clear()
+        while (top := self._swaps_by_turn.top()) is not None:
+            key, _, line = top
+            if (first := line.first()) is None:
+                line.entry = None
+            elif not self._kept_back(self._pending.jobs[first[1]].candidate.job):
+                self._unpark_line(self._shares.family(line.queue), line)
+            elif key != (now := self._turns.key_of(line)):
+                self._swaps_by_turn.put(line, now)
+            else:
                 return line
-            self._unpark_line(self._shares.family(line.queue), line)
         return None
 
     def _refuse(self, kind: RequestClass) -> None:
