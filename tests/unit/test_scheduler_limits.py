@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.scheduler_world import World, node
+from tests.support.scheduler_world import World, node, until
 from whaleflux import names
 from whaleflux.manifests.job_fields import JobKind, Spec
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -193,9 +193,19 @@ async def test_a_gang_that_a_lowered_limit_can_never_hold_is_told_so_and_so_is_w
             await world.reaches(await world.submit(4), "RUNNING")
         gang, small = await world.submit(8, queue="team"), await world.submit(4, queue="team")
         assert await stuck(world) == []
+
+        async def promised():
+            return (await world.job(gang)).HasField("claim")
+
+        await until(promised, "it is promised a start")
         queue = {"own": "team", "above": "top"}[limited]
         await limits(world, queue, max_gpus=4)
         assert await stuck(world) == [gang], "at once"
+
+        async def given_up():
+            return not await promised()
+
+        await until(given_up, "what is kept for it is everybody's")
         told = await why(world, gang)
         assert told.summary == (
             f"waits: 8 GPUs are asked for, and queue {queue} may hold at most 4 at once: it can never start under this limit"

@@ -23,6 +23,7 @@ class Promising(MakingRoom):
         due = [(name, claim) for name, claim in self._promises.due(now) if name in jobs and name not in moved]
         may = [(name, claim) for name, claim in due if not self._kept_back(jobs[name].candidate.job)]
         moves = [self._promised(name, claim, now) for name, claim in may]
+        moves += self._given_up(now)
         moved = moved | {move.job for move in moves}
         for name in self._promises.to_promise(now):
             waiting = jobs[name]
@@ -36,6 +37,23 @@ class Promising(MakingRoom):
             request = replace(self._within_quota(waiting.line.kind.request, job), id=name)
             if (claim := self._promises.promise(job, request, now)) is not None:
                 moves.append(self._promised(name, claim, now))
+        return moves
+
+    def _given_up(self, now: datetime) -> list[Move]:
+        """Promises of those whom a limit keeps from ever starting: they would keep GPUs from others for nothing."""
+        moves = []
+        for name in [name for name in self._promises.starts_s if name in self._pending.jobs]:
+            job, claim = self._pending.jobs[name].candidate.job, self._fleet.holdings.claim(name)
+            limit = self._over_queue(job.queue, job.spec.gpus)
+            if (
+                limit is not None
+                and claim is not None
+                and claim.expire_time > now
+                and not self._reserved.find(job.spec)
+            ):
+                over = replace(claim, expire_time=now)
+                self._fleet.hold(job, self._fleet.holdings.held(name), over)
+                moves.append(Move(name, self._is_full(limit, job, now), claim=over))
         return moves
 
     def _promised(self, name: str, claim: Claim, now: datetime) -> Move:
