@@ -42,6 +42,7 @@ from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
 from whaleflux_scheduler.job_secrets import JobSecrets
+from whaleflux_scheduler.job_sight import Sources
 from whaleflux_scheduler.jobs import Jobs
 from whaleflux_scheduler.leader_session import ELECTION, LeaderSession, Leading, not_leader
 from whaleflux_scheduler.logs import LogBroker
@@ -49,7 +50,7 @@ from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.prepared_plan import PreparedPlan
 from whaleflux_scheduler.rebalances import Rebalances, RebalanceSettings
-from whaleflux_scheduler.reconciler import Reconciler, Sources
+from whaleflux_scheduler.reconciler import Reconciler
 from whaleflux_scheduler.reservation_records import RESERVATIONS
 from whaleflux_scheduler.saved_checkpoints import SavedCheckpoints, could_make_room
 from whaleflux_scheduler.servicer import Scheduler

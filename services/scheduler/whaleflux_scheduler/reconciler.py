@@ -12,21 +12,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
-from typing import NamedTuple
+from datetime import datetime
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
 from whaleflux.store import keys
 from whaleflux.store.api import Store
-from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader
 from whaleflux.telemetry import Event, Metric
 from whaleflux_scheduler import spans
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.clock_watch import ClockWatch
-from whaleflux_scheduler.convert import StoredJob, StoredQueue
+from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import (
     after_failure,
     attempt_failures,
@@ -35,18 +33,18 @@ from whaleflux_scheduler.core import (
     task_observations,
     wait_reasons,
 )
-from whaleflux_scheduler.core.holdings import held_by, is_reservation
-from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Claim, Job, JobState, Queue, SchedulingDecision
-from whaleflux_scheduler.core.observed import EndReason, Observations, Timeouts
+from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Job, JobState, Queue, SchedulingDecision
+from whaleflux_scheduler.core.observed import Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.plan import Move, News, Plan
 from whaleflux_scheduler.core.queue_shares import PastUse, past_uses
-from whaleflux_scheduler.core.reservations import Reservation, has_to_leave
+from whaleflux_scheduler.core.reservations import Reservation
 from whaleflux_scheduler.decision_log import DecisionLog
-from whaleflux_scheduler.diagnosis import DiagnosisQuery, FailureDiagnosis, reconstruct
+from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.housekeeping import Housekeeping
 from whaleflux_scheduler.job_access import of_earlier_queue
+from whaleflux_scheduler.job_sight import JobSight, Sources
 from whaleflux_scheduler.job_tracking import JobTracking, Offer
 from whaleflux_scheduler.job_view import JobView
 from whaleflux_scheduler.jobs import key_of
@@ -54,8 +52,8 @@ from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeChanges, NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
 from whaleflux_scheduler.reservation_keeper import ReservationKeeper
-from whaleflux_scheduler.reservation_records import StoredReservation
 from whaleflux_scheduler.task_index import nodes_to_tell
+from whaleflux_scheduler.why_ended import WhyEnded
 from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
 
 COALESCE_S = 0.0005  # news that come together are one round
@@ -67,14 +65,6 @@ MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learn
 _NOTHING = Observations()
 _log = telemetry.get_logger("whaleflux.scheduler")
 PLAN = "!plan"  # what looks at no job in particular when it is due
-
-
-class Sources(NamedTuple):
-    """What the leader reads, all current and owned by others."""
-
-    jobs: Cache[StoredJob]
-    queues: Cache[StoredQueue]
-    reservations: Cache[StoredReservation]
 
 
 class Reconciler:
@@ -96,7 +86,7 @@ class Reconciler:
         plan: Plan | None = None,
     ) -> None:
         self._sources, self._sessions, self._nodes = sources, sessions, nodes
-        self._diagnosis, self._clock, self._timeouts = diagnosis, clock, timeouts
+        self._clock, self._timeouts = clock, timeouts
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
         self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up)
@@ -116,7 +106,8 @@ class Reconciler:
         self._datasets: dict[str, DatasetFact | None] = {}  # what changed since the last round; None: gone
         nodes.on_change = self._state.wake
         self._watch = ClockWatch(clock)
-        self._doubted: set[str] = set()  # jobs that were looked at before agents had borne out the clock
+        self._why_ended = WhyEnded(diagnosis, self._state, sessions, clock, timeouts)
+        self._sight = JobSight(sources, self._state, nodes, self._watch, timeouts)
         self._tasks: asyncio.TaskGroup | None = None
         self._rounds_done = 0
         self._round_over = asyncio.Event()  # another one for each round
@@ -265,8 +256,8 @@ class Reconciler:
         if ahead:
             _log.error(Event.CLOCK_AHEAD, seconds=ahead.total_seconds())
             self._state.clock_moved(ahead, self._stored_job)
-        self._state.touch(*self._doubted)
-        self._doubted.clear()
+        self._state.touch(*self._sight.doubted)
+        self._sight.doubted.clear()
 
     async def _keep_showing(self) -> None:
         """Gauges are at most a second older than the last round."""
@@ -381,16 +372,17 @@ class Reconciler:
             self._state.schedule(job.name, None)
             return None
         waits, reports = lifecycle.only_waits(job), tracking.reports
-        observed = _NOTHING if waits else self._observed(job, tracking, now)
+        observed = _NOTHING if waits else self._sight.observed(job, tracking, now)
         after = job if waits else lifecycle.advance(job, observed, now, self._timeouts)
         if after is not job or tracking.step_is_due:
             after = tracking.with_step(after)
-        self._state.schedule(job.name, self._due(job, tracking, observed, now))
+        self._state.schedule(job.name, self._sight.due(job, tracking, observed, now))
         if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
             diagnosed = tracking.diagnosed
             if diagnosed is not None and diagnosed.diagnosis.epoch == job.epoch:
                 return self._offer(Offer(stored, after, reports), tracking, now)
-            self._ask_why(job, tracking)
+            assert self._tasks is not None
+            self._why_ended.ask(job, tracking, self._tasks)
         if after is not job and after != job:
             if job.state in ACTIVE and after.state is JobState.RECOVERING:
                 before = task_observations.observe(job, observed)
@@ -405,89 +397,6 @@ class Reconciler:
         if job.ended and not tracking.reports:
             self._state.forget(job.name)
         return None
-
-    def _observed(self, job: Job, tracking: JobTracking, now: datetime) -> Observations:
-        names = (
-            *(task.node for _, task in job.holding()),
-            *(node for node, _ in (job.claim.nodes if job.claim else ())),
-        )
-        nodes = {name: condition for name in names if (condition := self._nodes.condition(name)) is not None}
-        diagnosis = tracking.diagnosed.diagnosis if tracking.diagnosed is not None else None
-        reports = tuple(pending.report for pending in tracking.reports)
-        ends, gone = self._ends(job)
-        claimed_by, free = self._claimed_by(job, now), self._claim_is_free(job)
-        since, doubted = tracking.seen_since(job, now), not self._watch.confirmed
-        observed = Observations(
-            reports,
-            nodes,
-            diagnosis,
-            claimed_by,
-            free,
-            ends=ends,
-            gone=gone,
-            since=since,
-            clock_doubted=doubted,
-        )
-        if doubted and job.state in ACTIVE:
-            self._doubted.add(job.name)
-        progress = tracking.progress_in(job.attempt)
-        return (
-            observed
-            if progress is None
-            else replace(observed, step=progress.step, loss=progress.loss, first_step_time=progress.first_time)
-        )
-
-    def _ends(self, job: Job) -> tuple[dict[str, JobState], frozenset[str]]:
-        """Where the jobs stand that it waits for, by uid, and which were deleted.
-
-        Those whose records cannot be read are left out: that is not known.
-        """
-        ends, gone = {}, set[str]()
-        for awaited in job.awaits:
-            stored = self._sources.jobs.get(key_of(awaited.job))
-            if stored is None or (stored.value.readable and stored.value.uid != awaited.uid):
-                ends[awaited.uid] = self._state.unseen_end(job.name, awaited.uid)
-                gone.add(awaited.uid)
-            elif stored.value.readable:
-                ends[awaited.uid] = stored.value.state
-        return ends, frozenset(gone)
-
-    def _claimed_by(self, job: Job, now: datetime) -> str:
-        """A job or a reservation that waits for GPUs of this one, "" for none. Read from the records each time: so it is repeated until done."""
-        if not (claimants := self._state.claimants_of(job.name)):
-            return ""
-        attempt = job.attempt
-        held = {task.node: task.gpus for task in attempt.holding()} if attempt is not None else {}
-        for name in sorted(claimants):
-            if is_reservation(name):
-                reserved = self._sources.reservations.get(keys.of_name(keys.RESERVATIONS, name))
-                if reserved is not None and has_to_leave(job.name, held, reserved.value):
-                    return name
-                continue
-            stored = self._sources.jobs.get(key_of(name))
-            claim = stored.value.claim if stored is not None else None
-            if claim is None or now >= claim.expire_time:
-                continue
-            if claim.asks(job, held):
-                return name
-        return ""
-
-    def _claim_is_free(self, job: Job) -> bool:
-        """Whether nobody else holds any of what a running job claims to go on there, and it is not uncertain whether it could."""
-        if job.claim is None or job.state is not JobState.RUNNING or any(map(self._nodes.may_open, job.claim.gpus)):
-            return False
-        return not any(job.claim.concerns(held_by(other)) for other in self._others_on(job.claim, job.name))
-
-    def _others_on(self, claim: Claim, name: str) -> Iterator[Job]:
-        for other in {other for node, _ in claim.nodes for other in self._state.jobs_on(node)} - {name}:
-            if (stored := self._sources.jobs.get(key_of(other))) is not None:
-                yield stored.value
-
-    def _due(self, job: Job, tracking: JobTracking, observed: Observations, now: datetime) -> datetime | None:
-        dues = list(tracking.avoided_until(now))
-        if (at := lifecycle.due(job, observed, now, self._timeouts)) is not None:
-            dues.append(at)
-        return min(dues, default=None)
 
     def _offer(self, offer: Offer, tracking: JobTracking, now: datetime) -> Candidate | None:
         if tracking.cannot_be_stored(offer.stored.entry.revision):
@@ -565,31 +474,6 @@ class Reconciler:
         tracking.not_storable(transition.stored.entry.revision)
         self._waits(transition.after.name, tracking, wait_reasons.cannot_be_stored(why, self._clock.now()))
         self._state.touch(transition.after.name)
-
-    # why an attempt ended
-
-    def _ask_why(self, job: Job, tracking: JobTracking) -> None:
-        """Asks what the end of the attempt means, once per epoch."""
-        if job.attempt is None or not tracking.ask_once(job.epoch):
-            return
-        assert self._tasks is not None
-        failure = tracking.failure or reconstruct(job)
-        disconnected = tuple(node for node in job.attempt.nodes if node not in self._sessions.connected)
-        query = DiagnosisQuery(job, failure, tracking.launch_of(failure.task), disconnected)
-        self._tasks.create_task(self._diagnose(query))
-
-    def _avoid_s(self, end: EndReason) -> float:
-        """How long a job avoids the node where its attempt ended. One that is drained takes nobody, and may come back at once."""
-        known = {EndReason.UNFIT: self._timeouts.avoid_unfit_s, EndReason.DRAIN: 0.0}
-        return known.get(end, self._timeouts.avoid_s)
-
-    async def _diagnose(self, query: DiagnosisQuery) -> None:
-        result = await self._diagnosis.ask(query)
-        name = query.job.name
-        if (tracking := self._state.tracked(name)) is not None:
-            avoid_s = self._avoid_s(query.failure.reason)
-            tracking.diagnose(result, self._clock.now() + timedelta(seconds=avoid_s))
-            self._state.touch(name)
 
 
 def _as_known(job: Job, observed: Observations) -> Job:

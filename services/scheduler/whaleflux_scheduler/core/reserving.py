@@ -7,27 +7,26 @@ leader; records as they are stored take it back where that was refused. Named ag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import reservations, wait_reasons
 from whaleflux_scheduler.core.estimates import Estimates
-from whaleflux_scheduler.core.holdings import claim_id, is_reservation
+from whaleflux_scheduler.core.holdings import is_reservation
 from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lending import MARGIN_S, Lending
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, JobState, SchedulingDecision
+from whaleflux_scheduler.core.own_engines import OwnEngines
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
-from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.reservations import Reservation, ReservationState
 from whaleflux_scheduler.core.reserved_gpus import Fleet, is_there, replan
 
 LOST_AFTER_S = 60.0  # a node may come back: only then are its GPUs replaced by others
 AGAIN_S = 60.0  # between two looks for what is short
 LONGEST_GRACE_S = 3600.0  # that a job file may ask for
-SOON_S = 300.0  # no member starts on what the next reservation needs so soon
 _HELD, _SERVES, _PROMISED = 1, 3, 9  # what it costs to take a GPU that a training holds, a service, or that is promised
 _ABOVE_ALL = 1 << 30  # a priority
 _SPEC = Spec(command=("reserved",), priority=_ABOVE_ALL, cpu_millicores_per_rank=1)
@@ -69,16 +68,16 @@ class Reserved:
         self._at_s = -math.inf  # of the last step
         self._again_s = math.inf
         self._room: dict[str, tuple[ReservationState, int, int]] = {}  # of those who wait for it
-        self._soon = frozenset[str]()  # reservations that begin within minutes
-        self._small: dict[str, tuple[object, Engine]] = {}  # a reservation's own GPUs, and of when that is
+        self._own = OwnEngines(fleet, self._now)
 
     # what is the case
 
     def know(self, stored: Mapping[str, Reservation]) -> None:
         """All that there are, as they are stored."""
         for name in self._stored.keys() - stored.keys():
-            for known in (self._now, self._said, self._lost_since, self._dues, self._small, self._looked, self._facts):
+            for known in (self._now, self._said, self._lost_since, self._dues, self._looked, self._facts):
                 known.pop(name, None)
+            self._own.forget(name)
         for name, one in stored.items():
             if self._stored.get(name) != one:
                 self._now[name] = one
@@ -151,45 +150,7 @@ class Reserved:
             or self._lending.covered((one.name,)) + own < request.units
         ):
             return None
-        return self._own_engine(one, job).seek(replace(request, id=job.name))
-
-    def _own_engine(self, one: Reservation, job: Job) -> Engine:
-        """Its GPUs, with what is held of them: by then nothing else is to be had there."""
-        now, needed = (self._fleet.version, self._soon), self._small.get(one.name)
-        if needed is None or needed[0] != now or self._fleet.holdings.holds(job.name):
-            needed = self._small[one.name] = now, self._made(one, job.name)
-        return needed[1]
-
-    def _needed_soon(self, now: datetime) -> frozenset[str]:
-        """Reservations that begin within minutes."""
-        soon = now + timedelta(seconds=SOON_S)
-        return frozenset(name for name, one in self._now.items() if now < one.start <= soon)
-
-    def _made(self, one: Reservation, member: str) -> Engine:
-        engine, devices = Engine(), self._fleet.holdings.devices
-        next_ = [self._now[name] for name in self._soon if name != one.name]
-        taken = {node for other in next_ if other.maintenance for node in other.nodes}
-        taken |= {uuid for other in next_ for _, uuids in other.held for uuid in uuids}
-        for name, uuids in one.held:
-            if (node := devices.nodes.get(name)) is None or name not in devices.open or name in taken:
-                continue
-            offered, _ = devices.offered(node)
-            own = set(uuids) - taken
-            gpus = (replace(gpu, healthy=gpu.healthy and gpu.uuid in own) for gpu in offered.gpus)
-            engine.upsert_node(replace(offered, gpus=tuple(gpus)))
-        free_of = {claim_id(one.name), member, claim_id(member)}
-        for id_ in sorted({id_ for name, _ in one.held for id_ in self._placements_on(name)} - free_of):
-            placement = self._fleet.engine.placements[id_]
-            if parts := tuple(part for part in placement.nodes if part.node in engine.nodes):
-                engine.apply(replace(placement, nodes=parts))
-        for dataset in self._fleet.engine.datasets:
-            engine.upsert_dataset(dataset)
-        return engine
-
-    def _placements_on(self, node: str) -> Iterator[str]:
-        """What the engine has there."""
-        for job in self._fleet.holdings.jobs_on(node):
-            yield from (id_ for id_ in (job, claim_id(job)) if id_ in self._fleet.engine.placements)
+        return self._own.of(one, job).seek(replace(request, id=job.name))
 
     def take_gained(self) -> list[str]:
         """Reservations that began, are over, or have other room than when this was asked last: for whom it could mean something."""
@@ -261,7 +222,7 @@ class Reserved:
         for name in list(self._now):
             self._replan(name, now)
         self._see_nodes()
-        self._soon = self._needed_soon(now)
+        self._own.look(now)
         for name in list(self._now):
             self._have_leave(name, now)
         return [one for name, one in self._now.items() if self._is_news(name, one)]
