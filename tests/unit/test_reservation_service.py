@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from tests.support.scheduler_world import World, node, until
+from tests.unit.test_scheduler_parts import cut
 from whaleflux import names
 from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, StatusError
 from whaleflux.events.memory import MemoryBus
@@ -145,6 +146,28 @@ async def test_who_waits_for_a_node_under_maintenance_is_told_so_and_when_it_is_
         told = await reasons()
         assert any(f"expected to start {over}" in one for one in told), told
         assert not any("until they begin" in one or "only their members" in one for one in told), told
+
+
+async def test_mig_instances_are_kept_and_their_members_get_them_while_others_do_not():
+    small = pb.GpuRequirement(mig_profile="1g.10gb")
+    async with World() as world:
+        await world.add(cut(node("s/a"), *[("1g.10gb", 10)] * 3))
+        one = pb.Reservation(gpus=2, gpu_type="H100-80GB 1g.10gb", queue="queues/default")
+        one.start_time.FromDatetime(world.clock.now())
+        one.end_time.FromDatetime(world.clock.now() + timedelta(seconds=LONG))
+        request = pb.CreateReservationRequest(reservation_id="r", reservation=one)
+        kept = await world.scheduler.CreateReservation(request, None)
+        assert len(gpus_of(kept)) == 2 and all(uuid.startswith("MIG-") for uuid in gpus_of(kept))
+        others = [await world.submit(1, job_id=f"other-{n}", gpu=small) for n in range(2)]
+        (free,) = has(await world.reaches(others[0], "RUNNING"))
+        assert free not in gpus_of(kept)
+        member = await world.submit(2, job_id="member", gpu=small, reservation=kept.name)
+        assert has(await world.reaches(member, "RUNNING")) == gpus_of(kept)
+        waits = (await world.scheduler.ExplainJob(pb.ExplainJobRequest(name=others[1]), None)).decision
+        assert waits.summary.startswith("waits")
+        await world.planner.ask(lambda planner: planner.check())
+        whole = await world.submit(3, job_id="whole")
+        await world.reaches(whole, "RUNNING")
 
 
 async def _nobody_on(world, where):

@@ -152,17 +152,30 @@ class TestAskedFor:
         beside = admit(reserved("s", gpus=12), maintenance(nodes=(where,)))
         assert where not in dict(beside.held)
 
-    def test_parts_of_gpus_are_not_kept_and_that_is_said(self):
+    def parts(self, model="H100-80GB 1g.10gb"):
+        """A node of MIG instances alone."""
         one = next(iter(fleet().nodes.values()))
-        parts = replace(one, gpus=tuple(replace(gpu, parent_uuid="GPU-whole") for gpu in one.gpus))
-        among = Fleet({parts.name: parts}, {parts.name})
-        ((field, why),) = refused(reserved(gpus=1, nodes=(parts.name,)), among=among)
-        assert (field, "parts of them (MIG) cannot; guarantee the queue" in why) == ("reservation.gpus", True), why
+        gpus = tuple(replace(gpu, model=model, parent_uuid="GPU-whole") for gpu in one.gpus)
+        return Fleet({one.name: replace(one, gpus=gpus)}, {one.name})
+
+    def test_parts_of_gpus_are_kept_where_they_are_asked_for_by_name_alone(self):
+        ((field, why),) = refused(reserved(gpus=1), among=self.parts())
+        assert (field, "no whole ones; to keep parts of them (MIG), name the type" in why) == (
+            "reservation.gpus",
+            True,
+        ), why
+        kept = reservation_rules.admitted(reserved(gpus=3, gpu_type="H100-80GB 1g.10gb"), [], self.parts())
+        assert (kept[1], len(uuids(kept[0]))) == ([], 3)
+        beside = reserved("s", gpus=2, gpu_type="H100-80GB 1g.10gb")
+        assert (
+            "1 of 4 H100-80GB 1g.10gb GPUs can be kept in that time"
+            in refused(beside, kept[0], among=self.parts())[0][1]
+        )
 
     @pytest.mark.parametrize("part", ["H200 1g.18gb", "1g.18gb", "MIG-5c1a6b2e", "MIG 3g.71gb"])
-    def test_who_asks_for_parts_of_gpus_is_told_what_to_do_instead(self, part):
-        ((field, why),) = refused(reserved(gpus=1, gpu_type=part))
-        assert field == "reservation.gpu_type" and part in why and "--guaranteed N" in why
+    def test_who_asks_for_parts_that_nobody_has_is_told_what_there_is(self, part):
+        ((field, why),) = refused(reserved(gpus=1, gpu_type=part), among=self.parts())
+        assert field == "reservation.gpu_type" and part in why and "there are H100-80GB 1g.10gb" in why
 
     def test_a_queue_keeps_no_more_than_it_may(self):
         queues = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +20,7 @@ FARTHEST = timedelta(days=366)  # how far ahead one may begin
 MOST_GPUS, MOST_NODES, MOST_MEMBERS, MOST_REASON_CHARS = 20_000, 10_000, 1_000, 500
 MOST_KEPT = 1_000  # reservations that are not over
 _MOST_NAMED = 3
-_PROFILE = re.compile(r"\b\d+g\.\d+gb\b")
-_PARTS = (
-    "guarantee the queue as many instead, since each counts as a GPU (whaleflux queue set NAME --guaranteed N), or reserve whole GPUs of "
-    "other nodes"
-)
+_PARTS = "name the type of those that are wanted, as `whaleflux gpus` shows it: --gpu-type 'H200 1g.18gb'"
 _AT = "reservation."
 
 
@@ -124,18 +119,12 @@ def _enough(kept: Reservation, beside: Sequence[Reservation], fleet: Fleet) -> I
     all_, have = by_type.total(), kept.count()
     what = f"{kept.gpu_type} GPUs" if kept.gpu_type not in ("", ANY_TYPE) else "GPUs"
     where = "these nodes have" if kept.nodes else "the fleet has"
-    if not all_ and _is_part(kept.gpu_type):
-        yield FieldViolation(
-            _AT + "gpu_type",
-            f"{kept.gpu_type[:60]!r} is a part of a GPU (MIG), and only whole GPUs can be reserved; {_PARTS}",
-        )
-        return
     if not all_ and kept.gpu_type not in ("", ANY_TYPE):
-        types = sorted({gpu.model for node in fleet.nodes.values() for gpu in node.gpus if not gpu.parent_uuid})
+        types = sorted({gpu.model for node in fleet.nodes.values() for gpu in node.gpus})
         yield FieldViolation(_AT + "gpu_type", f"{where} no {what}; there are {_few(types) or 'none at all'}")
         return
     if not all_:
-        why = f"{where} none that can be reserved: whole GPUs can, parts of them (MIG) cannot; {_PARTS}"
+        why = f"{where} no whole ones; to keep parts of them (MIG), {_PARTS}"
     elif not kept.gpu_type and len(by_type) > 1:
         beside_which = f", beside {_few([other.name for other in beside])}" if beside else ""
         most = ", ".join(f"{many} {model}" for model, many in by_type.most_common(_MOST_NAMED))
@@ -151,11 +140,6 @@ def _enough(kept: Reservation, beside: Sequence[Reservation], fleet: Fleet) -> I
         why = f"{have} of {all_} {what} can be kept in that time" + (f", beside {_few(which)}" if which else "")
         why += f"; ask for at most {have}, or choose another time" if have else "; choose another time"
     yield FieldViolation(_AT + "gpus", f"{kept.gpus} are asked for, and {why}")
-
-
-def _is_part(gpu_type: str) -> bool:
-    """Whether it names MIG instances: by their profile, alone or behind the GPU's type, or one by its UUID."""
-    return gpu_type.startswith("MIG") or _PROFILE.search(gpu_type) is not None
 
 
 def within_quota(

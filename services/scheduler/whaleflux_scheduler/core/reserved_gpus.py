@@ -136,11 +136,12 @@ def _fill(
 
 
 def usable(asked: Reservation, node: Node) -> list[Gpu]:
-    """Whole GPUs of the node that would do."""
+    """GPUs of the node that would do: whole ones, or MIG instances where their type is asked for by name."""
     if asked.nodes and node.name not in asked.nodes:
         return []
     wanted = asked.gpu_type
-    return [g for g in node.gpus if g.offered and g.uuid and not g.parent_uuid and wanted in ("", ANY_TYPE, g.model)]
+    types = (wanted,) if wanted not in ("", ANY_TYPE) else ()
+    return [g for g in node.gpus if g.offered and g.uuid and (g.model in types if types else not g.parent_uuid)]
 
 
 def is_there(kept: Reservation, fleet: Fleet, node: str, uuid: str) -> bool:
