@@ -20,6 +20,7 @@ from whaleflux_scheduler.core.known_fleet import KnownFleet
 from whaleflux_scheduler.core.lending import Lending
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
+from whaleflux_scheduler.core.never_starts import NeverStarts
 from whaleflux_scheduler.core.patience import Patience
 from whaleflux_scheduler.core.pending import Line, Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan
@@ -40,7 +41,6 @@ from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
 HIGHEST_PRIORITY = 1_000
-MOST_STUCK = 20  # of a queue, that are named
 
 
 class Questions:
@@ -56,6 +56,7 @@ class Questions:
         self._reserved = Reserved(self._fleet, self._estimates)
         kept = self._promises.starts_s, self._reserved.starts_s
         self._lending = Lending(self._fleet.engine, self._estimates, *kept)
+        self._limits = NeverStarts(self._fleet, self._shares, self._reserved)
         self._patience = Patience(self._promises.soonest)
         self._soon_over = SoonOver(self._fleet.holdings, self._estimates)
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
@@ -170,8 +171,10 @@ class Questions:
         return known.unknown_sites(asked) or known.unknown_types(asked) or capacity.in_words(short)
 
     def _over_queue(self, queue: str, gpus: int) -> QueueLimit | None:
-        limits = ((up.id, up.queue.max_gpus) for up in self._shares.quota.node(queue).path())
-        return next((QueueLimit(id_, 0, most) for id_, most in limits if 0 < most < gpus), None)
+        return self._limits.ever_over(queue, gpus)
+
+    def _is_full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
+        return self._limits.is_full(limit, job, now)
 
     def _ever(self, queue: str, spec: Spec) -> PlaceRequest:
         """What is asked for, of the GPU types of which the queue could ever take enough."""
@@ -209,46 +212,12 @@ class Questions:
         """Its queue may not take it now; unless others are on their way out for it."""
         return self._with_those_who_leave(self._is_full(limit, job, now), job, now)
 
-    def _is_full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
-        gpus = job.spec.gpus
-        if small := self._over_queue(job.queue, gpus):
-            return wait_reasons.never_in_queue(small, gpus, now)
-        if limit.kept and (kept := self._kept_for_others(job.queue, gpus, lends_back=not job.spec.is_service)):
-            return wait_reasons.never_beside(gpus, self._fleet.capacity.gpus, kept, now)
-        return wait_reasons.queue_is_full(limit, now)
-
-    def _kept_for_others(self, queue: str, gpus: int, *, lends_back: bool) -> int:
-        """GPUs that others are guaranteed and do not lend, where these leave too few however idle the fleet is; 0: they do not."""
-        needed = self._shares.quota.fleet_needed(queue, gpus, lends_back=lends_back)
-        there = self._fleet.capacity.gpus
-        return needed - gpus if not self._fleet.left_out and gpus <= there < needed else 0
-
-    def _stuck(self) -> dict[str, list[str]]:
-        """By queue, jobs that wait and can never start under the limits as they are: the first of each line that is looked at."""
-        found = dict[str, list[str]]()
-        for queue, line in itertools.islice(self._waiting_lines(), MOST_LINES):
-            first = line.first()
-            job = self._pending.jobs[first[1]].candidate.job if first else None
-            if job is not None and len(found.get(queue, ())) < MOST_STUCK and self._never_starts(job):
-                found.setdefault(queue, []).append(job.name)
-        return found
-
-    def _never_starts(self, job: Job) -> bool:
-        if self._reserved.find(job.spec) is not None:
-            return False
-        gpus, lends_back = job.spec.gpus, not job.spec.is_service
-        if self._over_queue(job.queue, gpus):
-            return True
-        if not self._shares.quota.guarantees or self._fleet.holdings.holds(job.name):
-            return False  # what it claims already is its own
-        return self._kept_for_others(job.queue, gpus, lends_back=lends_back) > 0
-
     def _kept_back(self, job: Job) -> bool:
         return bool(self._over_limit(job) or self._over_array_limit(job))
 
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
         """What queues hold, by id, and who of them can never start."""
-        stuck = self._stuck()
+        stuck = self._limits.stuck(self._first_in_lines())
         return {queue: self._shares.use(queue)._replace(stuck=tuple(stuck.get(queue, ()))) for queue in queues}
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
@@ -370,6 +339,12 @@ class Questions:
                 key = turn(queue, line.kind.gpus, line.kind.priority)
                 due[queue] = min(due.get(queue, key), key)
         return sorted((queue for queue, key in due.items() if key < own), key=due.__getitem__)
+
+    def _first_in_lines(self) -> Iterator[Job]:
+        """Of jobs that ask for the same in one queue, the first."""
+        for _, line in itertools.islice(self._waiting_lines(), MOST_LINES):
+            if (first := line.first()) is not None:
+                yield self._pending.jobs[first[1]].candidate.job
 
     def _waiting_lines(self) -> Iterator[tuple[str, Line]]:
         return ((queue, line) for queue, lines in self._pending.by_queue.items() for line in lines)
