@@ -144,6 +144,7 @@ _SCHEDULER: dict[str, Probe] = {
     ),
     "ListAllocations": _none(_S.ListAllocationsRequest()),
     "PlanRay": _none(_S.PlanRayRequest()),
+    "PlanBurst": _none(_S.PlanBurstRequest()),
     "PlanRebalance": _none(_S.PlanRebalanceRequest()),
     "ApplyRebalance": _none(_S.ApplyRebalanceRequest(etag=STALE)),
     "CreateReservation": _none(_S.CreateReservationRequest(reservation_id="Not A Reservation")),

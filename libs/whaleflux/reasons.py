@@ -225,6 +225,10 @@ class What(_Words):
         "PROMISE_LOST",
         "a promised start is off: its place was lost, or taken by who goes before it; another is looked for",
     )
+    RENT_PROPOSED = (
+        "RENT_PROPOSED",
+        "renting machines for this job is worth it; an operator can rent, or let the fleet do so",
+    )
     RESIZED = "RESIZED", "an elastic job runs again, with more or fewer GPUs than before"
     RELEASED = "RELEASED", "a job that was held may be placed again"
     SAVE_FAILED = "SAVE_FAILED", "a checkpoint could not be saved; training goes on without it"

@@ -24,6 +24,7 @@ from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import agent_pb2, checkpoint_pb2, health_pb2, inventory_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.bootstrap import Peers, Service, assemble
+from whaleflux_scheduler.bursts import BurstSettings
 from whaleflux_scheduler.core.model import Queue
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.plan import News, Plan
@@ -122,6 +123,8 @@ class FakeInventory:
         self.datasets: dict[str, inventory_pb2.Dataset] = {}
         self.complete = False  # whether it tells that it has told of all nodes, which the tests set beside it
         self.unreadable: list[str] = []
+        self.offers: list[inventory_pb2.Offer] = []
+        self.leases: dict[str, inventory_pb2.Lease] = {}
 
     async def GetDataset(self, request, timeout=None):
         if request.name in self.unreadable:
@@ -132,6 +135,29 @@ class FakeInventory:
 
     async def ListDatasets(self, request, timeout=None):
         return inventory_pb2.ListDatasetsResponse(datasets=self.datasets.values(), unreadable=self.unreadable)
+
+    async def ListOffers(self, request, timeout=None):
+        return inventory_pb2.ListOffersResponse(offers=self.offers)
+
+    async def ListLeases(self, request, timeout=None):
+        return inventory_pb2.ListLeasesResponse(leases=self.leases.values())
+
+    async def CreateLease(self, request, timeout=None):
+        name = f"leases/l{len(self.leases)}"
+        lease = inventory_pb2.Lease(
+            name=name,
+            state=inventory_pb2.LEASE_STATE_INTENT,
+            owner="scheduler/here",
+            node=f"sites/cloud/nodes/l{len(self.leases)}",
+        )
+        lease.offer.CopyFrom(next(offer for offer in self.offers if offer.name == request.offers[0]))
+        lease.queue, lease.reason, lease.cost_cap_usd = request.queue, request.reason, request.cost_cap_usd
+        self.leases[name] = lease
+        return lease
+
+    async def EndLease(self, request, timeout=None):
+        self.leases[request.name].end_reason = request.reason
+        return self.leases[request.name]
 
     def WatchNodes(self, request):
         return _told() if self.complete else _endless()
@@ -297,8 +323,9 @@ class World:
         secrets: Any = None,
         rebalancing: RebalanceSettings | None = None,
         let_end_s: float = MOST_S,
+        bursting: BurstSettings | None = None,
     ) -> None:
-        self.bus, self.rebalancing, self.let_end_s = bus, rebalancing, let_end_s
+        self.bus, self.rebalancing, self.let_end_s, self.bursting = bus, rebalancing, let_end_s, bursting
         self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
         self.code = MemoryCode(self.clock)
@@ -331,6 +358,7 @@ class World:
             self.code,
             rebalancing=self.rebalancing,
             let_end_s=self.let_end_s,
+            bursting=self.bursting,
         )
         scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self.scheduler = AsAdmin(scheduler)

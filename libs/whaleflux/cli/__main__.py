@@ -12,6 +12,7 @@ import typer
 from whaleflux.cli import (
     attach_commands,
     audit_commands,
+    burst_commands,
     config_commands,
     dataset_commands,
     describe_commands,
@@ -107,6 +108,7 @@ _GROUPS = [
     ("keys", model_commands.keys, "Models"),
     ("datasets", dataset_commands.datasets, "Fleet"),
     ("offers", rental_commands.offers, "Fleet"),
+    ("burst", burst_commands.burst, "Fleet"),
     ("leases", rental_commands.leases, "Fleet"),
     ("queue", queue_commands.queue, "Jobs"),
     ("ray", ray_commands.ray, "Jobs"),

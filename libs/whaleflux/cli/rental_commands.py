@@ -120,7 +120,7 @@ def list_leases(
         found: list[Any] = pages(client.inventory.ListLeases, pb.ListLeasesRequest(show_gone=all_), "leases")
     columns = [
         Column("NAME", lambda one: names.last(one.name)[-_ENDING:] if fmt is Format.table else one.name),
-        Column("STATE", _state),
+        Column("STATE", lease_state),
         Column("OFFER", lambda one: names.last(one.offer.name)),
         Column("GPUS", lambda one: f"{one.offer.gpus} {one.offer.gpu_type}"),
         Column("NODE", lambda one: one.node.removeprefix("sites/").replace("/nodes/", "/")),
@@ -145,7 +145,7 @@ def show_lease(name: LeaseName, fmt: Output = Format.table) -> None:
         found = client.inventory.GetLease(pb.GetLeaseRequest(name=_full(client, name)), timeout=10)
     lines = [
         ("name", found.name),
-        ("state", _state(found)),
+        ("state", lease_state(found)),
         ("for", found.queue or "nobody in particular"),
         ("why", found.reason),
         ("offer", f"{found.offer.name}: {found.offer.gpus} {found.offer.gpu_type}, {_market(found.offer)}"),
@@ -238,7 +238,8 @@ def _full(client: Any, name: str) -> str:
     return str(found[0])
 
 
-def _state(lease: Any) -> str:
+def lease_state(lease: Any) -> str:
+    """Its state, in the words of people."""
     from whaleflux.v1 import inventory_pb2 as pb
 
     known = lease.state in pb.LeaseState.values()

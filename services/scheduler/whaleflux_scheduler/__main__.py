@@ -5,6 +5,7 @@ from __future__ import annotations
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.service_connections import open_code_store
 from whaleflux_scheduler.bootstrap import Peers, assemble
+from whaleflux_scheduler.bursts import BurstSettings
 from whaleflux_scheduler.rebalances import RebalanceSettings
 from whaleflux_scheduler.settings import Settings
 
@@ -32,6 +33,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         promises=settings.promise_rules(),
         let_end_s=settings.preemption_let_end_s,
         rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
+        bursting=BurstSettings(settings.burst, settings.burst_rules(), settings.burst_every_s),
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 

@@ -30,6 +30,7 @@ from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
 from whaleflux_scheduler import convert, news, placements
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.attach import AttachBroker
+from whaleflux_scheduler.bursts import Bursts, BurstSettings
 from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
@@ -115,6 +116,7 @@ def assemble(
     promises: PromiseRules | None = None,
     rebalancing: RebalanceSettings | None = None,
     let_end_s: float = MOST_S,
+    bursting: BurstSettings | None = None,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
     moving = rebalancing or RebalanceSettings()
@@ -172,12 +174,14 @@ def assemble(
         )
         planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
         rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, steady)
+        bursts = Bursts(bursting or BurstSettings("off"), planner, view.caught_up, peers.inventory, told, steady)
         reconciler.load()
-        leader_session.begin(Leading(reconciler.agents, view, planner, rebalances))
+        leader_session.begin(Leading(reconciler.agents, view, planner, rebalances, bursts))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(reconciler.run())
                 group.create_task(rebalances.run())
+                group.create_task(bursts.run())
                 group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
                 if peers.inventory is not None:
                     group.create_task(_follow_datasets(reconciler, peers.inventory, clock))

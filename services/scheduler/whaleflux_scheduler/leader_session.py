@@ -10,6 +10,7 @@ from whaleflux.reasons import ErrorReason
 from whaleflux.store.api import Store
 from whaleflux.store.election import leader_of
 from whaleflux_scheduler.agents import Agents
+from whaleflux_scheduler.bursts import Bursts
 from whaleflux_scheduler.job_view import JobView
 from whaleflux_scheduler.planner_thread import PlannerThread
 from whaleflux_scheduler.rebalances import Rebalances
@@ -26,6 +27,7 @@ class Leading:
     view: JobView
     planner: PlannerThread
     rebalances: Rebalances
+    bursts: Bursts
 
 
 class LeaderSession:

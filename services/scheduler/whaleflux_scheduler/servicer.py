@@ -262,6 +262,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def PlanRebalance(self, request: pb.PlanRebalanceRequest, context: _Context | None) -> pb.RebalancePlan:
         return await (await self._leader.leading()).rebalances.plan()
 
+    async def PlanBurst(self, request: pb.PlanBurstRequest, context: _Context | None) -> pb.BurstPlan:
+        return await (await self._leader.leading()).bursts.plan()
+
     async def ApplyRebalance(self, request: pb.ApplyRebalanceRequest, context: _Context | None) -> pb.RebalancePlan:
         if not request.etag:
             raise InvalidArgument(FieldViolation("etag", "is empty; give the etag of a plan that PlanRebalance made"))

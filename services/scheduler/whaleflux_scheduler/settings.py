@@ -6,15 +6,18 @@ from typing import Literal
 
 from pydantic import Field
 
+from whaleflux import names
 from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux_scheduler.core.burst import BurstRules
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.soon_over import MOST_S
 
-_DEFAULTS, _RULES, _PROMISES = Timeouts(), RebalanceRules(), PromiseRules()
+_DEFAULTS, _RULES, _PROMISES, _BURST = Timeouts(), RebalanceRules(), PromiseRules(), BurstRules()
 
 
 class Settings(ServiceSettings):
@@ -98,6 +101,54 @@ class Settings(ServiceSettings):
     rebalance_budget: float = Field(
         _RULES.budget, ge=0.0, le=0.1, description="The share of the fleet's GPU time that moves of a day may cost."
     )
+
+    burst: Literal["off", "plan", "on"] = Field(
+        "plan",
+        description=(
+            "Machines that are rented for jobs that wait, by the offers that operators declared: nothing, proposals in events, or leases, "
+            "which cost money."
+        ),
+    )
+    burst_usd_per_gpu_hour: float = Field(
+        _BURST.usd_per_gpu_hour,
+        ge=0.0,
+        le=1_000.0,
+        description=(
+            "US dollars that it is worth when a job waits an hour less for a GPU; it is rented for when that is more than the price. 0: for "
+            "deadlines alone."
+        ),
+    )
+    burst_budgets: dict[str, float] = Field(
+        {},
+        description=(
+            'Most US dollars that the fleet rents for in 24 hours, as JSON: {"queues/research": 200, "sites/cloud": 500, "all": 1000}. What '
+            "is not named has no bound."
+        ),
+    )
+    burst_after_s: float = Field(
+        _BURST.after_s, ge=0.0, description="Nothing is rented for jobs that have waited for less, seconds."
+    )
+    burst_every_s: float = Field(10.0, ge=1.0, le=3600.0, description="Seconds between looks at what to rent.")
+    burst_lease_s: float = Field(
+        _BURST.lease_s,
+        ge=600.0,
+        le=30 * 86_400.0,
+        description="The hard end of what the fleet rents by itself, seconds: it is given back then whatever runs on it.",
+    )
+
+    def burst_rules(self) -> BurstRules:
+        """As the core wants them. Raises InvalidArgument for a budget of what there is not."""
+        for scope, usd in self.burst_budgets.items():
+            known = scope == "all" or names.collections(scope) in (("queues",), ("sites",))
+            if not known or not 0 <= usd < 1e9:
+                wanted = "use queues/Q, sites/S or all, and dollars from 0 on"
+                raise InvalidArgument(FieldViolation("burst_budgets", f"{scope[:80]!r}: {usd}; {wanted}"))
+        return BurstRules(
+            usd_per_gpu_hour=self.burst_usd_per_gpu_hour,
+            budgets_usd={"" if scope == "all" else scope: usd for scope, usd in self.burst_budgets.items()},
+            after_s=self.burst_after_s,
+            lease_s=self.burst_lease_s,
+        )
 
     def rebalance_rules(self) -> RebalanceRules:
         """As the core wants them."""

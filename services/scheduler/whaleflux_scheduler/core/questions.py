@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from whaleflux import names
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.core import after_failure, budgets, capacity, decisions, elastic, goals, wait_reasons
+from whaleflux_scheduler.core.burst import Waiting
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
@@ -40,6 +42,7 @@ from whaleflux_scheduler.core.soon_over import SoonOver
 from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
+MOST_BURST = 100  # jobs that are looked at to be rented for
 HIGHEST_PRIORITY = 1_000
 
 
@@ -207,6 +210,43 @@ class Questions:
                 if job is None or free + holdings.count_of(job.name) < kind.need.gpus or self._kept_back(job):
                     continue
                 yield Gang(job, replace(self._within_quota(kind.request, job), id=job.name))
+
+    def burst_facts(
+        self, nodes: Iterable[str], now: datetime
+    ) -> tuple[tuple[Waiting, ...], frozenset[str], frozenset[str]]:
+        """The first ones who wait for whole GPUs, in order; which of these nodes have work or are kept for some, and which take work."""
+        holdings, waiting = self._fleet.holdings, (one.candidate.job for one in self._pending.jobs.values())
+        jobs = heapq.nsmallest(MOST_BURST, (job for job in waiting if self._could_burst(job)), key=order_of)
+        claimed = {node for claim in holdings.claims.values() for node, _ in claim.nodes}
+        asked = frozenset(nodes)
+        busy = frozenset(node for node in asked if node in claimed or holdings.jobs_on(node))
+        return tuple(self._waits(job, now) for job in jobs), busy, asked & frozenset(holdings.devices.open)
+
+    def _could_burst(self, job: Job) -> bool:
+        """Whether more GPUs would let it start: no limit keeps it back, and it wants whole ones of its own."""
+        spec = job.spec
+        parts = spec.share_memory_bytes or spec.mig_profile or spec.mig_memory_bytes
+        return bool(spec.gpus) and not parts and not spec.reservation and not self._kept_back(job)
+
+    def _waits(self, job: Job, now: datetime) -> Waiting:
+        """How long, as far as that is known, and what it needs."""
+        claim, spec = self._fleet.holdings.claim(job.name), elastic.at_least(job.spec)
+        expected = self._promises.expected_start(job, self._before(job), now)
+        start = claim.start_time if claim is not None and claim.start_time else expected[0] if expected else None
+        return Waiting(
+            name=job.name,
+            queue=job.queue,
+            gpus=spec.gpus,
+            wait_s=None if start is None else max(0.0, (start - now).total_seconds()),
+            run_s=max(60.0, self._estimates.of(job, job.run_s).likely_s - job.run_s),
+            waited_s=(now - (job.state_time or job.create_time)).total_seconds(),
+            late_s=None if spec.deadline is None else (spec.deadline - now).total_seconds(),
+            models=frozenset(choice.model for choice in spec.gpu_choices),
+            sites=frozenset(map(names.last, spec.sites)),
+            least_memory_bytes=spec.min_memory_bytes,
+            no_spot=spec.no_spot,
+            one_node=spec.max_nodes == 1,
+        )
 
     def _full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
         """Its queue may not take it now; unless others are on their way out for it."""

@@ -1,0 +1,238 @@
+"""Renting for jobs that wait, as the leader does it: a look every few seconds at who waits, what is offered and what is rented.
+
+What is worth it says `core.burst`; inventory carries leases out. The leader remembers only since when a rented machine is idle: one that takes
+over keeps it a little longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from whaleflux import names
+from whaleflux.clock import Clock
+from whaleflux.errors import FailedPrecondition, ResourceExhausted, StatusError
+from whaleflux.reasons import What
+from whaleflux.v1 import events_pb2, types_pb2
+from whaleflux.v1 import inventory_pb2 as ipb
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
+from whaleflux_scheduler import convert
+from whaleflux_scheduler.core import burst
+from whaleflux_scheduler.core.burst import BurstPlan, BurstRules, Offered, Rent, Rented
+from whaleflux_scheduler.news_beside import NewsBeside
+from whaleflux_scheduler.planner_thread import PlannerThread
+
+log = logging.getLogger(__name__)
+EVERY_S = 10.0
+DAY_S = 86_400.0
+_ASK_WITHIN_S = 10.0
+_MOST_TOLD = 256
+_COMING = (ipb.LEASE_STATE_INTENT, ipb.LEASE_STATE_REQUESTED, ipb.LEASE_STATE_BOOTING)
+Mode = Literal["off", "plan", "on"]
+
+
+@dataclass(frozen=True, slots=True)
+class BurstSettings:
+    """What the scheduler does by itself, and its bounds."""
+
+    mode: Mode = "plan"
+    rules: BurstRules = field(default_factory=BurstRules)
+    every_s: float = EVERY_S
+
+
+class Bursts:
+    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far."""
+
+    def __init__(
+        self,
+        settings: BurstSettings,
+        planner: PlannerThread,
+        caught_up: Callable[[], Awaitable[None]],
+        inventory: InventoryServiceStub | None,
+        news: NewsBeside,
+        clock: Clock,
+    ) -> None:
+        self._mode, self._rules, self._every_s = settings.mode, settings.rules, settings.every_s
+        self._planner, self._caught_up, self._inventory = planner, caught_up, inventory
+        self._news, self._clock = news, clock
+        self._idle_since: dict[str, float] = {}  # monotonic seconds, by lease
+        self._told: dict[str, None] = {}
+
+    async def plan(self) -> pb.BurstPlan:
+        """What would be rented and given back now, whatever the mode; changes nothing."""
+        if self._inventory is None:
+            raise FailedPrecondition("this scheduler knows no inventory, which has the offers")
+        plan, _ = await self._look(self._inventory)
+        return self._message(plan)
+
+    async def run(self) -> None:
+        """For ever: what is worth it is told, or done."""
+        while self._mode != "off" and self._inventory is not None:
+            await self._clock.sleep(self._every_s)
+            try:
+                await self._once(self._inventory)
+            except StatusError as error:  # in a moment again
+                log.info("nothing is rented in this look: %s", error)
+
+    async def _once(self, inventory: InventoryServiceStub) -> None:
+        plan, leases = await self._look(inventory)
+        for rent in plan.rents:
+            if self._mode == "plan":
+                self._propose(rent)
+            else:
+                await self._rent(inventory, rent, leases)
+        for end in plan.ends if self._mode == "on" else ():
+            await inventory.EndLease(ipb.EndLeaseRequest(name=end.lease, reason=end.why[:500]), timeout=_ASK_WITHIN_S)
+
+    async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease]]:
+        offers = await _all(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
+        leases = await _all(inventory.ListLeases, ipb.ListLeasesRequest(page_size=1000, show_gone=True), "leases")
+        live = [lease for lease in leases if lease.state != ipb.LEASE_STATE_GONE]
+        if not offers and not live:
+            return BurstPlan(), leases
+        await self._caught_up()
+        now = self._clock.now()
+        nodes = tuple(lease.node for lease in live)
+        waiting, busy, known = await self._planner.ask(lambda planner: planner.burst_facts(nodes, now))
+        self._note_idle(live, busy, known)
+        offered = [_offered(one, live) for one in offers]
+        rented = [self._rented(lease, known, now) for lease in live if _counts(lease, known)]
+        return burst.decide(waiting, offered, rented, _spent_usd(leases, now), self._rules), leases
+
+    def _note_idle(self, live: Sequence[ipb.Lease], busy: frozenset[str], known: frozenset[str]) -> None:
+        now_s = self._clock.monotonic()
+        idle = {one.name for one in live if one.node in known and one.node not in busy}
+        self._idle_since = {name: self._idle_since.get(name, now_s) for name in idle}
+
+    def _rented(self, lease: ipb.Lease, known: frozenset[str], now: datetime) -> Rented:
+        since = self._idle_since.get(lease.name)
+        begun = lease.ask_time if lease.HasField("ask_time") else lease.create_time
+        return Rented(
+            lease=lease.name,
+            offer=_offered(lease.offer, ()),
+            queue=names.last(lease.queue),
+            begun_s=max(0.0, (now - begun.ToDatetime(UTC)).total_seconds()),
+            coming=lease.node not in known,
+            idle_s=None if since is None else self._clock.monotonic() - since,
+            ending=_ends(lease),
+        )
+
+    async def _rent(self, inventory: InventoryServiceStub, rent: Rent, leases: Sequence[ipb.Lease]) -> None:
+        """One lease for each machine; the same look, done again, rents nothing more."""
+        for number in range(rent.machines):
+            view = "\n".join([rent.job, str(number), *sorted(lease.name for lease in leases)])
+            request = ipb.CreateLeaseRequest(
+                offers=rent.offers,
+                ttl_s=int(self._rules.lease_s),
+                cost_cap_usd=rent.cap_usd,
+                queue=names.queue(rent.queue),
+                reason=f"for {rent.job}",
+                request_id=hashlib.sha256(view.encode()).hexdigest()[:32],
+            )
+            try:
+                await inventory.CreateLease(request, timeout=_ASK_WITHIN_S)
+            except (FailedPrecondition, ResourceExhausted) as refused:
+                log.warning("no machine is rented for %s: %s", rent.job, refused)
+                return
+
+    def _propose(self, rent: Rent) -> None:
+        """Once for each job."""
+        if rent.job in self._told:
+            return
+        self._told[rent.job] = None
+        while len(self._told) > _MOST_TOLD:
+            del self._told[next(iter(self._told))]
+        machines = f"{rent.machines} machine{'s' * (rent.machines != 1)} by {rent.offers[0]}"
+        self._news.tell(
+            events_pb2.Event(
+                id=f"burst/{rent.job}/{self._clock.now():%Y%m%dT%H%M%S}",
+                resource=rent.job,
+                what=What.RENT_PROPOSED,
+                cause=types_pb2.Cause(actor="scheduler/burst"),
+                message=f"renting {machines} is worth it: {rent.why}; see: whaleflux burst plan"[:2000],
+                source="scheduler",
+                attributes={"usd": f"{rent.usd:.2f}", "worth_usd": f"{rent.worth_usd:.2f}"},
+            )
+        )
+
+    def _message(self, plan: BurstPlan) -> pb.BurstPlan:
+        return pb.BurstPlan(
+            time=convert.timestamp(self._clock.now()),
+            mode=self._mode,
+            rents=[
+                pb.BurstRent(
+                    job=one.job,
+                    queue=names.queue(one.queue),
+                    offers=one.offers,
+                    machines=one.machines,
+                    usd=one.usd,
+                    worth_usd=one.worth_usd,
+                    cap_usd=one.cap_usd,
+                    why=one.why,
+                )
+                for one in plan.rents
+            ],
+            ends=[pb.BurstEnd(lease=one.lease, why=one.why) for one in plan.ends],
+            waits=[pb.BurstWait(job=one.job, why=one.why) for one in plan.waits],
+            left_usd={scope or "all": max(0.0, usd) for scope, usd in plan.left_usd.items()},
+        )
+
+
+async def _all(call: Any, request: Any, field_name: str) -> list[Any]:
+    """All items of a listing."""
+    found: list[Any] = []
+    while True:
+        page = await call(request, timeout=_ASK_WITHIN_S)
+        found += getattr(page, field_name)
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+def _ours(lease: ipb.Lease) -> bool:
+    return lease.owner.startswith("scheduler/")
+
+
+def _ends(lease: ipb.Lease) -> bool:
+    return bool(lease.end_reason) or lease.state in (ipb.LEASE_STATE_DRAINING, ipb.LEASE_STATE_RELEASING)
+
+
+def _counts(lease: ipb.Lease, known: frozenset[str]) -> bool:
+    """Machines that operators rented are theirs to give back; on their way they count for who waits."""
+    return _ours(lease) or lease.node not in known
+
+
+def _offered(offer: ipb.Offer, live: Sequence[ipb.Lease]) -> Offered:
+    taken = sum(lease.offer.name == offer.name for lease in live)
+    return Offered(
+        name=offer.name,
+        gpu_type=offer.gpu_type,
+        gpus=max(offer.gpus, 1),
+        site=names.last(offer.site),
+        usd_per_hour=offer.usd_per_hour,
+        boot_s=offer.boot_s or 180.0,
+        billing_unit_s=offer.billing_unit_s or 60.0,
+        left=max(0, (offer.max_machines or 1) - taken),
+        trust=offer.trust,
+        spot=offer.market == types_pb2.PRICE_KIND_SPOT,
+        gpu_memory_bytes=offer.gpu_memory_bytes,
+    )
+
+
+def _spent_usd(leases: Sequence[ipb.Lease], now: datetime) -> dict[str, float]:
+    """Of the last 24 hours, by budget; what still runs counts with its cap, so that budgets are kept whatever happens."""
+    spent: dict[str, float] = {}
+    for lease in leases:
+        begun = lease.create_time.ToDatetime(UTC)
+        live = lease.state != ipb.LEASE_STATE_GONE
+        if not _ours(lease) or (not live and (now - begun).total_seconds() > DAY_S):
+            continue
+        usd = max(lease.cost_usd, lease.cost_cap_usd) if live and not _ends(lease) else lease.cost_usd
+        for scope in (burst.FLEET, lease.queue, lease.offer.site):
+            spent[scope] = spent.get(scope, 0.0) + usd
+    return spent

@@ -1,0 +1,341 @@
+"""When to rent machines for jobs that wait, and when to give them back. Pure.
+
+Renting is worth it when the waiting that it saves is worth more than it costs: `wait saved x GPUs x value > price x (boot + run)`, rounded up
+to what is billed; or when a deadline would be missed otherwise. Jobs that a machine could take together are counted together. What boots
+already, or is idle, is given to who waits first, so that nobody rents for what is on its way.
+
+A machine that is idle is kept as long as renting it again would cost: its boot, and the rest of the billing unit that is paid anyway (the
+ski-rental rule: never more than twice what who knows the future would pay).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from whaleflux.quantities import shown_duration
+
+HOUR_S = 3600.0
+TRUSTED = 0.5  # offers that refused a machine lately are left alone until they are believed again
+MOST_MACHINES = 64  # rented in one look
+MOST_OFFERS = 8  # that a lease names
+FLEET = ""  # the budget of everything together
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that waits for GPUs: what it takes, and when it would start here.
+
+    `wait_s`: seconds from now; None: nobody knows of an end that would let it start. `run_s`: how long it runs then, likely. `late_s`: seconds from
+    now until its deadline; None: it has none. `models`: GPU types that will do; none: any. `sites`: ids; none: any.
+    """
+
+    name: str
+    queue: str
+    gpus: int
+    wait_s: float | None
+    run_s: float
+    waited_s: float = 0.0
+    late_s: float | None = None
+    models: frozenset[str] = frozenset()
+    sites: frozenset[str] = frozenset()
+    least_memory_bytes: int = 0
+    no_spot: bool = False
+    one_node: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """An offer. `left`: machines that could still be rented; `usd_per_hour` of one."""
+
+    name: str
+    gpu_type: str
+    gpus: int
+    site: str
+    usd_per_hour: float
+    boot_s: float
+    billing_unit_s: float
+    left: int
+    trust: float = 1.0
+    spot: bool = False
+    gpu_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rented:
+    """A machine that burst has rented. `begun_s`: since when it is paid for, seconds ago; `idle_s`: for how long nothing runs on it, None: it boots, or works."""
+
+    lease: str
+    offer: Offered
+    queue: str
+    begun_s: float
+    coming: bool = False
+    idle_s: float | None = None
+    ending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BurstRules:
+    """`usd_per_gpu_hour`: what an hour that a job waits for a GPU is worth to spare. `budgets_usd`: of a day, by queues/q, sites/s, or "" for all.
+
+    `after_s`: nobody is rented for who has waited for less. `unknown_wait_s`: what a wait counts of which no end is in sight. `lease_s`: the longest.
+    """
+
+    usd_per_gpu_hour: float = 2.0
+    budgets_usd: Mapping[str, float] = field(default_factory=dict)
+    after_s: float = 30.0
+    unknown_wait_s: float = 24 * HOUR_S
+    lease_s: float = 24 * HOUR_S
+    keep_s: float | None = None  # idle machines are kept for so long instead
+
+
+@dataclass(frozen=True, slots=True)
+class Rent:
+    """Machines to rent for a job and those that fit beside it. `usd`: expected, all machines; `worth_usd`: what the waiting saved is worth."""
+
+    job: str
+    queue: str
+    offers: tuple[str, ...]
+    machines: int
+    usd: float
+    worth_usd: float
+    cap_usd: float  # of each machine
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A machine to give back."""
+
+    lease: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A job for which nothing is rented, and why."""
+
+    job: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class BurstPlan:
+    """One look. `left_usd`: of each budget of the day, before what is proposed."""
+
+    rents: tuple[Rent, ...] = ()
+    ends: tuple[End, ...] = ()
+    waits: tuple[Wait, ...] = ()
+    left_usd: Mapping[str, float] = field(default_factory=dict)
+
+
+def decide(
+    waiting: Sequence[Waiting],
+    offers: Sequence[Offered],
+    rented: Sequence[Rented],
+    spent_usd: Mapping[str, float],
+    rules: BurstRules,
+) -> BurstPlan:
+    """What to rent and what to give back now. `waiting` in the order in which they would start; `spent_usd` of this day, by budget."""
+    spare = _Spare(rented)
+    left = {scope: usd - spent_usd.get(scope, 0.0) for scope, usd in rules.budgets_usd.items()}
+    look = _Look(list(waiting), list(offers), spare, dict(left), rules)
+    look.take()
+    ends = tuple(End(one.lease, why) for one in rented if (why := _over(one, spare, rules)))
+    return BurstPlan(tuple(look.rents), ends, tuple(look.waits), left)
+
+
+def keep_idle_s(one: Rented, rules: BurstRules) -> float:
+    """How long a machine that fell idle is kept from then on, seconds."""
+    if rules.keep_s is not None:
+        return rules.keep_s
+    unit_s, idle_s = one.offer.billing_unit_s, one.idle_s or 0.0
+    fell_idle_s = one.begun_s - idle_s  # after its begin
+    return one.offer.boot_s + math.ceil(fell_idle_s / unit_s) * unit_s - fell_idle_s
+
+
+def _over(one: Rented, spare: _Spare, rules: BurstRules) -> str:
+    """Why it is given back; "" while it stays."""
+    if one.ending or one.coming or one.idle_s is None or spare.is_taken(one.lease):
+        return ""
+    keep_s = keep_idle_s(one, rules)
+    if one.idle_s < keep_s:
+        return ""
+    return f"nothing has run on it for {shown_duration(one.idle_s)}; renting it again would cost less than keeping it"
+
+
+class _Spare:
+    """GPUs of machines that come, or are idle, as they are given to who waits."""
+
+    def __init__(self, rented: Sequence[Rented]) -> None:
+        there = (one for one in rented if not one.ending and (one.coming or one.idle_s is not None))
+        self._free = {one.lease: (one.offer, one.offer.gpus) for one in there}
+        self._taken: set[str] = set()
+
+    def is_taken(self, lease: str) -> bool:
+        return lease in self._taken
+
+    def give(self, job: Waiting) -> bool:
+        """Whether the job fits on what comes anyway, which is its own from now on."""
+        fitting = [lease for lease, (offer, free) in self._free.items() if free and _fits(job, offer)]
+        fitting.sort(key=lambda lease: (self._free[lease][1] < job.gpus, self._free[lease][1], lease))
+        one = [lease for lease in fitting if self._free[lease][1] >= job.gpus][:1]
+        chosen = one or ([] if job.one_node else _enough(fitting, self._free, job.gpus))
+        wanted = job.gpus
+        for lease in chosen:
+            offer, free = self._free[lease]
+            taken = min(free, wanted)
+            wanted -= taken
+            self._free[lease] = offer, free - taken
+            self._taken.add(lease)
+        return bool(chosen)
+
+
+def _enough(leases: Sequence[str], free: Mapping[str, tuple[Offered, int]], gpus: int) -> list[str]:
+    """Machines of one site that have so many GPUs together."""
+    for site in dict.fromkeys(free[lease][0].site for lease in leases):
+        found, count = list[str](), 0
+        for lease in leases:
+            if free[lease][0].site == site and count < gpus:
+                found.append(lease)
+                count += free[lease][1]
+        if count >= gpus:
+            return found
+    return []
+
+
+@dataclass
+class _Look:
+    """One pass over those who wait."""
+
+    waiting: list[Waiting]
+    offers: list[Offered]
+    spare: _Spare
+    left_usd: dict[str, float]
+    rules: BurstRules
+    rents: list[Rent] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
+
+    def take(self) -> None:
+        served = set[str]()
+        for at, job in enumerate(self.waiting):
+            if job.name in served:
+                continue
+            if self.spare.give(job):
+                self.waits.append(Wait(job.name, "a rented machine that comes, or is idle, has room for it"))
+                continue
+            beside = [other for other in self.waiting[at + 1 :] if other.name not in served]
+            found = self._for(job, beside)
+            if isinstance(found, str):
+                self.waits.append(Wait(job.name, found))
+                continue
+            rent, together = found
+            served |= together
+            self.rents.append(rent)
+
+    def _for(self, job: Waiting, beside: Sequence[Waiting]) -> tuple[Rent, set[str]] | str:
+        """What to rent for it, and who is served by that; or why nothing is."""
+        if job.waited_s < self.rules.after_s:
+            return f"it has waited for less than {self.rules.after_s:.0f} s"
+        fitting = [offer for offer in self.offers if _fits(job, offer)]
+        if not fitting:
+            return "no offer has GPUs that it could use"
+        reasons, found = list[str](), list[tuple[Offered, int, float, float, str, set[str]]]()
+        for offer in sorted(fitting, key=lambda one: (one.usd_per_hour / one.gpus, one.boot_s, one.name)):
+            judged = self._judge(job, offer, beside)
+            if isinstance(judged, str):
+                reasons.append(judged)
+            else:
+                found.append((offer, *judged))
+        if not found:
+            return reasons[0]
+        offer, machines, usd, worth_usd, why, together = found[0]
+        names = [one[0].name for one in found if machines == 1 or one[0].name == offer.name]
+        cap_usd = self._cap_usd(job, offer, machines, usd)
+        self._book(job, offer, machines, cap_usd * machines)
+        at_most = tuple(names[:MOST_OFFERS])
+        return Rent(job.name, job.queue, at_most, machines, usd, worth_usd, cap_usd, why), together
+
+    def _judge(
+        self, job: Waiting, offer: Offered, beside: Sequence[Waiting]
+    ) -> tuple[int, float, float, str, set[str]] | str:
+        """Machines, their cost, what they are worth, why, and who is served; or why this offer is not taken."""
+        machines = math.ceil(job.gpus / offer.gpus)
+        if offer.trust < TRUSTED:
+            return f"{offer.name} had no machine a moment ago"
+        if machines > offer.left or (machines > 1 and job.one_node):
+            return f"{offer.name} has {offer.left} machine(s) left, and {machines} are needed"
+        group = [job, *_companions(job, beside, offer, machines * offer.gpus - job.gpus)]
+        run_s = max(one.run_s for one in group)
+        usd = machines * billed_usd(offer, offer.boot_s + run_s)
+        worth_usd = sum(self._worth_usd(one, offer) for one in group)
+        deadline = _saves_deadline(job, offer, self._wait_s(job))
+        if not deadline and worth_usd <= usd:
+            return f"renting costs {usd:.2f} USD by {offer.name}, and the waiting that it saves is worth {worth_usd:.2f} USD"
+        for scope, left in zip(self._scopes(job, offer), self._budgets(job, offer), strict=True):
+            if usd > left:
+                return f"the budget of {scope or 'all renting'} has {max(0.0, left):.2f} USD left today, and {usd:.2f} are needed"
+        why = (
+            f"its deadline would be missed otherwise; {usd:.2f} USD"
+            if deadline
+            else f"it would wait {shown_duration(self._wait_s(job))} more: {worth_usd:.2f} USD of waiting for {usd:.2f} USD"
+        )
+        return machines, usd, worth_usd, why, {one.name for one in group}
+
+    def _cap_usd(self, job: Waiting, offer: Offered, machines: int, usd: float) -> float:
+        """Most that each machine may cost: twice what is expected where a budget has to be kept, else all of the longest lease."""
+        left = self._budgets(job, offer)
+        if not left:
+            return offer.usd_per_hour * self.rules.lease_s / HOUR_S
+        return min(2 * usd, *left) / machines
+
+    def _worth_usd(self, job: Waiting, offer: Offered) -> float:
+        saved_s = max(0.0, self._wait_s(job) - offer.boot_s)
+        return saved_s / HOUR_S * job.gpus * self.rules.usd_per_gpu_hour
+
+    def _wait_s(self, job: Waiting) -> float:
+        return self.rules.unknown_wait_s if job.wait_s is None else min(job.wait_s, self.rules.unknown_wait_s)
+
+    def _scopes(self, job: Waiting, offer: Offered) -> list[str]:
+        return [scope for scope in (FLEET, f"queues/{job.queue}", f"sites/{offer.site}") if scope in self.left_usd]
+
+    def _budgets(self, job: Waiting, offer: Offered) -> list[float]:
+        return [self.left_usd[scope] for scope in self._scopes(job, offer)]
+
+    def _book(self, job: Waiting, offer: Offered, machines: int, usd: float) -> None:
+        for scope in self._scopes(job, offer):
+            self.left_usd[scope] -= usd
+        self.offers = [replace(one, left=one.left - machines) if one.name == offer.name else one for one in self.offers]
+
+
+def _companions(job: Waiting, beside: Sequence[Waiting], offer: Offered, free: int) -> list[Waiting]:
+    """Others that fit on what the job leaves of its machines."""
+    found = []
+    for other in beside:
+        if 0 < other.gpus <= free and _fits(other, offer):
+            found.append(other)
+            free -= other.gpus
+    return found
+
+
+def billed_usd(offer: Offered, used_s: float) -> float:
+    """Of one machine, in whole billing units."""
+    units = max(1, math.ceil(used_s / offer.billing_unit_s - 1e-9))
+    return units * offer.billing_unit_s / HOUR_S * offer.usd_per_hour
+
+
+def _fits(job: Waiting, offer: Offered) -> bool:
+    """Whether its GPUs could be of that offer's machines."""
+    return (
+        (not job.models or offer.gpu_type in job.models)
+        and (not job.sites or offer.site in job.sites)
+        and not (job.no_spot and offer.spot)
+        and (not offer.gpu_memory_bytes or offer.gpu_memory_bytes >= job.least_memory_bytes)
+        and (job.gpus <= offer.gpus or job.gpus % offer.gpus == 0)
+    )
+
+
+def _saves_deadline(job: Waiting, offer: Offered, wait_s: float) -> bool:
+    """Whether it ends in time there, and would not here."""
+    return job.late_s is not None and offer.boot_s + job.run_s <= job.late_s < wait_s + job.run_s

@@ -1,0 +1,104 @@
+"""When machines are rented for jobs that wait, and when they are given back."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whaleflux_scheduler.core.burst import BurstRules, Offered, Rented, Waiting, billed_usd, decide, keep_idle_s
+
+HOUR = 3600.0
+SPOT = Offered("offers/spot", "H200", 8, "cloud", 16.0, 300.0, 60.0, 2, spot=True)
+DEAR = Offered("offers/dear", "H200", 8, "cloud", 40.0, 300.0, 60.0, 4)
+RULES = BurstRules(usd_per_gpu_hour=2.0)
+JOB = Waiting("queues/a/jobs/j", "a", 8, wait_s=4 * HOUR, run_s=2 * HOUR, waited_s=60.0)
+
+
+def plan(jobs=(JOB,), offers=(SPOT, DEAR), rented=(), spent=None, **rules):
+    return decide(jobs, offers, rented, spent or {}, replace(RULES, **rules))
+
+
+def why(found):
+    return [one.why for one in found.waits]
+
+
+def test_renting_pays_when_the_waiting_that_it_saves_is_worth_more():
+    (rent,) = plan().rents
+    assert (rent.offers, rent.machines) == (("offers/spot",), 1)  # at 40 USD an hour it would not pay
+    assert abs(rent.usd - 16.0 * (2 * HOUR + 300) / HOUR) < 0.3
+    assert abs(rent.worth_usd - 2.0 * 8 * (4 - 300 / HOUR)) < 0.01
+    assert not plan([replace(JOB, wait_s=HOUR)]).rents
+    assert "is worth" in why(plan([replace(JOB, wait_s=HOUR)]))[0]
+    assert not plan(usd_per_gpu_hour=0.0).rents
+
+
+def test_a_deadline_is_kept_whatever_waiting_is_worth():
+    late = replace(JOB, late_s=3 * HOUR)
+    (rent,) = plan([late], usd_per_gpu_hour=0.0).rents
+    assert rent.why.startswith("its deadline would be missed") and rent.offers == ("offers/spot", "offers/dear")
+    assert not plan([replace(late, late_s=HOUR)], usd_per_gpu_hour=0.0).rents  # too late anyway
+    assert not plan([replace(late, wait_s=0.5 * HOUR)], usd_per_gpu_hour=0.0).rents  # in time here
+
+
+def test_what_does_not_fit_or_is_not_believed_is_not_rented():
+    assert why(plan([replace(JOB, models=frozenset({"A100"}))])) == ["no offer has GPUs that it could use"]
+    assert why(plan([replace(JOB, sites=frozenset({"onprem"}))])) == ["no offer has GPUs that it could use"]
+    assert not plan([replace(JOB, no_spot=True)]).rents
+    assert not plan(offers=[replace(SPOT, trust=0.2)]).rents
+    assert not plan([replace(JOB, waited_s=5.0)]).rents
+    (rent,) = plan([replace(JOB, gpus=16)]).rents
+    assert rent.machines == 2
+    assert not plan([replace(JOB, gpus=24)], offers=[SPOT]).rents  # two are left
+
+
+def test_small_jobs_share_a_machine_and_its_price():
+    small = [replace(JOB, name=f"queues/a/jobs/{n}", gpus=2, wait_s=3 * HOUR) for n in range(5)]
+    assert not plan(small[:1]).rents
+    found = plan(small)
+    assert len(found.rents) == 1 and found.rents[0].worth_usd > found.rents[0].usd
+
+
+def machine(lease="leases/l", offer=SPOT, **more):
+    return Rented(lease, offer, "a", begun_s=1000.0, **more)
+
+
+def test_nobody_rents_for_what_is_on_its_way_and_what_is_wanted_stays():
+    found = plan(rented=[machine(coming=True)])
+    assert not found.rents and "has room for it" in why(found)[0]
+    idle = machine(idle_s=5000.0)
+    assert not plan(rented=[idle]).ends
+    assert [one.lease for one in plan([], rented=[idle]).ends] == ["leases/l"]
+    assert not plan([], rented=[machine()]).ends  # it works
+    assert not plan([], rented=[replace(idle, ending=True)]).ends
+
+
+def test_an_idle_machine_is_kept_for_its_boot_and_what_is_paid_anyway():
+    hourly = replace(SPOT, billing_unit_s=HOUR)
+    idle = Rented("leases/l", hourly, "a", begun_s=1900.0, idle_s=100.0)
+    assert keep_idle_s(idle, RULES) == 300.0 + 1800.0
+    assert not plan([], rented=[replace(idle, begun_s=1800.0 + 2099, idle_s=2099.0)]).ends
+    assert plan([], rented=[replace(idle, begun_s=1800.0 + 2101, idle_s=2101.0)]).ends
+
+
+def test_budgets_of_queue_site_and_all_bound_what_is_rented():
+    for scope in ("", "queues/a", "sites/cloud"):
+        assert plan(budgets_usd={scope: 40.0}).rents
+        short = plan(budgets_usd={scope: 40.0}, spent={scope: 20.0})
+        assert not short.rents and "20.00 USD left today" in why(short)[0]
+    assert plan(budgets_usd={"queues/b": 0.0}).rents
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.floats(0, 1e5), st.floats(60, 1e5)), max_size=12),
+    st.floats(0, 500),
+)
+def test_all_that_is_rented_stays_within_the_budget_and_what_is_offered(jobs, budget_usd):
+    waiting = [Waiting(f"queues/a/jobs/{n}", "a", g, w, r, 60.0) for n, (g, w, r) in enumerate(jobs)]
+    found = plan(waiting, budgets_usd={"": budget_usd})
+    assert sum(one.cap_usd * one.machines for one in found.rents) <= budget_usd + 1e-6
+    assert all(one.usd <= one.cap_usd * one.machines + 1e-6 for one in found.rents)
+    assert sum(one.machines for one in found.rents) <= SPOT.left + DEAR.left
+    assert len({one.job for one in found.rents} | {one.job for one in found.waits}) == len(found.rents) + len(
+        found.waits
+    )
+    assert billed_usd(SPOT, 0.0) > 0

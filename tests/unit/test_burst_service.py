@@ -1,0 +1,111 @@
+"""Renting through the scheduler: proposed or done by itself, used, and given back."""
+
+import asyncio
+
+import pytest
+from google.protobuf import duration_pb2
+
+from tests.support.scheduler_world import World, node, until
+from whaleflux.errors import InvalidArgument
+from whaleflux.v1 import inventory_pb2 as ipb
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux.v1 import types_pb2
+from whaleflux_scheduler.bursts import BurstSettings
+from whaleflux_scheduler.core.burst import BurstRules
+from whaleflux_scheduler.settings import Settings
+
+HOUR_S = 3600
+
+
+class Full(World):
+    """One node of four GPUs that is busy for eight hours, a job that waits for it, and an offer of another such node."""
+
+    def __init__(self, mode="off", **rules):
+        super().__init__(bursting=BurstSettings(mode, BurstRules(**rules)))
+        self.inventory.offers.append(
+            ipb.Offer(
+                name="offers/o", gpu_type="H200", gpus=4, site="sites/cloud", usd_per_hour=4.0, boot_s=60, trust=1.0,
+                market=types_pb2.PRICE_KIND_ON_DEMAND, max_machines=2,
+            )
+        )  # fmt: skip
+        self.waiting = ""
+
+    async def fill(self):
+        await self.add(node("s/a"))
+        lasts = duration_pb2.Duration(seconds=8 * HOUR_S)
+        await self.reaches(await self.submit(4, job_id="long", expected=lasts), "RUNNING")
+        self.waiting = await self.submit(4, job_id="waits", expected=duration_pb2.Duration(seconds=HOUR_S))
+        await asyncio.sleep(60)
+        return self
+
+    async def plan(self):
+        return await self.scheduler.PlanBurst(pb.PlanBurstRequest(), None)
+
+    @property
+    def leases(self):
+        return list(self.inventory.leases.values())
+
+
+async def test_a_plan_says_what_is_worth_renting_and_rents_nothing():
+    async with Full() as world:
+        found = await (await world.fill()).plan()
+        assert (found.mode, len(found.rents)) == ("off", 1)
+        rent = found.rents[0]
+        assert (rent.job, list(rent.offers), rent.machines, rent.queue) == (
+            world.waiting,
+            ["offers/o"],
+            1,
+            "queues/default",
+        )
+        assert rent.worth_usd > 40 > 6 > rent.usd > 4
+        await asyncio.sleep(300)
+        assert not world.leases
+
+
+async def test_nothing_is_rented_where_waiting_is_worth_little_and_the_plan_says_so():
+    async with Full("on", usd_per_gpu_hour=0.01) as world:
+        found = await (await world.fill()).plan()
+        assert not found.rents and "is worth 0.3" in found.waits[0].why
+        await asyncio.sleep(300)
+        assert not world.leases
+
+
+async def test_a_job_that_waits_gets_a_rented_machine_which_is_given_back_when_nothing_runs_on_it():
+    async with Full("on", budgets_usd={"": 50.0}) as world:
+        await world.fill()
+        await until(lambda: world.leases, "a machine is rented")
+        lease = world.leases[0]
+        assert lease.reason == f"for {world.waiting}" and lease.queue == "queues/default"
+        await asyncio.sleep(120)
+        assert len(world.leases) == 1  # it is on its way
+        await world.add(node("cloud/l0"))
+        lease.state = ipb.LEASE_STATE_JOINED
+        job = await world.reaches(world.waiting, "RUNNING")
+        assert [task.node for task in job.attempt.tasks] == [lease.node]
+        await asyncio.sleep(300)
+        assert not lease.end_reason
+        await world.scheduler.CancelJob(pb.CancelJobRequest(name=world.waiting), None)
+        await world.reaches(world.waiting, "CANCELLED")
+        await asyncio.sleep(30)
+        assert not lease.end_reason  # renting it again would cost more
+        await until(lambda: lease.end_reason, "it is given back", 180.0)
+        assert "nothing has run on it" in lease.end_reason
+        assert len(world.leases) == 1
+
+
+async def test_a_machine_that_an_operator_rented_is_the_operators():
+    async with Full("on") as world:
+        world.inventory.leases["leases/mine"] = ipb.Lease(
+            name="leases/mine", state=ipb.LEASE_STATE_JOINED, owner="user/olga", node="sites/s/nodes/b", offer=world.inventory.offers[0]
+        )  # fmt: skip
+        await world.add(node("s/b"))
+        await asyncio.sleep(2 * HOUR_S)
+        assert not world.leases[0].end_reason
+
+
+def test_budgets_name_queues_sites_or_all():
+    rules = Settings(burst_budgets={"all": 10, "queues/a": 5, "sites/s": 1}).burst_rules()
+    assert rules.budgets_usd == {"": 10, "queues/a": 5, "sites/s": 1}
+    for wrong in ({"research": 5}, {"all": -1}, {"jobs/a": 1}):
+        with pytest.raises(InvalidArgument, match="burst_budgets"):
+            Settings(burst_budgets=wrong).burst_rules()
