@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from whaleflux import names
 from whaleflux.quantities import shown_duration
 
 HOUR_S = 3600.0
@@ -251,10 +252,10 @@ class _Look:
         if not found:
             return reasons[0]
         offer, machines, usd, worth_usd, why, together = found[0]
-        names = [one[0].name for one in found if machines == 1 or one[0].name == offer.name]
+        tried = [one[0].name for one in found if machines == 1 or one[0].name == offer.name]
         cap_usd = self._cap_usd(job, offer, machines, usd)
         self._book(job, offer, machines, cap_usd * machines)
-        at_most = tuple(names[:MOST_OFFERS])
+        at_most = tuple(tried[:MOST_OFFERS])
         return Rent(job.name, job.queue, at_most, machines, usd, worth_usd, cap_usd, why), together
 
     def _judge(
@@ -298,7 +299,7 @@ class _Look:
         return self.rules.unknown_wait_s if job.wait_s is None else min(job.wait_s, self.rules.unknown_wait_s)
 
     def _scopes(self, job: Waiting, offer: Offered) -> list[str]:
-        return [scope for scope in (FLEET, f"queues/{job.queue}", f"sites/{offer.site}") if scope in self.left_usd]
+        return [scope for scope in (FLEET, names.queue(job.queue), names.site(offer.site)) if scope in self.left_usd]
 
     def _budgets(self, job: Waiting, offer: Offered) -> list[float]:
         return [self.left_usd[scope] for scope in self._scopes(job, offer)]
