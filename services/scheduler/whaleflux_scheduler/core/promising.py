@@ -42,7 +42,7 @@ class Promising(MakingRoom):
     def _given_up(self, now: datetime) -> list[Move]:
         """Promises of those whom a limit keeps from ever starting: they would keep GPUs from others for nothing."""
         moves = []
-        for name in [name for name in self._promises.starts_s if name in self._pending.jobs]:
+        for name in sorted(name for name in self._promises.starts_s if name in self._pending.jobs):
             job, claim = self._pending.jobs[name].candidate.job, self._fleet.holdings.claim(name)
             limit = self._over_queue(job.queue, job.spec.gpus)
             if (
