@@ -160,6 +160,9 @@ class TestMig:
         assert gpus_of(one) == ["MIG-GPU-s/a-0-2"] and one.attempt.usd_per_hour == 1.0
         assert cost.attempt_gpu_s(one.attempt, NOW + timedelta(hours=1)) == 1800
         assert one.decision.summary.startswith("1 x H100-80GB 3g.40gb on 1 node")
+        assert one.decision.reasons[0].startswith("1 x H100-80GB 3g.40gb on 1 node"), (
+            "what it got, not what is first there"
+        )
         assert gpus_of(start(made, "whole")) == ["GPU-s/a-1"]
         assert start(made, "second").startswith("waits")
         assert "MIG instance 7g.80gb" in start(made, "none", mig_profile="7g.80gb")

@@ -163,9 +163,8 @@ def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple
     rows = best.rows
     level, d = columns.smallest_domain(rows)
     count = sum(mask.bit_count() for _, mask in best.group.parts) + len(best.group.devices)
-    shape, nodes = columns.shape(rows[0]), len(set(rows))
-    model = best.option.model or shape.models[0]
-    lines = [f"{count} x {model} on {nodes} node{'s' * (nodes > 1)}, {where(columns, level, d)}"]
+    nodes = len(set(rows))
+    lines = [f"{count} x {_model(columns, best)} on {nodes} node{'s' * (nodes > 1)}, {where(columns, level, d)}"]
     among, several = best.group.considered
     if several > 1:
         lines.append(f"best of {several} {_PLURAL[among]} with room")
@@ -199,7 +198,16 @@ def _alternative(columns: Columns, request: PlaceRequest, best: PricedPlace, oth
 
 def _place(columns: Columns, place: PricedPlace) -> str:
     level, d = columns.smallest_domain(place.rows)
-    return f"{place.option.model or columns.shape(place.rows[0]).models[0]}, {where(columns, level, d)}"
+    return f"{_model(columns, place)}, {where(columns, level, d)}"
+
+
+def _model(columns: Columns, place: PricedPlace) -> str:
+    """Of the first device that is taken: a node may have several models, and MIG instances of several sizes."""
+    if place.option.model:
+        return place.option.model
+    parts = place.group.parts or [(i, 1 << position) for i, position in place.group.devices]
+    i, mask = parts[0]
+    return columns.shape(i).models[(mask & -mask).bit_length() - 1]
 
 
 def why_not(request: PlaceRequest, best: PricedPlace, other: PricedPlace) -> str:
