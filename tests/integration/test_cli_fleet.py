@@ -713,11 +713,17 @@ class TestErrors:
         assert cli("requeue", "j1", "--hold")[0] == 2  # nobody to ask
         assert f"{JOB} is SUSPENDING" in cli("requeue", "j1", "--hold", "-y")[2]
 
-    def test_a_dataset_is_declared(self, cli, shared):
+    def test_a_dataset_is_declared(self, cli, shared, tmp_path):
         code, _, notes = cli("datasets", "add", "c4", "--source", "/mnt/c4", "--size", "3 GB")
         assert (code, shared.inventory.declared) == (0, [("c4", "/mnt/c4", 3 * 10**9)])
         assert "data: dataset:c4" in notes
         assert cli("datasets", "add", "c4", "--source", "/mnt/c4", "--size", "many")[0] == 2
+        (tmp_path / "part-0").write_bytes(bytes(2000))
+        code, _, notes = cli("datasets", "add", "d4", "--source", str(tmp_path), "--scan")
+        assert (code, "1 file, 2 kB" in notes) == (0, True), notes
+        assert [size for *_, size in shared.inventory.declared] == [3 * 10**9, 2000]
+        assert cli("datasets", "add", "d4", "--source", str(tmp_path / "absent"), "--scan")[0] == 2
+        assert cli("datasets", "add", "d4", "--source", str(tmp_path), "--scan", "--size", "1 GB")[0] == 2
         assert "datasets/c4" in cli("datasets", "ls")[1]
         assert "ab" * 32 in cli("datasets", "show", "c4")[1]
 

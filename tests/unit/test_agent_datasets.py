@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.agent_tasks import until
 from tests.support.dataset_inventory import Inventory
-from whaleflux.data import sources
+from whaleflux.data import manifest, sources
+from whaleflux.v1 import inventory_pb2
 from whaleflux_agent import dataset_pull, dataset_store
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
@@ -282,3 +283,27 @@ async def test_a_copy_whose_manifest_cannot_be_read_stays_and_counts(tmp_path, s
     broken[0] = False
     assert await restarted.fetch("datasets/c4", work()) == str(kept)
     assert inventory.states("datasets/c4") == ["PULLING", "READY"], "not pulled a second time"
+
+
+async def test_the_last_copy_of_what_no_source_gives_any_more_stays(tmp_path, source):
+    large, gone = tmp_path / "large", tmp_path / "gone"
+    large.write_bytes(bytes(8))
+    (gone / "sub").mkdir(parents=True)
+    (gone / "sub" / "x").write_bytes(b"ghijkl")
+    inventory = Inventory(gone, other=source, large=large, more=large)
+    cache = cache_of(tmp_path, inventory, room=14)
+    kept = Path(await cache.fetch("datasets/c4", work()))
+    idle = Path(await cache.fetch("datasets/other", work()))
+    (gone / "sub" / "x").unlink()
+    assert (Path(await cache.fetch("datasets/large", work())) / "large").exists()
+    assert not idle.exists()
+    assert kept.exists(), "it is older, and nowhere else"
+    elsewhere = inventory_pb2.DatasetCopy(
+        node="sites/lab/nodes/n2",
+        present_bytes=6,
+        state=inventory_pb2.DATASET_COPY_STATE_READY,
+        manifest_digest=manifest.from_proto(inventory.manifests["datasets/c4"]).digest,
+    )
+    inventory.copies["datasets/c4"].append(elsewhere)
+    assert (Path(await cache.fetch("datasets/more", work())) / "large").exists()
+    assert not kept.exists()

@@ -317,9 +317,26 @@ class TestData:
         found = placed(made.place(want(8, datasets=("c4",))))
         assert found.node_names == (holder,)
         assert found.cost.fetch_s == 0
+        assert "its data is here: 0 s; elsewhere 800 s" in found.reasons
         made.apply(found)
         elsewhere = placed(made.place(want(8, "next", datasets=("c4",))))
         assert elsewhere.cost.fetch_s == pytest.approx(10**12 / 1.25e9)
+
+    def test_room_that_others_hold_is_none_and_what_does_not_fit_is_read_again_and_again(self):
+        first, second = nodes(spines=1, leaves=1, per_leaf=2)
+        made = engine(*(replace(one, dataset_cache_bytes=10**12) for one in (first, second)))
+        made.upsert_dataset(DatasetFact("pinned", 6 * 10**11, held_on=(first.name,)))
+        made.upsert_dataset(DatasetFact("c4", 5 * 10**11))
+        wish = want(8, datasets=("c4",), data_reads=3.0)
+        assert placed(made.place(wish)).node_names == (second.name,)
+        assert placed(made.place(wish)).cost.fetch_s == pytest.approx(400)
+        made.upsert_dataset(DatasetFact("filler", 6 * 10**11, held_on=(second.name,)))
+        assert placed(made.place(wish)).cost.fetch_s == pytest.approx(3 * 400), "there is room nowhere"
+        made.upsert_dataset(DatasetFact("c4", 5 * 10**11, held_on=(second.name,)))
+        assert placed(made.place(wish)).node_names == (second.name,), "where its own room is kept for it"
+        made.remove_dataset("pinned")
+        made.upsert_dataset(DatasetFact("c4", 5 * 10**11))
+        assert placed(made.place(wish)).node_names == (first.name,)
 
     def test_hard_locality_waits_instead(self):
         made = engine(*nodes(spines=1, leaves=1, per_leaf=2))

@@ -48,6 +48,12 @@ def add(
         str, typer.Option("--secret", metavar="SECRET", help="Shown to the web server as a bearer token; https only.")
     ] = "",
     basic: Annotated[bool, typer.Option("--basic", help="The secret is user:password.")] = False,
+    scan: Annotated[
+        bool,
+        typer.Option(
+            "--scan", help="Look at the source from here first: its size is declared, and what is wrong with it said."
+        ),
+    ] = False,
     member: Annotated[
         list[str] | None,
         typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for; none: all users."),
@@ -58,6 +64,7 @@ def add(
     \b
       whaleflux datasets add c4-en --source https://data.example/c4-en.tar --size "300 GB"
       whaleflux datasets add imagenet --source /mnt/data/imagenet --size 150GB
+      whaleflux datasets add fineweb --source hf://datasets/HuggingFaceFW/fineweb --scan
       whaleflux datasets add gated --source https://data.example/gated.tar --secret data-token
       whaleflux datasets add patients --source /mnt/data/patients --member groups/clinic
     """  # noqa: D301 - the escape tells click to keep the lines
@@ -69,6 +76,12 @@ def add(
         size_bytes = quantities.size_bytes(size)
     except ValueError as wrong:
         raise InvalidArgument(FieldViolation("--size", str(wrong))) from None
+    if scan:
+        if size_bytes or secret:
+            raise InvalidArgument(
+                FieldViolation("--scan", "finds the size out, as nobody in particular: leave --size and --secret out")
+            )
+        size_bytes = _scanned(source)
     dataset = pb.Dataset(uri=source, size_bytes=size_bytes, members=member or ())
     if basic and not secret:
         raise InvalidArgument(FieldViolation("--basic", "says what a secret is; name one with --secret"))
@@ -79,6 +92,24 @@ def add(
         request = pb.CreateDatasetRequest(dataset_id=_id(name), dataset=dataset, request_id=names.ulid())
         made = client.inventory.CreateDataset(request, timeout=10)
     output.note(f"{made.name} is declared; jobs use it with: data: dataset:{names.last(made.name)}")
+
+
+def _scanned(source: str) -> int:
+    """Bytes that are there. Raises InvalidArgument for what agents could not pull."""
+    from whaleflux.data import manifest, sources
+    from whaleflux.data.manifest import ManifestWrong
+    from whaleflux.data.sources import SourceFailed
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.quantities import shown_bytes
+
+    try:
+        found = manifest.draft((one.path, one.size_bytes) for one in sources.open_source(source).scan())
+    except (SourceFailed, ManifestWrong, OSError) as wrong:
+        raise InvalidArgument(
+            FieldViolation("--source", f"{wrong} (as seen from here; declare it without --scan where nodes see more)")
+        ) from None
+    output.note(f"{len(found.files)} file{'s' * (len(found.files) != 1)}, {shown_bytes(found.size_bytes)}")
+    return found.size_bytes
 
 
 @datasets.command("ls")

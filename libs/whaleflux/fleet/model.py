@@ -116,6 +116,7 @@ class Node:
     cpu_millicores: int = 0
     memory_bytes: int = 0
     disks: tuple[Disk, ...] = ()
+    dataset_cache_bytes: int = 0  # most that its agent keeps of datasets; 0: it does not say
     network_bytes_per_s: float = 0.0
     labels: tuple[tuple[str, str], ...] = ()
     price: Price = field(default_factory=Price)

@@ -25,7 +25,7 @@ MAX_WHOLE, MAX_PULLING = 8, 24  # peers that one pull asks
 LIST_EVERY_S, LOOK_EVERY_S = 0.5, 5.0
 _LIST_S, _READ_S, _CALL_S = 3.0, 10.0, 10.0
 _MIN_BYTES_PER_S = 256 << 10  # of one stretch from a peer
-_READY = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
+READY = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
 PULLING = inventory_pb2.DATASET_COPY_STATE_PULLING
 
 
@@ -46,7 +46,7 @@ def peers_of(found: inventory_pb2.Dataset, node: str) -> tuple[dict[str, str], d
     whole = {
         copy.node: copy.address
         for copy in near
-        if copy.state in _READY and copy.present_bytes and copy.manifest_digest == found.manifest_digest
+        if copy.state in READY and copy.present_bytes and copy.manifest_digest == found.manifest_digest
     }
     pulling = {copy.node: copy.address for copy in near if copy.state == PULLING and _may_be_of(copy, found)}
     return whole, pulling

@@ -73,6 +73,7 @@ class Progress:
     done_bytes: int = 0
     here_bytes: int = 0
     pulled_bytes: int = 0  # those in vain included
+    pulled_s: float = 0.0  # that pulls took
     waits_for: str = ""  # the node that reads it first
     peer_bytes: int = 0  # of chunks that other nodes gave
     liars: dict[str, str] = field(default_factory=dict)  # nodes that gave wrong bytes, and which
@@ -151,7 +152,9 @@ class Pull:
         self._begin()
         with open(self._partial / "journal", "r+b", buffering=0) as journal:
             self._go_on(journal)
+            begun_s = time.monotonic()
             self._fetch(journal)
+            self.progress.pulled_s += time.monotonic() - begun_s
         if not self._wanted.known and tuple(by_path(self._source.scan())) != self._wanted.found:
             raise SourceChanged("its source was changed while it was read; it is read again")
         return self._wanted.manifest.known([self._digests[chunk.index] for chunk in self._chunks])
@@ -290,6 +293,8 @@ class Pull:
                         f"{path}: bytes {chunk.offset} to {chunk.offset + chunk.size_bytes} are not what its manifest says"
                     )
                 self._note(journal, chunk, digest)
+                # Begins to write it, so that not all waits for the end, and leaves the pages to the trainers.
+                os.posix_fadvise(file.fileno(), chunk.offset, chunk.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _copy(self, stream: BinaryIO, file: BinaryIO, chunk: Chunk) -> bytes:
         digest, left = hashlib.sha256(), chunk.size_bytes

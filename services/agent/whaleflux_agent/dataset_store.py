@@ -2,6 +2,7 @@
 
     root/<id>@<digest>/           a whole copy; the name is its dataset's and its version's
     root/.manifests/<same>        what it consists of; a copy without is none
+    root/.costs/<same>            seconds for each byte that it was pulled in, and what it is worth to stay
     root/.partial/<same>/         on its way (`dataset_pull`)
     root/.trash/                  on its way out
 
@@ -35,12 +36,18 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A whole copy. `dataset`: datasets/{dataset}; `used_s`: when a task was last given it."""
+    """A whole copy. `dataset`: datasets/{dataset}; `used_s`: when a task was last given it.
+
+    `cost`: seconds for each byte to have it again. `worth`: the least goes first, by GreedyDual-Size (Cao and Irani, 1997): what it
+    cost, on top of what the last one that went was worth when this one was last used.
+    """
 
     dataset: str
     folder: Path
     manifest: Manifest
     used_s: float
+    cost: float = 0.0
+    worth: float = 0.0
 
     @property
     def size_bytes(self) -> int:
@@ -69,23 +76,25 @@ class DatasetStore:
         self.root, self.limit_bytes = root, limit_bytes
         self._reserved: dict[str, int] = {}  # bytes by key, of what is on its way
         self._copies: dict[str, Copy] = {}  # by the folder's name
+        self._floor = 0.0  # what the last copy that made room was worth
         self._unread: dict[str, int] = {}  # bytes by the folder's name, of what cannot be read
 
     def open(self) -> None:
         """Makes the folders, and takes out what an earlier agent had begun to. Raises OSError."""
-        for name in (".manifests", ".partial", ".trash"):
+        for name in (".manifests", ".costs", ".partial", ".trash"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for left in (self.root / ".trash").iterdir():
             shutil.rmtree(left, ignore_errors=True)
         for folder in self.root.iterdir():
             if "@" in folder.name:
                 self._look_at(folder)
+        self._floor = min((copy.worth for copy in self._copies.values()), default=0.0)
 
     def copies(self) -> list[Copy]:
-        """All whole copies, those longest unused first."""
+        """All whole copies, those first that are worth least; of equal ones those longest unused."""
         for name in list(self._unread):
             self._look_at(self.root / name)
-        return sorted(self._copies.values(), key=lambda copy: copy.used_s)
+        return sorted(self._copies.values(), key=lambda copy: (copy.worth, copy.used_s))
 
     def find(self, dataset: str, digest: str = "") -> Copy | None:
         """The whole copy of a version (`digest` "": of any) that is as it was left; one that somebody wrote to is taken out.
@@ -126,21 +135,37 @@ class DatasetStore:
             return
         dataset = names.dataset(folder.name.partition("@")[0])
         if key_of(dataset, found.digest) == folder.name:
-            self._copies[folder.name] = Copy(dataset, folder, found, used_s)
+            self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name))
+
+    def _cost_of(self, key: str) -> tuple[float, float]:
+        """Cost and worth, as written; a copy without is the first to go."""
+        try:
+            cost, worth = map(float, (self.root / ".costs" / key).read_text().split())
+        except (OSError, ValueError):
+            return 0.0, 0.0
+        return cost, worth
+
+    def _valued(self, copy: Copy) -> Copy:
+        """Used now: worth what it cost, on top of what goes now."""
+        made = replace(copy, worth=self._floor + copy.cost)
+        with contextlib.suppress(OSError):  # then it goes sooner
+            (self.root / ".costs" / copy.folder.name).write_text(f"{made.cost!r} {made.worth!r}")
+        return made
 
     def partial(self, key: str) -> Path:
         return self.root / ".partial" / key
 
     def reserve(self, key: str, size_bytes: int, kept: Callable[[str], bool]) -> list[Copy]:
         """Keeps room for what comes, if need be of copies that are not `kept` (by dataset); returns those. Raises NoRoom."""
-        gone = self._leaving(key, size_bytes, kept)
+        gone = self.leaving(key, size_bytes, kept)
         for copy in gone:
+            self._floor = max(self._floor, copy.worth)
             self.remove(copy)
         self._reserved[key] = size_bytes
         return gone
 
-    def _leaving(self, key: str, size_bytes: int, kept: Callable[[str], bool]) -> list[Copy]:
-        """Copies that have to go, longest unused first; partial ones that nobody goes on with go at once."""
+    def leaving(self, key: str, size_bytes: int, kept: Callable[[str], bool]) -> list[Copy]:
+        """Copies that have to go, those worth least first; partial ones that nobody goes on with go at once. Raises NoRoom."""
         copies = self.copies()
         missing = self._missing(key, size_bytes, copies)
         if missing > 0:
@@ -182,7 +207,7 @@ class DatasetStore:
         """Nobody pulls it any more."""
         self._reserved.pop(key, None)
 
-    def publish(self, dataset: str, found: Manifest, partial: Path, reader: int) -> Copy:
+    def publish(self, dataset: str, found: Manifest, partial: Path, reader: int, cost: float = 0.0) -> Copy:
         """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError."""
         key = key_of(dataset, found.digest)
         known, target = self.root / ".manifests" / key, self.root / key
@@ -194,7 +219,7 @@ class DatasetStore:
         dataset_pull.sync(known.parent)
         dataset_pull.finish(partial, target, reader)
         self._unread.pop(key, None)
-        self._copies[key] = Copy(dataset, target, found, target.stat().st_mtime)
+        self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost))
         return self._copies[key]
 
     def remove(self, copy: Copy) -> None:
@@ -206,14 +231,15 @@ class DatasetStore:
         shutil.rmtree(out, ignore_errors=True)
 
     def _forget(self, copy: Copy) -> None:
-        (self.root / ".manifests" / copy.folder.name).unlink(missing_ok=True)
+        for kind in (".manifests", ".costs"):
+            (self.root / kind / copy.folder.name).unlink(missing_ok=True)
         self._copies.pop(copy.folder.name, None)
 
     def touch(self, copy: Copy) -> None:
         """It is used now: others go before it."""
         os.utime(copy.folder)
         if copy.folder.name in self._copies:
-            self._copies[copy.folder.name] = replace(copy, used_s=copy.folder.stat().st_mtime)
+            self._copies[copy.folder.name] = self._valued(replace(copy, used_s=copy.folder.stat().st_mtime))
 
 
 def cache_bytes(root: Path, limit_bytes: int) -> int:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from whaleflux import names
 from whaleflux.data import manifest
-from whaleflux.data.manifest import Manifest
+from whaleflux.data.manifest import Manifest, ManifestWrong
 from whaleflux.data.sources import Source, SourceChanged, SourceFailed
-from whaleflux.errors import StatusError
+from whaleflux.errors import NotFound, StatusError
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent import dataset_pull
-from whaleflux_agent.dataset_peers import peers_of
+from whaleflux_agent.dataset_peers import READY, peers_of
 from whaleflux_agent.dataset_pull import Progress, Wanted
 from whaleflux_agent.dataset_reports import PULLING, CopyReports
+from whaleflux_agent.dataset_store import Copy
 
 SAY_EVERY_S = 10.0  # by who makes a manifest
 LOOK_EVERY_S = 2.0  # by who waits for one
@@ -28,6 +29,10 @@ _CALL_S = 10.0
 def shareable(found: inventory_pb2.Dataset) -> bool:
     """Whether nodes give each other pieces of it without being asked who may have them."""
     return not found.members and not found.HasField("credentials")
+
+
+def _is_whole(copy: inventory_pb2.DatasetCopy, found: inventory_pb2.Dataset) -> bool:
+    return copy.state in READY and bool(copy.present_bytes) and copy.manifest_digest == found.manifest_digest
 
 
 class Versions:
@@ -86,6 +91,25 @@ class Versions:
                 found = await self._inventory.GetDataset(request, timeout=_CALL_S)
         progress.waits_for = ""
         return found
+
+    async def to_be_had(self, copy: Copy, open_source: Callable[[inventory_pb2.Dataset], Source]) -> bool:
+        """Whether this version could be had again if this copy went; what is not known is no."""
+        request = inventory_pb2.GetDatasetRequest(name=copy.dataset)
+        try:
+            found = await self._inventory.GetDataset(request, timeout=_CALL_S)
+        except StatusError as failed:
+            return isinstance(failed, NotFound)  # forgotten
+        if found.manifest_digest != copy.manifest.digest or found.HasField("credentials"):
+            return True  # of an earlier dataset of the name; or only a task could ask
+        if any(other.node != self._reports.node and _is_whole(other, found) for other in found.copies):
+            return True
+        try:
+            there = await asyncio.to_thread(lambda: dataset_pull.found_out(open_source(found)))
+        except (SourceFailed, ManifestWrong, OSError):
+            return False
+        return [(f.path, f.size_bytes) for f in there.manifest.files] == [
+            (f.path, f.size_bytes) for f in copy.manifest.files
+        ]
 
     def made_elsewhere(self, found: inventory_pb2.Dataset) -> bool:
         """Whether another node of the site is the one that reads it first."""

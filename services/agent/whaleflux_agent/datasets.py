@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,8 +242,22 @@ class DatasetCache:
     async def _reserved(self, key: str, wanted: Wanted) -> None:
         """Takes its room, and tells which copies went for it. Raises NoRoom."""
         await self._know_pins()
-        for copy in await self._in_store(self._store.reserve, key, wanted.manifest.size_bytes, self._kept):
+        size, stay = wanted.manifest.size_bytes, set[str]()
+
+        def kept(dataset: str) -> bool:
+            return dataset in stay or self._kept(dataset)
+
+        while last := await self._last_ones(await self._in_store(self._store.leaving, key, size, kept)):
+            stay |= last
+        for copy in await self._in_store(self._store.reserve, key, size, kept):
             await self._reports.say(copy.dataset, READY)
+
+    async def _last_ones(self, copies: Iterable[Copy]) -> set[str]:
+        """Those of them that nobody could have again, as far as is known: no other node holds them, and no source gives them."""
+        return {copy.dataset for copy in copies if not await self._versions.to_be_had(copy, self._open_here)}
+
+    def _open_here(self, found: inventory_pb2.Dataset) -> Source:
+        return self._open_source(found.uri, "", self._acting)
 
     def _acting(self) -> AbstractContextManager[None]:
         return as_user(self._reader, self._reader)
@@ -366,7 +380,8 @@ class DatasetCache:
 
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, progress: Progress) -> Copy:
         partial = self._store.partial(key)
-        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader)
+        cost = progress.pulled_s / max(1, progress.pulled_bytes)
+        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader, cost)
         _log.info(
             Event.DATASET_CACHED,
             dataset=found.name,

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from whaleflux import telemetry
@@ -235,7 +236,7 @@ async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceSt
     known: dict[str, DatasetFact] = {}
     while True:
         with contextlib.suppress(StatusError):  # asked again soon; placement knows what was last reported
-            facts = await _datasets(inventory, known)
+            facts = await _datasets(inventory, known, clock.now())
             changed = tuple(fact for name, fact in facts.items() if known.get(name) != fact)
             gone = tuple(known.keys() - facts.keys())
             if changed or gone:
@@ -247,7 +248,18 @@ async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceSt
 _WHOLE = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
 
 
-async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, DatasetFact]) -> dict[str, DatasetFact]:
+def dataset_fact(dataset: inventory_pb2.Dataset, now: datetime) -> DatasetFact:
+    """What placement knows of it: where it is whole, and where its room is taken for good (pins that have not ended, tasks that read it)."""
+    whole = [c for c in dataset.copies if c.state in _WHOLE and c.present_bytes >= dataset.size_bytes]
+    pinned = (p.node for p in dataset.pins if not p.HasField("expire_time") or p.expire_time.ToDatetime(UTC) > now)
+    held = {*pinned, *(copy.node for copy in whole if copy.pinned)}
+    cached_on, held_on = tuple(c.node for c in whole), tuple(sorted(held))
+    return DatasetFact(dataset.name, dataset.size_bytes, cached_on, held_on=held_on)
+
+
+async def _datasets(
+    inventory: InventoryServiceStub, known: Mapping[str, DatasetFact], now: datetime
+) -> dict[str, DatasetFact]:
     """By name; those whose record cannot be read stay as they are known."""
     facts: dict[str, DatasetFact] = {}
     token, more = "", True
@@ -255,12 +267,7 @@ async def _datasets(inventory: InventoryServiceStub, known: Mapping[str, Dataset
         request = inventory_pb2.ListDatasetsRequest(page_size=500, page_token=token)
         page = await inventory.ListDatasets(request, timeout=10.0)
         for dataset in page.datasets:
-            whole = (
-                copy.node
-                for copy in dataset.copies
-                if copy.state in _WHOLE and copy.present_bytes >= dataset.size_bytes
-            )
-            facts[dataset.name] = DatasetFact(dataset.name, dataset.size_bytes, tuple(whole))
+            facts[dataset.name] = dataset_fact(dataset, now)
         facts |= {name: known[name] for name in page.unreadable if name in known}
         token = page.next_page_token
         more = bool(token)

@@ -277,3 +277,4 @@ class DatasetFact:
     size_bytes: int
     cached_on: tuple[str, ...] = ()
     origin_bytes_per_s: float = 1.25e9
+    held_on: tuple[str, ...] = ()  # nodes where its room is taken for good: pinned, or read by a task

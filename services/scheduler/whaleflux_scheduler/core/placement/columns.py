@@ -37,7 +37,8 @@ class Row:
     shape: Shape
     schedulable: bool = True
     reason: str = ""
-    cache_room_bytes: int | None = None  # what datasets could still take of its NVMe; None: all of it
+    cache_room_bytes: int | None = None  # what datasets could still take, where somebody says so
+    held_bytes: int = 0  # of datasets that stay
 
 
 def healthy_mask(node: Node) -> int:
@@ -46,6 +47,13 @@ def healthy_mask(node: Node) -> int:
 
 def nvme_bytes(row: Row) -> int:
     return sum(d.capacity_bytes for d in row.node.disks if d.nvme)
+
+
+def cache_room_bytes(row: Row) -> int:
+    """What datasets could still take: of what the agent gives them, else of all NVMe, less what is held."""
+    if row.cache_room_bytes is not None:
+        return row.cache_room_bytes
+    return max(0, (row.node.dataset_cache_bytes or nvme_bytes(row)) - row.held_bytes)
 
 
 def place_key(node: Node) -> tuple[str, str, str, str, str]:
@@ -218,7 +226,7 @@ class Columns:
 
     def cache_room(self) -> Ints:
         """Bytes per row that datasets could take."""
-        return np.array([nvme_bytes(r) if r.cache_room_bytes is None else r.cache_room_bytes for r in self.rows])
+        return np.array([cache_room_bytes(r) for r in self.rows])
 
     def set_schedulable(self, i: int, schedulable: bool, reason: str) -> None:
         self.rows[i].schedulable, self.rows[i].reason = schedulable, reason

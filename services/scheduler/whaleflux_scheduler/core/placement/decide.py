@@ -174,7 +174,9 @@ def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple
     if best.cost.fetch_s:
         lines.append(f"fetches its data in {best.cost.fetch_s:.0f} s")
     elif request.datasets:
-        lines.append("all data is local")
+        lines.append(
+            f"its data is here: 0 s; elsewhere {best.elsewhere_s:.0f} s" if best.elsewhere_s else "its data is here"
+        )
     if best.cost.usd_per_hour:
         lines.append(f"${best.cost.usd_per_hour:.2f} per hour")
     return tuple(lines)

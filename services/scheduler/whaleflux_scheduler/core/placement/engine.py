@@ -61,6 +61,7 @@ class Engine:
         self._placed: dict[str, Placement] = {}
         self._flows: dict[str, int] = {}
         self._datasets: dict[str, DatasetFact] = {}
+        self._held: dict[str, int] = {}  # bytes by node
         self._shapes = Shapes()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
@@ -83,7 +84,10 @@ class Engine:
         if row is not None and row.shape is shape and place_key(row.node) == place_key(node):
             self._patch(node)
             return
-        self._rows[node.name] = Row(node, shape, *((row.schedulable, row.reason, row.cache_room_bytes) if row else ()))
+        self._rows[node.name] = made = Row(
+            node, shape, *((row.schedulable, row.reason, row.cache_room_bytes) if row else ())
+        )
+        made.held_bytes = self._held.get(node.name, 0)
         self._columns = self._empty_columns = None
 
     def _patch(self, node: Node) -> None:
@@ -119,7 +123,16 @@ class Engine:
 
     def upsert_dataset(self, dataset: DatasetFact) -> None:
         """A dataset's size or the nodes that hold it changed."""
+        self._hold(self._datasets.get(dataset.name), -1)
         self._datasets[dataset.name] = dataset
+        self._hold(dataset, 1)
+
+    def _hold(self, dataset: DatasetFact | None, sign: int) -> None:
+        """Room for datasets that is taken, or free again, on the nodes that hold it."""
+        for name in dataset.held_on if dataset else ():
+            held = self._held[name] = self._held.get(name, 0) + sign * (dataset.size_bytes if dataset else 0)
+            if row := self._rows.get(name):
+                row.held_bytes = held
 
     def set_cache_room(self, name: str, room_bytes: int) -> None:
         """What datasets could still take of the node's NVMe (by default all of it)."""
@@ -128,7 +141,7 @@ class Engine:
         self._rows[name].cache_room_bytes = room_bytes
 
     def remove_dataset(self, name: str) -> None:
-        self._datasets.pop(name, None)
+        self._hold(self._datasets.pop(name, None), -1)
 
     @property
     def columns(self) -> Columns:

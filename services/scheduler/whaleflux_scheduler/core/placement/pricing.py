@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from whaleflux.fleet.links import HOP_S, all_reduce_s
 from whaleflux.fleet.model import Level, LinkKind
-from whaleflux_scheduler.core.placement.api import Cost, GpuOption, PlaceRequest
-from whaleflux_scheduler.core.placement.columns import Columns, nvme_bytes
+from whaleflux_scheduler.core.placement.api import Cost, DatasetFact, GpuOption, PlaceRequest
+from whaleflux_scheduler.core.placement.columns import Columns, cache_room_bytes
 from whaleflux_scheduler.core.placement.comm import ALL_REDUCE_BYTES, Estimate, estimate
 from whaleflux_scheduler.core.placement.search import Datasets, Group, Part
 
@@ -22,6 +23,7 @@ class PricedPlace:
     cost: Cost
     breaks: bool  # work of one node takes part of a node that was wholly free
     value: tuple[float, float]  # what the GPUs taken are worth to others: lower is taken first
+    elsewhere_s: float = 0.0  # to fetch its data where none of it is
 
     @property
     def rows(self) -> list[int]:
@@ -54,7 +56,9 @@ def price(
     first = columns.shape(parts[0][0])
     only, mask = parts[0]
     breaks = len(parts) == 1 and columns.taken[only] == 0 and mask != columns.usable[only] and first.whole
-    return PricedPlace(option, group, found, Cost(found.step_s, fetch_s, usd, run_s, total), breaks, first.value)
+    elsewhere_s = _elsewhere_s(columns, merged, request, datasets) if request.datasets else 0.0
+    cost = Cost(found.step_s, fetch_s, usd, run_s, total)
+    return PricedPlace(option, group, found, cost, breaks, first.value, elsewhere_s)
 
 
 def inner_size(request: PlaceRequest) -> int:
@@ -74,9 +78,19 @@ def _fetch_s(columns: Columns, i: int, request: PlaceRequest, datasets: Datasets
     name, row = columns.names[i], columns.rows[i]
     network = row.node.network_bytes_per_s
     missing = [datasets[d] for d in request.datasets if d in datasets and name not in datasets[d].cached_on]
-    room = nvme_bytes(row) if row.cache_room_bytes is None else row.cache_room_bytes
+    room = cache_room_bytes(row) + sum(d.size_bytes for d in missing if name in d.held_on)
     times = 1.0 if sum(d.size_bytes for d in missing) <= room else max(1.0, request.data_reads)
-    return times * sum(d.size_bytes / min(d.origin_bytes_per_s, network or d.origin_bytes_per_s) for d in missing)
+    return times * _once_s(missing, network)
+
+
+def _once_s(missing: Sequence[DatasetFact], network_bytes_per_s: float) -> float:
+    return sum(d.size_bytes / min(d.origin_bytes_per_s, network_bytes_per_s or d.origin_bytes_per_s) for d in missing)
+
+
+def _elsewhere_s(columns: Columns, rows: Iterable[int], request: PlaceRequest, datasets: Datasets) -> float:
+    """Seconds that the data would be fetched in where none of it is."""
+    wanted = [datasets[d] for d in request.datasets if d in datasets]
+    return max(_once_s(wanted, columns.rows[i].node.network_bytes_per_s) for i in rows)
 
 
 def _run_s(

@@ -18,7 +18,7 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
     Share,
 )
-from whaleflux_scheduler.core.placement.columns import Columns
+from whaleflux_scheduler.core.placement.columns import Columns, Ints
 from whaleflux_scheduler.core.placement.cover import Counts
 from whaleflux_scheduler.core.placement.fractions import Device, Together, place_parts
 from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
@@ -95,7 +95,7 @@ def _restrictions(
         if request.hard_locality:
             return
         size = sum(datasets[d].size_bytes for d in request.datasets if d in datasets)
-        keeps = columns.cache_room() >= max(size, 1)
+        keeps = _room_for(columns, request, datasets) >= max(size, 1)
         yield keeps if allowed is None else keeps & allowed
     elif datasets:
         plain = ~node_conditions(columns, GpuRequirement(nvme=True))
@@ -107,6 +107,14 @@ def _restrictions(
             cheap = price <= limit
             yield cheap if allowed is None else cheap & allowed
     yield allowed
+
+
+def _room_for(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ints:
+    """Bytes per row that the request's data could take: what is free, and what is kept for that data."""
+    room = columns.cache_room()
+    for fact in (datasets[d] for d in request.datasets if d in datasets):
+        room[[columns.index[n] for n in fact.held_on if n in columns.index]] += fact.size_bytes
+    return room
 
 
 def _local_rows(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Bools | None:
