@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def slow():
 
 
 def work(**spec):
-    return SimpleNamespace(spec=SimpleNamespace(**{"require_local_data": False, **spec}))
+    return SimpleNamespace(spec=SimpleNamespace(**{"require_local_data": False, "image": "", **spec}))
 
 
 @pytest.fixture
@@ -290,8 +291,8 @@ async def test_the_last_copy_of_what_no_source_gives_any_more_stays(tmp_path, so
     large.write_bytes(bytes(8))
     (gone / "sub").mkdir(parents=True)
     (gone / "sub" / "x").write_bytes(b"ghijkl")
-    inventory = Inventory(gone, other=source, large=large, more=large)
-    cache = cache_of(tmp_path, inventory, room=14)
+    inventory, used = Inventory(gone, other=source, large=large, more=source), set()
+    cache = cache_of(tmp_path, inventory, lambda: frozenset(used), room=14)
     kept = Path(await cache.fetch("datasets/c4", work()))
     idle = Path(await cache.fetch("datasets/other", work()))
     (gone / "sub" / "x").unlink()
@@ -305,5 +306,72 @@ async def test_the_last_copy_of_what_no_source_gives_any_more_stays(tmp_path, so
         manifest_digest=manifest.from_proto(inventory.manifests["datasets/c4"]).digest,
     )
     inventory.copies["datasets/c4"].append(elsewhere)
-    assert (Path(await cache.fetch("datasets/more", work())) / "large").exists()
+    used.add("datasets/large")
+    assert await cache.fetch("datasets/more", work()) != str(source)
     assert not kept.exists()
+
+
+@pytest.fixture
+def many(tmp_path):
+    folder = tmp_path / "many"
+    for number in range(400):
+        (folder / f"{number % 7}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{number % 7}" / f"{number}.bin").write_bytes(os.urandom(50 + number % 13))
+    return folder
+
+
+def files_of(folder):
+    return sorted(path for path in Path(folder).rglob("*") if not path.is_dir())
+
+
+async def test_of_what_exceeds_the_cache_a_fixed_part_is_here_in_every_epoch(tmp_path, many):
+    total = sum(path.stat().st_size for path in files_of(many))
+    inventory = Inventory(many)
+    cache = cache_of(tmp_path, inventory, room=total // 2)
+    folder = await cache.fetch("datasets/c4", work())
+    chance, hits = random.Random(1), []
+    for _ in range(3):
+        epoch = files_of(folder)
+        chance.shuffle(epoch)
+        assert len(epoch) == 400
+        for path in epoch:
+            assert path.read_bytes() == (many / path.relative_to(folder)).read_bytes()
+        hits.append(sum(path.stat().st_size for path in epoch if not path.is_symlink()) / total)
+    assert all(0.49 <= share <= 0.5 for share in hits)
+    last = inventory.copies["datasets/c4"][-1]
+    assert (inventory.states("datasets/c4")[-1], last.present_bytes, last.message[:3]) == (
+        "PARTIAL",
+        hits[0] * total,
+        "50%",
+    )
+
+
+async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_path, many):
+    total = sum(path.stat().st_size for path in files_of(many))
+    inventory = Inventory(many)
+    folder = await cache_of(tmp_path, inventory, room=total // 2).fetch("datasets/c4", work())
+    before = {path: path.lstat().st_ino for path in files_of(folder)}
+    restarted = cache_of(tmp_path, inventory, room=total // 2)
+    await restarted.tidy()
+    assert await restarted.fetch("datasets/c4", work()) == folder
+    assert {path: path.lstat().st_ino for path in files_of(folder)} == before
+    assert await restarted.fetch("datasets/c4", work(image="pytorch")) == str(many), "links lead out of its container"
+    with pytest.raises(LaunchFailed, match="do not fit"):
+        await restarted.fetch("datasets/c4", work(require_local_data=True))
+    (many / "0" / "0.bin").write_bytes(b"another version")
+    assert await restarted.fetch("datasets/c4", work()) in (
+        str(many),
+        *map(str, (tmp_path / "cache").glob("c4@*~part")),
+    )
+    assert all(path.stat().st_size for path in files_of(many)), "what is linked to is nobody's to change"
+
+
+async def test_a_pin_of_what_exceeds_the_cache_gets_no_part_for_it(tmp_path, many):
+    inventory = Inventory(many)
+    inventory.pinned = ["datasets/c4"]
+    cache = cache_of(tmp_path, inventory, room=1000)
+    await cache.follow_pins()
+    await until(lambda: "FAILED" in inventory.states("datasets/c4"))
+    await cache.close()
+    assert not [folder for folder in (tmp_path / "cache").iterdir() if "@" in folder.name]
+    assert not list((tmp_path / "cache" / ".partial").iterdir())

@@ -107,6 +107,11 @@ class Local:
         except OSError as error:
             raise _failed(error) from None
 
+    @property
+    def single(self) -> bool:
+        """Whether it is one file, after a `scan`."""
+        return self._single
+
     def home(self) -> str:
         return str(self._root.parent if self._single else self._root)
 

@@ -199,6 +199,7 @@ class Event(StrEnum):
     SAVE_FAILED = "save_failed"
     RANK_CALL_FAILED = "rank_call_failed"
     DATASET_CACHED = "dataset_cached"  # dataset, bytes; of them pulled, and from peers
+    DATASET_UNCACHED = "dataset_uncached"  # dataset, reason: not even a part of it could be kept
     DATASET_PEER_WRONG = "dataset_peer_wrong"  # dataset, node, reason
     CODE_CACHED = "code_cached"
     SECRETS_KEY_MISSING = "secrets_key_missing"  # the file of keys that a setting names is not there

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,18 @@ class Wanted:
 
     manifest: Manifest
     found: tuple[Found, ...] = ()  # of the source, by path
+    part: bool = False  # the source has more files than are wanted
+
+    def still(self, found: Iterable[Found]) -> bool:
+        """Whether the source has what was found there before."""
+        wanted = {one.path for one in self.found}
+        return tuple(by_path(one for one in found if not self.part or one.path in wanted)) == self.found
+
+    def only(self, paths: AbstractSet[str]) -> Wanted:
+        """A part of it."""
+        files = tuple(file for file in self.manifest.files if file.path in paths)
+        found = tuple(one for one in self.found if one.path in paths)
+        return Wanted(Manifest(self.manifest.chunk_bytes, files), found, part=True)
 
     @property
     def known(self) -> bool:
@@ -155,7 +168,7 @@ class Pull:
             begun_s = time.monotonic()
             self._fetch(journal)
             self.progress.pulled_s += time.monotonic() - begun_s
-        if not self._wanted.known and tuple(by_path(self._source.scan())) != self._wanted.found:
+        if not self._wanted.known and not self._wanted.still(self._source.scan()):
             raise SourceChanged("its source was changed while it was read; it is read again")
         return self._wanted.manifest.known([self._digests[chunk.index] for chunk in self._chunks])
 
@@ -353,7 +366,8 @@ def finish(partial: Path, target: Path, reader: int = 0) -> None:
     files = partial / "files"
     for root, _, found in os.walk(files, topdown=False):
         for name in found:
-            _settle(Path(root, name), reader)
+            if not os.path.islink(os.path.join(root, name)):
+                _settle(Path(root, name), reader)
         if reader:
             os.chown(root, -1, reader)
         os.chmod(root, 0o750 if reader else 0o755)

@@ -15,6 +15,7 @@ _log = telemetry.get_logger("whaleflux.agent")
 
 READY = inventory_pb2.DATASET_COPY_STATE_READY
 PULLING = inventory_pb2.DATASET_COPY_STATE_PULLING
+PARTIAL = inventory_pb2.DATASET_COPY_STATE_PARTIAL
 FAILED = inventory_pb2.DATASET_COPY_STATE_FAILED
 
 

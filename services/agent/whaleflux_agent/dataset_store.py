@@ -1,6 +1,7 @@
 """The node's folder of datasets: which versions are there whole, what room they take, and which of them make room. Blocking: for threads.
 
     root/<id>@<digest>/           a whole copy; the name is its dataset's and its version's
+    root/<id>@<source>~part/      a fixed part of what exceeds the cache, and links to the rest; named after what its source had
     root/.manifests/<same>        what it consists of; a copy without is none
     root/.costs/<same>            seconds for each byte that it was pulled in, and what it is worth to stay
     root/.partial/<same>/         on its way (`dataset_pull`)
@@ -13,9 +14,10 @@ and counts, is given to nobody, and is looked at again. One thread at a time: th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent import dataset_pull
 
+_PART = "~part"
 _DIGITS = 16  # of a digest, in names of folders; the manifest holds all of it
 _SPARE_SHARE, _MOST_SPARE_BYTES = 0.02, 10 << 30  # of the disk, for whoever else writes there
 
@@ -48,6 +51,7 @@ class Copy:
     used_s: float
     cost: float = 0.0
     worth: float = 0.0
+    part: bool = False  # of a dataset: `manifest` is of the files that are here
 
     @property
     def size_bytes(self) -> int:
@@ -102,7 +106,7 @@ class DatasetStore:
         Looks at each of its files. Raises OSError for one that cannot be looked at.
         """
         for copy in self.copies():
-            if copy.dataset == dataset and digest in ("", copy.manifest.digest):
+            if copy.dataset == dataset and digest in ("", copy.manifest.digest) and not copy.part:
                 if dataset_pull.unchanged(copy.folder, copy.manifest):
                     return copy
                 self.remove(copy)
@@ -111,7 +115,7 @@ class DatasetStore:
     def holding(self, dataset: str, digest: str = "") -> Copy | None:
         """The same, without a look at its files: one that is gone as a whole is noticed, no more."""
         for copy in self.copies():
-            if copy.dataset == dataset and digest in ("", copy.manifest.digest):
+            if copy.dataset == dataset and digest in ("", copy.manifest.digest) and not copy.part:
                 if copy.folder.exists():
                     return copy
                 self._forget(copy)
@@ -121,6 +125,19 @@ class DatasetStore:
         """The whole copy of a version, as far as memory says; for any thread."""
         copy = self._copies.get(key_of(dataset, digest))
         return copy if copy and copy.manifest.digest == digest else None
+
+    def part(self, key: str) -> Copy | None:
+        """A part that is as it was left; one that somebody wrote to is taken out. Raises OSError."""
+        copy = self._copies.get(key)
+        if copy and not dataset_pull.unchanged(copy.folder, copy.manifest):
+            self.remove(copy)
+            return None
+        return copy
+
+    def room_bytes(self, kept: Callable[[str], bool]) -> int:
+        """What one dataset could have if everything went that is not `kept`."""
+        going = sum(copy.size_bytes for copy in self.copies() if not kept(copy.dataset))
+        return max(0, going - self._missing("none@", 0, self.copies()))
 
     def _look_at(self, folder: Path) -> None:
         """Notes what a folder holds, as far as that can be read."""
@@ -133,9 +150,9 @@ class DatasetStore:
         except OSError:
             self._unread[folder.name] = allocated(folder)
             return
-        dataset = names.dataset(folder.name.partition("@")[0])
-        if key_of(dataset, found.digest) == folder.name:
-            self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name))
+        dataset, part = names.dataset(folder.name.partition("@")[0]), folder.name.endswith(_PART)
+        if part or key_of(dataset, found.digest) == folder.name:
+            self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name), part)
 
     def _cost_of(self, key: str) -> tuple[float, float]:
         """Cost and worth, as written; a copy without is the first to go."""
@@ -207,9 +224,23 @@ class DatasetStore:
         """Nobody pulls it any more."""
         self._reserved.pop(key, None)
 
-    def publish(self, dataset: str, found: Manifest, partial: Path, reader: int, cost: float = 0.0) -> Copy:
-        """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError."""
-        key = key_of(dataset, found.digest)
+    def publish(
+        self,
+        dataset: str,
+        found: Manifest,
+        partial: Path,
+        reader: int,
+        cost: float = 0.0,
+        part: str = "",
+        links: Sequence[tuple[str, str]] = (),
+    ) -> Copy:
+        """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError.
+
+        `part`: its key, where it is a part only; `links` are paths of the rest, and where each is.
+        """
+        key = part or key_of(dataset, found.digest)
+        for path, home in links:
+            _link(partial / "files" / path, home)
         known, target = self.root / ".manifests" / key, self.root / key
         written = known.with_name(f".{key}")
         written.write_bytes(found.to_proto().SerializeToString())
@@ -219,7 +250,7 @@ class DatasetStore:
         dataset_pull.sync(known.parent)
         dataset_pull.finish(partial, target, reader)
         self._unread.pop(key, None)
-        self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost))
+        self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part)))
         return self._copies[key]
 
     def remove(self, copy: Copy) -> None:
@@ -240,6 +271,17 @@ class DatasetStore:
         os.utime(copy.folder)
         if copy.folder.name in self._copies:
             self._copies[copy.folder.name] = self._valued(replace(copy, used_s=copy.folder.stat().st_mtime))
+
+
+def part_key(dataset: str, source: str) -> str:
+    """The folder's name of a part; `source`: what its source had (`Wanted.identity`)."""
+    return f"{names.last(dataset)}@{hashlib.sha256(source.encode()).hexdigest()[:_DIGITS]}{_PART}"
+
+
+def _link(path: Path, home: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(home)
 
 
 def cache_bytes(root: Path, limit_bytes: int) -> int:

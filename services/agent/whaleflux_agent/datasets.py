@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,18 +14,19 @@ from typing import TypeVar
 from whaleflux import names, telemetry
 from whaleflux.data import sources
 from whaleflux.data.manifest import Manifest, ManifestWrong
-from whaleflux.data.sources import Source, SourceChanged, SourceFailed
+from whaleflux.data.sources import Local, Source, SourceChanged, SourceFailed
 from whaleflux.errors import InvalidArgument, NotFound, StatusError
 from whaleflux.quantities import shown_bytes
 from whaleflux.retry import worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent import dataset_pull
+from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.dataset_peers import Peers, following, swarm_of
 from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
-from whaleflux_agent.dataset_reports import FAILED, PULLING, READY, CopyReports
-from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of
+from whaleflux_agent.dataset_reports import FAILED, PARTIAL, PULLING, READY, CopyReports
+from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of, part_key
 from whaleflux_agent.dataset_versions import Versions, shareable
 from whaleflux_agent.runtime.acting import as_user
 from whaleflux_agent.runtime.api import LaunchFailed
@@ -45,9 +47,9 @@ OpenSource = Callable[[str, str, sources.ActAs], Source]
 class _Unkept(Exception):
     """It cannot be kept here; who may reads it where it is: `home`."""
 
-    def __init__(self, dataset: inventory_pb2.Dataset, home: str, why: str) -> None:
+    def __init__(self, dataset: inventory_pb2.Dataset, wanted: Wanted, source: Source, why: str) -> None:
         super().__init__(why)
-        self.dataset, self.home = dataset, home
+        self.dataset, self.wanted, self.source = dataset, wanted, source
 
 
 class _MadeElsewhere(Exception):
@@ -64,6 +66,7 @@ class _Fetch:
 
     progress: Progress = field(default_factory=Progress)
     task: asyncio.Task[Copy] = field(init=False)
+    unkept: _Unkept | None = None  # why there is a part of it only, or nothing
     looked: tuple[float, int] = (0.0, 0)  # when, and at how many bytes
 
     def words(self, dataset: str) -> str:
@@ -77,6 +80,16 @@ class _Fetch:
         rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
         done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
         return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
+
+
+def _reads_parts(work: Work | None) -> bool:
+    """Whether links lead a task to the source: not in a container, and not where the job wants all of it here."""
+    return work is not None and not work.spec.require_local_data and not work.spec.image
+
+
+def _cost_of(progress: Progress) -> float:
+    """Seconds for each byte that was pulled."""
+    return progress.pulled_s / max(1, progress.pulled_bytes)
 
 
 def _ahead_key(found: inventory_pb2.Dataset) -> str:
@@ -145,6 +158,8 @@ class DatasetCache:
                 if tell:
                     await tell(fetch.words(dataset))
             copy = fetch.task.result()
+            if copy.part and fetch.unkept and not _reads_parts(work):
+                raise fetch.unkept
         except _Unkept as unkept:
             return await self._from_source(unkept, work, tell)
         await self._in_store(self._store.touch, copy)
@@ -174,7 +189,13 @@ class DatasetCache:
                 if here is None:
                     raise
                 return here  # whole, and nobody says that it is of another time
-            return await self._brought(found, fetch, work, tell)
+            try:
+                return await self._brought(found, fetch, work, tell)
+            except _Unkept as unkept:
+                fetch.unkept = unkept
+                if work is not None and (part := await self._part(unkept, fetch.progress)):
+                    return part
+                raise
         except (SourceFailed, ManifestWrong, OSError) as failure:
             await self._reports.say(dataset, FAILED, message=str(failure))
             raise LaunchFailed(f"{dataset}: cannot fetch {found.uri or 'it'}: {failure}") from None
@@ -285,7 +306,42 @@ class DatasetCache:
             why = str(failure) if isinstance(failure, NoRoom) else "the disk of its cache is full"
             _log.warning(Event.DISK_FULL, folder=str(self._store.root), reason=f"{found.name}: {why}")
             await self._reports.say(found.name, FAILED, message=why)
-            raise _Unkept(found, source.home(), why) from None
+            raise _Unkept(found, wanted, source, why) from None
+        finally:
+            self._store.release(key)
+
+    async def _part(self, unkept: _Unkept, progress: Progress) -> Copy | None:
+        """A fixed part of what never fits, beside links to the rest; None where nothing can be linked to, or all of it might fit."""
+        found, wanted, source = unkept.dataset, unkept.wanted, unkept.source
+        if wanted.manifest.size_bytes <= self._store.limit_bytes or not isinstance(source, Local) or source.single:
+            return None
+        key = part_key(found.name, json.dumps([[one.path, one.size_bytes, one.version] for one in wanted.found]))
+        if (copy := await self._in_store(self._store.part, key)) is None:
+            copy = await self._pulled_part(found, wanted, source, key, progress)
+        if copy:
+            share = f"{copy.size_bytes / wanted.manifest.size_bytes:.0%} of it; the rest is read at its source"
+            await self._reports.say(found.name, PARTIAL, copy.size_bytes, message=share)
+        return copy
+
+    async def _pulled_part(
+        self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, key: str, progress: Progress
+    ) -> Copy | None:
+        room = await self._in_store(self._store.room_bytes, self._kept)
+        paths = fixed_subset(((file.path, file.size_bytes) for file in wanted.manifest.files), room, found.name)
+        part, partial = wanted.only(paths), self._store.partial(key)
+        if not part.manifest.size_bytes:
+            return None
+        try:
+            await self._reserved(key, part)
+            pull = Pull(part, source, partial, pace=self._pace, progress=progress)
+            made = await asyncio.to_thread(pull.run)
+            rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
+            return await self._in_store(
+                self._store.publish, found.name, made, partial, self._reader, _cost_of(progress), key, rest
+            )
+        except (NoRoom, SourceFailed, OSError) as failure:
+            _log.info(Event.DATASET_UNCACHED, dataset=found.name, reason=str(failure))
+            return None
         finally:
             self._store.release(key)
 
@@ -380,8 +436,7 @@ class DatasetCache:
 
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, progress: Progress) -> Copy:
         partial = self._store.partial(key)
-        cost = progress.pulled_s / max(1, progress.pulled_bytes)
-        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader, cost)
+        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader, _cost_of(progress))
         _log.info(
             Event.DATASET_CACHED,
             dataset=found.name,
@@ -406,7 +461,7 @@ class DatasetCache:
             )
         if tell:
             await tell(f"{found.name}, which is read where it is: {why}")
-        return unkept.home
+        return unkept.source.home()
 
     async def _in_store(self, do: Callable[..., T], *arguments: object) -> T:
         """Work on the folder, one at a time."""
@@ -427,7 +482,9 @@ class DatasetCache:
                 continue
             except StatusError:
                 return  # not now
-            if found.manifest_digest != copy.manifest.digest:
+            if copy.part:
+                await self._reports.say(copy.dataset, PARTIAL, copy.size_bytes)
+            elif found.manifest_digest != copy.manifest.digest:
                 await self._remove(copy)
             elif await self._as_left(copy):
                 await self._report_here(copy)
