@@ -81,6 +81,11 @@ class Progress:
     failures: dict[str, str] = field(default_factory=dict)  # nodes that did not give what they said that they have
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def cost(self) -> float:
+        """Seconds for each byte that was pulled."""
+        return self.pulled_s / max(1, self.pulled_bytes)
+
     def check(self) -> None:
         if self.stop.is_set():
             raise Stopped

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 from whaleflux import names, telemetry
 from whaleflux.data import sources
 from whaleflux.data.manifest import Manifest, ManifestWrong
-from whaleflux.data.sources import Local, Source, SourceChanged, SourceFailed
+from whaleflux.data.sources import Source, SourceChanged, SourceFailed
 from whaleflux.errors import InvalidArgument, NotFound, StatusError
-from whaleflux.quantities import shown_bytes
 from whaleflux.retry import worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent import dataset_pull
-from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
+from whaleflux_agent.dataset_fetch import Fetch, MadeElsewhere, Unkept, running
+from whaleflux_agent.dataset_parts import Parts, reads_parts
 from whaleflux_agent.dataset_peers import Peers, following, swarm_of
+from whaleflux_agent.dataset_pins import NodePins
 from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
 from whaleflux_agent.dataset_reports import FAILED, PARTIAL, PULLING, READY, CopyReports
-from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of, part_key
+from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of
 from whaleflux_agent.dataset_versions import Versions, shareable
 from whaleflux_agent.runtime.acting import as_user
 from whaleflux_agent.runtime.api import LaunchFailed
@@ -44,68 +43,9 @@ Header = Callable[[Work, inventory_pb2.Dataset, Tell], Awaitable[str]]
 OpenSource = Callable[[str, str, sources.ActAs], Source]
 
 
-class _Unkept(Exception):
-    """It cannot be kept here; who may reads it where it is: `home`."""
-
-    def __init__(self, dataset: inventory_pb2.Dataset, wanted: Wanted, source: Source, why: str) -> None:
-        super().__init__(why)
-        self.dataset, self.wanted, self.source = dataset, wanted, source
-
-
-class _MadeElsewhere(Exception):
-    """Another node of the site reads it first."""
-
-    def __init__(self, dataset: inventory_pb2.Dataset) -> None:
-        super().__init__(dataset.name)
-        self.dataset = dataset
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """One fetch of a dataset, for all who wait for it."""
-
-    progress: Progress = field(default_factory=Progress)
-    task: asyncio.Task[Copy] = field(init=False)
-    unkept: _Unkept | None = None  # why there is a part of it only, or nothing
-    looked: tuple[float, int] = (0.0, 0)  # when, and at how many bytes
-
-    def words(self, dataset: str) -> str:
-        """How far it is, and how fast since the last look."""
-        now_s, (then_s, before) = asyncio.get_running_loop().time(), self.looked
-        self.looked = now_s, self.progress.pulled_bytes
-        if self.progress.waits_for:
-            return f"{dataset}, which {self.progress.waits_for} reads first"
-        if not self.progress.total_bytes:
-            return dataset
-        rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
-        done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
-        return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
-
-
-def _reads_parts(work: Work | None) -> bool:
-    """Whether links lead a task to the source: not in a container, and not where the job wants all of it here."""
-    return work is not None and not work.spec.require_local_data and not work.spec.image
-
-
-def _cost_of(progress: Progress) -> float:
-    """Seconds for each byte that was pulled."""
-    return progress.pulled_s / max(1, progress.pulled_bytes)
-
-
 def _ahead_key(found: inventory_pb2.Dataset) -> str:
     """The partial copy of what its maker has, while its version is not known: nothing that this node answers for."""
     return f"{names.last(found.name)}@ahead"
-
-
-@asynccontextmanager
-async def running(pull: Pull) -> AsyncIterator[None]:
-    """In the block, as far as it comes; what it fails at somebody else finds out."""
-    task = asyncio.create_task(asyncio.to_thread(pull.run))
-    try:
-        yield
-    finally:
-        pull.progress.stop.set()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 class DatasetCache:
@@ -135,13 +75,14 @@ class DatasetCache:
         self._versions = Versions(stub, self._reports)
         self._pulls: dict[tuple[str, str], Pull] = {}  # those of a known version, by dataset and digest
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
-        self._fetching: dict[str, _Fetch] = {}
-        self._pins: frozenset[str] | None = (
-            None  # datasets/{dataset}, held also while no task reads them; None: not known yet
-        )
+        self._fetching: dict[str, Fetch] = {}
+        self._pins = NodePins(node, stub)
         self._told_pins = frozenset[str]()  # those that inventory has heard of from here
         self._not_before_s: dict[str, float] = {}  # when a pin that failed is tried again
         self._storing, self._opened = asyncio.Lock(), False
+        self._parts = Parts(
+            self._store, self._in_store, self._reserved, self._kept, self._reports, self._pace, self._reader
+        )
 
     async def fetch(self, dataset: str, work: Work | None = None, tell: Tell | None = None) -> str:
         """Where the task of `work` reads `dataset` (datasets/{dataset}). Says by `tell` how far it is. Raises LaunchFailed.
@@ -158,18 +99,18 @@ class DatasetCache:
                 if tell:
                     await tell(fetch.words(dataset))
             copy = fetch.task.result()
-            if copy.part and fetch.unkept and not _reads_parts(work):
+            if copy.part and fetch.unkept and not reads_parts(work):
                 raise fetch.unkept
-        except _Unkept as unkept:
+        except Unkept as unkept:
             return await self._from_source(unkept, work, tell)
         await self._in_store(self._store.touch, copy)
         return str(copy.folder)
 
-    def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> _Fetch:
+    def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> Fetch:
         """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, others may wait for it."""
         known = self._fetching.get(dataset)
         if known is None:
-            known = self._fetching[dataset] = _Fetch()
+            known = self._fetching[dataset] = Fetch()
             known.task = asyncio.create_task(self._bring(dataset, known, work, tell))
             known.task.add_done_callback(lambda done: self._fetched(dataset, done))
         return known
@@ -179,7 +120,7 @@ class DatasetCache:
         if not done.cancelled():
             done.exception()  # whoever still waits hears of it
 
-    async def _bring(self, dataset: str, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
+    async def _bring(self, dataset: str, fetch: Fetch, work: Work | None, tell: Tell | None) -> Copy:
         found = inventory_pb2.Dataset(name=dataset)
         try:
             try:
@@ -191,9 +132,9 @@ class DatasetCache:
                 return here  # whole, and nobody says that it is of another time
             try:
                 return await self._brought(found, fetch, work, tell)
-            except _Unkept as unkept:
+            except Unkept as unkept:
                 fetch.unkept = unkept
-                if work is not None and (part := await self._part(unkept, fetch.progress)):
+                if work is not None and (part := await self._parts.bring(unkept, fetch.progress)):
                     return part
                 raise
         except (SourceFailed, ManifestWrong, OSError) as failure:
@@ -204,7 +145,7 @@ class DatasetCache:
         except dataset_pull.Stopped:
             raise LaunchFailed(f"{dataset}: the agent stops") from None
 
-    async def _brought(self, found: inventory_pb2.Dataset, fetch: _Fetch, work: Work | None, tell: Tell | None) -> Copy:
+    async def _brought(self, found: inventory_pb2.Dataset, fetch: Fetch, work: Work | None, tell: Tell | None) -> Copy:
         source: Source | None = None
         tried = 0
         while tried < _VERSIONS:
@@ -224,7 +165,7 @@ class DatasetCache:
                 found = found if digest else await self._versions.record(found, made)
                 if found.manifest_digest == made.digest:
                     return await self._published(found, made, key_of(found.name, digest), fetch.progress)
-            except _MadeElsewhere as made_elsewhere:
+            except MadeElsewhere as made_elsewhere:
                 found = made_elsewhere.dataset
             finally:
                 self._pulls = {of: pull for of, pull in self._pulls.items() if of[0] != found.name}
@@ -234,7 +175,7 @@ class DatasetCache:
         return await self._in_store(self._store.find, found.name, found.manifest_digest)
 
     async def _wait_for_maker(
-        self, found: inventory_pb2.Dataset, source: Source, fetch: _Fetch
+        self, found: inventory_pb2.Dataset, source: Source, fetch: Fetch
     ) -> inventory_pb2.Dataset:
         """Until its manifest is known, or nobody makes it. Meanwhile comes what the maker has, if there is room."""
         key, wanted = _ahead_key(found), await asyncio.to_thread(dataset_pull.found_out, source)
@@ -262,7 +203,7 @@ class DatasetCache:
 
     async def _reserved(self, key: str, wanted: Wanted) -> None:
         """Takes its room, and tells which copies went for it. Raises NoRoom."""
-        await self._know_pins()
+        await self._pins.know()
         size, stay = wanted.manifest.size_bytes, set[str]()
 
         def kept(dataset: str) -> bool:
@@ -291,14 +232,14 @@ class DatasetCache:
             raise LaunchFailed(f"{found.name} is fetched with a secret, which only a task can be given")
         return await self._header(work, found, tell)
 
-    async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: _Fetch) -> Manifest:
-        """All bytes, in the partial copy. Raises _Unkept where there is no room."""
+    async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: Fetch) -> Manifest:
+        """All bytes, in the partial copy. Raises Unkept where there is no room."""
         key = key_of(found.name, found.manifest_digest)
         try:
             await self._reserved(key, wanted)
             found = await self._reports.say(found.name, PULLING, digest=found.manifest_digest) or found
             if not wanted.known and self._versions.made_elsewhere(found):
-                raise _MadeElsewhere(found)
+                raise MadeElsewhere(found)
             return await self._run_pull(found, wanted, source, self._store.partial(key), fetch.progress)
         except (NoRoom, OSError) as failure:
             if isinstance(failure, OSError) and failure.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -306,42 +247,7 @@ class DatasetCache:
             why = str(failure) if isinstance(failure, NoRoom) else "the disk of its cache is full"
             _log.warning(Event.DISK_FULL, folder=str(self._store.root), reason=f"{found.name}: {why}")
             await self._reports.say(found.name, FAILED, message=why)
-            raise _Unkept(found, wanted, source, why) from None
-        finally:
-            self._store.release(key)
-
-    async def _part(self, unkept: _Unkept, progress: Progress) -> Copy | None:
-        """A fixed part of what never fits, beside links to the rest; None where nothing can be linked to, or all of it might fit."""
-        found, wanted, source = unkept.dataset, unkept.wanted, unkept.source
-        if wanted.manifest.size_bytes <= self._store.limit_bytes or not isinstance(source, Local) or source.single:
-            return None
-        key = part_key(found.name, json.dumps([[one.path, one.size_bytes, one.version] for one in wanted.found]))
-        if (copy := await self._in_store(self._store.part, key)) is None:
-            copy = await self._pulled_part(found, wanted, source, key, progress)
-        if copy:
-            share = f"{copy.size_bytes / wanted.manifest.size_bytes:.0%} of it; the rest is read at its source"
-            await self._reports.say(found.name, PARTIAL, copy.size_bytes, message=share)
-        return copy
-
-    async def _pulled_part(
-        self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, key: str, progress: Progress
-    ) -> Copy | None:
-        room = await self._in_store(self._store.room_bytes, self._kept)
-        paths = fixed_subset(((file.path, file.size_bytes) for file in wanted.manifest.files), room, found.name)
-        part, partial = wanted.only(paths), self._store.partial(key)
-        if not part.manifest.size_bytes:
-            return None
-        try:
-            await self._reserved(key, part)
-            pull = Pull(part, source, partial, pace=self._pace, progress=progress)
-            made = await asyncio.to_thread(pull.run)
-            rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
-            return await self._in_store(
-                self._store.publish, found.name, made, partial, self._reader, _cost_of(progress), key, rest
-            )
-        except (NoRoom, SourceFailed, OSError) as failure:
-            _log.info(Event.DATASET_UNCACHED, dataset=found.name, reason=str(failure))
-            return None
+            raise Unkept(found, wanted, source, why) from None
         finally:
             self._store.release(key)
 
@@ -355,7 +261,7 @@ class DatasetCache:
                 made = await asyncio.to_thread(first.run)
             self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it
             return made
-        async with swarm_of(self._peers if shareable(found) or self._pinned(found.name) else None, found) as swarm:
+        async with swarm_of(self._peers if shareable(found) or self._pins.has(found.name) else None, found) as swarm:
             pull = Pull(
                 wanted,
                 source,
@@ -380,37 +286,18 @@ class DatasetCache:
             return Held(pull.manifest, pull.files, pull.pieces, settled=False)
         return None
 
-    def _pinned(self, dataset: str) -> bool:
-        return dataset in (self._pins or ())
-
     def _stays(self, dataset: str) -> bool:
         """Whether a whole copy is held because it is needed."""
-        return self._pinned(dataset) or dataset in self._in_use()
+        return self._pins.has(dataset) or dataset in self._in_use()
 
     def _kept(self, dataset: str) -> bool:
         """Whether a copy stays; all do while it is not known which are pinned."""
-        return self._pins is None or dataset in self._pins or dataset in self._in_use() or dataset in self._fetching
-
-    async def _know_pins(self) -> None:
-        """Before anything is removed: an agent that has just started does not know what is pinned."""
-        if self._pins is None:
-            await self._ask_pins()
-
-    async def _ask_pins(self) -> dict[str, inventory_pb2.Dataset] | None:
-        """What this node is to hold; None, and what was pinned stays so, when nobody answers."""
-        request = inventory_pb2.ListNodePinsRequest(node=self._node)
-        try:
-            wanted = {found.name: found for found in (await self._stub.ListNodePins(request, timeout=_CALL_S)).datasets}
-        except StatusError as error:
-            _log.info(Event.RPC_FAILED, method="ListNodePins", reason=error.message)
-            return None
-        self._pins = frozenset(wanted)
-        return wanted
+        return self._pins.may_have(dataset) or dataset in self._in_use() or dataset in self._fetching
 
     async def follow_pins(self) -> None:
         """Asks which datasets this node is to hold, and begins to pull what is missing; what failed is tried again in a minute."""
         before = self._told_pins
-        if (wanted := await self._ask_pins()) is None:
+        if (wanted := await self._pins.ask()) is None:
             return
         self._told_pins = frozenset(wanted)
         self._not_before_s = {name: at_s for name, at_s in self._not_before_s.items() if name in wanted}
@@ -436,7 +323,7 @@ class DatasetCache:
 
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, progress: Progress) -> Copy:
         partial = self._store.partial(key)
-        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader, _cost_of(progress))
+        copy = await self._in_store(self._store.publish, found.name, made, partial, self._reader, progress.cost)
         _log.info(
             Event.DATASET_CACHED,
             dataset=found.name,
@@ -450,7 +337,7 @@ class DatasetCache:
         await self._reports.say(found.name, READY, made.size_bytes, made.digest, message=told)
         return copy
 
-    async def _from_source(self, unkept: _Unkept, work: Work | None, tell: Tell | None) -> str:
+    async def _from_source(self, unkept: Unkept, work: Work | None, tell: Tell | None) -> str:
         """Where its original is, for a job that does not insist on a copy."""
         found, why = unkept.dataset, str(unkept)
         if work is None or work.spec.require_local_data:
@@ -473,7 +360,7 @@ class DatasetCache:
 
     async def tidy(self) -> None:
         """Tells what is here (an agent may have died before it could), and removes what is forgotten, or of an earlier dataset of the name."""
-        await self._know_pins()
+        await self._pins.know()
         for copy in await self._in_store(self._store.copies):
             try:
                 found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=copy.dataset), timeout=_CALL_S)

@@ -1,0 +1,63 @@
+"""One fetch of a dataset, as those who wait for it see it, and how it can end without a copy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from whaleflux.data.sources import Source
+from whaleflux.quantities import shown_bytes
+from whaleflux.v1 import inventory_pb2
+from whaleflux_agent.dataset_pull import Progress, Pull, Wanted
+from whaleflux_agent.dataset_store import Copy
+
+
+class Unkept(Exception):
+    """It cannot be kept here; who may reads it where it is."""
+
+    def __init__(self, dataset: inventory_pb2.Dataset, wanted: Wanted, source: Source, why: str) -> None:
+        super().__init__(why)
+        self.dataset, self.wanted, self.source = dataset, wanted, source
+
+
+class MadeElsewhere(Exception):
+    """Another node of the site reads it first."""
+
+    def __init__(self, dataset: inventory_pb2.Dataset) -> None:
+        super().__init__(dataset.name)
+        self.dataset = dataset
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One fetch of a dataset, for all who wait for it."""
+
+    progress: Progress = field(default_factory=Progress)
+    task: asyncio.Task[Copy] = field(init=False)
+    unkept: Unkept | None = None  # why there is a part of it only, or nothing
+    looked: tuple[float, int] = (0.0, 0)  # when, and at how many bytes
+
+    def words(self, dataset: str) -> str:
+        """How far it is, and how fast since the last look."""
+        now_s, (then_s, before) = asyncio.get_running_loop().time(), self.looked
+        self.looked = now_s, self.progress.pulled_bytes
+        if self.progress.waits_for:
+            return f"{dataset}, which {self.progress.waits_for} reads first"
+        if not self.progress.total_bytes:
+            return dataset
+        rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
+        done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
+        return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
+
+
+@asynccontextmanager
+async def running(pull: Pull) -> AsyncIterator[None]:
+    """In the block, as far as it comes; what it fails at somebody else finds out."""
+    task = asyncio.create_task(asyncio.to_thread(pull.run))
+    try:
+        yield
+    finally:
+        pull.progress.stop.set()
+        await asyncio.gather(task, return_exceptions=True)

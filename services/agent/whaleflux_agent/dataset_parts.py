@@ -1,0 +1,80 @@
+"""Parts of datasets that exceed the cache: the same files in each epoch, beside links to the rest at its source."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from whaleflux import telemetry
+from whaleflux.data.sources import Local, SourceFailed
+from whaleflux.telemetry import Event
+from whaleflux_agent.core.fixed_subset import fixed_subset
+from whaleflux_agent.core.work import Work
+from whaleflux_agent.dataset_fetch import Unkept
+from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
+from whaleflux_agent.dataset_reports import PARTIAL, CopyReports
+from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, part_key
+
+_log = telemetry.get_logger("whaleflux.agent")
+
+InStore = Callable[..., Awaitable[Any]]
+Reserve = Callable[[str, Wanted], Awaitable[None]]
+
+
+def reads_parts(work: Work | None) -> bool:
+    """Whether links lead a task to the source: not in a container, and not where the job wants all of it here."""
+    return work is not None and not work.spec.require_local_data and not work.spec.image
+
+
+class Parts:
+    """`in_store` does work on the store, one at a time; `reserve` takes room for a key, and `kept` says which datasets stay."""
+
+    def __init__(
+        self,
+        store: DatasetStore,
+        in_store: InStore,
+        reserve: Reserve,
+        kept: Callable[[str], bool],
+        reports: CopyReports,
+        pace: Pace,
+        reader: int,
+    ) -> None:
+        self._store, self._in_store, self._reserve, self._kept = store, in_store, reserve, kept
+        self._reports, self._pace, self._reader = reports, pace, reader
+
+    async def bring(self, unkept: Unkept, progress: Progress) -> Copy | None:
+        """A fixed part of what never fits, beside links to the rest; None where nothing can be linked to, or all of it might fit."""
+        found, wanted, source = unkept.dataset, unkept.wanted, unkept.source
+        if wanted.manifest.size_bytes <= self._store.limit_bytes or not isinstance(source, Local) or source.single:
+            return None
+        key = part_key(found.name, json.dumps([[one.path, one.size_bytes, one.version] for one in wanted.found]))
+        copy: Copy | None = await self._in_store(self._store.part, key)
+        if copy is None:
+            copy = await self._pulled_part(found.name, wanted, source, key, progress)
+        if copy:
+            share = f"{copy.size_bytes / wanted.manifest.size_bytes:.0%} of it; the rest is read at its source"
+            await self._reports.say(found.name, PARTIAL, copy.size_bytes, message=share)
+        return copy
+
+    async def _pulled_part(self, name: str, wanted: Wanted, source: Local, key: str, progress: Progress) -> Copy | None:
+        room = await self._in_store(self._store.room_bytes, self._kept)
+        paths = fixed_subset(((file.path, file.size_bytes) for file in wanted.manifest.files), room, name)
+        part, partial = wanted.only(paths), self._store.partial(key)
+        if not part.manifest.size_bytes:
+            return None
+        try:
+            await self._reserve(key, part)
+            pull = Pull(part, source, partial, pace=self._pace, progress=progress)
+            made = await asyncio.to_thread(pull.run)
+            rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
+            copy: Copy = await self._in_store(
+                self._store.publish, name, made, partial, self._reader, progress.cost, key, rest
+            )
+            return copy
+        except (NoRoom, SourceFailed, OSError) as failure:
+            _log.info(Event.DATASET_UNCACHED, dataset=name, reason=str(failure))
+            return None
+        finally:
+            self._store.release(key)
