@@ -173,10 +173,8 @@ def reasons(columns: Columns, request: PlaceRequest, best: PricedPlace) -> tuple
         lines.append(f"collectives at {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s, bound by {link.link.value}")
     if best.cost.fetch_s:
         lines.append(f"fetches its data in {best.cost.fetch_s:.0f} s")
-    elif request.datasets:
-        lines.append(
-            f"its data is here: 0 s; elsewhere {best.elsewhere_s:.0f} s" if best.elsewhere_s else "its data is here"
-        )
+    elif best.elsewhere_s:
+        lines.append(f"its data is here: 0 s; elsewhere {best.elsewhere_s:.0f} s")
     if best.cost.usd_per_hour:
         lines.append(f"${best.cost.usd_per_hour:.2f} per hour")
     return tuple(lines)
