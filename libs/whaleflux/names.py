@@ -179,6 +179,7 @@ def collections(name: str) -> tuple[str, ...]:
     return tuple(name.split("/")[::2])
 
 
+@lru_cache(maxsize=16_384)
 def top(name: str) -> str:
     """The first id of a good name: the site of a node, the queue of a job, the model of a replica."""
     return name.split("/", 2)[1]

@@ -50,6 +50,8 @@ class Answers(Waiting):
     def _answer(self, watch: Stopwatch) -> list[Move]:
         """Reasons for those who have none yet; they are short when there is no time for better ones."""
         moves = []
+        if not self._reasons:
+            return []
         if not self._unanswered:
             self._say_again()
         self._refusals.begin(watch)
@@ -68,10 +70,11 @@ class Answers(Waiting):
     @property
     def _next_again(self) -> float:
         """When reasons are to be said again, seconds since the epoch; infinite: all are of the fleet as it is."""
-        now_s = self._now.timestamp()
+        if not self._reasons:
+            return math.inf
         if self._again:
-            return now_s + AGAIN_AFTER_S
-        known = not self._reasons or not self._pending.jobs or self._swept == self._fleet.facts_version
+            return self._now.timestamp() + AGAIN_AFTER_S
+        known = not self._pending.jobs or self._swept == self._fleet.facts_version
         return math.inf if known else self._swept_s + AGAIN_EVERY_S
 
     def _say_again(self) -> None:

@@ -9,7 +9,7 @@ from datetime import datetime
 from whaleflux import names
 from whaleflux.quantities import shown_bytes
 from whaleflux_scheduler.core.devices import Devices
-from whaleflux_scheduler.core.lifecycle import GpuAssignment, tasks_of
+from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch, tasks_of
 from whaleflux_scheduler.core.model import Job, Option, SchedulingDecision
 from whaleflux_scheduler.core.placement.api import Placement
 
@@ -70,6 +70,14 @@ def placed(
         usd_per_hour=cost.usd_per_hour,
         communication_s=best_s,
         tasks=tuple(tasks_of(job, epoch, assignment)),
+    )
+
+
+def unexplained(job: Job, placement: Placement, assignment: GpuAssignment, now: datetime) -> SchedulingDecision:
+    """The same without a word, for who simulates: where, and what it costs."""
+    cost, tasks = placement.cost, tuple(tasks_of(job, next_epoch(job), assignment))
+    return SchedulingDecision(
+        now, True, "", usd_per_hour=cost.usd_per_hour, communication_s=cost.step_communication_s, tasks=tasks
     )
 
 

@@ -10,11 +10,12 @@ Everything is learned from the records of ended jobs, so that a new leader learn
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from whaleflux_scheduler.core import running_time
 from whaleflux_scheduler.core.model import Job, JobState
@@ -50,6 +51,7 @@ class Estimates:
 
     def __init__(self) -> None:
         self._runs: OrderedDict[Family, deque[float]] = OrderedDict()
+        self._ordered: dict[Family, list[float]] = {}  # the same in order, of those of which somebody asked
         self._seen: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -69,12 +71,15 @@ class Estimates:
         self._seen[key] = None
         while len(self._seen) > MOST_SEEN:
             self._seen.popitem(last=False)
-        for family in _families(job):
-            runs = self._runs.setdefault(family, deque(maxlen=KEPT_RUNS))
+        for family in _families(job.queue, job.id, job.spec.gpus):
+            runs = self._runs.get(family)
+            if runs is None:
+                runs = self._runs[family] = deque(maxlen=KEPT_RUNS)
             runs.append(job.run_s)
             self._runs.move_to_end(family)
+            self._ordered.pop(family, None)
         while len(self._runs) > MOST_FAMILIES:
-            self._runs.popitem(last=False)
+            self._ordered.pop(self._runs.popitem(last=False)[0], None)
         return True
 
     def of(self, job: Job, ran_s: float = 0.0) -> Estimate:
@@ -104,12 +109,21 @@ class Estimates:
 
     def _longer(self, job: Job, ran_s: float) -> list[float]:
         """Runs like it that were longer, in order; of the narrowest family that has any."""
-        for family in _families(job):
-            runs = self._runs.get(family, ())
-            longer = sorted(run for run in runs if run > ran_s)
-            if longer and (family[1] or len(runs) >= ENOUGH_OF_OTHERS):
+        for family in _families(job.queue, job.id, job.spec.gpus):
+            ordered = self._in_order(family)
+            longer = ordered[bisect.bisect_right(ordered, ran_s) :]
+            if longer and (family[1] or len(ordered) >= ENOUGH_OF_OTHERS):
                 return longer
         return []
+
+    def _in_order(self, family: Family) -> list[float]:
+        """Its runs, the shortest first: sorted when somebody asks, until the next one ends."""
+        known = self._ordered.get(family)
+        if known is None:
+            if not (runs := self._runs.get(family)):
+                return []
+            known = self._ordered[family] = sorted(runs)
+        return known
 
     def _learned(self, job: Job, ran_s: float, hard_s: float | None) -> tuple[float, float, str]:
         if longer := self._longer(job, ran_s):
@@ -172,13 +186,11 @@ def safe_s(estimates: Estimates, job: Job) -> float:
     return START_S + lasts_s - job.run_s + job.grace_s
 
 
-def _families(job: Job) -> Iterator[Family]:
+@lru_cache(maxsize=4_096)
+def _families(queue: str, id: str, gpus: int) -> tuple[Family, ...]:
     """From the narrowest to all."""
-    family, gpus = family_of(job.id), job.spec.gpus
-    yield job.queue, family, gpus
-    yield job.queue, family, 0
-    yield job.queue, "", gpus
-    yield "", "", gpus
+    family = family_of(id)
+    return (queue, family, gpus), (queue, family, 0), (queue, "", gpus), ("", "", gpus)
 
 
 def _doubled(guess_s: float, ran_s: float) -> float:

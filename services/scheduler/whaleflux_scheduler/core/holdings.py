@@ -33,7 +33,8 @@ def held_by(job: Job) -> Gpus:
     """The GPUs of all its tasks that are not known to be over."""
     held: dict[str, frozenset[str]] = {}
     for _, task in job.holding():
-        held[task.node] = held.get(task.node, frozenset()) | places_of(task)
+        known, places = held.get(task.node), places_of(task)
+        held[task.node] = places if known is None else known | places
     return held
 
 
@@ -43,17 +44,21 @@ def places_of(task: Task) -> frozenset[str]:
 
 
 def count(gpus: Gpus) -> int:
-    return sum(map(len, gpus.values()))
+    return sum(map(len, gpus.values())) if gpus else 0
 
 
 def _count_of_both(held: Gpus, claimed: Gpus) -> int:
     """A job may claim what it holds: the place where it goes on."""
-    return count(held) + len(_without(claimed, held))
+    return count(held) + len(_without(claimed, held)) if claimed else count(held)
 
 
 def _without(gpus: Gpus, others: Gpus) -> set[tuple[str, str]]:
     """The GPUs of the first that are not among the second, with their nodes."""
-    return {(node, uuid) for node, uuids in gpus.items() for uuid in uuids - others.get(node, _NONE)} if gpus else set()
+    if not gpus or gpus == others:
+        return set()
+    if not others:
+        return set(_pairs(gpus))
+    return {(node, uuid) for node, uuids in gpus.items() for uuid in uuids - others.get(node, _NONE)}
 
 
 def _pairs(gpus: Gpus) -> Iterator[tuple[str, str]]:
@@ -168,28 +173,31 @@ class Holdings(HeldInEngine):
         self._count_stoppable(name, -1)
         _keep(self._jobs, name, job if held or claim else None)
         _keep(self._claims, name, claim)
-        if (before, before_claimed) == (held, claimed):
+        if before == held and before_claimed == claimed:
             self._count_stoppable(name, +1)
             if job.spec.gpus and (held or claimed):  # priorities change, and attempts begin
                 self.shares.hold(job, self.count_of(name))
             return ()
-        gone = _without(before, held) | _without(before_claimed, claimed)
-        came = _without(held, before) | _without(claimed, before_claimed)
-        nodes = dict.fromkeys(sorted({node for node, _ in gone | came}))  # in the same order in each process
+        gone, came = _without(before, held), _without(held, before)
+        if before_claimed or claimed:
+            gone |= _without(before_claimed, claimed)
+            came |= _without(claimed, before_claimed)
+        changed = gone | came if gone and came else gone or came
+        nodes = dict.fromkeys(sorted({node for node, _ in changed}))  # in the same order in each process
         if before_claimed != claimed:
             others = {other for node in nodes for other in self._on_node.get(node, ()) if other in self._claims}
             touched, beside = [name, *sorted(others - {name})], list[str]()
-            changed = (*_pairs(before_claimed), *_pairs(claimed))
-            self.reclaimed.update(holder for _, uuid in changed for holder in self._holders.get(uuid, ()))
+            both = (*_pairs(before_claimed), *_pairs(claimed))
+            self.reclaimed.update(holder for _, uuid in both for holder in self._holders.get(uuid, ()))
             let_go = (uuid for _, uuid in _without(before_claimed, claimed))
             self.unclaimed_now.update(holder for uuid in let_go for holder in self._holders.get(uuid, ()))
         else:
-            touched, beside = [name], sorted(self._claimants(uuid for _, uuid in gone | came) - {name})
+            touched, beside = [name], sorted(self._claimants(uuid for _, uuid in changed) - {name})
         self._take_out(touched)
         self._record(job, held, claimed)
         self._count_stoppable(name, +1)
         self._put_in(touched, beside, nodes)
-        twins = self.devices.elsewhere(gone | came)
+        twins = self.devices.elsewhere(changed)
         self._offer_again(twins)
         freed = gone - came
         if gone:
@@ -200,12 +208,14 @@ class Holdings(HeldInEngine):
 
     def _count_stoppable(self, name: str, sign: int) -> None:
         job = self._jobs.get(name)
-        if job is not None and (name in self._claims or (job.state is JobState.RUNNING and not job.spec.is_service)):
+        if job is None:
+            return
+        if name in self._claims or (job.state is JobState.RUNNING and not job.spec.is_service):
             change = sign * self.count_of(name)
             self.stoppable[job.spec.priority] += change
             if not is_reservation(name):
                 self.shares.quota.count_stoppable(job.queue, job.spec.priority, change)
-        if job is not None and (swap := self.swap_of(name)):
+        if swap := self.swap_of(name):
             self.shares.quota.count_swaps(job.queue, sign * swap)
 
     def swap_of(self, job: str) -> int | None:
@@ -241,7 +251,8 @@ class Holdings(HeldInEngine):
         _keep(self._claimed, name, claimed or None)
 
     def _claimants(self, uuids: Iterable[str]) -> set[str]:
-        return {self._claimant[uuid] for uuid in uuids if uuid in self._claimant} if self._claimant else set()
+        known = self._claimant
+        return {known[uuid] for uuid in uuids if uuid in known} if known else set()
 
     @contextlib.contextmanager
     def without(self, name: str) -> Iterator[None]:

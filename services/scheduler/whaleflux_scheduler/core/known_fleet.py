@@ -154,6 +154,11 @@ class KnownFleet:
         self._free.clear()
         return list(needs.admissible(models, lambda model, level: self._most_free(model, level) + lent))
 
+    def nobody_waits(self) -> None:
+        """What nodes gained is of use to nobody now; whoever comes is tried all the same."""
+        self.gained.clear()
+        self.gained_from = -math.inf
+
     def give_up(self) -> None:
         """Nobody hopes for what was gained any more."""
         self._hopes.clear()

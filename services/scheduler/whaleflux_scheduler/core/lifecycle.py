@@ -22,6 +22,7 @@ from whaleflux_scheduler.core import (
     running_time,
     task_observations,
 )
+from whaleflux_scheduler.core.changed import changed
 from whaleflux_scheduler.core.model import (
     ACTIVE,
     Attempt,
@@ -138,7 +139,7 @@ def place(
         epoch=epoch,
         attempt=attempt,
         past_attempts=_kept(past),
-        decision=replace(decision, tasks=()),  # the attempt has them
+        decision=changed(decision, tasks=()),  # the attempt has them
         state_message=decision.summary,
         not_before=None,
     )

@@ -44,14 +44,14 @@ class NeedIndex(Generic[T]):
 
     def __init__(self) -> None:
         self._by_size: dict[tuple[str, Level], dict[int, dict[T, None]]] = {}
-        self._sizes: dict[tuple[str, Level], list[int]] = {}
+        self._sizes: dict[str, dict[Level, list[int]]] = {}  # by model; of what is in here alone
 
     def add(self, thing: T, need: Need) -> None:
         for model in need.models:
             group = self._by_size.setdefault((model, need.level), {})
             if need.gpus not in group:
                 group[need.gpus] = {}
-                insort(self._sizes.setdefault((model, need.level), []), need.gpus)
+                insort(self._sizes.setdefault(model, {}).setdefault(need.level, []), need.gpus)
             group[need.gpus][thing] = None
 
     def discard(self, thing: T, need: Need) -> None:
@@ -62,13 +62,15 @@ class NeedIndex(Generic[T]):
             del group[need.gpus][thing]
             if not group[need.gpus]:
                 del group[need.gpus]
-                self._sizes[model, need.level].remove(need.gpus)
+                self._sizes[model][need.level].remove(need.gpus)
+            if not group:
+                del self._sizes[model][need.level]
 
     def admissible(self, models: Iterable[str], free: Callable[[str, Level], int]) -> Iterator[T]:
         """Those that could use devices of these models; `free`: most free devices of a model in one domain that gained some."""
         for model in (*models, ""):
-            for level in Level:
-                if sizes := self._sizes.get((model, level)):
-                    group = self._by_size[model, level]
-                    for size in sizes[: bisect_right(sizes, free(model, level))]:
-                        yield from group[size]
+            levels = self._sizes.get(model)
+            for level in sorted(levels) if levels else ():
+                group, sizes = self._by_size[model, level], self._sizes[model][level]
+                for size in sizes[: bisect_right(sizes, free(model, level))]:
+                    yield from group[size]

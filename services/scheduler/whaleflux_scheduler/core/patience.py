@@ -65,7 +65,9 @@ class Patience:
     @property
     def next_look(self) -> float:
         """Seconds since the epoch; infinite: nobody waits."""
-        return min((waits.look.timestamp() for waits in self._waits.values()), default=math.inf)
+        if not self._waits:
+            return math.inf
+        return min(waits.look.timestamp() for waits in self._waits.values())
 
     def due(self, now: datetime) -> list[str]:
         """Who is to be looked at again."""

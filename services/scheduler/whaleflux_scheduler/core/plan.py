@@ -280,7 +280,8 @@ class Plan(Promising):
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
         holdings = self._fleet.holdings
         assignment = decisions.assignment_of(placement, holdings.devices)
-        decision = self._placed(job, placement, assignment, now)
+        said = self._placed if self._reasons else decisions.unexplained
+        decision = said(job, placement, assignment, now)
         held = dict(holdings.held(job.name))
         for task in decision.tasks:
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)

@@ -20,6 +20,8 @@ class Promising(MakingRoom):
     def _promise(self, moved: set[str], watch: Stopwatch) -> list[Move]:
         """Keeps and gives promises, of those who wait and were not moved in this step already."""
         now, jobs = watch.began, self._pending.jobs
+        if not jobs and not self._promises.starts_s:
+            return []
         due = [(name, claim) for name, claim in self._promises.due(now) if name in jobs and name not in moved]
         may = [(name, claim) for name, claim in due if not self._kept_back(jobs[name].candidate.job)]
         moves = [self._promised(name, claim, now) for name, claim in may]

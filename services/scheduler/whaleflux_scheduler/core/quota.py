@@ -458,6 +458,6 @@ def _add_swaps(node: QueueNode, change: int) -> None:
 
 def _charge(charge: _Charge, change: int) -> int:
     """Counts a change of what lies below; returns what that changes above."""
-    before = charge.taken
-    charge.load += change
-    return charge.taken - before
+    kept, before = charge.kept, charge.load
+    after = charge.load = before + change
+    return (after if after > kept else kept) - (before if before > kept else kept)

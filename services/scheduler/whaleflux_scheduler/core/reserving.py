@@ -201,6 +201,8 @@ class Reserved:
     @property
     def next_look(self) -> float:
         """Seconds since the epoch when something is due without news."""
+        if not self._now:
+            return math.inf
         dues = [self._again_s]
         for one in self._now.values():
             if not one.over:

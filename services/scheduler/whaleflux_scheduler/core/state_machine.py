@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+from whaleflux_scheduler.core.changed import changed
 from whaleflux_scheduler.core.model import ENDED, GOES_ON, Cause, Job, JobState
 
 NEXT: dict[JobState, frozenset[JobState]] = {
@@ -59,7 +59,7 @@ def transition(job: Job, to: JobState, **changes: Any) -> Job:
         changes["cause"] = Cause(cause.resource, cause.traceparent, cause.message, rule(BY[to]))
     kept = to is JobState.QUEUED or (to is JobState.SUSPENDING and goes_on(job))
     changes.setdefault("claim", job.claim if kept else None)
-    return replace(job, state=to, **changes)
+    return changed(job, state=to, **changes)
 
 
 def goes_on(job: Job) -> bool:

@@ -7,7 +7,7 @@ stopped for it that could not before. Lines whose queue or array may not take mo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -188,17 +188,18 @@ class Waiting(Questions):
         if holdings.eased:
             self._swaps |= dict.fromkeys(self._swaps_by_turn.things())  # their turns may have come closer
         holdings.eased.clear()
+        if not self._pending.jobs:
+            self._fleet.nobody_waits()
+            return
         for top in tuple(self._kept_from) if self._fleet.gained else ():
             self._unpark(top)
         if self._fleet.gained:
             self._stop_others_beside(self._fleet.gained_from)
             self._swaps |= self._vain
             self._vain.clear()
-        lent: dict[int, int] = {}  # by how long jobs take, as there are many classes and few of these
+        lent = self._lent_for_now()
         for kind in self._fleet.take_gains(self._needs, self._lending.covered()):
-            if kind.lasts not in lent:
-                lent[kind.lasts] = self._lent(kind)
-            if not self._could_hold(kind, lent[kind.lasts]):
+            if not self._could_hold(kind, lent(kind)):
                 continue
             was_refused = kind.refused
             self._try_again(kind)
@@ -248,9 +249,21 @@ class Waiting(Questions):
         """GPUs that are kept for later, and may be used by it until then."""
         return self._lending.lent(kind.lasts, self._now)
 
+    def _lent_for_now(self) -> Callable[[RequestClass], int]:
+        """`_lent` while nothing changes: worked out once for each class of times, of which there are few among many classes of requests."""
+        known: dict[int, int] = {}
+
+        def lent(kind: RequestClass) -> int:
+            if kind.lasts not in known:
+                known[kind.lasts] = self._lent(kind)
+            return known[kind.lasts]
+
+        return lent
+
     def _give_up_hope(self) -> None:
         """What came free is taken again: nobody who waited for it need be tried."""
-        for kind in [kind for kind in self._hopeful if not self._could_hold(kind, self._lent(kind))]:
+        lent = self._lent_for_now()
+        for kind in [kind for kind in self._hopeful if not self._could_hold(kind, lent(kind))]:
             self._refuse(kind)
 
     def _lower_hold_enough(self, kind: RequestClass) -> bool:

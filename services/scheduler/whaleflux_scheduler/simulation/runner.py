@@ -62,7 +62,8 @@ class Simulation:
         arrival: Submission | None = next(self._arrivals, None)
         self._decide()
         while state.jobs or arrival is not None:
-            due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S, self._plan_s())
+            plan_s = self._plan_s()
+            due_s = min(state.timeline.next_s, arrival.at_s if arrival else NEVER_S, plan_s)
             if due_s == NEVER_S or due_s > until_s:
                 break
             if self._rebalance:  # a look alone is nothing that goes on
@@ -72,7 +73,7 @@ class Simulation:
             while arrival is not None and arrival.at_s <= now_s:
                 happenings.submit(state, arrival)
                 arrival = next(self._arrivals, None)
-            self._decide(look=self._plan_s() <= now_s)
+            self._decide(look=plan_s <= now_s)
             if self._rebalance and now_s >= self._look_s:
                 self._look_for_moves()
         self._finish(state.now_s if until_s == NEVER_S else until_s)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from whaleflux_scheduler.core import cost, running_time
+from whaleflux_scheduler.core.changed import changed
 from whaleflux_scheduler.core.elastic import model_of
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, TaskPhase
 from whaleflux_scheduler.core.observed import Diagnosis, EndReason, NodeCondition
@@ -57,8 +58,8 @@ def running(job: Job, now: datetime) -> Job:
     """STARTING -> RUNNING: all ranks run."""
     attempt = job.attempt
     assert attempt is not None
-    began = replace(attempt, started=True, run_time=now)
-    return replace(job, state=JobState.RUNNING, attempt=began, start_time=job.start_time or now, state_message="runs")
+    began = changed(attempt, started=True, run_time=now)
+    return changed(job, state=JobState.RUNNING, attempt=began, start_time=job.start_time or now, state_message="runs")
 
 
 def finished(job: Job, now: datetime) -> Job:
