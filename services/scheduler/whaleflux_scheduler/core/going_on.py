@@ -85,8 +85,10 @@ def left_place(job: Job) -> Place:
 
 def under_way(job: Job) -> bool:
     """Whether it has left its place to go on elsewhere, and does not run there yet: it may have to come back."""
+    if job.state not in _UNDER_WAY:
+        return False
     last = last_that_ran(job)
-    return job.state in _UNDER_WAY and last is not None and ended_by(last) is EndReason.MOVED
+    return last is not None and ended_by(last) is EndReason.MOVED
 
 
 def last_that_ran(job: Job) -> Attempt | None:

@@ -7,6 +7,7 @@ GPU is nobody else's from the moment its holder leaves. Both are what the jobs' 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -57,7 +58,7 @@ def _without(gpus: Gpus, others: Gpus) -> set[tuple[str, str]]:
     if not gpus or gpus == others:
         return set()
     if not others:
-        return set(_pairs(gpus))
+        return {(node, uuid) for node, uuids in gpus.items() for uuid in uuids}
     return {(node, uuid) for node, uuids in gpus.items() for uuid in uuids - others.get(node, _NONE)}
 
 
@@ -241,8 +242,9 @@ class Holdings(HeldInEngine):
             self._on_node[node].discard(name)
         for node in (*held, *claimed):
             self._on_node.setdefault(node, set()).add(name)
-        for _, uuid in _pairs(self._held.pop(name, NOTHING)):
-            if self._holders.get(uuid, {}).pop(name, None) is not None and not self._holders[uuid]:
+        for uuid in itertools.chain.from_iterable(self._held.pop(name, NOTHING).values()):
+            jobs = self._holders.get(uuid)
+            if jobs and jobs.pop(name, None) is not None and not jobs:
                 del self._holders[uuid]
         for _, uuid in _pairs(self._claimed.pop(name, NOTHING)):
             if self._claimant.get(uuid) == name:

@@ -249,7 +249,7 @@ class _Same:
     __slots__ = ("_hash", "lasts", "own", "request")
 
     def __init__(self, request: PlaceRequest, own: str, lasts: int, hash_: int) -> None:
-        self.request, self.own, self.lasts, self._hash = request, own, lasts, hash_
+        self.request, self.own, self.lasts, self._hash = request, own, lasts, hash((hash_, own, lasts))
 
     def __hash__(self) -> int:
         return self._hash

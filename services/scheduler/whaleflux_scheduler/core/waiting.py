@@ -158,6 +158,8 @@ class Waiting(Questions):
         return self._fleet.holdings.holds(job.name) or left_for_a_move(job) or may_wait(job.spec)
 
     def _leave(self, name: str) -> None:
+        if name not in self._pending.jobs:
+            return
         self._unanswered.pop(name, None)
         line = self._pending.leave(name)
         if line is None:

@@ -45,10 +45,16 @@ class Shape:
         """What such a node is worth to others: its links, then its memory."""
         return self.wiring.ring_bytes_per_s((1 << self.size) - 1), float(max(self.memory_bytes, default=0))
 
+    @cached_property
+    def _all(self) -> int:
+        """All positions where indices are positions; else 0."""
+        size = len(self.indices)
+        return (1 << size) - 1 if self.indices == _PLAIN[:size] else 0
+
     def mask(self, gpus: tuple[int, ...]) -> int:
         """Positions of driver indices; an index that the node does not have (any more) is left out."""
-        if self.indices == _PLAIN[: len(self.indices)]:
-            return _plain_mask(gpus) & ((1 << len(self.indices)) - 1)
+        if self._all:
+            return _plain_mask(gpus) & self._all
         return sum(1 << self.indices.index(g) for g in set(gpus) if g in self.indices)
 
 
