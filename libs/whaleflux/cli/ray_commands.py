@@ -12,7 +12,7 @@ import typer
 from whaleflux import names
 from whaleflux.cli import output
 from whaleflux.cli.output import Format
-from whaleflux.cli.state import Output, fleet
+from whaleflux.cli.state import Output, Yes, fleet
 
 ray = typer.Typer(no_args_is_help=True, help="Ray clusters: what waits in them, and nodes for it.")
 
@@ -96,6 +96,40 @@ def _read(file: str) -> Mapping[str, Any]:
             FieldViolation(file, "is no JSON object; give what `whaleflux ray explain -o json` prints")
         )
     return content
+
+
+@ray.command("grow")
+def grow(
+    address: Annotated[str, typer.Option("--address", help="HOST:PORT of the cluster's GCS, as workers reach it.")],
+    python: Annotated[str, typer.Option("--python", help="An interpreter here that has the cluster's Ray.")] = "",
+    worker_python: Annotated[
+        str, typer.Option("--worker-python", help="The interpreter on the nodes that has the cluster's Ray.")
+    ] = "python3",
+    queue: Annotated[str, typer.Option("--queue", help="Queue of the workers' jobs.")] = "default",
+    priority: Annotated[int, typer.Option("--priority", min=0, max=1000, help="Of the workers' jobs.")] = 0,
+    max_gpus: Annotated[int, typer.Option("--max-gpus", min=0, max=100_000, help="GPUs of all its workers.")] = 64,
+    idle: Annotated[str, typer.Option("--idle", help="A worker leaves after it was idle so long.")] = "60 s",
+    follow: Annotated[bool, typer.Option("--follow", help="Look again each second, until Ctrl-C.")] = False,
+    yes: Yes = False,
+    fmt: Output = Format.table,
+) -> None:
+    """Gives a Ray cluster what `explain` says, once or as demand comes: each worker is a job, and leaves by itself when it is idle.
+
+    \b
+      whaleflux ray grow --address 10.0.0.5:6379 --worker-python /opt/ray/bin/python
+      whaleflux ray grow --address 10.0.0.5:6379 --queue research --max-gpus 16 --follow --yes
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.cli import ray_growing
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.quantities import seconds
+    from whaleflux.ray_cluster.growth import Growth
+
+    try:
+        idle_s = seconds(idle)
+    except ValueError as error:
+        raise InvalidArgument(FieldViolation("--idle", f"is {idle!r}, and {error}")) from None
+    how = Growth(address, queue, worker_python, idle_s, max_gpus=max_gpus, priority=priority)
+    ray_growing.run(how, python, ray_growing.Wish(follow, yes, fmt))
 
 
 # what is shown

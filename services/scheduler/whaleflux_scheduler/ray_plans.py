@@ -130,6 +130,7 @@ def _addition(part: Addition, why: str) -> pb.RayAddition:
     return pb.RayAddition(
         gpu_type=kind.model,
         gpus=filling.gpus_paid,
+        gpu_memory_mib=kind.device_memory_mib if filling.gpus_paid else 0,
         count=part.count,
         nodes=part.names,
         usd_per_hour=filling.usd_per_hour * part.count,

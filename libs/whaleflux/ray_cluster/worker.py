@@ -1,0 +1,166 @@
+"""A Ray node as a task: joins a cluster with what the task was given, leaves when it is idle, drains when it has to go.
+
+    python worker.py --address HOST:PORT --gpus N --cpus N --gpu-memory-mib N --gpu-type NAME --site NAME --idle-s S --grace-s S
+
+A program for the interpreter that has the cluster's Ray, inside of a job; it imports nothing of WhaleFlux. Idle for `--idle-s`, the node asks
+Ray to drain itself: a raylet that has got work meanwhile refuses that, and the node stays. Told to stop (SIGTERM), it drains as one that is
+preempted, so that nothing new comes, what runs may end within `--grace-s`, and what dies then uses up no retries. Exit codes: 0 it
+left, 3 it could not join, else those of `ray start`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+JOIN_S, LEAVE_S, LOOK_S = 300.0, 30.0, 1.0
+JOINS_NOT = 3  # exit code
+TRIES = 3
+IDLE, PREEMPTED = 1, 2  # DrainNodeReason of Ray
+DEAD_STATUS, IDLE_STATUS = 2, 3  # NodeStatus of Ray
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="worker.py")
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--cpus", type=int, required=True)
+    parser.add_argument("--gpu-memory-mib", type=int, default=0)
+    parser.add_argument("--gpu-type", default="")
+    parser.add_argument("--site", default="")
+    parser.add_argument("--idle-s", type=float, default=60.0)
+    parser.add_argument("--grace-s", type=float, default=25.0)
+    return parser.parse_args()
+
+
+def command(asked: argparse.Namespace) -> list[str]:
+    """`ray start`, which ends with the raylet. Ports of workers are free ones, so that several nodes find room on one host."""
+    family = asked.gpu_type.partition("-")[0]
+    resources = (
+        {"gpu_memory": asked.gpu_memory_mib * asked.gpus, f"accelerator_type:{family}": asked.gpus}
+        if asked.gpus
+        else {}
+    )
+    labels = {"whaleflux/gpu": asked.gpu_type, "whaleflux/site": asked.site}
+    return [
+        str(Path(sys.executable).with_name("ray")), "start", f"--address={asked.address}", "--block", "--disable-usage-stats",
+        f"--num-cpus={asked.cpus}", f"--num-gpus={asked.gpus}", f"--resources={json.dumps(resources)}",
+        "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items() if value),
+        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+    ]  # fmt: skip
+
+
+class Node:
+    """The node as the cluster sees it. `instance` ties the two."""
+
+    def __init__(self, address: str, instance: str) -> None:
+        from ray._raylet import GcsClient
+
+        self._client, self._instance = GcsClient(address=address), instance
+
+    def state(self) -> Any:
+        """Its NodeState, also of a dead one; None before it has joined, and while the GCS does not answer."""
+        from ray.core.generated import autoscaler_pb2 as pb
+
+        try:
+            reply = pb.GetClusterResourceStateReply.FromString(self._client.get_cluster_resource_state())
+        except Exception as error:  # Ray says in many ways that the GCS is gone; the raylet ends by itself then
+            print(f"the GCS does not answer: {str(error)[:200]}", flush=True)
+            return None
+        mine = [one for one in reply.cluster_resource_state.node_states if one.instance_id == self._instance]
+        return min(mine, key=lambda one: one.status == DEAD_STATUS, default=None)  # an earlier try may be dead
+
+    def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
+        """Whether Ray lets it go."""
+        deadline_ms = int((time.time() + within_s) * 1000) if within_s else 0
+        accepted, why = self._client.drain_node(state.node_id.hex(), reason, words, deadline_ms)
+        if not accepted:
+            print(f"stays: {why}", flush=True)
+        return bool(accepted)
+
+
+class Worker:
+    """Watches over `ray start`."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self._asked, self._told, self._joined = asked, False, False
+        self._instance = os.environ.get("WHALEFLUX_JOB", "worker") + "/" + os.environ.get("WHALEFLUX_EPOCH", "0")
+
+    def run(self) -> int:
+        """Until it has left. A node that did not come up is begun anew: Ray waits half a minute for it, whatever the host has to do."""
+        signal.signal(signal.SIGTERM, self._stop)
+        join_until, code = time.monotonic() + JOIN_S, JOINS_NOT
+        for _ in range(TRIES):
+            ray = subprocess.Popen(command(self._asked), env=self._environment(), start_new_session=True)
+            try:
+                code = self._watch(ray, join_until)
+            finally:
+                end(ray)
+            if self._told or self._joined or time.monotonic() > join_until:
+                break
+        return code
+
+    def _environment(self) -> dict[str, str]:
+        kind = f"{self._asked.gpu_type or 'cpu'}x{self._asked.gpus}"
+        found = {**os.environ, "RAY_CLOUD_INSTANCE_ID": self._instance, "RAY_NODE_TYPE_NAME": kind}
+        if self._asked.gpus and not found.get("CUDA_VISIBLE_DEVICES"):  # they are played: Ray would find none of them
+            found.pop("CUDA_VISIBLE_DEVICES", None)
+        return found
+
+    def _stop(self, *_: object) -> None:
+        self._told = True
+
+    def _watch(self, ray: "subprocess.Popen[bytes]", join_until: float) -> int:
+        node = Node(self._asked.address, self._instance)
+        while ray.poll() is None:
+            state = node.state()
+            self._joined |= state is not None and state.status != DEAD_STATUS
+            if self._told:
+                grace_s = self._asked.grace_s
+                if state is not None and node.drain(state, PREEMPTED, "preempted", grace_s):
+                    self._leave(ray, node, grace_s)
+                return 0
+            if self._is_idle(state) and node.drain(state, IDLE, "idle", 0):
+                print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
+                self._leave(ray, node, LEAVE_S)
+                return 0
+            if not self._joined and time.monotonic() > join_until:
+                break
+            time.sleep(LOOK_S)
+        if not self._joined:
+            print(f"has not joined {self._asked.address}", file=sys.stderr, flush=True)
+            return JOINS_NOT
+        return ray.returncode or 0
+
+    def _leave(self, ray: "subprocess.Popen[bytes]", node: Node, within_s: float) -> None:
+        """Waits for the raylet, which ends itself once it is drained and nothing runs; `ray start` may stay for a while after it."""
+        until = time.monotonic() + within_s
+        while ray.poll() is None and (state := node.state()) is not None and state.status != DEAD_STATUS:
+            if time.monotonic() > until:
+                print("ends what still runs: its time is over", flush=True)
+                return
+            time.sleep(LOOK_S)
+
+    def _is_idle(self, state: Any) -> bool:
+        idle_ms = self._asked.idle_s * 1000
+        return state is not None and state.status == IDLE_STATUS and state.idle_duration_ms >= idle_ms
+
+
+def end(ray: "subprocess.Popen[bytes]") -> None:
+    """All that `ray start` began, and nothing else on this host."""
+    for signal_ in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(ray.pid, signal_)
+            ray.wait(5)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(Worker(options()).run())
