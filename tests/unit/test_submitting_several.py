@@ -287,6 +287,23 @@ def test_the_same_file_again_replaces_nothing_that_has_not_ended(write, capsys):
     assert "submitted queues/default/jobs/b in place of the one that was" in said
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_same_array_again_after_it_was_replaced_finds_its_members(write, same):
+    fleet = Fleet(*[AlreadyExists("job", f"queues/default/jobs/a-{n}", "it was replaced") for n in range(2)])
+    file = write(FILE + "array: 2\n")
+    members = there(read([file]))
+    for member in members:
+        member.spec.gpus += not same
+    fleet.old = {member.name: member for member in members}
+    jobs = read([file])
+    submission.plan_all(fleet, jobs, replace=False)
+    if same:
+        assert creation.create_all(fleet, jobs) == members
+    else:
+        with pytest.raises(AlreadyExists):
+            creation.create_all(fleet, jobs)
+
+
 @pytest.mark.parametrize("change", [{"cancel_requested": True}, {"spec": pb.JobSpec(gpus=1)}])
 def test_what_is_on_its_way_out_or_other_than_the_file_is_replaced(write, change):
     jobs, fleet = read([write()]), Fleet()

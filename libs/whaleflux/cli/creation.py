@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from whaleflux.cli import output, sending, workdir
-from whaleflux.cli.submission import Submission, job_there
+from whaleflux.cli.submission import Submission, job_there, same_content
 
 if TYPE_CHECKING:
     from whaleflux.errors import StatusError
@@ -79,7 +79,20 @@ def _made(client: Any, one: Submission) -> Any:
     if one.kept is not None:
         return one.kept
     _same_again(one)
-    return _replacing(client, one) if one.replaced else sending.created(client, one.request)
+    return _replacing(client, one) if one.replaced else _created(client, one)
+
+
+def _created(client: Any, one: Submission) -> Any:
+    """A member of an array that is there already with the same content is the one, whichever command made it: one with --replace, too."""
+    from whaleflux.errors import AlreadyExists
+
+    try:
+        return sending.created(client, one.request)
+    except AlreadyExists:
+        there = job_there(client, one.name) if one.request.job.spec.array.name else None
+        if there is None or not same_content(there, one.request.job.spec):
+            raise
+        return there
 
 
 def _same_again(one: Submission) -> None:

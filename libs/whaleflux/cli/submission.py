@@ -169,6 +169,11 @@ def _is_as_asked(there: Any, spec: Any) -> bool:
     """Whether a job that is there has not ended, is not about to, and is what the file and its folder ask for."""
     if there is None or there.HasField("end_time") or there.cancel_requested:
         return False
+    return same_content(there, spec)
+
+
+def same_content(there: Any, spec: Any) -> bool:
+    """Whether a job that is there is what the file and its folder ask for."""
     stored = type(spec)()
     stored.CopyFrom(there.spec)
     stored.ClearField("secrets_groups")  # which the scheduler notes
