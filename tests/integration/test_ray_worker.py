@@ -27,9 +27,10 @@ pytestmark = [
 WITHIN_S = 200.0  # Ray's own start takes half a minute on a busy host, and is tried three times
 TASKS = """
 import ray, sys, time
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+address, seconds, folder = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 @ray.remote(num_cpus=0, num_gpus=0.5, resources={"gpu_memory": 60000}, max_retries=0)
-def task(n): open(f"{sys.argv[3]}/runs-{n}", "w").close(); time.sleep(float(sys.argv[2])); return 1
+def task(n): open(f"{folder}/runs-{n}", "w").close(); time.sleep(seconds); return 1
 found = [task.remote(n) for n in range(2)]
 print("submitted", flush=True)
 print("done", ray.get(found, timeout=300), flush=True)
