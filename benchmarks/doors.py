@@ -48,6 +48,7 @@ DOORS: dict[str, Door] = {
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
     "burst": Door(commands=("offers", "leases", "burst")),
+    "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_pull": Door(commands=("submit",), fields=("data",)),
     "locality": Door(waits_for="the book of holds in the planner"),
 }
