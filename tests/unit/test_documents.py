@@ -9,6 +9,7 @@ from tests.support import documented
 from tools import site
 from whaleflux.errors import StatusError
 from whaleflux.manifests import yaml_files
+from whaleflux.manifests.offer_file import offers_from_yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = [documented.read(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
@@ -66,9 +67,11 @@ def test_a_file_of_ours_is_valid(page, block):
     if re.search(r"^(nodes|jobs|seed):", block.text, re.MULTILINE):
         pytest.skip("a file of the simulator, which the page runs")
     text = block.text if re.search(r"^(run|image|url|model):", block.text, re.MULTILINE) else f"{REST}{block.text}"
-    model = yaml_files.is_model(text)
     try:
-        (yaml_files.model_from_yaml if model else yaml_files.jobs_from_yaml)(text, ROOT)
+        if re.search(r"^offers:", block.text, re.MULTILINE):
+            offers_from_yaml(block.text)
+        else:
+            (yaml_files.model_from_yaml if yaml_files.is_model(text) else yaml_files.jobs_from_yaml)(text, ROOT)
     except StatusError as error:
         pytest.fail(f"{page.path}:{block.line}: {error.message}")
 

@@ -562,7 +562,9 @@ class TestOthers:
             await world.submit(1, datasets=["c4"])
         assert refused.value.violations[0].field == "job.spec.datasets[0]"
         world.inventory.datasets["datasets/c4"] = inventory_pb2.Dataset(name="datasets/c4", size_bytes=1)
-        await world.submit(1, datasets=["c4"])
+        name = await world.submit(1, datasets=["c4"])
+        stored = await world.scheduler.GetJob(pb.GetJobRequest(name=name), None)
+        assert list(stored.spec.datasets) == ["datasets/c4"]  # whichever form was sent: agents ask for it by its name
 
     async def test_a_name_may_be_used_again_and_its_epochs_go_on(self, world):
         (a,) = await world.add(node("s/a"))

@@ -82,6 +82,7 @@ class Submissions:
             uid=names.ulid() if request.job_id else job_id,
         )
         job.spec.CopyFrom(request.job.spec)
+        job.spec.datasets[:] = map(names.dataset, request.job.spec.datasets)  # agents ask for them by these
         job.cause.actor = changes.actor()
         await self._secrets.admit(job.spec, request.parent, owner, auth.principal())
         if request.on_behalf_of:
