@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from whaleflux_scheduler.core.holdings import held_by, is_reservation
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
 
 def alike(made: list[list[Move]]) -> None:
-    """All plans decided the same, but for the reasons."""
-    ours = [(m.job, m.assignment, m.claim, m.reservation) for m in made[0] if m.assignment or m.claim or m.reservation]
-    for other in made[1:]:
-        theirs = [
-            (m.job, m.assignment, m.claim, m.reservation) for m in other if m.assignment or m.claim or m.reservation
-        ]
+    """All plans decided the same, but for the reasons, and for the order of different jobs: whom a move helps may have been asked before it or not."""
+    ours, *others = [
+        sorted(
+            [(m.job, m.assignment, m.claim, m.reservation) for m in moves if m.assignment or m.claim or m.reservation],
+            key=itemgetter(0),
+        )
+        for moves in made
+    ]
+    for theirs in others:
         assert ours == theirs, f"who tries all decides otherwise: {theirs} and not {ours}"
 
 

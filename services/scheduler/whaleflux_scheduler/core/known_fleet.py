@@ -116,7 +116,9 @@ class KnownFleet:
         """The job as it is stored."""
         before = self.holdings.jobs.get(job.name)
         stoppable = before is not None and before.state is JobState.RUNNING and not before.spec.is_service
-        priority = before.spec.priority if before is not None and stoppable and before.claim is None else math.inf
+        if before is not None and (before.claim is not None or self.holdings.claimants_on(job.name)):
+            stoppable = False  # to stop it would have given others nothing, or not all of it
+        priority = before.spec.priority if before is not None and stoppable else math.inf
         held = self.holdings.holds(job.name)
         gained = self.holdings.learn(job)
         if held or gained or self.holdings.holds(job.name):

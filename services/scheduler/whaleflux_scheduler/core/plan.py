@@ -60,7 +60,7 @@ class Plan(Promising):
     @property
     def next_look(self) -> datetime | None:
         """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
-        waits_s = min(self._patience.next_look, self._soon_over.next_look)
+        waits_s = min(self._patience.next_look, self._soon_over.next_look, self._resizing.next_look)
         at_s = min(self._promises.next_look, self._reserved.next_look, waits_s, self._next_again)
         return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
 
@@ -160,6 +160,8 @@ class Plan(Promising):
                 moves.append(replace(move, begun=begun, ended=watch.now) if watch.bounded else move)
             if self._fleet.gained or self._fleet.holdings.eased:
                 self._take_in_gains()
+            elif move is not None:
+                self._take_in_lost_cover()
             if move is not None and self._kept_from:
                 self._slack_rose()
         if not self._turns.active:

@@ -23,6 +23,8 @@ class Promising(MakingRoom):
         if not jobs and not self._promises.starts_s:
             return []
         due = [(name, claim) for name, claim in self._promises.due(now) if name in jobs and name not in moved]
+        lose = {victim for claim in self._fleet.holdings.claims.values() for victim in claim.victims} if due else ()
+        due = [(name, claim) for name, claim in due if name not in lose]  # its place is somebody else's already
         may = [(name, claim) for name, claim in due if not self._kept_back(jobs[name].candidate.job)]
         moves = [self._promised(name, claim, now) for name, claim in may]
         moves += self._given_up(now)

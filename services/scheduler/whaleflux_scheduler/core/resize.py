@@ -56,11 +56,16 @@ def unsettled_s(job: Job, now: datetime) -> float:
 
 def may_give(job: Job, now: datetime) -> bool:
     """Whether it may have to give others of its priority what it has beyond its part: not before it worked for what its restart cost."""
+    return gives_in_s(job, now) <= 0.0
+
+
+def gives_in_s(job: Job, now: datetime) -> float:
+    """In how many seconds of its work that will be the case, 0 or less: it is; infinite: it does not run."""
     attempt = job.attempt
     if attempt is None or attempt.run_time is None:
-        return False
+        return math.inf
     paid_s = WORKS * elastic.lost_by_restart_s(job) if job.past_attempts else 0.0
-    return elastic.worked_s(job, now) >= max(GIVES_AFTER_S, paid_s)
+    return max(GIVES_AFTER_S, paid_s) - elastic.worked_s(job, now)
 
 
 def marginal(job: Job, gpus: int) -> float:

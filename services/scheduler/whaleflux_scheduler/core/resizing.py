@@ -5,10 +5,12 @@ A resize is a claim of a running job on the GPUs that it goes on with (`Claim`, 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from heapq import heappop, heappush
 from itertools import accumulate, islice
 
 from whaleflux_scheduler.core import elastic, resize
@@ -40,6 +42,10 @@ class Resizing:
         self._running = ElasticIndex()
         self._looked_at = -1  # the fleet's version then
         self._asked: dict[int, int] = {}  # by priority of who asked for room: the largest part that jobs had then
+        self._settling: dict[
+            str, float
+        ] = {}  # who was asked before it had worked for long enough, and when it has, in seconds since the epoch
+        self._settles: list[tuple[float, str]] = []  # the same as a heap; may hold times that are over
 
     def learn(self, job: Job) -> bool:
         """A job as it is stored; True when it may give others GPUs that it could not before (`ElasticIndex.learn`)."""
@@ -69,6 +75,29 @@ class Resizing:
         for priority in fallen:
             del self._asked[priority]
         return fallen
+
+    @property
+    def next_look(self) -> float:
+        """Seconds since the epoch when somebody who was asked too early may give; infinite: nobody was."""
+        while self._settles and self._settling.get(self._settles[0][1]) != self._settles[0][0]:
+            heappop(self._settles)
+        return self._settles[0][0] if self._settles else math.inf
+
+    def take_settled(self, now: datetime) -> list[int]:
+        """Priorities of those of them who may give now, each told once."""
+        found = dict[int, None]()
+        while self.next_look <= now.timestamp():
+            name = heappop(self._settles)[1]
+            del self._settling[name]
+            if self._running.has_more(name):
+                found[self._running[name].spec.priority] = None
+        return list(found)
+
+    def _gives_later(self, giver: Job, now: datetime) -> None:
+        at_s = now.timestamp() + resize.gives_in_s(giver, now)
+        if now.timestamp() < at_s < math.inf and self._settling.get(giver.name) != at_s:
+            self._settling[giver.name] = at_s
+            heappush(self._settles, (at_s, giver.name))
 
     def _part(self, priority: int) -> int:
         return self._running.part(priority, self._engine.free_gpus())
@@ -124,6 +153,8 @@ class Resizing:
                 continue
             least = elastic.least(giver.spec) if lent else _keeps(giver, job, part)
             keeps = max(least, claimant.leaves(giver.name, giver.queue))
+            if not lent and giver.spec.priority == job.spec.priority:
+                self._gives_later(giver, now)
             if giver.name not in asked and _gives(giver, job, keeps, self._holdings, now, lent=lent):
                 found.append(Giver(giver, keeps, count(_in_order(giver, self._holdings)) - keeps))
                 nodes += len(self._holdings.held(giver.name))
