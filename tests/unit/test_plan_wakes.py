@@ -112,3 +112,17 @@ def test_who_waits_under_a_limit_for_nobody_is_left_alone(gpus):
     beside.rest()
     assert beside.victims() == {}
     assert beside.running() == {"own"}
+
+
+def test_what_is_guaranteed_no_more_may_be_stopped_by_a_higher_priority():
+    beside = Beside(q={"guaranteed_gpus": 4})
+    beside.submit("q", "own", 4)
+    beside.submit("p", "guest", 12, priority=2)
+    beside.rest()
+    beside.run()
+    beside.submit("p", "high", 4, priority=1)
+    beside.rest()
+    assert beside.victims() == {}
+    beside.world.set_queues({id_: Queue(names.queue(id_)) for id_ in "pq"})
+    beside.rest()
+    assert beside.victims() == {"high": ["own"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from datetime import datetime
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ def at_rest(world: PlanWorld, *, wholly: bool) -> None:
     given_once(world, records)
     as_recorded(world, records)
     nobody_is_lost(world, records)
-    claims_stand_alone(records)
+    claims_stand_alone(records, world.now)
     for plan in world.plans if wholly else ():
         plan.check()
 
@@ -91,11 +92,14 @@ def nobody_is_lost(world: PlanWorld, records: dict[str, Job]) -> None:
         assert plan.waiting == sum(map(plan.waits, records)), "somebody waits who does not exist"
 
 
-def claims_stand_alone(records: dict[str, Job]) -> None:
-    """No GPU is claimed by two, but for shares of it, and until one has stopped that gives up its claim to the other then."""
+def claims_stand_alone(records: dict[str, Job], now: datetime) -> None:
+    """No GPU is claimed by two, but for shares of it, and until one has stopped that gives up its claim to the other then.
+
+    What was given up is over, and its record says so until it is looked at next.
+    """
     claimed: dict[str, str] = {}
     for name, job in records.items():
-        for _, uuids in job.claim.nodes if job.claim is not None else ():
+        for _, uuids in job.claim.nodes if job.claim is not None and job.claim.expire_time > now else ():
             for uuid in uuids:
                 other = claimed.setdefault(uuid, name)
                 both = job.spec.share_memory_bytes and records[other].spec.share_memory_bytes
@@ -207,7 +211,8 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before, 
         if after.state is JobState.SUSPENDING and name in loses:  # it gives its claim up when it has stopped
             continue
         both = job.spec.share_memory_bytes and other.spec.share_memory_bytes
-        if after.claim is None or after.claim.nodes != claim.nodes or both:
+        over = claim.expire_time <= world.now
+        if after.claim is None or after.claim.nodes != claim.nodes or both or over:
             continue
         kept = claim.purpose is ClaimPurpose.RESERVATION and claim.start_time is not None
         assert kept and over_s <= claim.start_time.timestamp() + 0.001, (

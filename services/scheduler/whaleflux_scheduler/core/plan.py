@@ -125,7 +125,7 @@ class Plan(Promising):
         self._follow(job)
         if self._resizing.learn(job):
             self._make_room_for(self._pending.above(job.spec.priority - 1))
-        if job.state is JobState.RUNNING and (known is None or _may_stop_sooner(known, job)):
+        if _may_stop_sooner(known, job):
             self._make_room_for(filter(self._lower_hold_enough, self._pending.above(job.spec.priority)))
             self._swap_beside((job,))
             self._borrows(job)
@@ -299,6 +299,9 @@ class Plan(Promising):
         return Move(job.name, decision, assignment)
 
 
-def _may_stop_sooner(before: Job, now: Job) -> bool:
-    """Whether a running job may be stopped for others that could not have it stopped before."""
-    return before.state is not JobState.RUNNING or now.spec.priority < before.spec.priority
+def _may_stop_sooner(before: Job | None, now: Job) -> bool:
+    """Whether a running job may be stopped for others that could not have it stopped before, or a waiting one may lose its claim to them."""
+    fell = before is not None and now.spec.priority < before.spec.priority
+    if now.state is JobState.RUNNING:
+        return before is None or before.state is not JobState.RUNNING or fell
+    return fell and now.claim is not None

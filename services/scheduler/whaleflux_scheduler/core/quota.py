@@ -297,9 +297,12 @@ class QuotaTree:
             own_is_below = own_is_below or node is at
         return None
 
-    def below_guarantee(self, queue: str, priority: int) -> bool:
-        """Whether it, or one above it, is guaranteed more than its jobs have of that, but for those that yield it to this priority."""
-        return priority > self.guarantees_above(queue)
+    def below_guarantee(self, queue: str, priority: int, own: str = "") -> bool:
+        """Whether it, or one above it, is guaranteed more than its jobs have of that, but for those that yield it to this priority.
+
+        `own`: the job that asks, which may have it already by what it claims.
+        """
+        return priority > self.guarantees_above(queue) or (bool(own) and self.covering(own) is not self.fleet)
 
     def guarantees_above(self, queue: str) -> float:
         """The priority above which jobs may get some of what the queue, or one above it, is guaranteed: the least of those that have it all."""

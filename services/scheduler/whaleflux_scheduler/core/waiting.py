@@ -61,6 +61,7 @@ class Waiting(Questions):
 
     def _set_queues(self, queues: Mapping[str, Queue]) -> None:
         parked = [line for lines in self._parked.values() for line in lines]
+        guaranteed = self._shares.quota.guarantees
         self._shares.set_queues(queues)
         self._turns.regroup(self._pending.classes)
         self._parked.clear()
@@ -71,7 +72,7 @@ class Waiting(Questions):
         self._swaps = dict.fromkeys(parked)
         for top in tuple(self._parked):
             self._unpark(top)
-        if self._shares.quota.guarantees:
+        if guaranteed or self._shares.quota.guarantees:  # what one covered may be free to take now
             self._make_room_for(self._pending.classes)
 
     def _reclaim(self, *, beside: bool = False) -> None:
@@ -82,12 +83,14 @@ class Waiting(Questions):
         lines = [line for queue, priority in above.items() if priority == -math.inf for line in by_queue[queue]]
         high = (line for kind in self._pending.above(lowest) for line in kind.lines.values())
         lines += [line for line in high if line.kind.priority > above.get(line.queue, math.inf)]
+        claiming = (self._pending.jobs.get(name) for name in self._fleet.holdings.claims)
+        lines += [one.line for one in claiming if one is not None and self._may_reclaim(one.line)]
         self._make_room_for({line.kind: None for line in lines}, beside=beside)
         self._swaps |= {line: None for line in lines if line.parked}
 
     def _may_reclaim(self, line: Line) -> bool:
         """Whether somebody's guarantee may have room for its jobs."""
-        return self._shares.quota.below_guarantee(line.queue, line.kind.priority)
+        return self._shares.quota.below_guarantee(line.queue, line.kind.priority, line.kind.own)
 
     def _borrows(self, job: Job) -> None:
         """What it has now may be taken back by those who are guaranteed it, where its own queue is not, or one below that is."""
