@@ -71,6 +71,8 @@ def claimant_of(holdings: Holdings, job: Job, gpus: int) -> Claimant:
 
 def _promised(claimant: Claimant, holdings: Holdings, job: Job, name: str) -> bool:
     """Whether some of its GPUs are kept for somebody who does not make room: to stop it would gain nothing."""
+    if not holdings.claims:
+        return False
     others = holdings.claimants_on(name) - {job.name}
     return any(not _yields(claimant, holdings, other) for other in others)
 

@@ -85,10 +85,11 @@ class Turns:
 
     def reopen(self, kind: RequestClass) -> None:
         """All its lines are to be tried again."""
-        passed, kind.passed = kind.passed, {}
-        for line in passed:
-            if line.names:
-                self.enter(line)
+        if kind.passed:
+            passed, kind.passed = kind.passed, {}
+            for line in passed:
+                if line.names:
+                    self.enter(line)
         self.activate(kind)
 
     def unpark(self, line: Line) -> None:
@@ -150,6 +151,8 @@ class Turns:
         self._heads.put(kind, first.entry[0] if first is not None and first.entry is not None else ())
 
     def _first(self, kind: RequestClass) -> Line | None:
+        if len(kind.lines) == 1:
+            return self._only(kind, next(iter(kind.lines.values())))
         if kind.seen != self._now:
             self._take_in_falls(kind)
         while (top := kind.heap.top()) is not None:
@@ -163,6 +166,20 @@ class Turns:
                 return line
             kind.heap.put(line, (turn, *first))
         return None
+
+    def _only(self, kind: RequestClass, line: Line) -> Line | None:
+        """The only line of its class, as many shapes have: what is in its heap is not looked through."""
+        kind.seen = self._now
+        if line.entry is None:
+            return None
+        if (first := line.first()) is None:
+            line.entry = None
+            return None
+        key = (self._key(line.queue, kind.gpus, kind.priority), *first)
+        if line.entry[0] != key:
+            kind.heap.clear()
+            kind.heap.put(line, key)
+        return line
 
     def _take_in_falls(self, kind: RequestClass) -> None:
         seen, kind.seen = kind.seen, self._now

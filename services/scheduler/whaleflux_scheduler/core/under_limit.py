@@ -6,7 +6,8 @@ elsewhere (`placement.preempt`), by the same order of who yields to whom (`preem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, count, held_by, job_of
@@ -114,14 +115,20 @@ class UnderLimit:
         """Whether it would be, if all of these left; as far as numbers tell."""
         if self._within is self._quota.fleet:  # it is idle GPUs that count, which the engine knows
             return True
-        before = self._more
+        gpus = Counter[str]()
         for victim in victims:
-            self.leaves(victim.id)
-            self._more += self._left[victim.id][1]
-        enough, self._more = self.enough(), before
-        for victim in victims:
-            self.stays(victim.id)
+            name = job_of(victim.id)
+            gpus[self._holdings.jobs[name].queue] += self._counted(victim.id, name)
+        self._suppose(gpus, -1)
+        enough = self.enough()
+        self._suppose(gpus, +1)
         return enough
+
+    def _suppose(self, gpus: Mapping[str, int], sign: int) -> None:
+        """As if the jobs of these queues held so many more; of victims the engine does not know yet."""
+        self._more -= sign * sum(gpus.values())
+        for queue, count_ in gpus.items():
+            self._quota.suppose(queue, sign * count_)
 
     def end(self) -> None:
         """The queues are as they were."""

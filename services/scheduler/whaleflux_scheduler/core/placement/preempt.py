@@ -49,6 +49,8 @@ class _Plan:
         return self.limit is None or self.limit.enough()
 
     def find(self) -> PreemptionPlan | None:
+        if self.limit is not None and not self._any():
+            return None
         stopped = self._shortest_run()
         placement = None if stopped is None else self.engine.fits(self.request)
         if stopped is None or placement is None:
@@ -68,6 +70,12 @@ class _Plan:
             chosen = {v.id for v in (*stopped, *needed)}
             stopped = [v for v in self.order if v.id in chosen]
         return PreemptionPlan(tuple(v.id for v in stopped), placement, sum(v.lost_gpu_s for v in stopped))
+
+    def _any(self) -> bool:
+        """Whether it would fit if all had left. Under a limit it mostly does not: then none is stopped and spared one by one."""
+        with self.engine.transaction():  # never committed
+            self.engine.release_all([victim.id for victim in self.order])
+            return self.engine.feasible(self.request)
 
     def _spare_but_for_the_limit(self, outside: Sequence[Victim]) -> list[Victim]:
         """Who of those outside the place has to go nevertheless, since the limit counts them too; the most valuable are spared first."""
