@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -11,8 +12,8 @@ from whaleflux import names
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core.estimates import Estimates
-from whaleflux_scheduler.core.model import Job, JobState, Queue
-from whaleflux_scheduler.core.soon_over import MOST_S
+from whaleflux_scheduler.core.model import Attempt, Job, JobState, Queue
+from whaleflux_scheduler.core.soon_over import MOST_S, SoonOver
 from whaleflux_scheduler.settings import Settings
 from whaleflux_scheduler.simulation.runner import Simulation
 from whaleflux_scheduler.simulation.workload import Delays, Submission, Workload
@@ -84,6 +85,25 @@ def test_after_a_minute_others_are_stopped_who_always_end_in_a_moment_and_are_fo
     assert MOST_S - 20 <= seen["urgent"].wait_s < MOST_S + 5
 
 
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_look_is_due_when_a_clock_of_microseconds_shows_it(at):
+    """One that is not quite reached then would be looked at for ever."""
+    waits, low = soon_over_of(expected_s=20 + at / 7)
+    assert waits.lets_end(low, (low.name,), NOW + timedelta(seconds=at / 3))
+    look = datetime.fromtimestamp(waits.next_look, UTC)
+    assert waits.due(look - timedelta(microseconds=1)) == []
+    assert waits.due(look) == [low.name]
+    assert waits.of(low.name, look) is None
+
+
+def soon_over_of(**spec):
+    """With one running job."""
+    low = Job(names.job("team", "low"), Spec(command=("x",), gpus=0, **spec), JobState.RUNNING, NOW, uid="low")
+    low = replace(low, attempt=Attempt(1, (), NOW, run_time=NOW))
+    holdings = SimpleNamespace(jobs={low.name: low}, saved={}, held=lambda name: {"n": frozenset({"g"})})
+    return SoonOver(holdings, Estimates()), low
+
+
 def ended(name, run_s, **spec):
     job = Job(names.job("team", name), Spec(command=("x",), gpus=1, **spec), JobState.SUCCEEDED, NOW, uid=name)
     return replace(job, run_s=run_s, end_time=NOW + timedelta(seconds=run_s))
@@ -97,11 +117,12 @@ class TestWhatIsLeft:
         job = ended("low-9", 0.0)
         assert known.left_s(job, 0.0) == 20.0
         assert known.left_s(job, 25.0) == 5.0
-        assert known.left_s(job, 40.0) is None
+        assert known.left_s(job, 40.5) == 0.0
+        assert known.left_s(job, 41.0) is None
 
     def test_what_a_job_says_goes_first_and_its_limit_holds(self):
         said, limited = ended("a", 0.0, expected_s=100.0), ended("a", 0.0, expected_s=100.0, time_limit_s=30.0)
-        assert (Estimates().left_s(said, 90.0), Estimates().left_s(said, 100.0)) == (10.0, None)
+        assert [Estimates().left_s(said, ran_s) for ran_s in (90.0, 100.0, 101.0)] == [10.0, 0.0, None]
         assert (Estimates().left_s(limited, 10.0), Estimates().left_s(limited, 31.0)) == (20.0, 0.0)
 
     def test_of_one_of_whom_nothing_is_known_nothing_is(self):

@@ -26,6 +26,7 @@ KEPT_RUNS = 16  # of each family
 ENOUGH_OF_OTHERS = 4  # runs of any name that say something of a new one; fewer may be tries that failed at once
 MOST_FAMILIES = 20_000
 MOST_SEEN = 20_000  # ended jobs that are remembered as learned
+LATE_S = 1.0  # by which runs that take equally long differ, with what it takes to see that they have ended
 START_S = 60.0  # from the placement until all ranks run, where that is not over yet
 _DIGITS, _BETWEEN = "0123456789", ("-", "_", ".")
 
@@ -97,13 +98,14 @@ class Estimates:
     def left_s(self, job: Job, ran_s: float) -> float | None:
         """In how many seconds a job that has run for `ran_s` probably ends by itself; None: nobody knows, or it runs for longer than was known.
 
-        Half of all such jobs are over by then.
+        Half of all such jobs are over by then. Who runs for as long as was known, and `LATE_S` more, ends at any moment.
         """
-        hard_s, said_s = job.spec.time_limit_s, job.spec.expected_s
+        hard_s, said_s, before_s = job.spec.time_limit_s, job.spec.expected_s, ran_s - LATE_S
         if said_s is not None:
-            known = [said_s] * (said_s > ran_s)
+            known = [said_s] * (said_s > before_s)
         else:
-            known = [_quantile(longer, 0.5)] if (longer := self._longer(job, ran_s)) else []
+            longer = self._longer(job, ran_s) or self._longer(job, before_s)
+            known = [_quantile(longer, 0.5)] if longer else []
         ends = [*known, hard_s] if hard_s is not None else known
         return max(0.0, min(ends) - ran_s) if ends else None
 

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import running_time
 from whaleflux_scheduler.core.estimates import Estimates
@@ -26,13 +26,13 @@ AGAIN_S = 1.0  # the shortest time between two looks at one job
 
 @dataclass(frozen=True, slots=True)
 class LetsEnd:
-    """Whom a waiting job lets end, from the plan that would stop them; times in seconds since the epoch."""
+    """Whom a waiting job lets end, from the plan that would stop them. Instants, not seconds: a look is due exactly when a clock of microseconds shows it."""
 
     victims: tuple[str, ...]
-    since_s: float
-    ends_s: float  # when all of them are expected to have ended
-    look_s: float  # when to decide again
-    stops_s: float  # when they, or others, are stopped at the latest
+    since: datetime
+    ends: datetime  # when all of them are expected to have ended
+    look: datetime  # when to decide again
+    stops: datetime  # when they, or others, are stopped at the latest
 
 
 def stop_cost_gpu_s(job: Job, now: datetime, saved: datetime | None = None) -> float:
@@ -51,30 +51,30 @@ class SoonOver:
         self.most_s = MOST_S
         self._holdings, self._estimates = holdings, estimates
         self._waits: dict[str, LetsEnd] = {}
-        self._looks: list[tuple[float, str]] = []  # a heap; may hold looks that are over
+        self._looks: list[tuple[datetime, str]] = []  # a heap; may hold looks that are over
 
     def of(self, name: str, now: datetime) -> LetsEnd | None:
         """What the job waits for at this moment instead of having others stopped; None: nothing."""
         known = self._waits.get(name)
-        return known if known is not None and now.timestamp() < known.look_s else None
+        return known if known is not None and now < known.look else None
 
     @property
     def next_look(self) -> float:
         """Seconds since the epoch when somebody is to be decided on again; infinite: nobody waits."""
         while self._looks and self._stale(*self._looks[0]):
             heapq.heappop(self._looks)
-        return self._looks[0][0] if self._looks else math.inf
+        return self._looks[0][0].timestamp() if self._looks else math.inf
 
     def due(self, now: datetime) -> list[str]:
         """Who is to be decided on again; each is told once."""
         found = []
-        while self.next_look <= now.timestamp():
+        while self.next_look != math.inf and self._looks[0][0] <= now:
             found.append(heapq.heappop(self._looks)[1])
         return found
 
-    def _stale(self, look_s: float, name: str) -> bool:
+    def _stale(self, look: datetime, name: str) -> bool:
         known = self._waits.get(name)
-        return known is None or known.look_s != look_s
+        return known is None or known.look != look
 
     def forget(self, name: str) -> None:
         """It does not wait any more, or others have been asked to leave for it."""
@@ -86,7 +86,7 @@ class SoonOver:
         if found is None:
             return False
         self._waits[job.name] = found
-        heapq.heappush(self._looks, (found.look_s, job.name))
+        heapq.heappush(self._looks, (found.look, job.name))
         return True
 
     def weighed(self, job: Job, victims: Collection[str], now: datetime) -> LetsEnd | None:
@@ -94,10 +94,10 @@ class SoonOver:
         wait_s = self._worth_waiting_s(job, victims, now)
         if wait_s is None:
             return None
-        now_s, known = now.timestamp(), self._waits.get(job.name)
-        since_s = known.since_s if known is not None else now_s
-        look_s, stops_s = now_s + max(AGAIN_S, wait_s), since_s + self.most_s
-        return LetsEnd(tuple(victims), since_s, now_s + wait_s, look_s, stops_s) if look_s <= stops_s else None
+        known = self._waits.get(job.name)
+        since = known.since if known is not None else now
+        look, stops = now + timedelta(seconds=max(AGAIN_S, wait_s)), since + timedelta(seconds=self.most_s)
+        return LetsEnd(tuple(victims), since, now + timedelta(seconds=wait_s), look, stops) if look <= stops else None
 
     def _worth_waiting_s(self, job: Job, victims: Collection[str], now: datetime) -> float | None:
         """Seconds until all of them have probably ended, if to wait for that costs less than to stop them; None: it does not."""

@@ -193,9 +193,9 @@ def with_victims(
 
 def lets_end(decision: SchedulingDecision, waits: LetsEnd, now: datetime) -> SchedulingDecision:
     """Others would be stopped for it, who are about to end by themselves."""
-    many, now_s = len(waits.victims), now.timestamp()
+    many = len(waits.victims)
     named = ", ".join(waits.victims[:_MOST_NAMES]) + f" and {many - _MOST_NAMES} more" * (many > _MOST_NAMES)
-    ends, stops = (shown_duration(math.ceil(max(0.0, at_s - now_s))) for at_s in (waits.ends_s, waits.stops_s))
+    ends, stops = (shown_duration(math.ceil(max(0.0, (at - now).total_seconds()))) for at in (waits.ends, waits.stops))
     why = (
         f"would stop {named} in {stops} unless {'they end' if many > 1 else 'it ends'} before: expected in {ends}, and a stop costs more GPU time "
         "than this wait"
