@@ -16,7 +16,7 @@ async def test_a_provider_behind_an_executable(tmp_path):
     shop.write_text(
         """#!/bin/sh
 case $1 in
-launch) cat > asked.json; echo '{"id": "m-1"}';;
+launch) cat > "$(dirname "$0")/asked.json"; echo '{"id": "m-1"}';;
 list) echo '{"machines": [{"id": "m-1", "created_s": 5, "tags": {"FLEET": "f", "LEASE": "leases/l"}}, {"id": "x", "created_s": 1, "tags": {}}]}';;
 terminate) echo '{"error": "no_capacity", "message": "not today"}';;
 esac
@@ -30,6 +30,7 @@ esac
     provider = CommandKind(tmp_path).open(offer, {"KEY": "k"})
     asked = Launching(FrontDoor("fleet.example:7443"), CA, 60.0).request(core_lease(record), offer, "f")
     assert await provider.launch(asked) == "m-1"
+    assert '"lease": "leases/' in (tmp_path / "asked.json").read_text()
     assert [(one.id, one.lease) for one in await provider.machines("f")] == [("m-1", "leases/l")]
     with pytest.raises(NoCapacity, match="not today"):
         await provider.terminate("m-1")

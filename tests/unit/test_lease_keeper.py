@@ -10,6 +10,15 @@ from benchmarks.burst_lab import crashes
 from benchmarks.burst_lab.cloud import HARSH, Faults
 from tests.support import virtual_time
 from tests.support.virtual_time import LoopClock
+from whaleflux.store import Put, keys
+from whaleflux.store.election import elect
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory.core.lease_rules import Machine
+from whaleflux_inventory.lease_keeper import LeaseKeeper
+from whaleflux_inventory.lease_launch import FrontDoor, Launching
+from whaleflux_inventory.provider_accounts import Accounts
+from whaleflux_inventory.rented_nodes import node_of
 
 
 def outcome(seed, faults, crash_at=()):
@@ -59,3 +68,122 @@ def test_a_stock_out_costs_seconds():
     seen = outcome(3, Faults(no_stock=0.4))
     check(seen)
     assert seen.failover_s and max(seen.failover_s) <= 10.0
+
+
+class Account:
+    """One region's machines, as its list says."""
+
+    lag_s = 5.0
+
+    def __init__(self):
+        self.there, self.ended = [], []
+
+    async def launch(self, request):
+        machine = Machine(f"{request.offer.region}-m", request.lease, request.token, 0.0, request.offer.name)
+        self.there.append(machine)
+        return machine.id
+
+    async def machines(self, fleet):
+        return self.there
+
+    async def terminate(self, machine):
+        self.ended.append(machine)
+        self.there = [one for one in self.there if one.id != machine]
+
+
+class Regions:
+    """A provider with an account in each region."""
+
+    def __init__(self):
+        self.accounts = {"north": Account(), "south": Account()}
+
+    def problems(self, offer):
+        return {}
+
+    def open(self, offer, keys):
+        return self.accounts[offer.region]
+
+
+class Kept:
+    """Two leases by offers in two regions, and a keeper that is asked for rounds."""
+
+    def __init__(self):
+        self.clock = LoopClock()
+        self.store, self.regions = MemoryStore(self.clock), Regions()
+        self.nodes = crashes.Nodes(self.clock, random.Random(0))
+
+    async def keeper(self, leader):
+        for region in ("north", "south"):
+            offer = pb.Offer(name=f"offers/{region}", provider="p", region=region, site="sites/s", gpus=8)
+            offer.usd_per_hour, offer.max_machines = 1.0, 8
+            await self.store.commit(Put(keys.OFFERS + region, offer.SerializeToString()))
+            lease = pb.Lease(name=f"leases/{region}", state=pb.LEASE_STATE_INTENT, attempt=1, cost_cap_usd=100.0)
+            lease.offers[:], lease.node = [offer.name], node_of("sites/s", f"leases/{region}", 1)
+            lease.offer.CopyFrom(offer)
+            lease.create_time.FromDatetime(self.clock.now())
+            lease.hard_end_time.FromSeconds(int(self.clock.now().timestamp()) + 7200)
+            await self.store.commit(Put(keys.LEASES + region, lease.SerializeToString()))
+        accounts = Accounts({"p": self.regions}, no_keys, self.clock)
+        launching = Launching(FrontDoor("fleet:7443"), crashes.authority(), 1800.0)
+        return LeaseKeeper(self.store, self.clock, leader, accounts, self.nodes, launching)
+
+    async def lease(self, region):
+        return pb.Lease.FromString((await self.store.get(keys.LEASES + region)).value)
+
+
+async def no_keys(secret, owner):
+    return {}
+
+
+def kept(test):
+    async def go():
+        world = Kept()
+        async with elect(world.store, "leases", "a") as leader:
+            await test(world, await world.keeper(leader))
+
+    virtual_time.run(go())
+
+
+def test_what_an_earlier_offer_made_in_another_account_is_ended_there():
+    async def test(world, keeper):
+        await keeper.round()
+        late = Machine("late", "leases/south", "of its first attempt", 0.0, "offers/north")
+        north, south = world.regions.accounts["north"], world.regions.accounts["south"]
+        north.there.append(late)
+        await keeper.round()
+        assert (north.ended, south.ended) == (["late"], [])
+        stray = await world.lease("south")
+        assert (stray.strays, stray.provider_id) == (["late"], "south-m") and stray.stray_usd > 0
+
+    kept(test)
+
+
+def test_a_lease_that_cannot_be_read_is_neither_ended_nor_in_the_way_of_others():
+    async def test(world, keeper):
+        await world.store.commit(
+            Put(keys.LEASES + "newer", pb.Lease(name="leases/newer", state=99).SerializeToString())
+        )
+        north = world.regions.accounts["north"]
+        north.there.append(Machine("its", "leases/newer", "t", 0.0, "offers/north"))
+        await keeper.round()
+        assert not north.ended
+        assert (await world.lease("north")).state == pb.LEASE_STATE_BOOTING
+
+    kept(test)
+
+
+def test_one_lease_that_fails_holds_up_no_other(monkeypatch):
+    async def test(world, keeper):
+        await keeper.round()
+
+        async def joined(node):
+            if "north" in node:
+                raise KeyError(node)
+            return True
+
+        monkeypatch.setattr(world.nodes, "joined", joined)
+        await keeper.round()
+        states = [(await world.lease(region)).state for region in ("north", "south")]
+        assert states == [pb.LEASE_STATE_BOOTING, pb.LEASE_STATE_JOINED]
+
+    kept(test)

@@ -79,6 +79,7 @@ class LeaseKeeper:
         self._sites = Sites(store, clock)
         self._offers: dict[str, tuple[Entry, pb.Offer]] = {}
         self._rented = Counter[str]()
+        self._asked: dict[tuple[str, str, str], Offer] = {}  # an offer of each account that was listed in this round
         self._fleet = ""
         self._swept_s = float("-inf")
 
@@ -111,7 +112,8 @@ class LeaseKeeper:
         self._rented = Counter(one.lease.offer for one in known.values() if one.lease.live)
         known |= await self._found(listed, known)
         limit = asyncio.Semaphore(SIDE_BY_SIDE)
-        due = [one for one in known.values() if one.lease.live or _tagged(listed, one)]
+        tagged = {machine.lease for machines in listed.values() for machine in machines or () if not machine.ended}
+        due = [one for one in known.values() if one.lease.live or one.lease.name in tagged]
         ends = await asyncio.gather(*(self._carried_on(one, listed, limit) for one in due), return_exceptions=True)
         _raise_first(ends)
         if sweep and all(machines is not None for machines in listed.values()):
@@ -163,6 +165,7 @@ class LeaseKeeper:
         for _, record in self._offers.values() if sweep else ():
             offer = core_offer(record)
             offers[offer.account] = offer
+        self._asked = offers
         lists = await asyncio.gather(*(self._accounts.machines(one, self._fleet) for one in offers.values()))
         return dict(zip(offers, lists, strict=True))
 
@@ -175,7 +178,11 @@ class LeaseKeeper:
             for machine in machines or ():
                 if machine.ended or machine.lease in known or machine.lease in found:
                     continue
-                made = await self._of_nobody(account, machine)
+                try:
+                    made = await self._of_nobody(account, machine)
+                except ConditionFailed:  # there is one that this version cannot read: that is not none
+                    log.warning("%s is of %s, which cannot be read; it is left alone", machine.id, machine.lease)
+                    continue
                 if made is not None:
                     found[made.lease.name] = made
         return found
@@ -214,10 +221,12 @@ class LeaseKeeper:
         async with limit:
             try:
                 await self._steps(one, listed)
-            except Fenced:
+            except (Fenced, Unavailable):
                 raise
             except ConditionFailed:
                 log.info("%s changed meanwhile; it is looked at again", one.lease.name)
+            except Exception:  # whatever is wrong with this one, the others go on, and so does all of inventory
+                log.exception("%s is not carried on now; it is looked at again", one.lease.name)
 
     async def _steps(self, one: _Known, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None]) -> None:
         """Steps until nothing is left to do now."""
@@ -227,12 +236,12 @@ class LeaseKeeper:
             done = rules.step(one.lease, seen, now_s)
             if done.next_offer:
                 done = Step(self._elsewhere(one, done.lease, done.next_offer, now_s), end=done.end)
-            before = one.lease
+            before, offer = one.lease, one.offer
             one = await self._stored(one, done)
             if done.drain:
                 await self._nodes.drain(one.record.node, f"{one.lease.name} ends: {one.lease.end_reason}")
             for machine in done.end:
-                await self._accounts.terminate(one.offer, machine)
+                await self._accounts.terminate(self._where(machine, before.name, offer, listed), machine)
             if done.launch:
                 one = await self._launched(one)
                 if one.lease.state is not State.INTENT:
@@ -240,9 +249,21 @@ class LeaseKeeper:
             elif one.lease.state is before.state:
                 return
 
+    def _where(
+        self,
+        machine: str,
+        lease: str,
+        offer: Offer,
+        listed: Mapping[tuple[str, str, str], Sequence[Machine] | None],
+    ) -> Offer:
+        """An offer of the account that has the machine: the lease's own, unless only another one lists it."""
+        there = [account for account, machines in listed.items() if machine in {one.id for one in _of(lease, machines)}]
+        return offer if not there or offer.account in there else self._asked[there[0]]
+
     async def _seen(self, one: _Known, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None]) -> Seen:
         machines = listed.get(one.offer.account)
-        own = None if machines is None else [machine for machine in machines if machine.lease == one.lease.name]
+        own = None if machines is None else _of(one.lease.name, machines)
+        others = (there for account, there in listed.items() if account != one.offer.account)
         state = one.lease.state
         try:
             lag_s = await self._accounts.lag_s(one.offer)
@@ -250,6 +271,7 @@ class LeaseKeeper:
             lag_s, own = LAG_S, None
         return Seen(
             machines=own,
+            elsewhere=[machine for there in others for machine in _of(one.lease.name, there)],
             joined=state is State.BOOTING and await self._nodes.joined(one.record.node),
             held=await self._nodes.held(one.record.node) if state is State.DRAINING else None,
             lag_s=lag_s,
@@ -366,10 +388,9 @@ def _known(entry: Entry) -> _Known:
     return _Known(entry, record, core_lease(record))
 
 
-def _tagged(listed: Mapping[tuple[str, str, str], Sequence[Machine] | None], one: _Known) -> bool:
-    """Whether something still carries the tag of a lease that is over."""
-    machines = listed.get(one.offer.account) or ()
-    return any(machine.lease == one.lease.name and not machine.ended for machine in machines)
+def _of(lease: str, machines: Sequence[Machine] | None) -> list[Machine]:
+    """Those that carry its tag."""
+    return [machine for machine in machines or () if machine.lease == lease]
 
 
 def _raise_first(ends: Sequence[BaseException | None]) -> None:

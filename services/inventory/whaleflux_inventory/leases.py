@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 
 from whaleflux import names
@@ -12,7 +13,7 @@ from whaleflux.reasons import What
 from whaleflux.rpc import auth, changes
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Present, Put, Store
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, NoneCreated, Present, Put, Store
 from whaleflux.store.reading import read_all
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, records
@@ -24,6 +25,7 @@ from whaleflux_inventory.lease_records import core_offer, is_over, lease_of, lea
 from whaleflux_inventory.rented_nodes import node_of
 
 MAX_USD = 10_000_000.0
+_TRIES = 5  # to make a lease while others are made
 
 
 class Leases:
@@ -37,12 +39,22 @@ class Leases:
         self._check(request)
         if self._why_not:
             raise FailedPrecondition(self._why_not)
+        for _ in range(_TRIES):
+            try:
+                return await self._created(request)
+            except ConditionFailed:  # another lease was made meanwhile: perhaps by this very request
+                continue
+        raise Aborted("others rent, or an offer was forgotten, in this moment; look again: whaleflux offers ls")
+
+    async def _created(self, request: pb.CreateLeaseRequest) -> pb.Lease:
+        """One try. Raises ConditionFailed when there are other leases by now than were looked at."""
         fingerprint = convert.fingerprint(request.request_id, request)
-        if fingerprint and (before := await self._made_before(fingerprint)) is not None:
+        there = await self._store.list(keys.LEASES)
+        if fingerprint and (before := self._made_before(fingerprint, there.entries)) is not None:
             return before
         offers = [await self._offer(name, at) for at, name in enumerate(request.offers)]
         now = self._clock.now()
-        chosen = await self._chosen(offers)
+        chosen = self._chosen(offers, there.entries)
         lease = pb.Lease(
             name=names.lease(names.ulid(now.timestamp())),
             state=pb.LEASE_STATE_INTENT,
@@ -63,10 +75,8 @@ class Leases:
         lease.last_change.CopyFrom(changes.asked(What.CREATED, now, request.reason))
         key, value = keys.of_name(keys.LEASES, lease.name), lease.SerializeToString(deterministic=True)
         known: list[Condition] = [Present(keys.of_name(keys.OFFERS, name)) for name in dict.fromkeys(request.offers)]
-        try:
-            revision = await self._store.commit(Put(key, value), when=[Absent(key), *known])
-        except ConditionFailed:
-            raise Aborted("an offer was forgotten in this moment; look again: whaleflux offers ls") from None
+        alone: list[Condition] = [Absent(key), NoneCreated(keys.LEASES, there.revision)]
+        revision = await self._store.commit(Put(key, value), when=[*alone, *known])
         return shown_lease(Entry(key, value, revision, revision), now.timestamp())
 
     async def get(self, name: str) -> pb.Lease:
@@ -122,9 +132,9 @@ class Leases:
         except NotFound:
             raise NotFound("offer", name, f"offers[{at}]; see: whaleflux offers ls") from None
 
-    async def _chosen(self, offers: list[pb.Offer]) -> pb.Offer:
+    def _chosen(self, offers: list[pb.Offer], leases: Sequence[Entry]) -> pb.Offer:
         """Where it begins. Raises FailedPrecondition where none of them may be asked now."""
-        live = [one for one in leases_in((await self._store.list(keys.LEASES)).entries) if not is_over(one)]
+        live = [one for one in leases_in(leases) if not is_over(one)]
         rented = {one.name: sum(lease.offer.name == one.name for lease in live) for one in offers}
         seen = [core_offer(one) for one in offers]
         best = choose(seen, rented, self._now_s())
@@ -138,8 +148,8 @@ class Leases:
             raise FailedPrecondition(f"none of these offers can be asked for a machine now ({said})")
         return next(one for one in offers if one.name == best.name)
 
-    async def _made_before(self, fingerprint: str) -> pb.Lease | None:
-        for entry, lease in read_all((await self._store.list(keys.LEASES)).entries, lease_of).values:
+    def _made_before(self, fingerprint: str, leases: Sequence[Entry]) -> pb.Lease | None:
+        for entry, lease in read_all(leases, lease_of).values:
             if lease.request_fingerprint == fingerprint and lease.owner == auth.caller().subject:
                 return shown_lease(entry, self._now_s())
         return None

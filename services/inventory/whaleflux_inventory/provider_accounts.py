@@ -19,7 +19,6 @@ from whaleflux_inventory.providers.api import (
     LaunchRequest,
     MachineNotFound,
     Provider,
-    ProviderError,
     ProviderKind,
     Throttled,
     Unsupported,
@@ -66,8 +65,8 @@ class Accounts:
             account = await self._account(offer)
             self._check_pause(account)
             return await self._asked(account, account.provider.machines(fleet))
-        except (ProviderError, OSError, TimeoutError) as error:
-            log.warning("machines of %s %s are not known now: %s", offer.provider, offer.region, error)
+        except Exception as error:  # whatever it is: one account's trouble is no other's
+            log.warning("machines of %s %s are not known now: %r", offer.provider, offer.region, error)
             return None
 
     async def terminate(self, offer: Offer, machine: str) -> bool:
@@ -78,8 +77,8 @@ class Accounts:
                 await self._asked(account, account.provider.terminate(machine))
         except MachineNotFound:
             return True
-        except (ProviderError, OSError, TimeoutError) as error:
-            log.warning("%s of %s is not ended yet: %s", machine, offer.provider, error)
+        except Exception as error:
+            log.warning("%s of %s is not ended yet: %r", machine, offer.provider, error)
             return False
         return True
 

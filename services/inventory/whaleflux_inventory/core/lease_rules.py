@@ -135,10 +135,12 @@ class Machine:
 class Seen:
     """What is known of a lease's surroundings. `machines`: with its tag; None: its provider was not asked, or did not answer.
 
+    `elsewhere`: with its tag in other accounts, where it had an offer before: what a call made there that was not answered.
     `held`: GPUs of its node that jobs hold; None: not known.
     """
 
     machines: Sequence[Machine] | None = None
+    elsewhere: Sequence[Machine] = ()
     joined: bool = False
     held: int | None = None
     lag_s: float = 60.0
@@ -350,8 +352,9 @@ def _why_over(lease: Lease) -> str:
 
 
 def _with_strays(lease: Lease, seen: Seen, now_s: float) -> tuple[Lease, tuple[str, ...]]:
-    """Machines with the lease's tag that are not its own: counted once, and ended as long as they are listed."""
+    """Machines with the lease's tag that are not its own: counted once, at the price of its offer, and ended as long as they are listed."""
     strays = [machine for machine in seen.alive if _is_stray(lease, machine, seen)]
+    strays += [machine for machine in seen.elsewhere if not machine.ended]
     new = [machine for machine in strays if machine.id not in lease.strays]
     if new:
         usd = sum(paid_usd(now_s - _unpaid_s(lease, machine), lease.terms) for machine in new)

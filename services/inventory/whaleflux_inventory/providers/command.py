@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,12 +152,19 @@ def _machine(one: Any) -> tuple[Machine, str]:
             id=str(one["id"]),
             lease=str(tags.get(LEASE_TAG, "")),
             token=str(tags.get(TOKEN_TAG, "")),
-            created_s=float(one["created_s"]),
+            created_s=_instant_s(one["created_s"]),
             offer=str(tags.get(OFFER_TAG, "")),
             ended=bool(one.get("ended", False)),
-            taken_s=float(one.get("taken_s") or 0.0),
+            taken_s=_instant_s(one.get("taken_s") or 0.0),
             taken_why=str(one.get("taken_why", ""))[:300],
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise OSError("a machine in the list lacks id, tags or created_s") from None
     return machine, str(tags.get(FLEET_TAG, ""))
+
+
+def _instant_s(said: Any) -> float:
+    """Unix seconds. Raises ValueError, TypeError for what is no time."""
+    if not math.isfinite(value := float(said)):
+        raise ValueError(said)
+    return value

@@ -89,11 +89,12 @@ class SimulatedCloud:
     async def terminate(self, machine_id: str) -> None:
         """Asks the machine to end, and whoever does not listen is killed."""
         folder = self._folder / Path(machine_id).name
-        if not folder.is_dir() or _pid(folder) == 0:
+        pid = _pid(folder) if folder.is_dir() else 0
+        if not pid:  # to which a signal would be one to everybody of this process's group
             return
         (folder / simulated_machine.STOP).touch()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(_pid(folder), signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
 
     def _known(self) -> list[tuple[Path, dict[str, Any]]]:
         found = []
