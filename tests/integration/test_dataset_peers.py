@@ -162,9 +162,9 @@ async def test_nodes_that_know_the_version_share_its_chunks_among_them(tmp_path,
     async with site(inventory, tmp_path, counting, "n1", "n2", "n3") as agents:
         fetches = [asyncio.create_task(agent.cache.fetch(C4)) for agent in agents]
         await until(lambda: sum(copy.node.startswith("sites/lab") for copy in inventory.copies[C4]) == 3)
-        await asyncio.sleep(
-            0.3
-        )  # by then each has heard of the others; more is read twice if not, and nothing is wrong
+        # Who has asked all others twice has taken in what they said the first time: one look follows another.
+        everybody = [(agent, other) for agent in agents for other in agents if other is not agent]
+        await until(lambda: all(agent.servicer.asked[other.node] > 1 for agent, other in everybody))
         counting.may.set()
         folders = await asyncio.gather(*fetches)
     assert all(contents(folder) == contents(source) for folder in folders)

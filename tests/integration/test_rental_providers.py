@@ -1,5 +1,6 @@
 """Providers of rented machines that are programs of this host."""
 
+import asyncio
 import stat
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.unit.test_rentals import CA, World
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.lease_records import core_lease, core_offer
+from whaleflux_inventory.providers import simulated, simulated_machine
 from whaleflux_inventory.providers.api import FLEET_TAG, LEASE_TAG, NoCapacity
 from whaleflux_inventory.providers.command import CommandKind
 
@@ -34,3 +36,16 @@ esac
     assert [(one.id, one.lease) for one in await provider.machines("f")] == [("m-1", "leases/l")]
     with pytest.raises(NoCapacity, match="not today"):
         await provider.terminate("m-1")
+
+
+async def test_a_machine_that_ends_by_itself_in_this_moment_is_sent_no_signal(tmp_path, monkeypatch):
+    folder, sent = tmp_path / "sim-1", []
+    folder.mkdir()
+    played = await asyncio.create_subprocess_exec("/bin/sh", "-c", "read _", str(folder), stdin=asyncio.subprocess.PIPE)
+    pid = folder / simulated_machine.PID
+    pid.write_text(str(played.pid))
+    monkeypatch.setattr(simulated.Path, "touch", lambda _: pid.unlink())
+    monkeypatch.setattr(simulated.os, "kill", lambda number, _: sent.append(number))
+    await simulated.SimulatedCloud(tmp_path, {}).terminate("sim-1")
+    await played.communicate()
+    assert sent == [played.pid], "0 is everybody of this process's group"

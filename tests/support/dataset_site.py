@@ -1,5 +1,6 @@
 """Agents of a site, as far as datasets go: real servers with their own certificates on loopback, one inventory in memory."""
 
+from collections import Counter
 from datetime import UTC, datetime
 
 from tests.support.toy_rpc import CA
@@ -21,6 +22,18 @@ class Later(SystemClock):
         return super().monotonic() + self.later_s
 
 
+class Heard(PieceServicer):
+    """Notes how often each node asked what is here."""
+
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.asked = Counter()
+
+    async def ListPieces(self, request, context):
+        self.asked[request.node] += 1
+        return await super().ListPieces(request, context)
+
+
 class Agent:
     """One node, with an empty cache below `root`."""
 
@@ -34,7 +47,7 @@ class Agent:
             root / site / name, room, self.node, inventory, frozenset, address=self.address, peers=peers, **more
         )
         self.clock, self.peers = Later(), peers
-        self.servicer = PieceServicer(self.node, self.cache.held, inventory, self.clock)
+        self.servicer = Heard(self.node, self.cache.held, inventory, self.clock)
 
     def forget_what_inventory_said(self):
         """So long ago that it is asked again."""

@@ -140,7 +140,7 @@ class FakeInventory:
         return inventory_pb2.ListOffersResponse(offers=self.offers)
 
     async def ListLeases(self, request, timeout=None):
-        return inventory_pb2.ListLeasesResponse(leases=self.leases.values())
+        return inventory_pb2.ListLeasesResponse(leases=self.leases.values(), unreadable=self.unreadable)
 
     async def CreateLease(self, request, timeout=None):
         name = f"leases/l{len(self.leases)}"

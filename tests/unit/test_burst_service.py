@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import duration_pb2
 
 from tests.support.scheduler_world import World, node, until
-from whaleflux.errors import InvalidArgument
+from whaleflux.errors import FailedPrecondition, InvalidArgument
 from whaleflux.v1 import inventory_pb2 as ipb
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import types_pb2
@@ -91,6 +91,18 @@ async def test_a_job_that_waits_gets_a_rented_machine_which_is_given_back_when_n
         await until(lambda: lease.end_reason, "it is given back", 180.0)
         assert "nothing has run on it" in lease.end_reason
         assert len(world.leases) == 1
+
+
+async def test_what_cannot_be_read_is_not_taken_for_nothing_rented():
+    async with Full("on") as world:
+        world.inventory.unreadable.append("leases/newer")
+        await world.fill()
+        with pytest.raises(FailedPrecondition, match="leases/newer cannot be read"):
+            await world.plan()
+        await asyncio.sleep(300)
+        assert not world.leases
+        world.inventory.unreadable.clear()
+        await until(lambda: world.leases, "a machine is rented")
 
 
 async def test_a_machine_that_an_operator_rented_is_the_operators():

@@ -49,6 +49,13 @@ class TestService:
             for part in ("on one GPU; the largest", "5 GPUs on one node; the largest has 4", "resource licence"):
                 assert part in words
 
+    async def test_the_bundles_of_all_gangs_count_together(self):
+        async with World() as world:
+            gang = pb.RayGang(bundles=[bundle(1, GPU=1 + n) for n in range(400)], count=1)
+            with pytest.raises(InvalidArgument, match="demand: has 1200 bundles in all") as refused:
+                await planned(world, gangs=[gang] * 3)
+            assert "at most 1000" in str(refused.value)
+
     async def test_nodes_that_are_there_or_under_way_come_first(self):
         async with World() as world:
             await world.add(node("s/a"))

@@ -1,7 +1,6 @@
 """Offers and leases as people ask for them: files, rpcs, what is refused and changes nothing."""
 
 import asyncio
-import subprocess
 
 import pytest
 
@@ -19,7 +18,6 @@ from whaleflux.v1 import types_pb2
 from whaleflux_inventory import news
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.lease_records import core_lease, core_offer
-from whaleflux_inventory.providers import simulated, simulated_machine
 from whaleflux_inventory.providers.command import CommandKind
 from whaleflux_inventory.providers.simulated import SimulatedKind
 from whaleflux_inventory.providers.user_data import MAX_BYTES, user_data
@@ -199,19 +197,6 @@ async def test_the_same_request_twice_at_once_is_one_lease_and_the_last_machine_
     await world.offer("b", max_machines=1)
     ends = await asyncio.gather(*(world.lease("b", request_id=str(n)) for n in range(2)), return_exceptions=True)
     assert sorted(type(end).__name__ for end in ends) == ["FailedPrecondition", "Lease"]
-
-
-def test_a_machine_that_ends_by_itself_in_this_moment_is_sent_no_signal(tmp_path, monkeypatch):
-    folder, sent = tmp_path / "sim-1", []
-    folder.mkdir()
-    played = subprocess.Popen(["/bin/sh", "-c", "read _", str(folder)], stdin=subprocess.PIPE)
-    pid = folder / simulated_machine.PID
-    pid.write_text(str(played.pid))
-    monkeypatch.setattr(simulated.Path, "touch", lambda _: pid.unlink())
-    monkeypatch.setattr(simulated.os, "kill", lambda number, _: sent.append(number))
-    asyncio.run(simulated.SimulatedCloud(tmp_path, {}).terminate("sim-1"))
-    played.communicate(timeout=60)
-    assert sent == [played.pid], "0 is everybody of this process's group"
 
 
 async def test_who_cannot_rent_says_why(tmp_path):

@@ -27,7 +27,6 @@ from whaleflux_agent.dataset_pull import FIXED_NS
 from whaleflux_agent.dataset_store import Held
 
 MAX_READS, MAX_WAITING = 8, 64  # at a time; the node's disk and network are its own work's first
-MAX_READ_BYTES = 1 << 40
 _MESSAGE_BYTES = 1 << 20
 _MIN_BYTES_PER_S = 256 << 10  # of a reader; a slower one is cut off
 _CALL_S, _WAIT_S = 5.0, 3.0
@@ -94,7 +93,7 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
         return held
 
     async def _may_have(self, node: str, name: str, digest: str) -> bool:
-        dataset = await self._dataset(name)
+        dataset = await self._dataset(name, digest)
         if dataset is None or digest not in ("", dataset.manifest_digest) or dataset.HasField("credentials"):
             return False
         return not dataset.members or node in self._pinned(dataset)
@@ -104,10 +103,13 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
         live = (p for p in dataset.pins if not p.HasField("expire_time") or p.expire_time.ToDatetime(UTC) > now)
         return {pin.node for pin in live}
 
-    async def _dataset(self, name: str) -> inventory_pb2.Dataset | None:
-        """The record, as inventory said within some seconds, or last while it does not answer."""
+    async def _dataset(self, name: str, digest: str) -> inventory_pb2.Dataset | None:
+        """The record, as inventory said within some seconds, or last while it does not answer.
+
+        A version that it did not know of then may be known by now; while there is none, all who wait for it ask often, and for none.
+        """
         asked_s, known = self._known.get(name, (float("-inf"), None))
-        if known and known.manifest_digest and self._clock.monotonic() - asked_s < _KNOWN_S:
+        if known and (known.manifest_digest or not digest) and self._clock.monotonic() - asked_s < _KNOWN_S:
             return known
         try:
             found: inventory_pb2.Dataset = await self._inventory.GetDataset(

@@ -91,7 +91,9 @@ class Bursts:
 
     async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease]]:
         offers = await _all(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
-        leases = await _all(inventory.ListLeases, ipb.ListLeasesRequest(page_size=1000, show_gone=True), "leases")
+        leases = await _all(
+            inventory.ListLeases, ipb.ListLeasesRequest(page_size=1000, show_gone=True), "leases", whole=True
+        )
         live = [lease for lease in leases if lease.state != ipb.LEASE_STATE_GONE]
         if not offers and not live:
             return BurstPlan(), leases
@@ -183,12 +185,17 @@ class Bursts:
         )
 
 
-async def _all(call: Any, request: Any, field_name: str) -> list[Any]:
-    """All items of a listing."""
+async def _all(call: Any, request: Any, field_name: str, *, whole: bool = False) -> list[Any]:
+    """All items of a listing. `whole`: raises FailedPrecondition where some cannot be read, which are not none."""
     found: list[Any] = []
     while True:
         page = await call(request, timeout=_ASK_WITHIN_S)
         found += getattr(page, field_name)
+        if whole and page.unreadable:
+            raise FailedPrecondition(
+                f"{', '.join(page.unreadable[:5])} cannot be read, so nobody knows what is rented and spent: nothing is rented or given "
+                "back; run the newest version of inventory, or remove these records"
+            )
         if not page.next_page_token:
             return found
         request.page_token = page.next_page_token

@@ -46,6 +46,7 @@ def _cluster(demand: pb.RayDemand) -> Cluster:
     _few("demand.gangs", demand.gangs, MOST_SHAPES)
     _few("demand.constraints", demand.constraints, MOST_SHAPES)
     _few("demand.nodes", demand.nodes, MOST_NODES)
+    _few_in_all(demand)
     gangs = tuple(_gang(f"demand.gangs[{at}]", gang) for at, gang in enumerate(demand.gangs))
     nodes = tuple(_node(f"demand.nodes[{at}]", node) for at, node in enumerate(demand.nodes))
     singles = _bundles("demand.bundles", demand.bundles)
@@ -105,6 +106,18 @@ def _few(field: str, items: Sequence[object], most: int) -> None:
     if len(items) > most:
         raise InvalidArgument(
             FieldViolation(field, f"has {len(items)} entries; at most {most}: equal ones belong together")
+        )
+
+
+def _few_in_all(demand: pb.RayDemand) -> None:
+    """The time that a plan takes grows with all shapes together."""
+    count = len(demand.bundles) + len(demand.constraints) + sum(len(gang.bundles) for gang in demand.gangs)
+    if count > MOST_SHAPES:
+        raise InvalidArgument(
+            FieldViolation(
+                "demand",
+                f"has {count} bundles in all, its gangs' included; at most {MOST_SHAPES}: equal ones belong together",
+            )
         )
 
 
