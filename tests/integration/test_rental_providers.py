@@ -47,5 +47,5 @@ async def test_a_machine_that_ends_by_itself_in_this_moment_is_sent_no_signal(tm
     monkeypatch.setattr(simulated.Path, "touch", lambda _: pid.unlink())
     monkeypatch.setattr(simulated.os, "kill", lambda number, _: sent.append(number))
     await simulated.SimulatedCloud(tmp_path, {}).terminate("sim-1")
-    await played.communicate()
+    await played.communicate(b"\n")
     assert sent == [played.pid], "0 is everybody of this process's group"
