@@ -6,6 +6,8 @@ from tests.support.plan_soak.world import PlanWorld
 from whaleflux import names
 from whaleflux.manifests.job_fields import JobKind, Spec
 from whaleflux_scheduler.core.model import JobState, Queue
+from whaleflux_scheduler.core.plan import Plan
+from whaleflux_scheduler.core.soon_over import SoonOver
 from whaleflux_scheduler.simulation import happenings
 from whaleflux_scheduler.simulation.workload import Submission
 
@@ -126,3 +128,11 @@ def test_what_is_guaranteed_no_more_may_be_stopped_by_a_higher_priority():
     beside.world.set_queues({id_: Queue(names.queue(id_)) for id_ in "pq"})
     beside.rest()
     assert beside.victims() == {"high": ["own"]}
+
+
+def test_when_a_plan_looks_next_what_it_looks_for_is_due(monkeypatch):
+    """The instant lies between two microseconds: at the one before, nothing would be due, and a virtual clock would stand there for ever."""
+    at_s = 1767227369.2250001
+    monkeypatch.setattr(SoonOver, "next_look", at_s)
+    look = Plan().next_look
+    assert at_s <= look.timestamp() <= at_s + 2e-6

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from whaleflux_scheduler.core import decisions
 from whaleflux_scheduler.core.going_on import claimed_place, way_back
@@ -62,7 +62,7 @@ class Plan(Promising):
         """When something is due without news: somebody has to leave promised GPUs, a reservation begins or is over."""
         waits_s = min(self._patience.next_look, self._soon_over.next_look, self._resizing.next_look)
         at_s = min(self._promises.next_look, self._reserved.next_look, waits_s, self._next_again)
-        return datetime.fromtimestamp(at_s, UTC) if at_s != math.inf else None
+        return _not_before(at_s) if at_s != math.inf else None
 
     def prepare(self) -> None:
         """Works out what the first decision would have to, which for thousands of nodes takes a while."""
@@ -297,6 +297,12 @@ class Plan(Promising):
         if self._hopeful and not self._fleet.any_hope:
             self._give_up_hope()
         return Move(job.name, decision, assignment)
+
+
+def _not_before(at_s: float) -> datetime:
+    """The first microsecond that is not before: who looks then finds it due, and does not look again and again at the one before it."""
+    at = datetime.fromtimestamp(at_s, UTC)
+    return at if at.timestamp() >= at_s else at + timedelta(microseconds=1)
 
 
 def _may_stop_sooner(before: Job | None, now: Job) -> bool:

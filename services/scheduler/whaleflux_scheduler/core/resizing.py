@@ -27,6 +27,7 @@ from whaleflux_scheduler.core.request import of_model, shape
 from whaleflux_scheduler.core.resize import Growth
 
 MOST_GROWTHS = 8  # in one step
+LEAST_LATER_S = 1.0  # until one who was asked too early is asked again
 MOST_LOOKED_AT = 128  # for one who waits, and for one look at who may grow
 GIVES_MORE = 0.5  # of what it has beyond its part
 _NO_PARTS: Mapping[str, int] = {}
@@ -94,8 +95,13 @@ class Resizing:
         return list(found)
 
     def _gives_later(self, giver: Job, now: datetime) -> None:
-        at_s = now.timestamp() + resize.gives_in_s(giver, now)
-        if now.timestamp() < at_s < math.inf and self._settling.get(giver.name) != at_s:
+        in_s = resize.gives_in_s(giver, now)
+        if not 0.0 < in_s < math.inf:
+            return
+        at_s = (
+            now + timedelta(seconds=max(LEAST_LATER_S, in_s))
+        ).timestamp()  # in whole microseconds, as `next_look` is told
+        if self._settling.get(giver.name) != at_s:
             self._settling[giver.name] = at_s
             heappush(self._settles, (at_s, giver.name))
 
