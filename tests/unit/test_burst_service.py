@@ -10,7 +10,7 @@ from whaleflux.errors import FailedPrecondition, InvalidArgument
 from whaleflux.v1 import inventory_pb2 as ipb
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import types_pb2
-from whaleflux_scheduler.bursts import BurstSettings
+from whaleflux_scheduler.bursts import SETTLES_S, BurstSettings
 from whaleflux_scheduler.core.burst import BurstRules
 from whaleflux_scheduler.settings import Settings
 
@@ -91,6 +91,18 @@ async def test_a_job_that_waits_gets_a_rented_machine_which_is_given_back_when_n
         await until(lambda: lease.end_reason, "it is given back", 180.0)
         assert "nothing has run on it" in lease.end_reason
         assert len(world.leases) == 1
+
+
+async def test_a_machine_that_joined_and_takes_no_work_is_not_waited_for():
+    async with Full("on", budgets_usd={"": 50.0}) as world:
+        await world.fill()
+        await until(lambda: world.leases, "a machine is rented")
+        lease = world.leases[0]
+        lease.state = ipb.LEASE_STATE_JOINED
+        lease.join_time.FromDatetime(world.clock.now())
+        await asyncio.sleep(SETTLES_S / 2)
+        assert len(world.leases) == 1  # its node may be on its way here
+        await until(lambda: len(world.leases) == 2, "another one is rented", 600.0)
 
 
 async def test_what_cannot_be_read_is_not_taken_for_nothing_rented():

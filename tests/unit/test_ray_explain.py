@@ -1,7 +1,11 @@
 """What a Ray cluster should get, through the service and the command: the fleet as it is, bad input, and what is read of Ray's own state."""
 
+import asyncio
 import contextlib
 import json
+import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace as Message
 
 import pytest
@@ -11,9 +15,11 @@ from typer.testing import CliRunner
 from tests.support.scheduler_world import World, node
 from whaleflux.cli import ray_commands
 from whaleflux.cli.__main__ import app
-from whaleflux.errors import FailedPrecondition, InvalidArgument, Unavailable
+from whaleflux.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from whaleflux.ray_cluster import reader, reading
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler import ray_plans
+from whaleflux_scheduler.core import ray_nodes
 
 RUN = CliRunner()
 GIB = 1024
@@ -55,6 +61,35 @@ class TestService:
             with pytest.raises(InvalidArgument, match="demand: has 1200 bundles in all") as refused:
                 await planned(world, gangs=[gang] * 3)
             assert "at most 1000" in str(refused.value)
+
+    async def test_one_plan_at_a_time_and_who_gives_up_leaves_its_turn_taken_until_its_thread_has_ended(
+        self, monkeypatch
+    ):
+        begun, ended, running = [], threading.Event(), threading.Semaphore(0)
+        really = ray_nodes.resize
+
+        def resize(*asked):
+            begun.append(len(begun))
+            running.release()
+            if len(begun) == 1:
+                ended.wait(60)
+            return really(*asked)
+
+        monkeypatch.setattr(ray_nodes, "resize", resize)
+        monkeypatch.setattr(ray_plans, "PATIENCE_S", 0.05)
+        async with World() as world:
+            await world.add(node("s/a"))
+            first = asyncio.create_task(planned(world, bundles=[bundle(1, GPU=1)]))
+            try:
+                await asyncio.to_thread(running.acquire, timeout=60)
+                first.cancel()
+                with pytest.raises(ResourceExhausted, match="ask again later"):
+                    await planned(world, bundles=[bundle(1, GPU=1)])
+            finally:
+                ended.set()
+            assert begun == [0]
+            monkeypatch.setattr(ray_plans, "PATIENCE_S", 60)
+            assert (await planned(world, bundles=[bundle(1, GPU=1)])).gpus == 1
 
     async def test_nodes_that_are_there_or_under_way_come_first(self):
         async with World() as world:
@@ -230,3 +265,21 @@ class TestCommand:
     @pytest.mark.parametrize("words", [[], ["demand.json", "--address", "h:1"], ["demand.json", "-o", "csv"]])
     def test_one_of_both(self, asked, words):
         assert isinstance(RUN.invoke(app, ["ray", "explain", *words]).exception, InvalidArgument)
+
+
+@pytest.mark.parametrize(
+    ("first", "python"),
+    [
+        ("#!{python}", True), ("#!/usr/bin/env python3", True), ("#!/bin/sh", False), ("#!/usr/bin/env -S uv run", False), ("#!", False), ("", False),
+    ],
+)  # fmt: skip
+def test_whose_interpreter_has_ray_is_read_from_its_program(tmp_path, monkeypatch, first, python):
+    program = tmp_path / "ray"
+    program.write_text(first.format(python=sys.executable) + "\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}")
+    if python:
+        assert Path(reading.interpreter()).name.startswith("python")
+    else:
+        with pytest.raises(FailedPrecondition, match="does not say which Python runs it; name the interpreter"):
+            reading.interpreter()

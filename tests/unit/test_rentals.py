@@ -231,6 +231,14 @@ async def test_a_repeated_request_is_the_same_to_the_letter_and_nothing_secret_i
     assert stored.token.node == record.node
 
 
+async def test_a_machine_dials_a_front_door_that_has_an_ipv6_address(world):
+    await world.offer()
+    record = await world.lease()
+    launching = Launching(FrontDoor("[2001:db8::1]:7443"), CA, 1800.0)
+    script = user_data(launching.request(core_lease(record), core_offer(record.offer), "fleet-1"))
+    assert "/dev/tcp/2001:db8::1/7443" in script  # else it hears nobody, and ends itself
+
+
 async def test_what_became_of_a_lease_is_told(world):
     await world.offer()
     record = await world.lease(reason="a rush")

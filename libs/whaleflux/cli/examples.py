@@ -43,7 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "datasets show": ("whaleflux datasets show c4",),
     "datasets rm": ("whaleflux datasets rm c4 --yes",),
     "offers ls": ("whaleflux offers ls", "whaleflux offers ls -o wide"),
-    "offers rm": ("whaleflux offers rm aws-h200 --yes",),
+    "offers rm": ("whaleflux offers rm cloud-h200 --yes",),
     "leases ls": ("whaleflux leases ls", "whaleflux leases ls -a -o wide"),
     "leases show": ("whaleflux leases show 7k3m9q2x",),
     "leases end": ('whaleflux leases end 7k3m9q2x -m "the rush is over"',),

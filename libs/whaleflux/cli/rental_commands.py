@@ -178,8 +178,8 @@ def add_lease(
     """Rents a machine by hand, by the first offer that has one. It costs money from now on.
 
     \b
-      whaleflux leases add aws-h200 --for 4h
-      whaleflux leases add aws-h200-spot aws-h200 --for 8h --cap "200 USD" -m "deadline of the paper"
+      whaleflux leases add cloud-h200 --for 4h
+      whaleflux leases add cloud-h200-spot cloud-h200 --for 8h --cap "200 USD" -m "deadline of the paper"
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux import quantities
     from whaleflux.errors import FieldViolation, InvalidArgument

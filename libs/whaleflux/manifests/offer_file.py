@@ -82,8 +82,8 @@ def _offer(reader: Reader) -> OfferManifest:
 
 
 _NEEDED = {
-    "name": "an id such as aws-h200",
-    "provider": "aws, command or simulated",
+    "name": "an id such as cloud-h200",
+    "provider": "command or simulated",
     "machine": "the provider's name of the machines, such as p5.48xlarge",
     "gpu": "the GPUs as job files name them, such as H200",
     "site": "the id of the site that they join",

@@ -26,16 +26,25 @@ def interpreter(named: str = "") -> str:
             raise InvalidArgument(FieldViolation("--python", f"{named} is no program; {_GIVE}"))
         return found
     program = shutil.which("ray")
-    if program is not None and (first := _first_line(Path(program))).startswith("#!"):
-        return first[2:].split()[0]
+    if program is not None:
+        return _interpreter_of(Path(program))
     if find_spec("ray") is None:
         raise FailedPrecondition(f"no Ray is on the PATH; {_GIVE}", reason=ErrorReason.PROGRAM_MISSING)
     return sys.executable
 
 
-def _first_line(path: Path) -> str:
-    with path.open("rb") as lines:
-        return lines.readline(1024).decode(errors="replace").strip()
+def _interpreter_of(program: Path) -> str:
+    """That of its first line, also behind `env`. Raises FailedPrecondition where that is no Python: some installers wrap programs in a shell."""
+    with program.open("rb") as lines:
+        first = lines.readline(1024).decode(errors="replace").strip()
+    words = first[2:].split() if first.startswith("#!") else []
+    named = words[1] if len(words) == 2 and Path(words[0]).name == "env" else words[0] if words else ""
+    found = shutil.which(named) if Path(named).name.startswith("python") else None
+    if found is None:
+        raise FailedPrecondition(
+            f"{program} does not say which Python runs it; {_GIVE}", reason=ErrorReason.PROGRAM_MISSING
+        )
+    return found
 
 
 def read_once(address: str, python: str = "") -> Mapping[str, Any]:

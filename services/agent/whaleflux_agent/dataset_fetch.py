@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from whaleflux.data.sources import Source
 from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent.dataset_pull import Progress, Pull, Wanted
+from whaleflux_agent.dataset_pull import Progress, Pull, Wanted, in_thread
 from whaleflux_agent.dataset_store import Copy
 
 
@@ -55,7 +55,7 @@ class Fetch:
 @asynccontextmanager
 async def running(pull: Pull) -> AsyncIterator[None]:
     """In the block, as far as it comes; what it fails at somebody else finds out."""
-    task = asyncio.create_task(asyncio.to_thread(pull.run))
+    task = asyncio.create_task(in_thread(pull.run))
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,7 +12,7 @@ from whaleflux.telemetry import Event
 from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.dataset_fetch import Unkept
-from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted
+from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted, in_thread
 from whaleflux_agent.dataset_reports import PARTIAL, CopyReports
 from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, part_key
 
@@ -67,7 +66,7 @@ class Parts:
         try:
             await self._reserve(key, part)
             pull = Pull(part, source, partial, pace=self._pace, progress=progress)
-            made = await asyncio.to_thread(pull.run)
+            made = await in_thread(pull.run)
             rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
             copy: Copy = await self._in_store(
                 self._store.publish, name, made, partial, self._reader, progress.cost, key, rest

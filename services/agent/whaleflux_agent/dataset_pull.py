@@ -10,6 +10,7 @@ before `finish` has written all of it to the disk; then the folder is moved to w
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -23,12 +24,14 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from whaleflux.data import manifest
 from whaleflux.data.manifest import Chunk, File, Manifest
 from whaleflux.data.sources import Found, Source, SourceBusy, SourceChanged, SourceFailed
 from whaleflux_agent.piece_order import PieceOrder, Take
+
+T = TypeVar("T")
 
 LANES = 4
 RUN_BYTES = 64 << 20  # asked of a source at once
@@ -118,6 +121,16 @@ class Wanted:
         """What a partial copy must be of to be gone on with."""
         versions = [] if self.known else [[one.path, one.size_bytes, one.version] for one in self.found]
         return json.dumps([self.manifest.digest, versions])
+
+
+_PULLS = ThreadPoolExecutor(
+    16, thread_name_prefix="pull"
+)  # they last for hours: not the threads of the agent's other work
+
+
+async def in_thread(do: Callable[[], T]) -> T:
+    """What asks a source, and may last. More than 16 at once wait for their turn."""
+    return await asyncio.get_running_loop().run_in_executor(_PULLS, do)
 
 
 class Pull:

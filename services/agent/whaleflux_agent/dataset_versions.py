@@ -47,13 +47,13 @@ class Versions:
         A source that does not answer is not asked where nodes of the site hold all of it.
         """
         if not found.manifest_digest:
-            return await asyncio.to_thread(dataset_pull.found_out, source)
+            return await dataset_pull.in_thread(lambda: dataset_pull.found_out(source))
         request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
         known = manifest.from_proto(await self._inventory.GetDatasetManifest(request, timeout=_CALL_S))
         if known.digest != found.manifest_digest:
             raise SourceFailed("inventory has another manifest than it says; see: whaleflux datasets show")
         try:
-            there = await asyncio.to_thread(dataset_pull.found_out, source)
+            there = await dataset_pull.in_thread(lambda: dataset_pull.found_out(source))
         except (SourceFailed, OSError):
             if not (shareable(found) and peers_of(found, self._reports.node)[0]):
                 raise
@@ -104,7 +104,7 @@ class Versions:
         if any(other.node != self._reports.node and _is_whole(other, found) for other in found.copies):
             return True
         try:
-            there = await asyncio.to_thread(lambda: dataset_pull.found_out(open_source(found)))
+            there = await dataset_pull.in_thread(lambda: dataset_pull.found_out(open_source(found)))
         except (SourceFailed, ManifestWrong, OSError):
             return False
         return [(f.path, f.size_bytes) for f in there.manifest.files] == [

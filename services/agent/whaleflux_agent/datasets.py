@@ -178,7 +178,7 @@ class DatasetCache:
         self, found: inventory_pb2.Dataset, source: Source, fetch: Fetch
     ) -> inventory_pb2.Dataset:
         """Until its manifest is known, or nobody makes it. Meanwhile comes what the maker has, if there is room."""
-        key, wanted = _ahead_key(found), await asyncio.to_thread(dataset_pull.found_out, source)
+        key, wanted = _ahead_key(found), await dataset_pull.in_thread(lambda: dataset_pull.found_out(source))
         try:
             await self._reserved(key, wanted)
         except NoRoom:
@@ -258,7 +258,7 @@ class DatasetCache:
         if not wanted.known:
             first = self._pulls[found.name, ""] = Pull(wanted, source, partial, pace=self._pace, progress=progress)
             async with self._versions.making(found, progress):
-                made = await asyncio.to_thread(first.run)
+                made = await dataset_pull.in_thread(first.run)
             self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it
             return made
         async with swarm_of(self._peers if shareable(found) or self._pins.has(found.name) else None, found) as swarm:
@@ -273,10 +273,10 @@ class DatasetCache:
             )
             self._pulls[found.name, wanted.manifest.digest] = pull
             if swarm is None:
-                return await asyncio.to_thread(pull.run)
+                return await dataset_pull.in_thread(pull.run)
             pull.seen(*await swarm.look())
             async with following(swarm, pull):
-                return await asyncio.to_thread(pull.run)
+                return await dataset_pull.in_thread(pull.run)
 
     def held(self, dataset: str, digest: str) -> Held | None:
         """What is here of a version, each chunk compared: all of a whole copy, or the part that a pull has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from whaleflux import hostport
 from whaleflux.clock import Clock
 from whaleflux.rpc.pki import CertificateAuthority
 from whaleflux.store.api import Store
@@ -45,7 +46,7 @@ def keeper_of(
     if not settings.rent_server or authority is None:
         return None
     nodes = nodes_of(store, clock, dependencies, own_certificates=True)
-    door = FrontDoor(settings.rent_server, settings.rent_server_name)
+    door = FrontDoor(str(hostport.parse(settings.rent_server, "rent_server")), settings.rent_server_name)
     return LeaseKeeper(
         store,
         clock,

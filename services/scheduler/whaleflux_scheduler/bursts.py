@@ -30,9 +30,9 @@ from whaleflux_scheduler.planner_thread import PlannerThread
 log = logging.getLogger(__name__)
 EVERY_S = 10.0
 DAY_S = 86_400.0
+SETTLES_S = 120.0  # from when a machine joins until its node is looked for work here
 _ASK_WITHIN_S = 10.0
 _MOST_TOLD = 256
-_COMING = (ipb.LEASE_STATE_INTENT, ipb.LEASE_STATE_REQUESTED, ipb.LEASE_STATE_BOOTING)
 Mode = Literal["off", "plan", "on"]
 
 
@@ -103,7 +103,7 @@ class Bursts:
         waiting, busy, known = await self._planner.ask(lambda planner: planner.burst_facts(nodes, now))
         self._note_idle(live, busy, known)
         offered = [_offered(one, live) for one in offers]
-        rented = [self._rented(lease, known, now) for lease in live if _counts(lease, known)]
+        rented = [self._rented(lease, known, now) for lease in live if _counts(lease, known, now)]
         return burst.decide(waiting, offered, rented, _spent_usd(leases, now), self._rules), leases
 
     def _note_idle(self, live: Sequence[ipb.Lease], busy: frozenset[str], known: frozenset[str]) -> None:
@@ -119,7 +119,7 @@ class Bursts:
             offer=_offered(lease.offer, ()),
             queue=names.last(lease.queue),
             begun_s=max(0.0, (now - begun.ToDatetime(UTC)).total_seconds()),
-            coming=lease.node not in known,
+            coming=_comes(lease, known, now),
             idle_s=None if since is None else self._clock.monotonic() - since,
             ending=_ends(lease),
         )
@@ -209,9 +209,16 @@ def _ends(lease: ipb.Lease) -> bool:
     return bool(lease.end_reason) or lease.state in (ipb.LEASE_STATE_DRAINING, ipb.LEASE_STATE_RELEASING)
 
 
-def _counts(lease: ipb.Lease, known: frozenset[str]) -> bool:
+def _counts(lease: ipb.Lease, known: frozenset[str], now: datetime) -> bool:
     """Machines that operators rented are theirs to give back; on their way they count for who waits."""
-    return _ours(lease) or lease.node not in known
+    return _ours(lease) or _comes(lease, known, now)
+
+
+def _comes(lease: ipb.Lease, known: frozenset[str], now: datetime) -> bool:
+    """On its way, or joined a moment ago; one that joined and takes no work (cordoned, sick) is waited for by nobody."""
+    if lease.node in known:
+        return False
+    return not lease.HasField("join_time") or (now - lease.join_time.ToDatetime(UTC)).total_seconds() < SETTLES_S
 
 
 def _offered(offer: ipb.Offer, live: Sequence[ipb.Lease]) -> Offered:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
+from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import ray_nodes
 from whaleflux_scheduler.core.ray_demand import Demand, Gang, LabelRule, Selector, Shape, Strategy, shape_of
@@ -14,6 +16,9 @@ from whaleflux_scheduler.core.ray_nodes import Cluster, RayNode
 from whaleflux_scheduler.core.ray_plan import Addition, RayPlan
 from whaleflux_scheduler.leader_session import Leading
 
+T = TypeVar("T")
+
+PATIENCE_S = 10.0  # until a plan has its turn
 MOST_SHAPES, MOST_COUNT, MOST_NODES = 1_000, 10_000_000, 10_000
 _MOST_VALUE, _MOST_RESOURCES, _MOST_RULES, _MOST_GPUS = 1e15, 64, 64, 1_024
 _STRATEGIES = {
@@ -25,17 +30,46 @@ _STRATEGIES = {
 }
 
 
-async def planned(request: pb.PlanRayRequest, leading: Leading) -> pb.RayPlan:
-    """The answer to a demand, of the fleet as it is now. Raises InvalidArgument naming field and limit."""
-    if not request.HasField("demand"):
-        raise InvalidArgument(
-            FieldViolation("demand", "is not set; give what waits in the cluster, as whaleflux ray explain does")
-        )
-    cluster = _cluster(request.demand)
-    await leading.view.caught_up()
-    nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
-    waits, should_hold = await asyncio.to_thread(ray_nodes.resize, cluster, nodes)
-    return _message(request.demand, waits, should_hold)
+class RayPlans:
+    """Makes plans one at a time: each holds the interpreter of the process that leads, for a second where a demand is large."""
+
+    def __init__(self) -> None:
+        self._one = asyncio.Lock()
+
+    async def planned(self, request: pb.PlanRayRequest, leading: Leading) -> pb.RayPlan:
+        """The answer to a demand, of the fleet as it is now.
+
+        Raises InvalidArgument naming field and limit, ResourceExhausted where others' plans take longer than `PATIENCE_S`.
+        """
+        if not request.HasField("demand"):
+            raise InvalidArgument(
+                FieldViolation("demand", "is not set; give what waits in the cluster, as whaleflux ray explain does")
+            )
+        cluster = _cluster(request.demand)
+        await leading.view.caught_up()
+        nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
+        waits, should_hold = await self._alone(lambda: ray_nodes.resize(cluster, nodes))
+        return _message(request.demand, waits, should_hold)
+
+    async def _alone(self, work: Callable[[], T]) -> T:
+        """A thread cannot be cancelled: who gives up leaves its turn taken until the thread has ended."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._one.acquire()
+        except TimeoutError:
+            raise ResourceExhausted(
+                "plans for other Ray clusters are being made; ask again later",
+                reason=ErrorReason.PLANNER_BUSY,
+                retry_after_s=1.0,
+            ) from None
+        working = asyncio.ensure_future(asyncio.to_thread(work))
+        working.add_done_callback(self._next)
+        return await asyncio.shield(working)
+
+    def _next(self, done: asyncio.Future[T]) -> None:
+        self._one.release()
+        if not done.cancelled():
+            done.exception()  # told to who waits, if anybody does
 
 
 # what is asked

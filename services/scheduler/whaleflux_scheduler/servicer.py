@@ -21,7 +21,7 @@ from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
-from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs, ray_plans
+from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs
 from whaleflux_scheduler.attach import AttachBroker, opening
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
@@ -32,6 +32,7 @@ from whaleflux_scheduler.job_view import present_stored
 from whaleflux_scheduler.jobs import Jobs, check_deletable, deletion, job_key
 from whaleflux_scheduler.leader_session import LeaderSession
 from whaleflux_scheduler.queues import Queues, queue_message
+from whaleflux_scheduler.ray_plans import RayPlans
 from whaleflux_scheduler.reservation_book import ReservationBook
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.watched_jobs import WatchedJobs
@@ -54,7 +55,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         clock: Clock,
         history: JobHistory,
     ) -> None:
-        self._history = history
+        self._history, self._ray = history, RayPlans()
         self._store, self._jobs, self._submissions, self._code = store, jobs, submissions, code
         self._leader, self._broker, self._clock = leader, broker, clock
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
@@ -272,7 +273,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         return await (rebalances.check if request.validate_only else rebalances.apply)(request.etag)
 
     async def PlanRay(self, request: pb.PlanRayRequest, context: _Context | None) -> pb.RayPlan:
-        return await ray_plans.planned(request, await self._leader.leading())
+        return await self._ray.planned(request, await self._leader.leading())
 
     # reservations
 

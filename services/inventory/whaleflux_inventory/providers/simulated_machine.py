@@ -18,6 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from whaleflux import hostport
+from whaleflux.errors import InvalidArgument
+
 PID, STOP = "pid", "stop"
 _LOOK_EVERY_S = 0.5
 _DIAL_EVERY_S = 10.0
@@ -103,11 +106,10 @@ async def _watch(folder: Path, facts: Mapping[str, Any], stop: asyncio.Event) ->
 
 
 async def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(3.0):
-            _, writer = await asyncio.open_connection(host, int(port))
-    except (OSError, TimeoutError, ValueError):
+            _, writer = await asyncio.open_connection(*hostport.parse(address))
+    except (OSError, TimeoutError, InvalidArgument):
         return False
     writer.close()
     return True
