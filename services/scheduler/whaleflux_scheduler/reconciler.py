@@ -60,6 +60,7 @@ COALESCE_S = 0.0005  # news that come together are one round
 ROUND_EVERY_S, LONGEST_PAUSE_S = 0.02, 0.03  # between the starts of two rounds, at least and at most
 SHOW_EVERY_S = 1.0
 CAUGHT_UP_S = 1.0
+LOOK_OVER_S = 60.0  # some of those who wait are tried again, whatever is known of them
 LOOK_EVERY_S = 30.0  # at a clock by which something is due: it may have been set
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
 _NOTHING = Observations()
@@ -100,6 +101,7 @@ class Reconciler:
         self._queues_changed = self._reservations_changed = True
         self._to_learn: list[Job] = []
         self._loaded: dict[str, Job] = {}  # jobs that are taken in as the feed of jobs will begin by telling
+        self._looks_over = False
         self._saved: Mapping[str, datetime] | None = None  # of all jobs; None: as in the last round
         self._past_uses: tuple[PastUse, ...] = ()  # what queues held before this leadership
         self._ordered: list[Move] = []  # that the planner made beside its steps
@@ -146,6 +148,7 @@ class Reconciler:
                 group.create_task(self._keeper.run())
                 group.create_task(self._alarm())
                 group.create_task(self._confirm_clock())
+                group.create_task(self._look_over())
                 group.create_task(self._rounds())
                 group.create_task(self._keep_showing())
                 group.create_task(self._housekeeping.prune())
@@ -167,6 +170,12 @@ class Reconciler:
         """Has moves carried out that the planner made beside its steps."""
         self._ordered += moves
         self._state.wake()
+
+    async def _look_over(self) -> None:
+        while True:
+            await self._clock.sleep(LOOK_OVER_S)
+            self._looks_over = True
+            self._state.wake()
 
     async def _caught_up(self) -> None:
         """Returns when the planner knows what has come so far, or after a second of ever more news."""
@@ -327,6 +336,7 @@ class Reconciler:
         past, self._past_uses = self._past_uses, ()
         saved, self._saved = self._saved, None
         self._queues_changed, self._reservations_changed, self._datasets = False, False, {}
+        look_over, self._looks_over = self._looks_over, False
         return News(
             nodes=tuple(changes.nodes.values()),
             removed=tuple(changes.removed),
@@ -340,6 +350,7 @@ class Reconciler:
             saved=saved,
             datasets=tuple(fact for fact in datasets.values() if fact is not None),
             datasets_gone=tuple(name for name, fact in datasets.items() if fact is None),
+            look_over=look_over,
         )
 
     def _take_to_learn(self) -> list[Job]:

@@ -31,6 +31,7 @@ class News:
     saved: Mapping[str, datetime] | None = None  # job -> when its newest checkpoint was committed; None: as before
     datasets: tuple[DatasetFact, ...] = ()
     datasets_gone: tuple[str, ...] = ()
+    look_over: bool = False  # some who wait are tried again though nothing is known to have changed for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,8 @@ class Plan(Promising):
             self._wait(name, candidate)
         if news.reservations is not None:
             self._reserved.know(news.reservations)
+        if news.look_over:
+            self._look_over()
 
     def _learn(self, job: Job) -> None:
         """The job as it is stored. One that has begun to run may be stopped for those of higher priority."""

@@ -27,6 +27,7 @@ from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.request import shape
 
+LOOKED_OVER = 32  # classes at once: those of a large fleet within an hour, for a thousandth of its leader's time
 _NO_SLACK = (-math.inf, -math.inf)
 
 
@@ -48,6 +49,7 @@ class Waiting(Questions):
         self._kept_from: dict[str, None] = {}  # tops where lines are parked because idle GPUs are kept for others
         self._slack: tuple[float, float] = _NO_SLACK  # the least since those were asked last (`QuotaTree.slack`)
         self._unanswered: dict[str, None] = {}  # jobs that wait and were not given a reason yet
+        self._looked_over = 0  # the place of the next class that is looked over
         self._now = datetime.min.replace(tzinfo=UTC)  # of the last decision
 
     @property
@@ -176,6 +178,22 @@ class Waiting(Questions):
             self._needs.discard(line.kind, line.kind.need)
             self._hopeful.pop(line.kind, None)
 
+    def _look_over(self) -> None:
+        """Tries the next classes again, round and round, whatever is known of them.
+
+        Who waits is woken by what changes for it. Should that be missed once, nobody waits for ever beside what is free.
+        """
+        classes = list(self._pending.classes)
+        first = self._looked_over % max(1, len(classes))
+        for kind in [*classes[first:], *classes[:first]][:LOOKED_OVER]:
+            self._try_again(kind)
+            for line in tuple(kind.lines.values()):
+                if line.parked:
+                    line.vain = False
+                    self._vain.pop(line, None)
+                    self._look_at_parked(self._shares.family(line.queue), line)
+        self._looked_over = first + LOOKED_OVER
+
     def _try_again(self, kind: RequestClass) -> None:
         kind.refused = kind.no_room_made = kind.hopeful = False
         self._hopeful.pop(kind, None)
@@ -289,12 +307,15 @@ class Waiting(Questions):
     def _unpark(self, top: str) -> None:
         """Lines that their queue or array kept back, and may not any more."""
         for line in tuple(self._parked.get(top, ())):
-            first = line.first()
-            job = self._pending.jobs[first[1]].candidate.job if first else None
-            if job is None or not (self._over_limit(job) or self._over_array_limit(job)):
-                self._unpark_line(top, line)
-            elif not line.vain and self._may_swap(line):
-                self._swaps[line] = None
+            self._look_at_parked(top, line)
+
+    def _look_at_parked(self, top: str, line: Line) -> None:
+        first = line.first()
+        job = self._pending.jobs[first[1]].candidate.job if first else None
+        if job is None or not (self._over_limit(job) or self._over_array_limit(job)):
+            self._unpark_line(top, line)
+        elif not line.vain and self._may_swap(line):
+            self._swaps[line] = None
 
     def _unpark_line(self, top: str, line: Line) -> None:
         del self._parked[top][line]
