@@ -89,7 +89,11 @@ class Fleet(World):
         while True:
             async with self._dialling:
                 for agent in self.agents.values():
-                    if agent.running.done() and self.service.leader_session.current is not None:
+                    if (
+                        agent.running is not None
+                        and agent.running.done()
+                        and self.service.leader_session.current is not None
+                    ):
                         await agent.connect()
             await self.clock.sleep(0.5)
 
@@ -100,11 +104,11 @@ async def make_room(victims, spread, ends_s, kills_s, cancel_s, seed, losing):
         history = History(world.real)
         loops = [asyncio.create_task(history.watch())]
         machines = [node(f"s/n{i}") for i in range(victims)] if spread else [node("s/n", gpus=victims)]
+        loops.append(asyncio.create_task(world.keep_connected()))  # a leader may give up while they come
         agents = await world.add(*machines)
         for agent, seconds in zip(agents, ends_s, strict=False):
             agent.ends_after_s = seconds
         each = 4 if spread else 1
-        loops.append(asyncio.create_task(world.keep_connected()))
         low = [await world.submit(each) for _ in range(victims)]
         await reach(history, low, JobState.RUNNING)
         high = await world.submit(each * victims, priority=9)
