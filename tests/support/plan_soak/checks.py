@@ -207,6 +207,8 @@ def keeps_promises(world: PlanWorld, job: Job, taken: set[str], before: Before, 
         claim = other.claim
         if name == job.name or claim is None or taken.isdisjoint(uuid for _, uuids in claim.nodes for uuid in uuids):
             continue
+        if name not in world.state.jobs:  # it is over since: another move of this step stopped it
+            continue
         after = world.state.jobs[name].job
         if after.state is JobState.SUSPENDING and name in loses:  # it gives its claim up when it has stopped
             continue
