@@ -113,7 +113,7 @@ def test_nothing_begins_before_its_cause(trace):
 def test_the_recovery_begins_with_the_fence(trace):
     """First the old attempt is fenced, then health_monitor is asked why it ended: its span begins a little later."""
     recover, failure = trace.one("scheduler.recover"), trace.one("health.failure")
-    assert abs(recover.start_ns - failure.start_ns) < 5e9
+    assert abs(recover.start_ns - failure.start_ns) < 20e9
     assert recover.end_ns >= failure.end_ns
 
 

@@ -1,6 +1,7 @@
 """Nodes for what waits in a Ray cluster: per device and never by sum, gangs whole, cheapest first, in time that shapes decide."""
 
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -181,11 +182,16 @@ gangs = st.lists(
 )
 
 
-def lay_one_by_one(part):
-    """Whether the bundles of one filled node find devices, one after another, by a search that knows nothing of fillings."""
-    kind = part.filling.kind
+def can_be_laid(part):
+    """Whether the bundles of one filled node find devices, by a search that knows nothing of fillings: one after another, in some order."""
+    bundles, random = [shape for shape, n in part.bundles for _ in range(n)], Random(0)
+    return any(
+        lay_one_by_one(part.filling.kind, random.sample(bundles, len(bundles)) if n else bundles) for n in range(3000)
+    )
+
+
+def lay_one_by_one(kind, bundles):
     devices = [[UNIT, kind.full] for _ in range(kind.gpus)]
-    bundles = [shape for shape, n in part.bundles for _ in range(n)]
     cpu = sum(shape.cpu for shape in bundles)
     whole = sum(shape.devices for shape in bundles)
     shares = [shape for shape in bundles if shape.needs_gpu and not shape.devices]
@@ -224,7 +230,7 @@ def test_every_bundle_that_counts_has_a_device_and_none_is_lost(asked, groups):
         each = 1 if group.strategy is Strategy.STRICT_PACK else sum(n for _, n in group.bundles)
         assert placed["gang", at] == each * (group.count - lost["gang", at]), "whole gangs only"
     for part in found.additions:
-        assert lay_one_by_one(part)
+        assert can_be_laid(part)
 
 
 @given(singles, gangs, singles)
@@ -247,7 +253,7 @@ def _unmet(found):
 @settings(deadline=None, max_examples=60)
 def test_more_of_a_shape_never_costs_less(asked, count, more):
     fewer, larger = (plan(demand((asked, n)), FLEET) for n in (count, count + more))
-    assert larger.usd_per_hour >= fewer.usd_per_hour
+    assert larger.usd_per_hour >= fewer.usd_per_hour - 1e-9
     assert larger.gpus >= fewer.gpus
 
 

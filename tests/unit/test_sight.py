@@ -111,11 +111,11 @@ class TestEvents:
         assert "10.1.1.1" in str(seen(engine, ANN))
 
     def test_every_kind_has_a_judge_or_is_for_operators(self):
-        asked = {event_filter.KINDS[kind] for kind in event_filter.KINDS} - {("joinTokens",)}
+        asked = {event_filter.KINDS[kind] for kind in event_filter.KINDS} - {("joinTokens",), ("offers",), ("leases",)}
         for collections in asked:
             name = "/".join(f"{one}/open" for one in collections)
             assert seen(events_pb2.Event(resource=name, attributes={"owner": "user/ann"}), ANN) is not None, name
-        for name in ("joinTokens/t", "secrets/s", "users/u", "anything/else"):
+        for name in ("joinTokens/t", "offers/o", "leases/l", "secrets/s", "users/u", "anything/else"):
             assert seen(events_pb2.Event(resource=name), VIEWER) is None
 
     def test_events_of_reservations_are_for_those_who_see_its_queue(self):
