@@ -252,7 +252,10 @@ def claims_rightly(world: PlanWorld, job: Job, move: Move, before: Before, loses
         )
         shrinks = other.spec.is_elastic and other.state is not JobState.QUEUED
         in_turn = any((name, one) in loses for one in claim.victims)
-        if other.spec.priority >= job.spec.priority and not shrinks and not in_turn:
+        beside = other.state is JobState.QUEUED and any(
+            of == name and to != job.name for of, to in loses
+        )  # a share of what it gives up
+        if other.spec.priority >= job.spec.priority and not shrinks and not in_turn and not beside:
             assert guaranteed(world, job), f"{job.name} has {name} stopped, which is of priority {other.spec.priority}"
             assert other.queue != job.queue, f"{job.name} takes back from {name} of its own queue"
 
