@@ -11,7 +11,9 @@ from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument,
 from whaleflux.events.publisher import EntryChange
 from whaleflux.manifests.offer_file import offers_from_yaml
 from whaleflux.rpc import auth, pki
-from whaleflux.store import Put, keys
+from whaleflux.store import Delete, Put, keys
+from whaleflux.store.api import Fenced
+from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux.v1 import types_pb2
@@ -21,7 +23,8 @@ from whaleflux_inventory.lease_records import core_lease, core_offer
 from whaleflux_inventory.providers.command import CommandKind
 from whaleflux_inventory.providers.simulated import SimulatedKind
 from whaleflux_inventory.providers.user_data import MAX_BYTES, user_data
-from whaleflux_inventory.service import Renting, assemble
+from whaleflux_inventory.rented_nodes import InventoryNodes
+from whaleflux_inventory.service import Renting, assemble, nodes_of
 
 CA = pki.CertificateAuthority.create(VirtualClock().now(), "whaleflux")
 FILE = """
@@ -248,3 +251,26 @@ async def test_what_became_of_a_lease_is_told(world):
     new = type(old)(old.key, record.SerializeToString(), old.revision + 1, old.created)
     told = news.of_lease(EntryChange(old.key, old, new, new.revision), world.clock.now())
     assert b"is over: its time is over; 3.50 USD" in told.data
+
+
+async def test_leases_that_cannot_be_read_are_not_none(world):
+    offer = await world.offer()
+    await world.store.commit(Put(f"{keys.LEASES}newer", b"\xff\xff\xff"))
+    for asked in (world.lease(), world.call("DeleteOffer", pb.DeleteOfferRequest(name=offer.name))):
+        with pytest.raises(FailedPrecondition, match="newer cannot be read, so nobody knows what is rented"):
+            await asked
+    assert [one.name for one in (await world.call("ListOffers", pb.ListOffersRequest())).offers] == [offer.name]
+
+
+async def test_a_node_is_drained_and_retired_by_whoever_leads(world):
+    """A leader that was replaced without knowing it does nothing to nodes any more."""
+    async with elect(world.store, "leases", "old") as leader:
+        nodes = nodes_of(world.store, VirtualClock(), FakeDependencies(), own_certificates=True)
+        rented = InventoryNodes(world.store, nodes, FakeDependencies(), leader.held)
+        node = pb.Node(name="sites/s/nodes/n", intent=pb.NODE_INTENT_ACTIVE)
+        await world.store.commit(Put(keys.of_name(keys.NODES, node.name), node.SerializeToString()))
+        await world.store.commit(Delete(leader.key))
+        for done in (rented.drain(node.name, "ends"), rented.retire(node.name, "gone")):
+            with pytest.raises(Fenced):
+                await done
+        assert (await nodes.get(node.name)).intent == pb.NODE_INTENT_ACTIVE

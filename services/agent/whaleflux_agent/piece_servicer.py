@@ -26,6 +26,7 @@ from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2
 from whaleflux_agent.dataset_pull import FIXED_NS
 from whaleflux_agent.dataset_store import Held
 
+MAX_STRETCH_BYTES = 256 << 20  # of one read, which holds a place for as long as it takes
 MAX_READS, MAX_WAITING = 8, 64  # at a time; the node's disk and network are its own work's first
 _MESSAGE_BYTES = 1 << 20
 _MIN_BYTES_PER_S = 256 << 10  # of a reader; a slower one is cut off
@@ -164,6 +165,12 @@ def _check_stretch(request: agent_pb2.ReadPieceRequest, held: Held) -> None:
     if size < 0:
         raise InvalidArgument(FieldViolation("path", f"{request.path[:80]!r} is no file of {request.dataset}"))
     end = request.offset + request.size_bytes
+    if request.size_bytes > max(MAX_STRETCH_BYTES, chunk_bytes):
+        raise InvalidArgument(
+            FieldViolation(
+                "size_bytes", f"is {request.size_bytes}; at most {max(MAX_STRETCH_BYTES, chunk_bytes)} in one read"
+            )
+        )
     if request.offset < 0 or request.offset % chunk_bytes:
         raise InvalidArgument(
             FieldViolation("offset", f"is {request.offset}; a chunk begins at multiples of {chunk_bytes}")

@@ -132,6 +132,7 @@ class LeaseKeeper:
                     async for batch in batches:
                         if any(event.entry is not None and _is_asked(event.entry) for event in batch.events):
                             changed.set()
+            await self._clock.sleep(1.0)
 
     # reading
 
@@ -143,7 +144,9 @@ class LeaseKeeper:
             with contextlib.suppress(ConditionFailed):
                 await self._commit([Put(keys.RENTAL_FLEET, made.encode())], [Absent(keys.RENTAL_FLEET)])
             entry = await self._store.get(keys.RENTAL_FLEET)
-        return entry.value.decode() if entry else made
+        if entry is None:
+            raise Unavailable("the fleet's tag could not be stored; it is tried again")
+        return entry.value.decode()
 
     async def _read_offers(self) -> None:
         read = read_all((await self._store.list(keys.OFFERS)).entries, offer_of)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from whaleflux.errors import FailedPrecondition
 from whaleflux.rpc.etags import etag_of
 from whaleflux.store.api import Entry
 from whaleflux.store.reading import read_all
@@ -136,8 +137,14 @@ def shown_lease(entry: Entry, now_s: float) -> pb.Lease:
 
 
 def leases_in(entries: Iterable[Entry]) -> list[pb.Lease]:
-    """Those that can be read."""
-    return [lease for _, lease in read_all(entries, lease_of).values]
+    """All of them. Raises FailedPrecondition where some cannot be read: nobody knows then what is rented."""
+    read = read_all(entries, lease_of)
+    if read.unreadable:
+        raise FailedPrecondition(
+            f"{', '.join(read.unreadable[:5])} cannot be read, so nobody knows what is rented; run the newest version of inventory, or "
+            "remove these records"
+        )
+    return [lease for _, lease in read.values]
 
 
 def seconds_of(stamp: Timestamp) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from whaleflux import names
@@ -13,7 +14,7 @@ from whaleflux.rpc import auth, changes
 from whaleflux.rpc.paging import Page, list_page, page_size
 from whaleflux.rpc.update_masks import paths_of
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Write
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Put, Store, Write
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, records, revocations
 from whaleflux_inventory.core import facts, intents
@@ -163,8 +164,10 @@ class Nodes:
         )
         return convert.node_of(entry)
 
-    async def set_intent(self, name: str, wanted: Intent, reason: str, etag: str) -> pb.Node:
-        """Cordon, uncordon, drain or retire."""
+    async def set_intent(
+        self, name: str, wanted: Intent, reason: str, etag: str, when: Sequence[Condition] = ()
+    ) -> pb.Node:
+        """Cordon, uncordon, drain or retire; raises Fenced where a `Held` of `when` does not hold."""
         names.split(name, "sites", "nodes")
         found = facts.Findings()
         found.text("reason", reason, facts.MAX_REASON)
@@ -181,7 +184,9 @@ class Nodes:
             node.last_change.CopyFrom(changes.asked(after.value, self._clock.now(), reason))
 
         also = [self._revocation(name, reason)] if wanted is Intent.RETIRED else []
-        entry = await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", etag=etag, also=also)
+        entry = await records.change(
+            self._store, keys.NODES, name, pb.Node, intend, kind="node", etag=etag, also=also, when=when
+        )
         return convert.node_of(entry)
 
     def _revocation(self, name: str, reason: str) -> Write:
@@ -200,7 +205,7 @@ class Nodes:
         await self._identities.release(name, lambda admission: revocations.of_admission(admission, why, now))
         return node
 
-    async def retire_gone(self, name: str, reason: str) -> None:
+    async def retire_gone(self, name: str, reason: str, when: Sequence[Condition] = ()) -> None:
         """Retires a node whose machine was given back to its provider: nothing can run there, whoever holds it."""
 
         def intend(node: pb.Node) -> None:
@@ -209,7 +214,7 @@ class Nodes:
                 node.last_change.CopyFrom(changes.asked(Intent.RETIRED.value, self._clock.now(), reason))
 
         also = [self._revocation(name, reason)]
-        await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", also=also)
+        await records.change(self._store, keys.NODES, name, pb.Node, intend, kind="node", also=also, when=when)
 
     async def _may_retire(self, name: str) -> bool:
         """Whether the node is unreachable; refuses one that is alive and at work."""

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from whaleflux.errors import Aborted, NotFound
 from whaleflux.rpc.etags import check_etag
 from whaleflux.store import keys
-from whaleflux.store.api import ConditionFailed, Entry, Put, Store, Unchanged, Write
+from whaleflux.store.api import Condition, ConditionFailed, Entry, Fenced, Put, Store, Unchanged, Write
 
 M = TypeVar("M", bound=Message)
 Change = Callable[[M], None]
@@ -35,11 +35,12 @@ async def change(
     kind: str,
     etag: str = "",
     also: Sequence[Write] = (),
+    when: Sequence[Condition] = (),
 ) -> Entry:
     """Applies `how` to the stored message and writes it, and `also` with it, again and again until nobody interfered.
 
     Nothing is written when `how` changes nothing. Raises NotFound, Aborted (the etag does not match, or others kept
-    winning), and whatever `how` refuses.
+    winning), Fenced (a `Held` of `when` does not hold), and whatever `how` refuses.
     """
     for _ in range(ATTEMPTS):
         entry = await read(store, prefix, name, kind)
@@ -50,7 +51,9 @@ async def change(
         if value == entry.value:
             return entry
         try:
-            revision = await store.commit(Put(entry.key, value), *also, when=[Unchanged(entry)])
+            revision = await store.commit(Put(entry.key, value), *also, when=[Unchanged(entry), *when])
+        except Fenced:
+            raise
         except ConditionFailed:
             continue
         return Entry(entry.key, value, revision, entry.created, entry.version + 1)

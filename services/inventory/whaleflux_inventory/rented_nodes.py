@@ -7,7 +7,7 @@ from typing import Protocol
 from whaleflux import names
 from whaleflux.errors import NotFound, StatusError
 from whaleflux.store import keys
-from whaleflux.store.api import Store
+from whaleflux.store.api import Held, Store
 from whaleflux_inventory import convert
 from whaleflux_inventory.core.intents import Intent
 from whaleflux_inventory.nodes import Dependencies, Nodes
@@ -31,10 +31,10 @@ class RentedNodes(Protocol):
 
 
 class InventoryNodes:
-    """Inventory's own nodes."""
+    """Inventory's own nodes. `held`: what is done to them is done by whoever leads."""
 
-    def __init__(self, store: Store, nodes: Nodes, dependencies: Dependencies) -> None:
-        self._store, self._nodes, self._dependencies = store, nodes, dependencies
+    def __init__(self, store: Store, nodes: Nodes, dependencies: Dependencies, held: Held) -> None:
+        self._store, self._nodes, self._dependencies, self._held = store, nodes, dependencies, held
 
     async def joined(self, node: str) -> bool:
         return await self._store.get(keys.of_name(keys.NODES, node)) is not None
@@ -51,11 +51,11 @@ class InventoryNodes:
         except NotFound:
             return
         if there in (Intent.ACTIVE, Intent.CORDONED):
-            await self._nodes.set_intent(node, Intent.DRAINING, why, "")
+            await self._nodes.set_intent(node, Intent.DRAINING, why, "", [self._held])
 
     async def retire(self, node: str, why: str) -> None:
         if await self.joined(node):
-            await self._nodes.retire_gone(node, why)
+            await self._nodes.retire_gone(node, why, [self._held])
 
 
 def node_of(site: str, lease: str, attempt: int) -> str:

@@ -52,7 +52,7 @@ def keeper_of(
         clock,
         leader,
         Accounts(_kinds(settings), keys, clock),
-        InventoryNodes(store, nodes, dependencies),
+        InventoryNodes(store, nodes, dependencies, leader.held),
         Launching(door, authority, settings.rent_silent_s),
         Pace(settings.rent_poll_s),
     )

@@ -27,7 +27,7 @@ from whaleflux_scheduler.core.quota import QueueLimit
 from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.core.request import shape
 
-LOOKED_OVER = 32  # classes at once: those of a large fleet within an hour, for a thousandth of its leader's time
+LOOKED_OVER = 32  # classes at once; each takes milliseconds
 _NO_SLACK = (-math.inf, -math.inf)
 
 
