@@ -28,7 +28,8 @@ from typing import Any
 
 from benchmarks.common import ROOT, Options, Report, Row, Target, main
 from whaleflux_scheduler.core.ray_demand import UNIT, Demand, Gang, Strategy, shape_of
-from whaleflux_scheduler.core.ray_plan import Kind, RayPlan, plan, whole_devices
+from whaleflux_scheduler.core.ray_kinds import Kind, whole_devices
+from whaleflux_scheduler.core.ray_plan import RayPlan, plan
 
 GIB_MIB = 1024
 BUNDLES, SHAPES = 300, 30  # of a trace

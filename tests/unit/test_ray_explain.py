@@ -91,6 +91,24 @@ class TestService:
             monkeypatch.setattr(ray_plans, "PATIENCE_S", 60)
             assert (await planned(world, bundles=[bundle(1, GPU=1)])).gpus == 1
 
+    async def test_a_plan_has_a_bound_in_time_and_the_next_begins_with_what_it_left(self, monkeypatch):
+        begins_with, really = [], ray_nodes.resize
+        monkeypatch.setattr(
+            ray_nodes, "resize", lambda cluster, *more: begins_with.append(cluster.first) or really(cluster, *more)
+        )
+        asked = {"bundles": [bundle(1, GPU=1), bundle(2, CPU=1)], "session": "of one head"}
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            monkeypatch.setattr(ray_plans, "PLAN_S", 0.0)
+            cut = await planned(world, **asked)
+            assert [(one.count, one.postponed, one.never) for one in cut.unmet] == [(1, True, False), (2, True, False)]
+            assert "comes first in the next" in cut.unmet[0].why
+            monkeypatch.setattr(ray_plans, "PLAN_S", 60.0)
+            assert not (await planned(world, **asked)).unmet
+            await planned(world, **asked)
+            await planned(world, **asked | {"session": "of another head"})
+        assert [len(shapes) for shapes in begins_with] == [0, 2, 0, 0]
+
     async def test_nodes_that_are_there_or_under_way_come_first(self):
         async with World() as world:
             await world.add(node("s/a"))

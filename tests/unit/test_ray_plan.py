@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux_scheduler.core.ray_demand import UNIT, Demand, Gang, LabelRule, Strategy, shape_of
-from whaleflux_scheduler.core.ray_plan import Kind, plan, whole_devices
+from whaleflux_scheduler.core.ray_kinds import Kind, whole_devices
+from whaleflux_scheduler.core.ray_plan import plan
 from whaleflux_scheduler.core.ray_room import Devices, left_of
 
 GIB = 1024  # MiB
@@ -162,6 +163,58 @@ class TestWhatIsThere:
         assert left_of(total, {"GPU": 0.5, "gpu_memory": 200.0}, 100) == (Devices(UNIT // 2, 50 * UNIT),)
 
 
+class Time:
+    """Over after so many looks at it."""
+
+    def __init__(self, looks):
+        self.left = looks
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+class TestWithinItsTime:
+    ASKED = Demand(
+        tuple((shape_of({"GPU": 1, "gpu_memory": (1 + n) * GIB}), 3) for n in range(20)),
+        (Gang(((shape_of({"GPU": 2}), 3), (shape_of({"GPU": 1, "CPU": 3}), 5)), Strategy.PACK, 40),),
+    )
+
+    @pytest.mark.parametrize("looks", [0, 1, 5, 21, 22, 23, 25, 30, 40, 60])
+    def test_what_it_did_not_come_to_is_said_and_no_gang_is_in_parts(self, looks):
+        there = [kind("there", 80, 0.0, gpus=4, count=2, held=True), *FLEET]
+        found = plan(self.ASKED, there, is_over=Time(looks))
+        placed = Counter()
+        for part in (*found.additions, *found.held):
+            for of_gang, source, n in part.sources:
+                placed[of_gang, source] += n
+            assert can_be_laid(part)
+        lost = _unmet(found)
+        assert {(u.never, u.postponed) for u in found.unmet} <= {(False, True)}, (
+            "nothing is called impossible for want of time"
+        )
+        assert placed[True, 0] == 8 * (40 - lost[True, 0])
+        assert [placed[False, at] + lost[False, at] for at in range(20)] == [3] * 20
+        assert found.missing or looks > 22
+
+    def test_asked_again_that_comes_first_until_all_of_it_is_planned(self):
+        """Each plan has time for little; what it says is started and is there at the next."""
+        asked, first, there, rounds = self.ASKED.singles, frozenset(), [], 0
+        while rounds < 60:
+            rounds += 1
+            found = plan(Demand(asked), [*there, *FLEET], is_over=Time(24), first=first)
+            first = frozenset(asked[u.source][0] for u in found.unmet)
+            laid = Counter()
+            for part in found.additions:
+                for _, source, n in part.sources:
+                    laid[source] += n
+            asked = tuple((shape, n - laid[at]) for at, (shape, n) in enumerate(asked) if n > laid[at])
+            if not asked:
+                break
+        assert not asked
+        assert rounds > 1
+
+
 resources = st.fixed_dictionaries(
     {},
     optional={
@@ -246,7 +299,10 @@ def test_what_can_be_had_does_not_depend_on_what_else_is_asked_for(asked, groups
 
 
 def _unmet(found):
-    return {(unmet.of_gang, unmet.source): unmet.count for unmet in found.unmet}
+    counts = Counter()
+    for unmet in found.unmet:
+        counts[unmet.of_gang, unmet.source] += unmet.count
+    return counts
 
 
 @given(resources, st.integers(1, 300), st.integers(1, 50))

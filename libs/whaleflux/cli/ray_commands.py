@@ -173,7 +173,8 @@ def _addition(one: Any) -> Sequence[str]:
 
 def _unmet(one: Any) -> Sequence[str]:
     words = _words(one.bundle)
-    return f"a group with {words}" if one.gang else words, str(one.count), "never" if one.never else "later", one.why
+    when = "never" if one.never else "not yet looked at" if one.postponed else "later"
+    return f"a group with {words}" if one.gang else words, str(one.count), when, one.why
 
 
 def _words(bundle: Any) -> str:

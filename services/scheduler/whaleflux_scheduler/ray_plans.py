@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
@@ -12,13 +13,15 @@ from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import ray_nodes
 from whaleflux_scheduler.core.ray_demand import Demand, Gang, LabelRule, Selector, Shape, Strategy, shape_of
-from whaleflux_scheduler.core.ray_nodes import Cluster, RayNode
+from whaleflux_scheduler.core.ray_nodes import Cluster, FreeNode, RayNode
 from whaleflux_scheduler.core.ray_plan import Addition, RayPlan
 from whaleflux_scheduler.leader_session import Leading
 
 T = TypeVar("T")
 
 PATIENCE_S = 10.0  # until a plan has its turn
+PLAN_S = 2.0  # that one plan takes at most; what it did not come to is first in the cluster's next
+_MOST_SESSIONS = 256  # of which it is known what is first
 MOST_SHAPES, MOST_COUNT, MOST_NODES = 1_000, 10_000_000, 10_000
 _MOST_VALUE, _MOST_RESOURCES, _MOST_RULES, _MOST_GPUS = 1e15, 64, 64, 1_024
 _STRATEGIES = {
@@ -31,10 +34,14 @@ _STRATEGIES = {
 
 
 class RayPlans:
-    """Makes plans one at a time: each holds the interpreter of the process that leads, for a second where a demand is large."""
+    """Makes plans one at a time, within `PLAN_S` each: they hold the interpreter of the process that leads.
 
-    def __init__(self) -> None:
-        self._one = asyncio.Lock()
+    What a plan had no time for is remembered by the session of its cluster, which is new when its head is; a new leader does not know of it.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic, self._one = monotonic, asyncio.Lock()
+        self._first: dict[str, frozenset[Shape]] = {}
 
     async def planned(self, request: pb.PlanRayRequest, leading: Leading) -> pb.RayPlan:
         """The answer to a demand, of the fleet as it is now.
@@ -45,11 +52,25 @@ class RayPlans:
             raise InvalidArgument(
                 FieldViolation("demand", "is not set; give what waits in the cluster, as whaleflux ray explain does")
             )
-        cluster = _cluster(request.demand)
+        session = request.demand.session
+        cluster = _cluster(request.demand, self._first.get(session, frozenset()))
         await leading.view.caught_up()
         nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
-        waits, should_hold = await self._alone(lambda: ray_nodes.resize(cluster, nodes))
+        waits, should_hold = await self._alone(lambda: self._resized(cluster, nodes))
+        self._remember(session, cluster, waits, should_hold)
         return _message(request.demand, waits, should_hold)
+
+    def _resized(self, cluster: Cluster, nodes: Sequence[FreeNode]) -> tuple[RayPlan, RayPlan]:
+        until = self._monotonic() + PLAN_S
+        return ray_nodes.resize(cluster, nodes, lambda: self._monotonic() >= until)
+
+    def _remember(self, session: str, cluster: Cluster, waits: RayPlan, should_hold: RayPlan) -> None:
+        self._first.pop(session, None)
+        left = frozenset((*_postponed(cluster.demand, waits), *_postponed(Demand(cluster.constraints), should_hold)))
+        if left:
+            self._first[session] = left
+        while len(self._first) > _MOST_SESSIONS:
+            del self._first[next(iter(self._first))]
 
     async def _alone(self, work: Callable[[], T]) -> T:
         """A thread cannot be cancelled: who gives up leaves its turn taken until the thread has ended."""
@@ -72,10 +93,19 @@ class RayPlans:
             done.exception()  # told to who waits, if anybody does
 
 
+def _postponed(demand: Demand, plan: RayPlan) -> Iterator[Shape]:
+    """The shapes that it had no time for, of a gang all of its bundles."""
+    for one in plan.unmet:
+        if one.postponed and one.of_gang:
+            yield from (shape for shape, _ in demand.gangs[one.source].bundles)
+        elif one.postponed:
+            yield demand.singles[one.source][0]
+
+
 # what is asked
 
 
-def _cluster(demand: pb.RayDemand) -> Cluster:
+def _cluster(demand: pb.RayDemand, first: frozenset[Shape]) -> Cluster:
     _few("demand.bundles", demand.bundles, MOST_SHAPES)
     _few("demand.gangs", demand.gangs, MOST_SHAPES)
     _few("demand.constraints", demand.constraints, MOST_SHAPES)
@@ -84,7 +114,7 @@ def _cluster(demand: pb.RayDemand) -> Cluster:
     gangs = tuple(_gang(f"demand.gangs[{at}]", gang) for at, gang in enumerate(demand.gangs))
     nodes = tuple(_node(f"demand.nodes[{at}]", node) for at, node in enumerate(demand.nodes))
     singles = _bundles("demand.bundles", demand.bundles)
-    return Cluster(Demand(singles, gangs), _bundles("demand.constraints", demand.constraints), nodes)
+    return Cluster(Demand(singles, gangs), _bundles("demand.constraints", demand.constraints), nodes, first)
 
 
 def _gang(field: str, gang: pb.RayGang) -> Gang:
@@ -203,5 +233,14 @@ def _unmet(demand: pb.RayDemand, singles: Sequence[pb.RayBundle], plan: RayPlan)
     found = []
     for one in plan.unmet:
         of = demand.gangs[one.source].bundles[0] if one.of_gang else singles[one.source]
-        found.append(pb.RayUnmet(bundle=of, gang=one.of_gang, count=one.count, why=one.why, never=one.never))
+        found.append(
+            pb.RayUnmet(
+                bundle=of,
+                gang=one.of_gang,
+                count=one.count,
+                why=one.why,
+                never=one.never,
+                postponed=one.postponed,
+            )
+        )
     return found

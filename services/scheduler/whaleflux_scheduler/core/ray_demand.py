@@ -8,7 +8,7 @@ alone, and is spread evenly over its devices where it asks for whole ones. It is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -136,11 +136,16 @@ class Item:
         return (self.needs_gpu, devices, *self.shape.size()[1:])
 
 
+def is_custom(resource: str) -> bool:
+    """Whether it is a resource that somebody gave nodes by hand, and that work asks for by name."""
+    return resource not in _NAMED and not resource.startswith((_TYPE, *_OF_RAY))
+
+
 def shape_of(resources: Mapping[str, float], selectors: Sequence[Selector] = ()) -> Shape:
     """A shape of the resources that Ray names: CPU, GPU, gpu_memory (MiB), memory (bytes), accelerator_type:NAME, custom ones."""
     amounts = {name: round(value * UNIT) for name, value in resources.items() if value > 0}
     types = sorted(name.removeprefix(_TYPE) for name in amounts if name.startswith(_TYPE))
-    others = {n: v for n, v in amounts.items() if n not in _NAMED and not n.startswith((_TYPE, *_OF_RAY))}
+    others = {name: amount for name, amount in amounts.items() if is_custom(name)}
     named = {"cpu": "CPU", "gpu": "GPU", "gpu_memory": "gpu_memory", "memory": "memory"}
     return Shape(
         **{ours: amounts.get(theirs, 0) for ours, theirs in named.items()},
@@ -152,9 +157,10 @@ def shape_of(resources: Mapping[str, float], selectors: Sequence[Selector] = ())
 
 @dataclass(slots=True)
 class Items:
-    """The items of a demand, equal ones together, largest first."""
+    """The items of a demand, equal ones together: those of the shapes in `first`, then the others, largest first."""
 
     demand: Demand
+    first: Set[Shape] = frozenset()
     dropped: Counter[int] = field(default_factory=Counter)  # groups of a gang that cannot be had, by the gang's place
 
     def all(self) -> list[Item]:
@@ -162,7 +168,7 @@ class Items:
         for at, gang in enumerate(self.demand.gangs):
             if (count := gang.count - self.dropped[at]) > 0:
                 found += _of_gang(gang, at, count)
-        return sorted(found, key=Item.size, reverse=True)
+        return sorted(found, key=lambda item: (item.shape in self.first, item.size()), reverse=True)
 
 
 def _of_gang(gang: Gang, at: int, count: int) -> list[Item]:

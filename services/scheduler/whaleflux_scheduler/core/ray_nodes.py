@@ -7,20 +7,20 @@ rounded down to a power of two where work is on them, so that kinds stay few; la
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from whaleflux import names
 from whaleflux.fleet.model import Node
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.ray_demand import UNIT, Demand, LabelRule, Shape
-from whaleflux_scheduler.core.ray_plan import Addition, Kind, RayPlan, plan, whole_devices
+from whaleflux_scheduler.core.ray_demand import UNIT, Demand, LabelRule, Shape, is_custom
+from whaleflux_scheduler.core.ray_kinds import Kind, whole_devices
+from whaleflux_scheduler.core.ray_plan import Addition, RayPlan, plan
 from whaleflux_scheduler.core.ray_room import left_of
 
 GPU_LABEL, SITE_LABEL, RAY_TYPE_LABEL = "whaleflux/gpu", "whaleflux/site", "ray.io/accelerator-type"
 _MIB = 1 << 20
 _MOST_KINDS = 64
-_USD_PER_MIB = 2e-5  # of a GPU that is there: large ones are kept for what needs them
 _TYPE = "accelerator_type:"
 _ALIVE = frozenset({"IDLE", "RUNNING", "STARTING", ""})
 
@@ -102,28 +102,32 @@ def _rounded(free: int, total: int) -> int:
     return free if free == total or free <= 0 else 1 << (free.bit_length() - 1)
 
 
-def held_of(nodes: Iterable[RayNode], *, in_all: bool = False) -> list[Kind]:
-    """The cluster's nodes as room that costs nothing more; `in_all`: as if nothing ran on them."""
-    return [_held(node, node.total if in_all else node.free) for node in nodes if node.status in _ALIVE]
+def held_of(nodes: Iterable[RayNode], label_keys: Collection[str], *, in_all: bool = False) -> list[Kind]:
+    """The cluster's nodes as room that costs nothing more, those that are alike together; `in_all`: as if nothing ran on them."""
+    alike: dict[Kind, list[str]] = defaultdict(list)
+    for node in nodes:
+        if node.status in _ALIVE:
+            alike[_held(node, node.total if in_all else node.free, label_keys)].append(node.id)
+    return [
+        replace(kind, name=f"held {at}", count=len(ids), names=tuple(ids))
+        for at, (kind, ids) in enumerate(alike.items())
+    ]
 
 
-def _held(node: RayNode, free: Mapping[str, float]) -> Kind:
-    memory_mib, others = _device_memory_mib(node), {"CPU", "GPU", "memory", "gpu_memory", "object_store_memory"}
+def _held(node: RayNode, free: Mapping[str, float], label_keys: Collection[str]) -> Kind:
+    memory_mib = _device_memory_mib(node)
     model = next((name.removeprefix(_TYPE) for name in node.total if name.startswith(_TYPE)), "")
-    labels = dict(node.labels)
-    custom = {name: round(n * UNIT) for name, n in free.items() if name not in others and not name.startswith(_TYPE)}
+    custom = {name: round(n * UNIT) for name, n in free.items() if is_custom(name)}
     return Kind(
-        f"node {node.id}",
-        model=labels.get(GPU_LABEL, model),
+        "",
+        model=node.labels.get(GPU_LABEL, model),
         devices=left_of(node.total, free, memory_mib),
         device_memory_mib=memory_mib,
         cpu=round(free.get("CPU", 0) * UNIT),
         memory=round(free.get("memory", 0) * UNIT),
         custom=tuple(sorted(custom.items())),
-        labels=tuple(sorted(labels.items())),
-        usd_per_gpu_hour=memory_mib * _USD_PER_MIB,
+        labels=tuple(sorted((key, value) for key, value in node.labels.items() if key in label_keys)),
         held=True,
-        names=(node.id,),
     )
 
 
@@ -143,24 +147,27 @@ def label_keys(demand: Demand, constraints: Iterable[tuple[Shape, int]] = ()) ->
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What a Ray cluster asks for, what it should hold in all, and its nodes."""
+    """What a Ray cluster asks for, what it should hold in all, and its nodes. `first`: shapes that the last plan had no time for."""
 
     demand: Demand
     constraints: tuple[tuple[Shape, int], ...] = ()
     nodes: tuple[RayNode, ...] = ()
+    first: frozenset[Shape] = frozenset()
 
 
-def resize(cluster: Cluster, nodes: Sequence[FreeNode]) -> tuple[RayPlan, RayPlan]:
-    """What to add for what waits, and what more so that the cluster holds what it should in all."""
+def resize(
+    cluster: Cluster, nodes: Sequence[FreeNode], is_over: Callable[[], bool] = lambda: False
+) -> tuple[RayPlan, RayPlan]:
+    """What to add for what waits, and what more so that the cluster holds what it should in all, until `is_over`."""
     keys = label_keys(cluster.demand, cluster.constraints)
     kinds, ever = kinds_of(nodes, keys), kinds_of(emptied(nodes), keys)
-    first = plan(cluster.demand, [*held_of(cluster.nodes), *kinds], ever)
+    waits = plan(cluster.demand, [*held_of(cluster.nodes, keys), *kinds], ever, is_over, cluster.first)
     if not cluster.constraints:
-        return first, RayPlan()
-    added = [_as_held(part, at) for at, part in enumerate(first.additions)]
-    left = [_without(kind, first.additions) for kind in kinds]
-    held = held_of(cluster.nodes, in_all=True)
-    return first, plan(Demand(cluster.constraints), [*held, *added, *left], ever)
+        return waits, RayPlan()
+    added = [_as_held(part, at) for at, part in enumerate(waits.additions)]
+    left = [_without(kind, waits.additions) for kind in kinds]
+    held = held_of(cluster.nodes, keys, in_all=True)
+    return waits, plan(Demand(cluster.constraints), [*held, *added, *left], ever, is_over, cluster.first)
 
 
 def _as_held(part: Addition, at: int) -> Kind:

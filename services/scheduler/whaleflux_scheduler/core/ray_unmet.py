@@ -30,10 +30,17 @@ class _Kind(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """Words, and whether it can never be had of these kinds."""
+    """Words, whether it can never be had of these kinds, and whether nobody has looked yet."""
 
     words: str
     is_never: bool = True
+    postponed: bool = False
+
+
+NO_MORE = Never("no more nodes that it fits on are free", is_never=False)
+POSTPONED = Never(
+    "the time for one plan was over before its turn; it comes first in the next", is_never=False, postponed=True
+)
 
 
 def never(item: Item, kinds: Sequence[_Kind]) -> Never:
