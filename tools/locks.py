@@ -26,6 +26,7 @@ LOCKS = ROOT / "deploy" / "docker" / "locks"
 LICENCES = LOCKS / "licences.json"
 IMAGES = (*ROLES, "agent")
 BUILD = "build"
+BESIDE = {"inventory": ("clouds",)}  # extras that an image has beside its own
 _PIN = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]*)==(?P<version>[^\s;\\]+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 _SPDX = {  # what packages say in other words; https://spdx.org/licenses
@@ -56,6 +57,11 @@ def lock_file(image: str) -> Path:
 def extra_of(image: str) -> str:
     """Its extra in pyproject.toml."""
     return image.replace("_", "-")
+
+
+def extras_of(image: str) -> tuple[str, ...]:
+    """All extras that it has."""
+    return (extra_of(image), *BESIDE.get(image, ()))
 
 
 def pins(image: str) -> list[Pin]:
@@ -115,7 +121,7 @@ def main() -> None:
     upgrade = "--upgrade" in sys.argv
     LOCKS.mkdir(parents=True, exist_ok=True)
     for image in IMAGES:
-        _write(image, ["pyproject.toml", f"--extra={extra_of(image)}"], upgrade=upgrade)
+        _write(image, ["pyproject.toml", *(f"--extra={extra}" for extra in extras_of(image))], upgrade=upgrade)
     build = LOCKS / "build.in"
     try:
         build.write_text(

@@ -1,15 +1,20 @@
 """Providers of rented machines that are programs of this host."""
 
 import asyncio
+import contextlib
+import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from tests.unit.test_rentals import CA, World
+from whaleflux_inventory.core.lease_rules import Terms
+from whaleflux_inventory.core.offers import Offer
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.lease_records import core_lease, core_offer
-from whaleflux_inventory.providers import simulated, simulated_machine
-from whaleflux_inventory.providers.api import FLEET_TAG, LEASE_TAG, NoCapacity
+from whaleflux_inventory.providers import command, simulated, simulated_machine
+from whaleflux_inventory.providers.api import FLEET_TAG, LEASE_TAG, AuthFailed, NoCapacity
 from whaleflux_inventory.providers.command import CommandKind
 
 
@@ -36,6 +41,47 @@ esac
     assert [(one.id, one.lease) for one in await provider.machines("f")] == [("m-1", "leases/l")]
     with pytest.raises(NoCapacity, match="not today"):
         await provider.terminate("m-1")
+
+
+def shop_that(tmp_path, does):
+    shop = tmp_path / "shop"
+    shop.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\n{does}\n")
+    shop.chmod(shop.stat().st_mode | stat.S_IXUSR)
+    offer = Offer("offers/o", "command", "m", "sites/s", Terms(1.0), options={"command": "shop"})
+    return CommandKind(tmp_path).open(offer, {})
+
+
+def group_of(tmp_path):
+    """Processes that are left of it, with a dead child that we have not waited for."""
+    number, left = (tmp_path / "pid").read_text().strip(), []
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat_file.read_text().rpartition(")")[2].split()
+            left += [fields[:3]] if fields[2] == number and (fields[0] != "Z" or fields[1] == str(os.getpid())) else []
+    return left
+
+
+async def test_an_answer_without_end_is_read_no_further_than_an_answer_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "MAX_ANSWER_BYTES", 1 << 20)
+    provider = shop_that(tmp_path, "exec yes")
+    async with asyncio.timeout(20):
+        with pytest.raises(OSError, match="more than 1048576 bytes"):
+            await provider.machines("f")
+    assert group_of(tmp_path) == []
+
+
+async def test_what_does_not_answer_in_time_is_ended_with_all_that_it_has_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "CALL_WITHIN_S", 2.0)
+    provider = shop_that(tmp_path, "sleep 600 & sleep 600")
+    with pytest.raises(TimeoutError):
+        await provider.machines("f")
+    assert group_of(tmp_path) == []
+
+
+async def test_who_reads_nothing_of_a_long_question_is_still_heard(tmp_path):
+    provider = shop_that(tmp_path, """echo '{"error": "auth", "message": "no"}'""")
+    with pytest.raises(AuthFailed):
+        await provider.terminate("m" * (4 << 20))
 
 
 async def test_a_machine_that_ends_by_itself_in_this_moment_is_sent_no_signal(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.nodes import Dependencies
 from whaleflux_inventory.provider_accounts import Accounts, Keys
 from whaleflux_inventory.providers.api import ProviderKind
+from whaleflux_inventory.providers.aws import AwsKind
 from whaleflux_inventory.providers.command import CommandKind
 from whaleflux_inventory.providers.simulated import SimulatedKind
 from whaleflux_inventory.rented_nodes import InventoryNodes
@@ -59,7 +60,7 @@ def keeper_of(
 
 
 def _kinds(settings: Settings) -> Mapping[str, ProviderKind]:
-    kinds = dict[str, ProviderKind]()
+    kinds: dict[str, ProviderKind] = {"aws": AwsKind()}
     if settings.rent_commands is not None:
         kinds["command"] = CommandKind(settings.rent_commands)
     if settings.rent_simulated is not None:

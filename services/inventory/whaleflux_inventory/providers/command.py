@@ -14,9 +14,12 @@ It may refuse: {"error": "no_capacity" | "throttled" | "auth" | "unsupported" | 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
+import signal
+from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from whaleflux_inventory.providers.api import (
 from whaleflux_inventory.providers.user_data import user_data
 
 MAX_ANSWER_BYTES = 8 << 20
+KILLED_WITHIN_S = 1.0
 _ERRORS: dict[str, type[ProviderError]] = {
     "no_capacity": NoCapacity,
     "throttled": Throttled,
@@ -121,18 +125,19 @@ class Command:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # so that what it has started ends with it
         )
         try:
             async with asyncio.timeout(CALL_WITHIN_S - 1):
-                said, _ = await process.communicate(json.dumps(asked).encode())
+                said = await _answered(process, json.dumps(asked).encode())
+                code = await process.wait()
         finally:
-            if process.returncode is None:
-                process.kill()
-        return self._answer(what, said, process.returncode)
+            await _ended(process)
+        return self._answer(what, said, code)
 
-    def _answer(self, what: str, said: bytes, code: int | None) -> dict[str, Any]:
+    def _answer(self, what: str, said: bytes, code: int) -> dict[str, Any]:
         try:
-            answer = json.loads(said[:MAX_ANSWER_BYTES])
+            answer = json.loads(said)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -142,6 +147,39 @@ class Command:
         if code or "error" in answer:
             raise OSError(f"{self._executable.name} {what} ended with code {code}")
         return answer
+
+
+async def _answered(process: Process, asked: bytes) -> bytes:
+    """What it says, read no further than an answer may be long. Raises OSError for a longer one."""
+    assert process.stdin is not None and process.stdout is not None
+    telling = asyncio.create_task(_tell(process.stdin, asked))
+    said = bytearray()
+    try:
+        while chunk := await process.stdout.read(64 << 10):
+            said += chunk
+            if len(said) > MAX_ANSWER_BYTES:
+                raise OSError(f"its answer has more than {MAX_ANSWER_BYTES} bytes")
+    finally:
+        telling.cancel()
+    return bytes(said)
+
+
+async def _tell(stdin: asyncio.StreamWriter, asked: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # it needs no more than it has read
+        stdin.write(asked)
+        await stdin.drain()
+        stdin.close()
+
+
+async def _ended(process: Process) -> None:
+    """It and what it has started are gone, and waited for, unless the kernel holds it."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(KILLED_WITHIN_S):
+            await process.wait()
 
 
 def _machine(one: Any) -> tuple[Machine, str]:

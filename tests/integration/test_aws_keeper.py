@@ -1,0 +1,180 @@
+"""The keeper of leases over the adapter of EC2, with faults at random and killed at random: nothing leaks, nothing is rented twice.
+
+Real: keeper, rules, records, adapter, the library of AWS, HTTP. Simulated: EC2 (moto behind our shim), nodes, and time, which only counts.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from datetime import UTC, datetime
+
+import pytest
+
+from benchmarks.burst_lab import crashes
+from tests.support import ec2_shim
+from whaleflux.clock import SystemClock, VirtualClock
+from whaleflux.store import Put, keys
+from whaleflux.store.api import Unchanged
+from whaleflux.store.election import elect
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux.v1 import types_pb2
+from whaleflux_inventory.lease_keeper import LeaseKeeper, Pace
+from whaleflux_inventory.lease_launch import FrontDoor, Launching
+from whaleflux_inventory.provider_accounts import Accounts
+from whaleflux_inventory.providers.api import TOKEN_TAG
+from whaleflux_inventory.providers.aws import AwsKind
+from whaleflux_inventory.rented_nodes import node_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+SEEDS = range(6)
+LEASES, STEP_S, LAG_S = 3, 10.0, 40.0
+LAUNCH = {
+    "no_capacity": 0.1, "throttled": 0.1, "lost_before": 0.08, "lost_reply": 0.15, "duplicate": 0.08, "broken": 0.04,
+}  # fmt: skip
+END = {"throttled": 0.1, "zombie": 0.15, "lost_reply": 0.08}
+LIST = {"throttled": 0.08, "broken": 0.04}
+FAULTS = {"RunInstances": LAUNCH, "TerminateInstances": END, "DescribeInstances": LIST, "DescribeInstanceStatus": LIST}
+
+
+class CrashingKind:
+    """AWS as one process sees it."""
+
+    def __init__(self, kind, steps):
+        self.kind, self.steps = kind, steps
+
+    def open(self, offer, known):
+        return crashes.CrashingCloud(self.kind.open(offer, known), self.steps)
+
+
+async def keys_of(secret, owner):
+    return ec2_shim.KEYS
+
+
+class World:
+    """A fleet whose keeper is killed again and again, over EC2."""
+
+    def __init__(self, seed, shim):
+        self.rng, self.shim = random.Random(seed), shim
+        self.clock, self.store, self.kind = VirtualClock(datetime.now(UTC)), MemoryStore(SystemClock()), AwsKind()
+        self.nodes = crashes.Nodes(self.clock, self.rng)
+        self.used, self.double, self.crashes, self.met = dict[str, str](), 0, 0, Counter[str]()
+        shim.now_s, shim.lag_s, shim.fault = self.clock.monotonic, LAG_S, self.fault
+
+    def fault(self, action):
+        drawn = self.rng.random()
+        for fault, share in FAULTS.get(action, {}).items():
+            if drawn < share:
+                self.met[fault] += 1
+                return fault
+            drawn -= share
+        return ""
+
+    async def declare(self):
+        for number, market in enumerate((types_pb2.PRICE_KIND_SPOT, types_pb2.PRICE_KIND_ON_DEMAND), 1):
+            offer = pb.Offer(
+                name=f"offers/o{number}", provider="aws", machine_type="p4d.24xlarge", site="sites/cloud", gpus=8,
+                region=ec2_shim.REGION, secret="secrets/cloud", market=market, usd_per_hour=10.0 * number, boot_s=60.0,
+                max_machines=LEASES, options={"image": ec2_shim.image()},
+            )  # fmt: skip
+            await self.store.commit(Put(keys.of_name(keys.OFFERS, offer.name), offer.SerializeToString()))
+        for number in range(LEASES):
+            lease = pb.Lease(name=f"leases/l{number}", state=pb.LEASE_STATE_INTENT, attempt=1, cost_cap_usd=60.0)
+            lease.offers[:] = ["offers/o1", "offers/o2"]
+            lease.offer.MergeFromString((await self.store.get(keys.OFFERS + "o1")).value)
+            lease.node = node_of("sites/cloud", lease.name, 1)
+            lease.create_time.FromDatetime(self.clock.now())
+            lease.hard_end_time.FromSeconds(int(self.clock.now().timestamp() + self.rng.uniform(600, 1200)))
+            await self.store.commit(Put(keys.of_name(keys.LEASES, lease.name), lease.SerializeToString()))
+
+    def keeper(self, leader):
+        """A new process, which dies at a drawn step."""
+        self.steps = crashes.Steps(at=[self.rng.randint(1, 12)])
+        store = crashes.CrashingStore(self.store, self.steps)
+        accounts = Accounts({"aws": CrashingKind(self.kind, self.steps)}, keys_of, self.clock)
+        launching = Launching(FrontDoor("fleet:7443"), crashes.authority(), 1800.0)
+        return LeaseKeeper(store, self.clock, leader, accounts, self.nodes, launching, Pace())
+
+    async def round(self, keeper, leader, *, crashing):
+        """One look; whoever dies in it is followed by another."""
+        self.steps.at = self.steps.at if crashing else ()
+        running = asyncio.ensure_future(keeper.round())
+        dead = asyncio.ensure_future(self.steps.dead.wait())
+        await asyncio.wait({running, dead}, return_when=asyncio.FIRST_COMPLETED)
+        if not self.steps.dead.is_set():
+            dead.cancel()
+            await running
+            return keeper
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        self.crashes += 1
+        return self.keeper(leader)
+
+    async def live(self):
+        """What machines do by themselves: boot and join, end without a word, are announced to be taken."""
+        for there in await asyncio.to_thread(self.shim.alive):
+            machine, tags = there["InstanceId"], {tag["Key"]: tag["Value"] for tag in there["Tags"]}
+            if self.rng.random() < 0.3:
+                await self.join(machine, tags[TOKEN_TAG])
+            if self.rng.random() < 0.004:
+                await asyncio.to_thread(self.shim.kill, machine)
+            if self.rng.random() < 0.004:
+                self.shim.events[machine] = "instance-retirement", self.clock.now().timestamp() + 120
+
+    async def join(self, machine, token):
+        """As inventory admits: a token admits one machine, under the name that it is bound to."""
+        entry = await self.store.get(keys.JOIN_TOKENS + token)
+        if entry is None or token in self.used:
+            return
+        self.used[token] = machine
+        node = pb.JoinTokenRecord.FromString(entry.value).token.node
+        self.double += node in self.nodes.there
+        self.nodes.there.add(node)
+
+    async def leases(self):
+        return [pb.Lease.FromString(entry.value) for entry in (await self.store.list(keys.LEASES)).entries]
+
+    async def give_back(self, number):
+        entry = await self.store.get(f"{keys.LEASES}l{number}")
+        lease = pb.Lease.FromString(entry.value)
+        lease.end_reason = lease.end_reason or "given back"
+        await self.store.commit(Put(entry.key, lease.SerializeToString()), when=[Unchanged(entry)])
+
+
+async def outcome(seed, shim):
+    """An hour of fleet time: rented, killed, given back; then until nothing is left or time is over."""
+    world = World(seed, shim)
+    await world.declare()
+    async with elect(world.store, "inventory", "a", ttl_s=600.0) as leader:
+        keeper = world.keeper(leader)
+        for step in range(360):
+            keeper = await world.round(keeper, leader, crashing=step < 150)
+            await world.live()
+            await world.clock.advance(STEP_S)
+            if step == 40:
+                await world.give_back(0)
+            if (
+                step > 150
+                and all(one.state == pb.LEASE_STATE_GONE for one in await world.leases())
+                and not shim.alive()
+            ):
+                break
+    return world, await world.leases(), await asyncio.to_thread(shim.alive)
+
+
+@pytest.fixture
+def shim(monkeypatch):
+    with ec2_shim.running(ec2_shim.Shim()) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", made.url)
+        yield made
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_nothing_leaks_and_nothing_is_rented_twice(shim, seed):
+    world, leases, alive = await outcome(seed, shim)
+    print(
+        f"seed {seed}: {world.crashes} crashes, {len(shim.launches)} launches, {dict(world.met)}, {len(world.used)} joined"
+    )
+    assert (alive, world.double) == ([], 0)
+    assert [one.state for one in leases] == [pb.LEASE_STATE_GONE] * LEASES
+    assert world.crashes and world.met
