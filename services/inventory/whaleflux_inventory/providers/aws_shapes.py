@@ -49,7 +49,7 @@ _OPTIONS: Mapping[str, tuple[re.Pattern[str], str]] = {
     "key": (re.compile(r"[ -~]{1,255}"), "must be the name of a key pair"),
     "capacity_reservation": (_RESERVATION, "must be a capacity reservation, such as cr-0123456789abcdef0"),
     "capacity_block": (_RESERVATION, "must be the reservation of a capacity block, such as cr-0123456789abcdef0"),
-    "whaleflux": (re.compile(r"[\w./-]{1,255}"), "must be the path of the program whaleflux in the image"),
+    "whaleflux": (re.compile(r"[\w./-]{1,255}"), "must be the path of the program in the image"),
 }  # fmt: skip
 _NO_CAPACITY = frozenset({
     "InsufficientInstanceCapacity", "InsufficientHostCapacity", "InsufficientReservedInstanceCapacity", "InsufficientCapacity",
