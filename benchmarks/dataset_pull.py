@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import http.server
 import os
 import random
@@ -21,13 +22,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from benchmarks.common import Options, Report, Row, Target, main
 from whaleflux.data import manifest as manifests
 from whaleflux.data.manifest import Manifest
-from whaleflux.data.sources import Found, Local, Source, SourceFailed, Web
+from whaleflux.data.sources import Found, Local, Readable, Source, SourceFailed, Web
 from whaleflux_agent import dataset_pull
 from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted, finish, found_out
 
@@ -80,8 +82,14 @@ def serving(path: Path) -> Iterator[str]:
         server.server_close()
 
 
+def forget(path: Path) -> None:
+    """Its pages, so that who reads it next has it from the disk."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def plain_copy(opened: Callable[[], Any], target: Path) -> float:
-    """Seconds for the same bytes onto the same disk with nothing compared: the limit that the pull is held against."""
+    """Seconds for the same bytes onto the same disk with nothing compared: what the pull is held against."""
     begun = time.perf_counter()
     with opened() as source, open(target, "wb") as file:
         shutil.copyfileobj(source, file, _PIECE)
@@ -102,19 +110,57 @@ def pull(source: Source, folder: Path) -> float:
     return took
 
 
+def hashed_copy(original: Path, target: Path, threads: int) -> float:
+    """Seconds to read, hash and write the same bytes with as little else as can be: what this machine's cores allow."""
+    size = original.stat().st_size
+    share = -(-size // threads // _PIECE) * _PIECE
+    begun = time.perf_counter()
+    with open(original, "rb") as source, open(target, "wb") as file, ThreadPoolExecutor(threads) as pool:
+        os.posix_fallocate(file.fileno(), 0, size)
+        parts = [(at, min(size, at + share)) for at in range(0, size, share)]
+        list(pool.map(lambda part: _hashed_part(source.fileno(), file.fileno(), *part), parts))
+        os.fsync(file.fileno())
+    took = time.perf_counter() - begun
+    target.unlink()
+    return took
+
+
+def _hashed_part(source: int, target: int, at: int, end: int) -> None:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE // 4))
+    while at < end:
+        data = buffer[: os.preadv(source, [buffer[: end - at]], at)]
+        digest.update(data)
+        at += os.pwrite(target, data, at)
+
+
+def bounds(original: Path, folder: Path, rounds: int) -> list[Row]:
+    """What reading, SHA-256 and writing cost without a pull around them, by threads."""
+    rows, size = list[Row](), original.stat().st_size
+    for threads in (1, os.cpu_count() or 1):
+        took = list[float]()
+        for _ in range(rounds):
+            forget(original)
+            took.append(hashed_copy(original, folder / "plain", threads))
+        rows.append({"what": f"bound: read, SHA-256, write; {threads} thread(s)", "MB": size / 1e6})
+        rows[-1]["MB/s"] = size / 1e6 / statistics.median(took)
+    return rows
+
+
 def rate(
-    what: str, source: Callable[[], Source], opened: Callable[[], Any], folder: Path, size: int, rounds: int
+    what: str, source: Callable[[], Source], opened: Callable[[], Any], original: Path, folder: Path, rounds: int
 ) -> Row:
-    """Median rates of both, in turns."""
-    ours, plain = list[float](), list[float]()
+    """Median rates of both, in turns; the original is read from the disk, not from the page cache."""
+    ours, plain, size = list[float](), list[float](), original.stat().st_size
     for _ in range(rounds):
+        forget(original)
         plain.append(plain_copy(opened, folder / "plain"))
+        forget(original)
         ours.append(pull(source(), folder))
     ours_s, plain_s = statistics.median(ours), statistics.median(plain)
     return {
         "what": what,
         "MB": size / 1e6,
-        "pull MB/s": size / 1e6 / ours_s,
+        "MB/s": size / 1e6 / ours_s,
         "plain copy MB/s": size / 1e6 / plain_s,
         "share": plain_s / ours_s,
     }
@@ -128,26 +174,26 @@ class Faulty(Local):
         self._kind, self._chance, self._lock, self._left = kind, chance, threading.Lock(), 1
 
     @contextlib.contextmanager
-    def open(self, found: Found, offset: int, length: int) -> Iterator[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         with self._lock:
             kind, self._left = (self._kind if self._left else ""), 0
         with super().open(found, offset, length) as stream:
             if kind == "ENOSPC":
                 raise OSError(errno.ENOSPC, "No space left on device")
-            yield _Spoiled(stream, kind, self._chance) if kind in ("flipped", "cut off") else stream  # type: ignore[misc]
+            yield _Spoiled(stream, kind, self._chance) if kind in ("flipped", "cut off") else stream
 
 
 class _Spoiled:
-    def __init__(self, stream: BinaryIO, kind: str, chance: random.Random) -> None:
+    def __init__(self, stream: Readable, kind: str, chance: random.Random) -> None:
         self._stream, self._kind, self._chance = stream, kind, chance
 
-    def read(self, count: int) -> bytes:
-        data = bytearray(self._stream.read(count))
-        at = self._chance.randrange(len(data)) if data else 0
+    def readinto(self, buffer: memoryview, /) -> int:
+        count = self._stream.readinto(buffer) or 0
+        at = self._chance.randrange(count) if count else 0
         if self._kind == "cut off":
-            return bytes(data[:at]) if self._chance.random() < 0.9 else b""
-        data[at] ^= 1 << self._chance.randrange(8)
-        return bytes(data)
+            return at if self._chance.random() < 0.9 else 0
+        buffer[at] ^= 1 << self._chance.randrange(8)
+        return count
 
 
 def killed(wanted: Wanted, source: Source, partial: Path, after_s: float) -> bool:
@@ -223,10 +269,12 @@ def measure(options: Options) -> Report:
         with open(original, "wb") as file:
             for _ in range(size // _PIECE):
                 file.write(os.urandom(_PIECE))
+            os.fsync(file.fileno())
+        limits = bounds(original, folder, ROUNDS[mode])
         with serving(original) as url:
             rates = [
-                rate("disk", lambda: Local(original), lambda: open(original, "rb"), folder, size, ROUNDS[mode]),  # noqa: SIM115  # closed by who opens
-                rate("loopback", lambda: Web(url), lambda: urllib.request.urlopen(url), folder, size, ROUNDS[mode]),  # noqa: S310
+                rate("disk", lambda: Local(original), lambda: open(original, "rb"), original, folder, ROUNDS[mode]),  # noqa: SIM115  # closed by who opens
+                rate("loopback", lambda: Web(url), lambda: urllib.request.urlopen(url), original, folder, ROUNDS[mode]),  # noqa: S310
             ]
         original.unlink()
         manifests.MIN_CHUNK_BYTES = dataset_pull.RUN_BYTES = SMALL_CHUNK
@@ -234,7 +282,7 @@ def measure(options: Options) -> Report:
         faults = with_faults(folder, FAULTS[mode], options.seed)
     wrong = sum(row["wrong files"] for row in faults)
     return Report(
-        rows=[*rates, *faults],
+        rows=[*limits, *rates, *faults],
         targets=[
             *(
                 Target(f"rate ({row['what']})", row["share"], RATE_SHARE, "of a plain copy's rate", "higher")

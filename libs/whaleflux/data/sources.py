@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from whaleflux.data import uris
@@ -59,6 +59,14 @@ class Found:
     version: str = ""
 
 
+class Readable(Protocol):
+    """A stretch of a file, read from its begin on."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """How many bytes were read, those that are there first; 0 at the end. Raises SourceFailed, OSError."""
+        ...
+
+
 class Source(Protocol):
     """Where an original is."""
 
@@ -72,7 +80,7 @@ class Source(Protocol):
         """After a `scan`: the path or URL under which its files lie, as in the folder of a copy."""
         ...
 
-    def open(self, found: Found, offset: int, length: int) -> AbstractContextManager[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> AbstractContextManager[Readable]:
         """That stretch of a file, after a `scan`. Raises SourceFailed; OSError on the way."""
         ...
 
@@ -116,7 +124,7 @@ class Local:
         return str(self._root.parent if self._single else self._root)
 
     @contextlib.contextmanager
-    def open(self, found: Found, offset: int, length: int) -> Iterator[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         path = self._root if self._single else self._root / found.path
         try:
             with self._act_as():
@@ -180,14 +188,14 @@ class Web:
         return self._url.rpartition("/")[0]
 
     @contextlib.contextmanager
-    def open(self, found: Found, offset: int, length: int) -> Iterator[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         with self._ask(offset, length) as answer:
             if found.version and _version(answer) != found.version:
                 raise SourceChanged(f"{self._url} changed while it was read")
             steady = _Steady(answer)
             if answer.status != 206:
                 _skip(steady, offset)
-            yield steady  # type: ignore[misc]  # all of a BinaryIO that a pull needs
+            yield steady
 
     @contextlib.contextmanager
     def _ask(self, offset: int, length: int) -> Iterator[Any]:
@@ -227,6 +235,12 @@ class _Steady:
         if self._waited_s >= STALLED_S:
             self._check_rate()
         return data
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """The same, into a buffer."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def _check_rate(self) -> None:
         if self._count < MIN_BYTES_PER_S * self._waited_s:
@@ -329,7 +343,7 @@ class ByFsspec:
         return self._uri.rpartition("/")[0] if self._single else self._uri.rstrip("/")
 
     @contextlib.contextmanager
-    def open(self, found: Found, offset: int, length: int) -> Iterator[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         root = str(self._root).rstrip("/")
         path = root if self._single else f"{root}/{found.path}"
         yield io.BufferedReader(_Stretch(self._fs, path, offset, length), _PIECE_BYTES)

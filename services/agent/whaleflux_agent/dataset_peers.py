@@ -11,10 +11,10 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from whaleflux import hostport, names
-from whaleflux.data.sources import Found, SourceBusy, SourceFailed
+from whaleflux.data.sources import Found, Readable, SourceBusy, SourceFailed
 from whaleflux.errors import InvalidArgument, ResourceExhausted, StatusError
 from whaleflux.rpc.channel import Channel, Stream, connect
 from whaleflux.rpc.pki import Tls, TlsFiles, server_name
@@ -210,10 +210,10 @@ class PeerSource:
         return ""
 
     @contextlib.contextmanager
-    def open(self, found: Found, offset: int, length: int) -> Iterator[BinaryIO]:
+    def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         stream = _Pieces(self._swarm, self._swarm.read(self._node, found.path, offset, length))
         try:
-            yield stream  # type: ignore[misc]  # all of a BinaryIO that a pull needs
+            yield stream
         finally:
             stream.close()
 
@@ -222,15 +222,16 @@ class _Pieces:
     """The answers of a peer, as bytes."""
 
     def __init__(self, swarm: Swarm, stream: Stream[agent_pb2.ReadPieceResponse]) -> None:
-        self._swarm, self._stream, self._left = swarm, stream, b""
+        self._swarm, self._stream, self._left = swarm, stream, memoryview(b"")
 
-    def read(self, most: int) -> bytes:
-        """Up to `most` bytes; none at the end. Raises SourceFailed."""
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Raises SourceFailed."""
         if not self._left:
             message = self._swarm.wait(self._next(), _READ_S)
-            self._left = message.data if message else b""
-        data, self._left = self._left[:most], self._left[most:]
-        return data
+            self._left = memoryview(message.data if message else b"")
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
 
     async def _next(self) -> agent_pb2.ReadPieceResponse | None:
         return await anext(self._stream, None)
