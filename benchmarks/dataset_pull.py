@@ -31,7 +31,10 @@ from whaleflux.data import manifest as manifests
 from whaleflux.data.manifest import Manifest
 from whaleflux.data.sources import Found, Local, Readable, Source, SourceFailed, Web
 from whaleflux_agent import dataset_pull
-from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted, finish, found_out
+from whaleflux_agent.dataset_files import finish
+from whaleflux_agent.dataset_progress import Pace, Progress
+from whaleflux_agent.dataset_pull import Pull
+from whaleflux_agent.dataset_wanted import Wanted, found_out
 
 RATE_BYTES = {"quick": 96 << 20, "full": 1 << 30}
 ROUNDS = {"quick": 3, "full": 5}

@@ -13,7 +13,9 @@ from whaleflux.data import sources
 from whaleflux.data.manifest import ManifestWrong
 from whaleflux.data.sources import ByFsspec, Found, SourceChanged, SourceFailed, Web
 from whaleflux_agent import dataset_pull
-from whaleflux_agent.dataset_pull import Pull, finish, found_out
+from whaleflux_agent.dataset_files import finish
+from whaleflux_agent.dataset_pull import Pull
+from whaleflux_agent.dataset_wanted import found_out
 
 DATA = os.urandom(100_000)
 

@@ -17,6 +17,7 @@ class Inventory:
         self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
         self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
         self.members, self.pins = [], []
+        self.rights = {}  # owner and members by dataset, where they are not those of all
         self.tells_pins, self.makers, self.now = True, {}, datetime(2026, 1, 1, tzinfo=UTC)
 
     def _dataset(self, name):
@@ -25,7 +26,8 @@ class Inventory:
         if name not in self.uris:
             raise NotFound("dataset", name)
         found = inventory_pb2.Dataset(name=name, uri=self.uris[name])
-        found.members.extend(self.members)
+        found.owner, members = self.rights.get(name, ("", self.members))
+        found.members.extend(members)
         found.pins.extend(inventory_pb2.DatasetPin(node=node) for node in self.pins)
         found.makers.extend(self.makers.get(name, ()))
         found.copies.extend({copy.node: copy for copy in self.copies.get(name, ())}.values())

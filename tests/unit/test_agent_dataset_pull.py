@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from whaleflux.data import manifest as manifests
 from whaleflux.data.sources import Found, Local, SourceChanged, SourceFailed
-from whaleflux_agent import dataset_pull
-from whaleflux_agent.dataset_pull import Corrupt, Progress, Pull, Stopped, Wanted, finish, found_out, unchanged
+from whaleflux_agent import dataset_progress, dataset_pull
+from whaleflux_agent.dataset_files import finish, unchanged
+from whaleflux_agent.dataset_progress import Progress, Stopped
+from whaleflux_agent.dataset_pull import Corrupt, Pull
+from whaleflux_agent.dataset_wanted import Wanted, found_out
 
 CHUNK_BYTES = 4096
 BIG = os.urandom(10_000)  # three chunks
@@ -172,8 +175,8 @@ def test_a_full_disk_is_known_before_a_byte_is_pulled(original, tmp_path, monkey
 
 def test_the_pace_is_that_of_all_lanes_together(monkeypatch):
     now, waited = [100.0], []
-    monkeypatch.setattr(dataset_pull.time, "monotonic", lambda: now[0])
-    pace, stop = dataset_pull.Pace(1000), threading.Event()
+    monkeypatch.setattr(dataset_progress.time, "monotonic", lambda: now[0])
+    pace, stop = dataset_progress.Pace(1000), threading.Event()
     monkeypatch.setattr(stop, "wait", waited.append)
     for _ in range(3):
         pace.wait(500, stop)

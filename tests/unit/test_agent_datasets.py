@@ -14,7 +14,7 @@ from tests.support.agent_tasks import until
 from tests.support.dataset_inventory import Inventory
 from whaleflux.data import manifest, sources
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent import dataset_pull, dataset_store
+from whaleflux_agent import dataset_files, dataset_pull, dataset_store
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
 
@@ -165,12 +165,12 @@ async def test_what_is_pinned_is_pulled_without_a_job_and_stays(tmp_path, source
     inventory = Inventory(source, other=source)
     cache = cache_of(tmp_path, inventory, room=9)
     inventory.pinned = ["datasets/c4"]
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     await until(lambda: inventory.states("datasets/c4") == ["PULLING", "READY"])
     assert inventory.copies["datasets/c4"][-1].pinned
     assert await cache.fetch("datasets/other", work()) == str(source), "it makes no room for a job"
     inventory.pinned = []
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     assert not inventory.copies["datasets/c4"][-1].pinned
     assert await cache.fetch("datasets/other", work()) != str(source)
 
@@ -179,9 +179,9 @@ async def test_a_pin_that_does_not_fit_is_said_and_writes_nothing(tmp_path, sour
     inventory = Inventory(source)
     cache = cache_of(tmp_path, inventory, room=5)
     inventory.pinned = ["datasets/c4"]
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     await until(lambda: inventory.states("datasets/c4") == ["FAILED"])
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     assert inventory.states("datasets/c4") == ["FAILED"], "not asked for again at once"
     assert not list((tmp_path / "cache" / ".partial").iterdir())
 
@@ -203,19 +203,19 @@ async def test_what_an_earlier_dataset_of_the_name_left_is_given_to_nobody(tmp_p
     inventory, used = Inventory(source), set()
     cache = cache_of(tmp_path, inventory, lambda: frozenset(used))
     folder = Path(await cache.fetch("datasets/c4"))
-    await cache.tidy()
+    await cache.upkeep.tidy()
     assert folder.exists()
     assert inventory.copies["datasets/c4"][-1].present_bytes == 6
     inventory.manifests.clear()  # declared by another team, after the first was deleted
     used.add("datasets/c4")
-    await cache.tidy()
+    await cache.upkeep.tidy()
     assert folder.exists(), "a task reads it"
     used.clear()
-    await cache.tidy()
+    await cache.upkeep.tidy()
     assert not folder.exists()
     await cache.fetch("datasets/c4")
     inventory.uris.clear()
-    await cache.tidy()
+    await cache.upkeep.tidy()
     assert not [f for f in (tmp_path / "cache").iterdir() if "@" in f.name]
 
 
@@ -230,7 +230,7 @@ async def test_an_agent_that_does_not_know_its_pins_yet_removes_nothing(tmp_path
     inventory.tells_pins = True
     assert await restarted.fetch("datasets/other", work()) == str(source), "it is pinned, as it has asked by now"
     inventory.pinned = []
-    await restarted.follow_pins()
+    await restarted.upkeep.follow_pins()
     assert await restarted.fetch("datasets/other", work()) != str(source)
 
 
@@ -239,15 +239,15 @@ async def test_looks_at_pins_read_nothing_of_what_is_there(tmp_path, source, mon
     inventory.pinned = ["datasets/c4"]
     cache, looks = cache_of(tmp_path, inventory), []
     folder = Path(await cache.fetch("datasets/c4"))
-    unchanged = dataset_pull.unchanged
-    monkeypatch.setattr(dataset_pull, "unchanged", lambda *which: looks.append(which) or unchanged(*which))
+    unchanged = dataset_files.unchanged
+    monkeypatch.setattr(dataset_files, "unchanged", lambda *which: looks.append(which) or unchanged(*which))
     monkeypatch.setattr(Path, "read_bytes", lambda path: looks.append(path) or b"")
     for _ in range(3):
-        await cache.follow_pins()
+        await cache.upkeep.follow_pins()
     assert not looks
     assert inventory.states("datasets/c4") == ["PULLING", "READY", "READY"]
     folder.rename(tmp_path / "away")
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     monkeypatch.undo()
     await until(lambda: inventory.states("datasets/c4")[3:] == ["PULLING", "READY"])
 
@@ -259,9 +259,9 @@ async def test_a_pinned_copy_that_somebody_wrote_to_is_found_out_and_pulled_agai
     file = Path(await cache.fetch("datasets/c4")) / "part-0"
     os.chmod(file, 0o644)
     file.write_bytes(b"abcdeF")
-    await cache.tidy()
+    await cache.upkeep.tidy()
     assert inventory.copies["datasets/c4"][-1].present_bytes == 0
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     await until(lambda: file.exists() and file.read_bytes() == b"abcdef")
 
 
@@ -279,7 +279,7 @@ async def test_a_copy_whose_manifest_cannot_be_read_stays_and_counts(tmp_path, s
     restarted = cache_of(tmp_path, inventory, room=9)
     monkeypatch.setattr(dataset_store, "allocated", lambda folder: 6 if folder == kept else 0)
     assert await restarted.fetch("datasets/other", work()) == str(source), "its room is taken"
-    await restarted.tidy()
+    await restarted.upkeep.tidy()
     assert kept.exists()
     broken[0] = False
     assert await restarted.fetch("datasets/c4", work()) == str(kept)
@@ -352,7 +352,7 @@ async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_p
     folder = await cache_of(tmp_path, inventory, room=total // 2).fetch("datasets/c4", work())
     before = {path: path.lstat().st_ino for path in files_of(folder)}
     restarted = cache_of(tmp_path, inventory, room=total // 2)
-    await restarted.tidy()
+    await restarted.upkeep.tidy()
     assert await restarted.fetch("datasets/c4", work()) == folder
     assert {path: path.lstat().st_ino for path in files_of(folder)} == before
     assert await restarted.fetch("datasets/c4", work(image="pytorch")) == str(many), "links lead out of its container"
@@ -370,7 +370,7 @@ async def test_a_pin_of_what_exceeds_the_cache_gets_no_part_for_it(tmp_path, man
     inventory = Inventory(many)
     inventory.pinned = ["datasets/c4"]
     cache = cache_of(tmp_path, inventory, room=1000)
-    await cache.follow_pins()
+    await cache.upkeep.follow_pins()
     await until(lambda: "FAILED" in inventory.states("datasets/c4"))
     await cache.close()
     assert not [folder for folder in (tmp_path / "cache").iterdir() if "@" in folder.name]

@@ -348,6 +348,34 @@ async def test_what_the_first_node_found_a_dataset_to_be_counts(world):
         await world.call("GetDatasetManifest", asked)
 
 
+async def test_who_has_read_all_of_a_dataset_may_declare_it_with_its_manifest(world):
+    first = found(10, 20)
+    request = pb.CreateDatasetRequest(
+        dataset_id="c4", dataset={"uri": "s3://data/c4"}, request_id="r1", manifest=first.to_proto()
+    )
+    made = await world.call("CreateDataset", request)
+    assert (made.manifest_digest, made.size_bytes, made.file_count) == (first.digest, 30, 2)
+    assert made.manifest_author == made.owner
+    assert await world.call("CreateDataset", request) == made
+    known = await world.call("GetDatasetManifest", pb.GetDatasetManifestRequest(name="datasets/c4"))
+    assert manifest.from_proto(known) == first
+    say = pb.SetDatasetManifestRequest(dataset="datasets/c4", node=N1, manifest=found(11).to_proto())
+    assert (await world.call("SetDatasetManifest", say, "agent", "a/n1")).manifest_digest == first.digest
+    request.manifest.CopyFrom(found(12).to_proto())
+    with pytest.raises(AlreadyExists):
+        await world.call("CreateDataset", request)
+
+
+async def test_a_dataset_declared_with_a_manifest_that_cannot_be_is_not_declared(world):
+    before = (await world.store.list("/")).revision
+    wrong = found(10).to_proto()
+    wrong.files[0].chunk_sha256 = b"short"
+    request = pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://data/c4"}, manifest=wrong)
+    with pytest.raises(InvalidArgument, match="manifest: 'part-0' has not one SHA-256 for each chunk"):
+        await world.call("CreateDataset", request)
+    assert (await world.store.list("/")).revision == before
+
+
 async def test_a_manifest_that_cannot_be_changes_nothing(world):
     await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://data/c4"}))
     before = (await world.store.list("/")).revision

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +56,13 @@ def add(
             "--scan", help="Look at the source from here first: its size is declared, and what is wrong with it said."
         ),
     ] = False,
+    hash_: Annotated[
+        bool,
+        typer.Option(
+            "--hash",
+            help="Read all of the source from here: its version is known at once, and nodes take from other copies what is the same.",
+        ),
+    ] = False,
     member: Annotated[
         list[str] | None,
         typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for; none: all users."),
@@ -65,6 +74,7 @@ def add(
       whaleflux datasets add c4-en --source https://data.example/c4-en.tar --size "300 GB"
       whaleflux datasets add imagenet --source /mnt/data/imagenet --size 150GB
       whaleflux datasets add fineweb --source hf://datasets/HuggingFaceFW/fineweb --scan
+      whaleflux datasets add weights-2 --source /mnt/models/weights-2 --hash
       whaleflux datasets add gated --source https://data.example/gated.tar --secret data-token
       whaleflux datasets add patients --source /mnt/data/patients --member groups/clinic
     """  # noqa: D301 - the escape tells click to keep the lines
@@ -76,10 +86,11 @@ def add(
         size_bytes = quantities.size_bytes(size)
     except ValueError as wrong:
         raise InvalidArgument(FieldViolation("--size", str(wrong))) from None
-    if scan:
+    if scan or hash_:
         if size_bytes or secret:
+            option = "--hash" if hash_ else "--scan"
             raise InvalidArgument(
-                FieldViolation("--scan", "finds the size out, as nobody in particular: leave --size and --secret out")
+                FieldViolation(option, "finds the size out, as nobody in particular: leave --size and --secret out")
             )
         size_bytes = _scanned(source)
     dataset = pb.Dataset(uri=source, size_bytes=size_bytes, members=member or ())
@@ -88,26 +99,48 @@ def add(
     if secret:
         scheme = pb.CREDENTIAL_SCHEME_BASIC if basic else pb.CREDENTIAL_SCHEME_BEARER
         dataset.credentials.CopyFrom(pb.DatasetCredentials(secret=names.secret(secret), scheme=scheme))
+    request = pb.CreateDatasetRequest(dataset_id=_id(name), dataset=dataset, request_id=names.ulid())
+    if hash_:
+        request.manifest.CopyFrom(_hashed(source, size_bytes))
     with fleet() as client:
-        request = pb.CreateDatasetRequest(dataset_id=_id(name), dataset=dataset, request_id=names.ulid())
         made = client.inventory.CreateDataset(request, timeout=10)
     output.note(f"{made.name} is declared; jobs use it with: data: dataset:{names.last(made.name)}")
 
 
-def _scanned(source: str) -> int:
-    """Bytes that are there. Raises InvalidArgument for what agents could not pull."""
-    from whaleflux.data import manifest, sources
+@contextmanager
+def _looking() -> Iterator[None]:
+    """In the block somebody looks at a source from here. Raises InvalidArgument for what agents could not pull."""
     from whaleflux.data.manifest import ManifestWrong
     from whaleflux.data.sources import SourceFailed
     from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.quantities import shown_bytes
 
     try:
-        found = manifest.draft((one.path, one.size_bytes) for one in sources.open_source(source).scan())
+        yield
     except (SourceFailed, ManifestWrong, OSError) as wrong:
-        raise InvalidArgument(
-            FieldViolation("--source", f"{wrong} (as seen from here; declare it without --scan where nodes see more)")
-        ) from None
+        why = f"{wrong} (as seen from here; declare it without --scan and --hash where nodes see more)"
+        raise InvalidArgument(FieldViolation("--source", why)) from None
+
+
+def _hashed(source: str, size_bytes: int) -> Any:
+    """Its manifest, all of it read from here."""
+    from whaleflux.cli.copying import Progress
+    from whaleflux.data import hashing, sources
+
+    progress = Progress(size_bytes)
+    with _looking():
+        found = hashing.hashed(sources.open_source(source), progress.add)
+    progress.clear()
+    output.note(f"all of it was read; its version is {found.digest[:16]}")
+    return found.to_proto()
+
+
+def _scanned(source: str) -> int:
+    """Bytes that are there."""
+    from whaleflux.data import manifest, sources
+    from whaleflux.quantities import shown_bytes
+
+    with _looking():
+        found = manifest.draft((one.path, one.size_bytes) for one in sources.open_source(source).scan())
     output.note(f"{len(found.files)} file{'s' * (len(found.files) != 1)}, {shown_bytes(found.size_bytes)}")
     return found.size_bytes
 

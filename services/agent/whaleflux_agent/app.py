@@ -28,7 +28,7 @@ from whaleflux_agent.checkpoint_collector import CheckpointCollector
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.code_cache import CodeCache
 from whaleflux_agent.dataset_peers import Peers
-from whaleflux_agent.dataset_pull import Pace
+from whaleflux_agent.dataset_progress import Pace
 from whaleflux_agent.dataset_store import cache_bytes
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.devices import host
@@ -347,7 +347,7 @@ def _dataset_tidying(datasets: DatasetCache, registration: Registration, clock: 
     async def tidy() -> None:
         while True:
             await registration.registered.wait()
-            await datasets.tidy()
+            await datasets.upkeep.tidy()
             await clock.sleep(_TIDY_EVERY_S)
 
     return tidy
@@ -356,7 +356,7 @@ def _dataset_tidying(datasets: DatasetCache, registration: Registration, clock: 
 async def _dataset_pins(datasets: DatasetCache, registration: Registration, clock: Clock) -> None:
     await registration.registered.wait()
     while True:
-        await datasets.follow_pins()
+        await datasets.upkeep.follow_pins()
         await clock.sleep(_PINS_EVERY_S * (0.5 + random.random()))  # not all agents at once
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from whaleflux.data.sources import Source
 from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent.dataset_pull import Progress, Pull, Wanted, in_thread
+from whaleflux_agent.dataset_donors import Given
+from whaleflux_agent.dataset_progress import Progress
+from whaleflux_agent.dataset_pull import Pull, in_thread
 from whaleflux_agent.dataset_store import Copy
+from whaleflux_agent.dataset_wanted import Wanted
 
 
 class Unkept(Exception):
@@ -37,6 +40,7 @@ class Fetch:
     progress: Progress = field(default_factory=Progress)
     task: asyncio.Task[Copy] = field(init=False)
     unkept: Unkept | None = None  # why there is a part of it only, or nothing
+    given: Given = field(default_factory=Given)  # what other copies here have of it
     looked: tuple[float, int] = (0.0, 0)  # when, and at how many bytes
 
     def words(self, dataset: str) -> str:

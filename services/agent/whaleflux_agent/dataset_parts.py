@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from whaleflux import telemetry
 from whaleflux.data.sources import Local, SourceFailed
@@ -12,14 +10,14 @@ from whaleflux.telemetry import Event
 from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.dataset_fetch import Unkept
-from whaleflux_agent.dataset_pull import Pace, Progress, Pull, Wanted, in_thread
+from whaleflux_agent.dataset_progress import Pace, Progress
+from whaleflux_agent.dataset_pull import Pull, in_thread
 from whaleflux_agent.dataset_reports import PARTIAL, CopyReports
+from whaleflux_agent.dataset_room import Room
 from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, part_key
+from whaleflux_agent.dataset_wanted import Wanted
 
 _log = telemetry.get_logger("whaleflux.agent")
-
-InStore = Callable[..., Awaitable[Any]]
-Reserve = Callable[[str, Wanted], Awaitable[None]]
 
 
 def reads_parts(work: Work | None) -> bool:
@@ -28,20 +26,17 @@ def reads_parts(work: Work | None) -> bool:
 
 
 class Parts:
-    """`in_store` does work on the store, one at a time; `reserve` takes room for a key, and `kept` says which datasets stay."""
+    """Brings them, as far as there is room."""
 
     def __init__(
         self,
         store: DatasetStore,
-        in_store: InStore,
-        reserve: Reserve,
-        kept: Callable[[str], bool],
+        room: Room,
         reports: CopyReports,
         pace: Pace,
         reader: int,
     ) -> None:
-        self._store, self._in_store, self._reserve, self._kept = store, in_store, reserve, kept
-        self._reports, self._pace, self._reader = reports, pace, reader
+        self._store, self._room, self._reports, self._pace, self._reader = store, room, reports, pace, reader
 
     async def bring(self, unkept: Unkept, progress: Progress) -> Copy | None:
         """A fixed part of what never fits, beside links to the rest; None where nothing can be linked to, or all of it might fit."""
@@ -49,7 +44,7 @@ class Parts:
         if wanted.manifest.size_bytes <= self._store.limit_bytes or not isinstance(source, Local) or source.single:
             return None
         key = part_key(found.name, json.dumps([[one.path, one.size_bytes, one.version] for one in wanted.found]))
-        copy: Copy | None = await self._in_store(self._store.part, key)
+        copy: Copy | None = await self._room.do(self._store.part, key)
         if copy is None:
             copy = await self._pulled_part(found.name, wanted, source, key, progress)
         if copy:
@@ -58,17 +53,17 @@ class Parts:
         return copy
 
     async def _pulled_part(self, name: str, wanted: Wanted, source: Local, key: str, progress: Progress) -> Copy | None:
-        room = await self._in_store(self._store.room_bytes, self._kept)
+        room = await self._room.do(self._store.room_bytes, self._room.kept)
         paths = fixed_subset(((file.path, file.size_bytes) for file in wanted.manifest.files), room, name)
         part, partial = wanted.only(paths), self._store.partial(key)
         if not part.manifest.size_bytes:
             return None
         try:
-            await self._reserve(key, part)
+            await self._room.take(key, part.manifest.size_bytes)
             pull = Pull(part, source, partial, pace=self._pace, progress=progress)
             made = await in_thread(pull.run)
             rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
-            copy: Copy = await self._in_store(
+            copy: Copy = await self._room.do(
                 self._store.publish, name, made, partial, self._reader, progress.cost, key, rest
             )
             return copy

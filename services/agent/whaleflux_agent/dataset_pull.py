@@ -13,22 +13,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import os
 import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from whaleflux.data import manifest
-from whaleflux.data.manifest import Chunk, File, Manifest
+from whaleflux.data.manifest import Chunk, Manifest
 from whaleflux.data.sources import Found, Readable, Source, SourceBusy, SourceChanged, SourceFailed
+from whaleflux_agent.dataset_donors import Place
+from whaleflux_agent.dataset_files import PIECE_BYTES, copy_stretch, digest_of, reserve, write
+from whaleflux_agent.dataset_progress import Pace, Progress, Stopped
+from whaleflux_agent.dataset_wanted import Wanted
 from whaleflux_agent.piece_order import PieceOrder, Take
 
 T = TypeVar("T")
@@ -37,90 +37,14 @@ LANES = 4
 RUN_BYTES = 64 << 20  # asked of a source at once
 _RUNS = 32  # at least, that a version is asked for in: so that nodes can share them
 _LOOK_S = 1.0  # after which a lane without work looks again
-_PIECE_BYTES = 256 << 10  # read, hashed and written at once: it stays in a core's own cache
 _TRIES = 3  # of a stretch that does not come, or not as it should
 PAUSE_S = 0.5
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # ours, not the source's
 _RECORD = struct.Struct(">I32s")
-FIXED_NS = 978307200 * 10**9  # when every file was last written, as far as its times say: a later write shows
-
-
-class Stopped(Exception):
-    """Nobody wants it any more; what is there stays for the next pull."""
 
 
 class Corrupt(SourceFailed):
     """A source gives other bytes than the manifest says."""
-
-
-class Pace:
-    """Bytes for each second that all lanes of all pulls have together; 0: as many as come."""
-
-    def __init__(self, bytes_per_s: int = 0) -> None:
-        self._bytes_per_s, self._lock, self._free_at_s = bytes_per_s, threading.Lock(), 0.0
-
-    def wait(self, count: int, stop: threading.Event) -> None:
-        """Returns when `count` bytes more, which have come, do not make too many; or `stop` is set."""
-        if not self._bytes_per_s:
-            return
-        with self._lock:
-            begins_s = max(self._free_at_s, time.monotonic())
-            self._free_at_s = begins_s + count / self._bytes_per_s
-        stop.wait(max(0.0, begins_s - time.monotonic()))
-
-
-@dataclass(slots=True)
-class Progress:
-    """What is known of a pull while it runs; read by others. `here`: bytes that were there before."""
-
-    total_bytes: int = 0
-    done_bytes: int = 0
-    here_bytes: int = 0
-    pulled_bytes: int = 0  # those in vain included
-    pulled_s: float = 0.0  # that pulls took
-    waits_for: str = ""  # the node that reads it first
-    peer_bytes: int = 0  # of chunks that other nodes gave
-    liars: dict[str, str] = field(default_factory=dict)  # nodes that gave wrong bytes, and which
-    failures: dict[str, str] = field(default_factory=dict)  # nodes that did not give what they said that they have
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def cost(self) -> float:
-        """Seconds for each byte that was pulled."""
-        return self.pulled_s / max(1, self.pulled_bytes)
-
-    def check(self) -> None:
-        if self.stop.is_set():
-            raise Stopped
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """`manifest` without digests: what it consists of is found out, provided that the source stays as `found` says meanwhile."""
-
-    manifest: Manifest
-    found: tuple[Found, ...] = ()  # of the source, by path
-    part: bool = False  # the source has more files than are wanted
-
-    def still(self, found: Iterable[Found]) -> bool:
-        """Whether the source has what was found there before."""
-        wanted = {one.path for one in self.found}
-        return tuple(by_path(one for one in found if not self.part or one.path in wanted)) == self.found
-
-    def only(self, paths: AbstractSet[str]) -> Wanted:
-        """A part of it."""
-        files = tuple(file for file in self.manifest.files if file.path in paths)
-        found = tuple(one for one in self.found if one.path in paths)
-        return Wanted(Manifest(self.manifest.chunk_bytes, files), found, part=True)
-
-    @property
-    def known(self) -> bool:
-        return all(file.chunks for file in self.manifest.files if file.size_bytes)
-
-    def identity(self) -> str:
-        """What a partial copy must be of to be gone on with."""
-        versions = [] if self.known else [[one.path, one.size_bytes, one.version] for one in self.found]
-        return json.dumps([self.manifest.digest, versions])
 
 
 _PULLS = ThreadPoolExecutor(
@@ -136,6 +60,7 @@ async def in_thread(do: Callable[[], T]) -> T:
 class Pull:
     """One pull into `partial`, from `source`, and from the nodes that `seen` tells of: `peer` opens them, `me` is this one among them.
 
+    `here`: where on this disk chunks are that other copies have, by SHA-256.
     `ahead`: from nodes only, before the version is known. Nothing of that is believed: `go_on_with` has it read again.
     """
 
@@ -150,7 +75,9 @@ class Pull:
         me: str = "",
         peer: Callable[[str], Source] | None = None,
         ahead: bool = False,
+        here: Mapping[bytes, Place] | None = None,
     ) -> None:
+        self._here = here or {}
         self._wanted, self._source, self._partial, self._peer = wanted, source, partial, peer
         self._pace, self.progress = pace or Pace(), progress or Progress()
         self._found = {one.path: one for one in wanted.found}
@@ -183,6 +110,7 @@ class Pull:
         self._begin()
         with open(self._partial / "journal", "r+b", buffering=0) as journal:
             self._go_on(journal)
+            self._take_here(journal)
             begun_s = time.monotonic()
             self._fetch(journal)
             self.progress.pulled_s += time.monotonic() - begun_s
@@ -199,7 +127,7 @@ class Pull:
         shutil.rmtree(self._partial, ignore_errors=True)
         try:
             for file in self._wanted.manifest.files:
-                _reserve(self._partial / "files" / file.path, file.size_bytes)
+                reserve(self._partial / "files" / file.path, file.size_bytes)
             (self._partial / "journal").touch()
             plan.write_text(identity)
         except OSError:
@@ -228,6 +156,26 @@ class Pull:
             return digest_of(self._path(chunk), chunk) == digest
         except OSError:
             return False
+
+    def _take_here(self, journal: BinaryIO) -> None:
+        """What other copies on this disk have; what is not there as it should be stays missing."""
+        there = [c for c in self._chunks if c.index not in self._digests and c.sha256 and c.sha256 in self._here]
+        with ThreadPoolExecutor(LANES, thread_name_prefix="dataset") as pool:
+            for _ in pool.map(lambda chunk: self._copied_here(chunk, journal), there):
+                pass
+
+    def _copied_here(self, chunk: Chunk, journal: BinaryIO) -> None:
+        self.progress.check()
+        place, path = self._here[chunk.sha256], self._path(chunk)
+        try:
+            copy_stretch(place.path, place.offset, path, chunk.offset, chunk.size_bytes)
+            if digest_of(path, chunk) != chunk.sha256:
+                return
+        except OSError:
+            return  # that copy has gone, or its disk does not give it
+        self._note(journal, chunk, chunk.sha256)
+        with self._turn:
+            self.progress.copied_bytes += chunk.size_bytes
 
     def _fetch(self, journal: BinaryIO) -> None:
         """All that is missing, by some lanes; each brings what comes next until nothing is left, or one of them fails for good."""
@@ -312,7 +260,7 @@ class Pull:
         path = self._wanted.manifest.files[run[0].file].path
         length = sum(chunk.size_bytes for chunk in run)
         found = self._found.get(path) or Found(path, self._wanted.manifest.files[run[0].file].size_bytes)
-        buffer = memoryview(bytearray(_PIECE_BYTES))  # one for all: the kernel would make new pages for each
+        buffer = memoryview(bytearray(PIECE_BYTES))  # one for all: the kernel would make new pages for each
         with (
             source.open(found, run[0].offset, length) as stream,
             open(self._path(run[0]), "r+b", buffering=0) as file,
@@ -336,7 +284,7 @@ class Pull:
                 raise SourceFailed("it ended before its end")
             self._pace.wait(len(data), self.progress.stop)
             digest.update(data)
-            _write(number, data, at)
+            write(number, data, at)
             at += len(data)
             self.progress.pulled_bytes += len(data)
         return digest.digest()
@@ -351,104 +299,3 @@ class Pull:
 
     def _path(self, chunk: Chunk) -> Path:
         return self._partial / "files" / self._wanted.manifest.files[chunk.file].path
-
-
-def go_on_with(ahead: Path, partial: Path, wanted: Wanted) -> None:
-    """Makes what was pulled ahead the begin of a pull of a version that is known now; without, where it is of another one.
-
-    It is believed like what a killed pull left: each chunk that it says is there is read and compared first.
-    """
-    blank = tuple(File(file.path, file.size_bytes) for file in wanted.manifest.files)
-    before = Wanted(Manifest(wanted.manifest.chunk_bytes, blank), wanted.found)
-    plan = ahead / "plan"
-    if not partial.exists() and plan.exists() and plan.read_text() == before.identity():
-        plan.write_text(wanted.identity())
-        ahead.rename(partial)
-    shutil.rmtree(ahead, ignore_errors=True)
-
-
-def by_path(found: Iterable[Found]) -> list[Found]:
-    """In the order of a manifest."""
-    return sorted(found, key=lambda one: one.path)
-
-
-def found_out(source: Source) -> Wanted:
-    """What a source has now, digests to come. Raises SourceFailed, ManifestWrong."""
-    found = tuple(by_path(source.scan()))
-    return Wanted(manifest.draft((one.path, one.size_bytes) for one in found), found)
-
-
-def finish(partial: Path, target: Path, reader: int = 0) -> None:
-    """Moves what was pulled to `target`, once all of it is on the disk; `reader`: the group that may read it, 0: everybody."""
-    files = partial / "files"
-    for root, _, found in os.walk(files, topdown=False):
-        for name in found:
-            if not os.path.islink(os.path.join(root, name)):
-                _settle(Path(root, name), reader)
-        if reader:
-            os.chown(root, -1, reader)
-        os.chmod(root, 0o750 if reader else 0o755)
-        sync(Path(root))
-    shutil.rmtree(target, ignore_errors=True)
-    files.rename(target)
-    sync(target.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _settle(path: Path, reader: int) -> None:
-    """On the disk, out of the page cache, and written never again."""
-    with open(path, "rb") as file:
-        number = file.fileno()
-        if reader:
-            os.fchown(number, -1, reader)
-        os.fchmod(number, 0o440 if reader else 0o444)
-        os.utime(number, ns=(FIXED_NS, FIXED_NS))
-        os.fsync(number)
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def unchanged(folder: Path, expected: Manifest) -> bool:
-    """Whether a finished copy is as it was left: each file there, of its size, and written by nobody since. Raises OSError (EIO)."""
-    try:
-        for file in expected.files:
-            state = os.stat(folder / file.path, follow_symlinks=False)
-            if (state.st_size, state.st_mtime_ns) != (file.size_bytes, FIXED_NS):
-                return False
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def digest_of(path: Path, chunk: Chunk) -> bytes:
-    """SHA-256 of a chunk of a file; of less where the file ends. Raises OSError."""
-    digest, left, buffer = hashlib.sha256(), chunk.size_bytes, memoryview(bytearray(_PIECE_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        file.seek(chunk.offset)
-        while left and (count := file.readinto(buffer[:left])):
-            digest.update(buffer[:count])
-            left -= count
-    return digest.digest()
-
-
-def _write(number: int, data: memoryview, at: int) -> None:
-    """All of it there. Raises OSError."""
-    while data:
-        count = os.pwrite(number, data, at)
-        data, at = data[count:], at + count
-
-
-def sync(folder: Path) -> None:
-    """A folder's names, on the disk."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _reserve(path: Path, size_bytes: int) -> None:
-    """A file with all of its room: a sparse one would hide that there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        if size_bytes:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)

@@ -26,7 +26,7 @@ from whaleflux.data import manifest
 from whaleflux.data.manifest import Manifest
 from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
-from whaleflux_agent import dataset_pull
+from whaleflux_agent import dataset_files
 
 _PART = "~part"
 _DIGITS = 16  # of a digest, in names of folders; the manifest holds all of it
@@ -60,7 +60,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What is here of one version. `have`: a bitmap of its chunks; `settled`: its files are as `dataset_pull.finish` left them."""
+    """What is here of one version. `have`: a bitmap of its chunks; `settled`: its files are as `dataset_files.finish` left them."""
 
     manifest: Manifest
     folder: Path
@@ -107,7 +107,7 @@ class DatasetStore:
         """
         for copy in self.copies():
             if copy.dataset == dataset and digest in ("", copy.manifest.digest) and not copy.part:
-                if dataset_pull.unchanged(copy.folder, copy.manifest):
+                if dataset_files.unchanged(copy.folder, copy.manifest):
                     return copy
                 self.remove(copy)
         return None
@@ -129,7 +129,7 @@ class DatasetStore:
     def part(self, key: str) -> Copy | None:
         """A part that is as it was left; one that somebody wrote to is taken out. Raises OSError."""
         copy = self._copies.get(key)
-        if copy and not dataset_pull.unchanged(copy.folder, copy.manifest):
+        if copy and not dataset_files.unchanged(copy.folder, copy.manifest):
             self.remove(copy)
             return None
         return copy
@@ -247,8 +247,8 @@ class DatasetStore:
         with open(written, "rb") as file:
             os.fsync(file.fileno())
         written.rename(known)
-        dataset_pull.sync(known.parent)
-        dataset_pull.finish(partial, target, reader)
+        dataset_files.sync(known.parent)
+        dataset_files.finish(partial, target, reader)
         self._unread.pop(key, None)
         self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part)))
         return self._copies[key]

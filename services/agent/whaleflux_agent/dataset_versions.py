@@ -13,11 +13,12 @@ from whaleflux.data.manifest import Manifest, ManifestWrong
 from whaleflux.data.sources import Source, SourceChanged, SourceFailed
 from whaleflux.errors import NotFound, StatusError
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
-from whaleflux_agent import dataset_pull
 from whaleflux_agent.dataset_peers import READY, peers_of
-from whaleflux_agent.dataset_pull import Progress, Wanted
+from whaleflux_agent.dataset_progress import Progress
+from whaleflux_agent.dataset_pull import in_thread
 from whaleflux_agent.dataset_reports import PULLING, CopyReports
 from whaleflux_agent.dataset_store import Copy
+from whaleflux_agent.dataset_wanted import Wanted, found_out
 
 SAY_EVERY_S = 10.0  # by who makes a manifest
 LOOK_EVERY_S = 2.0  # by who waits for one
@@ -47,13 +48,13 @@ class Versions:
         A source that does not answer is not asked where nodes of the site hold all of it.
         """
         if not found.manifest_digest:
-            return await dataset_pull.in_thread(lambda: dataset_pull.found_out(source))
+            return await in_thread(lambda: found_out(source))
         request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
         known = manifest.from_proto(await self._inventory.GetDatasetManifest(request, timeout=_CALL_S))
         if known.digest != found.manifest_digest:
             raise SourceFailed("inventory has another manifest than it says; see: whaleflux datasets show")
         try:
-            there = await dataset_pull.in_thread(lambda: dataset_pull.found_out(source))
+            there = await in_thread(lambda: found_out(source))
         except (SourceFailed, OSError):
             if not (shareable(found) and peers_of(found, self._reports.node)[0]):
                 raise
@@ -104,7 +105,7 @@ class Versions:
         if any(other.node != self._reports.node and _is_whole(other, found) for other in found.copies):
             return True
         try:
-            there = await dataset_pull.in_thread(lambda: dataset_pull.found_out(open_source(found)))
+            there = await in_thread(lambda: found_out(open_source(found)))
         except (SourceFailed, ManifestWrong, OSError):
             return False
         return [(f.path, f.size_bytes) for f in there.manifest.files] == [

@@ -23,7 +23,7 @@ from whaleflux.retry import worth_repeating
 from whaleflux.rpc import auth
 from whaleflux.trust import ownership
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2_grpc
-from whaleflux_agent.dataset_pull import FIXED_NS
+from whaleflux_agent.dataset_files import FIXED_NS
 from whaleflux_agent.dataset_store import Held
 
 MAX_STRETCH_BYTES = 256 << 20  # of one read, which holds a place for as long as it takes

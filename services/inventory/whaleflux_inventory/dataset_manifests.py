@@ -34,9 +34,7 @@ async def record(store: Store, request: pb.SetDatasetManifestRequest) -> Entry:
         dataset = pb.Dataset.FromString(entry.value)
         if dataset.manifest_digest:
             return entry
-        dataset.manifest_digest, dataset.file_count = found.digest, len(found.files)
-        dataset.size_bytes, dataset.manifest_author = found.size_bytes, changes.actor()
-        del dataset.makers[:]
+        _name_in(dataset, found)
         value = dataset.SerializeToString(deterministic=True)
         writes = (Put(entry.key, value), Put(_key(request.dataset), packed))
         try:
@@ -45,6 +43,19 @@ async def record(store: Store, request: pb.SetDatasetManifestRequest) -> Entry:
             continue
         return Entry(entry.key, value, revision, entry.created, entry.version + 1)
     raise records.contended(request.dataset)
+
+
+def declare(dataset: pb.Dataset, message: pb.DatasetManifest) -> Put:
+    """Names it in a new dataset; what is returned belongs into the transaction that makes that. Raises InvalidArgument."""
+    found, packed = _checked(message)
+    _name_in(dataset, found)
+    return Put(_key(dataset.name), packed)
+
+
+def _name_in(dataset: pb.Dataset, found: manifest.Manifest) -> None:
+    dataset.manifest_digest, dataset.file_count = found.digest, len(found.files)
+    dataset.size_bytes, dataset.manifest_author = found.size_bytes, changes.actor()
+    del dataset.makers[:]
 
 
 def _checked(message: pb.DatasetManifest) -> tuple[manifest.Manifest, bytes]:

@@ -56,7 +56,9 @@ class Datasets:
             name=names.dataset(request.dataset_id),
             uri=request.dataset.uri,
             size_bytes=request.dataset.size_bytes,
-            request_fingerprint=convert.fingerprint(request.request_id, request.dataset_id, request.dataset),
+            request_fingerprint=convert.fingerprint(
+                request.request_id, request.dataset_id, request.dataset, request.manifest
+            ),
             owner=auth.caller().subject,
             members=dict.fromkeys(request.dataset.members),
         )
@@ -65,9 +67,10 @@ class Datasets:
             dataset.credentials.owner = changes.actor()
         dataset.create_time.FromDatetime(self._clock.now())
         dataset.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
+        known = [dataset_manifests.declare(dataset, request.manifest)] if request.HasField("manifest") else []
         key, value = keys.of_name(keys.DATASETS, dataset.name), dataset.SerializeToString()
         try:
-            revision = await self._store.commit(Put(key, value), when=[Absent(key)])
+            revision = await self._store.commit(Put(key, value), *known, when=[Absent(key)])
         except ConditionFailed:
             return await self._made_before(dataset)
         return convert.dataset_of(Entry(key, value, revision, revision))

@@ -1,0 +1,58 @@
+"""What a source consists of, found out by who reads all of it: the same as an agent's pull finds."""
+
+import os
+import threading
+
+import pytest
+
+from whaleflux.data import hashing
+from whaleflux.data import manifest as manifests
+from whaleflux.data.sources import Local, SourceChanged, SourceFailed
+from whaleflux_agent.dataset_pull import Pull
+from whaleflux_agent.dataset_wanted import found_out
+
+CHUNK_BYTES = 4096
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "MIN_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(hashing, "RUN_BYTES", 2 * CHUNK_BYTES)
+    (tmp_path / "source" / "sub").mkdir(parents=True)
+    (tmp_path / "source" / "a").write_bytes(os.urandom(5 * CHUNK_BYTES + 1))
+    (tmp_path / "source" / "empty").touch()
+    (tmp_path / "source" / "sub" / "b").write_bytes(b"bee")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_it_is_what_a_pull_finds_and_every_byte_is_told(folder, tmp_path, ranged):
+    source, read, lock = Local(folder), [], threading.Lock()
+    source.ranged = ranged
+
+    def told(count):
+        with lock:
+            read.append(count)
+
+    found = hashing.hashed(source, told)
+    assert found == Pull(found_out(source), source, tmp_path / "partial").run()
+    assert sum(read) == found.size_bytes
+
+
+def test_what_is_written_meanwhile_is_no_version(folder):
+    class Written(Local):
+        def open(self, found, offset, length):
+            (folder / "sub" / "b").write_bytes(b"wasp")
+            return super().open(found, offset, length)
+
+    with pytest.raises((SourceChanged, SourceFailed)):
+        hashing.hashed(Written(folder))
+
+
+def test_what_ends_early_is_said_with_its_file(folder):
+    class Short(Local):
+        def scan(self):
+            return [type(one)(one.path, one.size_bytes + CHUNK_BYTES, one.version) for one in super().scan()]
+
+    with pytest.raises(SourceFailed, match="ended before its end"):
+        hashing.hashed(Short(folder))
