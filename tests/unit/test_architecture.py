@@ -14,8 +14,8 @@ from tests.support.stray_words import python_files, strays
 ROOT = Path(__file__).parents[2]
 SERVICES = sorted(path.name for path in (ROOT / "services").iterdir() if path.is_dir())
 CORE_MAY = (
-    "whaleflux.errors", "whaleflux.names", "whaleflux.clock", "whaleflux.fleet", "whaleflux.hostport", "whaleflux.manifests", "whaleflux.quantities",
-    "whaleflux.reasons",
+    "whaleflux.errors", "whaleflux.names", "whaleflux.clock", "whaleflux.fleet", "whaleflux.hostport", "whaleflux.manifests", "whaleflux.planning",
+    "whaleflux.quantities", "whaleflux.reasons",
 )  # fmt: skip
 ONLY = {
     "aetcd": ["libs/whaleflux/store/etcd/"],
@@ -63,6 +63,18 @@ def test_services_never_import_one_another(service):
     others = tuple(f"whaleflux_{other}" for other in SERVICES if other != service)
     for file in files(ROOT / "services" / service):
         assert not [name for name in imports(file) if name.split(".")[0] in others], file
+
+
+def test_planning_is_pure():
+    for file in files(ROOT / "libs" / "whaleflux" / "planning"):
+        names = imports(file)
+        foreign = [name for name in names if name.split(".")[0] == "whaleflux" and not name.startswith(CORE_MAY)]
+        assert not foreign, f"{file} imports {foreign}"
+        assert not [
+            n
+            for n in names
+            if n.split(".")[0] in {"asyncio", "socket", "grpc", "subprocess", "time", "pathlib", "os", "io"}
+        ], file
 
 
 def test_libs_never_import_services():

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from whaleflux.fleet.gpu_speed import GpuSpeed, ampere, blackwell, hopper, without_nvlink
 from whaleflux.fleet.model import Disk, Link, LinkKind, Price, PriceKind
 
 _GIB = 1 << 30
@@ -88,6 +89,7 @@ class GpuType:
     products: tuple[str, ...]  # as NVML names them
     machines: Mapping[str, MachineShape] = field(default_factory=dict)  # by the name of their profile
     mig: tuple[MigProfile, ...] = ()  # smallest first
+    speed: GpuSpeed | None = None  # None: not known, and nothing is planned on it
 
 
 def _mig(eighth_gb: int, quarter_gb: int, half_gb: int, whole_gb: int) -> tuple[MigProfile, ...]:
@@ -137,6 +139,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
                 4, _nvlink(4, 347e9), 96_000, 1024 * _GIB, _nvme(30 * 10**12), 200e9, Price(PriceKind.OWNED, 2.6)
             ),
         },
+        speed=hopper(150_754_820_096, 4.8e12),
     ),
     GpuType(
         "H100-80GB",
@@ -152,6 +155,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
                 1, (), 26_000, 220 * _GIB, _nvme(2 * 10**12, "/"), 3.1e9, Price(PriceKind.ON_DEMAND, 2.9)
             ),
         },
+        speed=hopper(85_520_809_984, 3.35e12),
     ),
     GpuType(
         "H100-94GB",
@@ -159,6 +163,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(9, 0),
         products=("NVIDIA H100 NVL",),
         mig=_mig(12, 24, 47, 94),
+        speed=GpuSpeed(100_485_038_080, 3.9e12, {"bf16": 835e12, "fp8": 1671e12}, {}, 4, 300e9, 2),
     ),
     GpuType(
         "A100-80GB",
@@ -180,6 +185,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
                 Price(PriceKind.SPOT, 1.1),
             ),
         },
+        speed=ampere(85_899_345_920, 2.039e12),
     ),
     GpuType(
         "A100-40GB",
@@ -187,14 +193,91 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(8, 0),
         products=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         mig=_mig(5, 10, 20, 40),
+        speed=ampere(42_949_672_960, 1.555e12),
     ),
-    GpuType("H800-80GB", memory_bytes=80 * _GIB, compute_capability=(9, 0), products=("NVIDIA H800",)),
-    GpuType("A800-80GB", memory_bytes=80 * _GIB, compute_capability=(8, 0), products=("NVIDIA A800-SXM4-80GB",)),
-    GpuType("A800-40GB", memory_bytes=40 * _GIB, compute_capability=(8, 0), products=("NVIDIA A800 40GB PCIe",)),
-    GpuType("GH200-96GB", memory_bytes=96 * _GIB, compute_capability=(9, 0), products=("NVIDIA GH200 480GB",)),
-    GpuType("GH200-144GB", memory_bytes=144 * _GIB, compute_capability=(9, 0), products=("NVIDIA GH200 144G HBM3e",)),
-    GpuType("V100-32GB", memory_bytes=32 * _GIB, compute_capability=(7, 0), products=("Tesla V100-SXM2-32GB",)),
-    GpuType("V100-16GB", memory_bytes=16 * _GIB, compute_capability=(7, 0), products=("Tesla V100-SXM2-16GB",)),
+    GpuType(
+        "H800-80GB",
+        memory_bytes=80 * _GIB,
+        compute_capability=(9, 0),
+        products=("NVIDIA H800",),
+        speed=GpuSpeed(
+            85_520_809_984, 3.35e12, {"bf16": 989e12, "fp8": 1979e12}, {"bf16": 794.5e12, "fp8": 1402.6e12}, 4, 200e9, 8
+        ),
+    ),
+    GpuType(
+        "A800-80GB",
+        memory_bytes=80 * _GIB,
+        compute_capability=(8, 0),
+        products=("NVIDIA A800-SXM4-80GB",),
+        speed=GpuSpeed(85_899_345_920, 2.039e12, {"bf16": 312e12}, {"bf16": 271.2e12}, 3, 200e9, 8, 31e9, 25e9),
+    ),
+    GpuType(
+        "A800-40GB",
+        memory_bytes=40 * _GIB,
+        compute_capability=(8, 0),
+        products=("NVIDIA A800 40GB PCIe",),
+        speed=GpuSpeed(42_949_672_960, 1.555e12, {"bf16": 312e12}, {}, 0, 0, 1, 31e9, 25e9),
+    ),
+    GpuType(
+        "GH200-96GB",
+        memory_bytes=96 * _GIB,
+        compute_capability=(9, 0),
+        products=("NVIDIA GH200 480GB",),
+        speed=GpuSpeed(
+            102_625_181_696, 4e12, {"bf16": 989e12, "fp8": 1979e12}, {"bf16": 828.6e12, "fp8": 1535e12}, 4, 450e9, 4
+        ),
+    ),
+    GpuType(
+        "GH200-144GB",
+        memory_bytes=144 * _GIB,
+        compute_capability=(9, 0),
+        products=("NVIDIA GH200 144G HBM3e",),
+        speed=GpuSpeed(
+            150_754_820_096, 4.9e12, {"bf16": 989e12, "fp8": 1979e12}, {"bf16": 828.6e12, "fp8": 1535e12}, 4, 450e9, 4
+        ),
+    ),
+    GpuType(
+        "V100-32GB",
+        memory_bytes=32 * _GIB,
+        compute_capability=(7, 0),
+        products=("Tesla V100-SXM2-32GB",),
+        speed=GpuSpeed(34_359_738_368, 0.9e12, {"bf16": 125e12}, {}, 2, 150e9, 8, 15.75e9, 12.5e9),
+    ),
+    GpuType(
+        "V100-16GB",
+        memory_bytes=16 * _GIB,
+        compute_capability=(7, 0),
+        products=("Tesla V100-SXM2-16GB",),
+        speed=GpuSpeed(16_945_512_448, 0.9e12, {"bf16": 125e12}, {}, 2, 150e9, 8, 15.75e9, 12.5e9),
+    ),
+    GpuType(
+        "B200",
+        memory_bytes=180 * _GIB,
+        compute_capability=(10, 0),
+        products=("NVIDIA B200",),
+        speed=blackwell(192_265_846_784, 2250e12, 1745e12, 3432.5e12, 9000e12, 8),
+    ),
+    GpuType(
+        "GB200",
+        memory_bytes=186 * _GIB,
+        compute_capability=(10, 0),
+        products=("NVIDIA GB200",),
+        speed=blackwell(198_600_000_000, 2500e12, 1822e12, 3615.6e12, 10_000e12, 72),
+    ),
+    GpuType(
+        "B300",
+        memory_bytes=288 * _GIB,
+        compute_capability=(10, 3),
+        products=("NVIDIA B300", "NVIDIA B300 SXM6 AC"),
+        speed=blackwell(288_400_000_000, 2250e12, 1769e12, 3353.3e12, 13_500e12, 8),
+    ),
+    GpuType(
+        "GB300",
+        memory_bytes=288 * _GIB,
+        compute_capability=(10, 3),
+        products=("NVIDIA GB300",),
+        speed=GpuSpeed(288_400_000_000, 8e12, {"bf16": 2500e12, "fp8": 5000e12, "fp4": 15_000e12}, {}, 5, 900e9, 72),
+    ),
     GpuType(
         "L40S",
         memory_bytes=48 * _GIB,
@@ -211,6 +294,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
                 Price(PriceKind.ON_DEMAND, 1.0),
             ),
         },
+        speed=without_nvlink(48_305_799_168, 0.864e12, 362e12, 733e12, peers=False),
     ),
     GpuType(
         "RTX4090",
@@ -232,6 +316,35 @@ GPU_TYPES: tuple[GpuType, ...] = (
                 Price(PriceKind.OWNED, 0.35),
             ),
         },
+        speed=without_nvlink(25_757_220_864, 1.008e12, 165.2e12, 330.3e12, peers=False),
+    ),
+    GpuType(
+        "RTX3090",
+        memory_bytes=24 * _GIB,
+        compute_capability=(8, 6),
+        products=("NVIDIA GeForce RTX 3090",),
+        speed=without_nvlink(25_769_803_776, 0.936e12, 71e12, 0, peers=False),
+    ),
+    GpuType(
+        "L4",
+        memory_bytes=24 * _GIB,
+        compute_capability=(8, 9),
+        products=("NVIDIA L4",),
+        speed=without_nvlink(24_152_899_584, 0.3e12, 121e12, 242.5e12, peers=False),
+    ),
+    GpuType(
+        "A10G",
+        memory_bytes=24 * _GIB,
+        compute_capability=(8, 6),
+        products=("NVIDIA A10G",),
+        speed=without_nvlink(24_146_608_128, 0.6e12, 70e12, 0, peers=True),
+    ),
+    GpuType(
+        "T4",
+        memory_bytes=16 * _GIB,
+        compute_capability=(7, 5),
+        products=("Tesla T4",),
+        speed=without_nvlink(16_106_127_360, 0.32e12, 65e12, 0, pcie=15.75e9, peers=True),
     ),
 )
 

@@ -1,0 +1,1 @@
+"""What `plan_accuracy` reads and fits with."""

@@ -1,0 +1,240 @@
+"""`whaleflux fits`: the memory calculator. Works without a fleet; the rules are `whaleflux.planning`, imported when it runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from whaleflux.cli import output
+from whaleflux.cli.output import Format
+from whaleflux.cli.state import Output
+
+if TYPE_CHECKING:
+    from whaleflux.fleet.gpu_types import GpuType
+    from whaleflux.planning.fits import Asked, Verdict
+    from whaleflux.planning.model_shape import ModelShape
+
+_MOST_GPUS = 131_072
+_BAR = 30
+
+
+class Method(StrEnum):
+    """What is trained."""
+
+    full = "full"
+    lora = "lora"
+
+
+class Again(StrEnum):
+    """Which activations are computed again."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Precision(StrEnum):
+    """Of linear layers."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+def fits(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face config.json, or a YAML file.")
+    ] = "",
+    gpu: Annotated[str, typer.Option("--gpu", help="Type of the GPUs: H200, RTX4090.")] = "",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=_MOST_GPUS, help="How many.")] = 1,
+    sequence: Annotated[
+        int, typer.Option("--sequence", min=0, max=1 << 27, help="Tokens; 0: the model's, at most 8192.")
+    ] = 0,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, max=65536, help="Samples at once on a rank.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", min=0, max=4096, help="Tensor parallelism; 0: the best.")] = 0,
+    pp: Annotated[int, typer.Option("--pp", min=0, max=4096, help="Pipeline stages; 0: the best.")] = 0,
+    cp: Annotated[int, typer.Option("--cp", min=0, max=4096, help="Context parallelism; 0: the best.")] = 0,
+    ep: Annotated[int, typer.Option("--ep", min=0, max=65536, help="Expert parallelism; 0: the best.")] = 0,
+    zero: Annotated[
+        int, typer.Option("--zero", min=-1, max=3, help="Stage of ZeRO, 3 is FSDP; -1: the best of 1 and 3.")
+    ] = -1,
+    recompute: Annotated[
+        Again | None, typer.Option("--recompute", help="Activations computed again; the best where not said.")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option("--method", help="What is trained: all weights, or adapters on frozen ones.")
+    ] = Method.full,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of linear layers.")] = Precision.bf16,
+    known: Annotated[bool, typer.Option("--list", help="Models that are known by name, and GPU types.")] = False,
+    fmt: Output = Format.table,
+) -> None:
+    """Whether training a model fits into GPUs: memory by component on the fullest one, what binds, and what would fit. Needs no fleet.
+
+    \b
+      whaleflux fits llama-3.1-8b --gpu RTX4090 --gpus 2 --method lora
+      whaleflux fits llama-3.1-70b --gpu H200 --gpus 16 --sequence 8192
+      whaleflux fits config.json --gpu H100-80GB --gpus 64 --tp 8 --pp 2 -o json
+      whaleflux fits --list
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if fmt not in (Format.table, Format.json):
+        raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table or json"))
+    _need_numpy()
+    if known:
+        _show_known(fmt)
+        return
+    shape, type_ = _model(model), _gpu(gpu)
+    from whaleflux.planning.fits import Asked, verdict
+    from whaleflux.planning.plans import Recompute
+    from whaleflux.planning.training import Training
+
+    again = None if recompute is None else Recompute[recompute.value.upper()]
+    tokens = sequence or min(shape.sequence, 8192)
+    asked = Asked(gpus, tokens, micro_batch, tp, pp, cp, ep, zero, again)
+    how = Training(frozen=method is Method.lora, fp8=float(precision is Precision.fp8))
+    _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value), fmt)
+
+
+def _need_numpy() -> None:
+    import importlib.util
+
+    from whaleflux.errors import FailedPrecondition
+    from whaleflux.reasons import ErrorReason
+
+    if importlib.util.find_spec("numpy") is None:
+        raise FailedPrecondition(
+            "planning needs NumPy, which is not installed here; run: pip install 'whaleflux[plan]'",
+            reason=ErrorReason.PROGRAM_MISSING,
+        )
+
+
+def _model(said: str) -> ModelShape:
+    """A file where there is one of that name, else a known name. Raises InvalidArgument."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.planning.known_models import model_named
+    from whaleflux.planning.model_files import MAX_BYTES, model_from_text
+
+    if not said:
+        raise InvalidArgument(
+            FieldViolation("MODEL", "is missing: a name (whaleflux fits --list), a config.json or a YAML file")
+        )
+    path = Path(said)
+    if not path.is_file():
+        if path.suffix in (".json", ".yaml", ".yml"):
+            raise InvalidArgument(FieldViolation("MODEL", f"{said}: there is no such file"))
+        return model_named(said)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        return model_from_text(raw.decode("utf-8"), path.stem if path.stem != "config" else path.resolve().parent.name)
+    except OSError as error:
+        raise InvalidArgument(FieldViolation("MODEL", f"{said} cannot be read: {error.strerror}")) from None
+    except UnicodeDecodeError:
+        raise InvalidArgument(
+            FieldViolation("MODEL", f"{said} is no text; give a config.json or a YAML file, not weights")
+        ) from None
+
+
+def _gpu(said: str) -> GpuType:
+    """Raises InvalidArgument with the nearest names."""
+    from difflib import get_close_matches
+
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.fleet.gpu_types import CATALOGUE
+
+    by_name = {name.lower(): one for name, one in CATALOGUE.types.items() if one.speed}
+    sized = {
+        name.partition("-")[0].lower(): one for name, one in CATALOGUE.types.items() if one.speed
+    }  # H100: the last, largest, of it
+    wanted = said.lower()
+    if wanted in by_name:
+        return by_name[wanted]
+    if wanted in sized:
+        options = [
+            one.name for name, one in CATALOGUE.types.items() if name.partition("-")[0].lower() == wanted and one.speed
+        ]
+        raise InvalidArgument(FieldViolation("--gpu", f"{said} is sold in several sizes: {', '.join(options)}"))
+    near = get_close_matches(wanted, by_name, 3, 0.4)
+    meant = ", ".join(by_name[one].name for one in near) or ", ".join(one.name for one in by_name.values())
+    what = f"{said[:40]!r} is not known" if said else "is missing"
+    raise InvalidArgument(FieldViolation("--gpu", f"{what}; take one of: {meant}"))
+
+
+def _show_known(fmt: Format) -> None:
+    from whaleflux.fleet.gpu_types import CATALOGUE
+    from whaleflux.planning.known_models import MODELS
+
+    types = [one for one in CATALOGUE.types.values() if one.speed]
+    if fmt is Format.json:
+        output.say_json({
+            "models": [{"name": one.name, "parameters": one.parameters, "active_parameters": one.active_parameters, "sequence": one.sequence}
+                       for one in MODELS.values()],
+            "gpus": [{"name": one.name, "memory_bytes": one.speed.nvml_bytes} for one in types if one.speed],
+        })  # fmt: skip
+        return
+    rows = [
+        [one.name, _billions(one.parameters), _billions(one.active_parameters), f"{one.sequence:,}"]
+        for one in MODELS.values()
+    ]
+    output.table(["MODEL", "PARAMETERS", "ACTIVE", "SEQUENCE"], rows)
+    output.say("", "GPU types: " + ", ".join(one.name for one in types))
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:.3g} B"
+
+
+def _show(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict, fmt: Format) -> None:
+    if fmt is Format.json:
+        output.say_json(_as_json(shape, gpu, asked, found))
+    else:
+        output.say(*_lines(shape, gpu, asked, found))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _as_json(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> dict[str, Any]:
+    picture = found.picture
+    answer: dict[str, Any] = {
+        "model": shape.name, "parameters": shape.parameters, "gpu": gpu.name, "gpus": asked.gpus, "fits": found.fits,
+        "instead": list(found.instead), "rule": found.rule,
+    }  # fmt: skip
+    if picture is not None:
+        answer |= {
+            "split": picture.split, "recompute": picture.recompute.name.lower(), "parts_bytes": {k: round(v) for k, v in picture.parts_bytes.items()},
+            "total_bytes": round(picture.total_bytes), "usable_bytes": round(picture.usable_bytes), "binding": picture.binding,
+            "step_s": picture.step_s,
+        }  # fmt: skip
+    return answer
+
+
+def _lines(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> list[str]:
+    from whaleflux.planning.fits import PART_WORDS, words_of
+    from whaleflux.quantities import shown_bytes
+
+    head = f"{shape.name} ({_billions(shape.parameters)} parameters) on {asked.gpus} x {gpu.name}, sequences of {asked.sequence:,} tokens"
+    picture = found.picture
+    if picture is None:
+        return [head, f"no such split is possible: {found.rule}", *_next(found)]
+    most = max(picture.usable_bytes, picture.total_bytes)
+    lines = [head, f"split: {words_of(picture)}, micro-batch {picture.split['micro_batch']}", "", "on the fullest GPU"]
+    for part, size in picture.parts_bytes.items():
+        lines.append(f"  {PART_WORDS[part]:<24}{shown_bytes(size):>9}  {'#' * round(_BAR * size / most)}".rstrip())
+    lines.append(f"  {'in all':<24}{shown_bytes(picture.total_bytes):>9}")
+    lines.append(
+        f"  {'there is':<24}{shown_bytes(picture.usable_bytes):>9}  of what the driver reports, less what it and NCCL hold"
+    )
+    if picture.fits:
+        return [*lines, "", f"fits, {shown_bytes(picture.usable_bytes - picture.total_bytes)} to spare"]
+    short = shown_bytes(picture.total_bytes - picture.usable_bytes)
+    largest = shown_bytes(max(picture.parts_bytes.values()))
+    return [*lines, "", f"does not fit: {short} too much; most of it {picture.binding}, {largest}", *_next(found)]
+
+
+def _next(found: Verdict) -> list[str]:
+    if not found.instead:
+        return ["nothing near it fits either: take a smaller model, or many more GPUs"]
+    return ["what fits:", *(f"  {one}" for one in found.instead)]

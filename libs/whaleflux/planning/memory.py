@@ -1,0 +1,133 @@
+"""What each plan needs on the fullest GPU, in bytes by component.
+
+Korthikanti et al. 2022 (activations), Megatron-Core's theoretical memory (states); the reference figures of 700B on 128 H200 are a unit test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from whaleflux.planning.arrays import Array, Flags, array
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.training import Training
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on a GPU of the stage that needs most; arrays of the plans' shape. What the driver and communicators hold is `Machine.reserved_bytes`.
+
+    `activations_bytes` are kept from forward to backward; `working_bytes` is what one layer needs while it runs: the layer that is computed
+    again, the two whose weights are gathered (ZeRO-3); `logits_bytes` are those of the last stage.
+    """
+
+    weights_bytes: Array
+    gradients_bytes: Array
+    optimizer_bytes: Array
+    activations_bytes: Array
+    working_bytes: Array
+    logits_bytes: Array
+
+    @property
+    def state_bytes(self) -> Array:
+        """Weights, gradients and the optimizer's: what does not depend on the batch."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    @property
+    def total_bytes(self) -> Array:
+        return np.asarray(sum(getattr(self, one.name) for one in fields(self)), dtype=np.float64)
+
+    def of(self, number: int) -> dict[str, float]:
+        """One plan's components by name."""
+        whole = np.broadcast_arrays(*(np.atleast_1d(getattr(self, one.name)) for one in fields(self)))
+        return {one.name: float(part[number]) for one, part in zip(fields(self), whole, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters on one rank before ZeRO: those that data-parallel ranks have in common, and of experts those that `ep` left here."""
+
+    common: Array
+    experts: Array
+
+    def owned(self, plans: Plans, spread: Flags) -> Array:
+        """How many remain where they are spread over ZeRO's shards; those of experts lie on fewer copies."""
+        copies = np.maximum(plans.shards / plans.ep, 1.0)
+        return np.asarray(
+            np.where(spread, self.common / plans.shards + self.experts / copies, self.common + self.experts)
+        )
+
+
+def layer_weights(shape: ModelShape, plans: Plans) -> Weights:
+    """Of the average layer."""
+    experts = shape.moe_layers / shape.layers * shape.expert_weights
+    return Weights(np.asarray(shape.layer_weights / plans.tp), np.asarray(experts / (plans.tp * plans.ep)))
+
+
+def stage_weights(shape: ModelShape, plans: Plans, *, last: bool) -> Weights:
+    """Of the first stage, with the embedding, or of the last, with the output layer; of one stage, which has both."""
+    layer = layer_weights(shape, plans)
+    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
+    alone = shape.embedding_weights + (0 if shape.tied else shape.head_weights)
+    end = np.where(plans.pp > 1, shape.head_weights if last else shape.embedding_weights, alone)
+    return Weights(layers * layer.common + end / plans.tp, layers * layer.experts)
+
+
+def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Array, Array]:
+    """Of one layer and one micro-batch on one rank: (all of them, those that the plan's recomputation keeps)."""
+    experts = shape.moe_layers / shape.layers
+    each = 6 if shape.gated else 4  # what enters the activation, and what leaves it
+    width = (1 - experts) * shape.ffn + experts * (shape.top_k + shape.shared_experts) * shape.expert_ffn
+    inner = 2 * (shape.heads * (shape.head_dim + shape.value_dim) + shape.kv_width) + each * width
+    permuted = 4 * experts * shape.top_k * shape.hidden  # to experts and back
+    outer = how.either(how.dropout, 10, 8) * shape.hidden  # norms, inputs of the projections, masks of dropout
+    scores = 5 * shape.heads * plans.sequence * how.either(how.flash, 0.0, 1.0)
+    shared = np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
+    without = plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
+    whole = without + plans.tokens * scores / plans.tp
+    inputs = 2 * plans.tokens * shape.hidden / shared
+    kept = np.where(
+        plans.recompute == Recompute.FULL, inputs, np.where(plans.recompute == Recompute.SELECTIVE, without, whole)
+    )
+    return np.asarray(whole), np.asarray(kept)
+
+
+def memory(shape: ModelShape, plans: Plans, how: Training) -> Memory:
+    """Of the stage that needs most: the first holds activations of as many micro-batches as there are stages, the last holds the logits."""
+    first, last = _stage(shape, plans, how, last=False), _stage(shape, plans, how, last=True)
+    fuller = last.total_bytes > first.total_bytes
+    return Memory(*(np.where(fuller, getattr(last, one.name), getattr(first, one.name)) for one in fields(Memory)))
+
+
+def _stage(shape: ModelShape, plans: Plans, how: Training, *, last: bool) -> Memory:
+    weights = stage_weights(shape, plans, last=last)
+    trained = how.either(how.frozen, 0.0, 1.0)
+    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
+    whole, kept = activation_bytes(shape, plans, how)
+    logits = 2 * 4 * plans.tokens * shape.vocabulary / plans.tp * np.where((plans.pp > 1) & (not last), 0.0, 1.0)
+    again = np.where(
+        plans.recompute == Recompute.FULL, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
+    )
+    layer = layer_weights(shape, plans)
+    gathered = np.where((plans.zero > 2) & (plans.shards > 1), 2 * 2 * (layer.common + layer.experts), 0.0)
+    parts = (
+        array(how.weight_bytes) * weights.owned(plans, plans.zero > 2),
+        trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1),
+        trained * how.optimizer_bytes * weights.owned(plans, plans.zero > 0),
+        layers * kept * _in_flight(plans, last=last),
+        again + gathered,
+        logits,
+    )
+    return Memory(*(np.asarray(part, dtype=np.float64) for part in np.broadcast_arrays(*parts)))
+
+
+def _in_flight(plans: Plans, *, last: bool) -> Array:
+    """Micro-batches whose activations a stage holds at once, 1F1B; interleaved, more of them (Megatron's warm-up of every virtual stage)."""
+    stages, virtual = plans.pp, plans.vp
+    if last:
+        held = (1.0 + (virtual - 1) * stages) / virtual
+    else:
+        held = stages * np.where(virtual > 1, 1.0 + (stages - 1) / (stages * virtual), 1.0)
+    return np.asarray(np.minimum(held, np.maximum(plans.micro_batches, 1.0)))

@@ -1,0 +1,121 @@
+"""A transformer as the few numbers that decide what training it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, V3): ranks of the compressed queries, keys and values; `rope` dimensions are not compressed."""
+
+    query_rank: int  # 0: queries are not compressed
+    kv_rank: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder. `head_dim` is of queries and keys, `ffn` of dense layers, `expert_ffn` of one expert; `sequence` is the longest it is made for.
+
+    The first `dense_layers` layers have no experts, where there are any. `positions` are learned position embeddings (0: rotary or none).
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    sequence: int = 2048
+    gated: bool = True
+    tied: bool = False
+    positions: int = 0
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_experts: int = 0
+    dense_layers: int = 0
+    latent: Latent | None = None
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers if self.experts else 0
+
+    @property
+    def widest_ffn(self) -> int:
+        """What tensor parallelism must divide."""
+        return self.expert_ffn if self.experts and not self.dense_layers else self.ffn
+
+    @property
+    def value_dim(self) -> int:
+        """Of one head."""
+        return self.latent.value if self.latent else self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of keys and values of one token and layer, as attention reads them."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def cached_width(self) -> int:
+        """Elements of one token and layer that a KV cache holds."""
+        return self.latent.kv_rank + self.latent.rope if self.latent else self.kv_width
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer's projections."""
+        out = self.heads * self.value_dim * self.hidden
+        if self.latent is None:
+            return self.hidden * (self.heads * self.head_dim + self.kv_width) + out
+        one = self.latent
+        rank = one.query_rank
+        queries = (
+            rank * (self.hidden + self.heads * self.head_dim) if rank else self.hidden * self.heads * self.head_dim
+        )
+        compressed = self.hidden * (one.kv_rank + one.rope)
+        return queries + compressed + one.kv_rank * self.heads * (self.head_dim - one.rope + one.value) + out
+
+    def mlp_weights(self, ffn: int) -> int:
+        return (3 if self.gated else 2) * self.hidden * ffn
+
+    @property
+    def expert_weights(self) -> int:
+        """Of all routed experts of one layer."""
+        return self.experts * self.mlp_weights(self.expert_ffn)
+
+    @property
+    def routed_beside_weights(self) -> int:
+        """Of one layer with experts, what every token passes besides them: shared experts and the router."""
+        return self.shared_experts * self.mlp_weights(self.expert_ffn) + self.hidden * self.experts
+
+    @property
+    def layer_weights(self) -> float:
+        """Of the average layer, without its routed experts."""
+        dense = self.layers - self.moe_layers
+        mlp = dense * self.mlp_weights(self.ffn) + self.moe_layers * self.routed_beside_weights
+        return self.attention_weights + 2 * self.hidden + mlp / self.layers
+
+    @property
+    def embedding_weights(self) -> int:
+        return (self.vocabulary + self.positions) * self.hidden
+
+    @property
+    def head_weights(self) -> int:
+        """Of the output layer, wherever it is kept."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        ends = self.embedding_weights + (0 if self.tied else self.head_weights) + self.hidden
+        return round(self.layers * self.layer_weights) + self.moe_layers * self.expert_weights + ends
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token passes."""
+        idle = self.moe_layers * (self.experts - self.top_k) * self.mlp_weights(self.expert_ffn)
+        return self.parameters - idle

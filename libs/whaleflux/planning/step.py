@@ -1,0 +1,264 @@
+"""How long one optimizer step of each plan takes, by component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from whaleflux.planning.arrays import Array, array
+from whaleflux.planning.collectives import all_reduce_s, all_to_all_s, gather_s, send_s
+from whaleflux.planning.constants import FITTED, Constants
+from whaleflux.planning.layers import LayerTimes, head_s, layer_times
+from whaleflux.planning.machine import Fabric, Links, Machine
+from whaleflux.planning.memory import layer_weights, stage_weights
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.training import Training
+
+_SOFT = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The communicators of each plan: what tensor, context, expert, data (with context) parallel groups and neighbouring stages run over.
+
+    `experts` is the group of copies of an expert, `shards` that of ZeRO's shards, `replicas` that of HSDP's copies.
+    """
+
+    tp: Links
+    cp: Links
+    ep: Links
+    dp: Links
+    pp: Links
+    experts: Links
+    shards: Links
+    replicas: Links
+
+    @staticmethod
+    def in_order(fabric: Fabric, plans: Plans) -> Groups:
+        """Where rank r lies on GPU r, tp first, then cp, dp, pp."""
+        data = plans.dp * plans.cp
+        return Groups(
+            tp=fabric.links(plans.tp, np.ones(())),
+            cp=fabric.links(plans.cp, plans.tp),
+            ep=fabric.links(plans.ep, plans.tp),
+            dp=fabric.links(data, plans.tp),
+            pp=fabric.links(plans.pp, plans.tp * data),
+            experts=fabric.links(np.maximum(data / plans.ep, 1.0), plans.tp * plans.ep),
+            shards=fabric.links(plans.shards, plans.tp),
+            replicas=fabric.links(plans.replicas, plans.tp * plans.shards),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step by component, arrays of the plans' shape; they add up to `total_s`.
+
+    `compute_s`: the slowest stage's own work on all micro-batches, without `recompute_s`. `host_s`: the GPU waits for its kernels to be launched.
+    `tp_s` ... `dp_s`: communication that nothing hides; `dp_s` with ZeRO's gathers. `bubble_s`: stages that wait for others. `straggling_s`: the
+    slowest of many nodes.
+    """
+
+    compute_s: Array
+    recompute_s: Array
+    host_s: Array
+    tp_s: Array
+    cp_s: Array
+    ep_s: Array
+    pp_s: Array
+    dp_s: Array
+    bubble_s: Array
+    optimizer_s: Array
+    straggling_s: Array
+    data_s: Array
+    checkpoint_s: Array
+
+    @property
+    def total_s(self) -> Array:
+        return np.asarray(sum(getattr(self, one.name) for one in fields(self)), dtype=np.float64)
+
+    @property
+    def exposed_s(self) -> Array:
+        """All communication that nothing hides."""
+        return self.tp_s + self.cp_s + self.ep_s + self.pp_s + self.dp_s
+
+    def tokens_per_s(self, plans: Plans) -> Array:
+        """Of the whole job."""
+        return plans.tokens_per_step / self.total_s
+
+
+@dataclass(frozen=True, slots=True)
+class _PerLayer:
+    """Exposed seconds of one layer and micro-batch, forward and backward together."""
+
+    compute: Array
+    recompute: Array
+    host: Array
+    tp: Array
+    cp: Array
+    ep: Array
+    dp: Array
+
+    @property
+    def total(self) -> Array:
+        return self.compute + self.recompute + self.host + self.tp + self.cp + self.ep + self.dp
+
+
+def step_time(
+    shape: ModelShape,
+    machine: Machine,
+    plans: Plans,
+    how: Training,
+    constants: Constants = FITTED,
+    groups: Groups | None = None,
+) -> StepTime:
+    """Of each plan, on ranks that lie in order or over the links of `groups`. Plans are not checked (`Plans.faults`)."""
+    links = groups or Groups.in_order(machine.fabric, plans)
+    layer = layer_times(shape, machine, plans, how, constants)
+    one = _per_layer(shape, plans, how, constants, links, layer)
+    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp  # of a stage
+    head = head_s(shape, machine, plans, how, constants)
+    sends = _sends_s(shape, plans, how, constants, links)
+    usual, last = layers * one.total, layers * one.total + head
+    # m micro-batches on the slowest stage, and its wait for the first one to come through the others and back (1 / v of it interleaved).
+    count = plans.micro_batches
+    bubble = (plans.pp - 1) * (usual + sends) / plans.vp
+    reduced, optimizer = _data_parallel_s(
+        shape, machine, plans, how, constants, links, backward_s=layers * layer.backward_s
+    )
+    parts = {
+        "compute_s": count * (layers * one.compute + head),
+        "recompute_s": count * layers * one.recompute,
+        "host_s": count * layers * one.host,
+        "tp_s": count * layers * one.tp,
+        "cp_s": count * layers * one.cp,
+        "ep_s": count * layers * one.ep,
+        "pp_s": count * sends,
+        "dp_s": count * layers * one.dp + reduced,
+        "bubble_s": bubble,
+        "optimizer_s": optimizer,
+    }
+    whole = np.broadcast_shapes(*(np.shape(part) for part in parts.values()), np.shape(last))
+    known = {name: np.broadcast_to(np.asarray(part, dtype=np.float64), whole) for name, part in parts.items()}
+    busy = np.asarray(sum(known.values()))
+    nodes = np.maximum(plans.gpus / 8.0, 1.0)
+    straggling = constants.straggling * np.log2(nodes) * busy
+    waited = _stalls(plans, how, busy + straggling)
+    return StepTime(**known, straggling_s=straggling, data_s=waited[0], checkpoint_s=waited[1])
+
+
+def _per_layer(
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, layer: LayerTimes
+) -> _PerLayer:
+    full, selective = plans.recompute == Recompute.FULL, plans.recompute == Recompute.SELECTIVE
+    again = np.where(full, 1.0, 0.0)
+    compute = layer.forward_s + layer.backward_s
+    kept = how.either(how.flash, 0.0, 1.0)  # fused attention keeps no scores: nothing to compute again
+    recompute = again * layer.forward_s + np.where(selective, kept * layer.core_s, 0.0)
+    passes = 3.0 + again  # forward, backward (twice the kernels)
+    blocking = np.where(plans.tp > 1, constants.collective_host_s * 2 * (2 + again), 0.0)
+    busy, launching = compute + recompute, passes * layer.host_s + blocking
+    host = (busy**_SOFT + launching**_SOFT) ** (1 / _SOFT) - busy
+    return _PerLayer(
+        compute=compute,
+        recompute=recompute,
+        host=host,
+        tp=_tensor_parallel_s(shape, plans, how, constants, links.tp, again),
+        cp=_context_parallel_s(shape, plans, constants, links.cp, layer),
+        ep=_expert_parallel_s(shape, plans, constants, links.ep, again),
+        dp=_gathers_s(shape, plans, how, constants, links, compute + recompute, again),
+    )
+
+
+def _hidden(communication: Array, computation: Array, constants: Constants) -> Array:
+    """What is exposed of communication beside computation: all that is longer, and a part of the rest (they disturb one another)."""
+    beside = np.minimum(communication, computation)
+    return np.asarray(communication - constants.overlap * beside, dtype=np.float64)
+
+
+def _state_bytes(shape: ModelShape, plans: Plans) -> Array:
+    """A micro-batch's hidden state on one rank, 16 bit."""
+    return np.asarray(2.0 * plans.tokens * shape.hidden)
+
+
+def _tensor_parallel_s(
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Links, again: Array
+) -> Array:
+    """Four all-reduces of a micro-batch's state, six with full recomputation; with sequence parallelism each is a gather and a scatter."""
+    volume = _state_bytes(shape, plans)
+    split = 2 * gather_s(volume, links, constants)
+    each = np.where(plans.sequence_parallel > 0, split, all_reduce_s(volume, links, constants))
+    exposed = how.either(how.overlap_tp, 1.0 - constants.overlap, 1.0)
+    return np.asarray((4 + 2 * again) * each * exposed)
+
+
+def _context_parallel_s(
+    shape: ModelShape, plans: Plans, constants: Constants, links: Links, layer: LayerTimes
+) -> Array:
+    """Keys and values go round the ring, forward once and backward twice, beside the attention on those that are there."""
+    volume = 2.0 * plans.micro_batch * plans.sequence * shape.kv_width / plans.tp
+    return np.where(plans.cp > 1, _hidden(3 * gather_s(volume, links, constants), 3.5 * layer.core_s, constants), 0.0)
+
+
+def _expert_parallel_s(shape: ModelShape, plans: Plans, constants: Constants, links: Links, again: Array) -> Array:
+    """Tokens to their experts and back: two exchanges forward, two backward."""
+    volume = _state_bytes(shape, plans) * max(shape.top_k, 1) / np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
+    share = shape.moe_layers / shape.layers
+    return np.asarray((4 + 2 * again) * share * all_to_all_s(volume, links, constants))
+
+
+def _gathers_s(
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, beside_s: Array, again: Array
+) -> Array:
+    """ZeRO-3: each layer's weights are gathered forward and backward, its gradients scattered, in each micro-batch."""
+    layer, wire, trained = layer_weights(shape, plans), array(how.reduce_bytes), how.either(how.frozen, 0.0, 1.0)
+    moved = 2 * gather_s(2.0 * layer.common, links.shards, constants)
+    moved = moved + trained * gather_s(wire * layer.common, links.shards, constants)
+    moved = moved + trained * all_reduce_s(wire * layer.common / plans.shards, links.replicas, constants)
+    if shape.experts:
+        moved = moved + (2 * gather_s(2.0 * layer.experts, links.experts, constants))
+        moved = moved + trained * gather_s(wire * layer.experts, links.experts, constants)
+    exposed = _hidden(moved, beside_s, constants)
+    return np.where((plans.zero > 2) & (plans.dp * plans.cp > 1), exposed, 0.0)
+
+
+def _sends_s(shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups) -> Array:
+    """Of one micro-batch between stages, to and fro; interleaved, for each of the virtual ones."""
+    volume = _state_bytes(shape, plans) / np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
+    exposed = how.either(how.overlap_pp, 1.0 - constants.overlap, 1.0)
+    return np.where(plans.pp > 1, 2 * plans.vp * exposed * send_s(volume, links.pp, constants), 0.0)
+
+
+def _data_parallel_s(
+    shape: ModelShape,
+    machine: Machine,
+    plans: Plans,
+    how: Training,
+    constants: Constants,
+    links: Groups,
+    backward_s: Array,
+) -> tuple[Array, Array]:
+    """The reduction of gradients (and ZeRO-1 and 2's gather of weights) that the last backward pass does not hide; the optimizer."""
+    weights = stage_weights(shape, plans, last=False)
+    trained, wire = how.either(how.frozen, 0.0, 1.0), array(how.reduce_bytes)
+    reduced = np.zeros(())
+    for some, among in ((weights.common, links.dp), *(((weights.experts, links.experts),) if shape.experts else ())):
+        spread = gather_s(wire * some, among, constants) + gather_s(2.0 * some, among, constants)
+        reduced = reduced + np.where(plans.zero > 0, spread, all_reduce_s(wire * some, among, constants))
+    beside = how.either(how.overlap_dp, 1.0, 0.0) * backward_s
+    exposed = np.where(plans.zero > 2, 0.0, trained * _hidden(reduced, beside, constants))
+    owned = weights.owned(plans, plans.zero > 0)
+    # Adam reads gradient, master weight and two moments, writes the latter three and the 16-bit weight; the norm reads gradients once more.
+    moved = owned * (array(how.gradient_bytes) * 2 + array(how.optimizer_bytes) * 2 + 2)
+    return exposed, np.asarray(trained * constants.fused_traffic * moved / machine.memory_bytes_per_s)
+
+
+def _stalls(plans: Plans, how: Training, busy: Array) -> tuple[Array, Array]:
+    """Waiting for data beyond the step itself, and a step's part of what checkpoints halt."""
+    rate = array(how.data_tokens_per_s)
+    needed = plans.tokens_per_step / plans.gpus / np.where(rate > 0, rate, np.inf)
+    every = array(how.checkpoint_every_s)
+    halted = array(how.checkpoint_s) / np.where(every > 0, every, np.inf)
+    waiting = np.maximum(needed - busy, 0.0)
+    return np.broadcast_to(waiting, busy.shape), np.broadcast_to(halted * (busy + waiting), busy.shape)

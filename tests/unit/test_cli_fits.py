@@ -1,0 +1,74 @@
+"""`whaleflux fits`, from the command line, without a fleet."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from whaleflux.cli.__main__ import app
+from whaleflux.errors import InvalidArgument
+
+RUN = CliRunner()
+
+
+def fits(*arguments):
+    return RUN.invoke(app, ["fits", *arguments])
+
+
+def test_a_table_for_people_says_what_fits_and_by_how_much():
+    done = fits("llama-3.1-70b", "--gpu", "H200", "--gpus", "16")
+    assert done.exit_code == 0, done.output
+    assert "fits, " in done.output
+    assert "optimizer state" in done.output
+
+
+def test_json_for_programs_is_in_bytes_and_adds_up():
+    done = fits("llama-3.1-8b", "--gpu", "RTX4090", "--gpus", "2", "--sequence", "4096", "-o", "json")
+    assert done.exit_code == 1
+    answer = json.loads(done.output)
+    assert answer["fits"] is False
+    assert sum(answer["parts_bytes"].values()) == pytest.approx(answer["total_bytes"], abs=10)
+    assert answer["total_bytes"] > answer["usable_bytes"]
+    assert answer["instead"]
+
+
+def test_adapters_need_less():
+    assert fits("llama-3.1-8b", "--gpu", "RTX4090", "--method", "lora", "--sequence", "2048").exit_code == 0
+
+
+def test_a_file_is_a_model(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("layers: 24\nhidden: 2048\nheads: 16\nvocabulary: 50304\n")
+    done = fits(str(path), "--gpu", "H100-80GB", "-o", "json")
+    assert json.loads(done.output)["model"] == "mine"
+
+
+def test_what_there_is_is_listed():
+    assert "deepseek-v3" in fits("--list").output
+    assert {one["name"] for one in json.loads(fits("--list", "-o", "json").output)["gpus"]} >= {"H200", "RTX4090"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "MODEL: is missing"),
+        (("llama-3.1-8b",), "--gpu: is missing"),
+        (("llama-3.1-8b", "--gpu", "H100"), "several sizes: H100-80GB, H100-94GB"),
+        (("llama-3.1-8b", "--gpu", "H20O"), "take one of: H200"),
+        (("nowhere.json", "--gpu", "H200"), "there is no such file"),
+        (("lama-3-8b", "--gpu", "H200"), "did you mean"),
+        (("llama-3.1-8b", "--gpu", "H200", "-o", "csv"), "use table or json"),
+    ],
+)
+def test_wrong_input_names_its_field_and_the_fix(arguments, said):
+    done = fits(*arguments)
+    assert isinstance(done.exception, InvalidArgument)
+    assert said in str(done.exception)
+
+
+def test_weights_are_no_description(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe\x00" * 1000)
+    done = fits(str(tmp_path / "model.safetensors"), "--gpu", "H200")
+    assert "is no text" in str(done.exception)
+    (tmp_path / "big.json").write_bytes(b"x" * 3_000_000)
+    assert "is longer than" in str(fits(str(tmp_path / "big.json"), "--gpu", "H200").exception)
