@@ -219,7 +219,7 @@ def queue(person: Person) -> None:
 def serve(person: Person) -> None:
     person.has("serve.py", SERVER)
     person.writes("model.yaml", "model: tiny\nengine: {run: 'python serve.py {port}', directory: .}\n")
-    person.types("whaleflux serve model.yaml -y")
+    person.types("whaleflux deploy model.yaml -y")
     until(lambda: "READY" in person.quietly("whaleflux replicas tiny"))
     key = re.search(r"^[^\s:]{20,}$", person.types("whaleflux keys create me"), re.M)
     assert key is not None

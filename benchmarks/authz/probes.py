@@ -231,6 +231,8 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "ListModels": _none(_R.ListModelsRequest()),
         "UpdateModel": Probe("model", lambda name: _R.UpdateModelRequest(model=_model(name))),
         "DeleteModel": Probe("model", _named(_R.DeleteModelRequest, etag=STALE)),
+        "RollBackModel": Probe("model", _named(_R.RollBackModelRequest, etag=STALE)),
+        "EstimateDeployment": Probe("model", _named(_R.EstimateDeploymentRequest)),
         "ListReplicas": Probe("model", lambda name: _R.ListReplicasRequest(parent=name), empty=True),
         "Route": Probe("model", lambda name: _R.RouteRequest(model=name)),
         "CreateApiKey": _none(_R.CreateApiKeyRequest(ttl_s=-1)),

@@ -22,10 +22,11 @@ MAX_BODY_BYTES = 1 << 20
 class Engine(BaseHTTPRequestHandler):
     """One connection."""
 
+    model = MODEL
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        models = {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "examples"}]}
+        models = {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "examples"}]}
         known = {"/health": {"status": "ok"}, "/v1/models": models}
         self.answer(200 if self.path in known else 404, known.get(self.path, _error(f"no such path: {self.path}")))
 
@@ -88,8 +89,10 @@ def _error(message: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", default=MODEL, help="the name that it answers to")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 where the front door is on another machine")
     asked = parser.parse_args()
+    Engine.model = asked.model
     ThreadingHTTPServer((asked.host, asked.port), Engine).serve_forever()
 
 

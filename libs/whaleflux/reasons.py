@@ -215,6 +215,8 @@ class What(_Words):
         "REBALANCE_PROPOSED",
         "moves of running jobs are worth it, for this one or of it; an operator can have them carried out",
     )
+    ROLLED_BACK = "ROLLED_BACK", "a model's changed engine was given up: the one of before serves again"
+    ROLLOUT = "ROLLOUT", "a model's changed engine takes the place of the one that serves: a step of it"
     SHORT = "SHORT", "a reservation lacks GPUs: nodes were lost, and no others are left"
     WHOLE_AGAIN = "WHOLE_AGAIN", "a reservation that lacked GPUs has all of them again"
     PROMISED = (

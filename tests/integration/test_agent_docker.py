@@ -208,8 +208,8 @@ async def test_what_the_engine_refuses_leaves_nothing_and_says_why(engine, tmp_p
     assert failed.value.unfit
     await end(failed.value.left)
     with pytest.raises(LaunchFailed, match="access denied"):
-        await DockerRuntime(engine).prepare(plan(tmp_path, image="secret"))
-    await DockerRuntime(engine).prepare(plan(tmp_path, image="elsewhere"))
+        await DockerRuntime(engine).prepare("secret")
+    await DockerRuntime(engine).prepare("elsewhere")
     assert "elsewhere" in engine.images_here
 
 

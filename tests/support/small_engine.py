@@ -26,7 +26,7 @@ class Engine(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         asked = json.loads(body) if body.startswith(b"{") else {}  # a form, or compressed: answered as it is
-        Engine.served += 1
+        Engine.served += asked.get("max_tokens") != 1  # the router's question for a first token is no client's
         port = self.server.server_address[1]
         time.sleep(asked.get("pause_s", 0))
         if asked.get("crash"):
@@ -36,7 +36,9 @@ class Engine(BaseHTTPRequestHandler):
         elif asked.get("stream"):
             self._stream(asked.get("chunks", 3), asked.get("gap_s", 0.0))
         else:
-            self._answer(200, {"replica": port, "path": self.path, "headers": dict(self.headers)})
+            self._answer(
+                200, {"replica": port, "path": self.path, "headers": dict(self.headers), "choices": [{"index": 0}]}
+            )
 
     def _answer(self, status: int, content: object) -> None:
         body = json.dumps(content).encode()

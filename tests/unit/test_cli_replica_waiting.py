@@ -1,4 +1,4 @@
-"""`whaleflux serve --wait`: states of replicas are said once, and it comes back when all can take requests."""
+"""`whaleflux deploy --wait`: states of replicas are said once, and it comes back when all can take requests."""
 
 from types import SimpleNamespace
 

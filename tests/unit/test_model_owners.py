@@ -311,7 +311,7 @@ async def test_a_model_is_no_way_to_end_the_job_of_somebody_else(submitter, kind
     jobs = ReplicaJobs(scheduler, None, VirtualClock())
     named = pb.Model(name="models/m", engine=pb.Engine(command=["x"]), owner="user/ann")
     with pytest.raises(FailedPrecondition, match="give the model another name"):
-        await jobs.ensure_job(named, "m-0")
+        await jobs.ensure_job(named, "m-0", named.engine)
     assert scheduler.done == ["create for user/ann", *done]
     jobs.jobs[scheduler.job.name] = scheduler.job
     mine = (submitter, kind) == ("user/ann", scheduler_pb2.JOB_KIND_SERVICE)
@@ -320,9 +320,9 @@ async def test_a_model_is_no_way_to_end_the_job_of_somebody_else(submitter, kind
 
 def test_every_field_is_public_or_private_on_purpose():
     private = {
-        "Model": "last_change allowed_addresses",
-        "Engine": "command image addresses environment health_path working_directory secrets",
-        "Replica": "address job node message declared_address etag",
+        "Model": "last_change allowed_addresses sites rollout_policy rollout measures",
+        "Engine": "command image addresses environment health_path working_directory secrets weights kv_memory_bytes gpu_memory_bytes",
+        "Replica": "address job node message declared_address site etag",
     }
     for name, public in rights.PUBLIC.items():
         assert {field.name for field in getattr(pb, name).DESCRIPTOR.fields} == public | set(private[name].split()), (
@@ -334,5 +334,5 @@ def test_every_method_is_tried():
     router = {m.rpartition("/")[2] for m in owners.TABLE if "Router" in m}
     assert router == {
         "CreateModel", "GetModel", "ListModels", "UpdateModel", "DeleteModel", "ListReplicas", "Route", "CreateApiKey", "ListApiKeys",
-        "DeleteApiKey",
+        "DeleteApiKey", "RollBackModel", "EstimateDeployment",
     }  # fmt: skip

@@ -142,6 +142,14 @@ def test_no_replica_state_is_a_dead_end():
 
 
 def test_wanted_replicas():
-    assert [w.id for w in wanted("m", 2, ())] == ["m-0", "m-1"]
-    assert [w.address for w in wanted("m", 2, ("h:1",))] == ["h:1"]
-    assert surplus(["m-0", "m-1", "old"], wanted("m", 1, ())) == ["m-1", "old"]
+    assert [w.id for w in wanted("m", {(1, ""): 2}, ())] == ["m-0", "m-1"]
+    assert [w.address for w in wanted("m", {(1, ""): 2}, ("h:1",))] == ["h:1"]
+    assert surplus(["m-0", "m-1", "old"], wanted("m", {(1, ""): 1}, ())) == ["m-1", "old"]
+    two = {(1, "sites/edge"): 1, (2, "sites/edge"): 1}
+    assert [(w.id, w.version, w.site) for w in wanted("m", two, ())] == [
+        ("m-edge-0", 1, "sites/edge"),
+        ("m-v2-edge-0", 2, "sites/edge"),
+    ]
+    long = wanted("m" * 63, {(10**6, f"sites/{'s' * 62}{end}"): 1000 for end in "ab"}, ())
+    assert len({w.id for w in long}) == 2000
+    assert max(len(w.id) for w in long) <= 63

@@ -17,6 +17,7 @@ from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2, scheduler_pb2
 from whaleflux.v1 import router_pb2 as pb
+from whaleflux_inference_router import model_changes
 from whaleflux_inference_router.convert import encode
 from whaleflux_inference_router.core import allowed_networks
 from whaleflux_inference_router.core.load_tracker import Ended
@@ -83,10 +84,10 @@ class TestModels:
             with pytest.raises(AlreadyExists):
                 await router.CreateModel(pb.CreateModelRequest(model_id="m", model=model()), None)
 
-    async def test_the_engine_is_fixed_and_says_what_to_do(self):
+    async def test_the_engine_of_servers_elsewhere_is_fixed_and_says_what_to_do(self):
         async with service() as (router, _, _):
             await router.CreateModel(pb.CreateModelRequest(model_id="m", model=model()), None)
-            other = model(command=["other", "{port}"])
+            other = model(addresses=["h:1"])
             other.name = "models/m"
             with pytest.raises(FailedPrecondition, match="delete the model and create it again"):
                 await router.UpdateModel(pb.UpdateModelRequest(model=other), None)
@@ -310,9 +311,9 @@ class Inventory:
 class Turns:
     """The manager with its world; the loop is driven turn by turn, and health is a set of addresses."""
 
-    def __init__(self, store, current, leader):
-        self.scheduler, self.store, self.current, self.healthy = Scheduler(), store, current, set()
-        self.clock, self.served, self.hosts = current.clock, None, {}
+    def __init__(self, store, current, leader, scheduler=None):
+        self.scheduler, self.store, self.current, self.healthy = scheduler or Scheduler(), store, current, set()
+        self.clock, self.served, self.hosts, self.silent_on = current.clock, None, {}, {}
         self.jobs = ReplicaJobs(self.scheduler, Inventory(), self.clock)
         self.jobs.synced = True
         resolver = Resolver(self.clock, self.look_up, allowed=allowed_networks.parse("ordinary,::1/128,127.0.0.1/32"))
@@ -328,6 +329,9 @@ class Turns:
 
     async def served_models(self, address):
         return self.served
+
+    async def first_token(self, address, model):
+        return self.silent_on.get(address, "")
 
     async def declare(self, count, **engine):
         wanted = model(**engine)
@@ -359,7 +363,7 @@ class TestReplicas:
             assert t.states == ["STARTING", "STARTING"]
             assert sorted(t.scheduler.jobs) == ["queues/serving/jobs/m-0", "queues/serving/jobs/m-1"]
             t.healthy.add("*")
-            await t.turn()
+            await t.turn(2)
             assert t.states == ["READY", "READY"]
             best = t.current.decide(Request("m")).ranking[0].replica
             assert (best.gpu_model, best.gpu_memory_bytes, best.usd_per_hour) == ("RTX4090", 24 * 10**9, 0.5)
@@ -482,6 +486,38 @@ class TestReplicas:
             await t.turn(41)
             assert t.states == ["STARTING"], "an engine that was replaced on its port is noticed within ten seconds"
 
+    async def test_ready_is_a_first_token_and_what_keeps_it_back_is_said(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            t.silent_on["10.0.0.1:9001"] = "its first completion (/v1/completions) was answered 500"
+            await t.declare(1)
+            await t.turn(8)
+            (replica,) = t.current.replicas.values.values()
+            assert (replica.state, replica.message) == (
+                pb.REPLICA_STATE_STARTING,
+                "its first completion (/v1/completions) was answered 500",
+            )
+            t.silent_on.clear()
+            await t.turn(8)
+            assert t.states == ["READY"]
+
+    async def test_what_a_job_waits_for_is_said_on_its_replica(self):
+        async with turns() as t:
+            await t.declare(1)
+            await t.turn(3)
+            (job,) = t.jobs.jobs.values()
+            job.state = scheduler_pb2.JOB_STATE_STARTING
+            job.attempt.tasks[0].phase = scheduler_pb2.TASK_PHASE_FETCHING
+            job.attempt.tasks[0].message = "datasets/w (120 MB of 1 GB, 5 MB/s)"
+            await t.turn()
+            (replica,) = t.current.replicas.values.values()
+            assert replica.message == f"it fetches datasets/w (120 MB of 1 GB, 5 MB/s) on {NODE}"
+            job.state = scheduler_pb2.JOB_STATE_QUEUED
+            job.decision.summary = "waits: 1 GPU short"
+            await t.turn()
+            (replica,) = t.current.replicas.values.values()
+            assert replica.message == "its job waits for GPUs: waits: 1 GPU short"
+
     async def test_a_job_that_ended_is_replaced_but_not_in_a_hurry(self):
         async with turns() as t:
             t.healthy.add("*")
@@ -539,3 +575,129 @@ class TestReplicas:
             with pytest.raises(Fenced):
                 await t.turn()
             assert not (await t.store.list(keys.REPLICAS)).entries
+
+
+class TestRollouts:
+    """A changed engine of a model that serves, turn by turn."""
+
+    async def serving(self, t, count=2, **sites):
+        t.healthy.add("*")
+        wanted = model()
+        wanted.name, wanted.replicas.min, wanted.version = "models/m", count, 1
+        wanted.rollout_policy.watch.FromSeconds(10)
+        wanted.rollout_policy.ready_within.FromSeconds(30)
+        for site, replicas in sites.items():
+            wanted.sites.add(site=f"sites/{site}", replicas=replicas)
+        await self.write(t, wanted)
+        await t.turn(6)
+        assert set(t.states) == {"READY"}
+
+    async def write(self, t, wanted):
+        await t.current.seen(t.current.models, await t.store.commit(Put(keys.MODELS + "m", encode(wanted))))
+
+    async def change(self, t, **engine):
+        changed, before = pb.Model(), t.current.models.values[keys.MODELS + "m"]
+        changed.CopyFrom(before)
+        changed.engine.MergeFrom(pb.Engine(**engine))
+        model_changes.begin(changed, before, [site.site for site in before.sites], t.clock.now())
+        await self.write(t, changed)
+
+    def model(self, t):
+        return t.current.models.values[keys.MODELS + "m"]
+
+    def state(self, t):
+        return pb.RolloutState.Name(self.model(t).rollout.state).removeprefix("ROLLOUT_STATE_")
+
+    def versions(self, t):
+        ready = [r.version for r in t.current.replicas.values.values() if r.state == pb.REPLICA_STATE_READY]
+        return sorted(ready)
+
+    async def until(self, t, state, turns=400):
+        for _ in range(turns):
+            if self.state(t) == state:
+                return
+            await t.turn()
+            assert self.versions(t).count(1) + self.versions(t).count(2) >= 2, "as many as before answer"
+        raise AssertionError(f"{self.state(t)}, not {state}")
+
+    async def test_one_first_a_share_of_the_requests_then_the_others(self):
+        async with turns() as t:
+            await self.serving(t, 0, a=1, b=1)
+            await self.change(t, environment={"A": "1"})
+            await self.until(t, "WATCHING")
+            assert self.versions(t) == [1, 1, 2]
+            assert t.scheduler.jobs["queues/serving/jobs/m-v2-a-0"].spec.environment == {"A": "1"}
+            assert t.scheduler.jobs["queues/serving/jobs/m-a-0"].spec.sites == ["sites/a"]
+            firsts = [t.current.send(Request("m"))[1].ranking[0].replica.version for _ in range(100)]
+            assert firsts.count(2) == 10
+            ranked = t.current.decide(dataclasses.replace(Request("m"), draw=0.05)).ranking
+            assert [one.replica.version for one in ranked] == [2, 1, 1], "the old ones are asked next"
+            await self.until(t, "DONE")
+            await t.turn(150)
+            assert self.versions(t) == [2, 2]
+            assert len(t.scheduler.jobs) == 2
+            assert self.model(t).version == 2
+
+    async def test_one_that_never_makes_a_token_is_rolled_back_in_its_time(self):
+        async with turns() as t:
+            await self.serving(t)
+            t.silent_on["10.0.0.1:9003"] = "its first completion was not answered"
+            await self.change(t, environment={"A": "1"})
+            await self.until(t, "ROLLED_BACK")
+            assert "not READY within 30 s" in self.model(t).rollout.message
+            assert "its first completion was not answered" in self.model(t).rollout.message
+            assert (self.model(t).version, dict(self.model(t).engine.environment)) == (1, {})
+            await t.turn(150)
+            assert len(t.scheduler.jobs) == 2
+
+    async def test_one_that_fails_requests_is_rolled_back_and_they_are_asked_elsewhere(self):
+        async with turns() as t:
+            await self.serving(t)
+            await self.change(t, environment={"A": "1"})
+            await self.until(t, "WATCHING")
+            (new,) = [r for r in t.current.replicas.values.values() if r.version == 2]
+            authorizer = RequestAuthorizer(t.current, open_access=True)
+            answers = [dict(authorizer.answer(chat()).headers) for _ in range(20)]
+            mine = [a for a in answers if a["x-gateway-destination-endpoint"].startswith(new.address)]
+            assert {a["x-envoy-retry-on"] for a in mine} == {"reset,5xx"}
+            assert all(len(a["x-gateway-destination-endpoint"].split(",")) == 2 for a in mine)
+            assert {a["x-envoy-retry-on"] for a in answers if a not in mine} == {"reset"}
+            await t.turn()
+            for _ in range(3):
+                t.current.load_tracker.fail(new.name, t.clock.monotonic())
+            await self.until(t, "ROLLED_BACK")
+            assert "3 of 3 tries failed" in self.model(t).rollout.message
+
+    async def test_another_leader_goes_on_where_it_was_and_a_deposed_one_takes_no_step(self):
+        async with service() as (_, current, store):
+            async with elect(store, "inference_router", "t") as leader:
+                t = Turns(store, current, leader)
+                await self.serving(t)
+                await self.change(t, environment={"A": "1"})
+                await self.until(t, "WATCHING")
+            await t.clock.advance(60)
+            with contextlib.suppress(Fenced):
+                await t.manager.turn()
+            assert self.state(t) == "WATCHING"
+            async with elect(store, "inference_router", "u") as other:
+                following = Turns(store, current, other, t.scheduler)
+                following.healthy, following.jobs.jobs = t.healthy, t.jobs.jobs
+                await self.until(following, "DONE")
+
+    async def test_sites_that_change_altogether_leave_when_the_others_answer(self):
+        async with turns() as t:
+            await self.serving(t, 0, a=2)
+            changed = pb.Model()
+            changed.CopyFrom(self.model(t))
+            del changed.sites[:]
+            changed.sites.add(site="sites/b", replicas=2)
+            assert not model_changes.same_engine(self.model(t), changed)
+            model_changes.begin(changed, self.model(t), ["sites/b"], t.clock.now())
+            await self.write(t, changed)
+            await self.until(t, "DONE")
+            await t.turn(150)
+            assert sorted(t.scheduler.jobs) == ["queues/serving/jobs/m-v2-b-0", "queues/serving/jobs/m-v2-b-1"]
+
+
+def chat():
+    return Asked("POST", "/v1/chat/completions", json.dumps({"model": "m", "messages": []}).encode())

@@ -15,6 +15,7 @@ from whaleflux.cli import (
     burst_commands,
     config_commands,
     dataset_commands,
+    deploy_commands,
     describe_commands,
     event_commands,
     file_commands,
@@ -90,7 +91,7 @@ _PANELS: dict[str, list[Callable[..., None]]] = {
     ],
     "Inside of a job": [attach_commands.exec_, attach_commands.shell, attach_commands.port_forward, attach_commands.cp],
     "Planning": [fits_command.fits],
-    "Models": [model_commands.serve, model_commands.models, model_commands.replicas, model_commands.route, model_commands.unserve],
+    "Models": [deploy_commands.deploy, model_commands.models, model_commands.replicas, model_commands.route, model_commands.unserve],
     "People": [login_commands.login, login_commands.logout, login_commands.whoami],
     "Client": [suite_commands.version],
 }  # fmt: skip
@@ -98,6 +99,9 @@ for _panel, _commands in _PANELS.items():
     for _command in _commands:
         _name = _command.__name__.strip("_").replace("_", "-")
         app.command(_name, rich_help_panel=_panel, epilog=epilog(_name))(_command)
+app.command("serve", hidden=True, rich_help_panel="Models", epilog=epilog("deploy"))(
+    deploy_commands.deploy
+)  # its name of before
 app.command(
     "agent",
     rich_help_panel="This machine",
@@ -113,6 +117,7 @@ _GROUPS = [
     ("burst", burst_commands.burst, "Fleet"),
     ("leases", rental_commands.leases, "Fleet"),
     ("queue", queue_commands.queue, "Jobs"),
+    ("rollout", deploy_commands.rollout, "Models"),
     ("ray", ray_commands.ray, "Jobs"),
     ("rebalance", rebalance_commands.rebalance, "Fleet"),
     ("reservation", reservation_commands.reservation, "Jobs"),

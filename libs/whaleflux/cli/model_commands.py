@@ -1,94 +1,19 @@
-"""Served models: declare, list, ask where a request would go; keys of the inference API."""
+"""Served models: list, ask where a request would go, end; keys of the inference API."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from whaleflux import names
-from whaleflux.cli import output, submission
-from whaleflux.cli.files import read
+from whaleflux.cli import output
+from whaleflux.cli.deploy_words import rollout_state, wanted_replicas
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 
-if TYPE_CHECKING:
-    from whaleflux.manifests.yaml_files import ModelManifest
-
 _MAX_TOKENS = 2**31 - 1
 keys = typer.Typer(no_args_is_help=True, help="Keys of the inference API.")
-
-
-def serve(
-    file: Annotated[str, typer.Argument(help="Model file, or - for stdin.")],
-    yes: Yes = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Until all of its replicas are READY; Ctrl-C ends the wait.")
-    ] = False,
-    allow_address: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-address",
-            metavar="IP:PORT",
-            help="Dial it though the router's networks leave it out; operators only.",
-        ),
-    ] = None,
-) -> None:
-    """Declares a model, or changes one that is declared; its replicas are started and kept running.
-
-    \b
-      whaleflux serve model.yaml
-      whaleflux serve model.yaml --wait     and come back when it answers
-      whaleflux replicas MODEL              how far they are
-      whaleflux route MODEL                 where a request would go, and why
-    """  # noqa: D301 - the escape tells click to keep the lines
-    from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
-    from whaleflux.manifests.yaml_files import model_from_yaml
-    from whaleflux.names import ulid
-    from whaleflux.v1 import router_pb2
-
-    if file == "-" and not yes:
-        raise InvalidArgument(FieldViolation("--yes", "a model file from stdin cannot be asked about; add -y"))
-    manifest = model_from_yaml(*read(file))
-    output.note(submission.secrets_in_clear([manifest.model.engine]))
-    manifest.model.allowed_addresses.extend(allow_address or ())
-    name = names.model(manifest.model_id)
-    with fleet() as client:
-        try:
-            before = client.router.GetModel(router_pb2.GetModelRequest(name=name), timeout=10)
-        except NotFound:
-            request = router_pb2.CreateModelRequest(
-                model_id=manifest.model_id, model=manifest.model, validate_only=True, request_id=ulid()
-            )
-            client.router.CreateModel(request, timeout=20)
-            _show_model_plan(manifest, None)
-            confirm("serve it?", yes)
-            request.validate_only = False
-            client.router.CreateModel(request, timeout=20)
-        else:
-            manifest.model.name, manifest.model.etag = name, before.etag
-            if not allow_address:
-                manifest.model.allowed_addresses.extend(before.allowed_addresses)
-            _show_model_plan(manifest, before)
-            confirm("change it?", yes)
-            client.router.UpdateModel(router_pb2.UpdateModelRequest(model=manifest.model), timeout=20)
-        output.note(f"{name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
-        if wait:
-            from whaleflux.cli.replica_waiting import until_ready
-
-            until_ready(client, name)
-
-
-def _show_model_plan(manifest: ModelManifest, before: Any) -> None:
-    """On stdout: what will be served, and how many replicas there were."""
-    count, engine = manifest.model.replicas.min, manifest.model.engine
-    if engine.addresses:
-        output.say(f"PLAN  serve {manifest.model_id} by {len(engine.addresses)} server(s) that run elsewhere")
-    else:
-        where = ", ".join(engine.gpu_models) or "any GPU"
-        output.say(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {engine.gpus} GPU(s) on {where}")
-    if before is not None:
-        output.say(f"  now        {before.replicas.min} replica(s), {before.ready_replicas} ready")
 
 
 def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
@@ -99,15 +24,16 @@ def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
         listed = pages(client.router.ListModels, router_pb2.ListModelsRequest(), "models")
     columns = [
         Column("NAME", lambda m: m.name),
-        Column("READY", lambda m: f"{m.ready_replicas}/{m.replicas.min}"),
+        Column("READY", lambda m: f"{m.ready_replicas}/{wanted_replicas(m)}"),
         Column("ENGINE", lambda m: m.engine.kind),
         Column("ON", lambda m: ", ".join(m.engine.gpu_models) or "any"),
         Column("OWNER", lambda m: m.owner or "-"),
         Column("QUEUE", lambda m: names.last(m.queue) or "serving", wide=True),
+        Column("ROLLOUT", rollout_state, wide=True),
         Column("AGE", lambda m: output.age(m.create_time)),
     ]
     output.show(
-        listed, columns, fmt, headers=not no_headers, empty="no models yet; serve one with: whaleflux serve model.yaml"
+        listed, columns, fmt, headers=not no_headers, empty="no models yet; serve one with: whaleflux deploy model.yaml"
     )
 
 
@@ -126,6 +52,7 @@ def replicas(
             client.router.GetModel(router_pb2.GetModelRequest(name=request.parent), timeout=10)
     columns = [
         Column("NAME", lambda r: r.name),
+        Column("VERSION", lambda r: f"v{r.version or 1}", wide=True),
         Column("STATE", lambda r: output.enum_name(router_pb2.ReplicaState, r.state, "REPLICA_STATE_")),
         Column("ADDRESS", lambda r: r.address or "-"),
         Column("NODE", lambda r: r.node or "-"),

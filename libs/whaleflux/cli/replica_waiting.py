@@ -1,4 +1,4 @@
-"""`whaleflux serve --wait`: what becomes of a model's replicas, until all of them can take requests."""
+"""`whaleflux deploy --wait`: what becomes of a model's replicas, until all of them can take requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from whaleflux.cli import output
+from whaleflux.cli.deploy_words import wanted_replicas
 from whaleflux.cli.state import pages
 
 if TYPE_CHECKING:
@@ -16,10 +17,20 @@ _LOOK_EVERY_S = 0.3
 
 
 def until_ready(client: Client, model: str) -> None:
-    """Says each change of a replica's state on stderr; returns when as many are READY as the model wants."""
+    """Says each change of a replica's state on stderr; returns when as many are READY as the model wants.
+
+    Raises FailedPrecondition where a changed engine was rolled back.
+    """
+    from whaleflux.errors import FailedPrecondition
+    from whaleflux.reasons import ErrorReason
     from whaleflux.v1 import router_pb2
 
-    shown = dict[str, str]()
+    under_way = {
+        router_pb2.ROLLOUT_STATE_SURGING,
+        router_pb2.ROLLOUT_STATE_WATCHING,
+        router_pb2.ROLLOUT_STATE_SHIFTING,
+    }
+    shown, before = dict[str, str](), None
     while True:
         wanted = client.router.GetModel(router_pb2.GetModelRequest(name=model), timeout=10)
         for replica in pages(client.router.ListReplicas, router_pb2.ListReplicasRequest(parent=model), "replicas"):
@@ -27,14 +38,17 @@ def until_ready(client: Client, model: str) -> None:
             if shown.get(replica.name) != line:
                 output.note(line)
             shown[replica.name] = line
-        if wanted.ready_replicas >= _count(wanted):
+        at = wanted.rollout.state, wanted.rollout.to_version
+        before = before or at
+        if at != before and wanted.rollout.state == router_pb2.ROLLOUT_STATE_ROLLED_BACK:
+            raise FailedPrecondition(
+                f"{model}: {wanted.rollout.message}; the engine of before serves. What it said: whaleflux rollout status {model.partition('/')[2]}",
+                reason=ErrorReason.WRONG_STATE,
+            )
+        if wanted.ready_replicas >= wanted_replicas(wanted) and wanted.rollout.state not in under_way:
             output.note(f"{model} is ready: whaleflux route {model.partition('/')[2]}")
             return
         time.sleep(_LOOK_EVERY_S)
-
-
-def _count(model: router_pb2.Model) -> int:
-    return len(model.engine.addresses) or model.replicas.min
 
 
 def _line(replica: router_pb2.Replica) -> str:

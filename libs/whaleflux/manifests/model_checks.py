@@ -10,8 +10,17 @@ from whaleflux import hostport
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests import shell_text
 from whaleflux.manifests.job_fields import ATTRIBUTES
-from whaleflux.manifests.model_fields import MAX_GPUS_PER_REPLICA, MAX_REPLICAS, MAX_TOKENS, QueueName
+from whaleflux.manifests.model_fields import (
+    MAX_CANARY_PERCENT,
+    MAX_GPUS_PER_REPLICA,
+    MAX_TOKENS,
+    READY_WITHIN_S,
+    WATCH_S,
+    QueueName,
+    Weights,
+)
 from whaleflux.manifests.secret_values import set_otherwise
+from whaleflux.manifests.site_values import MAX_REPLICAS, Sites
 from whaleflux.manifests.text_values import Command
 
 if TYPE_CHECKING:
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_COMMAND_CHARS = 65_536
 PORT_MARKS = ("{port}", "$PORT", "${PORT")
+WEIGHTS_MARK = "{weights}"
 
 
 def violations(model: router_pb2.Model) -> list[FieldViolation]:
@@ -43,7 +53,7 @@ def violations(model: router_pb2.Model) -> list[FieldViolation]:
         if wrong
     ]  # fmt: skip
     of_engine = (*Command().violations("engine.command", command), *_secrets(engine))
-    return [*found, *of_engine, *QueueName().violations("queue", model.queue)]
+    return [*found, *of_engine, *QueueName().violations("queue", model.queue), *_deployment(model)]
 
 
 def add_arguments(engine: router_pb2.Engine) -> list[FieldViolation]:
@@ -57,6 +67,52 @@ def add_arguments(engine: router_pb2.Engine) -> list[FieldViolation]:
     del engine.command[:]
     engine.command.extend(shell_text.as_command(f"{script} {shlex.join(words)}"))
     return []
+
+
+def _deployment(model: router_pb2.Model) -> Iterator[FieldViolation]:
+    """Weights, sites, and how a changed engine takes over."""
+    engine, policy = model.engine, model.rollout_policy
+    yield from Weights().violations("engine.weights", engine.weights)
+    yield from Sites().violations("sites", Sites().reading("sites")(model))
+    if engine.addresses:
+        for path, there in (("engine.weights", engine.weights), ("sites", model.sites)):
+            if there:
+                yield FieldViolation(path, "servers that run elsewhere have their own; leave it out, or give a command")
+    elif not engine.weights and any(WEIGHTS_MARK in word for word in engine.command):
+        yield FieldViolation("engine.weights", f"is missing, and the command has {WEIGHTS_MARK}; name a dataset")
+    if not 0 <= engine.kv_memory_bytes <= 1 << 50:
+        yield FieldViolation("engine.kv_memory_bytes", f"is {engine.kv_memory_bytes}; use 0 (for 2 GB) to {1 << 50}")
+    if (count := sum(replicas_of(model).values())) > MAX_REPLICAS:
+        yield FieldViolation("sites", f"ask for {count} replicas in all; at most {MAX_REPLICAS}")
+    for i, site in enumerate(model.sites):
+        if site.args and add_arguments(with_site(engine, site)):
+            yield FieldViolation(f"sites[{i}].args", "can follow a single command only; write them into `run`")
+    if not 0 <= policy.canary_percent <= MAX_CANARY_PERCENT:
+        yield FieldViolation(
+            "rollout_policy.canary_percent",
+            f"is {policy.canary_percent}; use 0 (for 10) or 1 to {MAX_CANARY_PERCENT}",
+        )
+    for name, (least, most) in (("watch", WATCH_S), ("ready_within", READY_WITHIN_S)):
+        if policy.HasField(name) and not least <= getattr(policy, name).ToNanoseconds() / 1e9 <= most:
+            yield FieldViolation(f"rollout_policy.{name}", f"use {least:g} to {most:g} s, or leave it out")
+
+
+def replicas_of(model: router_pb2.Model) -> dict[str, int]:
+    """How many run at each site, in the model's order; "" where it names none."""
+    if not model.sites:
+        return {"": model.replicas.min}
+    return {site.site: site.replicas or model.replicas.min for site in model.sites}
+
+
+def with_site(engine: router_pb2.Engine, site: router_pb2.ModelSite) -> router_pb2.Engine:
+    """The engine as it is at a site; words of the command are not joined yet (`add_arguments`)."""
+    made = type(engine)()
+    made.CopyFrom(engine)
+    made.command.extend(site.args)
+    made.environment.update(site.environment)
+    if site.gpu_models:
+        made.gpu_models[:] = site.gpu_models
+    return made
 
 
 def _secrets(engine: router_pb2.Engine) -> Iterator[FieldViolation]:

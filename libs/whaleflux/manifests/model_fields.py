@@ -11,13 +11,15 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.field import Field
 from whaleflux.manifests.reader import Reader
 from whaleflux.manifests.secret_values import Secrets
+from whaleflux.manifests.site_values import MAX_REPLICAS, Sites
 from whaleflux.manifests.text_values import Command, Folder, Id, Text, Texts, Variables, items, text, texts
-from whaleflux.manifests.values import Choice, Schema, Seconds, Value, Violations, Whole
+from whaleflux.manifests.values import Choice, Schema, Seconds, Size, Value, Violations, Whole
 
 ENGINES = ("openai", "vllm", "sglang")
 MAX_TOKENS = 10**9
-MAX_REPLICAS = 1000
 MAX_GPUS_PER_REPLICA = 64
+MAX_CANARY_PERCENT = 50
+WATCH_S, READY_WITHIN_S = (1.0, 86_400.0), (1.0, 7 * 86_400.0)  # least and most
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ class Addresses(Texts):
 
 
 @dataclass(frozen=True)
+class Weights(Text):
+    """A dataset (`dataset:llama-3-8b`), or where the bytes are, of which `deploy` makes one: a URL or a folder."""
+
+    shown: str = "`dataset:ID`, a URL, or a folder that all nodes mount"
+
+    def parse(self, value: object, base: Path) -> Any:
+        found = text(value, self.most)
+        if found.startswith(("dataset:", "datasets/")):
+            return names.dataset(names.check_id("weights", found.removeprefix("dataset:").removeprefix("datasets/")))
+        return found if "://" in found else str((base / found).resolve())
+
+    def violations(self, at: str, value: Any) -> Violations:
+        try:
+            names.split(value or "datasets/none", "datasets")
+        except InvalidArgument:
+            yield FieldViolation(at, f"{value[:80]!r} is not the name of a dataset, such as datasets/llama-3-8b")
+
+
+@dataclass(frozen=True)
 class Classes(Value):
     """Requests up to a length and the GPUs that they go to."""
 
@@ -99,7 +120,7 @@ MODEL_FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "engine.run", "engine.command", Command(), "Starts one replica; `{port}` is replaced by the port to listen on.",
-        default="the image's own command", example="vllm serve meta-llama/Meta-Llama-3-8B --port {port}",
+        default="the image's own command", example="vllm serve {weights} --served-model-name llama-3-8b --port {port}",
     ),
     Field("engine.args", "engine.command", Texts(), "More words of the command.", default="none", example="[--max-model-len, 8192]"),
     Field("engine.image", "engine.image", Text(), "Container image.", default="a process of the host", example="vllm/vllm-openai:v0.11.0"),
@@ -124,9 +145,31 @@ MODEL_FIELDS: tuple[Field, ...] = (
         "engine.directory", "engine.working_directory", Folder(shown="folder; a relative one is taken from where the file lies"),
         "Working directory of each replica.", default="a fresh one", example=".",
     ),
+    Field(
+        "weights", "engine.weights", Weights(),
+        "What the engine reads: on each node's disk before the engine starts. `{weights}` in `run` is replaced by the folder.",
+        default="the engine sees to it", example="dataset:llama-3-8b",
+    ),
+    Field(
+        "engine.kv_memory", "engine.kv_memory_bytes", Size(),
+        "GPU memory of a replica beside 1.1 times its weights: keys and values of requests under way.", default="2 GB", example="8 GB",
+    ),
+    Field(
+        "sites", "sites", Sites(), "Sites that run it, each with its replicas, and what is otherwise there: GPU types, words of the command, variables.",
+        default="wherever the scheduler places it", example="{onprem: 2, edge: {replicas: 1, on: [RTX4090], environment: {NCCL_P2P_DISABLE: 1}}}",
+    ),
     Field("replicas.min", "replicas.min", Whole(0, MAX_REPLICAS), "Fewest replicas.", default="1", absent=1, example="2"),
     Field("replicas.max", "replicas.max", Whole(1, MAX_REPLICAS), "Most replicas.", not_yet=True, default="as min", example="8"),
     Field("replicas.on", "engine.gpu_models", Texts(shown="GPU types"), "GPU types that will do.", default="any", example="[RTX4090, L40S]"),
+    Field(
+        "rollout.share", "rollout_policy.canary_percent", Whole(1, MAX_CANARY_PERCENT),
+        "Share of the requests, percent, that the first replica of a changed engine gets.", default="10", example="5",
+    ),
+    Field("rollout.watch", "rollout_policy.watch", Seconds(), "For how long it is compared with the others.", default="60 s", example="5 min"),
+    Field(
+        "rollout.ready_within", "rollout_policy.ready_within", Seconds(),
+        "Within what time each new replica has to be READY; else the engine of before goes on.", default="30 min", example="10 min",
+    ),
     Field("slo.first_token", "objective.first_token", Seconds(), "Time to the first token.", not_yet=True, default="none", example="500 ms"),
     Field("slo.per_token", "objective.per_token", Seconds(), "Time per further token.", not_yet=True, default="none", example="50 ms"),
     Field(

@@ -16,7 +16,7 @@ _INTRODUCTIONS = {
     "job": """A job file says what to run and on how many GPUs; everything else has a default. `whaleflux submit job.yaml` shows the
 plan before anything runs, `whaleflux validate job.yaml` checks a file without a fleet, and every mistake is named with its
 line and what would be right.""",
-    "model": """A model file says what serves a model and how often. `whaleflux serve model.yaml` shows what will run and asks;
+    "model": """A model file says what serves a model and how often. `whaleflux deploy model.yaml` shows what will run and asks;
 `whaleflux validate model.yaml` checks a file without a fleet.""",
 }
 

@@ -5,11 +5,13 @@ Every mistake is found at once and named with its field, its line and what would
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whaleflux import names
 from whaleflux.clock import SystemClock
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests import arrays, job_checks, model_checks
@@ -42,10 +44,11 @@ class JobManifest:
 
 @dataclass(frozen=True, slots=True)
 class ModelManifest:
-    """A model file."""
+    """A model file. `weights_source`: where the bytes are of which the dataset `model.engine.weights` is made; "" where there is one."""
 
     model_id: str
     model: router_pb2.Model
+    weights_source: str = ""
 
 
 def job_from_yaml(text: str, base: Path) -> JobManifest:
@@ -109,7 +112,7 @@ def _job(content: object, base: Path) -> JobManifest:
 
     wrong: list[FieldViolation] = []
     if _declares_a_model(content):
-        raise InvalidArgument(FieldViolation("file", "declares a model, not a job; use: whaleflux serve FILE"))
+        raise InvalidArgument(FieldViolation("file", "declares a model, not a job; use: whaleflux deploy FILE"))
     file, spec = Reader(content, "", wrong), scheduler_pb2.JobSpec()
     job_id = NAME.value.take(file, NAME.file, base, "")
     queue = QUEUE.value.take(file, QUEUE.file, base, QUEUE.default)
@@ -135,8 +138,20 @@ def model_from_yaml(text: str, base: Path) -> ModelManifest:
     file.require(MODEL.file, MODEL.required)
     read_into(model, file, (field for field in MODEL_FIELDS if field is not MODEL), base)
     file.done()
+    source = _weights_source(model_id, model)
     _raise(wrong or model_checks.add_arguments(model.engine) or _against_the_router(model))
-    return ModelManifest(model_id, model)
+    return ModelManifest(model_id, model, source)
+
+
+def _weights_source(model_id: str, model: router_pb2.Model) -> str:
+    """Where the weights are, if the file says that; the model then names the dataset that is made of it, one for each source."""
+    source = model.engine.weights
+    if not source or source.startswith("datasets/"):
+        return ""
+    model.engine.weights = names.dataset(
+        f"{model_id[:50].rstrip('-')}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    )
+    return source
 
 
 def is_model(text: str) -> bool:

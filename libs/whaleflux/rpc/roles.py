@@ -153,6 +153,8 @@ TABLE: Table = {
     _ROUTER + "CreateModel": PEOPLE,
     _ROUTER + "UpdateModel": PEOPLE,
     _ROUTER + "DeleteModel": PEOPLE,
+    _ROUTER + "RollBackModel": PEOPLE,
+    _ROUTER + "EstimateDeployment": PEOPLE,
     # what Envoy asks on its own account
     "/envoy.service.accesslog.v3.AccessLogService/*": frozenset({FRONTDOOR}),
     "/envoy.service.endpoint.v3.EndpointDiscoveryService/*": frozenset({FRONTDOOR}),

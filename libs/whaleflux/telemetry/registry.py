@@ -211,5 +211,6 @@ class Event(StrEnum):
     ROUTE_FAILED = "route_failed"
     POLICY_REFUSED = "policy_refused"
     ENDPOINTS_REFUSED = "endpoints_refused"
+    MODEL_ROLLOUT = "model_rollout"
     REPLICA_UP = "replica_up"
     REPLICA_DOWN = "replica_down"

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from whaleflux.data import progress
 from whaleflux.data.sources import Source
-from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent.dataset_donors import Given
 from whaleflux_agent.dataset_progress import Progress
@@ -52,8 +52,7 @@ class Fetch:
         if not self.progress.total_bytes:
             return dataset
         rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
-        done, total = shown_bytes(self.progress.done_bytes), shown_bytes(self.progress.total_bytes)
-        return f"{dataset} ({done} of {total}" + (f", {shown_bytes(rate)}/s)" if rate else ")")
+        return f"{dataset} {progress.words(self.progress.done_bytes, self.progress.total_bytes, rate)}"
 
 
 @asynccontextmanager

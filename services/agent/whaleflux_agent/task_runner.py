@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -300,11 +300,16 @@ class TaskRunner:
         else:
             await self._choose_user(task)
         await self._unless_stopped(task, self._context.restore_access.check(task.work))
-        datasets = []
-        for dataset in task.work.spec.datasets:
-            await self._tell(task, dataset)
-            fetching = self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
-            datasets.append((dataset, await self._unless_stopped(task, fetching)))
+        preparing = asyncio.create_task(runtime.prepare(task.work.spec.image))  # comes while the data does
+        try:
+            return await self._begun(task, runtime, preparing, adopted=adopted is not None)
+        finally:
+            preparing.cancel()
+            await asyncio.gather(preparing, return_exceptions=True)
+
+    async def _begun(self, task: Task, runtime: Runtime, preparing: asyncio.Task[None], *, adopted: bool) -> Running:
+        """`adopted`: its setup has ended under this agent, or under one before."""
+        datasets = await self._unless_stopped(task, self._fetch_data(task))
         if task.work.spec.code and not adopted:  # else setup has worked in it already
             await self._fetch_code(task)
         bringing = self._context.secrets.bring(task.work, lambda text: self._tell(task, text))
@@ -312,23 +317,31 @@ class TaskRunner:
         if task.work.spec.secrets:
             folder = self._context.secrets.folder(task.work.task)
             await asyncio.to_thread(self._context.isolation.folders.give_secrets, folder, task.meta)
-        plan = await self._context.state.run(plan_of, self._context, task, tuple(datasets))
+        plan = await self._context.state.run(plan_of, self._context, task, datasets)
         if task.work.spec.image:
             await self.report(task, scheduler_pb2.TASK_PHASE_PULLING, message=task.work.spec.image)
-        await self._unless_stopped(task, runtime.prepare(plan))
+        await self._unless_stopped(task, preparing)
         if not adopted:
             computing = await self._computing(plan.gpu_uuids)
             await self.remember(task, computing_before=computing, working_directory=plan.working_directory)
         if (
             not adopted
-            and (setup := await self._context.state.run(setup_plan_of, self._context, task, tuple(datasets)))
-            is not None
+            and (setup := await self._context.state.run(setup_plan_of, self._context, task, datasets)) is not None
         ):
             await self.report(task, scheduler_pb2.TASK_PHASE_SETTING_UP)
             await self._context.state.run(node_setup.announce, setup, self._context.node)
             await self._finish_setup(task, await runtime.start(setup))
         await self.report(task, scheduler_pb2.TASK_PHASE_STARTING)
         return await runtime.start(plan)
+
+    async def _fetch_data(self, task: Task) -> tuple[tuple[str, str], ...]:
+        """Each of its datasets, and where it lies; all of them at once."""
+
+        async def one(dataset: str) -> tuple[str, str]:
+            await self._tell(task, dataset)
+            return dataset, await self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
+
+        return tuple(await asyncio.gather(*map(one, task.work.spec.datasets)))
 
     async def _finish_setup(self, task: Task, running: Running) -> None:
         """Returns when it has ended well and nothing of it is left. Raises SetupFailed, or LaunchFailed when the task was to stop."""
@@ -400,7 +413,7 @@ class TaskRunner:
             return tuple(sorted(await self._context.computing(gpu_uuids))) if gpu_uuids else ()
         return ()
 
-    async def _unless_stopped(self, task: Task, doing: Coroutine[object, object, T]) -> T:
+    async def _unless_stopped(self, task: Task, doing: Awaitable[T]) -> T:
         """The result of `doing`; LaunchFailed as soon as the task is to stop."""
         work, stop = asyncio.ensure_future(doing), asyncio.ensure_future(task.stop.wait())
         try:

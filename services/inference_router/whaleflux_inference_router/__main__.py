@@ -20,6 +20,7 @@ from whaleflux.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
 from whaleflux_inference_router.core import allowed_networks
+from whaleflux_inference_router.deployments import Deployments
 from whaleflux_inference_router.endpoints import Endpoints
 from whaleflux_inference_router.feedback import Feedback
 from whaleflux_inference_router.news import of_api_key, of_model, of_replica
@@ -59,7 +60,8 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         await lead(ctx.store, "inference_router", ctx.address, manage)
 
     secrets = SecretServiceStub(ctx.channel("inventory")) if ctx.settings.inventory else None
-    router = Router(ctx.store, ctx.clock, current, resolver, secrets)
+    inventory = InventoryServiceStub(ctx.channel("inventory")) if ctx.settings.inventory else None
+    router = Router(ctx.store, ctx.clock, current, resolver, secrets, Deployments(inventory))
     return Parts(
         servicers=[
             (add_RouterServiceServicer_to_server, router, "whaleflux.v1.RouterService"),

@@ -13,11 +13,14 @@ from whaleflux.rpc.etags import etag_of
 from whaleflux.store import keys
 from whaleflux.store.api import Entry
 from whaleflux.v1 import router_pb2 as pb
-from whaleflux_inference_router.core import ranking
+from whaleflux_inference_router.core import ranking, rollout
 from whaleflux_inference_router.core.replicas import State
+from whaleflux_inference_router.core.rollout import Stage
 
 _STATES = {state.value: state for state in State}
 _STATE = "REPLICA_STATE_"
+_STAGES = {stage.value: stage for stage in Stage}
+_ROLLOUT = "ROLLOUT_STATE_"
 
 
 def state_of(replica: pb.Replica) -> State:
@@ -68,7 +71,55 @@ def model_of(name: str) -> str:
 def routed_model(found: pb.Model) -> ranking.Model:
     rules = sorted(found.classes, key=lambda c: c.max_prompt_tokens or float("inf"))
     classes = tuple(ranking.RequestClass(c.max_prompt_tokens, tuple(c.gpu_models)) for c in rules)
-    return ranking.Model(model_of(found.name), found.context_window_tokens, classes, found.engine.kind or "openai")
+    kind = found.engine.kind or "openai"
+    return ranking.Model(model_of(found.name), found.context_window_tokens, classes, kind, _trial(found))
+
+
+def _trial(found: pb.Model) -> ranking.Trial | None:
+    """While a changed engine is tried, and while one that was rolled back has not left."""
+    share = rollout.share_of(stage_of(found), policy_of(found))
+    return None if share is None else ranking.Trial(found.rollout.to_version, share)
+
+
+def stage_of(found: pb.Model) -> Stage:
+    """NONE for a stage that only a newer version knows: what serves goes on as it is."""
+    return _STAGES.get(enum_name(pb.RolloutState, found.rollout.state, _ROLLOUT), Stage.NONE)
+
+
+def stage_number(stage: Stage) -> pb.RolloutState:
+    return cast("pb.RolloutState", pb.RolloutState.Value(_ROLLOUT + stage.value))
+
+
+def policy_of(found: pb.Model) -> rollout.Policy:
+    """What the model says of rollouts, and the defaults."""
+    asked = found.rollout_policy
+    return rollout.Policy(
+        asked.canary_percent / 100 if asked.canary_percent else rollout.SHARE,
+        asked.watch.ToNanoseconds() / 1e9 if asked.HasField("watch") else rollout.WATCH_S,
+        asked.ready_within.ToNanoseconds() / 1e9 if asked.HasField("ready_within") else rollout.READY_WITHIN_S,
+    )
+
+
+def engine_at(found: pb.Model, version: int, site: str) -> pb.Engine:
+    """The engine of a version as it is at a site: with that site's GPU types, words and variables."""
+    before = version == found.rollout.from_version and version != found.version and stage_of(found) is not Stage.NONE
+    engine, sites = (found.rollout.from_engine, found.rollout.from_sites) if before else (found.engine, found.sites)
+    here = next((one for one in sites if one.site == site), None)
+    made = model_checks.with_site(engine, here or pb.ModelSite())
+    if here is not None and here.args:
+        model_checks.add_arguments(made)
+    return made
+
+
+def rollout_of(found: pb.Model) -> rollout.Rollout:
+    """The rollout; of a model whose engine was never changed one that is over."""
+    asked, stage = model_checks.replicas_of(found), stage_of(found)
+    order = [site for site in found.rollout.order if site in asked]
+    wanted = {site: asked[site] for site in (*order, *asked)}
+    to = found.rollout.to_version if stage is not Stage.NONE else found.version or 1
+    old = found.rollout
+    before = {site.site: site.replicas or old.from_replicas for site in old.from_sites} or {"": old.from_replicas}
+    return rollout.Rollout(stage, old.from_version, to, wanted, before, policy_of(found))
 
 
 def exempt(found: pb.Model) -> tuple[str, ...]:
@@ -87,6 +138,7 @@ def routed_replica(found: pb.Replica) -> ranking.Replica:
         found.gpu_memory_bytes,
         found.usd_per_hour,
         found.message,
+        found.version or 1,
     )
 
 

@@ -11,6 +11,11 @@ import orjson
 from whaleflux import hostport
 
 PROBE_S = 1.0
+FIRST_TOKEN_S = 120.0  # cold kernels and graphs are made by the first request
+ONE_TOKEN = (
+    ("/v1/completions", {"prompt": "1"}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}]}),
+)
 MAX_ANSWER_BYTES = 256 << 10
 
 
@@ -25,6 +30,10 @@ class EngineProbe(Protocol):
         """Names in its list of models; None where it keeps no such list, or does not tell."""
         ...
 
+    async def first_token(self, address: str, model: str) -> str:
+        """What is wrong with a completion of one token; "" when it was answered, or when the engine makes no completions."""
+        ...
+
 
 class HttpProbe:
     """Over one connection a question: a health check that shares connections says little about new ones."""
@@ -37,6 +46,30 @@ class HttpProbe:
         status, body = await _get(address, "/v1/models", body=True)
         return _names(body) if status == 200 else None
 
+    async def first_token(self, address: str, model: str) -> str:
+        for path, asked in ONE_TOKEN:
+            body = orjson.dumps({"model": model, "max_tokens": 1, **asked})
+            status, answer = await _ask(address, path, body, FIRST_TOKEN_S)
+            if status == 200:
+                return "" if _has_choices(answer) else f"its answer to {path} is no completion"
+            if not 400 <= status < 500 or status in _BUSY:
+                return (
+                    f"its first completion ({path}) was answered {status}"
+                    if status
+                    else "its first completion was not answered"
+                )
+        return ""  # embeddings, reranking: there is nothing to complete
+
+
+_BUSY = (408, 425, 429)
+
+
+def _has_choices(body: bytes) -> bool:
+    try:
+        return bool(orjson.loads(body)["choices"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
 
 def _names(body: bytes) -> frozenset[str] | None:
     try:
@@ -48,15 +81,22 @@ def _names(body: bytes) -> frozenset[str] | None:
 
 
 async def _get(address: str, path: str, *, body: bool) -> tuple[int, bytes]:
-    """Status (0: no answer within `PROBE_S`) and body; HTTP/1.0, so that the body ends with the connection."""
+    """Status (0: no answer within `PROBE_S`) and body."""
+    return await _ask(address, path, None, PROBE_S, read=body)
+
+
+async def _ask(address: str, path: str, sent: bytes | None, within_s: float, *, read: bool = True) -> tuple[int, bytes]:
+    """The same, of a GET or with a body; HTTP/1.0, so that the answer's body ends with the connection."""
     try:
-        async with asyncio.timeout(PROBE_S):
+        async with asyncio.timeout(within_s):
             reader, writer = await asyncio.open_connection(*hostport.parse(address))
             try:
-                head = f"GET {quote(path)} HTTP/1.0\r\nhost: {address}\r\naccept: application/json\r\n\r\n"
-                writer.write(head.encode("latin-1"))
+                head = f"{'GET' if sent is None else 'POST'} {quote(path)} HTTP/1.0\r\nhost: {address}\r\naccept: application/json\r\n"
+                if sent is not None:
+                    head += f"content-type: application/json\r\ncontent-length: {len(sent)}\r\n"
+                writer.write(head.encode("latin-1") + b"\r\n" + (sent or b""))
                 line = await reader.readline()
-                return _status(line), (await _body(reader)) if body else b""
+                return _status(line), (await _body(reader)) if read else b""
             finally:
                 writer.close()
     except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError):
@@ -71,4 +111,7 @@ def _status(line: bytes) -> int:
 async def _body(reader: asyncio.StreamReader) -> bytes:
     while (await reader.readline()).strip():
         pass
-    return await reader.read(MAX_ANSWER_BYTES)
+    found = b""
+    while len(found) < MAX_ANSWER_BYTES and (more := await reader.read(MAX_ANSWER_BYTES - len(found))):
+        found += more
+    return found

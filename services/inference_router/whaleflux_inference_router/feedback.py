@@ -73,6 +73,8 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
         self._routing.load_tracker.close(ended)
         replica = self._routing.replica_at(ended.address)
         if replica and first_byte_s is not None and ended.completed:
+            if succeeded:
+                self._routing.load_tracker.outcomes.add(replica, self._clock.monotonic(), first_byte_s)
             telemetry.histogram(Metric.FIRST_TOKEN).labels(names.top(replica)).observe(first_byte_s)
 
 

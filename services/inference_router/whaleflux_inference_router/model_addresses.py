@@ -47,7 +47,7 @@ def settle_exemptions(model: pb.Model, before: Sequence[str], *, by_operator: bo
     wanted = allowed_networks.exemptions(model.allowed_addresses, "model.allowed_addresses")
     if set(wanted) != set(before) and not by_operator:
         raise PermissionDenied(
-            "allowed_addresses are an operator's to change; let one run: whaleflux serve --allow-address IP:PORT FILE",
+            "allowed_addresses are an operator's to change; let one run: whaleflux deploy --allow-address IP:PORT FILE",
             reason=ErrorReason.ROLE_MISSING,
         )
     model.allowed_addresses[:] = wanted

@@ -22,12 +22,46 @@ def of_model(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     name, asked = (new or old or pb.Model()).name, asked_for(old, new)
     if new is not None and new.last_change.what == What.DELETED:
         return None  # about to go
+    if old is not None and new is not None and (told := _rolled(change, old, new, now)) is not None:
+        return told
+    if old is not None and new is not None and asked is None and _only_measured(old, new):
+        return None
     what = What.DELETED if new is None else What.CREATED if old is None else What.CHANGED
     message = asked.reason if asked is not None else ""
     whose = {"queue": queue_of(new or old or pb.Model()), "owner": (new or old or pb.Model()).owner}
     return state_event(
         change, now, source=SOURCE, resource=name, what=what, message=message, asked=asked, attributes=whose
     )
+
+
+def _rolled(change: EntryChange, old: pb.Model, new: pb.Model, now: datetime) -> OutgoingEvent | None:
+    """The next step of a rollout, by whoever took it; None: it is where it was."""
+    if (old.rollout.state, old.rollout.to_version) == (new.rollout.state, new.rollout.to_version):
+        return None
+    back = new.rollout.state == pb.ROLLOUT_STATE_ROLLED_BACK
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=new.name,
+        what=What.ROLLED_BACK if back else What.ROLLOUT,
+        message=new.rollout.message,
+        asked=asked_for(old, new),
+        cause=None if asked_for(old, new) else types_pb2.Cause(resource=new.name, actor=f"{SOURCE}/rollouts"),
+        attributes={
+            "queue": queue_of(new),
+            "owner": new.owner,
+            "state": pb.RolloutState.Name(new.rollout.state).removeprefix("ROLLOUT_STATE_"),
+            "version": str(new.rollout.to_version),
+        },
+    )
+
+
+def _only_measured(old: pb.Model, new: pb.Model) -> bool:
+    """Whether nothing but what starts took is new."""
+    for model in (old, new):
+        model.ClearField("measures")
+    return old == new
 
 
 def of_api_key(change: EntryChange, now: datetime) -> OutgoingEvent | None:

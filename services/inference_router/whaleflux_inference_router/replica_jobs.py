@@ -23,6 +23,15 @@ NODE_KNOWN_S = 60.0
 ENDED = frozenset(
     {scheduler_pb2.JOB_STATE_SUCCEEDED, scheduler_pb2.JOB_STATE_FAILED, scheduler_pb2.JOB_STATE_CANCELLED}
 )
+_NOT_RUNNING = frozenset(
+    {scheduler_pb2.JOB_STATE_QUEUED, scheduler_pb2.JOB_STATE_STARTING, scheduler_pb2.JOB_STATE_RECOVERING}
+)
+_BEGUN = frozenset({scheduler_pb2.JOB_STATE_STARTING, scheduler_pb2.JOB_STATE_RUNNING})
+_DOING = {
+    scheduler_pb2.TASK_PHASE_PULLING: "its image is pulled:",
+    scheduler_pb2.TASK_PHASE_FETCHING: "it fetches",
+    scheduler_pb2.TASK_PHASE_SETTING_UP: "it is set up",
+}
 _READABLE = frozenset(scheduler_pb2.JobState.values()) - {scheduler_pb2.JOB_STATE_UNSPECIFIED}
 
 
@@ -62,8 +71,10 @@ class ReplicaJobs:
             elif change.value.spec.kind == scheduler_pb2.JOB_KIND_SERVICE:
                 self.jobs[change.name] = change.value
 
-    async def ensure_job(self, model: pb.Model, replica_id: str) -> str:
+    async def ensure_job(self, model: pb.Model, replica_id: str, engine: pb.Engine, site: str = "") -> str:
         """The job of a replica, created when it does not exist; one that has ended is replaced. Returns its name.
+
+        `engine`: as it is for that replica. `site`: where it runs, sites/{site}; "" for wherever it is placed.
 
         Raises FailedPrecondition where somebody else's job has the name.
         """
@@ -71,7 +82,7 @@ class ReplicaJobs:
         request = scheduler_pb2.CreateJobRequest(
             parent=names.queue(queue_of(model)),
             job_id=replica_id,
-            job=scheduler_pb2.Job(spec=_spec(model)),
+            job=scheduler_pb2.Job(spec=_spec(engine, site)),
             request_id=_request_id(model, replica_id),
             wait_for_capacity=True,  # a model is declared once, and served when its GPUs have come
             on_behalf_of=model.owner,
@@ -142,6 +153,24 @@ class ReplicaJobs:
         running = task.phase == scheduler_pb2.TASK_PHASE_RUNNING and task.endpoint
         return (task.endpoint, task.node, len(task.gpu_uuids)) if running else ("", "", 0)
 
+    def waits_for(self, name: str, owner: str) -> str:
+        """Why a job has no running process yet, in its scheduler's and its agent's words."""
+        found = self.of(name, owner)
+        if found is None or found.state not in _NOT_RUNNING:
+            return "its job has no running process"
+        if found.state == scheduler_pb2.JOB_STATE_STARTING and found.attempt.tasks:
+            task = found.attempt.tasks[0]
+            doing = _DOING.get(task.phase, "its agent starts it")
+            return f"{doing} {task.message}".strip() + f" on {task.node}"
+        why = found.decision.summary or found.state_message
+        return "its job waits for GPUs" + (f": {why}" if why else "")
+
+    def task(self, name: str, owner: str) -> scheduler_pb2.Task | None:
+        """What its agent says of a job that starts or runs."""
+        found = self.of(name, owner)
+        begun = found is not None and found.state in _BEGUN and found.attempt.tasks
+        return found.attempt.tasks[0] if found is not None and begun else None
+
     async def host(self, node: str, gpus: int) -> ReplicaHost:
         """What is known of a node; empty where inventory does not answer."""
         known = self._nodes.get(node)
@@ -179,15 +208,16 @@ def _is_of(job: scheduler_pb2.Job, owner: str) -> bool:
     return whose and job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE
 
 
-def _spec(model: pb.Model) -> scheduler_pb2.JobSpec:
-    engine = model.engine
+def _spec(engine: pb.Engine, site: str) -> scheduler_pb2.JobSpec:
     return scheduler_pb2.JobSpec(
         command=engine.command,
         launch_once=True,  # one server for all of a replica's GPUs
         image=engine.image,
         gpus=engine.gpus or 1,
         nodes=scheduler_pb2.NodeCount(min=1, max=1),
-        gpu=scheduler_pb2.GpuRequirement(any_of=engine.gpu_models),
+        gpu=scheduler_pb2.GpuRequirement(any_of=engine.gpu_models, min_memory_bytes=engine.gpu_memory_bytes),
+        sites=[site] if site else [],
+        datasets=[engine.weights] if engine.weights else [],
         environment=engine.environment,
         secrets=engine.secrets,
         kind=scheduler_pb2.JOB_KIND_SERVICE,

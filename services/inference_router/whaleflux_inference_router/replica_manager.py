@@ -32,8 +32,10 @@ from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router import convert
 from whaleflux_inference_router.core.replicas import Observed, State, Wanted, state_after, surplus, wanted
 from whaleflux_inference_router.engine_probe import EngineProbe, HttpProbe
+from whaleflux_inference_router.engine_proofs import EngineProofs
 from whaleflux_inference_router.replica_jobs import ReplicaHost, ReplicaJobs, job_name
 from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.rollouts import Rollouts
 from whaleflux_inference_router.routing_state import RoutingState
 
 TURN_S = 0.25
@@ -62,6 +64,8 @@ class ReplicaManager:
         self._store, self._clock, self._routing, self._jobs = store, clock, routing, jobs
         self._probe, self._resolver = probe or HttpProbe(), resolver or Resolver(clock)
         self._held = Held(leader)
+        self._proofs = EngineProofs(self._probe, clock)
+        self._rollouts = Rollouts(store, clock, routing, jobs, self._held)
         self._failed: dict[str, int] = {}  # probes failed in a row, by replica and address
         self._probed_at_s: dict[str, float] = {}
         self._models_at_s: dict[str, float] = {}  # when a replica was asked for its list of models
@@ -72,9 +76,12 @@ class ReplicaManager:
 
     async def run(self) -> None:
         """Until cancelled, or Fenced."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._jobs.watch_jobs())
-            group.create_task(self._turns())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._jobs.watch_jobs())
+                group.create_task(self._turns())
+        finally:
+            await self._proofs.close()
 
     async def _turns(self) -> None:
         while True:
@@ -105,10 +112,14 @@ class ReplicaManager:
             telemetry.gauge(Metric.REPLICAS).labels(state.value).set(counts.count(state))
 
     async def _model(self, model: pb.Model | None, model_id: str, existing: dict[str, pb.Replica]) -> None:
-        should = wanted(model_id, model.replicas.min, model.engine.addresses) if model else ()
+        should: tuple[Wanted, ...] = ()
+        if model is not None:
+            self._rollouts.note(model, existing)
+            should = wanted(model_id, self._rollouts.counts(model, existing), model.engine.addresses)
         await _all(*(self._remove(existing[replica_id]) for replica_id in surplus(existing, should)))
         if model is not None:  # side by side: a replica that hangs does not keep the others waiting
             await _all(*(self._keep(model, model_id, one, existing.get(one.id)) for one in should))
+            await self._rollouts.go_on(model)
 
     async def _keep(self, model: pb.Model, model_id: str, one: Wanted, replica: pb.Replica | None) -> None:
         if replica is None:
@@ -125,12 +136,12 @@ class ReplicaManager:
         made = pb.Replica(name=name, state=pb.REPLICA_STATE_STARTING, message="it was just made")
         made.declared_address = one.address
         made.job = "" if one.address else job_name(model, one.id)
-        made.queue, made.owner = model.queue, model.owner
+        made.queue, made.owner, made.version, made.site = model.queue, model.owner, one.version, one.site
         await self._write(made, None)
 
     async def _refresh(self, model: pb.Model, one: Wanted, replica: pb.Replica) -> None:
         """Brings a replica's record to what its job and its health path say."""
-        address, host, why_not, note = "", ReplicaHost(), "its job has no running process", ""
+        address, host, why_not, note = "", ReplicaHost(), self._jobs.waits_for(replica.job, replica.owner), ""
         if one.address:
             address, why_not, note = await self._dialled(model, one.address)
         else:
@@ -142,7 +153,8 @@ class ReplicaManager:
                 host = await self._jobs.host(node, gpus) if node else host
         failed = await self._health(replica, address, model.engine.health_path or "/health")
         mismatch = await self._wrong_model(replica, address) if failed == 0 else ""
-        state, why = state_after(convert.state_of(replica), Observed(address, failed, mismatch, why_not))
+        unproven = self._unproven(replica, address) if failed == 0 and not mismatch else ""
+        state, why = state_after(convert.state_of(replica), Observed(address, failed, mismatch, why_not, unproven))
         changed = pb.Replica()
         changed.CopyFrom(replica)
         changed.state, changed.message = convert.state_number(state), why or note
@@ -152,6 +164,14 @@ class ReplicaManager:
             changed.gpu_memory_bytes, changed.usd_per_hour = host.gpu_memory_bytes, host.usd_per_hour
         if changed != replica:
             await self._write(changed, replica)
+
+    def _unproven(self, replica: pb.Replica, address: str) -> str:
+        """What keeps it from being READY: its first token. One that is READY has made it."""
+        key = f"{replica.name}@{address}"
+        if convert.state_of(replica) is State.READY:
+            self._proofs.again(key)
+            return ""
+        return self._proofs.missing(key, address, convert.model_of(replica.name))
 
     async def _dialled(self, model: pb.Model, address: str) -> tuple[str, str, str]:
         """The address that the front door dials, or "" and why there is none; and which others of its name it does not dial.
@@ -173,7 +193,7 @@ class ReplicaManager:
             return ""
         if self._jobs.of(job, owner) is None:
             try:
-                await self._jobs.ensure_job(model, one.id)
+                await self._jobs.ensure_job(model, one.id, convert.engine_at(model, one.version, one.site), one.site)
             except (FailedPrecondition, NotFound, InvalidArgument) as refused:
                 return refused.message
         elif self._jobs.has_ended(job, owner):
@@ -191,6 +211,8 @@ class ReplicaManager:
         for known, kept in (*((known, addresses) for known in by_address), (self._replaced_at_s, jobs)):
             for gone in known.keys() - kept:
                 del known[gone]
+        self._proofs.keep_only(addresses)
+        self._rollouts.keep_only({m.name for m in self._routing.models.values.values()}, {r.name for r in replicas})
         self._resolver.keep_only({hostport.parse(r.declared_address)[0] for r in replicas if r.declared_address})
 
     async def _health(self, replica: pb.Replica, address: str, path: str) -> int:

@@ -21,7 +21,7 @@ from whaleflux.rpc.auth import NOBODY
 from whaleflux.rpc.rate import Rate, sender
 from whaleflux.trust.audit import Audit, AuditRecord, NoAudit
 from whaleflux_inference_router.core import fatal_requests, request_body
-from whaleflux_inference_router.core.ranking import RANKED, Request
+from whaleflux_inference_router.core.ranking import RANKED, Request, RoutingDecision
 from whaleflux_inference_router.routing_state import Opening, RoutingState
 
 WRONG_KEYS_PER_S, WRONG_KEYS_BURST = 2.0, 20.0  # of one address; then 429. A good key is served all the same
@@ -122,7 +122,14 @@ class RequestAuthorizer:
         decision_id, decision = self._routing.send(request, fingerprint, most=2 if again else RANKED)
         names = ",".join(ranked.replica.address for ranked in decision.ranking)
         chosen = (("x-gateway-destination-endpoint", names), ("x-wf-decision-id", decision_id))
-        return Answer(200, (*chosen, ("x-envoy-retry-on", "reset")) if again else chosen)
+        retried = "reset,5xx" if self._is_tried(decision) else "reset"
+        return Answer(200, (*chosen, ("x-envoy-retry-on", retried)) if again else chosen)
+
+    def _is_tried(self, decision: RoutingDecision) -> bool:
+        """Whether the first of the ranking is a changed engine that is tried: what it answers with an error, the engine of before is asked."""
+        model = self._routing.snapshot.models.get(decision.request.model)
+        trial = None if model is None else model.trial
+        return trial is not None and decision.ranking[0].replica.version == trial.version
 
     def _not_for(self, row: HttpPath, model: str) -> Answer | None:
         """The refusal where engines of the model's kind do not get this path; a model that is not there is told by the ranking."""

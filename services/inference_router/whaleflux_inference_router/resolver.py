@@ -131,7 +131,7 @@ class Resolver:
 def _refused(address: str, refused: Sequence[str]) -> FailedPrecondition:
     return FailedPrecondition(
         f"{address} may not be dialled: {'; '.join(refused[:4])}; use an address of the servers' own network, or let an operator allow it "
-        "(whaleflux serve --allow-address IP:PORT, or the router's setting model_networks)",
+        "(whaleflux deploy --allow-address IP:PORT, or the router's setting model_networks)",
         reason=ErrorReason.ADDRESS_REFUSED,
         metadata={"address": address},
     )

@@ -26,7 +26,7 @@ ANYBODY = Principal(Identity(roles.APP, "-"))  # who asks where no key is asked 
 _MODEL = frozenset(
     {
         "name", "engine", "replicas", "context_window_tokens", "objective", "classes", "create_time", "ready_replicas", "owner", "queue",
-        "etag",
+        "version", "etag",
     }
 )  # fmt: skip
 _ENGINE = frozenset({"kind", "gpus", "gpu_models"})
@@ -42,6 +42,7 @@ _REPLICA = frozenset(
         "gpu_memory_bytes",
         "queue",
         "owner",
+        "version",
     }
 )
 PUBLIC = {"Model": _MODEL, "Engine": _ENGINE, "Replica": _REPLICA}  # by message: what others than its team read

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from whaleflux.clock import Clock
@@ -21,6 +21,7 @@ from whaleflux_inference_router.core.load_tracker import LoadTracker
 from whaleflux_inference_router.core.ranking import RANKED, Model, Replica, Request, RoutingDecision, Snapshot, rank
 from whaleflux_inference_router.rights import ANYBODY, ModelRights, sees
 
+_SPREAD = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly: each share gets its part of any few requests
 _BEFORE_OWNERS = "operator/-"  # keys without an owner were made when operators alone made keys
 
 
@@ -50,6 +51,7 @@ class RoutingState:
         self.reachable: frozenset[str] | None = None
         self.snapshot = Snapshot()
         self._hashes: dict[str, pb.ApiKey] = {}
+        self._sent = 0
         self.changed = asyncio.Event()
 
     def decide(self, request: Request, most: int = 0) -> RoutingDecision:
@@ -58,7 +60,9 @@ class RoutingState:
 
     def send(self, request: Request, fingerprint: bytes = b"", *, most: int = RANKED) -> tuple[str, RoutingDecision]:
         """Decides and counts the request at the first of the ranking; returns the decision's id with it."""
-        decision, decision_id = self.decide(request, most), ulid()
+        self._sent += 1
+        drawn = replace(request, draw=self._sent * _SPREAD % 1.0)
+        decision, decision_id = self.decide(drawn, most), ulid()
         first = decision.ranking[0].replica.name
         self.load_tracker.open(decision_id, first, self.clock.monotonic(), fingerprint)
         return decision_id, decision

@@ -20,10 +20,12 @@ from whaleflux.trust.sight import Sight
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux.v1 import router_pb2_grpc as rpc
 from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
-from whaleflux_inference_router import convert, model_addresses, model_secrets, rights
+from whaleflux_inference_router import convert, model_addresses, model_changes, model_secrets, rights
 from whaleflux_inference_router.api_keys import ApiKeys
 from whaleflux_inference_router.core.ranking import Request, unknown_model
 from whaleflux_inference_router.core.replicas import State
+from whaleflux_inference_router.core.rollout import UNDER_WAY, Stage
+from whaleflux_inference_router.deployments import Deployments, estimate, order_of
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import RoutingState
 
@@ -40,9 +42,11 @@ class Router(rpc.RouterServiceServicer):
         routing: RoutingState,
         resolver: Resolver | None = None,
         secrets: SecretServiceStub | None = None,
+        deployments: Deployments | None = None,
     ) -> None:
         self._store, self._clock, self._routing, self._rights = store, clock, routing, routing.rights
         self._resolver, self._secrets = resolver or Resolver(clock), secrets
+        self._deployments = deployments or Deployments(None)
         self.keys = ApiKeys(store, clock, routing)
 
     async def CreateModel(self, request: pb.CreateModelRequest, context: _Context | None) -> pb.Model:
@@ -50,11 +54,14 @@ class Router(rpc.RouterServiceServicer):
         convert.check(request.model)
         made = pb.Model()
         made.CopyFrom(request.model)
-        made.name, made.ready_replicas, made.owner = name, 0, auth.principal().subject
+        made.name, made.owner = name, auth.principal().subject
+        model_changes.clear_output(made)
+        made.version = 1
         self._rights.check_use(rights.queue_of(made))
         model_addresses.settle_exemptions(made, (), by_operator=_is_operator())
         await model_addresses.check(made, self._resolver)
         await model_secrets.check(made, self._secrets)
+        await self._deployments.settle(made)
         made.create_time.FromDatetime(self._clock.now())
         made.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key = convert.model_key(name)
@@ -98,17 +105,19 @@ class Router(rpc.RouterServiceServicer):
         sight = self._rights.sight()
         entry = await self._changeable(request.model.name, sight)
         check_etag(request.model.etag, entry)
-        changed = pb.Model()
+        changed, known = pb.Model(), convert.model(entry)
         changed.CopyFrom(request.model)
-        _check_engine(convert.model(entry), changed)
-        known = convert.model(entry)
-        changed.owner, changed.queue = known.owner, _fixed_queue(known, changed)
+        model_changes.clear_output(changed)
+        changed.version = known.version or 1
+        changed.rollout.CopyFrom(known.rollout)
+        changed.measures.extend(known.measures)
+        changed.owner, changed.queue = known.owner, model_changes.fixed_queue(known, changed)
         if _most(changed) > _most(known):
             self._rights.check_more(known.name, rights.queue_of(known))
         model_addresses.settle_exemptions(changed, known.allowed_addresses, by_operator=_is_operator())
         await model_addresses.check(changed, self._resolver, known.engine.addresses)
+        await self._roll(known, changed)
         changed.create_time.CopyFrom(known.create_time)
-        changed.ready_replicas = 0
         changed.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), _what_changed(entry, changed)))
         try:
             revision = await self._store.commit(Put(entry.key, convert.encode(changed)), when=[Unchanged(entry)])
@@ -117,6 +126,69 @@ class Router(rpc.RouterServiceServicer):
         await self._routing.seen(self._routing.models, revision)
         changed.etag = f'"{revision}"'
         return self._shown(changed, sight)
+
+    async def _roll(self, known: pb.Model, changed: pb.Model) -> None:
+        """Checks where a changed model is to run, and begins a rollout where what its replicas run has changed."""
+        facts = await self._deployments.settle(changed)
+        if model_changes.same_engine(known, changed):
+            changed.engine.gpu_memory_bytes = known.engine.gpu_memory_bytes
+            return
+        model_changes.check_may_roll(known, changed)
+        await model_secrets.check(changed, self._secrets)
+        model_changes.begin(changed, known, order_of(changed, facts), self._clock.now())
+
+    async def RollBackModel(self, request: pb.RollBackModelRequest, context: _Context | None) -> pb.Model:
+        sight = self._rights.sight()
+        entry = await self._changeable(request.name, sight)
+        check_etag(request.etag, entry)
+        known, changed = convert.model(entry), convert.model(entry)
+        stage = convert.stage_of(known)
+        if stage not in UNDER_WAY and stage is not Stage.DONE:
+            raise FailedPrecondition(
+                f"{request.name} has no engine of before to go back to: whaleflux rollout status {names.last(request.name)}",
+                reason=ErrorReason.WRONG_STATE,
+                metadata={"name": request.name},
+            )
+        now, who = self._clock.now(), auth.principal().subject
+        model_changes.restore(changed)
+        if stage is Stage.DONE:
+            facts = await self._deployments.settle(changed)
+            changed.version = known.version
+            model_changes.begin(changed, known, order_of(changed, facts), now)
+            changed.rollout.message = f"{who} goes back to v{known.rollout.from_version}: {changed.rollout.message}"
+        else:
+            changed.rollout.state = pb.ROLLOUT_STATE_ROLLED_BACK
+            changed.rollout.message = f"v{known.rollout.to_version} was rolled back by {who}"
+            changed.rollout.step_time.FromDatetime(now)
+        changed.last_change.CopyFrom(changes.asked(What.CHANGED, now, "engine"))
+        try:
+            revision = await self._store.commit(Put(entry.key, convert.encode(changed)), when=[Unchanged(entry)])
+        except ConditionFailed:
+            raise Aborted(f"{request.name} was changed at the same time; read it again and repeat") from None
+        await self._routing.seen(self._routing.models, revision)
+        changed.etag = f'"{revision}"'
+        return self._shown(changed, sight)
+
+    async def EstimateDeployment(
+        self, request: pb.EstimateDeploymentRequest, context: _Context | None
+    ) -> pb.EstimateDeploymentResponse:
+        sight = self._rights.sight()
+        model, replicas = request.model, list[pb.Replica]()
+        if request.name:
+            model = convert.model(await self._seen(request.name, sight))
+            if not sight.reads(rights.queue_of(model), model.owner):
+                raise ownership.not_owner(request.name, model.owner)
+            mine = names.last(request.name)
+            replicas = [r for r in self._routing.replicas.values.values() if convert.model_of(r.name) == mine]
+        else:
+            convert.check(model)
+            model_changes.clear_output(model)
+            known = self._routing.model(names.last(model.name)) if model.name else None
+            if known is not None and sight.reads(rights.queue_of(known), known.owner):
+                model.measures.extend(known.measures)
+        facts = await self._deployments.facts(model)
+        others = list(self._routing.models.values.values())
+        return pb.EstimateDeploymentResponse(sites=estimate(model, facts, replicas, others))
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: _Context | None) -> empty_pb2.Empty:
         entry = await self._changeable(request.name, self._rights.sight())
@@ -229,17 +301,6 @@ def _what_changed(before: Entry, after: pb.Model) -> str:
     return ", ".join(name for name in names_ if name not in skipped and getattr(old, name) != getattr(after, name))
 
 
-def _fixed_queue(before: pb.Model, after: pb.Model) -> str:
-    """Where its replicas run. Raises FailedPrecondition for another queue, in which it would be for others."""
-    if after.queue and after.queue != before.queue and rights.queue_of(after) != rights.queue_of(before):
-        raise FailedPrecondition(
-            f"{before.name} runs in {names.queue(rights.queue_of(before))}, which cannot change; delete the model and create it again",
-            reason=ErrorReason.ENGINE_FIXED,
-            metadata={"model": before.name},
-        )
-    return before.queue
-
-
 def _without_addresses(response: pb.RouteResponse) -> pb.RouteResponse:
     """For who may use the model only: where its engines are is not told."""
     for ranked in response.ranking:
@@ -247,19 +308,3 @@ def _without_addresses(response: pb.RouteResponse) -> pb.RouteResponse:
     for excluded in response.excluded:
         excluded.reason = excluded.reason.partition(":")[0]
     return response
-
-
-def _check_engine(before: pb.Model, after: pb.Model) -> None:
-    """Replicas that run keep their engine: what they serve must not differ from what the model says."""
-    old, new = pb.Engine(), pb.Engine()
-    old.CopyFrom(before.engine)
-    new.CopyFrom(after.engine)
-    if old.addresses and new.addresses:  # servers that run elsewhere come and go
-        new.addresses[:] = old.addresses
-    if old != new:
-        raise FailedPrecondition(
-            f"the engine of {before.name} cannot change while it is served; delete the model and create it again, or "
-            "serve the new engine under another name",
-            reason=ErrorReason.ENGINE_FIXED,
-            metadata={"model": before.name},
-        )

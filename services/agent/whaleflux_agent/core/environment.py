@@ -7,6 +7,7 @@ https://github.com/pytorch/pytorch/blob/main/torch/distributed/run.py (`env` of 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from whaleflux_agent.core.work import Work
 
 # Settings of the agent itself and of what it runs under are not the ranks' business, whoever lets them pass (`inherited`).
 _PRIVATE_PREFIXES = ("WHALEFLUX_", "OTEL_", "NOTIFY_SOCKET", "TORCHELASTIC_", "PET_")
-PORT_MARK = "{port}"
+PORT_MARK, WEIGHTS_MARK = "{port}", "{weights}"
 MIG_UUID = "MIG-"
 SHARE_VARIABLE = "WHALEFLUX_GPU_MEMORY_BYTES"  # the SDK reads it
 
@@ -166,14 +167,22 @@ def visible_devices(gpu_uuids: Sequence[str], local_rank: int) -> tuple[str, ...
 
 
 def rank_command(work: Work, context: LaunchContext, local_rank: int) -> tuple[str, ...]:
-    """The command line of a rank, with {port} replaced for services. What its setup does in a container, it does first."""
+    """The command line of a rank, for services with {port} and {weights}, the folder of its first dataset, replaced.
+
+    What its setup does in a container, it does first.
+    """
     command: Sequence[str] = work.spec.command
     if work.spec.setup and work.spec.image:
         command = shell_text.one_after_the_other(work.spec.setup, command)
     command = shell_text.passes_signals_on(command)
     if not context.ports:
         return tuple(command)
-    return tuple(word.replace(PORT_MARK, str(context.ports[local_rank])) for word in command)
+    weights = context.datasets[0][1] if context.datasets else WEIGHTS_MARK
+    if shell_text.script_of(work.spec.command) is not None and context.datasets:
+        weights = shlex.quote(weights)
+    return tuple(
+        word.replace(PORT_MARK, str(context.ports[local_rank])).replace(WEIGHTS_MARK, weights) for word in command
+    )
 
 
 def unreachable(work: Work, host_address: str) -> str:

@@ -114,7 +114,7 @@ class Runtime(Protocol):
         """What the kernel limits of a rank: "cpu", "memory", "pids"."""
         ...
 
-    async def prepare(self, plan: LaunchPlan) -> None:
+    async def prepare(self, image: str) -> None:
         """Gets what the start needs and may take long (an image). Raises LaunchFailed."""
         ...
 

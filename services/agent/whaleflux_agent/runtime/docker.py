@@ -138,12 +138,12 @@ class DockerRuntime:
     def __init__(self, client: Any, puller: Any = None) -> None:
         self._client, self._puller = client, puller or client
 
-    async def prepare(self, plan: LaunchPlan) -> None:
+    async def prepare(self, image: str) -> None:
         """Pulls the image when the engine does not have it."""
         try:
-            await asyncio.to_thread(self._pull, plan.image)
+            await asyncio.to_thread(self._pull, image)
         except Exception as error:  # the SDK's errors have no common base that says so
-            raise LaunchFailed(f"image {plan.image!r} cannot be had: {error}") from None
+            raise LaunchFailed(f"image {image!r} cannot be had: {error}") from None
 
     def _pull(self, image: str) -> None:
         import docker

@@ -54,7 +54,7 @@ class ProcessRuntime:
         """What the kernel limits by control groups: "cpu", "memory", "pids"."""
         return self._groups.controllers if self._groups is not None else frozenset()
 
-    async def prepare(self, plan: LaunchPlan) -> None:
+    async def prepare(self, image: str) -> None:
         """Nothing to get."""
 
     async def start(self, plan: LaunchPlan) -> Running:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from whaleflux_inference_router.core.fatal_requests import FatalRequests
+from whaleflux_inference_router.core.outcomes import Outcomes
 from whaleflux_inference_router.core.ranking import HALF_LIFE_S, Load
 
 FORGET_S = 600.0
@@ -45,7 +46,7 @@ class LoadTracker:
         self._loads: dict[str, Load] = {}
         self._open: OrderedDict[str, _Open] = OrderedDict()  # by decision, oldest first
         self._fingerprints: OrderedDict[str, bytes] = OrderedDict()  # by decision: records of attempts may come last
-        self.fatal_requests = FatalRequests()
+        self.fatal_requests, self.outcomes = FatalRequests(), Outcomes()
         self._uses = 0
         self.first_byte_s: dict[str, float] = {}
 
@@ -92,6 +93,7 @@ class LoadTracker:
         load = self._loads.get(replica, Load())
         left = load.failures * 0.5 ** ((now_s - load.failures_at_s) / HALF_LIFE_S)
         self._loads[replica] = replace(load, failures=left + 1, failures_at_s=now_s)
+        self.outcomes.add(replica, now_s, None)
 
     def engine_ended(self, decision_id: str, replica: str, now_s: float) -> None:
         """The engine of `replica` cut an attempt of this request that had begun."""
@@ -100,6 +102,7 @@ class LoadTracker:
 
     def keep_only(self, replicas: set[str]) -> None:
         """Forgets replicas that exist no more."""
+        self.outcomes.keep_only(replicas)
         for name in self._loads.keys() - replicas:
             del self._loads[name]
             self.first_byte_s.pop(name, None)

@@ -19,6 +19,9 @@ LONG_PROMPT_TOKENS = 8192
 BIG_MEMORY_BYTES = 70 * 10**9  # "80 GB" cards show a little less
 TIER = 8.0  # a card of the preferred class is worth waiting behind this many requests
 PRICE_STEP = 2.0  # and a cheaper one, for short requests, behind this many
+OTHER_VERSION = (
+    10_000.0  # while a changed engine is tried: behind whatever serves the version that the request was drawn for
+)
 FAILURE = 20.0  # a replica that just failed is worse than one with this many requests
 HALF_LIFE_S = 5.0  # of that
 RANKED = 4  # names that the front door gets: one and three retries
@@ -40,6 +43,14 @@ class RequestClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A changed engine that is tried: `share` of the requests go to `version` first, the others to the other versions first."""
+
+    version: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What routing needs to know of a model."""
 
@@ -47,6 +58,7 @@ class Model:
     context_window_tokens: int = 0
     classes: tuple[RequestClass, ...] = ()
     engine: str = "openai"  # its kind, which decides on the paths that it gets
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,7 @@ class Replica:
     gpu_memory_bytes: int = 0
     usd_per_hour: float = 0.0
     message: str = ""  # one sentence on the state
+    version: int = 0  # of its model's engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +104,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a decision depends on. `prompt_tokens` 0: estimated from bytes."""
+    """What a decision depends on. `prompt_tokens` 0: estimated from bytes. `draw`, 0 to 1: below a trial's share it is for the changed engine."""
 
     model: str
     prompt_tokens: int = 0
     max_output_tokens: int = 0
     prompt_bytes: int = 0
+    draw: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -205,7 +219,14 @@ def _score(
     request: Request, model: Model, replica: Replica, load: Load, prices: Mapping[float, int], now_s: float
 ) -> float:
     penalty = load.penalty(now_s) if load.failures else 0.0
-    return load.in_flight + penalty + _distance(request, model, replica, prices)
+    other = OTHER_VERSION if _is_other(request, model, replica) else 0.0
+    return load.in_flight + penalty + other + _distance(request, model, replica, prices)
+
+
+def _is_other(request: Request, model: Model, replica: Replica) -> bool:
+    """Whether a trial is under way and the request was not drawn for the replica's version."""
+    trial = model.trial
+    return trial is not None and (replica.version == trial.version) != (request.draw < trial.share)
 
 
 def _distance(request: Request, model: Model, replica: Replica, prices: Mapping[float, int]) -> float:
@@ -225,6 +246,8 @@ def _reasons(
     reasons = [_why_this_card(request, model, replica, prices), f"{load.in_flight} in flight"]
     if (penalty := load.penalty(now_s)) > 0.5:
         reasons.append(f"failed recently (+{penalty:.1f})")
+    if _is_other(request, model, replica):
+        reasons.append(f"v{replica.version} is not the one that it was drawn for")
     return tuple(reasons)
 
 

@@ -1,0 +1,98 @@
+"""What a change of a model's record comes to: what of it begins a rollout, what is refused, and what a rollback restores."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from whaleflux import names
+from whaleflux.errors import FailedPrecondition
+from whaleflux.reasons import ErrorReason
+from whaleflux.v1 import router_pb2 as pb
+from whaleflux_inference_router import convert, rights
+from whaleflux_inference_router.core.rollout import UNDER_WAY
+
+
+def fixed_queue(before: pb.Model, after: pb.Model) -> str:
+    """Where its replicas run. Raises FailedPrecondition for another queue, in which it would be for others."""
+    if after.queue and after.queue != before.queue and rights.queue_of(after) != rights.queue_of(before):
+        raise FailedPrecondition(
+            f"{before.name} runs in {names.queue(rights.queue_of(before))}, which cannot change; delete the model and create it again",
+            reason=ErrorReason.ENGINE_FIXED,
+            metadata={"model": before.name},
+        )
+    return before.queue
+
+
+def clear_output(model: pb.Model) -> None:
+    """What only the router says of a model."""
+    model.ready_replicas = model.version = 0
+    model.ClearField("rollout")
+    model.ClearField("measures")
+    model.engine.gpu_memory_bytes = 0
+
+
+def same_engine(before: pb.Model, after: pb.Model) -> bool:
+    """Whether replicas that run stay as they are: neither their engine nor what their sites make of it differs.
+
+    Sites that come, go, or change their number of replicas change no replica; but where none of them stays, others are to answer first.
+    """
+
+    def parts(model: pb.Model) -> tuple[pb.Engine, dict[str, pb.ModelSite]]:
+        engine, sites = pb.Engine(), dict[str, pb.ModelSite]()
+        engine.CopyFrom(model.engine)
+        engine.gpu_memory_bytes = 0
+        del engine.addresses[:]  # servers that run elsewhere come and go
+        for site in model.sites:
+            sites[site.site] = pb.ModelSite()
+            sites[site.site].CopyFrom(site)
+            sites[site.site].replicas = 0
+        return engine, sites
+
+    (old, old_sites), (new, new_sites) = parts(before), parts(after)
+    if old_sites.keys() != new_sites.keys() and not old_sites.keys() & new_sites.keys():
+        return False
+    return old == new and all(old_sites[site] == new_sites[site] for site in old_sites.keys() & new_sites.keys())
+
+
+def check_may_roll(before: pb.Model, after: pb.Model) -> None:
+    """Raises FailedPrecondition where the engine cannot change now."""
+    if before.engine.addresses or after.engine.addresses:
+        raise FailedPrecondition(
+            f"the engine of {before.name} cannot change while servers that run elsewhere serve it; delete the model and create it again, or "
+            "serve the new engine under another name",
+            reason=ErrorReason.ENGINE_FIXED,
+            metadata={"model": before.name},
+        )
+    if convert.stage_of(before) in UNDER_WAY:
+        model = names.last(before.name)
+        raise FailedPrecondition(
+            f"v{before.rollout.to_version} of {before.name} is being rolled out; wait for it (whaleflux rollout status {model}), or end it with: "
+            f"whaleflux rollout undo {model}",
+            reason=ErrorReason.WRONG_STATE,
+            metadata={"name": before.name},
+        )
+
+
+def begin(changed: pb.Model, before: pb.Model, order: list[str], now: datetime) -> None:
+    """The record says that the engine of `changed` is to take the place of that of `before`."""
+    version = max(before.version or 1, before.rollout.to_version) + 1
+    changed.version = version
+    changed.rollout.Clear()
+    changed.rollout.state = pb.ROLLOUT_STATE_SURGING
+    changed.rollout.to_version, changed.rollout.from_version = version, before.version or 1
+    changed.rollout.from_engine.CopyFrom(before.engine)
+    changed.rollout.from_sites.extend(before.sites)
+    changed.rollout.from_replicas = before.replicas.min
+    changed.rollout.order.extend(order)
+    changed.rollout.message = f"a first replica of v{version} starts"
+    changed.rollout.start_time.FromDatetime(now)
+    changed.rollout.step_time.CopyFrom(changed.rollout.start_time)
+
+
+def restore(changed: pb.Model) -> None:
+    """The engine of before the rollout is the model's again."""
+    changed.version = changed.rollout.from_version
+    changed.engine.CopyFrom(changed.rollout.from_engine)
+    changed.replicas.min = changed.rollout.from_replicas
+    del changed.sites[:]
+    changed.sites.extend(changed.rollout.from_sites)

@@ -1,0 +1,280 @@
+"""Where a model may run, when it is ready there and why: what is known is reckoned with, what is not is said."""
+
+import contextlib
+
+import pytest
+
+from whaleflux.clock import VirtualClock
+from whaleflux.data import progress
+from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, StatusError
+from whaleflux.quantities import shown_bytes
+from whaleflux.rpc import auth
+from whaleflux.store.memory import MemoryStore
+from whaleflux.v1 import inventory_pb2
+from whaleflux.v1 import router_pb2 as pb
+from whaleflux_inference_router.core import arrival
+from whaleflux_inference_router.core.arrival import Card, Measured, Weights
+from whaleflux_inference_router.deployments import Deployments
+from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.routing_state import routing
+from whaleflux_inference_router.servicer import Router
+
+GB = 10**9
+ANN = auth.Identity("user", "ann")
+
+
+class TestArrival:
+    def test_it_is_the_pull_and_the_engine_by_what_was_measured_there(self):
+        found = arrival.arrival(Weights("datasets/w", GB, source="s3://models"), Measured(5e6, 0, 12))
+        assert (found.seconds, found.why) == (212, "1 GB at 5 MB/s from s3://models, then engine 12 s")
+
+    def test_a_node_of_the_site_that_has_them_counts_by_what_such_pulls_took(self):
+        found = arrival.arrival(Weights("datasets/w", GB, here=True), Measured(5e6, 1e9, 12))
+        assert found == arrival.Arrival(13, "1 GB at 1 GB/s from a node of the site, then engine 12 s")
+
+    @pytest.mark.parametrize(
+        ("weights", "measured", "why"),
+        [
+            (Weights("datasets/w", GB, source="/mnt"), Measured(engine_start_s=3), "how fast is not known yet"),
+            (Weights("datasets/w", 0), Measured(5e6, 0, 3), "whose size is not known yet"),
+            (Weights("datasets/w", GB, source="/mnt"), Measured(5e6), "how long the engine needs is not known yet"),
+            (Weights(), Measured(), "how long the engine needs is not known yet"),
+        ],
+    )
+    def test_what_is_not_known_is_said_and_no_number_is_made_up(self, weights, measured, why):
+        found = arrival.arrival(weights, measured)
+        assert found.seconds is None
+        assert why in found.why
+
+    def test_a_pull_under_way_counts_as_it_goes(self):
+        whole = arrival.Arrival(None, "")
+        found = arrival.left(whole, Measured(engine_start_s=2), 4e8, 1e9, 1e8)
+        assert (found.seconds, found.why) == (8, "600 MB of 1 GB left at 100 MB/s, then engine 2 s")
+
+    def test_whether_it_fits_is_weights_and_room_for_requests_by_gpu(self):
+        least = arrival.gpu_memory_bytes(80 * GB, 8 * GB, 2)
+        assert least == 48 * GB
+        assert arrival.misfit([Card("H200", 141 * GB, 8)], (), 2, least) == ""
+        assert "RTX4090, has 24 GB" in arrival.misfit([Card("RTX4090", 24 * GB, 2)], (), 2, least)
+        assert "no node with 2 of RTX4090" in arrival.misfit([Card("RTX4090", 24 * GB, 1)], (), 2, least)
+        assert "has no H200; its GPUs are RTX4090" in arrival.misfit([Card("RTX4090", 24 * GB, 2)], ("H200",), 1, 0)
+        assert arrival.misfit([], (), 2, least) == "", "no nodes: nothing is known"
+
+    @pytest.mark.parametrize("done", [0, 999, 12_345_678, 3 * GB])
+    @pytest.mark.parametrize("rate", [0.0, 5.5e6])
+    def test_what_agents_say_of_a_pull_is_read_back(self, done, rate):
+        found = progress.read(f"datasets/w {progress.words(done, 5 * GB, rate)} on sites/a/nodes/n")
+        assert (shown_bytes(found.done_bytes), found.total_bytes, found.bytes_per_s) == (
+            shown_bytes(done),
+            5 * GB,
+            rate,
+        )
+        assert progress.read("datasets/w") is None
+
+
+class Inventory:
+    """Three sites with a node each, and a dataset; the edge has RTX4090s."""
+
+    def __init__(self, size_bytes=GB):
+        self.weights = inventory_pb2.Dataset(
+            name="datasets/w", uri="s3://models/w", size_bytes=size_bytes, owner="user/bob"
+        )
+
+    async def GetDataset(self, request, timeout):
+        if request.name != self.weights.name:
+            raise NotFound("dataset", request.name)
+        return self.weights
+
+    async def ListSites(self, request, timeout):
+        names = ("onprem", "cloud", "edge", "empty")
+        return inventory_pb2.ListSitesResponse(sites=[inventory_pb2.Site(name=f"sites/{name}") for name in names])
+
+    async def ListNodes(self, request, timeout):
+        if request.parent == "sites/empty":
+            return inventory_pb2.ListNodesResponse()
+        node = inventory_pb2.Node(name=f"{request.parent}/nodes/n")
+        edge = request.parent == "sites/edge"
+        for _ in range(2):
+            node.facts.gpus.add(model="RTX4090" if edge else "H200", memory_bytes=(24 if edge else 141) * GB)
+        return inventory_pb2.ListNodesResponse(nodes=[node])
+
+
+@contextlib.asynccontextmanager
+async def service(inventory=None, who=ANN):
+    store, clock = MemoryStore(), VirtualClock()
+    async with routing(store, clock) as current:
+        with auth.acting_as(who):
+            deployments = Deployments(inventory or Inventory())
+            yield Router(store, clock, current, Resolver(clock), deployments=deployments), current
+
+
+def model(*sites, weights="datasets/w", **engine):
+    engine.setdefault("command", ["serve", "--port", "{port}"])
+    made = pb.Model(engine=pb.Engine(weights=weights, **engine), replicas=pb.ReplicaCount(min=1))
+    made.sites.extend(pb.ModelSite(site=f"sites/{site}") if isinstance(site, str) else site for site in sites)
+    return made
+
+
+async def create(router, wanted):
+    return await router.CreateModel(pb.CreateModelRequest(model_id="m", model=wanted), None)
+
+
+async def refused(wanted, inventory=None):
+    async with service(inventory) as (router, current):
+        answer = None
+        try:
+            await create(router, wanted)
+        except StatusError as error:
+            answer = error
+        assert isinstance(answer, InvalidArgument)
+        assert not current.models.values
+        return {violation.field: violation.description for violation in answer.violations}
+
+
+class TestSites:
+    async def test_a_site_whose_gpus_cannot_hold_it_is_refused_with_the_numbers(self):
+        wrong = await refused(model("onprem", "edge"), Inventory(size_bytes=40 * GB))
+        assert list(wrong) == ["model.sites[1]"]
+        assert "each of 1 GPU(s) needs 46 GB" in wrong["model.sites[1]"]
+        assert "RTX4090, has 24 GB" in wrong["model.sites[1]"]
+
+    async def test_with_two_gpus_or_other_types_there_it_is_not(self):
+        async with service(Inventory(size_bytes=40 * GB)) as (router, _):
+            made = await create(router, model("onprem", "edge", gpus=2))
+            assert made.engine.gpu_memory_bytes == 23 * GB
+            assert made.version == 1
+
+    async def test_a_site_that_is_none_is_refused_and_one_without_nodes_waits_for_some(self):
+        assert "is no site of the fleet" in (await refused(model("nowhere")))["model.sites[0].site"]
+        async with service() as (router, _):
+            await create(router, model("empty"))
+            found = await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)
+            assert found.sites[0].problem == "it has no nodes with GPUs now"
+
+    async def test_a_type_that_the_site_has_none_of_is_refused(self):
+        only = pb.ModelSite(site="sites/edge", gpu_models=["H200"])
+        assert "has no H200; its GPUs are RTX4090" in (await refused(model(only)))["model.sites[0]"]
+
+
+class TestWeights:
+    async def test_what_is_not_there_for_the_caller_is_not_there(self):
+        assert "is not declared" in (await refused(model(weights="datasets/none")))["model.engine.weights"]
+        gated = Inventory()
+        gated.weights.members.append("groups/research")
+        assert "is not declared" in (await refused(model("onprem"), gated))["model.engine.weights"]
+
+    @pytest.mark.parametrize("secret", [False, True])
+    async def test_gated_ones_travel_to_sites_that_are_named_and_nowhere_else(self, secret):
+        gated = Inventory()
+        if secret:
+            gated.weights.credentials.secret = "secrets/hf"
+        else:
+            gated.weights.members.append("users/ann")
+        assert "name the sites to which it may travel" in (await refused(model(), gated))["model.sites"]
+        async with service(gated) as (router, _):
+            await create(router, model("onprem"))
+
+
+class TestEstimate:
+    async def test_what_was_measured_at_a_site_is_reckoned_with_and_nothing_else(self):
+        async with service() as (router, current):
+            made = await create(router, model("onprem", "cloud"))
+            made.measures.add(site="sites/cloud", source_bytes_per_s=5_000_000, engine_start_s=12)
+            await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
+            found = await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)
+            assert not any(one.HasField("ready_in") for one in found.sites), "nobody else says what was measured"
+            stored = current.models.values["/whaleflux/v1/models/m"]
+            stored.measures.add(site="sites/cloud", source_bytes_per_s=5_000_000, engine_start_s=12)
+            onprem, cloud = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(model=stored), None)).sites
+            assert not onprem.HasField("ready_in")
+            assert cloud.ready_in.seconds == 212
+            assert (cloud.missing_bytes, cloud.replicas) == (GB, 1)
+            assert "1 GB at 5 MB/s from s3://models, then engine 12 s" in cloud.why
+
+    @pytest.mark.parametrize(
+        ("wanted", "field"),
+        [
+            (model(weights="w"), "model.engine.weights"),
+            (model(command=["serve", "{weights}", "{port}"], weights=""), "model.engine.weights"),
+            (model(pb.ModelSite(site="edge")), "model.sites[0].site"),
+            (model("edge", "edge"), "model.sites"),
+            (model(pb.ModelSite(site="sites/edge", replicas=-1)), "model.sites[0].replicas"),
+            (model(pb.ModelSite(site="sites/edge", replicas=1001)), "model.sites[0].replicas"),
+            (model(pb.ModelSite(site="sites/edge", environment={"A B": "x"})), "model.sites[0].environment[A B]"),
+            (model(*(f"s{i}" for i in range(101))), "model.sites"),
+            (model(kv_memory_bytes=-1), "model.engine.kv_memory_bytes"),
+            (model(command=["bash", "-euo", "pipefail", "-c", "a {port}\nb"]), ""),
+        ],
+    )
+    async def test_bad_input_names_its_field_for_both_rpcs(self, wanted, field):
+        if not field:
+            wanted.sites.add(site="sites/edge", args=["--more"])
+            field = "model.sites[0].args"
+        assert field in await refused(wanted)
+        async with service() as (router, _):
+            with pytest.raises(InvalidArgument) as raised:
+                await router.EstimateDeployment(pb.EstimateDeploymentRequest(model=wanted), None)
+            assert field in {violation.field for violation in raised.value.violations}
+
+    @pytest.mark.parametrize(
+        ("policy", "field"),
+        [
+            ({"canary_percent": 51}, "canary_percent"),
+            ({"canary_percent": -1}, "canary_percent"),
+            ({"watch": {"nanos": 1}}, "watch"),
+            ({"ready_within": {"seconds": 8 * 86_400}}, "ready_within"),
+        ],
+    )
+    async def test_a_rollout_that_cannot_be_is_refused(self, policy, field):
+        wanted = model("onprem")
+        wanted.rollout_policy.MergeFrom(pb.RolloutPolicy(**policy))
+        assert f"model.rollout_policy.{field}" in await refused(wanted)
+
+
+class TestChange:
+    async def test_a_changed_engine_begins_a_rollout_and_another_count_does_not(self):
+        inventory = Inventory()
+        async with service(inventory) as (router, _):
+            made = await create(router, model("onprem", "cloud"))
+            made.sites[0].replicas = 3
+            same = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
+            assert (same.version, same.rollout.state) == (1, pb.ROLLOUT_STATE_UNSPECIFIED)
+            inventory.weights.copies.add(node="sites/cloud/nodes/n", state=inventory_pb2.DATASET_COPY_STATE_READY)
+            same.engine.environment["A"] = "1"
+            rolled = await router.UpdateModel(pb.UpdateModelRequest(model=same), None)
+            assert (rolled.version, rolled.rollout.state) == (2, pb.ROLLOUT_STATE_SURGING)
+            assert list(rolled.rollout.order) == ["sites/cloud", "sites/onprem"], "who misses least bytes comes first"
+            assert not rolled.rollout.from_engine.environment
+            rolled.engine.environment["A"] = "2"
+            with pytest.raises(FailedPrecondition, match="rollout undo m"):
+                await router.UpdateModel(pb.UpdateModelRequest(model=rolled), None)
+
+    async def test_a_rollback_restores_the_engine_and_one_of_nothing_is_refused(self):
+        async with service() as (router, _):
+            made = await create(router, model("onprem"))
+            with pytest.raises(FailedPrecondition, match="no engine of before"):
+                await router.RollBackModel(pb.RollBackModelRequest(name="models/m"), None)
+            made.engine.environment["A"] = "1"
+            rolled = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
+            back = await router.RollBackModel(pb.RollBackModelRequest(name="models/m", etag=rolled.etag), None)
+            assert (back.version, back.rollout.state) == (1, pb.ROLLOUT_STATE_ROLLED_BACK)
+            assert "user/ann" in back.rollout.message
+            assert not back.engine.environment
+            again = await router.UpdateModel(pb.UpdateModelRequest(model=_like(rolled, back)), None)
+            assert again.version == 3, "a version is never used twice"
+
+    async def test_who_does_not_change_it_rolls_nothing_back(self):
+        async with service() as (router, _):
+            await create(router, model("onprem"))
+            with auth.acting_as(auth.Identity("user", "eve")):
+                with pytest.raises(StatusError):
+                    await router.RollBackModel(pb.RollBackModelRequest(name="models/m"), None)
+                with pytest.raises(StatusError):
+                    await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)
+
+
+def _like(wanted, current):
+    made = pb.Model()
+    made.CopyFrom(wanted)
+    made.etag = current.etag
+    return made
