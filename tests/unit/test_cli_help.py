@@ -32,7 +32,8 @@ def test_every_command_stands_in_its_group():
     found = sections(asked("--help"))
     for command in app.registered_commands:
         assert command.rich_help_panel, f"{command.callback.__name__} is in no group"
-        assert (command.name or command.callback.__name__) in listed(found[command.rich_help_panel])
+        name = command.name or command.callback.__name__
+        assert (name in listed(found[command.rich_help_panel])) is not command.hidden
     assert "Commands" not in found, "a command without a group"
 
 

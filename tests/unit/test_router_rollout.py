@@ -75,7 +75,7 @@ def test_as_many_as_before_always_answer_and_it_ends(seed, wanted):
         {(1, s): n for s, n in wanted.items()},
         {(1, s): n for s, n in wanted.items()},
     )
-    age, total, failed = 0.0, sum(wanted.values()), 0
+    age, total, failed, broken, first = 0.0, sum(wanted.values()), 0, set(), next(iter(wanted))
     for _ in range(80):
         seen = {key: Count(existing.get(key, 0), ready.get(key, 0), "x") for key in existing}
         now = Rollout(stage, 1, 2, wanted, wanted, POLICY)
@@ -86,18 +86,22 @@ def test_as_many_as_before_always_answer_and_it_ends(seed, wanted):
         assert answering >= total - failed
         assert sum(existing.values()) <= total + 1 + failed, "one on top"
         seen = {key: Count(existing[key], ready.get(key, 0), "x") for key in existing}
-        following = rollout.step(Rollout(stage, 1, 2, wanted, wanted, POLICY), seen, age)
-        if following is not None:
-            assert following[0] in NEXT[stage]
-            stage, age = following[0], 0.0
+        after, _ = rollout.step(Rollout(stage, 1, 2, wanted, wanted, POLICY), seen, age) or (stage, "")
+        assert after in NEXT[stage] | {stage}
+        stage, age = after, 0.0 if after is not stage else age
         if stage not in UNDER_WAY:
             break
         coming = [key for key in existing if existing[key] > ready.get(key, 0)]
         if coming and luck.random() < 0.5:
             key = luck.choice(sorted(coming))
             ready[key] = ready.get(key, 0) + 1
-            failed = max(0, failed - (key[0] == 1))
+            failed = max(0, failed - (key in broken))
+            broken -= {key}
             age = 0.0
+        elif luck.random() < 0.1 and ready.get((1, first), 0):
+            ready[1, first] -= 1
+            failed += 1
+            broken |= {(1, first)}
         else:
             age += luck.choice([20.0, 61.0, 150.0])
     assert stage not in UNDER_WAY
