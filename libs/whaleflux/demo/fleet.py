@@ -26,6 +26,7 @@ class Machine:
     node: str
     profile: str
     labels: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()  # further ones of its agent
 
     @property
     def name(self) -> str:
@@ -115,6 +116,7 @@ class DemoFleet:
             "state_dir": str(folder),
             "checkpoint_root": str(self.state / "checkpoints"),  # one folder that all nodes reach, as a shared mount
             "otlp_endpoint": self.otlp_endpoint,
+            **dict(machine.settings),
         }
         variables = {f"WHALEFLUX_{key.upper()}": value for key, value in settings.items() if value}
         with (folder / "agent.log").open("ab") as log:
