@@ -158,31 +158,40 @@ def _with_weights(client: Any, manifest: ModelManifest, *, dry_run: bool) -> Mod
         return manifest
     except NotFound:
         pass
-    size = _size_of(source)
     if dry_run:
         output.note(f"{source} would become {name}; what its pull takes is not in the times below")
         manifest.model.engine.weights = ""
         return dataclasses.replace(manifest, weights_source="")
-    dataset = inventory_pb2.Dataset(uri=source, size_bytes=size)
-    request = inventory_pb2.CreateDatasetRequest(dataset_id=names.last(name), dataset=dataset, request_id=names.ulid())
-    client.inventory.CreateDataset(request, timeout=10)
+    request = inventory_pb2.CreateDatasetRequest(dataset_id=names.last(name), request_id=names.ulid())
+    request.dataset.uri = source
+    _look_at(source, request)
+    client.inventory.CreateDataset(request, timeout=30)
     output.note(f"{source} is {name} from now on")
     return manifest
 
 
-def _size_of(source: str) -> int:
-    """As seen from here; 0 where nothing is: the first node that reads it finds out."""
-    from whaleflux.data import manifest, sources
+def _look_at(source: str, request: Any) -> None:
+    """Its size, and of a folder or file what it consists of: then nodes take from other versions what is the same.
+
+    Where nothing is to be seen from here, the first node that reads it finds out.
+    """
+    from whaleflux.cli.copying import Progress
+    from whaleflux.data import hashing, sources
+    from whaleflux.data import manifest as manifests
     from whaleflux.data.manifest import ManifestWrong
     from whaleflux.data.sources import SourceFailed
 
     try:
-        return manifest.draft((one.path, one.size_bytes) for one in sources.open_source(source).scan()).size_bytes
+        opened = sources.open_source(source)
+        request.dataset.size_bytes = manifests.draft((one.path, one.size_bytes) for one in opened.scan()).size_bytes
+        if "://" not in source:
+            progress = Progress(request.dataset.size_bytes)
+            request.manifest.CopyFrom(hashing.hashed(opened, progress.add).to_proto())
+            progress.clear()
     except (SourceFailed, ManifestWrong, OSError) as unseen:
         output.note(
             f"how large {source} is cannot be seen from here ({unseen}); whether it fits is found out at its nodes"
         )
-        return 0
 
 
 def _as_it_would_be(model: router_pb2.Model, before: Any) -> router_pb2.Model:
