@@ -107,6 +107,9 @@ class Nodes:
     async def held(self, node: str) -> int | None:
         return 0 if self._clock.monotonic() >= self._empty_s.get(node, float("inf")) else 8
 
+    async def announced(self, node: str) -> tuple[float, str] | None:
+        return None
+
     async def drain(self, node: str, why: str) -> None:
         self._empty_s.setdefault(node, self._clock.monotonic() + self._rng.uniform(2, SAVE_S))
 

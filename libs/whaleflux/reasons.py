@@ -165,6 +165,7 @@ class NodeReason(_Words):
     FLEET_SILENT = "FLEET_SILENT", "nearly everybody is silent: the fault is more likely here than there"
     GPU_LOST = "GPU_LOST", "a GPU fell off the bus"
     HEARTBEAT_LOST = "HEARTBEAT_LOST", "no heartbeat arrives"
+    HOST_MAINTENANCE = "HOST_MAINTENANCE", "the owner of the machine stops or restarts it soon"
     HOST_REFUSES = "HOST_REFUSES", "the host lives and nothing listens where the agent did"
     ISOLATION_IMPOSSIBLE = "ISOLATION_IMPOSSIBLE", "ranks must run as users of their own, and cannot there"
     NEVER_HEARD = "NEVER_HEARD", "registered, and no heartbeat came yet"
@@ -179,6 +180,8 @@ class NodeReason(_Words):
     ROW_REMAP_FAILED = "ROW_REMAP_FAILED", "broken rows of a GPU's memory could not be replaced"
     SILENT_TOO_LONG = "SILENT_TOO_LONG", "no sign of life from agent or ranks for longer than is waited"
     SITE_PARTITIONED = "SITE_PARTITIONED", "its whole site is silent: cut off, not dead"
+    SPOT_AT_RISK = "SPOT_AT_RISK", "the provider advises to leave the spot machine before it is taken away"
+    SPOT_TAKEN = "SPOT_TAKEN", "the provider takes the spot machine away"
     STREAM_LOST = "STREAM_LOST", "the agent's stream broke and did not come back"
     UNHEALTHY = "UNHEALTHY", "the agent says that a GPU does not work, without a cause"
     UNREADABLE = "UNREADABLE", "a GPU does not answer its driver"
@@ -190,6 +193,10 @@ class ConditionType(_Words):
     DRIVER_WORKS = "DriverWorks", "the driver answers and lists GPUs"
     GPU_HEALTHY = "GpuHealthy", "every GPU answers and may be used"
     ISOLATION_WORKS = "IsolationWorks", "work runs apart from its agent, where the agent's settings require it"
+    MACHINE_STAYS = (
+        "MachineStays",
+        "nobody has announced to take the machine away; while it does not hold, work leaves the node",
+    )
 
 
 class What(_Words):

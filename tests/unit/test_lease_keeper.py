@@ -187,3 +187,15 @@ def test_one_lease_that_fails_holds_up_no_other(monkeypatch):
         assert states == [pb.LEASE_STATE_BOOTING, pb.LEASE_STATE_JOINED]
 
     kept(test)
+
+
+def test_two_accounts_by_name_that_list_the_same_machines_end_none_of_them():
+    async def test(world, keeper):
+        north, south = world.regions.accounts["north"], world.regions.accounts["south"]
+        south.there = north.there  # one command, or one set of keys, behind both
+        for _ in range(3):
+            await keeper.round()
+        assert not north.ended and not south.ended
+        assert [(await world.lease(region)).state for region in ("north", "south")] == [pb.LEASE_STATE_BOOTING] * 2
+
+    kept(test)

@@ -169,3 +169,19 @@ def test_an_offer_that_refused_regains_trust_and_goes_last_until_then():
     assert [one.name for one in ranked([cheap, dear], T0 + 600)] == ["offers/a", "offers/b"]
     assert choose([cheap, dear], {}, T0 + 60) == dear
     assert choose([cheap, dear], {"offers/b": 1}, T0 + 60) is None
+
+
+def test_what_the_machine_itself_has_heard_drains_it_when_it_is_near():
+    there = joined()
+    far = rules.step(there, seen(machine(there), notice=(T0 + 100 + rules.NOTICE_AHEAD_S + 1, "restarted")), T0 + 100)
+    assert (far.lease.state, far.drain) == (State.JOINED, False)
+    near = rules.step(there, seen(machine(there), notice=(T0 + 160, "taken")), T0 + 100)
+    assert (near.lease.state, near.drain, near.lease.end_reason) == (State.DRAINING, True, "taken")
+    assert near.lease.drain_end_s == T0 + 160 - rules.NOTICE_SPARE_S
+
+
+def test_of_two_announcements_the_earlier_counts():
+    there = joined()
+    listed = machine(there, taken_s=T0 + 900, taken_why="listed")
+    done = rules.step(there, seen(listed, notice=(T0 + 150, "heard")), T0 + 100)
+    assert (done.lease.end_reason, done.lease.drain_end_s) == ("heard", T0 + 150 - rules.NOTICE_SPARE_S)

@@ -10,6 +10,7 @@ from whaleflux.clock import VirtualClock
 from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.events.publisher import EntryChange
 from whaleflux.manifests.offer_file import offers_from_yaml
+from whaleflux.reasons import ConditionType
 from whaleflux.rpc import auth, pki
 from whaleflux.store import Delete, Put, keys
 from whaleflux.store.api import Fenced
@@ -274,3 +275,17 @@ async def test_a_node_is_drained_and_retired_by_whoever_leads(world):
             with pytest.raises(Fenced):
                 await done
         assert (await nodes.get(node.name)).intent == pb.NODE_INTENT_ACTIVE
+
+
+async def test_what_an_agent_has_heard_of_its_machine_is_read_of_its_node(world):
+    async with elect(world.store, "leases", "a") as leader:
+        nodes = nodes_of(world.store, VirtualClock(), FakeDependencies(), own_certificates=True)
+        rented = InventoryNodes(world.store, nodes, FakeDependencies(), leader.held)
+        node = pb.Node(name="sites/s/nodes/n", intent=pb.NODE_INTENT_ACTIVE)
+        assert await rented.announced(node.name) is None
+        await world.store.commit(Put(keys.of_name(keys.NODES, node.name), node.SerializeToString()))
+        assert await rented.announced(node.name) is None
+        node.facts.taken_time.FromSeconds(5000)
+        node.facts.conditions.add(type=ConditionType.MACHINE_STAYS, reason="SPOT_TAKEN", message="it goes")
+        await world.store.commit(Put(keys.of_name(keys.NODES, node.name), node.SerializeToString()))
+        assert await rented.announced(node.name) == (5000.0, "it goes")

@@ -8,6 +8,7 @@ from tests.support.scheduler_world import World, node, until
 from whaleflux.clock import VirtualClock
 from whaleflux.convert import facts_to_proto
 from whaleflux.errors import Unavailable
+from whaleflux.reasons import ConditionType
 from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.bootstrap import DATASETS_EVERY_S
@@ -142,3 +143,15 @@ async def test_a_new_leader_that_nobody_has_told_of_a_lost_node_does_not_take_it
         await world.restart()
         await world.caught_up()
         assert [task.lost for task in (await world.job(job)).attempt.tasks] == [True]
+
+
+def test_a_node_whose_machine_is_taken_away_takes_no_work_and_what_is_there_leaves():
+    watched = view(monitored=False)
+    leaving = inventory_pb2.Node(name=A, facts=facts_to_proto(node("s/a")), intent=inventory_pb2.NODE_INTENT_ACTIVE)
+    leaving.facts.conditions.add(type=ConditionType.MACHINE_STAYS, reason="SPOT_TAKEN", message="AWS takes it away")
+    watched.set_node(A, leaving)
+    assert watched.closed(A) == "draining"
+    assert watched.condition(A).draining == "AWS takes it away"
+    leaving.facts.ClearField("conditions")
+    watched.set_node(A, leaving)
+    assert watched.closed(A) == "" and not watched.condition(A).draining

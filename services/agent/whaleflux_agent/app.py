@@ -21,7 +21,7 @@ from whaleflux.reasons import ConditionType, NodeReason, What
 from whaleflux.rpc.channel import Channel
 from whaleflux.service import Parts, ServiceContext
 from whaleflux.v1 import agent_pb2_grpc, checkpoint_pb2_grpc, health_pb2, inventory_pb2_grpc, scheduler_pb2_grpc
-from whaleflux_agent import indirect_probe
+from whaleflux_agent import indirect_probe, machine_notices
 from whaleflux_agent.attach import AttachSessions
 from whaleflux_agent.checkpoint_access import CheckpointAccess
 from whaleflux_agent.checkpoint_collector import CheckpointCollector
@@ -40,6 +40,7 @@ from whaleflux_agent.identity import Renewal
 from whaleflux_agent.isolation import NONE, Isolation
 from whaleflux_agent.joining import come_back
 from whaleflux_agent.machine_id import host_id_file, machine_id
+from whaleflux_agent.machine_notices import Ec2Metadata
 from whaleflux_agent.node_servicer import NodeServicer
 from whaleflux_agent.observations import Observations
 from whaleflux_agent.piece_servicer import PieceServicer
@@ -103,6 +104,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         refused=revocation.look_at,
     )
     heartbeat = _heartbeat(ctx, description, supervisor, observations, revocation)
+    listens = settings.machine_notices == "ec2"
     return Parts(
         servicers=[
             (
@@ -128,6 +130,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             _renewal(ctx, inventory, description, revocation).run,
             _device_events(source, observations, registration),
             _dataset_tidying(datasets, registration, clock),
+            *([lambda: machine_notices.watch(Ec2Metadata(), registration.announce, clock)] if listens else []),
             *([lambda: _dataset_pins(datasets, registration, clock)] if settings.run else []),
         ],
         farewells=[lambda: _say_goodbye(heartbeat, revocation)],

@@ -10,10 +10,11 @@ from whaleflux.clock import Clock
 from whaleflux.convert import facts_to_proto
 from whaleflux.errors import StatusError
 from whaleflux.fleet.model import Node, Price
-from whaleflux.reasons import ErrorReason
+from whaleflux.reasons import ConditionType, ErrorReason
 from whaleflux.retry import Backoff
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc, types_pb2
+from whaleflux_agent.core.machine_notices import Notice
 from whaleflux_agent.devices.source import DeviceSource, Machine, MachineCondition
 
 _REREAD_EVERY_S = 30.0
@@ -46,7 +47,7 @@ class NodeDescription:
     price: Price | None = None  # None: the machine's own
 
 
-def facts(machine: Machine, description: NodeDescription) -> inventory_pb2.NodeFacts:
+def facts(machine: Machine, description: NodeDescription, notice: Notice | None = None) -> inventory_pb2.NodeFacts:
     """What is registered. Pure."""
     node = replace(
         machine.node,
@@ -63,7 +64,9 @@ def facts(machine: Machine, description: NodeDescription) -> inventory_pb2.NodeF
     found.memory_limits, found.dataset_cache_bytes = description.memory_limits, description.dataset_cache_bytes
     if description.isolation is not None:
         found.isolation.CopyFrom(description.isolation)
-    for condition in (*machine.conditions, *description.conditions):
+    if notice is not None:
+        found.taken_time.FromSeconds(int(notice.taken_s))
+    for condition in (*machine.conditions, *description.conditions, *_conditions(notice)):
         found.conditions.add(
             type=condition.type,
             status=types_pb2.CONDITION_STATUS_FALSE,
@@ -71,6 +74,10 @@ def facts(machine: Machine, description: NodeDescription) -> inventory_pb2.NodeF
             message=condition.message[:_MESSAGE_CHARS],
         )
     return found
+
+
+def _conditions(notice: Notice | None) -> tuple[MachineCondition, ...]:
+    return () if notice is None else (MachineCondition(ConditionType.MACHINE_STAYS, notice.reason, notice.message),)
 
 
 class Registration:
@@ -90,6 +97,7 @@ class Registration:
         site = names.top(description.node)
         self.machine = Machine(Node(name=description.node, site=site), "unreadable")
         self._read_s = float("-inf")
+        self._notice: Notice | None = None
         self.registered, self._soon = asyncio.Event(), asyncio.Event()
 
     @property
@@ -116,12 +124,17 @@ class Registration:
         """Something happened to a GPU: reads the machine now, not at the next turn."""
         self._soon.set()
 
+    def announce(self, notice: Notice | None) -> None:
+        """The machine is taken away, which is registered now; None: it stays."""
+        self._notice = notice
+        self._soon.set()
+
     async def run(self) -> None:
         """Registers what was read, then reads again, for ever; only the newest reading is registered."""
         known: inventory_pb2.NodeFacts | None = None
         failures = 0
         while True:
-            found = facts(self.machine, self._description)
+            found = facts(self.machine, self._description, self._notice)
             if found == known or await self._registered(found, failures):
                 known, failures = found, 0
                 await self._next_turn(self._reread_every_s)

@@ -29,8 +29,8 @@ class Settings(ServiceSettings):
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Joining": ("server", "server_name", "ca_file", "join_token", "join_token_file", "site", "node_id", "host_name", "state_dir"),
         "The machine": (
-            "profile", "zone", "spine", "leaf", "labels", "price_kind", "usd_per_gpu_hour", "host_address", "advertise",
-            "listen",
+            "profile", "zone", "spine", "leaf", "labels", "price_kind", "usd_per_gpu_hour", "machine_notices",
+            "host_address", "advertise", "listen",
         ),
         "Work": (
             "run", "checkpoint_root", "dataset_root", "dataset_bytes", "dataset_bytes_per_s", "code_bytes", "first_port", "last_port", "log_bytes_per_rank",
@@ -71,6 +71,10 @@ class Settings(ServiceSettings):
         le=10_000,
         allow_inf_nan=False,
         description="Price of one GPU for an hour, at most 10,000; negative: as the profile says.",
+    )
+    machine_notices: Literal["none", "ec2"] = Field(
+        "none",
+        description="Where it is asked whether the machine is taken away: EC2's metadata service, or nowhere. Machines that are rented of EC2 are told.",
     )
     host_address: str = Field("", description="Address for ranks on other nodes; empty: the way to the front door.")
 

@@ -38,6 +38,7 @@ LAG_S = 60.0  # of lists of an account that cannot be opened
 KEPT_S = 30 * 86_400.0  # a lease that is over is shown for so long
 _SETTLED = frozenset({State.JOINED, State.GONE})
 _MOVING = frozenset(State) - _SETTLED
+_ON_NODE = frozenset({State.JOINED, State.DRAINING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +275,13 @@ class LeaseKeeper:
             lag_s, own = LAG_S, None
         return Seen(
             machines=own,
-            elsewhere=[machine for there in others for machine in _of(one.lease.name, there)],
+            elsewhere=[
+                machine for there in others for machine in _of(one.lease.name, there) if not _is_own(one, machine)
+            ],
             joined=state is State.BOOTING and await self._nodes.joined(one.record.node),
             held=await self._nodes.held(one.record.node) if state is State.DRAINING else None,
             lag_s=lag_s,
+            notice=await self._nodes.announced(one.record.node) if state in _ON_NODE else None,
         )
 
     async def _launched(self, one: _Known) -> _Known:
@@ -394,6 +398,11 @@ def _known(entry: Entry) -> _Known:
 def _of(lease: str, machines: Sequence[Machine] | None) -> list[Machine]:
     """Those that carry its tag."""
     return [machine for machine in machines or () if machine.lease == lease]
+
+
+def _is_own(one: _Known, machine: Machine) -> bool:
+    """Whether it is of the present request: two accounts by name may be one, and list the same machines."""
+    return one.lease.live and machine.token == one.lease.token
 
 
 def _raise_first(ends: Sequence[BaseException | None]) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from whaleflux import names
 from whaleflux.errors import NotFound, StatusError
+from whaleflux.reasons import ConditionType
 from whaleflux.store import keys
 from whaleflux.store.api import Held, Store
 from whaleflux_inventory import convert
@@ -19,6 +20,10 @@ class RentedNodes(Protocol):
     async def joined(self, node: str) -> bool: ...
     async def held(self, node: str) -> int | None:
         """GPUs of it that jobs hold; None: nobody knows now."""
+        ...
+
+    async def announced(self, node: str) -> tuple[float, str] | None:
+        """When its machine is taken away (Unix seconds) and why, as its agent has heard it there; None: it stays."""
         ...
 
     async def drain(self, node: str, why: str) -> None:
@@ -44,6 +49,16 @@ class InventoryNodes:
             return await self._dependencies.gpus_held(node)
         except StatusError:
             return None
+
+    async def announced(self, node: str) -> tuple[float, str] | None:
+        try:
+            facts = (await self._nodes.get(node)).facts
+        except NotFound:
+            return None
+        said = next(
+            (one.message or one.reason for one in facts.conditions if one.type == ConditionType.MACHINE_STAYS), ""
+        )
+        return (float(facts.taken_time.seconds), said) if facts.HasField("taken_time") else None
 
     async def drain(self, node: str, why: str) -> None:
         try:

@@ -213,6 +213,8 @@ class NodeView:
             return NOT_LISTED
         if node.intent not in _ACTIVE:
             return enum_name(inventory_pb2.NodeIntent, node.intent, "NODE_INTENT_").lower()
+        if _leaves(node):
+            return "draining"
         health = self._health.get(name)
         if health is None and self._monitored:
             return HEALTH_UNKNOWN
@@ -237,6 +239,7 @@ class NodeView:
         retired = node is not None and node.intent == inventory_pb2.NODE_INTENT_RETIRED
         draining = node is not None and node.intent == inventory_pb2.NODE_INTENT_DRAINING
         why = (node.intent_reason or "no reason given") if node is not None and draining else ""
+        why = why or (_leaves(node) if node is not None else "")
         if health is None and not (retired or why):
             return None if self._monitored else IN_ORDER
         if health is None:
@@ -250,6 +253,12 @@ class NodeView:
             partitioned_since=instant(health, "transition_time") if partitioned else None,
         )
         return IN_ORDER if condition == IN_ORDER else condition
+
+
+def _leaves(node: inventory_pb2.Node) -> str:
+    """Why its machine is about to be taken away, as its agent has heard it there; "" while it stays."""
+    conditions = node.facts.conditions  # of which agents list those that do not hold
+    return next((one.message or one.reason for one in conditions if one.type == ConditionType.MACHINE_STAYS), "")
 
 
 def isolation_words(found: inventory_pb2.NodeIsolation) -> str:

@@ -18,6 +18,7 @@ from enum import StrEnum
 
 from whaleflux_inventory.core.rental_cost import end_by_cap_s, paid_usd
 
+NOTICE_AHEAD_S = 3600.0  # an announced end that is further away changes nothing yet
 NOTICE_SPARE_S = 10.0  # before a machine is taken away its work has to have left it
 CALLS_OF_ATTEMPT = 5
 BUSY_FOR_S = 60.0  # a provider that has been too busy for so long is no help: the next offer
@@ -136,7 +137,7 @@ class Seen:
     """What is known of a lease's surroundings. `machines`: with its tag; None: its provider was not asked, or did not answer.
 
     `elsewhere`: with its tag in other accounts, where it had an offer before: what a call made there that was not answered.
-    `held`: GPUs of its node that jobs hold; None: not known.
+    `held`: GPUs of its node that jobs hold; None: not known. `notice`: what its own agent has heard of its end: when, why.
     """
 
     machines: Sequence[Machine] | None = None
@@ -144,6 +145,7 @@ class Seen:
     joined: bool = False
     held: int | None = None
     lag_s: float = 60.0
+    notice: tuple[float, str] | None = None
 
     @property
     def alive(self) -> tuple[Machine, ...]:
@@ -258,14 +260,14 @@ def _of_joined(lease: Lease, seen: Seen, now_s: float) -> Step:
             _to(end(lease, "its machine is gone: the provider does not list it any more"), State.RELEASING, now_s)
         )
     if (over := _over(lease, seen, now_s)) is not None:
-        until_s = min(now_s + max(lease.terms.drain_s, 0.0), _taken_s(lease, seen) - NOTICE_SPARE_S, lease.end_s)
+        until_s = min(now_s + max(lease.terms.drain_s, 0.0), _taken(lease, seen)[0] - NOTICE_SPARE_S, lease.end_s)
         return Step(_to(replace(end(lease, over), drain_end_s=max(now_s, until_s)), State.DRAINING, now_s), drain=True)
     return Step(lease)
 
 
 def _of_draining(lease: Lease, seen: Seen, now_s: float) -> Step:
     lease, gone = _presence(lease, seen, now_s)
-    until_s = min(lease.drain_end_s, _taken_s(lease, seen) - NOTICE_SPARE_S, lease.end_s)
+    until_s = min(lease.drain_end_s, _taken(lease, seen)[0] - NOTICE_SPARE_S, lease.end_s)
     if gone or seen.held == 0 or now_s >= until_s:
         return Step(_to(lease, State.RELEASING, now_s))
     return Step(lease, drain=True)
@@ -326,9 +328,11 @@ def _presence(lease: Lease, seen: Seen, now_s: float) -> tuple[Lease, bool]:
     return replace(lease, missing_s=since_s), now_s >= max(since_s, lease.called_s) + seen.lag_s
 
 
-def _taken_s(lease: Lease, seen: Seen) -> float:
+def _taken(lease: Lease, seen: Seen) -> tuple[float, str]:
+    """When its machine is taken away and why, as its provider lists it or its agent has heard; infinite: nobody has said so."""
     own = next((machine for machine in seen.alive if machine.id == lease.provider_id), None)
-    return own.taken_s if own is not None and own.taken_s else float("inf")
+    said = [(own.taken_s, own.taken_why)] if own is not None and own.taken_s else []
+    return min([*said, *([seen.notice] if seen.notice else [])], default=(float("inf"), ""))
 
 
 def _over(lease: Lease, seen: Seen, now_s: float) -> str | None:
@@ -337,9 +341,9 @@ def _over(lease: Lease, seen: Seen, now_s: float) -> str | None:
         return lease.end_reason
     if now_s >= lease.end_s - lease.terms.drain_s:
         return _why_over(lease)
-    own = next((machine for machine in seen.alive if machine.id == lease.provider_id), None)
-    if own is not None and own.taken_s:
-        return own.taken_why or "the provider takes the machine away"
+    taken_s, why = _taken(lease, seen)
+    if taken_s - now_s <= NOTICE_AHEAD_S:
+        return why or "the provider takes the machine away"
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -100,7 +101,8 @@ def _market_problems(offer: Offer) -> dict[str, str]:
 
 def run_arguments(request: LaunchRequest) -> dict[str, Any]:
     """Arguments of RunInstances: the same, letter for letter, for the same request. Raises Unsupported."""
-    offer, script = request.offer, user_data(request)
+    listens = {"WHALEFLUX_MACHINE_NOTICES": "ec2"}
+    offer, script = request.offer, user_data(replace(request, environment={**request.environment, **listens}))
     if (size := len(script.encode())) > MAX_BYTES:
         raise Unsupported(f"what the machine is told at its first boot has {size} bytes; EC2 takes {MAX_BYTES}")
     tags = [{"Key": key, "Value": value} for key, value in {"Name": names.last(request.lease), **request.tags}.items()]
