@@ -11,8 +11,11 @@ import pytest
 from benchmarks.front_door_abuse import hold, rss_mib
 from tests.support.router_world import Process, have_envoy, until, world
 from whaleflux import frontdoor
+from whaleflux.store import keys
+from whaleflux.store.api import Put
 from whaleflux.v1 import router_pb2
 from whaleflux.v1.router_pb2_grpc import RouterServiceStub
+from whaleflux_inference_router.convert import encode
 from whaleflux_inference_router.core.fatal_requests import fingerprint
 
 pytestmark = [
@@ -202,6 +205,49 @@ async def test_the_second_of_the_ranking_is_tried_before_the_first_byte(tmp_path
         assert bad.status == 500, "it may have done something: not repeated"
         failed = lambda: sum(load.failures > 0 for load in w.live.load_tracker.loads.values())  # noqa: E731
         await until(lambda: failed() == 2, what="both failures told by records")
+
+
+async def test_a_changed_engine_that_fails_what_it_is_asked_goes_and_no_client_hears_of_it(tmp_path, engines):
+    async with world(tmp_path) as w:
+        old, new = engines(2)
+        key = await serve(w, old, model="other")
+        wanted = router_pb2.Model(name="models/m", version=2, replicas=router_pb2.ReplicaCount(min=1))
+        wanted.engine.command[:] = ["serve", "--port", "{port}"]
+        wanted.rollout.MergeFrom(
+            router_pb2.Rollout(
+                state=router_pb2.ROLLOUT_STATE_WATCHING,
+                to_version=2,
+                from_version=1,
+                from_replicas=1,
+                from_engine=wanted.engine,
+            )
+        )
+        wanted.rollout_policy.canary_percent = 50
+        wanted.rollout_policy.watch.FromSeconds(600)
+        writes = [Put(f"{keys.MODELS}m", encode(wanted))]
+        for name, version, engine in (("m-0", 1, old), ("m-v2-0", 2, new)):
+            ready = router_pb2.REPLICA_STATE_READY
+            replica = router_pb2.Replica(
+                name=f"models/m/replicas/{name}", version=version, address=engine.address, state=ready
+            )
+            writes.append(Put(f"{keys.REPLICAS}m/{name}", encode(replica)))
+        await w.store.commit(*writes)
+        await known(w, [old.address, new.address])
+
+        answers = []
+
+        async def rolled_back():
+            body = said(fail_at=[new.port], fail_with=500)
+            answers.append(await w.http("POST", CHAT, body, key=key))
+            return w.live.models.values[f"{keys.MODELS}m"].rollout.state == router_pb2.ROLLOUT_STATE_ROLLED_BACK
+
+        async with asyncio.timeout(60):
+            while not await rolled_back():
+                await asyncio.sleep(0.01)
+        assert {(answer.status, answer.json["replica"]) for answer in answers} == {(200, old.port)}
+        message = w.live.models.values[f"{keys.MODELS}m"].rollout.message
+        assert "tries failed" in message
+        assert w.live.models.values[f"{keys.MODELS}m"].version == 1
 
 
 async def test_streams_pass_through_as_they_come(tmp_path, engines):

@@ -6,6 +6,7 @@ import pytest
 
 from whaleflux.clock import VirtualClock
 from whaleflux.data import progress
+from whaleflux.data.manifest import File, Manifest
 from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, StatusError
 from whaleflux.quantities import shown_bytes
 from whaleflux.rpc import auth
@@ -46,6 +47,12 @@ class TestArrival:
         assert found.seconds is None
         assert why in found.why
 
+    def test_of_a_new_version_what_changed_counts_where_the_old_one_is(self):
+        weights = Weights("datasets/w", GB, source="s3://models", had_bytes=900 * 10**6)
+        found = arrival.arrival(weights, Measured(5e6, 0, 12))
+        assert (weights.missing_bytes, found.seconds) == (10**8, 32)
+        assert found.why.startswith("100 MB of 1 GB (the rest is in the version of before) at 5 MB/s")
+
     def test_a_pull_under_way_counts_as_it_goes(self):
         whole = arrival.Arrival(None, "")
         found = arrival.left(whole, Measured(engine_start_s=2), 4e8, 1e9, 1e8)
@@ -76,14 +83,19 @@ class Inventory:
     """Three sites with a node each, and a dataset; the edge has RTX4090s."""
 
     def __init__(self, size_bytes=GB):
+        self.also, self.manifests = inventory_pb2.Dataset(), {}
         self.weights = inventory_pb2.Dataset(
             name="datasets/w", uri="s3://models/w", size_bytes=size_bytes, owner="user/bob"
         )
 
     async def GetDataset(self, request, timeout):
-        if request.name != self.weights.name:
+        found = next((one for one in (self.weights, self.also) if one.name == request.name), None)
+        if found is None:
             raise NotFound("dataset", request.name)
-        return self.weights
+        return found
+
+    async def GetDatasetManifest(self, request, timeout):
+        return self.manifests[request.name]
 
     async def ListSites(self, request, timeout):
         names = ("onprem", "cloud", "edge", "empty")
@@ -229,6 +241,26 @@ class TestEstimate:
         wanted = model("onprem")
         wanted.rollout_policy.MergeFrom(pb.RolloutPolicy(**policy))
         assert f"model.rollout_policy.{field}" in await refused(wanted)
+
+
+class TestVersions:
+    async def test_what_a_site_has_of_the_version_of_before_is_not_missing(self):
+        inventory = Inventory()
+        old = Manifest(8 << 20, (File("w", 32 << 20, tuple(bytes([i]) * 32 for i in range(4))),))
+        new = Manifest(8 << 20, (File("w2", 32 << 20, tuple(bytes([i]) * 32 for i in (0, 9, 2, 3))),))
+        inventory.also = inventory_pb2.Dataset(
+            name="datasets/w2", uri="/mnt/w2", size_bytes=32 << 20, manifest_digest="b"
+        )
+        inventory.weights.manifest_digest = "a"
+        inventory.weights.copies.add(node="sites/cloud/nodes/n", state=inventory_pb2.DATASET_COPY_STATE_READY)
+        inventory.manifests = {"datasets/w": old.to_proto(), "datasets/w2": new.to_proto()}
+        async with service(inventory) as (router, _):
+            made = await create(router, model("onprem", "cloud"))
+            made.engine.weights = "datasets/w2"
+            rolled = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
+            assert list(rolled.rollout.order) == ["sites/cloud", "sites/onprem"]
+            found = await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)
+            assert [one.missing_bytes >> 20 for one in found.sites] == [32, 8]
 
 
 class TestChange:

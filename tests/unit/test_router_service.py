@@ -10,6 +10,8 @@ from whaleflux import frontdoor
 from whaleflux.clock import VirtualClock
 from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from whaleflux.frontdoor.http_paths import TO_ENGINES
+from whaleflux.manifests import job_checks
+from whaleflux.manifests.job_spec import spec_of
 from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Delete, Fenced, Put
@@ -268,6 +270,7 @@ class Scheduler:
 
     async def CreateJob(self, request, timeout):
         assert not request.HasField("job") or request.job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE
+        assert not list(job_checks.violations(spec_of(request.job.spec)))
         if self.silent:
             raise Unavailable("no scheduler")
         if request.parent not in self.queues:
@@ -627,7 +630,7 @@ class TestRollouts:
             await self.until(t, "WATCHING")
             assert self.versions(t) == [1, 1, 2]
             assert t.scheduler.jobs["queues/serving/jobs/m-v2-a-0"].spec.environment == {"A": "1"}
-            assert t.scheduler.jobs["queues/serving/jobs/m-a-0"].spec.sites == ["sites/a"]
+            assert t.scheduler.jobs["queues/serving/jobs/m-a-0"].spec.sites == ["a"]
             firsts = [t.current.send(Request("m"))[1].ranking[0].replica.version for _ in range(100)]
             assert firsts.count(2) == 10
             ranked = t.current.decide(dataclasses.replace(Request("m"), draw=0.05)).ranking

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from whaleflux import names
-from whaleflux.data import progress
-from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
+from whaleflux.data import manifest, progress
+from whaleflux.data.manifest import Manifest, ManifestWrong
+from whaleflux.errors import FieldViolation, InvalidArgument, NotFound, StatusError
 from whaleflux.manifests import model_checks
 from whaleflux.rpc import auth
 from whaleflux.trust import ownership
@@ -29,18 +30,23 @@ _READY = inventory_pb2.DATASET_COPY_STATE_READY
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What inventory says: the weights, and of each site that the model names its GPUs; None for a site that there is none of."""
+    """What inventory says: the weights, and of each site that the model names its GPUs; None for a site that there is none of.
+
+    `before`: the weights of the engine of before; `had_bytes`: what of the new ones they hold.
+    """
 
     weights: inventory_pb2.Dataset | None
     cards: dict[str, tuple[Card, ...] | None]
+    before: inventory_pb2.Dataset | None = None
+    had_bytes: int = 0
 
     def at(self, site: str) -> Weights:
         """The weights as seen from a site; from none: anybody may have them."""
         found = self.weights
         if found is None:
             return Weights()
-        here = any(copy.state == _READY and copy.node.startswith(f"{site}/" if site else "") for copy in found.copies)
-        return Weights(found.name, found.size_bytes, here, _origin(found))
+        had = self.had_bytes if self.before is not None and _is_at(site, self.before) else 0
+        return Weights(found.name, found.size_bytes, _is_at(site, found), _origin(found), had)
 
 
 class Deployments:
@@ -49,17 +55,17 @@ class Deployments:
     def __init__(self, inventory: InventoryServiceStub | None) -> None:
         self._inventory = inventory
 
-    async def settle(self, model: pb.Model) -> Facts:
+    async def settle(self, model: pb.Model, before: str = "") -> Facts:
         """Refuses what cannot run where the model says, and writes how much memory its GPUs need. Raises InvalidArgument naming each field."""
-        facts = await self.facts(model)
+        facts = await self.facts(model, before)
         model.engine.gpu_memory_bytes = _least(model, facts)
         wrong = [*_gated(model, facts), *_misplaced(model, facts)]
         if wrong:
             raise InvalidArgument(wrong)
         return facts
 
-    async def facts(self, model: pb.Model) -> Facts:
-        """Raises InvalidArgument for weights that are not declared, or not for the caller."""
+    async def facts(self, model: pb.Model, before: str = "") -> Facts:
+        """`before`: datasets/{dataset} that it served from until now. Raises InvalidArgument for weights that are not there for the caller."""
         if self._inventory is None or not (model.engine.weights or model.sites):
             return Facts(None, {})
         weights = await self._weights(self._inventory, model.engine.weights) if model.engine.weights else None
@@ -67,7 +73,24 @@ class Deployments:
         known = await self._sites(self._inventory) if sites else frozenset()
         cards = await asyncio.gather(*(self._cards(self._inventory, site) for site in sites if site in known))
         found = iter(cards)
-        return Facts(weights, {site: next(found) if site in known else None for site in sites})
+        by_site = {site: next(found) if site in known else None for site in sites}
+        if weights is None or not before or before == weights.name:
+            return Facts(weights, by_site)
+        return Facts(weights, by_site, *await self._had(self._inventory, weights, before))
+
+    async def _had(
+        self, inventory: InventoryServiceStub, weights: inventory_pb2.Dataset, before: str
+    ) -> tuple[inventory_pb2.Dataset | None, int]:
+        """The weights of before, and how many bytes of the new ones are in them; nothing where it is not known of both what they consist of."""
+        try:
+            old = await inventory.GetDataset(inventory_pb2.GetDatasetRequest(name=before), timeout=CALL_S)
+            if not (old.manifest_digest and weights.manifest_digest):
+                return None, 0
+            asked = (inventory_pb2.GetDatasetManifestRequest(name=name) for name in (before, weights.name))
+            had, new = await asyncio.gather(*(inventory.GetDatasetManifest(one, timeout=CALL_S) for one in asked))
+            return old, await asyncio.to_thread(shared_bytes, manifest.from_proto(had), manifest.from_proto(new))
+        except (StatusError, ManifestWrong):
+            return None, 0
 
     async def _weights(self, inventory: InventoryServiceStub, name: str) -> inventory_pb2.Dataset:
         who = auth.principal()
@@ -95,6 +118,17 @@ class Deployments:
     async def _cards(self, inventory: InventoryServiceStub, site: str) -> tuple[Card, ...]:
         request = inventory_pb2.ListNodesRequest(parent=site, page_size=MOST_NODES)
         return tuple(cards_of((await inventory.ListNodes(request, timeout=CALL_S)).nodes))
+
+
+def shared_bytes(had: Manifest, new: Manifest) -> int:
+    """Bytes of the chunks of one that another has as well."""
+    there = {chunk.sha256 for chunk in had.chunks() if chunk.sha256}
+    return sum(chunk.size_bytes for chunk in new.chunks() if chunk.sha256 in there)
+
+
+def _is_at(site: str, found: inventory_pb2.Dataset) -> bool:
+    """Whether a node of the site has all of it."""
+    return any(copy.state == _READY and copy.node.startswith(f"{site}/" if site else "") for copy in found.copies)
 
 
 def cards_of(nodes: Iterable[inventory_pb2.Node]) -> Iterable[Card]:

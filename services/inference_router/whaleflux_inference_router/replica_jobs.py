@@ -216,7 +216,7 @@ def _spec(engine: pb.Engine, site: str) -> scheduler_pb2.JobSpec:
         gpus=engine.gpus or 1,
         nodes=scheduler_pb2.NodeCount(min=1, max=1),
         gpu=scheduler_pb2.GpuRequirement(any_of=engine.gpu_models, min_memory_bytes=engine.gpu_memory_bytes),
-        sites=[site] if site else [],
+        sites=[names.last(site)] if site else [],
         datasets=[engine.weights] if engine.weights else [],
         environment=engine.environment,
         secrets=engine.secrets,

@@ -129,7 +129,7 @@ class Router(rpc.RouterServiceServicer):
 
     async def _roll(self, known: pb.Model, changed: pb.Model) -> None:
         """Checks where a changed model is to run, and begins a rollout where what its replicas run has changed."""
-        facts = await self._deployments.settle(changed)
+        facts = await self._deployments.settle(changed, known.engine.weights)
         if model_changes.same_engine(known, changed):
             changed.engine.gpu_memory_bytes = known.engine.gpu_memory_bytes
             return
@@ -152,7 +152,7 @@ class Router(rpc.RouterServiceServicer):
         now, who = self._clock.now(), auth.principal().subject
         model_changes.restore(changed)
         if stage is Stage.DONE:
-            facts = await self._deployments.settle(changed)
+            facts = await self._deployments.settle(changed, known.engine.weights)
             changed.version = known.version
             model_changes.begin(changed, known, order_of(changed, facts), now)
             changed.rollout.message = f"{who} goes back to v{known.rollout.from_version}: {changed.rollout.message}"
@@ -173,12 +173,12 @@ class Router(rpc.RouterServiceServicer):
         self, request: pb.EstimateDeploymentRequest, context: _Context | None
     ) -> pb.EstimateDeploymentResponse:
         sight = self._rights.sight()
-        model, replicas = request.model, list[pb.Replica]()
+        model, replicas, before = request.model, list[pb.Replica](), ""
         if request.name:
             model = convert.model(await self._seen(request.name, sight))
             if not sight.reads(rights.queue_of(model), model.owner):
                 raise ownership.not_owner(request.name, model.owner)
-            mine = names.last(request.name)
+            mine, before = names.last(request.name), model.rollout.from_engine.weights
             replicas = [r for r in self._routing.replicas.values.values() if convert.model_of(r.name) == mine]
         else:
             convert.check(model)
@@ -186,7 +186,8 @@ class Router(rpc.RouterServiceServicer):
             known = self._routing.model(names.last(model.name)) if model.name else None
             if known is not None and sight.reads(rights.queue_of(known), known.owner):
                 model.measures.extend(known.measures)
-        facts = await self._deployments.facts(model)
+                before = known.engine.weights
+        facts = await self._deployments.facts(model, before)
         others = list(self._routing.models.values.values())
         return pb.EstimateDeploymentResponse(sites=estimate(model, facts, replicas, others))
 

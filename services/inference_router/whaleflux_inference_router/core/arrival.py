@@ -39,10 +39,11 @@ class Weights:
     size_bytes: int = 0
     here: bool = False  # a node of the site has all of it
     source: str = ""
+    had_bytes: int = 0  # of it, what is in the version of before, which a node of the site has
 
     @property
     def missing_bytes(self) -> int:
-        return 0 if self.here else self.size_bytes
+        return 0 if self.here else self.size_bytes - self.had_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,14 @@ def _pull(weights: Weights, measured: Measured) -> tuple[float | None, str]:
         return 0.0, ""
     if not weights.size_bytes:
         return None, f"{weights.name}, whose size is not known yet"
-    size = shown_bytes(weights.size_bytes)
+    size, pulled = shown_bytes(weights.size_bytes), weights.size_bytes - (0 if weights.here else weights.had_bytes)
+    if pulled < weights.size_bytes:
+        size = f"{shown_bytes(pulled)} of {size} (the rest is in the version of before)"
     rate = measured.peer_bytes_per_s if weights.here else measured.source_bytes_per_s
     origin = "a node of the site" if weights.here else weights.source
     if not rate:
         return None, f"{size} from {origin}, how fast is not known yet"
-    return weights.size_bytes / rate, f"{size} at {shown_bytes(rate)}/s from {origin}"
+    return pulled / rate, f"{size} at {shown_bytes(rate)}/s from {origin}"
 
 
 def _types(cards: Iterable[Card]) -> str:
