@@ -50,5 +50,5 @@ DOORS: dict[str, Door] = {
     "burst": Door(commands=("offers", "leases", "burst")),
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_pull": Door(commands=("submit",), fields=("data",)),
-    "locality": Door(waits_for="the book of holds in the planner"),
+    "locality": Door(commands=("submit",), fields=("data",)),
 }

@@ -15,11 +15,10 @@ import random
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from benchmarks.common import Options, Report, Row, Target, main, percentile
-from benchmarks.placement_lab.locality import PinBook, Source
 from benchmarks.topology import read_jobs
 from whaleflux.fleet import Disk, Gpu, Link, LinkKind, Node
 from whaleflux_scheduler.core.placement.api import (
@@ -36,8 +35,6 @@ TB = 10**12
 NODES = 240
 NVME_BYTES = 15 * TB
 HOME_BYTES_PER_S = 1.25e9
-OWNERS = ("vision", "speech", "language")
-QUOTA_BYTES = 400 * TB
 _LINKS = tuple(Link(a, b, LinkKind.NVLINK, 347e9) for a, b in combinations(range(8), 2))
 
 
@@ -65,7 +62,6 @@ class Job:
     lasts_s: float  # when all data is local and nothing is shared
     dataset: str
     reads: float
-    owner: str
 
 
 def draw(
@@ -87,7 +83,7 @@ def draw(
         if readable and pick.random() < 0.25:
             dataset = pick.choices(readable, [weights[name] for name in readable])[0]
             reads = min(pick.uniform(5, 20), most_bytes / sizes[dataset])
-        jobs.append(Job(f"j{n}", min(gpus, 128), at, seconds, dataset, reads, pick.choice(OWNERS)))
+        jobs.append(Job(f"j{n}", min(gpus, 128), at, seconds, dataset, reads))
     return jobs, sizes
 
 
@@ -105,22 +101,24 @@ class Tally:
 
 
 class Run:
-    """One policy's fleet: the engine, the book of held datasets, a first-come queue."""
+    """One policy's fleet: the production engine with its book of held data, agents' caches that are played, a first-come queue.
+
+    A cache keeps what it has until a dataset that is held needs the room: the one that was used longest ago goes first.
+    """
 
     def __init__(self, nodes: int, sizes: dict[str, int], *, aware: bool, shrink: float = 1.0) -> None:
-        self.engine, self.book, self.sizes, self.aware = (
-            Engine(),
-            PinBook(dict.fromkeys(OWNERS, QUOTA_BYTES)),
-            sizes,
-            aware,
-        )
+        self.engine, self.sizes, self.aware = Engine(), sizes, aware
+        self.copies: dict[str, dict[str, float]] = {}  # by node and dataset: when it was last used
+        self.room: dict[str, int] = {}
         for node in fleet(nodes):
+            node = replace(
+                node, disks=tuple(replace(d, capacity_bytes=int(d.capacity_bytes * shrink)) for d in node.disks)
+            )
             self.engine.upsert_node(node)
-            room = int(sum(d.capacity_bytes for d in node.disks) * shrink)
-            self.book.set_capacity(node.name, room)
-            self.engine.set_cache_room(node.name, room)
-        if aware:
-            for name, size in sizes.items():
+            self.copies[node.name], self.room[node.name] = {}, sum(d.capacity_bytes for d in node.disks)
+        for name, size in sizes.items():
+            self.engine.book.resize(name, size)
+            if aware:
                 self.engine.upsert_dataset(DatasetFact(name, size, (), HOME_BYTES_PER_S))
         self.ends: list[tuple[float, str]] = []
         self.waiting: deque[Job] = deque()
@@ -133,19 +131,26 @@ class Run:
             self._start(job.arrives_s)
             self.tally.busy.append(1 - self.engine.free_gpus() / len(self.engine.nodes) / 8)
             if at % 500 == 0:
-                self.book.check()
+                self._check()
         self._until(float("inf"))
-        self.book.check()
+        self._check()
         return self.tally
+
+    def _check(self) -> None:
+        """Raises AssertionError when a sum does not hold, or a node has more than its room."""
+        self.engine.book.check()
+        for node, copies in self.copies.items():
+            held = {name for name in copies if self.engine.book.holds(node, name)}
+            assert self.engine.book.held_bytes(node) == sum(self.sizes[name] for name in held), (
+                f"{node}: held and not there"
+            )
+            assert sum(map(self.sizes.__getitem__, copies)) <= self.room[node], f"{node} has more than its room"
 
     def _until(self, now_s: float) -> None:
         while self.ends and self.ends[0][0] <= now_s:
             at, id_ = heapq.heappop(self.ends)
-            touched = self.engine.placements[id_].node_names
             self.engine.release(id_)
-            self.book.release(id_)
-            for node in touched:
-                self.engine.set_cache_room(node, self.book.room_bytes(node))
+            self.engine.hold_data(id_, ())
             self._start(at)
 
     def _start(self, now_s: float) -> None:
@@ -183,26 +188,40 @@ class Run:
     def _read(self, job: Job, placement: Placement, now_s: float) -> float:
         """Accounts the job's reads, each node its part; returns the most that one node reads from afar."""
         nodes, size = placement.node_names, self.sizes[job.dataset]
-        total, most = size * job.reads, 0.0
+        part, most = size * job.reads / len(nodes), 0.0  # every read is divided among the nodes of the gang
+        self.engine.hold_data(job.id, [(node, job.dataset) for node in nodes if self.room[node]])
         for node in nodes:
-            hold = self.book.hold(job.id, job.owner, node, job.dataset, size, now_s)
-            self.tally.holds[hold.source.value] += 1
-            part = total / len(nodes)  # every read is divided among the nodes of the gang
-            once = min(part, float(size))
-            far = {Source.LOCAL: 0.0, Source.FETCH: once, Source.REMOTE: part}[hold.source]
+            far = {"local": 0.0, "fetch": min(part, float(size)), "remote": part}[
+                how := self._how(node, job.dataset, now_s)
+            ]
+            self.tally.holds[how] += 1
             self.tally.read["afar"] += int(far)
-            self.tally.read["nvme"] += int(part - far) if hold.source is not Source.FETCH else int(part - once)
+            self.tally.read["nvme"] += int(part - far)
             most = max(most, far)
-            self.engine.set_cache_room(node, self.book.room_bytes(node))
-        if self.aware:
-            self._tell(job.dataset)
         return most
 
+    def _how(self, node: str, dataset: str, now_s: float) -> str:
+        """How it is read there: from the copy, by a fetch that is kept, or from afar each time."""
+        copies, book = self.copies[node], self.engine.book
+        if not book.holds(node, dataset):
+            return "local" if dataset in copies else "remote"
+        there, copies[dataset] = dataset in copies, now_s
+        if there:
+            return "local"
+        over = sum(map(self.sizes.__getitem__, copies)) - self.room[node]
+        for name in sorted((n for n in copies if not book.holds(node, n)), key=copies.__getitem__):
+            if over <= 0:
+                break
+            over -= self.sizes[name]
+            del copies[name]
+            self._tell(name)
+        self._tell(dataset)
+        return "fetch"
+
     def _tell(self, dataset: str) -> None:
-        """Evictions change other datasets too, so all that changed are told."""
-        for name in self.sizes:
-            where = self.book.holders_of(name)
-            self.engine.upsert_dataset(DatasetFact(name, self.sizes[name], where, HOME_BYTES_PER_S))
+        if self.aware:
+            where = tuple(node for node, copies in self.copies.items() if dataset in copies)
+            self.engine.upsert_dataset(DatasetFact(dataset, self.sizes[dataset], where, HOME_BYTES_PER_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +260,14 @@ def row(regime: str, policy: str, tallies: Sequence[Tally]) -> Row:
 def measure(options: Options) -> Report:
     """Bytes read from held NVMe copies and completion time, against placement that does not know where data is."""
     philly = read_jobs(options.trace("pollux", "philly.csv.gz"))
-    report = Report(simulated="fleet, datasets, reads and clock; engine and book of holds are the production ones")
+    report = Report(
+        simulated="fleet, datasets, reads and clock; caches of agents; engine and book of held data are the production ones"
+    )
     regimes = [Regime("load 0.9", 0.9, 8000, 4), Regime("load 0.95 for longer: a queue", 0.95, 20_000, 2)]
     for regime in [Regime("load 0.9", 0.9, 1500, 2)] if options.quick else regimes:
         play(regime, philly, options.seed, report)
     report.notes = [
-        "capacities, quotas and sums are checked every 500 jobs (an AssertionError would end the run)",
+        "rooms and sums are checked every 500 jobs (an AssertionError would end the run)",
         "first come, first served without backfill: in the queue one gang that waits for whole nodes holds up everyone",
     ]
     return report

@@ -201,6 +201,9 @@ _OTHERS: dict[str, dict[str, Probe]] = {
     },
     "Task": {
         "OpenTaskSecrets": _job(lambda job: agent_pb2.OpenTaskSecretsRequest(job=job, epoch=1)),
+        "FindDatasetReader": _job(
+            lambda job: agent_pb2.FindDatasetReaderRequest(job=job, dataset="datasets/d", node="sites/s/nodes/n")
+        ),
         "Sync": Probe("node", lambda name: agent_pb2.SyncRequest(hello=agent_pb2.SyncHello(node=name))),
         "Attach": Probe("node", lambda name: agent_pb2.AttachRequest(hello=agent_pb2.AttachHello(node=name))),
     },

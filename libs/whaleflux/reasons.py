@@ -52,6 +52,7 @@ class ErrorReason(_Words):
     DISABLED = "DISABLED", "the caller's account is disabled; an operator enables it again"
     DRAINING = "DRAINING", "this replica stops; nothing was begun, another one takes the call"
     ENGINE_FIXED = "ENGINE_FIXED", "what serves a model cannot be changed in place; declare another model"
+    DATA_QUOTA = "DATA_QUOTA", "the queue, or one above it, may not hold as much data on nodes (queue set --data-quota)"
     EPOCH_FENCED = "EPOCH_FENCED", "the attempt that asks is over; a later one runs"
     ETAG_MISMATCH = "ETAG_MISMATCH", "the resource changed since it was read; read it and try again"
     FIELD_INVALID = "FIELD_INVALID", "fields are wrong; BadRequest names each"

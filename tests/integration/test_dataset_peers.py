@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -308,6 +309,35 @@ class TestWhatIsGivenToWhom:
             inventory.pins = [asker.node]
             holder.forget_what_inventory_said()
             assert (await call(holder, asker, "ListPieces", asked[asker])).chunks
+
+    async def test_what_is_for_some_goes_where_a_job_of_theirs_reads_it_and_nowhere_by_a_lie(
+        self, tmp_path, source, counting
+    ):
+        inventory = Inventory(source)
+        async with site(inventory, tmp_path, counting, "n1", "n2", "n3") as [holder, asker, liar]:
+            await holder.cache.fetch(C4)
+            inventory.members = ["groups/research"]
+            digest = manifests.from_proto(inventory.manifests[C4]).digest
+            holder.readers.add((asker.node, C4, "queues/q/jobs/j"))
+
+            def asked(agent, job):
+                return agent_pb2.ListPiecesRequest(dataset=C4, manifest_digest=digest, node=agent.node, job=job)
+
+            assert (await call(holder, asker, "ListPieces", asked(asker, "queues/q/jobs/j"))).chunks
+            for agent, job in ((asker, "queues/q/jobs/other"), (asker, ""), (liar, "queues/q/jobs/j")):
+                with pytest.raises(NotFound):
+                    await call(holder, agent, "ListPieces", asked(agent, job))
+            with pytest.raises(PermissionDenied, match="may touch only"):
+                await call(holder, liar, "ListPieces", asked(asker, "queues/q/jobs/j"))
+            with pytest.raises(InvalidArgument, match="job"):
+                await call(holder, asker, "ListPieces", asked(asker, "j"))
+            counting.read.clear()
+            spec = SimpleNamespace(require_local_data=False, image="")
+            work = SimpleNamespace(job="queues/q/jobs/j", remote_datasets=(), spec=spec)
+            assert contents(await asker.cache.fetch(C4, work)) == contents(source)
+            assert not counting.read, "all of it came from its neighbour"
+            assert contents(await liar.cache.fetch(C4, work)) == contents(source)
+            assert counting.read, "who has no task of that job reads it at the source"
 
     async def test_so_many_at_a_time(self, tmp_path, source, counting, monkeypatch):
         monkeypatch.setattr(piece_servicer, "MAX_WAITING", 0)

@@ -47,7 +47,11 @@ class Agent:
             root / site / name, room, self.node, inventory, frozenset, address=self.address, peers=peers, **more
         )
         self.clock, self.peers = Later(), peers
-        self.servicer = Heard(self.node, self.cache.held, inventory, self.clock)
+        self.readers = set()  # (node, dataset, job), as the scheduler would say
+        self.servicer = Heard(self.node, self.cache.held, inventory, self.clock, self._reads)
+
+    async def _reads(self, node, dataset, job):
+        return (node, dataset, job) in self.readers
 
     def forget_what_inventory_said(self):
         """So long ago that it is asked again."""

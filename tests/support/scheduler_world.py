@@ -187,6 +187,9 @@ class Agent:
     tasks: dict[str, agent_pb2.DesiredTask] = field(default_factory=dict)
     reports: dict[str, agent_pb2.TaskReport] = field(default_factory=dict)
     acknowledged: int = 0
+    ahead: list[agent_pb2.DataClaim] = field(
+        default_factory=list
+    )  # data that it is to pull for jobs that are to start here
     logs: list[agent_pb2.LogRequest] = field(default_factory=list)
     cancelled_logs: list[str] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
@@ -277,6 +280,8 @@ class Agent:
                 self._stop(answer.removed)
             case "acknowledged_sequence":
                 self.acknowledged = answer.acknowledged_sequence
+            case "data":
+                self.ahead = list(answer.data.claims)
             case "logs":
                 self.logs.append(answer.logs)
             case "cancel_logs":
@@ -324,7 +329,9 @@ class World:
         rebalancing: RebalanceSettings | None = None,
         let_end_s: float = MOST_S,
         bursting: BurstSettings | None = None,
+        people: Callable[[str], auth.Principal | None] | None = None,
     ) -> None:
+        self.people = people
         self.bus, self.rebalancing, self.let_end_s, self.bursting = bus, rebalancing, let_end_s, bursting
         self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
@@ -359,6 +366,7 @@ class World:
             rebalancing=self.rebalancing,
             let_end_s=self.let_end_s,
             bursting=self.bursting,
+            people=self.people,
         )
         scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self.scheduler = AsAdmin(scheduler)

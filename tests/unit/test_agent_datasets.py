@@ -54,7 +54,11 @@ def slow():
 
 
 def work(**spec):
-    return SimpleNamespace(spec=SimpleNamespace(**{"require_local_data": False, "image": "", **spec}))
+    return SimpleNamespace(
+        job="queues/q/jobs/j",
+        remote_datasets=(),
+        spec=SimpleNamespace(**{"require_local_data": False, "image": "", **spec}),
+    )
 
 
 @pytest.fixture
@@ -375,3 +379,38 @@ async def test_a_pin_of_what_exceeds_the_cache_gets_no_part_for_it(tmp_path, man
     await cache.close()
     assert not [folder for folder in (tmp_path / "cache").iterdir() if "@" in folder.name]
     assert not list((tmp_path / "cache" / ".partial").iterdir())
+
+
+class TestBeyondTheQuota:
+    """A task whose queue holds as much data as it may: nothing is pulled for it."""
+
+    def beyond(self, **spec):
+        made = work(**spec)
+        made.remote_datasets = ("datasets/c4",)
+        return made
+
+    async def test_it_reads_a_copy_that_is_here_for_others_else_the_source(self, tmp_path, source):
+        said, inventory = [], Inventory(source)
+        cache = cache_of(tmp_path, inventory)
+
+        async def tell(text):
+            said.append(text)
+
+        assert await cache.fetch("datasets/c4", self.beyond(), tell) == str(source)
+        assert said == ["datasets/c4, which is read where it is: its queue holds as much data as it may"]
+        assert inventory.states("datasets/c4") == [], "nothing was pulled"
+        folder = await cache.fetch("datasets/c4", work())
+        assert await cache.fetch("datasets/c4", self.beyond(), tell) == folder
+
+    async def test_who_insists_on_a_copy_is_refused(self, tmp_path, source):
+        cache = cache_of(tmp_path, Inventory(source))
+        with pytest.raises(LaunchFailed, match="holds as much data as it may") as refused:
+            await cache.fetch("datasets/c4", self.beyond(require_local_data=True))
+        assert refused.value.unfit
+
+    async def test_what_is_not_there_is_said(self, tmp_path, source):
+        cache = cache_of(tmp_path, Inventory(source))
+        gone = self.beyond()
+        gone.remote_datasets = ("datasets/gone",)
+        with pytest.raises(LaunchFailed, match="gone"):
+            await cache.fetch("datasets/gone", gone)

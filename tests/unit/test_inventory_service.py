@@ -17,13 +17,16 @@ from whaleflux.errors import (
     NotFound,
     PermissionDenied,
     Unauthenticated,
+    Unavailable,
 )
 from whaleflux.events.publisher import EntryChange as Published
 from whaleflux.fleet import Gpu, Link, LinkKind, Node, Price, PriceKind
 from whaleflux.rpc import auth, pki
 from whaleflux.store import Put, keys
 from whaleflux.store.memory import MemoryStore
-from whaleflux.v1 import events_pb2
+from whaleflux.trust import ownership
+from whaleflux.trust.view import UNKNOWN
+from whaleflux.v1 import events_pb2, scheduler_pb2
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import news
 from whaleflux_inventory.service import assemble
@@ -449,6 +452,79 @@ async def test_pins_of_a_dataset_are_its_owners(world):
         await world.call("PinDataset", pin(copies=1), "user", "eve")
     with pytest.raises(PermissionDenied):
         await world.call("UnpinDataset", pb.UnpinDatasetRequest(name="datasets/c4"), "user", "eve")
+
+
+class TestDataQuotas:
+    """Pins are charged to a queue, whose quota and those above bound them before a byte is written."""
+
+    @pytest.fixture
+    async def fleet(self, world):
+        await pinnable(world, n1=100, n2=100)
+        world.held = {"queues/team": 15, "queues/top": 15}
+
+        async def held(queue):
+            if world.held[queue] is None:
+                raise Unavailable("nobody counts")
+            return world.held[queue]
+
+        for name, parent, most in (("default", "", 0), ("team", "queues/top", 30), ("top", "", 50)):
+            queue = scheduler_pb2.Queue(name=f"queues/{name}", parent=parent, data_quota_bytes=most)
+            await world.store.commit(Put(keys.of_name(keys.QUEUES, queue.name), queue.SerializeToString()))
+        access = {"team": ownership.Access(frozenset({"users/olga", "users/ann"})), "default": ownership.OPEN}
+        world.rpc = assemble(
+            world.store,
+            world.clock,
+            world.ca,
+            world.dependencies,
+            queue_access=lambda name: access.get(name, UNKNOWN),
+            data_held=held,
+        )
+        return world
+
+    async def test_what_is_beyond_is_refused_with_the_numbers_and_changes_nothing(self, fleet):
+        before = (await fleet.store.list("/")).revision
+        with pytest.raises(
+            FailedPrecondition, match="may hold 30 B of data on nodes and holds 15 B: of 20 B more 5 B are too"
+        ) as no:
+            await fleet.call("PinDataset", pin(nodes=[N1, N2], queue="queues/team"))
+        assert no.value.reason == "DATA_QUOTA"
+        fleet.held["queues/top"] = 45
+        with pytest.raises(FailedPrecondition, match="queues/top may hold 50 B"):
+            await fleet.call("PinDataset", pin(nodes=[N1], queue="queues/team"))
+        assert (await fleet.store.list("/")).revision == before
+
+    async def test_pins_of_the_last_while_count_until_the_scheduler_has_heard_of_them(self, fleet):
+        made = await fleet.call("PinDataset", pin(nodes=[N1], queue="queues/team"))
+        assert [one.queue for one in made.pins] == ["queues/team"]
+        with pytest.raises(FailedPrecondition, match="holds 25 B"):
+            await fleet.call("PinDataset", pin("other", nodes=[N1], queue="queues/team"))
+        await fleet.call(
+            "PinDataset", pin(nodes=[N1], queue="queues/team", ttl=Duration(seconds=900))
+        )  # it is charged already
+        await fleet.clock.advance(60)
+        fleet.held["queues/team"] = 20
+        await fleet.call("PinDataset", pin("other", nodes=[N1], queue="queues/team"))
+
+    async def test_two_at_once_do_not_count_the_same_room(self, fleet):
+        calls = [fleet.call("PinDataset", pin(name, nodes=[N1], queue="queues/team")) for name in ("c4", "other")]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert sorted(type(answer).__name__ for answer in answers) == ["Dataset", "FailedPrecondition"]
+
+    async def test_nobody_who_counts_is_no_yes_and_without_a_limit_nobody_is_asked(self, fleet):
+        fleet.held = dict.fromkeys(fleet.held)
+        with pytest.raises(Unavailable):
+            await fleet.call("PinDataset", pin(nodes=[N1], queue="queues/team"))
+        made = await fleet.call("PinDataset", pin(nodes=[N1]))
+        assert [one.queue for one in made.pins] == ["queues/default"]
+
+    @pytest.mark.parametrize("queue", ["team", "queues/absent", "queues/team/jobs/x"])
+    async def test_a_queue_that_cannot_be_is_refused_by_name(self, fleet, queue):
+        await fleet.call(
+            "CreateDataset", pb.CreateDatasetRequest(dataset_id="hers", dataset={"uri": "/d"}), "user", "eve"
+        )
+        with pytest.raises(InvalidArgument) as refused:
+            await fleet.call("PinDataset", pin("hers", nodes=[N1], queue=queue), "user", "eve")
+        assert refused.value.violations[0].field == "queue"
 
 
 async def test_news_of_a_node(world):

@@ -158,6 +158,8 @@ async def test_a_limit_is_changed_while_jobs_wait_for_it(world):
         ({"paths": ()}, "update_mask"),
         ({"paths": ("name",)}, "cannot be changed"),
         ({"max_gpus": -1}, "queue.max_gpus"),
+        ({"paths": ("data_quota_bytes",), "data_quota_bytes": -1}, "queue.data_quota_bytes"),
+        ({"paths": ("data_quota_bytes",), "data_quota_bytes": 10**18 + 1}, "queue.data_quota_bytes"),
         ({"etag": '"1"', "max_gpus": 1}, "ETAG_MISMATCH|etag"),
         ({"name": "nobody"}, "whaleflux queue ls"),
     ],

@@ -27,6 +27,7 @@ from whaleflux_inference_router import news as router_news
 from whaleflux_inventory import event_sight
 from whaleflux_inventory import news as inventory_news
 from whaleflux_inventory.core import event_filter
+from whaleflux_inventory.data_quotas import DataQuotas, nothing_held
 from whaleflux_inventory.datasets import Datasets
 from whaleflux_inventory.event_history import EventHistory
 from whaleflux_scheduler import news as scheduler_news
@@ -194,7 +195,7 @@ async def test_an_incident_names_no_jobs_of_others_and_quotes_no_program():
 class TestDatasets:
     @contextlib.asynccontextmanager
     async def made(self):
-        datasets = Datasets(MemoryStore(), VirtualClock(), no_problem)
+        datasets = datasets_of(MemoryStore())
         for name, members in (("all", []), ("team", ["groups/research"])):
             request = inventory_pb2.CreateDatasetRequest(dataset_id=name, request_id="r")
             request.dataset.uri = "/mnt/d"
@@ -228,12 +229,16 @@ class TestDatasets:
                     assert isinstance(gone, type(None) if name in changes else refused), (caller.name, name)
 
     async def test_members_are_somebody(self):
-        datasets = Datasets(MemoryStore(), VirtualClock(), no_problem)
+        datasets = datasets_of(MemoryStore())
         request = inventory_pb2.CreateDatasetRequest(
             dataset_id="d", dataset=inventory_pb2.Dataset(uri="/d", members=["ann"])
         )
         with auth.acting_as(ANN), pytest.raises(InvalidArgument, match=r"members\[0\]"):
             await datasets.create(request)
+
+
+def datasets_of(store):
+    return Datasets(store, VirtualClock(), no_problem, DataQuotas(store, lambda _: ownership.OPEN, nothing_held))
 
 
 async def no_problem(secret):

@@ -222,18 +222,23 @@ def pin(
     for_: Annotated[
         str, typer.Option("--for", metavar="TIME", help="Such as 7 d; without: until it is unpinned.")
     ] = "",
+    queue: Annotated[
+        str, typer.Option("--queue", metavar="NAME", help="Whose data quota counts it; without: default.")
+    ] = "",
 ) -> None:
     """Has nodes hold a dataset also while no job needs it; refused where it does not fit.
 
     \b
       whaleflux datasets pin c4-en --copies 2 --for "7 d"
-      whaleflux datasets pin c4-en --node onprem/gpu-7
+      whaleflux datasets pin c4-en --node onprem/gpu-7 --queue research
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux import quantities
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.v1 import inventory_pb2 as pb
 
     request = pb.PinDatasetRequest(name=_full(name), copies=copies if copies or node else 1)
+    if queue:
+        request.queue = names.queue(names.check_id("--queue", queue.removeprefix("queues/")))
     if for_:
         try:
             request.ttl.FromMilliseconds(int(quantities.seconds(for_) * 1000))
@@ -276,7 +281,7 @@ def remove(name: Name, yes: Yes = False) -> None:
 
 def _pin(pin: Any) -> str:
     ends = f" until {pin.expire_time.ToJsonString()}" if pin.HasField("expire_time") else ""
-    return f"{pin.node}{ends} by {pin.author}"
+    return f"{pin.node}{ends} by {pin.author}" + (f" for {pin.queue}" if pin.queue else "")
 
 
 def _state(copy: Any) -> str:

@@ -41,6 +41,10 @@ Lend = Annotated[
     str | None,
     typer.Option("--lend", metavar="N", help='Most GPUs of its unused guarantee that others may hold; "all" at first.'),
 ]
+DataQuota = Annotated[
+    str | None,
+    typer.Option("--data-quota", metavar="SIZE", help='Most data held on nodes, such as "10 TB"; 0: no limit.'),
+]
 Member = Annotated[
     list[str] | None, typer.Option("--member", metavar="MEMBER", help="users/NAME or groups/NAME whom it is for.")
 ]
@@ -56,6 +60,7 @@ def create(
     parent: Parent = None,
     guaranteed: Guaranteed = None,
     lend: Lend = None,
+    data_quota: DataQuota = None,
 ) -> None:
     """Makes a queue. Without members it is open to all users; with some, it does not exist for others.
 
@@ -74,6 +79,7 @@ def create(
         parent=_full(parent, "--parent") if parent else "",
         guaranteed_gpus=guaranteed or 0,
         lending_limit_gpus=_lent(lend),
+        data_quota_bytes=_size(data_quota),
     )
     with fleet() as client:
         request = pb.CreateQueueRequest(queue_id=name, queue=made, request_id=names.ulid())
@@ -96,6 +102,7 @@ def set_(
     parent: Parent = None,
     guaranteed: Guaranteed = None,
     lend: Lend = None,
+    data_quota: DataQuota = None,
 ) -> None:
     """Changes a queue; effective at once for what waits. What runs goes on, until somebody asks for what they are guaranteed.
 
@@ -106,6 +113,7 @@ def set_(
       whaleflux queue set research --remove-member users/bob
       whaleflux queue set research --max-priority 500
       whaleflux queue set vision --guaranteed 32 --lend all
+      whaleflux queue set vision --data-quota "10 TB"           of datasets on nodes, for its jobs and pins
       whaleflux queue set vision --parent ""                    right below the fleet
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
@@ -114,6 +122,7 @@ def set_(
     given = (
         *(("weight", weight), ("max_gpus", max_gpus), ("max_priority", max_priority)),
         *(("parent", parent), ("guaranteed_gpus", guaranteed), ("lending_limit_gpus", lend)),
+        ("data_quota_bytes", data_quota),
     )
     changed = [field for field, value in given if value is not None] + ["members"] * open_
     if not (changed or member or remove_member):
@@ -128,6 +137,7 @@ def set_(
         parent=_full(parent, "--parent") if parent else "",
         guaranteed_gpus=guaranteed or 0,
         lending_limit_gpus=_lent(lend),
+        data_quota_bytes=_size(data_quota),
     )
     request = pb.UpdateQueueRequest(queue=wanted, add_members=member or (), remove_members=remove_member or ())
     request.update_mask.paths.extend(changed)
@@ -167,6 +177,7 @@ def show(name: Name, fmt: Output = Format.table) -> None:
         ("lends", _lends(found)),
         ("max gpus", str(found.max_gpus or "no limit")),
         ("holds", f"{row.held} GPUs, {row.borrowed} of them borrowed" if row else "not known"),
+        ("data", _data(found)),
         ("fair share", f"{row.share} GPUs beyond its guarantee, by weight" if row else "-"),
         ("reservations", "; ".join(map(told, kept)) or "none"),
         ("can never start", ", ".join(found.use.stuck_jobs) or "none that is known"),
@@ -250,6 +261,25 @@ def _lent(lend: str | None) -> int | None:
     return int(lend)
 
 
+def _size(text: str | None) -> int:
+    """Bytes that were typed; 0 for none."""
+    from whaleflux import quantities
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    try:
+        return quantities.size_bytes(text) if text else 0
+    except ValueError as wrong:
+        raise InvalidArgument(FieldViolation("--data-quota", str(wrong))) from None
+
+
+def _data(queue: Any) -> str:
+    from whaleflux.quantities import shown_bytes
+
+    most = f"at most {shown_bytes(queue.data_quota_bytes)}" if queue.data_quota_bytes else "no limit"
+    held = shown_bytes(queue.use.held_data_bytes) if queue.HasField("use") else "not known how much"
+    return f"{held} held on nodes, {most}"
+
+
 def _lends(queue: Any) -> str:
     return f"at most {queue.lending_limit_gpus}" if queue.HasField("lending_limit_gpus") else "all"
 
@@ -259,11 +289,14 @@ def _full(name: str, typed: str = "NAME") -> str:
 
 
 def _limits(queue: Any) -> str:
+    from whaleflux.quantities import shown_bytes
+
     most = f"at most {queue.max_gpus} GPUs at once" if queue.max_gpus else "no limit of GPUs"
     whom = f"for {', '.join(queue.members)}" if queue.members else "for all users"
     firm = f"{queue.guaranteed_gpus} GPUs guaranteed, " if queue.guaranteed_gpus else ""
     place = f"below {queue.parent}, " if queue.parent else ""
-    return f"{place}weight {queue.weight or 1:g}, {firm}{most}, priority up to {_max_priority(queue)}, {whom}"
+    data = f"at most {shown_bytes(queue.data_quota_bytes)} of data on nodes, " if queue.data_quota_bytes else ""
+    return f"{place}weight {queue.weight or 1:g}, {firm}{most}, {data}priority up to {_max_priority(queue)}, {whom}"
 
 
 def _max_priority(queue: Any) -> int:

@@ -19,6 +19,7 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "guaranteed_gpus": ("--guaranteed",),
     "kind": ("--service-account",),
     "lending_limit_gpus": ("--lend",),
+    "data_quota_bytes": ("--data-quota",),
     "manifest": ("--hash",),
     "max_output_tokens": ("--max-tokens",),
     "awaits_oidc": ("--oidc",),

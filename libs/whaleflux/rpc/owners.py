@@ -190,6 +190,7 @@ TABLE: dict[str, OwnerRule] = {
         Sync=own_node("hello.node"),
         Attach=own_node("hello.node"),
         OpenTaskSecrets=RECORD,
+        FindDatasetReader=LEAVES_OUT,
     ),
     **_service(
         "Node",

@@ -127,6 +127,7 @@ TABLE: Table = {
     "/whaleflux.v1.TaskService/Sync": frozenset({AGENT}),
     "/whaleflux.v1.TaskService/Attach": frozenset({AGENT}),
     "/whaleflux.v1.TaskService/OpenTaskSecrets": frozenset({AGENT}),
+    "/whaleflux.v1.TaskService/FindDatasetReader": frozenset({AGENT}),  # of its own site
     "/whaleflux.v1.NodeService/Probe": frozenset({HEALTH_MONITOR, ADMIN, OPERATOR}),  # neighbours look at the port only
     # agents of one site, among themselves
     "/whaleflux.v1.PieceService/ListPieces": frozenset({AGENT}),

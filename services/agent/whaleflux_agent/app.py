@@ -27,8 +27,10 @@ from whaleflux_agent.checkpoint_access import CheckpointAccess
 from whaleflux_agent.checkpoint_collector import CheckpointCollector
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.code_cache import CodeCache
+from whaleflux_agent.data_ahead import DataAhead
 from whaleflux_agent.dataset_peers import Peers
 from whaleflux_agent.dataset_progress import Pace
+from whaleflux_agent.dataset_readers import DatasetReaders
 from whaleflux_agent.dataset_store import cache_bytes
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.devices import host
@@ -91,6 +93,8 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
     rank_server = await _serve_ranks(ctx, supervisor, custody.outbox, checkpoints, observations)
     isolation.let_pass(socket_path(settings.state_dir).parent)
     sockets.server = rank_server
+    ahead = DataAhead(datasets, clock)
+    readers = DatasetReaders(agent_pb2_grpc.TaskServiceStub(_channel(ctx, "scheduler")), clock)
     attached = AttachSessions(_channel(ctx, "scheduler"), description.node, supervisor.by_id)
     sync = SyncLoop(
         _channel(ctx, "scheduler"),
@@ -100,6 +104,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         custody.reports,
         clock,
         machine_id=description.machine_id,
+        data=ahead,
         attach=attached.start,
         refused=revocation.look_at,
     )
@@ -114,14 +119,14 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             ),
             (
                 agent_pb2_grpc.add_PieceServiceServicer_to_server,
-                PieceServicer(description.node, datasets.held, inventory, clock),
+                PieceServicer(description.node, datasets.held, inventory, clock, readers.reads),
                 "whaleflux.v1.PieceService",
             ),
         ],
         loops=[
             registration.run,
             supervisor.run,
-            *([sync.run] if settings.run else []),  # the scheduler gives work only to agents that it hears
+            *([sync.run, ahead.run] if settings.run else []),  # the scheduler gives work only to agents that it hears
             heartbeat.run,
             custody.outbox.run,
             collector.run,

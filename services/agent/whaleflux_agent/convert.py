@@ -28,6 +28,7 @@ def work_from_proto(desired: agent_pb2.DesiredTask) -> Work:
         restore_checkpoint=desired.restore_checkpoint,
         elsewhere=desired.elsewhere,
         job_uid=desired.job_uid,
+        remote_datasets=tuple(desired.remote_datasets),
         share_bytes=task.share_memory_bytes,
         cpu_ranks=task.ranks,
     )

@@ -75,8 +75,8 @@ class Peers:
 class Swarm:
     """The peers of one pull: asked again and again what they have. For one event loop; its sources may be read from threads."""
 
-    def __init__(self, peers: Peers, found: inventory_pb2.Dataset) -> None:
-        self._peers, self._found = peers, found
+    def __init__(self, peers: Peers, found: inventory_pb2.Dataset, job: str = "") -> None:
+        self._peers, self._found, self._job = peers, found, job
         self._channels: dict[tuple[str, str], Channel] = {}
         self._addresses: dict[str, str] = {}
         self._fellows = frozenset[str]()
@@ -123,7 +123,10 @@ class Swarm:
     async def _pieces_of(self, node: str, address: str) -> int | None:
         """None: it does not answer."""
         request = agent_pb2.ListPiecesRequest(
-            dataset=self._found.name, manifest_digest=self._found.manifest_digest, node=self._peers.node
+            dataset=self._found.name,
+            manifest_digest=self._found.manifest_digest,
+            node=self._peers.node,
+            job=self._job,
         )
         try:
             answer = await self._stub(node, address).ListPieces(request, timeout=_LIST_S)
@@ -149,6 +152,7 @@ class Swarm:
             path=path,
             offset=offset,
             size_bytes=length,
+            job=self._job,
         )
         address = self._addresses.get(node)
         if address is None:
@@ -174,9 +178,9 @@ class Swarm:
 
 
 @contextlib.asynccontextmanager
-async def swarm_of(peers: Peers | None, found: inventory_pb2.Dataset) -> AsyncIterator[Swarm | None]:
-    """The peers of a pull while it runs; None where there are none."""
-    swarm = Swarm(peers, found) if peers else None
+async def swarm_of(peers: Peers | None, found: inventory_pb2.Dataset, job: str = "") -> AsyncIterator[Swarm | None]:
+    """The peers of a pull while it runs, for that job; None where there are none."""
+    swarm = Swarm(peers, found, job) if peers else None
     try:
         yield swarm
     finally:

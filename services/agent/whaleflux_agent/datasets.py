@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -72,18 +73,24 @@ class DatasetCache:
         peers: Peers | None = None,
     ) -> None:
         self._store, self._node, self._stub = DatasetStore(root, limit_bytes), node, stub
-        self._pins = pins = NodePins(node, stub)
+        self._pins = NodePins(node, stub)
+        self.ahead: Mapping[
+            str, str
+        ] = {}  # datasets that jobs will read which are to start here, and one such job of each
 
-        def stays(dataset: str) -> bool:
-            return pins.has(dataset) or dataset in in_use()
+        def needed() -> frozenset[str]:
+            return in_use().union(self.ahead)
 
-        self._reports, self._peers = CopyReports(node, address, stub, stays), peers
+        self._needed = needed
+        self._reports, self._peers = CopyReports(node, address, stub, self._stays), peers
         self._versions = Versions(stub, self._reports)
         self._pulls: dict[tuple[str, str], Pull] = {}  # those of a known version, by dataset and digest
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, Fetch] = {}
+        self._waiting = Counter[str]()  # tasks, by dataset that is fetched for them
+        self._for_job: dict[str, str] = {}  # by dataset that is fetched; "": for a pin
         self._room = Room(
-            self._store, self._pins, self._versions, self._reports, in_use, self._fetching, self._open_here
+            self._store, self._pins, self._versions, self._reports, needed, self._fetching, self._open_here
         )
         self._parts = Parts(self._store, self._room, self._reports, self._pace, self._reader)
         self.upkeep = Upkeep(
@@ -105,7 +112,12 @@ class DatasetCache:
             names.split(dataset, "datasets", field="datasets")
         except InvalidArgument as wrong:
             raise LaunchFailed(wrong.message) from None
+        if work is not None and dataset in work.remote_datasets:
+            return await self._where_it_is(dataset, work, tell)
+        while (given_up := self._fetching.get(dataset)) and given_up.progress.stop.is_set():
+            await asyncio.wait({given_up.task})
         fetch = self._fetch_once(dataset, work, tell)
+        self._waiting[dataset] += 1
         try:
             while not (await asyncio.wait({fetch.task}, timeout=_TELL_EVERY_S))[0]:
                 if tell:
@@ -115,20 +127,37 @@ class DatasetCache:
                 raise fetch.unkept
         except Unkept as unkept:
             return await self._from_source(unkept, work, tell)
+        finally:
+            self._waiting[dataset] -= 1
         await self._room.do(self._store.touch, copy)
         return str(copy.folder)
+
+    def begin(self, dataset: str) -> Fetch:
+        """Brings it here for nobody in particular, unless that has begun."""
+        return self._fetch_once(dataset, None, None)
+
+    async def give_up(self, dataset: str) -> None:
+        """What comes for nobody stops, unless it is needed for something else; what came of it goes when its room is needed."""
+        fetch = self._fetching.get(dataset)
+        if fetch is None or self._waiting[dataset] > 0 or self._stays(dataset):
+            return
+        fetch.progress.stop.set()
+        await asyncio.wait({fetch.task})
+        if dataset not in self._fetching:
+            await self._reports.say(dataset, READY)
 
     def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> Fetch:
         """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, others may wait for it."""
         known = self._fetching.get(dataset)
         if known is None:
             known = self._fetching[dataset] = Fetch()
+            self._for_job[dataset] = work.job if work is not None else self.ahead.get(dataset, "")
             known.task = asyncio.create_task(self._bring(dataset, known, work, tell))
             known.task.add_done_callback(lambda done: self._fetched(dataset, done))
         return known
 
     def _fetched(self, dataset: str, done: asyncio.Task[Copy]) -> None:
-        del self._fetching[dataset]
+        del self._fetching[dataset], self._for_job[dataset]
         if not done.cancelled():
             done.exception()  # whoever still waits hears of it
 
@@ -259,7 +288,9 @@ class DatasetCache:
                 made = await in_thread(first.run)
             self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it
             return made
-        async with swarm_of(self._peers if shareable(found) or self._pins.has(found.name) else None, found) as swarm:
+        job = self._for_job.get(found.name, "")
+        given = shareable(found) or self._pins.has(found.name) or (bool(job) and not found.HasField("credentials"))
+        async with swarm_of(self._peers if given else None, found, job) as swarm:
             pull = Pull(
                 wanted,
                 source,
@@ -285,6 +316,10 @@ class DatasetCache:
             return Held(pull.manifest, pull.files, pull.pieces, settled=False)
         return None
 
+    def _stays(self, dataset: str) -> bool:
+        """Whether a whole copy is held because it is needed."""
+        return self._pins.has(dataset) or dataset in self._needed()
+
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, fetch: Fetch) -> Copy:
         progress, partial, cost = fetch.progress, self._store.partial(key), max(fetch.progress.cost, fetch.given.cost)
         copy = await self._room.do(self._store.publish, found.name, made, partial, self._reader, cost)
@@ -302,9 +337,25 @@ class DatasetCache:
         await self._reports.say(found.name, READY, made.size_bytes, made.digest, message=told)
         return copy
 
+    async def _where_it_is(self, dataset: str, work: Work, tell: Tell | None) -> str:
+        """A copy that is here for others, or its source: nothing is pulled for a task whose queue holds as much data as it may."""
+        try:
+            found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
+            if found.manifest_digest and (here := await self._find(found)):
+                return str(here.folder)
+        except (StatusError, OSError) as failed:
+            raise LaunchFailed(f"{dataset}: {failed}") from None
+        source = self._open_source(found.uri, "", self._acting)
+        return await self._read_there(found, source.home(), "its queue holds as much data as it may", work, tell)
+
     async def _from_source(self, unkept: Unkept, work: Work | None, tell: Tell | None) -> str:
         """Where its original is, for a job that does not insist on a copy."""
-        found, why = unkept.dataset, str(unkept)
+        return await self._read_there(unkept.dataset, unkept.source.home(), str(unkept), work, tell)
+
+    @staticmethod
+    async def _read_there(
+        found: inventory_pb2.Dataset, home: str, why: str, work: Work | None, tell: Tell | None
+    ) -> str:
         if work is None or work.spec.require_local_data:
             raise LaunchFailed(f"{found.name}: {why}", unfit=True)
         if found.HasField("credentials"):
@@ -313,7 +364,7 @@ class DatasetCache:
             )
         if tell:
             await tell(f"{found.name}, which is read where it is: {why}")
-        return unkept.source.home()
+        return home
 
     async def close(self) -> None:
         """The agent stops: what is on its way is gone on with by the next one."""

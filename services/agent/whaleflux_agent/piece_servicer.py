@@ -1,7 +1,8 @@
 """Pieces of datasets for other agents of the site, on the agent's own mTLS port.
 
 Given away is only what was compared with its digest, of whole copies and of those on their way, and only of datasets that everybody may
-use, or that whoever may say so pinned to the asking node. What anything else is, is not found.
+use, that whoever may say so pinned to the asking node, or that a job of somebody who may use it reads there. What anything else is, is not
+found.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC
 from typing import Any
@@ -38,27 +39,29 @@ _PIECE = "piece"
 
 Holding = Callable[[str, str], Held | None]
 """What is here of datasets/{dataset} in the version of that digest (`DatasetCache.held`)."""
+Reads = Callable[[str, str, str], Awaitable[bool]]
+"""Whether a node reads a dataset for a job of somebody who may (`DatasetReaders.reads`)."""
 
 
 class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
     """Asks inventory whose business a dataset is, at most each 5 s."""
 
     def __init__(
-        self, node: str, held: Holding, inventory: inventory_pb2_grpc.InventoryServiceStub, clock: Clock
+        self, node: str, held: Holding, inventory: inventory_pb2_grpc.InventoryServiceStub, clock: Clock, reads: Reads
     ) -> None:
-        self._node, self._held, self._inventory, self._clock = node, held, inventory, clock
+        self._node, self._held, self._inventory, self._clock, self._reads_for = node, held, inventory, clock, reads
         self._known: OrderedDict[str, tuple[float, inventory_pb2.Dataset]] = OrderedDict()
         self._reads, self._waiting = asyncio.Semaphore(MAX_READS), 0
 
     async def ListPieces(self, request: agent_pb2.ListPiecesRequest, context: Any) -> agent_pb2.ListPiecesResponse:
-        held = await self._given(request.dataset, request.manifest_digest, request.node)
+        held = await self._given(request)
         size = (held.manifest.chunk_count + 7) // 8
         return agent_pb2.ListPiecesResponse(chunks=held.have.to_bytes(size, "little"))
 
     async def ReadPiece(
         self, request: agent_pb2.ReadPieceRequest, context: Any
     ) -> AsyncIterator[agent_pb2.ReadPieceResponse]:
-        held = await self._given(request.dataset, request.manifest_digest, request.node)
+        held = await self._given(request)
         _check_stretch(request, held)
         limit_s = _CALL_S + request.size_bytes / _MIN_BYTES_PER_S
         try:
@@ -83,21 +86,25 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
             held = self._held(request.dataset, request.manifest_digest)
         raise NotFound(_PIECE, request.path)
 
-    async def _given(self, dataset: str, digest: str, node: str) -> Held:
+    async def _given(self, request: agent_pb2.ListPiecesRequest | agent_pb2.ReadPieceRequest) -> Held:
         """What is here of it, for who may have it. Raises NotFound, which says no more to who may not."""
+        dataset, digest, node = request.dataset, request.manifest_digest, request.node
         names.split(dataset, "datasets", field="dataset")
         auth.require_own_node(node)
+        if request.job:
+            names.split(request.job, "queues", "jobs", field="job")
         ownership.note_asked()
         held = self._held(dataset, digest)
-        if held is None or names.top(node) != names.top(self._node) or not await self._may_have(node, dataset, digest):
+        near = names.top(node) == names.top(self._node)
+        if held is None or not near or not await self._may_have(node, dataset, digest, request.job):
             raise NotFound(_PIECE, f"{dataset} on {self._node}")
         return held
 
-    async def _may_have(self, node: str, name: str, digest: str) -> bool:
+    async def _may_have(self, node: str, name: str, digest: str, job: str) -> bool:
         dataset = await self._dataset(name, digest)
         if dataset is None or digest not in ("", dataset.manifest_digest) or dataset.HasField("credentials"):
             return False
-        return not dataset.members or node in self._pinned(dataset)
+        return not dataset.members or node in self._pinned(dataset) or await self._reads_for(node, name, job)
 
     def _pinned(self, dataset: inventory_pb2.Dataset) -> set[str]:
         now = self._clock.now()

@@ -12,6 +12,7 @@ from whaleflux.retry import Backoff
 from whaleflux.rpc.channel import Channel
 from whaleflux.telemetry import Event
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc
+from whaleflux_agent.data_ahead import DataAhead
 from whaleflux_agent.log_streams import LogStreams
 from whaleflux_agent.reports import ReportLog
 from whaleflux_agent.runtime import procfs
@@ -37,13 +38,15 @@ class SyncLoop:
         clock: Clock,
         *,
         machine_id: str = "",
+        data: DataAhead | None = None,
         attach: Callable[[agent_pb2.AttachOrder], None] = lambda _: None,
         refused: Callable[[StatusError], None] = lambda _: None,
     ) -> None:
         self._stub = agent_pb2_grpc.TaskServiceStub(channel)
         self._node, self._boot_id, self._machine_id = node, boot_id, machine_id
         self._supervisor, self._reports, self._clock = supervisor, reports, clock
-        self._attach, self._refused = attach, refused
+        self._attach, self._refused, self._data = attach, refused, data
+        self._asked_for_data = False  # on this stream: an older scheduler would take no report of it
         self._changed = asyncio.Event()
         self.connected = False
 
@@ -64,6 +67,7 @@ class SyncLoop:
             await self._clock.sleep(RETRY.pause_s(failures))
 
     async def _once(self) -> None:
+        self._asked_for_data = False
         logs = LogStreams(self._supervisor.with_logs, self._changed.set)
         self._reports.on_change = self._changed.set
         try:
@@ -88,6 +92,7 @@ class SyncLoop:
         yield agent_pb2.SyncRequest(hello=hello)
         sent, progress_at = 0, self._clock.monotonic()
         quiet_at = progress_at + _QUIET_S
+        said = agent_pb2.DataReport()
         while True:
             self._changed.clear()
             for report in self._reports.after(sent):
@@ -99,6 +104,9 @@ class SyncLoop:
                 if moved or progress_at > quiet_at:
                     quiet_at = progress_at + _QUIET_S
                     yield agent_pb2.SyncRequest(progress=agent_pb2.ProgressReport(tasks=moved))
+                if self._data and self._asked_for_data and (now := self._data.report()) != said:
+                    said = now
+                    yield agent_pb2.SyncRequest(data=now)
             if chunk := logs.take():
                 yield agent_pb2.SyncRequest(log=chunk)
                 continue  # one chunk, then reports again: logs never delay them
@@ -127,5 +135,8 @@ class SyncLoop:
                 logs.cancel(response.cancel_logs)
             case "attach":
                 self._attach(response.attach)
+            case "data" if self._data:
+                self._asked_for_data = True
+                self._data.desire(response.data)
             case _:
                 pass  # of a newer scheduler; what matters is in the desired set

@@ -45,7 +45,16 @@ async def build(ctx: Context) -> Parts:
     authority = _authority(ctx.settings)
     secrets = SecretServicer(ctx.store, ctx.clock, wrapper_of(ctx.settings), ctx.trust)
     peers = _peers(ctx)
-    servicer = assemble(ctx.store, ctx.clock, authority, peers, secrets.problem, renting_of(ctx.settings, authority))
+    servicer = assemble(
+        ctx.store,
+        ctx.clock,
+        authority,
+        peers,
+        secrets.problem,
+        renting_of(ctx.settings, authority),
+        queue_access=ctx.trust.queue_access,
+        data_held=peers.data_held_bytes,
+    )
     identity = assemble_identity(ctx.store, ctx.clock, authority, ctx.settings, ctx.tls.load().roots)
     history = EventHistory(ctx.bus if ctx.settings.nats else None, ctx.trust.queue_access)
     told = ctx.settings

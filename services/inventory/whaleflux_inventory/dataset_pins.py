@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
 from whaleflux.reasons import What
 from whaleflux.rpc import changes
 from whaleflux.store import keys
-from whaleflux.store.api import Entry, Store
+from whaleflux.store.api import ConditionFailed, Entry, NoneCreated, Put, Store, Unchanged
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import records
 from whaleflux_inventory.core.facts import Findings
 from whaleflux_inventory.core.pins import Candidate, choose, does_not_fit, no_room
+from whaleflux_inventory.data_quotas import DataQuotas
 
 MAX_PINS = 256  # of one dataset
 _WHOLE = (pb.DATASET_COPY_STATE_UNSPECIFIED, pb.DATASET_COPY_STATE_READY)
@@ -28,27 +29,44 @@ MAX_TTL = timedelta(days=366)
 class DatasetPins:
     """Set and taken away by whom `Datasets` lets; read by the node that they name."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: Store, clock: Clock, quotas: DataQuotas) -> None:
+        self._store, self._clock, self._quotas = store, clock, quotas
 
-    async def pin(self, request: pb.PinDatasetRequest, entry: Entry) -> Entry:
-        """Adds pins, or lengthens them. Raises InvalidArgument, FailedPrecondition where it does not fit."""
+    async def pin(self, request: pb.PinDatasetRequest) -> Entry:
+        """Adds pins, or lengthens them. Raises InvalidArgument, FailedPrecondition where it does not fit, or beyond its queue's quota.
+
+        Written only if no dataset changed since all of them were looked at: two pins never count the same room.
+        """
         self._check(request)
-        dataset = pb.Dataset.FromString(entry.value)
-        candidates = await self._candidates(dataset)
-        nodes = self._nodes(request, dataset, candidates)
+        queue = self._quotas.charged(request.queue)
         until = self._clock.now() + request.ttl.ToTimedelta() if request.HasField("ttl") else None
-
-        def add(record: pb.Dataset) -> None:
-            kept = [pin for pin in live(record, self._clock.now()) if pin.node not in nodes]
+        for _ in range(records.ATTEMPTS):
+            snapshot = await self._store.list(keys.DATASETS)
+            known = list(_readable(snapshot.entries))
+            entry, record = next((pair for pair in known if pair[1].name == request.name), (None, pb.Dataset()))
+            if entry is None:
+                raise NotFound("dataset", request.name)
+            nodes = self._nodes(request, record, await self._candidates(record, [one for _, one in known]))
+            now = self._clock.now()
+            kept = [pin for pin in live(record, now) if pin.node not in nodes]
             if len(kept) + len(nodes) > MAX_PINS:
                 raise InvalidArgument(
                     FieldViolation("nodes", f"make {len(kept) + len(nodes)} pins; at most {MAX_PINS} are possible")
                 )
-            made = [self._pin(node, until) for node in nodes]
-            self._write(record, [*kept, *made], f"pinned to {', '.join(nodes)}")
-
-        return await self._changed(request.name, add)
+            new = [node for node in nodes if not any(p.node == node and p.queue == queue for p in live(record, now))]
+            more = len(new) * record.size_bytes
+            await self._quotas.check(queue, more, [one for _, one in known], now, record.name)
+            self._write(
+                record, [*kept, *(self._pin(node, until, queue) for node in nodes)], f"pinned to {', '.join(nodes)}"
+            )
+            value = record.SerializeToString(deterministic=True)
+            none_else = NoneCreated(keys.DATASETS, snapshot.revision, or_written=True)
+            try:
+                revision = await self._store.commit(Put(entry.key, value), when=[Unchanged(entry), none_else])
+            except ConditionFailed:
+                continue
+            return Entry(entry.key, value, revision, entry.created, entry.version + 1)
+        raise records.contended(request.name)
 
     async def unpin(self, request: pb.UnpinDatasetRequest) -> Entry:
         """Takes the pins of these nodes away; none named: all."""
@@ -64,7 +82,8 @@ class DatasetPins:
 
     async def of_node(self, node: str) -> list[pb.Dataset]:
         """Datasets with a pin there that has not ended."""
-        return [dataset async for dataset in self._all() if node in pinned_on(dataset, self._clock.now())]
+        entries = (await self._store.list(keys.DATASETS)).entries
+        return [dataset for _, dataset in _readable(entries) if node in pinned_on(dataset, self._clock.now())]
 
     def _check(self, request: pb.PinDatasetRequest) -> None:
         found = Findings()
@@ -90,10 +109,10 @@ class DatasetPins:
                 raise does_not_fit(dataset.name, why)
         return nodes
 
-    async def _candidates(self, pinned: pb.Dataset) -> dict[str, Candidate]:
+    async def _candidates(self, pinned: pb.Dataset, datasets: Iterable[pb.Dataset]) -> dict[str, Candidate]:
         """Nodes that could hold it, with what is pinned there beside it."""
         now, held = self._clock.now(), dict[str, int]()
-        async for dataset in self._all():
+        for dataset in datasets:
             for node in pinned_on(dataset, now) if dataset.name != pinned.name else ():
                 held[node] = held.get(node, 0) + dataset.size_bytes
         here = {copy.node for copy in pinned.copies if copy.state in _WHOLE and copy.present_bytes}
@@ -104,13 +123,9 @@ class DatasetPins:
             if node.intent in (pb.NODE_INTENT_UNSPECIFIED, pb.NODE_INTENT_ACTIVE)
         }
 
-    async def _all(self) -> AsyncIterator[pb.Dataset]:
-        for entry in (await self._store.list(keys.DATASETS)).entries:
-            with contextlib.suppress(DecodeError):  # named as unreadable where datasets are listed
-                yield pb.Dataset.FromString(entry.value)
-
-    def _pin(self, node: str, until: datetime | None) -> pb.DatasetPin:
-        pin = pb.DatasetPin(node=node, author=changes.actor())
+    def _pin(self, node: str, until: datetime | None, queue: str) -> pb.DatasetPin:
+        pin = pb.DatasetPin(node=node, author=changes.actor(), queue=queue)
+        pin.create_time.FromDatetime(self._clock.now())
         if until is not None:
             pin.expire_time.FromDatetime(until)
         return pin
@@ -125,6 +140,13 @@ class DatasetPins:
 
     async def _changed(self, name: str, how: Callable[[pb.Dataset], None]) -> Entry:
         return await records.change(self._store, keys.DATASETS, name, pb.Dataset, how, kind="dataset")
+
+
+def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Entry, pb.Dataset]]:
+    """Those that can be read; the others are named where datasets are listed."""
+    for entry in entries:
+        with contextlib.suppress(DecodeError):
+            yield entry, pb.Dataset.FromString(entry.value)
 
 
 def live(dataset: pb.Dataset, now: datetime) -> list[pb.DatasetPin]:

@@ -19,6 +19,7 @@ from whaleflux.trust.ownership import Access
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import convert, dataset_manifests, records
 from whaleflux_inventory.core.facts import MAX_DISK_BYTES, Findings
+from whaleflux_inventory.data_quotas import DataQuotas
 from whaleflux_inventory.dataset_makers import note_maker
 from whaleflux_inventory.dataset_pins import DatasetPins
 
@@ -34,9 +35,9 @@ MAX_ADDRESS = 256
 class Datasets:
     """Declared by people, reported on by agents."""
 
-    def __init__(self, store: Store, clock: Clock, secret_problem: SecretProblem) -> None:
+    def __init__(self, store: Store, clock: Clock, secret_problem: SecretProblem, quotas: DataQuotas) -> None:
         self._store, self._clock, self._secret_problem = store, clock, secret_problem
-        self.pins = DatasetPins(store, clock)
+        self.pins = DatasetPins(store, clock, quotas)
 
     async def create(self, request: pb.CreateDatasetRequest) -> pb.Dataset:
         """Declares a dataset; the same request again (by its request_id) answers with what it made."""
@@ -126,7 +127,8 @@ class Datasets:
 
     async def pin(self, request: pb.PinDatasetRequest) -> pb.Dataset:
         """Has nodes hold it; for whom may forget it, too."""
-        return convert.dataset_of(await self.pins.pin(request, await self._theirs(request.name)))
+        await self._theirs(request.name)
+        return convert.dataset_of(await self.pins.pin(request))
 
     async def unpin(self, request: pb.UnpinDatasetRequest) -> pb.Dataset:
         """Takes pins away."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from whaleflux.errors import FailedPrecondition, NotFound, StatusError
+from whaleflux.errors import FailedPrecondition, NotFound, StatusError, Unavailable
 from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import health_pb2, scheduler_pb2
 
@@ -49,6 +49,19 @@ class Peers:
             return 0
         tasks = [a.task async for a in self._allocations() if a.task.node == node]
         return sum(len(task.gpu_uuids) or task.ranks for task in tasks)
+
+    async def data_held_bytes(self, queue: str) -> int:
+        """What the queue holds of data on nodes. Raises Unavailable while nobody who counts it answers."""
+        if self._scheduler is None:
+            return 0
+        found = await self._scheduler.GetQueue(scheduler_pb2.GetQueueRequest(name=queue), timeout=TIMEOUT_S)
+        if not found.HasField("use"):
+            raise Unavailable(
+                f"what {queue} holds of data is not known now; try again",
+                reason=ErrorReason.NOT_LEADER,
+                retry_after_s=1.0,
+            )
+        return int(found.use.held_data_bytes)
 
     async def _allocations(self) -> AsyncIterator[scheduler_pb2.Allocation]:
         token = ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from whaleflux.clock import Clock
 from whaleflux.rpc.pki import CertificateAuthority
 from whaleflux.store.api import Store
+from whaleflux.trust.ownership import OPEN, Access
+from whaleflux_inventory.data_quotas import DataQuotas, HeldBytes, nothing_held
 from whaleflux_inventory.datasets import Datasets, SecretProblem
 from whaleflux_inventory.joining import Joining
 from whaleflux_inventory.leases import Leases
@@ -41,6 +43,9 @@ def assemble(
     dependencies: Dependencies,
     secret_problem: SecretProblem = no_secrets,
     renting: Renting = Renting(),
+    *,
+    queue_access: Callable[[str], Access] = lambda _: OPEN,
+    data_held: HeldBytes = nothing_held,
 ) -> InventoryServicer:
     """The servicer of one inventory."""
     sites = Sites(store, clock)
@@ -50,7 +55,7 @@ def assemble(
         sites,
         nodes,
         Joining(store, clock, sites, NodeIdentities(store, clock), authority),
-        Datasets(store, clock, secret_problem),
+        Datasets(store, clock, secret_problem, DataQuotas(store, queue_access, data_held)),
         Offers(store, clock, renting.kinds, secret_problem),
         Leases(store, clock, renting.why_not),
     )

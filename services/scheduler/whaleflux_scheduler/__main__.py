@@ -33,6 +33,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         promises=settings.promise_rules(),
         let_end_s=settings.preemption_let_end_s,
         rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
+        people=ctx.trust.known,
         bursting=BurstSettings(settings.burst, settings.burst_rules(), settings.burst_every_s),
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)

@@ -18,6 +18,8 @@ from whaleflux.v1 import agent_pb2
 LOG_REQUESTS = 64  # per agent, waiting to be sent
 DesiredOf = Callable[[str], tuple[Mapping[str, agent_pb2.DesiredTask], int]]
 """Desired tasks of a node by id, and the store's revision that they reflect."""
+DataOf = Callable[[str], agent_pb2.DesiredData]
+"""What a node is to pull ahead."""
 
 
 class AgentSession:
@@ -31,11 +33,14 @@ class AgentSession:
         unreadable: Callable[[], frozenset[str]] = frozenset,
         boot_id: str = "",
         jobs: frozenset[str] = frozenset(),
+        data_of: DataOf = lambda _: agent_pb2.DesiredData(),
     ) -> None:
         self.node, self.machine_id, self.boot_id = node, machine_id, boot_id
         self.clock_behind = timedelta()  # how much later than its agent's clock ours is
         self._named_jobs = jobs  # of which its agent had something when it connected
-        self._desired_of, self._unreadable = desired_of, unreadable
+        self._desired_of, self._unreadable, self._data_of = desired_of, unreadable, data_of
+        self._data = agent_pb2.DesiredData()  # to be pulled ahead, as last sent
+        self.said_of_data: tuple[agent_pb2.DataProgress, ...] = ()  # by its agent, at last
         self._left_alone: frozenset[str] = frozenset()  # as last sent
         self._sent: dict[str, bytes] | None = None  # by task, as last sent; None: nothing yet
         self._known: set[str] = set()  # tasks that its agent knows of, from us or by itself, while they hold GPUs
@@ -125,12 +130,17 @@ class AgentSession:
             everything = agent_pb2.DesiredTasks(
                 tasks=tasks.values(), revision=revision, unreadable_jobs=sorted(left_alone)
             )
-            return [agent_pb2.SyncResponse(desired=everything)]
+            return [agent_pb2.SyncResponse(desired=everything), *self._new_data(anew=True)]
         gone = [agent_pb2.SyncResponse(removed=name) for name in before if name not in now]
         changed = [
             agent_pb2.SyncResponse(changed=tasks[name]) for name, text in now.items() if before.get(name) != text
         ]
-        return gone + changed
+        return gone + changed + self._new_data()
+
+    def _new_data(self, *, anew: bool = False) -> list[agent_pb2.SyncResponse]:
+        """What is to be pulled ahead, when that is another thing than it was told; `anew`: it may have been told by somebody else."""
+        before, self._data = self._data, self._data_of(self.node)
+        return [agent_pb2.SyncResponse(data=self._data)] if anew or self._data != before else []
 
 
 class AgentSessions:
@@ -170,6 +180,11 @@ class AgentSessions:
             return False
         del self.connected[session.node]
         return True
+
+    def said_of_data(self, nodes: Iterable[str]) -> list[tuple[str, agent_pb2.DataProgress]]:
+        """By node: how far data is that was asked for ahead; nothing of nodes that are not connected."""
+        known = ((node, self.connected.get(node)) for node in nodes)
+        return [(node, one) for node, session in known if session is not None for one in session.said_of_data]
 
     def wake(self, node: str) -> None:
         if session := self.connected.get(node):

@@ -18,6 +18,7 @@ from whaleflux_scheduler.agent_sessions import AgentSession, AgentSessions
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.model import ACTIVE, Task, TaskPhase
 from whaleflux_scheduler.core.observed import Report
+from whaleflux_scheduler.data_claims import checked
 from whaleflux_scheduler.job_tracking import JobTracking, PendingReport, Progress
 from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.leader_state import LeaderState, find_task
@@ -38,7 +39,9 @@ class Agents:
     def connect(self, hello: agent_pb2.SyncHello) -> AgentSession:
         """An agent's stream begins: what it runs is compared with what should run."""
         jobs = frozenset(message.job for message in hello.tasks)
-        session = AgentSession(hello.node, self.desired, hello.machine_id, self.unreadable, hello.boot_id, jobs)
+        session = AgentSession(
+            hello.node, self.desired, hello.machine_id, self.unreadable, hello.boot_id, jobs, self._state.data.on
+        )
         if hello.HasField("time"):
             session.clock_behind = self._clock.now() - hello.time.ToDatetime(UTC)
         named = {message.task for message in hello.tasks}
@@ -97,6 +100,11 @@ class Agents:
         if tracking.advance_step(newest):
             self._state.touch(moved.job)
         spans.show_progress(moved.job, newest.step, newest.loss)
+
+    def data(self, session: AgentSession, report: agent_pb2.DataReport) -> None:
+        """How far data is that was asked for ahead; kept in memory. What nobody asked for is dropped. Raises InvalidArgument."""
+        wanted = {claim.dataset for claim in self._state.data.on(session.node).claims}
+        session.said_of_data = tuple(one for one in checked(report) if one.dataset in wanted)
 
     def desired(self, node: str) -> tuple[dict[str, agent_pb2.DesiredTask], int]:
         """The tasks that should be on the node, and the store's revision that says so."""

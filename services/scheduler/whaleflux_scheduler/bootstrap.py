@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from whaleflux import telemetry
+from whaleflux import names, telemetry
 from whaleflux.clock import Clock
 from whaleflux.code.api import CodeStore
 from whaleflux.errors import StatusError
@@ -40,6 +40,7 @@ from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.soon_over import MOST_S
+from whaleflux_scheduler.dataset_readers import DatasetReaders, Known
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
@@ -118,8 +119,9 @@ def assemble(
     rebalancing: RebalanceSettings | None = None,
     let_end_s: float = MOST_S,
     bursting: BurstSettings | None = None,
+    people: Known | None = None,
 ) -> Service:
-    """`address` is told to callers who ask a follower; `code` None: jobs bring none."""
+    """`address` is told to callers who ask a follower; `code` None: jobs bring none. `people`: who records name, with the groups of today."""
     moving = rebalancing or RebalanceSettings()
     batched = GroupCommit(store, in_flight=1)  # fewer, larger transactions cost this process less than they delay
     jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode, stand_in=convert.unreadable_job)
@@ -135,7 +137,7 @@ def assemble(
     submissions = Submissions(batched, clock, peers.inventory, jobs.access, secrets)
     transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
     scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
-    tasks = Tasks(leader_session, broker, attaching, secrets)
+    tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
     prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, let_end_s=let_end_s)
     service = Service(
@@ -251,10 +253,17 @@ _WHOLE = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_CO
 def dataset_fact(dataset: inventory_pb2.Dataset, now: datetime) -> DatasetFact:
     """What placement knows of it: where it is whole, and where its room is taken for good (pins that have not ended, tasks that read it)."""
     whole = [c for c in dataset.copies if c.state in _WHOLE and c.present_bytes >= dataset.size_bytes]
-    pinned = (p.node for p in dataset.pins if not p.HasField("expire_time") or p.expire_time.ToDatetime(UTC) > now)
-    held = {*pinned, *(copy.node for copy in whole if copy.pinned)}
-    cached_on, held_on = tuple(c.node for c in whole), tuple(sorted(held))
-    return DatasetFact(dataset.name, dataset.size_bytes, cached_on, held_on=held_on)
+    pins = [p for p in dataset.pins if not p.HasField("expire_time") or p.expire_time.ToDatetime(UTC) > now]
+    held = {*(p.node for p in pins if not p.queue), *(copy.node for copy in whole if copy.pinned)}
+    charged = sorted((names.last(p.queue), p.node) for p in pins if p.queue)
+    return DatasetFact(
+        dataset.name,
+        dataset.size_bytes,
+        tuple(c.node for c in whole),
+        held_on=tuple(sorted(held)),
+        charged_on=tuple(charged),
+        for_tasks_only=dataset.HasField("credentials"),
+    )
 
 
 async def _datasets(

@@ -164,6 +164,7 @@ def claim_of(message: pb.Claim) -> Claim:
         start_time=instant(message, "start_time"),
         make_time=instant(message, "make_time"),
         limited_queue=message.limited_queue,
+        datasets=tuple(message.datasets),
     )
 
 
@@ -193,6 +194,7 @@ def _attempt_of(message: pb.Attempt, tasks: Mapping[int, tuple[Task, ...]]) -> A
         step=message.step if message.HasField("end_time") else -1,
         loss=loss_of(message),
         first_step_time=instant(message, "first_step_time"),
+        remote_datasets=tuple(message.remote_datasets),
     )
 
 
@@ -263,6 +265,7 @@ def _merge_claim(claim: Claim | None, message: pb.Job) -> None:
                 expire_time=timestamp(claim.expire_time),
                 purpose=claim.purpose.value,  # type: ignore[arg-type]  # a test compares the enums
                 limited_queue=claim.limited_queue,
+                datasets=claim.datasets,
             )
         )
         _set_instant(message.claim, "start_time", claim.start_time)
@@ -320,6 +323,8 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt, known: Attempt | None 
     message.started, message.number = attempt.started, attempt.number
     if not message.gpus_by_model:
         message.gpus_by_model.update(attempt.gpus_by_model)
+    if not message.remote_datasets:
+        message.remote_datasets.extend(attempt.remote_datasets)
     if attempt.end_time is not None:
         message.step = attempt.step
         set_loss(message, attempt.loss)
@@ -432,13 +437,14 @@ def queue_of(message: pb.Queue) -> Queue:
         parent=names.last(message.parent) if message.parent else "",
         guaranteed_gpus=message.guaranteed_gpus,
         lending_limit_gpus=message.lending_limit_gpus if message.HasField("lending_limit_gpus") else None,
+        data_quota_bytes=message.data_quota_bytes,
     )
 
 
 def _merge_queue(queue: Queue, message: pb.Queue) -> None:
     message.name, message.weight, message.max_gpus = queue.name, queue.weight, queue.max_gpus
     message.parent = names.queue(queue.parent) if queue.parent else ""
-    message.guaranteed_gpus = queue.guaranteed_gpus
+    message.guaranteed_gpus, message.data_quota_bytes = queue.guaranteed_gpus, queue.data_quota_bytes
     if queue.lending_limit_gpus is None:
         message.ClearField("lending_limit_gpus")
     else:
@@ -492,6 +498,7 @@ def desired_task(stored: StoredJob, task: Task, elsewhere: str = "") -> agent_pb
         checkpoint_location=job.spec.checkpoint_location,
         elsewhere=elsewhere,
         job_uid=job.uid,
+        remote_datasets=attempt.remote_datasets,
     )
     for volatile in (
         "phase",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from whaleflux.clock import Clock
 from whaleflux.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.reasons import ErrorReason
-from whaleflux.v1 import scheduler_pb2
-from whaleflux_scheduler import convert
+from whaleflux.v1 import agent_pb2, scheduler_pb2
+from whaleflux_scheduler import convert, data_claims
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import cost, dependencies, running_time
 from whaleflux_scheduler.core.model import Job, JobState, SchedulingDecision
@@ -31,9 +31,10 @@ class JobView:
         nodes: NodeView,
         clock: Clock,
         caught_up: Callable[[], Awaitable[None]],
+        said_of_data: Callable[[Iterable[str]], list[tuple[str, agent_pb2.DataProgress]]],
     ) -> None:
         self._state, self._planner, self._nodes, self._clock = state, planner, nodes, clock
-        self.caught_up = caught_up
+        self.caught_up, self._said_of_data = caught_up, said_of_data
 
     def present(self, stored: StoredJob) -> scheduler_pb2.Job:
         """The job with its cost up to now, its live step, and why it waits."""
@@ -49,14 +50,24 @@ class JobView:
         if tracking.waits is not None and job.state is JobState.QUEUED:
             message.decision.CopyFrom(convert.decision_message(tracking.waits))
             message.state_message = tracking.waits.summary
+        if ahead := self._data_ahead(job):
+            message.decision.reasons.extend(ahead)
+            message.state_message = "; ".join(filter(None, (message.state_message, *ahead)))
         return message
+
+    def _data_ahead(self, job: Job) -> list[str]:
+        """How far the data is that is pulled before the job starts, in words."""
+        if job.claim is None or not job.claim.datasets or job.ended:
+            return []
+        return data_claims.words(job.claim, self._said_of_data(node for node, _ in job.claim.nodes))
 
     async def explain(self, job: Job) -> SchedulingDecision:
         """Why a waiting job waits, decided afresh."""
         await self.caught_up()
         now, tracking = self._clock.now(), self._state.tracked(job.name)
         avoided = tracking.avoided(now) if tracking is not None else ()
-        return await self._planner.ask(lambda planner: planner.explain(job, avoided, now))
+        decision = await self._planner.ask(lambda planner: planner.explain(job, avoided, now))
+        return replace(decision, reasons=(*decision.reasons, *self._data_ahead(job)))
 
     async def why_it_stays(self, job: Job) -> str:
         """Why a running elastic job does not grow; "" for any other, and where the planner has no time."""

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core import dependencies
 from whaleflux_scheduler.core.model import Job, JobState, Task, When
+from whaleflux_scheduler.data_claims import DataClaims
 from whaleflux_scheduler.job_pointers import JobPointers
 from whaleflux_scheduler.job_tracking import JobTracking
 from whaleflux_scheduler.task_index import TaskIndex
@@ -31,7 +32,7 @@ class LeaderState:
         self._state_of: dict[str, JobState] = {}
         self._on_node: dict[str, set[str]] = {}
         self._nodes_of: dict[str, frozenset[str]] = {}
-        self.tasks = TaskIndex()
+        self.tasks, self.data = TaskIndex(), DataClaims()
         self._claimants, self._dependents, self._reservations = JobPointers(), JobPointers(), JobPointers()
         self._waits: dict[str, tuple[int, frozenset[When]]] = {}  # for how many jobs, and what they must do
         self._new_ends: dict[str, int] = {}  # of these, since the record of who waits was written

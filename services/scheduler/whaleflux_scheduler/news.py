@@ -12,6 +12,7 @@ from whaleflux.convert import enum_name
 from whaleflux.events.publisher import EntryChange, OutgoingEvent
 from whaleflux.events.state_events import asked_for, state_event
 from whaleflux.events.subjects import HUB
+from whaleflux.quantities import shown_bytes
 from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import events_pb2, types_pb2
@@ -163,6 +164,7 @@ def of_queue(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     old = pb.Queue.FromString(change.old.value) if change.old else None
     limit = f", {queue.guaranteed_gpus} GPUs guaranteed" if queue.guaranteed_gpus else ""
     limit += f", at most {queue.max_gpus} GPUs" if queue.max_gpus else ""
+    limit += f", at most {shown_bytes(queue.data_quota_bytes)} of data on nodes" if queue.data_quota_bytes else ""
     return state_event(
         change,
         now,

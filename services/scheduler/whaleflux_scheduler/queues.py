@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import AlreadyExists, FailedPrecondition, NotFound
+from whaleflux.quantities import shown_bytes
 from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -31,7 +32,7 @@ from whaleflux_scheduler.reservation_records import RESERVATIONS
 
 UPDATABLE = (
     *("weight", "max_gpus", "members", "max_priority"),
-    *("parent", "guaranteed_gpus", "lending_limit_gpus"),
+    *("parent", "guaranteed_gpus", "lending_limit_gpus", "data_quota_bytes"),
 )
 _UNSETTABLE = ("max_priority", "lending_limit_gpus")
 _OF_THE_TREE = frozenset({"parent", "guaranteed_gpus", "max_gpus"})
@@ -274,6 +275,8 @@ def _said(queue: pb.Queue, field: str) -> str:
         return f"members {first or 'all users'}"
     if field == "parent":
         return f"parent {queue.parent or 'none'}"
+    if field == "data_quota_bytes":
+        return f"data quota {shown_bytes(queue.data_quota_bytes) if queue.data_quota_bytes else 'none'}"
     unset = field in _UNSETTABLE and not queue.HasField(field)
     return f"{field} unset" if unset else f"{field} {getattr(queue, field):.12g}"
 

@@ -90,7 +90,7 @@ class Reconciler:
         self._clock, self._timeouts = clock, timeouts
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
-        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up)
+        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data)
         self._housekeeping = Housekeeping(
             store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
         )
@@ -119,6 +119,7 @@ class Reconciler:
         for stored in self._sources.jobs.values.values():
             self._loaded[stored.value.name] = stored.value
             self._state.record(stored.value.name, stored.value)
+            self._state.data.record(stored.value.name, stored.value)
             if not stored.value.ended or any(stored.value.holding()):
                 self._state.touch(stored.value.name)
         for reserved in self._sources.reservations.values.values():
@@ -202,7 +203,7 @@ class Reconciler:
                 if self._loaded and self._loaded.pop(known.name, None) is new:
                     continue
                 nodes = self._state.record(known.name, new)
-                for node in nodes_to_tell(old, new, nodes):
+                for node in {*nodes_to_tell(old, new, nodes), *self._state.data.record(known.name, new)}:
                     self._sessions.wake(node)
                 idle = new is not None and new.ended and not any(new.holding())
                 if old is not None or not idle:

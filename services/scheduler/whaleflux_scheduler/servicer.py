@@ -87,7 +87,13 @@ class Scheduler(rpc.SchedulerServiceServicer):
             if (use := uses.get(names.last(queue.name))) is not None:
                 stuck = use.stuck if self._access.sight().everything else ()
                 queue.use.CopyFrom(
-                    pb.QueueUse(held_gpus=use.held, borrowed_gpus=use.over, fair_share_gpus=use.score, stuck_jobs=stuck)
+                    pb.QueueUse(
+                        held_gpus=use.held,
+                        borrowed_gpus=use.over,
+                        fair_share_gpus=use.score,
+                        stuck_jobs=stuck,
+                        held_data_bytes=use.data_bytes,
+                    )
                 )
 
     async def UpdateQueue(self, request: pb.UpdateQueueRequest, context: _Context | None) -> pb.Queue:

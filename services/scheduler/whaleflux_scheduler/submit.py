@@ -244,6 +244,11 @@ class Submissions:
                 )
                 raise InvalidArgument(FieldViolation(f"job.spec.datasets[{i}]", unknown))
 
+    async def who_may_use(self, dataset: str) -> tuple[str, Access] | None:
+        """Its owner, and whom it is for; None: it is not declared, or there is nobody to ask."""
+        known = await self._dataset(self._inventory, dataset) if self._inventory is not None else None
+        return None if known is None else (known.owner, known.access)
+
     async def _dataset(self, inventory: InventoryServiceStub, name: str) -> _Dataset | None:
         """Who may use it; None: it is not declared. One that is for some is asked for again after a second."""
         now_s, known = self._clock.monotonic(), self._datasets.get(name)

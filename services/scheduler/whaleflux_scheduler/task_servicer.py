@@ -18,6 +18,7 @@ from whaleflux.v1 import agent_pb2_grpc as rpc
 from whaleflux_scheduler.agent_sessions import AgentSession
 from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.attach import AttachBroker
+from whaleflux_scheduler.dataset_readers import DatasetReaders
 from whaleflux_scheduler.first_message import first_message
 from whaleflux_scheduler.job_secrets import JobSecrets
 from whaleflux_scheduler.leader_session import LeaderSession
@@ -32,8 +33,16 @@ Request = TypeVar("Request", agent_pb2.SyncRequest, agent_pb2.AttachRequest)
 class Tasks(rpc.TaskServiceServicer):
     """See the module."""
 
-    def __init__(self, leader: LeaderSession, broker: LogBroker, attaching: AttachBroker, secrets: JobSecrets) -> None:
-        self._leader, self._broker, self._attaching, self._secrets = leader, broker, attaching, secrets
+    def __init__(
+        self,
+        leader: LeaderSession,
+        broker: LogBroker,
+        attaching: AttachBroker,
+        secrets: JobSecrets,
+        readers: DatasetReaders,
+    ) -> None:
+        self._leader, self._broker, self._attaching = leader, broker, attaching
+        self._secrets, self._readers = secrets, readers
 
     async def Sync(
         self, requests: AsyncIterator[agent_pb2.SyncRequest], context: _Context | None
@@ -67,6 +76,11 @@ class Tasks(rpc.TaskServiceServicer):
     ) -> agent_pb2.OpenTaskSecretsResponse:
         return await self._secrets.open(request)
 
+    async def FindDatasetReader(
+        self, request: agent_pb2.FindDatasetReaderRequest, context: _Context | None
+    ) -> agent_pb2.FindDatasetReaderResponse:
+        return await self._readers.find(request)
+
     async def _read(
         self, requests: AsyncIterator[agent_pb2.SyncRequest], agents: Agents, session: AgentSession
     ) -> None:
@@ -79,6 +93,8 @@ class Tasks(rpc.TaskServiceServicer):
                     case "progress":
                         for moved in request.progress.tasks:
                             agents.progress(session, moved)
+                    case "data":
+                        agents.data(session, request.data)
                     case "log":
                         await self._broker.take(session.node, request.log)
                     case _:

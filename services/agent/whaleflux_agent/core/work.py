@@ -29,6 +29,7 @@ class Work:
     restore_checkpoint: str = ""
     elsewhere: str = ""  # a node of the attempt that does not share loopback addresses with this one
     cpu_ranks: int = 0  # of a task that holds no GPUs
+    remote_datasets: tuple[str, ...] = ()  # that are not pulled for it: its queue holds as much data as it may
     job_uid: str = ""  # a later job of the same name has another
     share_bytes: int = 0  # of each GPU's memory, others may have the rest; 0: its GPUs are its own alone
 

@@ -96,6 +96,8 @@ class Answers(Waiting):
             return self._full(limit, job, now)
         if full := self._over_array_limit(job):
             return wait_reasons.array_is_full(full, now)
+        if short := self._data_short.get(job.name):
+            return wait_reasons.data_is_full(short, now)
         if line.kind.impossible:
             return wait_reasons.cannot_be_asked(line.kind.impossible, now)
         if line.parked and (request := self._within_quota(line.kind.request, job)) is not line.kind.request:

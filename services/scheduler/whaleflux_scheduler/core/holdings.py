@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import TypeVar
 
 from whaleflux.fleet.model import Node
+from whaleflux_scheduler.core.data_ahead import copies_of
 from whaleflux_scheduler.core.devices import NOTHING, Gpus
 from whaleflux_scheduler.core.held_in_engine import EXTRA, KEPT, HeldInEngine, claim_id, is_reservation, job_of
 from whaleflux_scheduler.core.model import Claim, Job, JobState, Task
@@ -165,9 +166,13 @@ class Holdings(HeldInEngine):
         known = self._jobs.get(name)
         return self.hold(known, NOTHING) if known is not None else ()
 
-    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> Collection[str]:
-        """What the job holds and claims from now on; returns the nodes where GPUs came free."""
+    def hold(
+        self, job: Job, held: Gpus, claim: Claim | None = None, remote: Collection[str] | None = None
+    ) -> Collection[str]:
+        """What the job holds and claims from now on; returns the nodes where GPUs came free. `remote`: data that is not pulled for it."""
         name = job.name
+        if job.spec.datasets:
+            self._engine.hold_data(name, copies_of(job, held, claim, remote), job.queue)
         self._as_recorded.discard(name)
         before, before_claimed = self._held.get(name, NOTHING), self._claimed.get(name, NOTHING)
         claimed = claim.gpus if claim else NOTHING

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from whaleflux.errors import InvalidArgument
@@ -130,9 +130,9 @@ class KnownFleet:
         """The job's record is gone."""
         self._changed(self.holdings.forget(job))
 
-    def hold(self, job: Job, held: Gpus, claim: Claim | None = None) -> None:
-        """What was decided for the job."""
-        self._changed(self.holdings.hold(job, held, claim))
+    def hold(self, job: Job, held: Gpus, claim: Claim | None = None, remote: Collection[str] | None = None) -> None:
+        """What was decided for the job; `remote`: data that is not pulled for it."""
+        self._changed(self.holdings.hold(job, held, claim, remote))
 
     def _changed(self, gained: Iterable[str], priority: float = math.inf) -> None:
         self.version += 1

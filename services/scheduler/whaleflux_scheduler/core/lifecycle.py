@@ -108,6 +108,7 @@ class GpuAssignment:
     share_bytes: int = 0  # of each GPU's memory; 0: whole GPUs
     cpu_ranks: tuple[int, ...] = ()  # by node, of work without GPUs
     gpu_parts: tuple[float, ...] = ()  # by node, of parts of GPUs: how many GPUs they are together
+    remote_datasets: tuple[str, ...] = ()  # that are not pulled for it
 
 
 def place(
@@ -132,6 +133,7 @@ def place(
         usd_per_hour=where.usd_per_hour,
         number=next_number(job),
         gpus_by_model=where.gpus_by_model,
+        remote_datasets=where.remote_datasets,
     )
     return transition(
         job,

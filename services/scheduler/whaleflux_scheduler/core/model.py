@@ -128,6 +128,7 @@ class Attempt:
     step: int = -1  # when it ended, as the loss
     loss: float | None = None
     first_step_time: datetime | None = None  # of elastic jobs
+    remote_datasets: tuple[str, ...] = ()  # that its nodes do not pull for it: its queue holds as much as it may
 
     @property
     def began(self) -> tuple[int, datetime, datetime | None]:
@@ -211,6 +212,7 @@ class Claim:
 
     Over when the job is placed or ends, at the latest at `expire_time`. `start_time`: when a reservation has to be kept.
     `limited_queue`: the limit of this queue, by id, keeps the job back, so that victims leave which ran by `make_time`, wherever they are.
+    `datasets`: those of the job that its nodes pull already, with their room.
     """
 
     nodes: tuple[tuple[str, tuple[str, ...]], ...]
@@ -220,6 +222,7 @@ class Claim:
     start_time: datetime | None = None
     make_time: datetime | None = None
     limited_queue: str = ""
+    datasets: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> dict[str, frozenset[str]]:
@@ -348,3 +351,4 @@ class Queue:
     parent: str = ""  # id of the queue above; "": none
     guaranteed_gpus: int = 0
     lending_limit_gpus: int | None = None  # of its unused guarantee; None: all of it
+    data_quota_bytes: int = 0  # of datasets on nodes, all copies together; 0: no limit

@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from whaleflux_scheduler.core import decisions
+from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.going_on import claimed_place, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.model import Job, JobState
@@ -108,6 +109,7 @@ class Plan(Promising):
             fleet.forget(name)
             self._promises.forget(name)
             self._rebalancer.forget(name)
+            self._data_ahead.forget(name)
             self._under_way.pop(name, None)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
@@ -176,6 +178,7 @@ class Plan(Promising):
         kind, first = line.kind, line.first()
         assert first is not None
         job = self._pending.jobs[first[1]].candidate.job
+        self._data_short.pop(job.name, None)
         limit, full = self._over_limit(job), self._over_array_limit(job)
         if limit and not full and (claim := self._swap(line, job, limit, now)) is not None:
             if line.parked:  # the next of it may find others
@@ -281,11 +284,20 @@ class Plan(Promising):
         with self._fleet.holdings.without_claims(claimants):
             return engine.seek(request) if engine.feasible(request) else None
 
-    def _give(self, job: Job, placement: Placement, now: datetime) -> Move:
+    def _give(self, job: Job, placement: Placement, now: datetime) -> Move | None:
+        """It starts there; None: its data may not be held there, and it may not do without."""
         holdings = self._fleet.holdings
-        assignment = decisions.assignment_of(placement, holdings.devices)
+        remote, limit = self._data_ahead.beyond_quota(job, placement.node_names)
+        if limit is not None and self._data_ahead.insists(job, remote):
+            self._wait_for_data(job, limit)
+            return None
+        assignment = replace(decisions.assignment_of(placement, holdings.devices), remote_datasets=remote)
         said = self._placed if self._reasons else decisions.unexplained
         decision = said(job, placement, assignment, now)
+        if limit is not None:
+            decision = replace(
+                decision, reasons=(f"reads {', '.join(remote)} where it is: {limit.words}", *decision.reasons)
+            )
         held = dict(holdings.held(job.name))
         for task in decision.tasks:
             held[task.node] = held.get(task.node, frozenset()) | places_of(task)
@@ -293,12 +305,19 @@ class Plan(Promising):
         self._promises.leaves(job.name)
         self._patience.forget(job.name)
         self._soon_over.forget(job.name)
-        self._fleet.hold(job, held)  # what it claimed and did not take is free again
+        self._data_ahead.forget(job.name)
+        self._fleet.hold(job, held, remote=assignment.remote_datasets)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         self._reserved.starts(job)
         if self._hopeful and not self._fleet.any_hope:
             self._give_up_hope()
         return Move(job.name, decision, assignment)
+
+    def _wait_for_data(self, job: Job, limit: DataLimit) -> None:
+        """Until its queue holds less data, or may hold more."""
+        self._data_short[job.name] = limit
+        self._tell(job.name, "data")
+        self._park(self._pending.jobs[job.name].line, None)
 
 
 def _not_before(at_s: float) -> datetime:

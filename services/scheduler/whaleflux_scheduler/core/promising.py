@@ -62,6 +62,7 @@ class Promising(MakingRoom):
 
     def _promised(self, name: str, claim: Claim, now: datetime) -> Move:
         candidate = self._pending.jobs[name].candidate
+        claim = self._data_ahead.with_data(candidate.job, claim)
         self._fleet.hold(candidate.job, self._fleet.holdings.held(name), claim)
         self._promises.claims(name)
         self._join(candidate)
@@ -83,12 +84,13 @@ class Promising(MakingRoom):
     def _claim(self, new: NewClaim, now: datetime) -> Move:
         name, waiting = new.job.name, self._pending.jobs.get(new.job.name)
         job = waiting.candidate.job if waiting is not None else self._fleet.holdings.jobs[name]
-        self._fleet.hold(job, self._fleet.holdings.held(name), new.claim)
+        claim = self._data_ahead.with_data(job, new.claim)
+        self._fleet.hold(job, self._fleet.holdings.held(name), claim)
         self._promises.claims(name)
         if waiting is not None:
             self._join(waiting.candidate)
             self._unanswered.pop(name, None)
-        return Move(name, SchedulingDecision(now, False, new.why), claim=new.claim)
+        return Move(name, SchedulingDecision(now, False, new.why), claim=claim)
 
     def _keep_reservations(self, now: datetime) -> list[Move]:
         """What is to be stored of reservations; those who wait for one that has begun, has more room or is over are tried again."""

@@ -12,8 +12,19 @@ from datetime import datetime
 from whaleflux import names
 from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core import after_failure, budgets, capacity, decisions, elastic, goals, wait_reasons
+from whaleflux_scheduler.core import (
+    after_failure,
+    budgets,
+    capacity,
+    data_quota,
+    decisions,
+    elastic,
+    goals,
+    wait_reasons,
+)
 from whaleflux_scheduler.core.burst import Waiting
+from whaleflux_scheduler.core.data_ahead import DataAhead
+from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.estimates import Estimates
 from whaleflux_scheduler.core.holdings import is_reservation
@@ -26,6 +37,7 @@ from whaleflux_scheduler.core.never_starts import NeverStarts
 from whaleflux_scheduler.core.patience import Patience
 from whaleflux_scheduler.core.pending import Line, Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan
+from whaleflux_scheduler.core.placement.pin_book import PinBook
 from whaleflux_scheduler.core.preemption import room_for, still_stopping, stopped
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promises import Promises
@@ -62,12 +74,19 @@ class Questions:
         self._limits = NeverStarts(self._fleet, self._shares, self._reserved)
         self._patience = Patience(self._promises.soonest)
         self._soon_over = SoonOver(self._fleet.holdings, self._estimates)
+        self._data_ahead = DataAhead(self._fleet.engine, self._shares)
+        self._data_short: dict[str, DataLimit] = {}  # jobs that wait because their queue may not hold their data
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
     @property
     def waiting(self) -> int:
         """Jobs that wait for GPUs."""
         return len(self._pending)
+
+    @property
+    def data_book(self) -> PinBook:
+        """Whose data has its room where."""
+        return self._fleet.engine.book
 
     @property
     def nodes(self) -> int:
@@ -129,6 +148,8 @@ class Questions:
             return self._in_line(self._full(limit, job, now), job)
         if full := self._over_array_limit(job):
             return self._in_line(wait_reasons.array_is_full(full, now), job)
+        if short := self._data_short.get(job.name):
+            return self._in_line(wait_reasons.data_is_full(short, now), job)
         if reserved := self._reserved.why(job, now):
             next_ = self._reserved.place(job, shape(job.spec)) is not None
             return self._in_line(wait_reasons.is_next(now) if next_ else reserved, job)
@@ -258,7 +279,13 @@ class Questions:
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
         """What queues hold, by id, and who of them can never start."""
         stuck = self._limits.stuck(self._first_in_lines())
-        return {queue: self._shares.use(queue)._replace(stuck=tuple(stuck.get(queue, ()))) for queue in queues}
+        quota, book = self._shares.quota, self._fleet.engine.book
+        return {
+            queue: self._shares.use(queue)._replace(
+                stuck=tuple(stuck.get(queue, ())), data_bytes=data_quota.held_bytes(quota, book, queue)
+            )
+            for queue in queues
+        }
 
     def gpus(self) -> tuple[Counter[str], Counter[str]]:
         """GPUs of open nodes and GPUs held, by model; for metrics."""

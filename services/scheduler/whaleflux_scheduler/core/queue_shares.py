@@ -23,13 +23,14 @@ Turn = tuple[bool, int, tuple[tuple[float, str], ...]]
 class QueueUse(NamedTuple):
     """GPUs that a queue and those below it hold, how many beyond its guarantee, and what of these counts for its turn.
 
-    `stuck`: its jobs that wait and can never start under the limits as they are.
+    `stuck`: its jobs that wait and can never start under the limits as they are. `data_bytes`: of datasets on nodes.
     """
 
     held: int
     over: int
     score: float
     stuck: tuple[str, ...] = ()
+    data_bytes: int = 0
 
 
 class PastUse(NamedTuple):

@@ -11,6 +11,7 @@ from whaleflux_scheduler.core.model import Queue
 
 MOST_LEVELS = 8
 MOST_GPUS = 100_000_000
+MOST_DATA_BYTES = 10**18
 
 
 def check_queue(queue: Queue) -> None:
@@ -21,6 +22,7 @@ def check_queue(queue: Queue) -> None:
         *number("queue.max_gpus", queue.max_gpus, 0, MOST_GPUS),
         *number("queue.guaranteed_gpus", queue.guaranteed_gpus, 0, MOST_GPUS),
         *number("queue.lending_limit_gpus", lends or 0, 0, MOST_GPUS),
+        *number("queue.data_quota_bytes", queue.data_quota_bytes, 0, MOST_DATA_BYTES),
     ]
     if 0 < queue.max_gpus < queue.guaranteed_gpus:
         most = f"is {queue.guaranteed_gpus}, but it may hold at most {queue.max_gpus} GPUs; raise that limit, or lower this"

@@ -22,6 +22,7 @@ from whaleflux_scheduler.core.placement.api import (
 )
 from whaleflux_scheduler.core.placement.validate import MAX_OPTIONS
 
+_DATA_READS = 3.0  # how often a job reads its data, which nobody says: training does so again and again, and gains by a node that keeps it
 _NO_SUCH_INSTANCE = "a MIG instance of that size"
 
 
@@ -54,6 +55,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
         exclude_nodes=exclude_nodes,
         near_nodes=near_nodes,
         datasets=tuple(names.dataset(name) for name in spec.datasets),
+        data_reads=_DATA_READS if spec.datasets else 1.0,
         hard_locality=spec.require_local_data,
         preference=Preference(goal=goal_of(spec)),
         reservation=spec.reservation,

@@ -11,6 +11,7 @@ from whaleflux import names
 from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import dependencies
+from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.patience import Waits
 from whaleflux_scheduler.core.pending import Ahead
@@ -68,6 +69,15 @@ def queue_is_full(limit: QueueLimit, now: datetime) -> SchedulingDecision:
         why,
         now,
         f"wait until work of the queue has ended, or raise the limit: whaleflux queue set {limit.queue} --max-gpus N",
+    )
+
+
+def data_is_full(limit: DataLimit, now: datetime) -> SchedulingDecision:
+    """Its queue may not hold its data on the nodes where it could start, and it may not read it elsewhere."""
+    return _held_back(
+        limit.words,
+        now,
+        f"wait until jobs of the queue have ended, take pins away, or raise it: whaleflux queue set {limit.queue} --data-quota SIZE",
     )
 
 

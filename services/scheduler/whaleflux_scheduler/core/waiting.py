@@ -122,6 +122,8 @@ class Waiting(Questions):
         for kind in self._pending.classes if changed else ():
             if kind.request.hard_locality and not changed.isdisjoint(kind.request.datasets):
                 self._try_again(kind)
+        for top in {self._shares.family(self._pending.jobs[name].line.queue) for name in self._data_short}:
+            self._unpark(top)
 
     # waiting
 
@@ -166,6 +168,7 @@ class Waiting(Questions):
         if name not in self._pending.jobs:
             return
         self._unanswered.pop(name, None)
+        self._data_short.pop(name, None)
         line = self._pending.leave(name)
         if line is None:
             return

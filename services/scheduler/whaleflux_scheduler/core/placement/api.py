@@ -125,7 +125,7 @@ class PlaceRequest:
     near_nodes: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     data_reads: float = 1.0  # how often the job reads its datasets as a whole; a node that keeps them fetches them once
-    hard_locality: bool = False  # only nodes that hold every dataset
+    hard_locality: bool = False  # only nodes that hold every dataset, and have the room to go on holding it
     preference: Preference = field(default_factory=Preference)
     without_gpus: bool = False  # its ranks get CPU and memory alone
     reservation: str = ""  # of those who ask: nothing to the engine, which is asked of that reservation's GPUs
@@ -278,3 +278,7 @@ class DatasetFact:
     cached_on: tuple[str, ...] = ()
     origin_bytes_per_s: float = 1.25e9
     held_on: tuple[str, ...] = ()  # nodes where its room is taken for good: pinned, or read by a task
+    charged_on: tuple[tuple[str, str], ...] = ()  # of pins that a queue's quota counts: queue and node
+    for_tasks_only: bool = (
+        False  # its source is shown a secret, which only a task is given: not pulled ahead, nor read from afar
+    )

@@ -37,7 +37,6 @@ class Row:
     shape: Shape
     schedulable: bool = True
     reason: str = ""
-    cache_room_bytes: int | None = None  # what datasets could still take, where somebody says so
     held_bytes: int = 0  # of datasets that stay
 
 
@@ -49,11 +48,14 @@ def nvme_bytes(row: Row) -> int:
     return sum(d.capacity_bytes for d in row.node.disks if d.nvme)
 
 
+def cache_bytes(row: Row) -> int:
+    """Most that datasets could take: what the agent gives them, else all NVMe; 0: not known, or nothing."""
+    return row.node.dataset_cache_bytes or nvme_bytes(row)
+
+
 def cache_room_bytes(row: Row) -> int:
-    """What datasets could still take: of what the agent gives them, else of all NVMe, less what is held."""
-    if row.cache_room_bytes is not None:
-        return row.cache_room_bytes
-    return max(0, (row.node.dataset_cache_bytes or nvme_bytes(row)) - row.held_bytes)
+    """What datasets could still take, less what is held."""
+    return max(0, cache_bytes(row) - row.held_bytes)
 
 
 def place_key(node: Node) -> tuple[str, str, str, str, str]:

@@ -5,7 +5,7 @@ Nodes without GPUs go first; then few nodes, each as full as it can be, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from whaleflux_scheduler.core.placement.api import (
     Blocked,
     Bottleneck,
     Cost,
-    DatasetFact,
     GpuOption,
     NodeAssignment,
     NoPlacement,
@@ -22,9 +21,9 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
 )
 from whaleflux_scheduler.core.placement.columns import Columns, Ints
+from whaleflux_scheduler.core.placement.datasets import Datasets
+from whaleflux_scheduler.core.placement.search import stays
 from whaleflux_scheduler.core.placement.supply import Bools, conditions_of, node_conditions
-
-Datasets = Mapping[str, DatasetFact]
 
 
 def place(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Placement | None:
@@ -50,21 +49,14 @@ def explain(columns: Columns, request: PlaceRequest, datasets: Datasets, empty: 
 
 def _allowed(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Bools:
     excluded, sites = set(request.exclude_nodes), set(request.sites)
-    holders = _holders(request, datasets)
+    wanted = request.datasets if request.hard_locality else ()
     fits = (
-        row.node.name not in excluded
-        and (not sites or row.node.site in sites)
-        and all(row.node.name in nodes for nodes in holders)
+        row.node.name not in excluded and (not sites or row.node.site in sites) and datasets.here(row.node.name, wanted)
         for row in columns.rows
     )
     suited = node_conditions(columns, request.requirement) if request.requirement.of_node else True
-    return columns.open & suited & np.fromiter(fits, dtype=np.bool_, count=columns.count)
-
-
-def _holders(request: PlaceRequest, datasets: Datasets) -> list[set[str]]:
-    """Nodes that hold each dataset, where only those will do."""
-    wanted = request.datasets if request.hard_locality else ()
-    return [set(datasets[name].cached_on) if name in datasets else set() for name in wanted]
+    keeps = stays(columns, request, datasets) if wanted else True
+    return columns.open & suited & keeps & np.fromiter(fits, dtype=np.bool_, count=columns.count)
 
 
 def _room(columns: Columns, request: PlaceRequest, allowed: Bools) -> Ints:

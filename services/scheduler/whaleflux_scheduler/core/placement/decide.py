@@ -15,8 +15,9 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
 )
 from whaleflux_scheduler.core.placement.columns import Columns
+from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.pricing import PricedPlace, inner_size, price
-from whaleflux_scheduler.core.placement.search import Datasets, Group, searches
+from whaleflux_scheduler.core.placement.search import Group, searches
 
 _PLURAL = {
     Level.FLEET: "fleets",
@@ -28,6 +29,9 @@ _PLURAL = {
 }
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
 _BREAKING_S = 600.0  # seconds that breaking a whole node is taken to cost those who wait for one
+_BREAKING_FOR_DATA_S = (
+    1_800.0  # where the work has data, which draws it to whole nodes: less, and gangs wait (`benchmarks.locality`)
+)
 _ALTERNATIVES, _LOOKED_AT = 3, 8
 _EQUAL = 0.005  # costs this close are equal; the next criterion decides
 
@@ -105,7 +109,7 @@ def _lost_s(request: PlaceRequest, c: PricedPlace, fastest_s: float, speed: floa
         "communication": run * request.preference.comm_fraction * slower,
         "slower": run * (speed / c.option.throughput - 1),
         "fetch": c.cost.fetch_s,
-        "breaks": _BREAKING_S * c.breaks,
+        "breaks": (_BREAKING_FOR_DATA_S if request.datasets else _BREAKING_S) * c.breaks,
     }
 
 

@@ -6,6 +6,7 @@ the nodes and the placements alone: a rebuild gives the same columns, byte for b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,12 +29,14 @@ from whaleflux_scheduler.core.placement.api import (
     PreemptionPlan,
     Victim,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Row, place_key
+from whaleflux_scheduler.core.placement.columns import Columns, Row, cache_bytes, cache_room_bytes, place_key
 from whaleflux_scheduler.core.placement.comm import flows_of
+from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.decide import decide
 from whaleflux_scheduler.core.placement.exact import Where, place_on
 from whaleflux_scheduler.core.placement.explain import explain
 from whaleflux_scheduler.core.placement.node_room import NodeRoom
+from whaleflux_scheduler.core.placement.pin_book import Copy, PinBook
 from whaleflux_scheduler.core.placement.search import feasible
 from whaleflux_scheduler.core.placement.shapes import Shapes
 from whaleflux_scheduler.core.placement.supply import could_use
@@ -60,8 +63,7 @@ class Engine:
         self._rows: dict[str, Row] = {}
         self._placed: dict[str, Placement] = {}
         self._flows: dict[str, int] = {}
-        self._datasets: dict[str, DatasetFact] = {}
-        self._held: dict[str, int] = {}  # bytes by node
+        self._datasets = Datasets()
         self._shapes = Shapes()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
@@ -84,10 +86,8 @@ class Engine:
         if row is not None and row.shape is shape and place_key(row.node) == place_key(node):
             self._patch(node)
             return
-        self._rows[node.name] = made = Row(
-            node, shape, *((row.schedulable, row.reason, row.cache_room_bytes) if row else ())
-        )
-        made.held_bytes = self._held.get(node.name, 0)
+        self._rows[node.name] = made = Row(node, shape, *((row.schedulable, row.reason) if row else ()))
+        made.held_bytes = self.book.held_bytes(node.name)
         self._columns = self._empty_columns = None
 
     def _patch(self, node: Node) -> None:
@@ -123,25 +123,47 @@ class Engine:
 
     def upsert_dataset(self, dataset: DatasetFact) -> None:
         """A dataset's size or the nodes that hold it changed."""
-        self._hold(self._datasets.get(dataset.name), -1)
-        self._datasets[dataset.name] = dataset
-        self._hold(dataset, 1)
-
-    def _hold(self, dataset: DatasetFact | None, sign: int) -> None:
-        """Room for datasets that is taken, or free again, on the nodes that hold it."""
-        for name in dataset.held_on if dataset else ():
-            held = self._held[name] = self._held.get(name, 0) + sign * (dataset.size_bytes if dataset else 0)
-            if row := self._rows.get(name):
-                row.held_bytes = held
-
-    def set_cache_room(self, name: str, room_bytes: int) -> None:
-        """What datasets could still take of the node's NVMe (by default all of it)."""
-        if name not in self._rows:
-            raise NotFound("node", name)
-        self._rows[name].cache_room_bytes = room_bytes
+        self._took(self._datasets.know(dataset))
 
     def remove_dataset(self, name: str) -> None:
-        self._hold(self._datasets.pop(name, None), -1)
+        self._took(self._datasets.drop(name))
+
+    def _took(self, nodes: Iterable[str]) -> None:
+        """Datasets take another room there than before."""
+        for name in nodes:
+            if row := self._rows.get(name):
+                row.held_bytes = self.book.held_bytes(name)
+
+    @property
+    def book(self) -> PinBook:
+        """Whose data has its room where."""
+        return self._datasets.book
+
+    def hold_data(self, holder: str, copies: Iterable[Copy], queue: str = "") -> None:
+        """What data the holder holds from now on: of these copies what it held before, and all that fit. Of nodes that are not known all."""
+        wanted = set(copies)
+        kept = wanted & self.book.held_by(holder)
+        self._took(self.book.hold(holder, kept, queue))
+        free = {node: self._data_room(node) for node, _ in wanted}
+        for node, dataset in sorted(wanted - kept):
+            more = self.book.missing_bytes(node, (dataset,))
+            if more <= free[node]:
+                kept.add((node, dataset))
+                free[node] -= more
+        self._took(self.book.hold(holder, kept, queue))
+
+    def could_keep(self, node: str, datasets: Collection[str]) -> bool:
+        """Whether there is room for all of them beside what others hold."""
+        return self.book.missing_bytes(node, datasets) <= self._data_room(node)
+
+    def for_tasks_only(self, dataset: str) -> bool:
+        """Whether only a task can have it pulled."""
+        return dataset in self._datasets and self._datasets[dataset].for_tasks_only
+
+    def _data_room(self, node: str) -> float:
+        """Bytes; of a node that does not say what it has, or is not known, nothing is concluded."""
+        row = self._rows.get(node)
+        return cache_room_bytes(row) if row and cache_bytes(row) else math.inf
 
     @property
     def columns(self) -> Columns:
@@ -399,13 +421,12 @@ class Engine:
             return False
         if request.sites and row.node.site not in request.sites:
             return False
-        if request.hard_locality and not all(name in self._cached_on(dataset) for dataset in request.datasets):
+        if request.hard_locality and not self._data_stays(name, request.datasets):
             return False
         return could_use(self.columns, self.columns.index[name], request)
 
-    def _cached_on(self, dataset: str) -> Collection[str]:
-        known = self._datasets.get(dataset)
-        return known.cached_on if known is not None else ()
+    def _data_stays(self, name: str, datasets: Collection[str]) -> bool:
+        return self._datasets.here(name, datasets) and self.could_keep(name, datasets)
 
     def most_free(self, names: Iterable[str], model: str, level: Level) -> int:
         """The most wholly free GPUs in any one domain of `level` that holds one of the nodes: on nodes with that model, "": on all."""

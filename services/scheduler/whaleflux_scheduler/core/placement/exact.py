@@ -8,9 +8,10 @@ from dataclasses import replace
 from whaleflux.fleet.wiring import bits
 from whaleflux_scheduler.core.placement.api import GpuOption, Placement, PlaceRequest, Share
 from whaleflux_scheduler.core.placement.columns import Columns
+from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.decide import assemble
 from whaleflux_scheduler.core.placement.pricing import price
-from whaleflux_scheduler.core.placement.search import Datasets, Group
+from whaleflux_scheduler.core.placement.search import Group
 
 Where = Sequence[tuple[str, tuple[int, ...]]]
 """Nodes in rank order, each once, with the driver's indices of the GPUs taken there."""

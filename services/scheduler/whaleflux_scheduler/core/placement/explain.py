@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,6 @@ from whaleflux.fleet.model import Level
 from whaleflux.quantities import shown_bytes
 from whaleflux_scheduler.core.placement.api import (
     Blocked,
-    DatasetFact,
     GpuOption,
     GpuRequirement,
     GroupRequest,
@@ -20,13 +19,13 @@ from whaleflux_scheduler.core.placement.api import (
     Share,
 )
 from whaleflux_scheduler.core.placement.columns import DOMAIN_LEVELS, Columns
+from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.fractions import largest_free
-from whaleflux_scheduler.core.placement.search import feasible
+from whaleflux_scheduler.core.placement.search import feasible, stays
 from whaleflux_scheduler.core.placement.supply import Bools, conditions_of, matching_positions, node_conditions
 
 LARGEST_SHARE = "largest free share"
 _MOST_MODELS = 4  # more are named together
-Datasets = Mapping[str, DatasetFact]
 
 
 def explain(columns: Columns, request: PlaceRequest, datasets: Datasets, empty: Callable[[], Columns]) -> NoPlacement:
@@ -76,11 +75,15 @@ def _constraints(columns: Columns, request: PlaceRequest, datasets: Datasets) ->
     if need.of_node:
         yield f"without {conditions_of(need)}", "requirement.labels", node_conditions(columns, need)
     if request.hard_locality and request.datasets:
-        holders = [set(datasets[d].cached_on) if d in datasets else set() for d in request.datasets]
         yield (
             "without the datasets",
             "hard_locality",
-            _rows(columns, lambda i: all(columns.names[i] in h for h in holders)),
+            _rows(columns, lambda i: datasets.here(columns.names[i], request.datasets)),
+        )
+        yield (
+            "without room to keep the datasets beside what others hold",
+            "hard_locality",
+            stays(columns, request, datasets),
         )
     states = ["" if r.schedulable else r.reason or "not schedulable" for r in rows]
     for reason in sorted(set(states) - {""}):

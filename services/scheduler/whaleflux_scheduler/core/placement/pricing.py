@@ -10,7 +10,8 @@ from whaleflux.fleet.model import Level, LinkKind
 from whaleflux_scheduler.core.placement.api import Cost, DatasetFact, GpuOption, PlaceRequest
 from whaleflux_scheduler.core.placement.columns import Columns, cache_room_bytes
 from whaleflux_scheduler.core.placement.comm import ALL_REDUCE_BYTES, Estimate, estimate
-from whaleflux_scheduler.core.placement.search import Datasets, Group, Part
+from whaleflux_scheduler.core.placement.datasets import Datasets
+from whaleflux_scheduler.core.placement.search import Group, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,18 @@ def _part_of(columns: Columns, i: int, position: int, group: Group) -> float:
     return share.memory_bytes / gpu.memory_bytes if gpu.memory_bytes else 0.0
 
 
+_COMING = 0.5  # of what is on its way to a node for others half is there, for all that is known
+
+
 def _fetch_s(columns: Columns, i: int, request: PlaceRequest, datasets: Datasets) -> float:
     """Seconds of reading from afar: once where the node can keep the data, each time where it cannot, nothing where it has it."""
     name, row = columns.names[i], columns.rows[i]
     network = row.node.network_bytes_per_s
     missing = [datasets[d] for d in request.datasets if d in datasets and name not in datasets[d].cached_on]
-    room = cache_room_bytes(row) + sum(d.size_bytes for d in missing if name in d.held_on)
+    coming = [d for d in missing if datasets.book.holds(name, d.name)]
+    room = cache_room_bytes(row) + sum(d.size_bytes for d in coming)
     times = 1.0 if sum(d.size_bytes for d in missing) <= room else max(1.0, request.data_reads)
-    return times * _once_s(missing, network)
+    return times * (_once_s(missing, network) - (1 - _COMING) * _once_s(coming, network))
 
 
 def _once_s(missing: Sequence[DatasetFact], network_bytes_per_s: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from whaleflux.fleet.model import Level
 from whaleflux_scheduler.core.placement.api import (
-    DatasetFact,
     Goal,
     GpuOption,
     GpuRequirement,
@@ -18,14 +17,14 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
     Share,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Ints
+from whaleflux_scheduler.core.placement.columns import Columns, Ints, cache_bytes
 from whaleflux_scheduler.core.placement.cover import Counts
+from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.fractions import Device, Together, place_parts
 from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragged, splits
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows, node_conditions
 
 Part = tuple[int, int]  # (row, mask of positions)
-Datasets = Mapping[str, DatasetFact]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def _find_pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> l
 def _restrictions(
     columns: Columns, request: PlaceRequest, datasets: Datasets, allowed: Bools | None
 ) -> Iterator[Bools | None]:
-    """Row sets to try: nodes that hold the data, nodes that could keep it, nodes up to each price when price matters, all nodes.
+    """Row sets to try: nodes that hold the data, those to which it comes, those that could keep it, nodes up to each price, all nodes.
 
     Work without data tries nodes without NVMe first while there are datasets that could use them.
     """
@@ -94,8 +93,10 @@ def _restrictions(
         yield local if allowed is None else local & allowed
         if request.hard_locality:
             return
-        size = sum(datasets[d].size_bytes for d in request.datasets if d in datasets)
-        keeps = _room_for(columns, request, datasets) >= max(size, 1)
+        coming = _coming_rows(columns, request, datasets)
+        if coming is not None:
+            yield coming if allowed is None else coming & allowed
+        keeps = room_for(columns, request, datasets) >= max(_size(request, datasets), 1)
         yield keeps if allowed is None else keeps & allowed
     elif datasets:
         plain = ~node_conditions(columns, GpuRequirement(nvme=True))
@@ -109,24 +110,48 @@ def _restrictions(
     yield allowed
 
 
-def _room_for(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ints:
-    """Bytes per row that the request's data could take: what is free, and what is kept for that data."""
+def room_for(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ints:
+    """Bytes per row that the request's data could take: what is free, and what is taken for that data already."""
     room = columns.cache_room()
     for fact in (datasets[d] for d in request.datasets if d in datasets):
-        room[[columns.index[n] for n in fact.held_on if n in columns.index]] += fact.size_bytes
+        room[[columns.index[n] for n in datasets.book.nodes_of(fact.name) if n in columns.index]] += fact.size_bytes
     return room
 
 
+def _size(request: PlaceRequest, datasets: Datasets) -> int:
+    return sum(datasets[d].size_bytes for d in request.datasets if d in datasets)
+
+
 def _local_rows(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Bools | None:
+    """Nodes that have all of its data; of those that have it by chance only such as can keep it, where nothing else will do."""
     if not request.datasets:
         return None
     rows = np.ones(columns.count, dtype=np.bool_)
     for name in request.datasets:
-        here = np.zeros(columns.count, dtype=np.bool_)
-        if name in datasets:
-            here[[columns.index[n] for n in datasets[name].cached_on if n in columns.index]] = True
-        rows &= here
-    return rows
+        rows &= _on(columns, datasets[name].cached_on if name in datasets else ())
+    return rows & stays(columns, request, datasets) if request.hard_locality else rows
+
+
+def stays(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Bools:
+    """Nodes where all of its data has room beside what others hold; of nodes that do not say how much there is nothing is known."""
+    has_room = room_for(columns, request, datasets) >= _size(request, datasets)
+    return has_room | np.array([cache_bytes(row) == 0 for row in columns.rows], dtype=np.bool_)
+
+
+def _coming_rows(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Bools | None:
+    """Nodes that have its data or are about to: others there read it, or it is pinned; None: there are no more than have it."""
+    rows, more = np.ones(columns.count, dtype=np.bool_), False
+    for name in request.datasets:
+        whole, taken = datasets[name].cached_on if name in datasets else (), datasets.book.nodes_of(name)
+        more = more or not set(taken) <= set(whole)
+        rows &= _on(columns, {*whole, *taken})
+    return rows if more else None
+
+
+def _on(columns: Columns, nodes: Collection[str]) -> Bools:
+    here = np.zeros(columns.count, dtype=np.bool_)
+    here[[columns.index[n] for n in nodes if n in columns.index]] = True
+    return here
 
 
 @dataclass(frozen=True, slots=True)

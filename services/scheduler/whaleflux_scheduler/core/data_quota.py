@@ -1,0 +1,43 @@
+"""How much data a queue may hold on nodes: what its jobs and pins hold, and those of queues below it, against the quota of each. Pure.
+
+A copy that several queues hold counts once in each of them, so that nobody's room depends on who else reads it; in a queue above both it counts twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from whaleflux.quantities import shown_bytes
+from whaleflux_scheduler.core.placement.pin_book import Copy, PinBook
+from whaleflux_scheduler.core.quota import QueueNode, QuotaTree
+
+
+class DataLimit(NamedTuple):
+    """What keeps a queue from holding more: bytes that it (or one above it) holds, the most that it may, and what more was asked for."""
+
+    queue: str
+    held_bytes: int
+    most_bytes: int
+    more_bytes: int
+
+    @property
+    def words(self) -> str:
+        held, most, more = map(shown_bytes, (self.held_bytes, self.most_bytes, self.more_bytes))
+        return f"queue {self.queue} holds {held} of at most {most} of data on nodes, and {more} more would be needed"
+
+
+def held_bytes(quota: QuotaTree, book: PinBook, queue: str) -> int:
+    """What the queue and those below it hold."""
+    return sum(book.charged_bytes(of) for of in book.queues() if any(up.id == queue for up in quota.node(of).path()))
+
+
+def over(quota: QuotaTree, book: PinBook, queue: str, holder: str, copies: Collection[Copy]) -> DataLimit | None:
+    """What keeps the holder from holding these for its queue, instead of what it holds; None: nothing."""
+    limited: list[QueueNode] = [up for up in quota.node(queue).path() if up.queue.data_quota_bytes]
+    more = book.more_bytes(queue, holder, copies) if limited else 0
+    for up in limited if more > 0 else ():
+        held = held_bytes(quota, book, up.id)
+        if held + more > up.queue.data_quota_bytes:
+            return DataLimit(up.id, held, up.queue.data_quota_bytes, more)
+    return None
