@@ -440,13 +440,30 @@ def test_texts_name_no_reservation_that_is_not_there():
     assert list(shown.decision.reasons) == [told]
 
 
+def test_which_data_a_job_reads_is_its_own_business():
+    from whaleflux.trust.sight import Sight
+
+    def shown(caller):
+        job = pb.Job(name="queues/open/jobs/mine", submitter="user/ann", state=pb.JOB_STATE_QUEUED)
+        job.decision.summary, job.state_message = (
+            "waits: no room",
+            "waits: no room; its data is there: datasets/secret on n",
+        )
+        job.decision.reasons.extend(["its data is there: datasets/secret on n", "near its old nodes"])
+        return job_privacy.shown(job, Sight(caller, lambda _: ownership.OPEN, lambda _: ""), "open")
+
+    assert "datasets/secret" in str(shown(ANN)) and len(shown(ANN).decision.reasons) == 2
+    others = shown(EVE)
+    assert (others.state_message, list(others.decision.reasons)) == ("waits: no room", ["near its old nodes"])
+
+
 def test_every_field_of_a_job_is_public_or_private_on_purpose():
     """A field that is new is private; whoever finds it missing here says which it is."""
     private = {
         "JobSpec": "command image datasets require_local_data environment retry checkpoint working_directory stop_on_nan setup code "
         "depends_on secrets secrets_groups",
         "Job": "traceparent loss request_fingerprint request_key claim awaits",
-        "Attempt": "rendezvous traceparent restore_checkpoint loss",
+        "Attempt": "rendezvous traceparent restore_checkpoint loss remote_datasets",
         "Task": "message endpoint stuck isolation",
     }
     for name, public in job_privacy.PUBLIC.items():

@@ -32,7 +32,7 @@ class Ahead:
 
 def ahead_of(job: Job | None) -> Ahead | None:
     """What its record says; None: nothing."""
-    if job is None or job.ended or not job.readable or job.claim is None or not job.claim.datasets:
+    if job is None or job.ended or job.claim is None or not job.claim.datasets:
         return None
     return Ahead(job.name, job.uid, frozenset(node for node, _ in job.claim.nodes), job.claim.datasets)
 
@@ -46,6 +46,8 @@ class DataClaims:
 
     def record(self, name: str, job: Job | None) -> frozenset[str]:
         """The job as it is in the store now; returns the nodes that are to be told."""
+        if job is not None and not job.readable:  # nothing is concluded from it
+            return frozenset()
         before, now = self._of.pop(name, None), ahead_of(job)
         if now is not None:
             self._of[name] = now

@@ -77,6 +77,12 @@ def shown_decision(decision: pb.Decision, sight: Sight, own: str) -> pb.Decision
     return decision
 
 
+def without_data(decision: pb.Decision) -> pb.Decision:
+    """Without what says which data the job reads, for those whose it is not; changes `decision` itself."""
+    decision.reasons[:] = [text for text in decision.reasons if "datasets/" not in text]
+    return decision
+
+
 def shown_history(
     decisions: Iterable[pb.JobDecision], sight: Sight, own: str, *, reads: bool
 ) -> Iterator[pb.JobDecision]:
@@ -99,7 +105,7 @@ def shown_account(record: pb.AccountRecord, sight: Sight, queue: str) -> pb.Acco
 
 
 def _only_public(job: pb.Job) -> None:
-    waits = job.state == pb.JOB_STATE_QUEUED and job.state_message == job.decision.summary
+    waits = job.state == pb.JOB_STATE_QUEUED and job.state_message.startswith(job.decision.summary)
     _keep(job, _JOB)
     _keep(job.spec, _SPEC)
     for attempt in (*job.past_attempts, *([job.attempt] if job.HasField("attempt") else ())):
@@ -107,6 +113,8 @@ def _only_public(job: pb.Job) -> None:
         attempt.end_reason = _kind_of_end(attempt.end_reason)
         for task in attempt.tasks:
             _keep(task, _TASK)
+    if job.HasField("decision"):
+        without_data(job.decision)
     if job.HasField("hold"):
         job.decision.summary = _without_why(job.decision.summary)
     job.state_message = job.decision.summary if waits else ""

@@ -214,6 +214,8 @@ class Scheduler(rpc.SchedulerServiceServicer):
         if stored.value.state in (JobState.QUEUED, JobState.RECOVERING):
             view = (await self._leader.leading()).view
             decision = convert.decision_message(await view.explain(stored.value))
+            if not sight.reads(stored.value.queue, stored.message.submitter):
+                job_privacy.without_data(decision)
             response.decision.CopyFrom(job_privacy.shown_decision(decision, sight, request.name))
         else:
             response.decision.CopyFrom(response.job.decision)
