@@ -36,6 +36,7 @@ DOORS: dict[str, Door] = {
     "scheduler_store": Door(commands=("submit",)),
     "leader_loss": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
+    "plan_accuracy": Door(commands=("fits",)),
     "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),
     "elastic_mixed": Door(commands=("submit",), fields=("gpu.any", "elastic.min", "elastic.speeds")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),

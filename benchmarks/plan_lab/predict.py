@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.plan_lab.tables import Run
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.planning.arrays import Value
 from whaleflux.planning.constants import Constants
 from whaleflux.planning.machine import Fabric, Machine, Tier, fabric_of, speed_of
+from whaleflux.planning.memory import memory
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
 from whaleflux.planning.step import StepTime, step_time
@@ -23,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Runs of one model: where they stand in the list, and what the cost model takes."""
+    """Runs of one model: where each candidate's run stands in the list, and what the cost model takes. A run has several where parts are open."""
 
     rows: NDArray[np.intp]
     shape: ModelShape
@@ -36,7 +39,55 @@ def batches(runs: Sequence[Run]) -> list[Batch]:
     grouped: dict[ModelShape, list[int]] = defaultdict(list)
     for number, run in enumerate(runs):
         grouped[run.shape].append(number)
-    return [_batch(shape, [runs[n] for n in numbers], np.array(numbers)) for shape, numbers in grouped.items()]
+    return [_fitting(_batch(shape, *_candidates(runs, numbers))) for shape, numbers in grouped.items()]
+
+
+def _candidates(runs: Sequence[Run], numbers: Sequence[int]) -> tuple[list[Run], NDArray[np.intp]]:
+    """Each run as often as there are choices for what it leaves open, with the run's number."""
+    found = [(choice, number) for number in numbers for choice in _choices(runs[number])]
+    return [choice for choice, _ in found], np.array([number for _, number in found])
+
+
+def _choices(run: Run) -> list[Run]:
+    split = run.split
+    per_rank = split["global_batch"] / split["dp"]
+    layers = math.ceil(run.shape.layers / split["pp"])
+    options = {
+        "micro_batch": [b for b in (1.0, 2.0, 4.0, 8.0, 16.0) if per_rank % b == 0],
+        "vp": [float(v) for v in range(1, layers + 1) if split["pp"] > 1 and layers % v == 0] or [1.0],
+        "recomputed": [one / 8 for one in range(9)],
+    }
+    choices: list[dict[str, float]] = [dict(split)]
+    for name in run.open:
+        choices = [choice | {name: value} for choice in choices for value in options[name]]
+    return [replace(run, split=choice) for choice in choices]
+
+
+def _fitting(batch: Batch) -> Batch:
+    """Without candidates that do not fit, but for runs of which none does: they keep the smallest."""
+    needed = np.ravel(memory(batch.shape, batch.plans, batch.training).total_bytes)
+    spare = np.broadcast_to(batch.machine.usable_bytes, needed.shape) - needed
+    kept = spare >= 0
+    for number in set(batch.rows[~kept]) - set(batch.rows[kept]):
+        its = np.flatnonzero(batch.rows == number)
+        kept[its[np.argmax(spare[its])]] = True
+    machine = batch.machine
+    fabric = machine.fabric
+    tier = fabric.tiers[0]
+
+    def some(value: Value) -> Array:
+        return np.broadcast_to(value, needed.shape)[kept]
+
+    links = Fabric(
+        some(fabric.island), some(fabric.island_bytes_per_s), (Tier(some(tier.gpus), some(tier.bytes_per_s), some(tier.hop_s)),),
+        some(fabric.switch_bytes_per_s), some(fabric.p2p_bytes_per_s), some(fabric.hop_s),
+    )  # fmt: skip
+    smaller = Machine(
+        machine.name, some(machine.flops), some(machine.attention_flops), some(machine.memory_bytes_per_s), some(machine.memory_bytes), links,
+        some(machine.reserved_bytes),
+    )  # fmt: skip
+    how = Training(**{one.name: some(getattr(batch.training, one.name)) for one in fields(Training)})
+    return Batch(batch.rows[kept], batch.shape, smaller, batch.plans.take(kept), how)
 
 
 def _batch(shape: ModelShape, runs: Sequence[Run], rows: NDArray[np.intp]) -> Batch:
@@ -91,7 +142,7 @@ def step_times(made: Sequence[Batch], constants: Constants) -> list[StepTime]:
 
 def seconds(made: Sequence[Batch], constants: Constants) -> Array:
     """The predicted step of each run, in the order of the list."""
-    result = np.empty(sum(len(one.rows) for one in made))
+    result = np.full(1 + max(int(one.rows.max()) for one in made), np.inf)
     for batch, step in zip(made, step_times(made, constants), strict=True):
-        result[batch.rows] = step.total_s
+        np.minimum.at(result, batch.rows, step.total_s)
     return result

@@ -49,7 +49,7 @@ _GPUS = (  # the first that is part of what the table says
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One measured run. `fold` names what must be held out together. `flags` are fields of `Training`; `split` fields of `Plans`."""
+    """One measured run. `fold` names what must be held out together; `open` are parts of the split that were not published. `flags` are fields of `Training`; `split` fields of `Plans`."""
 
     family: str
     fold: str
@@ -59,7 +59,7 @@ class Run:
     split: Mapping[str, float]
     flags: Mapping[str, float]
     step_s: float
-    network: str = ""
+    open: tuple[str, ...] = ()
     about: Cells = field(default_factory=dict)
 
     @property
@@ -92,10 +92,12 @@ def _run(stem: str, cells: Cells) -> Run:
     flags, precision = _software(cells)
     step_s = _measured(cells, split)
     family = f"{stem} (MoE)" if shape.experts else stem
+    if cells.get("gpu") and not cells.get("framework") and cells.get("sharding"):
+        family += f" {_gpu(cells)}"  # one table for several kinds of GPU
     if flags.get("frozen"):
         family += " LoRA"
     fold = f"{shape.hidden}/{shape.layers}"
-    return Run(family, fold, shape, _gpu(cells), precision, split, flags, step_s, cells.get("network", ""), dict(cells))
+    return Run(family, fold, shape, _gpu(cells), precision, split, flags, step_s, _open(cells, split), dict(cells))
 
 
 def _number(cells: Cells, *names: str) -> float | None:
@@ -117,7 +119,7 @@ def _shape(cells: Cells) -> ModelShape:
             name, int(layers), int(hidden), int(heads), int(kv), int(hidden / heads), int(ffn), vocabulary, gated=gated, tied=not gated
         )  # fmt: skip
     name = re.sub(r"\(.*?\)|\d-node", "", cells.get("model") or "").strip()
-    if re.fullmatch(r"(760m|\d+b)", name) and cells.get("sharding"):
+    if re.fullmatch(r"\d+[mb]", name) and cells.get("sharding"):
         name = f"mpt-{name}"
     key = re.sub(r"[^a-z0-9]", "", name.lower())
     try:
@@ -128,6 +130,7 @@ def _shape(cells: Cells) -> ModelShape:
 
 def _split(cells: Cells, shape: ModelShape) -> dict[str, float]:
     split = {name: _number(cells, *columns) or 0.0 for name, columns in _ALIASES.items()}
+    split["global_batch"] = split["global_batch"] or split["dp"] * (_number(cells, "batch_per_dp") or 0.0)
     if not split["gpus"] or not split["global_batch"]:
         raise _NotScored("no GPUs or no global batch")
     for name in ("tp", "pp", "cp", "ep", "vp"):
@@ -144,9 +147,26 @@ def _split(cells: Cells, shape: ModelShape) -> dict[str, float]:
     else:
         split["zero"] = 1.0 if cells.get("container") or not split["micro_batch"] else 0.0
     split["recompute"] = _recompute(cells)
+    split["recomputed"] = 1.0
     split["sequence_parallel"] = float(split["tp"] > 1 and _modern(cells))
     del split["gpus"]
     return split
+
+
+def _open(cells: Cells, split: Mapping[str, float]) -> tuple[str, ...]:
+    """What the table does not say, and the planner chooses: the fastest that fits. Where the split is whole, only how much is recomputed."""
+    if not split["micro_batch"]:
+        said = bool(cells.get("recompute")) or "full recompute" in (cells.get("note") or "")
+        return ("micro_batch", "vp") if said else ("micro_batch", "vp", "recomputed")
+    if _offloads(cells):
+        return ()
+    known = any(cells.get(name) for name in ("recompute", "act_ckpt", "framework", "provenance"))
+    return () if known else ("recomputed",)
+
+
+def _offloads(cells: Cells) -> bool:
+    """Grace-Blackwell: what does not fit goes to the CPU's memory over NVLink-C2C beside the computation, as NeMo's recipes do."""
+    return "GB" in (cells.get("system") or "")
 
 
 def _modern(cells: Cells) -> bool:
@@ -161,7 +181,9 @@ def _recompute(cells: Cells) -> float:
         return 2.0
     if "full recompute" in (cells.get("note") or ""):
         return 2.0
-    return 1.0 if said.startswith("selective") else 0.0
+    if said.startswith("selective"):
+        return 1.0
+    return 0.0 if cells.get("act_ckpt") or _offloads(cells) else 2.0  # not said: of as many layers as it takes
 
 
 def _software(cells: Cells) -> tuple[dict[str, float], str]:
@@ -179,7 +201,8 @@ def _software(cells: Cells) -> tuple[dict[str, float], str]:
         "overlap_pp": overlapping,
         "overlap_dp": not old,
         "frozen": "lora" in (cells.get("task") or "").lower(),
-        "reduce_bytes": 2 if old or cells.get("mp_mode") == "PURE" or cells.get("kernels") else 4,
+        "gradient_bytes": 2 if overlapping else 4,  # NeMo's recipes: grad_reduce_in_fp32 off
+        "reduce_bytes": 2 if old or overlapping or cells.get("mp_mode") == "PURE" or cells.get("kernels") else 4,
     }
     return {name: float(value) for name, value in flags.items()}, "fp4" if fp4 else "fp8" if fp8 else "bf16"
 
@@ -211,7 +234,7 @@ def all_runs(paths: Iterable[Path]) -> tuple[list[Run], dict[str, dict[str, int]
         with path.open(encoding="utf-8", newline="") as file:
             header = set(next(csv.reader(file), []))
         timed = {"iter_ms", "iter_s", "step_time_s", "step_time_s_derived", "tokens_per_s_per_gpu"} & header
-        if not timed or not {"gpus", "tp"} & header or not {"global_batch", "gbs"} & header:
+        if not timed or not {"gpus", "tp"} & header or not {"global_batch", "gbs", "batch_per_dp"} & header:
             continue
         found, left_out = runs_of(path)
         runs += found

@@ -1,7 +1,7 @@
 """The constants of the cost model that are fitted, all of them; everything else in the package is a formula, a data sheet or NCCL's own table.
 
-Fitted by `python -m benchmarks.plan_accuracy --fit` on the tables that `benchmarks/README.md` names; the same command without `--fit` holds
-them against data that took no part.
+Fitted together by `python -m benchmarks.plan_accuracy --fit` on the measured steps of dense models that `benchmarks/README.md` names; which
+tables decide on each stands beside it. The same command without `--fit` holds constants against runs that took no part in fitting them.
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Twelve numbers, none of a model, a GPU or a cluster."""
+    """Eleven numbers, none of them of a model, a GPU, a cluster or a table."""
 
-    matmul_share: float = (
-        0.85  # of the best rate measured in any matrix multiplication that large ones reach within a training step
-    )
-    matmul_tail_s: float = 12e-6  # what each one costs beyond that rate: the last wave, the ramp
-    attention_share: float = 0.5  # of the same rate that fused attention reaches
-    eager_traffic: float = (
-        1.6  # bytes through memory of unfused element-wise work, against reading and writing each once
-    )
-    fused_traffic: float = 1.0  # the same of fused work
-    score_passes: float = 8.0  # times that unfused attention moves each score through memory, forward
-    launch_s: float = 20e-6  # the host's time for each kernel, in eager mode
-    collective_host_s: float = 60e-6  # the host's time for a blocking collective
-    collective_latency: float = 2.0  # of NCCL's table of latencies
-    network_share: float = 0.8  # of the wire's rate that collectives reach between nodes
-    overlap: float = 0.85  # of communication beside computation that costs nothing
-    straggling: float = 0.01  # longer for each doubling of the nodes
+    # Of the best rate measured in any matrix multiplication, what large ones reach within a step: all tables.
+    matmul_share: float = 0.918
+    # What each multiplication costs beyond that rate, the last wave and the ramp: vtrain_single, megatron_h100_2024.
+    matmul_tail_s: float = 50e-6
+    # Of the same rate, what fused attention reaches: llm_foundry, up to 65,536 tokens.
+    attention_share: float = 0.428
+    # Bytes that element-wise work moves, against reading and writing each tensor once. Not fused: llm_foundry.
+    eager_traffic: float = 3.11
+    # The same, fused: megatron_2021, korthikanti_2022, nemo_2407, megatron_bridge.
+    fused_traffic: float = 1.29
+    # How often unfused attention moves each score through memory, forward: vtrain_single, megatron_2021, korthikanti_2022.
+    score_passes: float = 8.7
+    # The host's time for each kernel: vtrain_single.
+    launch_s: float = 40e-6
+    # Latency of collectives against NCCL's table: vtrain_single (all-reduces on one A100 node alone say 2: allreduce_a100_lut).
+    collective_latency: float = 1.6
+    # Of communication beside computation, what costs nothing: megatron_h100_2024, nemo_2407, megatron_bridge.
+    overlap: float = 0.68
+    # The same of ZeRO-3's gathers and scatters, which wait for one another: llm_foundry.
+    overlap_shards: float = 0.08
+    # The same of tensor parallelism, where the software cuts multiplications for it: nemo_2407, megatron_bridge.
+    overlap_tp: float = 0.22
 
 
 FITTED = Constants()

@@ -15,7 +15,7 @@ from whaleflux.planning.training import Training
 
 _MATMULS, _MOE_MATMULS = 4, 6  # of a layer, forward: QKV, output, up (and gate), down; and those of experts
 _KERNELS_EAGER, _KERNELS_FUSED = 40, 20  # of a layer, forward; twice as many backward
-_OUTER_PASSES = 10  # reads and writes of a token's hidden state by norms, dropout and residuals, forward
+_OUTER_PASSES = 8  # reads and writes of a token's hidden state by norms, dropout and residuals, forward
 _CAUSAL = 0.5  # of the scores are computed by fused attention
 
 

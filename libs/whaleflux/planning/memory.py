@@ -76,18 +76,27 @@ def stage_weights(shape: ModelShape, plans: Plans, *, last: bool) -> Weights:
 
 
 def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Array, Array]:
-    """Of one layer and one micro-batch on one rank: (all of them, those that the plan's recomputation keeps)."""
+    """Of one layer and one micro-batch on one rank: (all of them, those that the plan's recomputation keeps on average).
+
+    In 8 bit, inputs of linear layers are kept as they were multiplied: one byte; attention keeps its output in 16 bit besides.
+    """
+    small = np.where(array(how.fp8) > 0, 1.0, 0.0)
     experts = shape.moe_layers / shape.layers
-    each = 6 if shape.gated else 4  # what enters the activation, and what leaves it
+    each = (6 if shape.gated else 4) - small  # what enters the activation, and what leaves it
     width = (1 - experts) * shape.ffn + experts * (shape.top_k + shape.shared_experts) * shape.expert_ffn
-    inner = 2 * (shape.heads * (shape.head_dim + shape.value_dim) + shape.kv_width) + each * width
+    heads = (
+        2 * (shape.heads * (shape.head_dim + shape.value_dim) + shape.kv_width) + small * shape.heads * shape.value_dim
+    )
+    inner = heads + each * width
     permuted = 4 * experts * shape.top_k * shape.hidden  # to experts and back
-    outer = how.either(how.dropout, 10, 8) * shape.hidden  # norms, inputs of the projections, masks of dropout
+    outer = (
+        how.either(how.dropout, 10, 8) - 2 * small
+    ) * shape.hidden  # norms, inputs of the projections, masks of dropout
     scores = 5 * shape.heads * plans.sequence * how.either(how.flash, 0.0, 1.0)
     shared = np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
     without = plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
     whole = without + plans.tokens * scores / plans.tp
-    inputs = 2 * plans.tokens * shape.hidden / shared
+    inputs = plans.recomputed * 2 * plans.tokens * shape.hidden / shared + (1 - plans.recomputed) * whole
     kept = np.where(
         plans.recompute == Recompute.FULL, inputs, np.where(plans.recompute == Recompute.SELECTIVE, without, whole)
     )

@@ -17,7 +17,7 @@ class Recompute(IntEnum):
 
     NONE = 0
     SELECTIVE = 1  # the attention core
-    FULL = 2  # whole layers: only their inputs are kept
+    FULL = 2  # whole layers: only their inputs are kept (`Plans.recomputed`: of how many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Plans:
 
     `micro_batch`, `global_batch` in samples, `sequence` in tokens. `zero` is the stage of ZeRO (3: FSDP); its shards lie over dp x cp ranks
     divided by `replicas` (HSDP; 1: over all). `ep` divides dp x cp. `vp` are virtual stages of each pipeline stage (1: not interleaved).
+    `recomputed` is the share of a stage's layers that full recomputation is for (Megatron's --recompute-num-layers).
     """
 
     tp: Array
@@ -41,6 +42,7 @@ class Plans:
     replicas: Array
     recompute: Array
     sequence_parallel: Array
+    recomputed: Array
 
     @staticmethod
     def of(
@@ -58,10 +60,11 @@ class Plans:
         replicas: ArrayLike = 1,
         recompute: ArrayLike = Recompute.NONE,
         sequence_parallel: ArrayLike = False,
+        recomputed: ArrayLike = 1.0,
     ) -> Plans:
         """Of numbers, lists or arrays."""
         given = (
-            tp, pp, dp, cp, ep, vp, micro_batch, global_batch, sequence, zero, replicas, recompute, sequence_parallel
+            tp, pp, dp, cp, ep, vp, micro_batch, global_batch, sequence, zero, replicas, recompute, sequence_parallel, recomputed,
         )  # fmt: skip
         return Plans(*(np.asarray(one, dtype=np.float64) for one in given))
 

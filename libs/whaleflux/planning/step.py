@@ -56,8 +56,7 @@ class StepTime:
     """Seconds of a step by component, arrays of the plans' shape; they add up to `total_s`.
 
     `compute_s`: the slowest stage's own work on all micro-batches, without `recompute_s`. `host_s`: the GPU waits for its kernels to be launched.
-    `tp_s` ... `dp_s`: communication that nothing hides; `dp_s` with ZeRO's gathers. `bubble_s`: stages that wait for others. `straggling_s`: the
-    slowest of many nodes.
+    `tp_s` ... `dp_s`: communication that nothing hides; `dp_s` with ZeRO's gathers. `bubble_s`: stages that wait for others.
     """
 
     compute_s: Array
@@ -70,7 +69,6 @@ class StepTime:
     dp_s: Array
     bubble_s: Array
     optimizer_s: Array
-    straggling_s: Array
     data_s: Array
     checkpoint_s: Array
 
@@ -142,23 +140,20 @@ def step_time(
     whole = np.broadcast_shapes(*(np.shape(part) for part in parts.values()), np.shape(last))
     known = {name: np.broadcast_to(np.asarray(part, dtype=np.float64), whole) for name, part in parts.items()}
     busy = np.asarray(sum(known.values()))
-    nodes = np.maximum(plans.gpus / 8.0, 1.0)
-    straggling = constants.straggling * np.log2(nodes) * busy
-    waited = _stalls(plans, how, busy + straggling)
-    return StepTime(**known, straggling_s=straggling, data_s=waited[0], checkpoint_s=waited[1])
+    waited = _stalls(plans, how, busy)
+    return StepTime(**known, data_s=waited[0], checkpoint_s=waited[1])
 
 
 def _per_layer(
     shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, layer: LayerTimes
 ) -> _PerLayer:
     full, selective = plans.recompute == Recompute.FULL, plans.recompute == Recompute.SELECTIVE
-    again = np.where(full, 1.0, 0.0)
+    again = np.where(full, plans.recomputed, 0.0)
     compute = layer.forward_s + layer.backward_s
     kept = how.either(how.flash, 0.0, 1.0)  # fused attention keeps no scores: nothing to compute again
     recompute = again * layer.forward_s + np.where(selective, kept * layer.core_s, 0.0)
     passes = 3.0 + again  # forward, backward (twice the kernels)
-    blocking = np.where(plans.tp > 1, constants.collective_host_s * 2 * (2 + again), 0.0)
-    busy, launching = compute + recompute, passes * layer.host_s + blocking
+    busy, launching = compute + recompute, passes * layer.host_s
     host = (busy**_SOFT + launching**_SOFT) ** (1 / _SOFT) - busy
     return _PerLayer(
         compute=compute,
@@ -171,10 +166,10 @@ def _per_layer(
     )
 
 
-def _hidden(communication: Array, computation: Array, constants: Constants) -> Array:
+def _hidden(communication: Array, computation: Array, share: float) -> Array:
     """What is exposed of communication beside computation: all that is longer, and a part of the rest (they disturb one another)."""
     beside = np.minimum(communication, computation)
-    return np.asarray(communication - constants.overlap * beside, dtype=np.float64)
+    return np.asarray(communication - share * beside, dtype=np.float64)
 
 
 def _state_bytes(shape: ModelShape, plans: Plans) -> Array:
@@ -189,7 +184,7 @@ def _tensor_parallel_s(
     volume = _state_bytes(shape, plans)
     split = 2 * gather_s(volume, links, constants)
     each = np.where(plans.sequence_parallel > 0, split, all_reduce_s(volume, links, constants))
-    exposed = how.either(how.overlap_tp, 1.0 - constants.overlap, 1.0)
+    exposed = how.either(how.overlap_tp, 1.0 - constants.overlap_tp, 1.0)
     return np.asarray((4 + 2 * again) * each * exposed)
 
 
@@ -198,7 +193,9 @@ def _context_parallel_s(
 ) -> Array:
     """Keys and values go round the ring, forward once and backward twice, beside the attention on those that are there."""
     volume = 2.0 * plans.micro_batch * plans.sequence * shape.kv_width / plans.tp
-    return np.where(plans.cp > 1, _hidden(3 * gather_s(volume, links, constants), 3.5 * layer.core_s, constants), 0.0)
+    return np.where(
+        plans.cp > 1, _hidden(3 * gather_s(volume, links, constants), 3.5 * layer.core_s, constants.overlap), 0.0
+    )
 
 
 def _expert_parallel_s(shape: ModelShape, plans: Plans, constants: Constants, links: Links, again: Array) -> Array:
@@ -219,7 +216,7 @@ def _gathers_s(
     if shape.experts:
         moved = moved + (2 * gather_s(2.0 * layer.experts, links.experts, constants))
         moved = moved + trained * gather_s(wire * layer.experts, links.experts, constants)
-    exposed = _hidden(moved, beside_s, constants)
+    exposed = _hidden(moved, beside_s, constants.overlap_shards)
     return np.where((plans.zero > 2) & (plans.dp * plans.cp > 1), exposed, 0.0)
 
 
@@ -242,12 +239,17 @@ def _data_parallel_s(
     """The reduction of gradients (and ZeRO-1 and 2's gather of weights) that the last backward pass does not hide; the optimizer."""
     weights = stage_weights(shape, plans, last=False)
     trained, wire = how.either(how.frozen, 0.0, 1.0), array(how.reduce_bytes)
-    reduced = np.zeros(())
+    whole, scattered, gathered = np.zeros(()), np.zeros(()), np.zeros(())
     for some, among in ((weights.common, links.dp), *(((weights.experts, links.experts),) if shape.experts else ())):
-        spread = gather_s(wire * some, among, constants) + gather_s(2.0 * some, among, constants)
-        reduced = reduced + np.where(plans.zero > 0, spread, all_reduce_s(wire * some, among, constants))
+        whole = whole + all_reduce_s(wire * some, among, constants)
+        scattered = scattered + gather_s(wire * some, among, constants)
+        gathered = gathered + gather_s(2.0 * some, among, constants)
     beside = how.either(how.overlap_dp, 1.0, 0.0) * backward_s
-    exposed = np.where(plans.zero > 2, 0.0, trained * _hidden(reduced, beside, constants))
+    summed = _hidden(np.where(plans.zero > 0, scattered, whole), beside, constants.overlap)
+    spread = np.where(
+        plans.zero > 0, _hidden(gathered, beside / 2, constants.overlap), 0.0
+    )  # beside the next forward pass
+    exposed = np.where(plans.zero > 2, 0.0, trained * (summed + spread))
     owned = weights.owned(plans, plans.zero > 0)
     # Adam reads gradient, master weight and two moments, writes the latter three and the 16-bit weight; the norm reads gradients once more.
     moved = owned * (array(how.gradient_bytes) * 2 + array(how.optimizer_bytes) * 2 + 2)
