@@ -31,13 +31,17 @@ def gather_s(volume: Array, links: Links, constants: Constants) -> Array:
     return _ring_s(1.0, volume, links, constants)
 
 
-def all_to_all_s(volume: Array, links: Links, constants: Constants) -> Array:
-    """Each rank sends `volume` bytes in equal parts to all, itself too; what crosses nodes shares the NICs of its node."""
+def all_to_all_s(volume: Array, links: Links, constants: Constants, copies: Array | float = 1.0) -> Array:
+    """Each rank sends `volume` bytes in equal parts to all, itself too; what crosses nodes shares the NICs of its node.
+
+    `copies`: the share of what would cross that does, where what several ranks of a node want goes there once.
+    """
     far = links.nodes > 1
-    crossing = np.where(far, (links.nodes - 1) / links.nodes, (links.size - 1) / np.maximum(links.size, 1))
-    rate = np.where(far, _of_one_rank(links, constants), links.island_bytes_per_s)
+    apart = (links.size - 1) / np.maximum(links.size, 1)
+    inside = volume * apart / links.island_bytes_per_s
+    across = volume * copies * (links.nodes - 1) / links.nodes / np.where(far, _of_one_rank(links, constants), np.inf)
     latency = constants.collective_latency * (_BASE_S[2] + links.outer_hop_s + links.inner_hop_s)
-    return np.asarray(np.where(links.size > 1, latency + volume * crossing / rate, 0.0))
+    return np.asarray(np.where(links.size > 1, latency + np.maximum(inside, across), 0.0))
 
 
 def send_s(volume: Array, links: Links, constants: Constants) -> Array:

@@ -51,12 +51,12 @@ def _experts(
 
 def _deepseek(
     name: str, layers: int, hidden: int, heads: int, ffn: int, vocabulary: int, experts: int, top_k: int, expert_ffn: int,
-    dense_layers: int, *, query_rank: int = 1536, shared: int = 1, sequence: int = 163_840,
+    dense_layers: int, *, query_rank: int = 1536, shared: int = 1, nodes: int = 0, sequence: int = 163_840,
 ) -> ModelShape:  # fmt: skip
     """Latent attention, a few dense layers first."""
     return ModelShape(
         name, layers, hidden, heads, heads, 192, ffn, vocabulary, sequence, experts=experts, top_k=top_k, expert_ffn=expert_ffn,
-        shared_experts=shared, dense_layers=dense_layers, latent=Latent(query_rank, 512, 64, 128),
+        shared_experts=shared, dense_layers=dense_layers, route_nodes=nodes, latent=Latent(query_rank, 512, 64, 128),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ _TABLE = (
     _experts("gpt-oss-20b", 24, 2880, 64, 8, 2880, 32, 4, 201_088, 131_072, head_dim=64),
     _experts("gpt-oss-120b", 36, 2880, 64, 8, 2880, 128, 4, 201_088, 131_072, head_dim=64),
     _deepseek("deepseek-v2-lite", 27, 2048, 16, 10944, 102_400, 64, 6, 1408, 1, query_rank=0, shared=2),
-    _deepseek("deepseek-v3", 61, 7168, 128, 18432, 129_280, 256, 8, 2048, 3),
+    _deepseek("deepseek-v3", 61, 7168, 128, 18432, 129_280, 256, 8, 2048, 3, nodes=4),
     _deepseek("kimi-k2", 61, 7168, 64, 18432, 163_840, 384, 8, 2048, 1, sequence=131_072),
     # A size that nobody published: 12 x hidden^2 a layer, to talk about what 700B takes.
     ModelShape("dense-700b", 136, 20480, 160, 160, 128, 83968, 128_256, 8192, gated=False),

@@ -40,6 +40,7 @@ _NUMBERS = {
     "expert_ffn": _Kind(0, 1 << 22, "inner width of one expert"),
     "shared_experts": _Kind(0, 1024, "experts that every token visits"),
     "dense_layers": _Kind(0, 10_000, "layers without experts"),
+    "route_nodes": _Kind(0, 4096, "groups of ranks that a token's experts lie on"),
     "query_rank": _Kind(0, 1 << 18, "rank of compressed queries"),
     "kv_rank": _Kind(1, 1 << 18, "rank of compressed keys and values"),
     "rope": _Kind(0, 4096, "rotated dimensions of a head"),
@@ -159,6 +160,7 @@ _COMMON: Mapping[str, tuple[str, ...]] = {
     "expert_ffn": ("moe_intermediate_size",),
     "shared_experts": ("n_shared_experts",),
     "dense_layers": ("first_k_dense_replace",),
+    "route_nodes": ("topk_group",),
 }
 _FAMILIES = {
     **dict.fromkeys(

@@ -19,7 +19,8 @@ class Latent:
 class ModelShape:
     """A decoder. `head_dim` is of queries and keys, `ffn` of dense layers, `expert_ffn` of one expert; `sequence` is the longest it is made for.
 
-    The first `dense_layers` layers have no experts, where there are any. `positions` are learned position embeddings (0: rotary or none).
+    The first `dense_layers` layers have no experts, where there are any. A token's experts lie on at
+    most `route_nodes` groups of ranks (0: anywhere). `positions` are learned position embeddings (0: rotary or none).
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelShape:
     expert_ffn: int = 0
     shared_experts: int = 0
     dense_layers: int = 0
+    route_nodes: int = 0
     latent: Latent | None = None
 
     @property

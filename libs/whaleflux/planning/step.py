@@ -199,10 +199,14 @@ def _context_parallel_s(
 
 
 def _expert_parallel_s(shape: ModelShape, plans: Plans, constants: Constants, links: Links, again: Array) -> Array:
-    """Tokens to their experts and back: two exchanges forward, two backward."""
-    volume = _state_bytes(shape, plans) * max(shape.top_k, 1) / np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
+    """Tokens to their experts and back: two exchanges forward, two backward. A node gets a token once, however many of its experts are there."""
+    if not shape.experts:
+        return np.zeros(())
+    volume = _state_bytes(shape, plans) * shape.top_k / np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
+    visited = links.nodes * (1 - (1 - 1 / links.nodes) ** shape.top_k)
+    visited = np.minimum(visited, shape.route_nodes or np.inf)
     share = shape.moe_layers / shape.layers
-    return np.asarray((4 + 2 * again) * share * all_to_all_s(volume, links, constants))
+    return np.asarray((4 + 2 * again) * share * all_to_all_s(volume, links, constants, visited / shape.top_k))
 
 
 def _gathers_s(
