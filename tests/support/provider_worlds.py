@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.support import ec2_shim
+from tests.support import ec2_shim, lambda_service
 from whaleflux import names
 from whaleflux.rpc.pki import CertificateAuthority
 from whaleflux_inventory.core.lease_rules import Lease, Terms
@@ -22,6 +22,7 @@ from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.providers.api import LaunchRequest, Provider
 from whaleflux_inventory.providers.aws import AwsKind
 from whaleflux_inventory.providers.command import CommandKind
+from whaleflux_inventory.providers.rest import RestKind
 from whaleflux_inventory.providers.simulated import SimulatedKind
 
 FLEET, OTHER_FLEET = names.ulid(), names.ulid()
@@ -29,6 +30,10 @@ LAUNCHING = Launching(FrontDoor("fleet.example:7443"), CertificateAuthority.crea
 AWS_OFFER = Offer(
     "offers/aws", "aws", "p4d.24xlarge", "sites/cloud", Terms(30.0), "A100", 8, ec2_shim.REGION,
     secret="secrets/cloud", options={"image": ec2_shim.image()},
+)  # fmt: skip
+REST_OFFER = Offer(
+    "offers/rest", "rest", "gpu_8x_a100", "sites/cloud", Terms(14.0), "A100", 8, "us-east-1", secret="secrets/lambda",
+    options={"service": "lambda", "key": "fleet"},
 )  # fmt: skip
 _SHOP = """#!{python}
 import json, sys, time
@@ -133,6 +138,31 @@ def aws(folder: Path) -> Iterator[ProviderWorld]:
 
 
 @contextlib.contextmanager
+def rest(folder: Path) -> Iterator[ProviderWorld]:
+    """A service that speaks as Lambda does."""
+    service, plan = lambda_service.Service(), [""]
+
+    def planned(path: str) -> str:
+        return plan.pop() if path.endswith("launch") and plan else ""
+
+    service.fault = planned
+    wrong = {
+        "region": replace(REST_OFFER, region=""),
+        "market": replace(REST_OFFER, market="spot"),
+        "secret": replace(REST_OFFER, secret=""),
+        "options.service": _with(REST_OFFER, service="lambada"),
+        "options.key": replace(REST_OFFER, options={"service": "lambda"}),
+        "options.url": _with(REST_OFFER, url="http://elsewhere.example"),
+        "options.image": _with(REST_OFFER, image="ubuntu"),
+        "options.user_data": _with(REST_OFFER, user_data="x"),
+    }
+    with lambda_service.running(service):
+        kind, offer = RestKind(), _with(REST_OFFER, url=service.url)
+        account = kind.open(offer, {"LAMBDA_API_KEY": lambda_service.KEY})
+        yield ProviderWorld(account, offer, wrong, kind, lambda fault: plan.__setitem__(slice(None), [fault]))
+
+
+@contextlib.contextmanager
 def _endpoint(url: str) -> Iterator[None]:
     """As an operator would name another endpoint of EC2."""
     import pytest
@@ -146,4 +176,4 @@ def _with(offer: Offer, **options: str) -> Offer:
     return replace(offer, options={**offer.options, **options})
 
 
-WORLDS = {"simulated": simulated, "command": command, "aws": aws}
+WORLDS = {"simulated": simulated, "command": command, "rest": rest, "aws": aws}

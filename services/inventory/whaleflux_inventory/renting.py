@@ -16,6 +16,7 @@ from whaleflux_inventory.provider_accounts import Accounts, Keys
 from whaleflux_inventory.providers.api import ProviderKind
 from whaleflux_inventory.providers.aws import AwsKind
 from whaleflux_inventory.providers.command import CommandKind
+from whaleflux_inventory.providers.rest import RestKind
 from whaleflux_inventory.providers.simulated import SimulatedKind
 from whaleflux_inventory.rented_nodes import InventoryNodes
 from whaleflux_inventory.service import Renting, nodes_of
@@ -60,7 +61,7 @@ def keeper_of(
 
 
 def _kinds(settings: Settings) -> Mapping[str, ProviderKind]:
-    kinds: dict[str, ProviderKind] = {"aws": AwsKind()}
+    kinds: dict[str, ProviderKind] = {"aws": AwsKind(), "rest": RestKind()}
     if settings.rent_commands is not None:
         kinds["command"] = CommandKind(settings.rent_commands)
     if settings.rent_simulated is not None:

@@ -9,6 +9,7 @@ from whaleflux_inventory.core.lease_rules import Terms
 
 RECOVERY_S = 600.0  # after one refusal trust is whole again; twice as long after each further one in a row
 MOST_DOUBLINGS = 4
+_WHERE = ("command", "service", "url")  # options that say whom an account is with
 TRUSTED = 0.5  # offers below are asked only when none above is left
 
 
@@ -35,8 +36,9 @@ class Offer:
 
     @property
     def account(self) -> tuple[str, str, str]:
-        """Offers of one account share its list of machines and its limits of calls."""
-        return self.provider, self.region, f"{self.secret}|{self.options.get('command', '')}"
+        """Offers of one account share its list of machines and its limits of calls. A key of `rest` is for all regions."""
+        region = "" if self.provider == "rest" else self.region
+        return self.provider, region, "|".join([self.secret, *(self.options.get(key, "") for key in _WHERE)])
 
     @property
     def usd_per_gpu_hour(self) -> float:
