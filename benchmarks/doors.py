@@ -49,6 +49,7 @@ DOORS: dict[str, Door] = {
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
     "burst": Door(commands=("offers", "leases", "burst")),
+    "deploy_models": Door(commands=("deploy", "rollout")),
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_pull": Door(commands=("submit",), fields=("data",)),
     "locality": Door(commands=("submit",), fields=("data",)),

@@ -121,6 +121,11 @@ class TestComparison:
         assert outcomes.sample(["new"], 0.0) == Sample(19, 0, None)
         outcomes.add("new", 1.0, 9.0)
         assert outcomes.sample(["new"], 0.0).first_byte_p99_s == 9.0
+        for _ in range(20):
+            outcomes.add("lucky", 1.0, 0.1)
+        for _ in range(2):
+            outcomes.add("lucky", 1.0, 9.0)
+        assert outcomes.sample(["lucky"], 0.0).first_byte_p99_s == 0.1, "two that are slow are chance"
         assert outcomes.sample(["new"], 2.0) == Sample()
         outcomes.keep_only(set())
         assert outcomes.sample(["new"], 0.0) == Sample()

@@ -173,13 +173,14 @@ def _with_weights(client: Any, manifest: ModelManifest, *, dry_run: bool) -> Mod
 def _look_at(source: str, request: Any) -> None:
     """Its size, and of a folder or file what it consists of: then nodes take from other versions what is the same.
 
-    Where nothing is to be seen from here, the first node that reads it finds out.
+    Where a URL shows nothing from here, the first node that reads it finds out. Raises InvalidArgument for a folder that is not there.
     """
     from whaleflux.cli.copying import Progress
     from whaleflux.data import hashing, sources
     from whaleflux.data import manifest as manifests
     from whaleflux.data.manifest import ManifestWrong
     from whaleflux.data.sources import SourceFailed
+    from whaleflux.errors import FieldViolation, InvalidArgument
 
     try:
         opened = sources.open_source(source)
@@ -189,6 +190,9 @@ def _look_at(source: str, request: Any) -> None:
             request.manifest.CopyFrom(hashing.hashed(opened, progress.add).to_proto())
             progress.clear()
     except (SourceFailed, ManifestWrong, OSError) as unseen:
+        if "://" not in source:
+            advice = f"{unseen} (as seen from here); a dataset is written dataset:NAME, and one that nodes alone see is declared with: whaleflux datasets add"
+            raise InvalidArgument(FieldViolation("weights", advice)) from None
         output.note(
             f"how large {source} is cannot be seen from here ({unseen}); whether it fits is found out at its nodes"
         )

@@ -5,7 +5,6 @@ From the front door's records, as far as they come: a hint that may lead back to
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ LEAST_FAILED, MORE_FAILED = (
     0.05,
 )  # a version is worse with so many failed tries, and so much more of them than the other
 LEAST_TIMED, SLOWER, SLOWER_S = 20, 1.5, 0.05  # or with a p99 so much higher: times, and seconds on top
+LEAST_SLOW = 3  # of few tries the third slowest stands for the p99: one that was slow by chance leads nowhere
 
 
 class Outcome(NamedTuple):
@@ -53,7 +53,7 @@ class Outcomes:
         """Of these replicas together, as of `since_s` (monotonic)."""
         found = [one for replica in replicas for one in self._of.get(replica, ()) if one.at_s >= since_s]
         times = sorted(one.first_byte_s for one in found if one.first_byte_s is not None)
-        p99 = times[math.ceil(0.99 * len(times)) - 1] if len(times) >= LEAST_TIMED else None
+        p99 = times[-max(LEAST_SLOW, len(times) // 100 + 1)] if len(times) >= LEAST_TIMED else None
         return Sample(len(found), len(found) - len(times), p99)
 
     def keep_only(self, replicas: set[str]) -> None:

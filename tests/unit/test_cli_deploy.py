@@ -1,0 +1,147 @@
+"""`whaleflux deploy` and `rollout`: what is asked of the fleet, what is shown before anybody is asked, and what is refused here."""
+
+import contextlib
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from whaleflux.cli import deploy_commands
+from whaleflux.cli.__main__ import app
+from whaleflux.errors import InvalidArgument, NotFound
+from whaleflux.v1 import router_pb2 as pb
+
+RUN = CliRunner()
+FILE = """\
+model: m
+weights: {weights}
+engine: {{run: "serve {{weights}} --port {{port}}"}}
+sites: {{onprem: 2, edge: {{replicas: 1, on: [RTX4090]}}}}
+"""
+
+
+class Fleet:
+    """A router and an inventory that keep what they were asked."""
+
+    def __init__(self):
+        self.router = self.inventory = self
+        self.asked, self.datasets, self.model = [], {}, None
+
+    def GetModel(self, request, timeout):
+        if self.model is None:
+            raise NotFound("model", request.name)
+        return self.model
+
+    def EstimateDeployment(self, request, timeout):
+        self.asked.append(request)
+        answer = pb.EstimateDeploymentResponse()
+        for site in request.model.sites or self.model.sites:
+            answer.sites.add(site=site.site, replicas=site.replicas, why="1 GB at 5 MB/s from /mnt, then engine 12 s")
+        answer.sites[0].ready_in.FromSeconds(212)
+        return answer
+
+    def CreateModel(self, request, timeout):
+        self.asked.append(pb.CreateModelRequest.FromString(request.SerializeToString()))
+
+    def UpdateModel(self, request, timeout):
+        self.asked.append(request)
+
+    def RollBackModel(self, request, timeout):
+        self.asked.append(request)
+        self.model.rollout.message = "v2 was rolled back by user/ann"
+        return self.model
+
+    def GetDataset(self, request, timeout):
+        if request.name not in self.datasets:
+            raise NotFound("dataset", request.name)
+
+    def CreateDataset(self, request, timeout):
+        self.datasets[f"datasets/{request.dataset_id}"] = request
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    found = Fleet()
+    monkeypatch.setattr(deploy_commands, "fleet", lambda: contextlib.nullcontext(found))
+    return found
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "a").write_bytes(b"weights")
+    path = tmp_path / "model.yaml"
+    path.write_text(FILE.format(weights="w"))
+    return path
+
+
+def created(fleet):
+    return [one.model for one in fleet.asked if isinstance(one, pb.CreateModelRequest) and not one.validate_only]
+
+
+def test_a_folder_of_weights_becomes_a_dataset_with_what_it_consists_of(fleet, file):
+    done = RUN.invoke(app, ["deploy", "-y", str(file)])
+    assert done.exit_code == 0, done.output
+    ((name, request),) = fleet.datasets.items()
+    assert (request.dataset.uri, request.dataset.size_bytes) == (str(file.parent / "w"), 7)
+    assert [one.path for one in request.manifest.files] == ["a"]
+    (model,) = created(fleet)
+    assert (model.engine.weights, name.startswith("datasets/m-")) == (name, True)
+    assert "212 s" in done.output
+    assert "not known" in done.output
+    assert RUN.invoke(app, ["deploy", "-y", str(file)]).exit_code == 0
+    assert len(fleet.datasets) == 1, "the same folder is the same dataset"
+
+
+def test_sites_of_the_file_can_be_left_out_with_what_it_says_of_them(fleet, file):
+    assert RUN.invoke(app, ["deploy", "-y", str(file), "--sites", "edge"]).exit_code == 0
+    (model,) = created(fleet)
+    assert [(one.site, one.replicas, list(one.gpu_models)) for one in model.sites] == [("sites/edge", 1, ["RTX4090"])]
+
+
+def test_a_folder_that_is_not_there_is_no_dataset(fleet, file):
+    file.write_text(FILE.format(weights="llama"))
+    done = RUN.invoke(app, ["deploy", "-y", str(file)])
+    assert isinstance(done.exception, InvalidArgument)
+    assert "a dataset is written dataset:NAME" in str(done.exception)
+    assert not fleet.datasets
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [("moon", "the file only onprem, edge"), (",", "names no site"), ("edge,edge", "twice"), ("BAD!", "is not an id")],
+)
+def test_sites_that_are_none_of_the_file_are_refused_here(fleet, file, sites, words):
+    done = RUN.invoke(app, ["deploy", "-y", str(file), "--sites", sites])
+    assert isinstance(done.exception, InvalidArgument)
+    assert words in str(done.exception)
+    assert not fleet.asked
+    assert not fleet.datasets
+
+
+def test_a_dry_run_changes_nothing_and_programs_get_its_sites(fleet, file):
+    done = RUN.invoke(app, ["deploy", str(file), "--dry-run", "-o", "json"])
+    assert done.exit_code == 0, done.output
+    assert [one["site"] for one in json.loads(done.stdout)["sites"]] == ["sites/onprem", "sites/edge"]
+    assert not fleet.datasets
+    assert [type(one).__name__ for one in fleet.asked] == ["EstimateDeploymentRequest"]
+
+
+def test_a_model_that_is_there_is_changed_as_it_was_read(fleet, file):
+    fleet.model = pb.Model(name="models/m", etag='"7"', version=3)
+    assert RUN.invoke(app, ["deploy", "-y", str(file)]).exit_code == 0
+    (update,) = [one for one in fleet.asked if isinstance(one, pb.UpdateModelRequest)]
+    assert (update.model.name, update.model.etag) == ("models/m", '"7"')
+
+
+def test_status_and_undo_say_what_became_of_a_rollout(fleet):
+    fleet.model = pb.Model(name="models/m", etag='"7"', version=2)
+    fleet.model.sites.add(site="sites/edge", replicas=1)
+    fleet.model.rollout.MergeFrom(
+        pb.Rollout(state=pb.ROLLOUT_STATE_WATCHING, to_version=2, from_version=1, message="it is watched")
+    )
+    assert "v2 WATCHING: it is watched" in RUN.invoke(app, ["rollout", "status", "m"]).output
+    told = json.loads(RUN.invoke(app, ["rollout", "status", "m", "-o", "json"]).stdout)
+    assert (told["version"], told["rollout"]["message"]) == ("2", "it is watched")
+    assert "rolled back by user/ann" in RUN.invoke(app, ["rollout", "undo", "-y", "models/m"]).output
+    assert fleet.asked[-1].etag == '"7"'
