@@ -171,7 +171,7 @@ class World:
         words = [
             sys.executable,
             "-m",
-            "benchmarks.deploy_engine",
+            "benchmarks.deploy_lab.engine",
             "--weights",
             "{weights}",
             "--port",

@@ -1,6 +1,6 @@
 """An engine for `deploy_models`: it reads all of its weights, then answers each prompt with a word; `--wrong` names what it does not do.
 
-python -m benchmarks.deploy_engine --weights FOLDER --port 8000 --model NAME [--wrong never|requests]
+python -m benchmarks.deploy_lab.engine --weights FOLDER --port 8000 --model NAME [--wrong never|requests]
 """
 
 from __future__ import annotations

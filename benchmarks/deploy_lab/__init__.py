@@ -1,0 +1,1 @@
+"""What `deploy_models` plays: an engine."""
