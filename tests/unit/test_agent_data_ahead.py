@@ -112,3 +112,16 @@ async def test_what_failed_is_said_and_tried_again_later(tmp_path):
         await until(lambda: said(ahead, TEXT).message)
         assert "cannot fetch" in said(ahead, TEXT).message
         assert not said(ahead, TEXT).ready
+
+
+async def test_what_is_wanted_again_while_its_pull_stops_begins_anew(tmp_path, source, gate):
+    inventory = Inventory(source)
+    cache = DatasetCache(tmp_path / "cache", 1000, NODE, inventory, frozenset, open_source=gate.open_source)
+    async with running(cache) as ahead:
+        ahead.desire(claims(TEXT))
+        await until(lambda: "PULLING" in inventory.states(TEXT))
+        ahead.desire(claims())
+        await until(cache.begin(TEXT).progress.stop.is_set)
+        ahead.desire(claims(TEXT))
+        gate.may.set()
+        await until(lambda: said(ahead, TEXT).ready)

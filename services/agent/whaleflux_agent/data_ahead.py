@@ -48,6 +48,7 @@ class DataAhead:
         self._cache, self._clock = cache, clock
         self._wanted: dict[str, _One] = {}
         self._changed = asyncio.Event()
+        self._ending = set[asyncio.Task[None]]()  # of pulls that are given up: a source may take its time
 
     def desire(self, desired: agent_pb2.DesiredData) -> None:
         """All that is to be here; it replaces what was wanted before."""
@@ -67,13 +68,18 @@ class DataAhead:
             self._changed.clear()
             wanted = frozenset(self._wanted)
             for name in sorted(before - wanted):
-                await self._cache.give_up(name)
+                self._end(name)
             before = wanted
             for name, one in list(self._wanted.items()):
                 self._look_at(name, one)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S if wanted else None):
                     await self._changed.wait()
+
+    def _end(self, name: str) -> None:
+        ending = asyncio.create_task(self._cache.give_up(name))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _look_at(self, name: str, one: _One) -> None:
         now_s = self._clock.monotonic()
@@ -86,7 +92,8 @@ class DataAhead:
             return
         one.said = _ended(name, one.fetch)
         if not one.said.ready:
-            one.fetch, one.not_before_s = None, now_s + AGAIN_S
+            given_up = one.fetch.progress.stop.is_set()  # for nobody wanted it for a moment
+            one.fetch, one.not_before_s = None, now_s + (0.0 if given_up else AGAIN_S)
 
     @staticmethod
     def _on_its_way(name: str, one: _One, now_s: float) -> agent_pb2.DataProgress:

@@ -5,6 +5,7 @@ A copy that several queues hold counts once in each of them, so that nobody's ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -27,17 +28,23 @@ class DataLimit(NamedTuple):
         return f"queue {self.queue} holds {held} of at most {most} of data on nodes, and {more} more would be needed"
 
 
-def held_bytes(quota: QuotaTree, book: PinBook, queue: str) -> int:
-    """What the queue and those below it hold."""
-    return sum(book.charged_bytes(of) for of in book.queues() if any(up.id == queue for up in quota.node(of).path()))
+def held(quota: QuotaTree, book: PinBook) -> Counter[str]:
+    """Bytes that each queue and those below it hold, by id; of those that hold any."""
+    sums = Counter[str]()
+    for of in book.queues():
+        for up in quota.node(of).path():
+            sums[up.id] += book.charged_bytes(of)
+    return sums
 
 
 def over(quota: QuotaTree, book: PinBook, queue: str, holder: str, copies: Collection[Copy]) -> DataLimit | None:
     """What keeps the holder from holding these for its queue, instead of what it holds; None: nothing."""
     limited: list[QueueNode] = [up for up in quota.node(queue).path() if up.queue.data_quota_bytes]
     more = book.more_bytes(queue, holder, copies) if limited else 0
-    for up in limited if more > 0 else ():
-        held = held_bytes(quota, book, up.id)
-        if held + more > up.queue.data_quota_bytes:
-            return DataLimit(up.id, held, up.queue.data_quota_bytes, more)
+    if more <= 0:
+        return None
+    now = held(quota, book)
+    for up in limited:
+        if now[up.id] + more > up.queue.data_quota_bytes:
+            return DataLimit(up.id, now[up.id], up.queue.data_quota_bytes, more)
     return None

@@ -279,11 +279,9 @@ class Questions:
     def queue_use(self, queues: Iterable[str]) -> dict[str, QueueUse]:
         """What queues hold, by id, and who of them can never start."""
         stuck = self._limits.stuck(self._first_in_lines())
-        quota, book = self._shares.quota, self._fleet.engine.book
+        data = data_quota.held(self._shares.quota, self._fleet.engine.book)
         return {
-            queue: self._shares.use(queue)._replace(
-                stuck=tuple(stuck.get(queue, ())), data_bytes=data_quota.held_bytes(quota, book, queue)
-            )
+            queue: self._shares.use(queue)._replace(stuck=tuple(stuck.get(queue, ())), data_bytes=data[queue])
             for queue in queues
         }
 

@@ -68,14 +68,15 @@ class PinBook:
     # changing
 
     def resize(self, dataset: str, size_bytes: int) -> Collection[str]:
-        """Its size is known now, or another one; returns the nodes where its room is taken."""
+        """Its size is known now, or another one; returns the nodes where it takes another room for that."""
         more, nodes = size_bytes - self.size_bytes(dataset), self.nodes_of(dataset)
         self._sizes[dataset] = size_bytes
-        if more:
-            for node in nodes:
-                self._on_node[node] += more
-            for queue, charges in self._charges.items():
-                self._charged[queue] += more * sum((node, dataset) in charges for node in nodes)
+        if not more:
+            return ()
+        for node in nodes:
+            self._on_node[node] += more
+        for queue, charges in self._charges.items():
+            self._charged[queue] += more * sum((node, dataset) in charges for node in nodes)
         return nodes
 
     def forget(self, dataset: str) -> None:
