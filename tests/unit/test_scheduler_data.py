@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.support.scheduler_world import World, node, plan_with_queues, until
-from whaleflux.errors import InvalidArgument
+from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.v1 import agent_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -278,3 +278,28 @@ async def test_an_agent_that_says_what_cannot_be_is_told_so():
         agent.say(agent_pb2.SyncRequest(data=agent_pb2.DataReport(datasets=[bad])))
         await until(lambda: agent.error)
         assert isinstance(agent.error, InvalidArgument)
+
+
+async def test_a_dataset_that_is_new_is_asked_for_before_its_first_job_is_placed():
+    async with World() as world:
+        await world.add(node("s/a"))
+        await world.caught_up()
+        world.inventory.datasets[TEXT] = inventory_pb2.Dataset(name=TEXT, uri="/data", size_bytes=10**12)
+        queue = pb.Queue(data_quota_bytes=1)
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="small", queue=queue), None)
+        name = await world.submit(1, queue="small", datasets=["text"])
+        placed = await world.reaches(name, "RUNNING")
+        assert list(placed.attempt.remote_datasets) == [TEXT], "its size counted"
+        assert "at most 1 B of data on nodes" in placed.decision.reasons[0]
+
+
+async def test_an_inventory_that_does_not_answer_holds_up_no_job():
+    async with World() as world:
+        await world.add(node("s/a"))
+        world.inventory.datasets[TEXT] = inventory_pb2.Dataset(name=TEXT, uri="/data", size_bytes=10)
+
+        async def away(request, timeout=None):
+            raise Unavailable("nobody answers")
+
+        world.inventory.ListDatasets = away
+        await world.reaches(await world.submit(1, datasets=["text"]), "RUNNING")

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux_scheduler.bootstrap import dataset_fact
+from whaleflux_scheduler.dataset_feed import dataset_fact
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -11,7 +11,7 @@ from whaleflux.errors import Unavailable
 from whaleflux.reasons import ConditionType
 from whaleflux.v1 import health_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler.bootstrap import DATASETS_EVERY_S
+from whaleflux_scheduler.dataset_feed import EVERY_S
 from whaleflux_scheduler.node_view import NodeView
 
 A, B = "sites/s/nodes/a", "sites/s/nodes/b"
@@ -116,17 +116,17 @@ async def test_a_job_starts_when_the_copy_that_it_needs_has_come():
                 await clock.advance(0.01)
 
         await asyncio.wait_for(state(pb.JOB_STATE_QUEUED), 5)
-        await clock.advance(DATASETS_EVERY_S)
+        await clock.advance(EVERY_S)
         assert (await world.job(job)).state == pb.JOB_STATE_QUEUED
         copy.present_bytes = 5
         world.inventory.datasets[data.name] = inventory_pb2.Dataset(name=data.name, size_bytes=5, copies=[copy])
-        await clock.advance(DATASETS_EVERY_S)
+        await clock.advance(EVERY_S)
         await asyncio.wait_for(state(pb.JOB_STATE_RUNNING), 5)
         assert [task.node for task in (await world.job(job)).attempt.tasks] == [B]
 
         del world.inventory.datasets[data.name]
         world.inventory.unreadable.append(data.name)
-        await clock.advance(DATASETS_EVERY_S)
+        await clock.advance(EVERY_S)
         job = await world.submit(1, datasets=["text"], require_local_data=True)
         await asyncio.wait_for(state(pb.JOB_STATE_RUNNING), 5)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Self
 
-from whaleflux import names, telemetry
+from whaleflux import telemetry
 from whaleflux.clock import Clock
 from whaleflux.code.api import CodeStore
-from whaleflux.errors import StatusError
 from whaleflux.events.api import Bus
 from whaleflux.events.publisher import Publisher
 from whaleflux.store import keys
@@ -21,7 +18,6 @@ from whaleflux.store.api import Store
 from whaleflux.store.batching import GroupCommit
 from whaleflux.store.cache import Cache
 from whaleflux.store.election import Leader, lead
-from whaleflux.v1 import inventory_pb2
 from whaleflux.v1.agent_pb2_grpc import add_TaskServiceServicer_to_server
 from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux.v1.health_pb2_grpc import HealthServiceStub
@@ -36,10 +32,10 @@ from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.observed import Timeouts
-from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
 from whaleflux_scheduler.core.soon_over import MOST_S
+from whaleflux_scheduler.dataset_feed import DatasetFeed
 from whaleflux_scheduler.dataset_readers import DatasetReaders, Known
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
 from whaleflux_scheduler.job_access import JobAccess
@@ -61,8 +57,6 @@ from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.steady_clock import SteadyClock
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.task_servicer import Tasks
-
-DATASETS_EVERY_S = 30.0  # inventory offers no watch of datasets; where copies are changes slowly
 
 _log = telemetry.get_logger("whaleflux.scheduler")
 
@@ -161,6 +155,7 @@ def assemble(
         plan, steady = prepared.take(), SteadyClock(clock)
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
         sources = Sources(jobs_cache, queues_cache, reservations_cache)
+        feed = DatasetFeed(peers.inventory, clock)
         publishers = _publishers(store, bus, leader, clock) if bus is not None else []
         reconciler = Reconciler(
             batched,
@@ -174,6 +169,7 @@ def assemble(
             keep_ended=keep_ended,
             told=lambda: publishers[0].revision if publishers else math.inf,
             plan=plan,
+            data_known=feed.knows,
         )
         planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
         rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, steady)
@@ -187,7 +183,7 @@ def assemble(
                 group.create_task(bursts.run())
                 group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
                 if peers.inventory is not None:
-                    group.create_task(_follow_datasets(reconciler, peers.inventory, clock))
+                    group.create_task(feed.run(reconciler.datasets_are))
                 if peers.checkpoint is not None:
                     group.create_task(_follow_checkpoints(reconciler, peers.checkpoint, jobs_cache, clock).run())
                 if code is not None:
@@ -231,56 +227,6 @@ def _follow_checkpoints(
         return could_make_room(stored.value for stored in jobs.values.values())
 
     return SavedCheckpoints(reconciler.saved, checkpoint, running, clock)
-
-
-async def _follow_datasets(reconciler: Reconciler, inventory: InventoryServiceStub, clock: Clock) -> None:
-    """Sizes and copies of datasets, as far as they differ from the last look."""
-    known: dict[str, DatasetFact] = {}
-    while True:
-        with contextlib.suppress(StatusError):  # asked again soon; placement knows what was last reported
-            facts = await _datasets(inventory, known, clock.now())
-            changed = tuple(fact for name, fact in facts.items() if known.get(name) != fact)
-            gone = tuple(known.keys() - facts.keys())
-            if changed or gone:
-                reconciler.datasets_are(changed, gone)
-            known = facts
-        await clock.sleep(DATASETS_EVERY_S)
-
-
-_WHOLE = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
-
-
-def dataset_fact(dataset: inventory_pb2.Dataset, now: datetime) -> DatasetFact:
-    """What placement knows of it: where it is whole, and where its room is taken for good (pins that have not ended, tasks that read it)."""
-    whole = [c for c in dataset.copies if c.state in _WHOLE and c.present_bytes >= dataset.size_bytes]
-    pins = [p for p in dataset.pins if not p.HasField("expire_time") or p.expire_time.ToDatetime(UTC) > now]
-    held = {*(p.node for p in pins if not p.queue), *(copy.node for copy in whole if copy.pinned)}
-    charged = sorted((names.last(p.queue), p.node) for p in pins if p.queue)
-    return DatasetFact(
-        dataset.name,
-        dataset.size_bytes,
-        tuple(c.node for c in whole),
-        held_on=tuple(sorted(held)),
-        charged_on=tuple(charged),
-        for_tasks_only=dataset.HasField("credentials"),
-    )
-
-
-async def _datasets(
-    inventory: InventoryServiceStub, known: Mapping[str, DatasetFact], now: datetime
-) -> dict[str, DatasetFact]:
-    """By name; those whose record cannot be read stay as they are known."""
-    facts: dict[str, DatasetFact] = {}
-    token, more = "", True
-    while more:
-        request = inventory_pb2.ListDatasetsRequest(page_size=500, page_token=token)
-        page = await inventory.ListDatasets(request, timeout=10.0)
-        for dataset in page.datasets:
-            facts[dataset.name] = dataset_fact(dataset, now)
-        facts |= {name: known[name] for name in page.unreadable if name in known}
-        token = page.next_page_token
-        more = bool(token)
-    return facts
 
 
 def _publishers(store: Store, bus: Bus, leader: Leader, clock: Clock) -> list[Publisher]:

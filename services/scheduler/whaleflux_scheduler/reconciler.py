@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
@@ -33,6 +33,7 @@ from whaleflux_scheduler.core import (
     task_observations,
     wait_reasons,
 )
+from whaleflux_scheduler.core.data_ahead import datasets_of
 from whaleflux_scheduler.core.model import ACTIVE, GOES_ON, Job, JobState, Queue, SchedulingDecision
 from whaleflux_scheduler.core.observed import Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
@@ -63,6 +64,7 @@ CAUGHT_UP_S = 1.0
 LOOK_OVER_S = 60.0  # some of those who wait are tried again, whatever is known of them
 LOOK_EVERY_S = 30.0  # at a clock by which something is due: it may have been set
 MOST_LEARNED, LEARNED_AT_ONCE = 5_000, 500  # ended jobs that a new leader learns from, and those of one round
+ASK_AGAIN = timedelta(seconds=0.1)  # whether a job's data is known by now
 _NOTHING = Observations()
 _log = telemetry.get_logger("whaleflux.scheduler")
 PLAN = "!plan"  # what looks at no job in particular when it is due
@@ -85,7 +87,9 @@ class Reconciler:
         keep_ended: int = 10_000,
         told: Callable[[], float] = lambda: math.inf,
         plan: Plan | None = None,
+        data_known: Callable[[Collection[str]], bool] = lambda _: True,
     ) -> None:
+        self._data_known = data_known
         self._sources, self._sessions, self._nodes = sources, sessions, nodes
         self._clock, self._timeouts = clock, timeouts
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
@@ -413,6 +417,9 @@ class Reconciler:
     def _offer(self, offer: Offer, tracking: JobTracking, now: datetime) -> Candidate | None:
         if tracking.cannot_be_stored(offer.stored.entry.revision):
             return None  # the same again would come of it, and the planner holds GPUs for what is written only
+        if not self._data_known(datasets_of(offer.job)):
+            self._state.schedule(offer.job.name, now + ASK_AGAIN)
+            return None
         tracking.offer_as(offer)
         return Candidate(offer.job, tracking.avoided(now))
 
