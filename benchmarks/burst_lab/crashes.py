@@ -187,7 +187,8 @@ class World:
         key = f"{keys.LEASES}l{number}"
         while True:
             entry = await self.store.get(key)
-            assert entry is not None
+            if entry is None:  # it is over
+                return
             lease = pb.Lease.FromString(entry.value)
             lease.end_reason = lease.end_reason or "given back"
             try:
@@ -225,7 +226,7 @@ class World:
 
     async def observe(self) -> None:
         """When each lease came into each state."""
-        async for batch in self.store.watch(keys.LEASES, after=0):
+        async for batch in self.store.watch(keys.ALL_LEASES, after=0):
             for event in batch.events:
                 if event.entry is None:
                     continue
@@ -271,7 +272,9 @@ async def run(clock: Clock, seed: int, faults: Faults, crash_at: Sequence[int]) 
 
 
 async def _outcome(world: World) -> Outcome:
-    leases = [core_lease(pb.Lease.FromString(entry.value)) for entry in (await world.store.list(keys.LEASES)).entries]
+    leases = [
+        core_lease(pb.Lease.FromString(entry.value)) for entry in (await world.store.list(keys.ALL_LEASES)).entries
+    ]
     mine = {lease.provider_id for lease in leases}
     strays = [real for real in world.cloud.there.values() if real.id not in mine and not real.joined]
     found = [_found_s(real) for real in strays]

@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -14,8 +15,9 @@ from whaleflux.store import Put, keys
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory import lease_book
 from whaleflux_inventory.core.lease_rules import Machine
-from whaleflux_inventory.lease_keeper import LeaseKeeper
+from whaleflux_inventory.lease_keeper import KEPT_S, LeaseKeeper
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.provider_accounts import Accounts
 from whaleflux_inventory.rented_nodes import node_of
@@ -197,5 +199,94 @@ def test_two_accounts_by_name_that_list_the_same_machines_end_none_of_them():
             await keeper.round()
         assert not north.ended and not south.ended
         assert [(await world.lease(region)).state for region in ("north", "south")] == [pb.LEASE_STATE_BOOTING] * 2
+
+    kept(test)
+
+
+async def _over(world, keeper, region):
+    """Gives a lease back, and waits until its machine is not listed any more."""
+    lease = await world.lease(region)
+    lease.end_reason = "given back"
+    await world.store.commit(Put(keys.LEASES + region, lease.SerializeToString()))
+    for _ in range(4):
+        await keeper.round()
+        await world.clock.sleep(10)
+    assert await world.store.get(keys.LEASES + region) is None
+    return pb.Lease.FromString((await world.store.get(keys.LEASES_OVER + region)).value)
+
+
+def test_a_lease_that_is_over_is_put_away_and_its_machine_that_lives_on_is_found():
+    async def test(world, keeper):
+        await keeper.round()
+        gone = await _over(world, keeper, "north")
+        assert gone.state == pb.LEASE_STATE_GONE
+        north = world.regions.accounts["north"]
+        north.there.append(Machine("zombie", gone.name, "t", 0.0, "offers/north"))
+        await world.clock.sleep(60)
+        await keeper.round()
+        assert "zombie" in north.ended
+        stray = pb.Lease.FromString((await world.store.get(keys.LEASES_OVER + "north")).value)
+        assert list(stray.strays) == ["zombie"] and stray.stray_usd > 0
+        assert await world.store.get(keys.LEASES + "north") is None
+
+    kept(test)
+
+
+def test_a_machine_of_a_lease_that_is_over_and_cannot_be_read_is_left_alone():
+    async def test(world, keeper):
+        await world.store.commit(Put(keys.LEASES_OVER + "newer", b"\xff\xff\xff"))
+        north = world.regions.accounts["north"]
+        north.there.append(Machine("its", "leases/newer", "t", 0.0, "offers/north"))
+        await keeper.round()
+        assert not north.ended and await world.store.get(keys.LEASES + "newer") is None
+
+    kept(test)
+
+
+def test_leases_that_are_over_are_forgotten_after_a_month_with_the_requests_that_made_them():
+    async def test(world, keeper):
+        old = pb.Lease(name="leases/old", state=pb.LEASE_STATE_GONE, attempt=1, owner="user/o", request_fingerprint="f")
+        old.state_time.FromDatetime(world.clock.now() - timedelta(seconds=KEPT_S - 30))
+        request = lease_book.request_key("user/o", "f")
+        await world.store.commit(
+            Put(keys.LEASES + "old", old.SerializeToString()), Put(request, b"leases/old")
+        )  # under the place that such leases had before
+        await keeper.round()
+        assert await world.store.get(keys.LEASES + "old") is None
+        assert await world.store.get(keys.LEASES_OVER + "old") is not None
+        await world.clock.sleep(90)
+        await keeper.round()
+        assert await world.store.get(keys.LEASES_OVER + "old") is None and await world.store.get(request) is None
+
+    kept(test)
+
+
+class Counting:
+    """The store, and how many entries were read of it."""
+
+    def __init__(self, store):
+        self._store, self.read = store, 0
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    async def list(self, prefix, **more):
+        found = await self._store.list(prefix, **more)
+        self.read += len(found.entries)
+        return found
+
+
+def test_a_round_reads_nothing_of_what_is_over():
+    async def test(world, keeper):
+        await keeper.round()
+        keeper._store = store = Counting(world.store)
+        await keeper.round()
+        read, store.read = store.read, 0
+        gone = pb.Lease(state=pb.LEASE_STATE_GONE, attempt=1)
+        for number in range(300):
+            gone.name = f"leases/old{number}"
+            await world.store.commit(Put(keys.of_name(keys.LEASES_OVER, gone.name), gone.SerializeToString()))
+        await keeper.round()
+        assert store.read == read
 
     kept(test)

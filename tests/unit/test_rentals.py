@@ -1,8 +1,10 @@
 """Offers and leases as people ask for them: files, rpcs, what is refused and changes nothing."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
+from google.protobuf import timestamp_pb2
 
 from tests.unit.test_inventory_service import FakeDependencies
 from tests.unit.test_secrets_service import World as Secrets
@@ -18,7 +20,7 @@ from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux.v1 import types_pb2
-from whaleflux_inventory import news
+from whaleflux_inventory import lease_book, news
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.lease_records import core_lease, core_offer
 from whaleflux_inventory.providers.command import CommandKind
@@ -250,8 +252,46 @@ async def test_what_became_of_a_lease_is_told(world):
     record = pb.Lease.FromString(old.value)
     record.state, record.end_reason, record.spent_usd = pb.LEASE_STATE_GONE, "its time is over", 3.5
     new = type(old)(old.key, record.SerializeToString(), old.revision + 1, old.created)
-    told = news.of_lease(EntryChange(old.key, old, new, new.revision), world.clock.now())
-    assert b"is over: its time is over; 3.50 USD" in told.data
+    assert news.of_lease(EntryChange(old.key, old, None, new.revision), world.clock.now()) is None
+    told = news.of_lease(EntryChange(away := keys.LEASES_OVER + "l", None, new, new.revision), world.clock.now())
+    assert b"is over: its time is over; 3.50 USD" in told.data and b"a rush" not in told.data
+    assert news.of_lease(EntryChange(away, new, None, new.revision), world.clock.now()) is not None
+
+
+async def put_away(world, name):
+    entry = await world.store.get(keys.of_name(keys.LEASES, name))
+    record = pb.Lease.FromString(entry.value)
+    record.state = pb.LEASE_STATE_GONE
+    await world.store.commit(*lease_book.put_away(entry, record.SerializeToString()))
+
+
+async def test_a_lease_that_is_over_is_read_listed_and_not_rented_again_by_its_request(world):
+    await world.offer()
+    first = await world.lease(request_id="once")
+    await put_away(world, first.name)
+    again = await world.lease(request_id="once")
+    assert (again.name, again.state) == (first.name, pb.LEASE_STATE_GONE)
+    live = await world.lease()
+    assert (await world.call("GetLease", pb.GetLeaseRequest(name=first.name))).state == pb.LEASE_STATE_GONE
+    ended = await world.call("EndLease", pb.EndLeaseRequest(name=first.name, reason="again"))
+    assert ended.state == pb.LEASE_STATE_GONE and not ended.end_reason
+    assert await listed(world) == [live.name]
+    assert await listed(world, show_gone=True) == [live.name, first.name]
+    since = timestamp_pb2.Timestamp()
+    since.FromDatetime(world.clock.now() + timedelta(seconds=1))
+    assert await listed(world, show_gone=True, gone_since=since) == [live.name]
+    since.FromDatetime(world.clock.now())
+    assert await listed(world, show_gone=True, gone_since=since) == [live.name, first.name]
+
+
+async def listed(world, **how):
+    found, token = [], ""
+    while True:
+        page = await world.call("ListLeases", pb.ListLeasesRequest(page_size=1, page_token=token, **how))
+        found += [one.name for one in page.leases]
+        token = page.next_page_token
+        if not token:
+            return found
 
 
 async def test_leases_that_cannot_be_read_are_not_none(world):

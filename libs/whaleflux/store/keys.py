@@ -13,6 +13,11 @@ SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys
 SECRET_VALUES = ROOT + "secret_values/"  # {secret}/{version}: sealed
 OFFERS = ROOT + "offers/"  # {offer}
 LEASES = ROOT + "leases/"  # {lease}: machines that are rented
+LEASES_OVER = (
+    ROOT + "leases_over/"
+)  # {lease}: those that were, apart, so that looking at live ones costs the same for ever
+ALL_LEASES = ROOT + "leases"  # both
+LEASE_REQUESTS = ROOT + "requests/leases/"  # {digest}: name of the lease that a request with an id made
 RENTAL_FLEET = ROOT + "rental_fleet"  # by what tag providers know this fleet's machines
 TRUST = ROOT + "trust/"  # who is known, who is not admitted any more: read by every service (`trust.view`)
 PRINCIPALS = TRUST + "principals/"  # {user}
@@ -69,6 +74,7 @@ _COLLECTIONS = {
     JOIN_TOKENS: ("joinTokens",),
     OFFERS: ("offers",),
     LEASES: ("leases",),
+    LEASES_OVER: ("leases",),
     SECRETS: ("secrets",),
     PRINCIPALS: ("users",),
     GROUPS: ("groups",),

@@ -121,7 +121,7 @@ async def _publish(ctx: Context) -> None:
                 ("inventory-datasets", keys.DATASETS, news.of_dataset),
                 ("inventory-sites", keys.SITES, news.of_site),
                 ("inventory-offers", keys.OFFERS, news.of_offer),
-                ("inventory-leases", keys.LEASES, news.of_lease),
+                ("inventory-leases", keys.ALL_LEASES, news.of_lease),
                 ("inventory-join-tokens", keys.JOIN_TOKENS, news.of_join_token),
             ):
                 told = partial(_described, describe, ctx.clock)

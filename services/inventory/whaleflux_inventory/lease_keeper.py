@@ -2,12 +2,14 @@
 
 A round lists the machines of every account with something under way, decides for each lease (`core/lease_rules.py`), and each
 `sweep_s` looks at all accounts: a machine with this fleet's tag that no lease accounts for is ended and what it cost is written down.
+Leases that are over are read where a machine names them, and to be forgotten: a round costs what live ones take (`lease_book.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +19,11 @@ from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import Compacted, InvalidArgument, Unavailable
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, Condition, ConditionFailed, Delete, Entry, Fenced, Put, Store, Unchanged, Write
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Fenced, Put, Store, Unchanged, Write
 from whaleflux.store.election import Leader
 from whaleflux.store.reading import read_all
 from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory import lease_book
 from whaleflux_inventory.core import lease_rules as rules
 from whaleflux_inventory.core.lease_rules import Lease, Machine, Seen, State, Step
 from whaleflux_inventory.core.offers import Offer, choose
@@ -36,6 +39,7 @@ SIDE_BY_SIDE = 8  # leases that are carried on at a time
 STEPS_OF_ROUND = 24  # of one lease: more than its offers times the steps to a refusal
 LAG_S = 60.0  # of lists of an account that cannot be opened
 KEPT_S = 30 * 86_400.0  # a lease that is over is shown for so long
+LOOKED_AT_ONCE = 100  # leases that are over, each sweep
 _SETTLED = frozenset({State.JOINED, State.GONE})
 _MOVING = frozenset(State) - _SETTLED
 _ON_NODE = frozenset({State.JOINED, State.DRAINING})
@@ -83,6 +87,7 @@ class LeaseKeeper:
         self._asked: dict[tuple[str, str, str], Offer] = {}  # an offer of each account that was listed in this round
         self._fleet = ""
         self._swept_s = float("-inf")
+        self._looked_to = ""  # the key up to which leases that are over were looked at
 
     async def run(self) -> None:
         """For ever; raises Fenced when another leads."""
@@ -111,6 +116,7 @@ class LeaseKeeper:
         listed = await self._listed(await self._leases(), sweep=sweep)
         known = await self._leases()  # read after the lists: what is listed has its lease here, or none
         self._rented = Counter(one.lease.offer for one in known.values() if one.lease.live)
+        known |= await self._over(listed, known)
         known |= await self._found(listed, known)
         limit = asyncio.Semaphore(SIDE_BY_SIDE)
         tagged = {machine.lease for machines in listed.values() for machine in machines or () if not machine.ended}
@@ -119,7 +125,8 @@ class LeaseKeeper:
         _raise_first(ends)
         if sweep and all(machines is not None for machines in listed.values()):
             self._swept_s = self._clock.monotonic()
-        await self._forget_old(known.values())
+            await self._put_away(known.values())
+            await self._forget_old()
         after = (await self._leases()).values()
         return any(one.lease.state in _MOVING or (one.lease.live and one.offer.market == "spot") for one in after)
 
@@ -154,8 +161,18 @@ class LeaseKeeper:
         self._offers = {offer.name: (entry, offer) for entry, offer in read.values}
 
     async def _leases(self) -> dict[str, _Known]:
+        """Those that are not over."""
         read = read_all((await self._store.list(keys.LEASES)).entries, _known)
         return {one.lease.name: one for _, one in read.values}
+
+    async def _over(
+        self, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None], known: Mapping[str, _Known]
+    ) -> dict[str, _Known]:
+        """Leases that are over and of which a machine is there."""
+        tagged = {one.lease for machines in listed.values() for one in machines or () if not one.ended}
+        wanted = [keys.of_name(keys.LEASES_OVER, name) for name in tagged - set(known) if _is_lease(name)]
+        entries = [entry for key in wanted if (entry := await self._store.get(key)) is not None]
+        return {one.lease.name: one for _, one in read_all(entries, _known).values}
 
     async def _listed(
         self, leases: Mapping[str, _Known], *, sweep: bool
@@ -207,7 +224,7 @@ class LeaseKeeper:
         set_seconds(record, "hard_end_time", now_s)
         set_seconds(record, "state_time", now_s)
         key, value = keys.of_name(keys.LEASES, record.name), record.SerializeToString(deterministic=True)
-        revision = await self._commit([Put(key, value)], [Absent(key)])
+        revision = await self._commit([Put(key, value)], lease_book.unused(record.name))
         return _known(Entry(key, value, revision, revision))
 
     def _offer_of_account(self, account: tuple[str, str, str], name: str) -> pb.Offer | None:
@@ -339,7 +356,11 @@ class LeaseKeeper:
         record.node = node_of(offer.site, record.name, done.lease.attempt)
         writes, when = await self._beside(one, done, core_offer(offer))
         value = record.SerializeToString(deterministic=True)
-        revision = await self._commit([Put(one.entry.key, value), *writes], [Unchanged(one.entry), *when])
+        ends = not done.lease.live and one.lease.live
+        record_writes = lease_book.put_away(one.entry, value) if ends else [Put(one.entry.key, value)]
+        revision = await self._commit([*record_writes, *writes], [Unchanged(one.entry), *when])
+        if ends:
+            return _known(Entry(record_writes[-1].key, value, revision, revision))
         return _known(Entry(one.entry.key, value, revision, one.entry.created, one.entry.version + 1))
 
     async def _beside(self, one: _Known, done: Step, offer: Offer) -> tuple[list[Write], list[Condition]]:
@@ -376,11 +397,21 @@ class LeaseKeeper:
             return
         self._offers[offer.name] = Entry(entry.key, value, revision, entry.created), record
 
-    async def _forget_old(self, known: Iterable[_Known]) -> None:
-        old = [one for one in known if not one.lease.live and self._now_s() - one.lease.state_s > KEPT_S]
-        for one in old[:100]:
+    async def _put_away(self, known: Iterable[_Known]) -> None:
+        """Those that were over before such leases had a place of their own."""
+        old = (one for one in known if not one.lease.live and one.entry.key.startswith(keys.LEASES))
+        for one in itertools.islice(old, LOOKED_AT_ONCE):
             with contextlib.suppress(ConditionFailed):
-                await self._commit([Delete(one.entry.key)], [Unchanged(one.entry)])
+                await self._commit(lease_book.put_away(one.entry, one.entry.value), [Unchanged(one.entry)])
+
+    async def _forget_old(self) -> None:
+        """Looks at some of those that are over, after those of the last sweep."""
+        some = await self._store.list(keys.LEASES_OVER, after=self._looked_to, limit=LOOKED_AT_ONCE)
+        self._looked_to = some.after
+        for entry, one in read_all(some.entries, _known).values:
+            if self._now_s() - one.lease.state_s > KEPT_S:
+                with contextlib.suppress(ConditionFailed):
+                    await self._commit(lease_book.forgotten(entry, one.record), [Unchanged(entry)])
 
     async def _commit(self, writes: Sequence[Write], when: Sequence[Condition]) -> int:
         return await self._store.commit(*writes, when=[*when, self._held])

@@ -137,14 +137,14 @@ def shown_lease(entry: Entry, now_s: float) -> pb.Lease:
 
 
 def leases_in(entries: Iterable[Entry]) -> list[pb.Lease]:
-    """All of them. Raises FailedPrecondition where some cannot be read: nobody knows then what is rented."""
+    """All that are not over. Raises FailedPrecondition where some cannot be read: nobody knows then what is rented."""
     read = read_all(entries, lease_of)
     if read.unreadable:
         raise FailedPrecondition(
             f"{', '.join(read.unreadable[:5])} cannot be read, so nobody knows what is rented; run the newest version of inventory, or "
             "remove these records"
         )
-    return [lease for _, lease in read.values]
+    return [lease for _, lease in read.values if not is_over(lease)]
 
 
 def seconds_of(stamp: Timestamp) -> float:

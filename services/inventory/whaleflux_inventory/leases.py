@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, timedelta
 
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import Aborted, FailedPrecondition, NotFound
 from whaleflux.reasons import What
 from whaleflux.rpc import auth, changes
-from whaleflux.rpc.paging import Page, list_page, page_size
+from whaleflux.rpc.paging import Page, list_page, page_size, page_token, parse_token
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, NoneCreated, Present, Put, Store
-from whaleflux.store.reading import read_all
+from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, NoneCreated, Present, Put, Store, Write
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux_inventory import convert, records
+from whaleflux_inventory import convert, lease_book, records
 from whaleflux_inventory.core.facts import MAX_REASON, Findings
 from whaleflux_inventory.core.offer_facts import MAX_LEASE_S, MAX_OFFERS_OF_LEASE, MIN_LEASE_S
 from whaleflux_inventory.core.offers import choose
 from whaleflux_inventory.core.rental_cost import paid_usd
-from whaleflux_inventory.lease_records import core_offer, is_over, lease_of, leases_in, offer_of, shown_lease, terms_of
+from whaleflux_inventory.lease_records import core_offer, is_over, leases_in, offer_of, shown_lease, terms_of
 from whaleflux_inventory.rented_nodes import node_of
 
 MAX_USD = 10_000_000.0
@@ -49,9 +49,10 @@ class Leases:
     async def _created(self, request: pb.CreateLeaseRequest) -> pb.Lease:
         """One try. Raises ConditionFailed when there are other leases by now than were looked at."""
         fingerprint = convert.fingerprint(request.request_id, request)
-        there = await self._store.list(keys.LEASES)
-        if fingerprint and (before := self._made_before(fingerprint, there.entries)) is not None:
+        requested = lease_book.request_key(auth.caller().subject, fingerprint) if fingerprint else ""
+        if requested and (before := await self._made_before(requested)) is not None:
             return before
+        there = await self._store.list(keys.LEASES)
         offers = [await self._offer(name, at) for at, name in enumerate(request.offers)]
         now = self._clock.now()
         chosen = self._chosen(offers, there.entries)
@@ -75,25 +76,39 @@ class Leases:
         lease.last_change.CopyFrom(changes.asked(What.CREATED, now, request.reason))
         key, value = keys.of_name(keys.LEASES, lease.name), lease.SerializeToString(deterministic=True)
         known: list[Condition] = [Present(keys.of_name(keys.OFFERS, name)) for name in dict.fromkeys(request.offers)]
-        alone: list[Condition] = [Absent(key), NoneCreated(keys.LEASES, there.revision)]
-        revision = await self._store.commit(Put(key, value), when=[*alone, *known])
+        alone: list[Condition] = [*lease_book.unused(lease.name), NoneCreated(keys.LEASES, there.revision)]
+        writes: list[Write] = [Put(key, value)]
+        if requested:
+            writes.append(Put(requested, lease.name.encode()))
+            alone.append(Absent(requested))
+        revision = await self._store.commit(*writes, when=[*alone, *known])
         return shown_lease(Entry(key, value, revision, revision), now.timestamp())
 
     async def get(self, name: str) -> pb.Lease:
         """One lease, also one that is over."""
         names.split(name, "leases")
-        return shown_lease(await records.read(self._store, keys.LEASES, name, "lease"), self._now_s())
+        return shown_lease(await lease_book.find(self._store, name), self._now_s())
 
     async def page(self, request: pb.ListLeasesRequest) -> Page[pb.Lease]:
-        """One page of leases."""
-        return await list_page(
+        """One page of leases: live ones first, then those that are over."""
+        last, _ = parse_token(request.page_token, keys.ALL_LEASES)
+        over = last.startswith(keys.LEASES_OVER)
+        page = await list_page(
             self._store,
-            keys.LEASES,
+            keys.LEASES_OVER if over else keys.LEASES,
             lambda entry: shown_lease(entry, self._now_s()),
             size=page_size(request.page_size),
             token=request.page_token,
             keep=lambda lease: request.show_gone or not is_over(lease),
         )
+        if over or page.next_page_token or not request.show_gone:
+            return page
+        return replace(page, next_page_token=page_token(self._first_over(request), page.revision))
+
+    def _first_over(self, request: pb.ListLeasesRequest) -> str:
+        if not request.HasField("gone_since"):
+            return keys.LEASES_OVER
+        return lease_book.made_before(request.gone_since.ToDatetime(UTC))
 
     async def end(self, request: pb.EndLeaseRequest) -> pb.Lease:
         """Asks for its end; asked again, nothing changes."""
@@ -107,9 +122,12 @@ class Leases:
                 lease.end_reason = request.reason or f"given back by {changes.actor()}"
                 lease.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), lease.end_reason))
 
-        entry = await records.change(
-            self._store, keys.LEASES, request.name, pb.Lease, ends, kind="lease", etag=request.etag
-        )
+        try:
+            entry = await records.change(
+                self._store, keys.LEASES, request.name, pb.Lease, ends, kind="lease", etag=request.etag
+            )
+        except NotFound:  # or it is over already
+            entry = await lease_book.find(self._store, request.name)
         return shown_lease(entry, self._now_s())
 
     def _check(self, request: pb.CreateLeaseRequest) -> None:
@@ -134,7 +152,7 @@ class Leases:
 
     def _chosen(self, offers: list[pb.Offer], leases: Sequence[Entry]) -> pb.Offer:
         """Where it begins. Raises FailedPrecondition where none of them may be asked now."""
-        live = [one for one in leases_in(leases) if not is_over(one)]
+        live = leases_in(leases)
         rented = {one.name: sum(lease.offer.name == one.name for lease in live) for one in offers}
         seen = [core_offer(one) for one in offers]
         best = choose(seen, rented, self._now_s())
@@ -148,11 +166,11 @@ class Leases:
             raise FailedPrecondition(f"none of these offers can be asked for a machine now ({said})")
         return next(one for one in offers if one.name == best.name)
 
-    def _made_before(self, fingerprint: str, leases: Sequence[Entry]) -> pb.Lease | None:
-        for entry, lease in read_all(leases, lease_of).values:
-            if lease.request_fingerprint == fingerprint and lease.owner == auth.caller().subject:
-                return shown_lease(entry, self._now_s())
-        return None
+    async def _made_before(self, requested: str) -> pb.Lease | None:
+        named = await self._store.get(requested)
+        if named is None:
+            return None
+        return shown_lease(await lease_book.find(self._store, named.value.decode()), self._now_s())
 
     def _now_s(self) -> float:
         return self._clock.now().timestamp()

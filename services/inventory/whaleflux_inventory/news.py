@@ -12,6 +12,7 @@ from whaleflux import names
 from whaleflux.events.publisher import EntryChange, OutgoingEvent
 from whaleflux.events.state_events import asked_for, state_event
 from whaleflux.reasons import What
+from whaleflux.store import keys
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_inventory import convert
@@ -87,7 +88,11 @@ def of_offer(change: EntryChange, now: datetime) -> OutgoingEvent | None:
 def of_lease(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     """Its new state, CHANGED when it is to end or a stray machine of it was found, DELETED."""
     new, old = _both(change, pb.Lease)
-    lease, asked = new or old or pb.Lease(), asked_for(old, new)
+    over = change.key.startswith(keys.LEASES_OVER)
+    if new is None and not over:  # it is put away: its new record says what became of it
+        return None
+    lease = new or old or pb.Lease()
+    asked = None if over and old is None else asked_for(old, new)
     before = _state(old) if old else ""
     what: str
     if new is None:

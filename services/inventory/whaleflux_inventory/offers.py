@@ -18,7 +18,7 @@ from whaleflux_inventory import convert, records
 from whaleflux_inventory.core.facts import Findings
 from whaleflux_inventory.core.offer_facts import check
 from whaleflux_inventory.datasets import SecretProblem
-from whaleflux_inventory.lease_records import MARKETS, core_offer, is_over, leases_in, offer_of, shown_offer
+from whaleflux_inventory.lease_records import MARKETS, core_offer, leases_in, offer_of, shown_offer
 from whaleflux_inventory.providers.api import ProviderKind
 from whaleflux_inventory.sites import check_site_id
 
@@ -72,7 +72,7 @@ class Offers:
         entry = await records.read(self._store, keys.OFFERS, request.name, "offer")
         check_etag(request.etag, entry)
         leases = await self._store.list(keys.LEASES)
-        of_it = [one for one in leases_in(leases.entries) if request.name in one.offers and not is_over(one)]
+        of_it = [one for one in leases_in(leases.entries) if request.name in one.offers]
         if of_it:
             raise FailedPrecondition(
                 f"{request.name} is rented by {', '.join(one.name for one in of_it[:5])}; end that first: "

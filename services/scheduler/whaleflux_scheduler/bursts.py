@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from whaleflux import names
@@ -91,9 +91,12 @@ class Bursts:
 
     async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease]]:
         offers = await _all(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
-        leases = await _all(
-            inventory.ListLeases, ipb.ListLeasesRequest(page_size=1000, show_gone=True), "leases", whole=True
-        )
+        wanted = ipb.ListLeasesRequest(page_size=1000, show_gone=True)
+        counted = timedelta(
+            seconds=DAY_S + self._rules.lease_s
+        )  # those that were wanted before are over for longer than a day
+        wanted.gone_since.FromDatetime(self._clock.now() - counted)
+        leases = await _all(inventory.ListLeases, wanted, "leases", whole=True)
         live = [lease for lease in leases if lease.state != ipb.LEASE_STATE_GONE]
         if not offers and not live:
             return BurstPlan(), leases
@@ -113,12 +116,11 @@ class Bursts:
 
     def _rented(self, lease: ipb.Lease, known: frozenset[str], now: datetime) -> Rented:
         since = self._idle_since.get(lease.name)
-        begun = lease.ask_time if lease.HasField("ask_time") else lease.create_time
         return Rented(
             lease=lease.name,
             offer=_offered(lease.offer, ()),
             queue=names.last(lease.queue),
-            begun_s=max(0.0, (now - begun.ToDatetime(UTC)).total_seconds()),
+            begun_s=max(0.0, (now - _begun(lease)).total_seconds()),
             coming=_comes(lease, known, now),
             idle_s=None if since is None else self._clock.monotonic() - since,
             ending=_ends(lease),
@@ -242,11 +244,26 @@ def _spent_usd(leases: Sequence[ipb.Lease], now: datetime) -> dict[str, float]:
     """Of the last 24 hours, by budget; what still runs counts with its cap, so that budgets are kept whatever happens."""
     spent: dict[str, float] = {}
     for lease in leases:
-        begun = lease.create_time.ToDatetime(UTC)
         live = lease.state != ipb.LEASE_STATE_GONE
-        if not _ours(lease) or (not live and (now - begun).total_seconds() > DAY_S):
+        if not _ours(lease):
             continue
         usd = max(lease.cost_usd, lease.cost_cap_usd) if live and not _ends(lease) else lease.cost_usd
+        usd *= 1.0 if live else _share_of_day(lease, now)
         for scope in (burst.FLEET, lease.queue, lease.offer.site):
             spent[scope] = spent.get(scope, 0.0) + usd
     return spent
+
+
+def _share_of_day(lease: ipb.Lease, now: datetime) -> float:
+    """Of the time for which a lease that is over was paid for: which part of it is in the last 24 hours."""
+    begun_s = (now - _begun(lease)).total_seconds()
+    ended_s = (now - lease.state_time.ToDatetime(UTC)).total_seconds()
+    if begun_s <= max(ended_s, 0.0):  # clocks went back: all of it counts
+        return float(ended_s < DAY_S)
+    return max(0.0, min(begun_s, DAY_S) - max(ended_s, 0.0)) / (begun_s - max(ended_s, 0.0))
+
+
+def _begun(lease: ipb.Lease) -> datetime:
+    """Since when it is paid for, or wanted."""
+    begun = lease.ask_time if lease.HasField("ask_time") else lease.create_time
+    return begun.ToDatetime(UTC)
