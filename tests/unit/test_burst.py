@@ -5,7 +5,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whaleflux_scheduler.core.burst import BurstRules, Offered, Rented, Waiting, billed_usd, decide, keep_idle_s
+from whaleflux_scheduler.core import give_back
+from whaleflux_scheduler.core.burst import BurstRules, decide
+from whaleflux_scheduler.core.idle_times import Idle, IdleTimes, Open
+from whaleflux_scheduler.core.offered import Offered, Rented, Waiting, billed_usd
 
 HOUR = 3600.0
 SPOT = Offered("offers/spot", "H200", 8, "cloud", 16.0, 300.0, 60.0, 2, spot=True)
@@ -14,8 +17,12 @@ RULES = BurstRules(usd_per_gpu_hour=2.0)
 JOB = Waiting("queues/a/jobs/j", "a", 8, wait_s=4 * HOUR, run_s=2 * HOUR, waited_s=60.0)
 
 
-def plan(jobs=(JOB,), offers=(SPOT, DEAR), rented=(), spent=None, **rules):
-    return decide(jobs, offers, rented, spent or {}, replace(RULES, **rules))
+NOW = 1e9
+
+
+def plan(jobs=(JOB,), offers=(SPOT, DEAR), rented=(), spent=None, free=None, times=None, **rules):
+    times = give_back.seen(rented, times or {}, free or {}, NOW)
+    return decide(jobs, offers, rented, spent or {}, replace(RULES, **rules), times, NOW)
 
 
 def why(found):
@@ -59,25 +66,49 @@ def test_small_jobs_share_a_machine_and_its_price():
 
 
 def machine(lease="leases/l", offer=SPOT, **more):
-    return Rented(lease, offer, "a", begun_s=1000.0, **more)
+    return Rented(lease, offer, "a", **{"begun_s": 1010.0, **more})  # its unit ends in 10 s
 
 
 def test_nobody_rents_for_what_is_on_its_way_and_what_is_wanted_stays():
     found = plan(rented=[machine(coming=True)])
     assert not found.rents and "has room for it" in why(found)[0]
-    idle = machine(idle_s=5000.0)
+    idle = machine(idle_s=100.0)
     assert not plan(rented=[idle]).ends
     assert [one.lease for one in plan([], rented=[idle]).ends] == ["leases/l"]
     assert not plan([], rented=[machine()]).ends  # it works
     assert not plan([], rented=[replace(idle, ending=True)]).ends
 
 
-def test_an_idle_machine_is_kept_for_its_boot_and_what_is_paid_anyway():
+def idle_for(idle_s, *over, room=False):
+    """What is known where a machine of the offer has been idle for so long, after idle times of these lengths without room elsewhere."""
+    known = tuple(Idle(lasted_s, lasted_s if lasted_s < 300.0 else 60.0) for lasted_s in over)
+    return {SPOT.kind: IdleTimes(0, (Open(NOW - idle_s, room),), known)}
+
+
+def test_an_idle_machine_goes_before_the_next_unit_is_paid_and_not_earlier():
+    for left_s, gone in ((59.0, False), (21.0, False), (19.0, True), (1.0, True)):
+        found = plan([], rented=[machine(begun_s=600.0 - left_s, idle_s=0.0)], times=idle_for(0.0))
+        assert bool(found.ends) is gone
     hourly = replace(SPOT, billing_unit_s=HOUR)
-    idle = Rented("leases/l", hourly, "a", begun_s=1900.0, idle_s=100.0)
-    assert keep_idle_s(idle, RULES) == 300.0 + 1800.0
-    assert not plan([], rented=[replace(idle, begun_s=1800.0 + 2099, idle_s=2099.0)]).ends
-    assert plan([], rented=[replace(idle, begun_s=1800.0 + 2101, idle_s=2101.0)]).ends
+    kept = plan([], rented=[machine(offer=hourly, begun_s=1900.0, idle_s=1500.0)], times=idle_for(1500.0))
+    assert not kept.ends  # half an hour is paid anyway
+    assert plan([], rented=[machine(offer=hourly, begun_s=HOUR - 5, idle_s=1500.0)], times=idle_for(1500.0)).ends
+
+
+def test_an_idle_machine_is_kept_where_such_are_needed_again_soon():
+    (end,) = plan([], rented=[machine(idle_s=5.0)], times=idle_for(5.0, *[9000.0] * 6)).ends
+    assert "as 6 idle times of such machines say" in end.why
+    assert not plan([], rented=[machine(idle_s=5.0)], times=idle_for(5.0, *[90.0] * 6)).ends
+    assert plan([], rented=[machine(idle_s=400.0)], times=idle_for(400.0, *[420.0] * 6)).ends  # no longer than a boot
+    (end,) = plan([], rented=[machine(idle_s=5.0)], times=idle_for(5.0, *[90.0] * 6, room=True)).ends
+    assert "own nodes had room" in end.why
+
+
+def test_the_dearest_of_several_idle_machines_goes_and_as_many_stay_as_are_needed():
+    dear = replace(SPOT, name="offers/dear", usd_per_hour=20.0)
+    two = [machine("leases/cheap", idle_s=50.0), machine("leases/dear", dear, idle_s=1.0)]
+    times = {SPOT.kind: IdleTimes(0, (Open(NOW - 290.0), Open(NOW - 1.0)), (Idle(100.0, 100.0),) * 6)}
+    assert [one.lease for one in plan([], rented=two, times=times).ends] == ["leases/dear"]
 
 
 def test_budgets_of_queue_site_and_all_bound_what_is_rented():

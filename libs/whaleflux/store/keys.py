@@ -38,6 +38,7 @@ JOB_PLACEMENTS = (
     ROOT + "fences/placements/"
 )  # {queue}/{job}: the nodes of the newest attempt; others read it (`store.placements`)
 JOB_DECISIONS = ROOT + "decisions/jobs/"  # {queue}/{job}: what was decided about it, the newest
+IDLE_TIMES = ROOT + "rented_idle_times"  # how long rented machines were not needed
 JOB_REQUESTS = ROOT + "requests/jobs/"  # {digest}: name of the unnamed job that a request with an id made
 
 # health_monitor

@@ -40,17 +40,19 @@ STEPS_OF_ROUND = 24  # of one lease: more than its offers times the steps to a r
 LAG_S = 60.0  # of lists of an account that cannot be opened
 KEPT_S = 30 * 86_400.0  # a lease that is over is shown for so long
 LOOKED_AT_ONCE = 100  # leases that are over, each sweep
-_SETTLED = frozenset({State.JOINED, State.GONE})
-_MOVING = frozenset(State) - _SETTLED
 _ON_NODE = frozenset({State.JOINED, State.DRAINING})
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds between rounds while something is under way, and between looks at everything."""
+    """Seconds between rounds while something is rented, and between looks at everything.
+
+    Notices of an end are two minutes long at best, whatever the market: whoever has machines is asked often. Two sweeps in the minute in which a
+    forgotten machine is to be found, since a crash may take one of them.
+    """
 
     poll_s: float = 5.0
-    sweep_s: float = 60.0
+    sweep_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class LeaseKeeper:
             await self._put_away(known.values())
             await self._forget_old()
         after = (await self._leases()).values()
-        return any(one.lease.state in _MOVING or (one.lease.live and one.offer.market == "spot") for one in after)
+        return any(one.lease.live for one in after)
 
     async def _hear(self, changed: asyncio.Event) -> None:
         """Wakes the keeper when somebody rents or gives back."""
@@ -177,11 +179,10 @@ class LeaseKeeper:
     async def _listed(
         self, leases: Mapping[str, _Known], *, sweep: bool
     ) -> dict[tuple[str, str, str], Sequence[Machine] | None]:
-        """The machines of each account with something under way; of every account that is known, in a sweep."""
+        """The machines of each account with something rented; of every account that is known, in a sweep."""
         offers: dict[tuple[str, str, str], Offer] = {}
         for one in leases.values():
-            spot = one.lease.live and one.offer.market == "spot"
-            if one.lease.calls and (sweep or spot or one.lease.state in _MOVING):
+            if one.lease.calls and one.lease.live:
                 offers.setdefault(one.offer.account, one.offer)
         for _, record in self._offers.values() if sweep else ():
             offer = core_offer(record)

@@ -38,6 +38,7 @@ from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.dataset_feed import DatasetFeed
 from whaleflux_scheduler.dataset_readers import DatasetReaders, Known
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
+from whaleflux_scheduler.idle_memory import IdleMemory
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
 from whaleflux_scheduler.job_secrets import JobSecrets
@@ -173,7 +174,10 @@ def assemble(
         )
         planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
         rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, steady)
-        bursts = Bursts(bursting or BurstSettings("off"), planner, view.caught_up, peers.inventory, told, steady)
+        memory = IdleMemory(store, leader.held)
+        bursts = Bursts(
+            bursting or BurstSettings("off"), planner, view.caught_up, peers.inventory, told, steady, memory
+        )
         reconciler.load()
         leader_session.begin(Leading(reconciler.agents, view, planner, rebalances, bursts))
         try:

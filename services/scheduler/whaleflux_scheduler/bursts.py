@@ -1,7 +1,7 @@
 """Renting for jobs that wait, as the leader does it: a look every few seconds at who waits, what is offered and what is rented.
 
-What is worth it says `core.burst`; inventory carries leases out. The leader remembers only since when a rented machine is idle: one that takes
-over keeps it a little longer.
+What is worth it says `core.burst`; inventory carries leases out. How long rented machines were not needed before is one record of the leader's
+(`idle_memory`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from whaleflux.v1 import inventory_pb2 as ipb
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux_scheduler import convert
-from whaleflux_scheduler.core import burst
-from whaleflux_scheduler.core.burst import BurstPlan, BurstRules, Offered, Rent, Rented
+from whaleflux_scheduler.core import burst, give_back
+from whaleflux_scheduler.core.burst import BurstPlan, BurstRules, Rent
+from whaleflux_scheduler.core.give_back import End
+from whaleflux_scheduler.core.offered import Offered, Rented
+from whaleflux_scheduler.idle_memory import IdleMemory, Times
 from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.planner_thread import PlannerThread
 
@@ -56,10 +59,11 @@ class Bursts:
         inventory: InventoryServiceStub | None,
         news: NewsBeside,
         clock: Clock,
+        memory: IdleMemory,
     ) -> None:
         self._mode, self._rules, self._every_s = settings.mode, settings.rules, settings.every_s
         self._planner, self._caught_up, self._inventory = planner, caught_up, inventory
-        self._news, self._clock = news, clock
+        self._news, self._clock, self._memory = news, clock, memory
         self._idle_since: dict[str, float] = {}  # monotonic seconds, by lease
         self._told: dict[str, None] = {}
 
@@ -67,12 +71,12 @@ class Bursts:
         """What would be rented and given back now, whatever the mode; changes nothing."""
         if self._inventory is None:
             raise FailedPrecondition("this scheduler knows no inventory, which has the offers")
-        plan, _ = await self._look(self._inventory)
+        plan, _, _ = await self._look(self._inventory)
         return self._message(plan)
 
     async def run(self) -> None:
-        """For ever: what is worth it is told, or done."""
-        while self._mode != "off" and self._inventory is not None:
+        """For ever: what is worth it is told, or done; what was rented is given back, also by who rents no more."""
+        while self._inventory is not None:
             await self._clock.sleep(self._every_s)
             try:
                 await self._once(self._inventory)
@@ -80,34 +84,37 @@ class Bursts:
                 log.info("nothing is rented in this look: %s", error)
 
     async def _once(self, inventory: InventoryServiceStub) -> None:
-        plan, leases = await self._look(inventory)
-        for rent in plan.rents:
+        plan, leases, times = await self._look(inventory)
+        await self._memory.keep(times)
+        for rent in plan.rents if self._mode != "off" else ():
             if self._mode == "plan":
                 self._propose(rent)
             else:
                 await self._rent(inventory, rent, leases)
-        for end in plan.ends if self._mode == "on" else ():
-            await inventory.EndLease(ipb.EndLeaseRequest(name=end.lease, reason=end.why[:500]), timeout=_ASK_WITHIN_S)
+        for end in plan.ends:
+            await self._end(inventory, end)
 
-    async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease]]:
+    async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease], Times]:
+        times = await self._memory.times()
         offers = await _all(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
         wanted = ipb.ListLeasesRequest(page_size=1000, show_gone=True)
-        counted = timedelta(
-            seconds=DAY_S + self._rules.lease_s
-        )  # those that were wanted before are over for longer than a day
-        wanted.gone_since.FromDatetime(self._clock.now() - counted)
+        longest_s = DAY_S + self._rules.lease_s  # those that were wanted before are over for more than a day
+        wanted.gone_since.FromDatetime(self._clock.now() - timedelta(seconds=longest_s))
         leases = await _all(inventory.ListLeases, wanted, "leases", whole=True)
         live = [lease for lease in leases if lease.state != ipb.LEASE_STATE_GONE]
         if not offers and not live:
-            return BurstPlan(), leases
+            return BurstPlan(), leases, times
         await self._caught_up()
         now = self._clock.now()
         nodes = tuple(lease.node for lease in live)
-        waiting, busy, known = await self._planner.ask(lambda planner: planner.burst_facts(nodes, now))
-        self._note_idle(live, busy, known)
+        facts = await self._planner.ask(lambda planner: planner.burst_facts(nodes, now))
+        self._note_idle(live, facts.busy, facts.known)
         offered = [_offered(one, live) for one in offers]
-        rented = [self._rented(lease, known, now) for lease in live if _counts(lease, known, now)]
-        return burst.decide(waiting, offered, rented, _spent_usd(leases, now), self._rules), leases
+        rented = [self._rented(lease, facts.known, now) for lease in live if _counts(lease, facts.known, now)]
+        times = give_back.seen(rented, times, facts.free, now.timestamp())
+        spent_usd = _spent_usd(leases, now)
+        plan = burst.decide(facts.waiting, offered, rented, spent_usd, self._rules, times, now.timestamp())
+        return plan, leases, times
 
     def _note_idle(self, live: Sequence[ipb.Lease], busy: frozenset[str], known: frozenset[str]) -> None:
         now_s = self._clock.monotonic()
@@ -143,6 +150,13 @@ class Bursts:
             except (FailedPrecondition, ResourceExhausted) as refused:
                 log.warning("no machine is rented for %s: %s", rent.job, refused)
                 return
+
+    async def _end(self, inventory: InventoryServiceStub, end: End) -> None:
+        """One that cannot be given back now holds up no other."""
+        try:
+            await inventory.EndLease(ipb.EndLeaseRequest(name=end.lease, reason=end.why[:500]), timeout=_ASK_WITHIN_S)
+        except StatusError as error:
+            log.warning("%s is not given back in this look: %s", end.lease, error)
 
     def _propose(self, rent: Rent) -> None:
         """Once for each job."""

@@ -10,7 +10,7 @@ from whaleflux import names
 from whaleflux.code.retention import SHORTEST_GRACE_S
 from whaleflux.config import ServiceSettings
 from whaleflux.errors import FieldViolation, InvalidArgument
-from whaleflux_scheduler.core.burst import BurstRules
+from whaleflux_scheduler.core.burst import ENDS_WITHIN_S, BurstRules
 from whaleflux_scheduler.core.observed import Timeouts
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
@@ -106,7 +106,7 @@ class Settings(ServiceSettings):
         "plan",
         description=(
             "Machines that are rented for jobs that wait, by the offers that operators declared: nothing, proposals in events, or leases, "
-            "which cost money."
+            "which cost money. What was rented by itself is given back whatever this says."
         ),
     )
     burst_usd_per_gpu_hour: float = Field(
@@ -148,6 +148,7 @@ class Settings(ServiceSettings):
             budgets_usd={"" if scope == "all" else scope: usd for scope, usd in self.burst_budgets.items()},
             after_s=self.burst_after_s,
             lease_s=self.burst_lease_s,
+            lead_s=self.burst_every_s + ENDS_WITHIN_S,
         )
 
     def rebalance_rules(self) -> RebalanceRules:

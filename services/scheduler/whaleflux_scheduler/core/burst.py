@@ -4,8 +4,7 @@ Renting is worth it when the waiting that it saves is worth more than it costs: 
 to what is billed; or when a deadline would be missed otherwise. Jobs that a machine could take together are counted together. What boots
 already, or is idle, is given to who waits first, so that nobody rents for what is on its way.
 
-A machine that is idle is kept as long as renting it again would cost: its boot, and the rest of the billing unit that is paid anyway (the
-ski-rental rule: never more than twice what who knows the future would pay).
+When machines are given back says `give_back`.
 """
 
 from __future__ import annotations
@@ -16,64 +15,16 @@ from dataclasses import dataclass, field, replace
 
 from whaleflux import names
 from whaleflux.quantities import shown_duration
+from whaleflux_scheduler.core import give_back
+from whaleflux_scheduler.core.give_back import End
+from whaleflux_scheduler.core.idle_times import IdleTimes
+from whaleflux_scheduler.core.offered import HOUR_S, Kind, Offered, Rented, Waiting, billed_usd, fits
 
-HOUR_S = 3600.0
 TRUSTED = 0.5  # offers that refused a machine lately are left alone until they are believed again
 MOST_MACHINES = 64  # rented in one look
 MOST_OFFERS = 8  # that a lease names
+ENDS_WITHIN_S = 10.0  # from the wish to give a machine back until its provider is told
 FLEET = ""  # the budget of everything together
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A job that waits for GPUs: what it takes, and when it would start here.
-
-    `wait_s`: seconds from now; None: nobody knows of an end that would let it start. `run_s`: how long it runs then, likely. `late_s`: seconds from
-    now until its deadline; None: it has none. `models`: GPU types that will do; none: any. `sites`: ids; none: any.
-    """
-
-    name: str
-    queue: str
-    gpus: int
-    wait_s: float | None
-    run_s: float
-    waited_s: float = 0.0
-    late_s: float | None = None
-    models: frozenset[str] = frozenset()
-    sites: frozenset[str] = frozenset()
-    least_memory_bytes: int = 0
-    no_spot: bool = False
-    one_node: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """An offer. `left`: machines that could still be rented; `usd_per_hour` of one."""
-
-    name: str
-    gpu_type: str
-    gpus: int
-    site: str
-    usd_per_hour: float
-    boot_s: float
-    billing_unit_s: float
-    left: int
-    trust: float = 1.0
-    spot: bool = False
-    gpu_memory_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Rented:
-    """A machine that burst has rented. `begun_s`: since when it is paid for, seconds ago; `idle_s`: for how long nothing runs on it, None: it boots, or works."""
-
-    lease: str
-    offer: Offered
-    queue: str
-    begun_s: float
-    coming: bool = False
-    idle_s: float | None = None
-    ending: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +39,7 @@ class BurstRules:
     after_s: float = 30.0
     unknown_wait_s: float = 24 * HOUR_S
     lease_s: float = 24 * HOUR_S
-    keep_s: float | None = None  # idle machines are kept for so long instead
+    lead_s: float = 20.0  # from the look at which a machine is given back until it is told to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +53,6 @@ class Rent:
     usd: float
     worth_usd: float
     cap_usd: float  # of each machine
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """A machine to give back."""
-
-    lease: str
     why: str
 
 
@@ -137,40 +80,26 @@ def decide(
     rented: Sequence[Rented],
     spent_usd: Mapping[str, float],
     rules: BurstRules,
+    times: Mapping[Kind, IdleTimes],
+    now_s: float,
 ) -> BurstPlan:
-    """What to rent and what to give back now. `waiting` in the order in which they would start; `spent_usd` of this day, by budget."""
+    """What to rent and what to give back now.
+
+    `waiting` in the order in which they would start; `spent_usd` of this day, by budget; `times` as of now (`give_back.seen`); Unix `now_s`.
+    """
     spare = _Spare(rented)
     left = {scope: usd - spent_usd.get(scope, 0.0) for scope, usd in rules.budgets_usd.items()}
     look = _Look(list(waiting), list(offers), spare, dict(left), rules)
     look.take()
-    ends = tuple(End(one.lease, why) for one in rented if (why := _over(one, spare, rules)))
+    ends = give_back.ends(rented, times, spare.is_taken, rules.lead_s, now_s)
     return BurstPlan(tuple(look.rents), ends, tuple(look.waits), left)
-
-
-def keep_idle_s(one: Rented, rules: BurstRules) -> float:
-    """How long a machine that fell idle is kept from then on, seconds."""
-    if rules.keep_s is not None:
-        return rules.keep_s
-    unit_s, idle_s = one.offer.billing_unit_s, one.idle_s or 0.0
-    fell_idle_s = one.begun_s - idle_s  # after its begin
-    return one.offer.boot_s + math.ceil(fell_idle_s / unit_s) * unit_s - fell_idle_s
-
-
-def _over(one: Rented, spare: _Spare, rules: BurstRules) -> str:
-    """Why it is given back; "" while it stays."""
-    if one.ending or one.coming or one.idle_s is None or spare.is_taken(one.lease):
-        return ""
-    keep_s = keep_idle_s(one, rules)
-    if one.idle_s < keep_s:
-        return ""
-    return f"nothing has run on it for {shown_duration(one.idle_s)}; renting it again would cost less than keeping it"
 
 
 class _Spare:
     """GPUs of machines that come, or are idle, as they are given to who waits."""
 
     def __init__(self, rented: Sequence[Rented]) -> None:
-        there = (one for one in rented if not one.ending and (one.coming or one.idle_s is not None))
+        there = (one for one in rented if not one.ending and (one.coming or one.is_idle))
         self._free = {one.lease: (one.offer, one.offer.gpus) for one in there}
         self._taken: set[str] = set()
 
@@ -179,7 +108,7 @@ class _Spare:
 
     def give(self, job: Waiting) -> bool:
         """Whether the job fits on what comes anyway, which is its own from now on."""
-        fitting = [lease for lease, (offer, free) in self._free.items() if free and _fits(job, offer)]
+        fitting = [lease for lease, (offer, free) in self._free.items() if free and fits(job, offer)]
         fitting.sort(key=lambda lease: (self._free[lease][1] < job.gpus, self._free[lease][1], lease))
         one = [lease for lease in fitting if self._free[lease][1] >= job.gpus][:1]
         chosen = one or ([] if job.one_node else _enough(fitting, self._free, job.gpus))
@@ -239,7 +168,7 @@ class _Look:
         """What to rent for it, and who is served by that; or why nothing is."""
         if job.waited_s < self.rules.after_s:
             return f"it has waited for less than {self.rules.after_s:.0f} s"
-        fitting = [offer for offer in self.offers if _fits(job, offer)]
+        fitting = [offer for offer in self.offers if fits(job, offer)]
         if not fitting:
             return "no offer has GPUs that it could use"
         reasons, found = list[str](), list[tuple[Offered, int, float, float, str, set[str]]]()
@@ -314,27 +243,10 @@ def _companions(job: Waiting, beside: Sequence[Waiting], offer: Offered, free: i
     """Others that fit on what the job leaves of its machines."""
     found = []
     for other in beside:
-        if 0 < other.gpus <= free and _fits(other, offer):
+        if 0 < other.gpus <= free and fits(other, offer):
             found.append(other)
             free -= other.gpus
     return found
-
-
-def billed_usd(offer: Offered, used_s: float) -> float:
-    """Of one machine, in whole billing units."""
-    units = max(1, math.ceil(used_s / offer.billing_unit_s - 1e-9))
-    return units * offer.billing_unit_s / HOUR_S * offer.usd_per_hour
-
-
-def _fits(job: Waiting, offer: Offered) -> bool:
-    """Whether its GPUs could be of that offer's machines."""
-    return (
-        (not job.models or offer.gpu_type in job.models)
-        and (not job.sites or offer.site in job.sites)
-        and not (job.no_spot and offer.spot)
-        and (not offer.gpu_memory_bytes or offer.gpu_memory_bytes >= job.least_memory_bytes)
-        and (job.gpus <= offer.gpus or job.gpus % offer.gpus == 0)
-    )
 
 
 def _saves_deadline(job: Waiting, offer: Offered, wait_s: float) -> bool:

@@ -22,7 +22,6 @@ from whaleflux_scheduler.core import (
     goals,
     wait_reasons,
 )
-from whaleflux_scheduler.core.burst import Waiting
 from whaleflux_scheduler.core.data_ahead import DataAhead
 from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.devices import Gpus
@@ -34,6 +33,7 @@ from whaleflux_scheduler.core.lending import Lending
 from whaleflux_scheduler.core.lifecycle import GpuAssignment, next_epoch
 from whaleflux_scheduler.core.model import ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.never_starts import NeverStarts
+from whaleflux_scheduler.core.offered import BurstFacts, Waiting
 from whaleflux_scheduler.core.patience import Patience
 from whaleflux_scheduler.core.pending import Line, Pending
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest, PreemptionPlan
@@ -232,16 +232,22 @@ class Questions:
                     continue
                 yield Gang(job, replace(self._within_quota(kind.request, job), id=job.name))
 
-    def burst_facts(
-        self, nodes: Iterable[str], now: datetime
-    ) -> tuple[tuple[Waiting, ...], frozenset[str], frozenset[str]]:
-        """The first ones who wait for whole GPUs, in order; which of these nodes have work or are kept for some, and which take work."""
+    def burst_facts(self, nodes: Iterable[str], now: datetime) -> BurstFacts:
+        """The first ones who wait for whole GPUs, and what is on these nodes, which are rented, and beside them."""
         holdings, waiting = self._fleet.holdings, (one.candidate.job for one in self._pending.jobs.values())
         jobs = heapq.nsmallest(MOST_BURST, (job for job in waiting if self._could_burst(job)), key=order_of)
         claimed = {node for claim in holdings.claims.values() for node, _ in claim.nodes}
         asked = frozenset(nodes)
-        busy = frozenset(node for node in asked if node in claimed or holdings.jobs_on(node))
-        return tuple(self._waits(job, now) for job in jobs), busy, asked & frozenset(holdings.devices.open)
+        free = Counter[str]()
+        for one in free_nodes(self._fleet.engine):
+            if one.gpus and one.node.name not in asked:
+                free[one.node.gpus[0].model] += one.gpus
+        return BurstFacts(
+            waiting=tuple(self._waits(job, now) for job in jobs),
+            busy=frozenset(node for node in asked if node in claimed or holdings.jobs_on(node)),
+            known=asked & frozenset(holdings.devices.open),
+            free=free,
+        )
 
     def _could_burst(self, job: Job) -> bool:
         """Whether more GPUs would let it start: no limit keeps it back, and it wants whole ones of its own."""
