@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whaleflux.store.api import Fenced
+from whaleflux.store.election import elect
+from whaleflux.store.memory import MemoryStore
 from whaleflux_scheduler.core.idle_times import MOST_OPEN, REMEMBERED, Idle, IdleTimes, Open, is_kept
 from whaleflux_scheduler.core.offered import Kind
-from whaleflux_scheduler.idle_memory import _record, _times_in
+from whaleflux_scheduler.idle_memory import IdleMemory
 
 AGAIN_S, STEP_S = 210.0, 30.0
 
@@ -32,14 +36,20 @@ def test_a_new_leader_counts_idle_machines_that_nobody_told_it_of():
     assert IdleTimes().seen(0, 2, False, 10.0).idle_s(2, 15.0) == ((5.0, False), (5.0, False))
 
 
-def test_what_is_remembered_is_bounded_and_survives_its_record():
+async def test_what_is_remembered_is_bounded_and_known_to_the_next_leader():
     times = IdleTimes().seen(200, 0, False, 0.0).seen(0, 0, False, 1.0).seen(0, 80, True, 2.0)
     assert len(times.open) == MOST_OPEN
     for at in range(100):
         times = times.seen(1, 63, False, 10.0 + at).seen(0, 64, True, 10.5 + at)
     assert len(times.over) == REMEMBERED
     kept = {Kind("cloud", "H200", 8): times, Kind("edge", "A100", 1): IdleTimes()}
-    assert _times_in(_record(kept).SerializeToString()) == kept
+    store = MemoryStore()
+    async with elect(store, "scheduler", "a") as leader:
+        await IdleMemory(store, leader.held).keep(kept)
+    async with elect(store, "scheduler", "b") as other:
+        assert await IdleMemory(store, other.held).times() == kept
+    with pytest.raises(Fenced):
+        await IdleMemory(store, leader.held).keep({})
 
 
 def test_an_idle_time_that_goes_on_for_longer_than_a_boot_counts_as_long():

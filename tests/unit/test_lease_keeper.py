@@ -106,12 +106,27 @@ class Regions:
         return self.accounts[offer.region]
 
 
+class Counting:
+    """The store, and how many entries were read of it."""
+
+    def __init__(self, store):
+        self._store, self.read = store, 0
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    async def list(self, prefix, **more):
+        found = await self._store.list(prefix, **more)
+        self.read += len(found.entries)
+        return found
+
+
 class Kept:
     """Two leases by offers in two regions, and a keeper that is asked for rounds."""
 
     def __init__(self):
         self.clock = LoopClock()
-        self.store, self.regions = MemoryStore(self.clock), Regions()
+        self.store, self.regions = Counting(MemoryStore(self.clock)), Regions()
         self.nodes = crashes.Nodes(self.clock, random.Random(0))
 
     async def keeper(self, leader):
@@ -261,32 +276,18 @@ def test_leases_that_are_over_are_forgotten_after_a_month_with_the_requests_that
     kept(test)
 
 
-class Counting:
-    """The store, and how many entries were read of it."""
-
-    def __init__(self, store):
-        self._store, self.read = store, 0
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    async def list(self, prefix, **more):
-        found = await self._store.list(prefix, **more)
-        self.read += len(found.entries)
-        return found
-
-
 def test_a_round_reads_nothing_of_what_is_over():
     async def test(world, keeper):
         await keeper.round()
-        keeper._store = store = Counting(world.store)
+        world.store.read = 0
         await keeper.round()
-        read, store.read = store.read, 0
+        read = world.store.read
         gone = pb.Lease(state=pb.LEASE_STATE_GONE, attempt=1)
         for number in range(300):
             gone.name = f"leases/old{number}"
             await world.store.commit(Put(keys.of_name(keys.LEASES_OVER, gone.name), gone.SerializeToString()))
+        world.store.read = 0
         await keeper.round()
-        assert store.read == read
+        assert world.store.read == read
 
     kept(test)
