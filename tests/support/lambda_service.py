@@ -25,13 +25,18 @@ ERRORS = {
 
 @dataclass
 class Service:
-    """`fault`: asked with each path what its call meets: "", a key of ERRORS, lost_before, lost_reply, garbage, endless, elsewhere."""
+    """`fault`: asked with each path what its call meets: "", a key of ERRORS, lost_before, lost_reply, zombie, garbage, endless, elsewhere.
+
+    `now_s`: the time by which machines are `lag_s` old before they are listed.
+    """
 
     fault: Callable[[str], str] = lambda path: ""
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
     launches: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
-    hidden: set[str] = field(default_factory=set)  # machines that the list does not show yet
+    now_s: Callable[[], float] = lambda: 0.0
+    lag_s: float = 0.0
+    born_s: dict[str, float] = field(default_factory=dict)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -39,12 +44,25 @@ class Service:
         if key != f"Bearer {KEY}":
             return _error(*ERRORS["auth"])
         if (method, path) == ("GET", "/instances"):
-            return 200, {"data": [one for id_, one in self.machines.items() if id_ not in self.hidden]}
+            shown = [
+                one for id_, one in self.machines.items() if self.now_s() >= self.born_s.get(id_, 0.0) + self.lag_s
+            ]
+            return 200, {"data": shown}
         if (method, path) == ("POST", "/instance-operations/launch"):
             return self._launched(body)
         if (method, path) == ("POST", "/instance-operations/terminate"):
             return self._terminated(body["instance_ids"])
         return _error(404, "global/object-does-not-exist")
+
+    def alive(self) -> dict[str, str]:
+        """Machines that are paid for, with their names."""
+        with self.lock:
+            return {id_: one["name"] for id_, one in self.machines.items() if one["status"] in ("booting", "active")}
+
+    def kill(self, machine: str) -> None:
+        """Ends a machine as its owner does, unasked."""
+        with self.lock:
+            self.machines[machine]["status"] = "terminated"
 
     def _launched(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.launches.append(body)
@@ -53,7 +71,7 @@ class Service:
             return _error(400, "global/invalid-parameters")
         id_ = f"{len(self.launches):032x}"
         shown = {"id": id_, "name": body["name"], "status": "booting", "region": {"name": body["region_name"]}}
-        self.machines[id_] = shown
+        self.machines[id_], self.born_s[id_] = shown, self.now_s()
         return 200, {"data": {"instance_ids": [id_]}}
 
     def _terminated(self, ids: list[str]) -> tuple[int, Any]:
@@ -86,7 +104,9 @@ def running(service: Service) -> Iterator[Service]:
                 self._send(*_error(*ERRORS[fault]))
                 return
             status, answer = 0, None
-            if fault != "lost_before":
+            if fault == "zombie":
+                status, answer = 200, {"data": {"terminated_instances": []}}
+            elif fault != "lost_before":
                 with service.lock:
                     status, answer = service.answer(
                         method, path, self.headers.get("Authorization", ""), json.loads(body or b"{}")
@@ -127,8 +147,13 @@ def running(service: Service) -> Iterator[Service]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Whoever asked has gone: a killed keeper does."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     service.url = f"http://127.0.0.1:{server.server_port}/api/v1"
