@@ -15,7 +15,7 @@ import csv
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,11 @@ PEERS = {
 GOALS = {"vtrain_single": 8.0, "korthikanti_2022": 3.0, "megatron_2021": 6.0, "megatron_h100_2024": 10.0}
 MODERN = ("nemo_2407_h100_fp8", "nemo_automodel_h100_bf16", "llm_foundry H100-80GB", "megatron_bridge_all")
 MODERN_GOAL, SPEARMAN_GOAL, MEMORY_GOAL = 10.0, 0.95, 5.0
-_NOT_FITTED = ("recalled",)  # tables that nobody re-read at the source
+_NOT_FITTED = (
+    "recalled",
+    "_measured",
+)  # tables that nobody re-read at the source; our own, which is there to be held against
+_OWN = Path(__file__).parent / "plan_lab" / "h200_measured.csv"
 
 
 def measure(options: Options) -> Report:
@@ -66,16 +70,17 @@ def measure(options: Options) -> Report:
         folds = FOLDS if options.extra.by == "shape" else len(set(keys))
         fitted = held_out(runs, keys, folds, options.seed, usable)
     rows = [_row(family, runs, numbers, shipped, fitted) for family, numbers in _families(runs).items()]
-    stored = [row for path in paths for row in _memory_rows(path)]
+    stored = [*(row for path in paths for row in _memory_rows(path)), *_peaks(runs)]
     return Report(rows=[*rows, *stored], targets=_targets(rows, stored), simulated="", notes=notes)
 
 
 def tables_below(path: Path) -> list[Path]:
-    """A file, the files of a folder, or those of its folder `validation`."""
+    """A file, the files of a folder, or those of its folder `validation` and what we measured ourselves."""
     if path.is_file():
         return [path]
-    folder = path / "validation" if (path / "validation").is_dir() else path
-    return sorted(folder.glob("*.csv"))
+    if (path / "validation").is_dir():
+        return [*sorted((path / "validation").glob("*.csv")), _OWN]
+    return sorted(path.glob("*.csv"))
 
 
 def _families(runs: Sequence[Run]) -> Mapping[str, list[int]]:
@@ -118,6 +123,21 @@ def _spearman(runs: Sequence[Run], numbers: list[int], predicted: Array) -> floa
 def _tokens_per_gpu(run: Run) -> float:
     split = run.split
     return split["global_batch"] * split["sequence"] / (split["tp"] * split["pp"] * split["cp"] * split["dp"])
+
+
+def _peaks(runs: Sequence[Run]) -> list[Row]:
+    """Of tables with the allocator's peak: all that a step needs, on GPUs of one stage."""
+    rows: list[Row] = []
+    for family, numbers in _families(runs).items():
+        known = [runs[number] for number in numbers if (runs[number].about.get("allocated_bytes") or "").isdigit()]
+        if not known:
+            continue
+        needed = np.empty(len(known))
+        for batch in batches([replace(run, open=()) for run in known]):
+            needed[batch.rows] = memory(batch.shape, batch.plans, batch.training).total_bytes
+        real = np.array([float(run.about["allocated_bytes"]) for run in known])
+        rows.append({"table": f"{family} allocated_bytes", "rows": len(known), **_errors("shipped", needed / real - 1)})
+    return rows
 
 
 _MEMORY = ("static_mem_gib", "act_mem_gib_no_recompute_no_sp", "act_mem_gib_selective_sp")

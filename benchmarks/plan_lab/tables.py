@@ -3,8 +3,8 @@
     model's shape   `hidden` `heads` `layers` (`kv_heads` `ffn` `vocab`), or a name in `model`
     split           `tp` `pp` `dp` `cp` `ep` `vp` of `gpus`; `micro_batch`|`mbs`, `global_batch`|`gbs`; `seq_len`; `fsdp`|`sharding`
     GPU             `gpu` or `system`
-    software        `framework`, `container`, `kernels`, `precision`, `recompute`, `act_ckpt`, `seq_parallel`, `task`
-    measured        `iter_ms`, `iter_s`, `step_time_s`, `step_time_s_derived`, `tokens_per_s_per_gpu`
+    software        `compiled` (PyTorch's own, eager or compiled), `framework`, `container`, `kernels`, `precision`, `recompute`, `act_ckpt`, `seq_parallel`, `task`
+    measured        `iter_ms`, `iter_s`, `step_time_s`, `step_time_s_derived`, `tokens_per_s_per_gpu`; `allocated_bytes`
 
 Never scored: TFLOP/s and MFU, which count operations by conventions that differ. What a row says of its software decides `Training`; how, is
 below, and is the same for every file.
@@ -194,7 +194,8 @@ def _software(cells: Cells) -> tuple[dict[str, float], str]:
     overlapping = bool(cells.get("container"))  # NeMo: user buffers, distributed optimizer, all overlap on
     flags = {
         "flash": not old,
-        "fused": not (cells.get("sharding") or cells.get("kernels")),
+        "fused": not (cells.get("sharding") or cells.get("kernels") or cells.get("compiled") == "False"),
+        "lazy_gradients": bool(cells.get("compiled")),
         "fp8": 2 if fp4 or "mx" in precision else fp8,
         "dropout": old,
         "overlap_tp": overlapping,

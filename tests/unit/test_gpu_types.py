@@ -88,3 +88,13 @@ def test_no_other_place_of_the_code_names_a_type():
                 continue
             code = re.sub(r'""".*?"""|#.*', "", file.read_text(), flags=re.DOTALL)
             assert not word.findall(code), f"{file.relative_to(ROOT)} names a GPU type; use fleet.gpu_types"
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPU_TYPES if gpu.speed], ids=lambda gpu: gpu.name)
+def test_a_speed_is_that_of_the_card(gpu):
+    """Drivers report a little less than the label in GiB; nothing measured is more than the data sheet; fewer bits are never slower."""
+    speed = gpu.speed
+    assert 0.92 * gpu.memory_bytes < speed.nvml_bytes <= gpu.memory_bytes
+    assert all(measured < speed.flops[precision] for precision, measured in speed.best.items())
+    assert speed.best_flops("bf16") <= speed.best_flops("fp8") <= speed.best_flops("fp4")
+    assert (speed.nvlink_domain > 1) == (speed.nvlink_bytes_per_s > 0)

@@ -1,5 +1,7 @@
 """The tables of measured runs are read by their columns, and what is held out takes no part."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from benchmarks import plan_accuracy
 from benchmarks.plan_lab.predict import batches, seconds
 from benchmarks.plan_lab.tables import all_runs
 from whaleflux.planning.constants import FITTED
+from whaleflux.planning.memory import memory
 
 MEGATRON = """gpus,global_batch,micro_batch,hidden,heads,layers,seq_len,tp,dp,pp,iter_ms,gpu,framework
 8,16,2,2048,16,24,1024,2,2,2,400.0,A100,Megatron-DeepSpeed
@@ -67,4 +70,15 @@ def test_predictions_stand_in_the_order_of_the_runs_and_open_parts_are_chosen(fo
 def test_one_file_or_a_folder_is_taken(folder):
     assert plan_accuracy.tables_below(folder / "third.csv") == [folder / "third.csv"]
     (folder / "validation").mkdir()
-    assert plan_accuracy.tables_below(folder) == []
+    assert [path.name for path in plan_accuracy.tables_below(folder)] == ["h200_measured.csv"]
+
+
+def test_memory_that_was_measured_on_an_h200_is_predicted_within_five_percent_on_average():
+    runs, _ = all_runs(plan_accuracy.tables_below(Path(plan_accuracy.__file__).parent / "plan_lab"))
+    needed = np.ravel(
+        [memory(one.shape, one.plans, one.training).total_bytes for run in runs for one in batches([run])]
+    )
+    error = needed / [float(run.about["allocated_bytes"]) for run in runs] - 1
+    assert len(runs) == 21
+    assert np.abs(error).mean() < 0.05
+    assert np.abs(error).max() < 0.1

@@ -120,6 +120,8 @@ HOSTILE = {
     "nested 100,000 deep": ('{"a":' * 100_000, "file"),
     "a list of JSON": (json.dumps([LLAMA]), "file"),
     "too long": (" " * (MAX_BYTES + 1), "file"),
+    "a megabyte of YAML": ("a: [1, 2]\n" * 100_000, "file"),
+    "a megabyte of JSON": (json.dumps({**LLAMA, "id2label": {str(n): "x" for n in range(60_000)}, "hidden_size": -1}), "hidden_size"),
     "empty": ("", "file"),
     "an alias bomb": ("a: &a [x,x]\nb: &b [*a,*a]\nlayers: *b\n", "file"),
     "YAML field unknown": (yaml(hiden=3), "hiden"),

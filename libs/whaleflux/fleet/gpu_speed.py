@@ -31,14 +31,13 @@ class GpuSpeed:
     peer_copies: bool = True  # False: copies between GPUs go through the host's memory
 
     def best_flops(self, precision: str) -> float:
-        """In operations per second; 16 bit where the GPU has no faster way for a precision. Raises KeyError for one that nobody knows."""
-        if precision not in PRECISIONS:
-            raise KeyError(precision)
-        has = precision if precision in self.flops else "bf16"
+        """In operations per second; of the next wider precision where the GPU has no faster way. Raises ValueError for one that nobody knows."""
+        narrowest = PRECISIONS.index(precision)
+        has = next(one for one in reversed(PRECISIONS[: narrowest + 1]) if one in self.flops)
         return self.best.get(has, 0.8 * self.flops[has])
 
 
-PRECISIONS = ("bf16", "fp8", "fp4")
+PRECISIONS = ("bf16", "fp8", "fp4")  # from wide to narrow; every GPU here has the first
 
 
 def hopper(nvml_bytes: int, memory_bytes_per_s: float) -> GpuSpeed:

@@ -14,6 +14,9 @@ from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
 
+# Eager kernels keep what fused ones compute anew: norms in 32 bit, parts of the activation. Measured on an H200, six shapes, PyTorch 2.11: 1.58-1.62.
+_EAGER_KEPT = 1.6
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -94,7 +97,8 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
     ) * shape.hidden  # norms, inputs of the projections, masks of dropout
     scores = 5 * shape.heads * plans.sequence * how.either(how.flash, 0.0, 1.0)
     shared = np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
-    without = plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
+    more = how.either(how.fused, 1.0, _EAGER_KEPT)
+    without = more * plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
     whole = without + plans.tokens * scores / plans.tp
     inputs = plans.recomputed * 2 * plans.tokens * shape.hidden / shared + (1 - plans.recomputed) * whole
     kept = np.where(
@@ -121,11 +125,16 @@ def _stage(shape: ModelShape, plans: Plans, how: Training, *, last: bool) -> Mem
     )
     layer = layer_weights(shape, plans)
     gathered = np.where((plans.zero > 2) & (plans.shards > 1), 2 * 2 * (layer.common + layer.experts), 0.0)
+    gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)
+    held = layers * kept * _in_flight(plans, last=last)
+    # Lazy ones of a single micro-batch grow where activations are given back, beside the 16-bit weights: only what is more than those counts.
+    beside = array(how.weight_bytes) * weights.owned(plans, plans.zero > 2) + held + again + gathered + logits
+    lazy = (array(how.lazy_gradients) > 0) & (plans.micro_batches <= 1)
     parts = (
         array(how.weight_bytes) * weights.owned(plans, plans.zero > 2),
-        trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1),
+        np.where(lazy, np.maximum(gradients - beside, 0.0), gradients),
         trained * how.optimizer_bytes * weights.owned(plans, plans.zero > 0),
-        layers * kept * _in_flight(plans, last=last),
+        held,
         again + gathered,
         logits,
     )

@@ -13,6 +13,7 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.model_shape import Latent, ModelShape
 
 MAX_BYTES = 1 << 20  # a config.json has a few kilobytes
+_MAX_YAML = 16 << 10  # which is slow to read, and has a dozen lines
 _SHOWN = 60
 
 
@@ -60,6 +61,11 @@ def model_from_text(text: str, name: str = "model") -> ModelShape:
         )
     if text.lstrip("\ufeff \t\r\n")[:1] == "{" and (written := _json(text)) is not None:
         return _from_config(written, name) if "layers" not in written else _from_fields(written, name)
+    if len(text) > _MAX_YAML:
+        raise _wrong(
+            "file",
+            f"is longer than the {_MAX_YAML} characters of a YAML file of a model's few fields: is it another file?",
+        )
     from whaleflux.manifests.yaml_text import load
 
     content = load(text)

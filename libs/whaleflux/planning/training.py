@@ -27,6 +27,9 @@ class Training:
     overlap_pp: Value = True  # sends between stages run beside computation
     overlap_dp: Value = True  # gradients are reduced while the backward pass runs
     frozen: Value = False
+    lazy_gradients: Value = (
+        False  # they are there only in the backward pass (PyTorch), not from the first step on (Megatron)
+    )
     weight_bytes: Value = 2
     gradient_bytes: Value = 4
     optimizer_bytes: Value = 12
