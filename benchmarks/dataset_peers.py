@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Options, Report, Row, Target, main
+from whaleflux.data.hashing import hashed
+from whaleflux.data.sources import Local
 from whaleflux.embedded.simulated import SimulatedNode
 from whaleflux.embedded.suite import Suite, SuiteOptions
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import inventory_pb2, scheduler_pb2
 
 NODES = 4
-SIZE_BYTES = {"quick": 192 << 20, "full": 1 << 30}
+SIZES_MIB = {"quick": (64, 192), "full": (64, 192, 1024)}  # the last is what the targets are held against
+WAYS = ("one", "all", "hashed")
 CAP_BYTES_PER_S = 12 << 20
 MOST_TRAFFIC, MOST_TIME = 1.15, 1.3
 _PIECE = 64 << 10
@@ -36,31 +39,32 @@ _LIMIT_S = 900.0
 
 
 class Capped(http.server.BaseHTTPRequestHandler):
-    """One file by ranges, at so many bytes a second in all; `counts` are bytes by what the URL ends with."""
+    """Files by ranges, at so many bytes a second in all: `counts` are bytes by the folder of the file."""
 
     protocol_version = "HTTP/1.1"
-    path_of = Path()
+    folder = Path()
     counts: Any = None
-    names: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
     lock = threading.Lock()
     free_at_s = 0.0
 
     def do_GET(self) -> None:
-        size = self.path_of.stat().st_size
+        which = self.path.split("/")[1]
+        path = self.folder / which / "data"
+        size = path.stat().st_size
         first, last = (self.headers.get("Range") or f"bytes=0-{size - 1}").removeprefix("bytes=").split("-")
         count = min(int(last), size - 1) - int(first) + 1
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.send_header("Content-Length", str(count))
         self.end_headers()
-        which = self.names.index(self.path.rpartition("/")[2])
-        with open(self.path_of, "rb") as file:
+        with open(path, "rb") as file:
             file.seek(int(first))
             while count:
                 data = file.read(min(count, _PIECE))
                 self.wait(len(data))
                 self.wfile.write(data)
-                self.counts[which] += len(data)
+                self.counts[self.sets.index(which)] += len(data)
                 count -= len(data)
 
     def wait(self, count: int) -> None:
@@ -75,10 +79,10 @@ class Capped(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def serving(folder: Path, sets: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The URL of the source, in a process of its own, and its counts."""
-    counts = Array("q", len(names), lock=False)
-    handler = type("Handler", (Capped,), {"path_of": path, "counts": counts, "names": names})
+    counts = Array("q", len(sets), lock=False)
+    handler = type("Handler", (Capped,), {"folder": folder, "counts": counts, "sets": sets})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     child = os.fork()
     if not child:
@@ -98,11 +102,15 @@ class World:
     client: AsyncClient
     url: str
     counts: Any
-    size: int
+    folder: Path
 
-    async def declare(self, name: str) -> None:
-        dataset = inventory_pb2.Dataset(uri=f"{self.url}/{name}")
-        await self.client.inventory.CreateDataset(inventory_pb2.CreateDatasetRequest(dataset_id=name, dataset=dataset))
+    async def declare(self, name: str, size_mib: int) -> None:
+        dataset = inventory_pb2.Dataset(uri=f"{self.url}/{name}/data")
+        request = inventory_pb2.CreateDatasetRequest(dataset_id=name, dataset=dataset)
+        if name.endswith("hashed"):
+            original = Local(self.folder / name / "data")
+            request.manifest.CopyFrom((await asyncio.to_thread(hashed, original)).to_proto())
+        await self.client.inventory.CreateDataset(request)
 
     async def copies(self, name: str) -> int:
         found = await self.client.inventory.GetDataset(inventory_pb2.GetDatasetRequest(name=f"datasets/{name}"))
@@ -123,9 +131,10 @@ class World:
         state = (await self.client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=job))).state
         return bool(state == scheduler_pb2.JOB_STATE_CANCELLED)
 
-    async def pull(self, name: str, nodes: int) -> Row:
-        """A job on so many nodes, until each of them has the whole of it."""
-        await self.declare(name)
+    async def pull(self, way: str, size_mib: int) -> Row:
+        """A job on one node or all of them, until each has the whole of it."""
+        name, nodes, size = f"{size_mib}-{way}", 1 if way == "one" else NODES, size_mib << 20
+        await self.declare(name, size_mib)
         before, begun = sum(self.counts), time.perf_counter()
         job = await self.submit(name, nodes)
         await until(lambda: self._read(before))
@@ -134,11 +143,11 @@ class World:
         took = time.perf_counter() - first
         await self.end(job)
         return {
-            "what": f"{nodes} node(s)",
-            "MB": self.size / 1e6,
+            "what": f"{nodes} node(s)" + ", manifest known before" * (way == "hashed"),
+            "MiB": size_mib,
             "seconds": took,
             "s to first byte": first - begun,
-            "source traffic": (sum(self.counts) - before) / self.size,
+            "source traffic": (sum(self.counts) - before) / size,
         }
 
     async def _read(self, before: int) -> bool:
@@ -154,36 +163,45 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def run(folder: Path, url: str, counts: Any, size: int) -> list[Row]:
+async def run(folder: Path, url: str, counts: Any, sizes_mib: tuple[int, ...]) -> list[Row]:
     nodes = [SimulatedNode("lab", f"n{i}", "h100x8") for i in range(NODES)]
     suite = Suite(SuiteOptions(state=folder / "suite", simulate=nodes), lambda _: None)
     try:
         await suite.start()
         async with AsyncClient.from_context(suite.layout.context_file) as client:
-            world = World(client, url, counts, size)
-            return [await world.pull("one", 1), await world.pull("all", NODES)]
+            world = World(client, url, counts, folder)
+            rows = [await world.pull(way, size_mib) for size_mib in sizes_mib for way in WAYS]
+            for i, row in enumerate(rows):
+                row["x one node"] = row["seconds"] / rows[i - i % len(WAYS)]["seconds"]
+            return rows
     finally:
         await suite.stop()
 
 
 def measure(options: Options) -> Report:
-    """One node alone, then four that begin at once."""
-    size = SIZE_BYTES["quick" if options.quick else "full"]
+    """One node alone, then four that begin at once: without and with a manifest that is known."""
+    sizes_mib = SIZES_MIB["quick" if options.quick else "full"]
     with tempfile.TemporaryDirectory(prefix="wf-", dir=Path.cwd() / ".build") as name:
         folder = Path(name)
-        with open(folder / "original", "wb") as file:
-            for _ in range(size >> 20):
-                file.write(os.urandom(1 << 20))
-        with serving(folder / "original", ("one", "all")) as (url, counts):
-            one, four = asyncio.run(run(folder, url, counts, size))
+        sets = tuple(f"{size_mib}-{way}" for size_mib in sizes_mib for way in WAYS)
+        for one in sets:  # other bytes in each, for nodes copy what they have
+            (folder / one).mkdir()
+            with open(folder / one / "data", "wb") as file:
+                for _ in range(int(one.partition("-")[0])):
+                    file.write(os.urandom(1 << 20))
+        with serving(folder, sets) as (url, counts):
+            rows = asyncio.run(run(folder, url, counts, sizes_mib))
+    *_, alone, four, known = rows
     return Report(
-        rows=[one, four],
+        rows=rows,
         targets=[
             Target("source traffic of four nodes", four["source traffic"], MOST_TRAFFIC, "of the dataset's size"),
-            Target("time of four nodes", four["seconds"] / one["seconds"], MOST_TIME, "of one node's"),
+            Target("time of four nodes", four["x one node"], MOST_TIME, f"of one node's {alone['seconds']:.1f} s"),
+            Target("the same, manifest known: traffic", known["source traffic"], MOST_TRAFFIC, "of the dataset's size"),
+            Target("the same, manifest known: time", known["x one node"], MOST_TIME, "of one node's"),
         ],
         simulated="the machines; the source's rate is capped at 12 MiB/s by the server that gives it",
-        notes=["from the first byte that the source gives to the last copy that is whole; both on one host"],
+        notes=["from the first byte that the source gives to the last copy that is whole; all on one host"],
     )
 
 

@@ -51,6 +51,7 @@ DOORS: dict[str, Door] = {
     "burst": Door(commands=("offers", "leases", "burst")),
     "deploy_models": Door(commands=("deploy", "rollout")),
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
+    "dataset_faults": Door(commands=("submit",), fields=("data",)),
     "dataset_pull": Door(commands=("submit",), fields=("data",)),
     "locality": Door(commands=("submit",), fields=("data",)),
 }

@@ -16,6 +16,7 @@ from tests.support.dataset_site import Agent
 from whaleflux.data import manifest as manifests
 from whaleflux.data import sources
 from whaleflux.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
+from whaleflux.rpc.channel import Channel
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc
 from whaleflux_agent import dataset_peers, dataset_pull, dataset_versions, piece_order, piece_servicer
 from whaleflux_agent.runtime.api import LaunchFailed
@@ -35,6 +36,8 @@ def _small_and_soon(monkeypatch):
     monkeypatch.setattr(manifests, "MIN_CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(dataset_versions, "LOOK_EVERY_S", 0.05)
     monkeypatch.setattr(dataset_peers, "LIST_EVERY_S", 0.05)
+    monkeypatch.setattr(dataset_peers, "LIST_S", 60.0)  # a slow host is no silent peer
+    monkeypatch.setattr(piece_order, "PATIENCE_S", 60.0)
     monkeypatch.setattr(dataset_peers, "LOOK_EVERY_S", 0.1)
 
 
@@ -204,6 +207,28 @@ async def test_a_peer_that_dies_in_mid_chunk_is_not_waited_for(tmp_path, source,
         assert contents(await reader.cache.fetch(C4)) == contents(source)
     assert dead
     assert 0 < sum(counting.read.values()) < CHUNKS
+
+
+async def test_who_is_no_peer_any_more_is_hung_up_on_while_the_pull_goes_on(tmp_path, source, counting, monkeypatch):
+    inventory, closed, close = Inventory(source), [], Channel.close
+
+    async def noted(channel):
+        closed.append(channel)
+        await close(channel)
+
+    async with site(inventory, tmp_path, counting, "n1", "n2") as [holder, reader]:
+        await holder.cache.fetch(C4)
+        found = await inventory.GetDataset(SimpleNamespace(name=C4), None)
+        monkeypatch.setattr(Channel, "close", noted)
+        async with dataset_peers.swarm_of(reader.peers, found) as swarm:
+            heard = []
+            pull = SimpleNamespace(seen=lambda pieces, _: heard.append(pieces))
+            async with dataset_peers.following(swarm, pull):
+                await until(lambda: heard and heard[-1])
+                assert not closed
+                inventory.copies[C4].clear()
+                await until(lambda: closed and not heard[-1])
+    assert len(closed) == 1
 
 
 async def test_a_source_that_has_gone_is_not_needed_where_a_peer_holds_all(tmp_path, source, counting):

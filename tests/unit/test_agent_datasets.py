@@ -13,6 +13,7 @@ import pytest
 from tests.support.agent_tasks import until
 from tests.support.dataset_inventory import Inventory
 from whaleflux.data import manifest, sources
+from whaleflux.sdk import Dataset
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent import dataset_files, dataset_pull, dataset_store
 from whaleflux_agent.datasets import DatasetCache
@@ -57,7 +58,7 @@ def work(**spec):
     return SimpleNamespace(
         job="queues/q/jobs/j",
         remote_datasets=(),
-        spec=SimpleNamespace(**{"require_local_data": False, "image": "", **spec}),
+        spec=SimpleNamespace(**{"require_local_data": False, "partial_data": False, "image": "", **spec}),
     )
 
 
@@ -359,7 +360,8 @@ async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_p
     await restarted.upkeep.tidy()
     assert await restarted.fetch("datasets/c4", work()) == folder
     assert {path: path.lstat().st_ino for path in files_of(folder)} == before
-    assert await restarted.fetch("datasets/c4", work(image="pytorch")) == str(many), "links lead out of its container"
+    assert await restarted.fetch("datasets/c4", work(image="pytorch")) == folder
+    assert await restarted.home_of(folder) == str(many), "so that a container has what links lead to"
     with pytest.raises(LaunchFailed, match="do not fit"):
         await restarted.fetch("datasets/c4", work(require_local_data=True))
     (many / "0" / "0.bin").write_bytes(b"another version")
@@ -368,6 +370,47 @@ async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_p
         *map(str, (tmp_path / "cache").glob("c4@*~part")),
     )
     assert all(path.stat().st_size for path in files_of(many)), "what is linked to is nobody's to change"
+
+
+@pytest.fixture
+def bucket():
+    """200 objects of one size, and the source that reads them."""
+    fsspec = pytest.importorskip("fsspec")
+    root = f"memory://{os.urandom(8).hex()}"
+    for number in range(200):
+        with fsspec.open(f"{root}/{number % 7}/{number}", "wb") as file:
+            file.write(number.to_bytes(100))
+    yield SimpleNamespace(uri=root, size=200 * 100, open_source=lambda uri, *_: sources.ByFsspec(uri))
+    fsspec.filesystem("memory").rm(root.removeprefix("memory:/"), recursive=True)
+
+
+async def test_of_a_bucket_that_exceeds_the_cache_a_reader_finds_a_fixed_half_here_and_the_rest_there(tmp_path, bucket):
+    inventory = Inventory(bucket.uri)
+    cache = cache_of(tmp_path, inventory, room=bucket.size // 2, open_source=bucket.open_source)
+    folder = await cache.fetch("datasets/c4", work(partial_data=True))
+    environment = {"WHALEFLUX_DATASET_C4": folder, "WHALEFLUX_DATASOURCE_C4": await cache.home_of(folder)}
+    chance, epochs = random.Random(1), []
+    for _ in range(3):
+        data = Dataset("c4", environment)
+        paths = data.paths()
+        chance.shuffle(paths)
+        assert len(paths) == 200
+        for path in paths:
+            with data.open(path) as file:
+                assert file.read() == int(path.partition("/")[2]).to_bytes(100)
+        epochs.append({path for path in paths if data.is_here(path)})
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert 0.49 <= len(epochs[0]) / 200 <= 0.51
+    assert inventory.states("datasets/c4")[-1] == "PARTIAL"
+
+
+async def test_of_a_bucket_no_part_is_pulled_for_code_that_does_not_look_for_the_rest(tmp_path, bucket):
+    inventory = Inventory(bucket.uri)
+    cache = cache_of(tmp_path, inventory, room=bucket.size // 2, open_source=bucket.open_source)
+    assert await cache.fetch("datasets/c4", work()) == bucket.uri
+    folder = await cache.fetch("datasets/c4", work(partial_data=True))
+    assert await cache.fetch("datasets/c4", work()) == bucket.uri, "nor is one given to it that is there"
+    assert Path(folder).is_dir()
 
 
 async def test_a_pin_of_what_exceeds_the_cache_gets_no_part_for_it(tmp_path, many):

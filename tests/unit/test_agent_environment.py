@@ -129,8 +129,18 @@ def test_services_get_a_port_each_in_variable_and_command():
 
 
 def test_datasets_are_found_by_name():
-    place = LaunchContext("sites/s/nodes/n", "t", "/s", (), "", datasets=(("datasets/c4-en", "/cache/c4-en"),))
-    assert environment(place=place)["WHALEFLUX_DATASET_C4_EN"] == "/cache/c4-en"
+    place = LaunchContext(
+        "sites/s/nodes/n",
+        "t",
+        "/s",
+        (),
+        "",
+        datasets=(("datasets/c4-en", "/cache/c4-en", "s3://data/c4"), ("datasets/all", "/cache/all", "")),
+    )
+    found = environment(place=place)
+    assert (found["WHALEFLUX_DATASET_C4_EN"], found["WHALEFLUX_DATASET_ALL"]) == ("/cache/c4-en", "/cache/all")
+    assert found["WHALEFLUX_DATASOURCE_C4_EN"] == "s3://data/c4"
+    assert "WHALEFLUX_DATASOURCE_ALL" not in found
 
 
 def test_a_command_that_is_started_once_per_node_finds_what_launchers_need_and_no_rank():

@@ -218,6 +218,10 @@ def _parts(spec: Spec) -> Violations:
 def _data(spec: Spec) -> Violations:
     if spec.require_local_data and not spec.datasets:
         yield FieldViolation("require_local_data", "needs datasets; name them or leave it out")
+    if spec.partial_data and not spec.datasets:
+        yield FieldViolation("partial_data", "needs datasets; name them or leave it out")
+    if spec.partial_data and spec.require_local_data:
+        yield FieldViolation("partial_data", "reads a part at the source; leave it or require_local_data out")
 
 
 def _secrets(spec: Spec) -> Violations:

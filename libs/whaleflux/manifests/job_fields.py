@@ -229,6 +229,11 @@ class Spec:
         False, "require_local_data", "require_local_data", Flag(),
         "Refuse nodes that do not hold the data, rather than fetch it.", default="false", example="true",
     )  # fmt: skip
+    partial_data: bool = _field(
+        False, "partial_data", "partial_data", Flag(),
+        "Its code reads datasets with `whaleflux.sdk.Dataset`: of one in an object store that exceeds a node's cache a fixed part is pulled, and the "
+        "rest is read at the source.", default="false", example="true", apart=True,
+    )  # fmt: skip
     environment: tuple[tuple[str, str], ...] = _field(
         (), "environment", "environment", Variables(RESERVED_ENVIRONMENT, RESERVED_PREFIXES),
         "Added to the environment of each rank: any text, also of several lines; what is no text in YAML (1.10, yes) is taken as it is "

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from whaleflux.sdk.buckets import stabilise_buckets
     from whaleflux.sdk.checkpointer import Checkpointer
     from whaleflux.sdk.client import AsyncClient, Client
+    from whaleflux.sdk.datasets import Dataset
     from whaleflux.sdk.errors import CheckpointError, RestoreFailed, SaveFailed, WorldChanged
     from whaleflux.sdk.gpu_share import keep_to_share
     from whaleflux.sdk.words import state_of
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "Client",
+    "Dataset",
     "RestoreFailed",
     "SaveFailed",
     "WorldChanged",
@@ -36,6 +38,7 @@ _HOME = {
     "RestoreFailed": "whaleflux.sdk.errors",
     "SaveFailed": "whaleflux.sdk.errors",
     "WorldChanged": "whaleflux.sdk.errors",
+    "Dataset": "whaleflux.sdk.datasets",
     "AsyncClient": "whaleflux.sdk.client",
     "Client": "whaleflux.sdk.client",
     "state_of": "whaleflux.sdk.words",

@@ -56,11 +56,17 @@ class Fetch:
 
 
 @asynccontextmanager
-async def running(pull: Pull) -> AsyncIterator[None]:
-    """In the block, as far as it comes; what it fails at somebody else finds out."""
-    task = asyncio.create_task(in_thread(pull.run))
+async def running(pull: Pull) -> AsyncIterator[asyncio.Event]:
+    """In the block, as far as it comes, and whether it came to its end; what it fails at somebody else finds out."""
+    ended = asyncio.Event()
+
+    async def run() -> None:
+        await in_thread(pull.run)
+        ended.set()
+
+    task = asyncio.create_task(run())
     try:
-        yield
+        yield ended
     finally:
         pull.progress.stop.set()
         await asyncio.gather(task, return_exceptions=True)

@@ -1,11 +1,11 @@
-"""Parts of datasets that exceed the cache: the same files in each epoch, beside links to the rest at its source."""
+"""Parts of datasets that exceed the cache: the same files in each epoch, beside links to the rest where it is mounted."""
 
 from __future__ import annotations
 
 import json
 
 from whaleflux import telemetry
-from whaleflux.data.sources import Local, SourceFailed
+from whaleflux.data.sources import Local, Source, SourceFailed
 from whaleflux.telemetry import Event
 from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
@@ -20,9 +20,11 @@ from whaleflux_agent.dataset_wanted import Wanted
 _log = telemetry.get_logger("whaleflux.agent")
 
 
-def reads_parts(work: Work | None) -> bool:
-    """Whether links lead a task to the source: not in a container, and not where the job wants all of it here."""
-    return work is not None and not work.spec.require_local_data and not work.spec.image
+def reads_parts(work: Work | None, source: Source) -> bool:
+    """Whether a task finds the rest at the source: by links of a mounted folder, else if its code looks for it there."""
+    if work is None or work.spec.require_local_data:
+        return False
+    return isinstance(source, Local) or work.spec.partial_data
 
 
 class Parts:
@@ -38,10 +40,12 @@ class Parts:
     ) -> None:
         self._store, self._room, self._reports, self._pace, self._reader = store, room, reports, pace, reader
 
-    async def bring(self, unkept: Unkept, progress: Progress) -> Copy | None:
-        """A fixed part of what never fits, beside links to the rest; None where nothing can be linked to, or all of it might fit."""
+    async def bring(self, unkept: Unkept, work: Work | None, progress: Progress) -> Copy | None:
+        """A fixed part of the files of what never fits; None where the task would not find the rest, or all of it might fit."""
         found, wanted, source = unkept.dataset, unkept.wanted, unkept.source
-        if wanted.manifest.size_bytes <= self._store.limit_bytes or not isinstance(source, Local) or source.single:
+        if wanted.manifest.size_bytes <= self._store.limit_bytes or not reads_parts(work, source):
+            return None
+        if found.HasField("credentials"):  # no task is shown the secret, so none reads the rest
             return None
         key = part_key(found.name, json.dumps([[one.path, one.size_bytes, one.version] for one in wanted.found]))
         copy: Copy | None = await self._room.do(self._store.part, key)
@@ -52,7 +56,9 @@ class Parts:
             await self._reports.say(found.name, PARTIAL, copy.size_bytes, message=share)
         return copy
 
-    async def _pulled_part(self, name: str, wanted: Wanted, source: Local, key: str, progress: Progress) -> Copy | None:
+    async def _pulled_part(
+        self, name: str, wanted: Wanted, source: Source, key: str, progress: Progress
+    ) -> Copy | None:
         room = await self._room.do(self._store.room_bytes, self._room.kept)
         paths = fixed_subset(((file.path, file.size_bytes) for file in wanted.manifest.files), room, name)
         part, partial = wanted.only(paths), self._store.partial(key)
@@ -62,11 +68,11 @@ class Parts:
             await self._room.take(key, part.manifest.size_bytes)
             pull = Pull(part, source, partial, pace=self._pace, progress=progress)
             made = await in_thread(pull.run)
-            rest = [(f.path, f"{source.home()}/{f.path}") for f in wanted.manifest.files if f.path not in paths]
-            copy: Copy = await self._room.do(
-                self._store.publish, name, made, partial, self._reader, progress.cost, key, rest
+            home, linked = source.home(), wanted.manifest.files if isinstance(source, Local) else ()
+            rest = [(file.path, f"{home}/{file.path}") for file in linked if file.path not in paths]
+            return await self._room.do(
+                self._store.publish, name, made, partial, self._reader, progress.cost, key, rest, home
             )
-            return copy
         except (NoRoom, SourceFailed, OSError) as failure:
             _log.info(Event.DATASET_UNCACHED, dataset=name, reason=str(failure))
             return None

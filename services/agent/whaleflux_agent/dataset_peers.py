@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
+import heapq
 import random
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2
 T = TypeVar("T")
 MAX_WHOLE, MAX_PULLING = 8, 24  # peers that one pull asks
 LIST_EVERY_S, LOOK_EVERY_S = 0.5, 5.0
-_LIST_S, _READ_S, _CALL_S = 3.0, 10.0, 10.0
+LIST_S, READ_S = 3.0, 10.0  # for an answer of a peer
+_CALL_S = 10.0
 _MIN_BYTES_PER_S = 256 << 10  # of one stretch from a peer
 READY = (inventory_pb2.DATASET_COPY_STATE_UNSPECIFIED, inventory_pb2.DATASET_COPY_STATE_READY)
 PULLING = inventory_pb2.DATASET_COPY_STATE_PULLING
@@ -113,12 +116,19 @@ class Swarm:
             found = await self._peers.inventory.GetDataset(request, timeout=_CALL_S)
             if found.manifest_digest == self._found.manifest_digest:
                 self._choose(found)
+                await self._close_others()
 
     def _choose(self, found: inventory_pb2.Dataset) -> None:
         """Some of those that hold it and some of those that pull it, other ones for each node."""
         whole, pulling = peers_of(found, self._peers.node)
         chosen = [*_some(whole, MAX_WHOLE, self._peers.node), *_some(pulling, MAX_PULLING, self._peers.node)]
         self._addresses, self._fellows = dict(chosen), frozenset(pulling)
+
+    async def _close_others(self) -> None:
+        """Channels to peers that are none any more; what still comes from them is taken elsewhere."""
+        gone = [key for key in self._channels if self._addresses.get(key[0]) != key[1]]
+        for channel in [self._channels.pop(key) for key in gone]:
+            await channel.close()
 
     async def _pieces_of(self, node: str, address: str) -> int | None:
         """None: it does not answer."""
@@ -129,7 +139,7 @@ class Swarm:
             job=self._job,
         )
         try:
-            answer = await self._stub(node, address).ListPieces(request, timeout=_LIST_S)
+            answer = await self._stub(node, address).ListPieces(request, timeout=LIST_S)
         except StatusError:
             return None
         return int.from_bytes(answer.chunks, "little")
@@ -157,7 +167,7 @@ class Swarm:
         address = self._addresses.get(node)
         if address is None:
             raise SourceFailed(f"{node} is no peer any more")
-        stub, limit_s = self._stub(node, address), _READ_S + length / _MIN_BYTES_PER_S
+        stub, limit_s = self._stub(node, address), READ_S + length / _MIN_BYTES_PER_S
         stream: Stream[agent_pb2.ReadPieceResponse] = stub.ReadPiece(request, timeout=limit_s)
         return stream
 
@@ -231,7 +241,7 @@ class _Pieces:
     def readinto(self, buffer: memoryview, /) -> int:
         """Raises SourceFailed."""
         if not self._left:
-            message = self._swarm.wait(self._next(), _READ_S)
+            message = self._swarm.wait(self._next(), READ_S)
             self._left = memoryview(message.data if message else b"")
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
@@ -242,7 +252,7 @@ class _Pieces:
 
     def close(self) -> None:
         with contextlib.suppress(SourceFailed):
-            self._swarm.wait(self._stream.aclose(), _READ_S)
+            self._swarm.wait(self._stream.aclose(), READ_S)
 
 
 def _is_address(text: str) -> bool:
@@ -254,5 +264,5 @@ def _is_address(text: str) -> bool:
 
 
 def _some(nodes: dict[str, str], most: int, seed: str) -> list[tuple[str, str]]:
-    found = sorted(nodes.items())
-    return random.Random(seed).sample(found, min(most, len(found)))
+    """The same ones as long as they are there, whoever comes or goes beside them."""
+    return heapq.nsmallest(most, nodes.items(), key=lambda node: hashlib.blake2b(f"{seed} {node[0]}".encode()).digest())

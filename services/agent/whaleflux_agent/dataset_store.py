@@ -4,6 +4,7 @@
     root/<id>@<source>~part/      a fixed part of what exceeds the cache, and links to the rest; named after what its source had
     root/.manifests/<same>        what it consists of; a copy without is none
     root/.costs/<same>            seconds for each byte that it was pulled in, and what it is worth to stay
+    root/.homes/<same>            of a part: the path or URL where the rest is
     root/.partial/<same>/         on its way (`dataset_pull`)
     root/.trash/                  on its way out
 
@@ -85,7 +86,7 @@ class DatasetStore:
 
     def open(self) -> None:
         """Makes the folders, and takes out what an earlier agent had begun to. Raises OSError."""
-        for name in (".manifests", ".costs", ".partial", ".trash"):
+        for name in (".manifests", ".costs", ".homes", ".partial", ".trash"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for left in (self.root / ".trash").iterdir():
             shutil.rmtree(left, ignore_errors=True)
@@ -233,14 +234,17 @@ class DatasetStore:
         cost: float = 0.0,
         part: str = "",
         links: Sequence[tuple[str, str]] = (),
+        home: str = "",
     ) -> Copy:
         """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError.
 
-        `part`: its key, where it is a part only; `links` are paths of the rest, and where each is.
+        `part`: its key, where it is a part only; `links` are paths of the rest, and where each is; `home` is where all of it is.
         """
         key = part or key_of(dataset, found.digest)
-        for path, home in links:
-            _link(partial / "files" / path, home)
+        if part:
+            (self.root / ".homes" / key).write_text(home)
+        for path, original in links:
+            _link(partial / "files" / path, original)
         known, target = self.root / ".manifests" / key, self.root / key
         written = known.with_name(f".{key}")
         written.write_bytes(found.to_proto().SerializeToString())
@@ -253,6 +257,10 @@ class DatasetStore:
         self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part)))
         return self._copies[key]
 
+    def home_of(self, copy: Copy) -> str:
+        """Where the rest of a part is; "" of a whole copy."""
+        return (self.root / ".homes" / copy.folder.name).read_text() if copy.part else ""
+
     def remove(self, copy: Copy) -> None:
         """Not there from now on; whoever reads it reads on."""
         out = self.root / ".trash" / names.ulid()
@@ -262,7 +270,7 @@ class DatasetStore:
         shutil.rmtree(out, ignore_errors=True)
 
     def _forget(self, copy: Copy) -> None:
-        for kind in (".manifests", ".costs"):
+        for kind in (".manifests", ".costs", ".homes"):
             (self.root / kind / copy.folder.name).unlink(missing_ok=True)
         self._copies.pop(copy.folder.name, None)
 

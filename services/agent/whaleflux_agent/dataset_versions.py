@@ -22,6 +22,7 @@ from whaleflux_agent.dataset_wanted import Wanted, found_out
 
 SAY_EVERY_S = 10.0  # by who makes a manifest
 LOOK_EVERY_S = 2.0  # by who waits for one
+SOON_S = 0.25  # when all that it read is here
 SILENT_S = 45.0  # of a maker: then another one makes it
 STUCK_S = 120.0  # of a pull, which says no more then that it makes it
 _CALL_S = 10.0
@@ -30,6 +31,17 @@ _CALL_S = 10.0
 def shareable(found: inventory_pb2.Dataset) -> bool:
     """Whether nodes give each other pieces of it without being asked who may have them."""
     return not found.members and not found.HasField("credentials")
+
+
+async def _pause(all_here: asyncio.Event | None) -> None:
+    """Between two looks at whether there is a manifest."""
+    if all_here is None:
+        await asyncio.sleep(LOOK_EVERY_S * (0.5 + random.random()))
+    elif all_here.is_set():
+        await asyncio.sleep(SOON_S)
+    else:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(all_here.wait(), LOOK_EVERY_S * (0.5 + random.random()))
 
 
 def _is_whole(copy: inventory_pb2.DatasetCopy, found: inventory_pb2.Dataset) -> bool:
@@ -72,10 +84,13 @@ class Versions:
         known: inventory_pb2.Dataset = await self._inventory.SetDatasetManifest(request, timeout=_CALL_S)
         return known
 
-    async def unless_made(self, found: inventory_pb2.Dataset, progress: Progress) -> inventory_pb2.Dataset:
+    async def unless_made(
+        self, found: inventory_pb2.Dataset, progress: Progress, all_here: asyncio.Event | None = None
+    ) -> inventory_pb2.Dataset:
         """Returns when its manifest is known, or no other node of the site makes it: what one node reads the others get from it.
 
-        One that nodes do not give each other is read by each. Raises Stopped.
+        `all_here`: set when all that the maker read is here too, so that its manifest is about to be known. One that nodes do not give
+        each other is read by each. Raises Stopped.
         """
         loop = asyncio.get_running_loop()
         heard, heard_s = inventory_pb2.DatasetMaker(), loop.time()
@@ -85,7 +100,7 @@ class Versions:
             if loop.time() - heard_s > SILENT_S:
                 break
             progress.waits_for = maker.node
-            await asyncio.sleep(LOOK_EVERY_S * (0.5 + random.random()))
+            await _pause(all_here)
             progress.check()
             with suppress(StatusError):
                 request = inventory_pb2.GetDatasetRequest(name=found.name)

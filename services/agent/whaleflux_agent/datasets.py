@@ -123,7 +123,7 @@ class DatasetCache:
                 if tell:
                     await tell(fetch.words(dataset))
             copy = fetch.task.result()
-            if copy.part and fetch.unkept and not reads_parts(work):
+            if copy.part and fetch.unkept and not reads_parts(work, fetch.unkept.source):
                 raise fetch.unkept
         except Unkept as unkept:
             return await self._from_source(unkept, work, tell)
@@ -145,6 +145,12 @@ class DatasetCache:
         await asyncio.wait({fetch.task})
         if dataset not in self._fetching:
             await self._reports.say(dataset, READY)
+
+    async def home_of(self, path: str) -> str:
+        """Where the rest is of what `fetch` gave, where that is a part of a dataset; else ""."""
+        copies: list[Copy] = await self._room.do(self._store.copies)
+        part = next((copy for copy in copies if copy.part and str(copy.folder) == path), None)
+        return await self._room.do(self._store.home_of, part) if part else ""
 
     def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> Fetch:
         """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, others may wait for it."""
@@ -175,7 +181,7 @@ class DatasetCache:
                 return await self._brought(found, fetch, work, tell)
             except Unkept as unkept:
                 fetch.unkept = unkept
-                if work is not None and (part := await self._parts.bring(unkept, fetch.progress)):
+                if part := await self._parts.bring(unkept, work, fetch.progress):
                     return part
                 raise
         except (SourceFailed, ManifestWrong, OSError) as failure:
@@ -239,8 +245,8 @@ class DatasetCache:
                     peer=swarm.source,
                     ahead=True,
                 )
-                async with following(swarm, pull), running(pull):
-                    return await self._versions.unless_made(found, fetch.progress)
+                async with following(swarm, pull), running(pull) as all_here:
+                    return await self._versions.unless_made(found, fetch.progress, all_here)
         finally:
             self._store.release(key)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan_of(
-    context: NodeContext, task: Task, datasets: tuple[tuple[str, str], ...] = (), *, adopting: bool = False
+    context: NodeContext, task: Task, datasets: tuple[tuple[str, str, str], ...] = (), *, adopting: bool = False
 ) -> LaunchPlan:
     """What the runtime starts; makes the folders that it needs. Blocks. Raises LaunchFailed unless `adopting`."""
     work = task.work
@@ -94,7 +94,10 @@ def _shown(context: NodeContext, task: Task, work: Work, launch: LaunchContext, 
     own = [directory, str(error_path(task.folder, 0).parent), str(context.isolation.folders.home(task.meta))]
     if os.path.isdir(work.checkpoint_location):
         own.append(work.checkpoint_location)
-    given = [os.path.dirname(launch.agent_socket), *(path for _, path in launch.datasets if os.path.isabs(path))]
+    given = [
+        os.path.dirname(launch.agent_socket),
+        *(path for _, *paths in launch.datasets for path in paths if os.path.isabs(path)),
+    ]
     if os.path.isdir(launch.secrets_dir):
         given.append(launch.secrets_dir)
     return dict.fromkeys(own, "rw") | dict.fromkeys(given, "ro")
@@ -108,7 +111,7 @@ def _check_folders(context: NodeContext, task: Task, work: Work) -> None:
 
 
 def setup_plan_of(
-    context: NodeContext, task: Task, datasets: tuple[tuple[str, str], ...] = (), *, adopting: bool = False
+    context: NodeContext, task: Task, datasets: tuple[tuple[str, str, str], ...] = (), *, adopting: bool = False
 ) -> LaunchPlan | None:
     """What runs before the ranks; None where the job has nothing for that. Blocks, and raises as `plan_of` does."""
     if not node_setup.wanted(task.work):

@@ -53,6 +53,10 @@ class Datasets(Protocol):
         """Local path of a dataset, fetched for a task when it is not there; says by `tell` what it waits for. Raises LaunchFailed."""
         ...
 
+    async def home_of(self, path: str) -> str:
+        """Where the rest is of a dataset of which a part is at that path; "" where all of it is."""
+        ...
+
 
 class Secrets(Protocol):
     """Brings what jobs may know."""
@@ -334,12 +338,13 @@ class TaskRunner:
         await self.report(task, scheduler_pb2.TASK_PHASE_STARTING)
         return await runtime.start(plan)
 
-    async def _fetch_data(self, task: Task) -> tuple[tuple[str, str], ...]:
-        """Each of its datasets, and where it lies; all of them at once."""
+    async def _fetch_data(self, task: Task) -> tuple[tuple[str, str, str], ...]:
+        """Each of its datasets, where it lies, and of a part where the rest does; all of them at once."""
 
-        async def one(dataset: str) -> tuple[str, str]:
+        async def one(dataset: str) -> tuple[str, str, str]:
             await self._tell(task, dataset)
-            return dataset, await self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
+            path = await self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
+            return dataset, path, await self._context.datasets.home_of(path)
 
         return tuple(await asyncio.gather(*map(one, task.work.spec.datasets)))
 

@@ -33,7 +33,9 @@ class LaunchContext:
     gpu_uuids: tuple[str, ...]  # of the task's GPUs in rank order; empty: simulated, none is visible
     traceparent: str  # of the launch span
     ports: tuple[int, ...] = ()  # one per local rank, for services
-    datasets: tuple[tuple[str, str], ...] = ()  # datasets/{dataset}, local path
+    datasets: tuple[
+        tuple[str, str, str], ...
+    ] = ()  # datasets/{dataset}, where it is read, and of a part where the rest is
     secrets_dir: str = ""  # folder of the job's secrets that are files; values of variables are nobody's business here
 
 
@@ -146,8 +148,11 @@ def _ours(work: Work, context: LaunchContext, local_rank: int) -> dict[str, str]
         }
     if work.share_bytes:
         ours[SHARE_VARIABLE] = str(work.share_bytes)
-    for dataset, path in context.datasets:
-        ours["WHALEFLUX_DATASET_" + dataset.rpartition("/")[2].upper().replace("-", "_")] = path
+    for dataset, path, home in context.datasets:
+        name = dataset.rpartition("/")[2].upper().replace("-", "_")
+        ours["WHALEFLUX_DATASET_" + name] = path
+        if home:
+            ours["WHALEFLUX_DATASOURCE_" + name] = home
     if context.secrets_dir:
         ours["WHALEFLUX_SECRETS_DIR"] = context.secrets_dir
         paths = ((use.variable, f"{context.secrets_dir}/{use.file}") for use in work.spec.secrets if use.file)

@@ -33,6 +33,7 @@ _RESUME_PAUSE_S = 0.5
 _LOG_FILE = {"max-size": "64m", "max-file": "1"}
 _ENDED = frozenset({"exited", "dead", "removing"})
 _CREATED = "created"
+_DATA = ("WHALEFLUX_DATASET_", "WHALEFLUX_DATASOURCE_")  # variables: where data is, and the rest of it
 
 
 # What a container is configured with, everybody sees who may ask its engine, and the engine writes it to its disk. So variables that are
@@ -105,7 +106,7 @@ def _volumes(plan: LaunchPlan, environment: dict[str, str]) -> dict[str, dict[st
         writable.append(home)
     if (checkpoints := environment.get("WHALEFLUX_CHECKPOINT_LOCATION", "")) and os.path.isabs(checkpoints):
         writable.append(checkpoints)
-    datasets = (path for name, path in environment.items() if name.startswith("WHALEFLUX_DATASET_"))
+    datasets = (path for name, path in environment.items() if name.startswith(_DATA))
     data = [path for path in datasets if os.path.isabs(path)]  # else a URL, where there was no room
     data += [plan.secrets] if plan.secrets else []
     if socket := environment.get("WHALEFLUX_AGENT_SOCKET"):  # to connect is not to write

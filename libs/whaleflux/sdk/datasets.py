@@ -1,0 +1,69 @@
+"""Reads a job's dataset wherever it is: the copy or the part that its node has, and the rest at the source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+
+class Dataset:
+    """The files of a dataset that the job names under `data`, by their paths below its source.
+
+        corpus = Dataset("corpus")
+        for path in corpus.paths():
+            with corpus.open(path) as file: ...
+
+    What is at the source is read by fsspec with the task's own credentials, and compared with nothing.
+    """
+
+    def __init__(self, name: str, environment: Mapping[str, str] = os.environ) -> None:
+        self.name, variable = name, name.upper().replace("-", "_")
+        try:
+            where = environment[f"WHALEFLUX_DATASET_{variable}"]
+        except KeyError:
+            raise LookupError(f"the job has no dataset {name!r}; add it to its file: data: dataset:{name}") from None
+        self.folder = Path(where) if "://" not in where else None
+        """What the node has of it; None where there was no room for anything, and all of it is read at its source."""
+        rest = environment.get(f"WHALEFLUX_DATASOURCE_{variable}", "" if self.folder else where)
+        self.source = "" if os.path.isabs(rest) else rest
+        """Where the rest of it is, a URL; "" where the folder has all of it, be it as links."""
+
+    def paths(self) -> list[str]:
+        """All files, in order. Asks the source where the rest of them is there."""
+        if not self.source:
+            assert self.folder is not None
+            return sorted(_below(self.folder))
+        files, root = self._at_source()
+        found = (name.removeprefix(root).lstrip("/") for name in files.find(root))
+        return sorted(found)
+
+    def is_here(self, path: str) -> bool:
+        """Whether the node has the file itself."""
+        return self.folder is not None and (self.folder / _checked(path)).is_file()
+
+    def open(self, path: str) -> BinaryIO:
+        """One file, to be read as bytes. Raises FileNotFoundError, and what fsspec's driver raises."""
+        if self.folder is not None and (not self.source or self.is_here(path)):
+            return open(self.folder / _checked(path), "rb")
+        files, root = self._at_source()
+        return cast("BinaryIO", files.open(f"{root}/{_checked(path)}", "rb"))
+
+    def _at_source(self) -> tuple[Any, str]:
+        try:
+            import fsspec
+        except ImportError:
+            raise ImportError("the rest of the dataset is at its source; to read it: pip install fsspec") from None
+        files, root = fsspec.core.url_to_fs(self.source)
+        return files, str(root).rstrip("/")
+
+
+def _below(folder: Path) -> list[str]:
+    return [os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names]
+
+
+def _checked(path: str) -> str:
+    if os.path.isabs(path) or ".." in Path(path).parts:
+        raise ValueError(f"{path!r} leads out of the dataset; use paths as Dataset.paths() gives them")
+    return path
