@@ -68,6 +68,10 @@ class FaultyPieces(PieceServicer):
             yield message
 
 
+async def _for_nobody(*_: str) -> bool:
+    return False
+
+
 async def serve(folder: Path, kind: str, seed: int, chunk_bytes: int) -> None:
     """Until it is killed."""
     manifests.MIN_CHUNK_BYTES = chunk_bytes
@@ -76,7 +80,7 @@ async def serve(folder: Path, kind: str, seed: int, chunk_bytes: int) -> None:
     cache = DatasetCache(folder / "cache", 1 << 40, node, inventory, frozenset)  # type: ignore[arg-type]
     await cache.fetch(record.name)
     server = Server(TlsFiles.under(folder, "peer").load(), Authority())
-    pieces = FaultyPieces(node, cache.held, inventory, SystemClock())  # type: ignore[arg-type]
+    pieces = FaultyPieces(node, cache.held, inventory, SystemClock(), _for_nobody)  # type: ignore[arg-type]
     pieces.kind, pieces.chance, pieces.marks = kind, random.Random(seed), folder / "struck"
     server.add(agent_pb2_grpc.add_PieceServiceServicer_to_server, pieces, "whaleflux.v1.PieceService")
     port = server.bind("127.0.0.1:0")
