@@ -31,8 +31,8 @@ from unittest import mock
 
 import structlog
 
-from benchmarks import dataset_fault_peer
 from benchmarks.common import ROOT, Options, Report, Row, Target, main
+from benchmarks.dataset_lab import faulty_peer
 from whaleflux.data import manifest as manifests
 from whaleflux.data.hashing import hashed
 from whaleflux.data.manifest import Manifest
@@ -228,7 +228,10 @@ class PeerProcess:
         self.node, self._folder = node, folder
         words = [str(folder), kind, str(seed), str(CHUNK_BYTES)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.dataset_fault_peer", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-m", "benchmarks.dataset_lab.faulty_peer", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().strip()
@@ -272,7 +275,7 @@ class Site:
         if kind == "peer rots":
             tear(next((folder / "cache").glob("c4@*")), self.chance)
         said = kind.removeprefix("peer ")
-        shown = said if said in dataset_fault_peer.KINDS else dataset_fault_peer.KINDS[0]
+        shown = said if said in faulty_peer.KINDS else faulty_peer.KINDS[0]
         self.peers[kind] = PeerProcess(folder, node, shown, self.chance.getrandbits(32))
         return self.peers[kind]
 

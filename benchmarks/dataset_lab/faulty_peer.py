@@ -1,6 +1,6 @@
 """One agent that gives pieces of a dataset, with a fault of its own: a process, so that it can be killed.
 
-`python -m benchmarks.dataset_fault_peer FOLDER KIND SEED CHUNK_BYTES` serves the whole copy below FOLDER/cache and prints its address.
+`python -m benchmarks.dataset_lab.faulty_peer FOLDER KIND SEED CHUNK_BYTES` serves the whole copy below FOLDER/cache and prints its address.
 """
 
 from __future__ import annotations

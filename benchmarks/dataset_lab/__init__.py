@@ -1,0 +1,1 @@
+"""What benchmarks of datasets play: an agent with a fault."""
