@@ -44,27 +44,34 @@ class Capped(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder = Path()
     counts: Any = None
-    sets: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     lock = threading.Lock()
     free_at_s = 0.0
 
+    @property
+    def name(self) -> str:
+        """What is counted as one."""
+        return self.path.split("/")[1]
+
+    @property
+    def path_of(self) -> Path:
+        return self.folder / self.name / "data"
+
     def do_GET(self) -> None:
-        which = self.path.split("/")[1]
-        path = self.folder / which / "data"
-        size = path.stat().st_size
+        size = self.path_of.stat().st_size
         first, last = (self.headers.get("Range") or f"bytes=0-{size - 1}").removeprefix("bytes=").split("-")
         count = min(int(last), size - 1) - int(first) + 1
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.send_header("Content-Length", str(count))
         self.end_headers()
-        with open(path, "rb") as file:
+        with open(self.path_of, "rb") as file:
             file.seek(int(first))
             while count:
                 data = file.read(min(count, _PIECE))
                 self.wait(len(data))
                 self.wfile.write(data)
-                self.counts[self.sets.index(which)] += len(data)
+                self.counts[self.names.index(self.name)] += len(data)
                 count -= len(data)
 
     def wait(self, count: int) -> None:
@@ -82,7 +89,7 @@ class Capped(http.server.BaseHTTPRequestHandler):
 def serving(folder: Path, sets: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The URL of the source, in a process of its own, and its counts."""
     counts = Array("q", len(sets), lock=False)
-    handler = type("Handler", (Capped,), {"folder": folder, "counts": counts, "sets": sets})
+    handler = type("Handler", (Capped,), {"folder": folder, "counts": counts, "names": sets})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     child = os.fork()
     if not child:

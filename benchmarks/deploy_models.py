@@ -55,20 +55,20 @@ class Source(Capped):
     free_s: ClassVar[dict[str, float]] = {}
 
     @property
-    def path_of(self) -> Path:  # type: ignore[override]
-        return self.paths[self._name]
+    def path_of(self) -> Path:
+        return self.paths[self.name]
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         return self.path.rpartition("/")[2]
 
     def wait(self, count: int) -> None:
-        cap = self.caps.get(self._name)
+        cap = self.caps.get(self.name)
         if not cap:
             return
         with self.lock:
-            begins_s = max(self.free_s.get(self._name, 0.0), time.monotonic())
-            self.free_s[self._name] = begins_s + count / cap
+            begins_s = max(self.free_s.get(self.name, 0.0), time.monotonic())
+            self.free_s[self.name] = begins_s + count / cap
         time.sleep(max(0.0, begins_s - time.monotonic()))
 
 
