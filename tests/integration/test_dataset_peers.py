@@ -222,7 +222,7 @@ async def test_who_is_no_peer_any_more_is_hung_up_on_while_the_pull_goes_on(tmp_
         monkeypatch.setattr(Channel, "close", noted)
         async with dataset_peers.swarm_of(reader.peers, found) as swarm:
             heard = []
-            pull = SimpleNamespace(seen=lambda pieces, _: heard.append(pieces))
+            pull = SimpleNamespace(seen=lambda pieces, *_: heard.append(pieces))
             async with dataset_peers.following(swarm, pull):
                 await until(lambda: heard and heard[-1])
                 assert not closed

@@ -82,6 +82,27 @@ def test_all_of_it_comes_whoever_dies_on_the_way(count, nodes, data):
     assert all(site.orders[name].over for name in site.alive())
 
 
+def test_what_another_reads_at_the_source_now_is_read_there_once_unless_it_never_comes():
+    one = order(lanes=20, count=10)
+    theirs = bits(*range(6))
+    one.seen({}, frozenset({"n2"}), 0.0, coming=theirs)
+    took = 0
+    while take := one.next(1.0):
+        took |= bits(*(chunk.index for chunk in take.chunks))
+    assert one.coming == took and not took & theirs
+    while take := one.next(PATIENCE_S + 1.0):
+        took |= bits(*(chunk.index for chunk in take.chunks))
+    assert took == bits(*range(10))
+
+
+def test_what_a_take_read_is_not_coming_any_more():
+    one = order(count=3)
+    take = one.next(0.0)
+    assert one.coming == bits(*(chunk.index for chunk in take.chunks))
+    one.ended(take)
+    assert one.coming == 0
+
+
 def test_what_nobody_brings_is_read_at_the_source_after_a_while():
     one = order(count=20)
     one.seen({}, frozenset({"n2"}), 0.0)

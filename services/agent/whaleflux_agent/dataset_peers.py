@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import heapq
+import operator
 import random
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ PULLING = inventory_pb2.DATASET_COPY_STATE_PULLING
 class Pulling(Protocol):
     """A pull, as far as peers are its business (`dataset_pull.Pull`)."""
 
-    def seen(self, pieces: dict[str, int], fellows: frozenset[str]) -> None: ...
+    def seen(self, pieces: dict[str, int], fellows: frozenset[str], coming: int) -> None: ...
 
 
 def peers_of(found: inventory_pb2.Dataset, node: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -102,13 +104,14 @@ class Swarm:
                 looked_s = self._loop.time()
                 await self._look_in_inventory()
 
-    async def look(self) -> tuple[dict[str, int], frozenset[str]]:
-        """What each peer has now, and which of those that pull are heard."""
+    async def look(self) -> tuple[dict[str, int], frozenset[str], int]:
+        """What each peer has now, which of those that pull are heard, and what these read at the source."""
         asked = list(self._addresses.items())
         answers = await asyncio.gather(*(self._pieces_of(node, address) for node, address in asked))
         heard = {node: bits for (node, _), bits in zip(asked, answers, strict=True) if bits is not None}
         silent = {node for node, _ in asked} - heard.keys()
-        return {node: bits for node, bits in heard.items() if bits}, self._fellows - silent
+        coming = functools.reduce(operator.or_, (bits for _, bits in heard.values()), 0)
+        return {node: have for node, (have, _) in heard.items() if have}, self._fellows - silent, coming
 
     async def _look_in_inventory(self) -> None:
         with contextlib.suppress(StatusError):  # those that are known go on
@@ -130,8 +133,8 @@ class Swarm:
         for channel in [self._channels.pop(key) for key in gone]:
             await channel.close()
 
-    async def _pieces_of(self, node: str, address: str) -> int | None:
-        """None: it does not answer."""
+    async def _pieces_of(self, node: str, address: str) -> tuple[int, int] | None:
+        """Bitmaps of what it has, and of what it reads at the source; None: it does not answer."""
         request = agent_pb2.ListPiecesRequest(
             dataset=self._found.name,
             manifest_digest=self._found.manifest_digest,
@@ -142,7 +145,7 @@ class Swarm:
             answer = await self._stub(node, address).ListPieces(request, timeout=LIST_S)
         except StatusError:
             return None
-        return int.from_bytes(answer.chunks, "little")
+        return int.from_bytes(answer.chunks, "little"), int.from_bytes(answer.coming, "little")
 
     def _stub(self, node: str, address: str) -> agent_pb2_grpc.PieceServiceStub:
         if (channel := self._channels.get((node, address))) is None:

@@ -250,10 +250,15 @@ class Pull:
             with self._turn:
                 self._order.rest(take.peer, time.monotonic())
 
-    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str]) -> None:
-        """What peers have (bitmaps of chunks, by node), and which nodes pull the same now."""
+    @property
+    def coming(self) -> int:
+        """A bitmap of the chunks that are read at the source now."""
+        return self._order.coming
+
+    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str], coming: int = 0) -> None:
+        """What peers have (bitmaps of chunks, by node), which nodes pull the same now, and what these read at the source."""
         with self._turn:
-            self._order.seen(pieces, fellows, time.monotonic())
+            self._order.seen(pieces, fellows, time.monotonic(), coming)
             self._turn.notify_all()
 
     def _stream(self, source: Source, run: Sequence[Chunk], journal: BinaryIO) -> None:

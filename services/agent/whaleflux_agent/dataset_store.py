@@ -61,12 +61,13 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What is here of one version. `have`: a bitmap of its chunks; `settled`: its files are as `dataset_files.finish` left them."""
+    """What is here of one version. `have`, `coming`: bitmaps of its chunks; `settled`: its files are as `dataset_files.finish` left them."""
 
     manifest: Manifest
     folder: Path
     have: int
     settled: bool
+    coming: int = 0
 
 
 def key_of(dataset: str, digest: str) -> str:

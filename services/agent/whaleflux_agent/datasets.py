@@ -319,7 +319,7 @@ class DatasetCache:
         if copy := self._store.known(dataset, digest):
             return Held(copy.manifest, copy.folder, (1 << copy.manifest.chunk_count) - 1, settled=True)
         if pull := self._pulls.get((dataset, digest)):
-            return Held(pull.manifest, pull.files, pull.pieces, settled=False)
+            return Held(pull.manifest, pull.files, pull.pieces, settled=False, coming=pull.coming)
         return None
 
     def _stays(self, dataset: str) -> bool:

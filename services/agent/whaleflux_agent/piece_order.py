@@ -53,6 +53,12 @@ class PieceOrder:
         self._dropped = set[str]()
         self._asked: dict[str, int] = {}  # takes that run, by whom they are asked of
         self._grew_s = 0.0
+        self._reading, self._theirs = 0, 0  # bitmaps: read at the source now, by this node and by those that are heard
+
+    @property
+    def coming(self) -> int:
+        """A bitmap of what this node reads at the source now."""
+        return self._reading
 
     @property
     def over(self) -> bool:
@@ -63,9 +69,10 @@ class PieceOrder:
         """A chunk is here."""
         self._missing &= ~(1 << index)
 
-    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str], now_s: float) -> None:
-        """What peers say that they have, and which nodes pull the same now (without this one)."""
+    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str], now_s: float, coming: int = 0) -> None:
+        """What peers say that they have and (`coming`) read at the source, and which nodes pull the same now (without this one)."""
         everything = (1 << len(self._chunks)) - 1
+        self._theirs = coming & everything
         said = {node: bits & everything for node, bits in pieces.items()}
         if _union(said.values()) & ~_union(self._pieces.values()) & self._missing:
             self._grew_s = now_s
@@ -90,7 +97,7 @@ class PieceOrder:
             return None
         known = {node: bits for node, bits in self._pieces.items() if self._counts(node, now_s)}
         usable = {node: bits for node, bits in known.items() if self._busy.get(node, 0.0) <= now_s}
-        alone = self._missing & ~_union(known.values())
+        alone = self._missing & ~_union(known.values()) & ~self._theirs
         theirs = self._fellows - self._dropped
         at_source = self._lanes // 2 if theirs or usable else self._lanes
         if self._asked.get("", 0) < at_source and (take := self._from_source(alone & self._own)):
@@ -132,13 +139,16 @@ class PieceOrder:
         return _lowest(above) + self._begin if above else _lowest(wanted)
 
     def _taken(self, take: Take) -> Take:
-        self._missing &= ~_bits(chunk.index for chunk in take.chunks)
+        taken = _bits(chunk.index for chunk in take.chunks)
+        self._missing &= ~taken
+        self._reading |= 0 if take.peer else taken
         self._asked[take.peer] = self._asked.get(take.peer, 0) + 1
         return take
 
     def ended(self, take: Take, left: Sequence[Chunk] = ()) -> None:
         """A take is over; `left`: what it did not bring."""
         self._asked[take.peer] -= 1
+        self._reading &= ~_bits(chunk.index for chunk in take.chunks)
         self._missing |= _bits(chunk.index for chunk in left)
 
     def rest(self, peer: str, now_s: float) -> None:

@@ -56,7 +56,9 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
     async def ListPieces(self, request: agent_pb2.ListPiecesRequest, context: Any) -> agent_pb2.ListPiecesResponse:
         held = await self._given(request)
         size = (held.manifest.chunk_count + 7) // 8
-        return agent_pb2.ListPiecesResponse(chunks=held.have.to_bytes(size, "little"))
+        return agent_pb2.ListPiecesResponse(
+            chunks=held.have.to_bytes(size, "little"), coming=held.coming.to_bytes(size, "little")
+        )
 
     async def ReadPiece(
         self, request: agent_pb2.ReadPieceRequest, context: Any
