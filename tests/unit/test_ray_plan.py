@@ -298,27 +298,32 @@ def test_every_bundle_that_counts_has_a_device_and_none_is_lost(asked, groups):
         assert can_be_laid(part)
 
 
-few = st.lists(
-    st.fixed_dictionaries(
-        {"gpu_memory": st.integers(1, 140 * GIB)}, optional={"GPU": st.sampled_from([0.1, 0.25, 0.5, 1])}
-    ),
-    min_size=1,
-    max_size=7,
-)
+def asked_for(gpus):
+    """A few bundles that each fit on one GPU."""
+    one = st.fixed_dictionaries(
+        {"gpu_memory": st.integers(1, 140 * GIB)}, optional={} if gpus is None else {"GPU": gpus}
+    )
+    return st.lists(one, min_size=1, max_size=7)
 
 
-@given(few)
+PARTS = [kind(one.name, one.device_memory_mib // GIB, one.usd_per_gpu_hour, parts=True) for one in FLEET]
+
+
+@given(asked_for(st.sampled_from([0.1, 0.25, 0.5, 1])))
 @settings(deadline=None, max_examples=60, derandomize=True)  # fillings are chosen by rules of thumb
 def test_no_plan_is_cheaper_than_the_best_of_all_and_none_much_dearer(asked):
-    parts = [kind(one.name, one.device_memory_mib // GIB, one.usd_per_gpu_hour, parts=True) for one in FLEET]
     wanted = demand(*((one, 1) for one in asked))
-    best = best_of_few(wanted, parts)
-    found = plan(wanted, parts)
-    assert best.usd_per_hour - 1e-6 <= found.usd_per_hour <= 1.6 * best.usd_per_hour
-    if all(one.get("GPU") == 1 for one in asked):
-        least = least_of_whole(wanted, parts)
-        assert found.usd_per_hour == pytest.approx(best.usd_per_hour) == pytest.approx(least.usd_per_hour)
-        assert found.stranded_mib == pytest.approx(best.stranded_mib) == pytest.approx(least.stranded_mib)
+    best = best_of_few(wanted, PARTS).usd_per_hour
+    assert best - 1e-6 <= plan(wanted, PARTS).usd_per_hour <= 1.6 * best
+
+
+@given(asked_for(None))
+@settings(deadline=None, max_examples=60)
+def test_of_whole_gpus_no_plan_is_cheaper_or_strands_less(asked):
+    wanted = demand(*(({**one, "GPU": 1}, 1) for one in asked))
+    found, best, least = plan(wanted, PARTS), best_of_few(wanted, PARTS), least_of_whole(wanted, PARTS)
+    assert found.usd_per_hour == pytest.approx(best.usd_per_hour) == pytest.approx(least.usd_per_hour)
+    assert found.stranded_mib == pytest.approx(best.stranded_mib) == pytest.approx(least.stranded_mib)
 
 
 @given(singles, gangs, singles)
