@@ -43,8 +43,10 @@ def test_one_model_has_the_names_that_people_write(said):
 
 
 def test_a_name_that_is_not_known_is_answered_with_near_ones():
-    with pytest.raises(InvalidArgument, match=r"did you mean .*llama-3-70b"):
+    with pytest.raises(InvalidArgument, match=r"did you mean .*llama-3-70b.*\? Give"):
         model_named("lama-3-70b")
+    with pytest.raises(InvalidArgument, match=r"'/dev/zero' is not known by name\. Give"):
+        model_named("/dev/zero")
 
 
 def test_config_json_gives_the_shape_that_the_table_has():

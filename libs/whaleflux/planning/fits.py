@@ -144,7 +144,7 @@ def _picture(shape: ModelShape, machine: Machine, plan: Plans, how: Training, ne
 def _instead(
     shape: ModelShape, gpu: GpuType, asked: Asked, how: Training, precision: str, picture: Picture | None
 ) -> list[str]:
-    """What would fit, nearest first: another recomputation or split, a shorter sequence, more GPUs, larger ones, adapters."""
+    """What would fit: another recomputation or split; where none of these GPUs does, shorter sequences, more GPUs, larger ones, adapters."""
     found = []
     machine = Machine.of(gpu, precision)
     open_split = replace(asked, tp=0, pp=0, ep=0, zero=-1)
@@ -160,7 +160,7 @@ def _instead(
     ):
         found.append("the same split with full recomputation (--recompute full)")
     if open_split != asked and (other := fits(replace(open_split, recompute=None))):
-        found.append(f"another split: {words_of(other)}")
+        return [*found, f"another split: {words_of(other)}"]
     shorter = next(
         (one for one in _halves(asked.sequence) if fits(replace(open_split, sequence=one, recompute=None))), 0
     )

@@ -127,11 +127,10 @@ def model_named(name: str) -> ModelShape:
     if (found := _BY_KEY.get(_key(name))) is not None:
         return found
     near = difflib.get_close_matches(_key(name), _BY_KEY, 3, 0.5)
-    meant = ", ".join(_BY_KEY[one].name for one in near)
+    meant = f"; did you mean {', '.join(_BY_KEY[one].name for one in near)}?" if near else "."
     raise InvalidArgument(
         FieldViolation(
             "model",
-            f"{name[:80]!r} is not known by name{f'; did you mean {meant}' if meant else ''}? Give its config.json or a YAML file, or one of: "
-            "whaleflux fits --list",
+            f"{name[:80]!r} is not known by name{meant} Give its config.json or a YAML file, or one of: whaleflux fits --list",
         )
     )
