@@ -84,6 +84,22 @@ def test_what_is_not_answered_changes_nothing_and_nothing_is_told_twice():
     assert told == [taken, None]
 
 
+def test_an_agent_that_starts_anew_knows_it_before_it_registers_and_tells_it_once():
+    taken, told = Notice(NodeReason.SPOT_TAKEN, 0.0, "m"), []
+
+    async def go():
+        clock = LoopClock()
+        goes_on = await machine_notices.begin(Service([taken]), told.append, clock)
+        assert told == [taken]
+        watching = asyncio.ensure_future(goes_on())
+        await clock.sleep(20)
+        watching.cancel()
+        await machine_notices.begin(Service(OSError("away")), told.append, clock)
+
+    virtual_time.run(go())
+    assert told == [taken, None]
+
+
 class Inventory:
     """What agents register with."""
 

@@ -82,6 +82,8 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
     source, description = _source(settings), _description(ctx, runtimes, isolation, storage)
     registration = Registration(source, inventory, description, clock)
     await registration.read()
+    heard = settings.machine_notices == "ec2"
+    notices = [await machine_notices.begin(Ec2Metadata(), registration.announce, clock)] if heard else []
     collector = CheckpointCollector(checkpoints, [settings.checkpoints], clock)
     custody = await _open_custody(ctx, checkpoints, collector)
     observations = Observations(description.node, description.boot_id, names.ulid(clock.now().timestamp()), clock)
@@ -109,7 +111,6 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         refused=revocation.look_at,
     )
     heartbeat = _heartbeat(ctx, description, supervisor, observations, revocation)
-    listens = settings.machine_notices == "ec2"
     return Parts(
         servicers=[
             (
@@ -135,7 +136,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             _renewal(ctx, inventory, description, revocation).run,
             _device_events(source, observations, registration),
             _dataset_tidying(datasets, registration, clock),
-            *([lambda: machine_notices.watch(Ec2Metadata(), registration.announce, clock)] if listens else []),
+            *notices,
             *([lambda: _dataset_pins(datasets, registration, clock)] if settings.run else []),
         ],
         farewells=[lambda: _say_goodbye(heartbeat, revocation)],

@@ -6,11 +6,12 @@ What does not answer says nothing: what was known stays. Nothing else of the ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +19,7 @@ from whaleflux.clock import Clock
 from whaleflux_agent.core.machine_notices import Notice, first, of_maintenance, of_rebalance, of_spot
 
 log = logging.getLogger(__name__)
+Announce = Callable[[Notice | None], None]
 EVERY_S = 5.0
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _LINK_LOCAL = "http://169.254.169.254"
@@ -76,13 +78,24 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-async def watch(metadata: Ec2Metadata, announce: Callable[[Notice | None], None], clock: Clock) -> None:
-    """For ever: tells `announce` whenever it is another one than before; None: the machine stays."""
+async def begin(metadata: Ec2Metadata, announce: Announce, clock: Clock) -> Callable[[], Awaitable[None]]:
+    """Looks once, so that an agent which starts anew does not register a machine that is taken away as one that stays.
+
+    Returns the loop that goes on.
+    """
     known: Notice | None = None
+    with contextlib.suppress(OSError, ValueError):  # the loop says so
+        known = await _look(metadata, clock)
+    announce(known)
+    return lambda: watch(metadata, announce, clock, known)
+
+
+async def watch(metadata: Ec2Metadata, announce: Announce, clock: Clock, known: Notice | None = None) -> None:
+    """For ever: tells `announce` whenever it is another one than before; None: the machine stays."""
     failures = 0
     while True:
         try:
-            found = first(await asyncio.to_thread(metadata.notices), clock.now().timestamp())
+            found = await _look(metadata, clock)
             failures = 0
             if found != known:
                 log.warning("announced of this machine: %s", found.message if found else "nothing any more")
@@ -93,3 +106,7 @@ async def watch(metadata: Ec2Metadata, announce: Callable[[Notice | None], None]
             level = logging.WARNING if failures in (1, 12) else logging.DEBUG
             log.log(level, "the machine's metadata service says nothing now: %r", error)
         await clock.sleep(EVERY_S)
+
+
+async def _look(metadata: Ec2Metadata, clock: Clock) -> Notice | None:
+    return first(await asyncio.to_thread(metadata.notices), clock.now().timestamp())
