@@ -74,8 +74,8 @@ soak: $(STAMP) ## Long forms of tests: a million operations on a plan (PLAN_OPER
 bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing
 	@$(BIN)/python -m benchmarks.run $(NAME) $(ARGS)
 
-RAY ?= ray==2.60.0
-ray: ## Ray in an environment of its own, .venv-ray, for tests and benchmarks against it (RAY=ray==2.60.0)
+RAY ?= ray[default]==2.60.0
+ray: ## Ray in an environment of its own, .venv-ray, for tests and benchmarks against it (RAY="ray[default]==2.60.0")
 	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
 	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check "$(RAY)"
 

@@ -152,6 +152,11 @@ _SCHEDULER: dict[str, Probe] = {
     "ListReservations": _none(_S.ListReservationsRequest()),
     "UpdateReservation": _none(_S.UpdateReservationRequest(reservation=_S.Reservation(name="reservations/absent"))),
     "DeleteReservation": _none(_S.DeleteReservationRequest(name="reservations/absent")),
+    "CreateRayCluster": _none(_S.CreateRayClusterRequest(ray_cluster_id="Not A Cluster")),
+    "GetRayCluster": _none(_S.GetRayClusterRequest(name="rayClusters/absent")),
+    "ListRayClusters": _none(_S.ListRayClustersRequest()),
+    "UpdateRayCluster": _none(_S.UpdateRayClusterRequest(ray_cluster=_S.RayCluster(name="rayClusters/absent"))),
+    "DeleteRayCluster": _none(_S.DeleteRayClusterRequest(name="rayClusters/absent")),
 }
 _P = identity_pb2
 _IDENTITY: dict[str, Probe] = {

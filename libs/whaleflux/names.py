@@ -2,7 +2,7 @@
 
     sites/{site}/nodes/{node}    queues/{queue}/jobs/{job}    queues/{queue}/jobs/{job}/checkpoints/{checkpoint}
     models/{model}/replicas/{replica}    datasets/{dataset}    incidents/{incident}    secrets/{secret}
-    reservations/{reservation}    offers/{offer}    leases/{lease}
+    reservations/{reservation}    offers/{offer}    leases/{lease}    rayClusters/{ray_cluster}
 
 No other module puts names together or takes them apart by itself (a test looks).
 
@@ -32,6 +32,7 @@ JOB_IN_TEXT = (
     )
 )
 RESERVATION_IN_TEXT = re.compile(rf"reservations/{ID_PATTERN.pattern}")  # the same of a reservation
+_RAY_JOB = re.compile(r"[a-z0-9-]+-(head|reader|worker)\d+-[0-9a-hjkmnp-tv-z]{8}")
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _LAST_MILLIS = 253_402_300_799_000  # of the year 9999
 _ULID = re.compile("[0-7][0-9a-hjkmnp-tv-z]{25}")
@@ -90,6 +91,16 @@ def queue(queue_id: str) -> str:
 def reservation(reservation_id: str) -> str:
     """reservations/{reservation}."""
     return join(("reservations", reservation_id))
+
+
+def ray_cluster(cluster_id: str) -> str:
+    """rayClusters/{ray_cluster}."""
+    return join(("rayClusters", cluster_id))
+
+
+def ray_job_id(cluster_id: str, role: str, number: int, uid: str) -> str:
+    """The id of a part of a Ray cluster: its number and the end of the cluster's uid make that it never comes again."""
+    return f"{cluster_id}-{role}{number}-{uid[-8:]}"
 
 
 def job(queue_id: str, job_id: str) -> str:
@@ -203,6 +214,11 @@ def ulid_time(value: str) -> datetime:
     for character in value[:10]:
         millis = millis * 32 + _CROCKFORD.index(character)
     return datetime.fromtimestamp(min(millis, _LAST_MILLIS) / 1000, UTC)
+
+
+def is_made(job_id: str) -> bool:
+    """Whether a job's id has a form that only the scheduler makes, of which none comes again."""
+    return is_ulid(job_id) or _RAY_JOB.fullmatch(job_id) is not None
 
 
 def is_ulid(value: str) -> bool:

@@ -92,7 +92,7 @@ SERVICES: tuple[Service, ...] = (
         "Who runs where, and why.",
         "scheduler",
         ("SchedulerService", "TaskService"),
-        tells=("job", "queue", "reservation"),
+        tells=("job", "queue", "reservation", "raycluster"),
         reads_streams=("ACCOUNTING",),
         accounts=True,
         keeps_code=True,

@@ -11,7 +11,7 @@ from whaleflux.context import Context
 from whaleflux.sdk.client import Client
 
 NAMES = {
-    "Job": "queues/default/jobs/x", "Queue": "queues/default", "Reservation": "reservations/x", "Node": "sites/a/nodes/x",
+    "Job": "queues/default/jobs/x", "Queue": "queues/default", "Reservation": "reservations/x", "RayCluster": "rayClusters/x", "Node": "sites/a/nodes/x",
     "NodeHealth": "sites/a/nodes/x", "Site": "sites/a", "Incident": "incidents/x", "Model": "models/x", "Replica": "models/x/replicas/x",
     "Checkpoint": "queues/default/jobs/x/checkpoints/s000000000001-e1-n000001", "Dataset": "datasets/x", "Offer": "offers/x", "Lease": "leases/x", "Secret": "secrets/x",
     "Principal": "users/x", "Group": "groups/x", "Token": "tokens/x", "JoinToken": "joinTokens/x", "ApiKey": "apiKeys/x",

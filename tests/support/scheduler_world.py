@@ -192,6 +192,7 @@ class Agent:
     )  # data that it is to pull for jobs that are to start here
     logs: list[agent_pb2.LogRequest] = field(default_factory=list)
     cancelled_logs: list[str] = field(default_factory=list)
+    ray: list[agent_pb2.RayDecision] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
     error: StatusError | None = None
     sequence: int = 0
@@ -286,6 +287,8 @@ class Agent:
                 self.logs.append(answer.logs)
             case "cancel_logs":
                 self.cancelled_logs.append(answer.cancel_logs)
+            case "ray":
+                self.ray.append(answer.ray)
 
     def _want(self, task: agent_pb2.DesiredTask) -> None:
         name = task.task.id

@@ -10,6 +10,7 @@ from tools import site
 from whaleflux.errors import StatusError
 from whaleflux.manifests import yaml_files
 from whaleflux.manifests.offer_file import offers_from_yaml
+from whaleflux.manifests.ray_file import ray_from_yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = [documented.read(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
@@ -72,6 +73,8 @@ def test_a_file_of_ours_is_valid(page, block):
     try:
         if re.search(r"^offers:", block.text, re.MULTILINE):
             offers_from_yaml(block.text)
+        elif re.search(r"^max_gpus:", block.text, re.MULTILINE):
+            ray_from_yaml(block.text)
         else:
             (yaml_files.model_from_yaml if yaml_files.is_model(text) else yaml_files.jobs_from_yaml)(text, ROOT)
     except StatusError as error:

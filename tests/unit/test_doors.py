@@ -23,6 +23,7 @@ ENTRANCES = {
     "whaleflux_agent.runtime.shim",
     "whaleflux.ray_cluster.reader",
     "whaleflux.ray_cluster.worker",
+    "whaleflux.ray_cluster.head",
 }
 PUBLIC = [
     ROOT / "README.md",
@@ -86,7 +87,7 @@ class TestModules:
     def test_programs_started_by_their_path_are(self):
         assert 'with_name("shim.py")' in MODULES["whaleflux_agent.runtime.process"].read_text()
         assert 'with_name("reader.py")' in MODULES["whaleflux.ray_cluster.reading"].read_text()
-        assert 'with_name("worker.py")' in MODULES["whaleflux.ray_cluster.growth"].read_text()
+        assert '("reader", "worker", "head")' in MODULES["whaleflux_scheduler.ray_jobs"].read_text()
 
 
 def benchmark_modules():

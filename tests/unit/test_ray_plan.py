@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.ray_exact import best_of_few, least_of_whole
 from whaleflux_scheduler.core.ray_demand import UNIT, Demand, Gang, LabelRule, Strategy, shape_of
 from whaleflux_scheduler.core.ray_kinds import Kind, whole_devices
 from whaleflux_scheduler.core.ray_plan import plan
@@ -82,17 +81,6 @@ class TestPrice:
     def test_small_work_fills_what_large_work_leaves(self):
         asked = demand(({"GPU": 1, "gpu_memory": 100 * GIB}, 4), ({"GPU": 1, "gpu_memory": 20 * GIB}, 4))
         assert nodes(plan(asked, FLEET)) == {"H200": 1}
-
-    def test_what_costs_less_elsewhere_fills_what_is_left_of_gpus_and_takes_none_of_a_dear_node(self):
-        parts = [kind(one.name, one.device_memory_mib // GIB, one.usd_per_gpu_hour, parts=True) for one in FLEET]
-        asked = demand(
-            ({"GPU": 0.5, "gpu_memory": 100 * GIB}, 1),
-            ({"GPU": 1, "gpu_memory": 70 * GIB}, 1),
-            ({"GPU": 0.5, "gpu_memory": 20 * GIB}, 1),
-        )
-        found = plan(asked, parts)
-        assert nodes(found) == {"H200": 1, "A100": 1}, "the small one lies beside the large one"
-        assert found.usd_per_hour == pytest.approx(2.6 + 1.4)
 
     def test_of_a_node_whose_parts_can_be_had_only_those_are_paid_for(self):
         found = plan(demand(({"GPU": 1}, 3)), [kind("RTX4090", 24, 0.4, parts=True)])
@@ -296,34 +284,6 @@ def test_every_bundle_that_counts_has_a_device_and_none_is_lost(asked, groups):
         assert placed["gang", at] == each * (group.count - lost["gang", at]), "whole gangs only"
     for part in found.additions:
         assert can_be_laid(part)
-
-
-def asked_for(gpus):
-    """A few bundles that each fit on one GPU."""
-    one = st.fixed_dictionaries(
-        {"gpu_memory": st.integers(1, 140 * GIB)}, optional={} if gpus is None else {"GPU": gpus}
-    )
-    return st.lists(one, min_size=1, max_size=7)
-
-
-PARTS = [kind(one.name, one.device_memory_mib // GIB, one.usd_per_gpu_hour, parts=True) for one in FLEET]
-
-
-@given(asked_for(st.sampled_from([0.1, 0.25, 0.5, 1])))
-@settings(deadline=None, max_examples=60, derandomize=True)  # fillings are chosen by rules of thumb
-def test_no_plan_is_cheaper_than_the_best_of_all_and_none_much_dearer(asked):
-    wanted = demand(*((one, 1) for one in asked))
-    best = best_of_few(wanted, PARTS).usd_per_hour
-    assert best - 1e-6 <= plan(wanted, PARTS).usd_per_hour <= 1.6 * best
-
-
-@given(asked_for(None))
-@settings(deadline=None, max_examples=60)
-def test_of_whole_gpus_no_plan_is_cheaper_or_strands_less(asked):
-    wanted = demand(*(({**one, "GPU": 1}, 1) for one in asked))
-    found, best, least = plan(wanted, PARTS), best_of_few(wanted, PARTS), least_of_whole(wanted, PARTS)
-    assert found.usd_per_hour == pytest.approx(best.usd_per_hour) == pytest.approx(least.usd_per_hour)
-    assert found.stranded_mib == pytest.approx(best.stranded_mib) == pytest.approx(least.stranded_mib)
 
 
 @given(singles, gangs, singles)

@@ -17,8 +17,30 @@ if TYPE_CHECKING:
 
 MOST = 10_000  # that are read at once; narrow it by time for more
 _PAGE = 500
-_FULL = ("queues/", "sites/", "models/", "incidents/", "datasets/", "joinTokens/", "apiKeys/", "reservations/")
-_TYPES = ("job", "node", "model", "replica", "incident", "checkpoint", "queue", "reservation", "dataset", "site")
+_FULL = (
+    "queues/",
+    "sites/",
+    "models/",
+    "incidents/",
+    "datasets/",
+    "joinTokens/",
+    "apiKeys/",
+    "reservations/",
+    "rayClusters/",
+)
+_TYPES = (
+    "job",
+    "node",
+    "model",
+    "replica",
+    "incident",
+    "checkpoint",
+    "queue",
+    "reservation",
+    "dataset",
+    "site",
+    "raycluster",
+)
 _COLLECTIONS = {f"{kind}s" for kind in _TYPES} | {"joinTokens", "apiKeys"}
 
 
@@ -45,6 +67,8 @@ def resource_of(client: Client, wanted: str) -> str:
         case "checkpoint":
             queue, job = names.split(job_name(owner), "queues", "jobs")
             return names.join(("queues", queue), ("jobs", job), ("checkpoints", item))
+        case "raycluster":
+            return names.ray_cluster(name)
         case "model" | "queue" | "reservation" | "incident" | "dataset" | "site":
             return names.join((f"{kind}s", name))
     if _COLLECTIONS.isdisjoint(wanted.split("/")):

@@ -45,6 +45,7 @@ LISTS = {
     "node": "nodes --retired",
     "output": "jobs -a",
     "queue": "queue ls",
+    "ray_cluster": "ray ls",
     "replica": "replicas",
     "reservation": "reservation ls",
     "secret": "secrets ls",

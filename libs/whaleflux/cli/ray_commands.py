@@ -1,4 +1,4 @@
-"""Ray clusters: what waits in one, and which nodes of the fleet it should get for that."""
+"""Ray clusters: what waits in one, and which nodes of the fleet it should get for that. Those of the fleet: `ray_cluster_commands`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from whaleflux import names
 from whaleflux.cli import output
 from whaleflux.cli.output import Format
-from whaleflux.cli.state import Output, Yes, fleet
+from whaleflux.cli.state import Output, fleet
 
-ray = typer.Typer(no_args_is_help=True, help="Ray clusters: what waits in them, and nodes for it.")
+ray = typer.Typer(no_args_is_help=True, help="Ray clusters that the fleet sizes by what waits in them.")
 
 _MOST_FILE_BYTES = 32 << 20
 _SHOWN = 3
@@ -28,9 +28,12 @@ def _group() -> None:
 
 @ray.command("explain")
 def explain(
-    file: Annotated[
+    what: Annotated[
         str,
-        typer.Argument(metavar="[FILE]", help="A demand as `-o json` shows it, instead of a cluster; `-` reads stdin."),
+        typer.Argument(
+            metavar="[NAME|FILE]",
+            help="A cluster of the fleet, or a file with a demand as `-o json` shows it; `-` reads stdin.",
+        ),
     ] = "",
     address: Annotated[
         str, typer.Option("--address", help="HOST:PORT of the cluster's GCS (of ray start --head --port).")
@@ -41,7 +44,7 @@ def explain(
     """What waits in a Ray cluster, which nodes it should get for that and why, and what can never be had. Changes nothing.
 
     \b
-      whaleflux ray explain --address 10.0.0.5:6379
+      whaleflux ray explain research
       whaleflux ray explain --address 10.0.0.5:6379 --python ~/ray/bin/python -o json
       whaleflux ray explain demand.json
     """  # noqa: D301 - the escape tells click to keep the lines
@@ -50,15 +53,37 @@ def explain(
 
     if fmt is not Format.table and not fmt.is_json:
         raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a plan; use table or json"))
-    if bool(file) == bool(address):
-        raise InvalidArgument(FieldViolation("--address", "give the cluster's HOST:PORT, or a FILE with its demand"))
-    demand = _demand(file, address, python)
+    if bool(what) == bool(address):
+        known = "give the name of a cluster (whaleflux ray ls), a FILE with a demand, or the HOST:PORT of any cluster"
+        raise InvalidArgument(FieldViolation("--address", known))
+    cluster = _is_cluster(what)
+    given = None if cluster else _demand(what, address, python)
     with fleet() as client:
+        demand = _demand_of(client, what) if given is None else given
         found = client.scheduler.PlanRay(pb.PlanRayRequest(demand=demand), timeout=30)
     if fmt.is_json:
         output.say_json({"demand": output.as_json(demand), "plan": output.as_json(found)}, fmt)
     else:
         _show(demand, found)
+
+
+def _is_cluster(what: str) -> bool:
+    """Whether a name is meant, and no file."""
+    return names.ID_PATTERN.fullmatch(what.removeprefix("rayClusters/")) is not None and not Path(what).exists()
+
+
+def _demand_of(client: Any, name: str) -> Any:
+    """What waits in a cluster of the fleet, as it was read last. Raises Unavailable where that is not known."""
+    from whaleflux.errors import Unavailable
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    full = names.ray_cluster(name.removeprefix("rayClusters/"))
+    found = client.scheduler.GetRayCluster(pb.GetRayClusterRequest(name=full), timeout=10)
+    if not found.status.HasField("demand"):
+        raise Unavailable(f"what waits in {full} is not known: {found.status.message or 'it was not read yet'}")
+    if found.status.stale:
+        output.note(f"this was read {found.status.reading_age_s:.0f} s ago: {found.status.message}")
+    return found.status.demand
 
 
 def _demand(file: str, address: str, python: str) -> Any:
@@ -96,40 +121,6 @@ def _read(file: str) -> Mapping[str, Any]:
             FieldViolation(file, "is no JSON object; give what `whaleflux ray explain -o json` prints")
         )
     return content
-
-
-@ray.command("grow")
-def grow(
-    address: Annotated[str, typer.Option("--address", help="HOST:PORT of the cluster's GCS, as workers reach it.")],
-    python: Annotated[str, typer.Option("--python", help="An interpreter here that has the cluster's Ray.")] = "",
-    worker_python: Annotated[
-        str, typer.Option("--worker-python", help="The interpreter on the nodes that has the cluster's Ray.")
-    ] = "python3",
-    queue: Annotated[str, typer.Option("--queue", help="Queue of the workers' jobs.")] = "default",
-    priority: Annotated[int, typer.Option("--priority", min=0, max=1000, help="Of the workers' jobs.")] = 0,
-    max_gpus: Annotated[int, typer.Option("--max-gpus", min=0, max=100_000, help="GPUs of all its workers.")] = 64,
-    idle: Annotated[str, typer.Option("--idle", help="A worker leaves after it was idle so long.")] = "60 s",
-    follow: Annotated[bool, typer.Option("--follow", help="Look again each second, until Ctrl-C.")] = False,
-    yes: Yes = False,
-    fmt: Output = Format.table,
-) -> None:
-    """Gives a Ray cluster what `explain` says, once or as demand comes: each worker is a job, and leaves by itself when it is idle.
-
-    \b
-      whaleflux ray grow --address 10.0.0.5:6379 --worker-python /opt/ray/bin/python
-      whaleflux ray grow --address 10.0.0.5:6379 --queue research --max-gpus 16 --follow --yes
-    """  # noqa: D301 - the escape tells click to keep the lines
-    from whaleflux.cli import ray_growing
-    from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.quantities import seconds
-    from whaleflux.ray_cluster.growth import Growth
-
-    try:
-        idle_s = seconds(idle)
-    except ValueError as error:
-        raise InvalidArgument(FieldViolation("--idle", f"is {idle!r}, and {error}")) from None
-    how = Growth(address, queue, worker_python, idle_s, max_gpus=max_gpus, priority=priority)
-    ray_growing.run(how, python, ray_growing.Wish(follow, yes, fmt))
 
 
 # what is shown

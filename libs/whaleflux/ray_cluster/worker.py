@@ -1,6 +1,7 @@
 """A Ray node as a task: joins a cluster with what the task was given, leaves when it is idle, drains when it has to go.
 
     python worker.py --address HOST:PORT --gpus N --cpus N --gpu-memory-mib N --gpu-type NAME --site NAME --idle-s S --grace-s S
+                     --memory-bytes N --label KEY=VALUE
 
 A program for the interpreter that has the cluster's Ray, inside of a job; it imports nothing of WhaleFlux. Idle for `--idle-s`, the node asks
 Ray to drain itself: a raylet that has got work meanwhile refuses that, and the node stays. Told to stop (SIGTERM), it drains as one that is
@@ -11,18 +12,23 @@ left, 3 it could not join, else those of `ray start`.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 JOIN_S, LEAVE_S, LOOK_S = 300.0, 30.0, 1.0
+NODES_A_LOOK = 100  # of larger clusters each worker looks less often: all of them together ask the GCS as much
 JOINS_NOT = 3  # exit code
 TRIES = 3
 IDLE, PREEMPTED = 1, 2  # DrainNodeReason of Ray
-DEAD_STATUS, IDLE_STATUS = 2, 3  # NodeStatus of Ray
+RUNNING_STATUS, DEAD_STATUS, IDLE_STATUS = 1, 2, 3  # NodeStatus of Ray
 
 
 def options() -> argparse.Namespace:
@@ -33,13 +39,22 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, required=True)
     parser.add_argument("--gpu-memory-mib", type=int, default=0)
     parser.add_argument("--gpu-type", default="")
+    parser.add_argument("--memory-bytes", type=int, default=0)
     parser.add_argument("--site", default="")
+    parser.add_argument("--label", action="append", default=[])
     parser.add_argument("--idle-s", type=float, default=60.0)
     parser.add_argument("--grace-s", type=float, default=25.0)
     return parser.parse_args()
 
 
-def command(asked: argparse.Namespace) -> list[str]:
+def short_folder() -> str:
+    """Where a session lies: Ray's sockets need a short path, and programs on this host that run as other users find it there, too."""
+    folder = tempfile.mkdtemp(prefix="wfray", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    Path(folder).chmod(0o1777)
+    return folder
+
+
+def command(asked: argparse.Namespace, folder: str) -> list[str]:
     """`ray start`, which ends with the raylet. Ports of workers are free ones, so that several nodes find room on one host."""
     family = asked.gpu_type.partition("-")[0]
     resources = (
@@ -47,12 +62,13 @@ def command(asked: argparse.Namespace) -> list[str]:
         if asked.gpus
         else {}
     )
-    labels = {"whaleflux/gpu": asked.gpu_type, "whaleflux/site": asked.site}
+    labels = [f"whaleflux/gpu={asked.gpu_type}", f"whaleflux/site={asked.site}", *asked.label]
     return [
         str(Path(sys.executable).with_name("ray")), "start", f"--address={asked.address}", "--block", "--disable-usage-stats",
         f"--num-cpus={asked.cpus}", f"--num-gpus={asked.gpus}", f"--resources={json.dumps(resources)}",
-        "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items() if value),
-        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+        "--labels=" + ",".join(label for label in labels if not label.endswith("=")),
+        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--temp-dir={folder}",
+        *([f"--memory={asked.memory_bytes}"] if asked.memory_bytes else []),
     ]  # fmt: skip
 
 
@@ -63,6 +79,7 @@ class Node:
         from ray._raylet import GcsClient
 
         self._client, self._instance = GcsClient(address=address), instance
+        self.cluster: Any = None  # the ClusterResourceState as it was read last
 
     def state(self) -> Any:
         """Its NodeState, also of a dead one; None before it has joined, and while the GCS does not answer."""
@@ -73,7 +90,8 @@ class Node:
         except Exception as error:  # Ray says in many ways that the GCS is gone; the raylet ends by itself then
             print(f"the GCS does not answer: {str(error)[:200]}", flush=True)
             return None
-        mine = [one for one in reply.cluster_resource_state.node_states if one.instance_id == self._instance]
+        self.cluster = reply.cluster_resource_state
+        mine = [one for one in self.cluster.node_states if one.instance_id == self._instance]
         return min(mine, key=lambda one: one.status == DEAD_STATUS, default=None)  # an earlier try may be dead
 
     def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
@@ -85,24 +103,52 @@ class Node:
         return bool(accepted)
 
 
+def is_spare(cluster: Any, mine: Any) -> bool:
+    """Whether a node may leave: what the cluster should hold in all (`request_resources`) is there without it, and nobody is idle for longer.
+
+    By sums, since it is only asked whether somebody stays. Where nothing is to be held each idle node may leave.
+    """
+    wanted: Counter[str] = Counter()
+    for group in cluster.cluster_resource_constraints:
+        for one in group.resource_requests:
+            wanted.update({name: amount * one.count for name, amount in one.request.resources_bundle.items()})
+    if not wanted:
+        return True
+    others = [n for n in cluster.node_states if n.node_id != mine.node_id and n.status in (RUNNING_STATUS, IDLE_STATUS)]
+    idle = [(n.idle_duration_ms, n.node_id) for n in others if n.status == IDLE_STATUS and n.instance_id]
+    if any(longer > (mine.idle_duration_ms, mine.node_id) for longer in idle):
+        return False
+    there: Counter[str] = Counter()
+    for node in others:
+        there.update(dict(node.total_resources))
+    return all(there[name] >= amount for name, amount in wanted.items())
+
+
 class Worker:
     """Watches over `ray start`."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self._asked, self._told, self._joined = asked, False, False
+        self._asked, self._told, self._joined = asked, threading.Event(), False
         self._instance = os.environ.get("WHALEFLUX_JOB", "worker") + "/" + os.environ.get("WHALEFLUX_EPOCH", "0")
 
     def run(self) -> int:
         """Until it has left. A node that did not come up is begun anew: Ray waits half a minute for it, whatever the host has to do."""
         signal.signal(signal.SIGTERM, self._stop)
-        join_until, code = time.monotonic() + JOIN_S, JOINS_NOT
+        folder = short_folder()
+        try:
+            return self._try(folder, time.monotonic() + JOIN_S)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _try(self, folder: str, join_until: float) -> int:
+        code = JOINS_NOT
         for _ in range(TRIES):
-            ray = subprocess.Popen(command(self._asked), env=self._environment(), start_new_session=True)
+            ray = subprocess.Popen(command(self._asked, folder), env=self._environment(), start_new_session=True)
             try:
                 code = self._watch(ray, join_until)
             finally:
                 end(ray)
-            if self._told or self._joined or time.monotonic() > join_until:
+            if self._told.is_set() or self._joined or time.monotonic() > join_until:
                 break
         return code
 
@@ -114,25 +160,26 @@ class Worker:
         return found
 
     def _stop(self, *_: object) -> None:
-        self._told = True
+        self._told.set()
 
     def _watch(self, ray: "subprocess.Popen[bytes]", join_until: float) -> int:
         node = Node(self._asked.address, self._instance)
         while ray.poll() is None:
             state = node.state()
             self._joined |= state is not None and state.status != DEAD_STATUS
-            if self._told:
+            if self._told.is_set():
                 grace_s = self._asked.grace_s
                 if state is not None and node.drain(state, PREEMPTED, "preempted", grace_s):
                     self._leave(ray, node, grace_s)
                 return 0
-            if self._is_idle(state) and node.drain(state, IDLE, "idle", 0):
+            if self._is_idle(state) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
                 print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
                 self._leave(ray, node, LEAVE_S)
                 return 0
             if not self._joined and time.monotonic() > join_until:
                 break
-            time.sleep(LOOK_S)
+            nodes = len(node.cluster.node_states) if node.cluster is not None else 0
+            self._told.wait(LOOK_S * max(1.0, nodes / NODES_A_LOOK))
         if not self._joined:
             print(f"has not joined {self._asked.address}", file=sys.stderr, flush=True)
             return JOINS_NOT

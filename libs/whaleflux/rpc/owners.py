@@ -184,6 +184,11 @@ TABLE: dict[str, OwnerRule] = {
         ListReservations=LEAVES_OUT,
         UpdateReservation=RECORD,
         DeleteReservation=RECORD,
+        CreateRayCluster=RECORD,
+        GetRayCluster=LEAVES_OUT,
+        ListRayClusters=LEAVES_OUT,
+        UpdateRayCluster=RECORD,
+        DeleteRayCluster=RECORD,
     ),
     **_service(
         "Task",

@@ -119,6 +119,9 @@ TABLE: Table = {
     _SCHEDULER + "CreateReservation": PEOPLE,  # users within what their queue is guaranteed, which the servicer asks
     _SCHEDULER + "UpdateReservation": PEOPLE,
     _SCHEDULER + "DeleteReservation": PEOPLE,
+    _SCHEDULER + "CreateRayCluster": PEOPLE,
+    _SCHEDULER + "UpdateRayCluster": PEOPLE,
+    _SCHEDULER + "DeleteRayCluster": PEOPLE,
     _SCHEDULER + "List*": _READERS,
     _SCHEDULER + "Get*": _READERS,
     _SCHEDULER + "WatchJobs": _READERS,

@@ -33,6 +33,7 @@ OIDC_SUBJECTS = ROOT + "oidc_subjects/"  # {digest of issuer and sub}: which use
 QUEUES = ROOT + "queues/"  # {queue}
 JOBS = ROOT + "jobs/"  # {queue}/{job}
 RESERVATIONS = ROOT + "reservations/"  # {reservation}
+RAY_CLUSTERS = ROOT + "ray_clusters/"  # {ray_cluster}
 JOB_FENCES = ROOT + "fences/jobs/"  # {queue}/{job}: the epoch in decimal; others compare it, never write it
 JOB_PLACEMENTS = (
     ROOT + "fences/placements/"
@@ -83,6 +84,7 @@ _COLLECTIONS = {
     QUEUES: ("queues",),
     JOBS: ("queues", "jobs"),
     RESERVATIONS: ("reservations",),
+    RAY_CLUSTERS: ("rayClusters",),
     JOB_PLACEMENTS: ("queues", "jobs"),
     JOB_DECISIONS: ("queues", "jobs"),
     NODE_HEALTH: ("sites", "nodes"),

@@ -66,6 +66,7 @@ class Metric(StrEnum):
     CERTIFICATE_EXPIRY = "whaleflux_certificate_expiry_seconds"
     LOOP_LAG = "whaleflux_event_loop_lag_seconds"
     PLAN_DURATION = "whaleflux_plan_duration_seconds"
+    RAY_START_DELAY = "whaleflux_ray_start_delay_seconds"
     QUEUE_DEPTH = "whaleflux_queue_depth"
     CAS_CONFLICTS = "whaleflux_cas_conflicts_total"
     LEADER = "whaleflux_leader"
@@ -99,6 +100,9 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.CERTIFICATE_EXPIRY: MetricSpec("gauge", "Unix time at which this process's certificate ends."),
     Metric.LOOP_LAG: MetricSpec("histogram", "How late a timer of the event loop fires.", (), _SECONDS),
     Metric.PLAN_DURATION: MetricSpec("histogram", "Time that one decision takes.", ("kind",), _SECONDS),
+    Metric.RAY_START_DELAY: MetricSpec(
+        "histogram", "From what waits in a Ray cluster coming to the scheduler to workers for it.", (), _SECONDS
+    ),
     Metric.QUEUE_DEPTH: MetricSpec("gauge", "Items that wait.", ("queue",)),
     Metric.CAS_CONFLICTS: MetricSpec("counter", "Compare-and-swap writes that lost.", ("kind",)),
     Metric.LEADER: MetricSpec("gauge", "1 while this process leads.", ("name",)),

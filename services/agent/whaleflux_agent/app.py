@@ -48,6 +48,7 @@ from whaleflux_agent.observations import Observations
 from whaleflux_agent.piece_servicer import PieceServicer
 from whaleflux_agent.rank_server import RankServer
 from whaleflux_agent.rank_servicer import RankServicer, socket_path
+from whaleflux_agent.ray_readings import RayReadings
 from whaleflux_agent.registration import NodeDescription, Registration
 from whaleflux_agent.reports import ReportLog
 from whaleflux_agent.revocation import Revocation
@@ -92,7 +93,8 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         ctx, custody, source, registration, observations, inventory, checkpoints, runtimes, isolation, sockets
     )
     await supervisor.restore()
-    rank_server = await _serve_ranks(ctx, supervisor, custody.outbox, checkpoints, observations)
+    ray = RayReadings(clock)
+    rank_server = await _serve_ranks(ctx, supervisor, custody.outbox, checkpoints, observations, ray)
     isolation.let_pass(socket_path(settings.state_dir).parent)
     sockets.server = rank_server
     ahead = DataAhead(datasets, clock)
@@ -105,6 +107,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         supervisor,
         custody.reports,
         clock,
+        ray=ray,
         machine_id=description.machine_id,
         data=ahead,
         attach=attached.start,
@@ -285,10 +288,11 @@ async def _serve_ranks(
     outbox: CheckpointOutbox,
     checkpoints: checkpoint_pb2_grpc.CheckpointServiceStub,
     observations: Observations,
+    ray: RayReadings,
 ) -> RankServer:
     """The ranks' socket, listening."""
     root = _checkpoint_root(ctx.settings)
-    servicer = RankServicer(supervisor, outbox, checkpoints, root, ctx.clock, observations.add)
+    servicer = RankServicer(supervisor, outbox, checkpoints, root, ctx.clock, observations.add, ray)
     server = RankServer(socket_path(ctx.settings.state_dir), servicer, supervisor, observations.add)
     await server.start()
     return server

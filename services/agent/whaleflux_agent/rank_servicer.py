@@ -28,6 +28,7 @@ from whaleflux.v1 import agent_pb2, checkpoint_pb2, checkpoint_pb2_grpc
 from whaleflux_agent.checkpoint_outbox import CheckpointOutbox
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.launch_plans import checkpoint_folder
+from whaleflux_agent.ray_readings import RayReadings
 from whaleflux_agent.supervisor import Supervisor
 from whaleflux_agent.task_runner import Task
 
@@ -51,9 +52,10 @@ class RankServicer:
         checkpoint_root: str,
         clock: Clock,
         observe: Callable[[str, Task | None, int, str], None],
+        ray: RayReadings,
     ) -> None:
         self._supervisor, self._outbox, self._checkpoints = supervisor, outbox, checkpoints
-        self._root, self._clock, self._observe = checkpoint_root, clock, observe
+        self._root, self._clock, self._observe, self._ray = checkpoint_root, clock, observe, ray
 
     async def get_restore(self, task: Task, request: agent_pb2.GetRestoreRequest) -> agent_pb2.GetRestoreResponse:
         """The newest checkpoint but the refused ones. Raises FailedPrecondition when all there are were refused."""
@@ -207,6 +209,10 @@ class RankServicer:
         loss = request.loss if request.HasField("loss") else None
         self._supervisor.note_progress(task, request.rank, request.step, loss)
         return agent_pb2.ReportProgressResponse()
+
+    async def report_ray(self, task: Task, request: agent_pb2.ReportRayRequest) -> agent_pb2.ReportRayResponse:
+        """What waits in the Ray cluster of the task's job: whether it is the part of one, the scheduler knows."""
+        return self._ray.report(task.work, request)
 
 
 def _check_rank(rank: int, work: Work) -> None:

@@ -14,6 +14,7 @@ from whaleflux.telemetry import Event
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc
 from whaleflux_agent.data_ahead import DataAhead
 from whaleflux_agent.log_streams import LogStreams
+from whaleflux_agent.ray_readings import RayReadings
 from whaleflux_agent.reports import ReportLog
 from whaleflux_agent.runtime import procfs
 from whaleflux_agent.supervisor import Supervisor
@@ -37,6 +38,7 @@ class SyncLoop:
         reports: ReportLog,
         clock: Clock,
         *,
+        ray: RayReadings | None = None,
         machine_id: str = "",
         data: DataAhead | None = None,
         attach: Callable[[agent_pb2.AttachOrder], None] = lambda _: None,
@@ -46,6 +48,7 @@ class SyncLoop:
         self._node, self._boot_id, self._machine_id = node, boot_id, machine_id
         self._supervisor, self._reports, self._clock = supervisor, reports, clock
         self._attach, self._refused, self._data = attach, refused, data
+        self._ray = ray or RayReadings(clock)
         self._asked_for_data = False  # on this stream: an older scheduler would take no report of it
         self._changed = asyncio.Event()
         self.connected = False
@@ -69,7 +72,8 @@ class SyncLoop:
     async def _once(self) -> None:
         self._asked_for_data = False
         logs = LogStreams(self._supervisor.with_logs, self._changed.set)
-        self._reports.on_change = self._changed.set
+        self._reports.on_change = self._ray.on_change = self._changed.set
+        self._ray.begin()
         try:
             async with self._stub.Sync(self._requests(logs)) as responses:
                 async for response in responses:
@@ -98,6 +102,8 @@ class SyncLoop:
             for report in self._reports.after(sent):
                 yield agent_pb2.SyncRequest(report=report)
                 sent = report.sequence
+            for reading in self._ray.take():
+                yield agent_pb2.SyncRequest(ray=reading)
             if self._clock.monotonic() >= progress_at:
                 progress_at = self._clock.monotonic() + PROGRESS_EVERY_S
                 moved = self._supervisor.take_progress()
@@ -133,6 +139,8 @@ class SyncLoop:
                 logs.start(response.logs)
             case "cancel_logs":
                 logs.cancel(response.cancel_logs)
+            case "ray":
+                self._ray.decided(response.ray)
             case "attach":
                 self._attach(response.attach)
             case "data" if self._data:

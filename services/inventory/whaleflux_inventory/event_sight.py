@@ -52,6 +52,10 @@ def _of_reservation(event: pb.Event, sight: Sight) -> bool:
     return not queue or sight.sees_queue(names.last(queue))
 
 
+def _of_ray_cluster(event: pb.Event, sight: Sight) -> bool:
+    return sight.sees(names.last(event.attributes.get("queue", "")), event.attributes.get("owner", ""))
+
+
 def _of_model(event: pb.Event, sight: Sight) -> bool:
     queue, whose = event.attributes.get("queue", SERVING), event.attributes.get("owner", "")
     if not sight.sees(queue, whose):
@@ -89,6 +93,7 @@ _JUDGES: dict[tuple[str, ...], Callable[[pb.Event, Sight], bool]] = {  # of othe
     ("queues", "jobs", "checkpoints"): _of_checkpoint,
     ("queues",): _of_queue,
     ("reservations",): _of_reservation,
+    ("rayClusters",): _of_ray_cluster,
     ("models",): _of_model,
     ("models", "replicas"): _of_model,
     ("datasets",): _of_dataset,

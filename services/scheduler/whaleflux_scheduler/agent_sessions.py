@@ -7,6 +7,7 @@ has sent. So a slow agent costs memory for its tasks, not for their history.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from datetime import timedelta
@@ -189,6 +190,16 @@ class AgentSessions:
     def wake(self, node: str) -> None:
         if session := self.connected.get(node):
             session.wake()
+
+    def tell(self, node: str, response: agent_pb2.SyncResponse) -> bool:
+        """Sends what an agent may miss; False: it is not connected, or reads too slowly."""
+        session = self.connected.get(node)
+        if session is None or not session.open:
+            return False
+        with contextlib.suppress(ResourceExhausted):
+            session.send(response)
+            return True
+        return False
 
     def close(self, reason: StatusError) -> None:
         """Ends all streams."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC
 
 from whaleflux import telemetry
@@ -35,6 +35,7 @@ class Agents:
     ) -> None:
         self._jobs, self._state, self._sessions, self._nodes, self._clock = jobs, state, sessions, nodes, clock
         self._unstored: dict[str, int] = {}
+        self.ray: Callable[[str, agent_pb2.RayReading], None] = _nowhere  # takes what is read of Ray clusters
 
     def connect(self, hello: agent_pb2.SyncHello) -> AgentSession:
         """An agent's stream begins: what it runs is compared with what should run."""
@@ -171,3 +172,7 @@ class Agents:
                 if task.id not in known and begun:
                     gone = Report(task.id, TaskPhase.GONE, message="its agent came back without it")
                     self._add(name, PendingReport(gone, session, 0))
+
+
+def _nowhere(node: str, said: agent_pb2.RayReading) -> None:
+    """Until somebody takes it."""

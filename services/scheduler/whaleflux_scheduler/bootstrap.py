@@ -49,6 +49,9 @@ from whaleflux_scheduler.logs import LogBroker
 from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.prepared_plan import PreparedPlan
+from whaleflux_scheduler.ray_loop import RayLoop
+from whaleflux_scheduler.ray_plans import RayPlans
+from whaleflux_scheduler.ray_records import RAY_CLUSTERS
 from whaleflux_scheduler.rebalances import Rebalances, RebalanceSettings
 from whaleflux_scheduler.reconciler import Reconciler
 from whaleflux_scheduler.reservation_records import RESERVATIONS
@@ -122,6 +125,7 @@ def assemble(
     jobs_cache = Cache(store, keys.JOBS, convert.JOBS.decode, stand_in=convert.unreadable_job)
     queues_cache = Cache(store, keys.QUEUES, convert.QUEUES.decode)
     reservations_cache = Cache(store, keys.RESERVATIONS, RESERVATIONS.decode)
+    ray_cache, plans = Cache(store, keys.RAY_CLUSTERS, RAY_CLUSTERS.decode), RayPlans()
     sessions, leader_session, jobs = (
         AgentSessions(),
         LeaderSession(store),
@@ -131,7 +135,9 @@ def assemble(
     secrets = JobSecrets(jobs, peers.secrets, peers.inventory)
     submissions = Submissions(batched, clock, peers.inventory, jobs.access, secrets)
     transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
-    scheduler = Scheduler(batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history)
+    scheduler = Scheduler(
+        batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history, plans
+    )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
     prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, let_end_s=let_end_s)
@@ -151,7 +157,7 @@ def assemble(
     async def decide(leader: Leader) -> None:
         """One leadership: everything that it remembers ends with it."""
         newest = await store.list(keys.JOBS, limit=1)
-        caches = jobs_cache, queues_cache, reservations_cache
+        caches = jobs_cache, queues_cache, reservations_cache, ray_cache
         await asyncio.gather(*(one.at_least(newest.revision, timeout_s=30.0, asks_after_s=0.0) for one in caches))
         plan, steady = prepared.take(), SteadyClock(clock)
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
@@ -178,13 +184,16 @@ def assemble(
         bursts = Bursts(
             bursting or BurstSettings("off"), planner, view.caught_up, peers.inventory, told, steady, memory
         )
+        ray = RayLoop(batched, leader, ray_cache, jobs_cache, plans, planner, view.caught_up, sessions.tell, steady)
+        reconciler.agents.ray = ray.take
         reconciler.load()
-        leader_session.begin(Leading(reconciler.agents, view, planner, rebalances, bursts))
+        leader_session.begin(Leading(reconciler.agents, view, planner, rebalances, bursts, ray))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(reconciler.run())
                 group.create_task(rebalances.run())
                 group.create_task(bursts.run())
+                group.create_task(ray.run())
                 group.create_task(placements.complete(batched, leader, list(jobs_cache.values.values())))
                 if peers.inventory is not None:
                     group.create_task(feed.run(reconciler.datasets_are))
@@ -203,7 +212,7 @@ def assemble(
 
     async def run() -> None:
         """Who follows knows the nodes already when it is to lead."""
-        async with jobs_cache, queues_cache, reservations_cache, asyncio.TaskGroup() as group:
+        async with jobs_cache, queues_cache, reservations_cache, ray_cache, asyncio.TaskGroup() as group:
             feeds = [group.create_task(feed()) for feed in (*_feeds(nodes, peers), prepared.run)]
             await lead(store, ELECTION, address, decide)
             for feed in feeds:
@@ -243,4 +252,5 @@ def _publishers(store: Store, bus: Bus, leader: Leader, clock: Clock) -> list[Pu
         Publisher(store, bus, keys.JOBS, describe, name="scheduler-jobs", leader=leader, clock=clock),
         Publisher(store, bus, keys.QUEUES, describe, name="scheduler-queues", leader=leader, clock=clock),
         Publisher(store, bus, keys.RESERVATIONS, describe, name="scheduler-reservations", leader=leader, clock=clock),
+        Publisher(store, bus, keys.RAY_CLUSTERS, describe, name="scheduler-ray-clusters", leader=leader, clock=clock),
     ]

@@ -38,11 +38,11 @@ def job_key(name: str) -> str:
 def deletion(stored: StoredJob) -> list[Write]:
     """What removes a job. The fence of a name that may come again stays: agents remember its highest epoch.
 
-    Made names are ULIDs, which users cannot give (`submit.check_job_id`): they never come again.
+    Made names cannot be given by users (`submit.check_job_id`): they never come again.
     """
     decisions = keys.of_name(keys.JOB_DECISIONS, stored.value.name)
     writes: list[Write] = [Delete(stored.entry.key), Delete(placements.key_of(stored.value.name)), Delete(decisions)]
-    if names.is_ulid(stored.value.id):
+    if names.is_made(stored.value.id):
         writes.append(Delete(keys.of_name(keys.JOB_FENCES, stored.value.name)))
     if stored.message.request_key:
         writes.append(Delete(keys.JOB_REQUESTS + stored.message.request_key))

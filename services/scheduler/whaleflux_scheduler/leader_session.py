@@ -13,6 +13,7 @@ from whaleflux_scheduler.agents import Agents
 from whaleflux_scheduler.bursts import Bursts
 from whaleflux_scheduler.job_view import JobView
 from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.ray_loop import RayLoop
 from whaleflux_scheduler.rebalances import Rebalances
 
 ELECTION = "scheduler"
@@ -28,6 +29,7 @@ class Leading:
     planner: PlannerThread
     rebalances: Rebalances
     bursts: Bursts
+    ray: RayLoop
 
 
 class LeaderSession:

@@ -17,7 +17,7 @@ from whaleflux.reasons import What
 from whaleflux.store import keys
 from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler import accounts, convert, move_news, promise_news, reservation_records
+from whaleflux_scheduler import accounts, convert, move_news, promise_news, ray_records, reservation_records
 
 SOURCE = "scheduler"
 
@@ -29,6 +29,9 @@ def of_change(change: EntryChange, now: datetime) -> Iterable[OutgoingEvent]:
         return () if told is None else (told,)
     if change.key.startswith(keys.RESERVATIONS):
         told = reservation_records.of_change(change, now)
+        return () if told is None else (told,)
+    if change.key.startswith(keys.RAY_CLUSTERS):
+        told = ray_records.of_change(change, now)
         return () if told is None else (told,)
     new = convert.JOBS.read(change.new.value) if change.new else None
     old = convert.JOBS.read(change.old.value) if change.old else None

@@ -6,16 +6,20 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
 from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import ray_nodes
 from whaleflux_scheduler.core.ray_demand import Demand, Gang, LabelRule, Selector, Shape, Strategy, shape_of
-from whaleflux_scheduler.core.ray_nodes import Cluster, FreeNode, RayNode
+from whaleflux_scheduler.core.ray_nodes import Cluster, RayNode
 from whaleflux_scheduler.core.ray_plan import Addition, RayPlan
-from whaleflux_scheduler.leader_session import Leading
+from whaleflux_scheduler.core.ray_sizing import Plans, Resize
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.leader_session import Leading
 
 T = TypeVar("T")
 
@@ -53,18 +57,20 @@ class RayPlans:
                 FieldViolation("demand", "is not set; give what waits in the cluster, as whaleflux ray explain does")
             )
         session = request.demand.session
-        cluster = _cluster(request.demand, self._first.get(session, frozenset()))
+        cluster = replace(cluster_of(request.demand), first=self.first(session))
         await leading.view.caught_up()
         nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
-        waits, should_hold = await self._alone(lambda: self._resized(cluster, nodes))
-        self._remember(session, cluster, waits, should_hold)
+        waits, should_hold = await self.alone(lambda resize: resize(cluster, nodes))
+        self.remember(session, cluster, (waits, should_hold))
         return _message(request.demand, waits, should_hold)
 
-    def _resized(self, cluster: Cluster, nodes: Sequence[FreeNode]) -> tuple[RayPlan, RayPlan]:
-        until = self._monotonic() + PLAN_S
-        return ray_nodes.resize(cluster, nodes, lambda: self._monotonic() >= until)
+    def first(self, session: str) -> frozenset[Shape]:
+        """What the last plan for that session had no time for."""
+        return self._first.get(session, frozenset())
 
-    def _remember(self, session: str, cluster: Cluster, waits: RayPlan, should_hold: RayPlan) -> None:
+    def remember(self, session: str, cluster: Cluster, plans: Plans) -> None:
+        """What these plans had no time for comes first in the next."""
+        waits, should_hold = plans
         self._first.pop(session, None)
         left = frozenset((*_postponed(cluster.demand, waits), *_postponed(Demand(cluster.constraints), should_hold)))
         if left:
@@ -72,8 +78,11 @@ class RayPlans:
         while len(self._first) > _MOST_SESSIONS:
             del self._first[next(iter(self._first))]
 
-    async def _alone(self, work: Callable[[], T]) -> T:
-        """A thread cannot be cancelled: who gives up leaves its turn taken until the thread has ended."""
+    async def alone(self, work: Callable[[Resize], T]) -> T:
+        """Makes plans in a thread, all of `work` within `PLAN_S`. Who gives up leaves its turn taken until the thread has ended.
+
+        Raises ResourceExhausted where others' plans take longer than `PATIENCE_S`.
+        """
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await self._one.acquire()
@@ -83,9 +92,13 @@ class RayPlans:
                 reason=ErrorReason.PLANNER_BUSY,
                 retry_after_s=1.0,
             ) from None
-        working = asyncio.ensure_future(asyncio.to_thread(work))
+        working = asyncio.ensure_future(asyncio.to_thread(self._timed, work))
         working.add_done_callback(self._next)
         return await asyncio.shield(working)
+
+    def _timed(self, work: Callable[[Resize], T]) -> T:
+        until = self._monotonic() + PLAN_S
+        return work(lambda cluster, nodes: ray_nodes.resize(cluster, nodes, lambda: self._monotonic() >= until))
 
     def _next(self, done: asyncio.Future[T]) -> None:
         self._one.release()
@@ -105,7 +118,8 @@ def _postponed(demand: Demand, plan: RayPlan) -> Iterator[Shape]:
 # what is asked
 
 
-def _cluster(demand: pb.RayDemand, first: frozenset[Shape]) -> Cluster:
+def cluster_of(demand: pb.RayDemand) -> Cluster:
+    """Raises InvalidArgument naming field and limit."""
     _few("demand.bundles", demand.bundles, MOST_SHAPES)
     _few("demand.gangs", demand.gangs, MOST_SHAPES)
     _few("demand.constraints", demand.constraints, MOST_SHAPES)
@@ -114,7 +128,7 @@ def _cluster(demand: pb.RayDemand, first: frozenset[Shape]) -> Cluster:
     gangs = tuple(_gang(f"demand.gangs[{at}]", gang) for at, gang in enumerate(demand.gangs))
     nodes = tuple(_node(f"demand.nodes[{at}]", node) for at, node in enumerate(demand.nodes))
     singles = _bundles("demand.bundles", demand.bundles)
-    return Cluster(Demand(singles, gangs), _bundles("demand.constraints", demand.constraints), nodes, first)
+    return Cluster(Demand(singles, gangs), _bundles("demand.constraints", demand.constraints), nodes)
 
 
 def _gang(field: str, gang: pb.RayGang) -> Gang:
@@ -194,7 +208,7 @@ def _message(demand: pb.RayDemand, waits: RayPlan, should_hold: RayPlan) -> pb.R
     return pb.RayPlan(
         additions=[_addition(part, why) for part, why in parts],
         held=[pb.RayHeld(nodes=part.names, bundles=_laid(part)) for part in waits.held],
-        unmet=[*_unmet(demand, demand.bundles, waits), *_unmet(demand, demand.constraints, should_hold)],
+        unmet=unmet_of(demand, (waits, should_hold)),
         usd_per_hour=waits.usd_per_hour + should_hold.usd_per_hour,
         gpus=waits.gpus + should_hold.gpus,
         stranded_mib=waits.stranded_mib + should_hold.stranded_mib,
@@ -227,6 +241,12 @@ def _back(shape: Shape, count: int) -> pb.RayBundle:
 def _selector_back(selector: Selector) -> pb.RayLabelSelector:
     rules = [pb.RayLabelRule(key=rule.key, values=rule.values, excludes=rule.excludes) for rule in selector]
     return pb.RayLabelSelector(rules=rules)
+
+
+def unmet_of(demand: pb.RayDemand, plans: Plans) -> list[pb.RayUnmet]:
+    """What cannot be had, as the demand has it."""
+    waits, should_hold = plans
+    return [*_unmet(demand, demand.bundles, waits), *_unmet(demand, demand.constraints, should_hold)]
 
 
 def _unmet(demand: pb.RayDemand, singles: Sequence[pb.RayBundle], plan: RayPlan) -> list[pb.RayUnmet]:

@@ -32,6 +32,7 @@ from whaleflux_scheduler.job_view import present_stored
 from whaleflux_scheduler.jobs import Jobs, check_deletable, deletion, job_key
 from whaleflux_scheduler.leader_session import LeaderSession
 from whaleflux_scheduler.queues import Queues, queue_message
+from whaleflux_scheduler.ray_book import RayBook
 from whaleflux_scheduler.ray_plans import RayPlans
 from whaleflux_scheduler.reservation_book import ReservationBook
 from whaleflux_scheduler.submit import Submissions
@@ -54,13 +55,15 @@ class Scheduler(rpc.SchedulerServiceServicer):
         code: CodeTransfer,
         clock: Clock,
         history: JobHistory,
+        plans: RayPlans,
     ) -> None:
-        self._history, self._ray = history, RayPlans()
+        self._history, self._plans = history, plans
         self._store, self._jobs, self._submissions, self._code = store, jobs, submissions, code
         self._leader, self._broker, self._clock = leader, broker, clock
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
         self._attaching, self._access = attaching, jobs.access
         self._reservations = ReservationBook(store, jobs.access, clock)
+        self._ray = RayBook(store, jobs.access, clock, self._ray_status)
 
     # queues
 
@@ -281,7 +284,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         return await (rebalances.check if request.validate_only else rebalances.apply)(request.etag)
 
     async def PlanRay(self, request: pb.PlanRayRequest, context: _Context | None) -> pb.RayPlan:
-        return await self._ray.planned(request, await self._leader.leading())
+        return await self._plans.planned(request, await self._leader.leading())
 
     # reservations
 
@@ -307,6 +310,33 @@ class Scheduler(rpc.SchedulerServiceServicer):
     ) -> empty_pb2.Empty:
         await self._reservations.delete(request)
         return empty_pb2.Empty()
+
+    # Ray clusters
+
+    async def CreateRayCluster(self, request: pb.CreateRayClusterRequest, context: _Context | None) -> pb.RayCluster:
+        return await self._ray.create(request)
+
+    async def GetRayCluster(self, request: pb.GetRayClusterRequest, context: _Context | None) -> pb.RayCluster:
+        return await self._ray.get(request.name, self._access.sight())
+
+    async def ListRayClusters(
+        self, request: pb.ListRayClustersRequest, context: _Context | None
+    ) -> pb.ListRayClustersResponse:
+        page = await self._ray.page(request, self._listing())
+        return pb.ListRayClustersResponse(
+            ray_clusters=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def UpdateRayCluster(self, request: pb.UpdateRayClusterRequest, context: _Context | None) -> pb.RayCluster:
+        return await self._ray.update(request)
+
+    async def DeleteRayCluster(self, request: pb.DeleteRayClusterRequest, context: _Context | None) -> pb.RayCluster:
+        return await self._ray.delete(request)
+
+    def _ray_status(self, name: str) -> pb.RayClusterStatus | None:
+        """What only the leader knows."""
+        leading = self._leader.current
+        return leading.ray.status(name) if leading is not None else None
 
     def _listing(self) -> Sight:
         """The caller's, for what leaves out what it does not see, which may be all there is."""

@@ -284,10 +284,8 @@ class _Passing(Exception):
 
 def check_job_id(job_id: str) -> str:
     """An id that a user gives: any but those that are made, so that a made name never comes again."""
-    if names.is_ulid(names.check_id("job_id", job_id)):
-        reserved = (
-            f"{job_id!r} has the form of the ids that are made for jobs without a name; choose another, or leave it out"
-        )
+    if names.is_made(names.check_id("job_id", job_id)):
+        reserved = f"{job_id!r} has the form of the ids that are made for jobs without a name and for Ray clusters; choose another, or leave it out"
         raise InvalidArgument(FieldViolation("job_id", reserved))
     return job_id
 

@@ -95,6 +95,8 @@ class Tasks(rpc.TaskServiceServicer):
                             agents.progress(session, moved)
                     case "data":
                         agents.data(session, request.data)
+                    case "ray":
+                        agents.ray(session.node, request.ray)
                     case "log":
                         await self._broker.take(session.node, request.log)
                     case _:

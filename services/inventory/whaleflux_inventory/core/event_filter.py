@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "checkpoint": ("queues", "jobs", "checkpoints"),
     "queue": ("queues",),
     "reservation": ("reservations",),
+    "raycluster": ("rayClusters",),
     "dataset": ("datasets",),
     "site": ("sites",),
     "offer": ("offers",),

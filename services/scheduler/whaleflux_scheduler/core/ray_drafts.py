@@ -14,7 +14,6 @@ from operator import attrgetter
 
 from whaleflux_scheduler.core.ray_demand import UNIT, Item, LabelRule, Shape
 from whaleflux_scheduler.core.ray_kinds import Filling, Kind
-from whaleflux_scheduler.core.ray_room import Room
 from whaleflux_scheduler.core.ray_unmet import NO_MORE, POSTPONED, Never, never
 
 _LEAST_USD = 1e-9  # what is free still counts, so that more of it is better
@@ -156,41 +155,22 @@ class Known:
             if draft.cut:
                 return
 
-    def fill(self, n: int, items: list[int], left: Sequence[int], *, frugal: bool = False) -> Filling | None:
-        """A node of the n-th kind with what fits of these items, which are freed of those that are used up.
-
-        `frugal`: what costs less on another kind takes no GPU of its own here, only what others leave of theirs.
-        """
+    def fill(self, n: int, items: list[int], left: Sequence[int]) -> Filling | None:
+        """A node of the n-th kind with what fits of these items, which are freed of those that are used up."""
         kind, found = self.kinds[n], list[tuple[int, int]]()
         room = kind.room()
+        freest, unused = room.freest, room.unused
         items[:] = [at for at in items if left[at]]
-        dear = {at for at in items if self._is_dear(at, kind)} if frugal and kind.parts else frozenset[int]()
-        self._put(room, (at for at in items if at not in dear), left, room.put, found)
-        if found and dear:
-            self._put(room, (at for at in items if at in dear), left, room.put_beside, found)
+        for at in items:
+            may = self.least_memory[at] <= freest and self.devices[at] <= unused
+            if may and (many := room.put(self.items[at], left[at])):
+                found.append((at, many))
+                freest, unused = room.freest, room.unused
         if not found:
             return None
         gpus, value = kind.gpus - room.unused, sum(self.usd[at] * many for at, many in found)
         used = sum(_memory_mib(self._asked[at], kind) * many for at, many in found)
         return Filling(kind, tuple(found), gpus, _usd(kind, gpus), used, value)
-
-    def _put(
-        self,
-        room: Room,
-        items: Iterable[int],
-        left: Sequence[int],
-        put: Callable[[Item, int], int],
-        found: list[tuple[int, int]],
-    ) -> None:
-        freest, unused = room.freest, room.unused
-        for at in items:
-            may = self.least_memory[at] <= freest and self.devices[at] <= unused
-            if may and (many := put(self.items[at], left[at])):
-                found.append((at, many))
-                freest, unused = room.freest, room.unused
-
-    def _is_dear(self, at: int, kind: Kind) -> bool:
-        return _least_usd(self.items[at], kind) > self.usd[at] * (1 + _NEAR)
 
 
 def best(known: Known) -> Draft:
@@ -207,7 +187,6 @@ def best(known: Known) -> Draft:
 
 def _draftings(known: Known) -> Iterator[_Drafting]:
     """Those that win most often first."""
-    yield _Drafting(known, dearest_first=True, frugal=True)
     for by_memory in (False, True):
         for dearest_first in (True, False):
             yield _Drafting(known, dearest_first=dearest_first, by_memory=by_memory)
@@ -224,7 +203,7 @@ class _Drafting:
     """`alone`: kinds on which everything is laid that fits there, as long as there are some.
 
     `dearest_first`: nodes are taken for that item first which has none but dear ones, so that others fill what they leave. `by_memory`: of
-    all fillings the one that leaves least memory to nobody. `frugal`: see `Known.fill`, as long as that leaves anything to take.
+    all fillings the one that leaves least memory to nobody.
     """
 
     def __init__(
@@ -234,9 +213,7 @@ class _Drafting:
         *,
         dearest_first: bool = False,
         by_memory: bool = False,
-        frugal: bool = False,
     ) -> None:
-        self._frugal = frugal
         self._known, self._items, base = known, known.items, known.base
         self._best = _BY_MEMORY if by_memory else _BY_PRICE
         self._draft = replace(base, left=base.left[:], nodes=dict(base.nodes), laid=base.laid[:])
@@ -255,9 +232,6 @@ class _Drafting:
             filling = self._next()
             if filling is not None:
                 self._draft.lay(filling)
-            elif self._frugal:  # those that it would cost less on have no nodes left
-                self._frugal = False
-                self._fillings.clear()
             elif not self._widen():
                 break
             self._draft.cut = self._known.is_over()
@@ -296,7 +270,7 @@ class _Drafting:
         known = self._fillings.get(n)
         left = self._draft.left
         if n not in self._fillings or (known is not None and any(left[at] < many for at, many in known.items)):
-            self._fillings[n] = known = self._known.fill(n, self._of_kind[n], left, frugal=self._frugal)
+            self._fillings[n] = known = self._known.fill(n, self._of_kind[n], left)
         return known
 
 

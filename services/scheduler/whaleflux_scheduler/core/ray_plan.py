@@ -3,8 +3,8 @@
 Nodes that are alike are one `Kind`. A node of a kind is filled once, largest items first, and that filling is repeated as often as the
 demand has its items, so the work grows with shapes times kinds and not with bundles: each repetition uses up one item at least. Of
 all kinds the filling is taken that costs least of what its items would cost at the least anywhere; of equal ones the one with the
-faster links where its bundles span devices, then the one that leaves less GPU memory to nobody. That is done in several ways (`ray_drafts`); the cheapest
-plan that leaves the least unmet counts.
+faster links where its bundles span devices, then the one that leaves less GPU memory to nobody. That is done once with all kinds, and once
+for each kind with everything that fits there laid on it; the cheapest plan that leaves the least unmet counts.
 """
 
 from __future__ import annotations

@@ -43,17 +43,6 @@ class Room:
             self.of_spread[item.spread] = self.of_spread.get(item.spread, 0) + placed
         return placed
 
-    def put_beside(self, item: Item, most: int) -> int:
-        """The same, on devices that something lies on already."""
-        unused = [group for group in self.devices if self._is_unused(group)]
-        self.devices = [group for group in self.devices if not self._is_unused(group)]
-        placed = self.put(item, most)
-        self.devices += unused
-        return placed
-
-    def _is_unused(self, group: Devices) -> bool:
-        return group.share == UNIT and group.memory == self.full
-
     def _put_packed(self, item: Item, most: int) -> int:
         for placed in range(most):
             before = self.devices, self.cpu, self.memory, dict(self.custom)
@@ -89,7 +78,7 @@ class Room:
         """On devices that nobody uses; they are gone for others, with all of their memory."""
         if shape.gpu % UNIT or shape.memory_per_device > self.full:
             return 0
-        at = next((n for n, left in enumerate(self.devices) if self._is_unused(left)), None)
+        at = next((n for n, left in enumerate(self.devices) if left.share == UNIT and left.memory == self.full), None)
         if at is None:
             return 0
         whole = self.devices[at]
@@ -120,7 +109,7 @@ class Room:
     @property
     def unused(self) -> int:
         """Devices that nothing lies on."""
-        return sum(group.number for group in self.devices if self._is_unused(group))
+        return sum(group.number for group in self.devices if group.share == UNIT and group.memory == self.full)
 
     @property
     def freest(self) -> int:
