@@ -43,6 +43,15 @@ HARSH = Faults(0.15, 0.15, 0.08, 0.08, 0.05, 0.05, 0.15, 0.1, 0.2, 0.1, 0.05)
 
 
 @dataclass(slots=True)
+class Asked:
+    """A call: when it came, for which lease, and when it was answered that there is no stock. Seconds of the clock; 0.0: it was not."""
+
+    at_s: float
+    lease: str
+    refused_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Real:
     """A machine as it is, whatever lists say. Seconds of the clock."""
 
@@ -68,14 +77,14 @@ class Cloud:
     joins: Callable[[Real], bool]
     lag_s: float = 30.0  # what it tells: no list lags longer
     there: dict[str, Real] = field(default_factory=dict)
-    calls: int = 0
-    refused_first_s: float = 0.0
+    asked: list[Asked] = field(default_factory=list)
     _empty_until_s: dict[str, float] = field(default_factory=dict)
     _tokens: dict[str, str] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def launch(self, request: LaunchRequest) -> str:
-        self.calls += 1
+        asked = Asked(self.clock.monotonic(), request.lease)
+        self.asked.append(asked)
         await self.clock.sleep(self.rng.uniform(0.2, 3.0))
         now_s, chance = self.clock.monotonic(), self.rng.random
         if chance() < self.faults.throttled:
@@ -83,6 +92,7 @@ class Cloud:
         offer = request.offer.name
         if now_s < self._empty_until_s.get(offer, 0.0) or chance() < self.faults.no_stock:
             self._empty_until_s.setdefault(offer, now_s + self.rng.uniform(0, 600))
+            asked.refused_s = now_s
             raise NoCapacity("insufficient capacity")
         if chance() < self.faults.lost_before:
             raise TimeoutError

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.burst_lab.cloud import NOTICE_S, Cloud, CloudKind, Faults, Real
+from benchmarks.burst_lab.cloud import NOTICE_S, Asked, Cloud, CloudKind, Faults, Real
 from whaleflux.clock import Clock
 from whaleflux.rpc.pki import CertificateAuthority
 from whaleflux.store import keys
@@ -29,9 +30,10 @@ from whaleflux_inventory.lease_records import core_lease
 from whaleflux_inventory.provider_accounts import Accounts
 from whaleflux_inventory.rented_nodes import node_of
 
-SWEEP_S = 60.0
+FOUND_S = 60.0  # within which a machine that nobody accounts for is told to end
 SETTLE_S = 900.0  # after the last end: zombies need several words
 LEASES = 3
+DOWN_S = 20.0  # at most, until another process goes on after a kill
 SAVE_S = 15.0  # at most, until the work of a node that drains has left it: the jobs' own part, drawn
 
 
@@ -122,7 +124,7 @@ class Outcome:
     """Of one seed.
 
     `leaked`: machines alive at the end; `double`: machines that joined where another of the same lease's attempt had; `late`: strays that
-    were told to end later than one sweep and a round after a list could show them; `unended`: leases that are not GONE.
+    were told to end later than FOUND_S after a list could show them; `unended`: leases that are not GONE.
     """
 
     leaked: int
@@ -214,15 +216,14 @@ class World:
             self.crashes += 1
             self.killed_s.append(self.clock.monotonic())
             self.crash_at = self.crash_at[1:]
-            await self.clock.sleep(self.rng.uniform(0.5, 20.0))
+            await self.clock.sleep(self.rng.uniform(0.5, DOWN_S))
 
     async def _work(self, leader: Leader) -> None:
         store: Any = CrashingStore(self.store, self.steps)
         cloud: Any = CrashingCloud(self.cloud, self.steps)
         accounts = Accounts({"cloud": CloudKind(cloud)}, _no_keys, self.clock)
         launching = Launching(FrontDoor("fleet:7443"), self.authority, 1800.0)
-        pace = Pace(poll_s=5.0, sweep_s=SWEEP_S)
-        await LeaseKeeper(store, self.clock, leader, accounts, self.nodes, launching, pace).run()
+        await LeaseKeeper(store, self.clock, leader, accounts, self.nodes, launching, Pace()).run()
 
     async def observe(self) -> None:
         """When each lease came into each state."""
@@ -281,7 +282,7 @@ async def _outcome(world: World) -> Outcome:
     return Outcome(
         leaked=len(world.cloud.alive()),
         double=world.double,
-        late=sum(one > SWEEP_S + 60.0 for one in found),
+        late=sum(one > FOUND_S for one in found),
         unended=sum(lease.live for lease in leases),
         machines=len(world.cloud.there),
         strays=len(strays),
@@ -299,14 +300,14 @@ def _found_s(real: Real) -> float:
 
 
 def _failovers_s(world: World) -> tuple[float, ...]:
-    """From a refusal to the call by the next offer, where nobody was killed in between."""
-    found = []
-    for seen in world.states.values():
-        for (began_s, state), (ended_s, after) in pairwise(seen):
-            again = (began_s, state) != seen[0]
-            if again and state is State.INTENT and after is State.REQUESTED and not _killed(world, began_s, ended_s):
-                found.append(ended_s - began_s)
-    return tuple(found)
+    """From a provider's word that it has no stock to the call by the next offer, where nobody was killed shortly before or in between."""
+    of_lease = defaultdict[str, list[Asked]](list)
+    for asked in world.cloud.asked:
+        of_lease[asked.lease].append(asked)
+    both = [pair for calls in of_lease.values() for pair in pairwise(calls) if pair[0].refused_s]
+    return tuple(
+        after.at_s - before.refused_s for before, after in both if not _killed(world, before.refused_s, after.at_s)
+    )
 
 
 def _notices_s(world: World) -> tuple[float, ...]:
@@ -322,4 +323,5 @@ def _notices_s(world: World) -> tuple[float, ...]:
 
 
 def _killed(world: World, began_s: float, ended_s: float) -> bool:
-    return any(began_s - 1 <= at <= ended_s + 1 for at in world.killed_s)
+    """Or so shortly before that the next process may not have been there yet."""
+    return any(began_s - DOWN_S <= at <= ended_s + 1 for at in world.killed_s)

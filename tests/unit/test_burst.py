@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whaleflux_scheduler.core import give_back
-from whaleflux_scheduler.core.burst import BurstRules, decide
+from whaleflux_scheduler.core.burst import TAKES_WITHIN_S, BurstRules, decide, ever
 from whaleflux_scheduler.core.idle_times import Idle, IdleTimes, Open
-from whaleflux_scheduler.core.offered import Offered, Rented, Waiting, billed_usd
+from whaleflux_scheduler.core.offered import Offered, Rented, Waiting, billed_usd, fits, gpus_on, machines_for
 
 HOUR = 3600.0
 SPOT = Offered("offers/spot", "H200", 8, "cloud", 16.0, 300.0, 60.0, 2, spot=True)
@@ -109,6 +109,34 @@ def test_the_dearest_of_several_idle_machines_goes_and_as_many_stay_as_are_neede
     two = [machine("leases/cheap", idle_s=50.0), machine("leases/dear", dear, idle_s=1.0)]
     times = {SPOT.kind: IdleTimes(0, (Open(NOW - 290.0), Open(NOW - 1.0)), (Idle(100.0, 100.0),) * 6)}
     assert [one.lease for one in plan([], rented=two, times=times).ends] == ["leases/dear"]
+
+
+def test_what_a_job_takes_of_a_machine_is_counted_as_that_machine_has_it():
+    part = replace(JOB, gpus=2, share_memory_bytes=40 * 10**9)
+    assert gpus_on(part, SPOT) == 2 / 3 and machines_for(part, SPOT) == 1  # three of them on 141 GB
+    assert not fits(replace(part, share_memory_bytes=200 * 10**9), SPOT)
+    twice = replace(JOB, models=frozenset({"H200"}), per_unit={"H200": 2})
+    assert gpus_on(twice, SPOT) == 16 and plan([twice]).rents[0].machines == 2
+    assert plan([replace(JOB, gpus=12)]).rents[0].machines == 2
+    assert plan([replace(JOB, gpus=4, wait_s=12 * HOUR, min_nodes=2)]).rents[0].machines == 2
+    assert not plan([replace(JOB, gpus=16, one_node=True)]).rents
+    assert not plan([replace(JOB, labels=frozenset({("room", "b")}))]).rents
+    assert plan([replace(JOB, labels=frozenset({("rented", "spot")}))]).rents
+    assert not plan([replace(JOB, nvme=True)]).rents and not plan([replace(JOB, least_capability=(10, 0))]).rents
+
+
+def test_a_machine_that_a_job_passes_by_is_neither_waited_for_nor_rented_again():
+    idle = machine(idle_s=TAKES_WITHIN_S + 1)
+    found = plan(rented=[idle], times={SPOT.kind: IdleTimes(0, (Open(NOW - 301.0),))})
+    assert [one.lease for one in found.ends] == ["leases/l"] and not found.rents
+    assert "leases/l seemed to fit it and stands idle; see what it waits for: whaleflux explain" in why(found)[0]
+
+
+def test_what_could_be_rented_at_all_is_said_whatever_is_rented_now():
+    late = replace(JOB, gpus=16, waited_s=0.0)
+    rent = ever(late, [replace(SPOT, trust=0.0)], RULES)
+    assert rent.machines == 2 and rent.offers == ("offers/spot",)
+    assert "`max`" in ever(replace(JOB, gpus=24), [SPOT], RULES)
 
 
 def test_budgets_of_queue_site_and_all_bound_what_is_rented():

@@ -127,6 +127,96 @@ async def test_a_machine_that_joined_and_takes_no_work_is_not_waited_for():
         await until(lambda: len(world.leases) == 2, "another one is rented", 600.0)
 
 
+class Small(Full):
+    """One node of four GPUs, and offers of two more."""
+
+    def __init__(self, mode, **rules):
+        super().__init__(mode, **rules)
+        self.inventory.complete = True
+
+    async def fill(self):
+        await self.add(node("s/a"))
+        await until(lambda: self.node_view.complete, "inventory has told")
+        return self
+
+    async def large(self, gpus=8, **more):
+        return await self.create(gpus, expected=duration_pb2.Duration(seconds=HOUR_S), **more)
+
+
+async def test_a_job_that_the_fleet_could_never_hold_is_taken_where_an_offer_could_and_rented_for():
+    async with Small("on") as world:
+        await world.fill()
+        said = "it waits for 2 machines by offers/o, about 8.13 USD, rented by the scheduler"
+        assert said in (await world.large(dry=True)).decision.reasons[0]
+        assert said in (await world.large(job_id="large")).decision.reasons[0]
+        await until(lambda: len(world.leases) == 2, "two machines are rented")
+
+
+async def test_a_job_that_could_be_rented_for_waits_for_operators_where_only_plans_are_made():
+    async with Small("plan") as world:
+        await world.fill()
+        made = await world.large(job_id="large")
+        assert "operators do: whaleflux leases add o" in made.decision.reasons[0]
+        await asyncio.sleep(60)
+        assert [one.machines for one in (await world.plan()).rents] == [2] and not world.leases
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rules", "why"),
+    [
+        (12, {}, r"has 2 machine\(s\) left of its `max`, and 3 are needed"),
+        (
+            8,
+            {"budgets_usd": {"queues/default": 5.0}},
+            r"queues/default \(burst_budgets\) has 5.00 USD left today, and 8.13",
+        ),
+        (8, {"usd_per_gpu_hour": 0.001}, r"worth 0.19 USD \(burst_usd_per_gpu_hour\)"),
+    ],
+)
+async def test_the_limit_that_forbids_renting_is_named_at_submission_and_nothing_is_stored(gpus, rules, why):
+    async with Small("on", **rules) as world:
+        await world.fill()
+        before = (await world.store.list("")).revision
+        with pytest.raises(FailedPrecondition, match=rf"could never run: .*{why}"):
+            await world.large(gpus)
+        assert (await world.store.list("")).revision == before
+
+
+async def test_nobody_is_taken_whom_a_limit_of_the_queue_or_a_fleet_that_rents_nothing_keeps_from_starting():
+    async with Small("off") as world:
+        await world.fill()
+        with pytest.raises(FailedPrecondition, match="could never run"):
+            await world.large()
+    async with Small("on") as world:
+        await world.fill()
+        await world.scheduler.CreateQueue(pb.CreateQueueRequest(queue_id="tiny", queue=pb.Queue(max_gpus=4)), None)
+        with pytest.raises(FailedPrecondition, match="could never run"):
+            await world.large(queue="tiny")
+
+
+async def test_what_waits_to_serve_is_reckoned_with_a_day():
+    async with Full() as world:
+        await world.fill()
+        await world.scheduler.CancelJob(pb.CancelJobRequest(name=world.waiting), None)
+        name = await world.submit(4, job_id="replica", kind=pb.JOB_KIND_SERVICE)
+        await asyncio.sleep(60)
+        (waits,) = (await world.plan()).waits
+        assert waits.job == name and "renting costs 96." in waits.why  # until the node is free it waits for eight hours
+
+
+async def test_jobs_that_take_parts_of_gpus_are_rented_for_together():
+    async with Full("on") as world:
+        await world.fill()
+        await world.scheduler.CancelJob(pb.CancelJobRequest(name=world.waiting), None)
+        lasts = duration_pb2.Duration(seconds=HOUR_S)
+        gpu = pb.GpuRequirement(share_memory_bytes=20 * 10**9)
+        for number in range(4):
+            await world.submit(1, job_id=f"part-{number}", expected=lasts, gpu=gpu)
+        await until(lambda: world.leases, "a machine is rented")
+        await asyncio.sleep(120)
+        assert len(world.leases) == 1
+
+
 async def test_what_cannot_be_read_is_not_taken_for_nothing_rented():
     async with Full("on") as world:
         world.inventory.unreadable.append("leases/newer")

@@ -291,3 +291,20 @@ def test_a_round_reads_nothing_of_what_is_over():
         assert world.store.read == read
 
     kept(test)
+
+
+def test_a_node_that_joins_in_the_moment_in_which_its_lease_ends_is_retired(monkeypatch):
+    async def test(world, keeper):
+        await keeper.round()
+        retire, node = world.nodes.retire, (await world.lease("north")).node
+
+        async def retired(name, why):
+            there = name in world.nodes.there
+            world.nodes.there.add(name)  # just after the first look
+            await retire(name, why) if there else None
+
+        monkeypatch.setattr(world.nodes, "retire", retired)
+        await _over(world, keeper, "north")
+        assert not await world.nodes.joined(node)
+
+    kept(test)

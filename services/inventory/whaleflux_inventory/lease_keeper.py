@@ -361,6 +361,7 @@ class LeaseKeeper:
         record_writes = lease_book.put_away(one.entry, value) if ends else [Put(one.entry.key, value)]
         revision = await self._commit([*record_writes, *writes], [Unchanged(one.entry), *when])
         if ends:
+            await self._nodes.retire(record.node, f"{one.lease.name} is over")  # it may have joined in that moment
             return _known(Entry(record_writes[-1].key, value, revision, revision))
         return _known(Entry(one.entry.key, value, revision, one.entry.created, one.entry.version + 1))
 

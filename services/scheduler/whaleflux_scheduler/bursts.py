@@ -25,6 +25,7 @@ from whaleflux_scheduler import convert
 from whaleflux_scheduler.core import burst, give_back
 from whaleflux_scheduler.core.burst import BurstPlan, BurstRules, Rent
 from whaleflux_scheduler.core.give_back import End
+from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.offered import Offered, Rented
 from whaleflux_scheduler.idle_memory import IdleMemory, Times
 from whaleflux_scheduler.news_beside import NewsBeside
@@ -73,6 +74,32 @@ class Bursts:
             raise FailedPrecondition("this scheduler knows no inventory, which has the offers")
         plan, _, _ = await self._look(self._inventory)
         return self._message(plan)
+
+    async def admits(self, job: Job, short: FailedPrecondition) -> str:
+        """What is rented, or could be, for a job that the fleet's own nodes can never hold, in words. Raises `short`, or it with what limits that."""
+        if self._inventory is None or self._mode == "off":
+            raise short
+        try:
+            offers = await _all(self._inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
+            now = self._clock.now()
+            waiting = await self._planner.ask(lambda planner: planner.would_wait(job, now))
+        except StatusError as error:
+            log.info("nobody knows now what could be rented for %s: %s", job.name, error)
+            raise short from None
+        if waiting is None or not offers:
+            raise short
+        found = burst.ever(waiting, [_offered(one, ()) for one in offers], self._rules)
+        if isinstance(found, str):
+            said = f"{short}; nor is a machine rented for it: {found}"
+            raise FailedPrecondition(said, reason=short.reason, metadata=short.metadata)
+        return self._admitted(found)
+
+    def _admitted(self, rent: Rent) -> str:
+        machines = f"{rent.machines} machine{'s' * (rent.machines != 1)} by {rent.offers[0]}, about {rent.usd:.2f} USD"
+        if self._mode == "on":
+            return f"no node of the fleet's own could hold it: it waits for {machines}, rented by the scheduler"
+        by_hand = f"whaleflux leases add {names.last(rent.offers[0])}"
+        return f"no node of the fleet's own could hold it, and {machines}, could: none is rented by itself (burst: plan); operators do: {by_hand}"
 
     async def run(self) -> None:
         """For ever: what is worth it is told, or done; what was rented is given back, also by who rents no more."""

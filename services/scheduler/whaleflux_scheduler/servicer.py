@@ -10,7 +10,7 @@ from google.protobuf import empty_pb2
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -30,7 +30,7 @@ from whaleflux_scheduler.job_history import JobHistory
 from whaleflux_scheduler.job_verbs import RACES, JobVerbs, contended
 from whaleflux_scheduler.job_view import present_stored
 from whaleflux_scheduler.jobs import Jobs, check_deletable, deletion, job_key
-from whaleflux_scheduler.leader_session import LeaderSession
+from whaleflux_scheduler.leader_session import LeaderSession, Leading
 from whaleflux_scheduler.queues import Queues, queue_message
 from whaleflux_scheduler.ray_book import RayBook
 from whaleflux_scheduler.ray_plans import RayPlans
@@ -113,20 +113,23 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def CreateJob(self, request: pb.CreateJobRequest, context: _Context | None) -> pb.Job:
         job = await self._submissions.draft(request)
         leading = await self._leader.leading() if request.validate_only else self._leader.current
+        rented = ""
         if (
             leading is not None and not request.wait_for_capacity
         ):  # a follower does not know the fleet: what it takes waits
-            await leading.view.check_capacity(names.top(request.parent), spec_of(job.spec))
+            rented = await _held_or_rented(leading, job)
         if request.validate_only and leading is not None:
             decision = await leading.view.dry_run(convert.job_of(job))
             job.decision.CopyFrom(
                 job_privacy.shown_decision(convert.decision_message(decision), self._access.sight(), job.name)
             )
+            _say(job, rented)
             return job
         if job.spec.code:
             await self._code.hold(job.spec.code)
         stored, revision = await self._submissions.store(job, named=bool(request.job_id), replaces=request.replaces)
         self._jobs.wrote(revision)
+        _say(stored, rented)
         return stored
 
     async def GetCode(self, request: pb.GetCodeRequest, context: _Context | None) -> pb.Code:
@@ -348,3 +351,18 @@ class Scheduler(rpc.SchedulerServiceServicer):
         shown = leading.view.present(stored) if leading is not None else present_stored(stored, self._clock)
         shown.etag = etag_of(stored.entry)
         return job_privacy.shown(shown, sight, stored.value.queue)
+
+
+async def _held_or_rented(leading: Leading, job: pb.Job) -> str:
+    """What is rented for a job that the fleet's own nodes could never hold, in words; "" of one that they could. Raises FailedPrecondition."""
+    try:
+        await leading.view.check_capacity(names.top(job.name), spec_of(job.spec))
+    except FailedPrecondition as short:
+        return await leading.bursts.admits(convert.job_of(job), short)
+    return ""
+
+
+def _say(job: pb.Job, what: str) -> None:
+    """In the answer; the record has what the planner says."""
+    if what:
+        job.decision.reasons.insert(0, what)

@@ -10,6 +10,7 @@ When machines are given back says `give_back`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,11 +19,22 @@ from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import give_back
 from whaleflux_scheduler.core.give_back import End
 from whaleflux_scheduler.core.idle_times import IdleTimes
-from whaleflux_scheduler.core.offered import HOUR_S, Kind, Offered, Rented, Waiting, billed_usd, fits
+from whaleflux_scheduler.core.offered import (
+    HOUR_S,
+    Kind,
+    Offered,
+    Rented,
+    Waiting,
+    billed_usd,
+    fits,
+    gpus_on,
+    machines_for,
+)
 
 TRUSTED = 0.5  # offers that refused a machine lately are left alone until they are believed again
 MOST_MACHINES = 64  # rented in one look
 MOST_OFFERS = 8  # that a lease names
+TAKES_WITHIN_S = 300.0  # an idle machine has the job by then that it fits
 ENDS_WITHIN_S = 10.0  # from the wish to give a machine back until its provider is told
 FLEET = ""  # the budget of everything together
 
@@ -95,44 +107,65 @@ def decide(
     return BurstPlan(tuple(look.rents), ends, tuple(look.waits), left)
 
 
+def ever(job: Waiting, offers: Sequence[Offered], rules: BurstRules) -> Rent | str:
+    """What would be rented for a job that the fleet's own nodes can never hold, if nothing else were rented; or the limit that forbids it.
+
+    `offers` with all the machines that they have.
+    """
+    patient = replace(job, wait_s=None, waited_s=math.inf)
+    look = _Look([patient], [replace(one, trust=1.0) for one in offers], _Spare(()), dict(rules.budgets_usd), rules)
+    look.take()
+    return look.rents[0] if look.rents else look.waits[0].why
+
+
 class _Spare:
     """GPUs of machines that come, or are idle, as they are given to who waits."""
 
     def __init__(self, rented: Sequence[Rented]) -> None:
         there = (one for one in rented if not one.ending and (one.coming or one.is_idle))
-        self._free = {one.lease: (one.offer, one.offer.gpus) for one in there}
+        self._free = {one.lease: (one.offer, float(one.offer.gpus)) for one in there if not _takes_nothing(one)}
+        self._idle = [one for one in rented if not one.ending and _takes_nothing(one)]
         self._taken: set[str] = set()
 
     def is_taken(self, lease: str) -> bool:
         return lease in self._taken
 
+    def passed_by(self, job: Waiting) -> str:
+        """A machine on which it could be, and is not, for a reason that is not known here; "": there is none."""
+        return next(
+            (one.lease for one in self._idle if fits(job, one.offer) and gpus_on(job, one.offer) <= one.offer.gpus), ""
+        )
+
     def give(self, job: Waiting) -> bool:
         """Whether the job fits on what comes anyway, which is its own from now on."""
-        fitting = [lease for lease, (offer, free) in self._free.items() if free and fits(job, offer)]
-        fitting.sort(key=lambda lease: (self._free[lease][1] < job.gpus, self._free[lease][1], lease))
-        one = [lease for lease in fitting if self._free[lease][1] >= job.gpus][:1]
-        chosen = one or ([] if job.one_node else _enough(fitting, self._free, job.gpus))
-        wanted = job.gpus
+        left = {lease: free for lease, (offer, free) in self._free.items() if free > 0 and fits(job, offer)}
+        wanted = {lease: gpus_on(job, self._free[lease][0]) for lease in left}
+        enough = [lease for lease in left if job.min_nodes <= 1 and left[lease] >= wanted[lease]]
+        one = [min(enough, key=lambda lease: (left[lease], lease))] if enough else []
+        chosen = one or ([] if job.one_node else self._together(left, wanted, job.min_nodes))
+        rest = wanted[chosen[0]] if chosen else 0.0
         for lease in chosen:
             offer, free = self._free[lease]
-            taken = min(free, wanted)
-            wanted -= taken
+            taken = min(free, rest)
+            rest -= taken
             self._free[lease] = offer, free - taken
             self._taken.add(lease)
         return bool(chosen)
 
+    def _together(self, left: Mapping[str, float], wanted: Mapping[str, float], min_nodes: int) -> list[str]:
+        """Machines of one kind that have enough GPUs together."""
+        alike = defaultdict[Kind, list[str]](list)
+        for lease in sorted(left, key=lambda lease: (-left[lease], lease)):
+            found = alike[self._free[lease][0].kind]
+            found.append(lease)
+            if sum(left[one] for one in found) >= wanted[lease] and len(found) >= min_nodes:
+                return found
+        return []
 
-def _enough(leases: Sequence[str], free: Mapping[str, tuple[Offered, int]], gpus: int) -> list[str]:
-    """Machines of one site that have so many GPUs together."""
-    for site in dict.fromkeys(free[lease][0].site for lease in leases):
-        found, count = list[str](), 0
-        for lease in leases:
-            if free[lease][0].site == site and count < gpus:
-                found.append(lease)
-                count += free[lease][1]
-        if count >= gpus:
-            return found
-    return []
+
+def _takes_nothing(one: Rented) -> bool:
+    """Idle for longer than any start takes, while jobs wait that it seemed to fit: it is not for them, and nobody waits for it."""
+    return one.is_idle and (one.idle_s or 0.0) > TAKES_WITHIN_S
 
 
 @dataclass
@@ -154,6 +187,12 @@ class _Look:
                 continue
             if self.spare.give(job):
                 self.waits.append(Wait(job.name, "a rented machine that comes, or is idle, has room for it"))
+                continue
+            if lease := self.spare.passed_by(job):
+                asks = f"whaleflux explain {job.name}"
+                self.waits.append(
+                    Wait(job.name, f"{lease} seemed to fit it and stands idle; see what it waits for: {asks}")
+                )
                 continue
             beside = [other for other in self.waiting[at + 1 :] if other.name not in served]
             found = self._for(job, beside)
@@ -191,21 +230,23 @@ class _Look:
         self, job: Waiting, offer: Offered, beside: Sequence[Waiting]
     ) -> tuple[int, float, float, str, set[str]] | str:
         """Machines, their cost, what they are worth, why, and who is served; or why this offer is not taken."""
-        machines = math.ceil(job.gpus / offer.gpus)
+        machines = machines_for(job, offer)
         if offer.trust < TRUSTED:
             return f"{offer.name} had no machine a moment ago"
-        if machines > offer.left or (machines > 1 and job.one_node):
-            return f"{offer.name} has {offer.left} machine(s) left, and {machines} are needed"
-        group = [job, *_companions(job, beside, offer, machines * offer.gpus - job.gpus)]
+        if machines > offer.left:
+            return f"{offer.name} has {offer.left} machine(s) left of its `max`, and {machines} are needed"
+        group = [job, *_companions(beside, offer, machines * offer.gpus - gpus_on(job, offer))]
         run_s = max(one.run_s for one in group)
         usd = machines * billed_usd(offer, offer.boot_s + run_s)
         worth_usd = sum(self._worth_usd(one, offer) for one in group)
         deadline = _saves_deadline(job, offer, self._wait_s(job))
         if not deadline and worth_usd <= usd:
-            return f"renting costs {usd:.2f} USD by {offer.name}, and the waiting that it saves is worth {worth_usd:.2f} USD"
+            worth = f"the waiting that it saves is worth {worth_usd:.2f} USD (burst_usd_per_gpu_hour)"
+            return f"renting costs {usd:.2f} USD by {offer.name}, and {worth}"
         for scope, left in zip(self._scopes(job, offer), self._budgets(job, offer), strict=True):
             if usd > left:
-                return f"the budget of {scope or 'all renting'} has {max(0.0, left):.2f} USD left today, and {usd:.2f} are needed"
+                has = f"the budget of {scope or 'all renting'} (burst_budgets) has {max(0.0, left):.2f} USD left today"
+                return f"{has}, and {usd:.2f} are needed"
         why = (
             f"its deadline would be missed otherwise; {usd:.2f} USD"
             if deadline
@@ -222,7 +263,7 @@ class _Look:
 
     def _worth_usd(self, job: Waiting, offer: Offered) -> float:
         saved_s = max(0.0, self._wait_s(job) - offer.boot_s)
-        return saved_s / HOUR_S * job.gpus * self.rules.usd_per_gpu_hour
+        return saved_s / HOUR_S * gpus_on(job, offer) * self.rules.usd_per_gpu_hour
 
     def _wait_s(self, job: Waiting) -> float:
         return self.rules.unknown_wait_s if job.wait_s is None else min(job.wait_s, self.rules.unknown_wait_s)
@@ -239,13 +280,13 @@ class _Look:
         self.offers = [replace(one, left=one.left - machines) if one.name == offer.name else one for one in self.offers]
 
 
-def _companions(job: Waiting, beside: Sequence[Waiting], offer: Offered, free: int) -> list[Waiting]:
-    """Others that fit on what the job leaves of its machines."""
+def _companions(beside: Sequence[Waiting], offer: Offered, free: float) -> list[Waiting]:
+    """Others that fit on what a job leaves of its machines."""
     found = []
     for other in beside:
-        if 0 < other.gpus <= free and fits(other, offer):
+        if other.min_nodes <= 1 and gpus_on(other, offer) <= free + 1e-9 and fits(other, offer):
             found.append(other)
-            free -= other.gpus
+            free -= gpus_on(other, offer)
     return found
 
 

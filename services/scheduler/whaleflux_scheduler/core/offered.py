@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from whaleflux import names
+from whaleflux.fleet.gpu_types import GPU_TYPES
+
 HOUR_S = 3600.0
+_TYPES = {one.name: one for one in GPU_TYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +19,9 @@ class Waiting:
     """A job that waits for GPUs: what it takes, and when it would start here.
 
     `wait_s`: seconds from now; None: nobody knows of an end that would let it start. `run_s`: how long it runs then, likely. `late_s`: seconds from
-    now until its deadline; None: it has none. `models`: GPU types that will do; none: any. `sites`: ids; none: any.
+    now until its deadline; None: it has none. `models`: GPU types that will do; none: any. `sites`: ids; none: any. `per_unit`: GPUs for each of
+    `gpus`, by type, where it is not one. `share_memory_bytes`: it takes so much of each of `gpus` GPUs and leaves the rest to others.
+    `labels`, `nvme`: of the nodes that it takes.
     """
 
     name: str
@@ -30,6 +36,12 @@ class Waiting:
     least_memory_bytes: int = 0
     no_spot: bool = False
     one_node: bool = False
+    min_nodes: int = 0
+    per_unit: Mapping[str, int] = field(default_factory=dict)
+    share_memory_bytes: int = 0
+    least_capability: tuple[int, int] = (0, 0)
+    labels: frozenset[tuple[str, str]] = frozenset()
+    nvme: bool = False
 
 
 class Kind(NamedTuple):
@@ -110,12 +122,36 @@ def billed_usd(offer: Offered, used_s: float) -> float:
     return units * offer.billing_unit_s / HOUR_S * offer.usd_per_hour
 
 
+def gpus_on(job: Waiting, offer: Offered) -> float:
+    """GPUs of the offer's machines that it takes; of one that takes parts, the part of a machine that nobody else can have. inf: it cannot."""
+    if not job.share_memory_bytes:
+        return job.gpus * job.per_unit.get(offer.gpu_type, 1)
+    beside = _memory_bytes(offer) // job.share_memory_bytes  # such parts of one GPU
+    return job.gpus / beside if beside else math.inf
+
+
+def machines_for(job: Waiting, offer: Offered) -> int:
+    """Machines that it needs; ranks that take parts are each on a GPU of their own."""
+    return max(math.ceil(max(gpus_on(job, offer), job.gpus) / offer.gpus - 1e-9), job.min_nodes, 1)
+
+
 def fits(job: Waiting, offer: Offered) -> bool:
     """Whether the job's GPUs could be of that offer's machines."""
+    known, memory = _TYPES.get(offer.gpu_type), _memory_bytes(offer)
     return (
         (not job.models or offer.gpu_type in job.models)
         and (not job.sites or offer.site in job.sites)
         and not (job.no_spot and offer.spot)
-        and (not offer.gpu_memory_bytes or offer.gpu_memory_bytes >= job.least_memory_bytes)
-        and (job.gpus <= offer.gpus or job.gpus % offer.gpus == 0)
+        and (not memory or memory >= job.least_memory_bytes)
+        and (known is None or known.compute_capability >= job.least_capability)
+        and job.labels <= {("rented", names.last(offer.name))}
+        and not job.nvme  # nobody knows what disks it will have
+        and gpus_on(job, offer) < math.inf
+        and not (job.one_node and machines_for(job, offer) > 1)
     )
+
+
+def _memory_bytes(offer: Offered) -> int:
+    """Of one of its GPUs; 0: nobody knows."""
+    known = _TYPES.get(offer.gpu_type)
+    return offer.gpu_memory_bytes or (known.memory_bytes if known else 0)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from datetime import datetime
 
 from whaleflux import names
-from whaleflux.fleet.model import Node
-from whaleflux.manifests.job_fields import Spec
+from whaleflux.fleet.model import Level, Node
+from whaleflux.manifests.job_fields import Rule, Spec
 from whaleflux_scheduler.core import (
     after_failure,
     budgets,
@@ -55,6 +55,7 @@ from whaleflux_scheduler.core.under_limit import room_under_limit
 
 MOST_LINES, MOST_BEFORE = 2_000, 1_000  # lines of jobs that wait, and jobs, that are looked at for one answer
 MOST_BURST = 100  # jobs that are looked at to be rented for
+SERVES_S = 86_400.0  # of a service: what renting for it is reckoned with
 HIGHEST_PRIORITY = 1_000
 
 
@@ -250,10 +251,17 @@ class Questions:
         )
 
     def _could_burst(self, job: Job) -> bool:
-        """Whether more GPUs would let it start: no limit keeps it back, and it wants whole ones of its own."""
-        spec = job.spec
-        parts = spec.share_memory_bytes or spec.mig_profile or spec.mig_memory_bytes
-        return bool(spec.gpus) and not parts and not spec.reservation and not self._kept_back(job)
+        """Whether more GPUs would let it start: no limit keeps it back."""
+        return self._is_rented_for(job.spec) and not self._kept_back(job)
+
+    def _is_rented_for(self, spec: Spec) -> bool:
+        """No machine is rented with MIG instances, and what is reserved is there."""
+        return bool(spec.gpus) and not spec.mig_profile and not spec.mig_memory_bytes and not spec.reservation
+
+    def would_wait(self, job: Job, now: datetime) -> Waiting | None:
+        """What renting would be asked of a job that is not there yet; None: nothing is rented for such jobs."""
+        limited = self._over_queue(job.queue, elastic.at_least(job.spec).gpus)
+        return self._waits(job, now) if not limited and self._is_rented_for(job.spec) else None
 
     def _waits(self, job: Job, now: datetime) -> Waiting:
         """How long, as far as that is known, and what it needs."""
@@ -265,15 +273,27 @@ class Questions:
             queue=job.queue,
             gpus=spec.gpus,
             wait_s=None if start is None else max(0.0, (start - now).total_seconds()),
-            run_s=max(60.0, self._estimates.of(job, job.run_s).likely_s - job.run_s),
+            run_s=self._runs_s(job),
             waited_s=(now - (job.state_time or job.create_time)).total_seconds(),
             late_s=None if spec.deadline is None else (spec.deadline - now).total_seconds(),
             models=frozenset(choice.model for choice in spec.gpu_choices),
             sites=frozenset(map(names.last, spec.sites)),
             least_memory_bytes=spec.min_memory_bytes,
             no_spot=spec.no_spot,
-            one_node=spec.max_nodes == 1,
+            one_node=spec.max_nodes == 1 or any(_within_node(rule, spec.gpus) for rule in spec.placement),
+            min_nodes=spec.min_nodes,
+            per_unit={choice.model: choice.per_unit for choice in spec.gpu_choices if choice.per_unit > 1},
+            share_memory_bytes=spec.share_memory_bytes,
+            least_capability=divmod(spec.min_compute_capability, 10),
+            labels=frozenset(spec.node_labels),
+            nvme=spec.needs_nvme,
         )
+
+    def _runs_s(self, job: Job) -> float:
+        """For how long it will run, likely; a service, which ends when somebody says so, for a day."""
+        if job.spec.is_service and job.spec.time_limit_s is None:
+            return SERVES_S
+        return max(60.0, self._estimates.of(job, job.run_s).likely_s - job.run_s)
 
     def _full(self, limit: QueueLimit, job: Job, now: datetime) -> SchedulingDecision:
         """Its queue may not take it now; unless others are on their way out for it."""
@@ -445,3 +465,8 @@ class Questions:
             if gpus and free + found >= request.units:
                 return priority + 1 if job.spec.priority <= priority < HIGHEST_PRIORITY else None
         return None
+
+
+def _within_node(rule: Rule, gpus: int) -> bool:
+    """Whether all ranks have to be on one node."""
+    return not rule.preferred and rule.size in (0, gpus) and rule.level >= Level.NODE
