@@ -17,11 +17,12 @@ class Inventory:
         self.uris = {"datasets/c4": str(uri), **{f"datasets/{name}": str(uri) for name, uri in others.items()}}
         self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
         self.members, self.pins = [], []
+        self.away_for = set()  # datasets of which nothing is said
         self.rights = {}  # owner and members by dataset, where they are not those of all
         self.tells_pins, self.makers, self.now = True, {}, datetime(2026, 1, 1, tzinfo=UTC)
 
     def _dataset(self, name):
-        if self.away:
+        if self.away or name in self.away_for:
             raise Unavailable("nobody answers")
         if name not in self.uris:
             raise NotFound("dataset", name)

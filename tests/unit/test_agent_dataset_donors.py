@@ -118,6 +118,14 @@ async def test_whoever_may_not_read_a_copy_gets_nothing_of_it(tmp_path, versions
     assert (await world.fetched(NEW) < CHUNK_BYTES * CHUNKS) == gives
 
 
+async def test_what_nobody_can_say_of_a_copy_now_is_no_right_to_it(tmp_path, versions):
+    world = World(tmp_path, *versions)
+    await world.fetched(OLD)
+    world.declare(NEW)
+    world.inventory.away_for = {OLD}
+    assert await world.fetched(NEW) == CHUNK_BYTES * CHUNKS + len(b"more")
+
+
 async def test_a_copy_of_an_earlier_dataset_of_the_name_has_not_the_rights_of_the_later_one(tmp_path, versions):
     world = World(tmp_path, *versions)
     world.inventory.rights = {OLD: ("user/ann", ["groups/a"])}

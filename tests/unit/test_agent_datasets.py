@@ -364,6 +364,10 @@ async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_p
     assert await restarted.home_of(folder) == str(many), "so that a container has what links lead to"
     with pytest.raises(LaunchFailed, match="do not fit"):
         await restarted.fetch("datasets/c4", work(require_local_data=True))
+    for home in (tmp_path / "cache" / ".homes").iterdir():
+        home.unlink()  # as an agent left it that knew of no containers
+    assert await restarted.fetch("datasets/c4", work(image="pytorch")) == folder
+    assert await restarted.home_of(folder) == str(many)
     (many / "0" / "0.bin").write_bytes(b"another version")
     assert await restarted.fetch("datasets/c4", work()) in (
         str(many),

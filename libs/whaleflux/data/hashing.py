@@ -21,7 +21,7 @@ def hashed(source: Source, read: Callable[[int], None] = lambda _: None) -> Mani
     made, stop = draft((one.path, one.size_bytes) for one in found), threading.Event()
 
     def digests(run: list[Chunk]) -> list[bytes]:
-        return list(_digests(source, found[run[0].file], run, read, stop))
+        return [] if stop.is_set() else list(_digests(source, found[run[0].file], run, read, stop))
 
     with ThreadPoolExecutor(LANES) as pool:
         try:

@@ -7,11 +7,12 @@ read its own. What it gives is compared like what any source gives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from whaleflux.data.manifest import Manifest
-from whaleflux.errors import StatusError
+from whaleflux.errors import NotFound, StatusError
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.dataset_store import Copy
 
@@ -63,18 +64,19 @@ async def given(
     digests = frozenset(digest for file in wanted.files for digest in file.chunks)
     having = [(copy, found) for copy in copies if not copy.part and (found := shared(copy, digests))]
     places, donors, cost = dict[bytes, Place](), set[str](), 0.0
-    for copy, found in sorted(having, key=lambda one: -len(one[1]))[:MAX_ASKED]:
-        if not found.keys() <= places.keys() and await _gives(copy, to, stub):
-            places = {**found, **places}
-            donors.add(copy.dataset)
-            cost = max(cost, copy.cost)
+    with suppress(StatusError):  # who does not answer would have each of them waited for
+        for copy, found in sorted(having, key=lambda one: -len(one[1]))[:MAX_ASKED]:
+            if not found.keys() <= places.keys() and await _gives(copy, to, stub):
+                places = {**found, **places}
+                donors.add(copy.dataset)
+                cost = max(cost, copy.cost)
     return Given(places, frozenset(donors), cost)
 
 
 async def _gives(copy: Copy, to: inventory_pb2.Dataset, stub: inventory_pb2_grpc.InventoryServiceStub) -> bool:
-    """Whether it is of the dataset that has its name now, and that one's readers allow it."""
+    """Whether it is of the dataset that has its name now, and that one's readers allow it. Raises StatusError."""
     try:
         donor = await stub.GetDataset(inventory_pb2.GetDatasetRequest(name=copy.dataset), timeout=_CALL_S)
-    except StatusError:
+    except NotFound:
         return False
     return donor.manifest_digest == copy.manifest.digest and may_give(donor, to)

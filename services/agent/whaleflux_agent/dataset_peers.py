@@ -129,7 +129,7 @@ class Swarm:
 
     async def _close_others(self) -> None:
         """Channels to peers that are none any more; what still comes from them is taken elsewhere."""
-        gone = [key for key in self._channels if self._addresses.get(key[0]) != key[1]]
+        gone = [key for key in list(self._channels) if self._addresses.get(key[0]) != key[1]]
         for channel in [self._channels.pop(key) for key in gone]:
             await channel.close()
 

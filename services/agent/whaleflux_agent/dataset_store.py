@@ -129,9 +129,10 @@ class DatasetStore:
         return copy if copy and copy.manifest.digest == digest else None
 
     def part(self, key: str) -> Copy | None:
-        """A part that is as it was left; one that somebody wrote to is taken out. Raises OSError."""
+        """A part that is as it was left; one that somebody wrote to, or whose rest nobody knows, is taken out. Raises OSError."""
         copy = self._copies.get(key)
-        if copy and not dataset_files.unchanged(copy.folder, copy.manifest):
+        there = copy and (self.root / ".homes" / key).exists() and dataset_files.unchanged(copy.folder, copy.manifest)
+        if copy and not there:
             self.remove(copy)
             return None
         return copy
@@ -259,7 +260,7 @@ class DatasetStore:
         return self._copies[key]
 
     def home_of(self, copy: Copy) -> str:
-        """Where the rest of a part is; "" of a whole copy."""
+        """Where the rest of a part is; "" of a whole copy. Raises OSError."""
         return (self.root / ".homes" / copy.folder.name).read_text() if copy.part else ""
 
     def remove(self, copy: Copy) -> None:

@@ -147,10 +147,13 @@ class DatasetCache:
             await self._reports.say(dataset, READY)
 
     async def home_of(self, path: str) -> str:
-        """Where the rest is of what `fetch` gave, where that is a part of a dataset; else ""."""
+        """Where the rest is of what `fetch` gave, where that is a part of a dataset; else "". Raises LaunchFailed."""
         copies: list[Copy] = await self._room.do(self._store.copies)
         part = next((copy for copy in copies if copy.part and str(copy.folder) == path), None)
-        return await self._room.do(self._store.home_of, part) if part else ""
+        try:
+            return await self._room.do(self._store.home_of, part) if part else ""
+        except OSError as error:
+            raise LaunchFailed(f"where the rest of {path} is cannot be read: {error}") from None
 
     def _fetch_once(self, dataset: str, work: Work | None, tell: Tell | None) -> Fetch:
         """One fetch of a dataset at a time: it goes on when the task that asked for it has gone, others may wait for it."""
