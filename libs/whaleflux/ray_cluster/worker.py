@@ -133,7 +133,7 @@ class Worker:
 
     def run(self) -> int:
         """Until it has left. A node that did not come up is begun anew: Ray waits half a minute for it, whatever the host has to do."""
-        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGTERM, self.stop)
         folder = short_folder()
         try:
             return self._try(folder, time.monotonic() + JOIN_S)
@@ -145,7 +145,7 @@ class Worker:
         for _ in range(TRIES):
             ray = subprocess.Popen(command(self._asked, folder), env=self._environment(), start_new_session=True)
             try:
-                code = self._watch(ray, join_until)
+                code = self.watch(ray, Node(self._asked.address, self._instance), join_until)
             finally:
                 end(ray)
             if self._told.is_set() or self._joined or time.monotonic() > join_until:
@@ -159,11 +159,12 @@ class Worker:
             found.pop("CUDA_VISIBLE_DEVICES", None)
         return found
 
-    def _stop(self, *_: object) -> None:
+    def stop(self, *_: object) -> None:
+        """It has to go."""
         self._told.set()
 
-    def _watch(self, ray: "subprocess.Popen[bytes]", join_until: float) -> int:
-        node = Node(self._asked.address, self._instance)
+    def watch(self, ray: Any, node: Any, join_until: float) -> int:
+        """Until the node has left, or `ray start` has ended; the exit code."""
         while ray.poll() is None:
             state = node.state()
             self._joined |= state is not None and state.status != DEAD_STATUS
@@ -185,7 +186,7 @@ class Worker:
             return JOINS_NOT
         return ray.returncode or 0
 
-    def _leave(self, ray: "subprocess.Popen[bytes]", node: Node, within_s: float) -> None:
+    def _leave(self, ray: Any, node: Any, within_s: float) -> None:
         """Waits for the raylet, which ends itself once it is drained and nothing runs; `ray start` may stay for a while after it."""
         until = time.monotonic() + within_s
         while ray.poll() is None and (state := node.state()) is not None and state.status != DEAD_STATUS:
