@@ -53,6 +53,15 @@ class Found:
     def scale_downs(self) -> int:
         return self.left["idle"] + self.left["told to go"]
 
+    @property
+    def not_joined(self) -> int:
+        """Workers whose node never came up: Ray gives up on it after half a minute on a busy host."""
+        return self.left[f"exit {worker.JOINS_NOT}"]
+
+    @property
+    def otherwise(self) -> int:
+        return self.left.total() - self.scale_downs - self.not_joined
+
 
 def measure(options: Options) -> Report:
     real_wanted = 0 if not options.extra.ray_python.exists() else QUICK_REAL if options.quick else options.extra.real
@@ -70,7 +79,7 @@ def measure(options: Options) -> Report:
             better="higher",
         ),
         Target("tasks_that_failed", sum(one.failed.total() for one in both), 0, "tasks"),
-        Target("workers_that_ended_otherwise", sum(one.left.total() - one.scale_downs for one in both), 0, "workers"),
+        Target("workers_that_ended_otherwise", sum(one.otherwise for one in both), 0, "workers"),
     ]
     return Report(
         rows=[_row("real Ray", real), _row("model of a raylet", model)],
@@ -84,7 +93,8 @@ def _row(who: str, found: Found) -> Row:
         "raylets": who,
         "left_idle": found.left["idle"],
         "told_to_go": found.left["told to go"],
-        "ended_otherwise": found.left.total() - found.scale_downs,
+        "did_not_join": found.not_joined,
+        "ended_otherwise": found.otherwise,
         "drains_refused": found.refused,
         "tasks_done": found.done,
         "tasks_failed": found.failed.total(),
@@ -180,7 +190,8 @@ def _leave(
             if found.left.total() > 3 * wanted + 10:
                 raise RuntimeError(f"workers do not join: {dict(found.left)}")
             time.sleep(0.2)
-        said = json.loads(program.stdout.readline() or "{}")
+        lines = [line for line in program.stdout.read().splitlines() if line.startswith("{")]  # Ray prints there, too
+        said = json.loads(lines[-1]) if lines else {}
         found.done, found.failed = said.get("done", 0), Counter(said.get("failed", {"the program": 1}))
     finally:
         for one in running:
