@@ -24,13 +24,8 @@ def main() -> int:
     address, seed = sys.argv[1], int(sys.argv[2])
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
-    @ray.remote(num_cpus=0, num_gpus=1, max_retries=0)
-    def work(seconds: float) -> int:
-        time.sleep(seconds)
-        return 1
-
-    over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    work, over = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(slept), threading.Event()
+    threading.Thread(target=heard_the_end, args=(over,), daemon=True).start()
     draw, waiting, said = random.Random(seed), list[Any](), Counter[str]()
     print("ready", flush=True)
     while not over.is_set() or waiting:
@@ -41,6 +36,16 @@ def main() -> int:
         time.sleep(draw.uniform(*GAP_S) if not over.is_set() else 0.2)
     print(json.dumps({"done": said.pop("", 0), "failed": said}), flush=True)
     return 0
+
+
+def slept(seconds: float) -> int:
+    time.sleep(seconds)
+    return 1
+
+
+def heard_the_end(over: threading.Event) -> None:
+    sys.stdin.read()
+    over.set()
 
 
 def ended(ray: Any, one: Any) -> str:
