@@ -15,7 +15,7 @@ from benchmarks.yardstick import host_yardstick
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-NOT_BENCHMARKS = ("common", "ray_peer", "report", "run", "yardstick")
+NOT_BENCHMARKS = ("common", "ray_drain_program", "ray_peer", "report", "run", "yardstick")
 
 
 def names() -> list[str]:
