@@ -282,6 +282,11 @@ class Raylet:
         return 0 if self._dead else None
 
     returncode = 0
+    cluster = SimpleNamespace(cluster_resource_constraints=(), node_states=())
+
+    def is_wanted(self) -> bool:
+        """Now and then others wait for its GPU."""
+        return self._draw.random() < 0.1
 
     def kill(self) -> None:
         """The worker has ended it."""

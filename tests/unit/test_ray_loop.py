@@ -15,6 +15,7 @@ from whaleflux.store import keys
 from whaleflux.store.api import Unknown
 from whaleflux.v1 import agent_pb2, events_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core.ray_leaving import SOON_S
 
 
 async def sized(world, count, waits=None):
@@ -190,6 +191,23 @@ class TestSizing:
             assert "cannot be read: demand" in (await world.cluster()).status.message
             await world.says(head, waits=gpu_tasks(1))
             await world.workers(1)
+
+    async def test_idle_workers_whose_gpus_others_wait_for_are_told_to_leave_and_only_then(self):
+        async with RayWorld() as world:
+            head, workers = await sized(world, 3)
+            for worker in workers:
+                world.joins(worker)
+            world.joins(workers[0], busy=True)
+            await world.says(head, waits=[])
+            await world.seconds(2 * SOON_S, head)
+            assert not any(told["leave"] for told in world.decisions), "nobody waits"
+            waits = await world.submit(8, job_id="large")
+            await world.seconds(4, head)
+            assert (await world.scheduler.GetJob(pb.GetJobRequest(name=waits), None)).state == pb.JOB_STATE_QUEUED
+            idle = sorted(world.ray_nodes[worker.name]["instance"] for worker in workers[1:])
+            await until(lambda: sorted(world.decisions[-1]["leave"]) == idle, "the idle ones are told")
+            await world.scheduler.CancelJob(pb.CancelJobRequest(name=waits), None)
+            await until(lambda: world.decisions[-1]["leave"] == [], "they may stay")
 
     async def test_a_reader_is_told_what_was_decided(self):
         async with RayWorld() as world:

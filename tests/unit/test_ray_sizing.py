@@ -41,10 +41,21 @@ def started(cluster, what, have=(), free=None):
 
 
 class TestSize:
-    def test_whole_gpus_are_a_worker_of_a_node_and_shared_ones_a_worker_each(self):
-        (one,) = started(RL, seen(({"GPU": 1, "CPU": 2}, 3))).start
-        assert (one.gpus, one.cpus, one.gpu_type, one.site) == (3, 6, "H100-80GB", "s")
+    def test_a_task_of_whole_gpus_has_a_worker_of_its_own_and_so_has_each_shared_gpu(self):
+        three = started(RL, seen(({"GPU": 1, "CPU": 2}, 3))).start
+        assert [(w.gpus, w.cpus, w.gpu_type, w.site) for w in three] == [(1, 2, "H100-80GB", "s")] * 3
         assert [w.gpus for w in started(RL, seen(({"gpu_memory": 60_000}, 3))).start] == [1, 1, 1]
+        mixed = started(
+            RL, seen(({"GPU": 4, "CPU": 8}, 1), ({"GPU": 1}, 1), ({"gpu_memory": 60_000}, 2), ({"CPU": 3}, 1))
+        )
+        assert sorted(w.gpus for w in mixed.start) == [1, 1, 1, 4]
+        assert not started(RL, seen(({"GPU": 4, "CPU": 8}, 1), ({"CPU": 3}, 1)), parts(mixed.start)).start
+
+    def test_what_a_group_has_on_a_node_stays_together_and_so_does_what_is_much(self):
+        group = Gang(((shape_of({"GPU": 1}), 4),), Strategy.PACK)
+        assert [w.gpus for w in started(RL, seen(gangs=(group,))).start] == [4]
+        many = started(replace(RL, max_gpus=1000), seen(({"GPU": 1}, 400)), free=fleet(*[8] * 60)).start
+        assert {w.gpus for w in many} == {8}
 
     def test_without_gpus_and_with_memory(self):
         (one,) = started(RL, seen(({"CPU": 4, "memory": 10 * GB}, 2))).start

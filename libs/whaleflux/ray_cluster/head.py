@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .reader import CONNECT_S, demand_of, without_time
-from .worker import end, short_folder
+from .worker import KV_SPACE, LEAVE_KEY, end, short_folder
 
 LOOK_S, SAY_S = 0.25, 1.0  # between looks at the GCS; between words to the agent while nothing changes
 SILENT_S = 60.0  # a GCS that does not answer so long is not waited for
@@ -205,6 +205,12 @@ class Beside:
             self._report(json.loads(answer[3]) | {"number": self._decision})
 
     def _report(self, decision: dict[str, Any]) -> None:
+        try:  # each worker looks there whether it is named
+            self._client.internal_kv_put(
+                LEAVE_KEY, json.dumps(decision.get("leave", [])).encode(), True, KV_SPACE, CONNECT_S
+            )
+        except Exception as error:  # they leave when their own time is over
+            print(f"idle workers are not told to leave: {str(error)[:200]}", file=sys.stderr, flush=True)
         try:
             self._client.report_autoscaling_state(autoscaling_state(decision, self._pb, time.time()))
         except Exception as error:  # another version of Ray's private interface: only `ray status` misses it

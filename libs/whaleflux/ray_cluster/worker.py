@@ -3,8 +3,8 @@
     python worker.py --address HOST:PORT --gpus N --cpus N --gpu-memory-mib N --gpu-type NAME --site NAME --idle-s S --grace-s S
                      --memory-bytes N --label KEY=VALUE
 
-A program for the interpreter that has the cluster's Ray, inside of a job; it imports nothing of WhaleFlux. Idle for `--idle-s`, the node asks
-Ray to drain itself: a raylet that has got work meanwhile refuses that, and the node stays. Told to stop (SIGTERM), it drains as one that is
+A program for the interpreter that has the cluster's Ray, inside of a job; it imports nothing of WhaleFlux. Idle for `--idle-s`, or
+for a moment where others wait for its GPUs, the node asks Ray to drain itself: a raylet that has got work meanwhile refuses that, and the node stays. Told to stop (SIGTERM), it drains as one that is
 preempted, so that nothing new comes, what runs may end within `--grace-s`, and what dies then uses up no retries. Exit codes: 0 it
 left, 3 it could not join, else those of `ray start`.
 """
@@ -25,10 +25,12 @@ from typing import Any
 
 JOIN_S, LEAVE_S, LOOK_S = 300.0, 30.0, 1.0
 NODES_A_LOOK = 100  # of larger clusters each worker looks less often: all of them together ask the GCS as much
+WANTED_S, KV_S = 2.0, 5.0  # idle for so long, it goes where others want its GPUs; most that it waits to hear of it
 JOINS_NOT = 3  # exit code
 TRIES = 3
 IDLE, PREEMPTED = 1, 2  # DrainNodeReason of Ray
 RUNNING_STATUS, DEAD_STATUS, IDLE_STATUS = 1, 2, 3  # NodeStatus of Ray
+KV_SPACE, LEAVE_KEY = b"whaleflux", b"leave"  # in the GCS: JSON, instances of workers whose GPUs others wait for
 
 
 def options() -> argparse.Namespace:
@@ -93,6 +95,14 @@ class Node:
         self.cluster = reply.cluster_resource_state
         mine = [one for one in self.cluster.node_states if one.instance_id == self._instance]
         return min(mine, key=lambda one: one.status == DEAD_STATUS, default=None)  # an earlier try may be dead
+
+    def is_wanted(self) -> bool:
+        """Whether others wait for its GPUs, as the scheduler has told the cluster's reader."""
+        try:
+            named = json.loads(self._client.internal_kv_get(LEAVE_KEY, KV_SPACE, KV_S) or b"[]")
+        except Exception:  # it leaves when its own time is over
+            return False
+        return isinstance(named, list) and self._instance in named
 
     def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
         """Whether Ray lets it go."""
@@ -173,7 +183,7 @@ class Worker:
                 if state is not None and node.drain(state, PREEMPTED, "preempted", grace_s):
                     self._leave(ray, node, grace_s)
                 return 0
-            if self._is_idle(state) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
+            if self._may_leave(state, node) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
                 print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
                 self._leave(ray, node, LEAVE_S)
                 return 0
@@ -195,9 +205,9 @@ class Worker:
                 return
             time.sleep(LOOK_S)
 
-    def _is_idle(self, state: Any) -> bool:
-        idle_ms = self._asked.idle_s * 1000
-        return state is not None and state.status == IDLE_STATUS and state.idle_duration_ms >= idle_ms
+    def _may_leave(self, state: Any, node: Any) -> bool:
+        idle_s = state.idle_duration_ms / 1000 if state is not None and state.status == IDLE_STATUS else -1.0
+        return idle_s >= self._asked.idle_s or (idle_s >= WANTED_S and bool(node.is_wanted()))
 
 
 def end(ray: "subprocess.Popen[bytes]") -> None:

@@ -32,6 +32,7 @@ from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import lifecycle, ray_parts, ray_sizing, verbs
 from whaleflux_scheduler.core.model import Cause, JobState
 from whaleflux_scheduler.core.ray_clusters import RayClusterState
+from whaleflux_scheduler.core.ray_leaving import Idle, leaving
 from whaleflux_scheduler.core.ray_parts import End, Forget, Make, Part, Role, Worker
 from whaleflux_scheduler.core.ray_sizing import Sizing
 from whaleflux_scheduler.jobs import key_of
@@ -49,6 +50,7 @@ SIZE_APART_S, MOST_APART_S, OTHERS_SHARE = (
 )  # between sizings of a cluster: by what the last one took, so that others have their turn
 ANEW_S = 5.0  # a cluster of which nothing changed is sized again: the fleet may have
 MOST_STARTS = 16  # in one transaction; the next look goes on
+MOST_LEAVING = 100  # workers that are told so at once
 MOST_INFEASIBLE = 100  # shapes of which a reader is told
 FORGOTTEN_S = 60.0  # an ended head counts so long for when the next one is made
 Tell = Callable[[str, agent_pb2.SyncResponse], bool]
@@ -61,6 +63,7 @@ class _Known:
     jobs: set[str]
     message: str = ""
     unmet: Sequence[pb.RayUnmet] = ()
+    leaving: Sequence[str] = ()
     sized: object = None  # of what it was sized last
     sized_s: float = float("-inf")
     size_again_s: float = float("-inf")
@@ -240,9 +243,11 @@ class RayLoop:
             known.message = f"what waits cannot be read: {reading.wrong}"[:500]
             return
         parts, now_s = self._parts(known), self._clock.monotonic()
+        known.leaving = await self._leaving(reading, read, parts)
         looked_at = (reading.epoch, reading.number, stored.entry.revision, tuple((p.job, p.state) for p in parts))
         later = any(not one.never for one in known.unmet)
         if looked_at == known.sized and now_s - known.sized_s < (EVERY_S if later else ANEW_S):
+            self._decide(known, reading, read, parts)
             return
         sizing = await self._sizing(stored, reading, read, parts)
         known.sized, known.sized_s = looked_at, now_s
@@ -253,6 +258,19 @@ class RayLoop:
             await self._end(end.job, end.why)
         await self._start(stored, known, reading, read, sizing)
         self._decide(known, reading, read, self._parts(known))
+
+    async def _leaving(self, reading: Reading, read: Read, parts: Sequence[Part]) -> list[str]:
+        """Workers that go before their time; none where the cluster is to hold something whatever runs."""
+        since_s = self._clock.monotonic() - reading.came_s
+        mine = {part.job: part.worker for part in parts if part.role is Role.WORKER and not part.ended}
+        idle = [
+            Idle(node.instance, mine[job].gpus, mine[job].gpu_type, node.idle_ms / 1000 + since_s)
+            for node in read.demand.nodes
+            if node.status == "IDLE" and (job := node.instance.rpartition("/")[0]) in mine
+        ]
+        if read.demand.constraints or not idle:
+            return []
+        return leaving(idle, await self._planner.ask(lambda plan: plan.gpus_wanted()))
 
     async def _sizing(self, stored: StoredRayCluster, reading: Reading, read: Read, parts: Sequence[Part]) -> Sizing:
         await self._caught_up()
@@ -329,6 +347,7 @@ class RayLoop:
             p.worker.kind for p in parts if p.role is Role.WORKER and not p.ended and p.job not in read.instances
         )
         decision = {
+            "leave": known.leaving[:MOST_LEAVING],
             "version": read.demand.version,
             "pending": [{"type": kind, "count": count} for kind, count in sorted(pending.items())],
             "infeasible": [

@@ -213,6 +213,16 @@ class Questions:
         """What nodes that take work have left."""
         return free_nodes(self._fleet.engine)
 
+    def gpus_wanted(self) -> Counter[str]:
+        """GPUs that jobs wait for in vain, and would start with, by catalogue name of each type that would do; "": any. Of `MOST_BEFORE` jobs at most."""
+        found: Counter[str] = Counter()
+        for one in itertools.islice(self._pending.jobs.values(), MOST_BEFORE):
+            job = one.candidate.job
+            if one.line.kind.refused and self._could_burst(job):
+                models = [choice.model for choice in job.spec.gpu_choices] or [""]
+                found.update(dict.fromkeys(models, elastic.at_least(job.spec).gpus))
+        return found
+
     def plan_rebalance(self, now: datetime, *, thorough: bool = False) -> RebalancePlan:
         """Running jobs that should go elsewhere now; `thorough`: also for those who wait that were looked at lately in vain."""
         gangs = sorted(self._gangs(), key=lambda gang: order_of(gang.job))

@@ -23,6 +23,7 @@ from whaleflux_scheduler.core.ray_parts import End, Part, Role, Worker
 from whaleflux_scheduler.core.ray_plan import Addition, RayPlan
 
 MOST_WORKERS = 1_000  # of a cluster, those without GPUs included
+MOST_APART = 256  # GPUs of workers that are started at once: with more each node is one
 SETTLES_S = 5.0  # so long a worker that waits counts as one that comes: it is about to be placed
 _OURS = frozenset({GPU_LABEL, SITE_LABEL, RAY_TYPE_LABEL})
 Plans = tuple[RayPlan, RayPlan]
@@ -96,36 +97,51 @@ def under_way(part: Part) -> RayNode:
 
 
 def workers(plans: Iterable[RayPlan]) -> Iterator[Worker]:
-    """One for each node to add.
+    """What each node to add is given, in as many workers as can leave one by one: a worker leaves only when nothing runs on it.
 
-    A node on whose devices bundles share memory becomes one worker for each GPU: Ray adds memory up over a node, and of one GPU the sum is
-    what that GPU has.
+    Each task or actor of whole GPUs has its own, as long as there are few (`MOST_APART`); of GPUs whose memory bundles share each is one, since Ray adds memory
+    up over a node, and of one GPU the sum is what that GPU has. What a placement group has on a node stays together, and so does work without GPUs.
     """
-    for plan in plans:
-        for part in plan.additions:
-            yield from _of_addition(part)
+    additions = [part for plan in plans for part in plan.additions]
+    apart = sum(part.count * part.filling.gpus_paid for part in additions) <= MOST_APART
+    for part in additions:
+        given = list(_of_node(part, apart=apart))
+        for at in range(part.count):
+            site = names.top(part.names[at]) if at < len(part.names) else ""
+            yield from (replace(one, site=site) for one in given)
 
 
-def _of_addition(part: Addition) -> Iterator[Worker]:
-    kind, gpus = part.filling.kind, part.filling.gpus_paid
-    cpus = max(1, math.ceil(sum(shape.cpu * n for shape, n in part.bundles) / UNIT))
-    memory = math.ceil(sum(shape.memory * n for shape, n in part.bundles) / UNIT)
-    shapes = [shape for shape, _ in part.bundles]
-    alone = gpus > 1 and any(map(_shares_memory, shapes)) and all(shape.gpu <= UNIT for shape in shapes)
-    parts = gpus if alone else 1
-    one = Worker(
-        gpus=gpus // parts,
+def _of_node(part: Addition, *, apart: bool) -> Iterator[Worker]:
+    """On one node of an addition."""
+    in_groups = any(of_gang for of_gang, _, _ in part.sources)
+    whole = [(shape, n) for shape, n in part.bundles if shape.devices and apart and not in_groups]
+    rest = [bundle for bundle in part.bundles if bundle not in whole]
+    gpus = part.filling.gpus_paid - sum(shape.devices * n for shape, n in whole)
+    for shape, n in whole:
+        beside = [] if gpus else rest  # work without GPUs
+        yield _worker(part, shape.devices, 1, [(shape, 1), *beside])
+        yield from [_worker(part, shape.devices, 1, [(shape, 1)])] * (n - 1)
+        rest = rest if gpus else []
+    if gpus or not whole:
+        alone = gpus > 1 and any(_shares_memory(s) for s, _ in rest) and all(s.gpu <= UNIT for s, _ in rest)
+        yield from [_worker(part, 1 if alone else gpus, gpus if alone else 1, rest)] * (gpus if alone else 1)
+
+
+def _worker(part: Addition, gpus: int, others: int, bundles: Sequence[tuple[Shape, int]]) -> Worker:
+    """One of so many alike that hold the bundles together: any of them may get all of their processors and memory."""
+    kind = part.filling.kind
+    cpus = max(1, math.ceil(sum(shape.cpu * n for shape, n in bundles) / UNIT))
+    memory = math.ceil(sum(shape.memory * n for shape, n in bundles) / UNIT)
+    return Worker(
+        gpus=gpus,
         gpu_type=kind.model if gpus else "",
         gpu_memory_mib=kind.device_memory_mib if gpus else 0,
         cpus=cpus,
-        cpus_held=max(1, cpus // parts),
+        cpus_held=max(1, cpus // others),
         memory_bytes=memory,
-        memory_bytes_held=-(-memory // parts),
+        memory_bytes_held=-(-memory // others),
         labels=tuple((key, value) for key, value in kind.labels if key not in _OURS),
     )
-    for at in range(part.count):
-        site = names.top(part.names[at]) if at < len(part.names) else ""
-        yield from [replace(one, site=site)] * parts
 
 
 def _shares_memory(shape: Shape) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from whaleflux import names
 from whaleflux_scheduler.core import cost, lifecycle
-from whaleflux_scheduler.core.model import GOES_ON, Job, JobState, Queue, TaskPhase
+from whaleflux_scheduler.core.model import GOES_ON, Cause, Job, JobState, Queue, TaskPhase
 from whaleflux_scheduler.core.observed import Observations, Timeouts
 from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.simulation import running
@@ -92,6 +92,12 @@ def finish(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> Non
     """Its work is done."""
     if simulated.turn == turn:
         _end(at_s, state, simulated, running.finished(simulated.job, instant(at_s)))
+
+
+def cancel(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
+    """Who submitted it ends it."""
+    if simulated.turn == turn and not simulated.job.ended:
+        _became(at_s, state, simulated, lifecycle.cancel(simulated.job, Cause(message="cancelled"), instant(at_s)))
 
 
 def look(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:
