@@ -44,6 +44,7 @@ DOORS: dict[str, Door] = {
     "fairness": Door(commands=("simulate", "submit")),
     "idle_gpus": Door(commands=("simulate", "submit")),
     "ray_drain": Door(commands=("ray",)),
+    "ray_pool": Door(commands=("ray",)),
     "ray_resize": Door(commands=("ray",)),
     "rebalance": Door(commands=("submit",), fields=("checkpoint.every",)),
     "packing": Door(waits_for=_TABLE),
