@@ -229,6 +229,10 @@ class Pool:
         outcome.stopped = sum(one.suspensions for one in self._state.result.outcomes if one.queue == "training")
         return outcome
 
+    def check(self) -> None:
+        """Raises AssertionError when a GPU is held twice."""
+        self._simulation.check()
+
     def _second(self, at_s: float) -> None:
         """What happened since the last look, what the leader does about it, and who did what."""
         for name, cluster in self._clusters.items():

@@ -57,9 +57,7 @@ class Gcs:
     ],
 )
 def test_a_worker_hears_that_its_gpus_are_wanted(value, is_wanted):
-    node = worker.Node.__new__(worker.Node)
-    node._client, node._instance = Gcs(value), "me/1"
-    assert node.is_wanted() is is_wanted
+    assert worker.is_named(Gcs(value), "me/1") is is_wanted
 
 
 @pytest.mark.parametrize(
@@ -75,4 +73,4 @@ def test_a_worker_hears_that_its_gpus_are_wanted(value, is_wanted):
 def test_it_leaves_after_its_time_or_soon_where_it_is_wanted_and_never_at_work(status, idle_s, is_wanted, leaves):
     one = worker.Worker(SimpleNamespace(idle_s=60.0))
     state = SimpleNamespace(status=status, idle_duration_ms=1000 * idle_s)
-    assert one._may_leave(state, SimpleNamespace(is_wanted=lambda: is_wanted)) is leaves
+    assert one.may_leave(state, SimpleNamespace(is_wanted=lambda: is_wanted)) is leaves

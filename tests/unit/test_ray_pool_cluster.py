@@ -1,14 +1,8 @@
-"""The model of a Ray cluster in the benchmark of a shared pool, and the simulator's way to end a job that waits."""
+"""The model of a Ray cluster in the benchmark of a shared pool."""
 
 from benchmarks.ray_pool import Pool, demand, static_halves
 from benchmarks.ray_pool_cluster import Cluster, Task, delays
-from whaleflux import names
-from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core.model import JobState
-from whaleflux_scheduler.simulation import happenings
-from whaleflux_scheduler.simulation.runner import Simulation
 from whaleflux_scheduler.simulation.traces import Row
-from whaleflux_scheduler.simulation.workload import Submission, Workload
 
 TOTAL = {"GPU": 2.0, "CPU": 2.0, "gpu_memory": 200.0}
 
@@ -44,13 +38,4 @@ def test_a_pool_does_what_its_tasks_ask_for_and_counts_every_gpu():
     assert (found.lost, found.waiting) == (0, 0)
     assert 0 < found.delays_s[-1] <= 10.0, "seen, placed, joined"
     assert found.use.free > 0
-    pool._simulation.check()
-
-
-def test_a_job_that_waits_can_be_ended():
-    name = names.job("q", "j")
-    simulation = Simulation([], Workload([Submission(name, Spec(command=("true",), gpus=1), 0.0, 1.0)]))
-    state = simulation._state
-    state.timeline.add(5.0, lambda at_s: happenings.cancel(at_s, state, state.jobs[name], state.jobs[name].turn))
-    (outcome,) = simulation.run().outcomes
-    assert (outcome.state, outcome.end_s) == (JobState.CANCELLED, 5.0)
+    pool.check()

@@ -97,12 +97,8 @@ class Node:
         return min(mine, key=lambda one: one.status == DEAD_STATUS, default=None)  # an earlier try may be dead
 
     def is_wanted(self) -> bool:
-        """Whether others wait for its GPUs, as the scheduler has told the cluster's reader."""
-        try:
-            named = json.loads(self._client.internal_kv_get(LEAVE_KEY, KV_SPACE, KV_S) or b"[]")
-        except Exception:  # it leaves when its own time is over
-            return False
-        return isinstance(named, list) and self._instance in named
+        """Whether others wait for its GPUs."""
+        return is_named(self._client, self._instance)
 
     def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
         """Whether Ray lets it go."""
@@ -111,6 +107,15 @@ class Node:
         if not accepted:
             print(f"stays: {why}", flush=True)
         return bool(accepted)
+
+
+def is_named(client: Any, instance: str) -> bool:
+    """Whether the scheduler has told the cluster's reader that others wait for this worker's GPUs."""
+    try:
+        named = json.loads(client.internal_kv_get(LEAVE_KEY, KV_SPACE, KV_S) or b"[]")
+    except Exception:  # it leaves when its own time is over
+        return False
+    return isinstance(named, list) and instance in named
 
 
 def is_spare(cluster: Any, mine: Any) -> bool:
@@ -183,7 +188,7 @@ class Worker:
                 if state is not None and node.drain(state, PREEMPTED, "preempted", grace_s):
                     self._leave(ray, node, grace_s)
                 return 0
-            if self._may_leave(state, node) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
+            if self.may_leave(state, node) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
                 print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
                 self._leave(ray, node, LEAVE_S)
                 return 0
@@ -205,7 +210,8 @@ class Worker:
                 return
             time.sleep(LOOK_S)
 
-    def _may_leave(self, state: Any, node: Any) -> bool:
+    def may_leave(self, state: Any, node: Any) -> bool:
+        """Idle for its time, or for a moment where others want its GPUs."""
         idle_s = state.idle_duration_ms / 1000 if state is not None and state.status == IDLE_STATUS else -1.0
         return idle_s >= self._asked.idle_s or (idle_s >= WANTED_S and bool(node.is_wanted()))
 
