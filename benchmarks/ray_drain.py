@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from benchmarks.common import ROOT, Options, Report, Row, Target, main
 from whaleflux.ray_cluster import worker
 
-ALL, REAL, QUICK_ALL, QUICK_REAL = 1_000, 60, 60, 4
+ALL, REAL, QUICK_ALL, QUICK_REAL = 1_000, 12, 60, 2
 AT_ONCE, TOLD, IDLE_S, GRACE_S = 3, 0.25, 1.0, 60.0  # real workers at one time; the share that is told to go
 START_S = 240.0  # for a head, and for a worker's whole life, on a busy host
 MODEL_IDLE_S, MODEL_LOOK_S = 0.03, 0.01
