@@ -234,6 +234,8 @@ ABSURD = [
     (scheduler, "CreateJob", lambda: scheduler_pb2.CreateJobRequest(parent="queues/default", job_id=HUGE), "job_id"),
     (scheduler, "CreateQueue", lambda: scheduler_pb2.CreateQueueRequest(queue_id=HUGE), "queue_id"),
     (scheduler, "CreateQueue", lambda: scheduler_pb2.CreateQueueRequest(queue_id="q", queue={"max_gpus": -1}), "queue"),
+    (scheduler, "CreateQueue", lambda: scheduler_pb2.CreateQueueRequest(queue_id="q", queue={"data_quota_bytes": -1}), "queue"),
+    (inventory, "PinDataset", lambda: inventory_pb2.PinDatasetRequest(name="datasets/d", copies=1, queue=HUGE), "queue"),
     (inventory, "CreateSite", lambda: inventory_pb2.CreateSiteRequest(site_id=HUGE), "site_id"),
     (inventory, "GetNode", lambda: inventory_pb2.GetNodeRequest(name=HUGE), "name"),
     (inventory, "CreateJoinToken", lambda: inventory_pb2.CreateJoinTokenRequest(site="sites/a", ttl_s=-1), "ttl_s"),
