@@ -28,6 +28,9 @@ setup: $(STAMP) ## Virtual environment with everything, in .venv
 demo: $(STAMP) ## The main job: a training run survives the loss of its node, then its model is served (KEEP=1 leaves it running)
 	@$(BIN)/whaleflux demo $(if $(KEEP),--keep)
 
+demo-elastic: $(STAMP) ray ## One pool that breathes: Ray grows and gives back, a training lends GPUs, a machine is rented, a model goes to three sites (KEEP=1)
+	@$(BIN)/whaleflux demo-elastic $(if $(KEEP),--keep)
+
 up: $(STAMP) ## The whole suite on this machine, until Ctrl-C
 	@$(BIN)/whaleflux up
 

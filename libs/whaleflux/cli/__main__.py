@@ -75,7 +75,7 @@ app = typer.Typer(
 
 _PANELS: dict[str, list[Callable[..., None]]] = {
     "This machine": [
-        suite_commands.up, suite_commands.down, suite_commands.profiles, suite_commands.demo, simulate_command.simulate,
+        suite_commands.up, suite_commands.down, suite_commands.profiles, suite_commands.demo, suite_commands.demo_elastic, simulate_command.simulate,
     ],
     "Fleet": [
         fleet_commands.status, fleet_commands.nodes, gpu_commands.gpus, fleet_commands.sites, fleet_commands.incidents,

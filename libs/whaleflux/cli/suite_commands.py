@@ -108,6 +108,20 @@ def demo(
     raise typer.Exit(run(DemoOptions(state, steps, every, keep, report, serve, otlp_endpoint)))
 
 
+def demo_elastic(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running.")] = False,
+    state: State = Path(".whaleflux/demo-elastic"),
+    report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("demo-elastic-report.json"),
+    ray_python: Annotated[
+        Path, typer.Option("--ray-python", help="An interpreter that has Ray 2.60, as `make ray` makes.")
+    ] = Path(".venv-ray/bin/python"),
+) -> None:
+    """One pool that breathes: Ray workers come and go, a training lends GPUs, a machine is rented, a model goes to three sites. Simulated GPUs."""
+    from whaleflux.demo.elastic import ElasticOptions, run
+
+    raise typer.Exit(run(ElasticOptions(ray_python, state, keep, report)))
+
+
 def agent(context: typer.Context) -> None:
     """The agent of this node (see: whaleflux agent --help)."""
     os.execv(sys.executable, [sys.executable, "-m", "whaleflux_agent", *context.args])  # noqa: S606

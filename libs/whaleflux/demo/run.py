@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,15 +21,12 @@ from whaleflux.context import Context
 from whaleflux.demo import training
 from whaleflux.demo.fleet import FLEET, DemoFleet
 from whaleflux.demo.serving import Served, lose_a_replica, serve
+from whaleflux.demo.suite import Teller, fresh_state, join, say_kept, start_suite, wait_for_context
 from whaleflux.demo.training import Failure, Watched, follow, lose_a_node, submit, until, watch_logs
-from whaleflux.embedded.layout import Layout, running_pid
-from whaleflux.embedded.supervisor import end_with_parent
-from whaleflux.errors import FailedPrecondition, Unavailable
-from whaleflux.foreign_text import in_one_line
+from whaleflux.errors import Unavailable
 from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
 from whaleflux.sdk.client import ENDED, AsyncClient
-from whaleflux.services import ROLES
-from whaleflux.v1 import health_pb2, scheduler_pb2
+from whaleflux.v1 import scheduler_pb2
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "gpt"
 DEFAULT_STATE = Path(".whaleflux") / "demo"
@@ -50,30 +45,14 @@ class DemoOptions:
     otlp_endpoint: str = ""
 
 
-class Teller:
-    """Lines with the time since the start, on stdout."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print(in_one_line(f"{time.monotonic() - self._began:6.1f} s  {line}"), flush=True)
-
-
 def run(options: DemoOptions) -> int:
     """The demo; returns the exit code: 0 when everything that it claims was seen."""
     say, state = Teller(), options.state.resolve()
-    if (pid := running_pid(Layout(state))) is not None:
-        raise FailedPrecondition(
-            f"a demo that was kept still runs (pid {pid}); stop it with: whaleflux down --state {state}"
-        )
-    if state.exists():
-        shutil.rmtree(state)  # a demo starts from nothing
-    state.mkdir(parents=True, exist_ok=True)
-    suite = _start_suite(options, state)
+    fresh_state(state)
+    suite = start_suite(state, keep=options.keep, otlp_endpoint=options.otlp_endpoint)
     fleet = DemoFleet(state, Context("", "", "", ""), options.otlp_endpoint)
     try:
-        fleet.context = _wait_for_context(suite, state, say)
+        fleet.context = wait_for_context(suite, state, say)
         report = asyncio.run(_demo(options, state, fleet, say))
     finally:
         if not options.keep:
@@ -83,64 +62,19 @@ def run(options: DemoOptions) -> int:
     options.report.write_text(json.dumps(report, indent=2) + "\n")
     _print_summary(report, options.report)
     if options.keep:
-        print(
-            f"\nEverything still runs. Look around with: export WHALEFLUX_CONTEXT={state / 'context.json'}; whaleflux status"
-        )
-        pids = " ".join(str(process.pid) for process in fleet.agents.values())
-        print(f"Stop it with: kill {pids}; whaleflux down --state {state}")
+        say_kept(fleet, state)
     return 0 if report["passed"] else 1
-
-
-def _start_suite(options: DemoOptions, state: Path) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "whaleflux.cli", "up", "--no-register", "--state", str(state)]
-    if options.otlp_endpoint:
-        argv += ["--otlp-endpoint", options.otlp_endpoint]
-    with (state / "up.log").open("ab") as log:
-        end_with_us = None if options.keep else end_with_parent  # a killed demo leaves no suite behind
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=end_with_us,  # noqa: PLW1509 - no threads yet
-        )
-
-
-def _wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable[[str], None]) -> Context:
-    say("START etcd, NATS, Envoy, " + ", ".join(ROLES))
-    deadline = time.monotonic() + 120
-    while not (state / "context.json").exists():
-        if suite.poll() is not None or time.monotonic() > deadline:
-            raise Unavailable(f"the suite did not start:\n{(state / 'up.log').read_text()[-2000:]}")
-        time.sleep(0.05)
-    return Context.load(state / "context.json")
 
 
 async def _demo(options: DemoOptions, state: Path, fleet: DemoFleet, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.time()
     async with AsyncClient.from_context(state / "context.json") as client:
-        await _join(client, fleet, say)
+        await join(client, fleet, FLEET, say)
         failed, failure, result = await _train_through_a_failure(client, options, state, fleet, say)
         reference = await _train_undisturbed(client, options, state, say)
         served = await _serve(client, options, state, fleet, say) if options.serve else None
         job = await client.scheduler.GetJob(scheduler_pb2.GetJobRequest(name=failed.job.name), timeout=10)
         return _report(options, job, failed, failure, result, reference, served, time.time() - began)
-
-
-async def _join(client: AsyncClient, fleet: DemoFleet, say: Callable[[str], None]) -> None:
-    say(
-        f"JOIN  {len(FLEET)} simulated nodes in {len({m.site for m in FLEET})} sites: "
-        + ", ".join(f"{m.name} ({m.profile})" for m in FLEET)
-    )
-    await fleet.join(client, FLEET)
-    ready: set[str] = set()
-    async with asyncio.timeout(60):
-        while len(ready) < len(FLEET):
-            listed = await client.health.ListNodeHealth(health_pb2.ListNodeHealthRequest(), timeout=10)
-            ready = {n.name for n in listed.node_health if n.phase == health_pb2.NODE_PHASE_READY}
-            await asyncio.sleep(0.1)
-    say(f"      all {len(ready)} nodes are READY")
 
 
 def _spec(options: DemoOptions, state: Path, folder: str) -> scheduler_pb2.JobSpec:
