@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml hatch_build.py $(wildcard protos/whaleflux/v1/*.proto)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12"; exit 1; }
@@ -94,4 +94,4 @@ format: $(STAMP) ## Formats the code and the contract
 clean: ## Removes what make made, and the state of the embedded suite
 	@rm -rf $(VENV) .build .whaleflux .tox dist libs/whaleflux/v1
 
-.PHONY: help setup demo up test unit soak lint checks audit-deps locks sbom protos clients bench ray docs generate format clean
+.PHONY: help setup demo demo-elastic up test unit soak lint checks audit-deps locks sbom protos clients bench ray docs generate format clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "down": ("whaleflux down", "whaleflux down --state /srv/whaleflux"),
     "demo": ("whaleflux demo", "whaleflux demo --keep        leaves everything running, to look around"),
+    "demo-elastic": ("whaleflux demo-elastic", "whaleflux demo-elastic --ray-python ~/ray/bin/python"),
     "agent": ("WHALEFLUX_JOIN_TOKEN=... whaleflux agent --server HOST:7443 --ca-file ca.crt --site onprem",),
     "status": ("whaleflux status", "whaleflux status -o json"),
     "sites": ("whaleflux sites", "whaleflux sites -o name"),

@@ -74,8 +74,8 @@ async def _demo(options: ElasticOptions, state: Path, fleet: DemoFleet, say: Say
     async with AsyncClient.from_context(state / "context.json") as client:
         await join(client, fleet, FLEET, say)
         sizes = await _train(client, say)
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(watch_sizes(client, sizes, say))
+        watching = asyncio.create_task(watch_sizes(client, sizes, say))
+        try:
             await until(lambda: sizes.now == TRAINING_GPUS, f"the training to run with {TRAINING_GPUS} GPUs", RUNNING_S)
             lent = await lend(client, options.ray_python.absolute(), EXAMPLES / "ray", sizes, TASKS, say)
             back_at = time.monotonic()
@@ -84,6 +84,7 @@ async def _demo(options: ElasticOptions, state: Path, fleet: DemoFleet, say: Say
             say("      waiting for the training to grow back (what it gains has to be worth a restart)")
             await until(lambda: sizes.now == TRAINING_GPUS, "the training to have its GPUs back", GROW_S)
             back_s = sizes.seen[-1][0] - back_at
+        finally:
             watching.cancel()
         return _report(sizes, lent, rented, everywhere, back_s, time.time() - began)
 

@@ -66,18 +66,20 @@ async def lend(client: AsyncClient, ray_python: Path, example: Path, sizes: Size
     """A cluster without a worker, an ordinary program on it, and what follows until the cluster is idle again."""
     cluster = await _up(client, ray_python, example, say)
     lent = Lent(tasks)
-    async with _program(ray_python, example, cluster, tasks) as process, asyncio.TaskGroup() as group:
+    async with _program(ray_python, example, cluster, tasks) as process:
         assert process.stdout is not None
         if (await asyncio.wait_for(process.stdout.readline(), 90)).strip() != b"queued":
-            raise Unavailable("the Ray program did not reach its cluster; see ray-program.log in the state folder")
+            raise Unavailable("the Ray program did not reach its cluster; see what it printed above")
         lent.asked_at = time.monotonic()
         say(f"RAY   an unmodified program queues {tasks} tasks, each for a whole H200; the cluster has no worker")
-        watching = group.create_task(_watch(client, cluster.name, sizes, lent, say))
-        lent.program_said = (await asyncio.wait_for(process.stdout.read(), 180)).decode().strip()
-        lent.program_done_s = time.monotonic() - lent.asked_at
-        say(f"      the program has ended: {lent.program_said or 'it says nothing; see ray-program.log'}")
-        await until(lambda: lent.workers_gone_s >= 0, "the idle workers to leave", 90)
-        watching.cancel()
+        watching = asyncio.create_task(_watch(client, cluster.name, sizes, lent, say))
+        try:
+            lent.program_said = (await asyncio.wait_for(process.stdout.read(), 180)).decode().strip()
+            lent.program_done_s = time.monotonic() - lent.asked_at
+            say(f"      the program has ended: {lent.program_said or 'it said nothing; see above'}")
+            await until(lambda: lent.workers_gone_s >= 0, "the idle workers to leave", 90)
+        finally:
+            watching.cancel()
     say("      its workers were idle and have left; their GPUs are everybody's")
     return lent
 
@@ -88,7 +90,7 @@ async def _up(client: AsyncClient, ray_python: Path, example: Path, say: Say) ->
     request = pb.CreateRayClusterRequest(
         ray_cluster_id=manifest.cluster_id, ray_cluster=manifest.cluster, request_id=names.ulid()
     )
-    found = await client.scheduler.CreateRayCluster(request, timeout=20)
+    found: pb.RayCluster = await client.scheduler.CreateRayCluster(request, timeout=20)
 
     async def heard() -> None:
         while not found.status.address or found.status.stale:
@@ -111,7 +113,7 @@ async def _program(
     process = await asyncio.create_subprocess_exec(
         str(ray_python), str(example / "evaluate.py"), "--tasks", str(tasks),
         env={**os.environ, "RAY_ADDRESS": cluster.status.address},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         yield process
