@@ -77,7 +77,9 @@ async def lend(client: AsyncClient, ray_python: Path, example: Path, sizes: Size
             lent.program_said = (await asyncio.wait_for(process.stdout.read(), 180)).decode().strip()
             lent.program_done_s = time.monotonic() - lent.asked_at
             say(f"      the program has ended: {lent.program_said or 'it said nothing; see above'}")
-            await until(lambda: lent.workers_gone_s >= 0, "the idle workers to leave", 90)
+            await until(lambda: lent.workers_gone_s >= 0 or watching.done(), "the idle workers to leave", 90)
+            if watching.done():
+                watching.result()
         finally:
             watching.cancel()
     say("      its workers were idle and have left; their GPUs are everybody's")

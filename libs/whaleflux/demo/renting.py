@@ -6,19 +6,22 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from whaleflux import names
 from whaleflux.context import Context
 from whaleflux.demo.serving import Served, send_requests
-from whaleflux.demo.training import Say, until
+from whaleflux.demo.training import Say
 from whaleflux.errors import Unavailable
 from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import inventory_pb2, router_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 
+T = TypeVar("T")
 # The setting `burst`, for a demo's patience and with a price of waiting that is above that of the machine.
 BURST = {
     "WHALEFLUX_BURST": "on",
@@ -59,17 +62,24 @@ async def meet_peak(client: AsyncClient, example: Path, state: Path, say: Say) -
     seen = Rented()
     watching = asyncio.create_task(_watch(client, seen, began, say))
     try:
-        async with asyncio.timeout(150):
-            ended = await client.wait(job)
+        ended = await _within(client.wait(job), 150, f"{job} to run on a rented machine")
         if ended.state != pb.JOB_STATE_SUCCEEDED:
             raise Unavailable(f"{job} ended as {pb.JobState.Name(ended.state)}: {ended.state_message}")
         seen.ran_on, seen.done_s = ended.attempt.tasks[0].node, time.monotonic() - began
         say(f"      the second training is done, on {seen.ran_on}")
         await client.scheduler.CancelJob(pb.CancelJobRequest(name=f"{names.DEFAULT_QUEUE}/jobs/fill"), timeout=10)
-        await until(lambda: seen.gone_s >= 0, "the rented machine to be given back", 90)
+        await _within(watching, 90, "the rented machine to be given back")
     finally:
         watching.cancel()
     return seen
+
+
+async def _within(what: Awaitable[T], timeout_s: float, named: str) -> T:
+    """Its result; raises Unavailable saying what never came."""
+    try:
+        return await asyncio.wait_for(what, timeout_s)
+    except TimeoutError:
+        raise Unavailable(f"waited {timeout_s:g} s in vain for {named}; logs are under the state folder") from None
 
 
 def _training(output: Path) -> list[str]:
@@ -96,9 +106,19 @@ async def _submit(client: AsyncClient, job_id: str, command: list[str], folder: 
 async def _watch(client: AsyncClient, seen: Rented, began: float, say: Say) -> None:
     """Follows the leases until all are GONE."""
     while seen.gone_s < 0:
-        listed = await client.inventory.ListLeases(inventory_pb2.ListLeasesRequest(show_gone=True), timeout=10)
-        _take(list(listed.leases), seen, time.monotonic() - began, say)
+        _take(await _leases(client), seen, time.monotonic() - began, say)
         await asyncio.sleep(0.2)
+
+
+async def _leases(client: AsyncClient) -> list[inventory_pb2.Lease]:
+    """All of them: those that are over are on pages of their own."""
+    found, request = list[inventory_pb2.Lease](), inventory_pb2.ListLeasesRequest(show_gone=True)
+    while True:
+        page = await client.inventory.ListLeases(request, timeout=10)
+        found += page.leases
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
 
 
 def _take(leases: list[inventory_pb2.Lease], seen: Rented, passed: float, say: Say) -> None:
@@ -147,7 +167,8 @@ async def serve_everywhere(
         say(f"      {names.last(one.site)}: {one.problem or one.why}")
     began = time.monotonic()
     await client.router.CreateModel(router_pb2.CreateModelRequest(model_id=model_id, model=model), timeout=20)
-    await asyncio.wait_for(_all_ready(client, names.model(model_id), sites, found, began, say), 120)
+    ready = _all_ready(client, names.model(model_id), sites, found, began, say)
+    await _within(ready, 120, "a replica at each site")
     await send_requests(context, model_id, found.served, 40, 4, lambda _: None)
     say(f"      {found.served.asked} requests asked, {found.served.failed} failed")
     return found
