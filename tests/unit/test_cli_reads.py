@@ -11,7 +11,7 @@ from whaleflux.cli.__main__ import app
 
 RUN = CliRunner()
 ACTS = {
-    "up", "down", "demo", "agent", "cordon", "uncordon", "drain", "retire", "replace", "cancel", "hold", "release", "requeue",
+    "up", "down", "demo", "demo-elastic", "agent", "cordon", "uncordon", "drain", "retire", "replace", "cancel", "hold", "release", "requeue",
     "set-priority", "delete", "exec", "shell", "port-forward", "cp", "serve", "deploy", "unserve", "rollout undo", "config use", "config add", "config remove",
     "keys create", "keys delete", "datasets add", "datasets pin", "datasets unpin", "datasets rm", "queue create", "queue set", "queue rm", "reservation create", "reservation update", "reservation rm", "token delete",
     "login", "logout", "user add", "user link", "user set", "user disable", "user enable", "group create", "group add", "group remove", "group rm",
@@ -49,7 +49,7 @@ GIVEN = {
     "audit verify": [], "describe": ["job", "x"], "explain-field": ["gpus"], "rebalance apply": ["--yes"], "token create": ["--site", "a"],
     "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
     "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
-    "config": ["--help"], "ray explain": ["DEMAND"],
+    "config": ["--help"], "ray explain": ["DEMAND"], "fits": ["llama-3.1-8b", "--gpu", "H200"],
 }  # fmt: skip
 NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",

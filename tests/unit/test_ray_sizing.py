@@ -64,7 +64,9 @@ class TestSize:
             assert found.short_gpus == 2
         (one,) = parts([found.start[0]])
         assert not started(replace(RL, max_gpus=2), seen(({"GPU": 1}, 4)), [one], fleet(6)).start
-        assert not started(replace(RL, max_gpus=2), seen(({"GPU": 4}, 1)), free=fleet(8)).start, "nothing holds half of it"
+        assert not started(replace(RL, max_gpus=2), seen(({"GPU": 4}, 1)), free=fleet(8)).start, (
+            "nothing holds half of it"
+        )
 
     def test_without_gpus_and_with_memory(self):
         (one,) = started(RL, seen(({"CPU": 4, "memory": 10 * GB}, 2))).start
