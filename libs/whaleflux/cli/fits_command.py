@@ -80,8 +80,8 @@ def fits(
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
 
-    if fmt not in (Format.table, Format.json):
-        raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table or json"))
+    if fmt is not Format.table and not fmt.is_json:
+        raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table, json or jsonl"))
     _need_numpy()
     if known:
         _show_known(fmt)
@@ -168,12 +168,12 @@ def _show_known(fmt: Format) -> None:
     from whaleflux.planning.known_models import MODELS
 
     types = [one for one in CATALOGUE.types.values() if one.speed]
-    if fmt is Format.json:
+    if fmt.is_json:
         output.say_json({
             "models": [{"name": one.name, "parameters": one.parameters, "active_parameters": one.active_parameters, "sequence": one.sequence}
                        for one in MODELS.values()],
             "gpus": [{"name": one.name, "memory_bytes": one.speed.nvml_bytes} for one in types if one.speed],
-        })  # fmt: skip
+        }, fmt)  # fmt: skip
         return
     rows = [
         [one.name, _billions(one.parameters), _billions(one.active_parameters), f"{one.sequence:,}"]
@@ -188,8 +188,8 @@ def _billions(count: float) -> str:
 
 
 def _show(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict, fmt: Format) -> None:
-    if fmt is Format.json:
-        output.say_json(_as_json(shape, gpu, asked, found))
+    if fmt.is_json:
+        output.say_json(_as_json(shape, gpu, asked, found), fmt)
     else:
         output.say(*_lines(shape, gpu, asked, found))
     if not found.fits:
