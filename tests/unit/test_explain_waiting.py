@@ -85,6 +85,16 @@ def test_the_expected_start_counts_those_ahead_who_start_and_end_before_it(capsy
     assert any("expected to start 2026-05-01T03:00" in because for because in told["because"]), told
 
 
+def test_the_expected_start_counts_gpus_of_types_that_the_job_may_have(capsys):
+    fleet, other = Fleet(3), node("edge/n", 4, model="L40S")
+    fleet.plan.step(News(nodes=(other,), closed={other.name: ""}), NOW)
+    fleet.waits(waiting("elsewhere", 8, any_of=("L40S",)))
+    told = fleet.told(fleet.waits(waiting("mine", 4, any_of=("H100-80GB",))), capsys)
+    assert any("expected to start 2026-05-01T03:00" in because for because in told["because"]), told
+    (facts,) = (one for one in fleet.plan.burst_facts((), NOW).waiting if one.name == "queues/q/jobs/mine")
+    assert facts.wait_s == 3 * HOUR
+
+
 def test_a_short_job_is_told_by_when_it_had_to_be_over_to_start_at_once(capsys):
     fleet = Fleet(1, 4)
     gang = fleet.waits(waiting("gang", 8))

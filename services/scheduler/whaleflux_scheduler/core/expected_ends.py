@@ -97,16 +97,19 @@ class ExpectedEnds:
     ) -> tuple[datetime, datetime] | None:
         """When the job starts if those ahead do first, by likely and by safe ends; None: not as those end who are known.
 
-        Jobs that were promised a start, seconds since the epoch, are in nobody's way before that. GPUs are counted alone: a job that wants them
-        close together, or of one type, may start later; one that others let pass, sooner. `returns`: when so many GPUs come free that no
-        job has: those of reservations.
+        Jobs that were promised a start, seconds since the epoch, are in nobody's way before that. GPUs are counted alone, those of the types that
+        the job may have: a job that wants them close together may start later; one that others let pass, sooner. `returns`: when so many GPUs
+        come free that no job has: those of reservations.
         """
         self.catch_up(now)
-        before = [other for other in ahead if other.name not in promised]
-        free, wanted = self._engine.free_gpus(), sum(other.spec.gpus for other in (*before, job))
-        found = self._soonest(max(1, wanted - free))
+        models = set(job.spec.any_of) or {""}
+        before = [other for other in ahead if other.name not in promised and _may_take(other, models)]
+        free, wanted = self._free(models), sum(other.spec.gpus for other in (*before, job))
+        found = self._soonest(max(1, wanted - free), models)
         ends = [(end.likely, end.safe, count) for count, one in found if (end := end_of(self._estimates, one, now))]
-        ends += [over for name, at_s in promised.items() if (over := self._end_of_promised(name, at_s)) is not None]
+        ends += [
+            over for name, at_s in promised.items() if (over := self._end_of_promised(name, at_s, models)) is not None
+        ]
         ends += [(at, at, gpus) for at, gpus in returns]
         lasting = [(other.spec.gpus, self._estimates.of(other, other.run_s)) for other in before]
         gpus = job.spec.gpus
@@ -120,20 +123,26 @@ class ExpectedEnds:
             None if likely is None or safe is None else (now + timedelta(seconds=likely), now + timedelta(seconds=safe))
         )
 
-    def _end_of_promised(self, name: str, start_s: float) -> tuple[datetime, datetime, int] | None:
+    def _free(self, models: set[str]) -> int:
+        """Whole GPUs of these models that new work may use now."""
+        if "" in models:
+            return self._engine.free_gpus()
+        return sum(gpus for model, gpus in self._engine.free_by_model().items() if model in models)
+
+    def _end_of_promised(self, name: str, start_s: float, models: set[str]) -> tuple[datetime, datetime, int] | None:
         job = self._holdings.jobs.get(name)
-        if job is None or job.spec.is_service:
+        if job is None or job.spec.is_service or not _may_take(job, models):
             return None
         start, lasts = datetime.fromtimestamp(start_s, UTC), self._estimates.of(job, job.run_s)
         likely, safe = (start + timedelta(seconds=all_s - job.run_s) for all_s in (lasts.likely_s, lasts.safe_s))
         return likely, safe, job.spec.gpus
 
-    def _soonest(self, gpus: int) -> Iterator[tuple[int, Job]]:
-        """The first ones who leave until so many GPUs are free; for who leaves soon by its safe end probably does so first."""
+    def _soonest(self, gpus: int, models: set[str]) -> Iterator[tuple[int, Job]]:
+        """The first ones who leave until so many GPUs of these models are free; for who leaves soon by its safe end probably does so first."""
         for _, name in itertools.islice(self._profile.until(math.inf), MOST_RELEASED):
             if gpus <= 0:
                 return
-            if (job := self._holdings.jobs.get(name)) is not None:
+            if (job := self._holdings.jobs.get(name)) is not None and _could_help(job, models):
                 count = self._profile.gpus(name)
                 gpus -= count
                 yield count, job
@@ -248,6 +257,12 @@ class ExpectedEnds:
 def _may_be_counted_on(other: Job, claimant: Claimant) -> bool:
     """Nobody who could stay longer: of a higher priority, or within a guarantee that is not the claimant's."""
     return other.spec.time_limit_s is not None or claimant.outlasts(other.name, other.queue, other.spec.priority)
+
+
+def _may_take(other: Job, models: set[str]) -> bool:
+    """Whether a job that waits could be given GPUs of one of these models."""
+    theirs = set(other.spec.any_of)
+    return not theirs or "" in models | theirs or bool(theirs & models)
 
 
 def _could_help(other: Job, models: set[str]) -> bool:
