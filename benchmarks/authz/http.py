@@ -49,7 +49,7 @@ class Engine:
                 if path != "/health":
                     self.paths.append(path)
                     self.headers.append(headers)
-                body = b'{"object":"ok"}'
+                body = b'{"object":"ok","choices":[{"text":"x"}]}'  # also to who asks whether it makes tokens
                 writer.write(
                     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
                     + body

@@ -206,8 +206,10 @@ _OTHERS: dict[str, dict[str, Probe]] = {
     },
     "Task": {
         "OpenTaskSecrets": _job(lambda job: agent_pb2.OpenTaskSecretsRequest(job=job, epoch=1)),
-        "FindDatasetReader": _job(
-            lambda job: agent_pb2.FindDatasetReaderRequest(job=job, dataset="datasets/d", node="sites/s/nodes/n")
+        "FindDatasetReader": _none(  # that it reads it not is the answer for jobs that are not there, or none of the caller's business
+            agent_pb2.FindDatasetReaderRequest(
+                job="queues/open/jobs/absent", dataset="datasets/d", node="sites/s/nodes/n"
+            )
         ),
         "Sync": Probe("node", lambda name: agent_pb2.SyncRequest(hello=agent_pb2.SyncHello(node=name))),
         "Attach": Probe("node", lambda name: agent_pb2.AttachRequest(hello=agent_pb2.AttachHello(node=name))),

@@ -52,7 +52,7 @@ class HttpProbe:
             status, answer = await _ask(address, path, body, FIRST_TOKEN_S)
             if status == 200:
                 return "" if _has_choices(answer) else f"its answer to {path} is no completion"
-            if not 400 <= status < 500 or status in _BUSY:
+            if status not in _NO_SUCH and (not 400 <= status < 500 or status in _BUSY):
                 return (
                     f"its first completion ({path}) was answered {status}"
                     if status
@@ -62,6 +62,7 @@ class HttpProbe:
 
 
 _BUSY = (408, 425, 429)
+_NO_SUCH = (501,)  # of servers that know no such method
 
 
 def _has_choices(body: bytes) -> bool:
@@ -109,9 +110,12 @@ def _status(line: bytes) -> int:
 
 
 async def _body(reader: asyncio.StreamReader) -> bytes:
-    while (await reader.readline()).strip():
-        pass
+    """As long as its head says, else to the end: some engines keep the connection whatever they are told."""
+    most = MAX_ANSWER_BYTES
+    while line := (await reader.readline()).strip().lower():
+        if line.startswith(b"content-length:"):
+            most = min(most, int(line.partition(b":")[2]))
     found = b""
-    while len(found) < MAX_ANSWER_BYTES and (more := await reader.read(MAX_ANSWER_BYTES - len(found))):
+    while len(found) < most and (more := await reader.read(most - len(found))):
         found += more
     return found
