@@ -151,6 +151,7 @@ class World:
         self.authority = authority()
         self.crash_at, self.crashes, self.steps = list(crash_at), 0, Steps()
         self._used: dict[str, str] = {}
+        self.owned: set[str] = set()  # machines that were a lease's own at some time
         self.double = 0
         self.killed_s: list[float] = []
         self.states: dict[str, list[tuple[float, State]]] = {}
@@ -232,6 +233,7 @@ class World:
                 if event.entry is None:
                     continue
                 lease = core_lease(pb.Lease.FromString(event.entry.value))
+                self.owned.add(lease.provider_id)
                 seen = self.states.setdefault(lease.name, [])
                 if not seen or seen[-1][1] is not lease.state:
                     seen.append((self.clock.monotonic(), lease.state))
@@ -276,8 +278,7 @@ async def _outcome(world: World) -> Outcome:
     leases = [
         core_lease(pb.Lease.FromString(entry.value)) for entry in (await world.store.list(keys.ALL_LEASES)).entries
     ]
-    mine = {lease.provider_id for lease in leases}
-    strays = [real for real in world.cloud.there.values() if real.id not in mine and not real.joined]
+    strays = [real for real in world.cloud.there.values() if real.id not in world.owned and not real.joined]
     found = [_found_s(real) for real in strays]
     return Outcome(
         leaked=len(world.cloud.alive()),

@@ -277,6 +277,8 @@ async def test_a_lease_that_is_over_is_read_listed_and_not_rented_again_by_its_r
     assert ended.state == pb.LEASE_STATE_GONE and not ended.end_reason
     assert await listed(world) == [live.name]
     assert await listed(world, show_gone=True) == [live.name, first.name]
+    page = await world.call("ListLeases", pb.ListLeasesRequest(show_gone=True))
+    assert [one.name for one in page.leases] == [live.name, first.name] and not page.next_page_token
     since = timestamp_pb2.Timestamp()
     since.FromDatetime(world.clock.now() + timedelta(seconds=1))
     assert await listed(world, show_gone=True, gone_since=since) == [live.name]

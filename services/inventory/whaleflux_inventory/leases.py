@@ -91,19 +91,29 @@ class Leases:
 
     async def page(self, request: pb.ListLeasesRequest) -> Page[pb.Lease]:
         """One page of leases: live ones first, then those that are over."""
-        last, _ = parse_token(request.page_token, keys.ALL_LEASES)
-        over = last.startswith(keys.LEASES_OVER)
-        page = await list_page(
+        size, token = page_size(request.page_size), request.page_token
+        last, _ = parse_token(token, keys.ALL_LEASES)
+        if last.startswith(keys.LEASES_OVER):
+            return await self._listed(keys.LEASES_OVER, request, size, token)
+        live = await self._listed(keys.LEASES, request, size, token)
+        if live.next_page_token or not request.show_gone:
+            return live
+        first = page_token(self._first_over(request), live.revision)
+        if len(live.items) == size:
+            return replace(live, next_page_token=first)
+        over = await self._listed(keys.LEASES_OVER, request, size - len(live.items), first)
+        both = (*live.unreadable, *over.unreadable)
+        return replace(over, items=(*live.items, *over.items), unreadable=both)
+
+    async def _listed(self, prefix: str, request: pb.ListLeasesRequest, size: int, token: str) -> Page[pb.Lease]:
+        return await list_page(
             self._store,
-            keys.LEASES_OVER if over else keys.LEASES,
+            prefix,
             lambda entry: shown_lease(entry, self._now_s()),
-            size=page_size(request.page_size),
-            token=request.page_token,
+            size=size,
+            token=token,
             keep=lambda lease: request.show_gone or not is_over(lease),
         )
-        if over or page.next_page_token or not request.show_gone:
-            return page
-        return replace(page, next_page_token=page_token(self._first_over(request), page.revision))
 
     def _first_over(self, request: pb.ListLeasesRequest) -> str:
         if not request.HasField("gone_since"):
