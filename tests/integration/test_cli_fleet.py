@@ -295,6 +295,9 @@ class Router(router_pb2_grpc.RouterServiceServicer):
         self.models[request.model.name] = request.model
         return request.model
 
+    async def EstimateDeployment(self, request, context):
+        return rout.EstimateDeploymentResponse(sites=[rout.SiteEstimate(replicas=1, why="it was never pulled")])
+
     async def ListReplicas(self, request, context):
         one = rout.Replica(name="models/m/replicas/m-0", state=rout.REPLICA_STATE_READY, address="h:1", in_flight=3)
         return rout.ListReplicasResponse(replicas=[one])
@@ -652,15 +655,15 @@ class TestSubmit:
 
 
 class TestModels:
-    def test_serve_declares_and_then_changes(self, cli, shared, tmp_path):
+    def test_deploy_declares_and_then_changes(self, cli, shared, tmp_path):
         file = tmp_path / "model.yaml"
         file.write_text("model: tiny\nengine: {run: 'serve {port}'}\nreplicas: {min: 1}\n")
-        code, text, notes = cli("serve", str(file), "-y")
+        code, text, notes = cli("deploy", str(file), "-y")
         assert code == 0
-        assert "PLAN  serve tiny with 1 replica(s)" in text
+        assert "PLAN  serve tiny with 1 replica(s)" in text and "it was never pulled" in text
         assert "whaleflux replicas tiny" in notes
         file.write_text("model: tiny\nengine: {run: 'serve {port}'}\nreplicas: {min: 3}\n")
-        assert "now        1 replica(s)" in cli("serve", str(file), "-y")[1]
+        assert "now        1 replica(s)" in cli("deploy", str(file), "-y")[1]
         assert shared.router.models["models/tiny"].replicas.min == 3
 
 
@@ -774,7 +777,7 @@ class TestProgram:
         shown = subprocess.run([sys.executable, "-c", heavy], capture_output=True, check=True, text=True, timeout=90)
         assert shown.stdout.strip() == "[]"
 
-    @pytest.mark.parametrize("command", ["submit", "jobs", "explain", "logs", "drain", "events", "serve"])
+    @pytest.mark.parametrize("command", ["submit", "jobs", "explain", "logs", "drain", "events", "deploy"])
     def test_examples_stand_before_options(self, cli, command):
         _, shown, _ = cli(command, "-h")
         assert shown.index(f"    whaleflux {command}") < shown.index("Options:")
