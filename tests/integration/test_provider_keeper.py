@@ -176,10 +176,11 @@ class World:
         self.nodes.there.add(node)
 
     async def leases(self):
-        return [pb.Lease.FromString(entry.value) for entry in (await self.store.list(keys.LEASES)).entries]
+        return [pb.Lease.FromString(entry.value) for entry in (await self.store.list(keys.ALL_LEASES)).entries]
 
     async def give_back(self, number):
-        entry = await self.store.get(f"{keys.LEASES}l{number}")
+        if (entry := await self.store.get(f"{keys.LEASES}l{number}")) is None:
+            return  # it is over by itself
         lease = pb.Lease.FromString(entry.value)
         lease.end_reason = lease.end_reason or "given back"
         await self.store.commit(Put(entry.key, lease.SerializeToString()), when=[Unchanged(entry)])

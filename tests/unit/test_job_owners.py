@@ -460,9 +460,9 @@ def test_which_data_a_job_reads_is_its_own_business():
 def test_every_field_of_a_job_is_public_or_private_on_purpose():
     """A field that is new is private; whoever finds it missing here says which it is."""
     private = {
-        "JobSpec": "command image datasets require_local_data environment retry checkpoint working_directory stop_on_nan setup code "
+        "JobSpec": "command image datasets require_local_data partial_data environment retry checkpoint working_directory stop_on_nan setup code "
         "depends_on secrets secrets_groups",
-        "Job": "traceparent loss request_fingerprint request_key claim awaits",
+        "Job": "traceparent loss request_fingerprint request_key claim awaits ray",
         "Attempt": "rendezvous traceparent restore_checkpoint loss remote_datasets",
         "Task": "message endpoint stuck isolation",
     }
@@ -490,4 +490,7 @@ def test_every_method_about_a_job_is_in_these_tables():
         "AttachJob",
     }
     reservations = {f"{verb}Reservation" for verb in ("Create", "Get", "Update", "Delete")} | {"ListReservations"}
-    assert scheduler == tested | elsewhere | reservations | {"CreateJob", "GetQueue", "ListQueues"}
+    clusters = {f"{verb}RayCluster" for verb in ("Create", "Get", "Update", "Delete")} | {
+        "ListRayClusters"
+    }  # test_ray_loop.py
+    assert scheduler == tested | elsewhere | reservations | clusters | {"CreateJob", "GetQueue", "ListQueues"}

@@ -57,17 +57,6 @@ class TestSize:
         many = started(replace(RL, max_gpus=1000), seen(({"GPU": 1}, 400)), free=fleet(*[8] * 60)).start
         assert {w.gpus for w in many} == {8}
 
-    def test_where_a_whole_worker_is_more_than_the_cluster_may_have_smaller_ones_are(self):
-        for free in (fleet(8), fleet(0)):  # free now, or waited for
-            found = started(replace(RL, max_gpus=2), seen(({"GPU": 1}, 4)), free=free)
-            assert [one.gpus for one in found.start] == [2]
-            assert found.short_gpus == 2
-        (one,) = parts([found.start[0]])
-        assert not started(replace(RL, max_gpus=2), seen(({"GPU": 1}, 4)), [one], fleet(6)).start
-        assert not started(replace(RL, max_gpus=2), seen(({"GPU": 4}, 1)), free=fleet(8)).start, (
-            "nothing holds half of it"
-        )
-
     def test_without_gpus_and_with_memory(self):
         (one,) = started(RL, seen(({"CPU": 4, "memory": 10 * GB}, 2))).start
         assert (one.gpus, one.cpus, one.memory_bytes) == (0, 8, 20 * GB)

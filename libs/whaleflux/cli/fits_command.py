@@ -81,7 +81,7 @@ def fits(
     from whaleflux.errors import FieldViolation, InvalidArgument
 
     if fmt is not Format.table and not fmt.is_json:
-        raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table, json or jsonl"))
+        raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table or json"))
     _need_numpy()
     if known:
         _show_known(fmt)

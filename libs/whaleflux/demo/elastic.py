@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from whaleflux.context import Context
-from whaleflux.demo.fleet import DemoFleet, Machine
+from whaleflux.demo.fleet import DemoFleet, Machine, gpu_of_profile
 from whaleflux.demo.lending import LENT_GPUS, Lent, Sizes, lend, watch_sizes
 from whaleflux.demo.renting import BURST, Everywhere, Rented, meet_peak, serve_everywhere
 from whaleflux.demo.suite import Teller, fresh_state, join, say_kept, start_suite, wait_for_context
@@ -96,7 +96,7 @@ async def _train(client: AsyncClient, say: Say) -> Sizes:
     del spec.command[:]
     spec.command.extend(["nice", "-n", "19", sys.executable, "train.py", "--steps", "100000", "--print-every", "1000"])
     spec.gpus, spec.elastic.min, spec.elastic.max, spec.elastic.step = TRAINING_GPUS, 2, TRAINING_GPUS, 2
-    spec.gpu.any_of.append("H200")
+    spec.gpu.any_of.append(gpu_of_profile(FLEET[0].profile))
     say(f"TRAIN an elastic GPT with {TRAINING_GPUS} H200, 2 at least; it goes on from its checkpoint at each size")
     return Sizes(await submit(client, spec, "pretrain", say))
 

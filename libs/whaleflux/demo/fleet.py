@@ -14,6 +14,7 @@ from pathlib import Path
 from whaleflux import names
 from whaleflux.context import Context
 from whaleflux.embedded.processes import forget_secrets, shims_below, with_variables
+from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import inventory_pb2
 
@@ -40,6 +41,13 @@ FLEET = (
     Machine("edge", "rtx-a", "rtx4090x2"),
     Machine("edge", "rtx-b", "rtx4090x2"),
 )
+
+
+def gpu_of_profile(profile: str) -> str:
+    """The catalogue name of a machine's GPUs."""
+    found = CATALOGUE.profile(profile)
+    assert found is not None, profile
+    return found[0].name
 
 
 @dataclass(slots=True)

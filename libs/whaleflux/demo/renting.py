@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from whaleflux import names
 from whaleflux.context import Context
+from whaleflux.demo.fleet import gpu_of_profile
 from whaleflux.demo.serving import Served, send_requests
 from whaleflux.demo.training import Say
 from whaleflux.errors import Unavailable
@@ -30,8 +31,8 @@ BURST = {
     "WHALEFLUX_BURST_USD_PER_GPU_HOUR": "100",
 }
 OFFER = inventory_pb2.Offer(
-    provider="simulated", machine_type="a100x4pcie", gpu_type="A100-80GB", gpus=4, site="sites/cloud", usd_per_hour=6.0,
-    market=types_pb2.PRICE_KIND_SPOT, boot_s=3.0, billing_unit_s=1.0, options={"boot_s": "1-2"},
+    provider="simulated", machine_type="a100x4pcie", gpus=4, site="sites/cloud", usd_per_hour=6.0,
+    market=types_pb2.PRICE_KIND_SPOT, boot_s=3.0, billing_unit_s=1.0, options={"boot_s": "1-2"}, gpu_type=gpu_of_profile("a100x4pcie"),
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ async def _submit(client: AsyncClient, job_id: str, command: list[str], folder: 
     file = {
         "run": command,
         "gpus": 4,
-        "gpu": "A100-80GB",
+        "gpu": OFFER.gpu_type,
         "launch": "once",
         "directory": str(folder),
         "expected": expected,

@@ -63,14 +63,13 @@ def size(
     coming = [p for p in workers_ if p not in waiting and p.job not in seen.joined and p.job not in seen.left]
     nodes = [one for one in free if _may_be_on(cluster, one)]
     asked = replace(seen.cluster, nodes=(*seen.cluster.nodes, *map(under_way, coming)))
+    plans = resize(asked, nodes)
+    wanted = list(workers(plans))
+    if (rest := unmet(asked, plans)) is not None:
+        wanted += workers(resize(rest, ray_nodes.emptied(nodes)))
     kept = [part for part in workers_ if part not in waiting]
     room = cluster.max_gpus - sum(part.worker.gpus for part in kept)
-    wanted, plans = _wanted(asked, nodes, ray_nodes.emptied(nodes), resize)
-    fitting = wanted
-    if 0 < room < max((one.gpus for one in wanted), default=0):  # smaller workers for what larger ones have no room for
-        fitting, _ = _wanted(asked, _of_at_most(nodes, room), _of_at_most(ray_nodes.emptied(nodes), room), resize)
-    within = _within(fitting, room, MOST_WORKERS - len(kept))
-    short = max(0, sum(one.gpus for one in wanted) - sum(one.gpus for one in within))
+    within, short = _within(wanted, room, MOST_WORKERS - len(kept))
     start, end = _matched(within, waiting)
     if any(one.postponed for plan in plans for one in plan.unmet):
         end = []  # it is not known yet whether anything waits for them
@@ -166,31 +165,16 @@ def unmet(cluster: Cluster, plans: Plans) -> Cluster | None:
     return Cluster(Demand(tuple(singles), tuple(gangs))) if singles or gangs else None
 
 
-def _wanted(
-    asked: Cluster, free: Sequence[FreeNode], empty: Sequence[FreeNode], resize: Resize
-) -> tuple[list[Worker], Plans]:
-    """What is free now gets, and for the rest what could wait for its turn; and the plans of what is free."""
-    plans = resize(asked, free)
-    found = list(workers(plans))
-    if (rest := unmet(asked, plans)) is not None:
-        found += workers(resize(rest, empty))
-    return found, plans
-
-
-def _of_at_most(nodes: Iterable[FreeNode], gpus: int) -> list[FreeNode]:
-    """The same, as if none offered more."""
-    return [replace(one, gpus=min(one.gpus, gpus)) for one in nodes]
-
-
-def _within(wanted: Iterable[Worker], room_gpus: int, room_workers: int) -> list[Worker]:
-    """Those for which there is room."""
-    found = list[Worker]()
+def _within(wanted: Iterable[Worker], room_gpus: int, room_workers: int) -> tuple[list[Worker], int]:
+    """Those for which there is room, and how many GPUs the others would have."""
+    found, short = list[Worker](), 0
     for one in wanted:
         if one.gpus > room_gpus or len(found) >= room_workers:
+            short += one.gpus
             continue
         room_gpus -= one.gpus
         found.append(one)
-    return found
+    return found, short
 
 
 def _matched(wanted: Iterable[Worker], waiting: Iterable[Part]) -> tuple[list[Worker], list[End]]:
