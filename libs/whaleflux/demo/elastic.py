@@ -32,7 +32,7 @@ FLEET = (
     Machine("cloud", "a100-a", "a100x4pcie"),
     Machine("edge", "rtx-a", "rtx4090x2"),
 )
-SITES = ["onprem", "cloud", "edge"]
+SITES = {"onprem": "l40sx4", "cloud": "a100x4pcie", "edge": "rtx4090x2"}
 TRAINING_GPUS, TASKS, RUNNING_S, GROW_S = 4, 4, 90, 180
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -152,9 +152,9 @@ class Everywhere:
 
 
 async def serve_everywhere(
-    client: AsyncClient, context: Context, example: Path, weights: Path, sites: list[str], say: Say
+    client: AsyncClient, context: Context, example: Path, weights: Path, sites: Mapping[str, str], say: Say
 ) -> Everywhere:
-    """The trained weights become a dataset, and a replica starts at each site; then requests, all through the front door."""
+    """The trained weights become a dataset, and a replica starts at each site, on the GPUs of a profile; then requests, all through the front door."""
     found, model_id, model = Everywhere(), "gpt-everywhere", _model(example, sites)
     dataset = inventory_pb2.Dataset(uri=weights.as_uri(), size_bytes=sum(p.stat().st_size for p in weights.iterdir()))
     request = inventory_pb2.CreateDatasetRequest(
@@ -175,7 +175,7 @@ async def serve_everywhere(
     return found
 
 
-def _model(example: Path, sites: list[str]) -> router_pb2.Model:
+def _model(example: Path, sites: Mapping[str, str]) -> router_pb2.Model:
     model = model_from_yaml((example / "model.yaml").read_text(), example).model
     serve = [
         sys.executable,
@@ -191,12 +191,13 @@ def _model(example: Path, sites: list[str]) -> router_pb2.Model:
     model.engine.command.extend(serve)
     model.engine.weights = names.dataset("gpt-everywhere")
     model.replicas.min = 1
-    model.sites.extend(router_pb2.ModelSite(site=names.site(site)) for site in sites)
+    for site, profile in sites.items():  # a class for each: the training's GPUs are left to it
+        model.sites.add(site=names.site(site), gpu_models=[gpu_of_profile(profile)])
     return model
 
 
 async def _all_ready(
-    client: AsyncClient, model: str, sites: list[str], found: Everywhere, began: float, say: Say
+    client: AsyncClient, model: str, sites: Collection[str], found: Everywhere, began: float, say: Say
 ) -> None:
     while len(found.ready_s) < len(sites):
         for replica in (
