@@ -96,6 +96,7 @@ async def _train(client: AsyncClient, say: Say) -> Sizes:
     del spec.command[:]
     spec.command.extend(["nice", "-n", "19", sys.executable, "train.py", "--steps", "100000", "--print-every", "1000"])
     spec.gpus, spec.elastic.min, spec.elastic.max, spec.elastic.step = TRAINING_GPUS, 2, TRAINING_GPUS, 2
+    spec.expected.FromSeconds(7200)  # so that it is known what growing back is worth
     spec.gpu.any_of.append(gpu_of_profile(FLEET[0].profile))
     say(f"TRAIN an elastic GPT with {TRAINING_GPUS} H200, 2 at least; it goes on from its checkpoint at each size")
     return Sizes(await submit(client, spec, "pretrain", say))
