@@ -77,7 +77,9 @@ class Lambda:
 
     def alive(self):
         named = self.served.alive().items()
-        return {id_: rest_services.machine_of(name[:10], id_, name, ended=False).token for id_, name in named}
+        return {
+            id_: rest_services.machine_of(name[:10], id_, name, ended=False, now_s=0.0).token for id_, name in named
+        }
 
     def announce(self, machine, at_s):
         """It announces nothing."""

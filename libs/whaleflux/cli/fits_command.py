@@ -146,17 +146,11 @@ def _gpu(said: str) -> GpuType:
     from whaleflux.fleet.gpu_types import CATALOGUE
 
     by_name = {name.lower(): one for name, one in CATALOGUE.types.items() if one.speed}
-    sized = {
-        name.partition("-")[0].lower(): one for name, one in CATALOGUE.types.items() if one.speed
-    }  # H100: the last, largest, of it
     wanted = said.lower()
     if wanted in by_name:
         return by_name[wanted]
-    if wanted in sized:
-        options = [
-            one.name for name, one in CATALOGUE.types.items() if name.partition("-")[0].lower() == wanted and one.speed
-        ]
-        raise InvalidArgument(FieldViolation("--gpu", f"{said} is sold in several sizes: {', '.join(options)}"))
+    if sizes := [one.name for name, one in by_name.items() if name.partition("-")[0] == wanted]:
+        raise InvalidArgument(FieldViolation("--gpu", f"{said} is sold in several sizes: {', '.join(sizes)}"))
     near = get_close_matches(wanted, by_name, 3, 0.4)
     meant = ", ".join(by_name[one].name for one in near) or ", ".join(one.name for one in by_name.values())
     what = f"{said[:40]!r} is not known" if said else "is missing"

@@ -17,30 +17,10 @@ if TYPE_CHECKING:
 
 MOST = 10_000  # that are read at once; narrow it by time for more
 _PAGE = 500
-_FULL = (
-    "queues/",
-    "sites/",
-    "models/",
-    "incidents/",
-    "datasets/",
-    "joinTokens/",
-    "apiKeys/",
-    "reservations/",
-    "rayClusters/",
-)
-_TYPES = (
-    "job",
-    "node",
-    "model",
-    "replica",
-    "incident",
-    "checkpoint",
-    "queue",
-    "reservation",
-    "dataset",
-    "site",
-    "raycluster",
-)
+# fmt: off
+_FULL = ("queues/", "sites/", "models/", "incidents/", "datasets/", "joinTokens/", "apiKeys/", "reservations/", "rayClusters/")
+_TYPES = ("job", "node", "model", "replica", "incident", "checkpoint", "queue", "reservation", "dataset", "site", "raycluster")
+# fmt: on
 _COLLECTIONS = {f"{kind}s" for kind in _TYPES} | {"joinTokens", "apiKeys"}
 
 

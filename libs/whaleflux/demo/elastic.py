@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from whaleflux.context import Context
 from whaleflux.demo.fleet import DemoFleet, Machine, gpu_of_profile
 from whaleflux.demo.lending import LENT_GPUS, Lent, Sizes, lend, watch_sizes
 from whaleflux.demo.renting import BURST, Everywhere, Rented, meet_peak, serve_everywhere
-from whaleflux.demo.suite import Teller, fresh_state, join, say_kept, start_suite, wait_for_context
+from whaleflux.demo.suite import Teller, join, running_suite
 from whaleflux.demo.training import Say, submit, until
 from whaleflux.errors import FailedPrecondition
 from whaleflux.manifests.yaml_files import job_from_yaml
@@ -51,21 +50,10 @@ def run(options: ElasticOptions) -> int:
     if not options.ray_python.exists():
         raise FailedPrecondition(f"{options.ray_python} is not there; Ray is installed beside with: make ray")
     say, state = Teller(), options.state.resolve()
-    fresh_state(state)
-    suite = start_suite(state, keep=options.keep, settings=BURST)
-    fleet = DemoFleet(state, Context("", "", "", ""))
-    try:
-        fleet.context = wait_for_context(suite, state, say)
+    with running_suite(state, say, keep=options.keep, settings=BURST) as fleet:
         report = asyncio.run(_demo(options, state, fleet, say))
-    finally:
-        if not options.keep:
-            fleet.stop()
-            suite.terminate()
-            suite.wait(timeout=60)
-    options.report.write_text(json.dumps(report, indent=2) + "\n")
-    _print_summary(report, options.report)
-    if options.keep:
-        say_kept(fleet, state)
+        options.report.write_text(json.dumps(report, indent=2) + "\n")
+        _print_summary(report, options.report)
     return 0 if report["passed"] else 1
 
 

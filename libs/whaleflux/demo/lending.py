@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from whaleflux import names
+from whaleflux.demo.suite import within
 from whaleflux.demo.training import Say, until
 from whaleflux.errors import Unavailable
 from whaleflux.manifests.ray_file import ray_from_yaml
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import scheduler_pb2 as pb
 
-PRIORITY, LENT_GPUS = 10, 2
+LENT_GPUS = 2
 
 
 @dataclass(slots=True)
@@ -68,13 +69,15 @@ async def lend(client: AsyncClient, ray_python: Path, example: Path, sizes: Size
     lent = Lent(tasks)
     async with _program(ray_python, example, cluster, tasks) as process:
         assert process.stdout is not None
-        if (await asyncio.wait_for(process.stdout.readline(), 90)).strip() != b"queued":
+        if (await within(process.stdout.readline(), 90, "the Ray program to queue its tasks")).strip() != b"queued":
             raise Unavailable("the Ray program did not reach its cluster; see what it printed above")
         lent.asked_at = time.monotonic()
         say(f"RAY   an unmodified program queues {tasks} tasks, each for a whole H200; the cluster has no worker")
         watching = asyncio.create_task(_watch(client, cluster.name, sizes, lent, say))
         try:
-            lent.program_said = (await asyncio.wait_for(process.stdout.read(), 180)).decode().strip()
+            lent.program_said = (
+                (await within(process.stdout.read(), 180, "the end of the Ray program")).decode().strip()
+            )
             lent.program_done_s = time.monotonic() - lent.asked_at
             say(f"      the program has ended: {lent.program_said or 'it said nothing; see above'}")
             await until(lambda: lent.workers_gone_s >= 0 or watching.done(), "the idle workers to leave", 90)
@@ -99,10 +102,7 @@ async def _up(client: AsyncClient, ray_python: Path, example: Path, say: Say) ->
             await asyncio.sleep(0.2)
             found.CopyFrom(await client.scheduler.GetRayCluster(pb.GetRayClusterRequest(name=found.name), timeout=10))
 
-    try:
-        await asyncio.wait_for(heard(), 120)
-    except TimeoutError:
-        raise Unavailable(f"{found.name} did not come up: {found.status.message}") from None
+    await within(heard(), 120, f"the head of {found.name}")
     say(f"UP    {found.name}: its head runs at {found.status.address}, without a worker")
     return found
 

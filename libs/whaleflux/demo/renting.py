@@ -6,15 +6,15 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from whaleflux import names
 from whaleflux.context import Context
 from whaleflux.demo.fleet import gpu_of_profile
 from whaleflux.demo.serving import Served, send_requests
+from whaleflux.demo.suite import within
 from whaleflux.demo.training import Say
 from whaleflux.errors import Unavailable
 from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
@@ -22,7 +22,6 @@ from whaleflux.sdk.client import AsyncClient
 from whaleflux.v1 import inventory_pb2, router_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 
-T = TypeVar("T")
 # The setting `burst`, for a demo's patience and with a price of waiting that is above that of the machine.
 BURST = {
     "WHALEFLUX_BURST": "on",
@@ -63,24 +62,16 @@ async def meet_peak(client: AsyncClient, example: Path, state: Path, say: Say) -
     seen = Rented()
     watching = asyncio.create_task(_watch(client, seen, began, say))
     try:
-        ended = await _within(client.wait(job), 150, f"{job} to run on a rented machine")
+        ended = await within(client.wait(job), 150, f"{job} to run on a rented machine")
         if ended.state != pb.JOB_STATE_SUCCEEDED:
             raise Unavailable(f"{job} ended as {pb.JobState.Name(ended.state)}: {ended.state_message}")
         seen.ran_on, seen.done_s = ended.attempt.tasks[0].node, time.monotonic() - began
         say(f"      the second training is done, on {seen.ran_on}")
         await client.scheduler.CancelJob(pb.CancelJobRequest(name=f"{names.DEFAULT_QUEUE}/jobs/fill"), timeout=10)
-        await _within(watching, 90, "the rented machine to be given back")
+        await within(watching, 90, "the rented machine to be given back")
     finally:
         watching.cancel()
     return seen
-
-
-async def _within(what: Awaitable[T], timeout_s: float, named: str) -> T:
-    """Its result; raises Unavailable saying what never came."""
-    try:
-        return await asyncio.wait_for(what, timeout_s)
-    except TimeoutError:
-        raise Unavailable(f"waited {timeout_s:g} s in vain for {named}; logs are under the state folder") from None
 
 
 def _training(output: Path) -> list[str]:
@@ -92,14 +83,10 @@ def _training(output: Path) -> list[str]:
 async def _submit(client: AsyncClient, job_id: str, command: list[str], folder: Path, expected: str) -> str:
     """A job of four A100, as a file would say it."""
     file = {
-        "run": command,
-        "gpus": 4,
-        "gpu": OFFER.gpu_type,
-        "launch": "once",
-        "directory": str(folder),
-        "expected": expected,
-    }
-    spec = job_from_yaml(json.dumps({**file, "environment": {"GLOO_SOCKET_IFNAME": "lo"}}), folder).spec
+        "run": command, "gpus": 4, "gpu": OFFER.gpu_type, "launch": "once", "directory": str(folder), "expected": expected,
+        "environment": {"GLOO_SOCKET_IFNAME": "lo"},
+    }  # fmt: skip
+    spec = job_from_yaml(json.dumps(file), folder).spec
     request = pb.CreateJobRequest(parent=names.DEFAULT_QUEUE, job_id=job_id, job=pb.Job(spec=spec))
     return str((await client.scheduler.CreateJob(request, timeout=20)).name)
 
@@ -169,7 +156,7 @@ async def serve_everywhere(
     began = time.monotonic()
     await client.router.CreateModel(router_pb2.CreateModelRequest(model_id=model_id, model=model), timeout=20)
     ready = _all_ready(client, names.model(model_id), sites, found, began, say)
-    await _within(ready, 120, "a replica at each site")
+    await within(ready, 120, "a replica at each site")
     await send_requests(context, model_id, found.served, 40, 4, lambda _: None)
     say(f"      {found.served.asked} requests asked, {found.served.failed} failed")
     return found
@@ -178,15 +165,8 @@ async def serve_everywhere(
 def _model(example: Path, sites: Mapping[str, str]) -> router_pb2.Model:
     model = model_from_yaml((example / "model.yaml").read_text(), example).model
     serve = [
-        sys.executable,
-        "serve.py",
-        "--weights",
-        "{weights}/model.pt",
-        "--name",
-        "gpt-everywhere",
-        "--port",
-        "{port}",
-    ]
+        sys.executable, "serve.py", "--weights", "{weights}/model.pt", "--name", "gpt-everywhere", "--port", "{port}",
+    ]  # fmt: skip
     del model.engine.command[:], model.engine.gpu_models[:]
     model.engine.command.extend(serve)
     model.engine.weights = names.dataset("gpt-everywhere")
@@ -200,9 +180,8 @@ async def _all_ready(
     client: AsyncClient, model: str, sites: Collection[str], found: Everywhere, began: float, say: Say
 ) -> None:
     while len(found.ready_s) < len(sites):
-        for replica in (
-            await client.router.ListReplicas(router_pb2.ListReplicasRequest(parent=model), timeout=10)
-        ).replicas:
+        listed = await client.router.ListReplicas(router_pb2.ListReplicasRequest(parent=model), timeout=10)
+        for replica in listed.replicas:
             site = names.last(replica.site)
             if replica.state == router_pb2.REPLICA_STATE_READY and site not in found.ready_s:
                 found.ready_s[site], found.classes[site] = time.monotonic() - began, replica.gpu_model

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whaleflux.context import Context
 from whaleflux.demo import training
 from whaleflux.demo.fleet import FLEET, DemoFleet
 from whaleflux.demo.serving import Served, lose_a_replica, serve
-from whaleflux.demo.suite import Teller, fresh_state, join, say_kept, start_suite, wait_for_context
+from whaleflux.demo.suite import Teller, join, running_suite
 from whaleflux.demo.training import Failure, Watched, follow, lose_a_node, submit, until, watch_logs
 from whaleflux.errors import Unavailable
 from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
@@ -48,21 +47,10 @@ class DemoOptions:
 def run(options: DemoOptions) -> int:
     """The demo; returns the exit code: 0 when everything that it claims was seen."""
     say, state = Teller(), options.state.resolve()
-    fresh_state(state)
-    suite = start_suite(state, keep=options.keep, otlp_endpoint=options.otlp_endpoint)
-    fleet = DemoFleet(state, Context("", "", "", ""), options.otlp_endpoint)
-    try:
-        fleet.context = wait_for_context(suite, state, say)
+    with running_suite(state, say, keep=options.keep, otlp_endpoint=options.otlp_endpoint) as fleet:
         report = asyncio.run(_demo(options, state, fleet, say))
-    finally:
-        if not options.keep:
-            fleet.stop()
-            suite.terminate()
-            suite.wait(timeout=60)
-    options.report.write_text(json.dumps(report, indent=2) + "\n")
-    _print_summary(report, options.report)
-    if options.keep:
-        say_kept(fleet, state)
+        options.report.write_text(json.dumps(report, indent=2) + "\n")
+        _print_summary(report, options.report)
     return 0 if report["passed"] else 1
 
 

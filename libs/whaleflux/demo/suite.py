@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from whaleflux.context import Context
 from whaleflux.demo.fleet import DemoFleet, Machine
@@ -20,6 +22,8 @@ from whaleflux.foreign_text import in_one_line
 from whaleflux.sdk.client import AsyncClient
 from whaleflux.services import ROLES
 from whaleflux.v1 import health_pb2
+
+T = TypeVar("T")
 
 
 class Teller:
@@ -32,7 +36,43 @@ class Teller:
         print(in_one_line(f"{time.monotonic() - self._began:6.1f} s  {line}"), flush=True)
 
 
-def fresh_state(state: Path) -> None:
+@contextlib.contextmanager
+def running_suite(
+    state: Path,
+    say: Callable[[str], None],
+    *,
+    keep: bool,
+    otlp_endpoint: str = "",
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[DemoFleet]:
+    """A fleet without machines on a suite of its own in the folder `state`; both end with the block, unless they are kept.
+
+    Raises FailedPrecondition while one that was kept still runs, Unavailable when the suite does not start.
+    """
+    _fresh_state(state)
+    suite = _start_suite(state, keep, otlp_endpoint, settings or {})
+    fleet = DemoFleet(state, Context("", "", "", ""), otlp_endpoint)
+    try:
+        fleet.context = _wait_for_context(suite, state, say)
+        yield fleet
+        if keep:
+            _say_kept(fleet, state)
+    finally:
+        if not keep:
+            fleet.stop()
+            suite.terminate()
+            suite.wait(timeout=60)
+
+
+async def within(what: Awaitable[T], timeout_s: float, named: str) -> T:
+    """Its result; raises Unavailable saying what never came."""
+    try:
+        return await asyncio.wait_for(what, timeout_s)
+    except TimeoutError:
+        raise Unavailable(f"waited {timeout_s:g} s in vain for {named}; logs are under the state folder") from None
+
+
+def _fresh_state(state: Path) -> None:
     """A demo starts from nothing. Raises FailedPrecondition while one that was kept still runs."""
     if (pid := running_pid(Layout(state))) is not None:
         raise FailedPrecondition(
@@ -43,9 +83,7 @@ def fresh_state(state: Path) -> None:
     state.mkdir(parents=True, exist_ok=True)
 
 
-def start_suite(
-    state: Path, *, keep: bool, otlp_endpoint: str = "", settings: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+def _start_suite(state: Path, keep: bool, otlp_endpoint: str, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """`whaleflux up`; `settings` as variables of its environment. A killed demo leaves no suite behind unless it is kept."""
     argv = [sys.executable, "-m", "whaleflux.cli", "up", "--no-register", "--state", str(state)]
     if otlp_endpoint:
@@ -53,7 +91,7 @@ def start_suite(
     with (state / "up.log").open("ab") as log:
         return subprocess.Popen(
             argv,
-            env={**os.environ, **(settings or {})},
+            env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -62,7 +100,7 @@ def start_suite(
         )
 
 
-def wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable[[str], None]) -> Context:
+def _wait_for_context(suite: subprocess.Popen[bytes], state: Path, say: Callable[[str], None]) -> Context:
     """Raises Unavailable with the end of its log when the suite does not start within two minutes."""
     say("START etcd, NATS, Envoy, " + ", ".join(ROLES))
     deadline = time.monotonic() + 120
@@ -89,7 +127,7 @@ async def join(client: AsyncClient, fleet: DemoFleet, machines: Sequence[Machine
     say(f"      all {len(ready)} nodes are READY")
 
 
-def say_kept(fleet: DemoFleet, state: Path) -> None:
+def _say_kept(fleet: DemoFleet, state: Path) -> None:
     """How to look around in what was left running, and how to stop it."""
     print(
         f"\nEverything still runs. Look around with: export WHALEFLUX_CONTEXT={state / 'context.json'}; whaleflux status"

@@ -9,6 +9,7 @@ those of `ray start`.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -48,9 +49,11 @@ def command(host: str, port: int, dashboard: int, client: int, folder: str, memo
     found = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--no-monitor", "--disable-usage-stats",
         f"--port={port}", f"--node-ip-address={host}", "--num-cpus=0", "--num-gpus=0", f"--temp-dir={folder}",
-        f"--dashboard-host={host}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+        f"--dashboard-host={host}", f"--dashboard-port={dashboard}",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
     ]  # fmt: skip
+    if importlib.util.find_spec("grpc") is not None:  # Ray's own client needs it, and plain `ray` comes without
+        found.append(f"--ray-client-server-port={client}")
     return found + ([f"--object-store-memory={max(100_000_000, memory_bytes // 5)}"] if memory_bytes else [])
 
 

@@ -13,9 +13,7 @@ SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys
 SECRET_VALUES = ROOT + "secret_values/"  # {secret}/{version}: sealed
 OFFERS = ROOT + "offers/"  # {offer}
 LEASES = ROOT + "leases/"  # {lease}: machines that are rented
-LEASES_OVER = (
-    ROOT + "leases_over/"
-)  # {lease}: those that were, apart, so that looking at live ones costs the same for ever
+LEASES_OVER = ROOT + "leases_over/"  # {lease}: those that were, apart: looking at live ones costs the same for ever
 ALL_LEASES = ROOT + "leases"  # both
 LEASE_REQUESTS = ROOT + "requests/leases/"  # {digest}: name of the lease that a request with an id made
 RENTAL_FLEET = ROOT + "rental_fleet"  # by what tag providers know this fleet's machines

@@ -74,9 +74,8 @@ class DatasetCache:
     ) -> None:
         self._store, self._node, self._stub = DatasetStore(root, limit_bytes), node, stub
         self._pins = NodePins(node, stub)
-        self.ahead: Mapping[
-            str, str
-        ] = {}  # datasets that jobs will read which are to start here, and one such job of each
+        # Datasets that jobs will read which are to start here, and one such job of each.
+        self.ahead: Mapping[str, str] = {}
 
         def needed() -> frozenset[str]:
             return in_use().union(self.ahead)

@@ -18,10 +18,8 @@ from whaleflux_scheduler.core.ray_parts import Part, Role, Worker
 
 ACTOR = "scheduler/ray"
 GRACE_S, HEAD_GRACE_S = 30, 15  # between SIGTERM and SIGKILL
-_READER_MILLICORES, _HOST_MEMORY_BYTES = (
-    500,
-    2 << 30,
-)  # what a worker's raylet takes beside the memory that Ray counts on
+_READER_MILLICORES = 500
+_HOST_MEMORY_BYTES = 2 << 30  # what a worker's raylet takes beside the memory that Ray counts on
 _PROGRAMS = Path(ray_cluster.__file__).parent
 _FOLDER = "ray_beside"  # of the programs, in the task's own folder
 

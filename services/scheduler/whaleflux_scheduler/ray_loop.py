@@ -43,11 +43,8 @@ from whaleflux_scheduler.ray_records import RAY_CLUSTERS, StoredRayCluster
 
 log = logging.getLogger(__name__)
 EVERY_S, APART_S = 1.0, 0.05  # between two looks, at most and at least
-SIZE_APART_S, MOST_APART_S, OTHERS_SHARE = (
-    0.2,
-    5.0,
-    4.0,
-)  # between sizings of a cluster: by what the last one took, so that others have their turn
+# Between sizings of a cluster: so many times what the last one took, so that others have their turn.
+SIZE_APART_S, MOST_APART_S, OTHERS_SHARE = 0.2, 5.0, 4.0
 ANEW_S = 5.0  # a cluster of which nothing changed is sized again: the fleet may have
 MOST_STARTS = 16  # in one transaction; the next look goes on
 MOST_LEAVING = 100  # workers that are told so at once

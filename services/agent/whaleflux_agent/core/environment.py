@@ -33,9 +33,8 @@ class LaunchContext:
     gpu_uuids: tuple[str, ...]  # of the task's GPUs in rank order; empty: simulated, none is visible
     traceparent: str  # of the launch span
     ports: tuple[int, ...] = ()  # one per local rank, for services
-    datasets: tuple[
-        tuple[str, str, str], ...
-    ] = ()  # datasets/{dataset}, where it is read, and of a part where the rest is
+    # Each: datasets/{dataset}, where it is read, and of a part where the rest is.
+    datasets: tuple[tuple[str, str, str], ...] = ()
     secrets_dir: str = ""  # folder of the job's secrets that are files; values of variables are nobody's business here
 
 

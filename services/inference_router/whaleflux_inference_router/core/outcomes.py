@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 KEPT = 500  # outcomes of each replica
-LEAST_FAILED, MORE_FAILED = (
-    3,
-    0.05,
-)  # a version is worse with so many failed tries, and so much more of them than the other
+LEAST_FAILED, MORE_FAILED = 3, 0.05  # a version is worse with so many failed tries, and so much more of them
 LEAST_TIMED, SLOWER, SLOWER_S = 20, 1.5, 0.05  # or with a p99 so much higher: times, and seconds on top
 LEAST_SLOW = 3  # of few tries the third slowest stands for the p99: one that was slow by chance leads nowhere
 

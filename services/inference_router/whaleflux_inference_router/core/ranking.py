@@ -19,9 +19,8 @@ LONG_PROMPT_TOKENS = 8192
 BIG_MEMORY_BYTES = 70 * 10**9  # "80 GB" cards show a little less
 TIER = 8.0  # a card of the preferred class is worth waiting behind this many requests
 PRICE_STEP = 2.0  # and a cheaper one, for short requests, behind this many
-OTHER_VERSION = (
-    10_000.0  # while a changed engine is tried: behind whatever serves the version that the request was drawn for
-)
+# While a changed engine is tried: behind whatever serves the version that the request was drawn for.
+OTHER_VERSION = 10_000.0
 FAILURE = 20.0  # a replica that just failed is worse than one with this many requests
 HALF_LIFE_S = 5.0  # of that
 RANKED = 4  # names that the front door gets: one and three retries

@@ -147,10 +147,8 @@ class Aws:
                     async for page in self._pages("describe_spot_instance_requests", **asked):
                         found |= aws_shapes.interrupted(page.get("SpotInstanceRequests", ()))
         except Exception as error:
-            level, self._said = (
-                (logging.DEBUG if self._said else logging.WARNING),
-                True,
-            )  # once a minute, not each round
+            level = logging.DEBUG if self._said else logging.WARNING  # once, until it is known again
+            self._said = True
             log.log(level, "what AWS has announced in %s is not known now: %r", self.region, error)
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,7 +98,8 @@ class Rest:
             raise OSError("the list of machines is of another shape") from None
         if len(listed) > MAX_MACHINES:
             raise OSError(f"the list has more than {MAX_MACHINES} machines")
-        found = [machine_of(fleet, machine, name, ended=ended) for machine, name, ended in listed]
+        now_s = time.time()
+        found = [machine_of(fleet, machine, name, ended=ended, now_s=now_s) for machine, name, ended in listed]
         return [machine for machine in found if machine is not None]
 
     async def terminate(self, machine_id: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ def name_of(fleet: str, lease: str, token: str) -> str:
     return f"{fleet[-_FLEET:]}-{names.last(lease)}-{packed}"
 
 
-def machine_of(fleet: str, machine: str, name: str, *, ended: bool) -> Machine | None:
+def machine_of(fleet: str, machine: str, name: str, *, ended: bool, now_s: float) -> Machine | None:
     """A machine by its name; None for another's. It is paid for since its lease was made at the earliest: the list does not say when."""
     of, _, rest = name.partition("-")
     lease, _, packed = rest.rpartition("-")
@@ -73,7 +72,7 @@ def machine_of(fleet: str, machine: str, name: str, *, ended: bool) -> Machine |
         return None
     if of != fleet[-_FLEET:] or not lease or len(token) != 32:
         return None
-    created_s = names.ulid_time(lease).timestamp() if names.is_ulid(lease) else time.time()
+    created_s = names.ulid_time(lease).timestamp() if names.is_ulid(lease) else now_s
     return Machine(machine, f"leases/{lease}", token, created_s, ended=ended)
 
 

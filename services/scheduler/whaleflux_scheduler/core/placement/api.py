@@ -279,6 +279,5 @@ class DatasetFact:
     origin_bytes_per_s: float = 1.25e9
     held_on: tuple[str, ...] = ()  # nodes where its room is taken for good: pinned, or read by a task
     charged_on: tuple[tuple[str, str], ...] = ()  # of pins that a queue's quota counts: queue and node
-    for_tasks_only: bool = (
-        False  # its source is shown a secret, which only a task is given: not pulled ahead, nor read from afar
-    )
+    # Its source is shown a secret, which only a task is given: it is not pulled ahead, nor read from afar.
+    for_tasks_only: bool = False

@@ -29,9 +29,8 @@ _PLURAL = {
 }
 _UNKNOWN_RUN_S = 3600.0  # what a run is taken to last when the request does not say
 _BREAKING_S = 600.0  # seconds that breaking a whole node is taken to cost those who wait for one
-_BREAKING_FOR_DATA_S = (
-    1_800.0  # where the work has data, which draws it to whole nodes: less, and gangs wait (`benchmarks.locality`)
-)
+# Where the work has data, which draws it to whole nodes: with less, gangs wait (`benchmarks.locality`).
+_BREAKING_FOR_DATA_S = 1_800.0
 _ALTERNATIVES, _LOOKED_AT = 3, 8
 _EQUAL = 0.005  # costs this close are equal; the next criterion decides
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 Copy = tuple[str, str]  # (node, dataset)
-_NONE = frozenset[str]()
 
 
 class PinBook:
