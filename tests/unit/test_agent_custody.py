@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,7 +121,7 @@ class Node:
 
     async def start(self):
         await self.log.open()
-        context = NodeContext(
+        self.context = context = NodeContext(
             node=NODE,
             host_address="127.0.0.1",
             agent_socket=self.state.root / "rank.sock",
@@ -129,7 +130,7 @@ class Node:
             state=self.state,
             reports=self.log,
             runtimes={"process": self.machine},
-            datasets=None,
+            datasets=SimpleNamespace(fetch=None),
             code=None,
             secrets=SecretAccess(SecretFiles(None), None, LoopClock()),
             restore_access=self.restores,
@@ -405,4 +406,39 @@ async def test_a_process_whose_task_is_not_known_any_more_keeps_the_gpus_that_it
     await asyncio.to_thread(stranger.communicate, b"\n")
     await node.want(desired(["train"], epoch=2, task="train-2-0"))
     await node.until(lambda: "RUNNING" in node.phases("train-2-0"))
+    await node.stop()
+
+
+async def test_data_of_a_task_is_in_use_from_its_order_on(node):
+    waiting = desired(["train"])
+    waiting.spec.datasets.append("datasets/c4")
+    waiting.start = False
+    await node.want(waiting)
+    assert node.supervisor.datasets_in_use() == {"datasets/c4"}, "nothing but its order is known"
+    await node.until(lambda: node.phases() == ["ACCEPTED"])
+    assert node.supervisor.datasets_in_use() == {"datasets/c4"}
+    await node.want()
+    await node.until(lambda: node.phases()[-1] == "GONE")
+    assert not node.supervisor.datasets_in_use()
+
+
+async def test_a_dataset_that_does_not_come_ends_the_wait_for_the_others(machine, tmp_path):
+    node, waiting = await Node(machine, tmp_path).start(), []
+
+    async def fetch(dataset, work, tell):
+        if dataset == "datasets/broken":
+            await until(lambda: waiting)
+            raise LaunchFailed("datasets/broken: cannot fetch it")
+        waiting.append(dataset)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            waiting.remove(dataset)
+
+    node.context.datasets.fetch = fetch
+    task = desired(["train"])
+    task.spec.datasets.extend(["datasets/c4", "datasets/broken"])
+    await node.want(task)
+    await node.until(lambda: node.phases()[-1:] == ["REFUSED"])
+    assert not waiting, "else it would say for hours what the task waits for, which is over"
     await node.stop()

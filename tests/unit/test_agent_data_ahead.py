@@ -13,6 +13,7 @@ from tests.support.dataset_inventory import Inventory
 from tests.support.virtual_time import LoopClock
 from whaleflux.data import sources
 from whaleflux.v1 import agent_pb2
+from whaleflux_agent import data_ahead
 from whaleflux_agent.data_ahead import DataAhead
 from whaleflux_agent.datasets import DatasetCache
 
@@ -125,3 +126,41 @@ async def test_what_is_wanted_again_while_its_pull_stops_begins_anew(tmp_path, s
         ahead.desire(claims(TEXT))
         gate.may.set()
         await until(lambda: said(ahead, TEXT).ready)
+
+
+async def test_a_pull_that_ended_meanwhile_leaves_a_copy_that_others_are_told_of(tmp_path, source, gate):
+    inventory = Inventory(source)
+    cache = DatasetCache(tmp_path / "cache", 1000, NODE, inventory, frozenset, open_source=gate.open_source)
+    async with running(cache) as ahead:
+        ahead.desire(claims(TEXT))
+        await until(lambda: "PULLING" in inventory.states(TEXT))
+        publish = cache._store.publish
+        may_end = threading.Event()
+        cache._store.publish = lambda *what: (may_end.wait(60), publish(*what))[1]
+        gate.may.set()
+        await until(lambda: cache.begin(TEXT).progress.done_bytes == 6)
+        ahead.desire(claims())
+        await until(cache.begin(TEXT).progress.stop.is_set)
+        may_end.set()
+        await until(lambda: inventory.states(TEXT)[1:] == ["READY", "READY"])
+        assert inventory.copies[TEXT][-1].present_bytes == 6, "all of it is here"
+        assert not inventory.copies[TEXT][-1].pinned, "and stays as long as its room is not needed"
+
+
+async def test_only_some_come_at_a_time_so_that_tasks_find_room_beside_them(tmp_path, source, gate):
+    others = {f"other-{number}": source for number in range(12)}
+    inventory = Inventory(source, **others)
+    cache = DatasetCache(tmp_path / "cache", 1000, NODE, inventory, frozenset, open_source=gate.open_source)
+
+    def begun():
+        return [name for name in inventory.uris if inventory.states(name)]
+
+    async with running(cache) as ahead:
+        ahead.desire(claims(*(f"datasets/{name}" for name in others)))
+        await until(lambda: len(begun()) == data_ahead.AT_ONCE)
+        task = asyncio.create_task(cache.fetch(TEXT))
+        await until(lambda: inventory.states(TEXT) == ["PULLING"])
+        assert len(begun()) == data_ahead.AT_ONCE + 1
+        gate.may.set()
+        assert (Path(await task) / "part-0").read_bytes() == b"abcdef"
+        await until(lambda: all(said(ahead, f"datasets/{name}").ready for name in others))

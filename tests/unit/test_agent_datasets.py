@@ -361,13 +361,13 @@ async def test_a_part_is_found_again_and_only_by_those_for_whom_it_will_do(tmp_p
     assert await restarted.fetch("datasets/c4", work()) == folder
     assert {path: path.lstat().st_ino for path in files_of(folder)} == before
     assert await restarted.fetch("datasets/c4", work(image="pytorch")) == folder
-    assert await restarted.home_of(folder) == str(many), "so that a container has what links lead to"
+    assert await restarted.home_of("datasets/c4", folder) == str(many), "so that a container has what links lead to"
     with pytest.raises(LaunchFailed, match="do not fit"):
         await restarted.fetch("datasets/c4", work(require_local_data=True))
     for home in (tmp_path / "cache" / ".homes").iterdir():
         home.unlink()  # as an agent left it that knew of no containers
     assert await restarted.fetch("datasets/c4", work(image="pytorch")) == folder
-    assert await restarted.home_of(folder) == str(many)
+    assert await restarted.home_of("datasets/c4", folder) == str(many)
     (many / "0" / "0.bin").write_bytes(b"another version")
     assert await restarted.fetch("datasets/c4", work()) in (
         str(many),
@@ -392,7 +392,10 @@ async def test_of_a_bucket_that_exceeds_the_cache_a_reader_finds_a_fixed_half_he
     inventory = Inventory(bucket.uri)
     cache = cache_of(tmp_path, inventory, room=bucket.size // 2, open_source=bucket.open_source)
     folder = await cache.fetch("datasets/c4", work(partial_data=True))
-    environment = {"WHALEFLUX_DATASET_C4": folder, "WHALEFLUX_DATASOURCE_C4": await cache.home_of(folder)}
+    environment = {
+        "WHALEFLUX_DATASET_C4": folder,
+        "WHALEFLUX_DATASOURCE_C4": await cache.home_of("datasets/c4", folder),
+    }
     chance, epochs = random.Random(1), []
     for _ in range(3):
         data = Dataset("c4", environment)
@@ -428,6 +431,15 @@ async def test_a_pin_of_what_exceeds_the_cache_gets_no_part_for_it(tmp_path, man
     assert not list((tmp_path / "cache" / ".partial").iterdir())
 
 
+async def test_what_nobody_foresaw_ends_this_fetch_and_not_the_agent(tmp_path):
+    def open_source(uri, authorization, act_as):
+        raise ZeroDivisionError("a driver's bug")
+
+    cache = cache_of(tmp_path, Inventory("s3://bucket/corpus"), open_source=open_source)
+    with pytest.raises(LaunchFailed, match="a driver's bug"):
+        await cache.fetch("datasets/c4", work())
+
+
 class TestBeyondTheQuota:
     """A task whose queue holds as much data as it may: nothing is pulled for it."""
 
@@ -454,6 +466,29 @@ class TestBeyondTheQuota:
         with pytest.raises(LaunchFailed, match="holds as much data as it may") as refused:
             await cache.fetch("datasets/c4", self.beyond(require_local_data=True))
         assert refused.value.unfit
+
+    async def test_a_source_that_cannot_be_read_ends_the_task_and_not_the_agent(self, tmp_path):
+        def open_source(uri, authorization, act_as):
+            raise sources.SourceFailed("s3:// needs the package s3fs on this node: pip install s3fs")
+
+        cache = cache_of(tmp_path, Inventory("s3://bucket/corpus"), open_source=open_source)
+        with pytest.raises(LaunchFailed, match="pip install s3fs"):
+            await cache.fetch("datasets/c4", self.beyond())
+        cache = cache_of(tmp_path, Inventory(tmp_path / "absent"))
+        with pytest.raises(LaunchFailed, match="No such file"):
+            await cache.fetch("datasets/c4", self.beyond())
+
+    async def test_of_a_source_that_is_one_file_the_folder_is_given_and_which_file_it_is(self, tmp_path, source):
+        (source / "other").write_bytes(b"of somebody else")
+        cache = cache_of(tmp_path, Inventory(source / "part-0"))
+        folder = await cache.fetch("datasets/c4", self.beyond())
+        home = await cache.home_of("datasets/c4", folder)
+        assert (folder, home) == (str(source), str(source / "part-0"))
+        data = Dataset("c4", {"WHALEFLUX_DATASET_C4": folder, "WHALEFLUX_DATASOURCE_C4": home})
+        assert data.paths() == ["part-0"]
+        folder = await cache.fetch("datasets/c4", work())
+        assert Path(folder).is_relative_to(tmp_path / "cache")
+        assert await cache.home_of("datasets/c4", folder) == "", "the copy has just this file"
 
     async def test_what_is_not_there_is_said(self, tmp_path, source):
         cache = cache_of(tmp_path, Inventory(source))

@@ -48,6 +48,20 @@ def test_what_had_no_room_is_read_where_it_is():
     assert (data.paths(), data.is_here("sub/b"), read(data, "sub/b")) == (["sub/b"], False, b"bee")
 
 
+def test_one_file_that_had_no_room_is_that_file_whatever_lies_beside_it(folder):
+    fsspec = pytest.importorskip("fsspec")
+    root = f"memory://{os.urandom(8).hex()}"
+    for name in ("b.tar", "c.tar"):
+        with fsspec.open(f"{root}/{name}", "wb") as file:
+            file.write(name.encode())
+    data = Dataset("s", {"WHALEFLUX_DATASET_S": root, "WHALEFLUX_DATASOURCE_S": f"{root}/b.tar"})
+    assert (data.paths(), data.is_here("b.tar"), read(data, "b.tar")) == (["b.tar"], False, b"b.tar")
+    with pytest.raises(FileNotFoundError, match="is no file of s"):
+        data.open("c.tar")
+    data = Dataset("s", {"WHALEFLUX_DATASET_S": str(folder), "WHALEFLUX_DATASOURCE_S": f"{folder}/a"})
+    assert (data.paths(), data.is_here("a"), read(data, "a")) == (["a"], True, b"aye")
+
+
 def test_a_dataset_that_the_job_does_not_name_and_paths_that_lead_out_say_what_to_do(folder):
     with pytest.raises(LookupError, match="add it to its file: data: dataset:other"):
         Dataset("other", {})

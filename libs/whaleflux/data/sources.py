@@ -80,6 +80,10 @@ class Source(Protocol):
         """After a `scan`: the path or URL under which its files lie, as in the folder of a copy."""
         ...
 
+    def lone_file(self) -> str:
+        """After a `scan`: the path or URL of the file, where it is one, which may lie beside others; "" of a folder."""
+        ...
+
     def open(self, found: Found, offset: int, length: int) -> AbstractContextManager[Readable]:
         """That stretch of a file, after a `scan`. Raises SourceFailed; OSError on the way."""
         ...
@@ -115,13 +119,11 @@ class Local:
         except OSError as error:
             raise _failed(error) from None
 
-    @property
-    def single(self) -> bool:
-        """Whether it is one file, after a `scan`."""
-        return self._single
-
     def home(self) -> str:
         return str(self._root.parent if self._single else self._root)
+
+    def lone_file(self) -> str:
+        return str(self._root) if self._single else ""
 
     @contextlib.contextmanager
     def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
@@ -186,6 +188,9 @@ class Web:
 
     def home(self) -> str:
         return self._url.rpartition("/")[0]
+
+    def lone_file(self) -> str:
+        return self._url
 
     @contextlib.contextmanager
     def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
@@ -323,7 +328,8 @@ class ByFsspec:
         try:
             import fsspec
 
-            self._fs, self._root = fsspec.core.url_to_fs(uri)
+            with _said_by_driver(but=ImportError):
+                self._fs, self._root = fsspec.core.url_to_fs(uri)
         except ImportError:
             package = uris.BY_FSSPEC.get(scheme, "fsspec")
             raise SourceFailed(f"{scheme}:// needs the package {package} on this node: pip install {package}") from None
@@ -341,6 +347,9 @@ class ByFsspec:
 
     def home(self) -> str:
         return self._uri.rpartition("/")[0] if self._single else self._uri.rstrip("/")
+
+    def lone_file(self) -> str:
+        return self._uri if self._single else ""
 
     @contextlib.contextmanager
     def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
@@ -370,11 +379,11 @@ class _Stretch(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _said_by_driver() -> Iterator[None]:
+def _said_by_driver(but: type[Exception] = SourceFailed) -> Iterator[None]:
     """Drivers raise whatever their libraries do."""
     try:
         yield
-    except SourceFailed:
+    except (SourceFailed, but):
         raise
     except Exception as error:
         raise _said(error) from None

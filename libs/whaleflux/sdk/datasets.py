@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote, urlsplit
 
 
 class Dataset:
@@ -29,9 +30,13 @@ class Dataset:
         rest = environment.get(f"WHALEFLUX_DATASOURCE_{variable}", "" if self.folder else where)
         self.source = "" if os.path.isabs(rest) else rest
         """Where the rest of it is, a URL; "" where the folder has all of it, be it as links."""
+        below = rest.startswith(f"{where.rstrip('/')}/")
+        self._lone = unquote(urlsplit(rest).path).rpartition("/")[2] if below else ""  # one file, beside others
 
     def paths(self) -> list[str]:
         """All files, in order. Asks the source where the rest of them is there."""
+        if self._lone:
+            return [self._lone]
         if not self.source:
             assert self.folder is not None
             return sorted(_below(self.folder))
@@ -41,14 +46,16 @@ class Dataset:
 
     def is_here(self, path: str) -> bool:
         """Whether the node has the file itself."""
-        return self.folder is not None and (self.folder / _checked(path)).is_file()
+        return self.folder is not None and self._lone in ("", path) and (self.folder / _checked(path)).is_file()
 
     def open(self, path: str) -> BinaryIO:
         """One file, to be read as bytes. Raises FileNotFoundError, and what fsspec's driver raises."""
+        if self._lone not in ("", path):
+            raise FileNotFoundError(f"{path!r} is no file of {self.name}, which is one: {self._lone}")
         if self.folder is not None and (not self.source or self.is_here(path)):
             return open(self.folder / _checked(path), "rb")
         files, root = self._at_source()
-        return cast("BinaryIO", files.open(f"{root}/{_checked(path)}", "rb"))
+        return cast("BinaryIO", files.open(root if self._lone else f"{root}/{_checked(path)}", "rb"))
 
     def _at_source(self) -> tuple[Any, str]:
         try:

@@ -17,6 +17,7 @@ from whaleflux_agent.dataset_fetch import Fetch, Unkept
 from whaleflux_agent.runtime.api import LaunchFailed
 
 MOST = 1_000  # datasets
+AT_ONCE = 4  # on their way: pulls of tasks that wait for theirs find threads and the network's rate left
 LOOK_EVERY_S, AGAIN_S = 2.0, 60.0  # while some are on their way; after a failure
 _MAX_MESSAGE = 512
 
@@ -83,8 +84,10 @@ class DataAhead:
 
     def _look_at(self, name: str, one: _One) -> None:
         now_s = self._clock.monotonic()
-        if one.fetch is None and now_s >= one.not_before_s:
-            one.fetch, one.seen_s, one.seen_bytes = self._cache.begin(name), now_s, 0
+        if one.fetch is None and now_s >= one.not_before_s and self._on_their_way() < AT_ONCE:
+            one.fetch = self._cache.begin(name)
+            one.fetch.task.add_done_callback(lambda _: self._changed.set())
+            one.seen_s, one.seen_bytes = now_s, 0
         if one.fetch is None:
             return
         if not one.fetch.task.done():
@@ -94,6 +97,10 @@ class DataAhead:
         if not one.said.ready:
             given_up = one.fetch.progress.stop.is_set()  # for nobody wanted it for a moment
             one.fetch, one.not_before_s = None, now_s + (0.0 if given_up else AGAIN_S)
+
+    def _on_their_way(self) -> int:
+        fetches = (one.fetch for one in self._wanted.values())
+        return len(self._ending) + sum(fetch is not None and not fetch.task.done() for fetch in fetches)
 
     @staticmethod
     def _on_its_way(name: str, one: _One, now_s: float) -> agent_pb2.DataProgress:

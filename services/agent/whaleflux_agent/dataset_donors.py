@@ -6,6 +6,7 @@ read its own. What it gives is compared like what any source gives.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,16 +62,22 @@ async def given(
     copies: Iterable[Copy], to: inventory_pb2.Dataset, wanted: Manifest, stub: inventory_pb2_grpc.InventoryServiceStub
 ) -> Given:
     """What whole copies give to a dataset; nothing of one whose readers are not known now."""
-    digests = frozenset(digest for file in wanted.files for digest in file.chunks)
-    having = [(copy, found) for copy in copies if not copy.part and (found := shared(copy, digests))]
+    having = await asyncio.to_thread(_having, copies, wanted)  # some 10,000 chunks of each copy
     places, donors, cost = dict[bytes, Place](), set[str](), 0.0
     with suppress(StatusError):  # who does not answer would have each of them waited for
-        for copy, found in sorted(having, key=lambda one: -len(one[1]))[:MAX_ASKED]:
+        for copy, found in having[:MAX_ASKED]:
             if not found.keys() <= places.keys() and await _gives(copy, to, stub):
                 places = {**found, **places}
                 donors.add(copy.dataset)
                 cost = max(cost, copy.cost)
     return Given(places, frozenset(donors), cost)
+
+
+def _having(copies: Iterable[Copy], wanted: Manifest) -> list[tuple[Copy, dict[bytes, Place]]]:
+    """Whole copies with chunks of it, those first that have most."""
+    digests = frozenset(digest for file in wanted.files for digest in file.chunks)
+    having = [(copy, found) for copy in copies if not copy.part and (found := shared(copy, digests))]
+    return sorted(having, key=lambda one: -len(one[1]))
 
 
 async def _gives(copy: Copy, to: inventory_pb2.Dataset, stub: inventory_pb2_grpc.InventoryServiceStub) -> bool:

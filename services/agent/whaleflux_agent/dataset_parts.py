@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 from whaleflux import telemetry
+from whaleflux.data.manifest import ManifestWrong
 from whaleflux.data.sources import Local, Source, SourceFailed
 from whaleflux.telemetry import Event
+from whaleflux.v1 import inventory_pb2
 from whaleflux_agent.core.fixed_subset import fixed_subset
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.dataset_fetch import Unkept
@@ -16,6 +19,7 @@ from whaleflux_agent.dataset_reports import PARTIAL, CopyReports
 from whaleflux_agent.dataset_room import Room
 from whaleflux_agent.dataset_store import Copy, DatasetStore, NoRoom, part_key
 from whaleflux_agent.dataset_wanted import Wanted
+from whaleflux_agent.runtime.api import LaunchFailed
 
 _log = telemetry.get_logger("whaleflux.agent")
 
@@ -25,6 +29,20 @@ def reads_parts(work: Work | None, source: Source) -> bool:
     if work is None or work.spec.require_local_data:
         return False
     return isinstance(source, Local) or work.spec.partial_data
+
+
+def check_read_there(found: inventory_pb2.Dataset, why: str, work: Work | None) -> None:
+    """Raises LaunchFailed, with why there is no copy, for a task that cannot read it where it is."""
+    if work is None or work.spec.require_local_data:
+        raise LaunchFailed(f"{found.name}: {why}", unfit=True)
+    if found.HasField("credentials"):
+        raise LaunchFailed(f"{found.name}: {why}; its source is shown a secret, so no task reads it there", unfit=True)
+
+
+def looked_at(source: Source) -> None:
+    """Scans it: only then does it say where its files are. Raises SourceFailed, OSError."""
+    with contextlib.suppress(ManifestWrong):  # too many files for a copy are none too many to be read there
+        source.scan()
 
 
 class Parts:

@@ -226,6 +226,9 @@ class PeerSource:
     def home(self) -> str:
         return ""
 
+    def lone_file(self) -> str:
+        return ""
+
     @contextlib.contextmanager
     def open(self, found: Found, offset: int, length: int) -> Iterator[Readable]:
         stream = _Pieces(self._swarm, self._swarm.read(self._node, found.path, offset, length))

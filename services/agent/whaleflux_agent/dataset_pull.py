@@ -94,7 +94,10 @@ class Pull:
             source=not ahead,
         )
         self.pieces = 0  # a bitmap of the chunks that are here, each compared with the manifest
-        self.progress.total_bytes = wanted.manifest.size_bytes
+        self.progress.total_bytes, self.progress.done_bytes = (
+            wanted.manifest.size_bytes,
+            0,
+        )  # of the last pull of a fetch
 
     @property
     def manifest(self) -> Manifest:

@@ -58,8 +58,19 @@ class Upkeep:
     async def _holding(self, dataset: str, digest: str = "") -> Copy | None:
         return await self._room.do(self._store.holding, dataset, digest)
 
+    async def tell(self, dataset: str) -> None:
+        """What is here of it, be it nothing."""
+        copies = [copy for copy in await self._room.do(self._store.copies) if copy.dataset == dataset]
+        if copies:
+            await self._report(min(copies, key=lambda copy: copy.part))
+        else:
+            await self._reports.say(dataset, READY)
+
     async def _report(self, copy: Copy) -> None:
-        await self._reports.say(copy.dataset, READY, copy.size_bytes, copy.manifest.digest)
+        if copy.part:
+            await self._reports.say(copy.dataset, PARTIAL, copy.size_bytes)
+        else:
+            await self._reports.say(copy.dataset, READY, copy.size_bytes, copy.manifest.digest)
 
     async def tidy(self) -> None:
         """Tells what is here (an agent may have died before it could), and removes what is forgotten, or of an earlier dataset of the name."""
@@ -74,7 +85,7 @@ class Upkeep:
             except StatusError:
                 return  # not now
             if copy.part:
-                await self._reports.say(copy.dataset, PARTIAL, copy.size_bytes)
+                await self._report(copy)
             elif found.manifest_digest != copy.manifest.digest:
                 await self._remove(copy)
             elif await self._as_left(copy):

@@ -20,7 +20,7 @@ from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.core.work import Work
 from whaleflux_agent.dataset_donors import given
 from whaleflux_agent.dataset_fetch import Fetch, MadeElsewhere, Unkept, running
-from whaleflux_agent.dataset_parts import Parts, reads_parts
+from whaleflux_agent.dataset_parts import Parts, check_read_there, looked_at, reads_parts
 from whaleflux_agent.dataset_peers import Peers, following, swarm_of
 from whaleflux_agent.dataset_pins import NodePins
 from whaleflux_agent.dataset_progress import Pace, Stopped
@@ -37,6 +37,7 @@ from whaleflux_agent.secret_access import Tell
 
 _CALL_S = 10.0
 _TELL_EVERY_S = 2.0
+_OVER_QUOTA = "its queue holds as much data as it may"
 _VERSIONS = 2  # of one dataset that a fetch tries: what it finds out, and what another node found out before
 _log = telemetry.get_logger("whaleflux.agent")
 
@@ -87,6 +88,7 @@ class DatasetCache:
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, Fetch] = {}
         self._waiting = Counter[str]()  # tasks, by dataset that is fetched for them
+        self._lone_files: dict[str, str] = {}  # of datasets that are one file, read where it is: its path or URL
         self._for_job: dict[str, str] = {}  # by dataset that is fetched; "": for a pin
         self._room = Room(
             self._store, self._pins, self._versions, self._reports, needed, self._fetching, self._open_here
@@ -143,10 +145,15 @@ class DatasetCache:
         fetch.progress.stop.set()
         await asyncio.wait({fetch.task})
         if dataset not in self._fetching:
-            await self._reports.say(dataset, READY)
+            await self.upkeep.tell(dataset)
 
-    async def home_of(self, path: str) -> str:
-        """Where the rest is of what `fetch` gave, where that is a part of a dataset; else "". Raises LaunchFailed."""
+    async def home_of(self, dataset: str, path: str) -> str:
+        """Where the rest is of what `fetch` gave of it, where that is a part, or the file where that is one in a folder with others; else "".
+
+        Raises LaunchFailed.
+        """
+        if (file := self._lone_files.get(dataset, "")).startswith(f"{path.rstrip('/')}/"):
+            return file
         copies: list[Copy] = await self._room.do(self._store.copies)
         part = next((copy for copy in copies if copy.part and str(copy.folder) == path), None)
         try:
@@ -193,6 +200,11 @@ class DatasetCache:
             raise LaunchFailed(f"{dataset}: {failed.message}") from None
         except Stopped:
             raise LaunchFailed(f"{dataset}: the agent stops") from None
+        except (LaunchFailed, Unkept):
+            raise
+        except Exception as bug:  # whatever is wrong with this one, the node's other work goes on
+            _log.exception(Event.DATASET_UNCACHED, dataset=dataset, reason=repr(bug))
+            raise LaunchFailed(f"{dataset}: {bug!r}; the agent's log has more") from None
 
     async def _brought(self, found: inventory_pb2.Dataset, fetch: Fetch, work: Work | None, tell: Tell | None) -> Copy:
         source: Source | None = None
@@ -200,7 +212,7 @@ class DatasetCache:
         while tried < _VERSIONS:
             if found.manifest_digest and (here := await self._find(found)):
                 return here
-            source = source or self._open_source(found.uri, await self._shown(found, work, tell), self._acting)
+            source = source or await self._opened(found, await self._shown(found, work, tell))
             if self._versions.made_elsewhere(found):
                 found = await self._wait_for_maker(found, source, fetch)
             digest = found.manifest_digest
@@ -251,6 +263,10 @@ class DatasetCache:
                     return await self._versions.unless_made(found, fetch.progress, all_here)
         finally:
             self._store.release(key)
+
+    async def _opened(self, found: inventory_pb2.Dataset, header: str = "") -> Source:
+        """Its source; drivers may take seconds to be imported."""
+        return await in_thread(lambda: self._open_source(found.uri, header, self._acting))
 
     def _open_here(self, found: inventory_pb2.Dataset) -> Source:
         return self._open_source(found.uri, "", self._acting)
@@ -351,28 +367,25 @@ class DatasetCache:
             found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
             if found.manifest_digest and (here := await self._find(found)):
                 return str(here.folder)
-        except (StatusError, OSError) as failed:
+            check_read_there(found, _OVER_QUOTA, work)
+            source = await self._opened(found)
+            await in_thread(lambda: looked_at(source))
+        except (StatusError, SourceFailed, OSError) as failed:
             raise LaunchFailed(f"{dataset}: {failed}") from None
-        source = self._open_source(found.uri, "", self._acting)
-        return await self._read_there(found, source.home(), "its queue holds as much data as it may", work, tell)
+        return await self._read_there(found, source, _OVER_QUOTA, work, tell)
 
     async def _from_source(self, unkept: Unkept, work: Work | None, tell: Tell | None) -> str:
         """Where its original is, for a job that does not insist on a copy."""
-        return await self._read_there(unkept.dataset, unkept.source.home(), str(unkept), work, tell)
+        return await self._read_there(unkept.dataset, unkept.source, str(unkept), work, tell)
 
-    @staticmethod
     async def _read_there(
-        found: inventory_pb2.Dataset, home: str, why: str, work: Work | None, tell: Tell | None
+        self, found: inventory_pb2.Dataset, source: Source, why: str, work: Work | None, tell: Tell | None
     ) -> str:
-        if work is None or work.spec.require_local_data:
-            raise LaunchFailed(f"{found.name}: {why}", unfit=True)
-        if found.HasField("credentials"):
-            raise LaunchFailed(
-                f"{found.name}: {why}; its source is shown a secret, so no task reads it there", unfit=True
-            )
+        check_read_there(found, why, work)
         if tell:
             await tell(f"{found.name}, which is read where it is: {why}")
-        return home
+        self._lone_files[found.name] = source.lone_file()
+        return source.home()
 
     async def close(self) -> None:
         """The agent stops: what is on its way is gone on with by the next one."""

@@ -155,8 +155,10 @@ class Supervisor:
         return max(ran, key=lambda task: task.work.epoch, default=None)
 
     def datasets_in_use(self) -> frozenset[str]:
-        """Names of the datasets that tasks with processes read."""
-        return frozenset(name for task in self._tasks.values() if task.stage.holds for name in task.work.spec.datasets)
+        """Names of the datasets that tasks read here or are about to: those as well that nothing but the order is known of yet."""
+        works = [task.work for task in self._tasks.values() if task.stage.holds or task.stage is Stage.ACCEPTED]
+        works += [work_from_proto(wanted) for name, wanted in self._desired.items() if name not in self._tasks]
+        return frozenset(name for work in works for name in work.spec.datasets)
 
     def note_progress(self, task: Task, rank: int, step: int, loss: float | None) -> None:
         """A rank has completed a step; what is sent is the newest of the lowest rank here. Any number is a loss."""

@@ -53,8 +53,8 @@ class Datasets(Protocol):
         """Local path of a dataset, fetched for a task when it is not there; says by `tell` what it waits for. Raises LaunchFailed."""
         ...
 
-    async def home_of(self, path: str) -> str:
-        """Where the rest is of a dataset of which a part is at that path; "" where all of it is."""
+    async def home_of(self, dataset: str, path: str) -> str:
+        """Where the rest is of a dataset of which a part is at that path, or its one file where others are beside it; "" where just it is."""
         ...
 
 
@@ -344,9 +344,15 @@ class TaskRunner:
         async def one(dataset: str) -> tuple[str, str, str]:
             await self._tell(task, dataset)
             path = await self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
-            return dataset, path, await self._context.datasets.home_of(path)
+            return dataset, path, await self._context.datasets.home_of(dataset, path)
 
-        return tuple(await asyncio.gather(*map(one, task.work.spec.datasets)))
+        fetches = [asyncio.create_task(one(dataset)) for dataset in task.work.spec.datasets]
+        try:
+            return tuple(await asyncio.gather(*fetches))
+        finally:  # one has failed, or the task is to stop: the others would go on to say what it waits for
+            for fetch in fetches:
+                fetch.cancel()
+            await asyncio.gather(*fetches, return_exceptions=True)
 
     async def _finish_setup(self, task: Task, running: Running) -> None:
         """Returns when it has ended well and nothing of it is left. Raises SetupFailed, or LaunchFailed when the task was to stop."""
