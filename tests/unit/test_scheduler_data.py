@@ -76,6 +76,15 @@ class TestRoom:
             known.apply(News(gone=(running.name,)))
             assert known.data_book.held_bytes(A) == 0
 
+    def test_who_insists_on_a_copy_gets_the_room_that_a_pin_of_others_leaves(self):
+        planner = planner_of("a")
+        pinned = DatasetFact(IMAGES, 6 * TB, (A,), held_on=(A,))
+        planner.apply(News(datasets=(pinned, DatasetFact(TEXT, 6 * TB, (A,)))))
+        local = job("one", 1, datasets=("text",), require_local_data=True)
+        assert [move.assignment for move in decide(planner, local).values()] == [None]
+        planner.apply(News(datasets=(replace(pinned, held_on=()),)))
+        assert [move.assignment is not None for move in planner.decide(NOW)] == [True]
+
     def test_data_that_is_read_where_it_is_takes_no_room(self):
         planner = planner_of("a")
         running = run(planner, job("one", 1, datasets=("text",)))
@@ -190,6 +199,32 @@ class TestQuota:
         run(planner, job("low", 4, at=1))
         high = job("high", 4, at=2, priority=10, datasets=("images",))
         assert decide(planner, high)[high.name].claim.datasets == ()
+
+    def test_who_runs_and_is_to_move_holds_what_it_reads_until_it_is_there(self):
+        planner = self.planner("a", "b")
+        running = run(planner, job("one", 4, datasets=("text",)))
+        (here,) = running.attempt.nodes
+        there = B if here == A else A
+        claim = Claim(((there, ("g",)),), (), NOW)
+        ahead = DataAhead(planner._fleet.engine, planner._shares)
+        assert ahead.with_data(running, claim).datasets == (), "both copies are twice the quota"
+        planner.apply(News(queues=self.queues(12 * TB)))
+        assert ahead.with_data(running, claim).datasets == (TEXT,)
+        waiting = replace(running, state=JobState.QUEUED)
+        planner.apply(News(queues=self.queues(6 * TB), jobs=(waiting,)))
+        assert ahead.with_data(waiting, claim).datasets == (TEXT,), "it has left"
+
+    def test_who_waits_for_the_quota_is_looked_at_when_data_changed_and_not_at_all_other_news(self, monkeypatch):
+        planner = self.planner("a", "b")
+        planner.apply(News(datasets=(DatasetFact(TEXT, 6 * TB, (A, B)),)))
+        run(planner, job("one", 4, datasets=("text",)))
+        decide(planner, job("two", 4, at=1, datasets=("text",), require_local_data=True))
+        looks, unpark = [], planner._unpark
+        monkeypatch.setattr(planner, "_unpark", lambda top: looks.append(top) or unpark(top))
+        planner.apply(News(closed={A: ""}))
+        assert not looks
+        planner.apply(News(datasets=(DatasetFact(IMAGES, 1, (A,)),)))
+        assert looks
 
     def test_data_that_only_a_task_may_fetch_waits_too(self):
         planner = self.planner("a", quota=TB)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from whaleflux import names
 from whaleflux_scheduler.core.data_quota import DataLimit, over
-from whaleflux_scheduler.core.model import Claim, Job
+from whaleflux_scheduler.core.model import ACTIVE, Claim, Job
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.pin_book import Copy
 from whaleflux_scheduler.core.queue_shares import QueueShares
@@ -51,14 +51,20 @@ class DataAhead:
         return replace(claim, datasets=self._fitting(job, nodes) if self._pulls[job.name][1] <= MOST_MOVES else ())
 
     def _fitting(self, job: Job, nodes: Collection[str]) -> tuple[str, ...]:
-        """What has room on each of the nodes, and within the quota of its queue."""
-        chosen = list[str]()
+        """What has room on each of the nodes, and within the quota of its queue beside what the job holds where it runs."""
+        chosen, held = list[str](), self._held_while_it_runs(job)
         for name in datasets_of(job):
             more = (*chosen, name)
             fits = not self._engine.for_tasks_only(name) and all(self._engine.could_keep(node, more) for node in nodes)
-            if fits and self._over(job, [(node, of) for node in nodes for of in more]) is None:
+            if fits and self._over(job, [*held, *((node, of) for node in nodes for of in more)]) is None:
                 chosen.append(name)
         return tuple(chosen)
+
+    def _held_while_it_runs(self, job: Job) -> list[Copy]:
+        """A mover, and who goes on with other GPUs, reads its copies until it is there."""
+        if job.attempt is None or job.state not in ACTIVE:
+            return []
+        return [copy for copy in self._engine.book.held_by(job.name) if copy[0] in job.attempt.nodes]
 
     def beyond_quota(self, job: Job, nodes: Collection[str]) -> tuple[tuple[str, ...], DataLimit | None]:
         """Which of its data its queue may not hold on these nodes, and why; what does not fit there is not held anyway."""

@@ -43,8 +43,13 @@ def over(quota: QuotaTree, book: PinBook, queue: str, holder: str, copies: Colle
     more = book.more_bytes(queue, holder, copies) if limited else 0
     if more <= 0:
         return None
-    now = held(quota, book)
     for up in limited:
-        if now[up.id] + more > up.queue.data_quota_bytes:
-            return DataLimit(up.id, now[up.id], up.queue.data_quota_bytes, more)
+        now = _held_by(up, book)
+        if now + more > up.queue.data_quota_bytes:
+            return DataLimit(up.id, now, up.queue.data_quota_bytes, more)
     return None
+
+
+def _held_by(queue: QueueNode, book: PinBook) -> int:
+    """Bytes that it and those below it hold: asked at each start, so that the other queues are not looked at."""
+    return book.charged_bytes(queue.id) + sum(_held_by(one, book) for one in queue.below)

@@ -102,13 +102,15 @@ class KnownFleet:
         """Whether the node takes no work now, and is expected to: nobody has told of it yet, or what keeps it closed passes."""
         return name not in self.holdings.devices.open and name not in self._lasting
 
-    def know_dataset(self, fact: DatasetFact) -> None:
-        self.engine.upsert_dataset(fact)
+    def know_dataset(self, fact: DatasetFact) -> set[str]:
+        """Returns the nodes where the room for others changed."""
         self._changed(())
+        return self.engine.upsert_dataset(fact)
 
-    def forget_dataset(self, name: str) -> None:
-        self.engine.remove_dataset(name)
+    def forget_dataset(self, name: str) -> set[str]:
+        """Returns the same."""
         self._changed(())
+        return self.engine.remove_dataset(name)
 
     # what jobs hold
 

@@ -113,14 +113,14 @@ class Waiting(Questions):
             self._turns.reopen(kind)
 
     def _know_datasets(self, news: News) -> None:
-        """What can only go where its data is is tried again when the data may have come somewhere."""
-        for fact in news.datasets:
-            self._fleet.know_dataset(fact)
-        for name in news.datasets_gone:
-            self._fleet.forget_dataset(name)
+        """What can only go where its data is is tried again when the data may have come somewhere, or room where it is."""
         changed = {fact.name for fact in news.datasets} | set(news.datasets_gone)
-        for kind in self._pending.classes if changed else ():
-            if kind.request.hard_locality and not changed.isdisjoint(kind.request.datasets):
+        if not changed:
+            return
+        eased = set[str]().union(*map(self._fleet.know_dataset, news.datasets))
+        eased |= set[str]().union(*map(self._fleet.forget_dataset, news.datasets_gone))
+        for kind in self._pending.classes:
+            if kind.request.hard_locality and (eased or not changed.isdisjoint(kind.request.datasets)):
                 self._try_again(kind)
         for top in {self._shares.family(self._pending.jobs[name].line.queue) for name in self._data_short}:
             self._unpark(top)

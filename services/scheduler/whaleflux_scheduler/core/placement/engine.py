@@ -121,12 +121,17 @@ class Engine:
         else:
             self._columns.set_schedulable(self._columns.index[name], schedulable, reason)
 
-    def upsert_dataset(self, dataset: DatasetFact) -> None:
-        """A dataset's size or the nodes that hold it changed."""
-        self._took(self._datasets.know(dataset))
+    def upsert_dataset(self, dataset: DatasetFact) -> set[str]:
+        """A dataset's size, or the nodes that hold it or are to, changed; returns where the room for others did."""
+        changed = self._datasets.know(dataset)
+        self._took(changed)
+        return changed
 
-    def remove_dataset(self, name: str) -> None:
-        self._took(self._datasets.drop(name))
+    def remove_dataset(self, name: str) -> set[str]:
+        """The same of one that is gone."""
+        changed = self._datasets.drop(name)
+        self._took(changed)
+        return changed
 
     def _took(self, nodes: Iterable[str]) -> None:
         """Datasets take another room there than before."""
