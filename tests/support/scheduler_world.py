@@ -151,6 +151,7 @@ class FakeInventory:
             node=f"sites/cloud/nodes/l{len(self.leases)}",
         )
         lease.offer.CopyFrom(next(offer for offer in self.offers if offer.name == request.offers[0]))
+        lease.offers[:] = request.offers
         lease.queue, lease.reason, lease.cost_cap_usd = request.queue, request.reason, request.cost_cap_usd
         self.leases[name] = lease
         return lease

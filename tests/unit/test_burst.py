@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whaleflux_scheduler.core import give_back
-from whaleflux_scheduler.core.burst import TAKES_WITHIN_S, BurstRules, decide, ever
+from whaleflux_scheduler.core.burst import BurstRules, decide, ever
+from whaleflux_scheduler.core.give_back import CLOSED_S
 from whaleflux_scheduler.core.idle_times import Idle, IdleTimes, Open
 from whaleflux_scheduler.core.offered import Offered, Rented, Waiting, billed_usd, fits, gpus_on, machines_for
+from whaleflux_scheduler.core.spare_machines import TAKES_WITHIN_S
 
 HOUR = 3600.0
 SPOT = Offered("offers/spot", "H200", 8, "cloud", 16.0, 300.0, 60.0, 2, spot=True)
@@ -137,6 +139,49 @@ def test_what_could_be_rented_at_all_is_said_whatever_is_rented_now():
     rent = ever(late, [replace(SPOT, trust=0.0)], RULES)
     assert rent.machines == 2 and rent.offers == ("offers/spot",)
     assert "`max`" in ever(replace(JOB, gpus=24), [SPOT], RULES)
+
+
+def test_a_gang_that_lost_a_machine_rents_that_one_and_its_others_are_kept_for_it():
+    gang = replace(JOB, gpus=24)
+    there = [machine(f"leases/{n}", DEAR, idle_s=20.0) for n in range(2)]
+    found = plan([replace(gang, wait_s=20 * HOUR)], offers=[DEAR], rented=there)
+    assert [(one.offers, one.machines) for one in found.rents] == [(("offers/dear",), 1)] and not found.ends
+    coming = [replace(one, idle_s=None, coming=True) for one in there]
+    assert plan([replace(gang, wait_s=20 * HOUR)], offers=[DEAR], rented=coming).rents[0].machines == 1
+    other = [replace(one, offer=replace(DEAR, gpus=4)) for one in there]
+    assert plan([replace(gang, wait_s=20 * HOUR)], offers=[DEAR], rented=other).rents[0].machines == 3
+
+
+def test_the_machine_is_as_large_as_who_waits_needs():
+    single = replace(SPOT, name="offers/single", gpus=1, usd_per_hour=3.0)
+    alone = replace(JOB, gpus=1, wait_s=24 * HOUR)
+    assert plan([alone], offers=[SPOT, single]).rents[0].offers[0] == "offers/single"
+    many = [replace(alone, name=f"queues/a/jobs/{n}") for n in range(8)]
+    assert [one.offers[0] for one in plan(many, offers=[SPOT, single]).rents] == ["offers/spot"]
+
+
+def test_one_machine_of_an_offer_that_needs_two_stands_behind_none():
+    half = replace(SPOT, name="offers/half", gpus=4, usd_per_hour=9.0)
+    assert plan(offers=[SPOT, half]).rents[0].offers == ("offers/spot",)
+
+
+def test_a_machine_that_takes_no_work_for_long_is_given_back_and_not_counted_as_needed():
+    shut = machine(closed_s=CLOSED_S - 1)
+    assert not plan([], rented=[shut]).ends
+    (end,) = plan([], rented=[replace(shut, closed_s=CLOSED_S)]).ends
+    assert "takes no work" in end.why and "whaleflux nodes" in end.why
+    assert not plan([], rented=[replace(shut, closed_s=CLOSED_S, ending=True)]).ends
+    assert not give_back.seen([shut], {}, {}, NOW)
+
+
+def test_an_offer_that_stands_behind_another_keeps_its_own_budget():
+    abroad = replace(SPOT, name="offers/abroad", site="abroad", usd_per_hour=17.0)
+    two, here = [replace(JOB, name=f"queues/a/jobs/{n}") for n in range(2)], {"sites/cloud": 200.0}
+    found = plan(two, offers=[SPOT, abroad], budgets_usd={**here, "sites/abroad": 80.0}).rents
+    assert [one.offers for one in found] == [("offers/spot", "offers/abroad"), ("offers/spot",)]
+    short = plan(offers=[SPOT, abroad], budgets_usd={**here, "sites/abroad": 40.0}).rents
+    assert short[0].offers == ("offers/spot",) and short[0].cap_usd > 40.0
+    assert plan(offers=[SPOT, abroad], budgets_usd={"sites/abroad": 40.0}).rents[0].offers == ("offers/spot",)
 
 
 def test_budgets_of_queue_site_and_all_bound_what_is_rented():

@@ -6,13 +6,14 @@ import pytest
 from google.protobuf import duration_pb2
 
 from tests.support.scheduler_world import World, node, until
-from whaleflux.errors import FailedPrecondition, InvalidArgument
+from whaleflux.errors import FailedPrecondition, InvalidArgument, Unavailable
 from whaleflux.store import Put, keys
 from whaleflux.v1 import inventory_pb2 as ipb
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_scheduler.bursts import SETTLES_S, BurstSettings
 from whaleflux_scheduler.core.burst import BurstRules
+from whaleflux_scheduler.core.give_back import CLOSED_S
 from whaleflux_scheduler.settings import Settings
 
 HOUR_S = 3600
@@ -125,6 +126,59 @@ async def test_a_machine_that_joined_and_takes_no_work_is_not_waited_for():
         await asyncio.sleep(SETTLES_S / 2)
         assert len(world.leases) == 1  # its node may be on its way here
         await until(lambda: len(world.leases) == 2, "another one is rented", 600.0)
+
+
+async def test_a_machine_whose_agent_died_is_given_back_and_one_that_an_operator_cordoned_with_work_is_not():
+    async with Full("on", budgets_usd={"": 50.0}) as world:
+        await world.fill()
+        await until(lambda: world.leases, "a machine is rented")
+        lease = world.leases[0]
+        await world.add(node("cloud/l0"))
+        lease.state = ipb.LEASE_STATE_JOINED
+        lease.join_time.FromDatetime(world.clock.now())
+        await world.reaches(world.waiting, "RUNNING")
+        world.intend("sites/cloud/nodes/l0", ipb.NODE_INTENT_CORDONED)
+        await asyncio.sleep(2 * CLOSED_S)
+        assert not lease.end_reason
+        await world.scheduler.CancelJob(pb.CancelJobRequest(name=world.waiting), None)
+        await world.reaches(world.waiting, "CANCELLED")
+        await asyncio.sleep(CLOSED_S / 2)
+        assert not lease.end_reason
+        await until(lambda: lease.end_reason, "it is given back", CLOSED_S)
+        assert "takes no work" in lease.end_reason
+
+
+async def test_a_gang_of_which_a_lease_was_not_made_is_completed_not_rented_again(monkeypatch):
+    async with Small("on") as world:
+        await world.fill()
+        made = world.inventory.CreateLease
+
+        async def once(request, timeout=None):
+            if world.leases:
+                raise Unavailable("inventory is gone")
+            return await made(request, timeout)
+
+        monkeypatch.setattr(world.inventory, "CreateLease", once)
+        await world.large(job_id="large")
+        await until(lambda: world.leases, "the first is rented")
+        monkeypatch.setattr(world.inventory, "CreateLease", made)
+        await asyncio.sleep(120)
+        assert len(world.leases) == 2
+
+
+async def test_a_lease_counts_for_the_site_of_each_offer_that_may_still_have_its_machine():
+    async with Full("on", budgets_usd={"": 20.0, "sites/abroad": 12.0}) as world:
+        abroad = ipb.Offer()
+        abroad.CopyFrom(world.inventory.offers[0])
+        abroad.name, abroad.site, abroad.usd_per_hour = "offers/abroad", "sites/abroad", 4.4
+        world.inventory.offers.append(abroad)
+        await world.fill()
+        await until(lambda: world.leases, "a machine is rented")
+        lease = world.leases[0]
+        assert list(lease.offers) == ["offers/o", "offers/abroad"]
+        assert (await world.plan()).left_usd["sites/abroad"] == 12.0 - lease.cost_cap_usd
+        lease.state = ipb.LEASE_STATE_JOINED
+        assert (await world.plan()).left_usd["sites/abroad"] == 12.0
 
 
 class Small(Full):

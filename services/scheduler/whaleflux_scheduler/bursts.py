@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from whaleflux_scheduler.core import burst, give_back
 from whaleflux_scheduler.core.burst import BurstPlan, BurstRules, Rent
 from whaleflux_scheduler.core.give_back import End
 from whaleflux_scheduler.core.model import Job
-from whaleflux_scheduler.core.offered import Offered, Rented
+from whaleflux_scheduler.core.offered import BurstFacts, Offered, Rented
 from whaleflux_scheduler.idle_memory import IdleMemory, Times
 from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.planner_thread import PlannerThread
@@ -37,6 +37,7 @@ DAY_S = 86_400.0
 SETTLES_S = 120.0  # from when a machine joins until its node is looked for work here
 _ASK_WITHIN_S = 10.0
 _MOST_TOLD = 256
+_BEFORE_JOINED = frozenset({ipb.LEASE_STATE_INTENT, ipb.LEASE_STATE_REQUESTED, ipb.LEASE_STATE_BOOTING})
 Mode = Literal["off", "plan", "on"]
 
 
@@ -66,6 +67,7 @@ class Bursts:
         self._planner, self._caught_up, self._inventory = planner, caught_up, inventory
         self._news, self._clock, self._memory = news, clock, memory
         self._idle_since: dict[str, float] = {}  # monotonic seconds, by lease
+        self._closed_since: dict[str, float] = {}
         self._told: dict[str, None] = {}
 
     async def plan(self) -> pb.BurstPlan:
@@ -135,29 +137,35 @@ class Bursts:
         now = self._clock.now()
         nodes = tuple(lease.node for lease in live)
         facts = await self._planner.ask(lambda planner: planner.burst_facts(nodes, now))
-        self._note_idle(live, facts.busy, facts.known)
+        self._note(live, facts, now)
         offered = [_offered(one, live) for one in offers]
         rented = [self._rented(lease, facts.known, now) for lease in live if _counts(lease, facts.known, now)]
         times = give_back.seen(rented, times, facts.free, now.timestamp())
-        spent_usd = _spent_usd(leases, now)
+        spent_usd = _spent_usd(leases, {one.name: one.site for one in offers}, now)
         plan = burst.decide(facts.waiting, offered, rented, spent_usd, self._rules, times, now.timestamp())
         return plan, leases, times
 
-    def _note_idle(self, live: Sequence[ipb.Lease], busy: frozenset[str], known: frozenset[str]) -> None:
+    def _note(self, live: Sequence[ipb.Lease], facts: BurstFacts, now: datetime) -> None:
+        """Since when nothing runs on a machine, and since when it takes no work either."""
         now_s = self._clock.monotonic()
-        idle = {one.name for one in live if one.node in known and one.node not in busy}
+        without = [one for one in live if one.node not in facts.busy]
+        idle = [one.name for one in without if one.node in facts.known]
+        closed = [one.name for one in without if one.name not in idle and not _comes(one, facts.known, now)]
         self._idle_since = {name: self._idle_since.get(name, now_s) for name in idle}
+        self._closed_since = {name: self._closed_since.get(name, now_s) for name in closed}
 
     def _rented(self, lease: ipb.Lease, known: frozenset[str], now: datetime) -> Rented:
-        since = self._idle_since.get(lease.name)
+        now_s = self._clock.monotonic()
+        idle, closed = self._idle_since.get(lease.name), self._closed_since.get(lease.name)
         return Rented(
             lease=lease.name,
             offer=_offered(lease.offer, ()),
             queue=names.last(lease.queue),
             begun_s=max(0.0, (now - _begun(lease)).total_seconds()),
             coming=_comes(lease, known, now),
-            idle_s=None if since is None else self._clock.monotonic() - since,
+            idle_s=None if idle is None else now_s - idle,
             ending=_ends(lease),
+            closed_s=None if closed is None else now_s - closed,
         )
 
     async def _rent(self, inventory: InventoryServiceStub, rent: Rent, leases: Sequence[ipb.Lease]) -> None:
@@ -281,8 +289,11 @@ def _offered(offer: ipb.Offer, live: Sequence[ipb.Lease]) -> Offered:
     )
 
 
-def _spent_usd(leases: Sequence[ipb.Lease], now: datetime) -> dict[str, float]:
-    """Of the last 24 hours, by budget; what still runs counts with its cap, so that budgets are kept whatever happens."""
+def _spent_usd(leases: Sequence[ipb.Lease], sites: Mapping[str, str], now: datetime) -> dict[str, float]:
+    """Of the last 24 hours, by budget; what still runs counts with its cap, so that budgets are kept whatever happens.
+
+    `sites` of offers: until a machine has joined, each offer of its lease may be the one that gives it.
+    """
     spent: dict[str, float] = {}
     for lease in leases:
         live = lease.state != ipb.LEASE_STATE_GONE
@@ -290,7 +301,8 @@ def _spent_usd(leases: Sequence[ipb.Lease], now: datetime) -> dict[str, float]:
             continue
         usd = max(lease.cost_usd, lease.cost_cap_usd) if live and not _ends(lease) else lease.cost_usd
         usd *= 1.0 if live else _share_of_day(lease, now)
-        for scope in (burst.FLEET, lease.queue, lease.offer.site):
+        may_be = {sites[one] for one in lease.offers if one in sites} if lease.state in _BEFORE_JOINED else set[str]()
+        for scope in {burst.FLEET, lease.queue, lease.offer.site} | may_be:
             spent[scope] = spent.get(scope, 0.0) + usd
     return spent
 

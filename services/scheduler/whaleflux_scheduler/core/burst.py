@@ -10,7 +10,6 @@ When machines are given back says `give_back`.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,11 +29,11 @@ from whaleflux_scheduler.core.offered import (
     gpus_on,
     machines_for,
 )
+from whaleflux_scheduler.core.spare_machines import Spare
 
 TRUSTED = 0.5  # offers that refused a machine lately are left alone until they are believed again
 MOST_MACHINES = 64  # rented in one look
 MOST_OFFERS = 8  # that a lease names
-TAKES_WITHIN_S = 300.0  # an idle machine has the job by then that it fits
 ENDS_WITHIN_S = 10.0  # from the wish to give a machine back until its provider is told
 FLEET = ""  # the budget of everything together
 
@@ -99,7 +98,7 @@ def decide(
 
     `waiting` in the order in which they would start; `spent_usd` of this day, by budget; `times` as of now (`give_back.seen`); Unix `now_s`.
     """
-    spare = _Spare(rented)
+    spare = Spare(rented)
     left = {scope: usd - spent_usd.get(scope, 0.0) for scope, usd in rules.budgets_usd.items()}
     look = _Look(list(waiting), list(offers), spare, dict(left), rules)
     look.take()
@@ -113,59 +112,23 @@ def ever(job: Waiting, offers: Sequence[Offered], rules: BurstRules) -> Rent | s
     `offers` with all the machines that they have.
     """
     patient = replace(job, wait_s=None, waited_s=math.inf)
-    look = _Look([patient], [replace(one, trust=1.0) for one in offers], _Spare(()), dict(rules.budgets_usd), rules)
+    look = _Look([patient], [replace(one, trust=1.0) for one in offers], Spare(()), dict(rules.budgets_usd), rules)
     look.take()
     return look.rents[0] if look.rents else look.waits[0].why
 
 
-class _Spare:
-    """GPUs of machines that come, or are idle, as they are given to who waits."""
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """An offer that is worth it: machines to rent beside `part`, which are there; `gpus`: that they serve, of those `together`."""
 
-    def __init__(self, rented: Sequence[Rented]) -> None:
-        there = (one for one in rented if not one.ending and (one.coming or one.is_idle))
-        self._free = {one.lease: (one.offer, float(one.offer.gpus)) for one in there if not _takes_nothing(one)}
-        self._idle = [one for one in rented if not one.ending and _takes_nothing(one)]
-        self._taken: set[str] = set()
-
-    def is_taken(self, lease: str) -> bool:
-        return lease in self._taken
-
-    def passed_by(self, job: Waiting) -> str:
-        """A machine on which it could be, and is not, for a reason that is not known here; "": there is none."""
-        return next(
-            (one.lease for one in self._idle if fits(job, one.offer) and gpus_on(job, one.offer) <= one.offer.gpus), ""
-        )
-
-    def give(self, job: Waiting) -> bool:
-        """Whether the job fits on what comes anyway, which is its own from now on."""
-        left = {lease: free for lease, (offer, free) in self._free.items() if free > 0 and fits(job, offer)}
-        wanted = {lease: gpus_on(job, self._free[lease][0]) for lease in left}
-        enough = [lease for lease in left if job.min_nodes <= 1 and left[lease] >= wanted[lease]]
-        one = [min(enough, key=lambda lease: (left[lease], lease))] if enough else []
-        chosen = one or ([] if job.one_node else self._together(left, wanted, job.min_nodes))
-        rest = wanted[chosen[0]] if chosen else 0.0
-        for lease in chosen:
-            offer, free = self._free[lease]
-            taken = min(free, rest)
-            rest -= taken
-            self._free[lease] = offer, free - taken
-            self._taken.add(lease)
-        return bool(chosen)
-
-    def _together(self, left: Mapping[str, float], wanted: Mapping[str, float], min_nodes: int) -> list[str]:
-        """Machines of one kind that have enough GPUs together."""
-        alike = defaultdict[Kind, list[str]](list)
-        for lease in sorted(left, key=lambda lease: (-left[lease], lease)):
-            found = alike[self._free[lease][0].kind]
-            found.append(lease)
-            if sum(left[one] for one in found) >= wanted[lease] and len(found) >= min_nodes:
-                return found
-        return []
-
-
-def _takes_nothing(one: Rented) -> bool:
-    """Idle for longer than any start takes, while jobs wait that it seemed to fit: it is not for them, and nobody waits for it."""
-    return one.is_idle and (one.idle_s or 0.0) > TAKES_WITHIN_S
+    offer: Offered
+    machines: int
+    usd: float
+    worth_usd: float
+    why: str
+    together: set[str]
+    gpus: float
+    part: tuple[str, ...]
 
 
 @dataclass
@@ -174,7 +137,7 @@ class _Look:
 
     waiting: list[Waiting]
     offers: list[Offered]
-    spare: _Spare
+    spare: Spare
     left_usd: dict[str, float]
     rules: BurstRules
     rents: list[Rent] = field(default_factory=list)
@@ -210,32 +173,34 @@ class _Look:
         fitting = [offer for offer in self.offers if fits(job, offer)]
         if not fitting:
             return "no offer has GPUs that it could use"
-        reasons, found = list[str](), list[tuple[Offered, int, float, float, str, set[str]]]()
+        reasons, found = list[str](), list[_Judged]()
         for offer in sorted(fitting, key=lambda one: (one.usd_per_hour / one.gpus, one.boot_s, one.name)):
             judged = self._judge(job, offer, beside)
             if isinstance(judged, str):
                 reasons.append(judged)
             else:
-                found.append((offer, *judged))
+                found.append(judged)
         if not found:
             return reasons[0]
-        offer, machines, usd, worth_usd, why, together = found[0]
-        tried = [one[0].name for one in found if machines == 1 or one[0].name == offer.name]
-        cap_usd = self._cap_usd(job, offer, machines, usd)
-        self._book(job, offer, machines, cap_usd * machines)
-        at_most = tuple(tried[:MOST_OFFERS])
-        return Rent(job.name, job.queue, at_most, machines, usd, worth_usd, cap_usd, why), together
+        found.sort(key=lambda one: one.usd / one.gpus)  # a large machine for a small job alone is no bargain
+        first = found[0]
+        usd = self._cap_usd(job, first)
+        tried = [first, *self._behind(job, first, found[1:], usd)]
+        self._book(job, tried, usd)
+        offers, each_usd = tuple(one.offer.name for one in tried), usd / first.machines
+        rent = Rent(job.name, job.queue, offers, first.machines, first.usd, first.worth_usd, each_usd, first.why)
+        return rent, first.together
 
-    def _judge(
-        self, job: Waiting, offer: Offered, beside: Sequence[Waiting]
-    ) -> tuple[int, float, float, str, set[str]] | str:
-        """Machines, their cost, what they are worth, why, and who is served; or why this offer is not taken."""
-        machines = machines_for(job, offer)
+    def _judge(self, job: Waiting, offer: Offered, beside: Sequence[Waiting]) -> _Judged | str:
+        """What this offer would be taken for; or why it is not taken."""
+        part = self.spare.part(job, offer)
+        whole = machines_for(job, offer)
+        machines = whole - len(part)
         if offer.trust < TRUSTED:
             return f"{offer.name} had no machine a moment ago"
         if machines > offer.left:
             return f"{offer.name} has {offer.left} machine(s) left of its `max`, and {machines} are needed"
-        group = [job, *_companions(beside, offer, machines * offer.gpus - gpus_on(job, offer))]
+        group = [job, *_companions(beside, offer, whole * offer.gpus - gpus_on(job, offer))]
         run_s = max(one.run_s for one in group)
         usd = machines * billed_usd(offer, offer.boot_s + run_s)
         worth_usd = sum(self._worth_usd(one, offer) for one in group)
@@ -243,23 +208,30 @@ class _Look:
         if not deadline and worth_usd <= usd:
             worth = f"the waiting that it saves is worth {worth_usd:.2f} USD (burst_usd_per_gpu_hour)"
             return f"renting costs {usd:.2f} USD by {offer.name}, and {worth}"
-        for scope, left in zip(self._scopes(job, offer), self._budgets(job, offer), strict=True):
-            if usd > left:
-                has = f"the budget of {scope or 'all renting'} (burst_budgets) has {max(0.0, left):.2f} USD left today"
+        for scope in self._scopes(job, offer):
+            if usd > self.left_usd[scope]:
+                has = f"the budget of {scope or 'all renting'} (burst_budgets) has {max(0.0, self.left_usd[scope]):.2f} USD left today"
                 return f"{has}, and {usd:.2f} are needed"
         why = (
             f"its deadline would be missed otherwise; {usd:.2f} USD"
             if deadline
             else f"it would wait {shown_duration(self._wait_s(job))} more: {worth_usd:.2f} USD of waiting for {usd:.2f} USD"
         )
-        return machines, usd, worth_usd, why, {one.name for one in group}
+        gpus, together = sum(gpus_on(one, offer) for one in group), {one.name for one in group}
+        return _Judged(offer, machines, usd, worth_usd, why, together, gpus, part)
 
-    def _cap_usd(self, job: Waiting, offer: Offered, machines: int, usd: float) -> float:
-        """Most that each machine may cost: twice what is expected where a budget has to be kept, else all of the longest lease."""
-        left = self._budgets(job, offer)
-        if not left:
-            return offer.usd_per_hour * self.rules.lease_s / HOUR_S
-        return min(2 * usd, *left) / machines
+    def _cap_usd(self, job: Waiting, one: _Judged) -> float:
+        """Most that the machines may cost: twice what is expected where a budget has to be kept, else all of the longest lease."""
+        if not (left := self._lefts(job, one.offer)):
+            return one.machines * one.offer.usd_per_hour * self.rules.lease_s / HOUR_S
+        return min(2 * one.usd, *left)
+
+    def _behind(self, job: Waiting, first: _Judged, others: Sequence[_Judged], cap_usd: float) -> list[_Judged]:
+        """Who may give the machine instead: for no more than the cap, and whose budgets have that."""
+        if first.machines > 1 or first.part:  # a gang is of one kind
+            return []
+        alone = (one for one in others if one.machines == 1 and not one.part and one.usd <= cap_usd)
+        return [one for one in alone if all(left >= cap_usd for left in self._lefts(job, one.offer))][: MOST_OFFERS - 1]
 
     def _worth_usd(self, job: Waiting, offer: Offered) -> float:
         saved_s = max(0.0, self._wait_s(job) - offer.boot_s)
@@ -271,13 +243,17 @@ class _Look:
     def _scopes(self, job: Waiting, offer: Offered) -> list[str]:
         return [scope for scope in (FLEET, names.queue(job.queue), names.site(offer.site)) if scope in self.left_usd]
 
-    def _budgets(self, job: Waiting, offer: Offered) -> list[float]:
+    def _lefts(self, job: Waiting, offer: Offered) -> list[float]:
         return [self.left_usd[scope] for scope in self._scopes(job, offer)]
 
-    def _book(self, job: Waiting, offer: Offered, machines: int, usd: float) -> None:
-        for scope in self._scopes(job, offer):
+    def _book(self, job: Waiting, tried: Sequence[_Judged], usd: float) -> None:
+        """No budget that it may come from has that any more."""
+        for scope in {scope for one in tried for scope in self._scopes(job, one.offer)}:
             self.left_usd[scope] -= usd
-        self.offers = [replace(one, left=one.left - machines) if one.name == offer.name else one for one in self.offers]
+        first = tried[0]
+        self.spare.keep(first.part)
+        name, machines = first.offer.name, first.machines
+        self.offers = [replace(one, left=one.left - machines) if one.name == name else one for one in self.offers]
 
 
 def _companions(beside: Sequence[Waiting], offer: Offered, free: float) -> list[Waiting]:

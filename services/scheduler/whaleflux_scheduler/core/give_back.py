@@ -2,7 +2,8 @@
 
 Machines that may stand for one another are counted together (`idle_times`): how many of the idle ones are kept follows from how long they were
 not needed, which of them go from their prices: the dearest first. A machine goes shortly before a billing unit ends, since what is paid for is
-free to keep; nobody gives back what a job that waits will take, or what keeps the start that a reservation or a job was promised.
+free to keep; nobody gives back what a job that waits will take, or what keeps the start that a reservation or a job was promised. A machine
+that takes no work and has none is paid for nothing, and goes whatever its unit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from whaleflux_scheduler.core.offered import Kind, Rented
 
 NO_TIMES = IdleTimes()
 MOST_KINDS = 64  # of which idle times are remembered
+CLOSED_S = 900.0  # longer than an agent's restart, a short outage, or a look at a cordoned machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ def seen(
     """What is known after a look. `free`: GPUs of the fleet's own nodes that nobody has, by type; `now_s`: Unix time."""
     needed, idle = defaultdict[Kind, int](int), defaultdict[Kind, int](int)
     for one in rented:
-        if not one.ending:
+        if not one.ending and one.closed_s is None:
             (idle if one.is_idle else needed)[one.offer.kind] += 1
     kinds = list(dict.fromkeys([*times, *needed, *idle]))[-MOST_KINDS:]
     return {
@@ -54,7 +56,7 @@ def ends(
     for one in rented:
         if one.is_idle and not one.ending:
             alike[one.offer.kind].append(one)
-    found = list[End]()
+    found = [End(one.lease, _why_closed(one.closed_s or 0.0)) for one in rented if _is_closed(one)]
     for kind, idle in alike.items():
         found += _of_kind(idle, times.get(kind, NO_TIMES), is_taken, lead_s, now_s)
     return tuple(found)
@@ -80,6 +82,14 @@ def _of_kind(
         levels.pop()
         found.append(End(one.lease, _why(idle_s, room, len(seen_s))))
     return found
+
+
+def _is_closed(one: Rented) -> bool:
+    return not one.ending and one.closed_s is not None and one.closed_s >= CLOSED_S
+
+
+def _why_closed(closed_s: float) -> str:
+    return f"its node takes no work and has had none for {shown_duration(closed_s)}; whaleflux nodes says why"
 
 
 def _why(idle_s: float, room: bool, others: int) -> str:

@@ -81,7 +81,10 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Rented:
-    """A machine that burst has rented. `begun_s`: since when it is paid for, seconds ago; `idle_s`: for how long nothing runs on it, None: it boots, or works."""
+    """A machine that burst has rented. `begun_s`: since when it is paid for, seconds ago; `idle_s`: for how long nothing runs on it, None: it boots, or works.
+
+    `closed_s`: for how long its node takes no work and has none (its agent is gone, it is sick, it was cordoned); None: that is not so.
+    """
 
     lease: str
     offer: Offered
@@ -90,6 +93,7 @@ class Rented:
     coming: bool = False
     idle_s: float | None = None
     ending: bool = False
+    closed_s: float | None = None
 
     @property
     def is_idle(self) -> bool:
