@@ -312,7 +312,9 @@ class Agent:
 
     def _stopped(self, name: str) -> None:
         last = self.reports.get(name)
-        if last is not None and last.phase < pb.TASK_PHASE_EXITED and not self.slow_to_die:
+        if last is None:  # nothing of it ever ran
+            self.report(name, pb.TASK_PHASE_GONE)
+        elif last.phase < pb.TASK_PHASE_EXITED and not self.slow_to_die:
             self.report(name, pb.TASK_PHASE_KILLED, -15)
         self.tasks.pop(name, None)
         if not self.slow_to_die:

@@ -209,6 +209,16 @@ async def test_a_task_that_cannot_be_ended_is_stuck_and_not_killed(node, machine
     assert node.reports()[-1].stuck == ""
 
 
+async def test_what_is_withdrawn_before_it_was_looked_at_is_told_to_be_gone(node, machine):
+    wanted = desired(["train"])
+    await node.want()
+    await asyncio.gather(node.supervisor.change(wanted), node.supervisor.remove(TASK))
+    await node.until(lambda: node.phases()[-1:] == ["GONE"])
+    assert not machine.begun
+    await node.want(desired(["train"], epoch=2))
+    await node.until(lambda: node.phases("train-2-0")[-1:] == ["RUNNING"])
+
+
 async def test_a_failed_start_is_not_refused_while_something_of_it_lives(node, machine):
     machine.fails = machine.immortal = True
     await node.want(desired(["train"]))

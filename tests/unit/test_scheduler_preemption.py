@@ -242,16 +242,27 @@ class TestClaims:
         assert moves[first.name].claim is not None
         assert moves[waits.name].claim.victims[0] in {one.name for one in lent}
 
-    def test_what_begins_to_run_may_be_stopped_for_those_who_wait_already(self):
+    def test_what_starts_may_be_stopped_for_those_who_wait_already(self):
         planner = planner_of("a")
         waiting = job("low")
         choice = offer(planner, waiting)[waiting.name]
+        high = job("high", priority=9, at=1)
+        assert offer(planner, high)[high.name].claim is None, "its record does not say yet that it was placed"
         starting = lifecycle.place(waiting, choice.assignment, choice.decision, NOW)
         planner.apply(News(jobs=(starting,)))
-        high = job("high", priority=9, at=1)
-        assert offer(planner, high)[high.name].claim is None
-        planner.apply(News(jobs=(said(said(starting, TaskPhase.ACCEPTED), TaskPhase.RUNNING),)))
         assert [choice.claim.victims for choice in planner.decide(NOW)] == [(waiting.name,)]
+        planner.check()
+
+    def test_of_equals_what_starts_makes_room_before_what_has_worked(self):
+        planner = planner_of("a", "b")
+        works = run(planner, job("works", at=1))
+        waiting = job("starts", at=2)
+        choice = offer(planner, waiting)[waiting.name]
+        planner.apply(News(jobs=(lifecycle.place(waiting, choice.assignment, choice.decision, NOW),)))
+        high = job("high", priority=9, at=3)
+        planner.apply(News(jobs=(high,), candidates={high.name: Candidate(high)}))
+        (choice,) = planner.decide(NOW + timedelta(hours=1))
+        assert choice.claim.victims == (waiting.name,) != (works.name,)
 
     def test_a_claimant_that_finds_room_elsewhere_takes_it_and_gives_its_claim_back(self):
         planner = planner_of("a", "b")
@@ -277,16 +288,28 @@ class TestLifecycle:
         high = replace(job("high"), claim=self.CLAIM)
         assert lifecycle.due(high, Observations(), NOW, Timeouts()) == self.CLAIM.expire_time
 
-    def test_only_what_runs_is_suspended_the_rest_when_it_does(self):
-        planner = planner_of("a")
+    @pytest.mark.parametrize("phases", [(), (TaskPhase.ACCEPTED,), (TaskPhase.ACCEPTED, TaskPhase.RUNNING)])
+    def test_what_starts_or_runs_is_suspended_and_waits_when_nothing_is_left_of_it(self, phases):
         waiting = job("low")
-        choice = offer(planner, waiting)[waiting.name]
-        starting = lifecycle.place(waiting, choice.assignment, choice.decision, NOW)
+        choice = offer(planner_of("a"), waiting)[waiting.name]
+        begun = lifecycle.place(waiting, choice.assignment, choice.decision, NOW)
+        for phase in phases:
+            begun = said(begun, phase)
         wanted = Observations(claimed_by="queues/q/jobs/high")
-        assert lifecycle.advance(starting, wanted, NOW, Timeouts()) is starting
-        running = said(said(starting, TaskPhase.ACCEPTED), TaskPhase.RUNNING)
-        suspended = lifecycle.advance(running, wanted, NOW, Timeouts())
+        suspended = lifecycle.advance(begun, wanted, NOW, Timeouts())
         assert (suspended.state, suspended.cause.resource) == (JobState.SUSPENDING, wanted.claimed_by)
+        assert suspended.attempt.end_time == NOW
+        again = said(suspended, *KILLED)
+        assert (again.state, again.epoch, again.restarts) == (JobState.QUEUED, begun.epoch + 1, 0)
+
+    def test_what_runs_by_the_same_news_is_said_to_run_first(self):
+        waiting = job("low")
+        choice = offer(planner_of("a"), waiting)[waiting.name]
+        starting = said(lifecycle.place(waiting, choice.assignment, choice.decision, NOW), TaskPhase.ACCEPTED)
+        reports = tuple(Report(t.id, TaskPhase.EXITED, 0, rendezvous="h:1") for t in starting.attempt.tasks)
+        both = Observations(reports, claimed_by="queues/q/jobs/high")
+        ended = lifecycle.advance(lifecycle.advance(starting, both, NOW, Timeouts()), both, NOW, Timeouts())
+        assert ended.state is JobState.SUCCEEDED, "it had done its work"
 
     def test_a_claim_survives_the_store(self):
         high = replace(job("high"), claim=self.CLAIM)
@@ -514,7 +537,23 @@ async def test_a_cancelled_claimant_leaves_the_room_to_its_victims():
         await world.reaches(second, "RUNNING")
 
 
-async def test_a_victim_that_was_starting_when_a_leader_was_lost_is_suspended_when_it_runs():
+async def test_what_was_placed_a_moment_ago_makes_room_before_it_runs():
+    async with World() as world:
+        (agent,) = await world.add(node("s/a"))
+        agent.obey = False
+        low = await world.submit(4)
+        await until(lambda: agent.tasks, "its task is wanted")
+        agent.obey = True
+        high = await world.submit(4, priority=9)
+        await world.reaches(high, "RUNNING")
+        stopped = await world.job(low)
+        assert stopped.state == pb.JOB_STATE_QUEUED
+        assert "makes room for" in stopped.attempt.end_reason
+        agent.exit(0)
+        await world.reaches(low, "RUNNING")
+
+
+async def test_a_victim_that_was_starting_when_a_leader_was_lost_is_suspended():
     async with World() as world:
         (agent,) = await world.add(node("s/a"))
         agent.obey = False
@@ -530,7 +569,6 @@ async def test_a_victim_that_was_starting_when_a_leader_was_lost_is_suspended_wh
         await world.store.commit(put, when=[Unchanged(entry)])
         agent.obey = True
         await world.restart()
-        agent.report(task.task.id, pb.TASK_PHASE_ACCEPTED, rendezvous="10.0.0.1:29500")
         await world.reaches(high, "RUNNING")
         assert (await world.job(low)).state == pb.JOB_STATE_QUEUED
 

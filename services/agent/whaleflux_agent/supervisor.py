@@ -70,6 +70,7 @@ class Supervisor:
         self._fresh = False
         self._left_alone: frozenset[str] = frozenset()  # jobs of which nobody knows what is wanted
         self._tasks: dict[str, Task] = {}
+        self._withdrawn: dict[str, agent_pb2.DesiredTask] = {}  # removed; of some nothing was begun yet
         self._forgotten: dict[str, Task] = {}  # only their logs are left
         self._progress: dict[str, agent_pb2.TaskProgress] = {}
         self._strangers: list[Stranger] = []
@@ -95,7 +96,10 @@ class Supervisor:
 
     async def remove(self, task: str) -> None:
         """A task that must stop and be forgotten."""
-        if self._desired.pop(task, None) is not None or task in self._tasks:
+        wanted = self._desired.pop(task, None)
+        if wanted is not None:
+            self._withdrawn[task] = wanted
+        if wanted is not None or task in self._tasks:
             await self._desires_changed()
 
     async def _desires_changed(self) -> None:
@@ -250,6 +254,7 @@ class Supervisor:
                 self._wake.clear()
 
     async def _act(self, runners: asyncio.TaskGroup) -> None:
+        await self._report_unbegun()
         wanted = dict(self._desired)  # as of now: it may change while something is written to disk
         desired = {name: work_from_proto(task) for name, task in wanted.items()}
         for name, work in desired.items():
@@ -304,6 +309,13 @@ class Supervisor:
 
     async def _refuse(self, wanted: agent_pb2.DesiredTask, reason: str) -> None:
         await self._runner.refuse(await self._new(wanted, TaskMeta(secrets.token_hex(16))), reason)
+
+    async def _report_unbegun(self) -> None:
+        """What was withdrawn before it was looked at is told to be gone: the scheduler keeps its GPUs until then."""
+        withdrawn, self._withdrawn = self._withdrawn, {}
+        for name, wanted in withdrawn.items():
+            if name not in self._tasks and name not in self._desired:
+                await self._stop(await self._new(wanted, TaskMeta(secrets.token_hex(16))), "withdrawn before it began")
 
     async def _refuse_hopeless(self) -> None:
         """A task whose turn may never come, or whose ranks could never meet, says so at once: it is tried elsewhere."""

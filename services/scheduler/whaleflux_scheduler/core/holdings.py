@@ -216,7 +216,7 @@ class Holdings(HeldInEngine):
         job = self._jobs.get(name)
         if job is None:
             return
-        if name in self._claims or (job.state is JobState.RUNNING and not job.spec.is_service):
+        if name in self._claims or job.may_be_suspended:
             change = sign * self.count_of(name)
             self.stoppable[job.spec.priority] += change
             if not is_reservation(name):

@@ -15,7 +15,7 @@ from whaleflux.fleet.model import Level, Node
 from whaleflux_scheduler.core.capacity import Capacity
 from whaleflux_scheduler.core.devices import Gpus
 from whaleflux_scheduler.core.holdings import Holdings
-from whaleflux_scheduler.core.model import Claim, Job, JobState
+from whaleflux_scheduler.core.model import Claim, Job
 from whaleflux_scheduler.core.needs import Need, NeedIndex
 from whaleflux_scheduler.core.placement.api import DatasetFact, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
@@ -117,7 +117,7 @@ class KnownFleet:
     def learn(self, job: Job) -> None:
         """The job as it is stored."""
         before = self.holdings.jobs.get(job.name)
-        stoppable = before is not None and before.state is JobState.RUNNING and not before.spec.is_service
+        stoppable = before is not None and before.may_be_suspended
         if before is not None and (before.claim is not None or self.holdings.claimants_on(job.name)):
             stoppable = False  # to stop it would have given others nothing, or not all of it
         priority = before.spec.priority if before is not None and stoppable else math.inf

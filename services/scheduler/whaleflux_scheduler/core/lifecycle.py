@@ -199,7 +199,10 @@ def _kept_until_placed(job: Job, now: datetime) -> Claim | None:
 
 
 def suspend(job: Job, by: str, now: datetime) -> Job:
-    """RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch. One that shrinks instead keeps what it claims."""
+    """STARTING or RUNNING -> SUSPENDING: its tasks get SIGTERM and may still save in their epoch; what has not begun ends at once.
+
+    One that shrinks instead keeps what it claims.
+    """
     if job.claim is not None and job.claim.purpose is ClaimPurpose.RESIZE:
         return go_on(job, now)
     message = f"makes room for {by}"
@@ -291,7 +294,9 @@ def _active(job: Job, observed: Observations, now: datetime, timeouts: Timeouts)
         spent = f"its budget of {job.spec.budget_usd:g} USD is spent; raise it and submit again"
         return _finish(job, JobState.FAILED, EndReason.BUDGET, spent, now)
     if job.state is JobState.STARTING:
-        return _starting(job, attempt, now)
+        after = _starting(job, attempt, now)
+        wanted = observed.claimed_by and after.state is JobState.STARTING
+        return suspend(after, observed.claimed_by, now) if wanted else after
     if _ended_well(attempt):
         return _finish(job, JobState.SUCCEEDED, EndReason.DONE, "all ranks ended well", now)
     if _is_over(running_time.time_is_up, job, observed, now):

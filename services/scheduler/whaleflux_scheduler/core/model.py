@@ -324,6 +324,11 @@ class Job:
     def grace_s(self) -> float:
         return self.spec.grace_s
 
+    @property
+    def may_be_suspended(self) -> bool:
+        """Whether it is of the kind that makes room for others, and has begun."""
+        return self.state in ACTIVE and not self.spec.is_service
+
     def attempts(self) -> Iterator[Attempt]:
         """The past ones, oldest first, then the current or last."""
         yield from self.past_attempts

@@ -20,7 +20,7 @@ from whaleflux_scheduler.core import decisions
 from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.going_on import claimed_place, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
-from whaleflux_scheduler.core.model import Job, JobState
+from whaleflux_scheduler.core.model import ACTIVE, Job, JobState
 from whaleflux_scheduler.core.moves import Move, News
 from whaleflux_scheduler.core.patience import may_wait
 from whaleflux_scheduler.core.pending import Line, RequestClass
@@ -119,7 +119,7 @@ class Plan(Promising):
             self._look_over()
 
     def _learn(self, job: Job) -> None:
-        """The job as it is stored. One that has begun to run may be stopped for those of higher priority."""
+        """The job as it is stored. One that has begun may be stopped for those of higher priority."""
         holdings = self._fleet.holdings
         known, held = holdings.jobs.get(job.name), holdings.holds(job.name)
         self._fleet.learn(job)
@@ -327,8 +327,8 @@ def _not_before(at_s: float) -> datetime:
 
 
 def _may_stop_sooner(before: Job | None, now: Job) -> bool:
-    """Whether a running job may be stopped for others that could not have it stopped before, or a waiting one may lose its claim to them."""
+    """Whether a job that has begun may be stopped for others that could not have it stopped before, or a waiting one may lose its claim to them."""
     fell = before is not None and now.spec.priority < before.spec.priority
-    if now.state is JobState.RUNNING:
-        return before is None or before.state is not JobState.RUNNING or fell
+    if now.state in ACTIVE:
+        return before is None or before.state not in ACTIVE or fell
     return fell and now.claim is not None

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from whaleflux_scheduler.core.holdings import Holdings, claim_id, is_reservation, job_of
-from whaleflux_scheduler.core.model import Claim, Job, JobState
+from whaleflux_scheduler.core.model import Claim, Job
 from whaleflux_scheduler.core.placement.api import PlaceRequest, PreemptionPlan, Victim
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.quota import Claimant
@@ -42,7 +42,7 @@ def room_for(
 
 
 def may_stop(holdings: Holdings, job: Job, gpus: int, among: Collection[str] | None = None) -> list[Victim]:
-    """Running training and claims that may have to make room: what is borrowed of the queue's guarantee, and what is of lower priority.
+    """Training that starts or runs, and claims, that may have to make room: what is borrowed of the queue's guarantee, and what is of lower priority.
 
     Those that make room for an equal already, and services, are left out. `among`: only of these jobs.
     """
@@ -91,8 +91,7 @@ def _movable(holdings: Holdings, asked: Collection[str], among: Collection[str] 
             yield claim_id(name), holdings.jobs[name]
     for name in holdings.jobs if among is None else among:
         held = holdings.jobs[name]
-        trains = held.state is JobState.RUNNING and not held.spec.is_service
-        if trains and name not in asked and not holdings.disputed(name):
+        if held.may_be_suspended and name not in asked and not holdings.disputed(name):
             yield name, held
 
 

@@ -160,18 +160,19 @@ def _became(at_s: float, state: State, simulated: SimulatedJob, after: Job) -> N
 
 
 def _suspending(at_s: float, state: State, simulated: SimulatedJob) -> None:
-    """It saves, and leaves its GPUs when that is done or its grace is over."""
+    """It saves, and leaves its GPUs when that is done or its grace is over; at once where nothing ran yet."""
     delays, job = state.delays, simulated.job
+    save_s = delays.save_s if job.attempt is not None and job.attempt.run_time is not None else 0.0
     simulated.turn += 1
     claims(state, job)
-    if delays.save_s <= job.grace_s:
+    if save_s <= job.grace_s:
         simulated.keeps_work(at_s)
     else:
         simulated.loses_work(at_s, delays.checkpoint_every_s)
     state.result.outcomes.suspensions[simulated.row] += 1
     state.result.moves.add(at_s, "suspend", job.name)
     state.news.record(job)
-    state.timeline.add(at_s + min(delays.save_s, job.grace_s), left, state, simulated, simulated.turn)
+    state.timeline.add(at_s + min(save_s, job.grace_s), left, state, simulated, simulated.turn)
 
 
 def left(at_s: float, state: State, simulated: SimulatedJob, turn: int) -> None:

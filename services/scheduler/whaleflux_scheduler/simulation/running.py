@@ -41,7 +41,9 @@ class SimulatedJob:
         return self.works_from_s + self.left_s / self.rate
 
     def keeps_work(self, at_s: float) -> None:
-        """What it did in this attempt is saved."""
+        """What it did in this attempt is saved, if its ranks have run."""
+        if self.job.attempt is None or self.job.attempt.run_time is None:
+            return
         self.left_s = max(0.0, self.left_s - max(0.0, at_s - self.works_from_s) * self.rate)
 
     def loses_work(self, at_s: float, every_s: float) -> None:
