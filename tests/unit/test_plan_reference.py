@@ -144,12 +144,12 @@ def test_who_was_promised_a_start_and_has_others_stopped_is_none_of_its_own_vict
         return plan.step(News(jobs=jobs, candidates={one.name: Candidate(one) for one in candidates}), NOW)
 
     plan.step(News(nodes=tuple(NODES), closed={one.name: "" for one in NODES}, queues=QUEUES), NOW)
-    first, gang = submit("first", 0, 12, priority=0, **limit), submit("gang", 1, 12, priority=1)
+    first, gang = submit("first", 0, 12, priority=0, **limit), submit("gang", 1, 12, priority=0)
     (started,) = tell(candidates=[first])
     starting = lifecycle.place(first, started.assignment, started.decision, NOW)
     (promise,) = [move for move in tell(starting, candidates=[gang]) if move.claim]
     promised = lifecycle.claim(gang, promise.claim, "")
     tell(promised, candidates=[promised])
-    attempt = replace(starting.attempt, started=True, run_time=NOW)
-    (move,) = [move for move in tell(replace(starting, state=JobState.RUNNING, attempt=attempt)) if move.claim]
+    raised = replace(promised, priority=1, spec=replace(gang.spec, priority=1))
+    (move,) = [move for move in tell(raised, candidates=[raised]) if move.claim]
     assert (move.job, move.claim.victims) == (gang.name, (first.name,))
