@@ -295,6 +295,37 @@ class TestChange:
             again = await router.UpdateModel(pb.UpdateModelRequest(model=_like(rolled, back)), None)
             assert again.version == 3, "a version is never used twice"
 
+    async def test_a_rollback_restores_what_goes_with_the_engine_and_no_counts(self):
+        async with service() as (router, _):
+            wanted = model(pb.ModelSite(site="sites/onprem", replicas=1, args=["--old"]), "cloud")
+            wanted.context_window_tokens = 8192
+            wanted.classes.add(gpu_models=["H200"])
+            changed = await create(router, wanted)
+            changed.context_window_tokens, changed.replicas.min = 32_768, 3
+            changed.objective.first_token.FromSeconds(1)
+            changed.classes[0].gpu_models[:] = ["RTX4090"]
+            changed.sites[0].args[:] = ["--new"]
+            rolled = await router.UpdateModel(pb.UpdateModelRequest(model=changed), None)
+            assert rolled.rollout.state == pb.ROLLOUT_STATE_SURGING
+            rolled.sites[0].replicas = 5
+            more = await router.UpdateModel(pb.UpdateModelRequest(model=rolled), None)
+            back = await router.RollBackModel(pb.RollBackModelRequest(name="models/m", etag=more.etag), None)
+            assert (back.context_window_tokens, list(back.classes[0].gpu_models)) == (8192, ["H200"])
+            assert not back.HasField("objective")
+            assert [(one.site, one.replicas, list(one.args)) for one in back.sites] == [
+                ("sites/onprem", 5, ["--old"]),
+                ("sites/cloud", 0, []),
+            ]
+            assert back.replicas.min == 3, "how many there are is no part of it"
+
+    async def test_sites_that_were_the_change_go_back_as_well(self):
+        async with service() as (router, _):
+            moved = await create(router, model("onprem"))
+            moved.sites[0].site = "sites/cloud"
+            await router.UpdateModel(pb.UpdateModelRequest(model=moved), None)
+            back = await router.RollBackModel(pb.RollBackModelRequest(name="models/m"), None)
+            assert [one.site for one in back.sites] == ["sites/onprem"]
+
     async def test_who_does_not_change_it_rolls_nothing_back(self):
         async with service() as (router, _):
             await create(router, model("onprem"))

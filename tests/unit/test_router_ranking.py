@@ -1,13 +1,16 @@
 """RoutingState decisions: the ranking, who is left out and why, and how load and failures change it."""
 
+import dataclasses
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux.errors import InvalidArgument, NotFound, Unavailable
 from whaleflux_inference_router.core.load_tracker import FORGET_S, Ended, LoadTracker
-from whaleflux_inference_router.core.ranking import Load, Model, Replica, Request, RequestClass, Snapshot, rank
-from whaleflux_inference_router.core.replicas import NEXT, Observed, State, state_after, surplus, wanted
+from whaleflux_inference_router.core.ranking import Load, Model, Replica, Request, RequestClass, Snapshot, Trial, rank
+from whaleflux_inference_router.core.replicas import NEXT, Observed, Standing, State, state_after, surplus, wanted
 
 GB = 10**9
 
@@ -50,6 +53,29 @@ def test_declared_classes_rule():
     fleet = snapshot(replica("a", "RTX4090", 24, 9.0), replica("b"), classes=classes)
     assert names(rank(Request("m", prompt_tokens=10), fleet, {}, 0)) == ["a", "b"]
     assert names(rank(Request("m", prompt_tokens=5000), fleet, {}, 0)) == ["b", "a"]
+
+
+class TestVersions:
+    old, new, back = (
+        dataclasses.replace(replica(name, price=1.0), version=version) for name, version in (("a", 1), ("b", 3), ("c", 2))
+    )
+
+    def test_what_does_not_fit_into_one_versions_window_goes_to_another(self):
+        trial = Trial(3, 0.5, 1)
+        fleet = snapshot(self.old, self.new, context_window_tokens=32_000, windows={1: 8_000}, trial=trial)
+        assert names(rank(Request("m", 20_000), fleet, {}, 0)) == ["b"]
+        assert names(rank(Request("m", 100), fleet, {}, 0)) == ["a", "b"]
+        only_old = snapshot(self.old, context_window_tokens=32_000, windows={1: 8_000}, trial=trial)
+        with pytest.raises(InvalidArgument, match="8000 tokens of m"):
+            rank(Request("m", 20_000), only_old, {}, 0)
+
+    def test_what_was_rolled_back_answers_only_where_the_others_are_crowded(self):
+        fleet = snapshot(self.old, self.back, trial=Trial(2, 0.0, 1, 20.0))
+        crowded = {"models/m/replicas/a": Load(in_flight=30)}
+        assert names(rank(Request("m", 100), fleet, {}, 0)) == ["a", "c"]
+        assert names(rank(Request("m", 100), fleet, crowded, 0)) == ["c", "a"]
+        following = snapshot(self.old, self.new, self.back, trial=Trial(3, 0.0, 1))
+        assert names(rank(Request("m", 100), following, {}, 0)) == ["a", "c", "b"]
 
 
 def test_a_crowded_favourite_gives_way():
@@ -146,10 +172,44 @@ def test_wanted_replicas():
     assert [w.address for w in wanted("m", {(1, ""): 2}, ("h:1",))] == ["h:1"]
     assert surplus(["m-0", "m-1", "old"], wanted("m", {(1, ""): 1}, ())) == ["m-1", "old"]
     two = {(1, "sites/edge"): 1, (2, "sites/edge"): 1}
-    assert [(w.id, w.version, w.site) for w in wanted("m", two, ())] == [
-        ("m-edge-0", 1, "sites/edge"),
-        ("m-v2-edge-0", 2, "sites/edge"),
-    ]
+    first, second = wanted("m", two, ())
+    assert (first.version, first.site, second.version, second.site) == (1, "sites/edge", 2, "sites/edge")
+    assert re.fullmatch("m-edge-[0-9a-f]{6}-0", first.id)
+    assert re.fullmatch("m-v2-edge-[0-9a-f]{6}-0", second.id)
+
+
+def test_of_those_that_exist_the_ones_that_answer_stay_whatever_they_are_called():
+    there = {
+        "m-0": Standing(State.STARTING),
+        "m-1": Standing(State.READY),
+        "m-2": Standing(State.DRAINING),
+        "m-v2-0": Standing(State.READY, 2),
+        "of-old": Standing(State.READY),
+    }
+    assert [w.id for w in wanted("m", {(1, ""): 2}, (), there)] == ["m-1", "of-old"]
+    assert [w.id for w in wanted("m", {(1, ""): 4}, (), there)] == ["m-1", "of-old", "m-0", "m-3"]
+    assert [w.id for w in wanted("m", {(2, ""): 1}, (), there)] == ["m-v2-0"]
+
+
+NAMES = st.from_regex("[ab][ab-]{0,60}[ab]|v2|a", fullmatch=True)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    models=st.lists(
+        st.tuples(NAMES, st.sampled_from([1, 2, 11]), st.sampled_from(["", "sites/v2", "sites/a", f"sites/{'s' * 62}"])),
+        min_size=2,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_no_two_models_versions_or_sites_have_a_name_in_common(models):
+    found = [w.id for name, version, site in models for w in wanted(name, {(version, site): 12}, ())]
+    assert len(set(found)) == len(found)
+    assert all(len(one) <= 63 for one in found)
+
+
+def test_where_names_are_long():
     long = wanted("m" * 63, {(10**6, f"sites/{'s' * 62}{end}"): 1000 for end in "ab"}, ())
     assert len({w.id for w in long}) == 2000
     assert max(len(w.id) for w in long) <= 63

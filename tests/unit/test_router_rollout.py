@@ -56,6 +56,17 @@ class TestStages:
         assert rollout.counts(back, {(2, ""): Count(1, 1)}) == {(1, ""): 1, (2, ""): 1}
         assert rollout.counts(back, {(2, ""): Count(1, 1), (1, ""): Count(1, 1)}) == {(1, ""): 1}
 
+    def test_what_was_rolled_back_stays_for_as_many_as_are_missing(self):
+        back = made(Stage.ROLLED_BACK, {"": 10})
+        assert rollout.counts(back, {(1, ""): Count(1, 1), (2, ""): Count(9, 9)}) == {(1, ""): 10, (2, ""): 9}
+        assert rollout.counts(back, {(1, ""): Count(10, 4), (2, ""): Count(9, 9)}) == {(1, ""): 10, (2, ""): 6}
+
+    def test_the_next_rollout_leaves_those_of_the_last_one_that_alone_answer(self):
+        following = Rollout(Stage.SURGING, 1, 3, {"": 2}, {"": 2}, POLICY)
+        seen = {(1, ""): Count(2, 0), (2, ""): Count(2, 2)}
+        assert rollout.counts(following, seen) == {(1, ""): 2, (3, ""): 1, (2, ""): 2}
+        assert rollout.counts(following, {**seen, (1, ""): Count(2, 1)})[2, ""] == 1
+
     def test_sites_that_the_new_one_does_not_have_leave_last(self):
         moving = made(Stage.SHIFTING, {"sites/b": 2}, {"sites/a": 2})
         seen = {(1, "sites/a"): Count(2, 2), (2, "sites/b"): Count(2, 1)}
@@ -105,6 +116,35 @@ def test_as_many_as_before_always_answer_and_it_ends(seed, wanted):
         else:
             age += luck.choice([20.0, 61.0, 150.0])
     assert stage not in UNDER_WAY
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), wanted=st.dictionaries(st.sampled_from(["a", "b", "c"]), st.integers(1, 4), min_size=1)
+)
+def test_a_rollback_never_takes_answers_away_and_ends_with_the_old_version_alone(seed, wanted):
+    """However far the rollout had come, with room for one more than are wanted; old ones become READY one by one, in any order."""
+    luck, total = random.Random(seed), sum(wanted.values())
+    new = {site: luck.randint(0, number) for site, number in wanted.items()}
+    existing = {(2, s): n for s, n in new.items()} | {(1, s): wanted[s] - n for s, n in new.items()}
+    ready = dict(existing)
+    for _ in range(4 * total + 4):
+        seen = {key: Count(existing[key], ready[key]) for key in existing}
+        plan = rollout.counts(Rollout(Stage.ROLLED_BACK, 1, 2, wanted, wanted, POLICY), seen)
+        for key in existing:
+            ready[key] = min(ready[key], plan.get(key, 0))
+            existing[key] = min(existing[key], plan.get(key, 0))
+        assert sum(ready.values()) >= total, "as many as are wanted answer"
+        waiting = [(1, s) for s, n in wanted.items() if existing.get((1, s), 0) < n]
+        if waiting and sum(existing.values()) <= total:
+            existing[luck.choice(waiting)] += 1
+        starting = [key for key in existing if existing[key] > ready[key]]
+        if starting and luck.random() < 0.8:
+            ready[luck.choice(starting)] += 1
+    seen = {key: Count(existing[key], ready[key]) for key in existing}
+    assert rollout.counts(Rollout(Stage.ROLLED_BACK, 1, 2, wanted, wanted, POLICY), seen) == {
+        (1, site): number for site, number in wanted.items()
+    }
 
 
 class TestComparison:

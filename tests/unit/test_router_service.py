@@ -22,7 +22,7 @@ from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router import model_changes
 from whaleflux_inference_router.convert import encode
 from whaleflux_inference_router.core import allowed_networks
-from whaleflux_inference_router.core.load_tracker import Ended
+from whaleflux_inference_router.core.load_tracker import Ended, LoadTracker
 from whaleflux_inference_router.core.ranking import Request
 from whaleflux_inference_router.replica_jobs import ReplicaJobs
 from whaleflux_inference_router.replica_manager import ReplicaManager
@@ -317,6 +317,7 @@ class Turns:
     def __init__(self, store, current, leader, scheduler=None):
         self.scheduler, self.store, self.current, self.healthy = scheduler or Scheduler(), store, current, set()
         self.clock, self.served, self.hosts, self.silent_on = current.clock, None, {}, {}
+        self.paths = {}  # at which engines answer, by address
         self.jobs = ReplicaJobs(self.scheduler, Inventory(), self.clock)
         self.jobs.synced = True
         resolver = Resolver(self.clock, self.look_up, allowed=allowed_networks.parse("ordinary,::1/128,127.0.0.1/32"))
@@ -328,7 +329,7 @@ class Turns:
         return self.hosts[host]
 
     async def is_well(self, address, path):
-        return path == "/health" and ("*" in self.healthy or address in self.healthy)
+        return path == self.paths.get(address, "/health") and ("*" in self.healthy or address in self.healthy)
 
     async def served_models(self, address):
         return self.served
@@ -346,6 +347,14 @@ class Turns:
             await self.clock.advance(0.25)
             await self.manager.turn()
         await self.current.seen(self.current.replicas, self.current.replicas.revision)
+
+    def job(self, version, site=""):
+        wanted = (version, f"sites/{site}" if site else "")
+        return next(
+            self.scheduler.jobs[r.job]
+            for r in self.current.replicas.values.values()
+            if (r.version, r.site) == wanted and r.job in self.scheduler.jobs
+        )
 
     @property
     def states(self):
@@ -411,7 +420,7 @@ class TestReplicas:
                 t.current.replicas, await t.store.commit(Put(keys.REPLICAS + "m/m-0", encode(changed)))
             )
             await t.declare(0)
-            await t.turn(3)
+            await t.turn()
             kept = t.current.replicas.values[keys.REPLICAS + "m/m-0"]
             assert kept.state == 99, "neither ended nor written over"
             with pytest.raises(Unavailable, match="m-0: it is UNKNOWN; models/m/replicas/m-1: it is DRAINING"):
@@ -435,12 +444,70 @@ class TestReplicas:
             t.healthy.add("*")
             await t.declare(1)
             await t.turn(4)
+            t.current.load_tracker = LoadTracker(t.clock.monotonic())
+            t.current.load_tracker.keep_only({"models/m/replicas/m-0"})
             await t.declare(0)
             await t.turn(3)
             assert t.states == ["DRAINING"], "streams of before its start may be under way"
-            await t.clock.advance(30)
+            await t.clock.advance(600)
             await t.turn()
             assert t.states == []
+
+    async def test_a_long_answer_is_not_cut_by_a_replica_that_leaves(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            t.current.load_tracker.open("d1", "models/m/replicas/m-0", t.clock.monotonic())
+            await t.declare(0)
+            await t.turn(2)
+            await t.clock.advance(590)
+            await t.turn()
+            assert t.states == ["DRAINING"]
+            t.current.load_tracker.close(Ended("d1", "", 0.1, True, True))
+            await t.turn(2)
+            assert (t.states, t.scheduler.jobs) == ([], {})
+
+    async def test_one_that_answers_stays_where_another_has_crashed(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(3)
+            await t.turn(4)
+            t.healthy = {r.address for r in t.current.replicas.values.values() if not r.name.endswith("m-0")}
+            await t.turn(10)
+            assert t.states == ["STARTING", "READY", "READY"]
+            await t.declare(1)
+            await t.turn(4)
+            assert t.states == ["READY"]
+            assert len(t.scheduler.jobs) == 1
+
+    async def test_models_whose_names_go_on_alike_have_jobs_of_their_own(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            for name, version, site in (("m", 2, ""), ("m-v2", 1, ""), ("m", 1, "a"), ("m-a", 1, "")):
+                wanted = model()
+                wanted.name, wanted.replicas.min, wanted.version = f"models/{name}", 1, version
+                if site:
+                    wanted.sites.add(site=f"sites/{site}", replicas=1)
+                revision = await t.store.commit(Put(keys.MODELS + name, encode(wanted)))
+                await t.current.seen(t.current.models, revision)
+                await t.turn(4)
+            kept = {job.name for job in t.scheduler.jobs.values() if job.state == scheduler_pb2.JOB_STATE_RUNNING}
+            assert {"queues/serving/jobs/m-v2-0", "queues/serving/jobs/m-a-0"} < kept
+            assert len(kept) == 3
+            assert len({r.address for r in t.current.replicas.values.values()}) == 3
+
+    async def test_a_job_that_runs_another_models_replica_is_not_taken(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            taken = pb.Replica(name="models/other/replicas/x", state=99, job="queues/serving/jobs/m-0")
+            await t.current.seen(
+                t.current.replicas, await t.store.commit(Put(keys.REPLICAS + "other/x", encode(taken)))
+            )
+            await t.declare(1)
+            await t.turn(4)
+            assert not t.scheduler.jobs
+            assert [r.name for r in t.current.replicas.values.values()] == ["models/other/replicas/x"]
 
     async def test_a_host_name_is_looked_up_here_and_a_bad_one_is_its_own_trouble(self):
         async with turns() as t:
@@ -629,10 +696,12 @@ class TestRollouts:
             await self.change(t, environment={"A": "1"})
             await self.until(t, "WATCHING")
             assert self.versions(t) == [1, 1, 2]
-            assert t.scheduler.jobs["queues/serving/jobs/m-v2-a-0"].spec.environment == {"A": "1"}
-            assert t.scheduler.jobs["queues/serving/jobs/m-a-0"].spec.sites == ["a"]
-            firsts = [t.current.send(Request("m"))[1].ranking[0].replica.version for _ in range(100)]
-            assert firsts.count(2) == 10
+            assert t.job(2, "a").spec.environment == {"A": "1"}
+            assert t.job(1, "a").spec.sites == ["a"]
+            sent = [t.current.send(Request("m")) for _ in range(100)]
+            assert [decision.ranking[0].replica.version for _, decision in sent].count(2) == 10
+            for decision_id, _ in sent:
+                t.current.load_tracker.close(Ended(decision_id, "", 0.1, completed=True, succeeded=True))
             ranked = t.current.decide(dataclasses.replace(Request("m"), draw=0.05)).ranking
             assert [one.replica.version for one in ranked] == [2, 1, 1], "the old ones are asked next"
             await self.until(t, "DONE")
@@ -687,6 +756,60 @@ class TestRollouts:
                 following.healthy, following.jobs.jobs = t.healthy, t.jobs.jobs
                 await self.until(following, "DONE")
 
+    async def test_each_version_is_asked_at_its_own_health_path(self):
+        async with turns() as t:
+            await self.serving(t)
+            t.paths = {"10.0.0.1:9001": "/health", "10.0.0.1:9002": "/health", "10.0.0.1:9003": "/new"}
+            await self.change(t, health_path="/new", gpus=2)
+            await self.until(t, "WATCHING")
+            await t.turn(30)
+            assert self.versions(t) == [1, 1, 2]
+            assert {r.version: r.gpus for r in t.current.replicas.values.values()} == {1: 1, 2: 2}
+
+    async def test_what_was_rolled_back_helps_out_until_the_old_ones_are_there_and_then_goes(self):
+        async with turns() as t:
+            await self.serving(t)
+            await self.change(t, health_path="/new")
+            t.paths = {f"10.0.0.1:{port}": "/new" for port in range(9003, 9100)}
+            await self.until(t, "SHIFTING")
+            await self.until_versions(t, [2, 2])
+            await self.roll_back(t)
+            t.healthy = {r.address for r in t.current.replicas.values.values() if r.version == 2}
+            t.paths = dict.fromkeys(t.healthy, "/new")
+            await t.turn(100)
+            assert len(self.versions(t)) == 2, "the old ones do not come, so that the new ones stay, at their own path"
+            t.healthy.add("*")
+            await t.turn(100)
+            assert self.versions(t) == [1, 1]
+            assert len(t.scheduler.jobs) == 2
+
+    async def test_another_rollout_after_one_that_went_back_keeps_who_answers(self):
+        async with turns() as t:
+            await self.serving(t)
+            await self.change(t, environment={"A": "1"})
+            await self.until(t, "SHIFTING")
+            await self.until_versions(t, [2, 2])
+            await self.roll_back(t)
+            t.healthy = {r.address for r in t.current.replicas.values.values() if r.version == 2}
+            await t.turn(8)
+            await self.change(t, environment={"A": "2"})
+            await t.turn(40)
+            assert self.versions(t) == [2, 2], "nobody else answers"
+
+    async def until_versions(self, t, wanted):
+        for _ in range(200):
+            if self.versions(t) == wanted:
+                return
+            await t.turn()
+        raise AssertionError(f"{self.versions(t)}, not {wanted}")
+
+    async def roll_back(self, t):
+        changed = pb.Model()
+        changed.CopyFrom(self.model(t))
+        model_changes.restore(changed)
+        changed.rollout.state = pb.ROLLOUT_STATE_ROLLED_BACK
+        await self.write(t, changed)
+
     async def test_sites_that_change_altogether_leave_when_the_others_answer(self):
         async with turns() as t:
             await self.serving(t, 0, a=2)
@@ -699,7 +822,8 @@ class TestRollouts:
             await self.write(t, changed)
             await self.until(t, "DONE")
             await t.turn(150)
-            assert sorted(t.scheduler.jobs) == ["queues/serving/jobs/m-v2-b-0", "queues/serving/jobs/m-v2-b-1"]
+            assert len(t.scheduler.jobs) == 2
+            assert list(t.job(2, "b").spec.sites) == ["b"]
 
 
 def chat():

@@ -14,7 +14,7 @@ from whaleflux.store import keys
 from whaleflux.store.api import Entry
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router.core import ranking, rollout
-from whaleflux_inference_router.core.replicas import State
+from whaleflux_inference_router.core.replicas import Standing, State
 from whaleflux_inference_router.core.rollout import Stage
 
 _STATES = {state.value: state for state in State}
@@ -72,13 +72,19 @@ def routed_model(found: pb.Model) -> ranking.Model:
     rules = sorted(found.classes, key=lambda c: c.max_prompt_tokens or float("inf"))
     classes = tuple(ranking.RequestClass(c.max_prompt_tokens, tuple(c.gpu_models)) for c in rules)
     kind = found.engine.kind or "openai"
-    return ranking.Model(model_of(found.name), found.context_window_tokens, classes, kind, _trial(found))
+    under_way = stage_of(found) in rollout.UNDER_WAY
+    windows = {found.rollout.from_version: found.rollout.from_context_window_tokens} if under_way else {}
+    return ranking.Model(model_of(found.name), found.context_window_tokens, classes, kind, _trial(found), windows)
 
 
 def _trial(found: pb.Model) -> ranking.Trial | None:
     """While a changed engine is tried, and while one that was rolled back has not left."""
-    share = rollout.share_of(stage_of(found), policy_of(found))
-    return None if share is None else ranking.Trial(found.rollout.to_version, share)
+    stage = stage_of(found)
+    share = rollout.share_of(stage, policy_of(found))
+    if share is None:
+        return None
+    behind = ranking.ROLLED_BACK if stage is Stage.ROLLED_BACK else ranking.OTHER_VERSION
+    return ranking.Trial(found.rollout.to_version, share, found.rollout.from_version, behind)
 
 
 def stage_of(found: pb.Model) -> Stage:
@@ -109,6 +115,16 @@ def engine_at(found: pb.Model, version: int, site: str) -> pb.Engine:
     if here is not None and here.args:
         model_checks.add_arguments(made)
     return made
+
+
+def is_engine_known(found: pb.Model, version: int) -> bool:
+    """Whether a replica of that version could be started again; not one that was rolled back."""
+    return version in {found.version or 1, found.rollout.from_version or 1}
+
+
+def standing(found: pb.Replica) -> Standing:
+    """What of a replica decides on whether it stays."""
+    return Standing(state_of(found), found.version or 1, found.site, bool(found.declared_address))
 
 
 def rollout_of(found: pb.Model) -> rollout.Rollout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from datetime import datetime
 
 from whaleflux import names
@@ -83,6 +85,10 @@ def begin(changed: pb.Model, before: pb.Model, order: list[str], now: datetime) 
     changed.rollout.from_engine.CopyFrom(before.engine)
     changed.rollout.from_sites.extend(before.sites)
     changed.rollout.from_replicas = before.replicas.min
+    changed.rollout.from_context_window_tokens = before.context_window_tokens
+    if before.HasField("objective"):
+        changed.rollout.from_objective.CopyFrom(before.objective)
+    changed.rollout.from_classes.extend(before.classes)
     changed.rollout.order.extend(order)
     changed.rollout.message = f"a first replica of v{version} starts"
     changed.rollout.start_time.FromDatetime(now)
@@ -90,9 +96,30 @@ def begin(changed: pb.Model, before: pb.Model, order: list[str], now: datetime) 
 
 
 def restore(changed: pb.Model) -> None:
-    """The engine of before the rollout is the model's again."""
-    changed.version = changed.rollout.from_version
-    changed.engine.CopyFrom(changed.rollout.from_engine)
-    changed.replicas.min = changed.rollout.from_replicas
+    """The engine of before the rollout is the model's again, with what goes with it: its context window, classes, objective, words of sites.
+
+    How many replicas there are, and at which sites, stays as it is today; but where none of these sites was before, they were the change.
+    """
+    old = changed.rollout
+    changed.version = old.from_version
+    changed.engine.CopyFrom(old.from_engine)
+    changed.context_window_tokens = old.from_context_window_tokens
+    changed.ClearField("objective")
+    if old.HasField("from_objective"):
+        changed.objective.CopyFrom(old.from_objective)
+    del changed.classes[:]
+    changed.classes.extend(old.from_classes)
+    sites = _with_words_of(changed.sites, old.from_sites)
     del changed.sites[:]
-    changed.sites.extend(changed.rollout.from_sites)
+    changed.sites.extend(sites)
+
+
+def _with_words_of(today: Iterable[pb.ModelSite], before: Iterable[pb.ModelSite]) -> list[pb.ModelSite]:
+    """Today's sites and counts, and what those that were there before had of their own."""
+    counts, had = {site.site: site.replicas for site in today}, {site.site: site for site in before}
+    if not counts.keys() & had.keys():
+        return list(had.values())
+    made = [copy.deepcopy(had.get(site.site, site)) for site in today]
+    for site in made:
+        site.replicas = counts[site.site]
+    return made

@@ -44,7 +44,7 @@ PROBES_AT_ONCE = 64
 READY_EVERY_S = 1.0  # between probes of a replica that is READY
 MODELS_EVERY_S = 10.0  # between looks at the list of models of a replica that is READY
 REPLACE_EVERY_S = 10.0  # for a job that has ended
-DRAIN_S = 30.0  # longest wait for requests under way
+DRAIN_S = 600.0  # longest wait for requests under way
 _log = telemetry.get_logger(__name__)
 
 
@@ -115,7 +115,8 @@ class ReplicaManager:
         should: tuple[Wanted, ...] = ()
         if model is not None:
             self._rollouts.note(model, existing)
-            should = wanted(model_id, self._rollouts.counts(model, existing), model.engine.addresses)
+            standing = {replica_id: convert.standing(replica) for replica_id, replica in existing.items()}
+            should = wanted(model_id, self._rollouts.counts(model), model.engine.addresses, standing)
         await _all(*(self._remove(existing[replica_id]) for replica_id in surplus(existing, should)))
         if model is not None:  # side by side: a replica that hangs does not keep the others waiting
             await _all(*(self._keep(model, model_id, one, existing.get(one.id)) for one in should))
@@ -136,8 +137,18 @@ class ReplicaManager:
         made = pb.Replica(name=name, state=pb.REPLICA_STATE_STARTING, message="it was just made")
         made.declared_address = one.address
         made.job = "" if one.address else job_name(model, one.id)
+        if made.job and (other := self._whose(made)):
+            _log.warning(Event.REPLICA_DOWN, replica=name, reason=f"{made.job} runs {other}; give the model another name")
+            return
         made.queue, made.owner, made.version, made.site = model.queue, model.owner, one.version, one.site
+        engine = convert.engine_at(model, one.version, one.site)
+        made.health_path, made.gpus = engine.health_path, engine.gpus or 1
         await self._write(made, None)
+
+    def _whose(self, replica: pb.Replica) -> str:
+        """Name of another model's replica that the job is of; "": nobody else's."""
+        found = (r.name for r in self._routing.replicas.values.values() if r.job == replica.job)
+        return next((name for name in found if name != replica.name), "")
 
     async def _refresh(self, model: pb.Model, one: Wanted, replica: pb.Replica) -> None:
         """Brings a replica's record to what its job and its health path say."""
@@ -151,14 +162,16 @@ class ReplicaManager:
                 told, node, gpus = self._jobs.endpoint(replica.job, replica.owner)
                 address, why_not, note = await self._dialled(model, told) if told else ("", why_not, "")
                 host = await self._jobs.host(node, gpus) if node else host
-        failed = await self._health(replica, address, model.engine.health_path or "/health")
+        engine = convert.engine_at(model, one.version, one.site)  # of one that was rolled back the replica's record alone knows it
+        path = replica.health_path or (engine.health_path if convert.is_engine_known(model, one.version) else "")
+        failed = await self._health(replica, address, path or "/health")
         mismatch = await self._wrong_model(replica, address) if failed == 0 else ""
         unproven = self._unproven(replica, address) if failed == 0 and not mismatch else ""
         state, why = state_after(convert.state_of(replica), Observed(address, failed, mismatch, why_not, unproven))
         changed = pb.Replica()
         changed.CopyFrom(replica)
         changed.state, changed.message = convert.state_number(state), why or note
-        changed.address, changed.gpus = address, model.engine.gpus or 1
+        changed.address, changed.gpus = address, replica.gpus or engine.gpus or 1
         if host.node:
             changed.node, changed.gpu_model = host.node, host.gpu_model
             changed.gpu_memory_bytes, changed.usd_per_hour = host.gpu_memory_bytes, host.usd_per_hour
@@ -189,7 +202,7 @@ class ReplicaManager:
     async def _ensure_job(self, model: pb.Model, one: Wanted, replica: pb.Replica) -> str:
         """A replica's job exists and has not ended; one that ends again and again is started now and then. Returns what is in the way."""
         job, owner = replica.job, replica.owner
-        if not self._jobs.synced:
+        if not self._jobs.synced or not convert.is_engine_known(model, one.version):
             return ""
         if self._jobs.of(job, owner) is None:
             try:

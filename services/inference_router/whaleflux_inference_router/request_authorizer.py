@@ -126,10 +126,10 @@ class RequestAuthorizer:
         return Answer(200, (*chosen, ("x-envoy-retry-on", retried)) if again else chosen)
 
     def _is_tried(self, decision: RoutingDecision) -> bool:
-        """Whether the first of the ranking is a changed engine that is tried: what it answers with an error, the engine of before is asked."""
+        """Whether the first of the ranking is a changed engine that is tried or was rolled back: of its errors the engine of before is asked."""
         model = self._routing.snapshot.models.get(decision.request.model)
         trial = None if model is None else model.trial
-        return trial is not None and decision.ranking[0].replica.version == trial.version
+        return trial is not None and decision.ranking[0].replica.version != trial.serving
 
     def _not_for(self, row: HttpPath, model: str) -> Answer | None:
         """The refusal where engines of the model's kind do not get this path; a model that is not there is told by the ranking."""

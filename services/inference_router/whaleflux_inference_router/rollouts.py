@@ -56,7 +56,7 @@ class Rollouts:
         if known is None or known[0][:2] != at[:2] or (known[0][2] < ready_now and at[1] is not Stage.WATCHING):
             self._steps[model.name] = at, self._clock.monotonic()
 
-    def counts(self, model: pb.Model, existing: Mapping[str, pb.Replica]) -> dict[tuple[int, str], int]:
+    def counts(self, model: pb.Model) -> dict[tuple[int, str], int]:
         """How many replicas there should be of each version at each site; what is of a stage that only a newer version knows stays."""
         if model.rollout.state and convert.stage_of(model) is Stage.NONE:
             return {key: count.existing for key, count in self._seen[model.name].items()}

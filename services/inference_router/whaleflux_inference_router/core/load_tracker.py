@@ -43,6 +43,7 @@ class LoadTracker:
 
     def __init__(self, started_s: float) -> None:
         self._started_s = started_s
+        self._found: set[str] | None = None  # replicas that were there before this process
         self._loads: dict[str, Load] = {}
         self._open: OrderedDict[str, _Open] = OrderedDict()  # by decision, oldest first
         self._fingerprints: OrderedDict[str, bytes] = OrderedDict()  # by decision: records of attempts may come last
@@ -61,9 +62,10 @@ class LoadTracker:
         return len(self._open)
 
     def may_be_busy(self, replica: str, now_s: float) -> bool:
-        """Whether requests may be under way: a process that has just started knows nothing of those sent before it."""
+        """Whether requests may be under way: a process that has just started knows nothing of those sent before it to replicas that it found."""
         load = self._loads.get(replica)
-        return now_s - self._started_s < FORGET_S or (load is not None and load.in_flight > 0)
+        is_unknown = replica in (self._found or ()) and now_s - self._started_s < FORGET_S
+        return is_unknown or (load is not None and load.in_flight > 0)
 
     def open(self, decision_id: str, replica: str, now_s: float, fingerprint: bytes = b"") -> None:
         """A request was sent to `replica`."""
@@ -101,7 +103,8 @@ class LoadTracker:
             self.fatal_requests.engine_ended(fingerprint, replica, now_s)
 
     def keep_only(self, replicas: set[str]) -> None:
-        """Forgets replicas that exist no more."""
+        """Forgets replicas that exist no more. The first call names those that were there before this process."""
+        self._found = replicas if self._found is None else self._found & replicas
         self.outcomes.keep_only(replicas)
         for name in self._loads.keys() - replicas:
             del self._loads[name]

@@ -21,6 +21,7 @@ TIER = 8.0  # a card of the preferred class is worth waiting behind this many re
 PRICE_STEP = 2.0  # and a cheaper one, for short requests, behind this many
 # While a changed engine is tried: behind whatever serves the version that the request was drawn for.
 OTHER_VERSION = 10_000.0
+ROLLED_BACK = 20.0  # what was rolled back helps out where too few others are READY: behind one with so many requests
 FAILURE = 20.0  # a replica that just failed is worse than one with this many requests
 HALF_LIFE_S = 5.0  # of that
 RANKED = 4  # names that the front door gets: one and three retries
@@ -43,10 +44,15 @@ class RequestClass:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A changed engine that is tried: `share` of the requests go to `version` first, the others to the other versions first."""
+    """A changed engine that is tried: `share` of the requests go to `version` first, the others to the one that serves.
+
+    `behind`: how far, in requests, the replicas of the other one are behind. Versions that are neither were rolled back before.
+    """
 
     version: int
     share: float
+    serving: int = 1
+    behind: float = OTHER_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,11 @@ class Model:
     classes: tuple[RequestClass, ...] = ()
     engine: str = "openai"  # its kind, which decides on the paths that it gets
     trial: Trial | None = None
+    windows: Mapping[int, int] = field(default_factory=dict)  # of versions whose context window is another one
+
+    def window_tokens(self, version: int) -> int:
+        """Context window of a version; 0: not known."""
+        return self.windows.get(version, self.context_window_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +177,7 @@ def rank(
             metadata={"model": request.model},
         )
     prices = {price: rank for rank, price in enumerate(sorted({replica.usd_per_hour for replica in fit}))}
+    fit = _roomy(request, model, fit)
     scored = [
         (
             _score(request, model, replica, load, prices, now_s),
@@ -191,17 +203,36 @@ def unknown_model(name: str) -> NotFound:
 
 
 def _check_context(request: Request, model: Model) -> None:
-    window = model.context_window_tokens
-    # An estimate must not refuse what would have fitted: only a sure excess is refused here, the engine knows the rest.
-    sure_tokens = request.prompt_tokens or request.prompt_bytes // (4 * BYTES_PER_TOKEN)
-    if window and sure_tokens + request.max_output_tokens > window:
-        raise InvalidArgument(
-            FieldViolation(
-                "max_tokens",
-                f"prompt ({sure_tokens} tokens or more) and answer ({request.max_output_tokens}) do not fit into the "
-                f"{window} tokens of {model.id}; shorten the prompt or ask for a shorter answer",
-            )
+    windows = (model.context_window_tokens, *model.windows.values())
+    if all(_is_too_long(request, window) for window in windows):
+        raise _too_long(request, model, max(windows))
+
+
+def _roomy(request: Request, model: Model, fit: list[Replica]) -> list[Replica]:
+    """Those into whose version's window it fits."""
+    found = [one for one in fit if not _is_too_long(request, model.window_tokens(one.version))]
+    if not found:
+        raise _too_long(request, model, max(model.window_tokens(one.version) for one in fit))
+    return found
+
+
+def _is_too_long(request: Request, window_tokens: int) -> bool:
+    return 0 < window_tokens < _sure_tokens(request) + request.max_output_tokens
+
+
+def _sure_tokens(request: Request) -> int:
+    """An estimate must not refuse what would have fitted: only a sure excess is refused here, the engine knows the rest."""
+    return request.prompt_tokens or request.prompt_bytes // (4 * BYTES_PER_TOKEN)
+
+
+def _too_long(request: Request, model: Model, window_tokens: int) -> InvalidArgument:
+    return InvalidArgument(
+        FieldViolation(
+            "max_tokens",
+            f"prompt ({_sure_tokens(request)} tokens or more) and answer ({request.max_output_tokens}) do not fit into the "
+            f"{window_tokens} tokens of {model.id}; shorten the prompt or ask for a shorter answer",
         )
+    )
 
 
 def _unfit(replica: Replica, reachable: frozenset[str] | None) -> str:
@@ -218,14 +249,18 @@ def _score(
     request: Request, model: Model, replica: Replica, load: Load, prices: Mapping[float, int], now_s: float
 ) -> float:
     penalty = load.penalty(now_s) if load.failures else 0.0
-    other = OTHER_VERSION if _is_other(request, model, replica) else 0.0
-    return load.in_flight + penalty + other + _distance(request, model, replica, prices)
+    behind = _behind(request, model, replica)
+    return load.in_flight + penalty + behind + _distance(request, model, replica, prices)
 
 
-def _is_other(request: Request, model: Model, replica: Replica) -> bool:
-    """Whether a trial is under way and the request was not drawn for the replica's version."""
+def _behind(request: Request, model: Model, replica: Replica) -> float:
+    """How far a replica is behind, in requests, for which the request was not drawn while a trial is under way."""
     trial = model.trial
-    return trial is not None and (replica.version == trial.version) != (request.draw < trial.share)
+    if trial is None:
+        return 0.0
+    if replica.version not in {trial.version, trial.serving}:
+        return ROLLED_BACK
+    return trial.behind if (replica.version == trial.version) != (request.draw < trial.share) else 0.0
 
 
 def _distance(request: Request, model: Model, replica: Replica, prices: Mapping[float, int]) -> float:
@@ -245,7 +280,7 @@ def _reasons(
     reasons = [_why_this_card(request, model, replica, prices), f"{load.in_flight} in flight"]
     if (penalty := load.penalty(now_s)) > 0.5:
         reasons.append(f"failed recently (+{penalty:.1f})")
-    if _is_other(request, model, replica):
+    if _behind(request, model, replica):
         reasons.append(f"v{replica.version} is not the one that it was drawn for")
     return tuple(reasons)
 

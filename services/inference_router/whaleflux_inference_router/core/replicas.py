@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 FAILED_PROBES = 2  # one slow answer does not take a replica out
-MOST_SITE_CHARS = 20  # of a site's name in an id
+MOST_CHARS, MOST_MODEL_CHARS, MOST_SITE_CHARS = 63, 50, 20  # of an id; of a model's name in one without marks; of a site's
+HASH_CHARS = 6
 
 
 class State(Enum):
@@ -41,26 +43,67 @@ class Wanted:
     site: str = ""
 
 
-def wanted(model_id: str, counts: Mapping[tuple[int, str], int], addresses: Iterable[str]) -> tuple[Wanted, ...]:
-    """The replicas of a model: one per address that runs elsewhere, else so many jobs of each version at each site ("" where it names none)."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A replica that exists."""
+
+    state: State
+    version: int = 1
+    site: str = ""
+    elsewhere: bool = False  # an address of the model's, no job
+
+
+_KEPT_FIRST = {State.READY: 0, State.UNKNOWN: 1}  # then those that start
+
+
+def wanted(
+    model_id: str,
+    counts: Mapping[tuple[int, str], int],
+    addresses: Iterable[str],
+    existing: Mapping[str, Standing] | None = None,
+) -> tuple[Wanted, ...]:
+    """The replicas of a model: one per address that runs elsewhere, else so many jobs of each version at each site ("" where it names none).
+
+    Of those that exist (by id) the ones that are READY stay before others, so that what answers is the last to leave; those that drain
+    are on their way out.
+    """
     elsewhere = tuple(dict.fromkeys(addresses))
     if elsewhere:
         return tuple(Wanted(_id_of(address), address) for address in elsewhere)
+    there = existing or {}
     return tuple(
-        Wanted(_job_id(model_id, version, site, number), version=version, site=site)
+        Wanted(replica_id, version=version, site=site)
         for (version, site), count in counts.items()
-        for number in range(count)
+        for replica_id in _ids(model_id, version, site, count, there)
     )
 
 
+def _ids(model_id: str, version: int, site: str, count: int, existing: Mapping[str, Standing]) -> list[str]:
+    """Those that exist, READY ones first, and new ones in numbers that are free."""
+
+    def preferred(replica_id: str) -> tuple[int, int, str]:
+        return _KEPT_FIRST.get(existing[replica_id].state, 2), len(replica_id), replica_id
+
+    mine = [
+        replica_id
+        for replica_id, one in existing.items()
+        if (one.version, one.site, one.elsewhere) == (version, site, False) and one.state is not State.DRAINING
+    ]
+    kept = sorted(mine, key=preferred)[:count]
+    new = (made for number in itertools.count() if (made := _job_id(model_id, version, site, number)) not in existing)
+    return kept + list(itertools.islice(new, count - len(kept)))
+
+
 def _job_id(model_id: str, version: int, site: str, number: int) -> str:
-    """At most 63 characters; a site's name that is cut keeps what tells it from others."""
-    last = site.rpartition("/")[2]
-    if len(last) > MOST_SITE_CHARS:
-        last = f"{last[: MOST_SITE_CHARS - 7].rstrip('-')}-{hashlib.sha256(last.encode()).hexdigest()[:6]}"
+    """At most 63 characters. What is more than the model and a number, or is cut, has a hash: other models' names may go on just like that."""
+    last = site.rpartition("/")[2][:MOST_SITE_CHARS].rstrip("-")
     marks = [f"v{version}"] if version > 1 else []
     marks += [last] if last else []
-    return "-".join((model_id[: 28 if marks else 50].rstrip("-"), *marks, str(number)))
+    if marks or len(model_id) > MOST_MODEL_CHARS:
+        marks.append(hashlib.sha256(f"{model_id}\0{version}\0{site}".encode()).hexdigest()[:HASH_CHARS])
+    end = "-".join((*marks, str(number)))
+    room = MOST_CHARS - 1 - len(end) if marks else MOST_MODEL_CHARS
+    return f"{model_id[:room].rstrip('-')}-{end}"
 
 
 def _id_of(address: str) -> str:

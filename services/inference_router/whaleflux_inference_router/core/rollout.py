@@ -2,11 +2,12 @@
 
 One replica of the new version starts beside the old ones (SURGING), gets a share of the requests and is compared (WATCHING); then the others
 follow one at a time, site after site (SHIFTING), each old one leaving when a new one is READY. Whatever goes wrong before all are new leads back:
-the old engine is the model's again, and what is new is surplus.
+the old engine is the model's again, and what is new leaves as old ones are READY in its place.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -72,8 +73,13 @@ _NOTHING = Count()
 
 def counts(rollout: Rollout, seen: Counts) -> dict[tuple[int, str], int]:
     """How many replicas of each version there should be at each site."""
+    planned = _planned(rollout, seen)
+    return planned | _stopgaps(rollout, seen, planned)
+
+
+def _planned(rollout: Rollout, seen: Counts) -> dict[tuple[int, str], int]:
     if rollout.stage is Stage.ROLLED_BACK:
-        return _back(rollout, seen)
+        return {(rollout.from_version, site): number for site, number in rollout.wanted.items()}
     if rollout.stage not in UNDER_WAY:
         return {(rollout.to_version, site): number for site, number in rollout.wanted.items()}
     if rollout.stage is not Stage.SHIFTING:
@@ -93,12 +99,20 @@ def counts(rollout: Rollout, seen: Counts) -> dict[tuple[int, str], int]:
     return found
 
 
-def _back(rollout: Rollout, seen: Counts) -> dict[tuple[int, str], int]:
-    """The old ones; the new ones stay for as long as nobody else could answer."""
-    found = {(rollout.from_version, site): number for site, number in rollout.wanted.items()}
-    if any(seen.get(key, _NOTHING).ready for key in found):
-        return found
-    return found | {key: count.ready for key, count in seen.items() if key[0] == rollout.to_version and count.ready}
+def _stopgaps(rollout: Rollout, seen: Counts, planned: Mapping[tuple[int, str], int]) -> dict[tuple[int, str], int]:
+    """Of versions that are not planned any more: those that are READY stay, as many as others are missing to serve as before."""
+    serving = rollout.before if rollout.stage in UNDER_WAY else rollout.wanted
+    ready = Counter[str]()
+    for (version, site), number in planned.items():
+        ready[site] += min(number, seen.get((version, site), _NOTHING).ready)
+    missing = {site: max(0, number - ready[site]) for site, number in serving.items()}
+    in_all, versions = max(0, sum(serving.values()) - ready.total()), {version for version, _ in planned}
+    found = dict[tuple[int, str], int]()
+    for version, site in sorted(seen):
+        if version not in versions and (stays := min(seen[version, site].ready, missing.get(site, in_all))):
+            found[version, site] = stays
+            missing[site] = missing.get(site, in_all) - stays
+    return found
 
 
 def share_of(stage: Stage, policy: Policy) -> float | None:
@@ -133,7 +147,7 @@ def step(rollout: Rollout, seen: Counts, age_s: float, verdict: str = "") -> tup
     if rollout.stage is Stage.SURGING and (ready or not total):
         share = f"{100 * rollout.policy.share:.0f} %"
         return Stage.WATCHING, f"a replica of v{rollout.to_version} answers; it gets {share} of the requests"
-    left = sum(count.existing for (version, _), count in seen.items() if version == rollout.from_version)
+    left = sum(count.existing for (version, _), count in seen.items() if version != rollout.to_version)
     if rollout.stage is Stage.SHIFTING and ready >= total and not left:
         return Stage.DONE, f"all {total} replicas are v{rollout.to_version}"
     if age_s >= rollout.policy.ready_within_s and ready < total:
