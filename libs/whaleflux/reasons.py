@@ -51,7 +51,10 @@ class ErrorReason(_Words):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED", "the work did not finish in the caller's time"
     DISABLED = "DISABLED", "the caller's account is disabled; an operator enables it again"
     DRAINING = "DRAINING", "this replica stops; nothing was begun, another one takes the call"
-    ENGINE_FIXED = "ENGINE_FIXED", "a model's queue, or servers that run elsewhere, cannot be changed in place; declare another model"
+    ENGINE_FIXED = (
+        "ENGINE_FIXED",
+        "a model's queue, or servers that run elsewhere, cannot be changed in place; declare another model",
+    )
     DATA_QUOTA = "DATA_QUOTA", "the queue, or one above it, may not hold as much data on nodes (queue set --data-quota)"
     EPOCH_FENCED = "EPOCH_FENCED", "the attempt that asks is over; a later one runs"
     ETAG_MISMATCH = "ETAG_MISMATCH", "the resource changed since it was read; read it and try again"

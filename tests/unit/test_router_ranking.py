@@ -57,7 +57,8 @@ def test_declared_classes_rule():
 
 class TestVersions:
     old, new, back = (
-        dataclasses.replace(replica(name, price=1.0), version=version) for name, version in (("a", 1), ("b", 3), ("c", 2))
+        dataclasses.replace(replica(name, price=1.0), version=version)
+        for name, version in (("a", 1), ("b", 3), ("c", 2))
     )
 
     def test_what_does_not_fit_into_one_versions_window_goes_to_another(self):
@@ -197,7 +198,9 @@ NAMES = st.from_regex("[ab][ab-]{0,60}[ab]|v2|a", fullmatch=True)
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(
     models=st.lists(
-        st.tuples(NAMES, st.sampled_from([1, 2, 11]), st.sampled_from(["", "sites/v2", "sites/a", f"sites/{'s' * 62}"])),
+        st.tuples(
+            NAMES, st.sampled_from([1, 2, 11]), st.sampled_from(["", "sites/v2", "sites/a", f"sites/{'s' * 62}"])
+        ),
         min_size=2,
         max_size=6,
         unique=True,

@@ -138,7 +138,9 @@ class ReplicaManager:
         made.declared_address = one.address
         made.job = "" if one.address else job_name(model, one.id)
         if made.job and (other := self._whose(made)):
-            _log.warning(Event.REPLICA_DOWN, replica=name, reason=f"{made.job} runs {other}; give the model another name")
+            _log.warning(
+                Event.REPLICA_DOWN, replica=name, reason=f"{made.job} runs {other}; give the model another name"
+            )
             return
         made.queue, made.owner, made.version, made.site = model.queue, model.owner, one.version, one.site
         engine = convert.engine_at(model, one.version, one.site)
@@ -162,7 +164,9 @@ class ReplicaManager:
                 told, node, gpus = self._jobs.endpoint(replica.job, replica.owner)
                 address, why_not, note = await self._dialled(model, told) if told else ("", why_not, "")
                 host = await self._jobs.host(node, gpus) if node else host
-        engine = convert.engine_at(model, one.version, one.site)  # of one that was rolled back the replica's record alone knows it
+        engine = convert.engine_at(
+            model, one.version, one.site
+        )  # of one that was rolled back the replica's record alone knows it
         path = replica.health_path or (engine.health_path if convert.is_engine_known(model, one.version) else "")
         failed = await self._health(replica, address, path or "/health")
         mismatch = await self._wrong_model(replica, address) if failed == 0 else ""

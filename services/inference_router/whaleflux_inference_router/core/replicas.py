@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 FAILED_PROBES = 2  # one slow answer does not take a replica out
-MOST_CHARS, MOST_MODEL_CHARS, MOST_SITE_CHARS = 63, 50, 20  # of an id; of a model's name in one without marks; of a site's
+MOST_CHARS, MOST_MODEL_CHARS, MOST_SITE_CHARS = (
+    63,
+    50,
+    20,
+)  # of an id; of a model's name in one without marks; of a site's
 HASH_CHARS = 6
 
 
