@@ -253,6 +253,7 @@ _READS = (
     "Watch",
     "Find",
     "Explain",
+    "Estimate",
     "Plan",
     "Stream",
     "Route",
