@@ -64,6 +64,11 @@ def test_an_agent_speaks_for_its_own_node_and_names_it():
 
 def test_reads_are_no_changes_and_what_agents_say_all_the_time_is_none():
     assert owners.is_change("/whaleflux.v1.SchedulerService/CancelJob")
-    for routine in ("SchedulerService/GetJob", "HealthService/Heartbeat", "TaskService/Sync", "RouterService/EstimateDeployment"):
+    for routine in (
+        "SchedulerService/GetJob",
+        "HealthService/Heartbeat",
+        "TaskService/Sync",
+        "RouterService/EstimateDeployment",
+    ):
         assert not owners.is_change(f"/whaleflux.v1.{routine}")
     assert not owners.is_change("/grpc.health.v1.Health/Check")
