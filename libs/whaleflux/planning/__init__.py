@@ -7,6 +7,8 @@
     needed.total_bytes <= machine.usable_bytes
     step = step_time(shape, machine, plans, Training())        # step.py: seconds by component
     step.total_s; step.tokens_per_s(plans)
+    price = lambda groups: step_time(shape, machine, plan, Training(), groups=groups).total_s
+    best_map(cluster, Split.of(plan), price).gpus              # rank_map.py: on which GPU of cluster.py's each rank of one plan runs
 
 Arrays have one element for each plan, or are single values that hold for all. Nothing is checked here: `plans.faults` says of each plan
 whether it is a valid one. NumPy is no dependency of agents: whoever imports this package has it from `whaleflux[plan]` or `[scheduler]`.
