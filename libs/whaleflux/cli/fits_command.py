@@ -14,8 +14,9 @@ from whaleflux.cli.state import Output
 
 if TYPE_CHECKING:
     from whaleflux.fleet.gpu_types import GpuType
-    from whaleflux.planning.fits import Asked, Verdict
+    from whaleflux.planning.fits import Verdict
     from whaleflux.planning.model_shape import ModelShape
+    from whaleflux.planning.space import Asked
 
 _MOST_GPUS = 131_072
 _BAR = 30
@@ -87,8 +88,9 @@ def fits(
         _show_known(fmt)
         return
     shape, type_ = _model(model), _gpu(gpu)
-    from whaleflux.planning.fits import Asked, verdict
+    from whaleflux.planning.fits import verdict
     from whaleflux.planning.plans import Recompute
+    from whaleflux.planning.space import Asked
     from whaleflux.planning.training import Training
 
     again = None if recompute is None else Recompute[recompute.value.upper()]
@@ -191,6 +193,8 @@ def _show(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict, fmt: Fo
 
 
 def _as_json(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> dict[str, Any]:
+    from dataclasses import asdict
+
     picture = found.picture
     answer: dict[str, Any] = {
         "model": shape.name, "parameters": shape.parameters, "gpu": gpu.name, "gpus": asked.gpus, "fits": found.fits,
@@ -198,7 +202,7 @@ def _as_json(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> d
     }  # fmt: skip
     if picture is not None:
         answer |= {
-            "split": picture.split, "recompute": picture.recompute.name.lower(), "parts_bytes": {k: round(v) for k, v in picture.parts_bytes.items()},
+            "split": asdict(picture.split), "recompute": picture.split.recompute, "parts_bytes": {k: round(v) for k, v in picture.parts_bytes.items()},
             "total_bytes": round(picture.total_bytes), "usable_bytes": round(picture.usable_bytes), "binding": picture.binding,
             "step_s": picture.step_s,
         }  # fmt: skip
@@ -206,7 +210,7 @@ def _as_json(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> d
 
 
 def _lines(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> list[str]:
-    from whaleflux.planning.fits import PART_WORDS, words_of
+    from whaleflux.planning.found import PART_WORDS
     from whaleflux.quantities import shown_bytes
 
     head = f"{shape.name} ({_billions(shape.parameters)} parameters) on {asked.gpus} x {gpu.name}, sequences of {asked.sequence:,} tokens"
@@ -214,7 +218,10 @@ def _lines(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> lis
     if picture is None:
         return [head, f"no such split is possible: {found.rule}", *_next(found)]
     most = max(picture.usable_bytes, picture.total_bytes)
-    lines = [head, f"split: {words_of(picture)}, micro-batch {picture.split['micro_batch']}", "", "on the fullest GPU"]
+    lines = [head, f"split: {picture.split.words()}, micro-batch {picture.split.micro_batch}"]
+    if picture.split.gpus < asked.gpus:
+        lines.append(f"it has work for {picture.split.gpus} of the {asked.gpus} GPUs")
+    lines += ["", "on the fullest GPU"]
     for part, size in picture.parts_bytes.items():
         lines.append(f"  {PART_WORDS[part]:<24}{shown_bytes(size):>9}  {'#' * round(_BAR * size / most)}".rstrip())
     lines.append(f"  {'in all':<24}{shown_bytes(picture.total_bytes):>9}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from whaleflux.planning.arrays import Array, Flags, array
+from whaleflux.planning.arrays import Array, Flags, Value, array
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
@@ -71,10 +71,15 @@ def layer_weights(shape: ModelShape, plans: Plans) -> Weights:
 
 def stage_weights(shape: ModelShape, plans: Plans, *, last: bool) -> Weights:
     """Of the first stage, with the embedding, or of the last, with the output layer; of one stage, which has both."""
+    return _weights_of(shape, plans, plans.pp - 1 if last else 0)
+
+
+def _weights_of(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
     layer = layer_weights(shape, plans)
     layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
-    alone = shape.embedding_weights + (0 if shape.tied else shape.head_weights)
-    end = np.where(plans.pp > 1, shape.head_weights if last else shape.embedding_weights, alone)
+    first, last = np.equal(stage, 0), plans.pp - 1 == stage
+    tied = shape.tied & first & last  # one stage: the output layer is the embedding
+    end = np.where(first, shape.embedding_weights, 0) + np.where(last & ~tied, shape.head_weights, 0)
     return Weights(layers * layer.common + end / plans.tp, layers * layer.experts)
 
 
@@ -109,24 +114,26 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
 
 def memory(shape: ModelShape, plans: Plans, how: Training) -> Memory:
     """Of the stage that needs most: the first holds activations of as many micro-batches as there are stages, the last holds the logits."""
-    first, last = _stage(shape, plans, how, last=False), _stage(shape, plans, how, last=True)
+    first, last = memory_of_stage(shape, plans, how, 0), memory_of_stage(shape, plans, how, plans.pp - 1)
     fuller = last.total_bytes > first.total_bytes
     return Memory(*(np.where(fuller, getattr(last, one.name), getattr(first, one.name)) for one in fields(Memory)))
 
 
-def _stage(shape: ModelShape, plans: Plans, how: Training, *, last: bool) -> Memory:
-    weights = stage_weights(shape, plans, last=last)
+def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value) -> Memory:
+    """Of one pipeline stage, counted from 0. `working_bytes` and `logits_bytes` are there at once only in the last one."""
+    final = plans.pp - 1 == stage
+    weights = _weights_of(shape, plans, stage)
     trained = how.either(how.frozen, 0.0, 1.0)
     layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
     whole, kept = activation_bytes(shape, plans, how)
-    logits = 2 * 4 * plans.tokens * shape.vocabulary / plans.tp * np.where((plans.pp > 1) & (not last), 0.0, 1.0)
+    logits = 2 * 4 * plans.tokens * shape.vocabulary / plans.tp * np.where(final, 1.0, 0.0)
     again = np.where(
         plans.recompute == Recompute.FULL, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
     )
     layer = layer_weights(shape, plans)
     gathered = np.where((plans.zero > 2) & (plans.shards > 1), 2 * 2 * (layer.common + layer.experts), 0.0)
     gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)
-    held = layers * kept * _in_flight(plans, last=last)
+    held = layers * kept * _in_flight(plans, stage)
     # Lazy ones of a single micro-batch grow where activations are given back, beside the 16-bit weights: only what is more than those counts.
     beside = array(how.weight_bytes) * weights.owned(plans, plans.zero > 2) + held + again + gathered + logits
     lazy = (array(how.lazy_gradients) > 0) & (plans.micro_batches <= 1)
@@ -141,11 +148,9 @@ def _stage(shape: ModelShape, plans: Plans, how: Training, *, last: bool) -> Mem
     return Memory(*(np.asarray(part, dtype=np.float64) for part in np.broadcast_arrays(*parts)))
 
 
-def _in_flight(plans: Plans, *, last: bool) -> Array:
+def _in_flight(plans: Plans, stage: Value) -> Array:
     """Micro-batches whose activations a stage holds at once, 1F1B; interleaved, more of them (Megatron's warm-up of every virtual stage)."""
-    stages, virtual = plans.pp, plans.vp
-    if last:
-        held = (1.0 + (virtual - 1) * stages) / virtual
-    else:
-        held = stages * np.where(virtual > 1, 1.0 + (stages - 1) / (stages * virtual), 1.0)
+    before, virtual = plans.pp - 1 - stage, plans.vp
+    interleaved = (2 * before + (virtual - 1) * plans.pp + 1) / virtual
+    held = np.where(virtual > 1, interleaved, before + 1)
     return np.asarray(np.minimum(held, np.maximum(plans.micro_batches, 1.0)))

@@ -121,7 +121,7 @@ class Plans:
             "ep needs experts, must divide them, and divide dp x cp": (self.ep > 1)
             & ((shape.experts % self.ep != 0) | (shape.experts == 0) | ((self.dp * self.cp) % self.ep != 0)),
             "replicas must divide dp x cp": (self.dp * self.cp) % self.replicas != 0,
-            "zero must be 0-2 where pp > 1": (self.zero > 2) & (self.pp > 1),
+            "zero must be 0 or 1 where pp > 1": (self.zero > 1) & (self.pp > 1),
         }
         whole = np.broadcast_shapes(*(one.shape for one in broken.values()))
         return {rule: np.broadcast_to(one, whole) for rule, one in broken.items()}

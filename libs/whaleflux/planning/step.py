@@ -249,7 +249,9 @@ def _data_parallel_s(
         scattered = scattered + gather_s(wire * some, among, constants)
         gathered = gathered + gather_s(2.0 * some, among, constants)
     beside = how.either(how.overlap_dp, 1.0, 0.0) * backward_s
-    summed = _hidden(np.where(plans.zero > 0, scattered, whole), beside, constants.overlap)
+    # ZeRO-2 keeps no whole gradients to add to: it reduces those of every micro-batch.
+    rounds = np.where(plans.zero == 2, plans.micro_batches, 1.0)
+    summed = rounds * _hidden(np.where(plans.zero > 0, scattered, whole), beside, constants.overlap)
     spread = np.where(
         plans.zero > 0, _hidden(gathered, beside / 2, constants.overlap), 0.0
     )  # beside the next forward pass

@@ -1,0 +1,92 @@
+"""Every plan of the planner's space, one after another in plain loops, without a bound: what its search must equal.
+
+Written from the words of `planning/space.py`, not from its code; only the cost and memory of a plan are the same functions. Nothing is shared
+of what the search does to be fast: neither the order, nor what it leaves out, nor how it finds how much to recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.memory import memory
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans
+from whaleflux.planning.step import step_time
+from whaleflux.planning.training import Training
+
+Numbers = tuple[float, ...]
+_NAMES = (
+    "tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "zero", "replicas", "recompute", "recomputed", "sequence_parallel",
+)  # fmt: skip
+_AT_ONCE = 50_000
+
+
+def fastest(shape: ModelShape, machine: Machine, gpus: int, batch: int, sequence: int) -> tuple[float, int]:
+    """(seconds per step of the best plan that fits, infinite where none does; how many plans there are)."""
+    best, count, some = float("inf"), 0, []
+    island = int(np.asarray(machine.fabric.island))
+    for plan in every(shape, island, gpus, batch, sequence):
+        some.append(plan)
+        if len(some) == _AT_ONCE:
+            best, count, some = min(best, _least(shape, machine, sequence, some)), count + len(some), []
+    return min(best, _least(shape, machine, sequence, some)), count + len(some)
+
+
+def _least(shape: ModelShape, machine: Machine, sequence: int, some: list[Numbers]) -> float:
+    if not some:
+        return float("inf")
+    columns = dict(zip(_NAMES, np.array(some).T, strict=True))
+    plans = Plans.of(sequence=float(sequence), **columns)
+    plans = plans.take(memory(shape, plans, Training()).total_bytes <= machine.usable_bytes)
+    return float(np.min(step_time(shape, machine, plans, Training()).total_s, initial=np.inf))
+
+
+def every(shape: ModelShape, island: int, gpus: int, batch: int, sequence: int) -> Iterator[Numbers]:
+    """All plans of at most so many GPUs for exactly this batch."""
+    for tp in range(1, min(island, gpus) + 1):
+        if shape.heads % tp or shape.widest_ffn % tp or (shape.kv_heads % tp and tp % shape.kv_heads):
+            continue
+        if gpus > island and island % tp:
+            continue
+        for pp in range(1, gpus // tp + 1):
+            if shape.layers % pp:
+                continue
+            for cp in (1, 2, 4, 8, 16, 32, 64):
+                if tp * pp * cp > gpus or sequence % (2 * cp) or (cp > 1 and sequence / cp < 1024):
+                    continue
+                for dp in range(1, gpus // (tp * pp * cp) + 1):
+                    yield from _of_ranks(shape, (tp, pp, cp, dp), batch, sequence)
+
+
+def _of_ranks(shape: ModelShape, ranks: tuple[int, int, int, int], batch: int, sequence: int) -> Iterator[Numbers]:
+    tp, pp, cp, dp = ranks
+    for micro in (2**step for step in range(19)):
+        if batch % (dp * micro) or (micro > 1 and micro * sequence / cp > 262_144):
+            continue
+        rounds = batch // (dp * micro)
+        for vp in range(1, 17):
+            if vp > 1 and (pp == 1 or (shape.layers // pp) % vp or rounds % pp):
+                continue
+            for ep in range(1, max(shape.experts, 1) + 1):
+                if ep > 1 and (shape.experts % ep or (dp * cp) % ep):
+                    continue
+                for together in (0, 1):
+                    if together and (tp == 1 or (sequence // cp) % tp):
+                        continue
+                    for zero, replicas, again, share in _rest(shape, pp, vp, dp * cp):
+                        yield (tp, pp, dp, cp, ep, vp, micro, batch, zero, replicas, again, share, together)
+
+
+def _rest(shape: ModelShape, pp: int, vp: int, ranks: int) -> Iterator[tuple[int, int, int, float]]:
+    layers = shape.layers // (pp * vp)
+    for zero in (0, 1) if pp > 1 else (0, 1, 2, 3):
+        for replicas in (2**step for step in range(12)):
+            if replicas > 1 and (zero < 3 or replicas >= ranks or ranks % replicas):
+                continue
+            yield zero, replicas, 0, 1.0
+            yield zero, replicas, 1, 1.0
+            for some in range(1, layers + 1):
+                yield zero, replicas, 2, some / layers

@@ -1,0 +1,243 @@
+"""The fastest split of a model over so many GPUs: all of `space`, those that cannot be faster than the best one left out by a bound.
+
+The bound of a plan is its step without what its data parallelism and recomputation cost (both only add), and before that the arithmetic alone
+on the GPUs that it uses. So the best plan is the same as if every plan had been judged; the best of other kinds are nearly always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whaleflux.planning.arrays import Array, Flags
+from whaleflux.planning.binding import binding_of, no_split, nothing_fits
+from whaleflux.planning.constants import FITTED, Constants
+from whaleflux.planning.found import Candidate, PlanFound, RunnerUp, Split, candidate, split_of
+from whaleflux.planning.layers import head_s, layer_times
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.memory import memory
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.space import Asked, cells, frames, variants
+from whaleflux.planning.step import step_time
+from whaleflux.planning.training import Training
+
+_BLOCK = 16_384  # plans at once: their arrays stay in the cache
+_FIRST, _OF_KIND, _CHUNK = 512, 48, 2048  # frames judged at first, of them for each kind, and then at once
+_FULL_GPUS = 0.75  # cells that use so many of the GPUs are looked at first
+_MOST_RUNNERS_UP = 4
+
+
+def search(
+    shape: ModelShape, machine: Machine, asked: Asked, how: Training | None = None, constants: Constants = FITTED
+) -> PlanFound:
+    """The fastest plan that fits, the best of other kinds, and what binds. Nothing is checked of `asked` but what `space` does."""
+    return _Search(shape, machine, asked, how or Training(), constants).run()
+
+
+_Timed: TypeAlias = tuple[float, Split]
+
+
+@dataclass(slots=True)
+class _Search:
+    """What is known so far."""
+
+    shape: ModelShape
+    machine: Machine
+    asked: Asked
+    how: Training
+    constants: Constants
+    best_s: float = np.inf  # seconds per token
+    best: dict[int, _Timed] = field(default_factory=dict)  # by kind
+    leanest: _Timed | None = None  # by bytes
+    near: _Timed | None = None  # the fastest of what would fit with more recomputation or ZeRO
+    free: _Timed | None = None  # the fastest of all, whether it fits or not
+    looked_at: int = 0
+
+    def run(self) -> PlanFound:
+        island = int(np.asarray(self.machine.fabric.island))
+        every = cells(self.shape, island, self.asked)
+        least = self._ideal_gpu_s() / every.gpus
+        full = every.gpus >= _FULL_GPUS * np.max(every.gpus, initial=0)
+        self._look(every.take(full))
+        self._look(every.take(~full & (least < self.best_s)))
+        return self._answer(every)
+
+    def _ideal_gpu_s(self) -> float:
+        """GPU seconds of a token where nothing but arithmetic counts: no plan needs fewer."""
+        size = 1 << 20
+        one = Plans.of(micro_batch=size, global_batch=size, sequence=self.asked.sequence)
+        layer = layer_times(self.shape, self.machine, one, self.how, self.constants)
+        both = self.shape.layers * (layer.forward_s + layer.backward_s)
+        return float(both + head_s(self.shape, self.machine, one, self.how, self.constants)) / float(one.tokens)
+
+    def _look(self, some: Plans) -> None:
+        """At all frames of these cells, the most promising first, until none can be better."""
+        plans = frames(self.shape, self.asked, some) if len(some) else some
+        if not len(plans):
+            return
+        self.looked_at += len(plans)
+        bound, least = self._bounds(plans)
+        self._note_leanest(plans, least)
+        order = np.argsort(bound, kind="stable")
+        self.free = self._unbound(plans, bound, order, self.free, could_fit=False)
+        order = order[least[order] <= self.machine.usable_bytes]
+        self.near = self._unbound(plans, bound, order, self.near, could_fit=True)
+        first = _heads(order, _kinds(plans)[order])
+        self._judge(plans.take(first))
+        rest = order[~np.isin(order, first)]
+        while rest.size and bound[rest[0]] < self.best_s:
+            self._judge(plans.take(rest[:_CHUNK]))
+            rest = rest[_CHUNK:]
+
+    def _bounds(self, plans: Plans) -> tuple[Array, Array]:
+        """(least seconds per token, least bytes) of each frame, whatever is chosen of the rest."""
+        bounds, bytes_ = np.empty(len(plans)), np.empty(len(plans))
+        again = self.asked.recompute if self.asked.recompute is not None else Recompute.NONE
+        for start in range(0, len(plans), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            some = plans.take(part)
+            zero = np.where(some.pp > 1, 1.0, 3.0) if self.asked.zero < 0 else np.full(some.pp.shape, self.asked.zero)
+            step = step_time(
+                self.shape, self.machine, replace(some, recompute=np.array(again)), self.how, self.constants
+            )
+            bounds[part] = (step.total_s - step.dp_s - step.optimizer_s) / some.tokens_per_step
+            bytes_[part] = self._leanest_bytes(replace(some, zero=zero))
+        return bounds, bytes_
+
+    def _note_leanest(self, plans: Plans, least: Array) -> None:
+        """The plan that needs least."""
+        number = int(np.argmin(least))
+        if self.leanest is not None and least[number] >= self.leanest[0]:
+            return
+        ways = variants(self.asked, plans.take(slice(number, number + 1)))
+        again = self.asked.recompute if self.asked.recompute is not None else Recompute.FULL
+        chosen = replace(ways, recompute=np.full(ways.tp.shape, float(again)))
+        self.leanest = (float(least[number]), split_of(chosen, int(np.argmin(self._leanest_bytes(ways)))))
+
+    def _unbound(
+        self, plans: Plans, bound: Array, order: NDArray[np.intp], known: _Timed | None, *, could_fit: bool
+    ) -> _Timed | None:
+        """What would be fastest if everything fitted, or all that does with full recomputation; `known` where that is faster."""
+        while order.size and (known is None or bound[order[0]] < known[0]):
+            ways = self._recomputing(variants(self.asked, plans.take(order[:_FIRST])))
+            order = order[_FIRST:]
+            if could_fit:
+                ways = ways.take(self._leanest_bytes(ways) <= self.machine.usable_bytes)
+            seconds = self._seconds(ways)
+            if len(ways) and (known is None or seconds.min() < known[0]):
+                known = (float(seconds.min()), split_of(ways, int(np.argmin(seconds))))
+        return known
+
+    def _leanest_bytes(self, plans: Plans) -> Array:
+        again = self.asked.recompute if self.asked.recompute is not None else Recompute.FULL
+        return memory(self.shape, replace(plans, recompute=np.full(plans.tp.shape, float(again))), self.how).total_bytes
+
+    def _recomputing(self, plans: Plans) -> Plans:
+        """As asked for, or without any."""
+        again = self.asked.recompute if self.asked.recompute is not None else Recompute.NONE
+        return replace(plans, recompute=np.full(plans.tp.shape, float(again)))
+
+    def _seconds(self, plans: Plans) -> Array:
+        step = step_time(self.shape, self.machine, plans, self.how, self.constants)
+        return np.asarray(step.total_s / plans.tokens_per_step)
+
+    def _judge(self, some: Plans) -> None:
+        """Everything that is left to choose of these frames; what is best of each kind is kept."""
+        plans = fitting(self.shape, self.machine, self.asked, self.how, variants(self.asked, some))
+        if not len(plans):
+            return
+        seconds, kinds = self._seconds(plans), _kinds(plans)
+        for kind in np.unique(kinds):
+            ours = np.flatnonzero(kinds == kind)
+            number = int(ours[np.argmin(seconds[ours])])
+            if int(kind) not in self.best or seconds[number] < self.best[int(kind)][0]:
+                self.best[int(kind)] = (float(seconds[number]), split_of(plans, number))
+        self.best_s = min(self.best_s, float(seconds.min()))
+
+    def _answer(self, every: Plans) -> PlanFound:
+        gpus = self.asked.gpus
+        if self.leanest is None or self.free is None:
+            return PlanFound(gpus, None, None, (), no_split(self.shape, self.asked, every), self.looked_at)
+        ranked = sorted(self.best.values(), key=lambda one: one[0])
+        if not ranked:
+            nearest = self._picture(self.leanest[1])
+            return PlanFound(gpus, None, nearest, (), nothing_fits(nearest), self.looked_at)
+        others = tuple(
+            RunnerUp(_kind_words(split), self._picture(split), seconds / self.best_s - 1)
+            for seconds, split in ranked[1 : 1 + _MOST_RUNNERS_UP]
+        )
+        best, free, near = (self._picture(one[1]) for one in (ranked[0], self.free, self.near or ranked[0]))
+        binding = binding_of(best, near, free, None if near.fits else self._eased(near.split))
+        return PlanFound(gpus, best, None, others, binding, self.looked_at)
+
+    def _picture(self, split: Split) -> Candidate:
+        return candidate(self.shape, self.machine, split, self.how, self.constants)
+
+    def _eased(self, split: Split) -> Candidate | None:
+        """The same split with as much recomputation as makes it fit."""
+        plans = fitting(self.shape, self.machine, replace(self.asked, recompute=None), self.how, split.plans())
+        return self._picture(split_of(plans, int(np.argmin(self._seconds(plans))))) if len(plans) else None
+
+
+def fitting(shape: ModelShape, machine: Machine, asked: Asked, how: Training, plans: Plans) -> Plans:
+    """Those that fit, each with the least recomputation with which it does."""
+    usable = machine.usable_bytes
+
+    def needs(some: Plans) -> Array:
+        return memory(shape, some, how).total_bytes
+
+    if asked.recompute is not None:
+        fixed = replace(plans, recompute=np.full(plans.tp.shape, float(asked.recompute)))
+        return fixed.take(needs(fixed) <= usable)
+    plans = replace(plans, recompute=np.zeros(plans.tp.shape))
+    whole = needs(plans) <= usable
+    found = [plans.take(whole)]
+    if not np.all(np.asarray(how.flash, dtype=bool)):  # fused attention keeps no scores that could be computed again
+        scores = replace(plans, recompute=np.full(plans.tp.shape, float(Recompute.SELECTIVE)))
+        found.append(scores.take(~whole & (needs(scores) <= usable)))
+    layers = replace(plans.take(~whole), recompute=np.full(int(np.sum(~whole)), float(Recompute.FULL)))
+    layers = layers.take(needs(layers) <= usable)
+    return _joined([*found, _fewest_layers(shape, layers, lambda some: np.asarray(needs(some) <= usable))])
+
+
+def _fewest_layers(shape: ModelShape, plans: Plans, fits: Callable[[Plans], Flags]) -> Plans:
+    """Plans that fit where all layers are computed again, with the fewest of each (virtual) stage with which they do."""
+    most = np.ceil(shape.layers / (plans.pp * plans.vp))
+    low, high = np.zeros(len(plans)), most.copy()  # too few, enough
+    while np.any(high - low > 1):
+        middle = np.ceil((low + high) / 2)  # `high` where there is nothing between
+        enough = fits(replace(plans, recomputed=middle / most))
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return replace(plans, recomputed=high / most)
+
+
+def _joined(parts: list[Plans]) -> Plans:
+    whole = [part.take(slice(None)) for part in parts]
+    return Plans(*(np.concatenate([getattr(part, one.name) for part in whole]) for one in fields(Plans)))
+
+
+def _kinds(plans: Plans) -> NDArray[np.intp]:
+    """What tells plans apart in kind, as a number: pipeline, FSDP, context, tensor parallel."""
+    code = (plans.pp > 1) + 2 * (plans.zero > 2) + 4 * (plans.cp > 1) + 8 * (plans.tp > 1)
+    return np.asarray(np.broadcast_to(code, (len(plans),)), dtype=np.intp)
+
+
+def _kind_words(split: Split) -> str:
+    words = [
+        word for degree, word in ((split.tp, "tensor"), (split.cp, "context"), (split.pp, "pipeline")) if degree > 1
+    ]
+    data = ("HSDP" if split.replicas > 1 else "FSDP") if split.zero > 2 else "data"
+    if split.dp > 1 or split.zero > 2 or not words:
+        words.append(data)
+    return " + ".join(words) + " parallel"
+
+
+def _heads(order: NDArray[np.intp], kinds: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The first of all, and the first of each kind."""
+    chosen = [order[:_FIRST], *(order[kinds == kind][:_OF_KIND] for kind in np.unique(kinds))]
+    return np.unique(np.concatenate(chosen))

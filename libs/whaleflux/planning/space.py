@@ -1,0 +1,138 @@
+"""Which splits are looked at: every valid one of so many GPUs, within the bounds named here, as arrays.
+
+Tensor parallelism stays within an island (beyond one, it divides it), pipelines divide the layers, context parallelism and micro-batches are
+powers of two, at least 1,024 tokens of a sequence and at most 262,144 tokens of a micro-batch are on a rank, a stage is cut into at most 16
+virtual ones, HSDP's replicas are a power of two. Data parallelism is every divisor of a batch that is exact; where the batch may differ a
+little, the four largest numbers that there are GPUs for and the largest multiple of each power of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whaleflux.planning.arrays import Flags
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans, Recompute
+
+MOST_GPUS = 131_072
+LEAST_TOKENS, MOST_TOKENS = 1024, 1 << 18  # of a sequence, and of a micro-batch, on a rank
+MOST_VIRTUAL = 16
+_LARGEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What somebody wants to train, and which parts of the split are settled. 0 leaves a part open (-1 of `zero`).
+
+    `gpus` are there; a plan may leave some of them idle. `batch` in samples of a step, from which a plan's may differ by the share `batch_slack`;
+    0: one micro-batch, with a pipeline four for each stage. `recompute` FULL is of all layers; None: of as few as make the plan fit.
+    """
+
+    gpus: int
+    sequence: int
+    micro_batch: int = 0
+    tp: int = 0
+    pp: int = 0
+    cp: int = 0
+    ep: int = 0
+    zero: int = -1
+    recompute: Recompute | None = None
+    vp: int = 0
+    batch: int = 0
+    batch_slack: float = 0.0
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
+    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
+def cells(shape: ModelShape, island: int, asked: Asked) -> Plans:
+    """Each tp, pp, cp and dp once; the rest of the split is not chosen yet."""
+    gpus, sequence = asked.gpus, asked.sequence
+    heads = [one for one in divisors(shape.heads) if one <= min(island, gpus) and (gpus <= island or island % one == 0)]
+    whole = [one for one in _powers(gpus) if sequence % (2 * one) == 0 and sequence // one >= LEAST_TOKENS]
+    axes = (
+        [asked.tp] if asked.tp else heads,
+        [asked.pp] if asked.pp else [one for one in divisors(shape.layers) if one <= gpus],
+        [asked.cp] if asked.cp else whole or [1],
+    )
+    tp, pp, cp = (one.ravel() for one in np.meshgrid(*axes, indexing="ij"))
+    copies = gpus // (tp * pp * cp)
+    number, dp = _data_parallel(copies, asked)
+    return Plans.of(
+        tp=tp[number], pp=pp[number], cp=cp[number], dp=dp, micro_batch=1, global_batch=1, sequence=sequence
+    )
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << step for step in range(most.bit_length()) if 1 << step <= most]
+
+
+def _data_parallel(copies: NDArray[np.intp], asked: Asked) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(number of the cell, dp), where there are GPUs for so many `copies` of a model: none for 0."""
+    if not asked.batch:
+        offered = copies[:, None]
+    elif not asked.batch_slack:
+        offered = np.where(copies[:, None] > 0, np.array(divisors(asked.batch))[None, :], 0)
+    else:
+        round_ = 2 ** np.arange(1, asked.gpus.bit_length())
+        offered = np.concatenate([copies[:, None] - np.arange(_LARGEST), copies[:, None] // round_ * round_], axis=1)
+    possible = (offered >= 1) & (offered <= copies[:, None])
+    numbers = np.nonzero(possible)[0]
+    both = np.unique(numbers * (MOST_GPUS + 1) + offered[possible])
+    return both // (MOST_GPUS + 1), both % (MOST_GPUS + 1)
+
+
+def frames(shape: ModelShape, asked: Asked, some: Plans) -> Plans:
+    """Every way to run these cells: micro-batch, virtual stages, expert and sequence parallelism. All are valid (`Plans.faults`)."""
+    some = _each(some, "micro_batch", [asked.micro_batch] if asked.micro_batch else _powers(MOST_TOKENS))
+    if not asked.micro_batch:
+        some = some.take((some.micro_batch == 1) | (some.tokens <= MOST_TOKENS))
+    virtual = [one for one in divisors(shape.layers) if one <= MOST_VIRTUAL]
+    some = _each(some, "vp", [asked.vp] if asked.vp else virtual)
+    some = some.take((some.vp == 1) | ((some.pp > 1) & (shape.layers % (some.pp * some.vp) == 0)))
+    some, near = _batches(some, asked)
+    some = some.take(near)
+    some = _each(some, "ep", [asked.ep] if asked.ep else divisors(shape.experts) if shape.experts else [1])
+    some = _each(some, "sequence_parallel", [0, 1])
+    return some.take(some.valid(shape)) if len(some) else some
+
+
+def _batches(some: Plans, asked: Asked) -> tuple[Plans, Flags]:
+    """With the batch of each, and whether it is near enough to what was asked for."""
+    unit = some.dp * some.micro_batch * np.where(some.vp > 1, some.pp, 1)
+    if not asked.batch:
+        return replace(some, global_batch=some.dp * some.micro_batch * np.where(some.pp > 1, 4 * some.pp, 1)), unit > 0
+    batch = (
+        np.maximum(np.round(asked.batch / unit), 1) * unit if asked.batch_slack else np.full(unit.shape, asked.batch)
+    )
+    near = (np.abs(batch / asked.batch - 1) <= asked.batch_slack) & (batch % unit == 0)
+    return replace(some, global_batch=batch.astype(np.float64)), near
+
+
+def _each(some: Plans, name: str, values: list[int]) -> Plans:
+    """Each plan with each of these values."""
+    count = len(some)
+    repeated = some.take(np.repeat(np.arange(count), len(values)))
+    return replace(repeated, **{name: np.tile(np.array(values, dtype=np.float64), count)})
+
+
+def variants(asked: Asked, some: Plans) -> Plans:
+    """Each of these plans under every stage of ZeRO, and FSDP with every number of replicas."""
+    stages = [asked.zero] if asked.zero >= 0 else [0, 1, 2, 3]
+    ways = [(zero, 1) for zero in stages]
+    if 3 in stages:
+        ways += [(3, copies) for copies in _powers(int(np.max(some.dp * some.cp, initial=1)))[1:]]
+    count = len(some)
+    repeated = some.take(np.repeat(np.arange(count), len(ways)))
+    zero, replicas = (np.tile(np.array(one, dtype=np.float64), count) for one in zip(*ways, strict=True))
+    ranks = repeated.dp * repeated.cp
+    possible = ((zero < 2) | (repeated.pp == 1)) & ((replicas == 1) | ((replicas < ranks) & (ranks % replicas == 0)))
+    if asked.zero < 0:
+        possible &= (ranks > 1) | (zero == 0)  # nothing to spread over
+    return replace(repeated, zero=zero, replicas=replicas).take(possible)

@@ -1,0 +1,167 @@
+"""The planner's search: equal to looking at every plan, never an invalid or too large one, and it says what binds."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.plan_lab.brute_force import fastest
+from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.planning.found import candidate
+from whaleflux.planning.known_models import model_named
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.memory import memory
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.search import search
+from whaleflux.planning.space import Asked, cells, frames, variants
+from whaleflux.planning.step import step_time
+from whaleflux.planning.training import Training
+
+H200 = Machine.of(CATALOGUE.types["H200"])
+A100 = Machine.of(CATALOGUE.types["A100-80GB"])
+RTX4090 = Machine.of(CATALOGUE.types["RTX4090"])
+LLAMA = model_named("llama-3.1-70b")
+SMALL = ModelShape("small", 8, 4096, 32, 8, 128, 14336, 32000)
+EXPERTS = replace(SMALL, name="experts", experts=8, top_k=2, expert_ffn=4096, ffn=4096)
+
+
+@pytest.mark.parametrize(
+    ("shape", "machine", "gpus", "batch", "sequence"),
+    [
+        (SMALL, RTX4090, 8, 16, 2048), (SMALL, A100, 12, 24, 4096), (EXPERTS, RTX4090, 16, 32, 2048), (EXPERTS, A100, 16, 48, 8192),
+        (replace(SMALL, layers=12, hidden=8192, heads=64, head_dim=128), A100, 24, 16, 8192),
+    ],
+)  # fmt: skip
+def test_the_best_plan_is_that_of_looking_at_every_plan(shape, machine, gpus, batch, sequence):
+    best, count = fastest(shape, machine, gpus, batch, sequence)
+    found = search(shape, machine, Asked(gpus, sequence, batch=batch))
+    assert count > 500
+    assert found.best.step_s == pytest.approx(best, rel=1e-9)
+
+
+ASKED = st.builds(
+    Asked,
+    gpus=st.integers(1, 200),
+    sequence=st.sampled_from([512, 2048, 8192, 32768]),
+    batch=st.sampled_from([16, 96, 256, 1000]),
+    batch_slack=st.sampled_from([0.0, 0.05]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(asked=ASKED, shape=st.sampled_from([LLAMA, SMALL, EXPERTS]), machine=st.sampled_from([H200, A100, RTX4090]))
+def test_what_is_found_is_valid_fits_and_uses_no_more_than_there_is(asked, shape, machine):
+    found = search(shape, machine, asked)
+    for plan in (*([found.best] if found.best else []), *(one.plan for one in found.runners_up)):
+        plans = plan.split.plans()
+        assert plans.valid(shape).all()
+        assert plan.split.gpus <= asked.gpus
+        assert abs(plan.split.global_batch / asked.batch - 1) <= asked.batch_slack
+        assert memory(shape, plans, Training()).total_bytes <= machine.usable_bytes
+        assert plan.token_s >= found.best.token_s * (1 - 1e-9)
+        assert plan.step_s == pytest.approx(float(np.ravel(step_time(shape, machine, plans, Training()).total_s)[0]))
+    assert (found.best is None) == (
+        not found.binding.words or "no split" in found.binding.words or found.binding.kind in ("rule", "batch")
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(asked=ASKED)
+def test_every_frame_is_valid(asked):
+    plans = variants(asked, frames(EXPERTS, asked, cells(EXPERTS, 8, asked)))
+    assert plans.valid(EXPERTS).all()
+    assert (plans.gpus <= asked.gpus).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(asked=ASKED, more=st.integers(1, 64))
+def test_more_gpus_or_more_memory_are_never_slower(asked, more):
+    asked = replace(asked, batch_slack=0.0)
+    usual, larger = search(SMALL, RTX4090, asked), search(SMALL, RTX4090, replace(asked, gpus=asked.gpus + more))
+    roomy = search(SMALL, replace(RTX4090, memory_bytes=60e9), asked)
+    if usual.best and asked.gpus > 8:  # tensor parallelism within one node may be of any degree, beyond it not
+        assert larger.best.token_s <= usual.best.token_s * (1 + 1e-9)
+    if usual.best:
+        assert roomy.best.token_s <= usual.best.token_s * (1 + 1e-9)
+
+
+def test_gpus_that_no_split_has_use_for_stay_idle_and_are_named():
+    found = search(LLAMA, H200, Asked(127, 8192, batch=512, batch_slack=0.05))
+    assert 110 <= found.best.split.gpus < 127
+    assert found.idle_gpus == 127 - found.best.split.gpus
+
+
+def test_runners_up_differ_in_kind_and_say_what_they_lose():
+    found = search(LLAMA, H200, Asked(128, 8192, batch=512))
+    assert len({one.kind for one in found.runners_up}) == len(found.runners_up) >= 3
+    assert [one.loses for one in found.runners_up] == sorted(one.loses for one in found.runners_up)
+    first = found.runners_up[0]
+    assert first.loses == pytest.approx(first.plan.token_s / found.best.token_s - 1)
+
+
+def test_memory_binds_in_words_with_the_recomputation_that_would_fit():
+    found = search(model_named("dense-700b"), H200, Asked(128, 8192, batch=128))
+    assert found.binding.kind == "memory"
+    for word in ("activations", "of 144.6 at stage 0", "full recomputation would fit", "% slower"):
+        assert word in found.binding.words
+
+
+def test_where_memory_does_not_bind_the_longest_part_does():
+    assert search(SMALL, H200, Asked(8, 4096, batch=512)).binding.kind in ("compute", "communication", "bubble", "host")
+    starved = search(SMALL, H200, Asked(8, 4096, batch=512), Training(data_tokens_per_s=100.0))
+    assert starved.binding.kind == "data"
+
+
+def test_where_nothing_fits_the_nearest_is_shown_with_what_it_lacks():
+    found = search(LLAMA, RTX4090, Asked(2, 8192, batch=16))
+    assert found.best is None
+    assert not found.nearest.fits
+    assert "no split fits" in found.binding.words
+
+
+def test_a_batch_that_nothing_divides_or_a_rule_is_named():
+    odd = search(LLAMA, H200, Asked(128, 8192, batch=7, tp=1, pp=1, cp=1, micro_batch=2))
+    assert (odd.best, odd.binding.kind) == (None, "batch")
+    assert search(LLAMA, H200, Asked(8, 8192, tp=3, batch=8)).binding.words == "heads must be a multiple of tp"
+
+
+def test_parts_that_are_settled_stay_so():
+    found = search(LLAMA, H200, Asked(64, 8192, batch=64, tp=4, pp=2, zero=1, recompute=Recompute.FULL, micro_batch=2))
+    split = found.best.split
+    assert (split.tp, split.pp, split.zero, split.recompute, split.recomputed, split.micro_batch) == (
+        4,
+        2,
+        1,
+        "full",
+        1.0,
+        2,
+    )
+
+
+def test_an_answer_is_json_and_its_stages_add_up():
+    found = search(LLAMA, H200, Asked(32, 8192, batch=64, pp=4, tp=8))
+    assert json.loads(json.dumps(asdict(found)))["best"]["split"]["pp"] == 4
+    best = found.best
+    assert len(best.stages_bytes) == 4
+    assert best.total_bytes == pytest.approx(float(memory(LLAMA, best.split.plans(), Training()).total_bytes[0]))
+    kept = [stage["activations_bytes"] for stage in best.stages_bytes]
+    assert kept == sorted(kept, reverse=True)  # earlier stages hold more micro-batches
+    assert [stage["logits_bytes"] > 0 for stage in best.stages_bytes] == [False, False, False, True]
+
+
+def test_a_split_that_somebody_names_has_its_picture_valid_or_not():
+    split = search(LLAMA, H200, Asked(32, 8192, batch=64)).best.split
+    uneven = candidate(LLAMA, H200, replace(split, tp=8, pp=3, dp=1, cp=1, vp=1, zero=0), Training())
+    assert len(uneven.stages_bytes) == 3
+
+
+def test_zero_2_reduces_the_gradients_of_every_micro_batch():
+    def reduced(zero):
+        plans = Plans.of(dp=64, zero=zero, micro_batch=1, global_batch=1024, sequence=4096)
+        return float(step_time(LLAMA, H200, plans, Training(overlap_dp=False)).dp_s)
+
+    assert reduced(2) > 5 * reduced(1)
