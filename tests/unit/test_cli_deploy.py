@@ -99,6 +99,19 @@ def test_sites_of_the_file_can_be_left_out_with_what_it_says_of_them(fleet, file
     assert [(one.site, one.replicas, list(one.gpu_models)) for one in model.sites] == [("sites/edge", 1, ["RTX4090"])]
 
 
+def test_who_says_no_has_declared_nothing(fleet, file):
+    done = RUN.invoke(app, ["deploy", str(file)], input="n\n")
+    assert done.exit_code != 0
+    assert not fleet.datasets
+    assert not created(fleet)
+
+
+def test_a_secret_in_clear_at_a_site_is_noticed(fleet, file):
+    file.write_text(FILE.format(weights="w").replace("on: [RTX4090]", "environment: {HF_TOKEN: hf_abc}"))
+    done = RUN.invoke(app, ["deploy", "-y", str(file)])
+    assert "HF_TOKEN" in done.output
+
+
 def test_a_folder_that_is_not_there_is_no_dataset(fleet, file):
     file.write_text(FILE.format(weights="llama"))
     done = RUN.invoke(app, ["deploy", "-y", str(file)])

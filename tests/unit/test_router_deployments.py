@@ -7,7 +7,7 @@ import pytest
 from whaleflux.clock import VirtualClock
 from whaleflux.data import progress
 from whaleflux.data.manifest import File, Manifest
-from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, StatusError
+from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, StatusError, Unavailable
 from whaleflux.quantities import shown_bytes
 from whaleflux.rpc import auth
 from whaleflux.store.memory import MemoryStore
@@ -15,6 +15,7 @@ from whaleflux.v1 import inventory_pb2
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux_inference_router.core import arrival
 from whaleflux_inference_router.core.arrival import Card, Measured, Weights
+from whaleflux_inference_router.core.starts import Start
 from whaleflux_inference_router.deployments import Deployments
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import routing
@@ -79,11 +80,31 @@ class TestArrival:
         assert progress.read("datasets/w") is None
 
 
+class TestStarts:
+    def test_what_other_copies_on_the_node_gave_is_no_rate_of_the_source(self):
+        start = Start(peer=False)
+        start.pulls(0, 0, 0)
+        start.pulls(1, 900 * 10**6, 0)  # from a copy of the version of before
+        start.pulls(2, 900 * 10**6, 0)
+        for second in range(3, 8):
+            start.pulls(second, 900 * 10**6 + second * 5 * 10**6, 5e6)
+        assert start.bytes_per_s == 5e6
+        for second in range(8, 13):  # the source stands still
+            start.pulls(second, 935 * 10**6, 0)
+        assert start.bytes_per_s == 2.5e6
+
+    def test_a_moment_says_nothing(self):
+        start = Start(peer=False)
+        start.pulls(0, 0, 5e6)
+        start.pulls(0.4, 2 * 10**6, 5e6)
+        assert start.bytes_per_s == 0
+
+
 class Inventory:
     """Three sites with a node each, and a dataset; the edge has RTX4090s."""
 
     def __init__(self, size_bytes=GB):
-        self.also, self.manifests = inventory_pb2.Dataset(), {}
+        self.also, self.manifests, self.is_away, self.nodes = inventory_pb2.Dataset(), {}, False, 1
         self.weights = inventory_pb2.Dataset(
             name="datasets/w", uri="s3://models/w", size_bytes=size_bytes, owner="user/bob"
         )
@@ -98,17 +119,28 @@ class Inventory:
         return self.manifests[request.name]
 
     async def ListSites(self, request, timeout):
+        if self.is_away:
+            raise Unavailable("inventory is away")
         names = ("onprem", "cloud", "edge", "empty")
         return inventory_pb2.ListSitesResponse(sites=[inventory_pb2.Site(name=f"sites/{name}") for name in names])
 
     async def ListNodes(self, request, timeout):
+        if request.page_size > 1000:
+            raise InvalidArgument(FieldViolation("page_size", "is too large"))
         if request.parent == "sites/empty":
             return inventory_pb2.ListNodesResponse()
-        node = inventory_pb2.Node(name=f"{request.parent}/nodes/n")
-        edge = request.parent == "sites/edge"
+        first = int(request.page_token or 0)
+        last = min(first + request.page_size, self.nodes)
+        more = str(last) if last < self.nodes else ""
+        nodes = [self._node(request.parent, number) for number in range(first, last)]
+        return inventory_pb2.ListNodesResponse(nodes=nodes, next_page_token=more)
+
+    def _node(self, site, number):
+        node = inventory_pb2.Node(name=f"{site}/nodes/n{number or ''}")
+        small = site == "sites/edge" or number != self.nodes - 1
         for _ in range(2):
-            node.facts.gpus.add(model="RTX4090" if edge else "H200", memory_bytes=(24 if edge else 141) * GB)
-        return inventory_pb2.ListNodesResponse(nodes=[node])
+            node.facts.gpus.add(model="RTX4090" if small else "H200", memory_bytes=(24 if small else 141) * GB)
+        return node
 
 
 @contextlib.asynccontextmanager
@@ -166,6 +198,30 @@ class TestSites:
     async def test_a_type_that_the_site_has_none_of_is_refused(self):
         only = pb.ModelSite(site="sites/edge", gpu_models=["H200"])
         assert "has no H200; its GPUs are RTX4090" in (await refused(model(only)))["model.sites[0]"]
+
+
+    async def test_all_nodes_of_a_site_are_looked_at_a_page_at_a_time(self):
+        inventory = Inventory(size_bytes=40 * GB)
+        inventory.nodes = 450  # of which the last one alone can hold it
+        async with service(inventory) as (router, _):
+            await create(router, model("onprem"))
+
+    async def test_other_counts_are_changed_while_inventory_is_away_and_another_site_is_not(self):
+        inventory = Inventory()
+        async with service(inventory) as (router, _):
+            made = await create(router, model("onprem", "cloud"))
+            inventory.is_away = True
+            made.sites[0].replicas = 3
+            fewer = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
+            assert (fewer.sites[0].replicas, fewer.engine.gpu_memory_bytes) == (3, made.engine.gpu_memory_bytes)
+            fewer.sites.add(site="sites/edge", replicas=1)
+            with pytest.raises(Unavailable):
+                await router.UpdateModel(pb.UpdateModelRequest(model=fewer), None)
+
+    async def test_a_site_does_not_set_in_clear_what_a_secret_is_given_as(self):
+        wanted = model(pb.ModelSite(site="sites/onprem", environment={"HF_TOKEN": "x"}))
+        wanted.engine.secrets.add(secret="secrets/hf", variable="HF_TOKEN")
+        assert "set in environment too" in (await refused(wanted))["model.engine.secrets[0].variable"]
 
 
 class TestWeights:

@@ -14,7 +14,7 @@ from whaleflux.manifests import job_checks
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.rpc import auth
 from whaleflux.store import keys
-from whaleflux.store.api import Delete, Fenced, Put
+from whaleflux.store.api import ConditionFailed, Delete, Fenced, Put
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2, scheduler_pb2
@@ -795,6 +795,33 @@ class TestRollouts:
             await self.change(t, environment={"A": "2"})
             await t.turn(40)
             assert self.versions(t) == [2, 2], "nobody else answers"
+
+    async def test_a_start_is_measured_from_its_process_on_and_a_moment_without_answers_is_none(self):
+        async with turns() as t:
+            lost, commit = [], t.store.commit
+
+            async def losing(*writes, when=()):
+                if not lost and any(put.key.startswith(keys.MODELS) for put in writes) and when:
+                    lost.append(writes)
+                    raise ConditionFailed(when[:1])
+                return await commit(*writes, when=when)
+
+            t.store.commit = losing
+            await t.declare(1)
+            await t.turn(20)
+            t.healthy.add("*")
+            await t.turn(8)
+            (measure,) = self.model(t).measures
+            assert lost, "the first write of what was measured came to nothing"
+            assert measure.site == "sites/edge"
+            assert measure.engine_start_s >= 4
+            t.healthy.clear()
+            await t.turn(20)
+            assert t.states == ["STARTING"]
+            t.healthy.add("*")
+            await t.turn(8)
+            assert t.states == ["READY"]
+            assert self.model(t).measures[0] == measure
 
     async def until_versions(self, t, wanted):
         for _ in range(200):

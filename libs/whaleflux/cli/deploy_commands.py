@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,16 +68,17 @@ def deploy(
         raise InvalidArgument(FieldViolation("--yes", "a model file from stdin cannot be asked about; add -y"))
     manifest = model_from_yaml(*read(file))
     _only(manifest.model, sites)
-    output.note(submission.secrets_in_clear([manifest.model.engine]))
+    output.note(submission.secrets_in_clear([manifest.model.engine, *manifest.model.sites]))
     manifest.model.allowed_addresses.extend(allow_address or ())
     name = names.model(manifest.model_id)
     with fleet() as client:
-        manifest = _with_weights(client, manifest, dry_run=dry_run)
+        declared = _undeclared(client, manifest, dry_run=dry_run)
+        planned = manifest.model if declared is None else _without_weights(manifest.model)
         try:
             before = client.router.GetModel(router_pb2.GetModelRequest(name=name), timeout=10)
         except NotFound:
             before = None
-        asked = router_pb2.EstimateDeploymentRequest(model=_as_it_would_be(manifest.model, before))
+        asked = router_pb2.EstimateDeploymentRequest(model=_named(planned, before))
         estimate = client.router.EstimateDeployment(asked, timeout=30)
         if dry_run and fmt.is_json:
             output.show_one(estimate, [], fmt)
@@ -86,7 +86,11 @@ def deploy(
         _show_plan(manifest, before, estimate)
         if dry_run:
             return
-        _send(client, manifest, before, yes=yes, keep_addresses=not allow_address)
+        _ask(client, manifest.model_id, planned, before, yes=yes)
+        if declared is not None:
+            client.inventory.CreateDataset(declared, timeout=30)
+            output.note(f"{manifest.weights_source} is {manifest.model.engine.weights} from now on")
+        _send(client, manifest, before, keep_addresses=not allow_address)
         output.note(f"{name} is declared; watch its replicas with: whaleflux replicas {manifest.model_id}")
         if wait:
             from whaleflux.cli.replica_waiting import until_ready
@@ -94,22 +98,30 @@ def deploy(
             until_ready(client, name)
 
 
-def _send(client: Any, manifest: ModelManifest, before: Any, *, yes: bool, keep_addresses: bool) -> None:
+def _ask(client: Any, model_id: str, planned: router_pb2.Model, before: Any, *, yes: bool) -> None:
+    """Asks whether to go on; nothing was changed until then. Of a new model what can be refused is refused before that."""
+    from whaleflux.v1 import router_pb2
+
+    if before is not None:
+        confirm("change it?", yes)
+        return
+    request = router_pb2.CreateModelRequest(model_id=model_id, model=planned, validate_only=True)
+    client.router.CreateModel(request, timeout=20)
+    confirm("serve it?", yes)
+
+
+def _send(client: Any, manifest: ModelManifest, before: Any, *, keep_addresses: bool) -> None:
     from whaleflux.v1 import router_pb2
 
     if before is None:
         request = router_pb2.CreateModelRequest(
-            model_id=manifest.model_id, model=manifest.model, validate_only=True, request_id=names.ulid()
+            model_id=manifest.model_id, model=manifest.model, request_id=names.ulid()
         )
-        client.router.CreateModel(request, timeout=20)
-        confirm("serve it?", yes)
-        request.validate_only = False
         client.router.CreateModel(request, timeout=20)
         return
     manifest.model.name, manifest.model.etag = before.name, before.etag
     if keep_addresses:
         manifest.model.allowed_addresses.extend(before.allowed_addresses)
-    confirm("change it?", yes)
     client.router.UpdateModel(router_pb2.UpdateModelRequest(model=manifest.model), timeout=20)
 
 
@@ -145,29 +157,25 @@ def _site(text: str) -> str:
         raise InvalidArgument(FieldViolation("--sites", wrong.violations[0].description)) from None
 
 
-def _with_weights(client: Any, manifest: ModelManifest, *, dry_run: bool) -> ModelManifest:
-    """Where the file says from where weights come: the dataset of that source, declared if it is not."""
+def _undeclared(client: Any, manifest: ModelManifest, *, dry_run: bool) -> Any:
+    """Where the file says from where weights come: the request that declares that dataset; None where it is declared, or one is named."""
     from whaleflux.errors import NotFound
     from whaleflux.v1 import inventory_pb2
 
     name, source = manifest.model.engine.weights, manifest.weights_source
     if not source:
-        return manifest
+        return None
     try:
         client.inventory.GetDataset(inventory_pb2.GetDatasetRequest(name=name), timeout=10)
-        return manifest
+        return None
     except NotFound:
         pass
-    if dry_run:
-        output.note(f"{source} would become {name}; what its pull takes is not in the times below")
-        manifest.model.engine.weights = ""
-        return dataclasses.replace(manifest, weights_source="")
     request = inventory_pb2.CreateDatasetRequest(dataset_id=names.last(name), request_id=names.ulid())
     request.dataset.uri = source
-    _look_at(source, request)
-    client.inventory.CreateDataset(request, timeout=30)
-    output.note(f"{source} is {name} from now on")
-    return manifest
+    if not dry_run:
+        _look_at(source, request)
+    output.note(f"{source} would become {name}; what its pull takes is not in the times below")
+    return request
 
 
 def _look_at(source: str, request: Any) -> None:
@@ -198,15 +206,20 @@ def _look_at(source: str, request: Any) -> None:
         )
 
 
-def _as_it_would_be(model: router_pb2.Model, before: Any) -> router_pb2.Model:
+def _named(model: router_pb2.Model, before: Any) -> router_pb2.Model:
     """For an estimate: with the name, whose measures count, where it is declared already."""
     made = type(model)()
     made.CopyFrom(model)
     made.name = before.name if before is not None else ""
-    if (
-        "{weights}" in " ".join(made.engine.command) and not made.engine.weights
-    ):  # a dry run of weights that are not declared yet
-        made.engine.command[:] = [word.replace("{weights}", "weights") for word in made.engine.command]
+    return made
+
+
+def _without_weights(model: router_pb2.Model) -> router_pb2.Model:
+    """What can be told of it before its weights are declared."""
+    made = type(model)()
+    made.CopyFrom(model)
+    made.engine.weights = ""
+    made.engine.command[:] = [word.replace("{weights}", "weights") for word in made.engine.command]
     return made
 
 

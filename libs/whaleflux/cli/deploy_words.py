@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 def wanted_replicas(model: router_pb2.Model) -> int:
     """How many it is to have, of all sites together, or servers that run elsewhere."""
-    if model.engine.addresses:
-        return len(model.engine.addresses)
-    if not model.sites:
-        return int(model.replicas.min)
-    return sum(site.replicas or model.replicas.min for site in model.sites)
+    from whaleflux.manifests import model_checks
+
+    return sum(model_checks.replicas_of(model).values())
 
 
 def rollout_state(model: router_pb2.Model) -> str:

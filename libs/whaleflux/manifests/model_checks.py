@@ -52,7 +52,7 @@ def violations(model: router_pb2.Model) -> list[FieldViolation]:
         )
         if wrong
     ]  # fmt: skip
-    of_engine = (*Command().violations("engine.command", command), *_secrets(engine))
+    of_engine = (*Command().violations("engine.command", command), *_secrets(model))
     return [*found, *of_engine, *QueueName().violations("queue", model.queue), *_deployment(model)]
 
 
@@ -98,7 +98,9 @@ def _deployment(model: router_pb2.Model) -> Iterator[FieldViolation]:
 
 
 def replicas_of(model: router_pb2.Model) -> dict[str, int]:
-    """How many run at each site, in the model's order; "" where it names none."""
+    """How many run at each site, in the model's order; "" where it names none, or where they run elsewhere."""
+    if model.engine.addresses:
+        return {"": len(model.engine.addresses)}
     if not model.sites:
         return {"": model.replicas.min}
     return {site.site: site.replicas or model.replicas.min for site in model.sites}
@@ -115,11 +117,12 @@ def with_site(engine: router_pb2.Engine, site: router_pb2.ModelSite) -> router_p
     return made
 
 
-def _secrets(engine: router_pb2.Engine) -> Iterator[FieldViolation]:
+def _secrets(model: router_pb2.Model) -> Iterator[FieldViolation]:
     field = ATTRIBUTES["secrets"].value
-    uses = field.reading("secrets")(engine)
+    uses = field.reading("secrets")(model.engine)
     yield from field.violations("engine.secrets", uses)
-    for i, words in set_otherwise(uses, engine.environment):
+    everywhere = {*model.engine.environment, *(name for site in model.sites for name in site.environment)}
+    for i, words in set_otherwise(uses, everywhere):
         yield FieldViolation(f"engine.secrets[{i}].variable", words)
 
 

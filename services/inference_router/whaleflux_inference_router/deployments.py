@@ -24,7 +24,7 @@ from whaleflux_inference_router.core.arrival import Card, Measured, Weights
 from whaleflux_inference_router.core.rollout import UNDER_WAY
 
 CALL_S = 10.0
-MOST_NODES = 5000  # of a site that are looked at; more are of the same types
+MOST_NODES, PAGE = 5000, 200  # of a site that are looked at; more are of the same types
 _READY = inventory_pb2.DATASET_COPY_STATE_READY
 
 
@@ -116,8 +116,14 @@ class Deployments:
             request.page_token = page.next_page_token
 
     async def _cards(self, inventory: InventoryServiceStub, site: str) -> tuple[Card, ...]:
-        request = inventory_pb2.ListNodesRequest(parent=site, page_size=MOST_NODES)
-        return tuple(cards_of((await inventory.ListNodes(request, timeout=CALL_S)).nodes))
+        nodes, request = list[inventory_pb2.Node](), inventory_pb2.ListNodesRequest(parent=site, page_size=PAGE)
+        while len(nodes) < MOST_NODES:
+            page = await inventory.ListNodes(request, timeout=CALL_S)
+            nodes += page.nodes
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+        return tuple(cards_of(nodes))
 
 
 def shared_bytes(had: Manifest, new: Manifest) -> int:

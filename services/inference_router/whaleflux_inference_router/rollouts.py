@@ -72,9 +72,11 @@ class Rollouts:
         following = rollout.step(found, self._seen[model.name], now_s - since_s, verdict)
         if following is not None:
             self._take(changed, *following)
-        for site, measure in self._measured.pop(model.name, {}).items():
+        measured = self._measured.get(model.name, {})
+        for site, measure in measured.items():
             _put_measure(changed, site, measure)
         if changed == model:
+            self._measured.pop(model.name, None)
             return
         entry = Entry(convert.model_key(model.name), b"", int(model.etag.strip('"')), 0)
         try:
@@ -85,6 +87,7 @@ class Rollouts:
             raise
         except ConditionFailed:
             return
+        self._measured.pop(model.name, None)
         if following is not None:
             _log.info(Event.MODEL_ROLLOUT, model=model.name, state=following[0].value, reason=following[1])
         await self._routing.seen(self._routing.models, revision)
@@ -104,24 +107,29 @@ class Rollouts:
         return outcomes.worse(known.sample(of[True], since_s), known.sample(of[False], since_s))
 
     def _watch_start(self, model: pb.Model, replica: pb.Replica, others: Mapping[str, pb.Replica]) -> None:
-        """Follows the start of a replica from its job's first word on."""
+        """Follows the start of a replica from before its process runs."""
         now_s, start = self._clock.monotonic(), self._starts.get(replica.name)
         if convert.state_of(replica) is State.READY:
             if start is not None:
                 self._measure(model, replica, self._starts.pop(replica.name), now_s)
             return
-        task = self._jobs.task(replica.job, replica.owner) if replica.job else None
-        if task is None:
+        if not replica.job or not self._jobs.synced:
             return
+        task = self._jobs.task(replica.job, replica.owner)
+        runs = task is not None and task.phase == scheduler_pb2.TASK_PHASE_RUNNING
+        if start is None and runs:
+            return  # it was READY before, or began before anybody looked: no start
         if start is None:
             peer = any(
                 one.site == replica.site and one.version == replica.version and convert.state_of(one) is State.READY
                 for one in others.values()
             )
             start = self._starts[replica.name] = Start(peer)
+        if task is None:
+            return
         if task.phase == scheduler_pb2.TASK_PHASE_FETCHING and (pulled := progress.read(task.message)):
-            start.pulls(now_s, pulled.done_bytes)
-        elif task.phase == scheduler_pb2.TASK_PHASE_RUNNING:
+            start.pulls(now_s, pulled.done_bytes, pulled.bytes_per_s)
+        elif runs:
             start.runs(now_s)
 
     def _measure(self, model: pb.Model, replica: pb.Replica, start: Start, now_s: float) -> None:

@@ -128,9 +128,14 @@ class Router(rpc.RouterServiceServicer):
         return self._shown(changed, sight)
 
     async def _roll(self, known: pb.Model, changed: pb.Model) -> None:
-        """Checks where a changed model is to run, and begins a rollout where what its replicas run has changed."""
-        facts = await self._deployments.settle(changed, known.engine.weights)
-        if model_changes.same_engine(known, changed):
+        """Checks where a changed model is to run, and begins a rollout where what its replicas run has changed.
+
+        Other counts at the same sites ask nobody: they are changed while inventory is away, too.
+        """
+        same = model_changes.same_engine(known, changed)
+        if not same or {site.site for site in changed.sites} - {site.site for site in known.sites}:
+            facts = await self._deployments.settle(changed, known.engine.weights)
+        if same:
             changed.engine.gpu_memory_bytes = known.engine.gpu_memory_bytes
             return
         model_changes.check_may_roll(known, changed)

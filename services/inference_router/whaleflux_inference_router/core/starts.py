@@ -12,15 +12,19 @@ class Start:
     """One start that is watched from its beginning. `peer`: the site had the weights already."""
 
     peer: bool
-    pull_from: tuple[float, float] | None = None  # when (monotonic), and how many bytes were there
-    pull_to: tuple[float, float] | None = None
+    looked: tuple[float, int] | None = None  # at the pull last: when (monotonic), and how many bytes were there
+    pulled_s: float = 0.0
+    pulled_bytes: float = 0.0
     engine_at_s: float | None = None
 
-    def pulls(self, now_s: float, done_bytes: float) -> None:
-        """So many bytes of the weights are there."""
-        self.pull_from = self.pull_from or (now_s, done_bytes)
-        if self.pull_to is None or done_bytes > self.pull_to[1]:
-            self.pull_to = now_s, done_bytes
+    def pulls(self, now_s: float, done_bytes: int, bytes_per_s: float) -> None:
+        """So many bytes of the weights are there, and they come at this rate; what other copies on the node gave is in the first alone."""
+        then_s, before = self.looked or (now_s, done_bytes)
+        self.looked = now_s, done_bytes
+        stands = bool(self.pulled_bytes) and done_bytes == before
+        if bytes_per_s or stands:
+            self.pulled_s += now_s - then_s
+            self.pulled_bytes += bytes_per_s * (now_s - then_s)
 
     def runs(self, now_s: float) -> None:
         """The engine's process runs."""
@@ -29,9 +33,7 @@ class Start:
     @property
     def bytes_per_s(self) -> float:
         """0: not known."""
-        if self.pull_from is None or self.pull_to is None or self.pull_to[0] - self.pull_from[0] < LEAST_S:
-            return 0.0
-        return (self.pull_to[1] - self.pull_from[1]) / (self.pull_to[0] - self.pull_from[0])
+        return self.pulled_bytes / self.pulled_s if self.pulled_s >= LEAST_S else 0.0
 
     def engine_s(self, now_s: float) -> float:
         """From the process to its first token; 0: not known."""
