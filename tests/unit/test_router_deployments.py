@@ -199,7 +199,6 @@ class TestSites:
         only = pb.ModelSite(site="sites/edge", gpu_models=["H200"])
         assert "has no H200; its GPUs are RTX4090" in (await refused(model(only)))["model.sites[0]"]
 
-
     async def test_all_nodes_of_a_site_are_looked_at_a_page_at_a_time(self):
         inventory = Inventory(size_bytes=40 * GB)
         inventory.nodes = 450  # of which the last one alone can hold it
