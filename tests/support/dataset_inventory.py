@@ -18,6 +18,7 @@ class Inventory:
         self.manifests, self.copies, self.away, self.pinned = {}, {}, False, []
         self.members, self.pins = [], []
         self.away_for = set()  # datasets of which nothing is said
+        self.declared_s = {}  # when, by dataset
         self.rights = {}  # owner and members by dataset, where they are not those of all
         self.tells_pins, self.makers, self.now = True, {}, datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -27,6 +28,8 @@ class Inventory:
         if name not in self.uris:
             raise NotFound("dataset", name)
         found = inventory_pb2.Dataset(name=name, uri=self.uris[name])
+        if name in self.declared_s:
+            found.create_time.FromSeconds(self.declared_s[name])
         found.owner, members = self.rights.get(name, ("", self.members))
         found.members.extend(members)
         found.pins.extend(inventory_pb2.DatasetPin(node=node) for node in self.pins)

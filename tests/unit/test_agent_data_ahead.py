@@ -136,7 +136,7 @@ async def test_a_pull_that_ended_meanwhile_leaves_a_copy_that_others_are_told_of
         await until(lambda: "PULLING" in inventory.states(TEXT))
         publish = cache._store.publish
         may_end = threading.Event()
-        cache._store.publish = lambda *what: (may_end.wait(60), publish(*what))[1]
+        cache._store.publish = lambda *what, **more: (may_end.wait(60), publish(*what, **more))[1]
         gate.may.set()
         await until(lambda: cache.begin(TEXT).progress.done_bytes == 6)
         ahead.desire(claims())

@@ -13,6 +13,7 @@ import pytest
 from tests.support.agent_tasks import until
 from tests.support.dataset_inventory import Inventory
 from whaleflux.data import manifest, sources
+from whaleflux.data.hashing import hashed
 from whaleflux.sdk import Dataset
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent import dataset_files, dataset_pull, dataset_store
@@ -222,6 +223,53 @@ async def test_what_an_earlier_dataset_of_the_name_left_is_given_to_nobody(tmp_p
     inventory.uris.clear()
     await cache.upkeep.tidy()
     assert not [f for f in (tmp_path / "cache").iterdir() if "@" in f.name]
+
+
+class TestDeclaredAnew:
+    """Whoever declares a dataset may name any digest: what is here of an earlier dataset of the name is not theirs for that."""
+
+    @pytest.fixture
+    def inventory(self, source):
+        made = Inventory(source)
+        made.declared_s["datasets/c4"] = 1
+        return made
+
+    def declare_anew(self, inventory, uri):
+        """The same name, the same digest, and a source that has nothing of it."""
+        inventory.declared_s["datasets/c4"] += 1
+        inventory.uris["datasets/c4"] = str(uri)
+
+    async def test_a_copy_of_the_earlier_one_is_given_to_nobody_and_goes(self, tmp_path, source, inventory):
+        cache = cache_of(tmp_path, inventory)
+        earlier = Path(await cache.fetch("datasets/c4"))
+        digest = manifest.from_proto(inventory.manifests["datasets/c4"]).digest
+        assert cache.held("datasets/c4", digest).made == earlier.name.rpartition("-")[2], "what neighbours are asked by"
+        again = cache_of(tmp_path, inventory)
+        assert await again.fetch("datasets/c4") == str(earlier), "an agent that was restarted knows whose it is"
+        hollow = tmp_path / "hollow"
+        hollow.mkdir()
+        (hollow / "part-0").write_bytes(b"000000")
+        self.declare_anew(inventory, hollow)
+        for one in (cache, again):
+            with pytest.raises(LaunchFailed, match="not what its manifest says"):
+                await one.fetch("datasets/c4")
+        await cache.upkeep.tidy()
+        assert not earlier.exists()
+
+    async def test_what_was_pulled_of_it_is_not_gone_on_with(self, tmp_path, source, inventory):
+        (source / "part-1").write_bytes(b"ghijkl")
+        inventory.manifests["datasets/c4"] = hashed(sources.Local(source)).to_proto()
+        (source / "part-1").write_bytes(b"GHIJKL")  # so that the first part comes and the second does not
+        cache = cache_of(tmp_path, inventory)
+        with pytest.raises(LaunchFailed, match="not what its manifest says"):
+            await cache.fetch("datasets/c4")
+        hollow = tmp_path / "hollow"
+        hollow.mkdir()
+        (hollow / "part-0").write_bytes(b"000000")
+        (hollow / "part-1").write_bytes(b"ghijkl")
+        self.declare_anew(inventory, hollow)
+        with pytest.raises(LaunchFailed, match="part-0: bytes 0 to 6 are not what its manifest says"):
+            await cache.fetch("datasets/c4")
 
 
 async def test_an_agent_that_does_not_know_its_pins_yet_removes_nothing(tmp_path, source):

@@ -369,6 +369,20 @@ async def test_who_has_read_all_of_a_dataset_may_declare_it_with_its_manifest(wo
         await world.call("CreateDataset", request)
 
 
+async def test_what_was_read_of_an_earlier_dataset_of_the_name_is_not_recorded_for_a_later_one(world):
+    declare = pb.CreateDatasetRequest(dataset_id="c4", dataset={"uri": "s3://data/c4"})
+    earlier = await world.call("CreateDataset", declare)
+    await world.call("DeleteDataset", pb.DeleteDatasetRequest(name="datasets/c4"))
+    await world.clock.advance(1)
+    later = await world.call("CreateDataset", declare)
+    say = pb.SetDatasetManifestRequest(dataset="datasets/c4", node=N1, manifest=found(10).to_proto())
+    say.dataset_create_time.CopyFrom(earlier.create_time)
+    with pytest.raises(FailedPrecondition, match="declared anew while it was read"):
+        await world.call("SetDatasetManifest", say, "agent", "a/n1")
+    say.dataset_create_time.CopyFrom(later.create_time)
+    assert (await world.call("SetDatasetManifest", say, "agent", "a/n1")).manifest_digest == found(10).digest
+
+
 async def test_a_dataset_declared_with_a_manifest_that_cannot_be_is_not_declared(world):
     before = (await world.store.list("/")).revision
     wrong = found(10).to_proto()
@@ -402,6 +416,12 @@ async def pinnable(world, size=10, **nodes):
     for name in ("c4", "other"):
         dataset = {"uri": "/d", "size_bytes": size}
         await world.call("CreateDataset", pb.CreateDatasetRequest(dataset_id=name, dataset=dataset))
+
+
+async def passing(clock, doing):
+    """Time passes until it is done."""
+    while not doing.done():
+        await clock.advance(1)
 
 
 def pin(dataset="c4", **how):
@@ -507,8 +527,27 @@ class TestDataQuotas:
 
     async def test_two_at_once_do_not_count_the_same_room(self, fleet):
         calls = [fleet.call("PinDataset", pin(name, nodes=[N1], queue="queues/team")) for name in ("c4", "other")]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        assert sorted(type(answer).__name__ for answer in answers) == ["Dataset", "FailedPrecondition"]
+        answers = asyncio.gather(*calls, return_exceptions=True)
+        await passing(fleet.clock, answers)
+        assert sorted(type(answer).__name__ for answer in await answers) == ["Dataset", "FailedPrecondition"]
+
+    async def test_what_agents_report_all_the_time_keeps_nobody_from_pinning(self, fleet):
+        listing, reports = fleet.store.list, 0
+
+        async def beside(prefix, *more, **how):
+            nonlocal reports
+            found = await listing(prefix, *more, **how)
+            if prefix == keys.DATASETS:
+                reports += 1
+                copy = {"node": N2, "present_bytes": reports}
+                report = pb.ReportCachedDatasetRequest(dataset="datasets/other", copy=copy)
+                await fleet.call("ReportCachedDataset", report, "agent", "a/n2")
+            return found
+
+        fleet.store.list = beside
+        made = await fleet.call("PinDataset", pin(nodes=[N1], queue="queues/team"))
+        assert [one.node for one in made.pins] == [N1]
+        assert reports == 1
 
     async def test_nobody_who_counts_is_no_yes_and_without_a_limit_nobody_is_asked(self, fleet):
         fleet.held = dict.fromkeys(fleet.held)

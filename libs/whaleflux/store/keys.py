@@ -7,6 +7,7 @@ SITES = ROOT + "sites/"  # {site}
 NODES = ROOT + "nodes/"  # {site}/{node}
 DATASETS = ROOT + "datasets/"  # {dataset}
 DATASET_MANIFESTS = ROOT + "dataset_manifests/"  # {dataset}: packed
+DATASET_PINS_EPOCH = ROOT + "dataset_pins_epoch"  # written with each new pin, so that two never count the same room
 NODE_IDENTITIES = ROOT + "node_identities/"  # {site}/{node}: which machine has the name
 JOIN_TOKENS = ROOT + "join_tokens/"  # {token}
 SECRETS = ROOT + "secrets/"  # {secret}: what people may see, and wrapped keys

@@ -15,7 +15,7 @@ from pathlib import Path
 from whaleflux.data.manifest import Manifest
 from whaleflux.errors import NotFound, StatusError
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
-from whaleflux_agent.dataset_store import Copy
+from whaleflux_agent.dataset_store import Copy, made_of
 
 MAX_ASKED = 64  # copies whose readers are asked for, those first that have most
 _CALL_S = 10.0
@@ -86,4 +86,5 @@ async def _gives(copy: Copy, to: inventory_pb2.Dataset, stub: inventory_pb2_grpc
         donor = await stub.GetDataset(inventory_pb2.GetDatasetRequest(name=copy.dataset), timeout=_CALL_S)
     except NotFound:
         return False
-    return donor.manifest_digest == copy.manifest.digest and may_give(donor, to)
+    same = (donor.manifest_digest, made_of(donor)) == (copy.manifest.digest, copy.made)
+    return same and may_give(donor, to)

@@ -1,6 +1,7 @@
 """The node's folder of datasets: which versions are there whole, what room they take, and which of them make room. Blocking: for threads.
 
-    root/<id>@<digest>/           a whole copy; the name is its dataset's and its version's
+    root/<id>@<digest>-<made>/    a whole copy; the name is its dataset's, its version's, and says when that dataset was declared: who may read
+                                  an earlier or later one of its name has no right to these bytes
     root/<id>@<source>~part/      a fixed part of what exceeds the cache, and links to the rest; named after what its source had
     root/.manifests/<same>        what it consists of; a copy without is none
     root/.costs/<same>            seconds for each byte that it was pulled in, and what it is worth to stay
@@ -40,7 +41,7 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A whole copy. `dataset`: datasets/{dataset}; `used_s`: when a task was last given it.
+    """A whole copy. `dataset`: datasets/{dataset}, and `made`: which of that name (`made_of`); `used_s`: when a task was last given it.
 
     `cost`: seconds for each byte to have it again. `worth`: the least goes first, by GreedyDual-Size (Cao and Irani, 1997): what it
     cost, on top of what the last one that went was worth when this one was last used.
@@ -53,6 +54,7 @@ class Copy:
     cost: float = 0.0
     worth: float = 0.0
     part: bool = False  # of a dataset: `manifest` is of the files that are here
+    made: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -68,11 +70,17 @@ class Held:
     have: int
     settled: bool
     coming: int = 0
+    made: str = ""  # of which dataset of the name
 
 
-def key_of(dataset: str, digest: str) -> str:
+def made_of(dataset: inventory_pb2.Dataset) -> str:
+    """Which of all datasets of this name it is: when it was declared."""
+    return f"{dataset.create_time.ToNanoseconds():x}" if dataset.HasField("create_time") else ""
+
+
+def key_of(dataset: str, digest: str, made: str = "") -> str:
     """The folder's name of a version; `digest` "": of one that is not known yet."""
-    return f"{names.last(dataset)}@{digest[:_DIGITS] or 'new'}"
+    return f"{names.last(dataset)}@{digest[:_DIGITS] or 'new'}{made and f'-{made}'}"
 
 
 class DatasetStore:
@@ -102,31 +110,33 @@ class DatasetStore:
             self._look_at(self.root / name)
         return sorted(self._copies.values(), key=lambda copy: (copy.worth, copy.used_s))
 
-    def find(self, dataset: str, digest: str = "") -> Copy | None:
-        """The whole copy of a version (`digest` "": of any) that is as it was left; one that somebody wrote to is taken out.
+    def find(self, dataset: str, digest: str = "", made: str = "") -> Copy | None:
+        """The whole copy of a version that is as it was left; one that somebody wrote to is taken out.
 
-        Looks at each of its files. Raises OSError for one that cannot be looked at.
+        `digest` "": of any version, and of any dataset of the name. Looks at each of its files. Raises OSError for one that cannot be looked at.
         """
         for copy in self.copies():
-            if copy.dataset == dataset and digest in ("", copy.manifest.digest) and not copy.part:
+            if _is_whole_of(copy, dataset, digest, made):
                 if dataset_files.unchanged(copy.folder, copy.manifest):
                     return copy
                 self.remove(copy)
         return None
 
-    def holding(self, dataset: str, digest: str = "") -> Copy | None:
+    def holding(self, dataset: str, digest: str = "", made: str = "") -> Copy | None:
         """The same, without a look at its files: one that is gone as a whole is noticed, no more."""
         for copy in self.copies():
-            if copy.dataset == dataset and digest in ("", copy.manifest.digest) and not copy.part:
+            if _is_whole_of(copy, dataset, digest, made):
                 if copy.folder.exists():
                     return copy
                 self._forget(copy)
         return None
 
     def known(self, dataset: str, digest: str) -> Copy | None:
-        """The whole copy of a version, as far as memory says; for any thread."""
-        copy = self._copies.get(key_of(dataset, digest))
-        return copy if copy and copy.manifest.digest == digest else None
+        """The whole copy of a version, that of the newest dataset of the name, as far as memory says; for any thread."""
+        copies = [
+            copy for copy in tuple(self._copies.values()) if digest and _is_whole_of(copy, dataset, digest, copy.made)
+        ]
+        return max(copies, key=lambda copy: (len(copy.made), copy.made), default=None)
 
     def part(self, key: str) -> Copy | None:
         """A part that is as it was left; one that somebody wrote to, or whose rest nobody knows, is taken out. Raises OSError."""
@@ -154,8 +164,9 @@ class DatasetStore:
             self._unread[folder.name] = allocated(folder)
             return
         dataset, part = names.dataset(folder.name.partition("@")[0]), folder.name.endswith(_PART)
-        if part or key_of(dataset, found.digest) == folder.name:
-            self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name), part)
+        made = "" if part else folder.name.rpartition("@")[2].partition("-")[2]
+        if part or key_of(dataset, found.digest, made) == folder.name:
+            self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name), part, made)
 
     def _cost_of(self, key: str) -> tuple[float, float]:
         """Cost and worth, as written; a copy without is the first to go."""
@@ -237,12 +248,13 @@ class DatasetStore:
         part: str = "",
         links: Sequence[tuple[str, str]] = (),
         home: str = "",
+        made: str = "",
     ) -> Copy:
         """Makes a whole copy of what was pulled: there for everybody at once. Raises OSError.
 
         `part`: its key, where it is a part only; `links` are paths of the rest, and where each is; `home` is where all of it is.
         """
-        key = part or key_of(dataset, found.digest)
+        key = part or key_of(dataset, found.digest, made)
         if part:
             (self.root / ".homes" / key).write_text(home)
         for path, original in links:
@@ -256,7 +268,8 @@ class DatasetStore:
         dataset_files.sync(known.parent)
         dataset_files.finish(partial, target, reader)
         self._unread.pop(key, None)
-        self._copies[key] = self._valued(Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part)))
+        copy = Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part), made=made)
+        self._copies[key] = self._valued(copy)
         return self._copies[key]
 
     def home_of(self, copy: Copy) -> str:
@@ -281,6 +294,11 @@ class DatasetStore:
         os.utime(copy.folder)
         if copy.folder.name in self._copies:
             self._copies[copy.folder.name] = self._valued(replace(copy, used_s=copy.folder.stat().st_mtime))
+
+
+def _is_whole_of(copy: Copy, dataset: str, digest: str, made: str) -> bool:
+    same = not digest or (copy.manifest.digest, copy.made) == (digest, made)
+    return copy.dataset == dataset and same and not copy.part
 
 
 def part_key(dataset: str, source: str) -> str:

@@ -10,7 +10,7 @@ from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.dataset_pins import NodePins
 from whaleflux_agent.dataset_reports import PARTIAL, READY, CopyReports
 from whaleflux_agent.dataset_room import Room
-from whaleflux_agent.dataset_store import Copy, DatasetStore
+from whaleflux_agent.dataset_store import Copy, DatasetStore, made_of
 
 _CALL_S = 10.0
 _PIN_AGAIN_S = 60.0
@@ -45,7 +45,7 @@ class Upkeep:
         for name, found in wanted.items():
             if name in self._fetching or self._not_before_s.get(name, now_s) > now_s:
                 continue
-            copy = await self._holding(name, found.manifest_digest) if found.manifest_digest else None
+            copy = await self._holding(name, found.manifest_digest, made_of(found)) if found.manifest_digest else None
             if copy is None and not found.HasField("credentials"):  # a secret is given for a task only
                 self._not_before_s[name] = now_s + _PIN_AGAIN_S
                 self._fetch(name)
@@ -55,8 +55,8 @@ class Upkeep:
             if copy := await self._holding(name):
                 await self._report(copy)
 
-    async def _holding(self, dataset: str, digest: str = "") -> Copy | None:
-        return await self._room.do(self._store.holding, dataset, digest)
+    async def _holding(self, dataset: str, digest: str = "", made: str = "") -> Copy | None:
+        return await self._room.do(self._store.holding, dataset, digest, made)
 
     async def tell(self, dataset: str) -> None:
         """What is here of it, be it nothing."""
@@ -86,7 +86,7 @@ class Upkeep:
                 return  # not now
             if copy.part:
                 await self._report(copy)
-            elif found.manifest_digest != copy.manifest.digest:
+            elif (found.manifest_digest, made_of(found)) != (copy.manifest.digest, copy.made):
                 await self._remove(copy)
             elif await self._as_left(copy):
                 await self._report(copy)
@@ -96,7 +96,7 @@ class Upkeep:
         if self._room.busy(copy.dataset):
             return True
         try:
-            if await self._room.do(self._store.find, copy.dataset, copy.manifest.digest):
+            if await self._room.do(self._store.find, copy.dataset, copy.manifest.digest, copy.made):
                 return True
         except OSError:
             return False  # not known: nothing is told

@@ -17,7 +17,7 @@ from whaleflux_agent.dataset_peers import READY, peers_of
 from whaleflux_agent.dataset_progress import Progress
 from whaleflux_agent.dataset_pull import in_thread
 from whaleflux_agent.dataset_reports import PULLING, CopyReports
-from whaleflux_agent.dataset_store import Copy
+from whaleflux_agent.dataset_store import Copy, made_of
 from whaleflux_agent.dataset_wanted import Wanted, found_out
 
 SAY_EVERY_S = 10.0  # by who makes a manifest
@@ -81,6 +81,8 @@ class Versions:
         request = inventory_pb2.SetDatasetManifestRequest(
             dataset=found.name, node=self._reports.node, manifest=made.to_proto()
         )
+        if found.HasField("create_time"):
+            request.dataset_create_time.CopyFrom(found.create_time)
         known: inventory_pb2.Dataset = await self._inventory.SetDatasetManifest(request, timeout=_CALL_S)
         return known
 
@@ -115,7 +117,8 @@ class Versions:
             found = await self._inventory.GetDataset(request, timeout=_CALL_S)
         except StatusError as failed:
             return isinstance(failed, NotFound)  # forgotten
-        if found.manifest_digest != copy.manifest.digest or found.HasField("credentials"):
+        same = (found.manifest_digest, made_of(found)) == (copy.manifest.digest, copy.made)
+        if not same or found.HasField("credentials"):
             return True  # of an earlier dataset of the name; or only a task could ask
         if any(other.node != self._reports.node and _is_whole(other, found) for other in found.copies):
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ from whaleflux_agent.dataset_progress import Pace, Stopped
 from whaleflux_agent.dataset_pull import Pull, in_thread
 from whaleflux_agent.dataset_reports import FAILED, PULLING, READY, CopyReports
 from whaleflux_agent.dataset_room import Room
-from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of
+from whaleflux_agent.dataset_store import Copy, DatasetStore, Held, NoRoom, key_of, made_of
 from whaleflux_agent.dataset_upkeep import Upkeep
 from whaleflux_agent.dataset_versions import Versions, shareable
 from whaleflux_agent.dataset_wanted import Wanted, found_out, go_on_with
@@ -48,7 +49,11 @@ OpenSource = Callable[[str, str, sources.ActAs], Source]
 
 def _ahead_key(found: inventory_pb2.Dataset) -> str:
     """The partial copy of what its maker has, while its version is not known: nothing that this node answers for."""
-    return f"{names.last(found.name)}@ahead"
+    return f"{names.last(found.name)}@ahead-{made_of(found)}"
+
+
+def _key(found: inventory_pb2.Dataset) -> str:
+    return key_of(found.name, found.manifest_digest, made_of(found))
 
 
 class DatasetCache:
@@ -84,7 +89,8 @@ class DatasetCache:
         self._needed = needed
         self._reports, self._peers = CopyReports(node, address, stub, self._stays), peers
         self._versions = Versions(stub, self._reports)
-        self._pulls: dict[tuple[str, str], Pull] = {}  # those of a known version, by dataset and digest
+        # Those of a known version, by dataset and digest, and of which dataset of the name.
+        self._pulls: dict[tuple[str, str], tuple[Pull, str]] = {}
         self._reader, self._header, self._pace, self._open_source = reader, header, pace or Pace(), open_source
         self._fetching: dict[str, Fetch] = {}
         self._waiting = Counter[str]()  # tasks, by dataset that is fetched for them
@@ -215,19 +221,19 @@ class DatasetCache:
             source = source or await self._opened(found, await self._shown(found, work, tell))
             if self._versions.made_elsewhere(found):
                 found = await self._wait_for_maker(found, source, fetch)
-            digest = found.manifest_digest
+            digest, key = found.manifest_digest, _key(found)
             wanted = await self._versions.wanted(found, source)
             if digest:
                 copies = await self._room.do(self._store.copies)
                 fetch.given = await given(copies, found, wanted.manifest, self._stub)
-                ahead, partial = self._store.partial(_ahead_key(found)), self._store.partial(key_of(found.name, digest))
+                ahead, partial = self._store.partial(_ahead_key(found)), self._store.partial(_key(found))
                 await self._room.do(go_on_with, ahead, partial, wanted)
             try:
                 made = await self._pulled(found, wanted, source, fetch)
                 tried += 1
                 found = found if digest else await self._versions.record(found, made)
                 if found.manifest_digest == made.digest:
-                    return await self._published(found, made, key_of(found.name, digest), fetch)
+                    return await self._published(found, made, key, fetch)
             except MadeElsewhere as made_elsewhere:
                 found = made_elsewhere.dataset
             finally:
@@ -235,7 +241,7 @@ class DatasetCache:
         raise SourceChanged("its source was another one when another node read it")
 
     async def _find(self, found: inventory_pb2.Dataset) -> Copy | None:
-        return await self._room.do(self._store.find, found.name, found.manifest_digest)
+        return await self._room.do(self._store.find, found.name, found.manifest_digest, made_of(found))
 
     async def _wait_for_maker(
         self, found: inventory_pb2.Dataset, source: Source, fetch: Fetch
@@ -284,7 +290,7 @@ class DatasetCache:
 
     async def _pulled(self, found: inventory_pb2.Dataset, wanted: Wanted, source: Source, fetch: Fetch) -> Manifest:
         """All bytes, in the partial copy. Raises Unkept where there is no room."""
-        key = key_of(found.name, found.manifest_digest)
+        key = _key(found)
         try:
             await self._room.take(key, wanted.manifest.size_bytes, fetch.given.datasets)
             found = await self._reports.say(found.name, PULLING, digest=found.manifest_digest) or found
@@ -307,10 +313,14 @@ class DatasetCache:
         """From peers first, where its version is known; else others are told that it is this node which reads it."""
         progress = fetch.progress
         if not wanted.known:
-            first = self._pulls[found.name, ""] = Pull(wanted, source, partial, pace=self._pace, progress=progress)
+            first = Pull(wanted, source, partial, pace=self._pace, progress=progress)
+            self._pulls[found.name, ""] = first, made_of(found)
             async with self._versions.making(found, progress):
                 made = await in_thread(first.run)
-            self._pulls[found.name, made.digest] = first  # given to others from the moment that they can know of it
+            self._pulls[found.name, made.digest] = (
+                first,
+                made_of(found),
+            )  # given to others from the moment that they can know of it
             return made
         job = self._for_job.get(found.name, "")
         given = shareable(found) or self._pins.has(found.name) or (bool(job) and not found.HasField("credentials"))
@@ -325,7 +335,7 @@ class DatasetCache:
                 peer=swarm.source if swarm else None,
                 here=fetch.given.places,
             )
-            self._pulls[found.name, wanted.manifest.digest] = pull
+            self._pulls[found.name, wanted.manifest.digest] = pull, made_of(found)
             if swarm is None:
                 return await in_thread(pull.run)
             pull.seen(*await swarm.look())
@@ -335,10 +345,12 @@ class DatasetCache:
     def held(self, dataset: str, digest: str) -> Held | None:
         """What is here of a version, each chunk compared: all of a whole copy, or the part that a pull has."""
         if copy := self._store.known(dataset, digest):
-            return Held(copy.manifest, copy.folder, (1 << copy.manifest.chunk_count) - 1, settled=True)
-        if pull := self._pulls.get((dataset, digest)):
-            return Held(pull.manifest, pull.files, pull.pieces, settled=False, coming=pull.coming)
-        return None
+            have = (1 << copy.manifest.chunk_count) - 1
+            return Held(copy.manifest, copy.folder, have, settled=True, made=copy.made)
+        if (dataset, digest) not in self._pulls:
+            return None
+        pull, made = self._pulls[dataset, digest]
+        return Held(pull.manifest, pull.files, pull.pieces, settled=False, coming=pull.coming, made=made)
 
     def _stays(self, dataset: str) -> bool:
         """Whether a whole copy is held because it is needed."""
@@ -346,7 +358,8 @@ class DatasetCache:
 
     async def _published(self, found: inventory_pb2.Dataset, made: Manifest, key: str, fetch: Fetch) -> Copy:
         progress, partial, cost = fetch.progress, self._store.partial(key), max(fetch.progress.cost, fetch.given.cost)
-        copy = await self._room.do(self._store.publish, found.name, made, partial, self._reader, cost)
+        publish = functools.partial(self._store.publish, made=made_of(found))
+        copy = await self._room.do(publish, found.name, made, partial, self._reader, cost)
         _log.info(
             Event.DATASET_CACHED,
             dataset=found.name,

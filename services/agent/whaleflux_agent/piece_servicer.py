@@ -25,7 +25,7 @@ from whaleflux.rpc import auth
 from whaleflux.trust import ownership
 from whaleflux.v1 import agent_pb2, agent_pb2_grpc, inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.dataset_files import FIXED_NS
-from whaleflux_agent.dataset_store import Held
+from whaleflux_agent.dataset_store import Held, made_of
 
 MAX_STRETCH_BYTES = 256 << 20  # of one read, which holds a place for as long as it takes
 MAX_READS, MAX_WAITING = 8, 64  # at a time; the node's disk and network are its own work's first
@@ -79,8 +79,9 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
 
     async def _opened(self, held: Held | None, request: agent_pb2.ReadPieceRequest) -> int:
         """A descriptor of the file; the files of a copy that has just become whole are found where they are now. Raises NotFound."""
+        made = held.made if held else ""
         for _ in range(_MOVES):
-            if held is None:
+            if held is None or held.made != made:
                 break
             if (number := await asyncio.to_thread(_open, held, request.path)) >= 0:
                 return number
@@ -98,13 +99,16 @@ class PieceServicer(agent_pb2_grpc.PieceServiceServicer):
         ownership.note_asked()
         held = self._held(dataset, digest)
         near = names.top(node) == names.top(self._node)
-        if held is None or not near or not await self._may_have(node, dataset, digest, request.job):
+        if held is None or not near or not await self._may_have(node, dataset, digest, held.made, request.job):
             raise NotFound(_PIECE, f"{dataset} on {self._node}")
         return held
 
-    async def _may_have(self, node: str, name: str, digest: str, job: str) -> bool:
+    async def _may_have(self, node: str, name: str, digest: str, made: str, job: str) -> bool:
+        """`made`: of which dataset of the name it is what is here; who may read a later one may not for that read these bytes."""
         dataset = await self._dataset(name, digest)
         if dataset is None or digest not in ("", dataset.manifest_digest) or dataset.HasField("credentials"):
+            return False
+        if made_of(dataset) != made:
             return False
         return not dataset.members or node in self._pinned(dataset) or await self._reads_for(node, name, job)
 

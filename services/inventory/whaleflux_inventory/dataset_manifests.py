@@ -6,7 +6,7 @@ import zlib
 
 from whaleflux import names
 from whaleflux.data import manifest
-from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from whaleflux.rpc import changes
 from whaleflux.store import keys
 from whaleflux.store.api import ConditionFailed, Delete, Entry, Put, Store, Unchanged
@@ -32,6 +32,10 @@ async def record(store: Store, request: pb.SetDatasetManifestRequest) -> Entry:
     for _ in range(records.ATTEMPTS):
         entry = await records.read(store, keys.DATASETS, request.dataset, "dataset")
         dataset = pb.Dataset.FromString(entry.value)
+        if request.HasField("dataset_create_time") and request.dataset_create_time != dataset.create_time:
+            raise FailedPrecondition(
+                f"{request.dataset} was declared anew while it was read: it is another dataset; read that one"
+            )
         if dataset.manifest_digest:
             return entry
         _name_in(dataset, found)

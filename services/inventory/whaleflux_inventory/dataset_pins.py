@@ -12,9 +12,10 @@ from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
 from whaleflux.reasons import What
+from whaleflux.retry import Backoff
 from whaleflux.rpc import changes
 from whaleflux.store import keys
-from whaleflux.store.api import ConditionFailed, Entry, NoneCreated, Put, Store, Unchanged
+from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Unchanged
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import records
 from whaleflux_inventory.core.facts import Findings
@@ -24,6 +25,7 @@ from whaleflux_inventory.data_quotas import DataQuotas
 MAX_PINS = 256  # of one dataset
 _WHOLE = (pb.DATASET_COPY_STATE_UNSPECIFIED, pb.DATASET_COPY_STATE_READY)
 MAX_TTL = timedelta(days=366)
+_PAUSES = Backoff(first_s=0.02, longest_s=0.5)
 
 
 class DatasetPins:
@@ -35,14 +37,17 @@ class DatasetPins:
     async def pin(self, request: pb.PinDatasetRequest) -> Entry:
         """Adds pins, or lengthens them. Raises InvalidArgument, FailedPrecondition where it does not fit, or beyond its queue's quota.
 
-        Written only if no dataset changed since all of them were looked at: two pins never count the same room.
+        Written only if nobody else pinned anything since all datasets were looked at: two pins never count the same room. What agents report of
+        copies all the time is in nobody's way, but for reports of this dataset.
         """
         self._check(request)
         queue = self._quotas.charged(request.queue)
         until = self._clock.now() + request.ttl.ToTimedelta() if request.HasField("ttl") else None
-        for _ in range(records.ATTEMPTS):
-            snapshot = await self._store.list(keys.DATASETS)
-            known = list(_readable(snapshot.entries))
+        for tried in range(records.ATTEMPTS):
+            if tried:
+                await self._clock.sleep(_PAUSES.pause_s(tried))
+            epoch = await self._store.get(keys.DATASET_PINS_EPOCH)
+            known = list(_readable((await self._store.list(keys.DATASETS)).entries))
             entry, record = next((pair for pair in known if pair[1].name == request.name), (None, pb.Dataset()))
             if entry is None:
                 raise NotFound("dataset", request.name)
@@ -60,9 +65,10 @@ class DatasetPins:
                 record, [*kept, *(self._pin(node, until, queue) for node in nodes)], f"pinned to {', '.join(nodes)}"
             )
             value = record.SerializeToString(deterministic=True)
-            none_else = NoneCreated(keys.DATASETS, snapshot.revision, or_written=True)
+            alone = Unchanged(epoch) if epoch else Absent(keys.DATASET_PINS_EPOCH)
+            writes = Put(entry.key, value), Put(keys.DATASET_PINS_EPOCH, b"")
             try:
-                revision = await self._store.commit(Put(entry.key, value), when=[Unchanged(entry), none_else])
+                revision = await self._store.commit(*writes, when=[Unchanged(entry), alone])
             except ConditionFailed:
                 continue
             return Entry(entry.key, value, revision, entry.created, entry.version + 1)
