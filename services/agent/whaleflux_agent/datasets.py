@@ -49,7 +49,7 @@ OpenSource = Callable[[str, str, sources.ActAs], Source]
 
 def _ahead_key(found: inventory_pb2.Dataset) -> str:
     """The partial copy of what its maker has, while its version is not known: nothing that this node answers for."""
-    return f"{names.last(found.name)}@ahead-{made_of(found)}"
+    return key_of(found.name, "ahead", made_of(found))
 
 
 def _key(found: inventory_pb2.Dataset) -> str:
