@@ -289,7 +289,7 @@ class Agent:
             case "cancel_logs":
                 self.cancelled_logs.append(answer.cancel_logs)
             case "ray":
-                self.ray.append(answer.ray)
+                self.ray += [answer.ray] if answer.ray.job else []
 
     def _want(self, task: agent_pb2.DesiredTask) -> None:
         name = task.task.id

@@ -4,6 +4,7 @@ import argparse
 import socket
 import struct
 import threading
+from pathlib import Path
 from types import SimpleNamespace as Message
 
 import pytest
@@ -77,8 +78,93 @@ def test_a_worker_says_what_its_node_has():
     )  # fmt: skip
     words = worker.command(asked, "/tmp/f")
     assert {"--address=h:1", "--num-gpus=2", "--num-cpus=8", "--memory=7"} <= {*words}
+    assert f"--object-store-memory={worker.LEAST_STORE_BYTES}" in words
     assert "--labels=whaleflux/gpu=H100-80GB,whaleflux/site=onprem,rack=a" in words
     assert '--resources={"gpu_memory": 163840, "accelerator_type:H100": 2}' in words
+
+
+def test_all_nodes_of_a_host_hold_objects_within_its_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(worker.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(worker.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**28}.__getitem__)
+    host_bytes = 2**40
+    assert 64 * worker.object_store_bytes(0, 1) <= host_bytes / 4, (
+        "Ray by itself would take nineteen times what there is"
+    )
+    assert worker.object_store_bytes(0, 1, 1) == worker.object_store_bytes(0, 1), "how many GPUs there are is not known"
+    for n in range(8):
+        (tmp_path / f"0000:{n:02}").touch()
+    monkeypatch.setattr(worker, "HOST_GPUS", tmp_path)
+    assert host_bytes / 50 < worker.object_store_bytes(0, 1, 1) < host_bytes / 8
+    assert worker.object_store_bytes(10**10, 1, 1) == 2 * 10**9
+
+
+def test_a_session_leaves_no_folder_and_takes_away_what_a_killed_one_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker.os, "access", lambda *_: False)
+    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
+    left = tmp_path / "wfrayleft"
+    for folder, lock in ((left, True), (tmp_path / "wfraynew", False), (tmp_path / "others", True)):
+        (folder / "session").mkdir(parents=True)
+        if lock:
+            (folder / worker.IN_USE).touch()
+    with worker.short_folder() as first, worker.short_folder() as second:
+        assert not left.exists()
+        assert Path(first).is_dir() and Path(second).is_dir(), "what is in use stays"
+        assert Path(first).stat().st_mode & 0o7777 == 0o1777
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["others", "wfraynew"]
+
+
+class Gcs:
+    """The node of a worker, whose GCS answers only when it is asked for the `answers`-th time."""
+
+    cluster = None
+
+    def __init__(self, answers):
+        self.left, self.drained = answers, []
+
+    def state(self):
+        self.left -= 1
+        return (
+            Message(status=worker.RUNNING_STATUS if not self.drained else worker.DEAD_STATUS)
+            if self.left <= 0
+            else None
+        )
+
+    def drain(self, state, reason, words, within_s):
+        self.drained.append((reason, within_s))
+        return True
+
+
+def told_worker(monkeypatch):
+    monkeypatch.setattr(worker, "LOOK_S", 0.0)
+    one = worker.Worker(argparse.Namespace(idle_s=60.0, grace_s=25.0))
+    one._joined = True
+    one.stop()
+    return one
+
+
+def test_who_has_to_go_while_the_gcs_is_away_for_a_moment_drains_all_the_same(monkeypatch):
+    node, raylet = Gcs(answers=5), Message(poll=lambda: None, returncode=0)
+    assert told_worker(monkeypatch).watch(raylet, node, 0.0) == 0
+    ((reason, within_s),) = node.drained
+    assert reason == worker.PREEMPTED
+    assert 20.0 < within_s <= 25.0, "what runs has its notice"
+
+
+def test_and_goes_without_where_it_stays_away(monkeypatch):
+    monkeypatch.setattr(worker, "DRAIN_S", 0.01)
+    node, raylet = Gcs(answers=10**9), Message(poll=lambda: None, returncode=0)
+    assert told_worker(monkeypatch).watch(raylet, node, 0.0) == 0
+    assert not node.drained
+
+
+def test_a_question_that_fails_ends_no_worker():
+    class Client:
+        def drain_node(self, *_):
+            raise RuntimeError("Deadline Exceeded")
+
+    node = worker.Node.__new__(worker.Node)
+    node._client = Client()
+    assert not node.drain(Message(node_id=b"a"), worker.IDLE, "idle", 0)
 
 
 def test_a_node_leaves_only_where_what_is_to_be_held_is_there_without_it():

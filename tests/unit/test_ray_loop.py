@@ -37,6 +37,12 @@ async def gone(world, name="rl"):
     await until(is_gone, "the record is gone")
 
 
+async def said_of(world, worker):
+    await world.seconds(1)
+    (part,) = [part for part in (await world.cluster()).status.parts if part.job == worker.name]
+    return part.message
+
+
 def names_of(jobs):
     return [job.name for job in jobs]
 
@@ -222,8 +228,101 @@ class TestSizing:
                 [{"resources": {"gpu_memory": 10_000_000.0}, "count": 2}],
             )
 
+    async def test_what_another_leader_decides_is_news_though_it_is_its_first_decision_too(self):
+        async with RayWorld() as world:
+            await world.up()
+            head = await world.head()
+            await world.says(head, waits=gpu_tasks(1))
+            await until(lambda: world.decisions, "it is told")
+            (first, *_) = [one.number for agent in world.agents.values() for one in agent.ray]
+            await world.restart()
+            for agent in world.agents.values():
+                agent.ray.clear()
+            await world.says(head, waits=gpu_tasks(3))
+            await until(lambda: world.decisions, "it is told")
+            assert first not in [one.number for agent in world.agents.values() for one in agent.ray]
+
+    async def test_a_worker_that_has_left_is_not_said_to_come(self):
+        async with RayWorld() as world:
+            head, (worker,) = await sized(world, 1)
+            assert await said_of(world, worker) == "on its way"
+            world.joins(worker, busy=True)
+            await world.says(head, waits=[])
+            assert await said_of(world, worker) == "works"
+            world.ray_nodes.clear()
+            await world.says(head)
+            assert await said_of(world, worker) == "has left, and ends"
+
+
+class TestWorkersThatDoNotJoin:
+    async def test_the_next_are_started_later_each_time_and_it_says_which_and_why(self):
+        async with RayWorld() as world:
+            await world.up()
+            head = await world.head()
+            await world.says(head, waits=gpu_tasks(2))
+            for _ in range(60):
+                for worker in await world.jobs():
+                    if worker.state == pb.JOB_STATE_RUNNING:
+                        task = worker.attempt.tasks[0]
+                        world.agents[task.node].exit(127, task.id, "python3: no Ray")
+                await world.seconds(1, head)
+            made = await world.jobs(ended=True)
+            assert 2 < len(made) <= 12, "two at first, two after 5, 10, 20 and 40 s"
+            said = (await world.cluster()).status.message
+            assert "ended before it had joined" in said
+            assert said.rpartition("See: whaleflux logs ")[2] in names_of(made)
+
+    async def test_one_that_joins_makes_an_end_of_it(self):
+        async with RayWorld() as world:
+            head, (worker,) = await sized(world, 1)
+            task = worker.attempt.tasks[0]
+            world.agents[task.node].exit(127, task.id, "python3: no Ray")
+            await world.seconds(2, head)
+            assert not await world.jobs()
+            await world.seconds(5, head)
+            (again,) = await world.workers(1)
+            world.joins(again, busy=True)
+            await world.says(head, waits=gpu_tasks(1))
+            await world.workers(2)
+
+    async def test_who_had_joined_and_fails_is_made_again_at_once(self):
+        async with RayWorld() as world:
+            head, (worker,) = await sized(world, 1)
+            world.joins(worker, busy=True)
+            await world.says(head, waits=[])
+            task = worker.attempt.tasks[0]
+            world.agents[task.node].exit(1, task.id)
+            world.ray_nodes.clear()
+            await world.says(head, waits=gpu_tasks(1))
+            await world.seconds(3, head)
+            (again,) = await world.workers(1)
+            assert again.name != worker.name
+
 
 class TestRights:
+    async def test_a_head_that_has_ended_is_not_heard_any_more(self):
+        async with RayWorld() as world:
+            head, _ = await sized(world, 1)
+            world.agents[head.attempt.tasks[0].node].slow_to_die = True
+            await world.scheduler.CancelJob(pb.CancelJobRequest(name=head.name), None)
+            again = await world.head()
+            world.session = "session-2"
+            await world.says(again, waits=gpu_tasks(1))
+            await world.says(head, waits=gpu_tasks(5))
+            await world.seconds(2, again)
+            shown = (await world.cluster()).status
+            assert (shown.waiting, shown.stale) == (1, False)
+
+    async def test_a_queue_stays_as_long_as_a_ray_cluster_has_its_jobs_there(self):
+        async with RayWorld() as world:
+            made = pb.CreateQueueRequest(queue_id="rays", queue=pb.Queue())
+            await world.scheduler.CreateQueue(made, None)
+            await world.up(queue="queues/rays")
+            head = await world.head()
+            await world.scheduler.CancelJob(pb.CancelJobRequest(name=head.name), None)
+            with pytest.raises(FailedPrecondition, match="whaleflux ray down rl"):
+                await world.scheduler.DeleteQueue(pb.DeleteQueueRequest(name="queues/rays"), None)
+
     async def test_only_the_reader_of_a_cluster_is_heard_on_its_own_node(self):
         async with RayWorld() as world:
             await world.up()

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from .reader import CONNECT_S, demand_of, without_time
-from .worker import KV_SPACE, LEAVE_KEY, end, short_folder
+from .worker import KV_SPACE, LEAVE_KEY, end, object_store_bytes, short_folder
 
 LOOK_S, SAY_S = 0.25, 1.0  # between looks at the GCS; between words to the agent while nothing changes
 SILENT_S = 60.0  # a GCS that does not answer so long is not waited for
+HEAD_CPUS = 2  # whose share of the host's memory it takes where nothing is said
 MOST_BYTES = 1 << 20  # of a reading, packed
 MOST_SHAPES = 800  # of what waits: the scheduler takes a thousand
 _LENGTH = struct.Struct("!I")
@@ -54,7 +54,7 @@ def command(host: str, port: int, dashboard: int, client: int, folder: str, memo
     ]  # fmt: skip
     if importlib.util.find_spec("grpc") is not None:  # Ray's own client needs it, and plain `ray` comes without
         found.append(f"--ray-client-server-port={client}")
-    return found + ([f"--object-store-memory={max(100_000_000, memory_bytes // 5)}"] if memory_bytes else [])
+    return [*found, f"--object-store-memory={object_store_bytes(memory_bytes, HEAD_CPUS)}"]
 
 
 def free_ports(host: str, count: int) -> list[int]:
@@ -185,10 +185,10 @@ class Beside:
         """Reads once, and tells what is to be told. Raises what Ray raises when the GCS is gone."""
         reply = self._pb.GetClusterResourceStateReply.FromString(self._client.get_cluster_resource_state())
         found = bounded(demand_of(reply.cluster_resource_state, self._pb.NodeStatus.Name))
-        if (key := without_time(found)) != self._told:
+        if news := (key := without_time(found)) != self._told:
             self._told, self._number = key, self._number + 1
             self._whole = zlib.compress(json.dumps({**found, "ray_version": self._version}).encode(), 1)
-        if self._sent != self._number or time.monotonic() - self._said_at >= SAY_S:
+        if news or time.monotonic() - self._said_at >= SAY_S:
             self._say()
 
     def _say(self) -> None:
@@ -243,7 +243,11 @@ class Head:
         signal.signal(signal.SIGTERM, self._stop)
         if self._asked.address:
             return self._watch(self._asked.address, "")
-        host, folder = self._asked.host, short_folder()
+        with short_folder() as folder:
+            return self._start(folder)
+
+    def _start(self, folder: str) -> int:
+        host = self._asked.host
         dashboard, client = free_ports(host, 2)
         words = command(host, self._asked.port, dashboard, client, folder, self._asked.memory_bytes)
         environment = {**os.environ, "RAY_enable_autoscaler_v2": "1"}  # so that `ray status` shows what is decided here
@@ -254,7 +258,6 @@ class Head:
             return self._watch(f"{joined}:{self._asked.port}", f"{joined}:{dashboard}")
         finally:
             end(self._ray)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _stop(self, *_: object) -> None:
         self._told = True

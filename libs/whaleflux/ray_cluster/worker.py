@@ -10,7 +10,9 @@ left, 3 it could not join, else those of `ray start`.
 """
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,12 +22,21 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 JOIN_S, LEAVE_S, LOOK_S = 300.0, 30.0, 1.0
 NODES_A_LOOK = 100  # of larger clusters each worker looks less often: all of them together ask the GCS as much
 WANTED_S, KV_S = 2.0, 5.0  # idle for so long, it goes where others want its GPUs; most that it waits to hear of it
+DRAIN_S = 5.0  # so long a GCS that does not answer is asked to drain a node that has to go
+STORE_SHARE, LEAST_STORE_BYTES = (
+    0.2,
+    100_000_000,
+)  # of a node's memory for objects; less than Ray takes by itself, as workers share hosts
+HOST_GPUS = "/proc/driver/nvidia/gpus"
+IN_USE = "in-use"  # file of a session's folder, locked as long as that is used
 JOINS_NOT = 3  # exit code
 TRIES = 3
 IDLE, PREEMPTED = 1, 2  # DrainNodeReason of Ray
@@ -49,11 +60,51 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def short_folder() -> str:
-    """Where a session lies: Ray's sockets need a short path, and programs on this host that run as other users find it there, too."""
-    folder = tempfile.mkdtemp(prefix="wfray", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-    Path(folder).chmod(0o1777)
-    return folder
+@contextmanager
+def short_folder() -> Iterator[str]:
+    """Where a session lies: Ray's sockets need a short path, and programs on this host that run as other users find it there, too.
+
+    It goes with its session. A lock says that it is in use: what one that was killed has left goes when the next one comes.
+    """
+    root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+    _sweep(root)
+    folder = tempfile.mkdtemp(prefix="wfray", dir=root)
+    with open(os.path.join(folder, "new"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, os.path.join(folder, IN_USE))  # nobody sees it without its lock
+        Path(folder).chmod(0o1777)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(root: str) -> None:
+    """Removes our folders that nobody uses; one without a lock is about to get it."""
+    for folder in Path(root).glob("wfray*"):
+        with suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / IN_USE).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def object_store_bytes(memory_bytes: int, cpus: int, gpus: int = 0) -> int:
+    """Memory for objects: a part of what was asked for, else of the node's share of the host's, by processors or GPUs.
+
+    Ray by itself takes three tenths of the host's for each node, and there are several on one host.
+    """
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = min(1.0, max(cpus / (os.cpu_count() or 1), gpus / (host_gpus() or math.inf)))
+    return max(LEAST_STORE_BYTES, int((memory_bytes or host_bytes * share) * STORE_SHARE))
+
+
+def host_gpus() -> int:
+    """GPUs of the host, others' included; 0: not known."""
+    with suppress(OSError):
+        return len(os.listdir(HOST_GPUS))
+    return 0
 
 
 def command(asked: argparse.Namespace, folder: str) -> list[str]:
@@ -70,6 +121,7 @@ def command(asked: argparse.Namespace, folder: str) -> list[str]:
         f"--num-cpus={asked.cpus}", f"--num-gpus={asked.gpus}", f"--resources={json.dumps(resources)}",
         "--labels=" + ",".join(label for label in labels if not label.endswith("=")),
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--temp-dir={folder}",
+        f"--object-store-memory={object_store_bytes(asked.memory_bytes, asked.cpus, asked.gpus)}",
         *([f"--memory={asked.memory_bytes}"] if asked.memory_bytes else []),
     ]  # fmt: skip
 
@@ -101,9 +153,12 @@ class Node:
         return is_named(self._client, self._instance)
 
     def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
-        """Whether Ray lets it go."""
+        """Whether Ray lets it go; not where the GCS does not answer."""
         deadline_ms = int((time.time() + within_s) * 1000) if within_s else 0
-        accepted, why = self._client.drain_node(state.node_id.hex(), reason, words, deadline_ms)
+        try:
+            accepted, why = self._client.drain_node(state.node_id.hex(), reason, words, deadline_ms)
+        except Exception as error:  # Ray says in many ways that the GCS is gone
+            accepted, why = False, f"the GCS does not answer: {str(error)[:200]}"
         if not accepted:
             print(f"stays: {why}", flush=True)
         return bool(accepted)
@@ -149,11 +204,8 @@ class Worker:
     def run(self) -> int:
         """Until it has left. A node that did not come up is begun anew: Ray waits half a minute for it, whatever the host has to do."""
         signal.signal(signal.SIGTERM, self.stop)
-        folder = short_folder()
-        try:
+        with short_folder() as folder:
             return self._try(folder, time.monotonic() + JOIN_S)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _try(self, folder: str, join_until: float) -> int:
         code = JOINS_NOT
@@ -184,9 +236,8 @@ class Worker:
             state = node.state()
             self._joined |= state is not None and state.status != DEAD_STATUS
             if self._told.is_set():
-                grace_s = self._asked.grace_s
-                if state is not None and node.drain(state, PREEMPTED, "preempted", grace_s):
-                    self._leave(ray, node, grace_s)
+                if self._joined:
+                    self._go(ray, node, state)
                 return 0
             if self.may_leave(state, node) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
                 print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
@@ -200,6 +251,20 @@ class Worker:
             print(f"has not joined {self._asked.address}", file=sys.stderr, flush=True)
             return JOINS_NOT
         return ray.returncode or 0
+
+    def _go(self, ray: Any, node: Any, state: Any) -> None:
+        """Drains what has to go. A GCS that does not answer for a moment is asked again: what runs there would be lost without notice."""
+        began, grace_s = time.monotonic(), self._asked.grace_s
+        while ray.poll() is None and (state is None or state.status != DEAD_STATUS):
+            left_s = grace_s - (time.monotonic() - began)
+            if state is not None and node.drain(state, PREEMPTED, "preempted", left_s):
+                self._leave(ray, node, left_s)
+                return
+            if time.monotonic() - began > min(DRAIN_S, grace_s):
+                print("ends without having drained: the GCS does not answer", flush=True)
+                return
+            time.sleep(LOOK_S / 2)
+            state = node.state()
 
     def _leave(self, ray: Any, node: Any, within_s: float) -> None:
         """Waits for the raylet, which ends itself once it is drained and nothing runs; `ray start` may stay for a while after it."""

@@ -49,7 +49,7 @@ class SyncLoop:
         self._supervisor, self._reports, self._clock = supervisor, reports, clock
         self._attach, self._refused, self._data = attach, refused, data
         self._ray = ray or RayReadings(clock)
-        self._asked_for_data = False  # on this stream: an older scheduler would take no report of it
+        self._asked_for_data = self._asked_for_ray = False  # on this stream: an older scheduler would take none of it
         self._changed = asyncio.Event()
         self.connected = False
 
@@ -70,7 +70,7 @@ class SyncLoop:
             await self._clock.sleep(RETRY.pause_s(failures))
 
     async def _once(self) -> None:
-        self._asked_for_data = False
+        self._asked_for_data = self._asked_for_ray = False
         logs = LogStreams(self._supervisor.with_logs, self._changed.set)
         self._reports.on_change = self._ray.on_change = self._changed.set
         self._ray.begin()
@@ -102,7 +102,7 @@ class SyncLoop:
             for report in self._reports.after(sent):
                 yield agent_pb2.SyncRequest(report=report)
                 sent = report.sequence
-            for reading in self._ray.take():
+            for reading in self._ray.take() if self._asked_for_ray else ():
                 yield agent_pb2.SyncRequest(ray=reading)
             if self._clock.monotonic() >= progress_at:
                 progress_at = self._clock.monotonic() + PROGRESS_EVERY_S
@@ -140,6 +140,8 @@ class SyncLoop:
             case "cancel_logs":
                 logs.cancel(response.cancel_logs)
             case "ray":
+                self._asked_for_ray = True
+                self._changed.set()
                 self._ray.decided(response.ray)
             case "attach":
                 self._attach(response.attach)

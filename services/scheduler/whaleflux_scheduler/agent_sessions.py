@@ -131,7 +131,8 @@ class AgentSession:
             everything = agent_pb2.DesiredTasks(
                 tasks=tasks.values(), revision=revision, unreadable_jobs=sorted(left_alone)
             )
-            return [agent_pb2.SyncResponse(desired=everything), *self._new_data(anew=True)]
+            takes_readings = agent_pb2.SyncResponse(ray=agent_pb2.RayDecision())
+            return [agent_pb2.SyncResponse(desired=everything), *self._new_data(anew=True), takes_readings]
         gone = [agent_pb2.SyncResponse(removed=name) for name in before if name not in now]
         changed = [
             agent_pb2.SyncResponse(changed=tasks[name]) for name, text in now.items() if before.get(name) != text

@@ -144,7 +144,7 @@ class Queues:
         return _Place([*unchanged, Unchanged(above)], [Put(above.key, above.value)])
 
     async def delete(self, request: pb.DeleteQueueRequest) -> None:
-        """Refuses while it has unfinished jobs, reservations, or queues below it, also those that come at this moment."""
+        """Refuses while it has unfinished jobs, reservations, Ray clusters, or queues below it, also those that come at this moment."""
         entry = await self.get(request.name)
         check_etag(request.etag, entry)
         if request.name == names.DEFAULT_QUEUE:
@@ -155,7 +155,11 @@ class Queues:
             )
         for _ in range(RACES):
             await self._none_below(request.name)
-            as_of = [await self._jobs_ended(request.name), await self._none_reserved(request.name)]
+            as_of = [
+                await self._jobs_ended(request.name),
+                await self._none_reserved(request.name),
+                await self._no_ray_cluster(request.name),
+            ]
             marked = pb.Queue.FromString(entry.value)
             marked.last_change.CopyFrom(changes.deletion(self._clock.now()))
             try:
@@ -196,6 +200,22 @@ class Queues:
                 metadata={"name": name, "reservations": str(len(kept))},
             )
         return NoneCreated(keys.RESERVATIONS, snapshot.revision, or_written=True)
+
+    async def _no_ray_cluster(self, name: str) -> NoneCreated:
+        """The same of Ray clusters, whose next head or worker would find no queue; refuses for one of it."""
+        snapshot = await self._store.list(keys.RAY_CLUSTERS)
+        there = []
+        for entry in snapshot.entries:
+            with contextlib.suppress(DecodeError):
+                one = pb.RayCluster.FromString(entry.value)
+                there += [one.name] if one.queue == name else []
+        if there:
+            raise FailedPrecondition(
+                f"{there[0]} has its jobs in {name}; take it down first with: whaleflux ray down {names.last(there[0])}",
+                reason=ErrorReason.QUEUE_NOT_EMPTY,
+                metadata={"name": name, "ray_clusters": str(len(there))},
+            )
+        return NoneCreated(keys.RAY_CLUSTERS, snapshot.revision)
 
     async def _jobs_ended(self, name: str) -> NoneCreated:
         """What has to hold while the queue is deleted: that no job came after those that were looked at, nor took the place of one.

@@ -8,11 +8,12 @@ made twice. What is decided: `core.ray_parts`, `core.ray_sizing`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
@@ -32,6 +33,7 @@ from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import lifecycle, ray_parts, ray_sizing, verbs
 from whaleflux_scheduler.core.model import Cause, JobState
 from whaleflux_scheduler.core.ray_clusters import RayClusterState
+from whaleflux_scheduler.core.ray_joining import Joining
 from whaleflux_scheduler.core.ray_leaving import Idle, leaving
 from whaleflux_scheduler.core.ray_parts import End, Forget, Make, Part, Role, Worker
 from whaleflux_scheduler.core.ray_sizing import Sizing
@@ -66,7 +68,7 @@ class _Known:
     size_again_s: float = float("-inf")
     again_s: float = float("-inf")  # it is not looked at before
     decided: bytes = b""
-    number: int = 0
+    joining: Joining = field(default_factory=Joining)
 
 
 class RayLoop:
@@ -97,8 +99,8 @@ class RayLoop:
         stored = self._jobs.get(key_of(said.job))
         part = None if stored is None or not stored.message.HasField("ray") else stored.message.ray
         attempt = stored.value.attempt if stored is not None else None
-        if attempt is not None and part is not None and attempt.epoch != said.epoch:
-            return  # an attempt that is over still speaks
+        if stored is not None and attempt is not None and (stored.value.ended or attempt.epoch != said.epoch):
+            return  # what is over still speaks
         placed = attempt is not None and any(task.node == node for task in attempt.tasks)
         if part is None or part.role == pb.RAY_ROLE_WORKER or not placed:
             telemetry.counter(Metric.CLAIMS_REFUSED).labels("ray").inc()
@@ -240,6 +242,8 @@ class RayLoop:
             known.message = f"what waits cannot be read: {reading.wrong}"[:500]
             return
         parts, now_s = self._parts(known), self._clock.monotonic()
+        failed = {part.job for part in parts if _failed(part)} - reading.been
+        known.joining.look(failed, frozenset(reading.been), now_s)
         known.leaving = await self._leaving(reading, read, parts)
         looked_at = (reading.epoch, reading.number, stored.entry.revision, tuple((p.job, p.state) for p in parts))
         later = any(not one.never for one in known.unmet)
@@ -285,6 +289,9 @@ class RayLoop:
         joins = pb.RayPart(address=self._address(stored, known), session=read.demand.session)
         known.message = _said(sizing, stored.value.max_gpus, read)
         if not sizing.start or not joins.address:
+            return
+        if (left_s := known.joining.not_before_s - self._clock.monotonic()) > 0:
+            known.message = self._why_none_are_started(known, left_s)
             return
         await self._make(stored, known, Role.WORKER, sizing.start[:MOST_STARTS], joins)
         if not reading.answered:
@@ -356,10 +363,9 @@ class RayLoop:
         content = json.dumps(decision | {"version": 0}, sort_keys=True).encode()
         if content == known.decided:
             return
-        known.number += 1
-        message = agent_pb2.RayDecision(
-            job=reading.job, epoch=reading.epoch, number=known.number, decision=json.dumps(decision).encode()
-        )
+        whole = json.dumps(decision).encode()
+        number = int.from_bytes(hashlib.sha256(whole).digest()[:7]) or 1  # whoever leads: another decision has another
+        message = agent_pb2.RayDecision(job=reading.job, epoch=reading.epoch, number=number, decision=whole)
         known.decided = content if self._tell(reading.node, agent_pb2.SyncResponse(ray=message)) else b""
 
     # what is shown
@@ -381,7 +387,9 @@ class RayLoop:
             reading_age_s=age_s,
             stale=self._reading(stored) is None,
             message=known.message,
-            parts=[_part_message(part, read, came_s_ago) for part in parts],
+            parts=[
+                _part_message(part, read, came_s_ago, reading.been if reading is not None else ()) for part in parts
+            ],
             gpus=sum(part.worker.gpus for part in parts if not part.ended),
             nodes=len(read.instances) if read is not None else 0,
             waiting=read.waiting if read is not None else 0,
@@ -399,6 +407,15 @@ class RayLoop:
         age_s = self._readings.age_s(stored.value.name)
         silent = "was not heard yet" if age_s is None else f"was silent for {age_s:.0f} s"
         return f"its {role.word} {silent}: what waits is not known, so nothing is started or ended{self._last_words(first)}; see: whaleflux logs {first.job}"
+
+    def _why_none_are_started(self, known: _Known, left_s: float) -> str:
+        last = max((part for part in self._parts(known) if _failed(part)), key=lambda part: part.since, default=None)
+        if last is None:
+            return f"workers ended before they had joined; the next are started in {left_s:.0f} s"
+        return (
+            f"{last.job} ended before it had joined{self._last_words(last)}; the next are started in {left_s:.0f} s. "
+            f"See: whaleflux logs {last.job}"
+        )
 
     def _last_words(self, first: Part) -> str:
         """Why the attempt before ended, in its first line."""
@@ -434,18 +451,23 @@ def _with_those_under_way(read: Read, parts: Sequence[Part]) -> pb.RayDemand:
     return demand
 
 
-def _part_message(part: Part, read: Read | None, came_s_ago: float) -> pb.RayClusterPart:
+def _failed(part: Part) -> bool:
+    """A worker that ended badly."""
+    return part.role is Role.WORKER and part.state is JobState.FAILED
+
+
+def _part_message(part: Part, read: Read | None, came_s_ago: float, been: Collection[str]) -> pb.RayClusterPart:
     return pb.RayClusterPart(
         job=part.job,
         role=f"RAY_ROLE_{part.role.name}",
         state=f"JOB_STATE_{part.state.name}",
         gpus=part.worker.gpus,
         gpu_type=part.worker.gpu_type,
-        message=_part_words(part, read, came_s_ago),
+        message=_part_words(part, read, came_s_ago, been),
     )
 
 
-def _part_words(part: Part, read: Read | None, came_s_ago: float) -> str:
+def _part_words(part: Part, read: Read | None, came_s_ago: float, been: Collection[str]) -> str:
     if part.ended:
         return "ends"
     if part.role is not Role.WORKER or part.state is not JobState.RUNNING:
@@ -453,7 +475,7 @@ def _part_words(part: Part, read: Read | None, came_s_ago: float) -> str:
     nodes = read.demand.nodes if read is not None else ()
     node = next((one for one in nodes if one.instance.rpartition("/")[0] == part.job), None)
     if node is None:
-        return "on its way"
+        return "has left, and ends" if part.job in been else "on its way"
     if node.status == "IDLE":
         return f"idle for {node.idle_ms / 1000 + came_s_ago:.0f} s"
     return "drains" if node.status == "DRAINING" else "works"

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import grpc
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from whaleflux import names, telemetry
 from whaleflux.errors import FieldViolation, InvalidArgument, StatusError
@@ -99,6 +100,8 @@ class Tasks(rpc.TaskServiceServicer):
                         agents.ray(session.node, request.ray)
                     case "log":
                         await self._broker.take(session.node, request.log)
+                    case _ if len(UnknownFieldSet(request)):
+                        pass  # of a newer agent
                     case _:
                         raise InvalidArgument(
                             FieldViolation("message", "is not set, or a second hello; open a new stream")
