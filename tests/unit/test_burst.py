@@ -152,6 +152,13 @@ def test_a_gang_that_lost_a_machine_rents_that_one_and_its_others_are_kept_for_i
     assert plan([replace(gang, wait_s=20 * HOUR)], offers=[DEAR], rented=other).rents[0].machines == 3
 
 
+def test_a_gang_whose_machines_come_one_after_another_rents_none_again():
+    gang, early = replace(JOB, gpus=16), machine("leases/0", idle_s=TAKES_WITHIN_S + 100)
+    for late in (machine("leases/1", coming=True), machine("leases/1", idle_s=5.0)):
+        found = plan([gang], rented=[early, late])
+        assert not found.rents and "has room for it" in why(found)[0] and not found.ends
+
+
 def test_the_machine_is_as_large_as_who_waits_needs():
     single = replace(SPOT, name="offers/single", gpus=1, usd_per_hour=3.0)
     alone = replace(JOB, gpus=1, wait_s=24 * HOUR)

@@ -128,6 +128,7 @@ class Kept:
         self.clock = LoopClock()
         self.store, self.regions = Counting(MemoryStore(self.clock)), Regions()
         self.nodes = crashes.Nodes(self.clock, random.Random(0))
+        self.keys = [no_keys]  # the last one says who may use which
 
     async def keeper(self, leader):
         for region in ("north", "south"):
@@ -140,7 +141,7 @@ class Kept:
             lease.create_time.FromDatetime(self.clock.now())
             lease.hard_end_time.FromSeconds(int(self.clock.now().timestamp()) + 7200)
             await self.store.commit(Put(keys.LEASES + region, lease.SerializeToString()))
-        accounts = Accounts({"p": self.regions}, no_keys, self.clock)
+        accounts = Accounts({"p": self.regions}, lambda *asked: self.keys[-1](*asked), self.clock)
         launching = Launching(FrontDoor("fleet:7443"), crashes.authority(), 1800.0)
         return LeaseKeeper(self.store, self.clock, leader, accounts, self.nodes, launching)
 

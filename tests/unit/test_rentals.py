@@ -331,3 +331,6 @@ async def test_what_an_agent_has_heard_of_its_machine_is_read_of_its_node(world)
         node.facts.conditions.add(type=ConditionType.MACHINE_STAYS, reason="SPOT_TAKEN", message="it goes")
         await world.store.commit(Put(keys.of_name(keys.NODES, node.name), node.SerializeToString()))
         assert await rented.announced(node.name) == (5000.0, "it goes")
+        await world.store.commit(Put(keys.of_name(keys.NODES, node.name), b"\xff\xff\xff"))
+        assert await rented.announced(node.name) is None  # nobody knows
+        await rented.drain(node.name, "its lease ends all the same")

@@ -11,13 +11,15 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import Compacted, InvalidArgument, Unavailable
+from whaleflux.errors import Compacted, InvalidArgument, StatusError, Unavailable
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, Condition, ConditionFailed, Entry, Fenced, Put, Store, Unchanged, Write
 from whaleflux.store.election import Leader
@@ -28,7 +30,9 @@ from whaleflux_inventory.core import lease_rules as rules
 from whaleflux_inventory.core.lease_rules import Lease, Machine, Seen, State, Step
 from whaleflux_inventory.core.offers import Offer, choose
 from whaleflux_inventory.lease_launch import Launching, no_admission
-from whaleflux_inventory.lease_records import core_lease, core_offer, lease_of, offer_of, set_seconds, store_lease
+from whaleflux_inventory.lease_records import core_lease, core_offer, lease_of, store_lease
+from whaleflux_inventory.lost_leases import record_of_lost
+from whaleflux_inventory.offer_book import OfferBook
 from whaleflux_inventory.provider_accounts import Accounts
 from whaleflux_inventory.providers.api import NoCapacity, ProviderError, Throttled
 from whaleflux_inventory.rented_nodes import RentedNodes, node_of
@@ -84,11 +88,12 @@ class LeaseKeeper:
         self._store, self._clock, self._held = store, clock, leader.held
         self._accounts, self._nodes, self._launching, self._pace = accounts, nodes, launching, pace
         self._sites = Sites(store, clock)
-        self._offers: dict[str, tuple[Entry, pb.Offer]] = {}
+        self._offers = OfferBook(store, clock, leader.held)
         self._rented = Counter[str]()
         self._asked: dict[tuple[str, str, str], Offer] = {}  # an offer of each account that was listed in this round
         self._fleet = ""
         self._swept_s = float("-inf")
+        self._unheard = frozenset[tuple[str, str, str]]()  # accounts that did not answer when they were asked last
         self._looked_to = ""  # the key up to which leases that are over were looked at
 
     async def run(self) -> None:
@@ -103,8 +108,13 @@ class LeaseKeeper:
                     pause_s = self._pace.poll_s if await self.round() else self._pace.sweep_s
                 except Fenced:
                     raise
-                except (ConditionFailed, Unavailable) as error:
+                except (ConditionFailed, StatusError) as error:
                     log.warning("a round of leases is cut short: %s", error)
+                    pause_s = self._pace.poll_s
+                except (
+                    Exception
+                ):  # nothing that is wrong with one of them ends the keeping of all, and inventory with it
+                    log.exception("a round of leases is cut short")
                     pause_s = self._pace.poll_s
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
@@ -113,7 +123,7 @@ class LeaseKeeper:
     async def round(self) -> bool:
         """One look at everything that needs one; whether something is under way that needs another soon."""
         self._fleet = self._fleet or await self._fleet_id()
-        await self._read_offers()
+        await self._offers.read()
         sweep = self._clock.monotonic() - self._swept_s >= self._pace.sweep_s
         listed = await self._listed(await self._leases(), sweep=sweep)
         known = await self._leases()  # read after the lists: what is listed has its lease here, or none
@@ -125,12 +135,11 @@ class LeaseKeeper:
         due = [one for one in known.values() if one.lease.live or one.lease.name in tagged]
         ends = await asyncio.gather(*(self._carried_on(one, listed, limit) for one in due), return_exceptions=True)
         _raise_first(ends)
-        if sweep and all(machines is not None for machines in listed.values()):
+        if sweep:
             self._swept_s = self._clock.monotonic()
             await self._put_away(known.values())
             await self._forget_old()
-        after = (await self._leases()).values()
-        return any(one.lease.live for one in after)
+        return bool((await self._store.list(keys.LEASES, limit=1)).entries)
 
     async def _hear(self, changed: asyncio.Event) -> None:
         """Wakes the keeper when somebody rents or gives back."""
@@ -158,10 +167,6 @@ class LeaseKeeper:
             raise Unavailable("the fleet's tag could not be stored; it is tried again")
         return entry.value.decode()
 
-    async def _read_offers(self) -> None:
-        read = read_all((await self._store.list(keys.OFFERS)).entries, offer_of)
-        self._offers = {offer.name: (entry, offer) for entry, offer in read.values}
-
     async def _leases(self) -> dict[str, _Known]:
         """Those that are not over."""
         read = read_all((await self._store.list(keys.LEASES)).entries, _known)
@@ -180,16 +185,19 @@ class LeaseKeeper:
         self, leases: Mapping[str, _Known], *, sweep: bool
     ) -> dict[tuple[str, str, str], Sequence[Machine] | None]:
         """The machines of each account with something rented; of every account that is known, in a sweep."""
-        offers: dict[tuple[str, str, str], Offer] = {}
+        offers = defaultdict[tuple[str, str, str], list[Offer]](list)
         for one in leases.values():
             if one.lease.calls and one.lease.live:
-                offers.setdefault(one.offer.account, one.offer)
-        for _, record in self._offers.values() if sweep else ():
-            offer = core_offer(record)
-            offers[offer.account] = offer
-        self._asked = offers
-        lists = await asyncio.gather(*(self._accounts.machines(one, self._fleet) for one in offers.values()))
-        return dict(zip(offers, lists, strict=True))
+                offers[one.offer.account].append(one.offer)
+        known = [core_offer(record) for record in self._offers.records()]
+        for offer in known:
+            if sweep or offer.account in self._unheard or offer.account in offers:
+                offers[offer.account].append(offer)
+        self._asked = {account: of_it[0] for account, of_it in offers.items()}
+        lists = await asyncio.gather(*(self._accounts.machines(of_it, self._fleet) for of_it in offers.values()))
+        listed = dict(zip(offers, lists, strict=True))
+        self._unheard = frozenset(account for account, machines in listed.items() if machines is None)
+        return listed
 
     async def _found(
         self, listed: Mapping[tuple[str, str, str], Sequence[Machine] | None], known: Mapping[str, _Known]
@@ -197,40 +205,33 @@ class LeaseKeeper:
         """Leases for machines that name one which is not there (its record was lost with a backup): only to be ended."""
         found = dict[str, _Known]()
         for account, machines in listed.items():
+            lost = defaultdict[str, list[Machine]](list)
             for machine in machines or ():
-                if machine.ended or machine.lease in known or machine.lease in found:
-                    continue
-                try:
-                    made = await self._of_nobody(account, machine)
-                except ConditionFailed:  # there is one that this version cannot read: that is not none
-                    log.warning("%s is of %s, which cannot be read; it is left alone", machine.id, machine.lease)
-                    continue
-                if made is not None:
-                    found[made.lease.name] = made
+                if not machine.ended and machine.lease not in known and machine.lease not in found:
+                    lost[machine.lease].append(machine)
+            for lease, theirs in lost.items():
+                if (made := await self._of_nobody(account, lease, theirs)) is not None:
+                    found[lease] = made
         return found
 
-    async def _of_nobody(self, account: tuple[str, str, str], machine: Machine) -> _Known | None:
-        offer = self._offer_of_account(account, machine.offer)
-        if offer is None or not _is_lease(machine.lease):
-            log.warning("%s carries the fleet's tag and names no lease; it is left alone", machine.id)
+    async def _of_nobody(self, account: tuple[str, str, str], lease: str, machines: Sequence[Machine]) -> _Known | None:
+        """The lease as it is written anew; None: these machines are left alone."""
+        offers = [record for record in self._offers.records() if core_offer(record).account == account]
+        if not offers or not _is_lease(lease):
+            log.warning("%s carries the fleet's tag and names no lease; it is left alone", machines[0].id)
             return None
-        record = pb.Lease(name=machine.lease, offers=[offer.name], state=pb.LEASE_STATE_RELEASING, attempt=1, calls=1)
-        record.offer.CopyFrom(offer)
-        record.offer.ClearField("etag")
-        record.provider_id, record.node = machine.id, node_of(offer.site, machine.lease, 1)
-        record.end_reason = "a machine with this fleet's tag that no lease accounts for"
-        now_s = self._clock.now().timestamp()
-        for field in ("create_time", "ask_time", "call_time"):
-            set_seconds(record, field, machine.created_s)
-        set_seconds(record, "hard_end_time", now_s)
-        set_seconds(record, "state_time", now_s)
-        key, value = keys.of_name(keys.LEASES, record.name), record.SerializeToString(deterministic=True)
-        revision = await self._commit([Put(key, value)], lease_book.unused(record.name))
-        return _known(Entry(key, value, revision, revision))
-
-    def _offer_of_account(self, account: tuple[str, str, str], name: str) -> pb.Offer | None:
-        of_account = [record for _, record in self._offers.values() if core_offer(record).account == account]
-        return next((record for record in of_account if record.name == name), of_account[0] if of_account else None)
+        try:
+            record = record_of_lost(machines, offers, self._now_s())
+            key, value = keys.of_name(keys.LEASES, lease), record.SerializeToString(deterministic=True)
+            revision = await self._commit([Put(key, value)], lease_book.unused(lease))
+            return _known(Entry(key, value, revision, revision))
+        except (Fenced, Unavailable):
+            raise
+        except ConditionFailed:  # there is one that this version cannot read: that is not none
+            log.warning("%s is of %s, which cannot be read; it is left alone", machines[0].id, lease)
+        except Exception:  # what is listed of one machine is in no other's way
+            log.exception("%s of %s is left alone now", machines[0].id, lease)
+        return None
 
     # carrying on
 
@@ -256,6 +257,8 @@ class LeaseKeeper:
             seen = await self._seen(one, listed)
             now_s = self._now_s()
             done = rules.step(one.lease, seen, now_s)
+            if done.taken:
+                await self._offers.distrust(one.offer.name, f"taken away: {done.taken}")
             if done.next_offer:
                 done = Step(self._elsewhere(one, done.lease, done.next_offer, now_s), end=done.end)
             before, offer = one.lease, one.offer
@@ -310,7 +313,7 @@ class LeaseKeeper:
         except Throttled as busy:
             return await self._after_busy(one, busy)
         except ProviderError as refusal:
-            await self._refused(one.offer, refusal)
+            await self._offers.distrust(one.offer.name, f"{_kind_of(refusal)}: {refusal}")
             why = f"{names.last(one.offer.name)}: {refusal}"
             return await self._stored(one, Step(self._elsewhere(one, one.lease, why, self._now_s())))
         except Exception as error:  # whatever it is: there may be a machine
@@ -318,7 +321,7 @@ class LeaseKeeper:
             lag_s = await self._accounts.lag_s(one.offer)
             return await self._stored(one, Step(rules.no_answer(one.lease, self._now_s(), lag_s)))
         made = await self._stored(one, Step(rules.launched(one.lease, machine, self._now_s())))
-        await self._refused(one.offer, None)
+        await self._offers.believe(one.offer.name)
         return made
 
     async def _after_busy(self, one: _Known, busy: Throttled) -> _Known:
@@ -331,7 +334,7 @@ class LeaseKeeper:
 
     def _elsewhere(self, one: _Known, lease: Lease, why: str, now_s: float) -> Lease:
         """The next of its offers that is believed to have a machine; none: the lease is over."""
-        wanted = [core_offer(self._offers[name][1]) for name in one.record.offers if name in self._offers]
+        wanted = self._offers.among(one.record.offers)
         rented = self._rented.copy()
         rented[lease.offer] -= 1  # its own place
         chosen = choose((offer for offer in wanted if offer.name != lease.offer or lease.provider_id), rented, now_s)
@@ -351,7 +354,7 @@ class LeaseKeeper:
         record.CopyFrom(one.record)
         offer = one.record.offer
         if done.lease.offer != one.lease.offer:
-            offer = self._offers[done.lease.offer][1]
+            offer = self._offers.record(done.lease.offer)
         store_lease(done.lease, offer, record)
         record.offer.ClearField("etag")
         record.node = node_of(offer.site, record.name, done.lease.attempt)
@@ -376,28 +379,6 @@ class LeaseKeeper:
             )
             return [no_admission(one.lease)], []
         return [], []
-
-    async def _refused(self, offer: Offer, refusal: ProviderError | None) -> None:
-        """Remembers that an offer had nothing, or has again, for the next who wants it."""
-        known = self._offers.get(offer.name)
-        if known is None or (refusal is None and not known[1].refusals):
-            return
-        entry, record = known
-        if refusal is None:
-            record.refusals, record.refusal = 0, ""
-            record.ClearField("refused_time")
-        else:
-            record.refusals, record.refusal = record.refusals + 1, f"{_kind_of(refusal)}: {refusal}"[:500]
-            record.refused_time.FromDatetime(self._clock.now())
-        record.etag = ""
-        value = record.SerializeToString(deterministic=True)
-        try:
-            revision = await self._commit([Put(entry.key, value)], [Unchanged(entry)])
-        except Fenced:
-            raise
-        except ConditionFailed:  # another lease had the same answer in this moment, or an operator changed it
-            return
-        self._offers[offer.name] = Entry(entry.key, value, revision, entry.created), record
 
     async def _put_away(self, known: Iterable[_Known]) -> None:
         """Those that were over before such leases had a place of their own."""
@@ -455,7 +436,10 @@ def _is_lease(name: str) -> bool:
 
 def _is_asked(entry: Entry) -> bool:
     """Whether somebody but the keeper wrote it: rented, or to be given back."""
-    record = pb.Lease.FromString(entry.value)
+    try:
+        record = pb.Lease.FromString(entry.value)
+    except DecodeError:  # nobody whom this version knows
+        return False
     ending = bool(record.end_reason) and record.state != pb.LEASE_STATE_GONE and not record.HasField("end_time")
     return record.state == pb.LEASE_STATE_INTENT or ending
 

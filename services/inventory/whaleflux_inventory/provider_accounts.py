@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ KEYS_KEPT_S = 60.0  # so that a rotated secret is taken up within this time
 class _Account:
     provider: Provider
     opened_s: float
+    owner: str  # whose use of the keys was looked at
     busy_until_s: float = 0.0
     busy: int = 0
     calling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
@@ -54,15 +56,16 @@ class Accounts:
 
     async def launch(self, offer: Offer, request: LaunchRequest) -> str:
         """The machine's id. Raises ProviderError; any other Exception: nobody knows whether there is one."""
-        account = await self._account(offer)
+        account = await self._account(offer, own=True)
         self._check_pause(account)
         async with account.calling:
             return await self._asked(account, account.provider.launch(request))
 
-    async def machines(self, offer: Offer, fleet: str) -> Sequence[Machine] | None:
-        """What the account of an offer lists; None: it does not answer, or is left alone for a while."""
+    async def machines(self, offers: Sequence[Offer], fleet: str) -> Sequence[Machine] | None:
+        """What the account of these offers lists; None: it does not answer, or is left alone for a while."""
+        offer = offers[0]
         try:
-            account = await self._account(offer)
+            account = await self._any_account(offers)
             self._check_pause(account)
             return await self._asked(account, account.provider.machines(fleet))
         except Exception as error:  # whatever it is: one account's trouble is no other's
@@ -99,10 +102,20 @@ class Accounts:
         if left_s > 0:
             raise Throttled("it was asked too often a moment ago", left_s)
 
-    async def _account(self, offer: Offer) -> _Account:
+    async def _any_account(self, offers: Sequence[Offer]) -> _Account:
+        """Opened for the first owner who may use the keys: who may not any more takes the account from nobody else."""
+        by_owner = list({offer.owner: offer for offer in reversed(offers)}.values())
+        for offer in by_owner[1:]:
+            with contextlib.suppress(AuthFailed):
+                return await self._account(offer)
+        return await self._account(by_owner[0])
+
+    async def _account(self, offer: Offer, *, own: bool = False) -> _Account:
+        """`own`: with keys that the offer's own owner may use; else whoever has opened it last is good enough, to look and to end."""
         now_s = self._clock.monotonic()
         known = self._open.get(offer.account)
-        if known is not None and now_s - known.opened_s < KEYS_KEPT_S:
+        theirs = known is not None and (known.owner == offer.owner or not own)
+        if known is not None and theirs and now_s - known.opened_s < KEYS_KEPT_S:
             return known
         kind = self.kinds.get(offer.provider)
         if kind is None:
@@ -111,7 +124,7 @@ class Accounts:
             keys = await self._keys(offer.secret, offer.owner) if offer.secret else {}
         except (StatusError, ValueError) as wrong:
             raise AuthFailed(f"the keys in {offer.secret} cannot be used: {wrong}") from None
-        made = _Account(kind.open(offer, keys), now_s)
+        made = _Account(kind.open(offer, keys), now_s, offer.owner)
         if known is not None:
             made.busy, made.busy_until_s = known.busy, known.busy_until_s
         self._open[offer.account] = made

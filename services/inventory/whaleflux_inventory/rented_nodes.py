@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
+
+from google.protobuf.message import DecodeError
 
 from whaleflux import names
 from whaleflux.errors import NotFound, StatusError
@@ -12,6 +15,8 @@ from whaleflux.store.api import Held, Store
 from whaleflux_inventory import convert
 from whaleflux_inventory.core.intents import Intent
 from whaleflux_inventory.nodes import Dependencies, Nodes
+
+log = logging.getLogger(__name__)
 
 
 class RentedNodes(Protocol):
@@ -55,6 +60,9 @@ class InventoryNodes:
             facts = (await self._nodes.get(node)).facts
         except NotFound:
             return None
+        except DecodeError:  # what cannot be read keeps no lease from its end
+            log.error("%s cannot be read: what its agent has heard of its machine is not known", node)
+            return None
         said = next(
             (one.message or one.reason for one in facts.conditions if one.type == ConditionType.MACHINE_STAYS), ""
         )
@@ -64,6 +72,9 @@ class InventoryNodes:
         try:
             there = convert.intent_of(await self._nodes.get(node))
         except NotFound:
+            return
+        except DecodeError:
+            log.error("%s cannot be read: its work is not moved away", node)
             return
         if there in (Intent.ACTIVE, Intent.CORDONED):
             await self._nodes.set_intent(node, Intent.DRAINING, why, "", [self._held])

@@ -94,7 +94,7 @@ class Lease:
     @property
     def token(self) -> str:
         """Of the present attempt: 32 hexadecimal digits."""
-        return hashlib.sha256(f"{self.name}\n{self.offer}\n{self.attempt}".encode()).hexdigest()[:32]
+        return token_of(self.name, self.offer, self.attempt)
 
     @property
     def live(self) -> bool:
@@ -113,6 +113,11 @@ class Lease:
     def _running_usd(self, now_s: float) -> float:
         runs = self.state in HAS_MACHINE or (self.state is State.RELEASING and self.provider_id)
         return paid_usd(now_s - self.asked_s, self.terms) if runs else 0.0
+
+
+def token_of(lease: str, offer: str, attempt: int) -> str:
+    """Of the request that an attempt of a lease makes: 32 hexadecimal digits."""
+    return hashlib.sha256(f"{lease}\n{offer}\n{attempt}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +159,17 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The record as it is to be, and what is done once that is stored: a call, machines that end, a node that is drained."""
+    """The record as it is to be, and what is done once that is stored: a call, machines that end, a node that is drained.
+
+    `taken`: the provider has taken its machine away, or says that it will: why its offer is not believed for a while.
+    """
 
     lease: Lease
     launch: bool = False
     end: tuple[str, ...] = ()
     drain: bool = False
     next_offer: str = ""  # why another offer is needed; the caller knows which there are
+    taken: str = ""
 
 
 def step(lease: Lease, seen: Seen, now_s: float) -> Step:
@@ -233,7 +242,8 @@ def _of_requested(lease: Lease, seen: Seen, now_s: float) -> Step:
     if lease.end_reason or now_s >= lease.end_s:
         return Step(_to(end(lease, _why_over(lease)), State.RELEASING, now_s))
     if any(machine.ended and machine.token == lease.token for machine in seen.machines):
-        return Step(lease, next_offer="its machine ended before it was known")
+        why = "its machine ended before it was known"
+        return Step(lease, next_offer=why, taken=why)
     if lease.calls >= CALLS_OF_ATTEMPT:
         return Step(lease, next_offer=f"{lease.calls} calls had no answer")
     return _call(lease, now_s, seen.lag_s)
@@ -243,10 +253,11 @@ def _of_booting(lease: Lease, seen: Seen, now_s: float) -> Step:
     if seen.joined:
         return Step(_to(replace(lease, joined_s=now_s, missing_s=0.0), State.JOINED, now_s))
     if (over := _over(lease, seen, now_s)) is not None:
-        return Step(_to(end(lease, over), State.RELEASING, now_s))
+        return Step(_to(end(lease, over), State.RELEASING, now_s), taken=_notice(lease, seen, now_s))
     lease, gone = _presence(lease, seen, now_s)
     if gone:
-        return Step(lease, next_offer="its machine is gone before it joined")
+        why = "its machine is gone before it joined"
+        return Step(lease, next_offer=why, taken=why)
     if now_s - lease.asked_s > lease.terms.boot_within_s:
         why = f"its machine has not joined within {lease.terms.boot_within_s:.0f} s"
         return Step(_to(end(lease, why), State.RELEASING, now_s))
@@ -256,12 +267,12 @@ def _of_booting(lease: Lease, seen: Seen, now_s: float) -> Step:
 def _of_joined(lease: Lease, seen: Seen, now_s: float) -> Step:
     lease, gone = _presence(lease, seen, now_s)
     if gone:
-        return Step(
-            _to(end(lease, "its machine is gone: the provider does not list it any more"), State.RELEASING, now_s)
-        )
+        why = "its machine is gone: the provider does not list it any more"
+        return Step(_to(end(lease, why), State.RELEASING, now_s), taken=why)
     if (over := _over(lease, seen, now_s)) is not None:
         until_s = min(now_s + max(lease.terms.drain_s, 0.0), _taken(lease, seen)[0] - NOTICE_SPARE_S, lease.end_s)
-        return Step(_to(replace(end(lease, over), drain_end_s=max(now_s, until_s)), State.DRAINING, now_s), drain=True)
+        drains = _to(replace(end(lease, over), drain_end_s=max(now_s, until_s)), State.DRAINING, now_s)
+        return Step(drains, drain=True, taken=_notice(lease, seen, now_s))
     return Step(lease)
 
 
@@ -341,10 +352,13 @@ def _over(lease: Lease, seen: Seen, now_s: float) -> str | None:
         return lease.end_reason
     if now_s >= lease.end_s - lease.terms.drain_s:
         return _why_over(lease)
+    return _notice(lease, seen, now_s) or None
+
+
+def _notice(lease: Lease, seen: Seen, now_s: float) -> str:
+    """Why the machine is taken away soon; "": it is not."""
     taken_s, why = _taken(lease, seen)
-    if taken_s - now_s <= NOTICE_AHEAD_S:
-        return why or "the provider takes the machine away"
-    return None
+    return (why or "the provider takes the machine away") if taken_s - now_s <= NOTICE_AHEAD_S else ""
 
 
 def _why_over(lease: Lease) -> str:

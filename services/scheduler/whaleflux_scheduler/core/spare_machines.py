@@ -14,9 +14,10 @@ class Spare:
     """GPUs of machines that come, or are idle, as they are given to who waits."""
 
     def __init__(self, rented: Sequence[Rented]) -> None:
-        there = (one for one in rented if not one.ending and (one.coming or one.is_idle))
-        self._free = {one.lease: (one.offer, float(one.offer.gpus)) for one in there if not _takes_nothing(one)}
-        self._idle = [one for one in rented if not one.ending and _takes_nothing(one)]
+        there = [one for one in rented if not one.ending and (one.coming or one.is_idle)]
+        awaited = _awaited(there)
+        self._free = {one.lease: (one.offer, float(one.offer.gpus)) for one in there if one.offer.kind in awaited}
+        self._idle = [one for one in there if one.offer.kind not in awaited]
         self._taken: set[str] = set()
 
     def is_taken(self, lease: str) -> bool:
@@ -68,6 +69,9 @@ class Spare:
         return []
 
 
-def _takes_nothing(one: Rented) -> bool:
-    """Idle for longer than any start takes, while jobs wait that it seemed to fit: it is not for them, and nobody waits for it."""
-    return one.is_idle and (one.idle_s or 0.0) > TAKES_WITHIN_S
+def _awaited(there: Iterable[Rented]) -> set[Kind]:
+    """Kinds of which one comes, or has been idle for no longer than a start takes: a gang may wait for that one beside those that came before.
+
+    Others are idle while jobs wait that they seemed to fit: they are not for these, and nobody waits for them.
+    """
+    return {one.offer.kind for one in there if one.coming or (one.idle_s or 0.0) <= TAKES_WITHIN_S}
