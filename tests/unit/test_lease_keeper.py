@@ -141,9 +141,12 @@ class Kept:
             lease.create_time.FromDatetime(self.clock.now())
             lease.hard_end_time.FromSeconds(int(self.clock.now().timestamp()) + 7200)
             await self.store.commit(Put(keys.LEASES + region, lease.SerializeToString()))
-        accounts = Accounts({"p": self.regions}, lambda *asked: self.keys[-1](*asked), self.clock)
+        accounts = Accounts({"p": self.regions}, self.opened, self.clock)
         launching = Launching(FrontDoor("fleet:7443"), crashes.authority(), 1800.0)
         return LeaseKeeper(self.store, self.clock, leader, accounts, self.nodes, launching)
+
+    async def opened(self, secret, owner):
+        return await self.keys[-1](secret, owner)
 
     async def lease(self, region):
         return pb.Lease.FromString((await self.store.get(keys.LEASES + region)).value)

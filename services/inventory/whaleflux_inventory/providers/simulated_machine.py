@@ -36,14 +36,21 @@ def start(folder: Path, python: str) -> None:
             stderr=log,
             start_new_session=True,
         )
-    (folder / PID).write_text(str(started.pid))
+    _note_pid(folder, started.pid)
+
+
+def _note_pid(folder: Path, pid: int) -> None:
+    """At once: who reads half of it would take the machine for one that has ended."""
+    part = folder / f".pid-{os.getpid()}"
+    part.write_text(str(pid))
+    part.replace(folder / PID)
 
 
 async def live(folder: Path) -> None:
     """Until its end."""
     facts: dict[str, Any] = json.loads((folder / "machine.json").read_text())
     stop = asyncio.Event()
-    (folder / PID).write_text(str(os.getpid()))  # whoever started it may have died before it could write this
+    _note_pid(folder, os.getpid())  # whoever started it may have died before it could write this
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     watching = asyncio.create_task(_watch(folder, facts, stop))
