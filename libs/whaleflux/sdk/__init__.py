@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from whaleflux.sdk.balance import Balance
     from whaleflux.sdk.buckets import stabilise_buckets
     from whaleflux.sdk.checkpointer import Checkpointer
     from whaleflux.sdk.client import AsyncClient, Client
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "Balance",
     "CheckpointError",
     "Checkpointer",
     "Client",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Balance": "whaleflux.sdk.balance",
     "Checkpointer": "whaleflux.sdk.checkpointer",
     "stabilise_buckets": "whaleflux.sdk.buckets",
     "keep_to_share": "whaleflux.sdk.gpu_share",
