@@ -150,11 +150,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    given = json.loads(sys.argv[1])
-    train(
-        Told(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}),
-        Path(sys.argv[2]),
-    )
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sys.argv[1]).items()
+    }
+    train(Told(**given), Path(sys.argv[2]))
     dist.destroy_process_group()
 
 
