@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whaleflux_inference_router.core import rollout
-from whaleflux_inference_router.core.outcomes import Outcomes, Sample, worse
+from whaleflux_inference_router.core.outcomes import End, Outcome, Outcomes, Tally, bucket_of, unproven, worse
 from whaleflux_inference_router.core.rollout import NEXT, UNDER_WAY, Count, Policy, Rollout, Stage
 
 POLICY = Policy(share=0.1, watch_s=60, ready_within_s=300)
@@ -147,25 +147,76 @@ def test_a_rollback_never_takes_answers_away_and_ends_with_the_old_version_alone
     }
 
 
+def tally(answered=0, first_byte_s=0.1, lasted_s=1.0, failed=0, refused=0, left=0, ages_s=()):
+    outcomes = Outcomes()
+    for end, count in ((End.ANSWERED, answered), (End.FAILED, failed), (End.REFUSED, refused), (End.LEFT, left)):
+        for _ in range(count):
+            outcomes.add("r", Outcome(1.0, end, first_byte_s, lasted_s))
+    return outcomes.tally(["r"], 0.0, ages_s)
+
+
 class TestComparison:
+    good = tally(answered=200, failed=1)
+
     def test_a_version_is_worse_when_its_tries_fail_or_its_first_bytes_come_late(self):
-        good = Sample(200, 1, 0.1)
-        assert worse(Sample(20, 3, 0.1), good).startswith("3 of 20 tries failed")
-        assert "p99" in worse(Sample(50, 0, 0.3), good)
-        assert worse(Sample(50, 2, 0.14), good) == ""
+        assert worse(tally(answered=17, failed=3), self.good).startswith("3 of 20 tries failed")
+        assert "p99" in worse(tally(answered=50, first_byte_s=0.3), self.good)
+        assert worse(tally(answered=48, failed=2, first_byte_s=0.14), self.good) == ""
+
+    def test_what_it_refuses_and_the_version_before_does_not_is_its_fault(self):
+        assert "3 of 3 requests were answered with a 4xx" in worse(tally(refused=3), tally(answered=27))
+        assert worse(tally(answered=7, refused=3), tally(answered=63, refused=27)) == "", "clients ask both alike"
+        assert worse(tally(answered=3, refused=3), tally(answered=27, refused=3)) == "", "that may be chance"
+        assert worse(tally(refused=3), tally()) == "", "nothing is known of the other"
+
+    def test_clients_that_give_up_before_a_first_byte_speak_against_it(self):
+        assert "given up by their clients" in worse(tally(left=4, answered=1), tally(answered=40, left=1))
+        assert worse(tally(left=4, answered=6), tally(answered=60, left=40)) == ""
+
+    def test_requests_that_do_not_end_are_compared_with_how_long_they_usually_last(self):
+        quick, slow = tally(answered=30, lasted_s=0.5), tally(answered=30, lasted_s=60)
+        assert "3 of 3 requests take longer than 10 s" in worse(tally(ages_s=[12, 13, 14]), quick)
+        assert worse(tally(ages_s=[5, 6, 7]), quick) == "", "too soon to tell"
+        assert worse(tally(ages_s=[12, 50, 100]), slow) == "", "long answers are usual here"
+        assert "take longer than" in worse(tally(ages_s=[250] * 3), slow)
+        assert worse(tally(ages_s=[12, 13, 14]), tally(answered=2)) == ""
+
+    def test_nothing_speaks_for_one_that_was_asked_and_has_answered_nothing(self):
+        assert "none of 2 requests" in unproven(tally(ages_s=[1], left=1), self.good)
+        assert unproven(tally(answered=1, ages_s=[1]), self.good) == ""
+        assert unproven(tally(), self.good) == "", "nobody asked"
+        assert unproven(tally(ages_s=[1]), tally()) == "", "the other has answered nothing either"
 
     def test_few_tries_say_nothing_of_times(self):
+        assert tally(answered=19, first_byte_s=9.0).first_byte_p99_s is None
+        assert tally(answered=20, first_byte_s=9.0).first_byte_p99_s == pytest.approx(9.0, rel=0.1)
+        lucky = tally(answered=20, first_byte_s=0.1) + tally(answered=2, first_byte_s=9.0)
+        assert lucky.first_byte_p99_s == pytest.approx(0.1, rel=0.1), "two that are slow are chance"
+
+    def test_what_was_before_and_who_is_gone_does_not_count(self):
         outcomes = Outcomes()
-        for _ in range(19):
-            outcomes.add("new", 1.0, 9.0)
-        assert outcomes.sample(["new"], 0.0) == Sample(19, 0, None)
-        outcomes.add("new", 1.0, 9.0)
-        assert outcomes.sample(["new"], 0.0).first_byte_p99_s == 9.0
-        for _ in range(20):
-            outcomes.add("lucky", 1.0, 0.1)
-        for _ in range(2):
-            outcomes.add("lucky", 1.0, 9.0)
-        assert outcomes.sample(["lucky"], 0.0).first_byte_p99_s == 0.1, "two that are slow are chance"
-        assert outcomes.sample(["new"], 2.0) == Sample()
+        outcomes.add("r", Outcome(1.0, End.FAILED))
+        assert outcomes.tally(["r"], 2.0) == Tally()
         outcomes.keep_only(set())
-        assert outcomes.sample(["new"], 0.0) == Sample()
+        assert outcomes.tally(["r"], 0.0) == Tally()
+
+    @settings(max_examples=100, derandomize=True, deadline=None)
+    @given(times=st.lists(st.lists(st.floats(0, 5000), max_size=40), min_size=1, max_size=4))
+    def test_tallies_of_several_routers_are_as_good_as_one(self, times):
+        def of(found):
+            outcomes = Outcomes()
+            for one in found:
+                outcomes.add("r", Outcome(1.0, End.ANSWERED, one, one))
+            return outcomes.tally(["r"], 0.0, found)
+
+        apart = sum(map(of, times[1:]), of(times[0]))
+        assert apart == of([one for part in times for one in part])
+        for one in times[0]:
+            assert one <= 2 ** (bucket_of(one) / 8) * 0.001 * 1.0001 <= max(0.001, one) * 1.1
+
+
+def test_one_for_which_nothing_speaks_is_watched_for_longer_and_then_goes():
+    seen = {(1, ""): Count(2, 2), (2, ""): Count(1, 1)}
+    assert rollout.step(made(Stage.WATCHING), seen, 61, "", "it has answered none of 1") is None
+    stage, why = rollout.step(made(Stage.WATCHING), seen, 361, "", "it has answered none of 1")
+    assert (stage, "it has answered none of 1" in why) == (Stage.ROLLED_BACK, True)

@@ -1,5 +1,6 @@
 """RouterService over a store in memory, and the loop that keeps replicas as jobs, against a scheduler that is made up."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -23,11 +24,13 @@ from whaleflux_inference_router import model_changes
 from whaleflux_inference_router.convert import encode
 from whaleflux_inference_router.core import allowed_networks
 from whaleflux_inference_router.core.load_tracker import Ended, LoadTracker
+from whaleflux_inference_router.core.outcomes import End, Outcome
 from whaleflux_inference_router.core.ranking import Request
 from whaleflux_inference_router.replica_jobs import ReplicaJobs
 from whaleflux_inference_router.replica_manager import ReplicaManager
 from whaleflux_inference_router.request_authorizer import Answer, Asked, RequestAuthorizer
 from whaleflux_inference_router.resolver import Resolver
+from whaleflux_inference_router.router_views import RouterViews
 from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
 
@@ -342,6 +345,11 @@ class Turns:
         wanted.name, wanted.replicas.min = "models/m", count
         await self.current.seen(self.current.models, await self.store.commit(Put(keys.MODELS + "m", encode(wanted))))
 
+    async def tell(self, view):
+        """What another router knows."""
+        revision = await self.store.commit(Put(keys.ROUTER_VIEWS + "other", view.SerializeToString()))
+        await self.current.seen(self.current.views, revision)
+
     async def turn(self, times=1):
         for _ in range(times):
             await self.clock.advance(0.25)
@@ -467,6 +475,38 @@ class TestReplicas:
             t.current.load_tracker.close(Ended("d1", "", 0.1, True, True))
             await t.turn(2)
             assert (t.states, t.scheduler.jobs) == ([], {})
+
+    async def test_a_replica_is_idle_when_every_router_says_so(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            await t.tell(pb.RouterView())
+            await t.declare(0)
+            await t.turn(20)
+            assert t.states == ["DRAINING"]
+            await t.tell(pb.RouterView(idle_replicas=["models/m/replicas/m-0"]))
+            await t.turn(2)
+            assert t.states == []
+
+    async def test_a_router_tells_the_others_what_it_knows_for_as_long_as_it_lives(self):
+        async with turns() as t:
+            t.healthy.add("*")
+            await t.declare(1)
+            await t.turn(4)
+            telling = asyncio.create_task(RouterViews(t.store, t.clock, t.current, "r/2").run())
+            await t.clock.advance(1)
+            (entry,) = (await t.store.list(keys.ROUTER_VIEWS)).entries
+            assert entry.value == b"", "nothing is compared, and nobody leaves"
+            await t.declare(0)
+            await t.turn()
+            await t.clock.advance(2)
+            (entry,) = (await t.store.list(keys.ROUTER_VIEWS)).entries
+            assert list(pb.RouterView.FromString(entry.value).idle_replicas) == ["models/m/replicas/m-0"]
+            telling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await telling
+            assert not (await t.store.list(keys.ROUTER_VIEWS)).entries
 
     async def test_one_that_answers_stays_where_another_has_crashed(self):
         async with turns() as t:
@@ -739,6 +779,55 @@ class TestRollouts:
                 t.current.load_tracker.fail(new.name, t.clock.monotonic())
             await self.until(t, "ROLLED_BACK")
             assert "3 of 3 tries failed" in self.model(t).rollout.message
+
+    async def watched(self, t):
+        """A rollout whose first replica is watched: that replica, and one of the old ones that has answered 30 requests."""
+        await self.serving(t)
+        await self.change(t, environment={"A": "1"})
+        await self.until(t, "WATCHING")
+        await t.turn()
+        by_version = {r.version: r for r in t.current.replicas.values.values()}
+        answered = Outcome(t.clock.monotonic(), End.ANSWERED, 0.1, 0.5)
+        for _ in range(30):
+            t.current.load_tracker.outcomes.add(by_version[1].name, answered)
+        return by_version[2], by_version[1]
+
+    async def test_one_that_refuses_what_the_old_one_answers_is_rolled_back(self):
+        async with turns() as t:
+            new, _ = await self.watched(t)
+            for _ in range(3):
+                t.current.load_tracker.outcomes.add(new.name, Outcome(t.clock.monotonic(), End.REFUSED, 0.1, 0.1))
+            await self.until(t, "ROLLED_BACK")
+            assert "answered with a 4xx" in self.model(t).rollout.message
+
+    async def test_one_that_hangs_is_rolled_back(self):
+        async with turns() as t:
+            new, _ = await self.watched(t)
+            for number in range(3):
+                t.current.load_tracker.open(f"d{number}", new.name, t.clock.monotonic())
+            await self.until(t, "ROLLED_BACK")
+            assert "3 of 3 requests take longer than 10 s" in self.model(t).rollout.message
+
+    async def test_one_that_was_asked_and_has_not_answered_is_not_made_the_model(self):
+        async with turns() as t:
+            new, _ = await self.watched(t)
+            t.current.load_tracker.open("d", new.name, t.clock.monotonic())
+            await t.turn(100)
+            assert self.state(t) == "WATCHING"
+            t.current.load_tracker.outcomes.add(new.name, Outcome(t.clock.monotonic(), End.ANSWERED, 0.1, 20))
+            await t.turn(8)
+            assert self.state(t) == "SHIFTING"
+
+    async def test_what_another_router_saw_counts(self):
+        async with turns() as t:
+            await self.watched(t)
+            rollout = self.model(t).rollout
+            view = pb.RouterView()
+            trial = view.trials.add(model="models/m", to_version=2, state=rollout.state)
+            trial.new.refused = 3
+            await t.tell(view)
+            await self.until(t, "ROLLED_BACK")
+            assert "3 of 3 requests were answered with a 4xx" in self.model(t).rollout.message
 
     async def test_another_leader_goes_on_where_it_was_and_a_deposed_one_takes_no_step(self):
         async with service() as (_, current, store):

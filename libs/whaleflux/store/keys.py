@@ -56,6 +56,9 @@ CHECKPOINTS_DELETABLE = (
 MODELS = ROOT + "models/"  # {model}
 REPLICAS = ROOT + "replicas/"  # {model}/{replica}
 API_KEYS = ROOT + "api_keys/"  # {key}
+ROUTER_VIEWS = (
+    ROOT + "router_views/"
+)  # {router}: what each router knows of rollouts and of replicas that leave; lives with its lease
 
 # shared machinery
 LEADERS = ROOT + "leaders/"  # {service}

@@ -30,6 +30,7 @@ from whaleflux_inference_router.replica_manager import ReplicaManager
 from whaleflux_inference_router.request_authorizer import RequestAuthorizer
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.rights import ModelRights
+from whaleflux_inference_router.router_views import RouterViews
 from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
 from whaleflux_inference_router.settings import Settings
@@ -45,10 +46,12 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
     port = await stack.enter_async_context(policy)
     resolver = _resolver(ctx, port)
 
+    views = RouterViews(ctx.store, ctx.clock, current, ctx.address)
+
     async def manage(leader: Leader) -> None:
         stubs = SchedulerServiceStub(ctx.channel("scheduler")), InventoryServiceStub(ctx.channel("inventory"))
         manager = ReplicaManager(
-            ctx.store, ctx.clock, current, ReplicaJobs(*stubs, ctx.clock), leader, resolver=resolver
+            ctx.store, ctx.clock, current, ReplicaJobs(*stubs, ctx.clock), leader, resolver=resolver, views=views
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(manager.run())
@@ -68,7 +71,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
             (add_AccessLogServiceServicer_to_server, Feedback(current, ctx.clock, ctx.trail), "envoy.service.accesslog.v3.AccessLogService"),
             (add_EndpointDiscoveryServiceServicer_to_server, Endpoints(current, resolver), "envoy.service.endpoint.v3.EndpointDiscoveryService"),
         ],
-        loops=[current.keep_current, resolver.keep_current, manage_while_leading],
+        loops=[current.keep_current, resolver.keep_current, views.run, manage_while_leading],
         on_stop=[stack.aclose],
         ports={"policy": port},
     )  # fmt: skip

@@ -49,6 +49,10 @@ def api_key(entry: Entry) -> pb.ApiKey:
     return pb.ApiKey.FromString(entry.value)
 
 
+def router_view(entry: Entry) -> pb.RouterView:
+    return pb.RouterView.FromString(entry.value)
+
+
 def encode(message: pb.Model | pb.Replica) -> bytes:
     stored = copy.deepcopy(message)
     stored.etag = ""

@@ -20,6 +20,7 @@ from whaleflux.rpc.auth import NOBODY
 from whaleflux.telemetry import Metric
 from whaleflux.trust.audit import Audit, AuditRecord, NoAudit
 from whaleflux_inference_router.core.load_tracker import Ended
+from whaleflux_inference_router.core.outcomes import End, Outcome
 from whaleflux_inference_router.routing_state import RoutingState
 
 _REFUSED = {  # names of routes
@@ -72,10 +73,24 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
         ended = Ended(decision_id, _upstream(common), first_byte_s, completed, succeeded)
         self._routing.load_tracker.close(ended)
         replica = self._routing.replica_at(ended.address)
-        if replica and first_byte_s is not None and ended.completed:
-            if succeeded:
-                self._routing.load_tracker.outcomes.add(replica, self._clock.monotonic(), first_byte_s)
+        if replica and (end := _end(entry, ended)) is not None:
+            lasted_s = _seconds(common, "time_to_last_downstream_tx_byte")
+            outcome = Outcome(self._clock.monotonic(), end, first_byte_s, lasted_s)
+            self._routing.load_tracker.outcomes.add(replica, outcome)
+        if replica and first_byte_s is not None and completed:
             telemetry.histogram(Metric.FIRST_TOKEN).labels(names.top(replica)).observe(first_byte_s)
+
+
+def _end(entry: Any, ended: Ended) -> End | None:
+    """How a try went for the engine that had it; None: that is no word on the engine. What failed its attempt's record says."""
+    if ended.first_byte_s is None:
+        flags = entry.common_properties.response_flags
+        has_left = flags.downstream_connection_termination or flags.downstream_remote_reset
+        return End.LEFT if has_left else None
+    if not ended.completed:
+        return None
+    refused = 400 <= entry.response.response_code.value < 500
+    return End.ANSWERED if ended.succeeded else End.REFUSED if refused else None
 
 
 def _refusal(entry: Any, route: str) -> AuditRecord:

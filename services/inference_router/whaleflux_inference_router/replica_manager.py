@@ -36,6 +36,7 @@ from whaleflux_inference_router.engine_proofs import EngineProofs
 from whaleflux_inference_router.replica_jobs import ReplicaHost, ReplicaJobs, job_name
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.rollouts import Rollouts
+from whaleflux_inference_router.router_views import RouterViews
 from whaleflux_inference_router.routing_state import RoutingState
 
 TURN_S = 0.25
@@ -60,12 +61,14 @@ class ReplicaManager:
         leader: Leadership,
         probe: EngineProbe | None = None,
         resolver: Resolver | None = None,
+        views: RouterViews | None = None,
     ) -> None:
         self._store, self._clock, self._routing, self._jobs = store, clock, routing, jobs
         self._probe, self._resolver = probe or HttpProbe(), resolver or Resolver(clock)
         self._held = Held(leader)
         self._proofs = EngineProofs(self._probe, clock)
-        self._rollouts = Rollouts(store, clock, routing, jobs, self._held)
+        self._views = views or RouterViews(store, clock, routing, "")
+        self._rollouts = Rollouts(store, clock, routing, jobs, self._views, self._held)
         self._failed: dict[str, int] = {}  # probes failed in a row, by replica and address
         self._probed_at_s: dict[str, float] = {}
         self._models_at_s: dict[str, float] = {}  # when a replica was asked for its list of models
@@ -275,7 +278,7 @@ class ReplicaManager:
             return
         since_s = self._draining_since_s.setdefault(replica.name, self._clock.monotonic())
         now_s = self._clock.monotonic()
-        if now_s - since_s < DRAIN_S and self._routing.load_tracker.may_be_busy(replica.name, now_s):
+        if now_s - since_s < DRAIN_S and self._views.may_be_busy(replica.name):
             return
         if replica.job and not await self._jobs.end_job(replica.job, replica.owner):
             return

@@ -18,10 +18,12 @@ from whaleflux.v1 import router_pb2 as pb
 from whaleflux.v1 import scheduler_pb2
 from whaleflux_inference_router import convert, model_changes
 from whaleflux_inference_router.core import outcomes, rollout
+from whaleflux_inference_router.core.outcomes import Tally
 from whaleflux_inference_router.core.replicas import State
 from whaleflux_inference_router.core.rollout import UNDER_WAY, Count, Stage
 from whaleflux_inference_router.core.starts import Start
 from whaleflux_inference_router.replica_jobs import ReplicaJobs
+from whaleflux_inference_router.router_views import RouterViews
 from whaleflux_inference_router.routing_state import RoutingState
 
 _log = telemetry.get_logger(__name__)
@@ -31,7 +33,10 @@ _Step = tuple[int, Stage, int]  # which rollout, its stage, and how many new rep
 class Rollouts:
     """One leadership's view of all models."""
 
-    def __init__(self, store: Store, clock: Clock, routing: RoutingState, jobs: ReplicaJobs, held: Held) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, routing: RoutingState, jobs: ReplicaJobs, views: RouterViews, held: Held
+    ) -> None:
+        self._views = views
         self._store, self._clock, self._routing, self._jobs, self._held = store, clock, routing, jobs, held
         self._seen: dict[str, dict[tuple[int, str], Count]] = {}
         self._steps: dict[str, tuple[_Step, float]] = {}  # and since when (monotonic)
@@ -68,8 +73,9 @@ class Rollouts:
         changed.CopyFrom(model)
         found = convert.rollout_of(model)
         (_, since_s), now_s = self._steps[model.name], self._clock.monotonic()
-        verdict = self._verdict(model, since_s) if found.stage in UNDER_WAY else ""
-        following = rollout.step(found, self._seen[model.name], now_s - since_s, verdict)
+        new, old = self._views.tallies(model) if found.stage in UNDER_WAY else (Tally(), Tally())
+        judged = outcomes.worse(new, old), outcomes.unproven(new, old)
+        following = rollout.step(found, self._seen[model.name], now_s - since_s, *judged)
         if following is not None:
             self._take(changed, *following)
         measured = self._measured.get(model.name, {})
@@ -97,14 +103,6 @@ class Rollouts:
         changed.rollout.step_time.FromDatetime(self._clock.now())
         if stage is Stage.ROLLED_BACK:
             model_changes.restore(changed)
-
-    def _verdict(self, model: pb.Model, since_s: float) -> str:
-        """Why the new version is worse, by what the front doors told this router since the step began."""
-        of: dict[bool, list[str]] = {True: [], False: []}
-        for replica in self._routing.snapshot.replicas.get(convert.model_of(model.name), ()):
-            of[replica.version == model.rollout.to_version].append(replica.name)
-        known = self._routing.load_tracker.outcomes
-        return outcomes.worse(known.sample(of[True], since_s), known.sample(of[False], since_s))
 
     def _watch_start(self, model: pb.Model, replica: pb.Replica, others: Mapping[str, pb.Replica]) -> None:
         """Follows the start of a replica from before its process runs."""

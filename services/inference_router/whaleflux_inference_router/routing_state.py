@@ -43,9 +43,10 @@ class RoutingState:
         models: Cache[pb.Model],
         replicas: Cache[pb.Replica],
         api_keys: Cache[pb.ApiKey],
+        views: Cache[pb.RouterView],
         rights: ModelRights | None = None,
     ) -> None:
-        self.clock, self.rights = clock, rights or ModelRights()
+        self.clock, self.rights, self.views = clock, rights or ModelRights(), views
         self.models, self.replicas, self.api_keys = models, replicas, api_keys
         self.load_tracker = LoadTracker(clock.monotonic())
         self.reachable: frozenset[str] | None = None
@@ -139,7 +140,8 @@ async def routing(store: Store, clock: Clock, rights: ModelRights | None = None)
         Cache(store, keys.MODELS, convert.model) as models,
         Cache(store, keys.REPLICAS, convert.replica) as replicas,
         Cache(store, keys.API_KEYS, convert.api_key) as api_keys,
+        Cache(store, keys.ROUTER_VIEWS, convert.router_view) as views,
     ):
-        made = RoutingState(clock, models, replicas, api_keys, rights)
+        made = RoutingState(clock, models, replicas, api_keys, views, rights)
         made._swap()
         yield made

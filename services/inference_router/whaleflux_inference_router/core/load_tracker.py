@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from whaleflux_inference_router.core.fatal_requests import FatalRequests
-from whaleflux_inference_router.core.outcomes import Outcomes
+from whaleflux_inference_router.core.outcomes import End, Outcome, Outcomes
 from whaleflux_inference_router.core.ranking import HALF_LIFE_S, Load
 
 FORGET_S = 600.0
@@ -67,6 +67,10 @@ class LoadTracker:
         is_unknown = replica in (self._found or ()) and now_s - self._started_s < FORGET_S
         return is_unknown or (load is not None and load.in_flight > 0)
 
+    def ages_s(self, replicas: set[str], now_s: float) -> list[float]:
+        """For how long each request to these replicas is under way."""
+        return [now_s - one.at_s for one in self._open.values() if one.replica in replicas]
+
     def open(self, decision_id: str, replica: str, now_s: float, fingerprint: bytes = b"") -> None:
         """A request was sent to `replica`."""
         self._expire(now_s)
@@ -95,7 +99,7 @@ class LoadTracker:
         load = self._loads.get(replica, Load())
         left = load.failures * 0.5 ** ((now_s - load.failures_at_s) / HALF_LIFE_S)
         self._loads[replica] = replace(load, failures=left + 1, failures_at_s=now_s)
-        self.outcomes.add(replica, now_s, None)
+        self.outcomes.add(replica, Outcome(now_s, End.FAILED))
 
     def engine_ended(self, decision_id: str, replica: str, now_s: float) -> None:
         """The engine of `replica` cut an attempt of this request that had begun."""

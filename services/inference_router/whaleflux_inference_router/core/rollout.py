@@ -130,11 +130,14 @@ def all_ready_before(rollout: Rollout, seen: Counts, site: str | None = None) ->
     return True
 
 
-def step(rollout: Rollout, seen: Counts, age_s: float, verdict: str = "") -> tuple[Stage, str] | None:
+def step(
+    rollout: Rollout, seen: Counts, age_s: float, verdict: str = "", unproven: str = ""
+) -> tuple[Stage, str] | None:
     """The stage that follows and one sentence why; None: it stays.
 
     `age_s`: since the stage began or the last new replica became READY, as long as this leader has seen it. `verdict`: why the new version is
-    worse than the old one, "" where it is not known to be.
+    worse than the old one, "" where it is not known to be. `unproven`: why nothing speaks for it although it was asked; it is watched for longer
+    then, and rolled back when that goes on.
     """
     if rollout.stage not in UNDER_WAY:
         return None
@@ -143,7 +146,7 @@ def step(rollout: Rollout, seen: Counts, age_s: float, verdict: str = "") -> tup
     if verdict:
         return Stage.ROLLED_BACK, f"v{rollout.to_version} was rolled back: {verdict}"
     if rollout.stage is Stage.WATCHING:
-        return _watched(rollout, ready, new, age_s)
+        return _watched(rollout, ready, new, age_s, unproven)
     if rollout.stage is Stage.SURGING and (ready or not total):
         share = f"{100 * rollout.policy.share:.0f} %"
         return Stage.WATCHING, f"a replica of v{rollout.to_version} answers; it gets {share} of the requests"
@@ -160,11 +163,15 @@ def step(rollout: Rollout, seen: Counts, age_s: float, verdict: str = "") -> tup
     return None
 
 
-def _watched(rollout: Rollout, ready: int, new: list[Count], age_s: float) -> tuple[Stage, str] | None:
+def _watched(rollout: Rollout, ready: int, new: list[Count], age_s: float, unproven: str) -> tuple[Stage, str] | None:
     total: int = sum(rollout.wanted.values())
     if not ready and total:
         why = next((count.waits_for for count in new if count.existing), "") or "it is gone"
         return Stage.ROLLED_BACK, f"v{rollout.to_version} was rolled back: its replica answered and stopped: {why}"
     if age_s < rollout.policy.watch_s:
         return None
+    if unproven and age_s < rollout.policy.watch_s + rollout.policy.ready_within_s:
+        return None
+    if unproven:
+        return Stage.ROLLED_BACK, f"v{rollout.to_version} was rolled back: {unproven}"
     return Stage.SHIFTING, f"v{rollout.to_version} is no worse than v{rollout.from_version}; the others follow"
