@@ -1,6 +1,7 @@
 """Inference through a real Envoy: who is served, by which replica, what is said otherwise, and what dies unnoticed."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import time
@@ -207,7 +208,9 @@ async def test_the_second_of_the_ranking_is_tried_before_the_first_byte(tmp_path
         await until(lambda: failed() == 2, what="both failures told by records")
 
 
-async def test_a_changed_engine_that_fails_what_it_is_asked_goes_and_no_client_hears_of_it(tmp_path, engines):
+@contextlib.asynccontextmanager
+async def watched(tmp_path, engines):
+    """A world with a model whose changed engine is watched and gets half of the requests: its key, the old engine, the new one."""
     async with world(tmp_path) as w:
         old, new = engines(2)
         key = await serve(w, old, model="other")
@@ -233,21 +236,47 @@ async def test_a_changed_engine_that_fails_what_it_is_asked_goes_and_no_client_h
             writes.append(Put(f"{keys.REPLICAS}m/{name}", encode(replica)))
         await w.store.commit(*writes)
         await known(w, [old.address, new.address])
+        yield w, key, old, new
 
-        answers = []
 
-        async def rolled_back():
-            body = said(fail_at=[new.port], fail_with=500)
-            answers.append(await w.http("POST", CHAT, body, key=key))
-            return w.live.models.values[f"{keys.MODELS}m"].rollout.state == router_pb2.ROLLOUT_STATE_ROLLED_BACK
+async def asked_until_rolled_back(w, key, **more):
+    """The answers until then, and why; None for one that its client did not wait for."""
+    answers = []
 
-        async with asyncio.timeout(60):
-            while not await rolled_back():
-                await asyncio.sleep(0.01)
+    async def ask():
+        with contextlib.suppress(TimeoutError):
+            answers.append(await w.http("POST", CHAT, said(**more), key=key, within_s=0.5))
+            return
+        answers.append(None)
+
+    model = lambda: w.live.models.values[f"{keys.MODELS}m"]  # noqa: E731
+    async with asyncio.timeout(60):
+        while model().rollout.state != router_pb2.ROLLOUT_STATE_ROLLED_BACK:
+            await ask()
+            await asyncio.sleep(0.01)
+    assert model().version == 1
+    return answers, model().rollout.message
+
+
+async def test_a_changed_engine_that_fails_what_it_is_asked_goes_and_no_client_hears_of_it(tmp_path, engines):
+    async with watched(tmp_path, engines) as (w, key, old, new):
+        answers, why = await asked_until_rolled_back(w, key, fail_at=[new.port], fail_with=500)
         assert {(answer.status, answer.json["replica"]) for answer in answers} == {(200, old.port)}
-        message = w.live.models.values[f"{keys.MODELS}m"].rollout.message
-        assert "tries failed" in message
-        assert w.live.models.values[f"{keys.MODELS}m"].version == 1
+        assert "tries failed" in why
+
+
+async def test_a_changed_engine_that_refuses_what_the_old_one_answers_goes(tmp_path, engines):
+    async with watched(tmp_path, engines) as (w, key, _, new):
+        answers, why = await asked_until_rolled_back(w, key, fail_at=[new.port], fail_with=400)
+        assert {answer.status for answer in answers} == {200, 400}
+        assert "were answered with a 4xx" in why
+
+
+async def test_a_changed_engine_whose_clients_give_up_goes(tmp_path, engines):
+    async with watched(tmp_path, engines) as (w, key, _, new):
+        answers, why = await asked_until_rolled_back(w, key, hang_at=[new.port])
+        assert None in answers
+        assert "were given up by their clients before a first byte" in why
 
 
 async def test_streams_pass_through_as_they_come(tmp_path, engines):

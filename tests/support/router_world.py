@@ -218,11 +218,13 @@ class World:
         except Exception as error:
             raise RuntimeError((self.folder / "envoy.log").read_text()[-3000:]) from error
 
-    async def http(self, method: str, path: str, body: Any = None, *, key: str = "", **headers: str) -> Answer:
-        """One request through the front door's HTTP listener; a dict is sent as JSON."""
+    async def http(
+        self, method: str, path: str, body: Any = None, *, key: str = "", within_s: float = 20, **headers: str
+    ) -> Answer:
+        """One request through the front door's HTTP listener; a dict is sent as JSON. Raises TimeoutError."""
         sent = {"authorization": f"Bearer {key}"} if key else {}
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        return await asyncio.to_thread(_request, self.ports["http"], method, path, raw, {**sent, **headers})
+        return await asyncio.to_thread(_request, self.ports["http"], method, path, raw, {**sent, **headers}, within_s)
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,8 @@ class Answer:
         return json.loads(self.body)
 
 
-def _request(port: int, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+def _request(port: int, method: str, path: str, body: bytes | None, headers: dict[str, str], within_s: float) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=within_s)
     began = time.monotonic()
     try:
         connection.request(method, path, body, headers)

@@ -1,7 +1,7 @@
 """`python -m tests.support.small_engine [HOST]`: an OpenAI-like server in a process of its own; prints its port, then serves.
 
 The request says how it behaves: `pause_s` before the answer, `stream` with `chunks` and `gap_s`, `fail_at` a list of
-ports that answer `fail_with` (a status) instead, `crash` the end of the process.
+ports that answer `fail_with` (a status) instead, `hang_at` a list of ports that answer after ten seconds, `crash` the end of the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Engine(BaseHTTPRequestHandler):
         asked = json.loads(body) if body.startswith(b"{") else {}  # a form, or compressed: answered as it is
         Engine.served += asked.get("max_tokens") != 1  # the router's question for a first token is no client's
         port = self.server.server_address[1]
-        time.sleep(asked.get("pause_s", 0))
+        time.sleep(10 if port in asked.get("hang_at", ()) else asked.get("pause_s", 0))
         if asked.get("crash"):
             os._exit(1)
         if port in asked.get("fail_at", ()):

@@ -58,7 +58,9 @@ def test_a_body_without_a_model_names_the_field(sent):
 
 
 @pytest.mark.parametrize(
-    "packed", [gzip.compress(body(model="m", prompt="hello")), gzip.compress(body(model="m", prompt=LONG * 40))]
+    "packed",
+    [gzip.compress(body(model="m", prompt="hello")), gzip.compress(body(model="m", prompt=LONG * 40))],
+    ids=["short", "long"],
 )
 def test_a_compressed_body_is_read_as_far_as_needed(packed):
     assert read(packed, content_encoding="gzip").model == "m"
