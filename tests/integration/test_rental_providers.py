@@ -51,6 +51,11 @@ def shop_that(tmp_path, does):
     return CommandKind(tmp_path).open(offer, {})
 
 
+def listing(*, id_='"m"', created_s="5", taken_s="0"):
+    machine = f'{{"id": {id_}, "created_s": {created_s}, "taken_s": {taken_s}, "tags": {{"{FLEET_TAG}": "f"}}}}'
+    return f"""echo '{{"machines": [{machine}]}}'"""
+
+
 def group_of(tmp_path):
     """Processes that are left of it, with a dead child that we have not waited for."""
     number, left = (tmp_path / "pid").read_text().strip(), []
@@ -76,6 +81,54 @@ async def test_what_does_not_answer_in_time_is_ended_with_all_that_it_has_starte
     with pytest.raises(TimeoutError):
         await provider.machines("f")
     assert group_of(tmp_path) == []
+
+
+async def test_what_it_leaves_behind_holding_its_answer_open_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "CALL_WITHIN_S", 2.0)
+    provider = shop_that(tmp_path, "sleep 600 & exit 0")
+    with pytest.raises(TimeoutError):
+        await provider.machines("f")
+    async with asyncio.timeout(10):  # nobody waits for a grandchild but the kernel
+        while group_of(tmp_path):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("kill -9 $$", "code -9"),
+        ("echo nothing; exit 3", "code 3 and no JSON"),
+        ("echo '[]'", "no JSON object"),
+        ("""echo '{"machines": 7}'""", "did not list machines"),
+        (listing(created_s="1e300"), "lacks id, tags or created_s"),
+        (listing(created_s="1" + "0" * 400), "lacks id, tags or created_s"),
+        (listing(created_s="-5"), "lacks id, tags or created_s"),
+        (listing(created_s="NaN"), "lacks id, tags or created_s"),
+        (listing(id_='""'), "lacks id, tags or created_s"),
+        (listing(id_='"' + "m" * 300 + '"'), "lacks id, tags or created_s"),
+        (listing(id_="7"), "lacks id, tags or created_s"),
+        (listing(taken_s="1e40"), "lacks id, tags or created_s"),
+    ],
+)
+async def test_an_answer_that_is_none_leaves_what_is_there_unknown(tmp_path, does, says):
+    with pytest.raises(OSError, match=says):
+        await shop_that(tmp_path, does).machines("f")
+
+
+async def test_the_parts_of_a_secret_are_no_variables_that_a_shell_or_a_loader_obeys(tmp_path):
+    """Whoever may declare offers and secrets runs nothing of theirs as inventory, which has the fleet's authority."""
+    made = tmp_path / "made"
+    shop = tmp_path / "shop"
+    shop.write_text("""#!/bin/bash\nprintf '{"id": "%s"}' "$SECRET_TOKEN"\n""")
+    shop.chmod(shop.stat().st_mode | stat.S_IXUSR)
+    world = World(tmp_path)
+    await world.offer(provider="command", machine_type="m", options={"command": "shop", "boot_s": ""})
+    record = await world.lease()
+    offer = core_offer(record.offer)
+    keys = {"TOKEN": "t-1", "BASH_ENV": f"$(touch {made})", "PATH": "/nowhere", "LD_PRELOAD": "/nowhere.so"}
+    asked = Launching(FrontDoor("fleet.example:7443"), CA, 60.0).request(core_lease(record), offer, "f")
+    assert await CommandKind(tmp_path).open(offer, keys).launch(asked) == "t-1"
+    assert not made.exists()
 
 
 async def test_who_reads_nothing_of_a_long_question_is_still_heard(tmp_path):

@@ -125,6 +125,17 @@ async def test_an_offer_is_declared_once_listed_and_forgotten(world):
         ({"options": {"faults": "fire"}}, "offer.options.faults"),
         ({"options": {"Boot": "1"}}, "offer.options"),
         ({"provider": "command", "options": {"command": "../../bin/sh"}}, "offer.options.command"),
+        ({"provider": "command", "options": {"api_key": "abc"}}, "offer.options.api_key"),
+        ({"provider": "command", "options": {"token": "abc"}}, "offer.options.token"),
+        ({"options": {"whose": "AKIAIOSFODNN7EXAMPLE"}}, "offer.options.whose"),
+        ({"options": {"whose": "-----BEGIN PRIVATE KEY-----"}}, "offer.options.whose"),
+        ({"gpus": 10**9}, "offer.gpus"),
+        ({"usd_per_hour": float("nan")}, "offer.usd_per_hour"),
+        ({"usd_per_hour": -1.0}, "offer.usd_per_hour"),
+        ({"boot_s": float("nan")}, "offer.boot_s"),
+        ({"billing_unit_s": float("inf")}, "offer.billing_unit_s"),
+        ({"max_machines": 10**6}, "offer.max_machines"),
+        ({"provider": "azure"}, "offer.provider"),
     ],
 )
 async def test_bad_offers_name_the_field_and_change_nothing(world, how, field):

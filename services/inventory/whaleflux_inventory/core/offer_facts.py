@@ -16,6 +16,13 @@ MAX_OPTIONS = 32
 MAX_OPTION = 2_048
 MIN_LEASE_S, MAX_LEASE_S = 60, 30 * 86_400
 MAX_OFFERS_OF_LEASE = 16
+_KEPT_SECRET = "looks like a key, and options are shown to whoever lists offers: keep it with `whaleflux secrets add`, and name that as `secret`"
+_SECRET_NAME = re.compile(
+    r"(^|_)(secrets?|tokens?|passwords?|passwd|credentials?|(api|access|private|secret)_?keys?)($|_)"
+)
+_SECRET_VALUE = re.compile(
+    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN|\beyJ[\w-]{10,}\.eyJ|\b(sk|ghp|hf|xox[bp])[-_][\w-]{16,}"
+)
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
@@ -48,3 +55,5 @@ def _check_options(found: Findings, options: Mapping[str, str]) -> None:
             found.add("offer.options", f"{key[:40]!r} is no name of an option: use a-z, 0-9 and _")
         elif len(value) > MAX_OPTION or any(ord(letter) < 32 for letter in value):
             found.add(f"offer.options.{key}", f"must be one line of at most {MAX_OPTION} characters")
+        elif _SECRET_NAME.search(key) or _SECRET_VALUE.search(value):
+            found.add(f"offer.options.{key}", _KEPT_SECRET)

@@ -8,7 +8,8 @@ there, an offer cannot. It is started with one word, `launch`, `list` or `termin
     terminate  {"id"}                                ->  {}
 
 It may refuse: {"error": "no_capacity" | "throttled" | "auth" | "unsupported" | "not_found", "message": "..."}; whatever else it does
-(another exit code, no JSON, no end in time) means that nobody knows what came of it. Keys of the offer's secret are in its environment.
+(another exit code, no JSON, no end in time) means that nobody knows what came of it. The parts of the offer's secret are in its environment as
+SECRET_NAME: under no other name, since whoever declares offers chooses these names, and PATH, LD_PRELOAD or BASH_ENV would run what they like.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import signal
 from asyncio.subprocess import Process
@@ -46,6 +46,8 @@ from whaleflux_inventory.providers.user_data import user_data
 
 MAX_ANSWER_BYTES = 8 << 20
 KILLED_WITHIN_S = 1.0
+MAX_ID = 256
+MAX_TIME_S = 253_402_300_799.0  # the end of the year 9999
 _ERRORS: dict[str, type[ProviderError]] = {
     "no_capacity": NoCapacity,
     "throttled": Throttled,
@@ -102,7 +104,7 @@ class Command:
             "hard_end_s": request.hard_end_s,
         }
         machine = (await self._run("launch", asked)).get("id")
-        if not isinstance(machine, str) or not 0 < len(machine) <= 256:
+        if not isinstance(machine, str) or not 0 < len(machine) <= MAX_ID:
             raise OSError(f"{self._executable.name} launch did not say the machine's id")
         return machine
 
@@ -121,7 +123,7 @@ class Command:
         process = await asyncio.create_subprocess_exec(
             str(self._executable),
             what,
-            env={**environment, **self._keys},
+            env={**environment, **{f"SECRET_{name}": value for name, value in self._keys.items()}},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -172,8 +174,9 @@ async def _tell(stdin: asyncio.StreamWriter, asked: bytes) -> None:
 
 
 async def _ended(process: Process) -> None:
-    """It and what it has started are gone, and waited for, unless the kernel holds it."""
-    if process.returncode is not None:
+    """It and what it has started are gone, and waited for, unless the kernel holds it; what closed its answer and let it end stays."""
+    assert process.stdout is not None
+    if process.returncode is not None and process.stdout.at_eof():
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -187,7 +190,7 @@ def _machine(one: Any) -> tuple[Machine, str]:
     try:
         tags = one["tags"]
         machine = Machine(
-            id=str(one["id"]),
+            id=_id(one["id"]),
             lease=str(tags.get(LEASE_TAG, "")),
             token=str(tags.get(TOKEN_TAG, "")),
             created_s=_instant_s(one["created_s"]),
@@ -196,13 +199,20 @@ def _machine(one: Any) -> tuple[Machine, str]:
             taken_s=_instant_s(one.get("taken_s") or 0.0),
             taken_why=str(one.get("taken_why", ""))[:300],
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise OSError("a machine in the list lacks id, tags or created_s") from None
     return machine, str(tags.get(FLEET_TAG, ""))
 
 
+def _id(said: Any) -> str:
+    """Raises ValueError for what is none."""
+    if not isinstance(said, str) or not 0 < len(said) <= MAX_ID:
+        raise ValueError(said)
+    return said
+
+
 def _instant_s(said: Any) -> float:
     """Unix seconds. Raises ValueError, TypeError for what is no time."""
-    if not math.isfinite(value := float(said)):
+    if not 0 <= (value := float(said)) <= MAX_TIME_S:  # nor is NaN
         raise ValueError(said)
     return value

@@ -28,6 +28,7 @@ from whaleflux_inventory.providers.api import AuthFailed, LaunchRequest, NoCapac
 
 NOTICE_S = 120.0
 MOST = 8  # an agent holds some 70 MB
+_BEGINS = [b""]  # the command line of a process in the moment in which it becomes another program
 _FAULTS = ("ok", "no_capacity", "throttled", "lost_reply", "auth")
 
 
@@ -171,7 +172,7 @@ def _pid(folder: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         pid = int((folder / simulated_machine.PID).read_text())
         words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-        if str(folder).encode() in words and not _is_zombie(pid):
+        if (str(folder).encode() in words or words == _BEGINS) and not _is_zombie(pid):
             return pid
     return 0
 
