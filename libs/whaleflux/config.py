@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -234,9 +235,18 @@ def _from_text(kind: type[ServiceSettings], name: str, source: str, text: str) -
     if name == "config" or not _takes_json(kind.model_fields[name].annotation) or not text.startswith(("[", "{")):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(FieldViolation(source, f"is not JSON: {error}")) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError where a key is there twice: of two budgets by one name none is silently forgotten."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:80]!r} is there twice; say it once")
+    return found
 
 
 def _takes_json(annotation: Any) -> bool:

@@ -296,6 +296,6 @@ async def test_a_machine_that_an_operator_rented_is_the_operators():
 def test_budgets_name_queues_sites_or_all():
     rules = Settings(burst_budgets={"all": 10, "queues/a": 5, "sites/s": 1}).burst_rules()
     assert rules.budgets_usd == {"": 10, "queues/a": 5, "sites/s": 1}
-    for wrong in ({"research": 5}, {"all": -1}, {"jobs/a": 1}):
+    for wrong in ({"research": 5}, {"all": -1}, {"jobs/a": 1}, {"queues/": 1}, {"queues/A b": 1}, {"sites/a/b": 1}):
         with pytest.raises(InvalidArgument, match="burst_budgets"):
             Settings(burst_budgets=wrong).burst_rules()

@@ -137,6 +137,11 @@ class TestStatusErrors:
         environment.setenv("WHALEFLUX_TAGS", "[a, b")
         assert "is not JSON" in refused()["WHALEFLUX_TAGS"]
 
+    @pytest.mark.parametrize("text", ['[{"a": 1, "a": 2}]', "[" * 100_000])
+    def test_a_variable_with_a_key_twice_or_without_bottom_is_refused(self, environment, text):
+        environment.setenv("WHALEFLUX_TAGS", text)
+        assert "is not JSON" in refused()["WHALEFLUX_TAGS"]
+
     def test_a_misspelt_variable_is_pointed_out(self, environment, capsys):
         environment.setenv("WHALEFLUX_PLAN_EVRY_S", "9")
         environment.setenv("WHALEFLUX_CONTEXT", "someone else's")

@@ -96,6 +96,19 @@ def test_every_mistake_of_a_file_is_named_with_its_line():
         offers_from_yaml(FILE + "---\n" + FILE)
 
 
+def test_a_file_without_offers_declares_none_and_says_so():
+    with pytest.raises(InvalidArgument, match="offers: is empty"):
+        offers_from_yaml("offers: []")
+
+
+async def test_a_name_that_is_taken_is_refused_when_it_is_only_checked(world):
+    await world.offer()
+    other = offers_from_yaml(FILE)[0].offer
+    other.gpus = 4
+    with pytest.raises(AlreadyExists, match="offers rm"):
+        await world.call("CreateOffer", pb.CreateOfferRequest(offer_id="a", offer=other, validate_only=True))
+
+
 async def test_an_offer_is_declared_once_listed_and_forgotten(world):
     made = await world.offer(refusals=7, owner="user/mallory")
     assert (made.owner, made.refusals, made.trust) == ("operator/olga", 0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,14 @@ def offers_from_yaml(content: str) -> list[OfferManifest]:
         if whole.has("offers"):
             found += [_offer(one) for one in whole.items("offers", items)]
             whole.done()
+            if whole.raw("offers") == []:
+                whole.note("offers", "is empty; name what can be rented, see the guide: Rented machines")
         else:
             found.append(_offer(whole))
     if len(found) > MAX_OFFERS:
         wrong.append(FieldViolation("offers", f"are {len(found)}; at most {MAX_OFFERS} fit in a file"))
-    twice = {one.offer_id for one in found if [other.offer_id for other in found].count(one.offer_id) > 1}
-    wrong += [FieldViolation("name", f"{name!r} is there twice") for name in sorted(twice - {""})]
+    twice = (name for name, count in Counter(one.offer_id for one in found).items() if name and count > 1)
+    wrong += [FieldViolation("name", f"{name!r} is there twice") for name in sorted(twice)]
     if wrong:
         raise InvalidArgument(wrong)
     return found
@@ -83,7 +86,7 @@ def _offer(reader: Reader) -> OfferManifest:
 
 _NEEDED = {
     "name": "an id such as cloud-h200",
-    "provider": "command or simulated",
+    "provider": "aws, rest, command or simulated",
     "machine": "the provider's name of the machines, such as p5.48xlarge",
     "gpu": "the GPUs as job files name them, such as H200",
     "site": "the id of the site that they join",

@@ -49,7 +49,10 @@ class Offers:
         offer.last_change.CopyFrom(changes.asked(What.CREATED, self._clock.now()))
         key, value = keys.of_name(keys.OFFERS, offer.name), offer.SerializeToString(deterministic=True)
         if request.validate_only:
-            return shown_offer(Entry(key, value, 0, 0), self._now_s())
+            there = await self._store.get(key)
+            return (
+                shown_offer(Entry(key, value, 0, 0), self._now_s()) if there is None else await self._made_before(offer)
+            )
         try:
             revision = await self._store.commit(Put(key, value), when=[Absent(key)])
         except ConditionFailed:

@@ -19,6 +19,8 @@ from whaleflux_scheduler.core.soon_over import MOST_S
 
 _DEFAULTS, _RULES, _PROMISES, _BURST = Timeouts(), RebalanceRules(), PromiseRules(), BurstRules()
 
+_BUDGETS = ("queues", "sites")
+
 
 class Settings(ServiceSettings):
     """Who runs where, and why."""
@@ -126,7 +128,10 @@ class Settings(ServiceSettings):
         ),
     )
     burst_after_s: float = Field(
-        _BURST.after_s, ge=0.0, description="Nothing is rented for jobs that have waited for less, seconds."
+        _BURST.after_s,
+        ge=0.0,
+        le=30 * 86_400.0,
+        description="Nothing is rented for jobs that have waited for less, seconds.",
     )
     burst_every_s: float = Field(10.0, ge=1.0, le=3600.0, description="Seconds between looks at what to rent.")
     burst_lease_s: float = Field(
@@ -139,8 +144,7 @@ class Settings(ServiceSettings):
     def burst_rules(self) -> BurstRules:
         """As the core wants them. Raises InvalidArgument for a budget of what there is not."""
         for scope, usd in self.burst_budgets.items():
-            known = scope == "all" or names.collections(scope) in (("queues",), ("sites",))
-            if not known or not 0 <= usd < 1e9:
+            if not _is_budget(scope) or not 0 <= usd < 1e9:
                 wanted = "use queues/Q, sites/S or all, and dollars from 0 on"
                 raise InvalidArgument(FieldViolation("burst_budgets", f"{scope[:80]!r}: {usd}; {wanted}"))
         return BurstRules(
@@ -167,3 +171,12 @@ class Settings(ServiceSettings):
     def timeouts(self) -> Timeouts:
         """As the core wants them."""
         return Timeouts(self.accept_s, self.start_s, self.fetch_s, self.partition_wait_s, self.avoid_s)
+
+
+def _is_budget(scope: str) -> bool:
+    """Whether it names a queue, a site, or all: one that names nothing would bound nothing."""
+    kind = scope.partition("/")[0]
+    try:
+        return scope == "all" or (kind in _BUDGETS and bool(names.split(scope, kind)))
+    except InvalidArgument:
+        return False
