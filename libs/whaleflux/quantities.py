@@ -19,6 +19,7 @@ _BYTES = {
     "tib": 2**40,
 }
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400}  # fmt: skip
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _NUMBER = re.compile(r"\s*(?:>=)?\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*")
 
 
@@ -37,6 +38,11 @@ def dollars(value: object) -> float:
     if isinstance(value, str):
         value = value.strip().removeprefix("$")
     return _scaled(value, {"": 1, "usd": 1}, "an amount such as 12000 USD; other currencies are not converted")
+
+
+def count(value: object) -> float:
+    """1T, 300B, 4M, 512k or a number. Raises ValueError with what would be right."""
+    return _scaled(value, _COUNTS, "a number such as 4M, 300B or 1T")
 
 
 def instant(value: object) -> datetime:
@@ -74,6 +80,14 @@ def shown_bytes(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def shown_count(count: float) -> str:
+    """1.5 T, 4.19 M, 512: three digits are enough for people."""
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.3g}"
 
 
 def shown_duration(span: timedelta | float) -> str:

@@ -49,7 +49,7 @@ GIVEN = {
     "audit verify": [], "describe": ["job", "x"], "explain-field": ["gpus"], "rebalance apply": ["--yes"], "token create": ["--site", "a"],
     "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
     "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
-    "config": ["--help"], "ray explain": ["DEMAND"], "fits": ["llama-3.1-8b", "--gpu", "H200"],
+    "config": ["--help"], "ray explain": ["DEMAND"], "fits": ["llama-3.1-8b", "--gpu", "H200"], "plan": ["llama-3.1-8b", "--gpu", "H200"],
 }  # fmt: skip
 NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from whaleflux.cli import output
 from whaleflux.cli.output import Format
+from whaleflux.cli.planning_options import (
+    MOST_GPUS,
+    MOST_SEQUENCE,
+    Again,
+    Method,
+    Precision,
+    billions,
+    gpu_of,
+    model_of,
+    need_numpy,
+)
 from whaleflux.cli.state import Output
 
 if TYPE_CHECKING:
@@ -18,30 +27,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.model_shape import ModelShape
     from whaleflux.planning.space import Asked
 
-_MOST_GPUS = 131_072
 _BAR = 30
-
-
-class Method(StrEnum):
-    """What is trained."""
-
-    full = "full"
-    lora = "lora"
-
-
-class Again(StrEnum):
-    """Which activations are computed again."""
-
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Precision(StrEnum):
-    """Of linear layers."""
-
-    bf16 = "bf16"
-    fp8 = "fp8"
 
 
 def fits(
@@ -49,9 +35,9 @@ def fits(
         str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face config.json, or a YAML file.")
     ] = "",
     gpu: Annotated[str, typer.Option("--gpu", help="Type of the GPUs: H200, RTX4090.")] = "",
-    gpus: Annotated[int, typer.Option("--gpus", min=1, max=_MOST_GPUS, help="How many.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=MOST_GPUS, help="How many.")] = 1,
     sequence: Annotated[
-        int, typer.Option("--sequence", min=0, max=1 << 27, help="Tokens; 0: the model's, at most 8192.")
+        int, typer.Option("--sequence", min=0, max=MOST_SEQUENCE, help="Tokens; 0: the model's, at most 8192.")
     ] = 0,
     micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, max=65536, help="Samples at once on a rank.")] = 1,
     tp: Annotated[int, typer.Option("--tp", min=0, max=4096, help="Tensor parallelism; 0: the best.")] = 0,
@@ -83,11 +69,11 @@ def fits(
 
     if fmt is not Format.table and not fmt.is_json:
         raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a verdict; use table or json"))
-    _need_numpy()
+    need_numpy()
     if known:
         _show_known(fmt)
         return
-    shape, type_ = _model(model), _gpu(gpu)
+    shape, type_ = model_of(model), gpu_of(gpu)
     from whaleflux.planning.fits import verdict
     from whaleflux.planning.plans import Recompute
     from whaleflux.planning.space import Asked
@@ -98,65 +84,6 @@ def fits(
     asked = Asked(gpus, tokens, micro_batch, tp, pp, cp, ep, zero, again)
     how = Training(frozen=method is Method.lora, fp8=float(precision is Precision.fp8))
     _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value), fmt)
-
-
-def _need_numpy() -> None:
-    import importlib.util
-
-    from whaleflux.errors import FailedPrecondition
-    from whaleflux.reasons import ErrorReason
-
-    if importlib.util.find_spec("numpy") is None:
-        raise FailedPrecondition(
-            "planning needs NumPy, which is not installed here; run: pip install 'whaleflux[plan]'",
-            reason=ErrorReason.PROGRAM_MISSING,
-        )
-
-
-def _model(said: str) -> ModelShape:
-    """A file where there is one of that name, else a known name. Raises InvalidArgument."""
-    from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.planning.known_models import model_named
-    from whaleflux.planning.model_files import MAX_BYTES, model_from_text
-
-    if not said:
-        raise InvalidArgument(
-            FieldViolation("MODEL", "is missing: a name (whaleflux fits --list), a config.json or a YAML file")
-        )
-    path = Path(said)
-    if not path.is_file():
-        if path.suffix in (".json", ".yaml", ".yml"):
-            raise InvalidArgument(FieldViolation("MODEL", f"{said}: there is no such file"))
-        return model_named(said)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        return model_from_text(raw.decode("utf-8"), path.stem if path.stem != "config" else path.resolve().parent.name)
-    except OSError as error:
-        raise InvalidArgument(FieldViolation("MODEL", f"{said} cannot be read: {error.strerror}")) from None
-    except UnicodeDecodeError:
-        raise InvalidArgument(
-            FieldViolation("MODEL", f"{said} is no text; give a config.json or a YAML file, not weights")
-        ) from None
-
-
-def _gpu(said: str) -> GpuType:
-    """Raises InvalidArgument with the nearest names."""
-    from difflib import get_close_matches
-
-    from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.fleet.gpu_types import CATALOGUE
-
-    by_name = {name.lower(): one for name, one in CATALOGUE.types.items() if one.speed}
-    wanted = said.lower()
-    if wanted in by_name:
-        return by_name[wanted]
-    if sizes := [one.name for name, one in by_name.items() if name.partition("-")[0] == wanted]:
-        raise InvalidArgument(FieldViolation("--gpu", f"{said} is sold in several sizes: {', '.join(sizes)}"))
-    near = get_close_matches(wanted, by_name, 3, 0.4)
-    meant = ", ".join(by_name[one].name for one in near) or ", ".join(one.name for one in by_name.values())
-    what = f"{said[:40]!r} is not known" if said else "is missing"
-    raise InvalidArgument(FieldViolation("--gpu", f"{what}; take one of: {meant}"))
 
 
 def _show_known(fmt: Format) -> None:
@@ -172,15 +99,11 @@ def _show_known(fmt: Format) -> None:
         }, fmt)  # fmt: skip
         return
     rows = [
-        [one.name, _billions(one.parameters), _billions(one.active_parameters), f"{one.sequence:,}"]
+        [one.name, billions(one.parameters), billions(one.active_parameters), f"{one.sequence:,}"]
         for one in MODELS.values()
     ]
     output.table(["MODEL", "PARAMETERS", "ACTIVE", "SEQUENCE"], rows)
     output.say("", "GPU types: " + ", ".join(one.name for one in types))
-
-
-def _billions(count: float) -> str:
-    return f"{count / 1e9:.3g} B"
 
 
 def _show(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict, fmt: Format) -> None:
@@ -213,7 +136,7 @@ def _lines(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> lis
     from whaleflux.planning.found import PART_WORDS
     from whaleflux.quantities import shown_bytes
 
-    head = f"{shape.name} ({_billions(shape.parameters)} parameters) on {asked.gpus} x {gpu.name}, sequences of {asked.sequence:,} tokens"
+    head = f"{shape.name} ({billions(shape.parameters)} parameters) on {asked.gpus} x {gpu.name}, sequences of {asked.sequence:,} tokens"
     picture = found.picture
     if picture is None:
         return [head, f"no such split is possible: {found.rule}", *_next(found)]

@@ -32,9 +32,16 @@ class GpuSpeed:
 
     def best_flops(self, precision: str) -> float:
         """In operations per second; of the next wider precision where the GPU has no faster way. Raises ValueError for one that nobody knows."""
-        narrowest = PRECISIONS.index(precision)
-        has = next(one for one in reversed(PRECISIONS[: narrowest + 1]) if one in self.flops)
+        has = self._has(precision)
         return self.best.get(has, 0.8 * self.flops[has])
+
+    def peak_flops(self, precision: str) -> float:
+        """The data sheet's, against which the share that training uses (MFU) is counted."""
+        return self.flops[self._has(precision)]
+
+    def _has(self, precision: str) -> str:
+        narrowest = PRECISIONS.index(precision)
+        return next(one for one in reversed(PRECISIONS[: narrowest + 1]) if one in self.flops)
 
 
 PRECISIONS = ("bf16", "fp8", "fp4")  # from wide to narrow; every GPU here has the first

@@ -90,6 +90,15 @@ class GpuType:
     machines: Mapping[str, MachineShape] = field(default_factory=dict)  # by the name of their profile
     mig: tuple[MigProfile, ...] = ()  # smallest first
     speed: GpuSpeed | None = None  # None: not known, and nothing is planned on it
+    list_price: ListPrice | None = None  # None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class ListPrice:
+    """What somebody rents a GPU of the type out for: an example to plan with, until a fleet's own or an offer's price is known."""
+
+    usd_per_gpu_hour: float
+    source: str  # whose price, and when it was read
 
 
 def _mig(eighth_gb: int, quarter_gb: int, half_gb: int, whole_gb: int) -> tuple[MigProfile, ...]:
@@ -140,6 +149,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
             ),
         },
         speed=hopper(150_754_820_096, 4.8e12),
+        list_price=ListPrice(3.5, "Nebius on demand, SkyPilot catalogue v8, 2025-26"),
     ),
     GpuType(
         "H100-80GB",
@@ -156,6 +166,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
             ),
         },
         speed=hopper(85_520_809_984, 3.35e12),
+        list_price=ListPrice(2.95, "Nebius on demand, SkyPilot catalogue v8, 2025-26"),
     ),
     GpuType(
         "H100-94GB",
@@ -164,6 +175,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         products=("NVIDIA H100 NVL",),
         mig=_mig(12, 24, 47, 94),
         speed=GpuSpeed(100_485_038_080, 3.9e12, {"bf16": 835e12, "fp8": 1671e12}, {}, 4, 300e9, 2),
+        list_price=ListPrice(2.525, "Vast.ai on demand, 2026-06"),
     ),
     GpuType(
         "A100-80GB",
@@ -186,6 +198,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
             ),
         },
         speed=ampere(85_899_345_920, 2.039e12),
+        list_price=ListPrice(1.39, "RunPod, 2026-03"),
     ),
     GpuType(
         "A100-40GB",
@@ -194,6 +207,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         products=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         mig=_mig(5, 10, 20, 40),
         speed=ampere(42_949_672_960, 1.555e12),
+        list_price=ListPrice(2.7447, "AWS on demand, a third party's copy, 2025-26"),
     ),
     GpuType(
         "H800-80GB",
@@ -226,6 +240,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         speed=GpuSpeed(
             102_625_181_696, 4e12, {"bf16": 989e12, "fp8": 1979e12}, {"bf16": 828.6e12, "fp8": 1535e12}, 4, 450e9, 4
         ),
+        list_price=ListPrice(2.29, "Lambda on demand, SkyPilot catalogue v8, 2026"),
     ),
     GpuType(
         "GH200-144GB",
@@ -249,6 +264,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(7, 0),
         products=("Tesla V100-SXM2-16GB",),
         speed=GpuSpeed(16_945_512_448, 0.9e12, {"bf16": 125e12}, {}, 2, 150e9, 8, 15.75e9, 12.5e9),
+        list_price=ListPrice(0.79, "Lambda on demand, SkyPilot catalogue v8, 2026"),
     ),
     GpuType(
         "B200",
@@ -256,6 +272,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(10, 0),
         products=("NVIDIA B200",),
         speed=blackwell(192_265_846_784, 2250e12, 1745e12, 3432.5e12, 9000e12, 8),
+        list_price=ListPrice(5.5, "Nebius on demand, SkyPilot catalogue v8, 2025-26"),
     ),
     GpuType(
         "GB200",
@@ -295,6 +312,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
             ),
         },
         speed=without_nvlink(48_305_799_168, 0.864e12, 362e12, 733e12, peers=False),
+        list_price=ListPrice(1.5484, "Nebius on demand, SkyPilot catalogue v8, 2025-26"),
     ),
     GpuType(
         "RTX4090",
@@ -317,6 +335,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
             ),
         },
         speed=without_nvlink(25_757_220_864, 1.008e12, 165.2e12, 330.3e12, peers=False),
+        list_price=ListPrice(0.34, "RunPod, 2026-03"),
     ),
     GpuType(
         "RTX3090",
@@ -331,6 +350,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(8, 9),
         products=("NVIDIA L4",),
         speed=without_nvlink(24_152_899_584, 0.3e12, 121e12, 242.5e12, peers=False),
+        list_price=ListPrice(0.44, "RunPod, 2026-03"),
     ),
     GpuType(
         "A10G",
@@ -338,6 +358,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
         compute_capability=(8, 6),
         products=("NVIDIA A10G",),
         speed=without_nvlink(24_146_608_128, 0.6e12, 70e12, 0, peers=True),
+        list_price=ListPrice(1.006, "AWS on demand, 2026-06"),
     ),
     GpuType(
         "T4",

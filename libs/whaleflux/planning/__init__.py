@@ -10,6 +10,9 @@
     price = lambda groups: step_time(shape, machine, plan, Training(), groups=groups).total_s
     best_map(cluster, Split.of(plan), price).gpus              # rank_map.py: on which GPU of cluster.py's each rank of one plan runs
 
+    found = search(shape, machine, Asked(128, 8192, batch=512))   # search.py: the best plan, runners-up, what binds
+    found.best.split.words(); found.binding.words
+
 Arrays have one element for each plan, or are single values that hold for all. Nothing is checked here: `plans.faults` says of each plan
 whether it is a valid one. NumPy is no dependency of agents: whoever imports this package has it from `whaleflux[plan]` or `[scheduler]`.
 """

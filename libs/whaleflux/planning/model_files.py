@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -102,9 +101,8 @@ def _number(content: Mapping[str, Any], label: str, kind: _Kind, wrong: list[Fie
     value = content.get(label)
     if value is None:
         return None
-    whole = (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    )
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = whole or (isinstance(value, float) and value.is_integer())  # neither NaN nor infinite
     if whole and kind.least <= value <= kind.most:
         return int(value)
     shown = repr(value)[:_SHOWN] if not isinstance(value, (dict, list)) else "a list or fields"

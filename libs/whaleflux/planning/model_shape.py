@@ -121,3 +121,12 @@ class ModelShape:
         """Those that one token passes."""
         idle = self.moe_layers * (self.experts - self.top_k) * self.mlp_weights(self.expert_ffn)
         return self.parameters - idle
+
+    def training_flops(self, sequence: int, *, frozen: bool = False) -> float:
+        """Operations that one token needs, forward and backward, without what is computed again; of attention those that are not masked.
+
+        6 (parameters - input embedding) + 6 layers x hidden x sequence (NeMo's and torchtitan's count since 2025); frozen weights have no gradients.
+        """
+        multiplied = self.active_parameters - self.embedding_weights + (self.head_weights if self.tied else 0)
+        attention = 3 * self.layers * self.heads * (self.head_dim + self.value_dim) * sequence
+        return (4 if frozen else 6) * multiplied + attention

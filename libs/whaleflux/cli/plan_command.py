@@ -1,0 +1,193 @@
+"""`whaleflux plan`: how to train a model on GPUs, how long it takes and what it costs. Works without a fleet; the rules are `whaleflux.planning`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from whaleflux.cli import output
+from whaleflux.cli.output import Format
+from whaleflux.cli.planning_options import (
+    MOST_SEQUENCE,
+    Again,
+    Method,
+    Objectives,
+    Precision,
+    gpus_of,
+    model_of,
+    money,
+    need_numpy,
+    numbers_of,
+    quantity_of,
+)  # fmt: skip
+from whaleflux.cli.state import Output
+
+if TYPE_CHECKING:
+    from whaleflux.fleet.gpu_types import GpuType
+    from whaleflux.planning.model_shape import ModelShape
+    from whaleflux.planning.offers import Goal, Offer
+    from whaleflux.planning.space import Asked
+    from whaleflux.planning.training import Training
+
+BATCH_TOKENS, BATCH_SLACK = "4M", 0.05  # where nobody says a batch; how far a plan's may be from so many tokens
+_MOST_BATCH, _MOST_TOKENS, _MOST_SPAN_S, _MOST_USD = 1 << 24, 1e16, 1e10, 1e13
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face config.json, or a YAML file.")
+    ] = "",
+    gpu: Annotated[str, typer.Option("--gpu", help="Type of the GPUs; H200,H100-80GB compares several.")] = "",
+    gpus: Annotated[str, typer.Option("--gpus", help="How many: 128; 64,128; 8-128 compares what is between.")] = "8",
+    tokens: Annotated[str, typer.Option("--tokens", help="To train on, in all: 1T, 300B.")] = "",
+    batch_tokens: Annotated[
+        str, typer.Option("--batch-tokens", help="About so many in a step, 5 % more or less; 4M where nothing is said.")
+    ] = "",
+    batch: Annotated[int, typer.Option("--batch", min=0, max=_MOST_BATCH, help="Samples in a step, exactly.")] = 0,
+    sequence: Annotated[
+        int, typer.Option("--sequence", min=0, max=MOST_SEQUENCE, help="Tokens; 0: the model's, at most 8192.")
+    ] = 0,
+    deadline: Annotated[str, typer.Option("--deadline", help="Done within: 30d, 12h.")] = "",
+    budget: Annotated[str, typer.Option("--budget", help="At most so many dollars: 2M, $50000.")] = "",
+    price: Annotated[str, typer.Option("--price", help="Dollars per GPU and hour; else a list price.")] = "",
+    objective: Annotated[
+        Objectives | None, typer.Option("--objective", help="What is made small; cost where a deadline is said.")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option("--method", help="What is trained: all weights, or adapters on frozen ones.")
+    ] = Method.full,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of linear layers.")] = Precision.bf16,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=0, max=65536, help="0: the best.")] = 0,
+    tp: Annotated[int, typer.Option("--tp", min=0, max=4096, help="Tensor parallelism; 0: the best.")] = 0,
+    pp: Annotated[int, typer.Option("--pp", min=0, max=4096, help="Pipeline stages; 0: the best.")] = 0,
+    cp: Annotated[int, typer.Option("--cp", min=0, max=4096, help="Context parallelism; 0: the best.")] = 0,
+    ep: Annotated[int, typer.Option("--ep", min=0, max=65536, help="Expert parallelism; 0: the best.")] = 0,
+    vp: Annotated[int, typer.Option("--vp", min=0, max=4096, help="Virtual stages of each stage; 0: the best.")] = 0,
+    zero: Annotated[int, typer.Option("--zero", min=-1, max=3, help="Stage of ZeRO, 3 is FSDP; -1: the best.")] = -1,
+    recompute: Annotated[
+        Again | None, typer.Option("--recompute", help="Of all layers; where not said, of as few as make it fit.")
+    ] = None,
+    data_tokens_per_s: Annotated[
+        str,
+        typer.Option("--data-tokens-per-s", help="What loading data brings to one GPU; else it is never waited for."),
+    ] = "",
+    checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="30min; with --checkpoint-stall.")] = "",
+    checkpoint_stall: Annotated[str, typer.Option("--checkpoint-stall", help="Training halts for: 20s.")] = "",
+    fmt: Output = Format.table,
+) -> None:
+    """How to split training over GPUs: the fastest plan that fits, its step by component, when it is done, what it costs, and what binds it.
+
+    \b
+      whaleflux plan llama-3.1-70b --gpu H200 --gpus 128 --tokens 1T
+      whaleflux plan llama-3.1-8b --gpu H200,H100-80GB --gpus 8-64 --tokens 100B --deadline 10d --objective cost
+      whaleflux plan config.json --gpu H100-80GB --gpus 64 --batch 512 --sequence 4096 --price 2.20 -o json
+
+    Needs no fleet. The exit code is 1 where nothing fits, or meets the deadline and the budget.
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.quantities import count, seconds
+
+    if fmt is not Format.table and not fmt.is_json:
+        _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
+    need_numpy()
+    shape, types = model_of(model), gpus_of(gpu)
+    length = sequence or min(shape.sequence, 8192)
+    from whaleflux.planning.offers import Goal, Objective
+    from whaleflux.planning.plans import Recompute
+    from whaleflux.planning.space import Asked
+
+    samples, slack = _batch(batch, batch_tokens, length)
+    again = None if recompute is None else Recompute[recompute.value.upper()]
+    asked = Asked(1, length, micro_batch, tp, pp, cp, ep, zero, again, vp, samples, slack)
+    goal = Goal(
+        quantity_of("--tokens", tokens, count, _MOST_TOKENS), quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S),
+        quantity_of("--budget", budget, money, _MOST_USD),
+    )  # fmt: skip
+    chosen_by = objective or (Objectives.cost if deadline else Objectives.time)
+    goal = _checked(Goal(goal.tokens, goal.deadline_s, goal.budget_usd, Objective(chosen_by.value)))
+    offers = _offers(types, gpus, quantity_of("--price", price, money, 1e4), goal)
+    how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
+    _show(shape, asked, offers, goal, how, precision.value, fmt)
+
+
+def _refuse(field: str, what: str) -> None:
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    raise InvalidArgument(FieldViolation(field, what))
+
+
+def _batch(samples: int, tokens: str, sequence: int) -> tuple[int, float]:
+    """(samples of a step, how far a plan may be from them)."""
+    from whaleflux.quantities import count
+
+    if samples and tokens:
+        _refuse("--batch", "and --batch-tokens both say the batch; say one")
+    if samples:
+        return samples, 0.0
+    wanted = quantity_of("--batch-tokens", tokens or BATCH_TOKENS, count, 1e12)
+    return min(_MOST_BATCH, max(1, round(wanted / sequence))), BATCH_SLACK
+
+
+def _checked(goal: Goal) -> Goal:
+    for option, said in (("--deadline", goal.deadline_s), ("--budget", goal.budget_usd)):
+        if said and not goal.tokens:
+            _refuse(
+                "--tokens", f"is missing: {option} needs to know how many are to be trained on, such as --tokens 1T"
+            )
+    return goal
+
+
+def _offers(types: list[GpuType], numbers: str, usd: float, goal: Goal) -> list[Offer]:
+    """Each type in each number, at the price that was said or the type's list price."""
+    from whaleflux.planning.machine import speed_of
+    from whaleflux.planning.offers import MOST_OFFERS, Objective, Offer
+
+    found = []
+    for one in types:
+        known = one.list_price
+        price = usd or (known.usd_per_gpu_hour if known else None)
+        source = "--price" if usd else known.source if known else ""
+        if price is None and goal.objective is Objective.COST:
+            _refuse("--price", f"is missing: what a {one.name} costs is not known; say dollars per GPU and hour")
+        counts = numbers_of(numbers, max(8, speed_of(one).nvlink_domain))
+        found += [Offer(one, count, price, source) for count in counts]
+    if len(found) > MOST_OFFERS:
+        _refuse("--gpus", f"and --gpu name {len(found)} offers; at most {MOST_OFFERS} are compared at once")
+    return found
+
+
+def _training(method: Method, precision: Precision, data: str, every: str, stall: str) -> Training:
+    from whaleflux.planning.training import Training
+    from whaleflux.quantities import count, seconds
+
+    if bool(every) != bool(stall):
+        _refuse(
+            "--checkpoint-stall" if every else "--checkpoint-every",
+            "is missing: one says how long, the other how often",
+        )
+    return Training(
+        frozen=method is Method.lora, fp8=float(precision is Precision.fp8), data_tokens_per_s=quantity_of("--data-tokens-per-s", data, count),
+        checkpoint_s=quantity_of("--checkpoint-stall", stall, seconds, 1e6), checkpoint_every_s=quantity_of("--checkpoint-every", every, seconds, 1e8),
+    )  # fmt: skip
+
+
+def _show(
+    shape: ModelShape, asked: Asked, offers: list[Offer], goal: Goal, how: Training, precision: str, fmt: Format
+) -> None:
+    from dataclasses import replace
+
+    from whaleflux.cli.plan_report import as_json, report
+    from whaleflux.planning.fits import instead
+    from whaleflux.planning.offers import choose
+
+    choice = choose(shape, offers, asked, goal, how, precision)
+    would_fit: list[str] = []
+    if choice.chosen.plan is None:
+        first = next(one for one in offers if (one.gpu.name, one.gpus) == (choice.chosen.gpu, choice.chosen.gpus))
+        would_fit = instead(shape, first.gpu, replace(asked, gpus=first.gpus), how, precision)
+    if fmt.is_json:
+        output.say_json(as_json(shape, asked, goal, choice, would_fit), fmt)
+    else:
+        output.say(*report(shape, asked, goal, choice, would_fit))
+    if not choice.meets:
+        raise typer.Exit(1)
