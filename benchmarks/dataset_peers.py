@@ -89,13 +89,19 @@ class Capped(http.server.BaseHTTPRequestHandler):
 def serving(folder: Path, sets: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The URL of the source, in a process of its own, and its counts."""
     counts = Array("q", len(sets), lock=False)
-    handler = type("Handler", (Capped,), {"folder": folder, "counts": counts, "names": sets})
+    with apart(type("Handler", (Capped,), {"folder": folder, "counts": counts, "names": sets})) as url:
+        yield url, counts
+
+
+@contextmanager
+def apart(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server in a process of its own, which ends with this."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     child = os.fork()
     if not child:
         server.serve_forever()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", counts
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -11,7 +11,6 @@ import asyncio
 import http.client
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -19,13 +18,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from multiprocessing import Array
 from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.common import Options, Report, Row, Target, main
-from benchmarks.dataset_peers import Capped
+from benchmarks.dataset_peers import Capped, apart
 from whaleflux.context import Context
 from whaleflux.data import hashing, sources
 from whaleflux.demo.fleet import DemoFleet, Machine
@@ -78,16 +76,8 @@ def serving(paths: dict[str, Path], caps: dict[str, float]) -> Iterator[tuple[st
     names = tuple(paths)
     counts = Array("q", len(names), lock=False)
     handler = type("Handler", (Source,), {"paths": paths, "caps": caps, "counts": counts, "names": names, "free_s": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    child = os.fork()
-    if not child:
-        server.serve_forever()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", counts
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        server.server_close()
+    with apart(handler) as url:
+        yield url, counts
 
 
 def write_weights(folder: Path, size: int) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from whaleflux.planning.model_shape import Latent, ModelShape
 
 MAX_BYTES = 1 << 20  # a config.json has a few kilobytes
 _MAX_YAML = 16 << 10  # which is slow to read, and has a dozen lines
+_MEANT = 20  # mistakes for which it is looked what was meant, which takes long
 _SHOWN = 60
 
 
@@ -116,7 +117,7 @@ def _from_fields(content: Mapping[str, Any], name: str) -> ModelShape:
     known = (*(one for one in _NUMBERS if one not in _LATENT), *_SWITCHES, "name", "latent")
     for label in content:
         if label not in known:
-            near = get_close_matches(str(label), known, 1)
+            near = get_close_matches(str(label)[:_SHOWN], known, 1) if len(wrong) < _MEANT else []
             meant = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}"
             wrong.append(FieldViolation(str(label)[:_SHOWN], f"is not known; {meant}"))
     numbers = {label: _number(content, label, kind, wrong) for label, kind in _NUMBERS.items() if label not in _LATENT}
