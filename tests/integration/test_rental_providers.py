@@ -16,6 +16,7 @@ from whaleflux_inventory.lease_records import core_lease, core_offer
 from whaleflux_inventory.providers import command, simulated, simulated_machine
 from whaleflux_inventory.providers.api import FLEET_TAG, LEASE_TAG, AuthFailed, NoCapacity
 from whaleflux_inventory.providers.command import CommandKind
+from whaleflux_inventory.providers.user_data import user_data
 
 
 async def test_a_provider_behind_an_executable(tmp_path):
@@ -41,6 +42,26 @@ esac
     assert [(one.id, one.lease) for one in await provider.machines("f")] == [("m-1", "leases/l")]
     with pytest.raises(NoCapacity, match="not today"):
         await provider.terminate("m-1")
+
+
+async def test_an_agent_that_dies_on_a_rented_machine_is_started_again_and_one_that_ends_is_not(tmp_path):
+    world = World(tmp_path)
+    await world.offer()
+    record = await world.lease()
+    asked = Launching(FrontDoor("fleet.example:7443"), CA, 60.0).request(
+        core_lease(record), core_offer(record.offer), "f"
+    )
+    for name, does in (
+        ("whaleflux", f"echo $1 >> {tmp_path}/ran; test $(wc -l < {tmp_path}/ran) -ge 3"),
+        ("sleep", ":"),
+    ):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{does}\n")
+        program.chmod(0o755)
+    last = user_data(asked).splitlines()[-1]
+    shell = await asyncio.create_subprocess_exec("/bin/bash", "-c", last, env={"PATH": str(tmp_path)})
+    assert await shell.wait() == 0
+    assert (tmp_path / "ran").read_text().split() == ["agent"] * 3
 
 
 def shop_that(tmp_path, does):

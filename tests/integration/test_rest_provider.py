@@ -53,7 +53,7 @@ async def test_what_is_asked_for_is_one_machine_that_sets_itself_up(world):
     await world.account.launch(asked)
     (said,) = world.service.launches
     assert (said["quantity"], said["region_name"], said["instance_type_name"]) == (1, "us-east-1", "gpu_8x_a100")
-    assert said["ssh_key_names"] == ["fleet"] and "exec whaleflux agent" in said["user_data"]
+    assert said["ssh_key_names"] == ["fleet"] and "until whaleflux agent; do" in said["user_data"]
     assert len(said["name"]) == 64 and asked.lease.partition("/")[2] in said["name"]
 
 

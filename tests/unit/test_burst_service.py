@@ -109,6 +109,21 @@ async def test_what_the_scheduler_rented_is_given_back_by_one_that_rents_no_more
         assert [(one.site, one.gpus, len(one.open)) for one in record.kinds] == [("cloud", 4, 1)]
 
 
+async def test_what_goes_wrong_with_renting_stops_no_job(monkeypatch):
+    async with Full("on") as world:
+        lists, calls = world.inventory.ListOffers, []
+
+        async def odd(request, timeout=None):
+            calls.append(request)
+            raise KeyError("whatever it is")
+
+        monkeypatch.setattr(world.inventory, "ListOffers", odd)
+        await world.fill()  # the first of its jobs runs
+        await until(lambda: len(calls) > 2, "it is looked at again and again", 120.0)
+        monkeypatch.setattr(world.inventory, "ListOffers", lists)
+        await until(lambda: world.leases, "a machine is rented")
+
+
 async def test_a_damaged_memory_of_idle_times_is_learned_anew():
     async with Full("on") as world:
         await world.store.commit(Put(keys.IDLE_TIMES, b"\xff\xff\xff"))

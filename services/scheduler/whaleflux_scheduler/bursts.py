@@ -111,6 +111,8 @@ class Bursts:
                 await self._once(self._inventory)
             except StatusError as error:  # in a moment again
                 log.info("nothing is rented in this look: %s", error)
+            except Exception:  # whatever is wrong with an offer or a lease, jobs are placed
+                log.exception("nothing is rented in this look")
 
     async def _once(self, inventory: InventoryServiceStub) -> None:
         plan, leases, times = await self._look(inventory)

@@ -32,7 +32,7 @@ def user_data(request: LaunchRequest) -> str:
         f"cat > /etc/whaleflux/ca.crt <<'PEM'\n{request.authority_pem.strip()}\nPEM",
         f"printf %s {shlex.quote(token)} > /etc/whaleflux/join.token",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(own.items())),
-        f"exec {shlex.quote(request.offer.options.get('whaleflux', 'whaleflux'))} agent",
+        f"until {shlex.quote(request.offer.options.get('whaleflux', 'whaleflux'))} agent; do sleep 5; done  # one that died is paid for nothing",
     ]
     return "\n".join(lines) + "\n"
 
