@@ -41,6 +41,8 @@ REQUESTS = {
     "secrets add": secrets.CreateSecretRequest, "secrets set": secrets.UpdateSecretRequest, "secrets show": secrets.GetSecretRequest, "secrets rm": secrets.DeleteSecretRequest,
     "keys create": router.CreateApiKeyRequest, "keys delete": router.DeleteApiKeyRequest, "unserve": router.DeleteModelRequest,
     "route": router.RouteRequest,
+    "leases add": inventory.CreateLeaseRequest, "leases show": inventory.GetLeaseRequest, "leases end": inventory.EndLeaseRequest,
+    "offers rm": inventory.DeleteOfferRequest,
 }  # fmt: skip
 NOT_TYPED = {"etag", "request_id", "validate_only", "update_mask", "page_size", "page_token"}  # the command's own
 # What services fill in, by the message that holds it, and what people say otherwise than by these commands.
@@ -129,6 +131,15 @@ def test_each_field_of_a_request_has_a_word_of_the_command(words, field):
     assert named == words.split()
     for at in (field, f"{field}[3]"):
         assert word_for(at, command) in told(words.split()), (words, at, word_for(at, command))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--for", "nan"), ("--for", "-1h"), ("--cap", "1e400"), ("--cap", "3 EUR")]
+)
+def test_of_two_values_the_wrong_one_is_named(option, value):
+    said = {"--for": "1h", "--cap": "5 USD"} | {option: value}
+    ((field, words),) = refused("leases", "add", "o", "-y", *(word for pair in said.items() for word in pair))
+    assert field == option and value in words
 
 
 def test_what_is_left_out_is_really_there():

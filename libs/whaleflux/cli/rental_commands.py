@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC
 from typing import Annotated, Any
 
@@ -182,13 +183,9 @@ def add_lease(
       whaleflux leases add cloud-h200-spot cloud-h200 --for 8h --cap "200 USD" -m "deadline of the paper"
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux import quantities
-    from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.v1 import inventory_pb2 as pb
 
-    try:
-        ttl_s, cap_usd = int(quantities.seconds(for_)), quantities.dollars(cap)
-    except ValueError as wrong:
-        raise InvalidArgument(FieldViolation("--for, --cap", str(wrong))) from None
+    ttl_s, cap_usd = int(_read("--for", for_, quantities.seconds)), _read("--cap", cap, quantities.dollars)
     request = pb.CreateLeaseRequest(
         offers=[names.offer(one) for one in offer],
         ttl_s=ttl_s,
@@ -221,6 +218,16 @@ def end_lease(
         confirm(f"give {full} back?", yes)
         ended = client.inventory.EndLease(pb.EndLeaseRequest(name=full, reason=message), timeout=10)
     output.note(f"{ended.name} ends: {ended.end_reason or 'it is over'}")
+
+
+def _read(option: str, text: str, how: Callable[[object], float]) -> float:
+    """Raises InvalidArgument that names the option."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    try:
+        return how(text)
+    except ValueError as wrong:
+        raise InvalidArgument(FieldViolation(option, f"{text[:64]!r} {wrong}")) from None
 
 
 def _full(client: Any, name: str) -> str:

@@ -28,7 +28,9 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "resource": ("--for",),
     "size_bytes": ("--size",),
     "start_time": ("--start",),
-    "ttl_s": ("--ttl", "--days", "--hours"),
+    "offers": ("OFFER",),
+    "ttl_s": ("--ttl", "--days", "--hours", "--for"),
+    "cost_cap_usd": ("--cap",),
     "uri": ("--source",),
     "value": ("--from-file",),
 }

@@ -10,6 +10,7 @@ from datetime import UTC, timedelta
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import Aborted, FailedPrecondition, NotFound
+from whaleflux.quantities import shown_duration
 from whaleflux.reasons import What
 from whaleflux.rpc import auth, changes
 from whaleflux.rpc.paging import Page, list_page, page_size, page_token, parse_token
@@ -144,7 +145,9 @@ class Leases:
         found = Findings()
         if not 0 < len(request.offers) <= MAX_OFFERS_OF_LEASE:
             found.add("offers", f"are {len(request.offers)}; name 1 to {MAX_OFFERS_OF_LEASE}, see: whaleflux offers ls")
-        found.number("ttl_s", request.ttl_s, MIN_LEASE_S, MAX_LEASE_S)
+        if not MIN_LEASE_S <= request.ttl_s <= MAX_LEASE_S:
+            bounds = f"a lease lasts {shown_duration(MIN_LEASE_S)} to {shown_duration(MAX_LEASE_S)}; rent again later for more"
+            found.add("ttl_s", f"is {request.ttl_s} s; {bounds}")
         found.number("cost_cap_usd", request.cost_cap_usd, 0, MAX_USD)
         found.text("reason", request.reason, MAX_REASON)
         found.text("request_id", request.request_id, 128)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument
+from whaleflux.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.reasons import What
 from whaleflux.rpc import auth, changes
 from whaleflux.rpc.etags import check_etag
@@ -72,7 +72,10 @@ class Offers:
     async def delete(self, request: pb.DeleteOfferRequest) -> None:
         """Forgets an offer of which nothing is rented: with it goes the way to its machines."""
         names.split(request.name, "offers")
-        entry = await records.read(self._store, keys.OFFERS, request.name, "offer")
+        try:
+            entry = await records.read(self._store, keys.OFFERS, request.name, "offer")
+        except NotFound:
+            raise NotFound("offer", request.name, "see: whaleflux offers ls") from None
         check_etag(request.etag, entry)
         leases = await self._store.list(keys.LEASES)
         of_it = [one for one in leases_in(leases.entries) if request.name in one.offers]

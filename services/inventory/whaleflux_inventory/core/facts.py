@@ -58,7 +58,7 @@ class Findings:
     def number(self, field: str, value: float, low: float, high: float) -> None:
         """`value` must be finite and within [low, high]."""
         if not (math.isfinite(value) and low <= value <= high):
-            self.add(field, f"{value:g} is outside of {low:g} to {high:g}")
+            self.add(field, f"{value:.12g} is outside of {low:.12g} to {high:.12g}")
 
     def text(self, field: str, value: str, most: int = MAX_TEXT) -> None:
         """At most `most` printable characters."""
