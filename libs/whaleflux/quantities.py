@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 
 _BYTES = {
@@ -88,6 +89,18 @@ def shown_count(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.3g}"
+
+
+def shown_ranks(ranks: Sequence[int]) -> str:
+    """Rising numbers as people write them: "0-3, 8, 12-15"; the first eight runs of them."""
+    runs = list[list[int]]()
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    told = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:8]]
+    return ", ".join(told) + (", ..." if len(runs) > 8 else "")
 
 
 def shown_duration(span: timedelta | float) -> str:

@@ -161,14 +161,20 @@ def job(name: JobArgument, fmt: Output = Format.table) -> None:
     output.show_one(found, [*job_lines(found), ("next", next_)], fmt)
 
 
+def _task(task: Any) -> str:
+    from whaleflux.quantities import shown_ranks
+
+    following = range(task.first_rank, task.first_rank + (len(task.gpu_uuids) or task.ranks))
+    return f"{task.node} ranks {shown_ranks(task.global_ranks or following)}"
+
+
 def job_lines(found: Any) -> list[tuple[str, str]]:
     """What people want to know of a job first."""
-    task = lambda t: f"{t.node} ranks {t.first_rank}-{t.first_rank + (len(t.gpu_uuids) or t.ranks) - 1}"  # noqa: E731
     return [
         ("name", found.name),
         ("state", output.job_state(found) + (f": {found.state_message}" if found.state_message else "")),
         ("submitted", output.age(found.create_time) + " ago by " + (found.submitter or "unknown")),
-        ("runs on" if _is_placed(found) else "ran on", ", ".join(map(task, found.attempt.tasks))),
+        ("runs on" if _is_placed(found) else "ran on", ", ".join(map(_task, found.attempt.tasks))),
         ("size", _size(found)),
         ("isolation", "; ".join(dict.fromkeys(t.isolation for t in found.attempt.tasks if t.isolation))),
         ("still held", "; ".join(_stuck(found))),

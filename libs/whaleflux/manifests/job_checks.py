@@ -29,6 +29,7 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         _elastic,
         _nodes,
         _placement,
+        _parallel,
         _types,
         _parts,
         _data,
@@ -168,6 +169,48 @@ def _placement(spec: Spec) -> Violations:
         if rule.size > 0 and spec.gpus > 0 and spec.gpus % rule.size:
             text = f"{rule.size} does not divide the {spec.gpus} GPUs; use a divisor, or 0 for all ranks"
             yield FieldViolation(f"placement[{i}].size", text)
+
+
+def _parallel(spec: Spec) -> Violations:
+    """How the program splits its model."""
+    copy = spec.model_parallel
+    if not copy:
+        if spec.parallel_model:
+            yield FieldViolation(
+                "parallelism.model",
+                "says how sizes are compared, and none is given; give parallel.tensor, or leave it out",
+            )
+        return
+    if part := _not_parallel(spec):
+        yield FieldViolation(
+            "parallelism", f"lays ranks on whole GPUs, one process each, and {part}; leave one of them out"
+        )
+        return
+    if spec.gpus % copy:
+        text = f"tensor x context x pipeline is {copy}, which does not divide the {spec.gpus} GPUs; use sizes whose product does"
+        yield FieldViolation("parallelism", text)
+        return
+    data = spec.gpus // copy * max(1, spec.context_parallel)
+    if data % max(1, spec.expert_parallel):
+        yield FieldViolation(
+            "parallelism.expert",
+            f"{spec.expert_parallel} does not divide context x data, which is {data}; use a divisor",
+        )
+    step = spec.elastic_step or 1
+    if spec.is_elastic and step % copy:
+        text = f"{step} is no multiple of tensor x context x pipeline ({copy}), so that not every size holds whole models; use {copy}"
+        yield FieldViolation("elastic.step", text)
+
+
+def _not_parallel(spec: Spec) -> str:
+    """What of the job cannot be laid out."""
+    if not spec.gpus:
+        return "gpus is 0"
+    if spec.launch_once:
+        return "launch is once: that program numbers its ranks itself"
+    if spec.wants_mig or spec.share_memory_bytes:
+        return "its ranks get parts of GPUs"
+    return ""
 
 
 def _types(spec: Spec) -> Violations:

@@ -9,6 +9,7 @@ from here: a new field is one line here, one in the contract, and the code that 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ from whaleflux.manifests.job_values import (
     Dependency,
     Gpus,
     Kind,
+    KnownModel,
     Labels,
     Named,
     OnPartition,
@@ -54,6 +56,7 @@ __all__ = ["JOB_FIELDS", "JobKind", "Rule", "SecretUse", "Spec"]
 
 MAX_GPUS = 100_000
 MAX_NODES = 100_000
+MAX_PARALLEL = 1024
 MAX_SHARE_BYTES = 4 << 40
 DEFAULT_RESTARTS = 3
 DEFAULT_BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0
@@ -215,6 +218,27 @@ class Spec:
         "Groups of ranks, each with the level of the network that must hold it together: `{tensor: nvlink}`, or "
         "`{pipeline: {level: leaf, size: 16, preferred: true}}` for runs of 16 ranks and a wish instead of a condition.",
         default="no condition", example="{tensor: nvlink, pipeline: leaf}",
+    )  # fmt: skip
+    tensor_parallel: int = _field(
+        0, "parallel.tensor", "parallelism.tensor", Whole(1, MAX_PARALLEL),
+        "Ranks that share each layer. With any of `parallel`, ranks are laid on the GPUs of each attempt so that a step is fastest there: the program counts "
+        "them tensor first, then context, data, pipeline, as Megatron-Core and torchtitan do; what is left of `gpus` is data parallel.",
+        default="1", example="8", apart=True,
+    )  # fmt: skip
+    context_parallel: int = _field(
+        0, "parallel.context", "parallelism.context", Whole(1, MAX_PARALLEL), "Ranks that share each sequence.", default="1", example="2", apart=True,
+    )  # fmt: skip
+    expert_parallel: int = _field(
+        0, "parallel.expert", "parallelism.expert", Whole(1, MAX_PARALLEL),
+        "Ranks over which experts are spread; divides context x data.", default="1", example="2", apart=True,
+    )  # fmt: skip
+    pipeline_parallel: int = _field(
+        0, "parallel.pipeline", "parallelism.pipeline", Whole(1, MAX_PARALLEL), "Stages of layers.", default="1", example="4", apart=True,
+    )  # fmt: skip
+    parallel_model: str = _field(
+        "", "parallel.model", "parallelism.model", KnownModel(),
+        "A model that `whaleflux fits --list` shows, by whose communication places of ranks are compared.",
+        default="a dense one of 70 billion parameters", example="llama-3.1-70b", apart=True,
     )  # fmt: skip
     datasets: tuple[str, ...] = _field(
         (),
@@ -396,6 +420,14 @@ class Spec:
     array_max_running: int = _field(
         0, "", "array.max_running", Whole(0, MAX_MEMBERS), "Set by `array`: so many at a time."
     )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model; 0: nothing is said of how it is split."""
+        sizes = (self.tensor_parallel, self.context_parallel, self.pipeline_parallel)
+        if not any(sizes) and not self.expert_parallel:
+            return 0
+        return math.prod(max(1, size) for size in sizes)
 
     @property
     def is_elastic(self) -> bool:

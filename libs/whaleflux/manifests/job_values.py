@@ -17,6 +17,7 @@ from whaleflux.fleet.model import Level
 from whaleflux.manifests.reader import Reader
 from whaleflux.manifests.text_values import Text, Texts, printable, text, texts
 from whaleflux.manifests.values import Choice, Flag, Schema, Seconds, Value, Violations, Whole, number
+from whaleflux.planning.known_models import MODELS, model_named
 
 _NEVER = math.inf
 _LABEL = re.compile(r"[A-Za-z0-9._/-]{1,128}")
@@ -233,6 +234,20 @@ class ReservationName(Text):
 
     def schema(self) -> Schema:
         return {"type": ["string", "integer"], "pattern": f"^(reservations/)?{names.ID_PATTERN.pattern}$"}
+
+
+class KnownModel(Text):
+    """A model that the planner knows by name."""
+
+    def words(self) -> str:
+        return "name of a model: `llama-3.1-70b`"
+
+    def parse(self, value: object, base: Path) -> Any:
+        return model_named(text(value)).name
+
+    def violations(self, at: str, value: Any) -> Violations:
+        if value and value not in MODELS:
+            yield FieldViolation(at, f"{value[:80]!r} is no model that is known by name; see: whaleflux fits --list")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ Price = Callable[[Groups], Array]
 
 # A search looks at so many maps at once and in all; small ones, which cost less to price, at more. So many rounds without a gain end it.
 _AT_ONCE, _ROUND_RANKS, _LOOKED_AT, _SMALL, _LOOKED_AT_SMALL, _PATIENCE = 96, 16_384, 400, 32, 2400, 3
+_IMPROVED_UP_TO = 2048  # ranks; maps of more are only laid
 _OTHER_STARTS = 4  # orders that small searches start from
 _EQUAL = 1e-9
 
@@ -96,7 +97,7 @@ class _Search:
         ranks = starts.shape[1]
         at_once = max(8, min(_AT_ONCE, _ROUND_RANKS // ranks))
         small, looked_at = ranks <= _SMALL, 0
-        most = _LOOKED_AT_SMALL if small else _LOOKED_AT
+        most = _LOOKED_AT_SMALL if small else _LOOKED_AT if ranks <= _IMPROVED_UP_TO else 0
         best, least = starts[0], float(costs[0])
         for start, cost in self._starts(starts, costs, small=small):
             gpus, cost, priced_here = self._climb(start, cost, at_once, most - looked_at)
@@ -115,16 +116,19 @@ class _Search:
                 yield self.random.permutation(starts.shape[1]), np.inf
 
     def _climb(self, gpus: Ints, cost: float, at_once: int, most: int) -> tuple[Ints, float, int]:
-        idle, looked_at = 0, 0
+        """Sideways too, since the slowest of several groups hides what others gain; what is kept is the first map of the least cost."""
+        idle, looked_at, kept = 0, 0, gpus
         while looked_at + at_once <= most and idle < _PATIENCE and len(gpus) > 2:
             neighbours = np.array([self._exchanged(gpus) for _ in range(at_once)])
             costs = priced(self.cluster, self.split, self.price, neighbours)
             looked_at += at_once
             best = int(np.argmin(costs))
-            idle = 0 if costs[best] < cost * (1 - _EQUAL) else idle + 1
-            if costs[best] <= cost * (1 + _EQUAL):  # sideways too: the slowest of several groups hides the others' gain
-                gpus, cost = neighbours[best], min(cost, float(costs[best]))
-        return gpus, cost, looked_at
+            idle += 1
+            if costs[best] < cost * (1 - _EQUAL):
+                idle, kept, cost = 0, neighbours[best], float(costs[best])
+            if costs[best] <= cost * (1 + _EQUAL):
+                gpus = neighbours[best]
+        return kept, cost, looked_at
 
     def _exchanged(self, gpus: Ints) -> Ints:
         """One rank with another, one tensor-parallel group with another, or one stage with another; once, or twice at once."""

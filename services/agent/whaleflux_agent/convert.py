@@ -31,4 +31,5 @@ def work_from_proto(desired: agent_pb2.DesiredTask) -> Work:
         remote_datasets=tuple(desired.remote_datasets),
         share_bytes=task.share_memory_bytes,
         cpu_ranks=task.ranks,
+        global_ranks=tuple(task.global_ranks),
     )

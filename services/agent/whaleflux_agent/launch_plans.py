@@ -122,7 +122,7 @@ def setup_plan_of(
 
 
 def _rank(context: NodeContext, task: Task, work: Work, launch: LaunchContext, index: int) -> RankPlan:
-    rank = work.first_rank + index
+    rank = work.ranks[index]
     error_file = error_path(task.folder, rank)
     error_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     home = context.isolation.container_home(task.meta) if work.spec.image else None

@@ -286,7 +286,7 @@ class TaskRunner:
             await self._clear(task, failure)
             await self.tidy(task)
             if task.stop.is_set():
-                await self._ended(task, RankExit(work.first_rank, -signal.SIGTERM), "stopped before it ran")
+                await self._ended(task, RankExit(work.ranks[0], -signal.SIGTERM), "stopped before it ran")
             else:
                 await self.refuse(task, str(failure), unfit=isinstance(failure, LaunchFailed) and failure.unfit)
             return False

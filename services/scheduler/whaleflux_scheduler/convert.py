@@ -216,6 +216,7 @@ def task_of(message: pb.Task) -> Task:
         share_bytes=message.share_memory_bytes,
         gpu_parts=message.gpu_parts,
         cpu_ranks=message.ranks,
+        global_ranks=tuple(message.global_ranks),
         isolation=message.isolation,
     )
 
@@ -363,6 +364,7 @@ def _merge_task(task: Task, message: pb.Task) -> None:
     message.stuck, message.ending, message.unfit = task.stuck, task.ending, task.unfit
     message.share_memory_bytes, message.gpu_parts = task.share_bytes, task.gpu_parts
     message.ranks, message.isolation = task.cpu_ranks, task.isolation
+    message.global_ranks[:] = task.global_ranks
 
 
 def _set_instant(message: Any, field: str, at: datetime | None) -> None:
@@ -482,13 +484,12 @@ def desired_task(stored: StoredJob, task: Task, elsewhere: str = "") -> agent_pb
     """One task as its agent should make it. `elsewhere` is a node of the attempt with another network stack."""
     job, attempt = stored.value, stored.value.attempt
     assert attempt is not None
-    last = attempt.tasks[-1]  # of a current attempt no task is left out
     message = agent_pb2.DesiredTask(
         task=task_message(task),
         job=job.name,
         epoch=attempt.epoch,
         spec=stored.message.spec,
-        world_size=last.first_rank + last.ranks,
+        world_size=attempt.ranks,  # of a current attempt no task is left out
         group_world_size=len(attempt.tasks),
         rendezvous=attempt.rendezvous,
         start=attempt.started,

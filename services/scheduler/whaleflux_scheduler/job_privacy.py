@@ -36,7 +36,7 @@ _ATTEMPT = frozenset(
 _TASK = frozenset(
     {
         "id", "node", "gpu_uuids", "first_rank", "group_rank", "phase", "exit_code", "lost", "ending", "unfit", "share_memory_bytes",
-        "gpu_parts", "ranks",
+        "gpu_parts", "ranks", "global_ranks",
     }
 )  # fmt: skip
 PUBLIC = {

@@ -60,7 +60,7 @@ class Reader:
     def with_output(self, attempt: Attempt) -> Iterator[Task]:
         """Tasks of its ranks, once their agents have any output to follow."""
         for task in attempt.tasks:
-            mine = self.rank < 0 or task.first_rank <= self.rank < task.first_rank + task.ranks
+            mine = self.rank < 0 or self.rank in task.all_ranks
             if mine and task.phase.reached(TaskPhase.SETTING_UP):
                 yield task
 

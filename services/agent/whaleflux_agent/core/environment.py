@@ -101,7 +101,7 @@ def _for_launchers(work: Work, error_file: str) -> dict[str, str]:
 
 def _torchrun(work: Work, local_rank: int, error_file: str) -> dict[str, str]:
     host, port = _meeting_point(work)
-    rank, local_world = str(work.first_rank + local_rank), str(len(work.ranks))
+    rank, local_world = str(work.ranks[local_rank]), str(len(work.ranks))
     world = str(work.world_size)
     return {
         "RANK": rank,

@@ -145,6 +145,10 @@ def rejection_reason(want: Work, gpus: Iterable[str], runtimes: Iterable[str]) -
         return f"image {want.spec.image!r} needs a container engine, and this node has none"
     if not want.spec.image and not want.spec.command:
         return "neither a command nor an image is given"
-    if want.first_rank < 0 or want.ranks.stop > want.world_size:
-        return f"ranks {want.first_rank} to {want.ranks.stop - 1} do not fit into a world of {want.world_size}"
+    if min(want.ranks) < 0 or max(want.ranks) >= want.world_size:
+        return f"ranks {min(want.ranks)} to {max(want.ranks)} do not fit into a world of {want.world_size}"
+    if want.global_ranks and (
+        len(want.global_ranks) != len(want.gpu_uuids) or list(want.ranks) != sorted(set(want.ranks))
+    ):
+        return f"global_ranks {list(want.global_ranks)} must name a rank of each of {len(want.gpu_uuids)} GPUs, each once and rising"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -32,20 +33,21 @@ class Work:
     remote_datasets: tuple[str, ...] = ()  # that are not pulled for it: its queue holds as much data as it may
     job_uid: str = ""  # a later job of the same name has another
     share_bytes: int = 0  # of each GPU's memory, others may have the rest; 0: its GPUs are its own alone
+    global_ranks: tuple[int, ...] = ()  # of its GPUs, where they do not follow `first_rank`
 
     @property
-    def ranks(self) -> range:
-        """Global ranks on this node."""
-        return range(self.first_rank, self.first_rank + (len(self.gpu_uuids) or self.cpu_ranks))
+    def ranks(self) -> Sequence[int]:
+        """Global ranks on this node, rising."""
+        return self.global_ranks or range(self.first_rank, self.first_rank + (len(self.gpu_uuids) or self.cpu_ranks))
 
     @property
-    def processes(self) -> range:
+    def processes(self) -> Sequence[int]:
         """The ranks as whose processes the command is started here: all of the node, or the first for all of them."""
         return self.ranks[:1] if self.spec.launch_once else self.ranks
 
     def process_of(self, rank: int) -> int:
         """The position, among those of this node, of the process that is `rank` or has started it."""
-        return 0 if self.spec.launch_once else rank - self.first_rank
+        return 0 if self.spec.launch_once else self.ranks.index(rank)
 
 
 class Stage(Enum):

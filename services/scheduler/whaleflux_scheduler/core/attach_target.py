@@ -36,8 +36,8 @@ def last_task(job: Job, rank: int) -> tuple[Attempt, Task]:
             reason=ErrorReason.JOB_NOT_RUNNING,
             metadata={"name": job.name, "state": job.state.name},
         )
-    found = next((task for task in attempt.tasks if 0 <= rank - task.first_rank < task.ranks), None)
+    found = next((task for task in attempt.tasks if rank in task.all_ranks), None)
     if found is None:
-        last = max(task.first_rank + task.ranks for task in attempt.tasks) - 1
+        last = max(max(task.all_ranks) for task in attempt.tasks)
         raise InvalidArgument(FieldViolation("--rank", f"{rank} is no rank of {job.name}, which has 0 to {last}"))
     return attempt, found

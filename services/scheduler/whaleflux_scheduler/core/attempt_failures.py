@@ -8,6 +8,7 @@ from datetime import datetime
 
 from whaleflux import names
 from whaleflux.manifests.shell_text import meaning_of, signal_name
+from whaleflux.quantities import shown_ranks
 from whaleflux_scheduler.core.model import Attempt, Job, JobState, Task, TaskPhase
 from whaleflux_scheduler.core.observed import IN_ORDER, AttemptFailure, EndReason, NodeCondition, Observations, Timeouts
 
@@ -141,9 +142,7 @@ def _strange(observed: Observations) -> Iterator[NodeCondition]:
 
 
 def _where(task: Task) -> str:
-    last = task.first_rank + task.ranks - 1
-    ranks = f"rank {task.first_rank}" if last == task.first_rank else f"ranks {task.first_rank}-{last}"
-    return f"{ranks} on {task.node}"
+    return f"rank{'s' * (task.ranks > 1)} {shown_ranks(task.all_ranks)} on {task.node}"
 
 
 def ended_by(attempt: Attempt) -> EndReason | None:

@@ -58,7 +58,7 @@ def placed(
         time=now,
         placed=True,
         summary=_summary(assignment, placement),
-        reasons=placement.reasons[:MOST_REASONS],
+        reasons=(*filter(None, (assignment.laid,)), *placement.reasons)[:MOST_REASONS],
         alternatives=tuple(
             Option(
                 f"{other.where}: {other.why_not}",

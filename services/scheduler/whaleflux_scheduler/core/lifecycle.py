@@ -109,6 +109,10 @@ class GpuAssignment:
     cpu_ranks: tuple[int, ...] = ()  # by node, of work without GPUs
     gpu_parts: tuple[float, ...] = ()  # by node, of parts of GPUs: how many GPUs they are together
     remote_datasets: tuple[str, ...] = ()  # that are not pulled for it
+    ranks: tuple[
+        tuple[int, ...], ...
+    ] = ()  # by node, of its GPUs, where a map numbers them; else they are counted node by node
+    laid: str = ""  # how, in words
 
 
 def place(
@@ -268,8 +272,15 @@ def tasks_of(job: Job, epoch: int, where: GpuAssignment) -> Iterator[Task]:
         id_, share = task_id(job, epoch, group_rank), where.share_bytes
         parts = where.gpu_parts[group_rank] if where.gpu_parts else 0.0
         task = Task(id_, node, gpus, rank, group_rank, share_bytes=share, cpu_ranks=cpu_ranks, gpu_parts=parts)
-        yield task
+        yield _numbered(task, where.ranks[group_rank]) if where.ranks else task
         rank += task.ranks
+
+
+def _numbered(task: Task, ranks: tuple[int, ...]) -> Task:
+    """With these ranks; where they follow one another the first tells them all, as agents of any version know it."""
+    if ranks == tuple(range(ranks[0], ranks[0] + len(ranks))):
+        return replace(task, first_rank=ranks[0])
+    return replace(task, first_rank=-1, global_ranks=ranks)
 
 
 def _kept(past: Sequence[Attempt]) -> tuple[Attempt, ...]:

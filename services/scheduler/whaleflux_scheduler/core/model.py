@@ -5,7 +5,7 @@ Instants are UTC. `convert` translates to and from `whaleflux.v1`; a test compar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
@@ -65,7 +65,7 @@ class Task:
     id: str
     node: str
     gpus: tuple[str, ...]  # UUIDs in rank order
-    first_rank: int
+    first_rank: int  # -1: `global_ranks` do not follow one another
     group_rank: int
     phase: TaskPhase = TaskPhase.UNSPECIFIED
     exit_code: int = 0
@@ -79,6 +79,7 @@ class Task:
     cpu_ranks: int = 0  # of a task that holds no GPUs
     isolation: str = ""  # how it is kept apart on its node, in words
     gpu_parts: float = 0.0  # how many GPUs its shares or MIG instances are together; 0: its devices are whole GPUs
+    global_ranks: tuple[int, ...] = ()  # of its GPUs, rising; (): they follow `first_rank`
 
     @property
     def gpus_worth(self) -> float:
@@ -89,6 +90,11 @@ class Task:
     def ranks(self) -> int:
         """How many: one for each GPU, or those without any."""
         return len(self.gpus) or self.cpu_ranks
+
+    @property
+    def all_ranks(self) -> Sequence[int]:
+        """Its global ranks, rising."""
+        return self.global_ranks or range(self.first_rank, self.first_rank + self.ranks)
 
     @property
     def over(self) -> bool:

@@ -291,7 +291,7 @@ class Plan(Promising):
         if limit is not None and self._data_ahead.insists(job, remote):
             self._wait_for_data(job, limit)
             return None
-        assignment = replace(decisions.assignment_of(placement, holdings.devices), remote_datasets=remote)
+        assignment = replace(self._assigned(job, placement), remote_datasets=remote)
         said = self._placed if self._reasons else decisions.unexplained
         decision = said(job, placement, assignment, now)
         if limit is not None:

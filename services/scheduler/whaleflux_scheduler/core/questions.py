@@ -20,6 +20,7 @@ from whaleflux_scheduler.core import (
     decisions,
     elastic,
     goals,
+    rank_maps,
     wait_reasons,
 )
 from whaleflux_scheduler.core.data_ahead import DataAhead
@@ -353,6 +354,13 @@ class Questions:
         work_s = goals.work_left_s(job, self._estimates, now) if goals.looks_ahead(job.spec) else 0.0
         return goals.asked(request, job, work_s, now)
 
+    def _assigned(self, job: Job, placement: Placement) -> GpuAssignment:
+        """The GPUs, with the rank that each gets."""
+        devices = self._fleet.holdings.devices
+        return rank_maps.laid(
+            decisions.assignment_of(placement, devices), job.spec, devices.nodes, self._fleet.engine.fabric
+        )
+
     def _placed(self, job: Job, placement: Placement, assignment: GpuAssignment, now: datetime) -> SchedulingDecision:
         """The decision, with when and for how much it would end there."""
         decision = decisions.placed(job, placement, assignment, self._fleet.holdings.devices, next_epoch(job), now)
@@ -361,7 +369,7 @@ class Questions:
 
     def _priced(self, job: Job, placement: Placement, now: datetime) -> SchedulingDecision:
         """The decision for who asks before it is made, with what would be cheaper where its budget is too small."""
-        decision = self._placed(job, placement, decisions.assignment_of(placement, self._fleet.holdings.devices), now)
+        decision = self._placed(job, placement, self._assigned(job, placement), now)
         over = budgets.is_over(job, placement, now)
         cheaper = budgets.of_cheapest(job, self._cheapest(job, now), now, over=True) if over else ""
         told = filter(None, (cheaper, budgets.of_sizes(job, placement)))

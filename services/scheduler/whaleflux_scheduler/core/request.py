@@ -38,7 +38,7 @@ def shape(spec: Spec, exclude_nodes: tuple[str, ...] = (), near_nodes: tuple[str
     """What is asked for, whoever asks. Rules over all ranks bound the gang, rules with a size bound its runs of ranks."""
     all_ranks = (0,) if any(choice.per_unit > 1 for choice in spec.gpu_options) else (0, spec.gpus)
     whole = [rule for rule in spec.placement if rule.size in all_ranks]
-    parts = [rule for rule in spec.placement if rule.size not in all_ranks]
+    parts = [rule for rule in (*spec.placement, *_wished(spec)) if rule.size not in all_ranks]
     required = max((rule.level for rule in whole if not rule.preferred), default=0)
     preferred = max((rule.level for rule in whole if rule.preferred), default=0)
     return PlaceRequest(
@@ -123,6 +123,13 @@ def _options(spec: Spec) -> tuple[GpuOption, ...]:
     suffix = f" {spec.mig_profile}" if spec.mig_profile else ""
     choices = (GpuOption(one.model + suffix, one.per_unit, one.throughput) for one in spec.gpu_choices)
     return tuple(choices) or (GpuOption(),)
+
+
+def _wished(spec: Spec) -> Iterator[Rule]:
+    """Tensor-parallel ranks together in an NVLink island where that costs nothing else, unless the job says more of it."""
+    told = any(rule.size == spec.tensor_parallel and rule.level >= Level.ISLAND for rule in spec.placement)
+    if spec.tensor_parallel > 1 and not told:
+        yield Rule("tensor", Level.ISLAND, spec.tensor_parallel, preferred=True)
 
 
 def _subgroups(parts_of: Sequence[Rule]) -> tuple[Subgroup, ...]:
