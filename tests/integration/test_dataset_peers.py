@@ -357,7 +357,7 @@ class TestWhatIsGivenToWhom:
             with pytest.raises(InvalidArgument, match="job"):
                 await call(holder, asker, "ListPieces", asked(asker, "j"))
             counting.read.clear()
-            spec = SimpleNamespace(require_local_data=False, image="")
+            spec = SimpleNamespace(require_local_data=False, datasets_by_rank=(), image="")
             work = SimpleNamespace(job="queues/q/jobs/j", remote_datasets=(), spec=spec)
             assert contents(await asker.cache.fetch(C4, work)) == contents(source)
             assert not counting.read, "all of it came from its neighbour"

@@ -59,7 +59,9 @@ def work(**spec):
     return SimpleNamespace(
         job="queues/q/jobs/j",
         remote_datasets=(),
-        spec=SimpleNamespace(**{"require_local_data": False, "partial_data": False, "image": "", **spec}),
+        spec=SimpleNamespace(
+            **{"require_local_data": False, "partial_data": False, "datasets_by_rank": (), "image": "", **spec}
+        ),
     )
 
 

@@ -31,6 +31,12 @@ def refused(text, parse=job_from_yaml):
         ("run: x\ngpus: 2\nnodes: {min: 3}", "nodes.min", "use at most 2"),
         ("run: x\ngpus: 1\ndeadline: 2020-01-01T00:00Z", "deadline", "is over"),
         ("run: x\ngpus: 1\nrequire_local_data: true", "require_local_data", "needs datasets"),
+        ("run: x\ngpus: 1\ndata: a\ndata_by_rank: b", "data_by_rank[0]", "which data does not name"),
+        (
+            "run: x\ngpus: 1\ndata: a\ndata_by_rank: a\nrequire_local_data: true",
+            "data_by_rank",
+            "leave one of them out",
+        ),
         (
             "run: torchrun x\ngpus: 8",
             "run",

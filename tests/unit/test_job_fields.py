@@ -100,6 +100,7 @@ def test_the_examples_of_all_fields_make_a_good_file():
         *parts,
         *split,
         "partial_data",
+        "datasets_by_rank",
         "never_reroute",
         "code",
         "secrets_groups",

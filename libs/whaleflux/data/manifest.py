@@ -115,8 +115,8 @@ def draft(files: Iterable[tuple[str, int]]) -> Manifest:
     return made
 
 
-def from_proto(message: pb.DatasetManifest) -> Manifest:
-    """A manifest with all its digests. Raises ManifestWrong."""
+def from_proto(message: pb.DatasetManifest, *, part: bool = False) -> Manifest:
+    """A manifest with all its digests; `part`: of some of the files, which may be none. Raises ManifestWrong."""
     size = message.chunk_bytes
     if not MIN_CHUNK_BYTES <= size <= 1 << 40 or size & (size - 1):
         raise ManifestWrong(f"has chunks of {size} bytes; use a power of two, at least {MIN_CHUNK_BYTES}")
@@ -128,12 +128,12 @@ def from_proto(message: pb.DatasetManifest) -> Manifest:
         digests = tuple(file.chunk_sha256[i : i + SHA256_BYTES] for i in ends)
         files.append(File(file.path, file.size_bytes, digests))
     made = Manifest(size, tuple(files))
-    _check_files(made)
+    _check_files(made, part=part)
     return made
 
 
-def _check_files(manifest: Manifest) -> None:
-    if not manifest.size_bytes:
+def _check_files(manifest: Manifest, *, part: bool = False) -> None:
+    if not manifest.size_bytes and not part:
         raise ManifestWrong("holds no bytes")
     if manifest.chunk_count > MAX_CHUNKS:
         raise ManifestWrong(f"has {manifest.chunk_count} chunks, at most {MAX_CHUNKS} are possible; use larger chunks")

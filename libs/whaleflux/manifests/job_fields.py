@@ -258,6 +258,11 @@ class Spec:
         "Its code reads datasets with `whaleflux.sdk.Dataset`: of one in an object store that exceeds a node's cache a fixed part is pulled, and the "
         "rest is read at the source.", default="false", example="true", apart=True,
     )  # fmt: skip
+    datasets_by_rank: tuple[str, ...] = _field(
+        (), "data_by_rank", "datasets_by_rank", Datasets(),
+        "Those of `data` whose files are divided among the ranks, as `whaleflux.sdk.Dataset.part()` says: a node pulls those of its own ranks alone.",
+        default="none", example="[dataset:c4-en]", apart=True,
+    )  # fmt: skip
     environment: tuple[tuple[str, str], ...] = _field(
         (), "environment", "environment", Variables(RESERVED_ENVIRONMENT, RESERVED_PREFIXES),
         "Added to the environment of each rank: any text, also of several lines; what is no text in YAML (1.10, yes) is taken as it is "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
+
+from whaleflux.data.division import LISTING, part_of
 
 
 class Dataset:
@@ -16,7 +19,8 @@ class Dataset:
         for path in corpus.paths():
             with corpus.open(path) as file: ...
 
-    What is at the source is read by fsspec with the task's own credentials, and compared with nothing.
+    What is at the source is read by fsspec with the task's own credentials, and compared with nothing. Of one that the job names under
+    `data_by_rank` this rank reads `corpus.part()`, and no other.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -25,6 +29,8 @@ class Dataset:
             where = environment[f"WHALEFLUX_DATASET_{variable}"]
         except KeyError:
             raise LookupError(f"the job has no dataset {name!r}; add it to its file: data: dataset:{name}") from None
+        listing, self._environment = environment.get(f"WHALEFLUX_DATAFILES_{variable}"), environment
+        self._files: list[str] | None = json.loads(Path(listing, LISTING).read_text()) if listing else None
         self.folder = Path(where) if "://" not in where else None
         """What the node has of it; None where there was no room for anything, and all of it is read at its source."""
         rest = environment.get(f"WHALEFLUX_DATASOURCE_{variable}", "" if self.folder else where)
@@ -35,6 +41,8 @@ class Dataset:
 
     def paths(self) -> list[str]:
         """All files, in order. Asks the source where the rest of them is there."""
+        if self._files is not None:
+            return list(self._files)
         if self._lone:
             return [self._lone]
         if not self.source:
@@ -43,6 +51,17 @@ class Dataset:
         files, root = self._at_source()
         found = (name.removeprefix(root).lstrip("/") for name in files.find(root))
         return sorted(found)
+
+    def part(self, rank: int | None = None, world_size: int | None = None) -> list[str]:
+        """The files that are this rank's (`whaleflux.data.division`): together those of all ranks are all, each once.
+
+        Without arguments as RANK and WORLD_SIZE say, as torchrun sets them. Raises ValueError where a rank is none of so many.
+        """
+        rank = int(self._environment["RANK"]) if rank is None else rank
+        world_size = int(self._environment["WORLD_SIZE"]) if world_size is None else world_size
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is none of {world_size}; give one from 0 to {world_size - 1}")
+        return list(part_of(self.paths(), rank, 1, world_size))
 
     def is_here(self, path: str) -> bool:
         """Whether the node has the file itself."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from whaleflux import telemetry
 from whaleflux.data import progress
-from whaleflux.data.sources import Source
+from whaleflux.data.manifest import ManifestWrong
+from whaleflux.data.sources import Source, SourceFailed
+from whaleflux.errors import StatusError
+from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent.dataset_donors import Given
-from whaleflux_agent.dataset_progress import Progress
+from whaleflux_agent.dataset_progress import Progress, Stopped
 from whaleflux_agent.dataset_pull import Pull, in_thread
+from whaleflux_agent.dataset_reports import FAILED, CopyReports
 from whaleflux_agent.dataset_store import Copy
 from whaleflux_agent.dataset_wanted import Wanted
+from whaleflux_agent.runtime.api import LaunchFailed
+
+_log = telemetry.get_logger("whaleflux.agent")
 
 
 class Unkept(Exception):
@@ -53,6 +61,25 @@ class Fetch:
             return dataset
         rate = (self.progress.pulled_bytes - before) / max(now_s - then_s, 0.001) if then_s else 0
         return f"{dataset} {progress.words(self.progress.done_bytes, self.progress.total_bytes, rate)}"
+
+
+@asynccontextmanager
+async def said_of(dataset: str, reports: CopyReports, uri: Callable[[], str] = lambda: "") -> AsyncIterator[None]:
+    """In the block it is fetched: what fails there is said to inventory, and why the task is not launched. Raises LaunchFailed, Unkept."""
+    try:
+        yield
+    except (SourceFailed, ManifestWrong, OSError) as failure:
+        await reports.say(dataset, FAILED, message=str(failure))
+        raise LaunchFailed(f"{dataset}: cannot fetch {uri() or 'it'}: {failure}") from None
+    except StatusError as failed:
+        raise LaunchFailed(f"{dataset}: {failed.message}") from None
+    except Stopped:
+        raise LaunchFailed(f"{dataset}: the agent stops") from None
+    except (LaunchFailed, Unkept):
+        raise
+    except Exception as bug:  # whatever is wrong with this one, the node's other work goes on
+        _log.exception(Event.DATASET_UNCACHED, dataset=dataset, reason=repr(bug))
+        raise LaunchFailed(f"{dataset}: {bug!r}; the agent's log has more") from None
 
 
 @asynccontextmanager

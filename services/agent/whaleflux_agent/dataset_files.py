@@ -17,18 +17,37 @@ FIXED_NS = 978307200 * 10**9  # when every file was last written, as far as its 
 def finish(partial: Path, target: Path, reader: int = 0) -> None:
     """Moves what was pulled to `target`, once all of it is on the disk; `reader`: the group that may read it, 0: everybody."""
     files = partial / "files"
-    for root, _, found in os.walk(files, topdown=False):
+    _settle_all(files, reader)
+    shutil.rmtree(target, ignore_errors=True)
+    files.rename(target)
+    sync(target.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_beside(partial: Path, target: Path, reader: int = 0) -> None:
+    """The same for files that come to those which are in `target` already, each whole."""
+    files = partial / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    _settle_all(files, reader)
+    for root, _, found in os.walk(files):
+        folder = target / os.path.relpath(root, files)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in found:
+            os.replace(os.path.join(root, name), folder / name)
+    _settle_all(target, reader, files=False)
+    sync(target.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle_all(folder: Path, reader: int, *, files: bool = True) -> None:
+    for root, _, found in os.walk(folder, topdown=False):
+        for name in found if files else ():
             if not os.path.islink(os.path.join(root, name)):
                 _settle(Path(root, name), reader)
         if reader:
             os.chown(root, -1, reader)
         os.chmod(root, 0o750 if reader else 0o755)
         sync(Path(root))
-    shutil.rmtree(target, ignore_errors=True)
-    files.rename(target)
-    sync(target.parent)
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _settle(path: Path, reader: int) -> None:

@@ -3,6 +3,8 @@
     root/<id>@<digest>-<made>/    a whole copy; the name is its dataset's, its version's, and says when that dataset was declared: who may read
                                   an earlier or later one of its name has no right to these bytes
     root/<id>@<source>~part/      a fixed part of what exceeds the cache, and links to the rest; named after what its source had
+    root/<id>@<digest>-<made>~ranks/   of a version files that ranks here read (`dataset_division`); more may come to them
+    root/.lists/<same>/           of that version a list of all files, for these ranks
     root/.manifests/<same>        what it consists of; a copy without is none
     root/.costs/<same>            seconds for each byte that it was pulled in, and what it is worth to stay
     root/.homes/<same>            of a part: the path or URL where the rest is
@@ -17,20 +19,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whaleflux import names
 from whaleflux.data import manifest
+from whaleflux.data.division import LISTING
 from whaleflux.data.manifest import Manifest
 from whaleflux.quantities import shown_bytes
 from whaleflux.v1 import inventory_pb2
 from whaleflux_agent import dataset_files
 
-_PART = "~part"
+_PART, RANKS = "~part", "~ranks"
+_LIST_STAYS_S = 86400.0  # of what is not here itself, for who reads it at its source
 _DIGITS = 16  # of a digest, in names of folders; the manifest holds all of it
 _SPARE_SHARE, _MOST_SPARE_BYTES = 0.02, 10 << 30  # of the disk, for whoever else writes there
 
@@ -83,6 +89,11 @@ def key_of(dataset: str, digest: str, made: str = "") -> str:
     return f"{names.last(dataset)}@{digest[:_DIGITS] or 'new'}{made and f'-{made}'}"
 
 
+def ranks_key(dataset: inventory_pb2.Dataset) -> str:
+    """Of the version that it has, the folder of what ranks read."""
+    return f"{key_of(dataset.name, dataset.manifest_digest, made_of(dataset))}{RANKS}"
+
+
 class DatasetStore:
     """Everything below `root`, at most `limit_bytes` of it."""
 
@@ -95,7 +106,7 @@ class DatasetStore:
 
     def open(self) -> None:
         """Makes the folders, and takes out what an earlier agent had begun to. Raises OSError."""
-        for name in (".manifests", ".costs", ".homes", ".partial", ".trash"):
+        for name in (".manifests", ".costs", ".homes", ".lists", ".partial", ".trash"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for left in (self.root / ".trash").iterdir():
             shutil.rmtree(left, ignore_errors=True)
@@ -103,6 +114,9 @@ class DatasetStore:
             if "@" in folder.name:
                 self._look_at(folder)
         self._floor = min((copy.worth for copy in self._copies.values()), default=0.0)
+        for listing in (self.root / ".lists").iterdir():
+            if listing.name not in self._copies and listing.stat().st_mtime + _LIST_STAYS_S < time.time():
+                shutil.rmtree(listing, ignore_errors=True)
 
     def copies(self) -> list[Copy]:
         """All whole copies, those first that are worth least; of equal ones those longest unused."""
@@ -121,6 +135,10 @@ class DatasetStore:
                     return copy
                 self.remove(copy)
         return None
+
+    def whole_of(self, found: inventory_pb2.Dataset) -> Copy | None:
+        """The same, of the version that the dataset has. Raises OSError."""
+        return self.find(found.name, found.manifest_digest, made_of(found))
 
     def holding(self, dataset: str, digest: str = "", made: str = "") -> Copy | None:
         """The same, without a look at its files: one that is gone as a whole is noticed, no more."""
@@ -157,14 +175,14 @@ class DatasetStore:
         self._unread.pop(folder.name, None)
         try:
             message = inventory_pb2.DatasetManifest.FromString((self.root / ".manifests" / folder.name).read_bytes())
-            used_s, found = folder.stat().st_mtime, manifest.from_proto(message)
+            used_s, found = folder.stat().st_mtime, manifest.from_proto(message, part=folder.name.endswith(RANKS))
         except (FileNotFoundError, ValueError):  # ValueError: ManifestWrong, and what is no message
             return
         except OSError:
             self._unread[folder.name] = allocated(folder)
             return
-        dataset, part = names.dataset(folder.name.partition("@")[0]), folder.name.endswith(_PART)
-        made = "" if part else folder.name.rpartition("@")[2].partition("-")[2]
+        dataset, part = names.dataset(folder.name.partition("@")[0]), folder.name.endswith((_PART, RANKS))
+        made = folder.name.rpartition("@")[2].partition("~")[0].partition("-")[2]
         if part or key_of(dataset, found.digest, made) == folder.name:
             self._copies[folder.name] = Copy(dataset, folder, found, used_s, *self._cost_of(folder.name), part, made)
 
@@ -259,22 +277,65 @@ class DatasetStore:
             (self.root / ".homes" / key).write_text(home)
         for path, original in links:
             _link(partial / "files" / path, original)
-        known, target = self.root / ".manifests" / key, self.root / key
-        written = known.with_name(f".{key}")
-        written.write_bytes(found.to_proto().SerializeToString())
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        written.rename(known)
-        dataset_files.sync(known.parent)
+        self._write_manifest(key, found)
+        target = self.root / key
         dataset_files.finish(partial, target, reader)
         self._unread.pop(key, None)
         copy = Copy(dataset, target, found, target.stat().st_mtime, cost, part=bool(part), made=made)
         self._copies[key] = self._valued(copy)
         return self._copies[key]
 
+    def _write_manifest(self, key: str, found: Manifest) -> None:
+        known = self.root / ".manifests" / key
+        written = known.with_name(f".{key}")
+        written.write_bytes(found.to_proto().SerializeToString())
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        written.rename(known)
+        dataset_files.sync(known.parent)
+
+    def of_ranks(self, key: str) -> Copy | None:
+        """Files of a version that are here for ranks, as they were left; where somebody wrote to one, all are taken out. Raises OSError."""
+        copy = self._copies.get(key)
+        if copy and not dataset_files.unchanged(copy.folder, copy.manifest):
+            self.remove(copy)
+            return None
+        return copy
+
+    def add_for_ranks(self, key: str, dataset: str, found: Manifest, partial: Path, reader: int, cost: float) -> Copy:
+        """Files that were pulled come to those that are there: told of only when each is whole and on the disk. Raises OSError."""
+        before, target = self._copies.get(key), self.root / key
+        dataset_files.finish_beside(partial, target, reader)
+        files = {file.path: file for file in (*(before.manifest.files if before else ()), *found.files)}
+        together = Manifest(found.chunk_bytes, tuple(files[path] for path in sorted(files)))
+        self._write_manifest(key, together)
+        made = key.rpartition("@")[2].partition("~")[0].partition("-")[2]
+        copy = Copy(
+            dataset,
+            target,
+            together,
+            target.stat().st_mtime,
+            max(cost, before.cost if before else 0.0),
+            part=True,
+            made=made,
+        )
+        self._copies[key] = self._valued(copy)
+        return self._copies[key]
+
+    def listing(self, key: str, paths: Sequence[str] | None, reader: int) -> str:
+        """The folder with the list of all files of a version; "" where there is none and `paths` None. Raises OSError."""
+        folder = self.root / ".lists" / key
+        if not folder.exists() and paths is not None:
+            partial = self.partial(f"{key}~list")
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "files").mkdir(parents=True)
+            (partial / "files" / LISTING).write_text(json.dumps(list(paths)))
+            dataset_files.finish(partial, folder, reader)
+        return str(folder) if folder.exists() else ""
+
     def home_of(self, copy: Copy) -> str:
         """Where the rest of a part is; "" of a whole copy. Raises OSError."""
-        return (self.root / ".homes" / copy.folder.name).read_text() if copy.part else ""
+        return (self.root / ".homes" / copy.folder.name).read_text() if copy.folder.name.endswith(_PART) else ""
 
     def remove(self, copy: Copy) -> None:
         """Not there from now on; whoever reads it reads on."""
@@ -287,6 +348,7 @@ class DatasetStore:
     def _forget(self, copy: Copy) -> None:
         for kind in (".manifests", ".costs", ".homes"):
             (self.root / kind / copy.folder.name).unlink(missing_ok=True)
+        shutil.rmtree(self.root / ".lists" / copy.folder.name, ignore_errors=True)
         self._copies.pop(copy.folder.name, None)
 
     def touch(self, copy: Copy) -> None:

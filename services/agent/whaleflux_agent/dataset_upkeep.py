@@ -10,7 +10,7 @@ from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.dataset_pins import NodePins
 from whaleflux_agent.dataset_reports import PARTIAL, READY, CopyReports
 from whaleflux_agent.dataset_room import Room
-from whaleflux_agent.dataset_store import Copy, DatasetStore, made_of
+from whaleflux_agent.dataset_store import RANKS, Copy, DatasetStore, made_of, ranks_key
 
 _CALL_S = 10.0
 _PIN_AGAIN_S = 60.0
@@ -84,7 +84,9 @@ class Upkeep:
                 continue
             except StatusError:
                 return  # not now
-            if copy.part:
+            if copy.folder.name.endswith(RANKS) and copy.folder.name != ranks_key(found):
+                await self._remove(copy)
+            elif copy.part:
                 await self._report(copy)
             elif (found.manifest_digest, made_of(found)) != (copy.manifest.digest, copy.made):
                 await self._remove(copy)

@@ -61,10 +61,7 @@ class Versions:
         """
         if not found.manifest_digest:
             return await in_thread(lambda: found_out(source))
-        request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
-        known = manifest.from_proto(await self._inventory.GetDatasetManifest(request, timeout=_CALL_S))
-        if known.digest != found.manifest_digest:
-            raise SourceFailed("inventory has another manifest than it says; see: whaleflux datasets show")
+        known = await self.manifest(found)
         try:
             there = await in_thread(lambda: found_out(source))
         except (SourceFailed, OSError):
@@ -75,6 +72,14 @@ class Versions:
         if any(sizes.get(file.path) != file.size_bytes for file in known.files):
             raise SourceChanged("it is not what it was when it was first read; declare it under another name")
         return Wanted(known, there.found)
+
+    async def manifest(self, found: inventory_pb2.Dataset) -> Manifest:
+        """What it consists of, where that is known. Raises SourceFailed, ManifestWrong, StatusError."""
+        request = inventory_pb2.GetDatasetManifestRequest(name=found.name)
+        known = manifest.from_proto(await self._inventory.GetDatasetManifest(request, timeout=_CALL_S))
+        if known.digest != found.manifest_digest:
+            raise SourceFailed("inventory has another manifest than it says; see: whaleflux datasets show")
+        return known
 
     async def record(self, found: inventory_pb2.Dataset, made: Manifest) -> inventory_pb2.Dataset:
         """The dataset with the manifest that counts, which may be another node's."""

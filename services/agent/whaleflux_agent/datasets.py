@@ -12,19 +12,20 @@ from pathlib import Path
 
 from whaleflux import names, telemetry
 from whaleflux.data import sources
-from whaleflux.data.manifest import Manifest, ManifestWrong
+from whaleflux.data.manifest import Manifest
 from whaleflux.data.sources import Source, SourceChanged, SourceFailed
 from whaleflux.errors import InvalidArgument, StatusError
 from whaleflux.retry import worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.core.work import Work
+from whaleflux_agent.dataset_division import RankParts
 from whaleflux_agent.dataset_donors import given
-from whaleflux_agent.dataset_fetch import Fetch, MadeElsewhere, Unkept, running
+from whaleflux_agent.dataset_fetch import Fetch, MadeElsewhere, Unkept, running, said_of
 from whaleflux_agent.dataset_parts import Parts, check_read_there, looked_at, reads_parts
 from whaleflux_agent.dataset_peers import Peers, following, swarm_of
 from whaleflux_agent.dataset_pins import NodePins
-from whaleflux_agent.dataset_progress import Pace, Stopped
+from whaleflux_agent.dataset_progress import Pace
 from whaleflux_agent.dataset_pull import Pull, in_thread
 from whaleflux_agent.dataset_reports import FAILED, PULLING, READY, CopyReports
 from whaleflux_agent.dataset_room import Room
@@ -84,7 +85,7 @@ class DatasetCache:
         self.ahead: Mapping[str, str] = {}
 
         def needed() -> frozenset[str]:
-            return in_use().union(self.ahead)
+            return in_use().union(self.ahead, self._ranks.fetching)
 
         self._needed = needed
         self._reports, self._peers = CopyReports(node, address, stub, self._stays), peers
@@ -100,6 +101,9 @@ class DatasetCache:
             self._store, self._pins, self._versions, self._reports, needed, self._fetching, self._open_here
         )
         self._parts = Parts(self._store, self._room, self._reports, self._pace, self._reader)
+        self._ranks = RankParts(
+            self._store, self._room, self._reports, self._versions, stub, self._source_of, self._pace, self._reader
+        )
         self.upkeep = Upkeep(
             self._store,
             self._room,
@@ -121,6 +125,14 @@ class DatasetCache:
             raise LaunchFailed(wrong.message) from None
         if work is not None and dataset in work.remote_datasets:
             return await self._where_it_is(dataset, work, tell)
+        if work is not None and dataset in work.spec.datasets_by_rank:
+            try:
+                part = await self._ranks.fetch(dataset, work, tell)
+            except Unkept as unkept:
+                return await self._from_source(unkept, work, tell)
+            if part is not None:
+                await self._room.do(self._store.touch, part)
+                return str(part.folder)
         while (given_up := self._fetching.get(dataset)) and given_up.progress.stop.is_set():
             await asyncio.wait({given_up.task})
         fetch = self._fetch_once(dataset, work, tell)
@@ -153,11 +165,13 @@ class DatasetCache:
         if dataset not in self._fetching:
             await self.upkeep.tell(dataset)
 
-    async def home_of(self, dataset: str, path: str) -> str:
+    async def home_of(self, dataset: str, path: str, work: Work | None = None) -> str:
         """Where the rest is of what `fetch` gave of it, where that is a part, or the file where that is one in a folder with others; else "".
 
-        Raises LaunchFailed.
+        Of one that the ranks of `work` share: the folder with the list of all of its files. Raises LaunchFailed.
         """
+        if work is not None and dataset in work.spec.datasets_by_rank:
+            return await self._ranks.listing(dataset)
         if (file := self._lone_files.get(dataset, "")).startswith(f"{path.rstrip('/')}/"):
             return file
         copies: list[Copy] = await self._room.do(self._store.copies)
@@ -184,7 +198,7 @@ class DatasetCache:
 
     async def _bring(self, dataset: str, fetch: Fetch, work: Work | None, tell: Tell | None) -> Copy:
         found = inventory_pb2.Dataset(name=dataset)
-        try:
+        async with said_of(dataset, self._reports, lambda: found.uri):
             try:
                 found = await self._stub.GetDataset(inventory_pb2.GetDatasetRequest(name=dataset), timeout=_CALL_S)
             except StatusError as failed:
@@ -199,18 +213,7 @@ class DatasetCache:
                 if part := await self._parts.bring(unkept, work, fetch.progress):
                     return part
                 raise
-        except (SourceFailed, ManifestWrong, OSError) as failure:
-            await self._reports.say(dataset, FAILED, message=str(failure))
-            raise LaunchFailed(f"{dataset}: cannot fetch {found.uri or 'it'}: {failure}") from None
-        except StatusError as failed:
-            raise LaunchFailed(f"{dataset}: {failed.message}") from None
-        except Stopped:
-            raise LaunchFailed(f"{dataset}: the agent stops") from None
-        except (LaunchFailed, Unkept):
-            raise
-        except Exception as bug:  # whatever is wrong with this one, the node's other work goes on
-            _log.exception(Event.DATASET_UNCACHED, dataset=dataset, reason=repr(bug))
-            raise LaunchFailed(f"{dataset}: {bug!r}; the agent's log has more") from None
+        raise AssertionError("unreachable")
 
     async def _brought(self, found: inventory_pb2.Dataset, fetch: Fetch, work: Work | None, tell: Tell | None) -> Copy:
         source: Source | None = None
@@ -218,7 +221,7 @@ class DatasetCache:
         while tried < _VERSIONS:
             if found.manifest_digest and (here := await self._find(found)):
                 return here
-            source = source or await self._opened(found, await self._shown(found, work, tell))
+            source = source or await self._source_of(found, work, tell)
             if self._versions.made_elsewhere(found):
                 found = await self._wait_for_maker(found, source, fetch)
             digest, key = found.manifest_digest, _key(found)
@@ -241,7 +244,7 @@ class DatasetCache:
         raise SourceChanged("its source was another one when another node read it")
 
     async def _find(self, found: inventory_pb2.Dataset) -> Copy | None:
-        return await self._room.do(self._store.find, found.name, found.manifest_digest, made_of(found))
+        return await self._room.do(self._store.whole_of, found)
 
     async def _wait_for_maker(
         self, found: inventory_pb2.Dataset, source: Source, fetch: Fetch
@@ -269,6 +272,9 @@ class DatasetCache:
                     return await self._versions.unless_made(found, fetch.progress, all_here)
         finally:
             self._store.release(key)
+
+    async def _source_of(self, found: inventory_pb2.Dataset, work: Work | None, tell: Tell | None) -> Source:
+        return await self._opened(found, await self._shown(found, work, tell))
 
     async def _opened(self, found: inventory_pb2.Dataset, header: str = "") -> Source:
         """Its source; drivers may take seconds to be imported."""
@@ -402,6 +408,7 @@ class DatasetCache:
 
     async def close(self) -> None:
         """The agent stops: what is on its way is gone on with by the next one."""
+        await self._ranks.close()
         for fetch in list(self._fetching.values()):
             fetch.progress.stop.set()
             await asyncio.wait({fetch.task}, timeout=_CALL_S)

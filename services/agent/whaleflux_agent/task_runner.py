@@ -53,8 +53,11 @@ class Datasets(Protocol):
         """Local path of a dataset, fetched for a task when it is not there; says by `tell` what it waits for. Raises LaunchFailed."""
         ...
 
-    async def home_of(self, dataset: str, path: str) -> str:
-        """Where the rest is of a dataset of which a part is at that path, or its one file where others are beside it; "" where just it is."""
+    async def home_of(self, dataset: str, path: str, work: Work) -> str:
+        """Where the rest is of a dataset of which a part is at that path, or its one file where others are beside it; "" where just it is.
+
+        Of one that the ranks of `work` share: the folder with the list of all of its files. Raises LaunchFailed.
+        """
         ...
 
 
@@ -344,7 +347,7 @@ class TaskRunner:
         async def one(dataset: str) -> tuple[str, str, str]:
             await self._tell(task, dataset)
             path = await self._context.datasets.fetch(dataset, task.work, lambda text: self._tell(task, text))
-            return dataset, path, await self._context.datasets.home_of(dataset, path)
+            return dataset, path, await self._context.datasets.home_of(dataset, path, task.work)
 
         fetches = [asyncio.create_task(one(dataset)) for dataset in task.work.spec.datasets]
         try:

@@ -33,7 +33,7 @@ class LaunchContext:
     gpu_uuids: tuple[str, ...]  # of the task's GPUs in rank order; empty: simulated, none is visible
     traceparent: str  # of the launch span
     ports: tuple[int, ...] = ()  # one per local rank, for services
-    # Each: datasets/{dataset}, where it is read, and of a part where the rest is.
+    # Each: datasets/{dataset}, where it is read, and of a part where the rest is, or for ranks that share it the folder with the list of all.
     datasets: tuple[tuple[str, str, str], ...] = ()
     secrets_dir: str = ""  # folder of the job's secrets that are files; values of variables are nobody's business here
 
@@ -151,7 +151,8 @@ def _ours(work: Work, context: LaunchContext, local_rank: int) -> dict[str, str]
         name = dataset.rpartition("/")[2].upper().replace("-", "_")
         ours["WHALEFLUX_DATASET_" + name] = path
         if home:
-            ours["WHALEFLUX_DATASOURCE_" + name] = home
+            kind = "WHALEFLUX_DATAFILES_" if dataset in work.spec.datasets_by_rank else "WHALEFLUX_DATASOURCE_"
+            ours[kind + name] = home
     if context.secrets_dir:
         ours["WHALEFLUX_SECRETS_DIR"] = context.secrets_dir
         paths = ((use.variable, f"{context.secrets_dir}/{use.file}") for use in work.spec.secrets if use.file)

@@ -33,7 +33,8 @@ _RESUME_PAUSE_S = 0.5
 _LOG_FILE = {"max-size": "64m", "max-file": "1"}
 _ENDED = frozenset({"exited", "dead", "removing"})
 _CREATED = "created"
-_DATA = ("WHALEFLUX_DATASET_", "WHALEFLUX_DATASOURCE_")  # variables: where data is, and the rest of it
+# Variables: where data is, and the rest of it, or a list of all of it.
+_DATA = ("WHALEFLUX_DATASET_", "WHALEFLUX_DATASOURCE_", "WHALEFLUX_DATAFILES_")
 
 
 # What a container is configured with, everybody sees who may ask its engine, and the engine writes it to its disk. So variables that are
