@@ -9,9 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.unit.fleets import node
 from whaleflux_scheduler.core.placement.api import DatasetFact, GroupRequest, NoPlacement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.placement.pin_book import PinBook
+from whaleflux_scheduler.core.placement.pin_book import PinBook, part_of
 
 SIZES = {"a": 10, "b": 40, "c": 60}
+PARTS = [part_of("c", 1, 4, "p"), part_of("c", 3, 4, "p"), part_of("c", 1, 4, "q"), part_of("b", 2, 3, "r")]
 
 
 def want(gpus, id_, **more):
@@ -54,6 +55,18 @@ def test_a_size_that_is_known_later_counts_where_it_is_held():
     made.check()
 
 
+def test_a_part_is_as_large_as_its_ranks_share_and_never_the_whole():
+    made, part = book(), part_of("c", 3, 8, "job")
+    made.hold("job", [("n", part)], "q")
+    assert (made.held_bytes("n"), made.charged_bytes("q")) == (23, 23), "22.5, and no byte less"
+    assert not made.holds("n", "c") and not made.nodes_of("c")
+    assert set(made.resize("c", 80)) == {"n"}
+    assert made.held_bytes("n") == 30
+    made.hold("job", [])
+    assert made.held_bytes("n") == 0
+    made.check()
+
+
 class Histories(RuleBasedStateMachine):
     """Whatever holders take, leave and share, in any order: the sums are those of what is held."""
 
@@ -64,7 +77,7 @@ class Histories(RuleBasedStateMachine):
     @rule(
         holder=st.sampled_from("pqr"),
         queue=st.sampled_from(["", "x", "y"]),
-        copies=st.sets(st.tuples(st.sampled_from("nm"), st.sampled_from(sorted(SIZES)))),
+        copies=st.sets(st.tuples(st.sampled_from("nm"), st.sampled_from([*sorted(SIZES), *PARTS]))),
     )
     def hold(self, holder, queue, copies):
         before = {node: self.book.held_bytes(node) for node in "nm"}

@@ -94,6 +94,43 @@ class TestRoom:
         assert fresh.data_book.held_bytes(A) == 0
 
 
+class TestDivided:
+    """Data that the ranks of a job divide: each node has the room, and the queue the charge, of what its own ranks read."""
+
+    def test_each_node_holds_the_part_of_its_ranks_and_the_queue_all_of_it_once(self):
+        planner = planner_of("a", "b", room=4 * TB)
+        running = run(planner, job("one", 8, datasets=("text",), datasets_by_rank=("text",)))
+        assert planner.data_book.held_bytes(A) == planner.data_book.held_bytes(B) == 3 * TB
+        assert planner.data_book.charged_bytes("q") == 6 * TB
+        fresh = planner_of("a", "b", room=4 * TB)
+        fresh.apply(News(jobs=(running,)))
+        assert fresh.data_book.held_by(running.name) == planner.data_book.held_by(running.name)
+        assert not fresh.data_book.nodes_of(TEXT), "nobody takes a part for the whole"
+
+    def test_beyond_the_quota_it_is_read_where_it_is(self):
+        planner = planner_of("a", "b")
+        planner.apply(News(queues={"q": Queue("queues/q", data_quota_bytes=5 * TB)}))
+        (move,) = decide(planner, job("one", 8, datasets=("text",), datasets_by_rank=("text",))).values()
+        assert move.assignment.remote_datasets == (TEXT,)
+        planner.apply(News(queues={"q": Queue("queues/q", data_quota_bytes=6 * TB)}))
+        (move,) = decide(planner, job("one", 8, datasets=("text",), datasets_by_rank=("text",))).values()
+        assert move.assignment.remote_datasets == ()
+
+    def test_with_other_ranks_it_holds_other_parts(self):
+        planner = planner_of("a", "b")
+        running = run(planner, job("one", 8, datasets=("text",), datasets_by_rank=("text",)))
+        smaller = replace(running, attempt=replace(running.attempt, tasks=running.attempt.tasks[:1]))
+        planner.apply(News(jobs=(smaller,)))
+        (task,) = smaller.attempt.tasks
+        assert planner.data_book.held_bytes(task.node) == 6 * TB == planner.data_book.charged_bytes("q")
+
+    def test_nothing_of_it_is_pulled_ahead(self):
+        planner = planner_of("a")
+        run(planner, job("low"))
+        high = job("high", at=1, priority=10, datasets=("text", "images"), datasets_by_rank=("text",))
+        assert decide(planner, high)[high.name].claim.datasets == (IMAGES,)
+
+
 class TestAhead:
     def claimed(self, planner, **spec):
         run(planner, job("low"))

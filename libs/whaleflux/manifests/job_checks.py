@@ -265,8 +265,9 @@ def _data(spec: Spec) -> Violations:
         yield FieldViolation("partial_data", "needs datasets; name them or leave it out")
     if spec.partial_data and spec.require_local_data:
         yield FieldViolation("partial_data", "reads a part at the source; leave it or require_local_data out")
+    known = {name.removeprefix("datasets/") for name in spec.datasets}
     for i, name in enumerate(spec.datasets_by_rank):
-        if name not in spec.datasets:
+        if name.removeprefix("datasets/") not in known:
             yield FieldViolation(f"datasets_by_rank[{i}]", f"is {name}, which data does not name; add it there")
     if spec.datasets_by_rank and spec.require_local_data:
         text = "are pulled in parts, and nodes that require_local_data takes hold all; leave one of them out"

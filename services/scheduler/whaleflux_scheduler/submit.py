@@ -83,6 +83,7 @@ class Submissions:
         )
         job.spec.CopyFrom(request.job.spec)
         job.spec.datasets[:] = map(names.dataset, request.job.spec.datasets)  # agents ask for them by these
+        job.spec.datasets_by_rank[:] = map(names.dataset, request.job.spec.datasets_by_rank)
         job.cause.actor = changes.actor()
         await self._secrets.admit(job.spec, request.parent, owner, auth.principal())
         if request.on_behalf_of:

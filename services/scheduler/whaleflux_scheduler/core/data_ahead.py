@@ -5,14 +5,14 @@ A claim whose nodes change again and again does not have data pulled to each of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from whaleflux import names
 from whaleflux_scheduler.core.data_quota import DataLimit, over
 from whaleflux_scheduler.core.model import ACTIVE, Claim, Job
 from whaleflux_scheduler.core.placement.engine import Engine
-from whaleflux_scheduler.core.placement.pin_book import Copy
+from whaleflux_scheduler.core.placement.pin_book import Copy, part_of
 from whaleflux_scheduler.core.queue_shares import QueueShares
 
 MOST_MOVES = 3  # of the nodes that pull one job's data ahead
@@ -23,15 +23,29 @@ def datasets_of(job: Job) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names.dataset(name) for name in job.spec.datasets))
 
 
-def copies_of(job: Job, nodes: Iterable[str], claim: Claim | None, remote: Collection[str] | None) -> list[Copy]:
-    """What is to be on the nodes that it holds, and on those that it claims. `remote` None: as its attempt says."""
+def copies_of(
+    job: Job, nodes: Mapping[str, Collection[str]], claim: Claim | None, remote: Collection[str] | None
+) -> list[Copy]:
+    """What is to be on the nodes that it holds, and on those that it claims. `remote` None: as its attempt says.
+
+    `nodes`: by name, what each of its ranks there has. Of data that its ranks divide a node has their part.
+    """
     if not job.spec.datasets:
         return []
     if remote is None:
         remote = job.attempt.remote_datasets if job.attempt is not None else ()
     here = [name for name in datasets_of(job) if name not in remote]
     ahead = [(node, name) for node, _ in claim.nodes for name in claim.datasets] if claim is not None else []
-    return [(node, name) for node in nodes for name in here] + ahead
+    ranks = {node: len(places) for node, places in nodes.items()}
+    return [copy for name in here for copy in _copies(job, name, ranks)] + ahead
+
+
+def _copies(job: Job, dataset: str, ranks: Mapping[str, int]) -> list[Copy]:
+    """What nodes with so many ranks of the job have of a dataset."""
+    if dataset not in map(names.dataset, job.spec.datasets_by_rank):
+        return [(node, dataset) for node in ranks]
+    world_size = sum(ranks.values())
+    return [(node, part_of(dataset, count, world_size, job.name)) for node, count in ranks.items() if count]
 
 
 class DataAhead:
@@ -53,7 +67,10 @@ class DataAhead:
     def _fitting(self, job: Job, nodes: Collection[str]) -> tuple[str, ...]:
         """What has room on each of the nodes, and within the quota of its queue beside what the job holds where it runs."""
         chosen, held = list[str](), self._held_while_it_runs(job)
+        divided = set(map(names.dataset, job.spec.datasets_by_rank))  # comes when its ranks and their numbers are known
         for name in datasets_of(job):
+            if name in divided:
+                continue
             more = (*chosen, name)
             fits = not self._engine.for_tasks_only(name) and all(self._engine.could_keep(node, more) for node in nodes)
             if fits and self._over(job, [*held, *((node, of) for node in nodes for of in more)]) is None:
@@ -66,11 +83,11 @@ class DataAhead:
             return []
         return [copy for copy in self._engine.book.held_by(job.name) if copy[0] in job.attempt.nodes]
 
-    def beyond_quota(self, job: Job, nodes: Collection[str]) -> tuple[tuple[str, ...], DataLimit | None]:
-        """Which of its data its queue may not hold on these nodes, and why; what does not fit there is not held anyway."""
+    def beyond_quota(self, job: Job, ranks: Mapping[str, int]) -> tuple[tuple[str, ...], DataLimit | None]:
+        """Which of its data its queue may not hold where it has so many ranks, and why; what does not fit there is not held anyway."""
         kept, beyond, why = list[Copy](), list[str](), None
         for name in datasets_of(job):
-            more = [(node, name) for node in nodes if self._engine.could_keep(node, (name,))]
+            more = [(node, of) for node, of in _copies(job, name, ranks) if self._engine.could_keep(node, (of,))]
             if (limit := self._over(job, [*kept, *more])) is None:
                 kept += more
             else:

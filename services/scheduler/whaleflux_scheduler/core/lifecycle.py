@@ -114,6 +114,12 @@ class GpuAssignment:
     ] = ()  # by node, of its GPUs, where a map numbers them; else they are counted node by node
     laid: str = ""  # how, in words
 
+    @property
+    def rank_counts(self) -> dict[str, int]:
+        """How many ranks, by node."""
+        counts = self.cpu_ranks or [len(uuids) for _, uuids in self.nodes]
+        return {node: count for (node, _), count in zip(self.nodes, counts, strict=True)}
+
 
 def place(
     job: Job,

@@ -287,11 +287,12 @@ class Plan(Promising):
     def _give(self, job: Job, placement: Placement, now: datetime) -> Move | None:
         """It starts there; None: its data may not be held there, and it may not do without."""
         holdings = self._fleet.holdings
-        remote, limit = self._data_ahead.beyond_quota(job, placement.node_names)
+        assignment = self._assigned(job, placement)
+        remote, limit = self._data_ahead.beyond_quota(job, assignment.rank_counts)
         if limit is not None and self._data_ahead.insists(job, remote):
             self._wait_for_data(job, limit)
             return None
-        assignment = replace(self._assigned(job, placement), remote_datasets=remote)
+        assignment = replace(assignment, remote_datasets=remote)
         said = self._placed if self._reasons else decisions.unexplained
         decision = said(job, placement, assignment, now)
         if limit is not None:

@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-Copy = tuple[str, str]  # (node, dataset)
+Copy = tuple[str, str]  # (node, dataset, or `part_of` one)
+
+
+def part_of(dataset: str, ranks: int, world_size: int, holder: str) -> str:
+    """What so many of its ranks read of a dataset that they divide: as large as their share, and no other holder's."""
+    return f"{dataset}#{ranks}/{world_size}#{holder}"
 
 
 class PinBook:
@@ -17,6 +22,7 @@ class PinBook:
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}  # bytes by dataset; of others 0
+        self._parts: dict[str, set[str]] = {}  # that are held, by dataset
         self._holders: dict[str, dict[str, set[str]]] = {}  # by dataset and node
         self._on_node: dict[str, int] = {}  # bytes
         self._of: dict[str, tuple[str, frozenset[Copy]]] = {}  # by holder: queue, and what it holds
@@ -26,7 +32,12 @@ class PinBook:
     # reading
 
     def size_bytes(self, dataset: str) -> int:
-        return self._sizes.get(dataset, 0)
+        """Of a part its ranks' share; their files may be some more or less."""
+        whole, _, part = dataset.partition("#")
+        if not part:
+            return self._sizes.get(dataset, 0)
+        ranks, world_size = part.partition("#")[0].split("/")
+        return -(-self._sizes.get(whole, 0) * int(ranks) // int(world_size))
 
     def holds(self, node: str, dataset: str) -> bool:
         """Whether its room is taken there."""
@@ -68,19 +79,26 @@ class PinBook:
 
     def resize(self, dataset: str, size_bytes: int) -> Collection[str]:
         """Its size is known now, or another one; returns the nodes where it takes another room for that."""
-        more, nodes = size_bytes - self.size_bytes(dataset), self.nodes_of(dataset)
+        names = (dataset, *self._parts.get(dataset, ()))
+        before = [self.size_bytes(name) for name in names]
         self._sizes[dataset] = size_bytes
-        if not more:
-            return ()
+        changed = set[str]()
+        for name, was in zip(names, before, strict=True):
+            if more := self.size_bytes(name) - was:
+                changed |= self._grow(name, more)
+        return changed
+
+    def _grow(self, name: str, more: int) -> set[str]:
+        nodes = set(self.nodes_of(name))
         for node in nodes:
             self._on_node[node] += more
         for queue, charges in self._charges.items():
-            self._charged[queue] += more * sum((node, dataset) in charges for node in nodes)
+            self._charged[queue] += more * sum((node, name) in charges for node in nodes)
         return nodes
 
     def forget(self, dataset: str) -> None:
         """It is nobody's dataset any more; what holds it still goes on to."""
-        if dataset not in self._holders:
+        if dataset not in self._holders and dataset not in self._parts:
             self._sizes.pop(dataset, None)
 
     def hold(self, holder: str, copies: Iterable[Copy], queue: str = "") -> set[str]:
@@ -101,6 +119,8 @@ class PinBook:
     def _take(self, holder: str, node: str, dataset: str) -> set[str]:
         holders = self._holders.setdefault(dataset, {}).setdefault(node, set())
         holders.add(holder)
+        if "#" in dataset:
+            self._parts.setdefault(dataset.partition("#")[0], set()).add(dataset)
         if len(holders) > 1:
             return set()
         self._on_node[node] = self.held_bytes(node) + self.size_bytes(dataset)
@@ -114,8 +134,16 @@ class PinBook:
         del self._holders[dataset][node]
         if not self._holders[dataset]:
             del self._holders[dataset]
+            self._forget_part(dataset)
         self._on_node[node] -= self.size_bytes(dataset)
         return {node}
+
+    def _forget_part(self, name: str) -> None:
+        whole, _, part = name.partition("#")
+        if part:
+            self._parts[whole].discard(name)
+            if not self._parts[whole]:
+                del self._parts[whole]
 
     def _charge(self, queue: str, copies: frozenset[Copy], sign: int) -> None:
         if not queue:
