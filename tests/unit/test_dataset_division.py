@@ -14,8 +14,9 @@ from tests.support.dataset_inventory import Inventory
 from whaleflux.data import sources
 from whaleflux.data.division import part_of
 from whaleflux.data.hashing import hashed
+from whaleflux.data.manifest import File, Manifest
 from whaleflux.sdk import Dataset
-from whaleflux_agent import dataset_pull
+from whaleflux_agent import dataset_division, dataset_pull
 from whaleflux_agent.datasets import DatasetCache
 from whaleflux_agent.runtime.api import LaunchFailed
 
@@ -34,6 +35,18 @@ def test_each_file_is_one_rank_s_and_those_of_a_node_are_those_of_its_ranks(coun
         there = [file for part in parts[first : first + ranks] for file in part]
         assert list(part_of(files, first, ranks, world_size)) == there
         first += ranks
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
+def test_what_neighbours_have_of_the_whole_is_found_in_the_part(chunks, data):
+    whole = Manifest(10, tuple(File(f"{number:02}", 10 * count) for number, count in enumerate(chunks)))
+    part = Manifest(10, tuple(file for file in whole.files if data.draw(st.booleans())))
+    bits, seen = data.draw(st.integers(0, (1 << whole.chunk_count) - 1)), []
+    pull = SimpleNamespace(seen=lambda pieces, fellows, coming: seen.append((pieces, fellows, coming)))
+    dataset_division._OfPart(pull, dataset_division.spans(whole, part)).seen({"n": bits}, frozenset({"n"}), bits)
+    index = {(whole.files[c.file].path, c.offset): c.index for c in whole.chunks()}
+    wanted = sum((bits >> index[part.files[c.file].path, c.offset] & 1) << c.index for c in part.chunks())
+    assert seen == [({"n": wanted} if wanted else {}, frozenset(), wanted)]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import operator
 import random
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -37,7 +37,7 @@ PULLING = inventory_pb2.DATASET_COPY_STATE_PULLING
 class Pulling(Protocol):
     """A pull, as far as peers are its business (`dataset_pull.Pull`)."""
 
-    def seen(self, pieces: dict[str, int], fellows: frozenset[str], coming: int) -> None: ...
+    def seen(self, pieces: Mapping[str, int], fellows: frozenset[str], coming: int) -> None: ...
 
 
 def peers_of(found: inventory_pb2.Dataset, node: str) -> tuple[dict[str, str], dict[str, str]]:

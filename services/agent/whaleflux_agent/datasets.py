@@ -102,7 +102,16 @@ class DatasetCache:
         )
         self._parts = Parts(self._store, self._room, self._reports, self._pace, self._reader)
         self._ranks = RankParts(
-            self._store, self._room, self._reports, self._versions, stub, self._source_of, self._pace, self._reader
+            self._store,
+            self._room,
+            self._reports,
+            self._versions,
+            stub,
+            self._source_of,
+            self._pace,
+            self._reader,
+            node,
+            peers,
         )
         self.upkeep = Upkeep(
             self._store,
