@@ -171,6 +171,16 @@ async def test_a_node_with_more_ranks_than_files_has_the_folder(tmp_path, invent
     assert len(await read_by(cache, 999, work(999, 1, 1000))) == 1
 
 
+async def test_files_that_came_before_their_agent_could_say_so_take_no_room_of_the_next_one(tmp_path, inventory, reads):
+    cache, task = cache_of(tmp_path, inventory, reads), work(0, 1, 8)
+    folder = Path(await cache.fetch(C4, task))
+    (tmp_path / "n1" / ".manifests" / folder.name).unlink()
+    again = cache_of(tmp_path, inventory, reads)
+    await again.upkeep.tidy()
+    assert not folder.exists()
+    assert len(await read_by(again, 0, task)) == FILES // 8
+
+
 async def test_its_room_is_that_of_the_part_and_without_it_ranks_read_the_source(tmp_path, source, inventory, reads):
     cache = cache_of(tmp_path, inventory, reads, room=SIZE * FILES // 2)
     assert len(await read_by(cache, 1, work(0, 4, 8))) == FILES // 8

@@ -110,8 +110,12 @@ class DatasetStore:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for left in (self.root / ".trash").iterdir():
             shutil.rmtree(left, ignore_errors=True)
-        for folder in self.root.iterdir():
-            if "@" in folder.name:
+        for folder in list(self.root.iterdir()):
+            if folder.name.endswith(RANKS) and not (self.root / ".manifests" / folder.name).exists():
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # its first files came, and the agent ended before it could say so
+            elif "@" in folder.name:
                 self._look_at(folder)
         self._floor = min((copy.worth for copy in self._copies.values()), default=0.0)
         for listing in (self.root / ".lists").iterdir():
