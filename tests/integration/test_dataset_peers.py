@@ -128,9 +128,7 @@ async def test_nodes_that_begin_at_once_read_the_source_once(tmp_path, source, c
 async def test_ranks_that_share_it_have_their_files_from_a_neighbour_that_holds_all(tmp_path, source, counting):
     inventory = Inventory(source)
     spec = SimpleNamespace(require_local_data=False, partial_data=False, datasets_by_rank=(C4,), image="")
-    work = SimpleNamespace(
-        job="queues/q/jobs/j", remote_datasets=(), spec=spec, first_rank=1, ranks=range(1, 2), world_size=2
-    )
+    work = SimpleNamespace(job="queues/q/jobs/j", remote_datasets=(), spec=spec, ranks=range(1, 2), world_size=2)
     async with site(inventory, tmp_path, counting, "n1", "n2") as [holder, asker]:
         await holder.cache.fetch(C4)
         counting.read.clear()

@@ -61,7 +61,7 @@ class Dataset:
         world_size = int(self._environment["WORLD_SIZE"]) if world_size is None else world_size
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is none of {world_size}; give one from 0 to {world_size - 1}")
-        return list(part_of(self.paths(), rank, 1, world_size))
+        return list(part_of(self.paths(), rank, world_size))
 
     def is_here(self, path: str) -> bool:
         """Whether the node has the file itself."""

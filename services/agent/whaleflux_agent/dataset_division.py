@@ -143,7 +143,7 @@ class RankParts:
             if whole := await self._room.do(self._store.whole_of, found):
                 return whole
             files = (await self._versions.manifest(found)).files
-            mine = {file.path for file in part_of(files, work.first_rank, len(work.ranks), work.world_size)}
+            mine = {file.path for rank in work.ranks for file in part_of(files, rank, work.world_size)}
             here = await self._room.do(self._store.of_ranks, key)
             missing = mine - {file.path for file in here.manifest.files} if here else mine
             if here is None or missing:
