@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Eleven numbers, none of them of a model, a GPU, a cluster or a table."""
+    """Eleven fitted numbers, none of them of a model, a GPU, a cluster or a table; one that only a calibration knows."""
 
     # Of the best rate measured in any matrix multiplication, what large ones reach within a step: all tables.
     matmul_share: float = 0.918
@@ -19,6 +19,8 @@ class Constants:
     matmul_tail_s: float = 50e-6
     # Of the same rate, what fused attention reaches: llm_foundry, up to 65,536 tokens.
     attention_share: float = 0.428
+    # Tokens by which a sequence is too short: attention's rate is that of long ones times s / (s + this). Not fitted: `calibration` measures it.
+    attention_short: float = 0.0
     # Bytes that element-wise work moves, against reading and writing each tensor once. Not fused: llm_foundry.
     eager_traffic: float = 3.11
     # The same, fused: megatron_2021, korthikanti_2022, nemo_2407, megatron_bridge.

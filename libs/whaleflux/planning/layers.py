@@ -16,6 +16,7 @@ from whaleflux.planning.training import Training
 _MATMULS, _MOE_MATMULS = 4, 6  # of a layer, forward: QKV, output, up (and gate), down; and those of experts
 _KERNELS_EAGER, _KERNELS_FUSED = 40, 20  # of a layer, forward; twice as many backward
 _OUTER_PASSES = 8  # reads and writes of a token's hidden state by norms, dropout and residuals, forward
+_LOSS_PASSES = 5  # of 32-bit logits: read and written twice forward, once backward
 _CAUSAL = 0.5  # of the scores are computed by fused attention
 
 
@@ -38,9 +39,10 @@ def layer_times(shape: ModelShape, machine: Machine, plans: Plans, how: Training
     passing = _elementwise_s(shape, machine, plans, how, constants)
     gradients = how.either(how.frozen, 1.0, 2.0)  # of inputs, and of weights where they learn
     kernels = how.either(how.fused, _KERNELS_FUSED, _KERNELS_EAGER)
+    casts = array(how.cast_bytes) / 2 * shape.layer_weights / plans.tp / machine.memory_bytes_per_s
     return LayerTimes(
-        forward_s=linear + tails + core + passing,
-        backward_s=gradients * (linear + tails) + core_back + 2 * passing,
+        forward_s=linear + tails + core + passing + casts,
+        backward_s=gradients * (linear + tails) + core_back + 2 * passing + casts,
         core_s=core,
         host_s=constants.launch_s * kernels,
     )
@@ -49,9 +51,12 @@ def layer_times(shape: ModelShape, machine: Machine, plans: Plans, how: Training
 def head_s(shape: ModelShape, machine: Machine, plans: Plans, how: Training, constants: Constants) -> Array:
     """The output layer and the loss, forward and backward, seconds of one micro-batch on a rank of the last stage."""
     logits = plans.tokens * shape.vocabulary / plans.tp
-    # The output layer stays in 16 bit. The loss: logits in 32 bit, read and written twice forward, once backward.
+    # The output layer stays in 16 bit.
     multiplied = 3 * 2 * logits * shape.hidden / (constants.matmul_share * array(machine.attention_flops))
-    return np.asarray(multiplied + 5 * 4 * logits * constants.fused_traffic / machine.memory_bytes_per_s)
+    passes = np.where(array(how.logits_traffic) > 0, how.logits_traffic, constants.fused_traffic)
+    casts = array(how.cast_bytes) * (shape.head_weights + shape.embedding_weights) / plans.tp
+    moved = _LOSS_PASSES * 4 * logits * passes + casts
+    return np.asarray(multiplied + moved / machine.memory_bytes_per_s)
 
 
 def _linear_s(shape: ModelShape, machine: Machine, plans: Plans, constants: Constants) -> tuple[Array, Array]:
@@ -71,7 +76,8 @@ def _attention_s(
     scores = plans.tokens * plans.sequence * shape.heads / plans.tp
     operations = 2 * scores * (shape.head_dim + shape.value_dim)
     best = array(machine.attention_flops)
-    fused = _CAUSAL * operations / (constants.attention_share * best)
+    short = 1.0 + constants.attention_short / plans.sequence
+    fused = _CAUSAL * operations * short / (constants.attention_share * best)
     moved = 2 * scores * constants.score_passes / machine.memory_bytes_per_s
     eager = operations / (constants.matmul_share * best) + moved
     return how.either(how.flash, fused, eager), how.either(how.flash, 2.5 * fused, 2 * eager)

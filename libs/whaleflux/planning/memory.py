@@ -16,6 +16,8 @@ from whaleflux.planning.training import Training
 
 # Eager kernels keep what fused ones compute anew: norms in 32 bit, parts of the activation. Measured on an H200, six shapes, PyTorch 2.11: 1.58-1.62.
 _EAGER_KEPT = 1.6
+# ZeRO-3: the output layer is gathered whole, has a 16-bit gradient, and a 32-bit buffer in which that is reduced.
+_END_BYTES = 2 + 2 + 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Memory:
     """Bytes on a GPU of the stage that needs most; arrays of the plans' shape. What the driver and communicators hold is `Machine.reserved_bytes`.
 
     `activations_bytes` are kept from forward to backward; `working_bytes` is what one layer needs while it runs: the layer that is computed
-    again, the two whose weights are gathered (ZeRO-3); `logits_bytes` are those of the last stage.
+    again, the two whose weights are gathered (ZeRO-3); `logits_bytes` is what those of the
+    last stage need beyond a layer that is computed again: both are never there at once.
     """
 
     weights_bytes: Array
@@ -102,7 +105,7 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
     ) * shape.hidden  # norms, inputs of the projections, masks of dropout
     scores = 5 * shape.heads * plans.sequence * how.either(how.flash, 0.0, 1.0)
     shared = np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
-    more = how.either(how.fused, 1.0, _EAGER_KEPT)
+    more = np.where(array(how.kept) > 0, how.kept, how.either(how.fused, 1.0, _EAGER_KEPT))
     without = more * plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
     whole = without + plans.tokens * scores / plans.tp
     inputs = plans.recomputed * 2 * plans.tokens * shape.hidden / shared + (1 - plans.recomputed) * whole
@@ -126,12 +129,14 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
     trained = how.either(how.frozen, 0.0, 1.0)
     layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
     whole, kept = activation_bytes(shape, plans, how)
-    logits = 2 * 4 * plans.tokens * shape.vocabulary / plans.tp * np.where(final, 1.0, 0.0)
+    logits = array(how.logits_bytes) * plans.tokens * shape.vocabulary / plans.tp * np.where(final, 1.0, 0.0)
     again = np.where(
         plans.recompute == Recompute.FULL, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
     )
     layer = layer_weights(shape, plans)
-    gathered = np.where((plans.zero > 2) & (plans.shards > 1), 2 * 2 * (layer.common + layer.experts), 0.0)
+    gathered = np.where(plans.zero > 2, 2 * 2 * (layer.common + layer.experts) + _END_BYTES * shape.head_weights / plans.tp, 0.0)
+    # The loss and a layer that is computed again are never there at once.
+    logits = np.maximum(logits - again, 0.0)
     gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)
     held = layers * kept * _in_flight(plans, stage)
     # Lazy ones of a single micro-batch grow where activations are given back, beside the 16-bit weights: only what is more than those counts.

@@ -119,14 +119,15 @@ def step_time(
     head = head_s(shape, machine, plans, how, constants)
     sends = _sends_s(shape, plans, how, constants, links)
     usual, last = layers * one.total, layers * one.total + head
-    # m micro-batches on the slowest stage, and its wait for the first one to come through the others and back (1 / v of it interleaved).
+    # Gradients of further micro-batches are added to the first one's. m micro-batches on the slowest stage, and its wait for the first one to come through the others and back (1 / v of it interleaved).
     count = plans.micro_batches
     bubble = (plans.pp - 1) * (usual + sends) / plans.vp
     reduced, optimizer = _data_parallel_s(
         shape, machine, plans, how, constants, links, backward_s=layers * layer.backward_s
     )
+    summed = array(how.cast_bytes) * (count - 1) * layers * shape.layer_weights / plans.tp / machine.memory_bytes_per_s
     parts = {
-        "compute_s": count * (layers * one.compute + head),
+        "compute_s": count * (layers * one.compute + head) + summed,
         "recompute_s": count * layers * one.recompute,
         "host_s": count * layers * one.host,
         "tp_s": count * layers * one.tp,
@@ -259,7 +260,8 @@ def _data_parallel_s(
     owned = weights.owned(plans, plans.zero > 0)
     # Adam reads gradient, master weight and two moments, writes the latter three and the 16-bit weight; the norm reads gradients once more.
     moved = owned * (array(how.gradient_bytes) * 2 + array(how.optimizer_bytes) * 2 + 2)
-    return exposed, np.asarray(trained * constants.fused_traffic * moved / machine.memory_bytes_per_s)
+    passes = np.where(array(how.optimizer_traffic) > 0, how.optimizer_traffic, constants.fused_traffic)
+    return exposed, np.asarray(trained * passes * moved / machine.memory_bytes_per_s)
 
 
 def _stalls(plans: Plans, how: Training, busy: Array) -> tuple[Array, Array]:

@@ -15,7 +15,9 @@ class Training:
 
     Bytes are per parameter: `weight_bytes` of what is multiplied, `gradient_bytes` as they are summed up, `optimizer_bytes` of master weights
     and Adam's two moments, `reduce_bytes` of gradients on the wire. `frozen`: the weights are (LoRA): neither gradients nor optimizer.
-    `data_tokens_per_s` is what a GPU's share of the loader delivers (0: never waited for); a checkpoint halts training for
+    `kept`: activations against the formula's (0: 1 where fused, else 1.6). `logits_bytes` and `logits_traffic` of one logit at the loss: held at
+    most, and moved in passes of 4 bytes against those of the constants (0: as those); `optimizer_traffic` likewise. `cast_bytes` are moved for each weight and
+    micro-batch where weights are kept in 32 bit and multiplied in 16 (autocast, FSDP2's mixed precision: 12). `data_tokens_per_s` is what a GPU's share of the loader delivers (0: never waited for); a checkpoint halts training for
     `checkpoint_s` once in `checkpoint_every_s` (0: none).
     """
 
@@ -34,6 +36,11 @@ class Training:
     gradient_bytes: Value = 4
     optimizer_bytes: Value = 12
     reduce_bytes: Value = 4
+    kept: Value = 0
+    logits_bytes: Value = 8
+    logits_traffic: Value = 0
+    optimizer_traffic: Value = 0
+    cast_bytes: Value = 0
     data_tokens_per_s: Value = 0
     checkpoint_s: Value = 0
     checkpoint_every_s: Value = 0
