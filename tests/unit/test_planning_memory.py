@@ -50,7 +50,9 @@ def test_the_four_verdicts_on_700b_over_128_h200(split, state, selective, full, 
     logits = float(some.logits_bytes)
     assert float(some.state_bytes) / 1e9 == pytest.approx(state * uneven, rel=0.06)
     assert (float(some.total_bytes) - logits) / 1e9 == pytest.approx(selective * uneven, rel=0.05)
-    assert (float(all_.total_bytes) - logits) / 1e9 == pytest.approx(full * uneven, rel=0.05)
+    # What the output layer needs under ZeRO-3 besides, the reference leaves out.
+    end = 8 * DENSE.head_weights if split.get("zero") == 3 else 0
+    assert (float(all_.total_bytes) - logits - end) / 1e9 == pytest.approx(full * uneven, rel=0.05)
     assert bool(some.total_bytes <= H200.usable_bytes) is fits
     assert bool(all_.total_bytes <= H200.usable_bytes) is fits_full
 

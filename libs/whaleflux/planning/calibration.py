@@ -42,7 +42,6 @@ class Ladder:
     gpus: int
     memory_bytes: float
     context_bytes: float
-    simulated: bool
     matmul: tuple[tuple[float, ...], ...]
     attention: tuple[tuple[float, ...], ...]
     copy: tuple[tuple[float, ...], ...]
@@ -222,6 +221,8 @@ def ladder_from_text(text: str) -> Ladder:
         raise _wrong("is no JSON; make one with: whaleflux calibrate > FILE") from None
     if not isinstance(said, dict) or said.get("version") != VERSION:
         raise _wrong(f"is no ladder of version {VERSION}; make one with: whaleflux calibrate > FILE")
+    if said.get("simulated") is not False:
+        raise _wrong("was measured on a CPU, which says nothing of GPUs; run whaleflux calibrate where GPUs are")
     rows = {kind: _rows(kind, said.get(kind), columns) for kind, columns in _ROWS.items()}
     if missing := [kind for kind in ("matmul", "attention", "copy") if not rows[kind]]:
         raise _wrong(f"has no rows in {', '.join(missing)}; measure again")
@@ -230,7 +231,6 @@ def ladder_from_text(text: str) -> Ladder:
         gpus=int(_number("gpus", said.get("gpus"), 1, 1024)),
         memory_bytes=_number("memory_bytes", said.get("memory_bytes"), 0, 1e15),
         context_bytes=_number("context_bytes", said.get("context_bytes"), 0, 1e15),
-        simulated=said.get("simulated") is not False,
         **rows,
     )
 
