@@ -50,7 +50,9 @@ def measure(options: Options) -> Report:
         rows=[*rows, *chosen, *verdicts],
         targets=_targets(rows, chosen, verdicts),
         simulated="",
-        notes=[f"one {ladder.gpu}; PyTorch {said['ladder'].get('torch')}; the ladder took {said['ladder'].get('measured_s', 0):.0f} s"],
+        notes=[
+            f"one {ladder.gpu}; PyTorch {said['ladder'].get('torch')}; the ladder took {said['ladder'].get('measured_s', 0):.0f} s"
+        ],
     )
 
 
@@ -103,13 +105,24 @@ def _chosen(measured: Sequence[dict[str, Any]], found: Calibrated) -> list[Row]:
     for name, some in groups.items():
         best = min(some, key=lambda case: float(case["step_s"]))
         taken = min(some, key=lambda case: step_s(case, found))
-        rows.append({"case": f"best of {len(some)}: {name}", "chosen": taken["name"], "slower_pct": _percent(taken["step_s"], best["step_s"])})
+        rows.append(
+            {
+                "case": f"best of {len(some)}: {name}",
+                "chosen": taken["name"],
+                "slower_pct": _percent(taken["step_s"], best["step_s"]),
+            }
+        )
     return rows
 
 
 def _verdict(case: dict[str, Any], found: Calibrated) -> Row:
     share = needed_bytes(case, found) / float(np.asarray(found.machine.usable_bytes))
-    return {"case": f"fits? {case['name']} x {case['sequence']}", "share_of_gpu": round(share, 3), "fits": case["fits"], "right": (share <= 1) == case["fits"]}
+    return {
+        "case": f"fits? {case['name']} x {case['sequence']}",
+        "share_of_gpu": round(share, 3),
+        "fits": case["fits"],
+        "right": (share <= 1) == case["fits"],
+    }
 
 
 def _targets(rows: Sequence[Row], chosen: Sequence[Row], verdicts: Sequence[Row]) -> list[Target]:
@@ -120,7 +133,13 @@ def _targets(rows: Sequence[Row], chosen: Sequence[Row], verdicts: Sequence[Row]
         Target("step_max_error", float(step.max()), _STEP_MAX_PCT, "%"),
         Target("peak_memory_mean_error", float(memory.mean()), _MEMORY_PCT, "%"),
         Target("chosen_slower_than_best", max(row["slower_pct"] for row in chosen), _CHOSEN_PCT, "%"),
-        Target("borderline_fits_right", sum(row["right"] for row in verdicts) / len(verdicts), _VERDICTS, "", better="higher"),
+        Target(
+            "borderline_fits_right",
+            sum(row["right"] for row in verdicts) / len(verdicts),
+            _VERDICTS,
+            "",
+            better="higher",
+        ),
     ]
 
 

@@ -18,14 +18,23 @@ from whaleflux.planning.training import Training
 Case = Mapping[str, Any]
 _FILLS = tuple(round(1 + side * step / 100, 2) for side in (-1, 1) for step in range(1, 11))
 _SMALL = {"layers": 22, "hidden": 2048, "ffn": 5632, "heads": 16, "kv_heads": 4, "vocab": 32_000}  # 1.0 B, as TinyLlama
-_WIDE = {"layers": 12, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128_256}  # 3.7 B, layers of an 8 B
+_WIDE = {
+    "layers": 12,
+    "hidden": 4096,
+    "ffn": 14336,
+    "heads": 32,
+    "kv_heads": 8,
+    "vocab": 128_256,
+}  # 3.7 B, layers of an 8 B
 _DEEP = {"layers": 28, "hidden": 3072, "ffn": 8192, "heads": 24, "kv_heads": 8, "vocab": 128_256}  # 3.6 B
 
 
-def _case(group: str, model: Mapping[str, int], sequence: int, micro_batch: int, accumulate: int = 1, **more: Any) -> dict[str, Any]:
+def _case(
+    group: str, model: Mapping[str, int], sequence: int, micro_batch: int, accumulate: int = 1, **more: Any
+) -> dict[str, Any]:
     case = {"group": group, **model, "sequence": sequence, "micro_batch": micro_batch, "accumulate": accumulate}
     case |= {"wrapper": "none", "recompute": False, "compiled": False} | more
-    words = [group, f"b{micro_batch}x{accumulate}", case["wrapper"]]
+    words: list[str] = [group, f"b{micro_batch}x{accumulate}", str(case["wrapper"])]
     words += [word for word, on in (("recompute", case["recompute"]), ("compiled", case["compiled"])) if on]
     return case | {"name": " ".join(words)}
 
@@ -60,13 +69,13 @@ def borderline(found: Calibrated, fills: Sequence[float] = _FILLS) -> list[dict[
     usable = float(np.asarray(found.machine.usable_bytes))
     filled = [(needed_bytes(one, found) / usable, one) for one in _grown()]
     used: Counter[tuple[Any, ...]] = Counter()
-    found = []
+    chosen = []
     for wanted in fills:
         near = [(fill, one) for fill, one in filled if abs(fill - wanted) < 0.005]
         _, one = min(near, key=lambda pair: (used[_kind(pair[1])], abs(pair[0] - wanted), pair[1]["name"]))
         used[_kind(one)] += 1
-        found.append(one | {"borderline": True})
-    return found
+        chosen.append(one | {"borderline": True})
+    return chosen
 
 
 def _kind(case: Case) -> tuple[Any, ...]:
@@ -79,9 +88,7 @@ def _grown() -> Iterator[dict[str, Any]]:
             for again in (False, True):
                 for wrapper in ("none", "fsdp2"):
                     for micro in range(1, 129):
-                        yield _case(
-                            f"{word} {sequence}", model, sequence, micro, wrapper=wrapper, recompute=again
-                        )
+                        yield _case(f"{word} {sequence}", model, sequence, micro, wrapper=wrapper, recompute=again)
 
 
 def needed_bytes(case: Case, found: Calibrated) -> float:

@@ -17,7 +17,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `plan --emit torchrun` says: else a tenth lies between blocks
+os.environ.setdefault(
+    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+)  # as `plan --emit torchrun` says: else a tenth lies between blocks
 
 import multiprocessing as processes
 
@@ -144,7 +146,8 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
 def _quiet(wrapped: Any, case: dict[str, Any], number: int) -> AbstractContextManager[Any]:
     """Gradients are reduced with the last micro-batch only."""
     if case["wrapper"] == "ddp" and number < case["accumulate"] - 1:
-        return wrapped.no_sync()
+        quiet: AbstractContextManager[Any] = wrapped.no_sync()
+        return quiet
     return nullcontext()
 
 
@@ -155,7 +158,9 @@ def _tried(case: dict[str, Any]) -> dict[str, Any]:
     process.start()
     its.close()
     try:
-        said: dict[str, Any] = ours.recv() if ours.poll(_MOST_S) else {"fits": None, "error": f"took longer than {_MOST_S} s"}
+        said: dict[str, Any] = (
+            ours.recv() if ours.poll(_MOST_S) else {"fits": None, "error": f"took longer than {_MOST_S} s"}
+        )
     except EOFError:
         said = {"fits": None, "error": "its process ended without a word"}
     process.kill() if said.get("error") else None
@@ -181,7 +186,12 @@ def main() -> int:
         began = time.monotonic()
         done.append(case | _tried(case))
         said = done[-1]
-        print(f"{time.monotonic() - began:6.1f} s", case["name"], {k: said.get(k) for k in ("step_s", "fits", "allocated_bytes", "error")}, flush=True)
+        print(
+            f"{time.monotonic() - began:6.1f} s",
+            case["name"],
+            {k: said.get(k) for k in ("step_s", "fits", "allocated_bytes", "error")},
+            flush=True,
+        )
         Path(sys.argv[2]).write_text(json.dumps(done))
     return 0
 

@@ -114,6 +114,9 @@ def calibration(path: Path | None, sheet: Machine) -> Calibrated | None:
     measured = type_of(ladder).name
     if measured != sheet.name:
         raise InvalidArgument(
-            FieldViolation("--calibration", f"{path} was measured on {measured}, not on {sheet.name}; run whaleflux calibrate there")
+            FieldViolation(
+                "--calibration",
+                f"{path} was measured on {measured}, not on {sheet.name}; run whaleflux calibrate there",
+            )
         )
     return calibrated(sheet, ladder)

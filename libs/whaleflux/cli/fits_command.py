@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whaleflux.cli import output
+from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
 from whaleflux.cli.planning_options import (
     MOST_GPUS,
@@ -14,6 +15,7 @@ from whaleflux.cli.planning_options import (
     Again,
     Method,
     Precision,
+    Software,
     billions,
     gpu_of,
     model_of,
@@ -54,6 +56,12 @@ def fits(
         Method, typer.Option("--method", help="What is trained: all weights, or adapters on frozen ones.")
     ] = Method.full,
     precision: Annotated[Precision, typer.Option("--precision", help="Of linear layers.")] = Precision.bf16,
+    measured: Annotated[
+        Path | None, typer.Option("--calibration", help="What whaleflux calibrate measured on this type of GPU.")
+    ] = None,
+    software: Annotated[
+        Software, typer.Option("--software", help="How layers run, where there is a calibration.")
+    ] = Software.compiled,
     known: Annotated[bool, typer.Option("--list", help="Models that are known by name, and GPU types.")] = False,
     fmt: Output = Format.table,
 ) -> None:
@@ -75,6 +83,7 @@ def fits(
         return
     shape, type_ = model_of(model), gpu_of(gpu)
     from whaleflux.planning.fits import verdict
+    from whaleflux.planning.machine import Machine
     from whaleflux.planning.plans import Recompute
     from whaleflux.planning.space import Asked
     from whaleflux.planning.training import Training
@@ -83,7 +92,10 @@ def fits(
     tokens = sequence or min(shape.sequence, 8192)
     asked = Asked(gpus, tokens, micro_batch, tp, pp, cp, ep, zero, again)
     how = Training(frozen=method is Method.lora, fp8=float(precision is Precision.fp8))
-    _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value), fmt)
+    found = calibration(measured, Machine.of(type_, precision.value))
+    if found is not None:
+        how, found = found.running(how, software.value)
+    _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value, found), fmt)
 
 
 def _show_known(fmt: Format) -> None:

@@ -39,6 +39,15 @@ class Objectives(StrEnum):
     cost = "cost"
 
 
+class Software(StrEnum):
+    """How layers run: compiled or fused, or as they are written; with 16-bit weights, or with 32-bit ones that are cast."""
+
+    compiled = "compiled"
+    eager = "eager"
+    autocast = "autocast"
+    autocast_compiled = "autocast compiled"
+
+
 class Precision(StrEnum):
     """Of linear layers."""
 

@@ -72,6 +72,11 @@ class Calibrated:
     constants: Constants
     kernels: Mapping[str, Kernels]
 
+    def running(self, how: Training, software: str = SOFTWARE[0]) -> tuple[Training, Calibrated]:
+        """The same training, and this machine, for layers that run so."""
+        how, constants = self.of(how, software)
+        return how, replace(self, constants=constants)
+
     def of(self, how: Training, software: str = SOFTWARE[0]) -> tuple[Training, Constants]:
         """The same training and the constants for layers that run so."""
         found = self.kernels.get(software)
@@ -128,8 +133,12 @@ def _attention(ladder: Ladder) -> tuple[float, float]:
     rows = np.array(ladder.attention)
     batch, heads, sequence, width, there, back = rows.T
     taken = there + back
-    operations = 3.5 * 0.5 * 4 * batch * heads * sequence**2 * width  # backward: 2.5 times forward's; half of the scores
-    slope, more = np.linalg.lstsq(np.stack([operations / taken, operations / sequence / taken], 1), np.ones(len(taken)), rcond=None)[0]
+    operations = (
+        3.5 * 0.5 * 4 * batch * heads * sequence**2 * width
+    )  # backward: 2.5 times forward's; half of the scores
+    slope, more = np.linalg.lstsq(
+        np.stack([operations / taken, operations / sequence / taken], 1), np.ones(len(taken)), rcond=None
+    )[0]
     if slope <= 0 or more < 0:
         return float(operations.sum() / taken.sum()), 0.0
     return float(1 / slope), float(more / slope)
@@ -149,11 +158,14 @@ def _kernels(machine: Machine, constants: Constants, ladder: Ladder, software: s
         weights = 2 * shape.layer_weights if cast else 0.0  # their 16-bit copies
         kept.append((bytes_ - weights) / float(np.ravel(activation_bytes(shape, plan, Training())[0])[0]))
     logits = [row for row in ladder.head if row[0] == ("autocast" if cast else "eager")]
-    passes = [_logit_passes(machine, constants, *row[1:5], cast) for row in logits]
+    passes = [_logit_passes(machine, constants, row, cast) for row in logits]
     # Autocast's 16-bit weights are no logits.
     held = [(peak - 2 * cast * hidden * words) / (tokens * words) for _, tokens, hidden, words, _, peak in logits]
     launched = [taken for its, taken in ladder.launch if its == ("autocast" if cast else "eager")]
-    stepped = [taken * float(np.asarray(machine.memory_bytes_per_s)) / (_ADAM_BYTES * count) for count, taken in ladder.optimizer]
+    stepped = [
+        taken * float(np.asarray(machine.memory_bytes_per_s)) / (_ADAM_BYTES * count)
+        for count, taken in ladder.optimizer
+    ]
     return Kernels(
         _mean(traffic, 0.2), _mean(kept, 0.0), _mean(passes, 0.0), _mean(held, 0.0) or 8.0, _mean(stepped, 0.0),
         _mean(launched, 0.0) or constants.launch_s,
@@ -180,14 +192,13 @@ def _layer_s(
     return float(np.ravel(times.forward_s + times.backward_s)[0])
 
 
-def _logit_passes(
-    machine: Machine, constants: Constants, tokens: float, hidden: float, words: float, taken: float, cast: bool
-) -> float:
+def _logit_passes(machine: Machine, constants: Constants, row: tuple[Any, ...], cast: bool) -> float:
     """Of `_LOGIT_PASSES_BYTES`, what the loss takes beyond its multiplications and the casts of its weights."""
+    _, tokens, hidden, words, taken, _ = row
     rate = constants.matmul_share * float(np.asarray(machine.attention_flops))
     copied = float(np.asarray(machine.memory_bytes_per_s))
     casts = _CAST_BYTES * hidden * words / copied if cast else 0.0
-    return (taken - 6 * tokens * hidden * words / rate - casts) * copied / (_LOGIT_PASSES_BYTES * tokens * words)
+    return float((taken - 6 * tokens * hidden * words / rate - casts) * copied / (_LOGIT_PASSES_BYTES * tokens * words))
 
 
 def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
@@ -204,7 +215,9 @@ def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
         return fabric
     ring = max(bus("all_gather", (most - 1) / most), bus("reduce_scatter", (most - 1) / most))
     reduced = bus("all_reduce", 2 * (most - 1) / most)
-    sent = max((size / taken for its, _, size, taken in ladder.collective if its == "send" and size >= _LARGE), default=0.0)
+    sent = max(
+        (size / taken for its, _, size, taken in ladder.collective if its == "send" and size >= _LARGE), default=0.0
+    )
     return replace(
         fabric,
         island_bytes_per_s=ring or fabric.island_bytes_per_s,
@@ -264,7 +277,7 @@ def _wrong(what: str) -> InvalidArgument:
     return InvalidArgument(FieldViolation("--calibration", f"the file {what}"))
 
 
-def shown(ladder: Ladder, found: Calibrated, sheet: Machine) -> Mapping[str, tuple[float, float]]:
+def shown(found: Calibrated, sheet: Machine) -> Mapping[str, tuple[float, float]]:
     """What was measured, and what plans take without: by name, in units of people (TFLOP/s, GB/s, us)."""
     before, after = FITTED, found.constants
 

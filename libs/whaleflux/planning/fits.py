@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from whaleflux.fleet.gpu_types import CATALOGUE, GpuType
+from whaleflux.planning.calibration import Calibrated
+from whaleflux.planning.constants import FITTED
 from whaleflux.planning.found import Candidate
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
@@ -29,9 +31,17 @@ class Verdict:
         return self.picture is not None and self.picture.fits
 
 
-def verdict(shape: ModelShape, gpu: GpuType, asked: Asked, how: Training, precision: str = "bf16") -> Verdict:
-    """Raises InvalidArgument where the GPU's speed is not known."""
-    found = search(shape, Machine.of(gpu, precision), asked, how)
+def verdict(
+    shape: ModelShape,
+    gpu: GpuType,
+    asked: Asked,
+    how: Training,
+    precision: str = "bf16",
+    measured: Calibrated | None = None,
+) -> Verdict:
+    """On GPUs as they were measured, where they were; how layers run, `how` says then. Raises InvalidArgument where the GPU's speed is not known."""
+    machine = measured.machine if measured else Machine.of(gpu, precision)
+    found = search(shape, machine, asked, how, measured.constants if measured else FITTED)
     if found.best is not None:
         return Verdict(found.best)
     rule = "" if found.nearest else found.binding.words

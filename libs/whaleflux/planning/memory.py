@@ -134,7 +134,9 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
         plans.recompute == Recompute.FULL, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
     )
     layer = layer_weights(shape, plans)
-    gathered = np.where(plans.zero > 2, 2 * 2 * (layer.common + layer.experts) + _END_BYTES * shape.head_weights / plans.tp, 0.0)
+    gathered = np.where(
+        plans.zero > 2, 2 * 2 * (layer.common + layer.experts) + _END_BYTES * shape.head_weights / plans.tp, 0.0
+    )
     # The loss and a layer that is computed again are never there at once.
     logits = np.maximum(logits - again, 0.0)
     gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,21 @@ from torch.nn import functional
 
 VERSION = 1
 _TOKENS = 8192
+_LEAST_S = 0.06  # of a round, for the clock
 _HOT_S = 0.4  # layers run for so long that the GPU is as warm, and its clock as low, as in training
 # Rows, columns, inner: what layers of models of 1 to 100 billion parameters multiply.
 _MATMULS = tuple(
     (tokens, out, inner)
     for tokens in (4096, 16384)
-    for out, inner in ((1024, 2048), (2048, 2048), (5632, 2048), (4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192))
+    for out, inner in (
+        (1024, 2048),
+        (2048, 2048),
+        (5632, 2048),
+        (4096, 4096),
+        (11008, 4096),
+        (4096, 11008),
+        (8192, 8192),
+    )
 )
 _ATTENTION = ((4, 16, 2048), (2, 32, 4096), (1, 16, 16384))  # batch, heads, sequence
 _LAYERS = ((2048, 5632), (4096, 11008))  # hidden, ffn
@@ -95,7 +105,7 @@ def _empty(gpu: bool) -> Ladder:
     return Ladder(name, torch.cuda.device_count(), whole, used, torch.__version__, simulated=False)
 
 
-def _seconds(run: Callable[[], object], device: torch.device, least_s: float = 0.06) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, least_s: float = 0.0) -> float:
     """Of one call: the median of three rounds, each long enough for the clock."""
 
     def of(count: int) -> float:
@@ -107,7 +117,7 @@ def _seconds(run: Callable[[], object], device: torch.device, least_s: float = 0
         return (time.perf_counter() - began) / count
 
     run()
-    count = max(2, min(2000, int(least_s / max(of(2), 1e-7))))
+    count = max(2, min(2000, int((least_s or _LEAST_S) / max(of(2), 1e-7))))
     return sorted(of(count) for _ in range(3))[1]
 
 
@@ -125,7 +135,7 @@ def _matmuls(ladder: Ladder, device: torch.device, small: float, _: bool) -> Non
         m, n, k = (_scaled(one, small) for one in (rows, columns, inner))
         left = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         right = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-        ladder.matmul.append((m, n, k, _seconds(lambda left=left, right=right: functional.linear(left, right), device)))
+        ladder.matmul.append((m, n, k, _seconds(partial(functional.linear, left, right), device)))
 
 
 def _attentions(ladder: Ladder, device: torch.device, small: float, _: bool) -> None:
@@ -144,7 +154,7 @@ def _attentions(ladder: Ladder, device: torch.device, small: float, _: bool) -> 
 
 
 def _there_and_back(
-    forward: Callable[[], Any], learning: tuple[Any, ...], device: torch.device, least_s: float = 0.06
+    forward: Callable[[], Any], learning: tuple[Any, ...], device: torch.device, least_s: float = 0.0
 ) -> tuple[float, float]:
     """Seconds forward, and backward alone."""
     gradient = torch.ones_like(forward())
@@ -161,7 +171,7 @@ def _copies(ladder: Ladder, device: torch.device, small: float, _: bool) -> None
     for size in (1 << 28, 1 << 30):
         there = torch.empty(_scaled(size, small) // 2, device=device, dtype=torch.bfloat16).normal_()
         here = torch.empty_like(there)
-        taken = _seconds(lambda here=here, there=there: here.copy_(there), device)
+        taken = _seconds(partial(here.copy_, there), device)
         ladder.copy.append((2 * there.nbytes, taken))  # read and written
 
 
@@ -256,7 +266,7 @@ def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     before = torch.cuda.memory_allocated()
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return int(torch.cuda.max_memory_allocated()) - int(before)
 
 
 def _layers(ladder: Ladder, device: torch.device, small: float, compiled: bool) -> None:
@@ -289,9 +299,9 @@ def _kept_bytes(run: Callable[[], Any], device: torch.device) -> int:
     before = torch.cuda.memory_allocated()
     held = run()
     torch.cuda.synchronize()
-    after = torch.cuda.memory_allocated()
+    after = int(torch.cuda.memory_allocated())
     del held
-    return after - before
+    return after - int(before)
 
 
 def _collectives(ranks: int, backend: str, small: float) -> list[tuple[str, int, int, float]]:

@@ -1,0 +1,119 @@
+"""A ladder of single operations becomes a machine and constants; files that are no ladder are refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.plan_lab.reality_cases import needed_bytes, step_s
+from whaleflux.cli.__main__ import app
+from whaleflux.errors import InvalidArgument
+from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.planning.calibration import SOFTWARE, calibrated, ladder_from_text
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.training import Training
+
+RECORDED = json.loads((Path(__file__).parents[2] / "benchmarks/plan_lab/h200_reality.json").read_text())
+LADDER = RECORDED["ladder"]
+SHEET = Machine.of(CATALOGUE.types["H200"])
+RUN = CliRunner()
+
+
+def found(**changed):
+    return calibrated(SHEET, ladder_from_text(json.dumps(LADDER | changed)))
+
+
+@pytest.fixture
+def ladder_file(tmp_path):
+    path = tmp_path / "h200.json"
+    path.write_text(json.dumps(LADDER))
+    return path
+
+
+def test_recorded_steps_and_peaks_of_a_real_gpu_are_predicted():
+    steps = np.array([step_s(case, found()) / case["step_s"] - 1 for case in RECORDED["cases"]])
+    peaks = np.array([needed_bytes(case, found()) / case["allocated_bytes"] - 1 for case in RECORDED["cases"]])
+    assert len(steps) >= 12
+    assert np.abs(steps).mean() < 0.05
+    assert np.abs(steps).max() < 0.10
+    assert np.abs(peaks).mean() < 0.05
+
+
+def test_a_gpu_that_multiplies_at_half_the_rate_plans_at_half_the_rate():
+    slower = found(matmul=[[m, n, k, 2 * s] for m, n, k, s in LADDER["matmul"]])
+    assert slower.machine.flops == pytest.approx(found().machine.flops / 2, rel=1e-6)
+
+
+def test_each_way_to_run_layers_that_was_measured_is_known_by_its_name():
+    assert set(found().kernels) == set(SOFTWARE)
+    eager, constants = found().of(Training(), "eager")
+    assert not eager.fused
+    assert constants.eager_traffic > found().of(Training(), "compiled")[1].fused_traffic
+
+
+def test_a_way_that_was_not_measured_stays_as_it_was():
+    how = Training()
+    assert found(layer=[]).of(how, "compiled")[0] == how
+
+
+def test_collectives_set_the_islands_rates():
+    rows = [
+        [kind, 4, 1 << 30, (1 << 30) / rate]
+        for kind, rate in (("all_reduce", 300e9), ("all_gather", 400e9), ("reduce_scatter", 390e9), ("send", 380e9))
+    ]
+    fabric = found(collective=rows).machine.fabric
+    assert fabric.island_bytes_per_s == pytest.approx(300e9)
+    assert fabric.switch_bytes_per_s == pytest.approx(450e9)
+    assert fabric.p2p_bytes_per_s == pytest.approx(380e9)
+
+
+HOSTILE = {
+    "no JSON": ("{", "is no JSON"),
+    "a list": ("[]", "no ladder of version 1"),
+    "another version": (json.dumps(LADDER | {"version": 2}), "no ladder of version 1"),
+    "made on a CPU": (json.dumps(LADDER | {"simulated": True}), "measured on a CPU"),
+    "no multiplications": (json.dumps(LADDER | {"matmul": []}), "has no rows in matmul"),
+    "a short row": (json.dumps(LADDER | {"copy": [[1]]}), "copy: each row has 2 columns"),
+    "NaN": (json.dumps(LADDER | {"copy": [[1e9, float("nan")]]}), "copy must be a number"),
+    "negative": (json.dumps(LADDER | {"copy": [[1e9, -1]]}), "copy must be a number"),
+    "words": (json.dumps(LADDER | {"matmul": [["a", 1, 1, 1]]}), "matmul must be a number"),
+    "too many": (json.dumps(LADDER | {"copy": [[1, 1]] * 10_001}), "at most 10000 rows"),
+    "deep": ("[" * 100_000, "is no JSON"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_ladder_is_refused_by_name(text, said):
+    with pytest.raises(InvalidArgument, match=r"--calibration.*") as refused:
+        ladder_from_text(text)
+    assert said in str(refused.value)
+
+
+def test_fits_counts_with_what_was_measured(ladder_file):
+    asked = ("fits", "llama-3.1-8b", "--gpu", "H200", "--gpus", "8", "-o", "json")
+    plain, measured = (
+        json.loads(RUN.invoke(app, [*asked, *more]).output) for more in ((), ("--calibration", str(ladder_file)))
+    )
+    assert measured["step_s"] != plain["step_s"]
+    assert measured["fits"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "file", "said"),
+    [("H100-80GB", "", "was measured on H200, not on H100-80GB"), ("H200", "/nowhere.json", "cannot be read")],
+)
+def test_a_ladder_of_other_gpus_or_none_is_refused(ladder_file, gpu, file, said):
+    done = RUN.invoke(app, ["fits", "llama-3.1-8b", "--gpu", gpu, "--calibration", file or str(ladder_file)])
+    assert done.exit_code != 0
+    assert said in str(done.exception) + done.output
+
+
+def test_calibrate_says_where_to_run_it_when_there_is_no_gpu():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = RUN.invoke(app, ["calibrate"])
+    assert done.exit_code != 0
+    assert "sees no GPU on this machine" in str(done.exception) + done.output
