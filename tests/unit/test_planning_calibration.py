@@ -117,3 +117,16 @@ def test_calibrate_says_where_to_run_it_when_there_is_no_gpu():
     done = RUN.invoke(app, ["calibrate"])
     assert done.exit_code != 0
     assert "sees no GPU on this machine" in str(done.exception) + done.output
+
+
+def test_a_plan_counts_with_what_was_measured_of_its_type(ladder_file):
+    asked = ("plan", "llama-3.1-8b", "--gpu", "H200", "--gpus", "8", "-o", "json")
+    plain, measured = (
+        json.loads(RUN.invoke(app, [*asked, *more]).output) for more in ((), ("--calibration", str(ladder_file)))
+    )
+    assert measured != plain
+
+
+def test_two_ladders_of_one_type_are_refused(ladder_file):
+    done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--gpu", "H200", *("--calibration", str(ladder_file)) * 2])
+    assert "has one already" in str(done.exception) + done.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,13 +95,11 @@ def type_of(ladder: Ladder) -> GpuType:
     return found
 
 
-def calibration(path: Path | None, sheet: Machine) -> Calibrated | None:
-    """Of a file that `calibrate` wrote, for that type of GPU. Raises InvalidArgument."""
+def calibration(path: Path, sheets: Mapping[str, Machine]) -> Calibrated:
+    """Of a file that `calibrate` wrote, for one of these types of GPU by name. Raises InvalidArgument."""
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.planning.calibration import MAX_BYTES, calibrated, ladder_from_text
 
-    if path is None:
-        return None
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -112,11 +111,11 @@ def calibration(path: Path | None, sheet: Machine) -> Calibrated | None:
         )
     ladder = ladder_from_text(raw.decode("utf-8", "replace"))
     measured = type_of(ladder).name
-    if measured != sheet.name:
+    if measured not in sheets:
         raise InvalidArgument(
             FieldViolation(
                 "--calibration",
-                f"{path} was measured on {measured}, not on {sheet.name}; run whaleflux calibrate there",
+                f"{path} was measured on {measured}, not on {' or '.join(sheets)}; run whaleflux calibrate there",
             )
         )
-    return calibrated(sheet, ladder)
+    return calibrated(sheets[measured], ladder)

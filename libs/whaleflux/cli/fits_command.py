@@ -92,9 +92,10 @@ def fits(
     tokens = sequence or min(shape.sequence, 8192)
     asked = Asked(gpus, tokens, micro_batch, tp, pp, cp, ep, zero, again)
     how = Training(frozen=method is Method.lora, fp8=float(precision is Precision.fp8))
-    found = calibration(measured, Machine.of(type_, precision.value))
-    if found is not None:
-        how, found = found.running(how, software.value)
+    found = None
+    if measured is not None:
+        sheet = Machine.of(type_, precision.value)
+        how, found = calibration(measured, {sheet.name: sheet}).running(how, software.value)
     _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value, found), fmt)
 
 

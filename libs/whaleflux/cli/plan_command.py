@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whaleflux.cli import output
+from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
 from whaleflux.cli.planning_options import (
     MOST_SEQUENCE,
@@ -14,6 +16,7 @@ from whaleflux.cli.planning_options import (
     Method,
     Objectives,
     Precision,
+    Software,
     gpus_of,
     model_of,
     money,
@@ -74,6 +77,13 @@ def plan(
     ] = "",
     checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="30min; with --checkpoint-stall.")] = "",
     checkpoint_stall: Annotated[str, typer.Option("--checkpoint-stall", help="Training halts for: 20s.")] = "",
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", help="What whaleflux calibrate measured on a type of GPU; once for each."),
+    ] = None,
+    software: Annotated[
+        Software, typer.Option("--software", help="How layers run, where there is a calibration.")
+    ] = Software.compiled,
     fmt: Output = Format.table,
 ) -> None:
     """How to split training over GPUs: the fastest plan that fits, its step by component, when it is done, what it costs, and what binds it.
@@ -106,6 +116,7 @@ def plan(
     chosen_by = objective or (Objectives.cost if deadline else Objectives.time)
     goal = _checked(Goal(goal.tokens, goal.deadline_s, goal.budget_usd, Objective(chosen_by.value)))
     offers = _offers(types, gpus, quantity_of("--price", price, money, 1e4), goal)
+    offers = _as_measured(offers, measured or [], software, precision)
     how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
     _show(shape, asked, offers, goal, how, precision.value, fmt)
 
@@ -154,6 +165,22 @@ def _offers(types: list[GpuType], numbers: str, usd: float, goal: Goal) -> list[
     if len(found) > MOST_OFFERS:
         _refuse("--gpus", f"and --gpu name {len(found)} offers; at most {MOST_OFFERS} are compared at once")
     return found
+
+
+def _as_measured(offers: list[Offer], files: list[Path], software: Software, precision: Precision) -> list[Offer]:
+    """Each with its type's calibration, where one was given."""
+    from dataclasses import replace
+
+    from whaleflux.planning.machine import Machine
+
+    known = {}
+    sheets = {one.gpu.name: Machine.of(one.gpu, precision.value) for one in offers}
+    for path in files:
+        found = calibration(path, sheets)
+        if found.machine.name in known:
+            _refuse("--calibration", f"{path}: {found.machine.name} has one already; give one file for each type")
+        known[found.machine.name] = found
+    return [replace(one, measured=known.get(one.gpu.name), software=software.value) for one in offers]
 
 
 def _training(method: Method, precision: Precision, data: str, every: str, stall: str) -> Training:

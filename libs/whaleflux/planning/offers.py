@@ -9,6 +9,8 @@ from enum import StrEnum
 import numpy as np
 
 from whaleflux.fleet.gpu_types import GpuType
+from whaleflux.planning.calibration import SOFTWARE, Calibrated
+from whaleflux.planning.constants import FITTED
 from whaleflux.planning.found import Candidate, PlanFound
 from whaleflux.planning.machine import Machine, speed_of
 from whaleflux.planning.model_shape import ModelShape
@@ -29,12 +31,17 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """So many GPUs of a type, all of them paid for. `usd_per_gpu_hour` is None where nobody knows it; `price_source` says whose it is, and of when."""
+    """So many GPUs of a type, all of them paid for. `usd_per_gpu_hour` is None where nobody knows it; `price_source` says whose it is, and of when.
+
+    `measured` is what a calibration says of the type, for layers that run as `software` says (`calibration.SOFTWARE`).
+    """
 
     gpu: GpuType
     gpus: int
     usd_per_gpu_hour: float | None = None
     price_source: str = ""
+    measured: Calibrated | None = None
+    software: str = SOFTWARE[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,11 @@ def estimate(
     shape: ModelShape, offer: Offer, asked: Asked, goal: Goal, how: Training, precision: str = "bf16"
 ) -> Estimate:
     """What one offer comes to."""
-    found = search(shape, Machine.of(offer.gpu, precision), replace(asked, gpus=offer.gpus), how)
+    machine, constants = Machine.of(offer.gpu, precision), FITTED
+    if offer.measured is not None:
+        how, measured = offer.measured.running(how, offer.software)
+        machine, constants = measured.machine, measured.constants
+    found = search(shape, machine, replace(asked, gpus=offer.gpus), how, constants)
     known = Estimate(
         offer.gpu.name, offer.gpus, found, usd_per_gpu_hour=offer.usd_per_gpu_hour, price_source=offer.price_source
     )
