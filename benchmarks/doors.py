@@ -37,6 +37,7 @@ DOORS: dict[str, Door] = {
     "leader_loss": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "plan_accuracy": Door(commands=("fits",)),
+    "plan_reality": Door(commands=("calibrate",)),
     "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),
     "elastic_mixed": Door(commands=("submit",), fields=("gpu.any", "elastic.min", "elastic.speeds")),
     "topology": Door(commands=("submit",), fields=("gpus", "place")),
