@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from whaleflux_inventory.core import lease_rules as rules
 from whaleflux_inventory.core.lease_rules import NEXT, Lease, Machine, Seen, State, Terms
-from whaleflux_inventory.core.offers import Offer, choose, ranked, trust
+from whaleflux_inventory.core.offers import Offer, choose, trust
 from whaleflux_inventory.core.rental_cost import end_by_cap_s, paid_usd
 
 T0 = 1_800_000_000.0
@@ -161,12 +161,10 @@ def offer(name, usd, **more):
     return Offer(name, "p", "m", "sites/s", Terms(usd), gpus=8, **more)
 
 
-def test_an_offer_that_refused_regains_trust_and_goes_last_until_then():
+def test_an_offer_that_refused_regains_trust_and_is_left_alone_until_then():
     cheap, dear = offer("offers/a", 8.0, refusals=1, refused_s=T0), offer("offers/b", 16.0)
     assert [trust(cheap, T0 + s) for s in (0, 300, 600, 900)] == [0.0, 0.5, 1.0, 1.0]
     assert trust(replace(cheap, refusals=3), T0 + 600) == 0.25
-    assert [one.name for one in ranked([cheap, dear], T0 + 60)] == ["offers/b", "offers/a"]
-    assert [one.name for one in ranked([cheap, dear], T0 + 600)] == ["offers/a", "offers/b"]
     assert choose([cheap, dear], {}, T0 + 60) == dear
     assert choose([cheap, dear], {"offers/b": 1}, T0 + 60) is None
 

@@ -78,7 +78,7 @@ class MemoryStore:
             )
         keys, entries = (self._keys, self._entries) if revision == self._revision else self._state_at(revision)
         first = max(bisect.bisect_left(keys, prefix), bisect.bisect_right(keys, after) if after else 0)
-        found = itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(keys, first, None))
+        found = itertools.takewhile(lambda key: key.startswith(prefix), map(keys.__getitem__, range(first, len(keys))))
         page = tuple(entries[key] for key in itertools.islice(found, limit + 1 if limit else None))
         more = bool(limit) and len(page) > limit
         page = page[:limit] if more else page

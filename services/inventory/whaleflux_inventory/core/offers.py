@@ -59,13 +59,3 @@ def choose(offers: Iterable[Offer], rented: Mapping[str, int], now_s: float) -> 
         if rented.get(offer.name, 0) < offer.max_machines and trust(offer, now_s) >= TRUSTED:
             return offer
     return None
-
-
-def ranked(offers: Iterable[Offer], now_s: float) -> list[Offer]:
-    """The cheapest GPU first; what was refused lately counts as dearer, and last while it is not trusted."""
-
-    def order(offer: Offer) -> tuple[bool, float, float, str]:
-        believed = trust(offer, now_s)
-        return believed < TRUSTED, offer.usd_per_gpu_hour * (2 - believed), offer.terms.boot_s, offer.name
-
-    return sorted(offers, key=order)
