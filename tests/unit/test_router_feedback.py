@@ -40,7 +40,8 @@ def message(log_name, **fields):
 async def told(*messages):
     store, clock = MemoryStore(), VirtualClock()
     replica = pb.Replica(name=NAME, state=pb.REPLICA_STATE_READY, address="10.0.0.1:9001")
-    await store.commit(Put(keys.REPLICAS + "m/m-0", encode(replica)))
+    other = pb.Replica(name="models/a/replicas/a-0", state=pb.REPLICA_STATE_READY, address="10.0.0.1:9001")
+    await store.commit(Put(keys.REPLICAS + "m/m-0", encode(replica)), Put(keys.REPLICAS + "a/a-0", encode(other)))
     async with routing(store, clock) as current:
         current.load_tracker.open("d1", NAME, 0.0)
 

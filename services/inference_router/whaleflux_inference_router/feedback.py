@@ -52,7 +52,7 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
 
     def _attempt_failed(self, entry: Any) -> None:
         common, now_s = entry.common_properties, self._clock.monotonic()
-        replica = self._routing.replica_at(_upstream(common))
+        replica = self._routing.replica_at(_upstream(common), _decision_id(entry))
         if not replica:
             return
         self._routing.load_tracker.fail(replica, now_s)
@@ -71,8 +71,8 @@ class Feedback(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # 
         completed = common.HasField("time_to_last_downstream_tx_byte")
         succeeded = 200 <= entry.response.response_code.value < 300
         ended = Ended(decision_id, _upstream(common), first_byte_s, completed, succeeded)
+        replica = self._routing.replica_at(ended.address, decision_id)
         self._routing.load_tracker.close(ended)
-        replica = self._routing.replica_at(ended.address)
         if replica and (end := _end(entry, ended)) is not None:
             lasted_s = _seconds(common, "time_to_last_downstream_tx_byte")
             outcome = Outcome(self._clock.monotonic(), end, first_byte_s, lasted_s)

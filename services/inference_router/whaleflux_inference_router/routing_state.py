@@ -102,9 +102,11 @@ class RoutingState:
         await cache.at_least(revision)
         self._swap()
 
-    def replica_at(self, address: str) -> str:
-        """Name of a replica with this address, "" when there is none."""
-        return next((r.name for r in self.replicas.values.values() if r.address == address), "")
+    def replica_at(self, address: str, decision_id: str) -> str:
+        """Name of a replica with this address, "" when there is none; of several (a server may serve several models) one of the request's model."""
+        found = [r.name for r in self.replicas.values.values() if r.address == address]
+        model = convert.model_of(self.load_tracker.sent_to(decision_id) or "models/")
+        return next((name for name in found if convert.model_of(name) == model), found[0] if found else "")
 
     async def keep_current(self) -> None:
         """Swaps the snapshot at each change, until cancelled."""

@@ -67,6 +67,11 @@ class LoadTracker:
         is_unknown = replica in (self._found or ()) and now_s - self._started_s < FORGET_S
         return is_unknown or (load is not None and load.in_flight > 0)
 
+    def sent_to(self, decision_id: str) -> str:
+        """The replica that a request was sent to first; "" for one that has ended, or that another router sent."""
+        found = self._open.get(decision_id)
+        return found.replica if found else ""
+
     def ages_s(self, replicas: set[str], now_s: float) -> list[float]:
         """For how long each request to these replicas is under way."""
         return [now_s - one.at_s for one in self._open.values() if one.replica in replicas]
