@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from whaleflux.cli import deploy_commands
 from whaleflux.cli.__main__ import app
-from whaleflux.errors import InvalidArgument, NotFound
+from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.v1 import router_pb2 as pb
 
 RUN = CliRunner()
@@ -48,6 +48,8 @@ class Fleet:
 
     def RollBackModel(self, request, timeout):
         self.asked.append(request)
+        if not self.model.rollout.state:
+            raise FailedPrecondition("models/m has no engine of before to go back to")
         self.model.rollout.message = "v2 was rolled back by user/ann"
         return self.model
 
@@ -158,3 +160,10 @@ def test_status_and_undo_say_what_became_of_a_rollout(fleet):
     assert (told["version"], told["rollout"]["message"]) == ("2", "it is watched")
     assert "rolled back by user/ann" in RUN.invoke(app, ["rollout", "undo", "-y", "models/m"]).output
     assert fleet.asked[-1].etag == '"7"'
+
+
+def test_nobody_is_asked_whether_to_go_back_to_nothing(fleet):
+    fleet.model = pb.Model(name="models/m", etag='"7"', version=1)
+    done = RUN.invoke(app, ["rollout", "undo", "m"])
+    assert isinstance(done.exception, FailedPrecondition)
+    assert "?" not in done.output

@@ -279,6 +279,8 @@ def undo(model: Model, yes: Yes = False) -> None:
     name = names.model(model.removeprefix("models/"))
     with fleet() as client:
         found = client.router.GetModel(router_pb2.GetModelRequest(name=name), timeout=10)
-        confirm(f"go back from v{found.rollout.to_version or 1} to v{found.rollout.from_version or 1} of {model}?", yes)
+        if found.rollout.state not in {router_pb2.ROLLOUT_STATE_UNSPECIFIED, router_pb2.ROLLOUT_STATE_ROLLED_BACK}:
+            confirm(f"go back from v{found.rollout.to_version} to v{found.rollout.from_version} of {model}?", yes)
+        # Else nobody is asked about what the router refuses.
         changed = client.router.RollBackModel(router_pb2.RollBackModelRequest(name=name, etag=found.etag), timeout=20)
     output.note(f"{name}: {changed.rollout.message}; follow it with: whaleflux rollout status {names.last(name)}")

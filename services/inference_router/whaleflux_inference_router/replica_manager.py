@@ -227,12 +227,17 @@ class ReplicaManager:
         """What is known of replicas that exist no more."""
         replicas = self._routing.replicas.values.values()
         addresses, jobs = {f"{r.name}@{r.address}" for r in replicas}, {r.job for r in replicas}
+        names_ = {r.name for r in replicas}
         by_address: tuple[dict[str, Any], ...] = (self._failed, self._probed_at_s, self._models_at_s, self._mismatch)
-        for known, kept in (*((known, addresses) for known in by_address), (self._replaced_at_s, jobs)):
+        for known, kept in (
+            *((known, addresses) for known in by_address),
+            (self._replaced_at_s, jobs),
+            (self._draining_since_s, names_),
+        ):
             for gone in known.keys() - kept:
                 del known[gone]
         self._proofs.keep_only(addresses)
-        self._rollouts.keep_only({m.name for m in self._routing.models.values.values()}, {r.name for r in replicas})
+        self._rollouts.keep_only({m.name for m in self._routing.models.values.values()}, names_)
         self._resolver.keep_only({hostport.parse(r.declared_address)[0] for r in replicas if r.declared_address})
 
     async def _health(self, replica: pb.Replica, address: str, path: str) -> int:
