@@ -194,10 +194,10 @@ def test_an_account_that_does_not_answer_keeps_the_others_no_busier_and_nothing_
     kept(test)
 
 
-def test_an_account_is_listed_by_whoever_may_still_use_its_keys_and_rents_for_no_other():
+def test_what_was_rented_is_ended_whoever_has_left_and_nothing_more_is_rented_for_them():
     async def test(world, keeper):
         async def opened(secret, owner):
-            if owner != "operator/olga":
+            if owner not in ("operator/olga", ""):
                 raise PermissionDenied(f"{owner} may not use {secret}")
             return {"KEY": "k"}
 
@@ -216,7 +216,7 @@ def test_an_account_is_listed_by_whoever_may_still_use_its_keys_and_rents_for_no
         theirs.create_time.FromDatetime(world.clock.now())
         theirs.hard_end_time.FromSeconds(int(world.clock.now().timestamp()) + 600)
         await world.store.commit(Put(keys.LEASES + "theirs", theirs.SerializeToString()))
-        await world.clock.sleep(40)
+        await world.clock.sleep(70)
         north = world.regions.accounts["north"]
         north.there.append(Machine("forgotten", "leases/north", "old", 0.0, "offers/north"))
         await keeper.round()

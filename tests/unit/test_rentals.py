@@ -8,6 +8,7 @@ from google.protobuf import timestamp_pb2
 
 from tests.unit.test_inventory_service import FakeDependencies
 from tests.unit.test_secrets_service import World as Secrets
+from whaleflux import names
 from whaleflux.clock import VirtualClock
 from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.events.publisher import EntryChange
@@ -19,7 +20,7 @@ from whaleflux.store.api import Fenced
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import inventory_pb2 as pb
-from whaleflux.v1 import types_pb2
+from whaleflux.v1 import secrets_pb2, types_pb2
 from whaleflux_inventory import lease_book, news
 from whaleflux_inventory.lease_launch import FrontDoor, Launching
 from whaleflux_inventory.lease_records import core_lease, core_offer
@@ -246,6 +247,23 @@ async def test_keys_are_opened_only_while_the_offers_owner_may_use_them(tmp_path
     assert opened["AWS_ACCESS_KEY_ID"] == "x"
     with pytest.raises(FailedPrecondition):
         await secrets.rpc.credentials("secrets/cloud", "operator/olga")
+    secrets.known.disabled.add("ann")
+    with pytest.raises(FailedPrecondition, match="disabled"):
+        await secrets.rpc.credentials("secrets/cloud", "user/ann")
+    assert await secrets.rpc.credentials("secrets/cloud", "") == opened  # what was rented can be ended
+
+
+async def test_keys_stay_as_long_as_something_is_rented_by_them(tmp_path):
+    secrets = Secrets(tmp_path)
+    await secrets.add("cloud", b'{"KEY": "x"}', "olga", role="operator")
+    world = World(tmp_path, secrets.store, secrets.rpc.problem)
+    await world.offer(secret="secrets/cloud")
+    lease = await world.lease()
+    rm = secrets_pb2.DeleteSecretRequest(name="secrets/cloud")
+    with pytest.raises(FailedPrecondition, match=f"whaleflux leases end {names.last(lease.name)}"):
+        await secrets.call("DeleteSecret", rm, "olga", "operator")
+    await put_away(world, lease.name)
+    await secrets.call("DeleteSecret", rm, "olga", "operator")
 
 
 async def test_a_repeated_request_is_the_same_to_the_letter_and_nothing_secret_is_stored(world):

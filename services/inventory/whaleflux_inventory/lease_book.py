@@ -10,11 +10,12 @@ import hashlib
 from datetime import datetime
 
 from whaleflux import names
-from whaleflux.errors import NotFound
+from whaleflux.errors import FailedPrecondition, NotFound
 from whaleflux.store import keys
-from whaleflux.store.api import Absent, Delete, Entry, Put, Store, Write
+from whaleflux.store.api import Absent, Condition, Delete, Entry, NoneCreated, Put, Store, Write
 from whaleflux.v1 import inventory_pb2 as pb
 from whaleflux_inventory import records
+from whaleflux_inventory.lease_records import leases_in, offer_of
 
 
 async def find(store: Store, name: str) -> Entry:
@@ -23,6 +24,25 @@ async def find(store: Store, name: str) -> Entry:
         return await records.read(store, keys.LEASES, name, "lease")
     except NotFound:
         return await records.read(store, keys.LEASES_OVER, name, "lease")
+
+
+async def without_keys(store: Store, secret: str) -> list[Condition]:
+    """What has to hold for the secret to go: nothing is rented by it now, or in the meantime.
+
+    Raises FailedPrecondition where something is: its machines could not be ended any more, and are paid for.
+    """
+    there = await store.list(keys.LEASES)
+    by_it = {
+        offer.name for entry in (await store.list(keys.OFFERS)).entries if (offer := offer_of(entry)).secret == secret
+    }
+    rented = [one for one in leases_in(there.entries) if one.offer.secret == secret or by_it & set(one.offers)]
+    if rented:
+        raise FailedPrecondition(
+            f"{secret} has the keys by which {', '.join(one.name for one in rented[:5])} can be ended; end that first: "
+            f"whaleflux leases end {names.last(rented[0].name)}",
+            metadata={"name": secret, "leases": str(len(rented))},
+        )
+    return [NoneCreated(keys.LEASES, there.revision)]
 
 
 def unused(name: str) -> list[Absent]:

@@ -185,16 +185,15 @@ class LeaseKeeper:
         self, leases: Mapping[str, _Known], *, sweep: bool
     ) -> dict[tuple[str, str, str], Sequence[Machine] | None]:
         """The machines of each account with something rented; of every account that is known, in a sweep."""
-        offers = defaultdict[tuple[str, str, str], list[Offer]](list)
+        offers: dict[tuple[str, str, str], Offer] = {}
         for one in leases.values():
             if one.lease.calls and one.lease.live:
-                offers[one.offer.account].append(one.offer)
-        known = [core_offer(record) for record in self._offers.records()]
-        for offer in known:
-            if sweep or offer.account in self._unheard or offer.account in offers:
-                offers[offer.account].append(offer)
-        self._asked = {account: of_it[0] for account, of_it in offers.items()}
-        lists = await asyncio.gather(*(self._accounts.machines(of_it, self._fleet) for of_it in offers.values()))
+                offers.setdefault(one.offer.account, one.offer)
+        for offer in map(core_offer, self._offers.records()):
+            if sweep or offer.account in self._unheard:
+                offers[offer.account] = offer
+        self._asked = offers
+        lists = await asyncio.gather(*(self._accounts.machines(one, self._fleet) for one in offers.values()))
         listed = dict(zip(offers, lists, strict=True))
         self._unheard = frozenset(account for account, machines in listed.items() if machines is None)
         return listed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,10 @@ from whaleflux_inventory.providers.api import (
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 Keys = Callable[[str, str], Awaitable[Mapping[str, str]]]
-"""The parts of a secret (its name, and role/name of who uses it). Raises StatusError where that may not be."""
+"""The parts of a secret, by its name, and role/name of who rents with it; "": what was rented is looked at and ended, whoever left since.
+
+Raises StatusError where that may not be.
+"""
 PAUSE = Backoff(first_s=1.0, longest_s=30.0)
 KEYS_KEPT_S = 60.0  # so that a rotated secret is taken up within this time
 
@@ -37,7 +39,7 @@ KEYS_KEPT_S = 60.0  # so that a rotated secret is taken up within this time
 class _Account:
     provider: Provider
     opened_s: float
-    owner: str  # whose use of the keys was looked at
+    owner: str  # whose use of the keys was looked at; "": nobody's, it is only to look and to end
     busy_until_s: float = 0.0
     busy: int = 0
     calling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
@@ -56,16 +58,15 @@ class Accounts:
 
     async def launch(self, offer: Offer, request: LaunchRequest) -> str:
         """The machine's id. Raises ProviderError; any other Exception: nobody knows whether there is one."""
-        account = await self._account(offer, own=True)
+        account = await self._account(offer, rents=True)
         self._check_pause(account)
         async with account.calling:
             return await self._asked(account, account.provider.launch(request))
 
-    async def machines(self, offers: Sequence[Offer], fleet: str) -> Sequence[Machine] | None:
-        """What the account of these offers lists; None: it does not answer, or is left alone for a while."""
-        offer = offers[0]
+    async def machines(self, offer: Offer, fleet: str) -> Sequence[Machine] | None:
+        """What the account of an offer lists; None: it does not answer, or is left alone for a while."""
         try:
-            account = await self._any_account(offers)
+            account = await self._account(offer)
             self._check_pause(account)
             return await self._asked(account, account.provider.machines(fleet))
         except Exception as error:  # whatever it is: one account's trouble is no other's
@@ -102,29 +103,22 @@ class Accounts:
         if left_s > 0:
             raise Throttled("it was asked too often a moment ago", left_s)
 
-    async def _any_account(self, offers: Sequence[Offer]) -> _Account:
-        """Opened for the first owner who may use the keys: who may not any more takes the account from nobody else."""
-        by_owner = list({offer.owner: offer for offer in reversed(offers)}.values())
-        for offer in by_owner[1:]:
-            with contextlib.suppress(AuthFailed):
-                return await self._account(offer)
-        return await self._account(by_owner[0])
-
-    async def _account(self, offer: Offer, *, own: bool = False) -> _Account:
-        """`own`: with keys that the offer's own owner may use; else whoever has opened it last is good enough, to look and to end."""
+    async def _account(self, offer: Offer, *, rents: bool = False) -> _Account:
+        """`rents`: only for an owner of the offer who may use its keys now; to look and to end whoever has opened it is good enough."""
         now_s = self._clock.monotonic()
         known = self._open.get(offer.account)
-        theirs = known is not None and (known.owner == offer.owner or not own)
+        theirs = known is not None and (known.owner == offer.owner or not rents)
         if known is not None and theirs and now_s - known.opened_s < KEYS_KEPT_S:
             return known
         kind = self.kinds.get(offer.provider)
         if kind is None:
             raise Unsupported(f"this fleet does not speak with {offer.provider!r}")
+        owner = offer.owner if rents else ""
         try:
-            keys = await self._keys(offer.secret, offer.owner) if offer.secret else {}
+            keys = await self._keys(offer.secret, owner) if offer.secret else {}
         except (StatusError, ValueError) as wrong:
             raise AuthFailed(f"the keys in {offer.secret} cannot be used: {wrong}") from None
-        made = _Account(kind.open(offer, keys), now_s, offer.owner)
+        made = _Account(kind.open(offer, keys), now_s, owner)
         if known is not None:
             made.busy, made.busy_until_s = known.busy, known.busy_until_s
         self._open[offer.account] = made

@@ -15,6 +15,7 @@ from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Delete, Entry, Put, Store, Unchanged
 from whaleflux.store.reading import read_all
 from whaleflux.v1 import secrets_pb2 as pb
+from whaleflux_inventory import lease_book
 from whaleflux_inventory.secret_rules import MAX_IN_ALL, MAX_PER_OWNER, Shared
 
 _LIST_AT_ONCE = 500
@@ -63,12 +64,15 @@ class SecretRecords:
         return shown(record.secret, await self._store.commit(*writes, when=[Unchanged(entry)]))
 
     async def delete(self, entry: Entry, secret: pb.Secret) -> None:
-        """The record and all its values. Raises Aborted when it changed meanwhile."""
+        """The record and all its values. Raises FailedPrecondition while machines are rented by it, Aborted when it changed meanwhile."""
+        unused = await lease_book.without_keys(self._store, secret.name)
         values = [Delete(_value_key(secret.name, one.version)) for one in secret.versions]
         try:
-            await self._store.commit(Delete(entry.key), *values, when=[Unchanged(entry)])
+            await self._store.commit(Delete(entry.key), *values, when=[Unchanged(entry), *unused])
         except ConditionFailed:
-            raise Aborted(f"{secret.name} changed while it was being deleted; read it again") from None
+            raise Aborted(
+                f"{secret.name} changed, or something was rented, while it was being deleted; read it again"
+            ) from None
 
     async def delete_unreadable(self, name: str) -> None:
         """A record that nobody can read, and whatever values lie under its name."""

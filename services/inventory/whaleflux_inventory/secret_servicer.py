@@ -180,17 +180,18 @@ class SecretServicer(rpc.SecretServiceServicer):
         )
 
     async def credentials(self, name: str, owner: str) -> Mapping[str, str]:
-        """The parts of a provider's keys, for a lease by an offer that `owner` (role/name) declared.
+        """The parts of a provider's keys, for a lease by an offer that `owner` (role/name) declared; "": to look at and end what was rented.
 
         Raises FailedPrecondition where its owner may not use the secret any more, ValueError where it is none of several parts.
         """
-        if self._directory.is_disabled(names.last(owner)):
+        if owner and self._directory.is_disabled(names.last(owner)):
             raise FailedPrecondition(f"{owner}, who declared the offer, is disabled")
         found = await self._records.find(name)
-        asker = rules.of_subject(owner, self._directory.groups_of(names.last(owner)))
-        known = shared(found[1].secret) if found else None
-        if found is None or (problem := rules.why_not(asker, known, name, "")):
-            raise FailedPrecondition(problem if found else f"{name} is gone")
+        if found is None:
+            raise FailedPrecondition(f"{name} is gone")
+        asker = rules.of_subject(owner, self._directory.groups_of(names.last(owner))) if owner else None
+        if asker and (problem := rules.why_not(asker, shared(found[1].secret), name, "")):
+            raise FailedPrecondition(problem)
         opened = await self._opened(found[1], found[1].secret.versions[-1].version)
         return rules.credentials_of(opened.value)
 
