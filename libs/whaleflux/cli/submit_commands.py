@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from whaleflux.cli import creation, losses, output, submission
+from whaleflux.cli import creation, losses, output, submission, training_plans
 from whaleflux.cli.following import follow
 from whaleflux.cli.output import Format
 from whaleflux.cli.plan_words import alternative
@@ -109,9 +109,12 @@ def submit(
     with fleet() as client:
         if not replace:
             submission.refuse_taken(client, jobs, dry_run=dry_run)
+        trained = training_plans.plan_all(client, jobs)
         submission.plan_all(client, jobs, replace=replace)
         followed = not (dry_run or detach) and fmt is Format.table and len(jobs) == 1
-        _show_plans(client, jobs, fmt, dry_run=dry_run, aside=followed and not sys.stdout.isatty())
+        aside = followed and not sys.stdout.isatty()
+        output.say(*trained, stream=sys.stdout if fmt is Format.table and not aside else sys.stderr)
+        _show_plans(client, jobs, fmt, dry_run=dry_run, aside=aside)
         output.note(submission.secrets_in_clear(one.request.job.spec for one in jobs))
         if dry_run:
             return

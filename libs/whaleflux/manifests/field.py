@@ -23,6 +23,7 @@ class Field:
     default: str = ""  # what holds when it is left out, for people
     absent: Any = None  # what is written into the message when it is left out
     required: str = ""  # a hint for whoever left it out
+    unless: str = ""  # with this other field it is not
     not_yet: bool = False  # checked and kept, but nothing acts on it
     apart: bool = False  # cannot stand beside the others, so the example of all fields leaves it out
     short: bool = False  # a text or a list in place of its group stands for this field alone
@@ -51,7 +52,7 @@ def _read(message: Any, reader: Reader, fields: list[Field], base: Path, depth: 
         value = field.value.take(reader, key, base, field.absent)
         if value is not None:
             field.write(message, value)
-        if field.required:
+        if field.required and not (field.unless and reader.has(field.unless)):
             reader.require(key, field.required)
 
 

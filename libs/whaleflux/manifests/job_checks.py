@@ -29,6 +29,7 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         _elastic,
         _nodes,
         _placement,
+        _training,
         _parallel,
         _types,
         _parts,
@@ -93,7 +94,9 @@ def _launch(spec: Spec) -> Violations:
 
 def _ranks(spec: Spec) -> Violations:
     """How many, on GPUs or without any."""
-    if not spec.world_size:
+    if not spec.world_size and spec.train_model:
+        yield FieldViolation("gpus", "is not planned yet; PlanTraining says how many, as whaleflux submit asks it to")
+    elif not spec.world_size:
         yield FieldViolation("gpus", "is 0; say how many GPUs the job needs, or how many ranks without any (ranks)")
     if spec.gpus > 0 and spec.ranks not in (0, spec.gpus):
         yield FieldViolation("ranks", f"each of the {spec.gpus} GPUs has one rank; leave it out, or ask for no GPUs")
@@ -169,6 +172,12 @@ def _placement(spec: Spec) -> Violations:
         if rule.size > 0 and spec.gpus > 0 and spec.gpus % rule.size:
             text = f"{rule.size} does not divide the {spec.gpus} GPUs; use a divisor, or 0 for all ranks"
             yield FieldViolation(f"placement[{i}].size", text)
+
+
+def _training(spec: Spec) -> Violations:
+    """What is said of a model."""
+    if not spec.train_model and (spec.train_batch or spec.train_sequence or spec.train_adapters):
+        yield FieldViolation("training.model", "is empty, and batch, sequence or adapters are said of it; give the model")
 
 
 def _parallel(spec: Spec) -> Violations:

@@ -38,6 +38,7 @@ from whaleflux.manifests.job_values import (
 )
 from whaleflux.manifests.secret_values import Secrets, SecretUse
 from whaleflux.manifests.text_values import Command, Digest, Folder, Id, Text, Texts, Variables, Workdir
+from whaleflux.manifests.training_values import TrainedModel
 from whaleflux.manifests.values import (
     Choice,
     Dollars,
@@ -129,7 +130,7 @@ class Spec:
     )
     gpus: int = _field(
         0, "gpus", "gpus", Gpus(0, MAX_GPUS), "GPUs in all, one rank each. 0: work on CPUs alone, one rank unless `ranks` says more.",
-        required="say how many GPUs the job needs, one rank each; 0 for work without GPUs", example="64",
+        required="say how many GPUs the job needs, one rank each; 0 for work without GPUs", unless="model", example="64",
     )  # fmt: skip
     ranks: int = _field(
         0, "ranks", "ranks", Whole(1, MAX_GPUS),
@@ -239,6 +240,21 @@ class Spec:
         "", "parallel.model", "parallelism.model", KnownModel(),
         "A model that `whaleflux fits --list` shows, by whose communication places of ranks are compared.",
         default="a dense one of 70 billion parameters", example="llama-3.1-70b", apart=True,
+    )  # fmt: skip
+    train_model: str = _field(
+        "", "model", "training.model", TrainedModel(),
+        "What is trained. Without `gpus`, `submit` asks the scheduler how to train it on what is free and fills in GPUs, their type and `parallel`; "
+        "ranks find the plan in their environment (MESH, for `whaleflux.sdk.device_mesh`).",
+        default="the program's own affair", example="llama-3.1-8b", apart=True,
+    )  # fmt: skip
+    train_batch: int = _field(
+        0, "batch", "training.batch", Whole(1, 1 << 24), "Samples of a step.", default="about 4M tokens", example="512", apart=True,
+    )  # fmt: skip
+    train_sequence: int = _field(
+        0, "sequence", "training.sequence", Whole(1, 1 << 27), "Tokens of a sample.", default="the model's, at most 8192", example="8192", apart=True,
+    )  # fmt: skip
+    train_adapters: bool = _field(
+        False, "adapters", "training.adapters", Flag(), "Adapters on frozen weights (LoRA) are trained.", default="false", example="true", apart=True,
     )  # fmt: skip
     datasets: tuple[str, ...] = _field(
         (),

@@ -12,7 +12,7 @@ from whaleflux.fleet.gpu_types import GpuType
 from whaleflux.planning.calibration import SOFTWARE, Calibrated
 from whaleflux.planning.constants import FITTED
 from whaleflux.planning.found import Candidate, PlanFound
-from whaleflux.planning.machine import Machine, speed_of
+from whaleflux.planning.machine import Fabric, Machine, speed_of
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.search import search
 from whaleflux.planning.space import Asked
@@ -42,6 +42,7 @@ class Offer:
     price_source: str = ""
     measured: Calibrated | None = None
     software: str = SOFTWARE[0]
+    fabric: Fabric | None = None  # None: what is usual for the type
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def estimate(
     shape: ModelShape, offer: Offer, asked: Asked, goal: Goal, how: Training, precision: str = "bf16"
 ) -> Estimate:
     """What one offer comes to."""
-    machine, constants = Machine.of(offer.gpu, precision), FITTED
+    machine, constants = Machine.of(offer.gpu, precision, offer.fabric), FITTED
     if offer.measured is not None:
         how, measured = offer.measured.running(how, offer.software)
         machine, constants = measured.machine, measured.constants

@@ -177,6 +177,7 @@ TABLE: dict[str, OwnerRule] = {
         ListAllocations=LEAVES_OUT,
         PlanRay=FLEET,
         PlanRebalance=FLEET,
+        PlanTraining=FLEET,
         PlanBurst=FLEET,
         ApplyRebalance=FLEET,
         CreateReservation=RECORD,

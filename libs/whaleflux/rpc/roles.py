@@ -114,6 +114,7 @@ TABLE: Table = {
     _SCHEDULER + "UpdateQueue": OPERATORS,
     _SCHEDULER + "PlanRay": PEOPLE,
     _SCHEDULER + "PlanRebalance": OPERATORS,
+    _SCHEDULER + "PlanTraining": PEOPLE,
     _SCHEDULER + "PlanBurst": OPERATORS,
     _SCHEDULER + "ApplyRebalance": OPERATORS,
     _SCHEDULER + "CreateReservation": PEOPLE,  # users within what their queue is guaranteed, which the servicer asks

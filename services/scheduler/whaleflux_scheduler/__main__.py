@@ -8,6 +8,7 @@ from whaleflux_scheduler.bootstrap import Peers, assemble
 from whaleflux_scheduler.bursts import BurstSettings
 from whaleflux_scheduler.rebalances import RebalanceSettings
 from whaleflux_scheduler.settings import Settings
+from whaleflux_scheduler.training_plans import calibrations
 
 
 async def build(ctx: ServiceContext[Settings]) -> Parts:
@@ -35,6 +36,7 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
         rebalancing=RebalanceSettings(settings.rebalance, settings.rebalance_rules()),
         people=ctx.trust.known,
         bursting=BurstSettings(settings.burst, settings.burst_rules(), settings.burst_every_s),
+        measured=calibrations(settings.calibrations),
     )
     return Parts(servicers=service.servicers, loops=service.loops, ready=service.ready)
 

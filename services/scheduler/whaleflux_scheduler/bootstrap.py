@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from whaleflux.clock import Clock
 from whaleflux.code.api import CodeStore
 from whaleflux.events.api import Bus
 from whaleflux.events.publisher import Publisher
+from whaleflux.planning.calibration import Calibrated
 from whaleflux.store import keys
 from whaleflux.store.api import Store
 from whaleflux.store.batching import GroupCommit
@@ -61,6 +62,7 @@ from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.steady_clock import SteadyClock
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.task_servicer import Tasks
+from whaleflux_scheduler.training_plans import TrainingPlans
 
 _log = telemetry.get_logger("whaleflux.scheduler")
 
@@ -118,6 +120,7 @@ def assemble(
     let_end_s: float = MOST_S,
     bursting: BurstSettings | None = None,
     people: Known | None = None,
+    measured: Mapping[str, Calibrated] | None = None,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none. `people`: who records name, with the groups of today."""
     moving = rebalancing or RebalanceSettings()
@@ -136,7 +139,8 @@ def assemble(
     submissions = Submissions(batched, clock, peers.inventory, jobs.access, secrets)
     transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
     scheduler = Scheduler(
-        batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history, plans
+        batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history, plans,
+        TrainingPlans(measured),
     )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)

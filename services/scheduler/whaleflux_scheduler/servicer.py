@@ -36,6 +36,7 @@ from whaleflux_scheduler.ray_book import RayBook
 from whaleflux_scheduler.ray_plans import RayPlans
 from whaleflux_scheduler.reservation_book import ReservationBook
 from whaleflux_scheduler.submit import Submissions
+from whaleflux_scheduler.training_plans import TrainingPlans
 from whaleflux_scheduler.watched_jobs import WatchedJobs
 
 _Context = grpc.aio.ServicerContext[object, object]
@@ -56,8 +57,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
         clock: Clock,
         history: JobHistory,
         plans: RayPlans,
+        trainings: TrainingPlans,
     ) -> None:
-        self._history, self._plans = history, plans
+        self._history, self._plans, self._trainings = history, plans, trainings
         self._store, self._jobs, self._submissions, self._code = store, jobs, submissions, code
         self._leader, self._broker, self._clock = leader, broker, clock
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
@@ -288,6 +290,11 @@ class Scheduler(rpc.SchedulerServiceServicer):
 
     async def PlanRay(self, request: pb.PlanRayRequest, context: _Context | None) -> pb.RayPlan:
         return await self._plans.planned(request, await self._leader.leading())
+
+    async def PlanTraining(
+        self, request: pb.PlanTrainingRequest, context: _Context | None
+    ) -> pb.PlanTrainingResponse:
+        return await self._trainings.planned(request, await self._leader.leading())
 
     # reservations
 

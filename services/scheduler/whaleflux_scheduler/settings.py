@@ -50,6 +50,12 @@ class Settings(ServiceSettings):
         description="After how long what a queue held counts half when queues take turns, seconds; 0: only what it holds now counts.",
     )
 
+    calibrations: str = Field(
+        "",
+        max_length=4096,
+        description="Folder of the files that whaleflux calibrate wrote, one for each type of GPU; plans of trainings count with them.",
+    )
+
     code_grace_s: float = Field(
         7 * 86_400.0,
         ge=SHORTEST_GRACE_S,

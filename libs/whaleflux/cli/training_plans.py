@@ -1,0 +1,108 @@
+"""Trainings that the scheduler plans on the fleet: what it is asked, what is shown of it, and how a job becomes what was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from whaleflux.quantities import shown_bytes, shown_duration
+
+if TYPE_CHECKING:
+    from whaleflux.cli.submission import Submission
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+TIMEOUT_S = 60.0
+MESH = "MESH"  # what `whaleflux.sdk.device_mesh` reads
+_MOST_SHOWN = 6
+
+
+def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
+    """Jobs that name a model and leave GPUs or their split open become what the scheduler plans for them now. Returns what to show of each plan.
+
+    Raises InvalidArgument where a model has no plan on the fleet.
+    """
+    lines: list[str] = []
+    known: dict[bytes, pb.PlanTrainingResponse] = {}
+    for one in jobs:
+        spec = one.request.job.spec
+        if not spec.training.model or spec.HasField("parallelism") or spec.HasField("elastic"):
+            continue
+        asked = request_of(spec)
+        key = asked.SerializeToString(deterministic=True)
+        if key not in known:
+            known[key] = client.scheduler.PlanTraining(asked, timeout=TIMEOUT_S)
+            lines += ["", *shown(known[key])] if lines else shown(known[key])
+        _fill(spec, chosen(known[key]))
+    return lines
+
+
+def request_of(spec: pb.JobSpec) -> pb.PlanTrainingRequest:
+    """What a job asks: with its own number and types of GPUs where it says them."""
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    return pb.PlanTrainingRequest(training=spec.training, gpus=spec.gpus, gpu_types=spec.gpu.any_of)
+
+
+def chosen(answer: pb.PlanTrainingResponse) -> pb.TrainingPlan:
+    """The best that can start now, else the best. Raises InvalidArgument where there is none."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if not answer.plans:
+        why = "; ".join(answer.refused[:3]) or "the fleet has no GPUs that take work"
+        raise InvalidArgument(
+            FieldViolation("model", f"cannot be trained on this fleet: {why}; see what fits with: whaleflux fits MODEL --gpu TYPE")
+        )
+    now = [one for one in answer.plans if one.free_gpus >= one.gpus and not one.misses]
+    return (now or list(answer.plans))[0]
+
+
+def _fill(spec: pb.JobSpec, plan: pb.TrainingPlan) -> None:
+    """GPUs, their type and the split; the ranks' environment where the job does not set it itself."""
+    spec.gpus = plan.gpus
+    if not spec.gpu.any_of:
+        spec.gpu.any_of.append(plan.gpu_type)
+    spec.parallelism.CopyFrom(plan.parallelism)
+    if not spec.training.model.startswith("{"):
+        spec.parallelism.model = spec.training.model
+    if plan.mesh and MESH not in spec.environment:
+        spec.environment[MESH] = plan.mesh
+
+
+def shown(answer: pb.PlanTrainingResponse) -> list[str]:
+    """For people: the plan that is taken, and what else there is."""
+    if not answer.plans:
+        return [f"no plan: {one}" for one in answer.refused]
+    plan = chosen(answer)
+    lines = [
+        f"TRAINING  {plan.gpus} x {plan.gpu_type}: {plan.words}",
+        f"  batch      {plan.batch:,} samples of {plan.sequence:,} tokens, {plan.micro_batch} at once on each of {plan.data} ranks",
+        f"  step       {plan.step_s:.4g} s ({_parts(plan)}); {plan.tokens_per_s:,.0f} tokens/s, {plan.mfu:.0%} of the data sheet",
+        f"  memory     {shown_bytes(sum(plan.memory_bytes.values()))} of {shown_bytes(plan.usable_bytes)} on the fullest GPU",
+        f"  cost       {_cost(plan)}",
+        f"  what binds {plan.binding}",
+    ]
+    if plan.free_gpus < plan.gpus:
+        lines.append(f"  waits for  {plan.gpus - plan.free_gpus} more GPUs; {plan.free_gpus} are free")
+    lines += [f"  misses     {one}" for one in plan.misses]
+    others = [one for one in answer.plans if one is not plan]
+    lines += [f"  instead    {_in_short(one)}" for one in others[:_MOST_SHOWN]]
+    return [*lines, *(f"  no plan    {one}" for one in answer.refused[:_MOST_SHOWN])]
+
+
+def _parts(plan: pb.TrainingPlan) -> str:
+    largest = sorted(plan.step_seconds.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name.removesuffix('_s')} {took / plan.step_s:.0%}" for name, took in largest if took)
+
+
+def _cost(plan: pb.TrainingPlan) -> str:
+    if not plan.usd_per_hour:
+        return "not known: no price of these GPUs is"
+    whole = f", ${plan.usd:,.0f} and {shown_duration(plan.finish.ToTimedelta().total_seconds())} in all" if plan.usd else ""
+    return f"${plan.usd_per_hour:.2f}/h, ${plan.usd_per_hour / 3600 / plan.tokens_per_s * 1e6:.3g} for 1M tokens{whole}"
+
+
+def _in_short(plan: pb.TrainingPlan) -> str:
+    free = "" if plan.free_gpus >= plan.gpus else f", {plan.free_gpus} of them free"
+    missed = f"; misses the {'; '.join(plan.misses)}" if plan.misses else ""
+    return f"{plan.gpus} x {plan.gpu_type}{free}: {plan.tokens_per_s:,.0f} tokens/s, {_cost(plan)}, {plan.words}{missed}"
+

@@ -1,0 +1,198 @@
+"""How a model would be trained on GPUs of the fleet, as it is asked for over the contract: checks, offers of the fleet, plans, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
+from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.planning.binding import lacks
+from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
+from whaleflux.planning.known_models import MODELS, model_named
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.model_files import model_from_text
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
+from whaleflux.planning.space import MOST_GPUS, Asked
+from whaleflux.planning.training import Training
+from whaleflux.reasons import ErrorReason
+from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core import training_offers
+
+if TYPE_CHECKING:
+    from whaleflux_scheduler.leader_session import Leading
+
+PATIENCE_S = 10.0  # until a plan has its turn
+MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
+USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4 << 20, 0.05, 8192
+_MOST_TYPES, _MOST_TOKENS, _MOST_USD = 64, 1e16, 1e13
+
+
+class TrainingPlans:
+    """Makes plans one at a time, in a thread: the search takes up to a second for each offer, at most two offers of eight types."""
+
+    def __init__(self, measured: Mapping[str, Calibrated] | None = None) -> None:
+        self._measured, self._one = dict(measured or {}), asyncio.Lock()
+
+    async def planned(self, request: pb.PlanTrainingRequest, leading: Leading) -> pb.PlanTrainingResponse:
+        """Of the fleet as it is now. Raises InvalidArgument naming field and limit, ResourceExhausted where others' plans take too long."""
+        shape, asked, goal, how = _asked(request)
+        await leading.view.caught_up()
+        nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
+        has = training_offers.had(nodes)
+        _known_types(request.gpu_types, has)
+        offers = training_offers.offers(has, request.gpus, request.gpu_types, self._measured)
+        if not offers:
+            return pb.PlanTrainingResponse(refused=_too_few(request, has))
+        precision = "fp8" if request.training.fp8 else "bf16"
+        free = {one.gpu.name: one.free for one in has}
+        return await self._alone(shape, offers, asked, goal, how, precision, free)
+
+    async def _alone(
+        self, shape: ModelShape, offers: list[Offer], asked: Asked, goal: Goal, how: Training, precision: str, free: Mapping[str, int]
+    ) -> pb.PlanTrainingResponse:
+        """In its turn. Who gives up leaves the turn taken until the thread has ended."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._one.acquire()
+        except TimeoutError:
+            raise ResourceExhausted(
+                "plans of other trainings are being made; ask again later", reason=ErrorReason.PLANNER_BUSY, retry_after_s=1.0
+            ) from None
+        working = asyncio.ensure_future(asyncio.to_thread(_answer, shape, offers, asked, goal, how, precision, free))
+        working.add_done_callback(self._next)
+        return await asyncio.shield(working)
+
+    def _next(self, done: asyncio.Future[pb.PlanTrainingResponse]) -> None:
+        self._one.release()
+        if not done.cancelled():
+            done.exception()  # told to who waits, if anybody does
+
+
+def calibrations(folder: str) -> dict[str, Calibrated]:
+    """By type, of the files *.json that `whaleflux calibrate` wrote there; "": none. Raises InvalidArgument naming the file."""
+    found: dict[str, Calibrated] = {}
+    for path in sorted(Path(folder).glob("*.json")) if folder else ():
+        try:
+            ladder = ladder_from_text(path.read_text(encoding="utf-8"))
+        except (InvalidArgument, OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument(FieldViolation("calibrations", f"{path}: {error}")) from None
+        gpu = CATALOGUE.types.get(CATALOGUE.name_of(ladder.gpu, int(ladder.memory_bytes)))
+        if gpu is None or gpu.speed is None:
+            raise InvalidArgument(FieldViolation("calibrations", f"{path}: {ladder.gpu!r} is no type that plans know"))
+        found[gpu.name] = calibrated(Machine.of(gpu), ladder)
+    return found
+
+
+# what is asked
+
+
+def shape_of(text: str, field: str = "training.model") -> ModelShape:
+    """A known name, or the fields of a model as JSON. Raises InvalidArgument with every mistake."""
+    if not text:
+        raise InvalidArgument(FieldViolation(field, "is empty; give a name (whaleflux fits --list) or the model's fields"))
+    if len(text) > MOST_MODEL_BYTES:
+        raise InvalidArgument(FieldViolation(field, f"has {len(text)} characters; at most {MOST_MODEL_BYTES}"))
+    if text in MODELS:
+        return MODELS[text]
+    try:
+        return model_from_text(text) if text.lstrip().startswith("{") else model_named(text)
+    except InvalidArgument as wrong:
+        raise InvalidArgument([FieldViolation(field if one.field in ("", "model", "MODEL") else f"{field}.{one.field}", one.description) for one in wrong.violations]) from None
+
+
+def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Training]:
+    said = request.training
+    shape = shape_of(said.model)
+    checks = [
+        ("training.batch", said.batch, MOST_BATCH), ("training.batch_tokens", said.batch_tokens, MOST_BATCH_TOKENS),
+        ("training.sequence", said.sequence, MOST_SEQUENCE), ("gpus", request.gpus, MOST_GPUS), ("gpu_types", len(request.gpu_types), _MOST_TYPES),
+        ("tokens", request.tokens, _MOST_TOKENS), ("budget_usd", request.budget_usd, _MOST_USD),
+    ]  # fmt: skip
+    wrong = [
+        FieldViolation(field, f"is {value:g}; it must be between 0 and {most:g}")
+        for field, value, most in checks
+        if not 0 <= value <= most or not math.isfinite(value)
+    ]
+    if said.batch and said.batch_tokens:
+        wrong.append(FieldViolation("training.batch_tokens", "and training.batch both say the batch; say one"))
+    deadline_s = request.deadline.ToTimedelta().total_seconds() if request.HasField("deadline") else 0.0
+    if deadline_s < 0:
+        wrong.append(FieldViolation("deadline", "is in the past; give a time from now on"))
+    if (deadline_s or request.budget_usd) and not request.tokens:
+        wrong.append(FieldViolation("tokens", "is missing: deadline and budget_usd need to know how many are to be trained on"))
+    if wrong:
+        raise InvalidArgument(wrong)
+    sequence = said.sequence or min(shape.sequence, USUAL_SEQUENCE)
+    batch, slack = said.batch, 0.0
+    if not batch:
+        batch, slack = min(MOST_BATCH, max(1, round((said.batch_tokens or USUAL_BATCH_TOKENS) / sequence))), BATCH_SLACK
+    objective = Objective.COST if request.cheapest else Objective.TIME
+    how = Training(frozen=said.adapters, fp8=float(said.fp8))
+    return shape, Asked(1, sequence, batch=batch, batch_slack=slack), Goal(request.tokens, deadline_s, request.budget_usd, objective), how
+
+
+def _known_types(types: object, has: list[training_offers.Had]) -> None:
+    there = {one.gpu.name for one in has}
+    wrong = [name for name in types if name not in CATALOGUE.types]  # type: ignore[attr-defined]
+    if wrong:
+        raise InvalidArgument(
+            FieldViolation("gpu_types", f"{wrong[0][:60]!r} is no type of GPU; the fleet has {', '.join(sorted(there)) or 'none'}")
+        )
+
+
+def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had]) -> list[str]:
+    wanted = [one for one in has if not request.gpu_types or one.gpu.name in request.gpu_types]
+    if not wanted:
+        return ["the fleet has no GPUs of these types that take work; see: whaleflux gpus"]
+    return [f"{one.gpu.name}: the fleet has {one.all}, not {request.gpus}" for one in wanted]
+
+
+# what is answered
+
+
+def _answer(
+    shape: ModelShape, offers: list[Offer], asked: Asked, goal: Goal, how: Training, precision: str, free: Mapping[str, int]
+) -> pb.PlanTrainingResponse:
+    choice = choose(shape, offers, asked, goal, how, precision)
+    every = (choice.chosen, *choice.others)
+    return pb.PlanTrainingResponse(
+        plans=[_message(one, free[one.gpu]) for one in every if one.plan is not None],
+        refused=[_refused(one) for one in every if one.plan is None],
+        words=choice.words,
+    )
+
+
+def _refused(one: Estimate) -> str:
+    nearest = one.found.nearest
+    why = one.found.binding.words if nearest is None else lacks(nearest)
+    return f"{one.gpus} x {one.gpu}: {why}"
+
+
+def _message(one: Estimate, free: int) -> pb.TrainingPlan:
+    plan = one.plan
+    assert plan is not None
+    split = plan.split
+    message = pb.TrainingPlan(
+        gpu_type=one.gpu, gpus=split.gpus, free_gpus=min(free, split.gpus),
+        parallelism=pb.Parallelism(tensor=split.tp, context=split.cp, expert=split.ep, pipeline=split.pp),
+        data=split.dp, virtual_stages=split.vp, micro_batch=split.micro_batch, batch=split.global_batch, sequence=split.sequence, zero=split.zero,
+        replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,
+        step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
+        usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=(one.usd or 0.0) * split.gpus / one.gpus,
+        words=split.words(), binding=one.found.binding.words, misses=one.misses,
+    )  # fmt: skip
+    if one.finish_s is not None:
+        message.finish.FromTimedelta(timedelta(seconds=min(one.finish_s, 1e10)))
+    return message
+
+
+def model_words(training: pb.Training) -> str:
+    """What a job trains, in a word."""
+    return training.model if training.model in MODELS else str(json.loads(training.model).get("name", "a model of its own"))

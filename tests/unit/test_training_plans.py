@@ -1,0 +1,132 @@
+"""Trainings planned on the fleet: the rpc, and jobs that name a model instead of GPUs."""
+
+import json
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from tests.support.scheduler_world import World, node
+from whaleflux.cli import training_plans
+from whaleflux.errors import InvalidArgument
+from whaleflux.manifests.yaml_files import job_from_yaml
+from whaleflux.v1 import scheduler_pb2 as pb
+
+SMALL = json.dumps({"name": "small", "layers": 8, "hidden": 1024, "heads": 8, "vocabulary": 32000, "sequence": 2048})
+
+
+def asked(model=SMALL, **more):
+    training = {"model": model, "batch": 64, "sequence": 2048}
+    training |= {name: more.pop(name) for name in list(more) if name in ("batch", "batch_tokens", "sequence")}
+    return pb.PlanTrainingRequest(training=pb.Training(**training), **more)
+
+
+async def planned(world, *arguments, **more):
+    return await world.scheduler.PlanTraining(asked(*arguments, **more), None)
+
+
+class TestFleet:
+    async def test_of_what_is_free_and_of_all(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            [plan] = (await planned(world)).plans
+            assert (plan.gpus, plan.free_gpus) == (8, 8)
+            assert sum(plan.step_seconds.values()) == pytest.approx(plan.step_s)
+            assert sum(plan.memory_bytes.values()) <= plan.usable_bytes
+            name = await world.submit(4)
+            await world.reaches(name, "RUNNING")
+            sizes = {(one.gpus, one.free_gpus) for one in (await planned(world)).plans}
+            assert sizes == {(4, 4), (8, 4)}
+
+    async def test_an_exact_number_that_the_fleet_has_not_is_said(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            found = await planned(world, gpus=64)
+            assert not found.plans
+            assert "the fleet has 4, not 64" in found.refused[0]
+
+    async def test_a_model_that_fits_nowhere_says_what_is_too_much(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            found = await planned(world, "llama-3.1-405b")
+            assert not found.plans
+            assert found.refused
+
+    async def test_a_goal_is_met_or_its_miss_is_named(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            found = await planned(world, tokens=1e12, deadline=Duration(seconds=60))
+            assert found.words
+            assert "deadline" in found.plans[0].misses[0]
+            assert found.plans[0].finish.ToTimedelta() > timedelta(days=1)
+
+    @pytest.mark.parametrize(
+        ("more", "field"),
+        [
+            ({"model": ""}, "training.model"), ({"model": "no-such-model"}, "training.model"), ({"model": '{"layers": 0}'}, "training.model.layers"),
+            ({"model": "{" * 20_000}, "training.model"), ({"batch": -1}, "training.batch"), ({"batch": 1 << 40}, "training.batch"),
+            ({"batch": 8, "batch_tokens": 8}, "training.batch_tokens"), ({"sequence": -5}, "training.sequence"), ({"gpus": -1}, "gpus"),
+            ({"gpu_types": ["K900"]}, "gpu_types"), ({"tokens": float("nan")}, "tokens"), ({"budget_usd": 5.0}, "tokens"),
+        ],
+    )  # fmt: skip
+    async def test_what_is_wrong_is_named(self, more, field):
+        async with World() as world:
+            await world.add(node("s/a"))
+            with pytest.raises(InvalidArgument) as refused:
+                await planned(world, more.pop("model", SMALL), **more)
+            assert field in {one.field for one in refused.value.violations}
+
+
+class TestJobs:
+    def submission(self, text, tmp_path):
+        manifest = job_from_yaml(text, tmp_path)
+        return SimpleNamespace(request=pb.CreateJobRequest(job=pb.Job(spec=manifest.spec)))
+
+    def client(self, world, loop_result):
+        return SimpleNamespace(scheduler=SimpleNamespace(PlanTraining=lambda request, timeout: loop_result))
+
+    async def test_a_model_becomes_gpus_and_a_split_that_the_scheduler_takes(self, tmp_path):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            one = self.submission(f"name: t\nrun: python train.py\nbatch: 64\nsequence: 2048\nmodel: {SMALL}\n", tmp_path)
+            answer = await world.scheduler.PlanTraining(training_plans.request_of(one.request.job.spec), None)
+            lines = training_plans.plan_all(self.client(world, answer), [one])
+            spec = one.request.job.spec
+            assert spec.gpus == answer.plans[0].gpus
+            assert list(spec.gpu.any_of) == [answer.plans[0].gpu_type]
+            assert spec.parallelism.tensor == answer.plans[0].parallelism.tensor
+            assert any(line.startswith("TRAINING") for line in lines)
+            one.request.parent = "queues/default"
+            job = await world.scheduler.CreateJob(one.request, None)
+            assert job.spec.training.batch == 64
+
+    async def test_what_starts_now_goes_before_what_would_wait(self, tmp_path):
+        plans = [pb.TrainingPlan(gpus=64, free_gpus=8, gpu_type="H200"), pb.TrainingPlan(gpus=8, free_gpus=8, gpu_type="H200")]
+        assert training_plans.chosen(pb.PlanTrainingResponse(plans=plans)).gpus == 8
+
+    async def test_without_a_plan_nothing_is_submitted(self, tmp_path):
+        one = self.submission("name: t\nrun: x\nmodel: llama-3.1-405b\n", tmp_path)
+        with pytest.raises(InvalidArgument, match="cannot be trained on this fleet"):
+            training_plans.plan_all(self.client(None, pb.PlanTrainingResponse(refused=["8 x A: no"])), [one])
+
+    async def test_a_job_that_nobody_planned_is_refused_by_the_scheduler(self):
+        async with World() as world:
+            await world.add(node("s/a"))
+            spec = pb.JobSpec(command=["x"], training=pb.Training(model="llama-3.1-8b"))
+            with pytest.raises(InvalidArgument, match="not planned yet"):
+                await world.scheduler.CreateJob(pb.CreateJobRequest(parent="queues/default", job_id="t", job=pb.Job(spec=spec)), None)
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [("gpus: 1\nbatch: 8", "model"), ("model: nope-1b", "model"), ("model: {layers: -1}", "layers"), ("model: missing.json", "cannot be read"), ("model: 3\nbatch: 0", "batch")],
+    )
+    def test_wrong_files_are_told_by_field(self, line, said, tmp_path):
+        with pytest.raises(InvalidArgument) as refused:
+            job_from_yaml(f"name: t\nrun: x\n{line}\n", tmp_path)
+        assert said in str(refused.value)
+
+    def test_a_config_file_is_a_model(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("layers: 4\nhidden: 256\nheads: 4\nvocabulary: 1000\n")
+        spec = job_from_yaml("name: t\nrun: x\nmodel: mine.yaml\n", tmp_path).spec
+        assert json.loads(spec.training.model)["layers"] == 4
