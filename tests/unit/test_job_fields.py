@@ -95,10 +95,12 @@ def test_the_examples_of_all_fields_make_a_good_file():
     parts = ["share_memory_bytes", "mig_profile", "mig_memory_bytes"]  # each excludes the others
     sizes = [name for name in ATTRIBUTES if name.startswith("elastic_")]  # not with types of which several count as one
     split = [name for name in ATTRIBUTES if "parallel" in name]  # not with a program that numbers its ranks itself
+    planned = [name for name in ATTRIBUTES if name.startswith("train_")]  # not with GPUs and a split that the file says
     assert unset == [
         *sizes,
         *parts,
         *split,
+        *planned,
         "partial_data",
         "datasets_by_rank",
         "never_reroute",

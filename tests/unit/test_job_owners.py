@@ -461,7 +461,7 @@ def test_every_field_of_a_job_is_public_or_private_on_purpose():
     """A field that is new is private; whoever finds it missing here says which it is."""
     private = {
         "JobSpec": "command image datasets require_local_data partial_data datasets_by_rank environment retry checkpoint working_directory stop_on_nan setup code "
-        "parallelism depends_on secrets secrets_groups",
+        "parallelism training depends_on secrets secrets_groups",
         "Job": "traceparent loss request_fingerprint request_key claim awaits ray",
         "Attempt": "rendezvous traceparent restore_checkpoint loss remote_datasets",
         "Task": "message endpoint stuck isolation",

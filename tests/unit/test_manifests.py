@@ -21,7 +21,7 @@ gpu: {any: [H200, H100-80GB], memory: ">= 80 GB"}
 place: {tensor: nvlink, pipeline: {level: leaf, size: 16, preferred: true}}
 data: [dataset:c4-en]
 checkpoint: {every: auto, keep: 5}
-deadline: 2026-12-01T08:00Z
+deadline: 2036-12-01T08:00Z
 budget: 12000 USD
 on_partition: wait 10m
 retry: {max_restarts: 5, backoff: 30 s}
@@ -45,7 +45,7 @@ def test_a_full_job_file():
         ("pipeline", 4, 16, True),
     ]
     assert spec.on_partition.wait.seconds == 600
-    assert spec.deadline_time.ToJsonString() == "2026-12-01T08:00:00Z"
+    assert spec.deadline_time.ToJsonString() == "2036-12-01T08:00:00Z"
     assert (spec.budget_usd, spec.checkpoint.keep, spec.retry.max_restarts) == (12000, 5, 5)
 
 

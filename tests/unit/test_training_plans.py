@@ -89,7 +89,9 @@ class TestJobs:
     async def test_a_model_becomes_gpus_and_a_split_that_the_scheduler_takes(self, tmp_path):
         async with World() as world:
             await world.add(node("s/a"), node("s/b"))
-            one = self.submission(f"name: t\nrun: python train.py\nbatch: 64\nsequence: 2048\nmodel: {SMALL}\n", tmp_path)
+            one = self.submission(
+                f"name: t\nrun: python train.py\nbatch: 64\nsequence: 2048\nmodel: {SMALL}\n", tmp_path
+            )
             answer = await world.scheduler.PlanTraining(training_plans.request_of(one.request.job.spec), None)
             lines = training_plans.plan_all(self.client(world, answer), [one])
             spec = one.request.job.spec
@@ -102,7 +104,10 @@ class TestJobs:
             assert job.spec.training.batch == 64
 
     async def test_what_starts_now_goes_before_what_would_wait(self, tmp_path):
-        plans = [pb.TrainingPlan(gpus=64, free_gpus=8, gpu_type="H200"), pb.TrainingPlan(gpus=8, free_gpus=8, gpu_type="H200")]
+        plans = [
+            pb.TrainingPlan(gpus=64, free_gpus=8, gpu_type="H200"),
+            pb.TrainingPlan(gpus=8, free_gpus=8, gpu_type="H200"),
+        ]
         assert training_plans.chosen(pb.PlanTrainingResponse(plans=plans)).gpus == 8
 
     async def test_without_a_plan_nothing_is_submitted(self, tmp_path):
@@ -115,11 +120,19 @@ class TestJobs:
             await world.add(node("s/a"))
             spec = pb.JobSpec(command=["x"], training=pb.Training(model="llama-3.1-8b"))
             with pytest.raises(InvalidArgument, match="not planned yet"):
-                await world.scheduler.CreateJob(pb.CreateJobRequest(parent="queues/default", job_id="t", job=pb.Job(spec=spec)), None)
+                await world.scheduler.CreateJob(
+                    pb.CreateJobRequest(parent="queues/default", job_id="t", job=pb.Job(spec=spec)), None
+                )
 
     @pytest.mark.parametrize(
         ("line", "said"),
-        [("gpus: 1\nbatch: 8", "model"), ("model: nope-1b", "model"), ("model: {layers: -1}", "layers"), ("model: missing.json", "cannot be read"), ("model: 3\nbatch: 0", "batch")],
+        [
+            ("gpus: 1\nbatch: 8", "model"),
+            ("model: nope-1b", "model"),
+            ("model: {layers: -1}", "layers"),
+            ("model: missing.json", "cannot be read"),
+            ("model: 3\nbatch: 0", "batch"),
+        ],
     )
     def test_wrong_files_are_told_by_field(self, line, said, tmp_path):
         with pytest.raises(InvalidArgument) as refused:

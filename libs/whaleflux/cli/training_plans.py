@@ -50,7 +50,9 @@ def chosen(answer: pb.PlanTrainingResponse) -> pb.TrainingPlan:
     if not answer.plans:
         why = "; ".join(answer.refused[:3]) or "the fleet has no GPUs that take work"
         raise InvalidArgument(
-            FieldViolation("model", f"cannot be trained on this fleet: {why}; see what fits with: whaleflux fits MODEL --gpu TYPE")
+            FieldViolation(
+                "model", f"cannot be trained on this fleet: {why}; see what fits with: whaleflux fits MODEL --gpu TYPE"
+            )
         )
     now = [one for one in answer.plans if one.free_gpus >= one.gpus and not one.misses]
     return (now or list(answer.plans))[0]
@@ -97,12 +99,15 @@ def _parts(plan: pb.TrainingPlan) -> str:
 def _cost(plan: pb.TrainingPlan) -> str:
     if not plan.usd_per_hour:
         return "not known: no price of these GPUs is"
-    whole = f", ${plan.usd:,.0f} and {shown_duration(plan.finish.ToTimedelta().total_seconds())} in all" if plan.usd else ""
+    whole = (
+        f", ${plan.usd:,.0f} and {shown_duration(plan.finish.ToTimedelta().total_seconds())} in all" if plan.usd else ""
+    )
     return f"${plan.usd_per_hour:.2f}/h, ${plan.usd_per_hour / 3600 / plan.tokens_per_s * 1e6:.3g} for 1M tokens{whole}"
 
 
 def _in_short(plan: pb.TrainingPlan) -> str:
     free = "" if plan.free_gpus >= plan.gpus else f", {plan.free_gpus} of them free"
     missed = f"; misses the {'; '.join(plan.misses)}" if plan.misses else ""
-    return f"{plan.gpus} x {plan.gpu_type}{free}: {plan.tokens_per_s:,.0f} tokens/s, {_cost(plan)}, {plan.words}{missed}"
-
+    return (
+        f"{plan.gpus} x {plan.gpu_type}{free}: {plan.tokens_per_s:,.0f} tokens/s, {_cost(plan)}, {plan.words}{missed}"
+    )

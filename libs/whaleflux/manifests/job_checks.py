@@ -176,8 +176,11 @@ def _placement(spec: Spec) -> Violations:
 
 def _training(spec: Spec) -> Violations:
     """What is said of a model."""
-    if not spec.train_model and (spec.train_batch or spec.train_sequence or spec.train_adapters):
-        yield FieldViolation("training.model", "is empty, and batch, sequence or adapters are said of it; give the model")
+    said = spec.train_batch or spec.train_batch_tokens or spec.train_sequence or spec.train_adapters or spec.train_fp8
+    if said and not spec.train_model:
+        yield FieldViolation("training.model", "is empty, and batch, sequence, adapters or fp8 are said of it; give it")
+    if spec.train_batch and spec.train_batch_tokens:
+        yield FieldViolation("training.batch_tokens", "and batch both say the batch; say one")
 
 
 def _parallel(spec: Spec) -> Violations:

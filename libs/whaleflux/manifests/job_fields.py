@@ -250,11 +250,18 @@ class Spec:
     train_batch: int = _field(
         0, "batch", "training.batch", Whole(1, 1 << 24), "Samples of a step.", default="about 4M tokens", example="512", apart=True,
     )  # fmt: skip
+    train_batch_tokens: int = _field(
+        0, "batch_tokens", "training.batch_tokens", Whole(1, 10**12), "Tokens of a step, 5 % more or less, in place of `batch`.",
+        default="4194304", example="4000000", apart=True,
+    )  # fmt: skip
     train_sequence: int = _field(
         0, "sequence", "training.sequence", Whole(1, 1 << 27), "Tokens of a sample.", default="the model's, at most 8192", example="8192", apart=True,
     )  # fmt: skip
     train_adapters: bool = _field(
         False, "adapters", "training.adapters", Flag(), "Adapters on frozen weights (LoRA) are trained.", default="false", example="true", apart=True,
+    )  # fmt: skip
+    train_fp8: bool = _field(
+        False, "fp8", "training.fp8", Flag(), "Linear layers run in 8 bit where the GPU has it.", default="false", example="true", apart=True,
     )  # fmt: skip
     datasets: tuple[str, ...] = _field(
         (),

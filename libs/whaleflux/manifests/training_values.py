@@ -57,7 +57,9 @@ class TrainedModel(KnownModel):
 def _described(path: Path) -> ModelShape:
     try:
         with path.open(encoding="utf-8") as file:
-            return model_from_text(file.read(MAX_BYTES + 1), path.stem if path.stem != "config" else path.resolve().parent.name)
+            return model_from_text(
+                file.read(MAX_BYTES + 1), path.stem if path.stem != "config" else path.resolve().parent.name
+            )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
     except InvalidArgument as wrong:
@@ -67,4 +69,7 @@ def _described(path: Path) -> ModelShape:
 def _fields_of(shape: ModelShape) -> dict[str, Any]:
     """As a file of few fields says it."""
     found = dataclasses.asdict(shape)
-    return {name: value for name, value in found.items() if value not in (None, 0, False)} | {"gated": shape.gated, "tied": shape.tied}
+    return {name: value for name, value in found.items() if value not in (None, 0, False)} | {
+        "gated": shape.gated,
+        "tied": shape.tied,
+    }

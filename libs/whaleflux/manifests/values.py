@@ -200,7 +200,7 @@ class Instant(Value):
     """A UTC instant; None where the message does not set it."""
 
     def words(self) -> str:
-        return "time: `2026-12-01T08:00Z`"
+        return "time: `2036-12-01T08:00Z`"
 
     def parse(self, value: object, base: Path) -> datetime:
         return quantities.instant(value)

@@ -158,11 +158,12 @@ def _weights_source(model_id: str, model: router_pb2.Model) -> str:
 def is_model(text: str) -> bool:
     """Whether a file declares a model rather than a job; raises InvalidArgument where it is no YAML."""
     content = next(iter(load_all(text)), None)
-    return isinstance(content, dict) and "model" in content
+    return _declares_a_model(content)
 
 
 def _declares_a_model(content: object) -> bool:
-    return isinstance(content, dict) and "model" in content and "run" not in content
+    """A job names one, too, and says what runs."""
+    return isinstance(content, dict) and "model" in content and not {"run", "image"} & content.keys()
 
 
 def _against_the_contract(spec: scheduler_pb2.JobSpec) -> list[FieldViolation]:

@@ -134,3 +134,10 @@ def model_named(name: str) -> ModelShape:
             f"{name[:80]!r} is not known by name{meant} Give its config.json or a YAML file, or one of: whaleflux fits --list",
         )
     )
+
+
+def model_said(text: str) -> ModelShape:
+    """A known name, or the fields of a model as JSON. Raises InvalidArgument."""
+    from whaleflux.planning.model_files import model_from_text
+
+    return model_from_text(text) if text.lstrip().startswith("{") else model_named(text)

@@ -139,7 +139,16 @@ def assemble(
     submissions = Submissions(batched, clock, peers.inventory, jobs.access, secrets)
     transfer, history = CodeTransfer(code, jobs), JobHistory(bus, jobs, clock)
     scheduler = Scheduler(
-        batched, jobs, submissions, leader_session, broker, attaching, transfer, clock, history, plans,
+        batched,
+        jobs,
+        submissions,
+        leader_session,
+        broker,
+        attaching,
+        transfer,
+        clock,
+        history,
+        plans,
         TrainingPlans(measured),
     )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))

@@ -291,9 +291,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
     async def PlanRay(self, request: pb.PlanRayRequest, context: _Context | None) -> pb.RayPlan:
         return await self._plans.planned(request, await self._leader.leading())
 
-    async def PlanTraining(
-        self, request: pb.PlanTrainingRequest, context: _Context | None
-    ) -> pb.PlanTrainingResponse:
+    async def PlanTraining(self, request: pb.PlanTrainingRequest, context: _Context | None) -> pb.PlanTrainingResponse:
         return await self._trainings.planned(request, await self._leader.leading())
 
     # reservations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,9 +13,8 @@ from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.binding import lacks
 from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
-from whaleflux.planning.known_models import MODELS, model_named
+from whaleflux.planning.known_models import model_said
 from whaleflux.planning.machine import Machine
-from whaleflux.planning.model_files import model_from_text
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
@@ -55,7 +53,14 @@ class TrainingPlans:
         return await self._alone(shape, offers, asked, goal, how, precision, free)
 
     async def _alone(
-        self, shape: ModelShape, offers: list[Offer], asked: Asked, goal: Goal, how: Training, precision: str, free: Mapping[str, int]
+        self,
+        shape: ModelShape,
+        offers: list[Offer],
+        asked: Asked,
+        goal: Goal,
+        how: Training,
+        precision: str,
+        free: Mapping[str, int],
     ) -> pb.PlanTrainingResponse:
         """In its turn. Who gives up leaves the turn taken until the thread has ended."""
         try:
@@ -63,7 +68,9 @@ class TrainingPlans:
                 await self._one.acquire()
         except TimeoutError:
             raise ResourceExhausted(
-                "plans of other trainings are being made; ask again later", reason=ErrorReason.PLANNER_BUSY, retry_after_s=1.0
+                "plans of other trainings are being made; ask again later",
+                reason=ErrorReason.PLANNER_BUSY,
+                retry_after_s=1.0,
             ) from None
         working = asyncio.ensure_future(asyncio.to_thread(_answer, shape, offers, asked, goal, how, precision, free))
         working.add_done_callback(self._next)
@@ -96,15 +103,22 @@ def calibrations(folder: str) -> dict[str, Calibrated]:
 def shape_of(text: str, field: str = "training.model") -> ModelShape:
     """A known name, or the fields of a model as JSON. Raises InvalidArgument with every mistake."""
     if not text:
-        raise InvalidArgument(FieldViolation(field, "is empty; give a name (whaleflux fits --list) or the model's fields"))
+        raise InvalidArgument(
+            FieldViolation(field, "is empty; give a name (whaleflux fits --list) or the model's fields")
+        )
     if len(text) > MOST_MODEL_BYTES:
         raise InvalidArgument(FieldViolation(field, f"has {len(text)} characters; at most {MOST_MODEL_BYTES}"))
-    if text in MODELS:
-        return MODELS[text]
     try:
-        return model_from_text(text) if text.lstrip().startswith("{") else model_named(text)
+        return model_said(text)
     except InvalidArgument as wrong:
-        raise InvalidArgument([FieldViolation(field if one.field in ("", "model", "MODEL") else f"{field}.{one.field}", one.description) for one in wrong.violations]) from None
+        raise InvalidArgument(
+            [
+                FieldViolation(
+                    field if one.field in ("", "model", "MODEL") else f"{field}.{one.field}", one.description
+                )
+                for one in wrong.violations
+            ]
+        ) from None
 
 
 def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Training]:
@@ -126,7 +140,9 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
     if deadline_s < 0:
         wrong.append(FieldViolation("deadline", "is in the past; give a time from now on"))
     if (deadline_s or request.budget_usd) and not request.tokens:
-        wrong.append(FieldViolation("tokens", "is missing: deadline and budget_usd need to know how many are to be trained on"))
+        wrong.append(
+            FieldViolation("tokens", "is missing: deadline and budget_usd need to know how many are to be trained on")
+        )
     if wrong:
         raise InvalidArgument(wrong)
     sequence = said.sequence or min(shape.sequence, USUAL_SEQUENCE)
@@ -135,7 +151,12 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
         batch, slack = min(MOST_BATCH, max(1, round((said.batch_tokens or USUAL_BATCH_TOKENS) / sequence))), BATCH_SLACK
     objective = Objective.COST if request.cheapest else Objective.TIME
     how = Training(frozen=said.adapters, fp8=float(said.fp8))
-    return shape, Asked(1, sequence, batch=batch, batch_slack=slack), Goal(request.tokens, deadline_s, request.budget_usd, objective), how
+    return (
+        shape,
+        Asked(1, sequence, batch=batch, batch_slack=slack),
+        Goal(request.tokens, deadline_s, request.budget_usd, objective),
+        how,
+    )
 
 
 def _known_types(types: object, has: list[training_offers.Had]) -> None:
@@ -143,7 +164,9 @@ def _known_types(types: object, has: list[training_offers.Had]) -> None:
     wrong = [name for name in types if name not in CATALOGUE.types]  # type: ignore[attr-defined]
     if wrong:
         raise InvalidArgument(
-            FieldViolation("gpu_types", f"{wrong[0][:60]!r} is no type of GPU; the fleet has {', '.join(sorted(there)) or 'none'}")
+            FieldViolation(
+                "gpu_types", f"{wrong[0][:60]!r} is no type of GPU; the fleet has {', '.join(sorted(there)) or 'none'}"
+            )
         )
 
 
@@ -158,7 +181,13 @@ def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had]) ->
 
 
 def _answer(
-    shape: ModelShape, offers: list[Offer], asked: Asked, goal: Goal, how: Training, precision: str, free: Mapping[str, int]
+    shape: ModelShape,
+    offers: list[Offer],
+    asked: Asked,
+    goal: Goal,
+    how: Training,
+    precision: str,
+    free: Mapping[str, int],
 ) -> pb.PlanTrainingResponse:
     choice = choose(shape, offers, asked, goal, how, precision)
     every = (choice.chosen, *choice.others)
@@ -191,8 +220,3 @@ def _message(one: Estimate, free: int) -> pb.TrainingPlan:
     if one.finish_s is not None:
         message.finish.FromTimedelta(timedelta(seconds=min(one.finish_s, 1e10)))
     return message
-
-
-def model_words(training: pb.Training) -> str:
-    """What a job trains, in a word."""
-    return training.model if training.model in MODELS else str(json.loads(training.model).get("name", "a model of its own"))

@@ -11,8 +11,10 @@ from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.planning.fleet_cluster import cluster_of
 from whaleflux.planning.group_links import Split
-from whaleflux.planning.job_map import map_of_job
+from whaleflux.planning.job_map import Trained, map_of_job
+from whaleflux.planning.known_models import model_said
 from whaleflux.planning.machine import Machine
+from whaleflux.planning.training import Training
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
 
 _Gpu = tuple[str, str]  # node, UUID
@@ -24,7 +26,7 @@ def laid(assignment: GpuAssignment, spec: Spec, nodes: Mapping[str, Node], fabri
     if split is None or machine is None or not all(node in nodes for node, _ in assignment.nodes):
         return assignment
     cluster = cluster_of([(nodes[node], _indices(nodes[node], uuids)) for node, uuids in assignment.nodes], fabric)
-    found = map_of_job(cluster, split, machine, spec.parallel_model)
+    found = map_of_job(cluster, split, machine, spec.parallel_model, _trained(spec))
     gpus = [(node, uuid) for node, uuids in assignment.nodes for uuid in uuids]
     places = [gpus[at] for at in cluster.position[found.gpus].tolist()]
     return _by_rank(assignment, places, found.words)
@@ -43,6 +45,17 @@ def _split(assignment: GpuAssignment, spec: Spec) -> Split | None:
         ep=max(1, spec.expert_parallel),
     )
     return None if split.data % split.ep else split
+
+
+def _trained(spec: Spec) -> Trained | None:
+    """The model that was planned, where one was."""
+    if not spec.train_model:
+        return None
+    sequence = spec.train_sequence
+    batch = spec.train_batch or (round(spec.train_batch_tokens / sequence) if sequence else 0)
+    return Trained(
+        model_said(spec.train_model), batch, sequence, Training(frozen=spec.train_adapters, fp8=float(spec.train_fp8))
+    )
 
 
 def _machine(assignment: GpuAssignment) -> Machine | None:

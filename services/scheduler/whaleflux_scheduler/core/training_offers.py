@@ -67,9 +67,15 @@ def offers(
             price, source = one.gpu.list_price.usd_per_gpu_hour, f"{_LIST}: {one.gpu.list_price.source}"
         calibrated = (measured or {}).get(one.gpu.name)
         if calibrated is not None:
-            calibrated = replace(calibrated, machine=replace(calibrated.machine, fabric=_fabric(one, calibrated.machine.fabric)))
+            calibrated = replace(
+                calibrated, machine=replace(calibrated.machine, fabric=_fabric(one, calibrated.machine.fabric))
+            )
         for count in sorted(number for number in counts if 0 < number <= one.all):
-            made.append(Offer(one.gpu, count, price, source if price is not None else "", measured=calibrated, fabric=_fabric(one)))
+            made.append(
+                Offer(
+                    one.gpu, count, price, source if price is not None else "", measured=calibrated, fabric=_fabric(one)
+                )
+            )
     return made
 
 
