@@ -19,8 +19,10 @@ from whaleflux.cli.planning_options import (
     Software,
     billions,
     gpu_of,
+    gpus_of,
     model_of,
     need_numpy,
+    quantity_of,
 )
 from whaleflux.cli.state import Output
 
@@ -63,6 +65,21 @@ def fits(
     software: Annotated[
         Software, typer.Option("--software", help="How layers run, where there is a calibration.")
     ] = Software.compiled,
+    serving: Annotated[
+        bool, typer.Option("--serve", help="Which GPUs serve it, how many requests at once, and what tokens cost.")
+    ] = False,
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=1, max=1 << 24, help="With --serve: tokens of a prompt.")
+    ] = 2000,
+    answer: Annotated[
+        int, typer.Option("--answer", min=1, max=1 << 24, help="With --serve: tokens of an answer.")
+    ] = 500,
+    first_token: Annotated[
+        str, typer.Option("--first-token", help="With --serve: at most so long to it: 500ms, 2s.")
+    ] = "",
+    token: Annotated[
+        str, typer.Option("--token", help="With --serve: at most so long for each further one: 50ms.")
+    ] = "",
     known: Annotated[bool, typer.Option("--list", help="Models that are known by name, and GPU types.")] = False,
     fmt: Output = Format.table,
 ) -> None:
@@ -72,6 +89,7 @@ def fits(
       whaleflux fits llama-3.1-8b --gpu RTX4090 --gpus 2 --method lora
       whaleflux fits llama-3.1-70b --gpu H200 --gpus 16 --sequence 8192
       whaleflux fits config.json --gpu H100-80GB --gpus 64 --tp 8 --pp 2 -o json
+      whaleflux fits llama-3.1-70b --serve --prompt 4000 --answer 500 --first-token 1s --token 40ms
       whaleflux fits --list
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
@@ -81,6 +99,15 @@ def fits(
     need_numpy()
     if known:
         _show_known(fmt)
+        return
+    if serving:
+        from whaleflux.quantities import seconds
+
+        limits = (
+            quantity_of("--first-token", first_token, seconds, 3600.0),
+            quantity_of("--token", token, seconds, 60.0),
+        )
+        _serve(model_of(model), gpus_of(gpu) if gpu else None, prompt, answer, limits, precision, fmt)
         return
     shape, type_ = model_of(model), gpu_of(gpu)
     from whaleflux.planning.fits import verdict
@@ -98,6 +125,30 @@ def fits(
         sheet = Machine.of(type_, precision.value)
         how, found = calibration(measured, {sheet.name: sheet}).running(how, software.value)
     _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value, found), fmt)
+
+
+def _serve(
+    shape: ModelShape,
+    types: list[GpuType] | None,
+    prompt: int,
+    answer: int,
+    limits: tuple[float, float],
+    precision: Precision,
+    fmt: Format,
+) -> None:
+    from whaleflux.cli.serve_report import as_json, report
+    from whaleflux.fleet.gpu_types import CATALOGUE
+    from whaleflux.planning.serving import Requests, serve
+
+    asked = Requests(prompt, answer, *limits)
+    every = types or [one for one in CATALOGUE.types.values() if one.speed]
+    found = serve(shape, every, asked, 1.0 if precision is Precision.fp8 else 2.0)
+    if fmt.is_json:
+        output.say_json(as_json(shape, asked, found), fmt)
+    else:
+        output.say(*report(shape, asked, found))
+    if not any(one.meets for one in found):
+        raise typer.Exit(1)
 
 
 def _show_known(fmt: Format) -> None:
