@@ -55,6 +55,7 @@ NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",
     "simulate": "another process prints",
     "config": "reads a file",
+    "calibrate": "measures a GPU",
 }
 
 

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 VERSION = 1
 _TOKENS = 8192
-_LEAST_S = 0.06  # of a round, for the clock
-_HOT_S = 0.4  # layers run for so long that the GPU is as warm, and its clock as low, as in training
+LEAST_S = 0.06  # of a round, for the clock
+HOT_S = 0.4  # layers run for so long that the GPU is as warm, and its clock as low, as in training
 # Rows, columns, inner: what layers of models of 1 to 100 billion parameters multiply.
 _MATMULS = tuple(
     (tokens, out, inner)
@@ -43,7 +43,7 @@ _LAYERS = ((2048, 5632), (4096, 11008))  # hidden, ffn
 _HEADS = ((2048, 32_000), (4096, 128_256))  # hidden, vocabulary
 # How layers run: as they are written or compiled, with weights in 16 bit, or in 32 that are cast (autocast).
 _SOFTWARE = ("eager", "compiled", "autocast", "autocast compiled")
-_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send")
 _BYTES = tuple(1 << power for power in (16, 20, 22, 24, 26, 28, 30))
 
 
@@ -90,7 +90,7 @@ def measure(*, compiled: bool = True, small: float = 1.0, say: Callable[[str], N
         step(ladder, device, small, compiled)
     if ladder.gpus > 1:
         say(f"{time.monotonic() - began:4.0f} s: measuring collectives of {ladder.gpus} GPUs")
-        ladder.collective = _collectives(ladder.gpus, "nccl", small)
+        ladder.collective = collectives(ladder.gpus, "nccl", small)
     ladder.measured_s = time.monotonic() - began
     return ladder
 
@@ -117,7 +117,7 @@ def _seconds(run: Callable[[], object], device: torch.device, least_s: float = 0
         return (time.perf_counter() - began) / count
 
     run()
-    count = max(2, min(2000, int((least_s or _LEAST_S) / max(of(2), 1e-7))))
+    count = max(2, min(2000, int((least_s or LEAST_S) / max(of(2), 1e-7))))
     return sorted(of(count) for _ in range(3))[1]
 
 
@@ -286,7 +286,7 @@ def _layers(ladder: Ladder, device: torch.device, small: float, compiled: bool) 
                     return inner(x, turn)
 
             kept = _kept_bytes(run, device)
-            forward_s, backward_s = _there_and_back(run, (x, *layer.parameters()), device, _HOT_S)
+            forward_s, backward_s = _there_and_back(run, (x, *layer.parameters()), device, HOT_S)
             ladder.layer.append((software, batch * sequence, sequence, h, f, forward_s, backward_s, kept))
 
 
@@ -304,7 +304,7 @@ def _kept_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return after - int(before)
 
 
-def _collectives(ranks: int, backend: str, small: float) -> list[tuple[str, int, int, float]]:
+def collectives(ranks: int, backend: str, small: float) -> list[tuple[str, int, int, float]]:
     """Among all GPUs of this machine, and among every power of two of them."""
     import torch.multiprocessing as processes
 
@@ -336,7 +336,7 @@ def _collective_rank(rank: int, ranks: int, port: int, backend: str, small: floa
 
 def _of_group(size: int, group: Any, device: torch.device, small: float) -> list[tuple[str, int, int, float]]:
     found = []
-    for kind in _COLLECTIVES:
+    for kind in COLLECTIVES:
         for asked in _BYTES:
             elements = _scaled(asked, small) // 2 // size * size
             taken = _collective_s(kind, elements, size, group, device)

@@ -12,8 +12,8 @@ from whaleflux.sdk import ladder  # noqa: E402
 
 
 def test_each_rung_is_measured_and_a_cpu_is_never_taken_for_a_gpu(monkeypatch):
-    monkeypatch.setattr(ladder, "_HOT_S", 0.001)
-    monkeypatch.setattr(ladder, "_LEAST_S", 0.001)
+    monkeypatch.setattr(ladder, "HOT_S", 0.001)
+    monkeypatch.setattr(ladder, "LEAST_S", 0.001)
     said = asdict(ladder.measure(compiled=False, small=0.02))
     text = json.dumps(said)
     with pytest.raises(InvalidArgument, match="measured on a CPU"):
@@ -24,6 +24,6 @@ def test_each_rung_is_measured_and_a_cpu_is_never_taken_for_a_gpu(monkeypatch):
 
 
 def test_collectives_are_measured_among_all_ranks():
-    found = ladder._collectives(2, "gloo", 0.001)
-    assert {row[0] for row in found} == set(ladder._COLLECTIVES)
+    found = ladder.collectives(2, "gloo", 0.001)
+    assert {row[0] for row in found} == set(ladder.COLLECTIVES)
     assert all(taken > 0 for *_, taken in found)
