@@ -1,18 +1,22 @@
 """Trainings planned on the fleet: the rpc, and jobs that name a model instead of GPUs."""
 
+import contextlib
 import json
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from typer.testing import CliRunner
 
 from tests.support.scheduler_world import World, node
-from whaleflux.cli import training_plans
+from whaleflux.cli import plan_command, training_plans
+from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.v1 import scheduler_pb2 as pb
 
+RUN = CliRunner()
 SMALL = json.dumps({"name": "small", "layers": 8, "hidden": 1024, "heads": 8, "vocabulary": 32000, "sequence": 2048})
 
 
@@ -143,3 +147,48 @@ class TestJobs:
         (tmp_path / "mine.yaml").write_text("layers: 4\nhidden: 256\nheads: 4\nvocabulary: 1000\n")
         spec = job_from_yaml("name: t\nrun: x\nmodel: mine.yaml\n", tmp_path).spec
         assert json.loads(spec.training.model)["layers"] == 4
+
+
+class TestLive:
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        found = []
+        plan = pb.TrainingPlan(
+            gpus=8,
+            free_gpus=4,
+            gpu_type="H200",
+            tokens_per_s=1e5,
+            step_s=2.0,
+            step_seconds={"compute_s": 2.0},
+            usd_per_hour=28.0,
+            words="dp 8",
+        )
+        answer = pb.PlanTrainingResponse(plans=[plan])
+        scheduler = SimpleNamespace(PlanTraining=lambda request, timeout: found.append(request) or answer)
+        monkeypatch.setattr(plan_command, "fleet", lambda: contextlib.nullcontext(SimpleNamespace(scheduler=scheduler)))
+        return found
+
+    def test_the_question_is_the_scheduler_s(self, asked):
+        done = RUN.invoke(
+            app,
+            ["plan", "llama-3.1-8b", "--live", "--gpu", "H200", "--tokens", "1B", "--deadline", "2d", "--batch", "64"],
+        )
+        assert done.exit_code == 0, done.output
+        (request,) = asked
+        assert (request.training.model, request.training.batch, request.gpus) == ("llama-3.1-8b", 64, 0)
+        assert (request.tokens, request.deadline.seconds, list(request.gpu_types)) == (1e9, 172_800, ["H200"])
+        assert "waits for  4 more GPUs; 4 are free" in done.output
+        assert "$28.00/h" in done.output
+
+    def test_as_json(self, asked):
+        done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", "-o", "json"])
+        assert json.loads(done.output)["plans"][0]["gpus"] == 8
+
+    @pytest.mark.parametrize(
+        ("more", "said"), [(("--tp", "2"), "--live"), (("--gpus", "8-64"), "--gpus"), (("--price", "2"), "--live")]
+    )
+    def test_what_the_scheduler_settles_cannot_be_said(self, asked, more, said):
+        done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", *more])
+        assert done.exit_code != 0
+        assert said in str(done.exception) + done.output
+        assert not asked

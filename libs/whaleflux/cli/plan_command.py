@@ -24,7 +24,7 @@ from whaleflux.cli.planning_options import (
     numbers_of,
     quantity_of,
 )  # fmt: skip
-from whaleflux.cli.state import Output
+from whaleflux.cli.state import Output, fleet
 
 if TYPE_CHECKING:
     from whaleflux.fleet.gpu_types import GpuType
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.offers import Goal, Offer
     from whaleflux.planning.space import Asked
     from whaleflux.planning.training import Training
+    from whaleflux.v1 import scheduler_pb2 as pb
 
 BATCH_TOKENS, BATCH_SLACK = "4M", 0.05  # where nobody says a batch; how far a plan's may be from so many tokens
 _MOST_BATCH, _MOST_TOKENS, _MOST_SPAN_S, _MOST_USD = 1 << 24, 1e16, 1e10, 1e13
@@ -42,7 +43,12 @@ def plan(
         str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face config.json, or a YAML file.")
     ] = "",
     gpu: Annotated[str, typer.Option("--gpu", help="Type of the GPUs; H200,H100-80GB compares several.")] = "",
-    gpus: Annotated[str, typer.Option("--gpus", help="How many: 128; 64,128; 8-128 compares what is between.")] = "8",
+    gpus: Annotated[
+        str,
+        typer.Option(
+            "--gpus", help="How many: 128; 64,128; 8-128 compares what is between. 8; --live: what is free, and all."
+        ),
+    ] = "",
     tokens: Annotated[str, typer.Option("--tokens", help="To train on, in all: 1T, 300B.")] = "",
     batch_tokens: Annotated[
         str, typer.Option("--batch-tokens", help="About so many in a step, 5 % more or less; 4M where nothing is said.")
@@ -84,6 +90,10 @@ def plan(
     software: Annotated[
         Software, typer.Option("--software", help="How layers run, where there is a calibration.")
     ] = Software.compiled,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="On the fleet's own GPUs, free and in all, at its own prices: asks the scheduler."),
+    ] = False,
     fmt: Output = Format.table,
 ) -> None:
     """How to split training over GPUs: the fastest plan that fits, its step by component, when it is done, what it costs, and what binds it.
@@ -93,12 +103,28 @@ def plan(
       whaleflux plan llama-3.1-8b --gpu H200,H100-80GB --gpus 8-64 --tokens 100B --deadline 10d --objective cost
       whaleflux plan config.json --gpu H100-80GB --gpus 64 --batch 512 --sequence 4096 --price 2.20 -o json
 
-    Needs no fleet. The exit code is 1 where nothing fits, or meets the deadline and the budget.
+      whaleflux plan llama-3.1-8b --live --tokens 100B
+
+    Needs no fleet, but with --live. The exit code is 1 where nothing fits, or meets the deadline and the budget.
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.quantities import count, seconds
 
     if fmt is not Format.table and not fmt.is_json:
         _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
+    if live:
+        settled = micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured
+        if settled:
+            _refuse(
+                "--live",
+                "plans the whole split at the fleet's own prices; leave parts of the split, --price and --calibration out",
+            )
+        _on_fleet(
+            _request(
+                model, gpu, gpus, tokens, deadline, budget, batch, batch_tokens, sequence, method, precision, objective
+            ),
+            fmt,
+        )
+        return
     need_numpy()
     shape, types = model_of(model), gpus_of(gpu)
     length = sequence or min(shape.sequence, 8192)
@@ -115,10 +141,49 @@ def plan(
     )  # fmt: skip
     chosen_by = objective or (Objectives.cost if deadline else Objectives.time)
     goal = _checked(Goal(goal.tokens, goal.deadline_s, goal.budget_usd, Objective(chosen_by.value)))
-    offers = _offers(types, gpus, quantity_of("--price", price, money, 1e4), goal)
+    offers = _offers(types, gpus or "8", quantity_of("--price", price, money, 1e4), goal)
     offers = _as_measured(offers, measured or [], software, precision)
     how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
     _show(shape, asked, offers, goal, how, precision.value, fmt)
+
+
+def _request(
+    model: str, gpu: str, gpus: str, tokens: str, deadline: str, budget: str, batch: int, batch_tokens: str, sequence: int, method: Method,
+    precision: Precision, objective: Objectives | None,
+) -> pb.PlanTrainingRequest:  # fmt: skip
+    """The same question to the scheduler."""
+    from whaleflux.manifests.training_values import model_text
+    from whaleflux.quantities import count, seconds
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    chosen = gpus.strip() or "0"
+    if not chosen.isdigit():
+        _refuse("--gpus", f"is {gpus[:40]!r}; with --live it is one number, or nothing: what is free, and all")
+    request = pb.PlanTrainingRequest(
+        training=pb.Training(
+            model=model_text(model_of(model)), batch=batch, batch_tokens=int(quantity_of("--batch-tokens", batch_tokens, count, 1e12)),
+            sequence=sequence, adapters=method is Method.lora, fp8=precision is Precision.fp8,
+        ),
+        gpus=int(chosen), gpu_types=[one.name for one in gpus_of(gpu)] if gpu else [], tokens=quantity_of("--tokens", tokens, count, _MOST_TOKENS),
+        budget_usd=quantity_of("--budget", budget, money, _MOST_USD), cheapest=objective is Objectives.cost,
+    )  # fmt: skip
+    if within_s := quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S):
+        request.deadline.FromSeconds(int(within_s))
+    return request
+
+
+def _on_fleet(request: pb.PlanTrainingRequest, fmt: Format) -> None:
+
+    from whaleflux.cli.training_plans import TIMEOUT_S, shown
+
+    with fleet() as client:
+        answer = client.scheduler.PlanTraining(request, timeout=TIMEOUT_S)
+    if fmt.is_json:
+        output.show_one(answer, [], fmt)
+    else:
+        output.say(*shown(answer))
+    if not answer.plans or answer.words:
+        raise typer.Exit(1)
 
 
 def _refuse(field: str, what: str) -> None:

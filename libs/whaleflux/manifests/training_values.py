@@ -11,7 +11,7 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.job_values import KnownModel
 from whaleflux.manifests.text_values import text
 from whaleflux.manifests.values import Schema, Violations
-from whaleflux.planning.known_models import model_named
+from whaleflux.planning.known_models import MODELS, model_named
 from whaleflux.planning.model_files import MAX_BYTES, model_from_text
 from whaleflux.planning.model_shape import ModelShape
 
@@ -29,7 +29,8 @@ class TrainedModel(KnownModel):
             return self._checked(json.dumps(value))
         said = text(value)
         if said.endswith((".json", ".yaml", ".yml")):
-            return self._checked(json.dumps(_fields_of(_described(base / said))))
+            described = model_text(_described(base / said))
+            return self._checked(described) if described.startswith("{") else described
         return model_named(said).name
 
     def _checked(self, fields: str) -> str:
@@ -73,3 +74,8 @@ def _fields_of(shape: ModelShape) -> dict[str, Any]:
         "gated": shape.gated,
         "tied": shape.tied,
     }
+
+
+def model_text(shape: ModelShape) -> str:
+    """As messages have it: the name where the planner knows it, else its fields as JSON."""
+    return shape.name if MODELS.get(shape.name) == shape else json.dumps(_fields_of(shape))
