@@ -84,6 +84,14 @@ class Played(InventoryServiceServicer, HealthServiceServicer):
         note_asked()  # nobody's things
         return inventory_pb2.ListDatasetsResponse()
 
+    async def ListOffers(self, request: Any, context: Any) -> inventory_pb2.ListOffersResponse:
+        note_asked()  # there is nothing to rent
+        return inventory_pb2.ListOffersResponse()
+
+    async def ListLeases(self, request: Any, context: Any) -> inventory_pb2.ListLeasesResponse:
+        note_asked()
+        return inventory_pb2.ListLeasesResponse()
+
     async def WatchNodeHealth(
         self, request: health_pb2.WatchNodeHealthRequest, context: Any
     ) -> AsyncIterator[health_pb2.WatchNodeHealthResponse]:

@@ -47,6 +47,7 @@ DOORS: dict[str, Door] = {
     "ray_drain": Door(commands=("ray",)),
     "ray_pool": Door(commands=("ray",)),
     "ray_resize": Door(commands=("ray",)),
+    "ray_start": Door(commands=("ray",)),
     "rebalance": Door(commands=("submit",), fields=("checkpoint.every",)),
     "packing": Door(waits_for=_TABLE),
     "packing_churn": Door(waits_for=_TABLE),

@@ -284,7 +284,7 @@ class Pool:
                 cpu_millicores_per_rank=1000 * worker.cpus_held // max(1, worker.gpus),
                 max_restarts=0,
             )
-            happenings.submit(self._state, Submission(job, spec, at_s, ENDLESS_S))
+            happenings.submit(self._state, Submission(job, spec, at_s, ENDLESS_S, is_ray_worker=True))
 
     def _part(self, job: str, worker: Worker) -> Part:
         known = self._state.jobs[job].job

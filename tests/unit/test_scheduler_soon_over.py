@@ -59,6 +59,14 @@ class TestWhoIsStopped:
         assert suspensions(seen) == {"low": 1}
         assert seen["urgent"].wait_s < 5
 
+    def test_at_once_for_a_worker_that_tasks_wait_for_but_who_ends_in_a_moment(self, limits):
+        worker = replace(submission("worker", 1000, 8, 100, priority=5), is_ray_worker=True)
+        seen = simulated([submission("low", 0, 8, 1010, expected_s=1010), worker], limits)
+        assert suspensions(seen) == {"low": 1}
+        assert seen["worker"].wait_s < 5
+        seen = simulated([submission("low", 0, 8, 1003, expected_s=1003), worker], limits)
+        assert suspensions(seen) == {}
+
     def test_at_once_of_whom_nobody_knows(self, limits):
         seen = simulated([submission("low", 0, 8, 1010), submission("urgent", 1000, 8, 100, priority=5)], limits)
         assert suspensions(seen) == {"low": 1}

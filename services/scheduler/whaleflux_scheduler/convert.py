@@ -136,6 +136,7 @@ def _job_of(message: pb.Job, state: JobState, tasks: Mapping[int, tuple[Task, ..
         awaits=tuple(Awaited(one.job, one.uid, _when(one.when)) for one in message.awaits),
         hold=_hold(message.hold) if message.HasField("hold") else None,
         priority=message.priority if message.HasField("priority") else None,
+        is_ray_worker=message.ray.role == pb.RAY_ROLE_WORKER,
         claim=claim_of(message.claim) if message.HasField("claim") else None,
     )
 

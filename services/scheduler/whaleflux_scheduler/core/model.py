@@ -308,6 +308,7 @@ class Job:
     awaits: tuple[Awaited, ...] = ()
     hold: Hold | None = None
     priority: int | None = None  # where it was changed; `spec` has it already
+    is_ray_worker: bool = False  # somebody's task waits for it
 
     @property
     def queue(self) -> str:

@@ -3,7 +3,8 @@
 A job that may have others stopped waits for them instead where all of them are expected to end by themselves within a minute (`MOST_S`), and that costs
 fewer GPU-seconds than to stop them: those that the job waits, against those of its victims, which save, start again and do once more what they had
 not saved. So a stop is as quick as ever whose victims end later, or of whom that is not known, and no job waits for longer than a minute in
-this way, however wrong the estimates are and whoever takes what comes free: priority is put off, never defeated.
+this way, however wrong the estimates are and whoever takes what comes free: priority is put off, never defeated. A worker of a Ray cluster waits for a few
+seconds only: a task waits for it, and is to begin within fifteen, of which seeing it, a save and the worker's start take most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.rebalance import FAILED_SAVES, restart_s, resumes, unsaved_s
 
 MOST_S = 60.0  # that a job waits so in all, before others are stopped for it, whenever they would end
+RAY_MOST_S = 4.0  # the same of a worker of a Ray cluster
 AGAIN_S = 1.0  # the shortest time between two looks at one job
 
 
@@ -91,21 +93,22 @@ class SoonOver:
 
     def weighed(self, job: Job, victims: Collection[str], now: datetime) -> LetsEnd | None:
         """How the job would wait for these; None: to stop them costs less, or it has waited for long enough."""
-        wait_s = self._worth_waiting_s(job, victims, now)
+        most_s = min(self.most_s, RAY_MOST_S) if job.is_ray_worker else self.most_s
+        wait_s = self._worth_waiting_s(job, victims, now, most_s)
         if wait_s is None:
             return None
         known = self._waits.get(job.name)
         since = known.since if known is not None else now
-        look, stops = now + timedelta(seconds=max(AGAIN_S, wait_s)), since + timedelta(seconds=self.most_s)
+        look, stops = now + timedelta(seconds=max(AGAIN_S, wait_s)), since + timedelta(seconds=most_s)
         return LetsEnd(tuple(victims), since, now + timedelta(seconds=wait_s), look, stops) if look <= stops else None
 
-    def _worth_waiting_s(self, job: Job, victims: Collection[str], now: datetime) -> float | None:
+    def _worth_waiting_s(self, job: Job, victims: Collection[str], now: datetime, most_s: float) -> float | None:
         """Seconds until all of them have probably ended, if to wait for that costs less than to stop them; None: it does not."""
         longest_s, cost_gpu_s = 0.0, 0.0
         for name in victims:
             victim = self._holdings.jobs[name]
             left_s = self._left_s(victim, now)
-            if left_s is None or left_s > self.most_s:
+            if left_s is None or left_s > most_s:
                 return None
             longest_s = max(longest_s, left_s)
             cost_gpu_s += stop_cost_gpu_s(victim, now, self._holdings.saved.get(name))

@@ -29,7 +29,7 @@ def submit(state: State, submission: Submission) -> None:
     if queue not in state.queues:
         state.queues[queue] = Queue(names.queue(queue))
         state.news.queues = dict(state.queues)
-    job = Job(name, spec, JobState.QUEUED, instant(at_s), uid=name)
+    job = Job(name, spec, JobState.QUEUED, instant(at_s), uid=name, is_ray_worker=submission.is_ray_worker)
     row = state.result.outcomes.add(name, queue, spec.gpus, spec.priority, at_s, submission.run_s)
     state.jobs[name] = SimulatedJob(job, submission, row, submission.run_s)
     state.result.asked.change(at_s, spec.gpus)

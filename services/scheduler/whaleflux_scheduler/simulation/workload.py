@@ -26,6 +26,7 @@ class Submission:
     speed: Callable[[int], float] | None = None
     restart_s: float | None = None
     speed_on: Callable[[int, str], float] | None = None
+    is_ray_worker: bool = False
 
     def rate(self, gpus: int, model: str = "") -> float:
         """Work per second on that many GPUs of the type."""
