@@ -20,8 +20,9 @@ from benchmarks.common import Options, Report, Row, Target, main, percentile
 from benchmarks.ray_pool_cluster import Cluster, Task, delays
 from whaleflux import names
 from whaleflux.manifests.job_fields import Spec
+from whaleflux.manifests.ray_file import IDLE_S
 from whaleflux_scheduler.core.model import JobState, Queue
-from whaleflux_scheduler.core.ray_clusters import IDLE_S, RayCluster
+from whaleflux_scheduler.core.ray_clusters import RayCluster
 from whaleflux_scheduler.core.ray_leaving import Idle, leaving
 from whaleflux_scheduler.core.ray_nodes import Cluster as Asked
 from whaleflux_scheduler.core.ray_parts import Part, Role, Worker

@@ -39,7 +39,9 @@ class Cluster:
     agents: dict[str, Agent]
     head: agent_pb2.DesiredTask | None = None
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # Ray nodes by worker's job
-    sent: dict[str, tuple[float, agent_pb2.DesiredTask]] = field(default_factory=dict)  # workers by job, when their agent had them
+    sent: dict[str, tuple[float, agent_pb2.DesiredTask]] = field(
+        default_factory=dict
+    )  # workers by job, when their agent had them
     waits: int = 0
     number: int = 0
 
@@ -62,7 +64,12 @@ class Cluster:
         if changed:
             shape = {"resources": {"GPU": 1, "CPU": 1}, "count": self.waits}
             bundles = [shape] if self.waits else []
-            demand = {"bundles": bundles, "nodes": list(self.nodes.values()), "session": self.name, "version": self.number}
+            demand = {
+                "bundles": bundles,
+                "nodes": list(self.nodes.values()),
+                "session": self.name,
+                "version": self.number,
+            }
             said.demand = zlib.compress(json.dumps(demand).encode())
         self.agent_of(self.head).outbox.put_nowait(agent_pb2.SyncRequest(ray=said))
         return time.perf_counter()
@@ -85,7 +92,9 @@ async def _until(true: Any, what: str) -> None:
 
 async def _up(cluster: Cluster, scheduler: SchedulerServiceStub) -> None:
     made = pb.RayCluster(max_gpus=NODES * 8)
-    await scheduler.CreateRayCluster(pb.CreateRayClusterRequest(ray_cluster_id=cluster.name, ray_cluster=made), timeout=10)
+    await scheduler.CreateRayCluster(
+        pb.CreateRayClusterRequest(ray_cluster_id=cluster.name, ray_cluster=made), timeout=10
+    )
     await _until(lambda: cluster.head is not None, f"the head of {cluster.name} is placed")
     head = cluster.head
     assert head is not None
@@ -136,11 +145,16 @@ async def _life(cluster: Cluster, demands: int, seed: int) -> list[tuple[float, 
         reading.cancel()
 
 
+def _taken(clusters: list[Cluster], task: agent_pb2.DesiredTask) -> None:
+    for one in clusters:
+        one.takes(task)
+
+
 async def _measured(folder: Path, nodes: int, demands: int, waiting: int, seed: int) -> list[tuple[float, float]]:
     async with Suite(folder, [machine(f"site/node-{n}") for n in range(nodes)]) as suite:
         clusters = [Cluster(f"ray{n}", suite.agents) for n in range(CLUSTERS)]
         for agent in suite.agents.values():
-            agent.on_task = lambda task: [one.takes(task) for one in clusters] and None
+            agent.on_task = lambda task: _taken(clusters, task)
         scheduler = suite.stub("admin", "operator")
         nowhere = pb.GpuRequirement(any_of=["no-such-gpu"])
         for _ in range(waiting):
@@ -161,7 +175,9 @@ def measure(options: Options) -> Report:
         rows=rows,
         targets=[Target("demand_seen_to_worker_start_p99", percentile(first, 99), 1.5, "s")],
         simulated="nodes, agents and Ray; scheduler, store and their network are real",
-        notes=[f"{len(found)} demands of {CLUSTERS} clusters on {NODES * 8} GPUs; {waiting} jobs wait for GPUs that there are none of"],
+        notes=[
+            f"{len(found)} demands of {CLUSTERS} clusters on {NODES * 8} GPUs; {waiting} jobs wait for GPUs that there are none of"
+        ],
     )
 
 

@@ -29,6 +29,7 @@ KUBERNETES = "deploy/kubernetes/base"
 FILES: dict[str, Callable[[], str]] = {
     "docs/guide/job-file.md": lambda: reference.page("job"),
     "docs/guide/model-file.md": lambda: reference.page("model"),
+    "docs/guide/ray-file.md": lambda: reference.page("ray"),
     "docs/guide/permissions.md": docs_parts.permissions,
     "docs/guide/reasons.md": reasons.page,
     "docs/guide/settings.md": docs_parts.settings,

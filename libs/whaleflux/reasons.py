@@ -132,6 +132,7 @@ class ErrorReason(_Words):
         "the connection to the rank's agent, or to the fleet, was lost; run the command again",
     )
     SESSION_ENDED = "SESSION_ENDED", "the login or token behind the certificate has ended; log in again"
+    RAY_UNREACHABLE = "RAY_UNREACHABLE", "the Ray cluster does not answer, or what waits in it is not known now"
     SERVER_UNREACHABLE = "SERVER_UNREACHABLE", "no connection to the server"
     STORE_BUSY = "STORE_BUSY", "too many writes wait; try again"
     RECORD_UNREADABLE = "RECORD_UNREADABLE", "a newer version wrote the record; update the service that is to change it"

@@ -18,6 +18,7 @@ from whaleflux.manifests.job_fields import ATTRIBUTES, JOB_FIELDS, Spec
 from whaleflux.manifests.job_spec import spec_of
 from whaleflux.manifests.job_values import Placement
 from whaleflux.manifests.model_fields import MODEL_FIELDS
+from whaleflux.manifests.ray_file import ray_from_yaml
 from whaleflux.manifests.yaml_files import job_from_yaml, model_from_yaml
 from whaleflux.manifests.yaml_text import load
 from whaleflux.v1 import router_pb2, scheduler_pb2, types_pb2
@@ -149,10 +150,11 @@ def test_levels_are_numbered_as_in_the_contract():
 
 
 class TestReference:
-    @pytest.mark.parametrize("kind", ["job", "model"])
+    @pytest.mark.parametrize("kind", ["job", "model", "ray"])
     def test_the_full_example_of_the_page_is_a_good_file_that_names_every_field(self, kind):
         text = reference.page(kind).partition("```yaml\n")[2].partition("```")[0]
-        (job_from_yaml if kind == "job" else model_from_yaml)(text, BASE)
+        read = {"job": job_from_yaml, "model": model_from_yaml, "ray": lambda text, _: ray_from_yaml(text)}
+        read[kind](text, BASE)
         jsonschema.validate(load(text), reference.json_schema(kind))
         for field in reference.fields_of(kind):
             assert f"| `{field.file}` |" in reference.page(kind)

@@ -146,6 +146,16 @@ def test_what_the_scheduler_refuses_is_named_as_in_the_file(scheduler, file):
         ("name: rl\naddress: h:1\nhead: {cpus: 2}", ["head"]),
         ("name: rl\nhead: {memory: much, disk: 3}", ["head.memory", "head.disk"]),
         ("[1]", ["file", "name"]),
+        (f"name: {'a' * 37}", ["name"]),
+        ("name: rl\nmax_gpus: 1000000\npriority: 1.5", ["priority", "max_gpus"]),
+        ("name: rl\nidle: 99999999999999 d", ["idle"]),
+        ("name: rl\nidle: 0.5 s", ["idle"]),
+        ("name: rl\nhead: {memory: 99999999999 TB}", ["head.memory"]),
+        ("name: rl\nhead: {memory: 1 GiB, cpus: -1}", ["head.cpus", "head.memory"]),
+        (f"name: rl\nsites: [{', '.join(['s'] * 65)}]", ["sites"]),
+        ("name: rl\ngpu_types: [{H200: 1}]", ["gpu_types"]),
+        (f"name: rl\npython: {'x' * 501}", ["python"]),
+        ("name: &a rl\nsites: [*a]", ["file"]),
     ],
 )
 def test_every_mistake_of_a_file_is_named(text, fields):

@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from typer.testing import CliRunner
 
 from tests.support.scheduler_world import World, node
-from whaleflux.cli import ray_commands
+from whaleflux.cli import next_step, ray_commands
 from whaleflux.cli.__main__ import app
 from whaleflux.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from whaleflux.ray_cluster import reader, reading
@@ -222,8 +222,14 @@ class TestReading:
         ("code", "error"), [(2, InvalidArgument), (3, Unavailable), (4, FailedPrecondition), (9, Unavailable)]
     )
     def test_how_it_ends(self, tmp_path, code, error):
-        with pytest.raises(error, match="because"):
+        with pytest.raises(error, match="because") as ended:
             reading.read_once("h:1", self.as_if(tmp_path, f"echo because >&2; exit {code}"))
+        assert "etcd" not in next_step.after(ended.value, ["ray", "explain"]), "it is no part of the fleet"
+
+    @pytest.mark.parametrize("address", ["nowhere", "h:0", "h:99999999", ":5", "h:"])
+    def test_an_address_that_is_none(self, address):
+        with pytest.raises(InvalidArgument, match="is no HOST:PORT"):
+            reading.read_once(address, sys.executable)
 
     def test_an_interpreter_that_is_not_there(self):
         with pytest.raises(InvalidArgument, match="--python"):
@@ -273,7 +279,10 @@ class TestCommand:
         done = RUN.invoke(app, ["ray", "explain", str(tmp_path / "demand.json"), "-o", "json"])
         assert json.loads(done.stdout)["plan"]["gpus"] == 4
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"bundles": [{"count": "many"}]}', '{"nothing": 1}'])
+    @pytest.mark.parametrize("text", [
+        "{", "[]", '{"bundles": [{"count": "many"}]}', '{"nothing": 1}', '{"demand": 5}', '{"demand": null}', '{"bundles": 7}', "[" * 100_000,
+        '{"bundles": [{"resources": {"GPU": NaN}, "count": 1e99}]}',
+    ])  # fmt: skip
     def test_a_file_that_is_no_demand_is_refused(self, asked, tmp_path, text):
         (tmp_path / "demand.json").write_text(text)
         done = RUN.invoke(app, ["ray", "explain", str(tmp_path / "demand.json")])

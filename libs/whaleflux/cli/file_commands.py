@@ -60,10 +60,11 @@ def _valid(file: str) -> tuple[str, list[str], str]:
 def explain_field(
     field: Annotated[str, typer.Argument(help="Field, or group of fields; all when it is left out.")] = "",
     model: Annotated[bool, typer.Option("--model", help="Of model files instead of job files.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Of files with a Ray cluster.")] = False,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="A JSON Schema of the file, for editors.")] = False,
     fmt: Output = Format.table,
 ) -> None:
-    """Says what may stand in a job or model file.
+    """Says what may stand in a job or model file, or in one with a Ray cluster.
 
     \b
       whaleflux explain-field                              all fields of a job file
@@ -73,7 +74,9 @@ def explain_field(
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.manifests import reference
 
-    kind = "model" if model else "job"
+    if model and ray:
+        raise InvalidArgument(FieldViolation("--ray", "and --model are of different files; give one of them"))
+    kind = "model" if model else "ray" if ray else "job"
     if json_schema and field:
         raise InvalidArgument(FieldViolation("--json-schema", f"is of the whole file; leave out {field}"))
     if json_schema:

@@ -29,7 +29,12 @@ _PASSING = frozenset(
         ErrorReason.SESSION_LOST,
     }
 )
-_FILES = {"submit": "explain-field", "validate": "explain-field", "serve": "explain-field --model"}
+_FILES = {
+    "submit": "explain-field",
+    "validate": "explain-field",
+    "serve": "explain-field --model",
+    "ray up": "explain-field --ray",
+}
 LISTS = {
     "apikey": "keys list",
     "checkpoint": "checkpoints",
@@ -73,6 +78,8 @@ def after(error: StatusError, called: Sequence[str]) -> str:
         return "the fleet is there; repeat the command"
     if error.reason == ErrorReason.NO_READY_REPLICA:
         return "see why with: whaleflux replicas -o wide"
+    if error.reason == ErrorReason.RAY_UNREACHABLE:
+        return "see whether its head runs, and its port is open from here; those of the fleet: whaleflux ray ls"
     if error.reason in _BEHIND and isinstance(error, Unavailable):
         return f"the fleet is there, its {_BEHIND[error.reason]} does not answer; repeat the command, or look into the log of {_BEHIND[error.reason]}"
     if isinstance(error, DeadlineExceeded) and "service" in error.metadata:

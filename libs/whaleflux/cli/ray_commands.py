@@ -75,12 +75,14 @@ def _is_cluster(what: str) -> bool:
 def _demand_of(client: Any, name: str) -> Any:
     """What waits in a cluster of the fleet, as it was read last. Raises Unavailable where that is not known."""
     from whaleflux.errors import Unavailable
+    from whaleflux.reasons import ErrorReason
     from whaleflux.v1 import scheduler_pb2 as pb
 
     full = names.ray_cluster(name.removeprefix("rayClusters/"))
     found = client.scheduler.GetRayCluster(pb.GetRayClusterRequest(name=full), timeout=10)
     if not found.status.HasField("demand"):
-        raise Unavailable(f"what waits in {full} is not known: {found.status.message or 'it was not read yet'}")
+        why = found.status.message or "it was not read yet"
+        raise Unavailable(f"what waits in {full} is not known: {why}", reason=ErrorReason.RAY_UNREACHABLE)
     if found.status.stale:
         output.note(f"this was read {found.status.reading_age_s:.0f} s ago: {found.status.message}")
     return found.status.demand
@@ -98,7 +100,7 @@ def _demand(file: str, address: str, python: str) -> Any:
     content = given.get("demand", given)
     try:
         return json_format.ParseDict(content, pb.RayDemand(), ignore_unknown_fields=bool(address))
-    except json_format.ParseError as error:
+    except (json_format.ParseError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidArgument(FieldViolation(file or "--address", f"is no demand of a Ray cluster: {error}")) from None
 
 
@@ -114,7 +116,7 @@ def _read(file: str) -> Mapping[str, Any]:
             with Path(file).open(encoding="utf-8") as lines:
                 text = lines.read(_MOST_FILE_BYTES)
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidArgument(FieldViolation(file, f"cannot be read as JSON: {error}")) from None
     if not isinstance(content, dict):
         raise InvalidArgument(

@@ -10,14 +10,18 @@ from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.field import Field, groups
 from whaleflux.manifests.job_fields import JOB_FIELDS
 from whaleflux.manifests.model_fields import MODEL_FIELDS
+from whaleflux.manifests.ray_file import RAY_FIELDS
 
-TABLES: dict[str, tuple[Field, ...]] = {"job": JOB_FIELDS, "model": MODEL_FIELDS}
+TABLES: dict[str, tuple[Field, ...]] = {"job": JOB_FIELDS, "model": MODEL_FIELDS, "ray": RAY_FIELDS}
+_MESSAGES = {"job": "JobSpec", "model": "Model", "ray": "RayCluster"}
 _INTRODUCTIONS = {
     "job": """A job file says what to run and on how many GPUs; everything else has a default. `whaleflux submit job.yaml` shows the
 plan before anything runs, `whaleflux validate job.yaml` checks a file without a fleet, and every mistake is named with its
 line and what would be right.""",
     "model": """A model file says what serves a model and how often. `whaleflux deploy model.yaml` shows what will run and asks;
 `whaleflux validate model.yaml` checks a file without a fleet.""",
+    "ray": """A ray file says which Ray cluster the fleet is to have. `whaleflux ray up ray.yaml --dry-run` checks it, and the guide says
+[how the cluster breathes](ray.md).""",
 }
 
 
@@ -43,7 +47,7 @@ def explained(kind: str, field: Field) -> list[tuple[str, str]]:
         ("value", field.value.words()),
         ("default", "none, it is required" if field.required else field.default),
         ("example", _example(field)),
-        ("contract", f"{'JobSpec' if kind == 'job' else 'Model'}.{field.path}"),
+        ("contract", f"{_MESSAGES[kind]}.{field.path or 'name'}"),
     ]
     if "GPU type" in field.value.words():
         rows.append(("known types", ", ".join(CATALOGUE.types) + "; others go by the driver's name without its maker"))
@@ -72,7 +76,7 @@ def page(kind: str) -> str:
         "",
         _INTRODUCTIONS[kind],
         "",
-        f"`whaleflux explain-field{'' if kind == 'job' else ' --model'} FIELD` prints one of these with the GPU types that are known, and with",
+        f"`whaleflux explain-field{'' if kind == 'job' else f' --{kind}'} FIELD` prints one of these with the GPU types that are known, and with",
         "`--json-schema` a schema that editors complete and check with.",
         "",
         "| field | value | without it | |",

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true")
     options = parser.parse_args()
     host, _, port = options.address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         print(f"{options.address!r} is no HOST:PORT", file=sys.stderr)
         return 2
     try:  # Ray's own client waits for a minute, and ends the process then

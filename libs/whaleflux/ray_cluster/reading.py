@@ -53,12 +53,14 @@ def read_once(address: str, python: str = "") -> Mapping[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=READ_S, check=False)
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"the Ray cluster at {address} did not answer within {READ_S:g} s") from None
+        raise Unavailable(
+            f"the Ray cluster at {address} did not answer within {READ_S:g} s", reason=ErrorReason.RAY_UNREACHABLE
+        ) from None
     said = done.stderr.strip().splitlines()[-1:] or [f"{command[0]} ended with {done.returncode}"]
     if done.returncode == 2:
         raise InvalidArgument(FieldViolation("--address", said[0]))
     if done.returncode == 4:
         raise FailedPrecondition(f"{said[0]}; {_GIVE}", reason=ErrorReason.PROGRAM_MISSING)
     if done.returncode:
-        raise Unavailable(said[0])
+        raise Unavailable(said[0], reason=ErrorReason.RAY_UNREACHABLE)
     return dict(json.loads(done.stdout[:_MOST_BYTES].splitlines()[-1]))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
+from whaleflux.manifests.ray_file import IDLE_S
 from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import changes
 from whaleflux.rpc.etags import check_etag, etag_of
@@ -197,7 +198,7 @@ def _set(message: pb.RayCluster, wanted: pb.RayCluster, path: str) -> None:
     elif path == "idle":
         message.idle.CopyFrom(wanted.idle)
         if not wanted.HasField("idle"):
-            message.idle.FromNanoseconds(round(ray_clusters.IDLE_S * 1e9))
+            message.idle.FromNanoseconds(round(IDLE_S * 1e9))
     else:
         setattr(message, path, getattr(wanted, path))
 

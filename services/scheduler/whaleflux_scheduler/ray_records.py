@@ -7,6 +7,7 @@ from datetime import datetime
 from whaleflux import names
 from whaleflux.events.publisher import EntryChange, OutgoingEvent
 from whaleflux.events.state_events import asked_for, state_event
+from whaleflux.manifests.ray_file import IDLE_S
 from whaleflux.reasons import What
 from whaleflux.store.codec import Codec, Stored
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -30,7 +31,7 @@ def cluster_of(message: pb.RayCluster) -> RayCluster:
         max_gpus=message.max_gpus,
         sites=tuple(dict.fromkeys(message.sites)),
         gpu_types=tuple(dict.fromkeys(message.gpu_types)),
-        idle_s=message.idle.ToNanoseconds() / 1e9 if message.HasField("idle") else ray_clusters.IDLE_S,
+        idle_s=message.idle.ToNanoseconds() / 1e9 if message.HasField("idle") else IDLE_S,
         python=message.python or ray_clusters.PYTHON,
         head_cpu_millicores=message.head_cpu_millicores or ray_clusters.HEAD_MILLICORES,
         head_memory_bytes=message.head_memory_bytes,

@@ -9,12 +9,18 @@ from enum import IntEnum
 
 from whaleflux import hostport, names
 from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.manifests.ray_file import (
+    IDLE_S,
+    LEAST_HEAD_BYTES,
+    LEAST_IDLE_S,
+    MOST_GPUS,
+    MOST_ID_CHARS,
+    MOST_IDLE_S,
+    MOST_NAMED,
+    MOST_PRIORITY,
+)
 
-MOST_ID_CHARS = 36  # so that the names of its jobs are ids, too
-MOST_GPUS, MOST_NAMED, MOST_PRIORITY = 100_000, 64, 1_000
-LEAST_IDLE_S, MOST_IDLE_S = 1.0, 7 * 86_400.0
-IDLE_S, PYTHON, HEAD_MILLICORES = 60.0, "python3", 2_000  # where nothing is said
-LEAST_HEAD_BYTES = 2 << 30  # Ray's own processes there take more than one GiB
+PYTHON, HEAD_MILLICORES = "python3", 2_000  # where nothing is said
 _MILLICORES = (1_000, 1_000_000)
 _AT = "ray_cluster."
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")

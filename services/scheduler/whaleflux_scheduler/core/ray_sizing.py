@@ -73,7 +73,8 @@ def size(
     start, end = _matched(within, waiting)
     if any(one.postponed for plan in plans for one in plan.unmet):
         end = []  # it is not known yet whether anything waits for them
-    return Sizing(tuple(start), tuple(end), short, plans)
+    # Ray gives small work the first node that has room: were the large there first, it would lie where large work is to go.
+    return Sizing(tuple(sorted(start, key=lambda one: one.gpus)), tuple(end), short, plans)
 
 
 def _only_waits(part: Part, now: datetime) -> bool:
