@@ -189,6 +189,21 @@ class TestGrowth:
         planner.apply(News(jobs=(again,)))
         assert len(planner.decide(NOW + HOUR + timedelta(seconds=resize.SETTLED_S))) == 1
 
+    def test_and_grows_when_that_is_over_without_any_news(self):
+        planner = planner_of("a", "b", "c")
+        grows = runs(planner, job("j", 2, 2, 12))
+        planner.apply(News(closed={"sites/s/nodes/c": "cordoned"}, jobs=(grows,)))
+        (move,) = planner.decide(NOW + HOUR)
+        again = goes_on(planner, grows, move, NOW + HOUR)
+        planner.apply(News(closed={"sites/s/nodes/c": ""}, jobs=(again,)))
+        assert planner.decide(NOW + HOUR + timedelta(seconds=60)) == []
+        rested = NOW + HOUR + timedelta(seconds=resize.SETTLED_S)
+        assert planner.next_look == rested
+        assert planner.decide(rested - timedelta(microseconds=1)) == []
+        (move,) = planner.decide(rested)
+        assert sum(len(uuids) for _, uuids in move.claim.nodes) == 12
+        assert planner.next_look is None or planner.next_look > rested
+
     def test_the_next_gpus_go_where_they_bring_most(self):
         flat = ((4, 1.0), (8, 1.05))
         jobs = [placed_as(job("flat", 4, 1, 8, elastic_speeds=flat)), placed_as(job("steep", 4, 1, 8))]
@@ -615,7 +630,9 @@ class TestWhyItStays:
     def test_what_grows_says_so(self):
         planner = planner_of("a", "b")
         one = runs(planner, job("one", 4, 4, 8, elastic_step=4, expected_s=10 * 3600.0))
-        assert self.why(planner, one).startswith("it grows to 8 GPUs")
+        assert self.why(planner, one) == (
+            "it grows to 8 GPUs as soon as those are close enough together: it has 4, and 4 more are idle"
+        )
         (move,) = planner.decide(NOW + HOUR)
         claimed = lifecycle.claim_while_running(one, move.claim, move.decision.summary)
         assert self.why(planner, claimed) == "it is about to go on with 8 GPUs instead of 4"

@@ -45,7 +45,7 @@ def test_orders_and_sums_are_those_of_all_that_run(changes):
     givers = [job.name for job in index.givers()]
     assert sorted(givers) == sorted(name for name in extra if extra[name])
     assert [jobs[name].spec.priority for name in givers] == sorted(jobs[name].spec.priority for name in givers)
-    gainers = [job.name for job in index.gainers(NOW.timestamp())]
+    gainers = [job.name for job in index.gainers()]
     rises = {name: resize.marginal(job, job.attempt.gpus) for name, job in free.items()}
     assert gainers == sorted(
         (name for name in free if rises[name]), key=lambda name: (-jobs[name].spec.priority, -rises[name], name)
@@ -63,11 +63,14 @@ def test_who_sleeps_is_not_asked_before_that_is_over_or_its_record_changes():
         index.learn(job)
     index.sleep(jobs[0].name, NOW.timestamp() + 60)
     index.sleep(jobs[1].name, NOW.timestamp() + 60)
-    assert [job.id for job in index.gainers(NOW.timestamp())] == ["2"]
+    assert [job.id for job in index.gainers()] == ["2"]
     index.learn(replace(jobs[1], step=7))
-    assert [job.id for job in index.gainers(NOW.timestamp())] == ["1", "2"]
+    assert [job.id for job in index.gainers()] == ["1", "2"]
     later = (NOW + timedelta(seconds=60)).timestamp()
-    assert [job.id for job in index.gainers(later)] == ["0", "1", "2"]
+    assert index.wakes_s <= later
+    assert index.wake(later)
+    assert [job.id for job in index.gainers()] == ["0", "1", "2"]
+    assert not index.wake(later), "nobody sleeps any more"
     index.sleep(jobs[0].name, later + 60)
     index.forget(jobs[0].name)
-    assert [job.id for job in index.gainers(later + 60)] == ["1", "2"]
+    assert [job.id for job in index.gainers()] == ["1", "2"]

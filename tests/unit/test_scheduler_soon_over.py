@@ -64,7 +64,7 @@ class TestWhoIsStopped:
         seen = simulated([submission("low", 0, 8, 1010, expected_s=1010), worker], limits)
         assert suspensions(seen) == {"low": 1}
         assert seen["worker"].wait_s < 5
-        seen = simulated([submission("low", 0, 8, 1003, expected_s=1003), worker], limits)
+        seen = simulated([submission("low", 0, 8, 1000.5, expected_s=1000.5), worker], limits)
         assert suspensions(seen) == {}
 
     def test_at_once_of_whom_nobody_knows(self, limits):

@@ -116,14 +116,30 @@ class ElasticIndex:
 
     # gaining
 
-    def gainers(self, now_s: float) -> Iterator[Job]:
-        """Those who are awake and could use more: of the highest priority first, there those whose speed rises most."""
+    def wake(self, now_s: float) -> bool:
+        """Wakes those whose time has come; whether there are any."""
+        any_ = False
         while self._asleep and self._asleep[0][0] <= now_s:
             until_s, name = heapq.heappop(self._asleep)
-            known = self._known.get(name)
-            if known is not None and known.asleep_until_s == until_s:
-                self._wake(name, known)
+            if self._sleeps(until_s, name):
+                self._wake(name, self._known[name])
+                any_ = True
+        return any_
+
+    def gainers(self) -> Iterator[Job]:
+        """Those who are awake and could use more: of the highest priority first, there those whose speed rises most."""
         return (self._known[name].job for _, _, name in tuple(self._gainers))
+
+    @property
+    def wakes_s(self) -> float:
+        """When the first of those who sleep may be asked again, in seconds since the epoch; infinite: nobody sleeps."""
+        while self._asleep and not self._sleeps(*self._asleep[0]):
+            heapq.heappop(self._asleep)
+        return self._asleep[0][0] if self._asleep else math.inf
+
+    def _sleeps(self, until_s: float, name: str) -> bool:
+        known = self._known.get(name)
+        return known is not None and known.asleep_until_s == until_s
 
     def sleep(self, name: str, until_s: float) -> None:
         """It is not asked before."""

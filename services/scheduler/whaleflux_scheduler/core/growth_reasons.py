@@ -53,7 +53,8 @@ def _for_gpus(job: Job, now: datetime, idle: Mapping[str, int], waiting: int, ke
         return _stays(
             f"{there} GPUs are idle; to go on with them is expected to save {_rounded(saves_s)}, and a restart costs {lost}"
         )
-    return f"it grows to {growth.gpus} GPUs where as many are idle close enough together; {there} are idle in all"
+    has = job.attempt.gpus if job.attempt else 0
+    return f"it grows to {growth.gpus} GPUs as soon as those are close enough together: it has {has}, and {there} more are idle"
 
 
 def _stays(why: str) -> str:

@@ -100,6 +100,7 @@ class MakingRoom(Answers):
 
     def _look_again(self, now: datetime) -> None:
         """Those whom others were let end for have their next chance, and those whom elastic jobs gave nothing before they had worked for a while."""
+        self._resizing.wake(now)
         for own in self._resizing.take_settled(now):
             self._have_given(self._pending.above(own - 1, own))
         for name in self._soon_over.due(now):

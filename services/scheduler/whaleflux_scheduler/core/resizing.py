@@ -79,7 +79,11 @@ class Resizing:
 
     @property
     def next_look(self) -> float:
-        """Seconds since the epoch when somebody who was asked too early may give; infinite: nobody was."""
+        """Seconds since the epoch when somebody who was asked too early may give, or grow; infinite: nobody was."""
+        return min(self._next_gives, self._running.wakes_s)
+
+    @property
+    def _next_gives(self) -> float:
         while self._settles and self._settling.get(self._settles[0][1]) != self._settles[0][0]:
             heappop(self._settles)
         return self._settles[0][0] if self._settles else math.inf
@@ -87,12 +91,17 @@ class Resizing:
     def take_settled(self, now: datetime) -> list[int]:
         """Priorities of those of them who may give now, each told once."""
         found = dict[int, None]()
-        while self.next_look <= now.timestamp():
+        while self._next_gives <= now.timestamp():
             name = heappop(self._settles)[1]
             del self._settling[name]
             if self._running.has_more(name):
                 found[self._running[name].spec.priority] = None
         return list(found)
+
+    def wake(self, now: datetime) -> None:
+        """Those who have rested after their restart are asked again whether they grow."""
+        if self._running.wake(now.timestamp()):
+            self._looked_at = -1
 
     def _gives_later(self, giver: Job, now: datetime) -> None:
         in_s = resize.gives_in_s(giver, now)
@@ -169,7 +178,7 @@ class Resizing:
     def grown(
         self, version: int, now: datetime, over_limit: Callable[[Job, int], object]
     ) -> Iterator[tuple[Growth, Claim]]:
-        """Who grows now, where the fleet has changed since the last time; each claim is to be held before the next is asked for."""
+        """Who grows now, where the fleet has changed since the last time or somebody has rested; each claim is to be held before the next is asked for."""
         if not self._running or version == self._looked_at:
             return
         self._looked_at = version
@@ -181,9 +190,9 @@ class Resizing:
     def _able(self, now: datetime) -> list[Job]:
         """The first of those who gain by more; who was restarted just now sleeps until it has settled."""
         able, now_s = list[Job](), now.timestamp()
-        for job in islice(self._running.gainers(now_s), MOST_LOOKED_AT):
+        for job in islice(self._running.gainers(), MOST_LOOKED_AT):
             if (rests_s := resize.unsettled_s(job, now)) > 0:
-                self._running.sleep(job.name, now_s + rests_s)
+                self._running.sleep(job.name, now_s + max(LEAST_LATER_S, rests_s))
             elif self._holdings.claim(job.name) is None and may_go_on(job):
                 able.append(job)
         return able

@@ -22,7 +22,7 @@ from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.rebalance import FAILED_SAVES, restart_s, resumes, unsaved_s
 
 MOST_S = 60.0  # that a job waits so in all, before others are stopped for it, whenever they would end
-RAY_MOST_S = 4.0  # the same of a worker of a Ray cluster
+RAY_MOST_S = 2.0  # the same of a worker of a Ray cluster
 AGAIN_S = 1.0  # the shortest time between two looks at one job
 
 
