@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import duration_pb2
 
 from tests.support.scheduler_world import World, node, until
-from whaleflux.errors import FailedPrecondition, InvalidArgument, Unavailable
+from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from whaleflux.store import Put, keys
 from whaleflux.v1 import inventory_pb2 as ipb
 from whaleflux.v1 import scheduler_pb2 as pb
@@ -122,6 +122,41 @@ async def test_what_goes_wrong_with_renting_stops_no_job(monkeypatch):
         await until(lambda: len(calls) > 2, "it is looked at again and again", 120.0)
         monkeypatch.setattr(world.inventory, "ListOffers", lists)
         await until(lambda: world.leases, "a machine is rented")
+
+
+async def test_a_machine_that_cannot_be_rented_keeps_none_from_being_given_back(monkeypatch):
+    async with Full("on") as world:
+
+        async def fails(request, timeout=None):
+            raise Unavailable("no answer")
+
+        monkeypatch.setattr(world.inventory, "CreateLease", fails)
+        await world.fill()  # who waits for another kind of GPU than the idle machine has
+        lease = ipb.Lease(
+            name="leases/l", state=ipb.LEASE_STATE_JOINED, owner="scheduler/old", node="sites/other/nodes/l0"
+        )
+        lease.offer.CopyFrom(world.inventory.offers[0])
+        lease.offer.gpus, lease.offer.site = 1, "sites/other"
+        lease.create_time.FromDatetime(world.clock.now())
+        world.inventory.leases[lease.name] = lease
+        await world.add(node("other/l0", gpus=1))
+        await until(lambda: lease.end_reason, "it is given back", 400.0)
+
+
+async def test_a_job_whose_lease_is_refused_holds_up_no_other(monkeypatch):
+    async with Full("on") as world:
+        made = world.inventory.CreateLease
+
+        async def refuses(request, timeout=None):
+            if request.reason.endswith("/waits"):
+                raise NotFound("offer", "offers/o")
+            return await made(request, timeout)
+
+        monkeypatch.setattr(world.inventory, "CreateLease", refuses)
+        await world.fill()
+        await world.submit(4, job_id="other", expected=duration_pb2.Duration(seconds=HOUR_S))
+        await until(lambda: world.leases, "one is rented for the other", 120.0)
+        assert world.leases[0].reason.endswith("/other")
 
 
 async def test_a_damaged_memory_of_idle_times_is_learned_anew():

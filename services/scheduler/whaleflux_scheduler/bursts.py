@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import FailedPrecondition, ResourceExhausted, StatusError
+from whaleflux.errors import DeadlineExceeded, FailedPrecondition, StatusError, Unavailable
 from whaleflux.reasons import What
 from whaleflux.v1 import events_pb2, types_pb2
 from whaleflux.v1 import inventory_pb2 as ipb
@@ -117,13 +117,13 @@ class Bursts:
     async def _once(self, inventory: InventoryServiceStub) -> None:
         plan, leases, times = await self._look(inventory)
         await self._memory.keep(times)
+        for end in plan.ends:  # first: whatever becomes of the others, this is paid for nothing
+            await self._end(inventory, end)
         for rent in plan.rents if self._mode != "off" else ():
             if self._mode == "plan":
                 self._propose(rent)
             else:
                 await self._rent(inventory, rent, leases)
-        for end in plan.ends:
-            await self._end(inventory, end)
 
     async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease], Times]:
         times = await self._memory.times()
@@ -184,7 +184,9 @@ class Bursts:
             )
             try:
                 await inventory.CreateLease(request, timeout=_ASK_WITHIN_S)
-            except (FailedPrecondition, ResourceExhausted) as refused:
+            except (Unavailable, DeadlineExceeded):  # nor would the others be answered
+                raise
+            except StatusError as refused:  # which is no other job's trouble
                 log.warning("no machine is rented for %s: %s", rent.job, refused)
                 return
 

@@ -32,7 +32,6 @@ from whaleflux_scheduler.core.offered import (
 from whaleflux_scheduler.core.spare_machines import Spare
 
 TRUSTED = 0.5  # offers that refused a machine lately are left alone until they are believed again
-MOST_MACHINES = 64  # rented in one look
 MOST_OFFERS = 8  # that a lease names
 ENDS_WITHIN_S = 10.0  # from the wish to give a machine back until its provider is told
 FLEET = ""  # the budget of everything together
