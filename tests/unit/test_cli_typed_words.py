@@ -33,6 +33,7 @@ REQUESTS = {
     "retire": inventory.RetireNodeRequest, "replace": inventory.ReplaceNodeRequest,
     "token create": inventory.CreateJoinTokenRequest, "token delete": inventory.DeleteJoinTokenRequest,
     "datasets add": inventory.CreateDatasetRequest, "datasets show": inventory.GetDatasetRequest, "datasets rm": inventory.DeleteDatasetRequest,
+    "datasets pin": inventory.PinDatasetRequest, "datasets unpin": inventory.UnpinDatasetRequest,
     "user add": identity.CreateUserRequest, "user set": identity.UpdateUserRequest, "user show": identity.GetUserRequest,
     "user disable": identity.DisableUserRequest, "user enable": identity.EnableUserRequest,
     "group create": identity.CreateGroupRequest, "group add": identity.AddGroupMemberRequest,

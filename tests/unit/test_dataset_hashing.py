@@ -5,9 +5,11 @@ import threading
 
 import pytest
 
+from whaleflux.cli import dataset_commands
 from whaleflux.data import hashing
 from whaleflux.data import manifest as manifests
 from whaleflux.data.sources import Local, SourceChanged, SourceFailed
+from whaleflux.errors import InvalidArgument
 from whaleflux_agent.dataset_pull import Pull
 from whaleflux_agent.dataset_wanted import found_out
 
@@ -56,3 +58,19 @@ def test_what_ends_early_is_said_with_its_file(folder):
 
     with pytest.raises(SourceFailed, match="ended before its end"):
         hashing.hashed(Short(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("c4", "https://u:hidden@h/x", "has a user or password in it"),
+        ("c4", "ftp://h/x", "nothing that agents can read"),
+        ("Bad Name", "", "NAME: 'Bad Name' is not an id"),
+    ],
+)
+def test_what_cannot_be_declared_is_refused_before_anything_is_read(folder, monkeypatch, name, source, said):
+    monkeypatch.setattr("whaleflux.data.sources.open_source", lambda *_: pytest.fail("it is looked at"))
+    with pytest.raises(InvalidArgument) as refused:
+        dataset_commands.add(name, source or str(folder), hash_=True)
+    assert "hidden" not in str(refused.value)
+    assert said in str(refused.value)

@@ -531,6 +531,13 @@ class TestDataQuotas:
         await passing(fleet.clock, answers)
         assert sorted(type(answer).__name__ for answer in await answers) == ["Dataset", "FailedPrecondition"]
 
+    async def test_a_queue_that_is_not_there_holds_nothing(self, fleet):
+        before = (await fleet.store.list("/")).revision
+        with pytest.raises(InvalidArgument, match="queues/nope") as refused:
+            await fleet.call("PinDataset", pin(nodes=[N1], queue="queues/nope"), "admin", "root")
+        assert [one.field for one in refused.value.violations] == ["queue"]
+        assert (await fleet.store.list("/")).revision == before
+
     async def test_what_agents_report_all_the_time_keeps_nobody_from_pinning(self, fleet):
         listing, reports = fleet.store.list, 0
 

@@ -86,6 +86,8 @@ def add(
         size_bytes = quantities.size_bytes(size)
     except ValueError as wrong:
         raise InvalidArgument(FieldViolation("--size", str(wrong))) from None
+    identifier = names.check_id("NAME", _id(name))
+    _check_source(source)
     if scan or hash_:
         if size_bytes or secret:
             option = "--hash" if hash_ else "--scan"
@@ -99,12 +101,23 @@ def add(
     if secret:
         scheme = pb.CREDENTIAL_SCHEME_BASIC if basic else pb.CREDENTIAL_SCHEME_BEARER
         dataset.credentials.CopyFrom(pb.DatasetCredentials(secret=names.secret(secret), scheme=scheme))
-    request = pb.CreateDatasetRequest(dataset_id=_id(name), dataset=dataset, request_id=names.ulid())
+    request = pb.CreateDatasetRequest(dataset_id=identifier, dataset=dataset, request_id=names.ulid())
     if hash_:
         request.manifest.CopyFrom(_hashed(source, size_bytes))
     with fleet() as client:
         made = client.inventory.CreateDataset(request, timeout=10)
     output.note(f"{made.name} is declared; jobs use it with: data: dataset:{names.last(made.name)}")
+
+
+def _check_source(source: str) -> None:
+    """Raises InvalidArgument for what no agent reads, before anybody looks at it: passwords are repeated by whoever fails at that."""
+    from whaleflux.data import uris
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if uris.has_credentials(source):
+        raise InvalidArgument(FieldViolation("--source", uris.PASSWORD_INSIDE))
+    if not uris.readable_by_agents(source):
+        raise InvalidArgument(FieldViolation("--source", uris.WANTED))
 
 
 @contextmanager
@@ -218,7 +231,10 @@ def pin(
     node: Annotated[
         list[str] | None, typer.Option("--node", metavar="NODE", help="A node that is to hold it; several times.")
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", min=0, max=256, help="On how many nodes, chosen by room.")] = 0,
+    copies: Annotated[
+        int | None,
+        typer.Option("--copies", min=1, max=256, help="On how many nodes, chosen by room; 1 where no node is named."),
+    ] = None,
     for_: Annotated[
         str, typer.Option("--for", metavar="TIME", help="Such as 7 d; without: until it is unpinned.")
     ] = "",
@@ -236,7 +252,7 @@ def pin(
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.v1 import inventory_pb2 as pb
 
-    request = pb.PinDatasetRequest(name=_full(name), copies=copies if copies or node else 1)
+    request = pb.PinDatasetRequest(name=_full(name), copies=copies or (0 if node else 1))
     if queue:
         request.queue = names.queue(names.check_id("--queue", queue.removeprefix("queues/")))
     if for_:

@@ -29,6 +29,7 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "size_bytes": ("--size",),
     "start_time": ("--start",),
     "offers": ("OFFER",),
+    "ttl": ("--ttl", "--for"),
     "ttl_s": ("--ttl", "--days", "--hours", "--for"),
     "cost_cap_usd": ("--cap",),
     "uri": ("--source",),

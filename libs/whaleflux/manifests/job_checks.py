@@ -282,7 +282,7 @@ def _data(spec: Spec) -> Violations:
         if name.removeprefix("datasets/") not in known:
             yield FieldViolation(f"datasets_by_rank[{i}]", f"is {name}, which data does not name; add it there")
     if spec.datasets_by_rank and spec.require_local_data:
-        text = "are pulled in parts, and nodes that require_local_data takes hold all; leave one of them out"
+        text = "is pulled in parts, and require_local_data wants nodes that hold all of it; leave one of them out"
         yield FieldViolation("datasets_by_rank", text)
 
 

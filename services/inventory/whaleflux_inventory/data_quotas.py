@@ -53,8 +53,15 @@ class DataQuotas:
     async def check(
         self, queue: str, more_bytes: int, datasets: Iterable[pb.Dataset], now: datetime, dataset: str
     ) -> None:
-        """Raises FailedPrecondition when so much more would be beyond a quota; `datasets` are all that there are."""
+        """Raises FailedPrecondition when so much more would be beyond a quota, InvalidArgument where there is no such queue.
+
+        `datasets` are all that there are.
+        """
         queues = await self._queues()
+        if queue not in queues and queue != names.DEFAULT_QUEUE:
+            raise InvalidArgument(
+                FieldViolation("queue", f"{queue} does not exist; list those that do with: whaleflux queue ls")
+            )
         limited = [one for one in chain(queues, queue) if one.most_bytes]
         if not limited or not more_bytes:
             return
@@ -70,7 +77,7 @@ class DataQuotas:
             try:
                 queue = scheduler_pb2.Queue.FromString(entry.value)
             except DecodeError:
-                continue
+                queue = scheduler_pb2.Queue(name=keys.name_of(entry.key))
             found[queue.name] = QueueQuota(queue.name, queue.parent, queue.data_quota_bytes)
         return found
 
