@@ -1,0 +1,338 @@
+"""The eight commonest configurations that cannot run, found in what is given to a program.
+
+It may be flags of Megatron, TOML of torchtitan, JSON of DeepSpeed, or a mesh of FSDP2.
+The rules are those of NVIDIA/Megatron-LM pull request 5768. They read files, know nothing of `planning.emit`, and so judge it too.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from whaleflux.errors import FieldViolation, InvalidArgument
+
+MAX_BYTES = 1 << 20
+_MOST = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a configuration says of the split; None: nothing. `experts` 0: it says that there are none."""
+
+    form: str
+    gpus: int | None = None
+    exact: bool = False  # all degrees are said: their product is the number of GPUs, not a part of it
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    expert_tp: int = 1
+    interleaved: bool = False
+    sequence_parallel: bool = False
+    heads: int | None = None
+    experts: int | None = None
+    fp16: bool = False
+    bf16: bool = False
+    stage_precision: bool = True  # what stages send one another has a precision
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A rule that a configuration breaks: which, what is wrong with these numbers, and what to change."""
+
+    rule: str
+    words: str
+    fix: str
+
+
+Rule = Callable[[Stated], tuple[str, str] | None]
+
+
+def check(text: str, gpus: int | None = None) -> tuple[Broken, ...]:
+    """Which of the rules the configuration `text` breaks. `gpus`: on so many, where it does not say itself.
+
+    Raises InvalidArgument for what is no such configuration.
+    """
+    stated = read(text, gpus)
+    found = ((name, rule(stated)) for name, rule in RULES.items())
+    return tuple(Broken(name, *wrong) for name, wrong in found if wrong)
+
+
+def read(text: str, gpus: int | None = None) -> Stated:
+    """What `text` says, whichever of the formats it is in. Raises InvalidArgument."""
+    if len(text) > MAX_BYTES:
+        raise InvalidArgument(
+            FieldViolation("--check", f"is longer than {MAX_BYTES:,} bytes; give a configuration, not data")
+        )
+    if text.lstrip().startswith("{"):
+        return _json(text, gpus)
+    if (tables := _as_toml(text)) is not None and "parallelism" in tables:
+        return _torchtitan(tables, gpus)
+    return _flags(text, gpus)
+
+
+def _unknown(why: str) -> InvalidArgument:
+    return InvalidArgument(
+        FieldViolation("--check", f"{why}; give Megatron's flags, torchtitan's TOML, DeepSpeed's JSON or a mesh.json")
+    )
+
+
+def _whole(name: str, value: object, least: int = 1) -> int:
+    """Raises InvalidArgument, naming the field, for what is no whole number in reach."""
+    text = str(value)[:20]
+    if isinstance(value, str) and value.isascii() and value.lstrip("-").isdigit() and len(value) < 11:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise InvalidArgument(FieldViolation(name, f"is {text!r}, must be a whole number from {least} to {_MOST:,}"))
+    return value
+
+
+# ---- Megatron's flags, in a script or bare
+
+
+def _flags(text: str, gpus: int | None) -> Stated:
+    given = _given(text)
+    if not any(name in given for name in ("tensor-model-parallel-size", "num-layers", "micro-batch-size")):
+        raise _unknown("says nothing of a split")
+
+    def number(name: str, without: int) -> int:
+        return _whole(f"--{name}", given[name]) if name in given else without
+
+    tp = number("tensor-model-parallel-size", 1)
+    world = number("nnodes", 1) * number("nproc-per-node", 1) if "nproc-per-node" in given else gpus
+    half = "bf16" in given or "fp16" in given
+    return Stated(
+        form="megatron",
+        gpus=world,
+        tp=tp,
+        pp=number("pipeline-model-parallel-size", 1),
+        cp=number("context-parallel-size", 1),
+        ep=number("expert-model-parallel-size", 1),
+        expert_tp=number("expert-tensor-parallel-size", tp),
+        interleaved=bool(
+            given.keys() & {"num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"}
+        ),
+        sequence_parallel="sequence-parallel" in given,
+        heads=number("num-attention-heads", 0) or None,
+        experts=number("num-experts", 0),
+        fp16="fp16" in given,
+        bf16="bf16" in given,
+        stage_precision=half or "pipeline-dtype" in given,
+    )
+
+
+def _given(text: str) -> dict[str, str]:
+    """Flags by name, the last one of each: `--name value`, `--name=value`, or alone."""
+    try:
+        words = shlex.split(text.replace("\\\n", " "), comments=True)
+    except ValueError:
+        raise _unknown("is not text that a shell reads (a quote is open)") from None
+    found: dict[str, str] = {}
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            value = value if equals else ("" if after.startswith("--") else after)
+            found[name.replace("_", "-")] = value.rstrip(";)")
+    return found
+
+
+# ---- torchtitan
+
+
+def _as_toml(text: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return None
+
+
+def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
+    split, training, model = (_table(tables, name) for name in ("parallelism", "training", "model"))
+
+    def degree(name: str) -> int:
+        return _whole(f"parallelism.{name}", split.get(name, 1))
+
+    tp, pp, cp = (degree(f"{name}_parallel_degree") for name in ("tensor", "pipeline", "context"))
+    shards = _whole("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1), -1)
+    stated = None if shards < 1 else tp * pp * cp * shards * degree("data_parallel_replicate_degree")
+    heads, experts = _shape_of(str(model.get("name", "")), str(model.get("flavor", "")))
+    return Stated(
+        form="torchtitan",
+        gpus=gpus or stated,
+        tp=tp,
+        pp=pp,
+        exact=stated is not None,
+        cp=cp if stated is None else stated // (tp * pp),
+        ep=degree("expert_parallel_degree"),
+        expert_tp=_whole("parallelism.expert_tensor_parallel_degree", split.get("expert_tensor_parallel_degree", 1)),
+        interleaved="Interleaved" in str(split.get("pipeline_parallel_schedule", "")),
+        sequence_parallel=tp > 1,
+        heads=heads,
+        experts=experts,
+        bf16=training.get("mixed_precision_param", "bfloat16") == "bfloat16",
+    )
+
+
+def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = tables.get(name, {})
+    if not isinstance(found, Mapping):
+        raise InvalidArgument(FieldViolation(name, "must be a table"))
+    return found
+
+
+def _shape_of(name: str, flavor: str) -> tuple[int | None, int | None]:
+    """Heads and experts of torchtitan's own models; of others nothing is known."""
+    known = {
+        ("llama3", "8B"): (32, 0), ("llama3", "70B"): (64, 0), ("llama3", "405B"): (128, 0), ("qwen3", "8B"): (32, 0), ("qwen3", "14B"): (40, 0),
+        ("qwen3", "32B"): (64, 0), ("qwen3", "30B-A3B"): (32, 128), ("qwen3", "235B-A22B"): (64, 128), ("deepseek_v3", "16B"): (16, 64),
+        ("deepseek_v3", "671B"): (128, 256), ("gpt_oss", "20b"): (64, 32), ("gpt_oss", "120b"): (64, 128),
+    }  # fmt: skip
+    return known.get((name, flavor), (None, None))
+
+
+# ---- DeepSpeed and meshes
+
+
+def _json(text: str, gpus: int | None) -> Stated:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _unknown("is no JSON") from None
+    if "mesh" in given:
+        return _mesh(given, gpus)
+    if "train_micro_batch_size_per_gpu" in given or "zero_optimization" in given:
+        return _deepspeed(given, gpus)
+    raise _unknown("is JSON of neither")
+
+
+def _mesh(given: Mapping[str, Any], gpus: int | None) -> Stated:
+    mesh = _table(given, "mesh")
+    size = {name: _whole(f"mesh.{name}", mesh.get(name, 1)) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    heads = _table(given, "model").get("heads")
+    data = size["dp_replicate"] * size["dp_shard"]
+    return Stated(
+        form="fsdp2",
+        exact=True,
+        gpus=gpus or data * size["pp"] * size["cp"] * size["tp"],
+        tp=size["tp"],
+        pp=size["pp"],
+        cp=size["cp"] * data,
+        interleaved=_whole("virtual_stages", given.get("virtual_stages", 1)) > 1,
+        sequence_parallel=bool(given.get("sequence_parallel", False)),
+        heads=None if heads is None else _whole("model.heads", heads),
+        fp16=given.get("parameters") == "float16",
+        bf16=given.get("parameters") == "bfloat16",
+        stage_precision=given.get("parameters") is not None,
+    )
+
+
+def _deepspeed(given: Mapping[str, Any], gpus: int | None) -> Stated:
+    """Its batches say the number of GPUs: batch = micro-batch x accumulation x GPUs; what is left over divides nothing."""
+    micro, steps = (
+        _whole(name, given.get(name, 1)) for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    whole = _whole("train_batch_size", given.get("train_batch_size", micro * steps * (gpus or 1)))
+    return Stated(
+        form="deepspeed",
+        gpus=whole,
+        cp=micro * steps * (gpus or 1),
+        fp16=_enabled(given, "fp16"),
+        bf16=_enabled(given, "bf16"),
+    )
+
+
+def _enabled(given: Mapping[str, Any], name: str) -> bool:
+    return bool(_table(given, name).get("enabled", False))
+
+
+# ---- the rules
+
+
+def _world(it: Stated) -> tuple[str, str] | None:
+    among = it.tp * it.pp * it.cp
+    if it.gpus is None or (it.gpus == among if it.exact else it.gpus % among == 0):
+        return None
+    if it.form == "deepspeed":
+        return (
+            f"train_batch_size {it.gpus} is not a multiple of micro-batch x accumulation x GPUs, {it.cp}",
+            "let train_batch_size be train_micro_batch_size_per_gpu x gradient_accumulation_steps x GPUs",
+        )
+    rest = f" x {it.cp} ({'context and data' if it.exact else 'context'})" if it.cp > 1 else ""
+    return (
+        f"{it.gpus} GPUs are not {'' if it.exact else 'a multiple of '}{it.tp} (tensor) x {it.pp} (pipeline){rest}",
+        "take a number of GPUs that their product divides, or smaller degrees",
+    )
+
+
+def _no_pipeline(it: Stated) -> tuple[str, str] | None:
+    if not it.interleaved or it.pp > 1:
+        return None
+    return (
+        "an interleaved schedule where the pipeline has one stage",
+        "leave the virtual stages out, or take a pipeline of 2 or more",
+    )
+
+
+def _no_tensor(it: Stated) -> tuple[str, str] | None:
+    if not it.sequence_parallel or it.tp > 1:
+        return None
+    return (
+        "sequence parallelism without tensor parallelism",
+        "leave sequence parallelism out, or take tensor parallelism of 2 or more",
+    )
+
+
+def _no_stage_precision(it: Stated) -> tuple[str, str] | None:
+    if it.pp < 2 or it.stage_precision:
+        return None
+    return (
+        "a pipeline whose stages send tensors of no stated precision",
+        "say it: --bf16 (pipeline_dtype of Megatron-Core, parameters of a mesh)",
+    )
+
+
+def _heads(it: Stated) -> tuple[str, str] | None:
+    if it.heads is None or it.heads % it.tp == 0:
+        return None
+    return (
+        f"{it.heads} attention heads are not a multiple of tensor parallelism {it.tp}",
+        "take a degree that divides the heads",
+    )
+
+
+def _no_experts(it: Stated) -> tuple[str, str] | None:
+    if it.ep < 2 or it.experts is None or it.experts > 0:
+        return None
+    return f"expert parallelism {it.ep} of a model without experts", "leave it out, or say the number of experts"
+
+
+def _precisions(it: Stated) -> tuple[str, str] | None:
+    if not (it.fp16 and it.bf16):
+        return None
+    return "both fp16 and bf16", "take one of them: bf16 where the GPUs have it"
+
+
+def _expert_world(it: Stated) -> tuple[str, str] | None:
+    among = it.expert_tp * it.ep * it.pp
+    if it.gpus is None or it.ep < 2 or it.gpus % among == 0:
+        return None
+    return (
+        f"{it.gpus} GPUs are not a multiple of {it.expert_tp} (tensor, of experts) x {it.ep} (expert) x {it.pp} (pipeline)",
+        "take an expert parallelism that divides what tensor and pipeline parallelism leave",
+    )
+
+
+RULES: dict[str, Rule] = {
+    "gpus": _world,
+    "interleaved": _no_pipeline,
+    "sequence-parallel": _no_tensor,
+    "stage-precision": _no_stage_precision,
+    "heads": _heads,
+    "experts": _no_experts,
+    "precision": _precisions,
+    "expert-gpus": _expert_world,
+}

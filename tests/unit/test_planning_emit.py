@@ -1,0 +1,303 @@
+"""Emitted configurations: what each format says of a plan, what it refuses, that scripts run; and the eight rules over what was emitted."""
+
+import json
+import os
+import shlex
+import subprocess
+import tomllib
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from whaleflux.errors import InvalidArgument
+from whaleflux.planning.emit import FORMATS, Planned, emit
+from whaleflux.planning.known_models import model_named
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.training import Training
+from whaleflux.planning.validity import RULES, check, read
+
+LLAMA = model_named("llama-3.1-70b")
+EXPERTS = model_named("qwen3-30b-a3b")
+DEEPSEEK = model_named("deepseek-v3")
+SIZES = {"micro_batch": 1, "global_batch": 128, "sequence": 8192}
+
+
+def planned(shape=LLAMA, how=None, **split):
+    return Planned.of(shape, Plans.of(**(SIZES | split)), how or Training())
+
+
+def flags(emitted):
+    """As the program behind the script gets them."""
+    inside = emitted.text.partition("arguments=(")[2].partition("\n)\n")[0]
+    found = {}
+    words = shlex.split(inside)
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            found[word[2:]] = None if after.startswith("--") else after
+    return found
+
+
+class TestMegatron:
+    def test_a_dense_model_split_in_three_ways(self):
+        said = flags(
+            emit("megatron", planned(tp=8, pp=4, dp=4, vp=2, zero=1, sequence_parallel=True, recompute=Recompute.FULL))
+        )
+        assert said["tensor-model-parallel-size"] == "8"
+        assert said["pipeline-model-parallel-size"] == "4"
+        assert said["num-layers-per-virtual-pipeline-stage"] == "10"
+        assert said["num-query-groups"] == "8"
+        assert {"sequence-parallel", "use-distributed-optimizer", "bf16", "swiglu"} <= said.keys()
+        assert (said["recompute-granularity"], said["recompute-method"], said["recompute-num-layers"]) == (
+            "full",
+            "uniform",
+            "1",
+        )
+
+    def test_experts_and_latent_attention(self):
+        said = flags(emit("megatron", planned(DEEPSEEK, dp=64, ep=64, zero=1)))
+        assert said["num-experts"] == "256"
+        assert said["expert-model-parallel-size"] == "64"
+        assert said["moe-layer-freq"] == "([0]*3+[1]*58)"
+        assert (said["qk-head-dim"], said["qk-pos-emb-head-dim"], said["kv-lora-rank"]) == ("128", "64", "512")
+
+    def test_zero_3_in_replicas_is_megatron_fsdp(self):
+        said = flags(emit("megatron", planned(dp=16, zero=3, replicas=2)))
+        assert said["data-parallel-sharding-strategy"] == "optim_grads_params"
+        assert said["num-distributed-optimizer-instances"] == "2"
+        assert said["ckpt-format"] == "fsdp_dtensor"
+
+    def test_a_share_of_the_layers_is_counted_up_to_whole_ones(self):
+        said = flags(emit("megatron", planned(pp=8, dp=1, recompute=Recompute.FULL, recomputed=0.55)))
+        assert (said["recompute-method"], said["recompute-num-layers"]) == ("block", "6")
+
+    def test_adapters_are_refused_with_what_to_use(self):
+        with pytest.raises(InvalidArgument, match="adapters; use --emit fsdp2"):
+            emit("megatron", planned(how=Training(frozen=True), dp=8))
+
+    @pytest.mark.parametrize("rank", [None, "3"])
+    def test_the_script_starts_the_program_with_the_flags_and_what_is_added(self, tmp_path, rank):
+        """By torchrun, or in a rank that something else has started by python."""
+        for launcher in ("torchrun", "python"):
+            (tmp_path / launcher).write_text(f'#!/bin/sh\necho {launcher} "$@"\n')
+            (tmp_path / launcher).chmod(0o755)
+        script = tmp_path / "megatron.sh"
+        script.write_text(emit("megatron", planned(DEEPSEEK, dp=8, ep=8)).text)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **({"RANK": rank} if rank else {})}
+        done = subprocess.run(
+            ["bash", script, "--lr", "1e-4"], env=environment, capture_output=True, text=True, check=True
+        )
+        said = done.stdout.split()
+        assert said[0] == ("python" if rank else "torchrun")
+        assert "pretrain_gpt.py" in said
+        assert "([0]*3+[1]*58)" in said
+        assert said[-2:] == ["--lr", "1e-4"]
+
+
+class TestTorchtitan:
+    def test_a_model_that_it_has(self):
+        said = tomllib.loads(emit("torchtitan", planned(tp=8, pp=4, dp=4, zero=1, sequence_parallel=True)).text)
+        assert said["model"] == {"name": "llama3", "flavor": "70B"}
+        assert said["parallelism"]["pipeline_parallel_layers_per_stage"] == 20
+        assert said["training"]["local_batch_size"] == 32
+        assert said["activation_checkpoint"] == {"mode": "none"}
+
+    def test_hsdp(self):
+        split = tomllib.loads(emit("torchtitan", planned(dp=16, zero=3, replicas=2)).text)["parallelism"]
+        assert (split["data_parallel_replicate_degree"], split["data_parallel_shard_degree"]) == (2, 8)
+        assert split["fsdp_reshard_after_forward"] == "always"
+
+    def test_a_model_that_it_has_not_says_what_to_register(self):
+        done = emit("torchtitan", planned(model_named("llama-2-70b"), tp=8, dp=2, zero=3, sequence_parallel=True))
+        assert any("TransformerModelArgs(dim=" in note for note in done.notes)
+
+    def test_a_name_with_quotes_is_still_a_string(self):
+        shape = replace(model_named("llama-2-70b"), name='a"b\\c\nd')
+        said = tomllib.loads(emit("torchtitan", planned(shape, dp=2, zero=3)).text)
+        assert said["model"]["flavor"] == 'a"b\\c d'
+        for form in ("megatron", "torchrun"):
+            assert "\nd" not in emit(form, planned(shape, dp=2, zero=3)).text
+
+    @pytest.mark.parametrize(
+        ("shape", "split", "words"),
+        [
+            (model_named("mixtral-8x7b"), {"dp": 8}, "which it does not have; use --emit megatron"),
+            (LLAMA, {"dp": 2, "tp": 8}, "plan with --zero 1"),
+            (LLAMA, {"dp": 2, "cp": 4, "zero": 3, "replicas": 4}, "let replicas divide dp 2"),
+        ],
+    )
+    def test_what_its_fields_cannot_say(self, shape, split, words):
+        with pytest.raises(InvalidArgument, match=words):
+            emit("torchtitan", planned(shape, **split))
+
+
+class TestDeepSpeed:
+    def test_zero_and_batches(self):
+        said = json.loads(emit("deepspeed", planned(dp=32, zero=2, micro_batch=2)).text)
+        assert said["zero_optimization"]["stage"] == 2
+        assert (
+            said["train_batch_size"]
+            == said["train_micro_batch_size_per_gpu"] * said["gradient_accumulation_steps"] * 32
+        )
+
+    def test_all_that_is_code_is_refused_at_once(self):
+        with pytest.raises(InvalidArgument) as refused:
+            emit("deepspeed", planned(tp=2, pp=2, cp=2, dp=8, zero=1))
+        assert len(refused.value.violations) == 3
+        assert "use --emit megatron" in str(refused.value)
+
+
+class TestMesh:
+    def test_hsdp_beside_tensor_parallelism(self):
+        said = json.loads(emit("fsdp2", planned(tp=4, dp=8, zero=3, replicas=2)).text)
+        assert said["mesh"] == {"pp": 1, "dp_replicate": 2, "dp_shard": 4, "cp": 1, "tp": 4}
+        assert said["reshard_after_forward"] is True
+
+    def test_zero_1_gathers_and_reduces_once(self):
+        said = json.loads(emit("fsdp2", planned(dp=8, zero=1)).text)
+        assert (said["reshard_after_forward"], said["reduce_each_micro_batch"]) == (False, False)
+
+    def test_experts_are_no_dimension(self):
+        with pytest.raises(InvalidArgument, match="expert parallelism 8"):
+            emit("fsdp2", planned(EXPERTS, dp=8, ep=8, zero=3))
+
+
+class TestTorchrun:
+    @pytest.mark.parametrize(
+        ("split", "nodes", "each"),
+        [
+            ({"dp": 8}, 1, 8),
+            ({"dp": 3, "tp": 4, "global_batch": 3}, 3, 4),
+            ({"dp": 12, "global_batch": 12}, 2, 6),
+            ({"tp": 16}, 2, 8),
+            ({"dp": 7, "global_batch": 7}, 1, 7),
+        ],
+    )
+    def test_nodes_are_even_and_keep_tensor_parallelism_inside(self, split, nodes, each):
+        shape = planned(**split)
+        assert (shape.nodes, shape.per_node) == (nodes, each)
+        assert f"--nproc-per-node={each}" in emit("torchrun", shape).text
+
+    def test_an_unknown_format_is_named(self):
+        with pytest.raises(InvalidArgument, match="take one of torchrun, megatron"):
+            emit("alpa", planned(dp=8))
+
+    def test_a_plan_that_breaks_a_rule_is_refused_with_the_rule(self):
+        with pytest.raises(InvalidArgument, match="heads must be a multiple of tp"):
+            planned(tp=3, dp=1)
+        with pytest.raises(InvalidArgument, match="are 2 plans"):
+            planned(dp=[1, 2])
+
+
+@st.composite
+def valid_plans(draw):
+    """A plan of one of three models that breaks no rule of `Plans.faults`."""
+    shape = draw(st.sampled_from([LLAMA, EXPERTS, DEEPSEEK, model_named("gpt3-175b")]))
+    power = st.sampled_from([1, 2, 4, 8])
+    divisors = [n for n in range(1, 17) if shape.layers % n == 0]
+    pp, dp, cp, tp, micro = (
+        draw(st.sampled_from(divisors)),
+        draw(power),
+        draw(power),
+        draw(power),
+        draw(st.sampled_from([1, 2])),
+    )
+    vp = draw(st.sampled_from([1, 2, 5]))
+    split = {
+        "tp": tp, "pp": pp, "dp": dp, "cp": cp, "vp": vp, "micro_batch": micro, "global_batch": micro * dp * pp * draw(st.sampled_from([1, 3])),
+        "ep": draw(power), "zero": draw(st.sampled_from([0, 1, 2, 3])), "replicas": draw(st.sampled_from([1, 2])), "sequence": 8192,
+        "recompute": draw(st.sampled_from(list(Recompute))), "recomputed": draw(st.sampled_from([0.2, 0.5, 1.0])),
+        "sequence_parallel": draw(st.booleans()),
+    }  # fmt: skip
+    assume(Plans.of(**split).valid(shape).all())
+    return planned(shape, Training(fp8=draw(st.sampled_from([0, 1]))), **split)
+
+
+@settings(max_examples=300, deadline=None)
+@given(valid_plans(), st.sampled_from(sorted(FORMATS)))
+def test_what_is_emitted_of_a_valid_plan_breaks_no_rule(plan, form):
+    try:
+        emitted = emit(form, plan)
+    except InvalidArgument as refused:
+        assert all(
+            "cannot express this plan" in one.description
+            and ("use " in one.description or "let " in one.description or "plan with" in one.description)
+            for one in refused.violations
+        )
+        return
+    if form == "torchrun":
+        assert plan.nodes * plan.per_node == plan.gpus
+        return
+    assert check(emitted.text, plan.gpus) == ()
+    said = read(emitted.text, plan.gpus)
+    assert said.gpus in (plan.gpus, plan.global_batch)  # DeepSpeed says the batch
+    assert (said.tp, said.pp, said.ep if form != "fsdp2" else plan.ep) == (plan.tp, plan.pp, plan.ep)
+
+
+MEGATRON = "torchrun --nnodes 2 --nproc-per-node 8 pretrain_gpt.py --num-layers 32 --num-attention-heads 32 --bf16 "
+TITAN = '[model]\nname = "llama3"\nflavor = "8B"\n[parallelism]\n'
+BROKEN = [
+    ("gpus", MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 3"),
+    ("gpus", TITAN + "tensor_parallel_degree = 3\n"),
+    ("gpus", '{"train_batch_size": 100, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}'),
+    ("gpus", '{"mesh": {"dp_shard": 5, "tp": 2}, "parameters": "bfloat16"}'),
+    ("interleaved", MEGATRON + "--num-layers-per-virtual-pipeline-stage 4"),
+    ("interleaved", TITAN + 'pipeline_parallel_schedule = "Interleaved1F1B"\n'),
+    ("sequence-parallel", MEGATRON + "--sequence-parallel"),
+    ("sequence-parallel", '{"mesh": {"dp_shard": 16}, "sequence_parallel": true, "parameters": "bfloat16"}'),
+    ("stage-precision", MEGATRON.replace("--bf16", "") + "--pipeline-model-parallel-size 2"),
+    ("stage-precision", '{"mesh": {"pp": 2, "dp_shard": 8}}'),
+    ("heads", MEGATRON.replace("heads 32", "heads 30") + "--tensor-model-parallel-size 4"),
+    ("heads", TITAN.replace("8B", "405B") + "tensor_parallel_degree = 16\n".replace("16", "256")),
+    ("experts", MEGATRON + "--expert-model-parallel-size 2"),
+    ("experts", TITAN + "expert_parallel_degree = 2\n"),
+    ("precision", MEGATRON + "--fp16"),
+    ("precision", '{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}, "bf16": {"enabled": true}}'),
+    ("expert-gpus", MEGATRON + "--num-experts 3 --expert-model-parallel-size=3"),
+    ("expert-gpus", TITAN.replace("llama3", "qwen3").replace("8B", "30B-A3B") + "expert_parallel_degree = 32\n"),
+]
+
+
+@pytest.mark.parametrize(("rule", "text"), BROKEN, ids=[f"{rule}-{number}" for number, (rule, _) in enumerate(BROKEN)])
+def test_each_of_the_eight_is_caught_with_its_numbers_and_a_fix(rule, text):
+    found = {one.rule: one for one in check(text, 16)}
+    assert rule in found
+    assert found[rule].words
+    assert found[rule].fix
+
+
+def test_there_are_eight_and_each_has_a_broken_example():
+    assert len(RULES) == 8
+    assert {rule for rule, _ in BROKEN} == RULES.keys()
+
+
+def test_right_ones_of_people_break_none():
+    assert check(MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel") == ()
+    assert check(TITAN + "tensor_parallel_degree = 4\n", 16) == ()
+    assert check('{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}', 16) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "says nothing of a split"),
+        ("hello 'world", "a quote is open"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "says nothing of a split"),
+        ('{"a":' * 50_000, "is no JSON"),
+        ('{"hello": 1}', "JSON of neither"),
+        ('{"mesh": 3}', "mesh: must be a table"),
+        ('{"mesh": {"tp": 1e400}}', "mesh.tp: is 'inf'"),
+        ("--tensor-model-parallel-size many", "--tensor-model-parallel-size: is 'many'"),
+        ("--tensor-model-parallel-size 0", "must be a whole number from 1"),
+        ("--tensor-model-parallel-size " + "9" * 5000, "must be a whole number from 1"),
+        ("--tensor-model-parallel-size ٣", "must be a whole number from 1"),
+        ("[parallelism]\ntensor_parallel_degree = true\n", "is 'True'"),
+        ("parallelism = 3\n", "parallelism: must be a table"),
+        ("x" * 2_000_000, "is longer than"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_by_its_field(text, said):
+    with pytest.raises(InvalidArgument, match=said.replace("(", r"\(")):
+        check(text)
