@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from whaleflux.sdk.datasets import Dataset
     from whaleflux.sdk.errors import CheckpointError, RestoreFailed, SaveFailed, WorldChanged
     from whaleflux.sdk.gpu_share import keep_to_share
+    from whaleflux.sdk.mesh import PlannedMesh, device_mesh
     from whaleflux.sdk.words import state_of
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "Checkpointer",
     "Client",
     "Dataset",
+    "PlannedMesh",
     "RestoreFailed",
     "SaveFailed",
     "WorldChanged",
+    "device_mesh",
     "keep_to_share",
     "stabilise_buckets",
     "state_of",
@@ -44,6 +47,8 @@ _HOME = {
     "Dataset": "whaleflux.sdk.datasets",
     "AsyncClient": "whaleflux.sdk.client",
     "Client": "whaleflux.sdk.client",
+    "PlannedMesh": "whaleflux.sdk.mesh",
+    "device_mesh": "whaleflux.sdk.mesh",
     "state_of": "whaleflux.sdk.words",
 }
 

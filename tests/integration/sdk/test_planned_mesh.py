@@ -1,0 +1,56 @@
+"""A plan's own files run: torchrun.sh and mesh.json as emitted, with examples/planned/train.py, over four CPU ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from whaleflux.planning.emit import Planned, emit
+from whaleflux.planning.model_files import model_from_text
+from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.training import Training
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytest.importorskip("torch")
+EXAMPLE = Path(__file__).parents[3] / "examples" / "planned"
+STEPS = 8
+
+
+def losses(folder, **split):
+    """Of each step; the ranks are started by the emitted script and nothing else."""
+    shape = model_from_text((EXAMPLE / "model.yaml").read_text(), "tiny")
+    plan = Planned.of(shape, Plans.of(**({"global_batch": 8, "sequence": 32} | split)), Training())
+    for form in ("torchrun", "fsdp2"):
+        emitted = emit(form, plan)
+        (folder / emitted.file).write_text(emitted.text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "torchrun.sh", EXAMPLE / "train.py", "--steps", str(STEPS)],
+        check=False, cwd=folder, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(one) for one in re.findall(r"loss ([0-9.]+)", done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One rank that takes the whole batch."""
+    return losses(tmp_path_factory.mktemp("alone"), micro_batch=8)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"dp": 4, "replicas": 2, "zero": 3, "micro_batch": 1, "recompute": Recompute.FULL, "recomputed": 0.5},
+        {"dp": 2, "tp": 2, "zero": 1, "micro_batch": 2},
+    ],
+    ids=["hsdp-2x2", "dp2-tp2"],
+)
+def test_four_ranks_train_as_one_does_with_the_same_batch(tmp_path, alone, split):
+    """In bfloat16, as emitted: the order of additions differs."""
+    assert losses(tmp_path, **split) == pytest.approx(alone, abs=0.05)
+    assert len(alone) == STEPS
+    assert alone[-1] < alone[0] / 2
