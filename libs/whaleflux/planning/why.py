@@ -1,0 +1,113 @@
+"""Why a plan is split as it is, in words: each part of it against the same plan with less of that part, which is really computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from whaleflux.planning.found import PART_WORDS, Candidate, Split, candidate
+from whaleflux.planning.machine import Machine
+from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.training import Training
+
+_NAMES = {
+    "tp": "tensor parallelism",
+    "pp": "pipeline stages",
+    "cp": "context parallelism",
+    "ep": "expert parallelism",
+    "vp": "virtual stages",
+}
+_WHAT = {
+    "tp": "split each layer",
+    "pp": "hold some layers each",
+    "cp": "share each sequence",
+    "ep": "hold some experts each",
+    "vp": "shorten the pipeline's bubble",
+}
+
+
+def reasons(shape: ModelShape, machine: Machine, split: Split, how: Training) -> tuple[str, ...]:
+    """One sentence for each part of the split. Seconds and bytes are the cost model's, over ranks that lie in order."""
+    this = candidate(shape, machine, split, how)
+    found = [_of_axis(axis, shape, machine, this, how) for axis in _NAMES if getattr(split, axis) > 1]
+    others = {
+        **(
+            {f"ZeRO-{split.zero}: with ZeRO-{split.zero - 1}": replace(split, zero=split.zero - 1, replicas=1)}
+            if split.zero
+            else {}
+        ),
+        **(
+            {f"{split.replicas} replicas of shards: with one": replace(split, replicas=1)} if split.replicas > 1 else {}
+        ),
+        **(
+            {f"{split.recompute} recomputation: without": replace(split, recompute="none", recomputed=1.0)}
+            if split.recompute != "none"
+            else {}
+        ),
+    }
+    found += [f"{words} {_against(shape, machine, this, other, how)}" for words, other in others.items()]
+    return (*found, _fullest(this))
+
+
+def _of_axis(axis: str, shape: ModelShape, machine: Machine, this: Candidate, how: Training) -> str:
+    size = getattr(this.split, axis)
+    where = _where(size, machine) if axis == "tp" else _WHAT[axis]
+    less = f"with {_less(size)} {_against(shape, machine, this, _moved(this.split, axis, _less(size)), how)}"
+    more = ""
+    if axis == "tp" and this.split.dp % 2 == 0:
+        more = f"; with {2 * size} {_against(shape, machine, this, _moved(this.split, axis, 2 * size), how)}"
+    return f"{_NAMES[axis]} {size}: {where}; {less}{more}"
+
+
+def _where(size: int, machine: Machine) -> str:
+    island, inside = (
+        int(np.ravel(machine.fabric.island)[0]),
+        float(np.ravel(machine.fabric.island_bytes_per_s)[0]) / 1e9,
+    )
+    if not machine.fabric.tiers:
+        return f"within the {island} GPUs of an island, {inside:.0f} GB/s"
+    outside = float(np.ravel(machine.fabric.tiers[0].bytes_per_s)[0]) / 1e9
+    place = "within" if size <= island else "across"
+    return f"{place} the {island} GPUs of a node, {inside:.0f} GB/s there and {outside:.0f} GB/s for each GPU between nodes"
+
+
+def _less(size: int) -> int:
+    return size // next(factor for factor in range(2, size + 1) if size % factor == 0)
+
+
+def _moved(split: Split, axis: str, size: int) -> Split:
+    """So many GPUs along `axis`; the others go to, or come from, data parallelism (which those of experts and virtual stages are not taken from)."""
+    old = getattr(split, axis)
+    free = axis in ("ep", "vp")
+    dp = split.dp if free else split.dp * old // size
+    changed: dict[str, Any] = {axis: size, "dp": dp}
+    if axis == "tp":
+        changed["sequence_parallel"] = split.sequence_parallel and size > 1
+    if axis == "pp" and size == 1:
+        changed["vp"] = 1
+    return replace(split, **changed)
+
+
+def _against(shape: ModelShape, machine: Machine, this: Candidate, other: Split, how: Training) -> str:
+    """What would be with another split, in a few words."""
+    broken = [rule for rule, there in other.plans().faults(shape).items() if bool(np.ravel(there)[0])]
+    if broken:
+        return f"it cannot be run ({broken[0]})"
+    there = candidate(shape, machine, other, how)
+    if not there.fits:
+        return f"it does not fit ({there.total_bytes / 1e9:.0f} GB of {there.usable_bytes / 1e9:.0f}, most of it {there.binding})"
+    slower = there.step_s / this.step_s * this.split.tokens_per_step / other.tokens_per_step - 1
+    if abs(slower) < 0.0005:
+        return "it is as fast"
+    return f"a step is {abs(slower):.1%} {'slower' if slower > 0 else 'faster'}"
+
+
+def _fullest(this: Candidate) -> str:
+    part = max(this.parts_bytes, key=lambda one: this.parts_bytes[one])
+    where = f"stage {this.fullest}" if len(this.stages_bytes) > 1 else "each GPU"
+    return (
+        f"memory: {where} holds most, {this.total_bytes / 1e9:.0f} GB of {this.usable_bytes / 1e9:.0f}; "
+        f"{this.parts_bytes[part] / 1e9:.0f} GB of it {PART_WORDS[part]}"
+    )
