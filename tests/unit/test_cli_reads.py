@@ -50,6 +50,7 @@ GIVEN = {
     "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
     "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
     "config": ["--help"], "ray explain": ["DEMAND"], "fits": ["llama-3.1-8b", "--gpu", "H200"], "plan": ["llama-3.1-8b", "--gpu", "H200"],
+    "check-config": ["CONFIG"],
 }  # fmt: skip
 NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",
@@ -63,9 +64,11 @@ def words_of(words, tmp_path):
     """The command with what it needs: files that are there, and x for each name."""
     (tmp_path / "job.yaml").write_text("run: /bin/true\ngpus: 1\nworkdir: none\n")
     (tmp_path / "value").write_text("v")
+    (tmp_path / "config.json").write_text('{"train_micro_batch_size_per_gpu": 1}')
     (tmp_path / "demand.json").write_text('{"bundles": [{"resources": {"GPU": 1}, "count": 2}]}')
     files = {
         "JOB": str(tmp_path / "job.yaml"),
+        "CONFIG": str(tmp_path / "config.json"),
         "VALUE": str(tmp_path / "value"),
         "DEMAND": str(tmp_path / "demand.json"),
     }

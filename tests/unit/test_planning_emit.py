@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from whaleflux.errors import InvalidArgument
-from whaleflux.planning.emit import FORMATS, Planned, emit
+from whaleflux.planning.emit import FORMATS, emit
+from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training

@@ -10,6 +10,7 @@ import typer
 from whaleflux.cli import output
 from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
+from whaleflux.cli.plan_output import Form, Made, Wanted
 from whaleflux.cli.planning_options import (
     MOST_SEQUENCE,
     Again,
@@ -94,6 +95,12 @@ def plan(
         bool,
         typer.Option("--live", help="On the fleet's own GPUs, free and in all, at its own prices: asks the scheduler."),
     ] = False,
+    emit: Annotated[
+        Form | None, typer.Option("--emit", help="Print the configuration that runs the plan, not the report.")
+    ] = None,
+    picture: Annotated[
+        str, typer.Option("--picture", metavar="FILE.svg", help="Draw the step, the pipeline and memory; - for here.")
+    ] = "",
     fmt: Output = Format.table,
 ) -> None:
     """How to split training over GPUs: the fastest plan that fits, its step by component, when it is done, what it costs, and what binds it.
@@ -101,6 +108,7 @@ def plan(
     \b
       whaleflux plan llama-3.1-70b --gpu H200 --gpus 128 --tokens 1T
       whaleflux plan llama-3.1-8b --gpu H200,H100-80GB --gpus 8-64 --tokens 100B --deadline 10d --objective cost
+      whaleflux plan llama-3.1-70b --gpu H200 --gpus 128 --picture plan.svg --emit megatron > megatron.sh
       whaleflux plan config.json --gpu H100-80GB --gpus 64 --batch 512 --sequence 4096 --price 2.20 -o json
 
       whaleflux plan llama-3.1-8b --live --tokens 100B
@@ -112,11 +120,11 @@ def plan(
     if fmt is not Format.table and not fmt.is_json:
         _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
     if live:
-        settled = micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured
+        settled = micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured or emit or picture
         if settled:
             _refuse(
                 "--live",
-                "plans the whole split at the fleet's own prices; leave parts of the split, --price and --calibration out",
+                "plans the whole split at the fleet's own prices; leave parts of the split, --price, --calibration, --emit and --picture out",
             )
         _on_fleet(
             _request(
@@ -144,7 +152,7 @@ def plan(
     offers = _offers(types, gpus or "8", quantity_of("--price", price, money, 1e4), goal)
     offers = _as_measured(offers, measured or [], software, precision)
     how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
-    _show(shape, asked, offers, goal, how, precision.value, fmt)
+    _show(shape, asked, offers, goal, how, precision.value, Wanted(emit, picture), fmt)
 
 
 def _request(
@@ -264,7 +272,14 @@ def _training(method: Method, precision: Precision, data: str, every: str, stall
 
 
 def _show(
-    shape: ModelShape, asked: Asked, offers: list[Offer], goal: Goal, how: Training, precision: str, fmt: Format
+    shape: ModelShape,
+    asked: Asked,
+    offers: list[Offer],
+    goal: Goal,
+    how: Training,
+    precision: str,
+    wanted: Wanted,
+    fmt: Format,
 ) -> None:
     from dataclasses import replace
 
@@ -273,13 +288,27 @@ def _show(
     from whaleflux.planning.offers import choose
 
     choice = choose(shape, offers, asked, goal, how, precision)
+    first = next(one for one in offers if (one.gpu.name, one.gpus) == (choice.chosen.gpu, choice.chosen.gpus))
     would_fit: list[str] = []
     if choice.chosen.plan is None:
-        first = next(one for one in offers if (one.gpu.name, one.gpus) == (choice.chosen.gpu, choice.chosen.gpus))
         would_fit = instead(shape, first.gpu, replace(asked, gpus=first.gpus), how, precision)
+    nearest = choice.chosen.plan or choice.chosen.found.nearest
+    made = Made(shape, first, nearest, how, precision) if nearest else None
     if fmt.is_json:
-        output.say_json(as_json(shape, asked, goal, choice, would_fit), fmt)
+        output.say_json(as_json(shape, asked, goal, choice, would_fit) | (made.as_json(wanted) if made else {}), fmt)
     else:
-        output.say(*report(shape, asked, goal, choice, would_fit))
+        _say(report(shape, asked, goal, choice, would_fit), made, wanted)
     if not choice.meets:
         raise typer.Exit(1)
+
+
+def _say(lines: list[str], made: Made | None, wanted: Wanted) -> None:
+    """The report, or what was asked for instead of it. Where nothing fits there is nothing to configure."""
+    drawn = made.picture(wanted.picture) if made and wanted.picture else []
+    if made and wanted.emit and made.plan.fits:
+        made.say_emitted(wanted.emit)
+        for line in filter(None, drawn):
+            output.note(line)
+        return
+    why = ["", "why this split", *(f"  {reason}" for reason in made.why())] if made and made.plan.fits else []
+    output.say(*lines, *why, *drawn)

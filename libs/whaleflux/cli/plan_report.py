@@ -8,18 +8,13 @@ from typing import Any
 
 from whaleflux.cli.planning_options import billions
 from whaleflux.planning.binding import lacks
-from whaleflux.planning.found import PART_WORDS, Candidate
+from whaleflux.planning.found import PART_WORDS, STEP_WORDS, Candidate
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Choice, Estimate, Goal
 from whaleflux.planning.space import Asked
 from whaleflux.quantities import shown_count, shown_duration
 
 _BAR, _MOST_STAGES, _MOST_OTHERS = 30, 8, 8
-STEP_WORDS = {
-    "compute_s": "compute", "recompute_s": "recomputation", "host_s": "waiting for kernels", "tp_s": "tensor parallel", "cp_s": "context parallel",
-    "ep_s": "expert parallel", "pp_s": "between stages", "dp_s": "data parallel", "bubble_s": "pipeline bubble", "optimizer_s": "optimizer",
-    "data_s": "waiting for data", "checkpoint_s": "checkpoints",
-}  # fmt: skip
 
 
 def report(shape: ModelShape, asked: Asked, goal: Goal, choice: Choice, would_fit: Sequence[str]) -> list[str]:

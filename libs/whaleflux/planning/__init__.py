@@ -12,6 +12,8 @@
 
     found = search(shape, machine, Asked(128, 8192, batch=512))   # search.py: the best plan, runners-up, what binds
     found.best.split.words(); found.binding.words
+    reasons(shape, machine, found.best.split, Training())         # why.py: what would be with less of each part
+    emit("megatron", Planned.of(shape, found.best.split.plans(), Training())).text   # emit/: what runs it; validity.py reads it back
 
 Arrays have one element for each plan, or are single values that hold for all. Nothing is checked here: `plans.faults` says of each plan
 whether it is a valid one. NumPy is no dependency of agents: whoever imports this package has it from `whaleflux[plan]` or `[scheduler]`.

@@ -22,6 +22,20 @@ PART_WORDS = {
     "working_bytes": "working set of a layer",
     "logits_bytes": "logits",
 }
+STEP_WORDS = {
+    "compute_s": "compute",
+    "recompute_s": "recomputation",
+    "host_s": "waiting for kernels",
+    "tp_s": "tensor parallel",
+    "cp_s": "context parallel",
+    "ep_s": "expert parallel",
+    "pp_s": "between stages",
+    "dp_s": "data parallel",
+    "bubble_s": "pipeline bubble",
+    "optimizer_s": "optimizer",
+    "data_s": "waiting for data",
+    "checkpoint_s": "checkpoints",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from whaleflux.fleet.gpu_types import GpuType
 from whaleflux.planning.calibration import SOFTWARE, Calibrated
-from whaleflux.planning.constants import FITTED
+from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.found import Candidate, PlanFound
 from whaleflux.planning.machine import Fabric, Machine, speed_of
 from whaleflux.planning.model_shape import ModelShape
@@ -109,14 +109,19 @@ def choose(
     return Choice(ranked[0], tuple(ranked[1:]), "" if ranked[0].meets else _unmet(every, goal))
 
 
+def as_known(offer: Offer, how: Training, precision: str) -> tuple[Machine, Training, Constants]:
+    """What an offer's plans are judged by: the data sheet and fitted constants, or its calibration."""
+    if offer.measured is None:
+        return Machine.of(offer.gpu, precision, offer.fabric), how, FITTED
+    how, measured = offer.measured.running(how, offer.software)
+    return measured.machine, how, measured.constants
+
+
 def estimate(
     shape: ModelShape, offer: Offer, asked: Asked, goal: Goal, how: Training, precision: str = "bf16"
 ) -> Estimate:
     """What one offer comes to."""
-    machine, constants = Machine.of(offer.gpu, precision, offer.fabric), FITTED
-    if offer.measured is not None:
-        how, measured = offer.measured.running(how, offer.software)
-        machine, constants = measured.machine, measured.constants
+    machine, how, constants = as_known(offer, how, precision)
     found = search(shape, machine, replace(asked, gpus=offer.gpus), how, constants)
     known = Estimate(
         offer.gpu.name, offer.gpus, found, usd_per_gpu_hour=offer.usd_per_gpu_hour, price_source=offer.price_source

@@ -9,23 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from whaleflux.planning.found import PART_WORDS, Candidate
+from whaleflux.planning.found import PART_WORDS, STEP_WORDS, Candidate
 from whaleflux.planning.schedule import Timeline, Work
 
-STEP_WORDS = {
-    "compute_s": "compute",
-    "recompute_s": "recomputation",
-    "host_s": "waiting for kernels",
-    "tp_s": "tensor parallel",
-    "cp_s": "context parallel",
-    "ep_s": "expert parallel",
-    "pp_s": "between stages",
-    "dp_s": "data parallel",
-    "bubble_s": "pipeline bubble",
-    "optimizer_s": "optimizer",
-    "data_s": "waiting for data",
-    "checkpoint_s": "checkpoints",
-}
 MOST_ROWS = 16  # stages that are drawn: more are left out in the middle
 _WIDTH, _LEFT, _RIGHT = 960, 96, 24
 _INNER = _WIDTH - _LEFT - _RIGHT

@@ -66,7 +66,7 @@ def read(text: str, gpus: int | None = None) -> Stated:
     """What `text` says, whichever of the formats it is in. Raises InvalidArgument."""
     if len(text) > MAX_BYTES:
         raise InvalidArgument(
-            FieldViolation("--check", f"is longer than {MAX_BYTES:,} bytes; give a configuration, not data")
+            FieldViolation("FILE", f"is longer than {MAX_BYTES:,} bytes; give a configuration, not data")
         )
     if text.lstrip().startswith("{"):
         return _json(text, gpus)
@@ -77,7 +77,7 @@ def read(text: str, gpus: int | None = None) -> Stated:
 
 def _unknown(why: str) -> InvalidArgument:
     return InvalidArgument(
-        FieldViolation("--check", f"{why}; give Megatron's flags, torchtitan's TOML, DeepSpeed's JSON or a mesh.json")
+        FieldViolation("FILE", f"{why}; give Megatron's flags, torchtitan's TOML, DeepSpeed's JSON or a mesh.json")
     )
 
 

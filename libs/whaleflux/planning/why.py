@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.found import PART_WORDS, Candidate, Split, candidate
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
@@ -28,36 +29,61 @@ _WHAT = {
 }
 
 
-def reasons(shape: ModelShape, machine: Machine, split: Split, how: Training) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Splits of one model on one machine against the one that is explained."""
+
+    shape: ModelShape
+    machine: Machine
+    how: Training
+    constants: Constants
+    this: Candidate
+
+    def against(self, other: Split) -> str:
+        """What would be with another split, in a few words."""
+        broken = [rule for rule, there in other.plans().faults(self.shape).items() if bool(np.ravel(there)[0])]
+        if broken:
+            return f"it cannot be run ({broken[0]})"
+        there = candidate(self.shape, self.machine, other, self.how, self.constants)
+        if not there.fits:
+            sizes = f"{there.total_bytes / 1e9:.0f} GB of {there.usable_bytes / 1e9:.0f}"
+            return f"it does not fit ({sizes}, most of it {there.binding})"
+        slower = self.this.tokens_per_s / there.tokens_per_s - 1
+        if abs(slower) < 0.0005:
+            return "it is as fast"
+        return f"a step is {abs(slower):.1%} {'slower' if slower > 0 else 'faster'}"
+
+
+def reasons(
+    shape: ModelShape, machine: Machine, split: Split, how: Training, constants: Constants = FITTED
+) -> tuple[str, ...]:
     """One sentence for each part of the split. Seconds and bytes are the cost model's, over ranks that lie in order."""
-    this = candidate(shape, machine, split, how)
-    found = [_of_axis(axis, shape, machine, this, how) for axis in _NAMES if getattr(split, axis) > 1]
-    others = {
-        **(
-            {f"ZeRO-{split.zero}: with ZeRO-{split.zero - 1}": replace(split, zero=split.zero - 1, replicas=1)}
-            if split.zero
-            else {}
-        ),
-        **(
-            {f"{split.replicas} replicas of shards: with one": replace(split, replicas=1)} if split.replicas > 1 else {}
-        ),
-        **(
-            {f"{split.recompute} recomputation: without": replace(split, recompute="none", recomputed=1.0)}
-            if split.recompute != "none"
-            else {}
-        ),
-    }
-    found += [f"{words} {_against(shape, machine, this, other, how)}" for words, other in others.items()]
-    return (*found, _fullest(this))
+    judge = _Judge(shape, machine, how, constants, candidate(shape, machine, split, how, constants))
+    found = [_of_axis(axis, judge) for axis in _NAMES if getattr(split, axis) > 1]
+    found += [f"{words} {judge.against(other)}" for words, other in _without(split)]
+    return (*found, _fullest(judge.this))
 
 
-def _of_axis(axis: str, shape: ModelShape, machine: Machine, this: Candidate, how: Training) -> str:
-    size = getattr(this.split, axis)
-    where = _where(size, machine) if axis == "tp" else _WHAT[axis]
-    less = f"with {_less(size)} {_against(shape, machine, this, _moved(this.split, axis, _less(size)), how)}"
-    more = ""
-    if axis == "tp" and this.split.dp % 2 == 0:
-        more = f"; with {2 * size} {_against(shape, machine, this, _moved(this.split, axis, 2 * size), how)}"
+def _without(split: Split) -> list[tuple[str, Split]]:
+    """What is no axis: in words, and the split without it."""
+    found = []
+    if split.zero:
+        found.append(
+            (f"ZeRO-{split.zero}: with ZeRO-{split.zero - 1}", replace(split, zero=split.zero - 1, replicas=1))
+        )
+    if split.replicas > 1:
+        found.append((f"{split.replicas} replicas of shards: with one", replace(split, replicas=1)))
+    if split.recompute != "none":
+        found.append((f"{split.recompute} recomputation: without", replace(split, recompute="none", recomputed=1.0)))
+    return found
+
+
+def _of_axis(axis: str, judge: _Judge) -> str:
+    split, size = judge.this.split, getattr(judge.this.split, axis)
+    where = _where(size, judge.machine) if axis == "tp" else _WHAT[axis]
+    less = f"with {_less(size)} {judge.against(_moved(split, axis, _less(size)))}"
+    twice = axis == "tp" and split.dp % 2 == 0
+    more = f"; with {2 * size} {judge.against(_moved(split, axis, 2 * size))}" if twice else ""
     return f"{_NAMES[axis]} {size}: {where}; {less}{more}"
 
 
@@ -88,20 +114,6 @@ def _moved(split: Split, axis: str, size: int) -> Split:
     if axis == "pp" and size == 1:
         changed["vp"] = 1
     return replace(split, **changed)
-
-
-def _against(shape: ModelShape, machine: Machine, this: Candidate, other: Split, how: Training) -> str:
-    """What would be with another split, in a few words."""
-    broken = [rule for rule, there in other.plans().faults(shape).items() if bool(np.ravel(there)[0])]
-    if broken:
-        return f"it cannot be run ({broken[0]})"
-    there = candidate(shape, machine, other, how)
-    if not there.fits:
-        return f"it does not fit ({there.total_bytes / 1e9:.0f} GB of {there.usable_bytes / 1e9:.0f}, most of it {there.binding})"
-    slower = there.step_s / this.step_s * this.split.tokens_per_step / other.tokens_per_step - 1
-    if abs(slower) < 0.0005:
-        return "it is as fast"
-    return f"a step is {abs(slower):.1%} {'slower' if slower > 0 else 'faster'}"
 
 
 def _fullest(this: Candidate) -> str:

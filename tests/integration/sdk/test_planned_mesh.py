@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from whaleflux.planning.emit import Planned, emit
+from whaleflux.planning.emit import emit
+from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.model_files import model_from_text
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
@@ -45,7 +46,7 @@ def alone(tmp_path_factory):
     "split",
     [
         {"dp": 4, "replicas": 2, "zero": 3, "micro_batch": 1, "recompute": Recompute.FULL, "recomputed": 0.5},
-        {"dp": 2, "tp": 2, "zero": 1, "micro_batch": 2},
+        {"dp": 2, "tp": 2, "zero": 0, "micro_batch": 2},
     ],
     ids=["hsdp-2x2", "dp2-tp2"],
 )

@@ -115,7 +115,7 @@ class Planned:
     def title(self) -> str:
         """What a file says of itself, in one line whatever the model is called."""
         name = "".join(char if char.isprintable() else " " for char in self.shape.name)
-        return f"{name} on {self.gpus} GPUs: {self.words()}; micro-batch {self.micro_batch}, batch {self.global_batch:,} x {self.sequence:,} tokens"
+        return f"{name} on {self.gpus} GPU{'s' if self.gpus > 1 else ''}: {self.words()}; micro-batch {self.micro_batch}, batch {self.global_batch:,} x {self.sequence:,} tokens"
 
 
 @dataclass(frozen=True, slots=True)
