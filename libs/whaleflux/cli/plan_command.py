@@ -120,7 +120,9 @@ def plan(
     if fmt is not Format.table and not fmt.is_json:
         _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
     if live:
-        settled = micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured or emit or picture
+        settled = (
+            micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured or emit or picture
+        )
         if settled:
             _refuse(
                 "--live",
