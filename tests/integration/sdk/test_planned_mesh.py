@@ -22,7 +22,7 @@ STEPS = 8
 
 def losses(folder, **split):
     """Of each step; the ranks are started by the emitted script and nothing else."""
-    shape = model_from_text((EXAMPLE / "model.yaml").read_text(), "tiny")
+    shape = model_from_text((EXAMPLE / "shape.yaml").read_text(), "tiny")
     plan = Planned.of(shape, Plans.of(**({"global_batch": 8, "sequence": 32} | split)), Training())
     for form in ("torchrun", "fsdp2"):
         emitted = emit(form, plan)
