@@ -6,7 +6,8 @@ of what the search does to be fast: neither the order, nor what it leaves out, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
@@ -24,24 +25,33 @@ _NAMES = (
 _AT_ONCE = 50_000
 
 
-def fastest(shape: ModelShape, machine: Machine, gpus: int, batch: int, sequence: int) -> tuple[float, int]:
-    """(seconds per step of the best plan that fits, infinite where none does; how many plans there are)."""
-    best, count, some = float("inf"), 0, []
+def fastest(shape: ModelShape, machine: Machine, gpus: int, batches: Sequence[int], sequence: int) -> tuple[float, int]:
+    """(seconds per sample of the best plan that fits, infinite where none does; how many plans there are).
+
+    Of several batches each plan has that which is nearest to the middle one.
+    """
+    best, count = float("inf"), 0
     island = int(np.asarray(machine.fabric.island))
-    for plan in every(shape, island, gpus, batch, sequence):
-        some.append(plan)
-        if len(some) == _AT_ONCE:
-            best, count, some = min(best, _least(shape, machine, sequence, some)), count + len(some), []
-    return min(best, _least(shape, machine, sequence, some)), count + len(some)
+    middle = (batches[0] + batches[-1]) / 2
+    plans: Iterator[Numbers] = chain.from_iterable(every(shape, island, gpus, batch, sequence) for batch in batches)
+    plans = (plan for plan in plans if len(batches) == 1 or _is_nearest(plan, middle))
+    while some := list(islice(plans, _AT_ONCE)):
+        best, count = min(best, _least(shape, machine, sequence, some)), count + len(some)
+    return best, count
+
+
+def _is_nearest(plan: Numbers, wanted: float) -> bool:
+    """No other batch that this plan's ranks can share is nearer to what is wanted."""
+    one = dict(zip(_NAMES, plan, strict=True))
+    return abs(one["global_batch"] - wanted) <= one["dp"] * one["micro_batch"] * (one["pp"] if one["vp"] > 1 else 1) / 2
 
 
 def _least(shape: ModelShape, machine: Machine, sequence: int, some: list[Numbers]) -> float:
-    if not some:
-        return float("inf")
     columns = dict(zip(_NAMES, np.array(some).T, strict=True))
     plans = Plans.of(sequence=float(sequence), **columns)
     plans = plans.take(memory(shape, plans, Training()).total_bytes <= machine.usable_bytes)
-    return float(np.min(step_time(shape, machine, plans, Training()).total_s, initial=np.inf))
+    seconds = step_time(shape, machine, plans, Training()).total_s / plans.global_batch
+    return float(np.min(seconds, initial=np.inf))
 
 
 def every(shape: ModelShape, island: int, gpus: int, batch: int, sequence: int) -> Iterator[Numbers]:

@@ -37,10 +37,16 @@ EXPERTS = replace(SMALL, name="experts", experts=8, top_k=2, expert_ffn=4096, ff
     ],
 )  # fmt: skip
 def test_the_best_plan_is_that_of_looking_at_every_plan(shape, machine, gpus, batch, sequence):
-    best, count = fastest(shape, machine, gpus, batch, sequence)
+    best, count = fastest(shape, machine, gpus, [batch], sequence)
     found = search(shape, machine, Asked(gpus, sequence, batch=batch))
     assert count > 500
-    assert found.best.step_s == pytest.approx(best, rel=1e-9)
+    assert found.best.step_s / batch == pytest.approx(best, rel=1e-9)
+
+
+def test_a_batch_that_may_differ_loses_little_of_what_every_batch_and_every_number_of_ranks_would_give():
+    best, _ = fastest(SMALL, A100, 13, range(46, 51), 4096)
+    found = search(SMALL, A100, Asked(13, 4096, batch=48, batch_slack=0.05))
+    assert best * (1 - 1e-9) <= found.best.step_s / found.best.split.global_batch <= best * 1.01
 
 
 ASKED = st.builds(
@@ -60,7 +66,7 @@ def test_what_is_found_is_valid_fits_and_uses_no_more_than_there_is(asked, shape
         plans = plan.split.plans()
         assert plans.valid(shape).all()
         assert plan.split.gpus <= asked.gpus
-        assert abs(plan.split.global_batch / asked.batch - 1) <= asked.batch_slack
+        assert abs(plan.split.global_batch / asked.batch - 1) <= asked.batch_slack + 1e-9
         assert memory(shape, plans, Training()).total_bytes <= machine.usable_bytes
         assert plan.token_s >= found.best.token_s * (1 - 1e-9)
         assert plan.step_s == pytest.approx(float(np.ravel(step_time(shape, machine, plans, Training()).total_s)[0]))

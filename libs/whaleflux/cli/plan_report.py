@@ -63,6 +63,7 @@ def _step(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:
         share = took / plan.step_s
         if share >= 0.0005:
             lines.append(f"  {STEP_WORDS[part]:<20}{took:>9.3g} s {share:>6.1%}  {'#' * round(_BAR * share)}".rstrip())
+    lines.append(f"  {plan.exposed_s / plan.step_s:.1%} of it is communication that nothing hides")
     mfu = f"{one.mfu:.1%} of the data sheet's arithmetic (MFU)"
     return [*lines, f"{one.tokens_per_s_per_gpu:,.0f} tokens/s on each GPU, {one.tokens_per_s:,.0f} in all; {mfu}"]
 

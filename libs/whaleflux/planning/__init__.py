@@ -6,7 +6,7 @@
     needed = memory(shape, plans, Training())                  # memory.py: bytes on a GPU by component, of the fullest stage
     needed.total_bytes <= machine.usable_bytes
     step = step_time(shape, machine, plans, Training())        # step.py: seconds by component
-    step.total_s; step.tokens_per_s(plans)
+    step.total_s; step.exposed_s
     price = lambda groups: step_time(shape, machine, plan, Training(), groups=groups).total_s
     best_map(cluster, Split.of(plan), price).gpus              # rank_map.py: on which GPU of cluster.py's each rank of one plan runs
 

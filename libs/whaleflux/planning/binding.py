@@ -10,7 +10,6 @@ from whaleflux.planning.space import Asked, frames
 _COUNTS = 0.02  # slower by less than this, memory is not what binds
 _KINDS = {
     "compute": ("compute_s", "recompute_s", "optimizer_s"),
-    "communication": ("tp_s", "cp_s", "ep_s", "pp_s", "dp_s"),
     "bubble": ("bubble_s",),
     "host": ("host_s",),
     "data": ("data_s", "checkpoint_s"),
@@ -64,6 +63,7 @@ def lacks(plan: Candidate) -> str:
 
 def _longest(best: Candidate) -> Binding:
     shares = {kind: sum(best.seconds[part] for part in parts) / best.step_s for kind, parts in _KINDS.items()}
+    shares["communication"] = best.exposed_s / best.step_s
     rest = {kind: share for kind, share in shares.items() if kind != "compute"}
     largest = max(rest, key=lambda kind: rest[kind])
     if rest[largest] < 0.1 or shares["compute"] >= 0.8:

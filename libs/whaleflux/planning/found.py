@@ -90,10 +90,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan, what its step takes (`seconds` by component of `StepTime`), and what its stages hold (bytes by component of `Memory`)."""
+    """A plan, what its step takes (`seconds` by component of `StepTime`), and what its stages hold (bytes by component of `Memory`).
+
+    `exposed_s` of the step is communication that nothing hides.
+    """
 
     split: Split
     seconds: dict[str, float]
+    exposed_s: float
     stages_bytes: tuple[dict[str, float], ...]
     usable_bytes: float
 
@@ -192,4 +196,4 @@ def candidate(
     took = step_time(shape, machine, plan, how, constants, groups)
     seconds = {one.name: float(np.ravel(getattr(took, one.name))[0]) for one in fields(StepTime)}
     stages = tuple(memory_of_stage(shape, plan, how, stage).of(0) for stage in range(split.pp))
-    return Candidate(split, seconds, stages, float(machine.usable_bytes))
+    return Candidate(split, seconds, float(np.ravel(took.exposed_s)[0]), stages, float(machine.usable_bytes))

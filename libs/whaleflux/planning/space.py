@@ -3,7 +3,7 @@
 Tensor parallelism stays within an island (beyond one, it divides it), pipelines divide the layers, context parallelism and micro-batches are
 powers of two, at least 1,024 tokens of a sequence and at most 262,144 tokens of a micro-batch are on a rank, a stage is cut into at most 16
 virtual ones, HSDP's replicas are a power of two. Data parallelism is every divisor of a batch that is exact; where the batch may differ a
-little, the four largest numbers that there are GPUs for and the largest multiple of each power of two.
+little, the 64 largest numbers that there are GPUs for and the largest multiple of each power of two; the batch is then the nearest that these divide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from whaleflux.planning.plans import Plans, Recompute
 MOST_GPUS = 131_072
 LEAST_TOKENS, MOST_TOKENS = 1024, 1 << 18  # of a sequence, and of a micro-batch, on a rank
 MOST_VIRTUAL = 16
-_LARGEST = 4
+_LARGEST = 64
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,9 @@ def _data_parallel(copies: NDArray[np.intp], asked: Asked) -> tuple[NDArray[np.i
     elif not asked.batch_slack:
         offered = np.where(copies[:, None] > 0, np.array(divisors(asked.batch))[None, :], 0)
     else:
+        most = np.minimum(copies, int(asked.batch * (1 + asked.batch_slack) + _ROUNDING))[:, None]
         round_ = 2 ** np.arange(1, asked.gpus.bit_length())
-        offered = np.concatenate([copies[:, None] - np.arange(_LARGEST), copies[:, None] // round_ * round_], axis=1)
+        offered = np.concatenate([most - np.arange(_LARGEST), most // round_ * round_], axis=1)
     possible = (offered >= 1) & (offered <= copies[:, None])
     numbers = np.nonzero(possible)[0]
     both = np.unique(numbers * (MOST_GPUS + 1) + offered[possible])
@@ -111,7 +113,7 @@ def _batches(some: Plans, asked: Asked) -> tuple[Plans, Flags]:
     batch = (
         np.maximum(np.round(asked.batch / unit), 1) * unit if asked.batch_slack else np.full(unit.shape, asked.batch)
     )
-    near = (np.abs(batch / asked.batch - 1) <= asked.batch_slack) & (batch % unit == 0)
+    near = (np.abs(batch / asked.batch - 1) <= asked.batch_slack + _ROUNDING) & (batch % unit == 0)
     return replace(some, global_batch=batch.astype(np.float64)), near
 
 

@@ -81,10 +81,6 @@ class StepTime:
         """All communication that nothing hides."""
         return self.tp_s + self.cp_s + self.ep_s + self.pp_s + self.dp_s
 
-    def tokens_per_s(self, plans: Plans) -> Array:
-        """Of the whole job."""
-        return plans.tokens_per_step / self.total_s
-
 
 @dataclass(frozen=True, slots=True)
 class _PerLayer:
