@@ -159,6 +159,11 @@ class TestMesh:
         said = json.loads(emit("fsdp2", planned(dp=8, zero=1)).text)
         assert (said["reshard_after_forward"], said["reduce_each_micro_batch"]) == (False, False)
 
+    def test_adapters_are_the_scripts_own(self):
+        assert "adapters are the script's own" in " ".join(
+            emit("fsdp2", planned(how=Training(frozen=True), dp=8, zero=3)).notes
+        )
+
     def test_experts_are_no_dimension(self):
         with pytest.raises(InvalidArgument, match="expert parallelism 8"):
             emit("fsdp2", planned(EXPERTS, dp=8, ep=8, zero=3))

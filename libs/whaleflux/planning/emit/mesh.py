@@ -40,6 +40,8 @@ def fsdp2(planned: Planned) -> Emitted:
     notes = [
         "read by whaleflux.sdk.device_mesh('mesh.json'); start the ranks with --emit torchrun, or as a WhaleFlux job"
     ]
+    if planned.frozen:
+        notes.append("adapters are the script's own: freeze the weights and add them before plan.shard")
     if planned.pp > 1:
         notes.append("stages are the script's own: torch.distributed.pipelining over mesh['pp']")
     if planned.tp > 1:

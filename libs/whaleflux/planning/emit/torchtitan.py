@@ -1,4 +1,4 @@
-"""TOML of torchtitan 0.2 (0.3 has no such files: the same fields are its command line's, `--parallelism.tensor_parallel_degree 8`)."""
+"""TOML of torchtitan 0.2. 0.3 has no such files: most of the fields are its command line's, `--parallelism.tensor_parallel_degree 8`."""
 
 from __future__ import annotations
 
