@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from whaleflux.cli import deploy_commands
-from whaleflux.cli.__main__ import app
+from whaleflux.cli.__main__ import app, main
 from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound
 from whaleflux.v1 import router_pb2 as pb
 
@@ -112,6 +112,25 @@ def test_a_secret_in_clear_at_a_site_is_noticed(fleet, file):
     file.write_text(FILE.format(weights="w").replace("on: [RTX4090]", "environment: {HF_TOKEN: hf_abc}"))
     done = RUN.invoke(app, ["deploy", "-y", str(file)])
     assert "HF_TOKEN" in done.output
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("onprem: 2", "onprem: 0", "sites.onprem: must be a whole number, 1 to 1000"),
+        ("on: [RTX4090]", "environment: {A B: 1}", "sites[1].environment"),
+        ("model: m\n", "", "model: is missing"),
+    ],
+)
+def test_mistakes_of_the_file_are_called_as_in_the_file(fleet, file, monkeypatch, capsys, before, after, words):
+    file.write_text(FILE.format(weights="w").replace(before, after))
+    monkeypatch.setattr("sys.argv", ["whaleflux", "deploy", "-y", str(file)])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert words in told
+    assert "explain-field --model" in told
+    assert not fleet.datasets
 
 
 def test_a_folder_that_is_not_there_is_no_dataset(fleet, file):

@@ -627,6 +627,16 @@ class TestReplicas:
             await t.turn()
             (replica,) = t.current.replicas.values.values()
             assert replica.message == "its job waits for GPUs: waits: 1 GPU short"
+            job.past_attempts.add(end_reason="rank 0 exited with code 2")
+            await t.turn()
+            (replica,) = t.current.replicas.values.values()
+            assert replica.message.endswith(
+                "its last process ended: rank 0 exited with code 2 (whaleflux logs serving/m-0)"
+            )
+            job.state, job.state_message = scheduler_pb2.JOB_STATE_FAILED, "it failed 3 times"
+            await t.turn()
+            (replica,) = t.current.replicas.values.values()
+            assert replica.message == "its job ended: it failed 3 times (whaleflux logs serving/m-0)"
 
     async def test_a_job_that_ended_is_replaced_but_not_in_a_hurry(self):
         async with turns() as t:

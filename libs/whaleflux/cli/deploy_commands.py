@@ -199,7 +199,8 @@ def _look_at(source: str, request: Any) -> None:
             progress.clear()
     except (SourceFailed, ManifestWrong, OSError) as unseen:
         if "://" not in source:
-            advice = f"{unseen} (as seen from here); a dataset is written dataset:NAME, and one that nodes alone see is declared with: whaleflux datasets add"
+            why = f"{unseen.filename}: {unseen.strerror}" if isinstance(unseen, OSError) and unseen.filename else unseen
+            advice = f"{why} (as seen from here); a dataset is written dataset:NAME, and one that nodes alone see is declared with: whaleflux datasets add"
             raise InvalidArgument(FieldViolation("weights", advice)) from None
         output.note(
             f"how large {source} is cannot be seen from here ({unseen}); whether it fits is found out at its nodes"

@@ -34,6 +34,7 @@ _FILES = {
     "validate": "explain-field",
     "serve": "explain-field --model",
     "ray up": "explain-field --ray",
+    "deploy": "explain-field --model",
 }
 LISTS = {
     "apikey": "keys list",
@@ -64,7 +65,7 @@ _BEHIND: dict[str, str] = {
 }  # what a service waits for
 FLEET_AWAY = "is the fleet running? see: whaleflux config; start one with: whaleflux up"
 _SPEC, _MODEL = "job.spec.", "model."
-_OF_THE_FILE = {"job_id": "name", "model_id": "name", "parent": "queue"}
+_OF_THE_FILE = {"job_id": "name", "model_id": "model", "parent": "queue"}
 
 
 def after(error: StatusError, called: Sequence[str]) -> str:

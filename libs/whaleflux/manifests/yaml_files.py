@@ -139,8 +139,9 @@ def model_from_yaml(text: str, base: Path) -> ModelManifest:
     file.require(MODEL.file, MODEL.required)
     read_into(model, file, (field for field in MODEL_FIELDS if field is not MODEL), base)
     file.done()
+    _raise(wrong)
     source = _weights_source(model_id, model)
-    _raise(wrong or model_checks.add_arguments(model.engine) or _against_the_router(model))
+    _raise(model_checks.add_arguments(model.engine) or _against_the_router(model))
     return ModelManifest(model_id, model, source)
 
 

@@ -156,14 +156,13 @@ class ReplicaJobs:
     def waits_for(self, name: str, owner: str) -> str:
         """Why a job has no running process yet, in its scheduler's and its agent's words."""
         found = self.of(name, owner)
-        if found is None or found.state not in _NOT_RUNNING:
+        if found is None or found.state not in _NOT_RUNNING | ENDED:
             return "its job has no running process"
-        if found.state == scheduler_pb2.JOB_STATE_STARTING and found.attempt.tasks:
-            task = found.attempt.tasks[0]
-            doing = _DOING.get(task.phase, "its agent starts it")
-            return f"{doing} {task.message}".strip() + f" on {task.node}"
-        why = found.decision.summary or found.state_message
-        return "its job waits for GPUs" + (f": {why}" if why else "")
+        log = f"whaleflux logs {names.top(name)}/{names.last(name)}"
+        if found.state in ENDED:
+            return f"its job ended: {found.state_message or 'nobody said why'} ({log})"
+        ended = found.past_attempts[-1].end_reason if found.past_attempts else ""
+        return _waits(found) + (f"; its last process ended: {ended} ({log})" if ended else "")
 
     def task(self, name: str, owner: str) -> scheduler_pb2.Task | None:
         """What its agent says of a job that starts or runs."""
@@ -200,6 +199,16 @@ class ReplicaJobs:
 def job_name(model: pb.Model, replica_id: str) -> str:
     """In the model's queue."""
     return names.job(queue_of(model), replica_id)
+
+
+def _waits(job: scheduler_pb2.Job) -> str:
+    """What a job that does not run is at."""
+    if job.state == scheduler_pb2.JOB_STATE_STARTING and job.attempt.tasks:
+        task = job.attempt.tasks[0]
+        doing = _DOING.get(task.phase, "its agent starts it")
+        return f"{doing} {task.message}".strip() + f" on {task.node}"
+    why = job.decision.summary or job.state_message
+    return "its job waits for GPUs" + (f": {why}" if why else "")
 
 
 def _is_of(job: scheduler_pb2.Job, owner: str) -> bool:
