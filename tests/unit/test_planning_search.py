@@ -1,6 +1,7 @@
 """The planner's search: equal to looking at every plan, never an invalid or too large one, and it says what binds."""
 
 import json
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -171,3 +172,11 @@ def test_zero_2_reduces_the_gradients_of_every_micro_batch():
         return float(step_time(LLAMA, H200, plans, Training(overlap_dp=False)).dp_s)
 
     assert reduced(2) > 5 * reduced(1)
+
+
+def test_stages_are_pictured_together_however_many_there_are():
+    deep = replace(LLAMA, layers=10_000)
+    split = replace(search(SMALL, H200, Asked(8, 4096, batch=64)).best.split, pp=10_000, vp=1, zero=0)
+    began = time.process_time()
+    assert len(candidate(deep, H200, split, Training()).stages_bytes) == 10_000
+    assert time.process_time() - began < 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.machine import Machine
-from whaleflux.planning.memory import memory_of_stage
+from whaleflux.planning.memory import Memory, memory_of_stage
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.step import Groups, StepTime, step_time
@@ -195,5 +195,7 @@ def candidate(
     plan = split.plans()
     took = step_time(shape, machine, plan, how, constants, groups)
     seconds = {one.name: float(np.ravel(getattr(took, one.name))[0]) for one in fields(StepTime)}
-    stages = tuple(memory_of_stage(shape, plan, how, stage).of(0) for stage in range(split.pp))
+    held = memory_of_stage(shape, plan, how, np.arange(split.pp, dtype=np.float64))
+    columns = {one.name: np.broadcast_to(getattr(held, one.name), (split.pp,)).tolist() for one in fields(Memory)}
+    stages = tuple(dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True))
     return Candidate(split, seconds, float(np.ravel(took.exposed_s)[0]), stages, float(machine.usable_bytes))
