@@ -8,58 +8,87 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+_HALVINGS = 80  # of an interval of seconds: to the last bit of a float
 
 
-def dealt(total: int, each_s: Sequence[float], least: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
-    """`total` as one whole number for each, between `least` and `most`, so that the longest of number x `each_s` is as short as can be.
+def dealt(
+    total: int,
+    each_s: Sequence[float],
+    least: Sequence[int],
+    most: Sequence[int],
+    fixed_s: Sequence[float] | None = None,
+) -> tuple[int, ...]:
+    """`total` as one whole number for each, between `least` and `most`, so that the longest of fixed_s + number x each_s is as short as can be.
 
-    `each_s`: what one unit takes each of them, finite and positive. Exact, in O(n log n) beside the bounds' own size. Raises ValueError where
-    the bounds leave no way.
+    `each_s`: what one unit takes each of them, finite and positive; `fixed_s`: what each takes whatever its number (nothing). Exact. Raises
+    ValueError where the bounds leave no way.
     """
     if not sum(least) <= total <= sum(most) or any(low > high for low, high in zip(least, most, strict=True)):
         raise ValueError(f"{total} is not between what must be taken, {sum(least)}, and what can be, {sum(most)}")
-    level_s = _level_s(total, each_s, most)
-    found = [
-        max(math.floor(min(level_s / unit_s, high)), low) for unit_s, low, high in zip(each_s, least, most, strict=True)
-    ]
-    _add(found, total, each_s, most)
-    _take(found, total, each_s, least)
+    ones = [_One(*one) for one in zip(each_s, least, most, fixed_s or [0.0] * len(each_s), strict=True)]
+    level_s = _level_s(total, ones)
+    found = [math.floor(one.units_in(level_s)) for one in ones]
+    _add(found, total, ones)
+    _take(found, total, ones)
     return tuple(found)
 
 
-def _level_s(total: int, each_s: Sequence[float], most: Sequence[int]) -> float:
-    """How long all would take if parts could be dealt out: those that are full at that level set aside."""
-    left, open_ones = float(total), sorted(range(len(each_s)), key=lambda one: most[one] * each_s[one])
-    rate = math.fsum(1.0 / unit_s for unit_s in each_s)
-    for one in open_ones:
-        if left / rate < most[one] * each_s[one]:
-            break
-        left, rate = left - most[one], rate - 1.0 / each_s[one]
-        if rate <= 0:
-            return math.inf
-    return max(left, 0.0) / rate
+@dataclass(frozen=True, slots=True)
+class _One:
+    each_s: float
+    least: int
+    most: int
+    fixed_s: float
+
+    def units_in(self, seconds: float) -> float:
+        return min(max((seconds - self.fixed_s) / self.each_s, self.least), self.most)
+
+    def takes_s(self, units: int) -> float:
+        return self.fixed_s + units * self.each_s
 
 
-def _add(found: list[int], total: int, each_s: Sequence[float], most: Sequence[int]) -> None:
+def _level_s(total: int, ones: Sequence[_One]) -> float:
+    """How long all would take if units could be cut: never longer than in whole ones."""
+    low, high = 0.0, max(one.takes_s(one.most) for one in ones)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if math.fsum(one.units_in(middle) for one in ones) >= total:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _add(found: list[int], total: int, ones: Sequence[_One]) -> None:
     """Units that are left, each to whom it delays least."""
-    heap = [((found[one] + 1) * each_s[one], one) for one in range(len(found)) if found[one] < most[one]]
+    heap = [
+        (one.takes_s(units + 1), number)
+        for number, (units, one) in enumerate(zip(found, ones, strict=True))
+        if units < one.most
+    ]
     heapq.heapify(heap)
     for _ in range(total - sum(found)):
-        _, one = heapq.heappop(heap)
-        found[one] += 1
-        if found[one] < most[one]:
-            heapq.heappush(heap, ((found[one] + 1) * each_s[one], one))
+        _, number = heapq.heappop(heap)
+        found[number] += 1
+        if found[number] < ones[number].most:
+            heapq.heappush(heap, (ones[number].takes_s(found[number] + 1), number))
 
 
-def _take(found: list[int], total: int, each_s: Sequence[float], least: Sequence[int]) -> None:
-    """Units too many, each from who takes longest."""
-    heap = [(-found[one] * each_s[one], one) for one in range(len(found)) if found[one] > least[one]]
+def _take(found: list[int], total: int, ones: Sequence[_One]) -> None:
+    """Units too many (the level is a rounded number), each from who takes longest."""
+    heap = [
+        (-one.takes_s(units), number)
+        for number, (units, one) in enumerate(zip(found, ones, strict=True))
+        if units > one.least
+    ]
     heapq.heapify(heap)
     for _ in range(sum(found) - total):
-        _, one = heapq.heappop(heap)
-        found[one] -= 1
-        if found[one] > least[one]:
-            heapq.heappush(heap, (-found[one] * each_s[one], one))
+        _, number = heapq.heappop(heap)
+        found[number] -= 1
+        if found[number] > ones[number].least:
+            heapq.heappush(heap, (-ones[number].takes_s(found[number]), number))
 
 
 def longest_s(shares: Sequence[int], each_s: Sequence[float]) -> float:
