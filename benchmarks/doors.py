@@ -37,6 +37,7 @@ DOORS: dict[str, Door] = {
     "leader_loss": Door(commands=("submit",)),
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "plan_accuracy": Door(commands=("fits", "plan")),
+    "plan_mixed": Door(commands=("plan",)),
     "plan_reality": Door(commands=("calibrate",)),
     "plan_search": Door(commands=("plan", "fits")),
     "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),

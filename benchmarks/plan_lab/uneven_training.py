@@ -26,6 +26,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from whaleflux.sdk import Balance, Checkpointer
 
+_ROWS = 64  # of a sample: so that its work is more than what each layer costs anyway
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -40,7 +42,7 @@ class Told:
     micro_batch: int | None = None
     steps: int = 40
     every_steps: int = 5
-    width: int = 512
+    width: int = 256
     workers: int = 0
     checkpoints: str = ""
     seed: int = 3
@@ -69,8 +71,8 @@ class HeldBack:
 
 def data_of(told: Told) -> TensorDataset:
     draw = torch.Generator().manual_seed(told.seed)
-    inputs = torch.randn(told.samples, 64, generator=draw)
-    return TensorDataset(inputs, inputs[:, :8].sin().sum(1, keepdim=True))
+    inputs = torch.randn(told.samples, _ROWS, 64, generator=draw)
+    return TensorDataset(inputs, inputs[..., :8].sin().sum(-1, keepdim=True))
 
 
 def model_of(told: Told) -> nn.Sequential:
@@ -106,7 +108,7 @@ def train(told: Told, folder: Path) -> None:
     else:
         sampler = DistributedSampler(data, seed=told.seed)
         loader = DataLoader(data, batch_size=told.global_batch // world, sampler=sampler, num_workers=told.workers)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     notes: dict[str, list[Any]] = {"losses": [], "step_s": [], "samples": [], "shares": []}
 
     def one_step(batch: Any) -> None:
@@ -115,6 +117,7 @@ def train(told: Told, folder: Path) -> None:
         parts = balance.parts(batch) if balance and told.micro_batch else [batch]
         total = torch.zeros(())
         for inputs, targets in parts:
+            inputs.requires_grad_(bool(told.core_shares))  # backward hooks of the first layer need it
             loss = nn.functional.mse_loss(model(inputs), targets)
             loss = balance.weigh(loss) if balance else loss
             loss.backward()

@@ -11,6 +11,7 @@ from whaleflux.cli import output
 from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
 from whaleflux.cli.plan_output import Form, Made, Wanted
+from whaleflux.cli.plan_pools import pools_of, refuse_unused, show
 from whaleflux.cli.planning_options import (
     MOST_SEQUENCE,
     Again,
@@ -43,7 +44,13 @@ def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face config.json, or a YAML file.")
     ] = "",
-    gpu: Annotated[str, typer.Option("--gpu", help="Type of the GPUs; H200,H100-80GB compares several.")] = "",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            "--gpu",
+            help="Type of the GPUs; H200,H100-80GB compares several; H100-80GB:16,A100-80GB:32 uses both together.",
+        ),
+    ] = "",
     gpus: Annotated[
         str,
         typer.Option(
@@ -101,6 +108,12 @@ def plan(
     picture: Annotated[
         str, typer.Option("--picture", metavar="FILE.svg", help="Draw the step, the pipeline and memory; - for here.")
     ] = "",
+    between_gbps: Annotated[
+        float,
+        typer.Option(
+            "--between-gbps", min=0, max=1e6, help="Pools are sites behind lines of so many Gb/s; 0: one fabric."
+        ),
+    ] = 0.0,
     fmt: Output = Format.table,
 ) -> None:
     """How to split training over GPUs: the fastest plan that fits, its step by component, when it is done, what it costs, and what binds it.
@@ -109,6 +122,7 @@ def plan(
       whaleflux plan llama-3.1-70b --gpu H200 --gpus 128 --tokens 1T
       whaleflux plan llama-3.1-8b --gpu H200,H100-80GB --gpus 8-64 --tokens 100B --deadline 10d --objective cost
       whaleflux plan llama-3.1-70b --gpu H200 --gpus 128 --picture plan.svg --emit megatron > megatron.sh
+      whaleflux plan llama-3.1-70b --gpu H100-80GB:16,A100-80GB:32 --batch 512
       whaleflux plan config.json --gpu H100-80GB --gpus 64 --batch 512 --sequence 4096 --price 2.20 -o json
 
       whaleflux plan llama-3.1-8b --live --tokens 100B
@@ -121,12 +135,24 @@ def plan(
         _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
     if live:
         settled = (
-            micro_batch or tp or pp or cp or ep or vp or zero >= 0 or recompute or price or measured or emit or picture
+            micro_batch
+            or tp
+            or pp
+            or cp
+            or ep
+            or vp
+            or zero >= 0
+            or recompute
+            or price
+            or measured
+            or emit
+            or picture
+            or between_gbps
         )
         if settled:
             _refuse(
                 "--live",
-                "plans the whole split at the fleet's own prices; leave parts of the split, --price, --calibration, --emit and --picture out",
+                "plans the whole split at the fleet's own prices; leave parts of the split, --price, --calibration, --emit, --picture and --between-gbps out",
             )
         _on_fleet(
             _request(
@@ -136,13 +162,26 @@ def plan(
         )
         return
     need_numpy()
-    shape, types = model_of(model), gpus_of(gpu)
+    shape = model_of(model)
+    types = [] if ":" in gpu else gpus_of(gpu)
     length = sequence or min(shape.sequence, 8192)
     from whaleflux.planning.offers import Goal, Objective
     from whaleflux.planning.plans import Recompute
     from whaleflux.planning.space import Asked
 
     samples, slack = _batch(batch, batch_tokens, length)
+    if ":" in gpu:
+        refuse_unused({
+            "--gpus": gpus, "--deadline": deadline, "--budget": budget, "--objective": objective, "--micro-batch": micro_batch, "--tp": tp,
+            "--pp": pp, "--cp": cp, "--ep": ep, "--vp": vp, "--zero": zero >= 0, "--recompute": recompute, "--data-tokens-per-s": data_tokens_per_s,
+            "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--emit": emit, "--picture": picture,
+        })  # fmt: skip
+        trained = quantity_of("--tokens", tokens, count, _MOST_TOKENS)
+        how = _training(method, precision, "", "", "")
+        pools = pools_of(gpu, precision.value, between_gbps)
+        return show(shape, pools, samples, length, how, trained, quantity_of("--price", price, money, 1e4), fmt)
+    if between_gbps:
+        _refuse("--between-gbps", "is for pools: give --gpu H100-80GB:16,A100-80GB:32")
     again = None if recompute is None else Recompute[recompute.value.upper()]
     asked = Asked(1, length, micro_batch, tp, pp, cp, ep, zero, again, vp, samples, slack)
     goal = Goal(

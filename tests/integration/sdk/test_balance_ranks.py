@@ -67,7 +67,7 @@ def test_torch_s_own_sampler_has_the_same_steps(alone, tmp_path):
 
 def test_ranks_that_are_slower_get_fewer_samples_and_all_agree(tmp_path):
     # Waiting is most of what they do, so that a busy host does not change who is slow.
-    told = {"samples": 1920, "global_batch": 48, "width": 256, "steps": 40, "every_steps": 4, "workers": 1}
+    told = {"samples": 1920, "global_batch": 48, "width": 128, "steps": 40, "every_steps": 4, "workers": 1}
     ranks = run(3, tmp_path / "run", core_shares=[0.1, 0.1, 0.025], **told)
     assert all(rank["shares"] == ranks[0]["shares"] for rank in ranks)
     first, last = ranks[0]["shares"][0], ranks[0]["shares"][-1]
