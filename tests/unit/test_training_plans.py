@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from whaleflux.cli import plan_command, training_plans
 from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
 from whaleflux.manifests.yaml_files import job_from_yaml
+from whaleflux.planning import replan
 from whaleflux.v1 import scheduler_pb2 as pb
 
 RUN = CliRunner()
@@ -192,3 +194,32 @@ class TestLive:
         assert done.exit_code != 0
         assert said in str(done.exception) + done.output
         assert not asked
+
+
+class TestAnew:
+    async def wish(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            plan = (await planned(world)).plans[0]
+            return json.loads(plan.mesh)
+
+    async def test_a_plan_brings_its_mesh_and_one_for_other_ranks(self):
+        said = await self.wish()
+        assert math.prod(said["mesh"].values()) == 8
+        fewer = json.loads(replan.mesh_of(said["replan"], 4))
+        assert math.prod(fewer["mesh"].values()) == 4
+        assert fewer["mesh"]["tp"] == said["mesh"]["tp"]
+        ranks = fewer["mesh"]["dp_replicate"] * fewer["mesh"]["dp_shard"]
+        assert ranks * fewer["micro_batch"] * fewer["micro_batches"] == 64, "the batch is the same"
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ({"tp": 3}, "no plan with tp 3"),
+            ({"gpu": "K900"}, "submit the job again"),
+            ({"batch": "x"}, "submit the job again"),
+        ],
+    )
+    async def test_what_cannot_be_planned_anew_is_said(self, more, said):
+        with pytest.raises(InvalidArgument, match=said):
+            replan.mesh_of((await self.wish())["replan"] | more, 4)

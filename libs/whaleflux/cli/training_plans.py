@@ -25,7 +25,7 @@ def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
     known: dict[bytes, pb.PlanTrainingResponse] = {}
     for one in jobs:
         spec = one.request.job.spec
-        if not spec.training.model or spec.HasField("parallelism") or spec.HasField("elastic"):
+        if not spec.training.model or spec.HasField("parallelism"):
             continue
         asked = request_of(spec)
         key = asked.SerializeToString(deterministic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -11,8 +12,12 @@ from typing import TYPE_CHECKING
 
 from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.manifests.training_values import model_text
+from whaleflux.planning import replan
 from whaleflux.planning.binding import lacks
 from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
+from whaleflux.planning.emit.mesh import fsdp2
+from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.known_models import model_said
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
@@ -192,7 +197,7 @@ def _answer(
     choice = choose(shape, offers, asked, goal, how, precision)
     every = (choice.chosen, *choice.others)
     return pb.PlanTrainingResponse(
-        plans=[_message(one, free[one.gpu]) for one in every if one.plan is not None],
+        plans=[_message(one, free[one.gpu], _mesh(shape, one, how)) for one in every if one.plan is not None],
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
     )
@@ -204,7 +209,17 @@ def _refused(one: Estimate) -> str:
     return f"{one.gpus} x {one.gpu}: {why}"
 
 
-def _message(one: Estimate, free: int) -> pb.TrainingPlan:
+def _mesh(shape: ModelShape, one: Estimate, how: Training) -> str:
+    """As `whaleflux.sdk.device_mesh` reads it, with what it takes to plan for another number of ranks; "" where FSDP2 cannot say the plan."""
+    assert one.plan is not None
+    try:
+        said = json.loads(fsdp2(Planned.of(shape, one.plan.split.plans(), how)).text)
+    except InvalidArgument:
+        return ""
+    return json.dumps(said | {replan.KEY: replan.wish(model_text(shape), one.plan.split, one.gpu, how)})
+
+
+def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
     plan = one.plan
     assert plan is not None
     split = plan.split
@@ -215,7 +230,7 @@ def _message(one: Estimate, free: int) -> pb.TrainingPlan:
         replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,
         step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
         usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=(one.usd or 0.0) * split.gpus / one.gpus,
-        words=split.words(), binding=one.found.binding.words, misses=one.misses,
+        words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh,
     )  # fmt: skip
     if one.finish_s is not None:
         message.finish.FromTimedelta(timedelta(seconds=min(one.finish_s, 1e10)))
