@@ -38,6 +38,7 @@ DOORS: dict[str, Door] = {
     "decision_scale": Door(commands=("submit",), fields=("gpus", "priority")),
     "plan_accuracy": Door(commands=("fits", "plan")),
     "plan_mixed": Door(commands=("plan",)),
+    "plan_placement": Door(commands=("submit",), fields=("parallel.tensor", "place")),
     "plan_reality": Door(commands=("calibrate",)),
     "plan_search": Door(commands=("plan", "fits")),
     "elastic": Door(commands=("submit",), fields=("elastic.min", "elastic.max", "elastic.speeds")),

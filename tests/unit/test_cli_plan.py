@@ -36,6 +36,11 @@ def test_people_get_split_step_money_memory_and_what_binds():
         assert said in done.output
 
 
+def test_the_split_is_said_as_a_job_file_says_it():
+    done = plan("dense-700b", "--gpu", "H200", "--gpus", "128")
+    assert "in a job file, gpus: 128 and parallel: {tensor: 8, pipeline: 8}" in done.output
+
+
 def test_programs_get_numbers_that_add_up():
     found = answer("llama-3.1-70b", "--gpu", "H200", "--gpus", "128", "--tokens", "1T", "--batch", "512")
     chosen = found["chosen"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from whaleflux.cli.planning_options import billions
 from whaleflux.planning.binding import lacks
-from whaleflux.planning.found import PART_WORDS, STEP_WORDS, Candidate
+from whaleflux.planning.found import PART_WORDS, STEP_WORDS, Candidate, Split
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Choice, Estimate, Goal
 from whaleflux.planning.space import Asked
@@ -54,7 +54,15 @@ def _split(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:
     return [
         *lines,
         f"{batch}: {split.micro_batches} micro-batches of {split.micro_batch} on each of {split.dp} ranks{together}",
+        *_job_file(split),
     ]
+
+
+def _job_file(split: Split) -> list[str]:
+    """What lays its ranks along the links."""
+    sizes = {"tensor": split.tp, "context": split.cp, "expert": split.ep, "pipeline": split.pp}
+    said = ", ".join(f"{name}: {size}" for name, size in sizes.items() if size > 1)
+    return [f"in a job file, gpus: {split.gpus} and parallel: {{{said}}}"] if said else []
 
 
 def _step(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:

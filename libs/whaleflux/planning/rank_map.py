@@ -23,7 +23,7 @@ Price = Callable[[Groups], Array]
 """What maps cost by their groups, of all of them at once: less is better."""
 
 # A search looks at so many maps at once and in all; small ones, which cost less to price, at more. So many rounds without a gain end it.
-_AT_ONCE, _ROUND_RANKS, _LOOKED_AT, _SMALL, _LOOKED_AT_SMALL, _PATIENCE = 96, 16_384, 400, 32, 2400, 3
+_AT_ONCE, _ROUND_RANKS, _LOOKED_AT, _SMALL, _LOOKED_AT_SMALL, _PATIENCE = 96, 16_384, 500, 32, 2400, 3
 _IMPROVED_UP_TO = 2048  # ranks; maps of more are only laid
 _OTHER_STARTS = 4  # orders that small searches start from
 _EQUAL = 1e-9
@@ -55,7 +55,12 @@ def best_map(cluster: Cluster, split: Split, price: Price, seed: int = 0) -> Ran
     """
     check(cluster, split)
     tried = orders(split)
-    laid = np.unique(np.array([lay(cluster, split, order) for order in tried]), axis=0, return_index=True)
+    tried = [tried[0], *tried]  # ranks as GPUs come, and each order
+    laid = np.unique(
+        np.array([np.arange(split.ranks), *(lay(cluster, split, order) for order in tried[1:])]),
+        axis=0,
+        return_index=True,
+    )
     maps, which = laid[0][np.argsort(laid[1])], np.sort(laid[1])
     costs = priced(cluster, split, price, maps)
     search = _Search(cluster, split, price, np.random.default_rng(seed))
@@ -118,7 +123,7 @@ class _Search:
     def _climb(self, gpus: Ints, cost: float, at_once: int, most: int) -> tuple[Ints, float, int]:
         """Sideways too, since the slowest of several groups hides what others gain; what is kept is the first map of the least cost."""
         idle, looked_at, kept = 0, 0, gpus
-        while looked_at + at_once <= most and idle < _PATIENCE and len(gpus) > 2:
+        while looked_at + at_once <= most and idle < max(_PATIENCE, 2 * _AT_ONCE // at_once) and len(gpus) > 2:
             neighbours = np.array([self._exchanged(gpus) for _ in range(at_once)])
             costs = priced(self.cluster, self.split, self.price, neighbours)
             looked_at += at_once
