@@ -38,13 +38,13 @@ TYPES = ("H200", "H100-80GB", "A100-40GB", "RTX4090")
 
 
 def measure(options: Options) -> Report:
-    speed = [row for gpus in LIMITS_S for row in _speed(gpus, MODELS[::3] if options.quick else MODELS)]
+    speed = [row for gpus in LIMITS_S for row in speeds(gpus, MODELS[::3] if options.quick else MODELS)]
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rng = np.random.default_rng(options.seed)
-    exact = _equal(rng, 20 if options.quick else 200)
-    near = _near(rng, 4 if options.quick else 20)
-    verdicts = _verdicts()
-    known = _known(("mpt-1b",) if options.quick else ("mpt-1b", "llama-3.1-8b", "llama-3.2-3b", "qwen3-30b-a3b"))
+    exact = equal_to_loops(rng, 20 if options.quick else 200)
+    near = near_batches(rng, 4 if options.quick else 20)
+    verdicts = four_verdicts()
+    known = known_at_128(("mpt-1b",) if options.quick else ("mpt-1b", "llama-3.1-8b", "llama-3.2-3b", "qwen3-30b-a3b"))
     targets = [
         Target(
             f"search_{gpus}", max(row["CPU s"] for row in speed if row["GPUs"] == gpus), limit, "s of CPU", per="numpy"
@@ -58,10 +58,12 @@ def measure(options: Options) -> Report:
         Target("worst_of_near_batches", near["worst %"], NEAR_PCT, "%"),
         Target("verdicts", sum(row["as expected"] == "yes" for row in verdicts), 4, "", better="higher"),
     ]
-    return Report(rows=[*speed, exact, near, *known, *verdicts, _plan()], targets=targets, simulated="", notes=[])
+    return Report(
+        rows=[*speed, exact, near, *known, *verdicts, plan_that_fits()], targets=targets, simulated="", notes=[]
+    )
 
 
-def _speed(gpus: int, models: tuple[str, ...]) -> list[Row]:
+def speeds(gpus: int, models: tuple[str, ...]) -> list[Row]:
     rows = []
     for name in models:
         shape = model_named(name)
@@ -92,7 +94,7 @@ def _instance(rng: np.random.Generator) -> tuple[ModelShape, Machine, int, int, 
     return shape, machine, int(rng.integers(1, 65)), batch, int(rng.choice([1024, 2048, 4096, 8192, 16384]))
 
 
-def _equal(rng: np.random.Generator, instances: int) -> Row:
+def equal_to_loops(rng: np.random.Generator, instances: int) -> Row:
     equal, without, plans, wrong = 0, 0, 0, []
     for _ in range(instances):
         shape, machine, gpus, batch, sequence = instance = _instance(rng)
@@ -112,7 +114,7 @@ def _equal(rng: np.random.Generator, instances: int) -> Row:
     }
 
 
-def _near(rng: np.random.Generator, instances: int) -> Row:
+def near_batches(rng: np.random.Generator, instances: int) -> Row:
     """Against every number of data-parallel ranks, each with the batch that is nearest to what was asked for."""
     worst = 0.0
     for _ in range(instances):
@@ -129,7 +131,7 @@ def _near(rng: np.random.Generator, instances: int) -> Row:
     return {"what": "near batches", "instances": instances, "worst %": worst}
 
 
-def _known(names: tuple[str, ...]) -> list[Row]:
+def known_at_128(names: tuple[str, ...]) -> list[Row]:
     rows = []
     for name in names:
         shape, machine = model_named(name), Machine.of(CATALOGUE.types["H100-80GB"])
@@ -153,7 +155,7 @@ VERDICTS = (
 )
 
 
-def _verdicts() -> list[Row]:
+def four_verdicts() -> list[Row]:
     shape, machine = model_named("dense-700b"), Machine.of(CATALOGUE.types["H200"])
     rows = []
     for name, degrees, expected in VERDICTS:
@@ -172,7 +174,7 @@ def _verdicts() -> list[Row]:
     return rows
 
 
-def _plan() -> Row:
+def plan_that_fits() -> Row:
     """The plan of 700B over 128 H200 that fits: about 1M tokens a step."""
     shape, gpu = model_named("dense-700b"), CATALOGUE.types["H200"]
     price = gpu.list_price

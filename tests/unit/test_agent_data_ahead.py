@@ -15,6 +15,7 @@ from whaleflux.data import sources
 from whaleflux.v1 import agent_pb2
 from whaleflux_agent import data_ahead
 from whaleflux_agent.data_ahead import DataAhead
+from whaleflux_agent.dataset_store import DatasetStore
 from whaleflux_agent.datasets import DatasetCache
 
 NODE = "sites/lab/nodes/n1"
@@ -128,15 +129,16 @@ async def test_what_is_wanted_again_while_its_pull_stops_begins_anew(tmp_path, s
         await until(lambda: said(ahead, TEXT).ready)
 
 
-async def test_a_pull_that_ended_meanwhile_leaves_a_copy_that_others_are_told_of(tmp_path, source, gate):
+async def test_a_pull_that_ended_meanwhile_leaves_a_copy_that_others_are_told_of(tmp_path, source, gate, monkeypatch):
     inventory = Inventory(source)
     cache = DatasetCache(tmp_path / "cache", 1000, NODE, inventory, frozenset, open_source=gate.open_source)
     async with running(cache) as ahead:
         ahead.desire(claims(TEXT))
         await until(lambda: "PULLING" in inventory.states(TEXT))
-        publish = cache._store.publish
-        may_end = threading.Event()
-        cache._store.publish = lambda *what, **more: (may_end.wait(60), publish(*what, **more))[1]
+        publish, may_end = DatasetStore.publish, threading.Event()
+        monkeypatch.setattr(
+            DatasetStore, "publish", lambda *what, **more: (may_end.wait(60), publish(*what, **more))[1]
+        )
         gate.may.set()
         await until(lambda: cache.begin(TEXT).progress.done_bytes == 6)
         ahead.desire(claims())

@@ -37,7 +37,7 @@ def test_what_neighbours_have_of_the_whole_is_found_in_the_part(chunks, data):
     part = Manifest(10, tuple(file for file in whole.files if data.draw(st.booleans())))
     bits, seen = data.draw(st.integers(0, (1 << whole.chunk_count) - 1)), []
     pull = SimpleNamespace(seen=lambda pieces, fellows, coming: seen.append((pieces, fellows, coming)))
-    dataset_division._OfPart(pull, dataset_division.spans(whole, part)).seen({"n": bits}, frozenset({"n"}), bits)
+    dataset_division.OfPart(pull, dataset_division.spans(whole, part)).seen({"n": bits}, frozenset({"n"}), bits)
     index = {(whole.files[c.file].path, c.offset): c.index for c in whole.chunks()}
     wanted = sum((bits >> index[part.files[c.file].path, c.offset] & 1) << c.index for c in part.chunks())
     assert seen == [({"n": wanted} if wanted else {}, frozenset(), wanted)]
@@ -212,8 +212,8 @@ async def test_a_part_that_somebody_wrote_to_and_one_of_an_earlier_dataset_are_n
 async def test_a_task_that_stops_stops_its_pull_and_the_next_one_goes_on_with_it(tmp_path, source, inventory, reads):
     cache, task = cache_of(tmp_path, inventory, reads), work(0, 8, 8)
     bringing = asyncio.create_task(cache.fetch(C4, task))
-    await until(lambda: cache._ranks.fetching)
-    (progress,) = [fetch.progress for _, fetch in cache._ranks._fetches.values()]
+    await until(lambda: cache.rank_parts.fetching)
+    (progress,) = [fetch.progress for _, fetch in cache.rank_parts.fetches.values()]
     bringing.cancel()
     await asyncio.gather(bringing, return_exceptions=True)
     assert progress.stop.is_set()

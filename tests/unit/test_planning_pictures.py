@@ -46,11 +46,10 @@ def test_each_pass_is_done_once_when_its_stage_is_free_and_what_it_needs_is_ther
     for work in works:
         place = work.chunk * stages + work.stage  # along the model
         before = place + 1 if work.backward else place - 1
-        if 0 <= before < stages * virtual:
-            needed = (before % stages, work.micro_batch, before // stages, work.backward)
-            assert work.start_s >= ended[needed] + (send if stages > 1 else 0) - 1e-9
-        if work.backward:
-            assert work.start_s >= ended[work.stage, work.micro_batch, work.chunk, False] - 1e-9
+        needed = (before % stages, work.micro_batch, before // stages, work.backward)
+        there_s = ended[needed] + (send if stages > 1 else 0) if 0 <= before < stages * virtual else 0.0
+        forward_s = ended[work.stage, work.micro_batch, work.chunk, False] if work.backward else 0.0
+        assert work.start_s >= max(there_s, forward_s) - 1e-9
     for stage in range(stages):
         mine = sorted((w.start_s, w.end_s) for w in works if w.stage == stage)
         assert all(later[0] >= earlier[1] - 1e-9 for earlier, later in pairwise(mine))

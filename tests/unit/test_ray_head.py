@@ -137,7 +137,7 @@ class Gcs:
 def told_worker(monkeypatch):
     monkeypatch.setattr(worker, "LOOK_S", 0.0)
     one = worker.Worker(argparse.Namespace(idle_s=60.0, grace_s=25.0))
-    one._joined = True
+    one.joined = True
     one.stop()
     return one
 
@@ -163,7 +163,7 @@ def test_a_question_that_fails_ends_no_worker():
             raise RuntimeError("Deadline Exceeded")
 
     node = worker.Node.__new__(worker.Node)
-    node._client = Client()
+    node.client = Client()
     assert not node.drain(Message(node_id=b"a"), worker.IDLE, "idle", 0)
 
 

@@ -19,6 +19,7 @@ from whaleflux_scheduler.core.pending import Candidate
 from whaleflux_scheduler.core.placement.api import DatasetFact
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.plan import News
+from whaleflux_scheduler.core.queue_order import Turns
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S, QueueShares
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -243,7 +244,7 @@ class TestQuota:
         (here,) = running.attempt.nodes
         there = B if here == A else A
         claim = Claim(((there, ("g",)),), (), NOW)
-        ahead = DataAhead(planner._fleet.engine, planner._shares)
+        ahead = planner.data_ahead
         assert ahead.with_data(running, claim).datasets == (), "both copies are twice the quota"
         planner.apply(News(queues=self.queues(12 * TB)))
         assert ahead.with_data(running, claim).datasets == (TEXT,)
@@ -256,8 +257,8 @@ class TestQuota:
         planner.apply(News(datasets=(DatasetFact(TEXT, 6 * TB, (A, B)),)))
         run(planner, job("one", 4, datasets=("text",)))
         decide(planner, job("two", 4, at=1, datasets=("text",), require_local_data=True))
-        looks, unpark = [], planner._unpark
-        monkeypatch.setattr(planner, "_unpark", lambda top: looks.append(top) or unpark(top))
+        looks, unpark = [], Turns.unpark
+        monkeypatch.setattr(Turns, "unpark", lambda turns, line: looks.append(line) or unpark(turns, line))
         planner.apply(News(closed={A: ""}))
         assert not looks
         planner.apply(News(datasets=(DatasetFact(IMAGES, 1, (A,)),)))

@@ -132,7 +132,7 @@ class Node:
     def __init__(self, address: str, instance: str) -> None:
         from ray._raylet import GcsClient
 
-        self._client, self._instance = GcsClient(address=address), instance
+        self.client, self._instance = GcsClient(address=address), instance
         self.cluster: Any = None  # the ClusterResourceState as it was read last
 
     def state(self) -> Any:
@@ -140,7 +140,7 @@ class Node:
         from ray.core.generated import autoscaler_pb2 as pb
 
         try:
-            reply = pb.GetClusterResourceStateReply.FromString(self._client.get_cluster_resource_state())
+            reply = pb.GetClusterResourceStateReply.FromString(self.client.get_cluster_resource_state())
         except Exception as error:  # Ray says in many ways that the GCS is gone; the raylet ends by itself then
             print(f"the GCS does not answer: {str(error)[:200]}", flush=True)
             return None
@@ -150,13 +150,13 @@ class Node:
 
     def is_wanted(self) -> bool:
         """Whether others wait for its GPUs."""
-        return is_named(self._client, self._instance)
+        return is_named(self.client, self._instance)
 
     def drain(self, state: Any, reason: int, words: str, within_s: float) -> bool:
         """Whether Ray lets it go; not where the GCS does not answer."""
         deadline_ms = int((time.time() + within_s) * 1000) if within_s else 0
         try:
-            accepted, why = self._client.drain_node(state.node_id.hex(), reason, words, deadline_ms)
+            accepted, why = self.client.drain_node(state.node_id.hex(), reason, words, deadline_ms)
         except Exception as error:  # Ray says in many ways that the GCS is gone
             accepted, why = False, f"the GCS does not answer: {str(error)[:200]}"
         if not accepted:
@@ -198,7 +198,7 @@ class Worker:
     """Watches over `ray start`."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self._asked, self._told, self._joined = asked, threading.Event(), False
+        self._asked, self._told, self.joined = asked, threading.Event(), False
         self._instance = os.environ.get("WHALEFLUX_JOB", "worker") + "/" + os.environ.get("WHALEFLUX_EPOCH", "0")
 
     def run(self) -> int:
@@ -215,7 +215,7 @@ class Worker:
                 code = self.watch(ray, Node(self._asked.address, self._instance), join_until)
             finally:
                 end(ray)
-            if self._told.is_set() or self._joined or time.monotonic() > join_until:
+            if self._told.is_set() or self.joined or time.monotonic() > join_until:
                 break
         return code
 
@@ -234,20 +234,20 @@ class Worker:
         """Until the node has left, or `ray start` has ended; the exit code."""
         while ray.poll() is None:
             state = node.state()
-            self._joined |= state is not None and state.status != DEAD_STATUS
+            self.joined |= state is not None and state.status != DEAD_STATUS
             if self._told.is_set():
-                if self._joined:
+                if self.joined:
                     self._go(ray, node, state)
                 return 0
             if self.may_leave(state, node) and is_spare(node.cluster, state) and node.drain(state, IDLE, "idle", 0):
                 print(f"leaves: idle for {state.idle_duration_ms / 1000:.0f} s", flush=True)
                 self._leave(ray, node, LEAVE_S)
                 return 0
-            if not self._joined and time.monotonic() > join_until:
+            if not self.joined and time.monotonic() > join_until:
                 break
             nodes = len(node.cluster.node_states) if node.cluster is not None else 0
             self._told.wait(LOOK_S * max(1.0, nodes / NODES_A_LOOK))
-        if not self._joined:
+        if not self.joined:
             print(f"has not joined {self._asked.address}", file=sys.stderr, flush=True)
             return JOINS_NOT
         return ray.returncode or 0

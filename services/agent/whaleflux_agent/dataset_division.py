@@ -56,7 +56,7 @@ def spans(whole: Manifest, part: Manifest) -> list[Span]:
     return found
 
 
-class _OfPart:
+class OfPart:
     """Tells the pull of a part what neighbours have of the whole. They share nothing out with it: each has other files to bring."""
 
     def __init__(self, pull: Pull, where: Sequence[Span]) -> None:
@@ -90,17 +90,17 @@ class RankParts:
         self._store, self._room, self._reports, self._versions = store, room, reports, versions
         self._inventory, self._opened, self._pace, self._reader = inventory, opened, pace, reader
         self._one = defaultdict[str, asyncio.Lock](asyncio.Lock)
-        self._fetches: dict[asyncio.Task[Copy | None], tuple[str, Fetch]] = {}
+        self.fetches: dict[asyncio.Task[Copy | None], tuple[str, Fetch]] = {}
 
     @property
     def fetching(self) -> set[str]:
-        return {dataset for dataset, _ in self._fetches.values()}
+        return {dataset for dataset, _ in self.fetches.values()}
 
     async def fetch(self, dataset: str, work: Work, tell: Tell | None) -> Copy | None:
         """What has the files of the ranks here, be it a whole copy; None while its version is not known. Raises LaunchFailed, Unkept."""
         fetch = Fetch()
         bringing = asyncio.create_task(self._bring(dataset, work, tell, fetch))
-        self._fetches[bringing] = dataset, fetch
+        self.fetches[bringing] = dataset, fetch
         bringing.add_done_callback(self._ended)
         try:
             while not (await asyncio.wait({bringing}, timeout=_TELL_EVERY_S))[0]:
@@ -111,7 +111,7 @@ class RankParts:
             fetch.progress.stop.set()  # nobody else waits for it; what came of it is gone on with
 
     def _ended(self, task: asyncio.Task[Copy | None]) -> None:
-        del self._fetches[task]
+        del self.fetches[task]
         if not task.cancelled():
             task.exception()  # whoever still waits hears of it
 
@@ -193,13 +193,13 @@ class RankParts:
         """Neighbours speak of the chunks of the whole."""
         if swarm is None:
             return await in_thread(pull.run)
-        of_part = _OfPart(pull, spans(whole, pull.manifest))
+        of_part = OfPart(pull, spans(whole, pull.manifest))
         of_part.seen(*await swarm.look())
         async with following(swarm, of_part):
             return await in_thread(pull.run)
 
     async def close(self) -> None:
         """The agent stops."""
-        for task, (_, fetch) in list(self._fetches.items()):
+        for task, (_, fetch) in list(self.fetches.items()):
             fetch.progress.stop.set()
             await asyncio.wait({task}, timeout=_CALL_S)

@@ -85,7 +85,7 @@ class DatasetCache:
         self.ahead: Mapping[str, str] = {}
 
         def needed() -> frozenset[str]:
-            return in_use().union(self.ahead, self._ranks.fetching)
+            return in_use().union(self.ahead, self.rank_parts.fetching)
 
         self._needed = needed
         self._reports, self._peers = CopyReports(node, address, stub, self._stays), peers
@@ -101,7 +101,7 @@ class DatasetCache:
             self._store, self._pins, self._versions, self._reports, needed, self._fetching, self._open_here
         )
         self._parts = Parts(self._store, self._room, self._reports, self._pace, self._reader)
-        self._ranks = RankParts(
+        self.rank_parts = RankParts(
             self._store,
             self._room,
             self._reports,
@@ -136,7 +136,7 @@ class DatasetCache:
             return await self._where_it_is(dataset, work, tell)
         if work is not None and dataset in work.spec.datasets_by_rank:
             try:
-                part = await self._ranks.fetch(dataset, work, tell)
+                part = await self.rank_parts.fetch(dataset, work, tell)
             except Unkept as unkept:
                 return await self._from_source(unkept, work, tell)
             if part is not None:
@@ -180,7 +180,7 @@ class DatasetCache:
         Of one that the ranks of `work` share: the folder with the list of all of its files. Raises LaunchFailed.
         """
         if work is not None and dataset in work.spec.datasets_by_rank:
-            return await self._ranks.listing(dataset)
+            return await self.rank_parts.listing(dataset)
         if (file := self._lone_files.get(dataset, "")).startswith(f"{path.rstrip('/')}/"):
             return file
         copies: list[Copy] = await self._room.do(self._store.copies)
@@ -417,7 +417,7 @@ class DatasetCache:
 
     async def close(self) -> None:
         """The agent stops: what is on its way is gone on with by the next one."""
-        await self._ranks.close()
+        await self.rank_parts.close()
         for fetch in list(self._fetching.values()):
             fetch.progress.stop.set()
             await asyncio.wait({fetch.task}, timeout=_CALL_S)

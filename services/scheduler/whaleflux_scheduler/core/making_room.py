@@ -131,7 +131,7 @@ class MakingRoom(Answers):
         else:
             short = self._refusals.short(self._pending.jobs[job.name].line.kind, job)
             decision = wait_reasons.does_not_fit(short, now, candidate.exclude)
-        claim = self._data_ahead.with_data(job, claim)
+        claim = self.data_ahead.with_data(job, claim)
         self._fleet.hold(job, self._fleet.holdings.held(job.name), claim)
         self._promises.claims(job.name)
         self._join(candidate)
@@ -151,7 +151,7 @@ class MakingRoom(Answers):
         """Elastic jobs go on with what is left to them instead of being stopped."""
         for name, claim in sizes.items():
             known, held = self._fleet.holdings.jobs[name], self._fleet.holdings.held(name)
-            claim = self._data_ahead.with_data(known, claim)
+            claim = self.data_ahead.with_data(known, claim)
             self._fleet.hold(known, held, claim)
             self._also.append(Move(name, resize_reasons.shrinks(known, claim, by.name, now), claim=claim))
 
@@ -175,7 +175,7 @@ class MakingRoom(Answers):
     def _grow(self, now: datetime) -> Iterator[Move]:
         """Into what nobody who waits could use."""
         for growth, claim in self._resizing.grown(self._fleet.version, now, self._over_limit):
-            claim = self._data_ahead.with_data(growth.job, claim)
+            claim = self.data_ahead.with_data(growth.job, claim)
             self._fleet.hold(growth.job, self._fleet.holdings.held(growth.job.name), claim)
             yield Move(growth.job.name, resize_reasons.grows(growth, now), claim=claim)
 

@@ -109,7 +109,7 @@ class Plan(Promising):
             fleet.forget(name)
             self._promises.forget(name)
             self._rebalancer.forget(name)
-            self._data_ahead.forget(name)
+            self.data_ahead.forget(name)
             self._under_way.pop(name, None)
         for name, candidate in news.candidates.items():
             self._wait(name, candidate)
@@ -288,8 +288,8 @@ class Plan(Promising):
         """It starts there; None: its data may not be held there, and it may not do without."""
         holdings = self._fleet.holdings
         assignment = self._assigned(job, placement)
-        remote, limit = self._data_ahead.beyond_quota(job, assignment.rank_counts)
-        if limit is not None and self._data_ahead.insists(job, remote):
+        remote, limit = self.data_ahead.beyond_quota(job, assignment.rank_counts)
+        if limit is not None and self.data_ahead.insists(job, remote):
             self._wait_for_data(job, limit)
             return None
         assignment = replace(assignment, remote_datasets=remote)
@@ -306,7 +306,7 @@ class Plan(Promising):
         self._promises.leaves(job.name)
         self._patience.forget(job.name)
         self._soon_over.forget(job.name)
-        self._data_ahead.forget(job.name)
+        self.data_ahead.forget(job.name)
         self._fleet.hold(job, held, remote=assignment.remote_datasets)  # what it claimed and did not take is free again
         self._promises.starts(job, now)
         self._reserved.starts(job)

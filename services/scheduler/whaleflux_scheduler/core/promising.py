@@ -62,7 +62,7 @@ class Promising(MakingRoom):
 
     def _promised(self, name: str, claim: Claim, now: datetime) -> Move:
         candidate = self._pending.jobs[name].candidate
-        claim = self._data_ahead.with_data(candidate.job, claim)
+        claim = self.data_ahead.with_data(candidate.job, claim)
         self._fleet.hold(candidate.job, self._fleet.holdings.held(name), claim)
         self._promises.claims(name)
         self._join(candidate)
@@ -84,7 +84,7 @@ class Promising(MakingRoom):
     def _claim(self, new: NewClaim, now: datetime) -> Move:
         name, waiting = new.job.name, self._pending.jobs.get(new.job.name)
         job = waiting.candidate.job if waiting is not None else self._fleet.holdings.jobs[name]
-        claim = self._data_ahead.with_data(job, new.claim)
+        claim = self.data_ahead.with_data(job, new.claim)
         self._fleet.hold(job, self._fleet.holdings.held(name), claim)
         self._promises.claims(name)
         if waiting is not None:

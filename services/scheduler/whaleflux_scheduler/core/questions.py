@@ -76,7 +76,7 @@ class Questions:
         self._limits = NeverStarts(self._fleet, self._shares, self._reserved)
         self._patience = Patience(self._promises.soonest)
         self._soon_over = SoonOver(self._fleet.holdings, self._estimates)
-        self._data_ahead = DataAhead(self._fleet.engine, self._shares)
+        self.data_ahead = DataAhead(self._fleet.engine, self._shares)
         self._data_short: dict[str, DataLimit] = {}  # jobs that wait because their queue may not hold their data
         self._rebalancer = Rebalancer(self._fleet.engine, self._fleet.holdings, self._estimates, rules)
 
