@@ -58,6 +58,18 @@ def test_what_there_is_is_listed():
         (("nowhere.json", "--gpu", "H200"), "there is no such file"),
         (("lama-3-8b", "--gpu", "H200"), "did you mean"),
         (("llama-3.1-8b", "--gpu", "H200", "-o", "csv"), "use table or json"),
+        (
+            ("llama-3.1-8b", "--gpu", "A100-80GB", "--precision", "fp8"),
+            "a A100-80GB has none; take bf16, or a type that has it: H",
+        ),
+        (("llama-3.1-8b", "--gpu", "H200", "--software", "eager"), "--software: is known of what was measured only"),
+        (("llama-3.1-8b", "--serve", "--tp", "8"), "--tp: is of training"),
+        (("llama-3.1-8b", "--serve", "--gpus", "3"), "--gpus: is of training"),
+        (("llama-3.1-8b", "--serve", "--calibration", "x"), "--calibration: is of training"),
+        (("llama-3.1-8b", "--serve", "--method", "lora"), "--method: is of training"),
+        (("llama-3.1-8b", "--gpu", "H200", "--first-token", "1s"), "--first-token: is of serving"),
+        (("llama-3.1-8b", "--gpu", "H200", "--token", "1s"), "--token: is of serving"),
+        (("llama-3.1-8b", "--gpu", "H200", "--prompt", "7"), "--prompt: is of serving"),
     ],
 )
 def test_wrong_input_names_its_field_and_the_fix(arguments, said):

@@ -209,6 +209,12 @@ HOSTILE_OPTIONS = {
     "a price of nan": (("--price", "nan"), "--price"), "a price of nothing": (("--price", "0"), "--price"), "a price per moon": (("--price", "99999999"), "--price"),
     "half a checkpoint": (("--checkpoint-every", "30min"), "--checkpoint-stall"), "a checkpoint of words": (("--checkpoint-every", "x", "--checkpoint-stall", "1s"), "--checkpoint-every"),
     "data of nan": (("--data-tokens-per-s", "nan"), "--data-tokens-per-s"), "csv": (("-o", "csv"), "-o"),
+    "8 bit where there is none": (("--gpu", "H200,A100-80GB", "--precision", "fp8"), "--precision"),
+    "8 bit in a pool without": (("--gpu", "H100-80GB:8,A100-80GB:8", "--precision", "fp8"), "--precision"),
+    "software that nobody measured": (("--software", "eager"), "--software"),
+    "live and software": (("--live", "--software", "eager"), "--live"), "live and data": (("--live", "--data-tokens-per-s", "9"), "--live"),
+    "live and checkpoints": (("--live", "--checkpoint-every", "1h"), "--live"),
+    "live and half a second": (("--live", "--tokens", "1T", "--deadline", "0.5s"), "--deadline"),
 }  # fmt: skip
 
 

@@ -58,15 +58,24 @@ def test_a_way_that_was_not_measured_stays_as_it_was():
     assert found(layer=[]).of(how, "compiled")[0] == how
 
 
-def test_collectives_set_the_islands_rates():
-    rows = [
-        [kind, 4, 1 << 30, (1 << 30) / rate]
+def collectives(ranks):
+    return [
+        [kind, ranks, 1 << 30, (1 << 30) / rate]
         for kind, rate in (("all_reduce", 300e9), ("all_gather", 400e9), ("reduce_scatter", 390e9), ("send", 380e9))
     ]
-    fabric = found(collective=rows).machine.fabric
-    assert fabric.island_bytes_per_s == pytest.approx(300e9)
-    assert fabric.switch_bytes_per_s == pytest.approx(450e9)
+
+
+def test_collectives_set_the_islands_rates():
+    fabric = found(collective=collectives(8)).machine.fabric
+    assert fabric.island_bytes_per_s == pytest.approx(350e9)
+    assert fabric.switch_bytes_per_s == pytest.approx(525e9)
     assert fabric.p2p_bytes_per_s == pytest.approx(380e9)
+
+
+def test_collectives_of_too_few_gpus_say_nothing_of_the_switches():
+    fabric = found(collective=collectives(4)).machine.fabric
+    assert fabric.island_bytes_per_s == pytest.approx(300e9)
+    assert fabric.switch_bytes_per_s == SHEET.fabric.switch_bytes_per_s > 0
 
 
 HOSTILE = {
@@ -80,6 +89,10 @@ HOSTILE = {
     "negative": (json.dumps(LADDER | {"copy": [[1e9, -1]]}), "copy must be a number"),
     "words": (json.dumps(LADDER | {"matmul": [["a", 1, 1, 1]]}), "matmul must be a number"),
     "too many": (json.dumps(LADDER | {"copy": [[1, 1]] * 10_001}), "at most 10000 rows"),
+    "a layer of no width": (
+        json.dumps(LADDER | {"layer": [["eager", 8192, 4096, 1e-6, 5632, 0.1, 0.1, 1]]}),
+        "layer must be a number between 1 and",
+    ),
     "deep": ("[" * 100_000, "is no JSON"),
 }
 
@@ -130,3 +143,33 @@ def test_a_plan_counts_with_what_was_measured_of_its_type(ladder_file):
 def test_two_ladders_of_one_type_are_refused(ladder_file):
     done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--gpu", "H200", *("--calibration", str(ladder_file)) * 2])
     assert "has one already" in str(done.exception) + done.output
+
+
+@pytest.fixture
+def eager_file(tmp_path):
+    """Of a node where nothing was compiled."""
+    path = tmp_path / "eager.json"
+    path.write_text(json.dumps(LADDER | {"layer": [row for row in LADDER["layer"] if row[0] == "eager"]}))
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["plan", "fits"])
+@pytest.mark.parametrize("more", [(), ("--software", "autocast")])
+def test_a_way_that_was_not_measured_is_refused_with_those_that_were(eager_file, command, more):
+    asked = [command, "llama-3.1-8b", "--gpu", "H200", "--gpus", "8", "--calibration", eager_file]
+    done = RUN.invoke(app, [*asked, *more])
+    assert "take one of: eager" in str(done.exception)
+    assert RUN.invoke(app, [*asked, "--software", "eager"]).exit_code == 0
+
+
+def test_what_is_emitted_runs_as_the_plan_was_made(ladder_file):
+    asked = ["plan", "llama-3.1-8b", "--gpu", "H200", "--gpus", "8", "--emit", "torchtitan", "--calibration", str(ladder_file)]  # fmt: skip
+    eager, compiled = (RUN.invoke(app, [*asked, "--software", one]).output for one in ("eager", "compiled"))
+    assert "enable = true" in compiled
+    assert "enable = true" not in eager
+
+
+def test_a_file_that_cannot_be_written_is_known_before_it_is_measured(tmp_path):
+    done = RUN.invoke(app, ["calibrate", "--file", str(tmp_path)])
+    assert "--file" in str(done.exception)
+    assert "cannot be written" in str(done.exception)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from whaleflux.errors import InvalidArgument
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.training_plans import calibrations
 
 RUN = CliRunner()
 SMALL = json.dumps({"name": "small", "layers": 8, "hidden": 1024, "heads": 8, "vocabulary": 32000, "sequence": 2048})
@@ -187,13 +189,27 @@ class TestLive:
         assert json.loads(done.output)["plans"][0]["gpus"] == 8
 
     @pytest.mark.parametrize(
-        ("more", "said"), [(("--tp", "2"), "--live"), (("--gpus", "8-64"), "--gpus"), (("--price", "2"), "--live")]
+        ("more", "said"),
+        [
+            (("--tp", "2"), "--live"),
+            (("--gpus", "8-64"), "--gpus"),
+            (("--price", "2"), "--live"),
+            (("--software", "eager"), "--live"),
+        ],
     )
     def test_what_the_scheduler_settles_cannot_be_said(self, asked, more, said):
         done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", *more])
         assert done.exit_code != 0
         assert said in str(done.exception) + done.output
         assert not asked
+
+    @pytest.mark.parametrize(
+        ("more", "cheapest"),
+        [((), False), (("--deadline", "9d"), True), (("--deadline", "9d", "--objective", "time"), False)],
+    )
+    def test_by_a_deadline_the_cheapest_is_asked_for_as_without_a_fleet(self, asked, more, cheapest):
+        RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", "--tokens", "1B", *more])
+        assert asked[0].cheapest is cheapest
 
 
 class TestAnew:
@@ -223,3 +239,39 @@ class TestAnew:
     async def test_what_cannot_be_planned_anew_is_said(self, more, said):
         with pytest.raises(InvalidArgument, match=said):
             replan.mesh_of((await self.wish())["replan"] | more, 4)
+
+
+RECORDED = Path(__file__).parents[2] / "benchmarks/plan_lab/h200_reality.json"
+
+
+class TestMoneyAndPrecision:
+    def test_a_calibration_counts_for_each_precision_that_its_type_has(self, tmp_path):
+        (tmp_path / "h200.json").write_text(json.dumps(json.loads(RECORDED.read_text())["ladder"]))
+        found = calibrations(str(tmp_path))
+        assert found["fp8"]["H200"].machine.flops > 1.5 * found["bf16"]["H200"].machine.flops
+
+    async def test_8_bit_is_refused_where_gpus_have_none(self):
+        async with World() as world:
+            await world.add(node("s/a", model="A100-80GB"), node("s/b", model="H100-80GB"))
+            request = asked()
+            request.training.fp8 = True
+            found = await world.scheduler.PlanTraining(request, None)
+            assert {one.gpu_type for one in found.plans} == {"H100-80GB"}
+            assert "A100-80GB has none; take bf16, or a type that has it" in found.refused[0]
+            request.gpu_types.append("A100-80GB")
+            found = await world.scheduler.PlanTraining(request, None)
+            assert not found.plans
+            assert "A100-80GB has none" in found.refused[0]
+
+    async def test_a_budget_is_judged_on_the_dollars_that_are_shown(self):
+        """GPUs that the plan does not use are left to others, and not paid for."""
+        async with World() as world:
+            await world.add(node("s/a", 7))
+            [plan] = (await planned(world, tokens=1e9)).plans
+            assert plan.gpus < 7
+            assert plan.usd == pytest.approx(plan.gpus * 2.0 * plan.finish.ToTimedelta().total_seconds() / 3600)
+            [same] = (await planned(world, tokens=1e9, budget_usd=plan.usd * 1.01)).plans
+            assert not same.misses
+            less = await planned(world, tokens=1e9, budget_usd=plan.usd * 0.99)
+            assert less.plans[0].misses
+            assert f"{plan.gpus} x H100-80GB" in less.words

@@ -40,6 +40,8 @@ def calibrate(
         raise InvalidArgument(FieldViolation("-o", f"{fmt.value} is not made of a ladder; use table or json"))
     if file is not None and not file.resolve().parent.is_dir():
         raise InvalidArgument(FieldViolation("--file", f"{file.parent} is no folder; make it first"))
+    if file is not None:
+        _writable(file)
     text = _measured()
     if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
@@ -47,6 +49,21 @@ def calibrate(
         output.say_json(json.loads(text), fmt)
     else:
         _show(text)
+
+
+def _writable(file: Path) -> None:
+    """Known before a minute is spent; what is there stays. Raises InvalidArgument."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    new = not file.exists()
+    try:
+        file.open("a", encoding="utf-8").close()
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise InvalidArgument(
+            FieldViolation("--file", f"{str(file)[:200]} cannot be written: {error.strerror}; name a file in a folder of yours")
+        ) from None  # fmt: skip
 
 
 def _measured() -> str:
@@ -95,8 +112,8 @@ def type_of(ladder: Ladder) -> GpuType:
     return found
 
 
-def calibration(path: Path, sheets: Mapping[str, Machine]) -> Calibrated:
-    """Of a file that `calibrate` wrote, for one of these types of GPU by name. Raises InvalidArgument."""
+def calibration(path: Path, sheets: Mapping[str, Machine], software: str) -> Calibrated:
+    """Of a file that `calibrate` wrote, for one of these types of GPU by name; layers that run as `software` says are among it. Raises InvalidArgument."""
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.planning.calibration import MAX_BYTES, calibrated, ladder_from_text
 
@@ -118,4 +135,6 @@ def calibration(path: Path, sheets: Mapping[str, Machine]) -> Calibrated:
                 f"{path} was measured on {measured}, not on {' or '.join(sheets)}; run whaleflux calibrate there",
             )
         )
-    return calibrated(sheets[measured], ladder)
+    found = calibrated(sheets[measured], ladder)
+    found.check(software)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from whaleflux.cli.planning_options import (
     model_of,
     need_numpy,
     quantity_of,
+    run_as,
 )
 from whaleflux.cli.state import Output
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.space import Asked
 
 _BAR = 30
+_PROMPT, _ANSWER = 2000, 500  # tokens
 
 
 def fits(
@@ -63,17 +66,17 @@ def fits(
         Path | None, typer.Option("--calibration", help="What whaleflux calibrate measured on this type of GPU.")
     ] = None,
     software: Annotated[
-        Software, typer.Option("--software", help="How layers run, where there is a calibration.")
-    ] = Software.compiled,
+        Software | None, typer.Option("--software", help="How layers run, with --calibration; compiled if not said.")
+    ] = None,
     serving: Annotated[
         bool, typer.Option("--serve", help="Which GPUs serve it, how many requests at once, and what tokens cost.")
     ] = False,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, max=1 << 24, help="With --serve: tokens of a prompt.")
-    ] = 2000,
+    ] = _PROMPT,
     answer: Annotated[
         int, typer.Option("--answer", min=1, max=1 << 24, help="With --serve: tokens of an answer.")
-    ] = 500,
+    ] = _ANSWER,
     first_token: Annotated[
         str, typer.Option("--first-token", help="With --serve: at most so long to it: 500ms, 2s.")
     ] = "",
@@ -103,12 +106,24 @@ def fits(
     if serving:
         from whaleflux.quantities import seconds
 
+        _refuse_unread(
+            {
+                "--gpus": gpus > 1, "--sequence": sequence, "--micro-batch": micro_batch > 1, "--tp": tp, "--pp": pp, "--cp": cp, "--ep": ep,
+                "--zero": zero >= 0, "--recompute": recompute, "--method": method is not Method.full, "--calibration": measured, "--software": software,
+            },
+            "is of training, and not read with --serve, which tries each number of a type's GPUs; leave it out",
+        )  # fmt: skip
+
         limits = (
             quantity_of("--first-token", first_token, seconds, 3600.0),
             quantity_of("--token", token, seconds, 60.0),
         )
         _serve(model_of(model), gpus_of(gpu) if gpu else None, prompt, answer, limits, precision, fmt)
         return
+    _refuse_unread(
+        {"--prompt": prompt != _PROMPT, "--answer": answer != _ANSWER, "--first-token": first_token, "--token": token},
+        "is of serving; give --serve too, or leave it out",
+    )
     shape, type_ = model_of(model), gpu_of(gpu)
     from whaleflux.planning.fits import verdict
     from whaleflux.planning.machine import Machine
@@ -120,11 +135,18 @@ def fits(
     tokens = sequence or min(shape.sequence, 8192)
     asked = Asked(gpus, tokens, micro_batch, tp, pp, cp, ep, zero, again)
     how = Training(frozen=method is Method.lora, fp8=float(precision is Precision.fp8))
-    found = None
+    found, ran = None, run_as(software, measured)
     if measured is not None:
         sheet = Machine.of(type_, precision.value)
-        how, found = calibration(measured, {sheet.name: sheet}).running(how, software.value)
+        how, found = calibration(measured, {sheet.name: sheet}, ran.value).running(how, ran.value)
     _show(shape, type_, asked, verdict(shape, type_, asked, how, precision.value, found), fmt)
+
+
+def _refuse_unread(given: Mapping[str, object], why: str) -> None:
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if wrong := [FieldViolation(name, why) for name, value in given.items() if value]:
+        raise InvalidArgument(wrong)
 
 
 def _serve(

@@ -25,6 +25,7 @@ from whaleflux.cli.planning_options import (
     need_numpy,
     numbers_of,
     quantity_of,
+    run_as,
 )  # fmt: skip
 from whaleflux.cli.state import Output, fleet
 
@@ -96,8 +97,8 @@ def plan(
         typer.Option("--calibration", help="What whaleflux calibrate measured on a type of GPU; once for each."),
     ] = None,
     software: Annotated[
-        Software, typer.Option("--software", help="How layers run, where there is a calibration.")
-    ] = Software.compiled,
+        Software | None, typer.Option("--software", help="How layers run, with --calibration; compiled if not said.")
+    ] = None,
     live: Annotated[
         bool,
         typer.Option("--live", help="On the fleet's own GPUs, free and in all, at its own prices: asks the scheduler."),
@@ -145,6 +146,10 @@ def plan(
             or recompute
             or price
             or measured
+            or software
+            or data_tokens_per_s
+            or checkpoint_every
+            or checkpoint_stall
             or emit
             or picture
             or between_gbps
@@ -152,7 +157,7 @@ def plan(
         if settled:
             _refuse(
                 "--live",
-                "plans the whole split at the fleet's own prices; leave parts of the split, --price, --calibration, --emit, --picture and --between-gbps out",
+                "plans the whole split at the fleet's own prices; leave parts of the split, --price, --calibration, --software, --data-tokens-per-s, --checkpoint-every, --checkpoint-stall, --emit, --picture and --between-gbps out",
             )
         _on_fleet(
             _request(
@@ -174,7 +179,7 @@ def plan(
         refuse_unused({
             "--gpus": gpus, "--deadline": deadline, "--budget": budget, "--objective": objective, "--micro-batch": micro_batch, "--tp": tp,
             "--pp": pp, "--cp": cp, "--ep": ep, "--vp": vp, "--zero": zero >= 0, "--recompute": recompute, "--data-tokens-per-s": data_tokens_per_s,
-            "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--emit": emit, "--picture": picture,
+            "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--software": software, "--emit": emit, "--picture": picture,
         })  # fmt: skip
         trained = quantity_of("--tokens", tokens, count, _MOST_TOKENS)
         how = _training(method, precision, "", "", "")
@@ -188,10 +193,10 @@ def plan(
         quantity_of("--tokens", tokens, count, _MOST_TOKENS), quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S),
         quantity_of("--budget", budget, money, _MOST_USD),
     )  # fmt: skip
-    chosen_by = objective or (Objectives.cost if deadline else Objectives.time)
+    chosen_by = _objective(objective, deadline)
     goal = _checked(Goal(goal.tokens, goal.deadline_s, goal.budget_usd, Objective(chosen_by.value)))
     offers = _offers(types, gpus or "8", quantity_of("--price", price, money, 1e4), goal)
-    offers = _as_measured(offers, measured or [], software, precision)
+    offers = _as_measured(offers, measured or [], run_as(software, measured), precision)
     how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
     _show(shape, asked, offers, goal, how, precision.value, Wanted(emit, picture), fmt)
 
@@ -214,11 +219,18 @@ def _request(
             sequence=sequence, adapters=method is Method.lora, fp8=precision is Precision.fp8,
         ),
         gpus=int(chosen), gpu_types=[one.name for one in gpus_of(gpu)] if gpu else [], tokens=quantity_of("--tokens", tokens, count, _MOST_TOKENS),
-        budget_usd=quantity_of("--budget", budget, money, _MOST_USD), cheapest=objective is Objectives.cost,
+        budget_usd=quantity_of("--budget", budget, money, _MOST_USD), cheapest=_objective(objective, deadline) is Objectives.cost,
     )  # fmt: skip
     if within_s := quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S):
+        if within_s < 1:
+            _refuse("--deadline", f"is {deadline[:40]!r}; with --live it must be 1 s or more")
         request.deadline.FromSeconds(int(within_s))
     return request
+
+
+def _objective(said: Objectives | None, deadline: str) -> Objectives:
+    """Where nobody says it: by a deadline as cheaply as can be."""
+    return said or (Objectives.cost if deadline else Objectives.time)
 
 
 def _on_fleet(request: pb.PlanTrainingRequest, fmt: Format) -> None:
@@ -290,7 +302,7 @@ def _as_measured(offers: list[Offer], files: list[Path], software: Software, pre
     known = {}
     sheets = {one.gpu.name: Machine.of(one.gpu, precision.value) for one in offers}
     for path in files:
-        found = calibration(path, sheets)
+        found = calibration(path, sheets, software.value)
         if found.machine.name in known:
             _refuse("--calibration", f"{path}: {found.machine.name} has one already; give one file for each type")
         known[found.machine.name] = found
@@ -326,13 +338,14 @@ def _show(
 
     from whaleflux.cli.plan_report import as_json, report
     from whaleflux.planning.fits import instead
-    from whaleflux.planning.offers import choose
+    from whaleflux.planning.offers import as_known, choose
 
     choice = choose(shape, offers, asked, goal, how, precision)
     first = next(one for one in offers if (one.gpu.name, one.gpus) == (choice.chosen.gpu, choice.chosen.gpus))
     would_fit: list[str] = []
     if choice.chosen.plan is None:
-        would_fit = instead(shape, first.gpu, replace(asked, gpus=first.gpus), how, precision)
+        _, as_run, _ = as_known(first, how, precision)
+        would_fit = instead(shape, first.gpu, replace(asked, gpus=first.gpus), as_run, precision)
     nearest = choice.chosen.plan or choice.chosen.found.nearest
     made = Made(shape, first, nearest, how, precision) if nearest else None
     if fmt.is_json:

@@ -55,9 +55,11 @@ class Made:
         from whaleflux.planning.emit import emit
         from whaleflux.planning.emit.planned import Planned
         from whaleflux.planning.machine import speed_of
+        from whaleflux.planning.offers import as_known
 
+        _, how, _ = as_known(self.offer, self.how, self.precision)
         node_gpus = _NODE_GPUS if speed_of(self.offer.gpu).nvlink_domain <= _NODE_GPUS else _TRAY_GPUS
-        return emit(form.value, Planned.of(self.shape, self.plan.split.plans(), self.how, node_gpus))
+        return emit(form.value, Planned.of(self.shape, self.plan.split.plans(), how, node_gpus))
 
     def why(self) -> tuple[str, ...]:
         from whaleflux.planning.offers import as_known

@@ -48,6 +48,17 @@ class Software(StrEnum):
     autocast_compiled = "autocast compiled"
 
 
+def run_as(said: Software | None, measured: object) -> Software:
+    """Raises InvalidArgument where it is said without a calibration, which alone knows it."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if said is not None and not measured:
+        raise InvalidArgument(
+            FieldViolation("--software", "is known of what was measured only; give --calibration FILE, or leave it out")
+        )
+    return said or Software.compiled
+
+
 class Precision(StrEnum):
     """Of linear layers."""
 

@@ -261,7 +261,7 @@ class Spec:
         False, "adapters", "training.adapters", Flag(), "Adapters on frozen weights (LoRA) are trained.", default="false", example="true", apart=True,
     )  # fmt: skip
     train_fp8: bool = _field(
-        False, "fp8", "training.fp8", Flag(), "Linear layers run in 8 bit where the GPU has it.", default="false", example="true", apart=True,
+        False, "fp8", "training.fp8", Flag(), "Linear layers run in 8 bit; only GPUs that have it will do.", default="false", example="true", apart=True,
     )  # fmt: skip
     datasets: tuple[str, ...] = _field(
         (),

@@ -13,7 +13,7 @@ import numpy as np
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.layers import layer_times
-from whaleflux.planning.machine import Fabric, Machine
+from whaleflux.planning.machine import NVLS_FROM_GPUS, Fabric, Machine
 from whaleflux.planning.memory import activation_bytes
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
@@ -24,6 +24,16 @@ VERSION = 1
 _MOST_ROWS = 10_000
 _LARGE = 1 << 26  # bytes: bandwidth counts, not latency
 _ROWS = {"matmul": 4, "attention": 6, "copy": 2, "optimizer": 2, "layer": 8, "head": 6, "launch": 2, "collective": 4}
+_SECONDS = {
+    "matmul": {3},
+    "attention": {4, 5},
+    "copy": {1},
+    "optimizer": {1},
+    "layer": {5, 6},
+    "head": {4},
+    "launch": {1},
+    "collective": {3},
+}
 _WORDS = ("layer", "head", "launch", "collective")  # kinds whose first column is a word
 SOFTWARE = ("compiled", "eager", "autocast", "autocast compiled")
 _CAST_BYTES = 12.0  # for each weight and micro-batch: read in 32 bit, written in 16, its gradient back
@@ -71,6 +81,15 @@ class Calibrated:
     machine: Machine
     constants: Constants
     kernels: Mapping[str, Kernels]
+
+    def check(self, software: str) -> None:
+        """Raises InvalidArgument where layers that run so were not measured, though others were."""
+        if self.kernels and software not in self.kernels:
+            raise InvalidArgument(
+                FieldViolation(
+                    "--software", f"{software!r} was not measured on {self.machine.name}; take one of: {', '.join(self.kernels)}, or calibrate again"
+                )
+            )  # fmt: skip
 
     def running(self, how: Training, software: str = SOFTWARE[0]) -> tuple[Training, Calibrated]:
         """The same training, and this machine, for layers that run so."""
@@ -202,7 +221,10 @@ def _logit_passes(machine: Machine, constants: Constants, row: tuple[Any, ...], 
 
 
 def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
-    """An island as all of its GPUs' collectives were measured: bus bandwidths of large tensors."""
+    """An island as all of its GPUs' collectives were measured: bus bandwidths of large tensors.
+
+    Of too few GPUs for NVLS the measured all-reduce is a ring's, and says nothing of the switches.
+    """
 
     def bus(kind: str, factor: float) -> float:
         return max(
@@ -218,10 +240,13 @@ def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
     sent = max(
         (size / taken for its, _, size, taken in ladder.collective if its == "send" and size >= _LARGE), default=0.0
     )
+    switch = fabric.switch_bytes_per_s
+    if most >= NVLS_FROM_GPUS and reduced:
+        switch = reduced if reduced > 1.1 * ring else 0.0
     return replace(
         fabric,
         island_bytes_per_s=ring or fabric.island_bytes_per_s,
-        switch_bytes_per_s=reduced if reduced > 1.1 * ring else 0.0,
+        switch_bytes_per_s=switch,
         p2p_bytes_per_s=sent or fabric.p2p_bytes_per_s,
     )
 
@@ -261,8 +286,10 @@ def _row(kind: str, row: object, columns: int) -> tuple[Any, ...]:
         raise _wrong(f"{kind}: each row has {columns} columns")
     words = 1 if kind in _WORDS else 0
     zero = {("layer", 6), ("layer", 7), ("head", 5)}  # backward may be lost in noise; the CPU does not tell bytes
+    seconds = _SECONDS[kind]  # all else are counts and bytes
     numbers = (
-        _number(kind, one, 0 if (kind, place) in zero else 1e-12, 1e18) for place, one in enumerate(row[words:], words)
+        _number(kind, one, 0 if (kind, place) in zero else 1e-12 if place in seconds else 1, 1e18)
+        for place, one in enumerate(row[words:], words)
     )
     return (*(str(one) for one in row[:words]), *numbers)
 

@@ -10,7 +10,7 @@ from whaleflux.fleet.gpu_types import CATALOGUE, GpuType
 from whaleflux.planning.calibration import Calibrated
 from whaleflux.planning.constants import FITTED
 from whaleflux.planning.found import Candidate
-from whaleflux.planning.machine import Machine
+from whaleflux.planning.machine import Machine, lacks_precision
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Recompute
 from whaleflux.planning.search import search
@@ -78,6 +78,7 @@ def instead(shape: ModelShape, gpu: GpuType, asked: Asked, how: Training, precis
         for other in sorted(CATALOGUE.types.values(), key=lambda one: one.memory_bytes)
         if other.speed
         and other.memory_bytes > gpu.memory_bytes
+        and not lacks_precision(other, precision)
         and fits(replace(open_split, recompute=None), Machine.of(other, precision))
     ]
     if larger:

@@ -8,7 +8,7 @@ import numpy as np
 
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_speed import GpuSpeed
-from whaleflux.fleet.gpu_types import GpuType
+from whaleflux.fleet.gpu_types import CATALOGUE, GpuType
 from whaleflux.planning.arrays import Array, Value
 
 # What a ring of NCCL reaches of a GPU's NVLink in one direction: 363-367 of 450 on H200, 231 of 300 on A100, 674 of 900 on B200 (measured,
@@ -121,11 +121,13 @@ class Machine:
     def of(
         gpu: GpuType, precision: str = "bf16", fabric: Fabric | None = None, *, old_attention: bool = False
     ) -> Machine:
-        """A type of the catalogue. Raises InvalidArgument where its speed is not known.
+        """A type of the catalogue. Raises InvalidArgument where its speed is not known, or it has no such precision.
 
         `old_attention`: kernels as FlashAttention-2's, written for Ampere, which reach less of what came after.
         """
         speed = speed_of(gpu)
+        if wrong := lacks_precision(gpu, precision):
+            raise InvalidArgument(FieldViolation("--precision", wrong))
         slower = _OLD_ATTENTION if old_attention and gpu.compute_capability >= (9, 0) else 1.0
         return Machine(
             gpu.name,
@@ -144,6 +146,14 @@ def reserved_bytes(nvml_bytes: int) -> float:
     0.65e9 B of an idle context (measured on H200), buffers of communicators (2 %, at most 1 GB), and 3 % that the allocator cannot use.
     """
     return 0.65e9 + min(1e9, 0.02 * nvml_bytes) + 0.03 * nvml_bytes
+
+
+def lacks_precision(gpu: GpuType, precision: str) -> str:
+    """Why it cannot train in that precision, with types that can; "" where it can."""
+    if precision in speed_of(gpu).flops:
+        return ""
+    have = [one.name for one in CATALOGUE.types.values() if one.speed and precision in one.speed.flops]
+    return f"{precision}: a {gpu.name} has none; take bf16, or a type that has it: {', '.join(have)}"
 
 
 def speed_of(gpu: GpuType) -> GpuSpeed:

@@ -31,7 +31,7 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """So many GPUs of a type, all of them paid for. `usd_per_gpu_hour` is None where nobody knows it; `price_source` says whose it is, and of when.
+    """So many GPUs of a type, all of them paid for but with `idle_free`: then a plan leaves those that it does not use to others. `usd_per_gpu_hour` is None where nobody knows it; `price_source` says whose it is, and of when.
 
     `measured` is what a calibration says of the type, for layers that run as `software` says (`calibration.SOFTWARE`).
     """
@@ -43,6 +43,7 @@ class Offer:
     measured: Calibrated | None = None
     software: str = SOFTWARE[0]
     fabric: Fabric | None = None  # None: what is usual for the type
+    idle_free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class Goal:
 class Estimate:
     """One offer's best plan in time and money. Figures are None where there is no plan, no end (`tokens` of the goal), or no price.
 
-    `mfu` is the share of the data sheet's arithmetic that the model itself needs (`ModelShape.training_flops`). `usd` counts idle GPUs too.
+    `mfu` is the share of the data sheet's arithmetic that the model itself needs (`ModelShape.training_flops`). `usd` is of
+    all `gpus`, those that the plan leaves idle too.
     `misses` names the deadline or budget that it does not meet.
     """
 
@@ -129,11 +131,13 @@ def estimate(
     if found.best is None:
         return known
     rate, used = found.best.tokens_per_s, found.best.split.gpus
+    paid = used if offer.idle_free else offer.gpus
     needed = shape.training_flops(asked.sequence, frozen=bool(np.any(how.frozen)))
     finish_s = goal.tokens / rate if goal.tokens else None
-    usd_per_s = None if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour * offer.gpus / 3600
+    usd_per_s = None if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour * paid / 3600
     timed = replace(
         known,
+        gpus=paid,
         step_s=found.best.step_s,
         tokens_per_s=rate,
         tokens_per_s_per_gpu=rate / used,

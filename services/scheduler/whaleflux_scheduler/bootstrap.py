@@ -120,7 +120,7 @@ def assemble(
     let_end_s: float = MOST_S,
     bursting: BurstSettings | None = None,
     people: Known | None = None,
-    measured: Mapping[str, Calibrated] | None = None,
+    measured: Mapping[str, Mapping[str, Calibrated]] | None = None,
 ) -> Service:
     """`address` is told to callers who ask a follower; `code` None: jobs bring none. `people`: who records name, with the groups of today."""
     moving = rebalancing or RebalanceSettings()

@@ -19,7 +19,7 @@ from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_t
 from whaleflux.planning.emit.mesh import fsdp2
 from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.known_models import model_said
-from whaleflux.planning.machine import Machine
+from whaleflux.planning.machine import Machine, lacks_precision
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
@@ -35,12 +35,14 @@ PATIENCE_S = 10.0  # until a plan has its turn
 MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
 USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4 << 20, 0.05, 8192
 _MOST_TYPES, _MOST_TOKENS, _MOST_USD = 64, 1e16, 1e13
+PRECISIONS = ("bf16", "fp8")
 
 
 class TrainingPlans:
     """Makes plans one at a time, in a thread: the search takes up to a second for each offer, at most two offers of eight types."""
 
-    def __init__(self, measured: Mapping[str, Calibrated] | None = None) -> None:
+    def __init__(self, measured: Mapping[str, Mapping[str, Calibrated]] | None = None) -> None:
+        """`measured` by precision, then type (`calibrations`)."""
         self._measured, self._one = dict(measured or {}), asyncio.Lock()
 
     async def planned(self, request: pb.PlanTrainingRequest, leading: Leading) -> pb.PlanTrainingResponse:
@@ -50,12 +52,16 @@ class TrainingPlans:
         nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
         has = training_offers.had(nodes)
         _known_types(request.gpu_types, has)
-        offers = training_offers.offers(has, request.gpus, request.gpu_types, self._measured)
-        if not offers:
-            return pb.PlanTrainingResponse(refused=_too_few(request, has))
         precision = "fp8" if request.training.fp8 else "bf16"
+        able = [one for one in has if not lacks_precision(one.gpu, precision)]
+        offers = training_offers.offers(able, request.gpus, request.gpu_types, self._measured.get(precision))
+        unable = _unable(request, has, precision)
+        if not offers:
+            return pb.PlanTrainingResponse(refused=_too_few(request, has, precision))
         free = {one.gpu.name: one.free for one in has}
-        return await self._alone(shape, offers, asked, goal, how, precision, free)
+        answer = await self._alone(shape, offers, asked, goal, how, precision, free)
+        answer.refused.extend(unable)
+        return answer
 
     async def _alone(
         self,
@@ -87,9 +93,9 @@ class TrainingPlans:
             done.exception()  # told to who waits, if anybody does
 
 
-def calibrations(folder: str) -> dict[str, Calibrated]:
-    """By type, of the files *.json that `whaleflux calibrate` wrote there; "": none. Raises InvalidArgument naming the file."""
-    found: dict[str, Calibrated] = {}
+def calibrations(folder: str) -> dict[str, dict[str, Calibrated]]:
+    """By precision and type, of the files *.json that `whaleflux calibrate` wrote there; "": none. Raises InvalidArgument naming the file."""
+    found: dict[str, dict[str, Calibrated]] = {one: {} for one in PRECISIONS}
     for path in sorted(Path(folder).glob("*.json")) if folder else ():
         try:
             ladder = ladder_from_text(path.read_text(encoding="utf-8"))
@@ -98,7 +104,9 @@ def calibrations(folder: str) -> dict[str, Calibrated]:
         gpu = CATALOGUE.types.get(CATALOGUE.name_of(ladder.gpu, int(ladder.memory_bytes)))
         if gpu is None or gpu.speed is None:
             raise InvalidArgument(FieldViolation("calibrations", f"{path}: {ladder.gpu!r} is no type that plans know"))
-        found[gpu.name] = calibrated(Machine.of(gpu), ladder)
+        for precision in PRECISIONS:
+            if not lacks_precision(gpu, precision):
+                found[precision][gpu.name] = calibrated(Machine.of(gpu, precision), ladder)
     return found
 
 
@@ -175,11 +183,20 @@ def _known_types(types: object, has: list[training_offers.Had]) -> None:
         )
 
 
-def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had]) -> list[str]:
+def _unable(request: pb.PlanTrainingRequest, has: list[training_offers.Had], precision: str) -> list[str]:
+    """Types that would do but for the precision."""
+    wanted = [one.gpu for one in has if not request.gpu_types or one.gpu.name in request.gpu_types]
+    return [lacks_precision(gpu, precision) for gpu in wanted if lacks_precision(gpu, precision)]
+
+
+def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had], precision: str) -> list[str]:
     wanted = [one for one in has if not request.gpu_types or one.gpu.name in request.gpu_types]
     if not wanted:
         return ["the fleet has no GPUs of these types that take work; see: whaleflux gpus"]
-    return [f"{one.gpu.name}: the fleet has {one.all}, not {request.gpus}" for one in wanted]
+    return [
+        lacks_precision(one.gpu, precision) or f"{one.gpu.name}: the fleet has {one.all}, not {request.gpus}"
+        for one in wanted
+    ]
 
 
 # what is answered
@@ -229,7 +246,7 @@ def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
         data=split.dp, virtual_stages=split.vp, micro_batch=split.micro_batch, batch=split.global_batch, sequence=split.sequence, zero=split.zero,
         replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,
         step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
-        usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=(one.usd or 0.0) * split.gpus / one.gpus,
+        usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=one.usd or 0.0,
         words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh,
     )  # fmt: skip
     if one.finish_s is not None:

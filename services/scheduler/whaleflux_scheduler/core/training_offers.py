@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from whaleflux.fleet.gpu_types import CATALOGUE, GpuType
@@ -56,7 +56,7 @@ def _had(gpu: GpuType, nodes: Sequence[FreeNode]) -> Had:
 
 
 def offers(
-    found: Sequence[Had], gpus: int, types: Collection[str], measured: dict[str, Calibrated] | None = None
+    found: Sequence[Had], gpus: int, types: Collection[str], measured: Mapping[str, Calibrated] | None = None
 ) -> list[Offer]:
     """`gpus` of each type that has so many; 0: what is free of it, and all of it. `types`: those that will do; empty: all."""
     made = []
@@ -73,7 +73,13 @@ def offers(
         for count in sorted(number for number in counts if 0 < number <= one.all):
             made.append(
                 Offer(
-                    one.gpu, count, price, source if price is not None else "", measured=calibrated, fabric=_fabric(one)
+                    one.gpu,
+                    count,
+                    price,
+                    source if price is not None else "",
+                    measured=calibrated,
+                    fabric=_fabric(one),
+                    idle_free=True,
                 )
             )
     return made
