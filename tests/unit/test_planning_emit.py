@@ -126,6 +126,14 @@ class TestTorchtitan:
             (model_named("mixtral-8x7b"), {"dp": 8}, "which it does not have; use --emit megatron"),
             (LLAMA, {"dp": 2, "tp": 8}, "plan with --zero 1"),
             (LLAMA, {"dp": 2, "cp": 4, "zero": 3, "replicas": 4}, "let replicas divide dp 2"),
+            (model_named("qwen3-8b"), {"pp": 4, "zero": 1}, "its qwen3 has none; plan with --pp 1"),
+            (model_named("gpt-oss-20b"), {"pp": 4, "zero": 1}, "its gpt_oss has none; plan with --pp 1"),
+            (model_named("gpt-oss-20b"), {"cp": 2, "zero": 1}, "its gpt_oss has none; plan with --cp 1"),
+            (EXPERTS, {"dp": 8, "ep": 8}, "more with --zero 1"),
+            (EXPERTS, {"dp": 8, "ep": 8, "zero": 1, "replicas": 2}, "let it divide shards x cp, 4 here"),
+            (EXPERTS, {"dp": 4, "cp": 4, "ep": 2, "zero": 3}, "plan with a --cp that divides it"),
+            (LLAMA, {"tp": 16, "zero": 3}, "8 heads of keys and values"),
+            (LLAMA, {"tp": 4, "sequence": 8188, "dp": 1}, "plan with --sequence 8192"),
         ],
     )
     def test_what_its_fields_cannot_say(self, shape, split, words):
@@ -141,6 +149,10 @@ class TestDeepSpeed:
             said["train_batch_size"]
             == said["train_micro_batch_size_per_gpu"] * said["gradient_accumulation_steps"] * 32
         )
+
+    def test_without_zero_it_would_not_start(self):
+        with pytest.raises(InvalidArgument, match="plan with --zero 1"):
+            emit("deepspeed", planned(dp=32))
 
     def test_all_that_is_code_is_refused_at_once(self):
         with pytest.raises(InvalidArgument) as refused:
@@ -164,6 +176,10 @@ class TestMesh:
             emit("fsdp2", planned(how=Training(frozen=True), dp=8, zero=3)).notes
         )
 
+    def test_more_tensor_parallelism_than_heads_of_keys_is_said(self):
+        said = emit("fsdp2", planned(tp=16, zero=3)).notes
+        assert any("8 heads of keys and values are fewer than tensor parallelism 16" in note for note in said)
+
     def test_experts_are_no_dimension(self):
         with pytest.raises(InvalidArgument, match="expert parallelism 8"):
             emit("fsdp2", planned(EXPERTS, dp=8, ep=8, zero=3))
@@ -185,6 +201,13 @@ class TestTorchrun:
         assert (shape.nodes, shape.per_node) == (nodes, each)
         assert f"--nproc-per-node={each}" in emit("torchrun", shape).text
 
+    @pytest.mark.parametrize("form", ["torchrun", "megatron"])
+    def test_nodes_that_are_not_filled_are_said_with_what_fills_them(self, form):
+        said = emit(form, planned(dp=11, global_batch=11)).notes
+        assert any("11 nodes start 1 each" in note and "--gpus 8 or --gpus 16" in note for note in said)
+        for whole in ({"dp": 16}, {"dp": 5, "global_batch": 5}):
+            assert not any("whole nodes" in note for note in emit(form, planned(**whole)).notes)
+
     def test_an_unknown_format_is_named(self):
         with pytest.raises(InvalidArgument, match="take one of torchrun, megatron"):
             emit("alpa", planned(dp=8))
@@ -196,11 +219,21 @@ class TestTorchrun:
             planned(dp=[1, 2])
 
 
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_gpus_without_bf16_get_no_file_that_says_it(form):
+    plan = Planned.of(LLAMA, Plans.of(**SIZES, dp=8, zero=1), Training(), capability=(7, 0))
+    if form in ("megatron", "torchtitan", "deepspeed"):
+        with pytest.raises(InvalidArgument, match=r"compute capability 7\.0"):
+            emit(form, plan)
+    else:
+        assert form == "torchrun" or "float16" in " ".join(emit(form, plan).notes)
+
+
 @st.composite
 def valid_plans(draw):
-    """A plan of one of three models that breaks no rule of `Plans.faults`."""
-    shape = draw(st.sampled_from([LLAMA, EXPERTS, DEEPSEEK, model_named("gpt3-175b")]))
-    power = st.sampled_from([1, 2, 4, 8])
+    """A plan of one of five models that breaks no rule of `Plans.faults`."""
+    shape = draw(st.sampled_from([LLAMA, EXPERTS, DEEPSEEK, model_named("gpt3-175b"), model_named("gpt-oss-20b")]))
+    power = st.sampled_from([1, 2, 4, 8, 16])
     divisors = [n for n in range(1, 17) if shape.layers % n == 0]
     pp, dp, cp, tp, micro = (
         draw(st.sampled_from(divisors)),
@@ -220,7 +253,44 @@ def valid_plans(draw):
     return planned(shape, Training(fp8=draw(st.sampled_from([0, 1]))), **split)
 
 
-@settings(max_examples=300, deadline=None)
+def torchtitan_starts(text, plan):
+    """What torchtitan 0.2.0 to 0.2.2 refuse when they start: ParallelDims, the models' parallelize functions, their train specs."""
+    tables = tomllib.loads(text)
+    split, model = tables["parallelism"], tables["model"]
+    family = model["name"]
+    copies, shards = split["data_parallel_replicate_degree"], split["data_parallel_shard_degree"]
+    tp, cp, pp = (split[f"{name}_parallel_degree"] for name in ("tensor", "context", "pipeline"))
+    assert copies * shards * tp * cp * pp == plan.gpus
+    if (ep := split.get("expert_parallel_degree", 1)) > 1:
+        assert split["expert_tensor_parallel_degree"] == tp
+        assert ep % cp == 0
+        assert shards * cp % ep == 0
+    assert tables["training"]["seq_len"] % (tp * 2 * cp) == 0
+    assert pp == 1 or family in ("llama3", "deepseek_v3")
+    assert cp == 1 or family != "gpt_oss"
+    assert plan.shape.kv_heads % tp == 0  # rows of wk and wv that are then seen as heads
+    replicated_only = copies > 1 and shards * cp == 1 and ep == 1
+    assert not (replicated_only and tp * pp > 1)  # its data-parallel wrapper knows one dimension
+    recipe = tables.get("quantize", {}).get("linear", {}).get("float8", {}).get("recipe_name")
+    assert not (family == "deepseek_v3" and recipe == "tensorwise" and tp > 1)
+    assert tables["training"]["global_batch_size"] % (tables["training"]["local_batch_size"] * copies * shards) == 0
+
+
+def deepspeed_starts(text, plan):
+    """What DeepSpeed 0.19 refuses when it starts: types of parameters and of sums of gradients, by ZeRO's stage."""
+    said = json.loads(text)
+    stage, sums = said["zero_optimization"]["stage"], said["data_types"]["grad_accum_dtype"]
+    assert stage > 0 or (sums == "bf16") == said["bf16"]["enabled"]
+    assert (
+        said["train_batch_size"]
+        == plan.gpus * said["train_micro_batch_size_per_gpu"] * said["gradient_accumulation_steps"]
+    )
+
+
+STARTS = {"torchtitan": torchtitan_starts, "deepspeed": deepspeed_starts}
+
+
+@settings(max_examples=600, deadline=None)
 @given(valid_plans(), st.sampled_from(sorted(FORMATS)))
 def test_what_is_emitted_of_a_valid_plan_breaks_no_rule(plan, form):
     try:
@@ -236,6 +306,7 @@ def test_what_is_emitted_of_a_valid_plan_breaks_no_rule(plan, form):
         assert plan.nodes * plan.per_node == plan.gpus
         return
     assert check(emitted.text, plan.gpus) == ()
+    STARTS.get(form, lambda _text, _plan: None)(emitted.text, plan)
     said = read(emitted.text, plan.gpus)
     assert said.gpus in (plan.gpus, plan.global_batch)  # DeepSpeed says the batch
     assert (said.tp, said.pp, said.ep if form != "fsdp2" else plan.ep) == (plan.tp, plan.pp, plan.ep)
@@ -243,6 +314,7 @@ def test_what_is_emitted_of_a_valid_plan_breaks_no_rule(plan, form):
 
 MEGATRON = "torchrun --nnodes 2 --nproc-per-node 8 pretrain_gpt.py --num-layers 32 --num-attention-heads 32 --bf16 "
 TITAN = '[model]\nname = "llama3"\nflavor = "8B"\n[parallelism]\n'
+TITAN_EXPERTS = TITAN.replace("llama3", "qwen3").replace("8B", "30B-A3B")
 BROKEN = [
     ("gpus", MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 3"),
     ("gpus", TITAN + "tensor_parallel_degree = 3\n"),
@@ -262,6 +334,13 @@ BROKEN = [
     ("precision", '{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}, "bf16": {"enabled": true}}'),
     ("expert-gpus", MEGATRON + "--num-experts 3 --expert-model-parallel-size=3"),
     ("expert-gpus", TITAN.replace("llama3", "qwen3").replace("8B", "30B-A3B") + "expert_parallel_degree = 32\n"),
+    ("expert-gpus", TITAN_EXPERTS + "data_parallel_replicate_degree = 8\nexpert_parallel_degree = 8\n"),
+    ("expert-gpus", TITAN_EXPERTS + "context_parallel_degree = 8\nexpert_parallel_degree = 4\n"),
+    ("expert-gpus", TITAN_EXPERTS + "tensor_parallel_degree = 4\nexpert_parallel_degree = 2\n"),
+    (
+        "expert-gpus",
+        TITAN_EXPERTS + "tensor_parallel_degree = 4\nexpert_parallel_degree = 4\nexpert_tensor_parallel_degree = 2\n",
+    ),
 ]
 
 
@@ -281,6 +360,12 @@ def test_there_are_eight_and_each_has_a_broken_example():
 def test_right_ones_of_people_break_none():
     assert check(MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel") == ()
     assert check(TITAN + "tensor_parallel_degree = 4\n", 16) == ()
+    for degrees in (
+        "expert_parallel_degree = 8",
+        "tensor_parallel_degree = 4\nexpert_parallel_degree = 8",
+        "data_parallel_replicate_degree = 2\nexpert_parallel_degree = 8",
+    ):
+        assert check(f"{TITAN_EXPERTS}{degrees}\n", 16) == ()
     assert check('{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}', 16) == ()
 
 

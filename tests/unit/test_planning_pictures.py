@@ -16,7 +16,7 @@ from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.pictures import MOST_ROWS, Titles, as_text, rows_of, svg
 from whaleflux.planning.plans import Plans
-from whaleflux.planning.schedule import ChunkTimes, scheduled, timeline
+from whaleflux.planning.schedule import MOST_WORKS, ChunkTimes, scheduled, timeline
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 from whaleflux.planning.why import reasons
@@ -70,6 +70,24 @@ def test_a_timeline_is_as_long_as_the_step_that_the_cost_model_says():
     assert drawn.drawn == drawn.micro_batches == 8
     said = float(np.ravel(took.total_s - took.dp_s - took.optimizer_s)[0])
     assert drawn.span_s == pytest.approx(said, rel=0.05)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([1, 2, 24, 96, 480]), st.sampled_from([1, 2, 5, 20]), st.sampled_from([1, 4, 64]))
+def test_a_picture_is_bounded_however_many_stages_there_are_and_says_what_it_leaves_out(stages, virtual, groups):
+    shape = replace(DENSE, layers=9600)
+    virtual = virtual if stages > 1 else 1
+    split = replace(SPLIT, pp=stages, vp=virtual, dp=1, global_batch=stages * groups)
+    drawn = timeline(shape, H200, split.plans(), Training())
+    plan = candidate(shape, H200, split, Training())
+    picture, text = svg(Titles("a", "b"), plan, drawn), "\n".join(as_text(plan, drawn))
+    assert len(drawn.works) <= MOST_WORKS
+    assert len(picture) < 6_000_000
+    if stages > 1 and drawn.drawn < drawn.micro_batches:
+        assert f"{drawn.drawn} of {drawn.micro_batches} micro-batches drawn" in picture
+    if stages > 1 and not drawn.works:
+        assert "more than a timeline shows" in picture
+        assert "more than a timeline shows" in text
 
 
 def test_long_steps_are_drawn_in_part_and_say_so():

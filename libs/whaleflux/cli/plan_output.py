@@ -59,7 +59,8 @@ class Made:
 
         _, how, _ = as_known(self.offer, self.how, self.precision)
         node_gpus = _NODE_GPUS if speed_of(self.offer.gpu).nvlink_domain <= _NODE_GPUS else _TRAY_GPUS
-        return emit(form.value, Planned.of(self.shape, self.plan.split.plans(), how, node_gpus))
+        capability = self.offer.gpu.compute_capability
+        return emit(form.value, Planned.of(self.shape, self.plan.split.plans(), how, node_gpus, capability))
 
     def why(self) -> tuple[str, ...]:
         from whaleflux.planning.offers import as_known

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 from whaleflux.planning.found import PART_WORDS, STEP_WORDS, Candidate
-from whaleflux.planning.schedule import Timeline, Work
+from whaleflux.planning.schedule import MOST_WORKS, Timeline, Work
 
 MOST_ROWS = 16  # stages that are drawn: more are left out in the middle
 _WIDTH, _LEFT, _RIGHT = 960, 96, 24
@@ -122,7 +122,9 @@ def _spare(plan: Candidate) -> str:
 def _pipeline(plan: Candidate, drawn: Timeline) -> tuple[list[str], float]:
     some = "" if drawn.drawn == drawn.micro_batches else f", {drawn.drawn} of {drawn.micro_batches} micro-batches drawn"
     lines = [_text(_LEFT, 12, f"Pipeline: {drawn.stages} stages{some}", "h")]
-    top, places = 24.0, {}
+    if not drawn.works:
+        return [*lines, _text(_LEFT, 32, _too_many(drawn), "s")], 36
+    top, places, span_s = 24.0, {}, drawn.span_s
     for stage in rows_of(drawn.stages):
         if stage is None:
             lines.append(_text(_LEFT, top + 14, "...", "s"))
@@ -133,12 +135,16 @@ def _pipeline(plan: Candidate, drawn: Timeline) -> tuple[list[str], float]:
         top += _ROW
     for work in drawn.works:
         if work.stage in places:
-            lines += _work(work, drawn, places[work.stage])
+            lines += _work(work, span_s, places[work.stage])
     return [*lines, *_pipeline_legend(top + 6, plan, drawn)], top + 26
 
 
-def _work(work: Work, drawn: Timeline, top: float) -> list[str]:
-    start, width = _LEFT + _at(work.start_s / drawn.span_s), _at((work.end_s - work.start_s) / drawn.span_s)
+def _too_many(drawn: Timeline) -> str:
+    return f"{drawn.stages} stages of {drawn.virtual} virtual ones are more than a timeline shows ({MOST_WORKS:,} passes): left out"
+
+
+def _work(work: Work, span_s: float, top: float) -> list[str]:
+    start, width = _LEFT + _at(work.start_s / span_s), _at((work.end_s - work.start_s) / span_s)
     place = f'x="{start:.2f}" y="{top:g}" width="{width:.2f}" height="{_ROW - 2}"'
     odd = " odd" if work.chunk % 2 else ""
     lines = [f'<rect class="{"b" if work.backward else "f"}{odd} edge" {place}/>']
@@ -226,14 +232,15 @@ def as_text(plan: Candidate, drawn: Timeline | None = None, width: int = 72) -> 
 
 def _pipeline_text(plan: Candidate, drawn: Timeline, width: int) -> list[str]:
     some = "" if drawn.drawn == drawn.micro_batches else f" ({drawn.drawn} of {drawn.micro_batches} micro-batches)"
+    if not drawn.works:
+        return ["", f"pipeline: {_too_many(drawn)}"]
+    span_s = drawn.span_s
     lines = ["", f"pipeline{some}: > forward, < backward, . {_idle(plan, drawn)}"]
     for stage in rows_of(drawn.stages):
         if stage is None:
             lines.append(f"{'...':>7}")
             continue
-        lines.append(
-            f"  {stage:>5}  {_row([work for work in drawn.works if work.stage == stage], drawn.span_s, width)}"
-        )
+        lines.append(f"  {stage:>5}  {_row([work for work in drawn.works if work.stage == stage], span_s, width)}")
     return lines
 
 

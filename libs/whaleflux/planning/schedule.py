@@ -15,6 +15,7 @@ from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 
 _LEAST_DRAWN = 8  # micro-batches
+MOST_WORKS = 20_000  # of a timeline: a picture of more is no picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Of `drawn` micro-batches, where a step has `micro_batches`: a step repeats the middle of it."""
+    """Of `drawn` micro-batches, where a step has `micro_batches`: a step repeats the middle of it. 0: so many stages are not drawn."""
 
     works: tuple[Work, ...]
     stages: int
@@ -51,7 +52,7 @@ class Timeline:
 
     @property
     def span_s(self) -> float:
-        return max(work.end_s for work in self.works)
+        return max((work.end_s for work in self.works), default=0.0)
 
     @property
     def idle_share(self) -> float:
@@ -63,9 +64,11 @@ class Timeline:
 def timeline(
     shape: ModelShape, machine: Machine, plan: Plans, how: Training, constants: Constants = FITTED
 ) -> Timeline:
-    """Of one plan (`plan` has length 1): as many micro-batches as show how it begins and ends."""
+    """Of one plan (`plan` has length 1): as many micro-batches as show how it begins and ends, in at most MOST_WORKS passes."""
     stages, virtual, count = (int(np.ravel(one)[0]) for one in (plan.pp, plan.vp, plan.micro_batches))
-    drawn = min(count, 2 * stages if virtual > 1 else max(2 * stages, _LEAST_DRAWN))
+    some = MOST_WORKS // (2 * stages * virtual)
+    some -= some % stages if virtual > 1 else 0  # interleaved, they go in groups of as many as there are stages
+    drawn = min(count, some, 2 * stages if virtual > 1 else max(2 * stages, _LEAST_DRAWN))
     times = chunk_times(shape, machine, plan, how, constants)
     return Timeline(tuple(scheduled(times, stages, virtual, drawn)), stages, virtual, drawn, count)
 

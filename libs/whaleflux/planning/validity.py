@@ -31,6 +31,8 @@ class Stated:
     cp: int = 1
     ep: int = 1
     expert_tp: int = 1
+    context: int = 1  # torchtitan: of `cp`, what is no data parallelism
+    shards: int | None = None  # torchtitan: data-parallel ranks that hold parts, from which alone it takes experts'
     interleaved: bool = False
     sequence_parallel: bool = False
     heads: int | None = None
@@ -158,7 +160,8 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
 
     tp, pp, cp = (degree(f"{name}_parallel_degree") for name in ("tensor", "pipeline", "context"))
     shards = _whole("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1), -1)
-    stated = None if shards < 1 else tp * pp * cp * shards * degree("data_parallel_replicate_degree")
+    copies = tp * pp * cp * degree("data_parallel_replicate_degree")
+    stated = None if shards < 1 else copies * shards
     heads, experts = _shape_of(str(model.get("name", "")), str(model.get("flavor", "")))
     return Stated(
         form="torchtitan",
@@ -169,6 +172,8 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
         cp=cp if stated is None else stated // (tp * pp),
         ep=degree("expert_parallel_degree"),
         expert_tp=_whole("parallelism.expert_tensor_parallel_degree", split.get("expert_tensor_parallel_degree", 1)),
+        context=cp,
+        shards=shards if shards > 0 else None if gpus is None else gpus // copies,
         interleaved="Interleaved" in str(split.get("pipeline_parallel_schedule", "")),
         sequence_parallel=tp > 1,
         heads=heads,
@@ -317,12 +322,34 @@ def _precisions(it: Stated) -> tuple[str, str] | None:
 
 
 def _expert_world(it: Stated) -> tuple[str, str] | None:
+    if it.form == "torchtitan" and it.ep > 1:
+        return _expert_mesh(it)
     among = it.expert_tp * it.ep * it.pp
     if it.gpus is None or it.ep < 2 or it.gpus % among == 0:
         return None
     return (
         f"{it.gpus} GPUs are not a multiple of {it.expert_tp} (tensor, of experts) x {it.ep} (expert) x {it.pp} (pipeline)",
         "take an expert parallelism that divides what tensor and pipeline parallelism leave",
+    )
+
+
+def _expert_mesh(it: Stated) -> tuple[str, str] | None:
+    """For torchtitan: it takes experts' ranks of all context-parallel ones and of shards, where experts are not split also of tensor-parallel ones.
+
+    Its ParallelDims asserts both in 0.2.0 and 0.2.1; 0.2.2 makes no mesh of the second.
+    """
+    if it.expert_tp not in (1, it.tp):
+        return (
+            f"experts split over {it.expert_tp} ranks beside tensor parallelism {it.tp}",
+            "let expert_tensor_parallel_degree be 1, or tensor_parallel_degree",
+        )
+    least = it.context * (1 if it.expert_tp == it.tp else it.tp)
+    if it.ep % least == 0 and (it.shards is None or it.shards * least % it.ep == 0):
+        return None
+    shards = "some" if it.shards is None else str(it.shards)
+    return (
+        f"expert parallelism {it.ep} among {shards} shards x {least} (context{'' if least == it.context else ' and tensor'})",
+        f"take a multiple of {least} that divides their product: replicas of shards hold no experts of one another",
     )
 
 

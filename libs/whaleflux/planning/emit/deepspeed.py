@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
-from whaleflux.planning.emit.planned import Emitted, Planned, refuse
+from whaleflux.planning.emit.planned import Emitted, Planned, before_bf16, refuse
 from whaleflux.planning.plans import Recompute
 
 
 def deepspeed(planned: Planned) -> Emitted:
-    """Raises InvalidArgument for tensor, pipeline, context and expert parallelism, for replicas of shards, and for 8 bit."""
+    """Raises InvalidArgument for tensor, pipeline, context and expert parallelism, for replicas of shards, for 8 bit, and without ZeRO.
+
+    Without ZeRO DeepSpeed (0.19, engine.py) takes gradients of the parameters' type only, and then keeps neither master weights nor sums in 32 bit.
+    """
     refuse("DeepSpeed's JSON", *_cannot(planned))
     configuration = {
         "train_batch_size": planned.global_batch,
@@ -48,5 +51,6 @@ def _cannot(planned: Planned) -> list[str]:
         f"{planned.replicas} replicas of shards (HSDP); use --emit fsdp2, torchtitan or megatron": planned.zero > 0
         and planned.replicas > 1,
         "linear layers in 8 bit; use --emit megatron or torchtitan": planned.fp8 > 0,
+        "gradients in 32 bit without ZeRO; plan with --zero 1": planned.zero < 1,
     }
-    return [one for one, there in wrong.items() if there]
+    return [*before_bf16(planned), *(one for one, there in wrong.items() if there)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from whaleflux.planning.emit.planned import Emitted, Planned, refuse
+from whaleflux.planning.emit.planned import Emitted, Planned, before_bf16, refuse
 from whaleflux.planning.emit.torchrun import environment, head, launcher
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Recompute
@@ -30,7 +30,7 @@ def megatron(planned: Planned) -> Emitted:
         "add what the plan does not decide: bash megatron.sh --data-path ... --tokenizer-type ... --train-iters ... --lr ...; "
         f"to try it: --mock-data --tokenizer-type NullTokenizer --vocab-size {planned.shape.vocabulary}"
     )
-    return Emitted("megatron.sh", "\n".join(lines), (note,))
+    return Emitted("megatron.sh", "\n".join(lines), (note, *planned.uneven()))
 
 
 def flags(planned: Planned) -> Flags:
@@ -46,7 +46,7 @@ def flags(planned: Planned) -> Flags:
 
 
 def _cannot(planned: Planned) -> list[str]:
-    cannot = []
+    cannot = before_bf16(planned)
     if planned.frozen:
         cannot.append("adapters; use --emit fsdp2 or deepspeed with a library of adapters")
     if 0 < planned.shape.positions < planned.sequence:

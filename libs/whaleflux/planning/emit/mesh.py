@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from whaleflux.planning.emit.planned import Emitted, Planned, refuse
+from whaleflux.planning.emit.planned import Emitted, Planned, before_bf16, refuse
 from whaleflux.planning.plans import Recompute
 
 AXES = (
@@ -46,6 +46,14 @@ def fsdp2(planned: Planned) -> Emitted:
         notes.append("stages are the script's own: torch.distributed.pipelining over mesh['pp']")
     if planned.tp > 1:
         notes.append("which layers are split over mesh['tp'] is the script's own: parallelize_module")
+    if planned.shape.kv_heads % planned.tp:
+        notes.append(
+            f"{planned.shape.kv_heads} heads of keys and values are fewer than tensor parallelism {planned.tp}: the script has to repeat them"
+        )
+    if before_bf16(planned):
+        notes.append(
+            "these GPUs compute bf16 more slowly than planned (they emulate it): set parameters to float16, and scale the loss"
+        )
     return Emitted("mesh.json", json.dumps(plan, indent=2) + "\n", tuple(notes))
 
 

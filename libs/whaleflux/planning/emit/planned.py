@@ -13,13 +13,14 @@ from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
 
 _WHOLE = ("tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "sequence", "zero", "replicas")
+_BF16 = (8, 0)  # the first compute capability with bf16, and with flash attention
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A valid plan of one model. Names as in `Plans`; batches in samples, `sequence` in tokens; `node_gpus` are the GPUs of a node.
 
-    `gradient_bytes`, `reduce_bytes` are per parameter (4: 32 bit), `fp8` as in `Training`.
+    `reduce_bytes` is per parameter (4: 32 bit), `fp8` as in `Training`; `capability` is the GPUs' compute capability.
     """
 
     shape: ModelShape
@@ -46,9 +47,12 @@ class Planned:
     overlap_tp: bool
     overlap_dp: bool
     reduce_bytes: int
+    capability: tuple[int, int]
 
     @staticmethod
-    def of(shape: ModelShape, plan: Plans, how: Training, node_gpus: int = 8) -> Planned:
+    def of(
+        shape: ModelShape, plan: Plans, how: Training, node_gpus: int = 8, capability: tuple[int, int] = _BF16
+    ) -> Planned:
         """Of plans that are one. Raises InvalidArgument where it breaks a rule of `Plans.faults`, which names it."""
         if len(plan) != 1:
             raise InvalidArgument(FieldViolation("plan", f"are {len(plan)} plans; a configuration is made of one"))
@@ -68,6 +72,7 @@ class Planned:
             sequence_parallel=bool(one.sequence_parallel[0]),
             recomputed=float(one.recomputed[0]),
             node_gpus=node_gpus,
+            capability=capability,
             fp8=int(np.ravel(np.asarray(how.fp8))[0]),
             reduce_bytes=int(np.ravel(np.asarray(how.reduce_bytes))[0]),
             **flags,
@@ -97,6 +102,16 @@ class Planned:
     def nodes(self) -> int:
         return self.gpus // self.per_node
 
+    def uneven(self) -> tuple[str, ...]:
+        """A note where nodes have more GPUs than ranks start on each; none where the job is on one node."""
+        if self.nodes < 2 or self.per_node == self.node_gpus:
+            return ()
+        less = self.gpus // self.node_gpus * self.node_gpus
+        near = " or ".join(f"--gpus {one}" for one in (less, less + self.node_gpus) if one)
+        starts = f"{self.nodes} nodes start {self.per_node} each"
+        planned = f"the time was planned on whole ones; plan with {near}"
+        return (f"{self.gpus} GPUs are not whole nodes of {self.node_gpus}: {starts}, and {planned}",)
+
     def words(self) -> str:
         """As people say it, in one line: tp 8, pp 4, dp 4, ZeRO-1, full recomputation."""
         parts = [
@@ -125,6 +140,16 @@ class Emitted:
     file: str
     text: str
     notes: tuple[str, ...] = ()
+
+
+def before_bf16(planned: Planned) -> list[str]:
+    """What is wrong with a format that says bf16, on GPUs that have none."""
+    if planned.capability >= _BF16:
+        return []
+    had = ".".join(map(str, planned.capability))
+    return [
+        f"its GPUs have compute capability {had}, bf16 and flash attention begin at 8.0; use --emit torchrun with a script in fp16, or plan with another --gpu"
+    ]
 
 
 def refuse(what: str, *wrong: str) -> None:

@@ -13,6 +13,7 @@ def torchrun(planned: Planned) -> Emitted:
         f"tensor parallelism {planned.tp} spans nodes of {planned.node_gpus} GPUs"
         if planned.tp > planned.per_node
         else "",
+        *planned.uneven(),
     )
     text = "\n".join([*head(planned), *environment(planned), f'exec {" ".join(launcher(planned))} "$@"', ""])
     return Emitted("torchrun.sh", text, tuple(one for one in notes if one))

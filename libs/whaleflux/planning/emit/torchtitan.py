@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeAlias
 
-from whaleflux.planning.emit.planned import Emitted, Planned, refuse
+from whaleflux.planning.emit.planned import Emitted, Planned, before_bf16, refuse
 from whaleflux.planning.known_models import MODELS
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Recompute
@@ -47,25 +47,65 @@ def torchtitan(planned: Planned) -> Emitted:
 
 
 def _cannot(planned: Planned) -> list[str]:
-    cannot = []
-    shape = planned.shape
-    if planned.frozen:
-        cannot.append("adapters; use --emit fsdp2 or deepspeed with a library of adapters")
-    if not _flavor(shape) and (shape.experts or shape.latent or not shape.gated or shape.positions):
-        cannot.append(f"the model {shape.name}, which it does not have; use --emit megatron")
-    if planned.dp % planned.replicas:
-        cannot.append(
-            f"{planned.replicas} replicas that share context-parallel ranks; let replicas divide dp {planned.dp}, or use --emit megatron"
-        )
-    elif (planned.dp // planned.replicas * planned.cp) % planned.ep:
-        cannot.append(
-            f"expert parallelism {planned.ep} across replicas; let it divide dp x cp / replicas, or use --emit megatron"
-        )
-    if not planned.zero and planned.dp > 1 and planned.tp * planned.pp * planned.cp > 1:
-        cannot.append(
-            "data parallelism without shards beside another kind; plan with --zero 1 or more, or use --emit megatron"
-        )
-    return cannot
+    wrong = {**_wrong_model(planned), **_wrong_split(planned), **_wrong_experts(planned)}
+    return [*before_bf16(planned), *(one for one, there in wrong.items() if there)]
+
+
+def _wrong_model(planned: Planned) -> dict[str, bool]:
+    """What its models refuse themselves (torchtitan/models/*/infra/parallelize.py, pipelining_fn in their TrainSpec)."""
+    shape, family = planned.shape, _family(planned.shape)
+    other = shape.experts or shape.latent or not shape.gated or shape.positions
+    return {
+        "adapters; use --emit fsdp2 or deepspeed with a library of adapters": planned.frozen,
+        f"the model {shape.name}, which it does not have; use --emit megatron": not _flavor(shape) and bool(other),
+        f"pipeline parallelism {planned.pp}: its {family} has none; plan with --pp 1, or use --emit megatron": planned.pp
+        > 1
+        and family in ("qwen3", "gpt_oss"),
+        f"context parallelism {planned.cp}: its {family} has none; plan with --cp 1, or use --emit megatron": planned.cp
+        > 1
+        and family == "gpt_oss",
+        f"8 bit with one scale per tensor beside tensor parallelism {planned.tp} of its {family}; plan with --tp 1, or use --emit megatron": planned.fp8
+        == 1
+        and planned.tp > 1
+        and family == "deepseek_v3",
+    }
+
+
+def _wrong_split(planned: Planned) -> dict[str, bool]:
+    kv_heads, every = planned.shape.kv_heads, 2 * planned.cp * planned.tp
+    return {
+        f"tensor parallelism {planned.tp} of {kv_heads} heads of keys and values, which it does not repeat; plan with a --tp that divides them, or use --emit megatron": kv_heads
+        % planned.tp
+        > 0,
+        f"sequences of {planned.sequence} tokens, which must be a multiple of 2 x cp x tp there; plan with --sequence {-(-planned.sequence // every) * every}": planned.sequence
+        % every
+        > 0,
+        f"{planned.replicas} replicas that share context-parallel ranks; let replicas divide dp {planned.dp}, or use --emit megatron": planned.dp
+        % planned.replicas
+        > 0,
+        "data parallelism without shards beside another kind; plan with --zero 1 or more, or use --emit megatron": not planned.zero
+        and planned.dp > 1
+        and planned.tp * planned.pp * planned.cp > 1,
+    }
+
+
+def _wrong_experts(planned: Planned) -> dict[str, bool]:
+    """Expert parallelism takes all context-parallel ranks, and of data-parallel ones only shards (ParallelDims of 0.2.0 and 0.2.1; 0.2.2 wants the latter)."""
+    among = _shards(planned) * planned.cp
+    zero = "" if planned.zero else " (more with --zero 1)"
+    return {
+        f"expert parallelism {planned.ep} across ranks that are no shards; let it divide shards x cp, {among} here{zero}, or use --emit megatron": planned.ep
+        > 1
+        and among % planned.ep > 0,
+        f"expert parallelism {planned.ep} beside context parallelism {planned.cp}, of which it must be a multiple there; plan with a --cp that divides it, or use --emit megatron": planned.ep
+        > 1
+        and planned.ep % planned.cp > 0,
+    }
+
+
+def _shards(planned: Planned) -> int:
+    """Data-parallel ranks among which parameters are spread."""
+    return planned.dp // planned.replicas if planned.zero else 1
 
 
 def _flavor(shape: ModelShape) -> tuple[str, str] | None:
@@ -75,6 +115,10 @@ def _flavor(shape: ModelShape) -> tuple[str, str] | None:
         if replace(shape, name=name, sequence=known.sequence) == known:
             return found
     return None
+
+
+def _family(shape: ModelShape) -> str:
+    return (_flavor(shape) or ("llama3", ""))[0]
 
 
 def _model(planned: Planned) -> dict[str, Field]:
@@ -98,7 +142,7 @@ def _training(planned: Planned) -> dict[str, Field]:
 
 
 def _parallelism(planned: Planned) -> dict[str, Field]:
-    shards = planned.dp // planned.replicas if planned.zero else 1
+    shards = _shards(planned)
     found: dict[str, Field] = {
         "data_parallel_replicate_degree": planned.dp // shards,
         "data_parallel_shard_degree": shards,
@@ -140,6 +184,8 @@ def _notes(planned: Planned) -> list[str]:
             f"n_layers={shape.layers}, n_heads={shape.heads}, n_kv_heads={shape.kv_heads}, vocab_size={shape.vocabulary}) "
             f"with a feed-forward width of {shape.ffn}"
         )
+    if _family(shape) == "gpt_oss":
+        notes.append("torchtitan has gpt_oss from 0.2.2 on (0.2.1: among its experiments)")
     if planned.zero == 1 and planned.pp == 1 and planned.micro_batches > 1:
         notes.append(
             f"torchtitan has no ZeRO-1: it spreads gradients too, which needs less memory and reduces them in each of {planned.micro_batches} micro-batches"
