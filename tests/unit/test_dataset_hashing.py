@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from whaleflux.cli import dataset_commands
+from whaleflux.cli.__main__ import app
 from whaleflux.data import hashing
 from whaleflux.data import manifest as manifests
 from whaleflux.data.sources import Local, SourceChanged, SourceFailed
@@ -74,3 +75,11 @@ def test_what_cannot_be_declared_is_refused_before_anything_is_read(folder, monk
         dataset_commands.add(name, source or str(folder), hash_=True)
     assert "hidden" not in str(refused.value)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["--scan", "--hash"])
+def test_a_name_that_is_no_utf8_is_said_with_what_to_do(folder, option):
+    (folder / "sub" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"au lait")
+    with pytest.raises(InvalidArgument, match=r"'sub/caf\\udce9.txt' is no UTF-8.*rename it") as refused:
+        app(["datasets", "add", "x", "--source", str(folder), option], standalone_mode=False)
+    assert refused.value.violations[0].field == "--source"

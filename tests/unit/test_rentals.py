@@ -166,6 +166,7 @@ async def test_bad_offers_name_the_field_and_change_nothing(world, how, field):
         ({"ttl_s": 59}, "ttl_s"),
         ({"ttl_s": 10**9}, "ttl_s"),
         ({"cost_cap_usd": -1.0}, "cost_cap_usd"),
+        ({"cost_cap_usd": 0.0}, "cost_cap_usd"),
         ({"cost_cap_usd": float("inf")}, "cost_cap_usd"),
         ({"queue": "default"}, "queue"),
         ({"reason": "x" * 501}, "reason"),

@@ -170,8 +170,8 @@ def add_lease(
     ],
     for_: Annotated[str, typer.Option("--for", metavar="TIME", help="When it ends at the latest, such as 2h.")],
     cap: Annotated[
-        str, typer.Option("--cap", metavar="USD", help="Most that it may cost; without: all of that time.")
-    ] = "0",
+        str, typer.Option("--cap", metavar="USD", help="Most that it may cost, above 0; without: all of that time.")
+    ] = "",
     queue: Annotated[str, typer.Option("--queue", metavar="QUEUE", help="For whom, for its budget.")] = "",
     message: Annotated[str, typer.Option("-m", "--message", metavar="TEXT", help="Why.")] = "",
     yes: Yes = False,
@@ -185,11 +185,10 @@ def add_lease(
     from whaleflux import quantities
     from whaleflux.v1 import inventory_pb2 as pb
 
-    ttl_s, cap_usd = int(_read("--for", for_, quantities.seconds)), _read("--cap", cap, quantities.dollars)
     request = pb.CreateLeaseRequest(
         offers=[names.offer(one) for one in offer],
-        ttl_s=ttl_s,
-        cost_cap_usd=cap_usd,
+        ttl_s=int(_read("--for", for_, quantities.seconds)),
+        cost_cap_usd=_read("--cap", cap, _cap_usd) if cap else None,
         queue=names.queue(queue.removeprefix("queues/")) if queue else "",
         reason=message,
         request_id=names.ulid(),
@@ -218,6 +217,15 @@ def end_lease(
         confirm(f"give {full} back?", yes)
         ended = client.inventory.EndLease(pb.EndLeaseRequest(name=full, reason=message), timeout=10)
     output.note(f"{ended.name} ends: {ended.end_reason or 'it is over'}")
+
+
+def _cap_usd(said: object) -> float:
+    """Raises ValueError for what caps nothing: it would rent without a cap."""
+    from whaleflux import quantities
+
+    if (usd := quantities.dollars(said)) <= 0:
+        raise ValueError("caps nothing; say an amount above 0, or leave it out: all of that time")
+    return usd
 
 
 def _read(option: str, text: str, how: Callable[[object], float]) -> float:

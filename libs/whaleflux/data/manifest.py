@@ -137,12 +137,12 @@ def _check_files(manifest: Manifest, *, part: bool = False) -> None:
         raise ManifestWrong("holds no bytes")
     if manifest.chunk_count > MAX_CHUNKS:
         raise ManifestWrong(f"has {manifest.chunk_count} chunks, at most {MAX_CHUNKS} are possible; use larger chunks")
-    if (total := sum(len(file.path.encode()) for file in manifest.files)) > MAX_PATHS_BYTES:
-        raise ManifestWrong(f"has {total} bytes of paths, at most {MAX_PATHS_BYTES} are possible; pack its files")
-    before, taken = "", set[str]()
+    before, taken, total = "", set[str](), 0
     for file in manifest.files:
         if problem := _problem(file.path):
             raise ManifestWrong(f"{file.path[:80]!r} {problem}")
+        if (total := total + len(file.path.encode())) > MAX_PATHS_BYTES:
+            raise ManifestWrong(f"has more than {MAX_PATHS_BYTES} bytes of paths; pack its files")
         if file.path <= before:
             raise ManifestWrong(f"{file.path[:80]!r} is not in order of paths, or there twice")
         if not taken.isdisjoint(str(p) for p in PurePosixPath(file.path).parents):
@@ -159,7 +159,7 @@ def _problem(path: str) -> str:
     try:
         encoded = path.encode()
     except UnicodeEncodeError:
-        return "is no UTF-8"
+        return "is no UTF-8, so no job could name it; rename it, or pack its files (tar)"
     if len(encoded) > MAX_PATH_BYTES or any(len(part.encode()) > 255 for part in parts):
         return f"is too long: {MAX_PATH_BYTES} bytes, and 255 for each part, are possible"
     return ""

@@ -148,7 +148,9 @@ class Leases:
         if not MIN_LEASE_S <= request.ttl_s <= MAX_LEASE_S:
             bounds = f"a lease lasts {shown_duration(MIN_LEASE_S)} to {shown_duration(MAX_LEASE_S)}; rent again later for more"
             found.add("ttl_s", f"is {request.ttl_s} s; {bounds}")
-        found.number("cost_cap_usd", request.cost_cap_usd, 0, MAX_USD)
+        if request.HasField("cost_cap_usd") and not 0 < request.cost_cap_usd <= MAX_USD:
+            said = f"is {request.cost_cap_usd:.12g}; a cap is above 0 and at most {MAX_USD:.12g} USD, and left out it is all of that time"
+            found.add("cost_cap_usd", said)
         found.text("reason", request.reason, MAX_REASON)
         found.text("request_id", request.request_id, 128)
         found.raise_if_any()
