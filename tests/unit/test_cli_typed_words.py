@@ -135,7 +135,8 @@ def test_each_field_of_a_request_has_a_word_of_the_command(words, field):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--for", "nan"), ("--for", "-1h"), ("--cap", "1e400"), ("--cap", "3 EUR"), ("--cap", "0"), ("--cap", "0 USD")]
+    ("option", "value"),
+    [("--for", "nan"), ("--for", "-1h"), ("--cap", "1e400"), ("--cap", "3 EUR"), ("--cap", "0"), ("--cap", "0 USD")],
 )
 def test_of_two_values_the_wrong_one_is_named(option, value):
     said = {"--for": "1h", "--cap": "5 USD"} | {option: value}
