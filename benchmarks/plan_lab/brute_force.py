@@ -57,7 +57,7 @@ def _least(shape: ModelShape, machine: Machine, sequence: int, some: list[Number
 def every(shape: ModelShape, island: int, gpus: int, batch: int, sequence: int) -> Iterator[Numbers]:
     """All plans of at most so many GPUs for exactly this batch."""
     for tp in range(1, min(island, gpus) + 1):
-        if shape.heads % tp or shape.widest_ffn % tp or (shape.kv_heads % tp and tp % shape.kv_heads):
+        if shape.heads % tp or shape.common_ffn % tp or (shape.kv_heads % tp and tp % shape.kv_heads):
             continue
         if gpus > island and island % tp:
             continue

@@ -42,6 +42,20 @@ def test_one_model_has_the_names_that_people_write(said):
     assert model_named(said) is MODELS["llama-3.1-70b"]
 
 
+@pytest.mark.parametrize(
+    "said", ["Qwen/Qwen2-57B", "llama-3-18b", "llama-3-1.8b", "llama-31-8b", "gpt-3.5b", "qwen-2.57b"]
+)
+def test_a_name_is_never_taken_for_another_models(said):
+    with pytest.raises(InvalidArgument, match="is not known by name; did you mean"):
+        model_named(said)
+
+
+def test_experts_in_one_group_may_lie_anywhere():
+    assert model_from_text(json.dumps(DEEPSEEK | {"n_group": 1, "topk_group": 1})).route_nodes == 0
+    assert model_from_text(json.dumps(DEEPSEEK | {"topk_group": 1})).route_nodes == 0
+    assert model_from_text(json.dumps(DEEPSEEK | {"n_group": 8, "topk_group": 4})).route_nodes == 4
+
+
 def test_a_name_that_is_not_known_is_answered_with_near_ones():
     with pytest.raises(InvalidArgument, match=r"did you mean .*llama-3-70b.*\? Give"):
         model_named("lama-3-70b")
@@ -136,6 +150,13 @@ HOSTILE = {
     "YAML heads of a word": (yaml(heads="many"), "heads"),
     "YAML tied of a number": (yaml(tied=3), "tied"),
     "YAML latent of a word": (yaml(latent="yes"), "latent"),
+    "YAML latent of nothing": (yaml(latent="{}"), "latent.kv_rank"),
+    "YAML latent's field unknown": (yaml(latent="{query_rank: 0, kv_rank: 64, rope: 32, value: 64, ropee: 3}"), "latent.ropee"),
+    "YAML more rotated than a head has": (yaml(latent="{query_rank: 0, kv_rank: 64, rope: 4096, value: 1}"), "latent.rope"),
+    "a head of rotated dimensions alone": (json.dumps({k: v for k, v in DEEPSEEK.items() if k != "qk_nope_head_dim"}), "qk_nope_head_dim"),
+    "YAML visits without experts": (yaml(top_k=2), "top_k"),
+    "YAML width without experts": (yaml(expert_ffn=512), "expert_ffn"),
+    "visits without experts": (changed(num_experts_per_tok=2), "num_experts_per_tok"),
     "binary": ("\x00\x01\x02\x7f", "file"),
     "a date": (yaml(layers="2026-13-45"), "file"),
 }  # fmt: skip

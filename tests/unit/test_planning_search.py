@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plan_lab.brute_force import fastest
+from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.found import candidate
-from whaleflux.planning.known_models import model_named
+from whaleflux.planning.known_models import MODELS, model_named
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.memory import memory
 from whaleflux.planning.model_shape import ModelShape
@@ -180,3 +181,63 @@ def test_stages_are_pictured_together_however_many_there_are():
     began = time.process_time()
     assert len(candidate(deep, H200, split, Training()).stages_bytes) == 10_000
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_where_there_is_no_plan_none_fits(name, gpus):
+    """ZeRO-3 gathers layers: where few hold most of the weights, or one GPU all of them, it is not the leanest."""
+    shape = MODELS[name]
+    for machine in (H200, RTX4090):
+        for asked in (
+            Asked(gpus, min(2048, shape.sequence), batch=8),
+            Asked(gpus, min(2048, shape.sequence), batch=8, zero=3),
+        ):
+            found = search(shape, machine, asked)
+            assert found.best is not None or found.nearest is None or not found.nearest.fits, (name, machine.name)
+            if asked.zero < 0 and found.best is None:
+                settled = [search(shape, machine, replace(asked, zero=zero)).best for zero in range(4)]
+                assert settled == [None] * 4
+
+
+def test_seven_billion_parameters_train_on_one_gpu_that_holds_them_without_gathered_layers():
+    assert search(model_named("qwen2.5-7b"), H200, Asked(1, 2048, batch=1)).best.split.zero == 0
+
+
+def test_a_stage_of_zero_that_pipelines_rule_out_is_named_as_the_rule():
+    found = search(LLAMA, H200, Asked(8, 8192, batch=8, zero=3, pp=2))
+    assert (found.best, found.nearest) == (None, None)
+    assert found.binding.words == "zero must be 0 or 1 where pp > 1"
+
+
+def test_experts_that_tp_does_not_divide_are_no_plan():
+    odd = replace(EXPERTS, ffn=16384, expert_ffn=1408, dense_layers=1)  # 1408 = 128 x 11
+    assert (
+        not Plans.of(tp=256, micro_batch=1, global_batch=1, sequence=4096)
+        .valid(replace(odd, heads=256, kv_heads=256))
+        .any()
+    )
+    assert Plans.of(tp=8, micro_batch=1, global_batch=1, sequence=4096).valid(odd).all()
+    assert not Plans.of(tp=8, micro_batch=1, global_batch=1, sequence=4096).valid(replace(odd, ffn=14340)).any()
+    assert (
+        Plans.of(tp=8, micro_batch=1, global_batch=1, sequence=4096)
+        .valid(replace(odd, ffn=14340, dense_layers=0))
+        .all()
+    )
+
+
+def test_a_sequence_beyond_learned_positions_is_no_plan_in_words():
+    found = search(model_named("gpt2"), H200, Asked(8, 8192, batch=8))
+    assert (found.best, found.nearest) == (None, None)
+    assert found.binding.words == "sequence must be at most the model's learned positions"
+
+
+def test_a_model_of_very_many_divisors_is_refused_at_once_and_within_memory():
+    shape = ModelShape(
+        "many", 5040, 5040, 2520, 2520, 128, 55440, 32000, 1 << 20, experts=55440, top_k=2, expert_ffn=55440
+    )
+    began = time.process_time()
+    with pytest.raises(InvalidArgument, match=r"model.*more than 1,000,000 ways.*settle pp, ep"):
+        search(shape, H200, Asked(8192, 131_072, batch=55440))
+    assert time.process_time() - began < 10
+    assert search(shape, H200, Asked(64, 8192, batch=64)).looked_at < 1_000_000

@@ -15,9 +15,15 @@ from tests.support.scheduler_world import World, node
 from whaleflux.cli import plan_command, training_plans
 from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
+from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
+from whaleflux.planning.calibration import Calibrated
+from whaleflux.planning.constants import FITTED
+from whaleflux.planning.machine import Machine
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core import training_offers
+from whaleflux_scheduler.core.ray_nodes import FreeNode
 from whaleflux_scheduler.training_plans import calibrations
 
 RUN = CliRunner()
@@ -28,6 +34,19 @@ def asked(model=SMALL, **more):
     training = {"model": model, "batch": 64, "sequence": 2048}
     training |= {name: more.pop(name) for name in list(more) if name in ("batch", "batch_tokens", "sequence")}
     return pb.PlanTrainingRequest(training=pb.Training(**training), **more)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "island"),
+    [("H100-80GB", 4, 4), ("H100-80GB", 8, 8), ("H200", 2, 2), ("RTX4090", 4, 4), ("GB200", 4, 72)],
+)
+def test_nvlink_ends_at_the_node_but_for_racks_of_trays(model, gpus, island):
+    nodes = [FreeNode(node(f"s/{number}", gpus, model=model), gpus, 1000, 1 << 30) for number in range(4)]
+    measured = {model: Calibrated(Machine.of(CATALOGUE.types[model]), FITTED, {})}
+    has = training_offers.had(nodes)
+    [usual], [known] = training_offers.offers(has, 8, ()), training_offers.offers(has, 8, (), measured)
+    assert (usual.fabric.island, known.measured.machine.fabric.island) == (island, island)
+    assert usual.fabric.tiers[0].gpus == max(island, gpus)
 
 
 async def planned(world, *arguments, **more):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from whaleflux.planning.found import PART_WORDS, Binding, Candidate
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
-from whaleflux.planning.space import Asked, frames
+from whaleflux.planning.space import Asked, frames_in_turn
 
 _COUNTS = 0.02  # slower by less than this, memory is not what binds
 _KINDS = {
@@ -81,8 +85,9 @@ def no_split(shape: ModelShape, asked: Asked, every: Plans) -> Binding:
     """Which rule forbids all."""
     if not len(every):
         return Binding("rule", f"tp x pp x cp must be at most the {asked.gpus} GPUs")
+    every = replace(every, zero=np.array(float(max(asked.zero, 0))))
     free = Asked(asked.gpus, asked.sequence, asked.micro_batch, asked.tp, asked.pp, asked.cp, asked.ep, vp=asked.vp)
-    if asked.batch and len(frames(shape, free, every)):
+    if asked.batch and any(True for _ in frames_in_turn(shape, free, every)):
         return Binding(
             "batch", f"global_batch {asked.batch} must be a multiple of dp x micro_batch; take a power of two near it"
         )

@@ -111,12 +111,17 @@ _TABLE = (
     ModelShape("dense-700b", 136, 20480, 160, 160, 128, 83968, 128_256, 8192, gated=False),
 )  # fmt: skip
 MODELS = {one.name: one for one in _TABLE}
-_NOISE = re.compile(r"[^a-z0-9]")
+_BETWEEN = re.compile(r"(?<=[0-9])(?!\.[0-9])[^a-z0-9]+(?=[0-9])")
+_NOISE = re.compile(r"(?<![0-9])[^a-z0-9]+|[^a-z0-9]+(?![0-9])")
 
 
 def _key(name: str) -> str:
-    """`meta-llama/Llama-3.1-70B-Instruct`, `LLAMA3.1_70B` and `llama-3.1-70b` are one."""
-    return _NOISE.sub("", re.sub(r"(-instruct|-chat|-base|-hf|-it)$", "", name.lower().rpartition("/")[2]))
+    """`meta-llama/Llama-3.1-70B-Instruct`, `LLAMA3.1_70B` and `llama-3.1-70b` are one; `llama-3-170b` is another.
+
+    What stands between two numbers tells them apart: a point is part of a number, all else is not.
+    """
+    bare = re.sub(r"(-instruct|-chat|-base|-hf|-it)$", "", name.lower().rpartition("/")[2])
+    return _NOISE.sub("", _BETWEEN.sub("-", bare))
 
 
 _BY_KEY = {_key(one.name): one for one in _TABLE}

@@ -19,6 +19,7 @@ _RING_SHARE_PCIE = 0.8
 NVLS_FROM_GPUS, NVLS_SHARE = 5, {4: 1.05, 5: 0.93}
 # FlashAttention-2, written for Ampere, reaches 225 TFLOP/s on an A100 and 335 on an H100 (Dao 2023), of 271 and 794 that any multiplication does.
 _OLD_ATTENTION = (335 / 794.5) / (225 / 271.2)
+_USUAL_NODE_GPUS = 8
 _HOST_MEMORY_BYTES_PER_S = 13e9  # peers that cannot copy to one another directly: RTX 4090, L40S
 
 
@@ -165,14 +166,19 @@ def speed_of(gpu: GpuType) -> GpuSpeed:
     return gpu.speed
 
 
-def fabric_of(speed: GpuSpeed, nic_bytes_per_s: float = 0.0, node_gpus: int = 8) -> Fabric:
-    """Nodes of `node_gpus` GPUs with a NIC of that rate for each (0: the usual one of its generation), below a fabric that blocks nothing."""
+def fabric_of(speed: GpuSpeed, nic_bytes_per_s: float = 0.0, node_gpus: int = 0) -> Fabric:
+    """Nodes of `node_gpus` GPUs (0: nobody said; as many as is usual) with a NIC of that rate for each (0: the usual one of its generation).
+
+    Above them is a fabric that blocks nothing. NVLink ends at the node, but where its domain is of many trays.
+    """
     nic = nic_bytes_per_s or speed.nic_bytes_per_s
     if speed.nvlink_generation and speed.nvlink_domain > 1:
         wire, generation = speed.nvlink_bytes_per_s, speed.nvlink_generation
         ring = wire * RING_SHARE_NVLINK.get(generation, 0.75)
         switch = wire * NVLS_SHARE.get(generation, 0.0)
-        island = speed.nvlink_domain
-        return Fabric(island, ring, (Tier(max(island, node_gpus), nic),), switch, 0.88 * wire)
+        domain = speed.nvlink_domain
+        island = min(domain, node_gpus or domain) if domain <= _USUAL_NODE_GPUS else domain
+        return Fabric(island, ring, (Tier(max(island, node_gpus or _USUAL_NODE_GPUS), nic),), switch, 0.88 * wire)
     ring = _RING_SHARE_PCIE * speed.pcie_bytes_per_s if speed.peer_copies else _HOST_MEMORY_BYTES_PER_S
-    return Fabric(node_gpus, ring, (Tier(node_gpus, nic),), 0.0, ring, hop_s=5.7e-6)
+    node = node_gpus or _USUAL_NODE_GPUS
+    return Fabric(node, ring, (Tier(node, nic),), 0.0, ring, hop_s=5.7e-6)

@@ -49,6 +49,7 @@ _NUMBERS = {
 }
 _NEEDED = ("layers", "hidden", "heads", "vocabulary")
 _LATENT = ("query_rank", "kv_rank", "rope", "value")
+_OF_EXPERTS = ("top_k", "expert_ffn", "shared_experts", "dense_layers", "route_nodes")
 _SWITCHES = ("gated", "tied")
 
 
@@ -126,7 +127,12 @@ def _from_fields(content: Mapping[str, Any], name: str) -> ModelShape:
     if latent is not None and not isinstance(latent, dict):
         wrong.append(FieldViolation("latent", f"must be fields: {', '.join(_LATENT)}"))
         latent = None
-    ranks = {label: _number(latent, label, _NUMBERS[label], wrong) for label in _LATENT} if latent else None
+    for label in latent or ():
+        if label not in _LATENT:
+            wrong.append(
+                FieldViolation(f"latent.{str(label)[:_SHOWN]}", f"is not known; known are: {', '.join(_LATENT)}")
+            )
+    ranks = {label: _number(latent, label, _NUMBERS[label], wrong) for label in _LATENT} if latent is not None else None
     called = content.get("name")
     return _shape(str(called)[:100] if isinstance(called, str) else name, numbers, switches, ranks, {}, wrong)
 
@@ -207,6 +213,8 @@ def _from_config(content: Mapping[str, Any], name: str) -> ModelShape:
         numbers["shared_experts"] = (shared or 0) // (numbers["expert_ffn"] or 1)
     if numbers["experts"] and not numbers["expert_ffn"]:
         numbers["expert_ffn"] = numbers["ffn"]
+    if content.get("n_group") is None or content["n_group"] == 1:
+        numbers["route_nodes"] = None  # one group is everywhere
     if family.learned_positions:
         numbers["positions"] = numbers["sequence"]
     tied = _switch(content, _FLAGS["tied"], family.tied, wrong)
@@ -223,6 +231,8 @@ def _config_latent(
         return None
     read: Callable[[str, str], int | None] = lambda label, ours: _number(content, label, _NUMBERS[ours], wrong)  # noqa: E731
     rope, other = read("qk_rope_head_dim", "rope"), read("qk_nope_head_dim", "head_dim")
+    if other is None and "qk_nope_head_dim" not in {one.field for one in wrong}:
+        wrong.append(FieldViolation("qk_nope_head_dim", "is missing: dimensions of a head that are not rotated"))
     numbers["head_dim"] = (rope or 0) + (other or 0) or None
     numbers["kv_heads"] = numbers["heads"]
     return {
@@ -258,7 +268,7 @@ def _shape(
     given = {label: value for label, value in numbers.items() if value is not None}
     hidden, heads = given["hidden"], given["heads"]
     given.setdefault("kv_heads", heads)
-    wrong += _between(given, labels)
+    wrong += _between(given, labels, ranks or {})
     if wrong:
         raise InvalidArgument(wrong)
     given.setdefault("head_dim", hidden // heads)
@@ -267,7 +277,9 @@ def _shape(
     return ModelShape(name=name, latent=latent, gated=switches["gated"], tied=switches["tied"], **given)
 
 
-def _between(given: Mapping[str, int], labels: Mapping[str, str]) -> list[FieldViolation]:
+def _between(
+    given: Mapping[str, int], labels: Mapping[str, str], ranks: Mapping[str, int | None]
+) -> list[FieldViolation]:
     """What is wrong between fields that are each right."""
 
     def called(field: str) -> str:
@@ -275,6 +287,9 @@ def _between(given: Mapping[str, int], labels: Mapping[str, str]) -> list[FieldV
 
     hidden, heads, kv_heads = given["hidden"], given["heads"], given["kv_heads"]
     experts, top_k = given.get("experts", 0), given.get("top_k", 0)
+    head_dim, rope = given.get("head_dim", hidden // heads), ranks.get("rope") or 0
+    # A config.json of a family says widths of experts that one of its models does not have.
+    idle = [one for one in (_OF_EXPERTS if not labels else _OF_EXPERTS[:1]) if given.get(one) and not experts]
     rules = (
         ("heads", "head_dim" not in given and hidden % heads != 0,
          f"is {heads}, which does not divide {called('hidden')} {hidden}: take a divisor, or say {called('head_dim')}"),
@@ -284,5 +299,13 @@ def _between(given: Mapping[str, int], labels: Mapping[str, str]) -> list[FieldV
         ("expert_ffn", experts > 0 and not given.get("expert_ffn"), "is missing: inner width of one expert"),
         ("dense_layers", given.get("dense_layers", 0) > given["layers"],
          f"is {given.get('dense_layers', 0)}: at most the {given['layers']} of {called('layers')}"),
+        ("latent.rope", rope > head_dim,
+         f"is {rope}: at most the {head_dim} of {called('head_dim')}, of which they are a part; take fewer, or a larger head_dim"),
     )  # fmt: skip
-    return [FieldViolation(called(field), what) for field, broken, what in rules if broken]
+    found = [FieldViolation(called(field), what) for field, broken, what in rules if broken]
+    return found + [
+        FieldViolation(
+            called(one), f"is {given[one]}, and there are no {called('experts')}: say how many, or leave it out"
+        )
+        for one in idle
+    ]

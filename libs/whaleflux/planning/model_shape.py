@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,9 @@ class ModelShape:
         return self.layers - self.dense_layers if self.experts else 0
 
     @property
-    def widest_ffn(self) -> int:
-        """What tensor parallelism must divide."""
-        return self.expert_ffn if self.experts and not self.dense_layers else self.ffn
+    def common_ffn(self) -> int:
+        """What tensor parallelism must divide: all that divides the inner width of dense layers and of experts, where there are any."""
+        return gcd(self.ffn if self.moe_layers < self.layers else 0, self.expert_ffn if self.moe_layers else 0)
 
     @property
     def value_dim(self) -> int:

@@ -110,8 +110,10 @@ class Plans:
             "heads must be a multiple of tp": shape.heads % self.tp != 0,
             "kv_heads and tp must divide one another": (shape.kv_heads % self.tp != 0)
             & (self.tp % shape.kv_heads != 0),
-            "ffn must be a multiple of tp": shape.widest_ffn % self.tp != 0,
+            "ffn, and expert_ffn where there are experts, must be multiples of tp": shape.common_ffn % self.tp != 0,
             "global_batch must be a multiple of dp x micro_batch": (whole_batches % 1 != 0) | (whole_batches < 1),
+            "sequence must be at most the model's learned positions": (shape.positions > 0)
+            & (self.sequence > shape.positions),
             "sequence must be a multiple of 2 x cp": (self.cp > 1) & (self.sequence % (2 * self.cp) != 0),
             "sequence must be a multiple of tp with sequence_parallel": (self.sequence_parallel > 0)
             & ((self.sequence / self.cp) % self.tp != 0),

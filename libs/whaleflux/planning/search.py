@@ -22,7 +22,7 @@ from whaleflux.planning.machine import Machine
 from whaleflux.planning.memory import memory
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
-from whaleflux.planning.space import Asked, cells, frames, variants
+from whaleflux.planning.space import Asked, cells, frames_in_turn, variants
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 
@@ -35,7 +35,10 @@ _MOST_RUNNERS_UP = 4
 def search(
     shape: ModelShape, machine: Machine, asked: Asked, how: Training | None = None, constants: Constants = FITTED
 ) -> PlanFound:
-    """The fastest plan that fits, the best of other kinds, and what binds. Nothing is checked of `asked` but what `space` does."""
+    """The fastest plan that fits, the best of other kinds, and what binds. Nothing is checked of `asked` but what `space` does.
+
+    Raises InvalidArgument where there are too many (`space.MOST_FRAMES`).
+    """
     return _Search(shape, machine, asked, how or Training(), constants).run()
 
 
@@ -76,10 +79,12 @@ class _Search:
         return float(both + head_s(self.shape, self.machine, one, self.how, self.constants)) / float(one.tokens)
 
     def _look(self, some: Plans) -> None:
-        """At all frames of these cells, the most promising first, until none can be better."""
-        plans = frames(self.shape, self.asked, some) if len(some) else some
-        if not len(plans):
-            return
+        """At all frames of these cells."""
+        for plans in frames_in_turn(self.shape, self.asked, some):
+            self._look_through(plans)
+
+    def _look_through(self, plans: Plans) -> None:
+        """The most promising first, until none can be better."""
         self.looked_at += len(plans)
         bound, least = self._bounds(plans)
         self._note_leanest(plans, least)
@@ -101,18 +106,29 @@ class _Search:
         for start in range(0, len(plans), _BLOCK):
             part = slice(start, start + _BLOCK)
             some = plans.take(part)
-            zero = np.where(some.pp > 1, 1.0, 3.0) if self.asked.zero < 0 else np.full(some.pp.shape, self.asked.zero)
             step = step_time(
                 self.shape, self.machine, replace(some, recompute=np.array(again)), self.how, self.constants
             )
             bounds[part] = (step.total_s - step.dp_s - step.optimizer_s) / some.tokens_per_step
-            bytes_[part] = self._leanest_bytes(replace(some, zero=zero))
+            bytes_[part] = self._least_bytes(some)
         return bounds, bytes_
+
+    def _least_bytes(self, frames: Plans) -> Array:
+        """Of the stages of ZeRO that `variants` offers of each frame, with one replica: what needs least; infinite where it offers none."""
+        if self.asked.zero >= 0:
+            fixed = self._leanest_bytes(replace(frames, zero=np.full(frames.pp.shape, float(self.asked.zero))))
+            return np.where((frames.pp > 1) & (self.asked.zero > 1), np.inf, fixed)
+        alone, spread = frames.dp * frames.cp == 1, frames.pp == 1
+        bytes_ = self._leanest_bytes(replace(frames, zero=np.where(alone, 0.0, np.where(spread, 2.0, 1.0))))
+        whole = np.flatnonzero(spread & ~alone)  # FSDP gathers: with few layers it needs more than it spreads
+        fsdp = self._leanest_bytes(replace(frames.take(whole), zero=np.full(whole.size, 3.0)))
+        bytes_[whole] = np.minimum(bytes_[whole], fsdp)
+        return bytes_
 
     def _note_leanest(self, plans: Plans, least: Array) -> None:
         """The plan that needs least."""
         number = int(np.argmin(least))
-        if self.leanest is not None and least[number] >= self.leanest[0]:
+        if not np.isfinite(least[number]) or (self.leanest is not None and least[number] >= self.leanest[0]):
             return
         ways = variants(self.asked, plans.take(slice(number, number + 1)))
         again = self.asked.recompute if self.asked.recompute is not None else Recompute.FULL

@@ -84,7 +84,7 @@ def serve(
     weight_bytes: float = 2.0,
     constants: Constants = FITTED,
 ) -> list[Replica]:
-    """Each type with each number of its GPUs that divides the heads, within an island; what meets the objective first, the cheapest first.
+    """Each type with each power of two of its GPUs that divides the heads, at most an island of them; what meets the objective first, the cheapest first.
 
     Where no price is known, the fewest GPUs. `weight_bytes` of a parameter: 2, or 1 in 8 bit. Raises InvalidArgument where a type's speed is not known.
     """

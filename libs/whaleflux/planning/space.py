@@ -8,11 +8,13 @@ little, the 64 largest numbers that there are GPUs for and the largest multiple 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.arrays import Flags
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
@@ -20,6 +22,8 @@ from whaleflux.planning.plans import Plans, Recompute
 MOST_GPUS = 131_072
 LEAST_TOKENS, MOST_TOKENS = 1024, 1 << 18  # of a sequence, and of a micro-batch, on a rank
 MOST_VIRTUAL = 16
+MOST_FRAMES = 1_000_000  # known models have up to 400,000, on as many GPUs as may be asked for
+_CELLS = 2048  # of which frames are made at once
 _LARGEST = 64
 _ROUNDING = 1e-9
 
@@ -100,9 +104,36 @@ def frames(shape: ModelShape, asked: Asked, some: Plans) -> Plans:
     some = some.take((some.vp == 1) | ((some.pp > 1) & (shape.layers % (some.pp * some.vp) == 0)))
     some, near = _batches(some, asked)
     some = some.take(near)
-    some = _each(some, "ep", [asked.ep] if asked.ep else divisors(shape.experts) if shape.experts else [1])
+    some = _each(some, "ep", [asked.ep]) if asked.ep else _expert_parallel(shape, some)
     some = _each(some, "sequence_parallel", [0, 1])
     return some.take(some.valid(shape)) if len(some) else some
+
+
+def frames_in_turn(shape: ModelShape, asked: Asked, some: Plans) -> Iterator[Plans]:
+    """The same, of a few cells at a time, none of them empty. Raises InvalidArgument where there are more than `MOST_FRAMES`."""
+    count = 0
+    for start in range(0, len(some), _CELLS):
+        found = frames(shape, asked, some.take(slice(start, start + _CELLS)))
+        count += len(found)
+        if count > MOST_FRAMES:
+            raise InvalidArgument(
+                FieldViolation(
+                    "model",
+                    f"can be split in more than {MOST_FRAMES:,} ways: {shape.layers:,} layers, {shape.experts:,} experts and a batch of {asked.batch:,} "
+                    "have many divisors; settle pp, ep or micro_batch, or take a batch that is a power of two",
+                )
+            )
+        if len(found):
+            yield found
+
+
+def _expert_parallel(shape: ModelShape, some: Plans) -> Plans:
+    """Each plan with every number of ranks that divides the experts and its dp x cp."""
+    ranks = some.dp * some.cp
+    degrees = [one for one in divisors(shape.experts) if one <= np.max(ranks, initial=1)] if shape.experts else [1]
+    numbers = [np.flatnonzero(ranks % one == 0) for one in degrees]
+    repeated = some.take(np.concatenate(numbers))
+    return replace(repeated, ep=np.repeat(np.array(degrees, dtype=np.float64), [one.size for one in numbers]))
 
 
 def _batches(some: Plans, asked: Asked) -> tuple[Plans, Flags]:

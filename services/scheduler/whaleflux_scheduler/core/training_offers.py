@@ -88,4 +88,4 @@ def offers(
 def _fabric(one: Had, island: Fabric | None = None) -> Fabric:
     """Nodes and NICs as they are; within nodes as was measured, or as is usual for the type."""
     usual = fabric_of(speed_of(one.gpu), one.nic_bytes_per_s, one.node_gpus)
-    return replace(island, tiers=usual.tiers) if island is not None else usual
+    return replace(island, island=usual.island, tiers=usual.tiers) if island is not None else usual
