@@ -387,8 +387,28 @@ def test_right_ones_of_people_break_none():
         ("[parallelism]\ntensor_parallel_degree = true\n", "is 'True'"),
         ("parallelism = 3\n", "parallelism: must be a table"),
         ("x" * 2_000_000, "is longer than"),
+        ("x = " + "9" * 5000, "a number of thousands of digits"),
+        ("[parallelism]\ntensor_parallel_degree = 0x" + "f" * 5000, "is 'a number of thousand"),
+        ("[parallelism]\ntensor_parallel_degree = [0x" + "f" * 5000 + "]", "is 'a number of thousand"),
+        ("a" + ".a" * 32_000 + "=1\n", "says nothing of a split"),
+        ("[parallelism]\n" + "#\n" * 40_000, "is TOML of more than 65,536 bytes"),
     ],
 )
 def test_what_is_no_configuration_is_refused_by_its_field(text, said):
     with pytest.raises(InvalidArgument, match=said.replace("(", r"\(")):
         check(text)
+
+
+def test_a_script_says_its_own_gpus_and_no_other_number_is_taken_for_them():
+    assert check(MEGATRON, 16) == check(MEGATRON) == ()
+    with pytest.raises(InvalidArgument, match="--gpus: is 12, and FILE starts 16"):
+        check(MEGATRON, 12)
+
+
+@pytest.mark.parametrize(
+    "launch", ["--nproc-per-node gpu", "--nproc-per-node=auto", "--nnodes $NODES --nproc-per-node 8"]
+)
+def test_processes_that_the_machines_say_are_unsaid(launch):
+    script = f"torchrun {launch} {MEGATRON.partition('-node 8 ')[2]} --tensor-model-parallel-size 4"
+    assert check(script) == check(script, 8) == ()
+    assert [one.rule for one in check(script, 6)] == ["gpus"]

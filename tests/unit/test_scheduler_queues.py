@@ -9,6 +9,7 @@ from tests.support.scheduler_world import USER, World, node, until
 from whaleflux.errors import FailedPrecondition, NotFound, StatusError
 from whaleflux.rpc import auth
 from whaleflux.store import keys
+from whaleflux.store.api import Put
 from whaleflux.v1 import scheduler_pb2 as pb
 
 
@@ -295,3 +296,13 @@ async def test_a_request_that_is_repeated_makes_one_queue(world):
     request.queue.ClearField("lending_limit_gpus")
     with pytest.raises(StatusError, match="whaleflux queue set twice"):
         await world.scheduler.CreateQueue(request, None)
+
+
+@pytest.mark.parametrize("prefix", [keys.RAY_CLUSTERS, keys.RESERVATIONS])
+async def test_a_record_that_cannot_be_read_may_be_of_the_queue_which_stays(world, prefix):
+    await create_queue(world, "q")
+    await world.store.commit(Put(prefix + "newer", b"\xff"))
+    with pytest.raises(FailedPrecondition, match=f"{prefix}newer cannot be read") as refused:
+        await delete_queue(world, "q")
+    assert refused.value.reason == "RECORD_UNREADABLE"
+    assert await world.store.get(keys.QUEUES + "q") is not None

@@ -158,6 +158,8 @@ class TestJobs:
             ("model: nope-1b", "model"),
             ("model: {layers: -1}", "layers"),
             ("model: missing.json", "cannot be read"),
+            ("model: {layers: 2024-01-01}", "model: holds something besides names, numbers"),
+            ("model: {layers: {[1, 2]: 3}}", "model"),
             ("model: 3\nbatch: 0", "batch"),
         ],
     )
@@ -184,6 +186,7 @@ class TestLive:
             step_s=2.0,
             step_seconds={"compute_s": 2.0},
             usd_per_hour=28.0,
+            price_source="inventory",
             words="dp 8",
         )
         answer = pb.PlanTrainingResponse(plans=[plan])
@@ -201,7 +204,7 @@ class TestLive:
         assert (request.training.model, request.training.batch, request.gpus) == ("llama-3.1-8b", 64, 0)
         assert (request.tokens, request.deadline.seconds, list(request.gpu_types)) == (1e9, 172_800, ["H200"])
         assert "waits for  4 more GPUs; 4 are free" in done.output
-        assert "$28.00/h" in done.output
+        assert "$28.00/h (inventory)" in done.output
 
     def test_as_json(self, asked):
         done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", "-o", "json"])
@@ -288,6 +291,7 @@ class TestMoneyAndPrecision:
             await world.add(node("s/a", 7))
             [plan] = (await planned(world, tokens=1e9)).plans
             assert plan.gpus < 7
+            assert plan.price_source == "inventory"
             assert plan.usd == pytest.approx(plan.gpus * 2.0 * plan.finish.ToTimedelta().total_seconds() / 3600)
             [same] = (await planned(world, tokens=1e9, budget_usd=plan.usd * 1.01)).plans
             assert not same.misses

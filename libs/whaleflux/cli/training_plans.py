@@ -102,7 +102,8 @@ def _cost(plan: pb.TrainingPlan) -> str:
     whole = (
         f", ${plan.usd:,.0f} and {shown_duration(plan.finish.ToTimedelta().total_seconds())} in all" if plan.usd else ""
     )
-    return f"${plan.usd_per_hour:.2f}/h, ${plan.usd_per_hour / 3600 / plan.tokens_per_s * 1e6:.3g} for 1M tokens{whole}"
+    source = f" ({plan.price_source})" if plan.price_source else ""
+    return f"${plan.usd_per_hour:.2f}/h{source}, ${plan.usd_per_hour / 3600 / plan.tokens_per_s * 1e6:.3g} for 1M tokens{whole}"
 
 
 def _in_short(plan: pb.TrainingPlan) -> str:

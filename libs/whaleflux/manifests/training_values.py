@@ -26,7 +26,7 @@ class TrainedModel(KnownModel):
 
     def parse(self, value: object, base: Path) -> Any:
         if isinstance(value, dict):
-            return self._checked(json.dumps(value))
+            return self._checked(_json(value))
         said = text(value)
         if said.endswith((".json", ".yaml", ".yml")):
             described = model_text(_described(base / said))
@@ -53,6 +53,13 @@ class TrainedModel(KnownModel):
 
     def schema(self) -> Schema:
         return {"type": ["string", "object"], "maxLength": MAX_MODEL_CHARS}
+
+
+def _json(fields: dict[Any, Any]) -> str:
+    try:
+        return json.dumps(fields)
+    except (TypeError, ValueError, RecursionError):  # dates, sets, keys of YAML
+        raise ValueError("holds something besides names, numbers, true and false; see: whaleflux fits --list") from None
 
 
 def _described(path: Path) -> ModelShape:

@@ -17,6 +17,8 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 
 MAX_BYTES = 1 << 20
 _MOST = 10**9
+_MOST_TOML, _MOST_DOTS = 64 << 10, 256  # bytes; of a line: the parser's time grows with the square of a key's parts
+_UNSAID = ("gpu", "auto", "cpu", "xpu")  # as --nproc-per-node: as many as there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,19 @@ def _unknown(why: str) -> InvalidArgument:
 
 def _whole(name: str, value: object, least: int = 1) -> int:
     """Raises InvalidArgument, naming the field, for what is no whole number in reach."""
-    text = str(value)[:20]
+    text = _said(value)[:20]
     if isinstance(value, str) and value.isascii() and value.lstrip("-").isdigit() and len(value) < 11:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise InvalidArgument(FieldViolation(name, f"is {text!r}, must be a whole number from {least} to {_MOST:,}"))
     return value
+
+
+def _said(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 # ---- Megatron's flags, in a script or bare
@@ -105,11 +114,15 @@ def _flags(text: str, gpus: int | None) -> Stated:
         return _whole(f"--{name}", given[name]) if name in given else without
 
     tp = number("tensor-model-parallel-size", 1)
-    world = number("nnodes", 1) * number("nproc-per-node", 1) if "nproc-per-node" in given else gpus
+    world = None if _unsaid(given) else number("nnodes", 1) * number("nproc-per-node", 1)
+    if gpus and world and gpus != world:
+        raise InvalidArgument(
+            FieldViolation("--gpus", f"is {gpus}, and FILE starts {world} (nnodes x nproc-per-node); leave --gpus out, or change FILE")
+        )  # fmt: skip
     half = "bf16" in given or "fp16" in given
     return Stated(
         form="megatron",
-        gpus=world,
+        gpus=gpus or world,
         tp=tp,
         pp=number("pipeline-model-parallel-size", 1),
         cp=number("context-parallel-size", 1),
@@ -125,6 +138,12 @@ def _flags(text: str, gpus: int | None) -> Stated:
         bf16="bf16" in given,
         stage_precision=half or "pipeline-dtype" in given,
     )
+
+
+def _unsaid(given: Mapping[str, str]) -> bool:
+    """How many processes there are the machines say, or a variable, not the file."""
+    said = [given.get("nproc-per-node", "auto"), given.get("nnodes", "1")]
+    return any(one.startswith("$") or ":" in one or one in _UNSAID for one in said)
 
 
 def _given(text: str) -> dict[str, str]:
@@ -146,10 +165,19 @@ def _given(text: str) -> dict[str, str]:
 
 
 def _as_toml(text: str) -> dict[str, Any] | None:
+    """None: it is none."""
+    if len(text) > _MOST_TOML:
+        if "\n[parallelism]" in f"\n{text}":
+            raise _unknown(f"is TOML of more than {_MOST_TOML:,} bytes")
+        return None
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        return None
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
         return None
+    except ValueError:
+        raise _unknown("has a number of thousands of digits") from None
 
 
 def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
@@ -162,7 +190,7 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
     shards = _whole("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1), -1)
     copies = tp * pp * cp * degree("data_parallel_replicate_degree")
     stated = None if shards < 1 else copies * shards
-    heads, experts = _shape_of(str(model.get("name", "")), str(model.get("flavor", "")))
+    heads, experts = _shape_of(_said(model.get("name", "")), _said(model.get("flavor", "")))
     return Stated(
         form="torchtitan",
         gpus=gpus or stated,
@@ -174,7 +202,7 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
         expert_tp=_whole("parallelism.expert_tensor_parallel_degree", split.get("expert_tensor_parallel_degree", 1)),
         context=cp,
         shards=shards if shards > 0 else None if gpus is None else gpus // copies,
-        interleaved="Interleaved" in str(split.get("pipeline_parallel_schedule", "")),
+        interleaved="Interleaved" in _said(split.get("pipeline_parallel_schedule", "")),
         sequence_parallel=tp > 1,
         heads=heads,
         experts=experts,

@@ -82,6 +82,8 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
         given = _replanned(given["replan"])
         sizes = _sizes(given)
     _for_so_many(sizes)
+    recomputed = _share(given, "recomputed")
+    policy = MixedPrecisionPolicy(_dtype(given, "parameters", "bfloat16"), _dtype(given, "reduce", "float32"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -99,8 +101,8 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
         sequence=_whole(given, "", "sequence"),
         reshard_after_forward=bool(given.get("reshard_after_forward", True)),
         reduce_each_micro_batch=bool(given.get("reduce_each_micro_batch", True)),
-        recomputed=float(given.get("recomputed", 0.0)),
-        policy=MixedPrecisionPolicy(_dtype(given, "parameters", "bfloat16"), _dtype(given, "reduce", "float32")),
+        recomputed=recomputed,
+        policy=policy,
     )
 
 
@@ -147,9 +149,17 @@ def _whole(given: Mapping[str, Any], where: str, name: str) -> int:
     return value
 
 
+def _share(given: Mapping[str, Any], name: str) -> float:
+    """0 where it is not said."""
+    value = given.get(name, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise _wrong(name, f"is {str(value)[:20]!r}, must be a number from 0 to 1")
+    return float(value)
+
+
 def _dtype(given: Mapping[str, Any], name: str, without: str) -> torch.dtype:
     said = given.get(name, without)
-    if said not in _DTYPES:
+    if not isinstance(said, str) or said not in _DTYPES:
         raise _wrong(name, f"is {str(said)[:20]!r}, must be one of {', '.join(_DTYPES)}")
     return _DTYPES[said]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -37,6 +38,8 @@ UPDATABLE = (
 _UNSETTABLE = ("max_priority", "lending_limit_gpus")
 _OF_THE_TREE = frozenset({"parent", "guaranteed_gpus", "max_gpus"})
 MOST_TOLD = 10  # members in an event
+
+_Record = TypeVar("_Record")
 
 
 class Queues:
@@ -189,9 +192,8 @@ class Queues:
         snapshot = await self._store.list(keys.RESERVATIONS)
         kept = []
         for entry in snapshot.entries:
-            with contextlib.suppress(DecodeError):
-                one = RESERVATIONS.read(entry.value)
-                kept += [one.name] if one.queue == name and one.state != pb.RESERVATION_STATE_ENDED else []
+            one = _read(entry, name, RESERVATIONS.read)
+            kept += [one.name] if one.queue == name and one.state != pb.RESERVATION_STATE_ENDED else []
         if kept:
             raise FailedPrecondition(
                 f"{kept[0]} keeps GPUs for {name}; wait until it is over, or delete it with: whaleflux reservation rm "
@@ -206,9 +208,8 @@ class Queues:
         snapshot = await self._store.list(keys.RAY_CLUSTERS)
         there = []
         for entry in snapshot.entries:
-            with contextlib.suppress(DecodeError):
-                one = pb.RayCluster.FromString(entry.value)
-                there += [one.name] if one.queue == name else []
+            one = _read(entry, name, pb.RayCluster.FromString)
+            there += [one.name] if one.queue == name else []
         if there:
             raise FailedPrecondition(
                 f"{there[0]} has its jobs in {name}; take it down first with: whaleflux ray down {names.last(there[0])}",
@@ -242,6 +243,18 @@ class _Place:
 
     when: Sequence[Condition] = ()
     touches: Sequence[Put] = ()
+
+
+def _read(entry: Entry, queue: str, read: Callable[[bytes], _Record]) -> _Record:
+    """Raises FailedPrecondition for a record that cannot be read: it may be of the queue."""
+    try:
+        return read(entry.value)
+    except DecodeError:
+        raise FailedPrecondition(
+            f"the record {entry.key} {convert.UNREADABLE}; it may be of {queue}, which is not deleted before",
+            reason=ErrorReason.RECORD_UNREADABLE,
+            metadata={"name": queue, "record": entry.key},
+        ) from None
 
 
 def _known(snapshot: Snapshot) -> dict[str, Queue]:

@@ -247,7 +247,7 @@ def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
         replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,
         step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
         usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=one.usd or 0.0,
-        words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh,
+        words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh, price_source=one.price_source,
     )  # fmt: skip
     if one.finish_s is not None:
         message.finish.FromTimedelta(timedelta(seconds=min(one.finish_s, 1e10)))
