@@ -63,6 +63,9 @@ def test_what_there_is_is_listed():
             "a A100-80GB has none; take bf16, or a type that has it: H",
         ),
         (("llama-3.1-8b", "--gpu", "H200", "--software", "eager"), "--software: is known of what was measured only"),
+        (("llama-3.1-8b", "--serve", "--prompt", "200000"), "llama-3.1-8b reads 131,072 at most"),
+        (("gpt2", "--serve", "--prompt", "4000"), "gpt2 reads 1,024 at most"),
+        (("llama-3.1-8b", "--serve", "--prompt", "131000", "--answer", "73"), "are 131,073"),
         (("llama-3.1-8b", "--serve", "--tp", "8"), "--tp: is of training"),
         (("llama-3.1-8b", "--serve", "--gpus", "3"), "--gpus: is of training"),
         (("llama-3.1-8b", "--serve", "--calibration", "x"), "--calibration: is of training"),
@@ -84,3 +87,14 @@ def test_weights_are_no_description(tmp_path):
     assert "is no text" in str(done.exception)
     (tmp_path / "big.json").write_bytes(b"x" * 3_000_000)
     assert "is longer than" in str(fits(str(tmp_path / "big.json"), "--gpu", "H200").exception)
+
+
+def test_a_short_context_shortens_what_was_not_said_of_requests():
+    done = fits("gpt2", "--serve", "--gpu", "H200", "--prompt", "1000")
+    assert done.exit_code == 0, done.output
+    assert fits("gpt2", "--serve", "--gpu", "H200").exit_code == 0
+
+
+def test_zero_3_has_no_pipeline():
+    done = fits("llama-3.1-8b", "--gpu", "H200", "--gpus", "16", "--zero", "3", "--pp", "2")
+    assert (done.exit_code, "ZeRO-3 has no pipeline" in done.output) == (1, True)

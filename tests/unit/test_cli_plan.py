@@ -257,3 +257,40 @@ def test_odd_but_possible_questions_have_an_answer(words):
     assert done.exit_code in (0, 1), done.exception
     assert done.output
     assert time.process_time() - began < 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("llama-3.1-8b", "--zero", "3", "--pp", "2"),
+            "ZeRO-3 has no pipeline (pp 2, vp 0): take zero 0 or 1, or pp 1",
+        ),
+        (("llama-3.1-8b", "--zero", "2", "--pp", "4"), "ZeRO-2 has no pipeline"),
+        (("llama-3.1-8b", "--zero", "2", "--vp", "4"), "ZeRO-2 has no pipeline"),
+        (("llama-3.1-8b", "--ep", "2"), "ep 2: llama-3.1-8b has no experts"),
+        (("llama-3.1-8b", "--vp", "4", "--pp", "1"), "vp 4 with pp 1"),
+        (("mixtral-8x7b", "--ep", "3"), "ep 3 does not divide the 8 experts"),
+        (("mixtral-8x7b", "--ep", "8", "--tp", "4"), "ep needs experts, must divide them, and divide dp x cp"),
+        (("llama-3.1-8b", "--pp", "4", "--vp", "5"), "layers must be a multiple of pp x vp"),
+    ],
+)
+def test_a_settled_part_that_cannot_be_is_named(arguments, said):
+    done = plan(*arguments, "--gpu", "H200", "--gpus", "16")
+    assert done.exit_code == 1, done.exception
+    assert f"no such split is possible: {said}" in done.output
+
+
+def test_zero_3_alone_is_planned_without_pipelines():
+    found = answer("llama-3.1-70b", "--gpu", "RTX4090", "--gpus", "16", "--zero", "3")["chosen"]["found"]
+    assert (found["best"] or found["nearest"])["split"]["pp"] == 1
+
+
+def test_where_all_miss_the_goal_the_nearest_to_it_is_shown():
+    words = ("llama-3.1-8b", "--gpu", "H200", "--gpus", "8,16,64", "--tokens", "100B")
+    found = answer(*words, "--deadline", "1h")
+    assert not found["meets"]
+    assert found["chosen"]["gpus"] == 64
+    assert [one["gpus"] for one in found["others"]] == [16, 8]
+    cheapest = answer(*words, "--budget", "$100")
+    assert cheapest["chosen"]["usd"] == min(one["usd"] for one in (cheapest["chosen"], *cheapest["others"]))

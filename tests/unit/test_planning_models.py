@@ -178,3 +178,21 @@ def test_every_mistake_is_named_at_once():
     with pytest.raises(InvalidArgument) as refused:
         model_from_text(changed(num_attention_heads=0, vocab_size=-5, num_hidden_layers="x"))
     assert {one.field for one in refused.value.violations} == {"num_attention_heads", "vocab_size", "num_hidden_layers"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{layers: 32, hidden: 4096, heads: 32, vocabulary: 32000}",
+        '{"layers": 32, "hidden": 4096, "heads": 32, "vocabulary": 32000,}',
+    ],
+)
+def test_yaml_in_flow_style_is_read(text):
+    assert model_from_text(text).layers == 32
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"layers": 32', "is not JSON at line 1"), ("{layers: 32", "line 1")])
+def test_open_braces_are_a_mistake_in_what_they_began_as(text, said):
+    with pytest.raises(InvalidArgument, match=said) as caught:
+        model_from_text(text)
+    assert ("JSON" in str(caught.value)) is ('"' in text)

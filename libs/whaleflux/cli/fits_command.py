@@ -72,11 +72,11 @@ def fits(
         bool, typer.Option("--serve", help="Which GPUs serve it, how many requests at once, and what tokens cost.")
     ] = False,
     prompt: Annotated[
-        int, typer.Option("--prompt", min=1, max=1 << 24, help="With --serve: tokens of a prompt.")
-    ] = _PROMPT,
+        int, typer.Option("--prompt", min=0, max=1 << 24, help="With --serve: tokens of a prompt; 0: 2000, or less.")
+    ] = 0,
     answer: Annotated[
-        int, typer.Option("--answer", min=1, max=1 << 24, help="With --serve: tokens of an answer.")
-    ] = _ANSWER,
+        int, typer.Option("--answer", min=0, max=1 << 24, help="With --serve: tokens of an answer; 0: 500, or less.")
+    ] = 0,
     first_token: Annotated[
         str, typer.Option("--first-token", help="With --serve: at most so long to it: 500ms, 2s.")
     ] = "",
@@ -121,7 +121,7 @@ def fits(
         _serve(model_of(model), gpus_of(gpu) if gpu else None, prompt, answer, limits, precision, fmt)
         return
     _refuse_unread(
-        {"--prompt": prompt != _PROMPT, "--answer": answer != _ANSWER, "--first-token": first_token, "--token": token},
+        {"--prompt": prompt, "--answer": answer, "--first-token": first_token, "--token": token},
         "is of serving; give --serve too, or leave it out",
     )
     shape, type_ = model_of(model), gpu_of(gpu)
@@ -162,7 +162,7 @@ def _serve(
     from whaleflux.fleet.gpu_types import CATALOGUE
     from whaleflux.planning.serving import Requests, serve
 
-    asked = Requests(prompt, answer, *limits)
+    asked = Requests(*_tokens(shape, prompt, answer), *limits)
     every = types or [one for one in CATALOGUE.types.values() if one.speed]
     found = serve(shape, every, asked, 1.0 if precision is Precision.fp8 else 2.0)
     if fmt.is_json:
@@ -171,6 +171,25 @@ def _serve(
         output.say(*report(shape, asked, found))
     if not any(one.meets for one in found):
         raise typer.Exit(1)
+
+
+def _tokens(shape: ModelShape, prompt: int, answer: int) -> tuple[int, int]:
+    """(of a prompt, of an answer), within the model's context; what was not said gives way to it. Raises InvalidArgument."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.planning.serving import longest
+
+    most = longest(shape)
+    answered = answer or max(1, min(_ANSWER, most // 5, most - prompt))
+    prompted = prompt or max(1, min(_PROMPT, most - answered))
+    if prompted + answered > most:
+        raise InvalidArgument(
+            FieldViolation(
+                "--prompt",
+                f"{prompted:,} tokens and --answer {answered:,} are {prompted + answered:,}; {shape.name} reads {most:,} at most "
+                "(sequence of a model's file): take fewer, or a model with a longer context",
+            )
+        )
+    return prompted, answered
 
 
 def _show_known(fmt: Format) -> None:

@@ -81,6 +81,21 @@ def _longest(best: Candidate) -> Binding:
     return Binding(largest, f"{what}: {rest[largest]:.0%} of the step; {_NEXT[largest]}")
 
 
+def settled_wrong(shape: ModelShape, asked: Asked) -> Binding | None:
+    """What is settled and cannot be, whatever the rest of the split is: None where nothing is."""
+    if asked.zero > 1 and (asked.pp > 1 or asked.vp > 1):
+        return Binding(
+            "rule", f"ZeRO-{asked.zero} has no pipeline (pp {asked.pp}, vp {asked.vp}): take zero 0 or 1, or pp 1"
+        )
+    if asked.vp > 1 and asked.pp == 1:
+        return Binding("rule", f"vp {asked.vp} with pp 1: virtual stages are of a pipeline; take pp 2 or more, or vp 1")
+    if asked.ep > 1 and not shape.experts:
+        return Binding("rule", f"ep {asked.ep}: {shape.name} has no experts; leave it out")
+    if asked.ep > 1 and shape.experts % asked.ep:
+        return Binding("rule", f"ep {asked.ep} does not divide the {shape.experts} experts of {shape.name}")
+    return None
+
+
 def no_split(shape: ModelShape, asked: Asked, every: Plans) -> Binding:
     """Which rule forbids all."""
     if not len(every):
@@ -91,5 +106,14 @@ def no_split(shape: ModelShape, asked: Asked, every: Plans) -> Binding:
         return Binding(
             "batch", f"global_batch {asked.batch} must be a multiple of dp x micro_batch; take a power of two near it"
         )
-    faults = every.faults(shape)
+    micro, vp = asked.micro_batch or 1, asked.vp or 1
+    least = every.dp * micro * (every.pp if vp > 1 else 1)  # a batch that breaks no rule
+    settled = replace(
+        every,
+        ep=np.array(asked.ep or 1.0),
+        vp=np.array(vp, dtype=np.float64),
+        micro_batch=np.array(micro, dtype=np.float64),
+        global_batch=least,
+    )
+    faults = settled.faults(shape)
     return Binding("rule", max(faults, key=lambda rule: int(faults[rule].sum())))

@@ -67,9 +67,7 @@ def model_from_text(text: str, name: str = "model") -> ModelShape:
             "file",
             f"is longer than the {_MAX_YAML} characters of a YAML file of a model's few fields: is it another file?",
         )
-    from whaleflux.manifests.yaml_text import load
-
-    content = load(text)
+    content = _yaml(text)
     if not isinstance(content, dict):
         raise _wrong("file", "must have fields such as `layers: 32`, or be a Hugging Face config.json")
     return _from_fields(content, name)
@@ -79,8 +77,27 @@ def _wrong(field: str, what: str) -> InvalidArgument:
     return InvalidArgument(FieldViolation(field, what))
 
 
+def _yaml(text: str) -> Any:
+    from whaleflux.manifests.yaml_text import load
+
+    return load(text)
+
+
+def _flow(text: str) -> dict[str, Any] | None:
+    """YAML in braces (`{layers: 32}`); None for what is none. Raises InvalidArgument for mistakes of YAML where the first name is not quoted."""
+    if len(text) > _MAX_YAML:
+        return None
+    try:
+        content = _yaml(text)
+    except InvalidArgument:
+        if text.lstrip("\ufeff \t\r\n{")[:1].isalpha():
+            raise
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _json(text: str) -> dict[str, Any] | None:
-    """Raises InvalidArgument for what is no JSON; None where it may be YAML's braces."""
+    """Or YAML in flow style. Raises InvalidArgument for what is neither."""
 
     def refuse(constant: str) -> Any:
         raise _wrong("file", f"has {constant}, which is no number; write the number")
@@ -88,6 +105,8 @@ def _json(text: str) -> dict[str, Any] | None:
     try:
         found = json.loads(text.lstrip("\ufeff"), parse_constant=refuse)
     except json.JSONDecodeError as error:
+        if (flow := _flow(text)) is not None:
+            return flow
         raise _wrong(
             "file", f"is not JSON at line {error.lineno}, column {error.colno}; download the config.json again"
         ) from None

@@ -160,11 +160,21 @@ def _misses(one: Estimate, goal: Goal) -> list[str]:
     return missed
 
 
-def _rank(one: Estimate, goal: Goal) -> tuple[bool, bool, float]:
-    """What meets the goal first, then what fits; each by the objective."""
+def _exceeds(one: Estimate, goal: Goal) -> float:
+    """How many times the deadline or the budget, whichever is exceeded more, it takes: infinite where that is not known. 1 where it meets both."""
+    if one.meets:
+        return 1.0
+    time = (np.inf if one.finish_s is None else one.finish_s) / goal.deadline_s if goal.deadline_s else 1.0
+    money = (np.inf if one.usd is None else one.usd) / goal.budget_usd if goal.budget_usd else 1.0
+    return max(time, money, 1.0)
+
+
+def _rank(one: Estimate, goal: Goal) -> tuple[bool, bool, float, float]:
+    """What meets the goal first, by the objective; then what fits, the nearest to the goal first."""
     by_cost = np.inf if one.usd_per_million_tokens is None else one.usd_per_million_tokens
     by_time = 1 / one.tokens_per_s if one.tokens_per_s else np.inf
-    return not one.meets, one.plan is None, by_cost if goal.objective is Objective.COST else by_time
+    objective = by_cost if goal.objective is Objective.COST else by_time
+    return not one.meets, one.plan is None, _exceeds(one, goal), objective
 
 
 def _unmet(every: Sequence[Estimate], goal: Goal) -> str:

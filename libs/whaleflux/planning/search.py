@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whaleflux.planning.arrays import Array, Flags
-from whaleflux.planning.binding import binding_of, no_split, nothing_fits
+from whaleflux.planning.binding import binding_of, no_split, nothing_fits, settled_wrong
 from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.found import Candidate, PlanFound, RunnerUp, Split, candidate, split_of
 from whaleflux.planning.layers import head_s, layer_times
@@ -62,6 +62,8 @@ class _Search:
     looked_at: int = 0
 
     def run(self) -> PlanFound:
+        if wrong := settled_wrong(self.shape, self.asked):
+            return PlanFound(self.asked.gpus, None, None, (), wrong)
         island = int(np.asarray(self.machine.fabric.island))
         every = cells(self.shape, island, self.asked)
         least = self._ideal_gpu_s() / every.gpus

@@ -77,6 +77,11 @@ class Replica:
         return 1 / self.token_s if self.token_s else 0.0
 
 
+def longest(shape: ModelShape) -> int:
+    """Tokens of a prompt and its answer together that the model was made for."""
+    return min(shape.sequence, shape.positions) if shape.positions else shape.sequence
+
+
 def serve(
     shape: ModelShape,
     gpus: Sequence[GpuType],

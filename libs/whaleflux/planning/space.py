@@ -63,7 +63,7 @@ def cells(shape: ModelShape, island: int, asked: Asked) -> Plans:
     whole = [one for one in _powers(gpus) if sequence % (2 * one) == 0 and sequence // one >= LEAST_TOKENS]
     axes = (
         [asked.tp] if asked.tp else heads,
-        [asked.pp] if asked.pp else [one for one in divisors(shape.layers) if one <= gpus],
+        [asked.pp] if asked.pp else [1] if asked.zero > 1 else [one for one in divisors(shape.layers) if one <= gpus],
         [asked.cp] if asked.cp else whole or [1],
     )
     tp, pp, cp = (one.ravel() for one in np.meshgrid(*axes, indexing="ij"))
