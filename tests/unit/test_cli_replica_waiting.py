@@ -1,8 +1,12 @@
 """`whaleflux deploy --wait`: states of replicas are said once, and it comes back when all can take requests."""
 
+import itertools
 from types import SimpleNamespace
 
+import pytest
+
 from whaleflux.cli import replica_waiting
+from whaleflux.errors import NotFound, Unavailable
 from whaleflux.v1 import router_pb2
 
 MODEL = "models/echo"
@@ -16,6 +20,8 @@ class Router:
 
     def GetModel(self, request, timeout):
         self._states = next(self._looks)
+        if isinstance(self._states, Exception):
+            raise self._states
         self._wanted.ready_replicas = self._states.count(router_pb2.REPLICA_STATE_READY)
         return self._wanted
 
@@ -55,3 +61,21 @@ def test_servers_that_run_elsewhere_are_counted_by_their_addresses(monkeypatch, 
     wanted = router_pb2.Model(name=MODEL, engine=router_pb2.Engine(addresses=["http://a:1", "http://b:1"]))
     assert waited(monkeypatch, Router(wanted, [ready], [ready, ready])) != []
     assert "is ready" in capsys.readouterr().err
+
+
+def test_the_wait_goes_on_while_the_router_is_away(monkeypatch, capsys):
+    starting, ready = router_pb2.REPLICA_STATE_STARTING, router_pb2.REPLICA_STATE_READY
+    wanted = router_pb2.Model(name=MODEL, replicas=router_pb2.ReplicaCount(min=1))
+    away = Unavailable("the service behind the front door does not answer")
+    waited(monkeypatch, Router(wanted, away, [starting], away, away, [ready]))
+    assert "is ready" in capsys.readouterr().err
+
+
+def test_the_wait_ends_with_a_model_that_is_no_more_and_with_a_router_that_stays_away(monkeypatch):
+    wanted = router_pb2.Model(name=MODEL, replicas=router_pb2.ReplicaCount(min=1))
+    with pytest.raises(NotFound):
+        waited(monkeypatch, Router(wanted, [], NotFound("model", MODEL)))
+    times = itertools.count(0, 100)
+    monkeypatch.setattr(replica_waiting.time, "monotonic", lambda: float(next(times)))
+    with pytest.raises(Unavailable):
+        waited(monkeypatch, Router(wanted, *[Unavailable("away")] * 20))

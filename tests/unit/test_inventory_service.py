@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from datetime import timedelta
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -426,6 +427,23 @@ async def passing(clock, doing):
 
 def pin(dataset="c4", **how):
     return pb.PinDatasetRequest(name=f"datasets/{dataset}", **how)
+
+
+async def test_pins_go_to_rented_nodes_last_unless_the_lease_outlives_them(world):
+    await pinnable(world, n1=15, n2=30)
+    lease = pb.Lease(name="leases/x", node=N2, state=pb.LEASE_STATE_JOINED)
+    lease.hard_end_time.FromDatetime(world.clock.now() + timedelta(hours=1))
+    await world.store.commit(Put(keys.of_name(keys.LEASES, lease.name), lease.SerializeToString()))
+
+    async def chosen(**how):
+        pins = (await world.call("PinDataset", pin(copies=1, **how))).pins
+        await world.call("UnpinDataset", pb.UnpinDatasetRequest(name="datasets/c4"))
+        return [one.node for one in pins]
+
+    assert await chosen() == [N1], "without an end it outlives every lease"
+    assert await chosen(ttl=Duration(seconds=7200)) == [N1]
+    assert await chosen(ttl=Duration(seconds=600)) == [N2], "it has more room, and stays as long as the pin"
+    assert len((await world.call("PinDataset", pin(copies=2))).pins) == 2, "rented is better than nowhere"
 
 
 async def test_pins_go_where_there_is_room_and_end_in_time(world):

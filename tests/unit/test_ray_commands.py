@@ -116,6 +116,27 @@ def test_dry_run_makes_nothing(scheduler, file):
     assert scheduler.cluster is None
 
 
+def test_of_a_cluster_that_nobody_has_read_nothing_is_claimed(scheduler, file):
+    said = ray("up", str(file), "--dry-run").stdout
+    assert "not known (read never)" in said
+    assert "UP" not in said
+    scheduler.cluster = pb.RayCluster(name="rayClusters/rl", state=pb.RAY_CLUSTER_STATE_UP, max_gpus=4)
+    row = ray("ls", "--no-headers").stdout.split()
+    assert row[:6] == ["rl", "?", "-", "?", "?/4", "?"]
+
+
+def test_waits_go_on_while_the_scheduler_is_away(scheduler, file, monkeypatch):
+    answer, away = scheduler.GetRayCluster, iter([False, True, True, False, True])
+
+    def now_and_then(request, timeout):
+        if next(away, False):
+            raise Unavailable("away")
+        return answer(request, timeout)
+
+    monkeypatch.setattr(scheduler, "GetRayCluster", now_and_then)
+    assert ray("up", str(file)).exit_code == 0
+
+
 def test_ls_show_explain_and_down(scheduler, file):
     assert "make one with: whaleflux ray up" in ray("ls").stderr
     ray("up", str(file))

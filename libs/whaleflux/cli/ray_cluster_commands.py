@@ -13,6 +13,7 @@ from whaleflux.cli import output, ray_commands
 from whaleflux.cli.files import read
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
+from whaleflux.cli.waiting import look
 
 ray = ray_commands.ray
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Ray cluster.")]
@@ -95,11 +96,13 @@ def _check_fixed(known: Any, wanted: Any) -> None:
 
 def _until_up(client: Any, name: str) -> Any:
     """The cluster, once it was read. Says each change on stderr; Ctrl-C leaves it as it is."""
+    from whaleflux.sdk.resume import FOLLOW_OUTAGE_S, Patience
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    said = ""
+    said, patience, request = "", Patience(FOLLOW_OUTAGE_S), pb.GetRayClusterRequest(name=name)
+    patience.received()  # it has answered what made the cluster
     while True:
-        found = client.scheduler.GetRayCluster(pb.GetRayClusterRequest(name=name), timeout=10)
+        found = look(lambda: client.scheduler.GetRayCluster(request, timeout=10), patience)
         if found.HasField("status") and not found.status.stale:
             return found
         if found.state == pb.RAY_CLUSTER_STATE_ENDING:
@@ -121,9 +124,9 @@ def list_(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
         Column("NAME", lambda c: names.last(c.name)),
         Column("STATE", state_of),
         Column("RAY_ADDRESS", lambda c: c.status.address or "-"),
-        Column("WAITS", lambda c: "?" if c.status.stale else str(c.status.waiting)),
-        Column("GPUS", lambda c: f"{c.status.gpus}/{c.max_gpus}"),
-        Column("WORKERS", lambda c: str(sum(part.role == pb.RAY_ROLE_WORKER for part in c.status.parts))),
+        Column("WAITS", lambda c: str(c.status.waiting) if _is_read(c) else "?"),
+        Column("GPUS", lambda c: f"{c.status.gpus if c.HasField('status') else '?'}/{c.max_gpus}"),
+        Column("WORKERS", _workers),
         Column("QUEUE", lambda c: names.last(c.queue)),
         Column("READ", _read_ago),
         Column("WHAT", lambda c: c.status.message or "-", wide=True),
@@ -165,12 +168,14 @@ def down(
 def _until_gone(client: Any, name: str) -> Iterator[str]:
     """What is left, each time that it changes."""
     from whaleflux.errors import NotFound
+    from whaleflux.sdk.resume import FOLLOW_OUTAGE_S, Patience
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    said = ""
+    said, patience, request = "", Patience(FOLLOW_OUTAGE_S), pb.GetRayClusterRequest(name=name)
+    patience.received()  # it has answered what took the cluster down
     while True:
         try:
-            found = client.scheduler.GetRayCluster(pb.GetRayClusterRequest(name=name), timeout=10)
+            found = look(lambda: client.scheduler.GetRayCluster(request, timeout=10), patience)
         except NotFound:
             return
         left = ", ".join(names.last(part.job) for part in found.status.parts[:5])
@@ -181,12 +186,27 @@ def _until_gone(client: Any, name: str) -> Iterator[str]:
 
 
 def state_of(cluster: Any) -> str:
-    """UP, ENDING; STARTING while nothing was heard of one that is to be up."""
+    """UP, ENDING; STARTING while nothing was heard of one that is to be up, UNKNOWN when nothing is any more, ? where nobody says."""
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    if cluster.state == pb.RAY_CLUSTER_STATE_UP and cluster.HasField("status") and cluster.status.stale:
+    if cluster.state == pb.RAY_CLUSTER_STATE_UP and not _is_read(cluster):
+        if not cluster.HasField("status"):
+            return "?"
         return "UNKNOWN" if cluster.status.HasField("reading_age_s") else "STARTING"
     return output.enum_name(pb.RayClusterState, cluster.state, "RAY_CLUSTER_STATE_")
+
+
+def _is_read(cluster: Any) -> bool:
+    """Whether what its status says is of now. One that was just made, or is another's, comes without."""
+    return bool(cluster.HasField("status") and not cluster.status.stale)
+
+
+def _workers(cluster: Any) -> str:
+    from whaleflux.v1 import scheduler_pb2 as pb
+
+    if not cluster.HasField("status"):
+        return "?"
+    return str(sum(part.role == pb.RAY_ROLE_WORKER for part in cluster.status.parts))
 
 
 def _read_ago(cluster: Any) -> str:
@@ -196,14 +216,15 @@ def _read_ago(cluster: Any) -> str:
 
 def _show(found: Any, fmt: Format) -> None:
     status = found.status
-    waits = "not known" if status.stale else str(status.waiting)
+    waits = str(status.waiting) if _is_read(found) else "not known"
+    has = f"{status.gpus} of at most" if found.HasField("status") else "not known, at most"
     lines = [
         ("name", found.name),
         ("state", state_of(found)),
         ("RAY_ADDRESS", status.address or "-"),
         ("dashboard", f"http://{status.dashboard}" if status.dashboard else "-"),
         ("waits", f"{waits} (read {_read_ago(found)})"),
-        ("workers", f"{status.gpus} of at most {found.max_gpus} GPUs, {status.nodes} nodes in the cluster"),
+        ("workers", f"{has} {found.max_gpus} GPUs, {status.nodes if _is_read(found) else '?'} nodes in the cluster"),
         ("now", status.message or "-"),
         ("jobs of", f"{found.queue}, priority {found.priority}, by {found.creator}"),
         ("only", ", ".join([*found.gpu_types, *found.sites]) or "any GPUs, any site"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from whaleflux.cli import output
 from whaleflux.cli.deploy_words import wanted_replicas
 from whaleflux.cli.state import pages
+from whaleflux.cli.waiting import look
 
 if TYPE_CHECKING:
     from whaleflux.sdk import Client
@@ -19,10 +20,11 @@ _LOOK_EVERY_S = 0.3
 def until_ready(client: Client, model: str) -> None:
     """Says each change of a replica's state on stderr; returns when as many are READY as the model wants.
 
-    Raises FailedPrecondition where a changed engine was rolled back.
+    Goes on when the router is away for a while, as who follows a job does. Raises FailedPrecondition where a changed engine was rolled back.
     """
     from whaleflux.errors import FailedPrecondition
     from whaleflux.reasons import ErrorReason
+    from whaleflux.sdk.resume import FOLLOW_OUTAGE_S, Patience
     from whaleflux.v1 import router_pb2
 
     under_way = {
@@ -30,10 +32,11 @@ def until_ready(client: Client, model: str) -> None:
         router_pb2.ROLLOUT_STATE_WATCHING,
         router_pb2.ROLLOUT_STATE_SHIFTING,
     }
-    shown, before = dict[str, str](), None
+    shown, before, patience = dict[str, str](), None, Patience(FOLLOW_OUTAGE_S)
+    patience.received()  # it has answered what declared the model
     while True:
-        wanted = client.router.GetModel(router_pb2.GetModelRequest(name=model), timeout=10)
-        for replica in pages(client.router.ListReplicas, router_pb2.ListReplicasRequest(parent=model), "replicas"):
+        wanted, replicas = look(lambda: _seen(client, model), patience)
+        for replica in replicas:
             line = _line(replica)
             if shown.get(replica.name) != line:
                 output.note(line)
@@ -49,6 +52,13 @@ def until_ready(client: Client, model: str) -> None:
             output.note(f"{model} is ready: whaleflux route {model.partition('/')[2]}")
             return
         time.sleep(_LOOK_EVERY_S)
+
+
+def _seen(client: Client, model: str) -> tuple[router_pb2.Model, list[router_pb2.Replica]]:
+    from whaleflux.v1 import router_pb2
+
+    wanted = client.router.GetModel(router_pb2.GetModelRequest(name=model), timeout=10)
+    return wanted, pages(client.router.ListReplicas, router_pb2.ListReplicasRequest(parent=model), "replicas")
 
 
 def _line(replica: router_pb2.Replica) -> str:

@@ -6,12 +6,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from whaleflux.cli import output
 from whaleflux.errors import DeadlineExceeded, StatusError
 
+if TYPE_CHECKING:
+    from whaleflux.sdk.resume import Patience
+
 SAY_AFTER_S, SAY_AGAIN_S = 2.0, 10.0
 Told = Callable[[StatusError], None]
+T = TypeVar("T")
+
+
+def look(ask: Callable[[], T], patience: Patience) -> T:
+    """What `ask` returns; asked again while who answers is away, as long as `patience` lasts. Raises what it raises else."""
+    while True:
+        try:
+            found = ask()
+        except StatusError as error:
+            if (pause_s := patience.pause_s(error, time.monotonic())) is None:
+                raise
+            time.sleep(pause_s)
+        else:
+            patience.received()
+            return found
 
 
 class Waiting:

@@ -51,7 +51,8 @@ class DatasetPins:
             entry, record = next((pair for pair in known if pair[1].name == request.name), (None, pb.Dataset()))
             if entry is None:
                 raise NotFound("dataset", request.name)
-            nodes = self._nodes(request, record, await self._candidates(record, [one for _, one in known]))
+            candidates = await self._candidates(record, [one for _, one in known], until)
+            nodes = self._nodes(request, record, candidates)
             now = self._clock.now()
             kept = [pin for pin in live(record, now) if pin.node not in nodes]
             if len(kept) + len(nodes) > MAX_PINS:
@@ -115,16 +116,25 @@ class DatasetPins:
                 raise does_not_fit(dataset.name, why)
         return nodes
 
-    async def _candidates(self, pinned: pb.Dataset, datasets: Iterable[pb.Dataset]) -> dict[str, Candidate]:
-        """Nodes that could hold it, with what is pinned there beside it."""
+    async def _candidates(
+        self, pinned: pb.Dataset, datasets: Iterable[pb.Dataset], until: datetime | None
+    ) -> dict[str, Candidate]:
+        """Nodes that could hold it until then (None: without end), with what is pinned there beside it."""
         now, held = self._clock.now(), dict[str, int]()
         for dataset in datasets:
             for node in pinned_on(dataset, now) if dataset.name != pinned.name else ():
                 held[node] = held.get(node, 0) + dataset.size_bytes
         here = {copy.node for copy in pinned.copies if copy.state in _WHOLE and copy.present_bytes}
         nodes = (pb.Node.FromString(entry.value) for entry in (await self._store.list(keys.NODES)).entries)
+        go = {lease.node for lease in _leases((await self._store.list(keys.LEASES)).entries) if _goes(lease, until)}
         return {
-            node.name: Candidate(node.name, node.facts.dataset_cache_bytes, held.get(node.name, 0), node.name in here)
+            node.name: Candidate(
+                node.name,
+                node.facts.dataset_cache_bytes,
+                held.get(node.name, 0),
+                holds=node.name in here,
+                stays=node.name not in go,
+            )
             for node in nodes
             if node.intent in (pb.NODE_INTENT_UNSPECIFIED, pb.NODE_INTENT_ACTIVE)
         }
@@ -153,6 +163,18 @@ def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Entry, pb.Dataset]]:
     for entry in entries:
         with contextlib.suppress(DecodeError):
             yield entry, pb.Dataset.FromString(entry.value)
+
+
+def _leases(entries: Iterable[Entry]) -> Iterator[pb.Lease]:
+    """Those that can be read: what is not known of a lease keeps nobody from pinning."""
+    for entry in entries:
+        with contextlib.suppress(DecodeError):
+            yield pb.Lease.FromString(entry.value)
+
+
+def _goes(lease: pb.Lease, until: datetime | None) -> bool:
+    """Whether its machine is given back before then."""
+    return bool(lease.end_reason) or until is None or lease.hard_end_time.ToDatetime(UTC) < until
 
 
 def live(dataset: pb.Dataset, now: datetime) -> list[pb.DatasetPin]:

@@ -18,6 +18,7 @@ class Candidate:
     room_bytes: int
     pinned_bytes: int = 0
     holds: bool = False  # a whole copy, already
+    stays: bool = True  # as long as the pin: it is not rented, or for longer
 
 
 def no_room(candidate: Candidate, size_bytes: int) -> str:
@@ -35,7 +36,7 @@ def no_room(candidate: Candidate, size_bytes: int) -> str:
 
 
 def choose(candidates: Iterable[Candidate], size_bytes: int, copies: int, dataset: str) -> list[str]:
-    """Nodes for so many copies: those that hold it first, then those with most room. Raises FailedPrecondition when there are too few."""
+    """Nodes for so many copies: those that stay first, of them those that hold it, then those with most room. Raises FailedPrecondition when there are too few."""
     known = list(candidates)
     fit = [one for one in known if not no_room(one, size_bytes)]
     if len(fit) < copies:
@@ -43,7 +44,7 @@ def choose(candidates: Iterable[Candidate], size_bytes: int, copies: int, datase
             dataset,
             f"{copies} copies are asked for, and {len(fit)} of {len(known)} nodes have room for {shown_bytes(size_bytes)}",
         )
-    best = sorted(fit, key=lambda one: (not one.holds, one.pinned_bytes - one.room_bytes, one.node))
+    best = sorted(fit, key=lambda one: (not one.stays, not one.holds, one.pinned_bytes - one.room_bytes, one.node))
     return sorted(one.node for one in best[:copies])
 
 
