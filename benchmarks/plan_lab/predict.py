@@ -80,7 +80,7 @@ def _fitting(batch: Batch) -> Batch:
 
     links = Fabric(
         some(fabric.island), some(fabric.island_bytes_per_s), (Tier(some(tier.gpus), some(tier.bytes_per_s), some(tier.hop_s)),),
-        some(fabric.switch_bytes_per_s), some(fabric.p2p_bytes_per_s), some(fabric.hop_s),
+        some(fabric.switch_bytes_per_s), some(fabric.hop_s),
     )  # fmt: skip
     smaller = Machine(
         machine.name, some(machine.flops), some(machine.attention_flops), some(machine.memory_bytes_per_s), some(machine.memory_bytes), links,
@@ -131,9 +131,7 @@ def _stacked(fabrics: Sequence[Fabric]) -> Fabric:
             for name in ("gpus", "bytes_per_s", "hop_s")
         )
     )
-    return Fabric(
-        of("island"), of("island_bytes_per_s"), (tier,), of("switch_bytes_per_s"), of("p2p_bytes_per_s"), of("hop_s")
-    )
+    return Fabric(of("island"), of("island_bytes_per_s"), (tier,), of("switch_bytes_per_s"), of("hop_s"))
 
 
 def step_times(made: Sequence[Batch], constants: Constants) -> list[StepTime]:

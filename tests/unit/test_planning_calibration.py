@@ -1,6 +1,7 @@
 """A ladder of single operations becomes a machine and constants; files that are no ladder are refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.calibration import SOFTWARE, calibrated, ladder_from_text
+from whaleflux.planning.known_models import model_named
+from whaleflux.planning.layers import layer_times
 from whaleflux.planning.machine import Machine
+from whaleflux.planning.plans import Plans
 from whaleflux.planning.training import Training
 
 RECORDED = json.loads((Path(__file__).parents[2] / "benchmarks/plan_lab/h200_reality.json").read_text())
@@ -69,7 +73,21 @@ def test_collectives_set_the_islands_rates():
     fabric = found(collective=collectives(8)).machine.fabric
     assert fabric.island_bytes_per_s == pytest.approx(350e9)
     assert fabric.switch_bytes_per_s == pytest.approx(525e9)
-    assert fabric.p2p_bytes_per_s == pytest.approx(380e9)
+
+
+def test_what_an_idle_context_holds_is_not_planned_with():
+    usual, more = (found(context_bytes=size).machine.usable_bytes for size in (0, 2_650_000_000))
+    assert usual == SHEET.usable_bytes
+    assert usual - more == pytest.approx(2e9)
+
+
+def test_attention_over_a_ring_is_as_slow_as_over_a_ranks_part_of_the_sequence():
+    def core_s(sequence, cp):
+        plans = Plans.of(cp=cp, micro_batch=1, global_batch=1, sequence=sequence)
+        short = replace(found().constants, attention_short=512.0)
+        return float(layer_times(model_named("llama-3.1-8b"), SHEET, plans, Training(), short).core_s)
+
+    assert core_s(8192, 8) == pytest.approx(core_s(8192, 1) / 8 * (1 + 512 / 1024) / (1 + 512 / 8192))
 
 
 def test_collectives_of_too_few_gpus_say_nothing_of_the_switches():

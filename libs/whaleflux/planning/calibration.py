@@ -13,7 +13,7 @@ import numpy as np
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.layers import layer_times
-from whaleflux.planning.machine import NVLS_FROM_GPUS, Fabric, Machine
+from whaleflux.planning.machine import NVLS_FROM_GPUS, Fabric, Machine, reserved_bytes
 from whaleflux.planning.memory import activation_bytes
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
@@ -127,6 +127,7 @@ def calibrated(machine: Machine, ladder: Ladder, constants: Constants = FITTED) 
         attention_flops=rate / constants.matmul_share,
         memory_bytes_per_s=copied,
         fabric=_fabric(machine.fabric, ladder),
+        reserved_bytes=_reserved_bytes(machine, ladder),
     )
     share = attention / (rate / constants.matmul_share)
     found = replace(constants, matmul_tail_s=tail_s, attention_share=share, attention_short=short)
@@ -220,6 +221,13 @@ def _logit_passes(machine: Machine, constants: Constants, row: tuple[Any, ...], 
     return float((taken - 6 * tokens * hidden * words / rate - casts) * copied / (_LOGIT_PASSES_BYTES * tokens * words))
 
 
+def _reserved_bytes(machine: Machine, ladder: Ladder) -> float:
+    """With the context as it was measured, where it was."""
+    if not ladder.context_bytes:
+        return float(np.asarray(machine.reserved_bytes))
+    return reserved_bytes(float(np.asarray(machine.memory_bytes)), ladder.context_bytes)
+
+
 def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
     """An island as all of its GPUs' collectives were measured: bus bandwidths of large tensors.
 
@@ -237,9 +245,6 @@ def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
         return fabric
     ring = max(bus("all_gather", (most - 1) / most), bus("reduce_scatter", (most - 1) / most))
     reduced = bus("all_reduce", 2 * (most - 1) / most)
-    sent = max(
-        (size / taken for its, _, size, taken in ladder.collective if its == "send" and size >= _LARGE), default=0.0
-    )
     switch = fabric.switch_bytes_per_s
     if most >= NVLS_FROM_GPUS and reduced:
         switch = reduced if reduced > 1.1 * ring else 0.0
@@ -247,7 +252,6 @@ def _fabric(fabric: Fabric, ladder: Ladder) -> Fabric:
         fabric,
         island_bytes_per_s=ring or fabric.island_bytes_per_s,
         switch_bytes_per_s=switch,
-        p2p_bytes_per_s=sent or fabric.p2p_bytes_per_s,
     )
 
 

@@ -76,7 +76,7 @@ def _attention_s(
     scores = plans.tokens * plans.sequence * shape.heads / plans.tp
     operations = 2 * scores * (shape.head_dim + shape.value_dim)
     best = array(machine.attention_flops)
-    short = 1.0 + constants.attention_short / plans.sequence
+    short = 1.0 + constants.attention_short * plans.cp / plans.sequence  # of a ring, each step sees a rank's part
     fused = _CAUSAL * operations * short / (constants.attention_share * best)
     moved = 2 * scores * constants.score_passes / machine.memory_bytes_per_s
     eager = operations / (constants.matmul_share * best) + moved

@@ -41,14 +41,13 @@ class Fabric:
     """Islands, and the levels above them.
 
     An island is the GPUs that reach one another by NVLink or PCIe; `island_bytes_per_s` is a ring's bus bandwidth there, `switch_bytes_per_s`
-    that of an all-reduce in the switches (0: none), `p2p_bytes_per_s` that of a copy. `tiers` go from the node outwards.
+    that of an all-reduce in the switches (0: none). `tiers` go from the node outwards.
     """
 
     island: Value
     island_bytes_per_s: Value
     tiers: tuple[Tier, ...]
     switch_bytes_per_s: Value = 0.0
-    p2p_bytes_per_s: Value = 0.0
     hop_s: Value = 3.4e-6
 
     def links(self, size: Array, stride: Array) -> Links:
@@ -141,12 +140,12 @@ class Machine:
         )
 
 
-def reserved_bytes(nvml_bytes: int) -> float:
+def reserved_bytes(nvml_bytes: float, context_bytes: float = 0.65e9) -> float:
     """What training cannot have of a GPU of so much memory.
 
-    0.65e9 B of an idle context (measured on H200), buffers of communicators (2 %, at most 1 GB), and 3 % that the allocator cannot use.
+    `context_bytes` of an idle context (as measured on H200), buffers of communicators (2 %, at most 1 GB), and 3 % that the allocator cannot use.
     """
-    return 0.65e9 + min(1e9, 0.02 * nvml_bytes) + 0.03 * nvml_bytes
+    return context_bytes + min(1e9, 0.02 * nvml_bytes) + 0.03 * nvml_bytes
 
 
 def lacks_precision(gpu: GpuType, precision: str) -> str:
@@ -178,7 +177,7 @@ def fabric_of(speed: GpuSpeed, nic_bytes_per_s: float = 0.0, node_gpus: int = 0)
         switch = wire * NVLS_SHARE.get(generation, 0.0)
         domain = speed.nvlink_domain
         island = min(domain, node_gpus or domain) if domain <= _USUAL_NODE_GPUS else domain
-        return Fabric(island, ring, (Tier(max(island, node_gpus or _USUAL_NODE_GPUS), nic),), switch, 0.88 * wire)
+        return Fabric(island, ring, (Tier(max(island, node_gpus or _USUAL_NODE_GPUS), nic),), switch)
     ring = _RING_SHARE_PCIE * speed.pcie_bytes_per_s if speed.peer_copies else _HOST_MEMORY_BYTES_PER_S
     node = node_gpus or _USUAL_NODE_GPUS
-    return Fabric(node, ring, (Tier(node, nic),), 0.0, ring, hop_s=5.7e-6)
+    return Fabric(node, ring, (Tier(node, nic),), hop_s=5.7e-6)
