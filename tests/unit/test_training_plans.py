@@ -71,7 +71,7 @@ class TestFleet:
             await world.add(node("s/a"))
             found = await planned(world, gpus=64)
             assert not found.plans
-            assert "the fleet has 4, not 64" in found.refused[0]
+            assert "s has 4, not 64" in found.refused[0]
 
     async def test_a_model_that_fits_nowhere_says_what_is_too_much(self):
         async with World() as world:
@@ -103,6 +103,33 @@ class TestFleet:
             with pytest.raises(InvalidArgument) as refused:
                 await planned(world, more.pop("model", SMALL), **more)
             assert field in {one.field for one in refused.value.violations}
+
+
+class TestSites:
+    async def test_a_training_stays_in_one_site_where_one_is_large_enough(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b", usd=2.0), node("t/c", usd=5.0))
+            found = (await planned(world)).plans
+            assert {(one.site, one.gpus, one.usd_per_hour) for one in found} == {
+                ("sites/s", 8, 16.0),
+                ("sites/t", 4, 20.0),
+            }
+            (four, also) = (await planned(world, gpus=4)).plans
+            assert {four.site, also.site} == {"sites/s", "sites/t"}
+
+    async def test_over_several_sites_their_links_count(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"), node("t/c"))
+            (over,) = (await planned(world, gpus=12)).plans
+            assert over.site == ""
+            (within,) = [one for one in (await planned(world)).plans if one.site == "sites/s"]
+            assert over.step_seconds["dp_s"] > 10 * within.step_seconds["dp_s"] or over.gpus < 12
+
+    async def test_what_is_settled_of_the_split_stays(self):
+        async with World() as world:
+            await world.add(node("s/a"), node("s/b"))
+            plan = (await planned(world, parallelism=pb.Parallelism(tensor=2))).plans[0]
+            assert (plan.parallelism.tensor, plan.parallelism.pipeline, plan.parallelism.context) == (2, 1, 1)
 
 
 class TestJobs:
@@ -167,6 +194,19 @@ class TestJobs:
         with pytest.raises(InvalidArgument) as refused:
             job_from_yaml(f"name: t\nrun: x\n{line}\n", tmp_path)
         assert said in str(refused.value)
+
+    def test_no_gpus_and_a_model_are_refused(self, tmp_path):
+        with pytest.raises(InvalidArgument, match="leave gpus out to have it planned"):
+            job_from_yaml("name: t\nrun: x\ngpus: 0\nmodel: llama-3.1-8b\n", tmp_path)
+
+    async def test_gpus_that_no_split_has_use_for_are_left_out_and_said(self, tmp_path):
+        one = self.submission("name: t\nrun: x\ngpus: 3\nmodel: llama-3.1-8b\n", tmp_path)
+        answer = pb.PlanTrainingResponse(
+            plans=[pb.TrainingPlan(gpus=2, free_gpus=2, gpu_type="H200", site="sites/s", tokens_per_s=1.0)]
+        )
+        lines = training_plans.plan_all(self.client(None, answer), [one])
+        assert one.request.job.spec.gpus == 2
+        assert any("leaves out 1 of the 3 GPUs" in line for line in lines)
 
     def test_a_config_file_is_a_model(self, tmp_path):
         (tmp_path / "mine.yaml").write_text("layers: 4\nhidden: 256\nheads: 4\nvocabulary: 1000\n")

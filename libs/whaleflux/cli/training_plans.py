@@ -25,14 +25,18 @@ def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
     known: dict[bytes, pb.PlanTrainingResponse] = {}
     for one in jobs:
         spec = one.request.job.spec
-        if not spec.training.model or spec.HasField("parallelism"):
+        if not spec.training.model:
             continue
         asked = request_of(spec)
         key = asked.SerializeToString(deterministic=True)
         if key not in known:
             known[key] = client.scheduler.PlanTraining(asked, timeout=TIMEOUT_S)
             lines += ["", *shown(known[key])] if lines else shown(known[key])
-        _fill(spec, chosen(known[key]))
+        plan = chosen(known[key])
+        if spec.gpus > plan.gpus:
+            left = f"{spec.gpus - plan.gpus} of the {spec.gpus} GPUs that the file asks for"
+            lines.append(f"  leaves out {left}: no split of all of them is as fast")
+        _fill(spec, plan)
     return lines
 
 
@@ -40,7 +44,9 @@ def request_of(spec: pb.JobSpec) -> pb.PlanTrainingRequest:
     """What a job asks: with its own number and types of GPUs where it says them."""
     from whaleflux.v1 import scheduler_pb2 as pb
 
-    return pb.PlanTrainingRequest(training=spec.training, gpus=spec.gpus, gpu_types=spec.gpu.any_of)
+    return pb.PlanTrainingRequest(
+        training=spec.training, gpus=spec.gpus, gpu_types=spec.gpu.any_of, parallelism=spec.parallelism
+    )
 
 
 def chosen(answer: pb.PlanTrainingResponse) -> pb.TrainingPlan:
@@ -76,7 +82,7 @@ def shown(answer: pb.PlanTrainingResponse) -> list[str]:
         return [f"no plan: {one}" for one in answer.refused]
     plan = chosen(answer)
     lines = [
-        f"TRAINING  {plan.gpus} x {plan.gpu_type}: {plan.words}",
+        f"TRAINING  {plan.gpus} x {plan.gpu_type} {_site(plan)}: {plan.words}",
         f"  batch      {plan.batch:,} samples of {plan.sequence:,} tokens, {plan.micro_batch} at once on each of {plan.data} ranks",
         f"  step       {plan.step_s:.4g} s ({_parts(plan)}); {plan.tokens_per_s:,.0f} tokens/s, {plan.mfu:.0%} of the data sheet",
         f"  memory     {shown_bytes(sum(plan.memory_bytes.values()))} of {shown_bytes(plan.usable_bytes)} on the fullest GPU",
@@ -89,6 +95,10 @@ def shown(answer: pb.PlanTrainingResponse) -> list[str]:
     others = [one for one in answer.plans if one is not plan]
     lines += [f"  instead    {_in_short(one)}" for one in others[:_MOST_SHOWN]]
     return [*lines, *(f"  no plan    {one}" for one in answer.refused[:_MOST_SHOWN])]
+
+
+def _site(plan: pb.TrainingPlan) -> str:
+    return f"in {plan.site.rpartition('/')[2]}" if plan.site else "over several sites"
 
 
 def _parts(plan: pb.TrainingPlan) -> str:
@@ -109,6 +119,4 @@ def _cost(plan: pb.TrainingPlan) -> str:
 def _in_short(plan: pb.TrainingPlan) -> str:
     free = "" if plan.free_gpus >= plan.gpus else f", {plan.free_gpus} of them free"
     missed = f"; misses the {'; '.join(plan.misses)}" if plan.misses else ""
-    return (
-        f"{plan.gpus} x {plan.gpu_type}{free}: {plan.tokens_per_s:,.0f} tokens/s, {_cost(plan)}, {plan.words}{missed}"
-    )
+    return f"{plan.gpus} x {plan.gpu_type} {_site(plan)}{free}: {plan.tokens_per_s:,.0f} tokens/s, {_cost(plan)}, {plan.words}{missed}"

@@ -94,7 +94,10 @@ def _launch(spec: Spec) -> Violations:
 
 def _ranks(spec: Spec) -> Violations:
     """How many, on GPUs or without any."""
-    if not spec.world_size and spec.train_model:
+    if spec.train_model and not spec.gpus and spec.ranks:
+        what = "is 0, and a model is trained on GPUs; leave gpus out to have it planned, or say how many"
+        yield FieldViolation("gpus", what)
+    elif not spec.world_size and spec.train_model:
         yield FieldViolation("gpus", "is not planned yet; PlanTraining says how many, as whaleflux submit asks it to")
     elif not spec.world_size:
         yield FieldViolation("gpus", "is 0; say how many GPUs the job needs, or how many ranks without any (ranks)")

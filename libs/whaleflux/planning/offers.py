@@ -43,6 +43,7 @@ class Offer:
     measured: Calibrated | None = None
     software: str = SOFTWARE[0]
     fabric: Fabric | None = None  # None: what is usual for the type
+    place: str = ""  # where they are, for whoever offers GPUs of several
     idle_free: bool = False
 
 
@@ -68,6 +69,7 @@ class Estimate:
     gpu: str
     gpus: int
     found: PlanFound
+    place: str = ""  # the offer's
     step_s: float | None = None
     tokens_per_s: float | None = None
     tokens_per_s_per_gpu: float | None = None
@@ -126,7 +128,12 @@ def estimate(
     machine, how, constants = as_known(offer, how, precision)
     found = search(shape, machine, replace(asked, gpus=offer.gpus), how, constants)
     known = Estimate(
-        offer.gpu.name, offer.gpus, found, usd_per_gpu_hour=offer.usd_per_gpu_hour, price_source=offer.price_source
+        offer.gpu.name,
+        offer.gpus,
+        found,
+        offer.place,
+        usd_per_gpu_hour=offer.usd_per_gpu_hour,
+        price_source=offer.price_source,
     )
     if found.best is None:
         return known

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whaleflux import names
 from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.training_values import model_text
@@ -49,16 +50,16 @@ class TrainingPlans:
         """Of the fleet as it is now. Raises InvalidArgument naming field and limit, ResourceExhausted where others' plans take too long."""
         shape, asked, goal, how = _asked(request)
         await leading.view.caught_up()
-        nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
+        nodes, network = await leading.planner.ask(lambda plan: (plan.free_nodes(), plan.network()))
         has = training_offers.had(nodes)
         _known_types(request.gpu_types, has)
         precision = "fp8" if request.training.fp8 else "bf16"
         able = [one for one in has if not lacks_precision(one.gpu, precision)]
-        offers = training_offers.offers(able, request.gpus, request.gpu_types, self._measured.get(precision))
+        offers = training_offers.offers(able, request.gpus, request.gpu_types, network, self._measured.get(precision))
         unable = _unable(request, has, precision)
         if not offers:
             return pb.PlanTrainingResponse(refused=_too_few(request, has, precision))
-        free = {one.gpu.name: one.free for one in has}
+        free = {(one.gpu.name, one.site): one.free for one in has}
         answer = await self._alone(shape, offers, asked, goal, how, precision, free)
         answer.refused.extend(unable)
         return answer
@@ -71,7 +72,7 @@ class TrainingPlans:
         goal: Goal,
         how: Training,
         precision: str,
-        free: Mapping[str, int],
+        free: Mapping[tuple[str, str], int],
     ) -> pb.PlanTrainingResponse:
         """In its turn. Who gives up leaves the turn taken until the thread has ended."""
         try:
@@ -164,9 +165,18 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
         batch, slack = min(MOST_BATCH, max(1, round((said.batch_tokens or USUAL_BATCH_TOKENS) / sequence))), BATCH_SLACK
     objective = Objective.COST if request.cheapest else Objective.TIME
     how = Training(frozen=said.adapters, fp8=float(said.fp8))
+    said_parts = (
+        request.parallelism.tensor,
+        request.parallelism.pipeline,
+        request.parallelism.context,
+        request.parallelism.expert,
+    )
+    tp, pp, cp, ep = (
+        max(one, 1) if any(said_parts) else 0 for one in said_parts
+    )  # beside another, what is left out is 1
     return (
         shape,
-        Asked(1, sequence, batch=batch, batch_slack=slack),
+        Asked(1, sequence, tp=tp, pp=pp, cp=cp, ep=ep, batch=batch, batch_slack=slack),
         Goal(request.tokens, deadline_s, request.budget_usd, objective),
         how,
     )
@@ -185,8 +195,8 @@ def _known_types(types: object, has: list[training_offers.Had]) -> None:
 
 def _unable(request: pb.PlanTrainingRequest, has: list[training_offers.Had], precision: str) -> list[str]:
     """Types that would do but for the precision."""
-    wanted = [one.gpu for one in has if not request.gpu_types or one.gpu.name in request.gpu_types]
-    return [lacks_precision(gpu, precision) for gpu in wanted if lacks_precision(gpu, precision)]
+    wanted = {one.gpu.name: one.gpu for one in has if not request.gpu_types or one.gpu.name in request.gpu_types}
+    return [lacks_precision(gpu, precision) for gpu in wanted.values() if lacks_precision(gpu, precision)]
 
 
 def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had], precision: str) -> list[str]:
@@ -194,7 +204,8 @@ def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had], pr
     if not wanted:
         return ["the fleet has no GPUs of these types that take work; see: whaleflux gpus"]
     return [
-        lacks_precision(one.gpu, precision) or f"{one.gpu.name}: the fleet has {one.all}, not {request.gpus}"
+        lacks_precision(one.gpu, precision)
+        or f"{one.gpu.name}: {one.site or 'the fleet'} has {one.all}, not {request.gpus}"
         for one in wanted
     ]
 
@@ -209,12 +220,14 @@ def _answer(
     goal: Goal,
     how: Training,
     precision: str,
-    free: Mapping[str, int],
+    free: Mapping[tuple[str, str], int],
 ) -> pb.PlanTrainingResponse:
     choice = choose(shape, offers, asked, goal, how, precision)
     every = (choice.chosen, *choice.others)
     return pb.PlanTrainingResponse(
-        plans=[_message(one, free[one.gpu], _mesh(shape, one, how)) for one in every if one.plan is not None],
+        plans=[
+            _message(one, free[one.gpu, one.place], _mesh(shape, one, how)) for one in every if one.plan is not None
+        ],
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
     )
@@ -223,7 +236,7 @@ def _answer(
 def _refused(one: Estimate) -> str:
     nearest = one.found.nearest
     why = one.found.binding.words if nearest is None else lacks(nearest)
-    return f"{one.gpus} x {one.gpu}: {why}"
+    return f"{one.gpus} x {one.gpu} {'in ' + one.place if one.place else 'over several sites'}: {why}"
 
 
 def _mesh(shape: ModelShape, one: Estimate, how: Training) -> str:
@@ -248,6 +261,7 @@ def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
         step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
         usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=one.usd or 0.0,
         words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh, price_source=one.price_source,
+        site=names.site(one.place) if one.place else "",
     )  # fmt: skip
     if one.finish_s is not None:
         message.finish.FromTimedelta(timedelta(seconds=min(one.finish_s, 1e10)))

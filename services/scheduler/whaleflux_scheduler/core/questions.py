@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from whaleflux import names
+from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Level, Node
 from whaleflux.manifests.job_fields import Rule, Spec
 from whaleflux_scheduler.core import (
@@ -213,6 +214,10 @@ class Questions:
     def free_nodes(self) -> list[FreeNode]:
         """What nodes that take work have left."""
         return free_nodes(self._fleet.engine)
+
+    def network(self) -> Fabric:
+        """What lies above the nodes."""
+        return self._fleet.engine.fabric
 
     def gpus_wanted(self) -> Counter[str]:
         """GPUs that jobs wait for in vain, and would start with, by catalogue name of each type that would do; "": any. Of `MOST_BEFORE` jobs at most."""

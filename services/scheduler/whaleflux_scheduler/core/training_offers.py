@@ -1,4 +1,7 @@
-"""The GPUs of the fleet as offers to a training: for each type those that are free now, and all of them. Pure."""
+"""The GPUs of the fleet as offers to a training: for each type and site those that are free now, and all of them. Pure.
+
+A training stays in one site, where one has as many GPUs as it asks for; else all sites together are offered, with the links between them.
+"""
 
 from __future__ import annotations
 
@@ -7,85 +10,104 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from whaleflux.fleet.gpu_types import CATALOGUE, GpuType
+from whaleflux.fleet.links import HOP_S
+from whaleflux.fleet.links import Fabric as Network
+from whaleflux.fleet.model import LinkKind
 from whaleflux.planning.calibration import Calibrated
-from whaleflux.planning.machine import Fabric, fabric_of, speed_of
+from whaleflux.planning.machine import Fabric, Tier, fabric_of, speed_of
 from whaleflux.planning.offers import Offer
 from whaleflux_scheduler.core.ray_nodes import FreeNode
 
-MOST_TYPES = 8  # of which offers are compared, those with the most GPUs
+MOST_TYPES = 8  # and sites of which offers are compared, those with the most GPUs
 _FLEET, _LIST = "inventory", "list price"
 
 
 @dataclass(frozen=True, slots=True)
 class Had:
-    """What the fleet has of a type. `usd_per_gpu_hour` as its nodes cost on average; None: none of them says it."""
+    """What a site has of a type; `site` "": all sites together. `usd_per_gpu_hour` on the average of its nodes; None: one of them does not say it."""
 
     gpu: GpuType
+    site: str
     free: int
     all: int
     node_gpus: int  # of its largest node
     nic_bytes_per_s: float  # of each GPU, the slowest node's; 0: nobody knows
     usd_per_gpu_hour: float | None
+    largest_site_gpus: int = 0  # of several sites
 
 
 def had(nodes: Iterable[FreeNode]) -> list[Had]:
-    """Of types whose speed is known, those with the most GPUs first."""
-    by_type: dict[str, list[FreeNode]] = defaultdict(list)
+    """By type and site, and by type over all sites where there are several; of types whose speed is known, those with the most GPUs first."""
+    by_place: dict[tuple[str, str], list[FreeNode]] = defaultdict(list)
     for one in nodes:
         for model in {gpu.model for gpu in one.node.gpus if gpu.offered}:
-            by_type[model].append(one)
-    known = [name for name in by_type if name in CATALOGUE.types and CATALOGUE.types[name].speed is not None]
-    found = [_had(CATALOGUE.types[name], by_type[name]) for name in known]
-    return sorted(found, key=lambda one: (-one.all, one.gpu.name))
+            by_place[model, one.node.site].append(one)
+    by_place = {place: some for place, some in by_place.items() if _known(place[0])}
+    found = [_had(CATALOGUE.types[model], site, some) for (model, site), some in by_place.items()]
+    for model in sorted({model for model, _ in by_place}):
+        sites = [one for one in found if one.gpu.name == model]
+        if len(sites) > 1:
+            everywhere = [node for (name, _), some in by_place.items() if name == model for node in some]
+            whole = _had(CATALOGUE.types[model], "", everywhere)
+            found.append(replace(whole, largest_site_gpus=max(one.all for one in sites)))
+    return sorted(found, key=lambda one: (-one.all, one.gpu.name, one.site))
 
 
-def _had(gpu: GpuType, nodes: Sequence[FreeNode]) -> Had:
+def _known(model: str) -> bool:
+    return model in CATALOGUE.types and CATALOGUE.types[model].speed is not None
+
+
+def _had(gpu: GpuType, site: str, nodes: Sequence[FreeNode]) -> Had:
     counts = [sum(one.offered and one.model == gpu.name for one in node.node.gpus) for node in nodes]
     rates = [one.node.network_bytes_per_s / count for one, count in zip(nodes, counts, strict=True)]
     paid = [(one.node.price.usd_per_gpu_hour, count) for one, count in zip(nodes, counts, strict=True)]
-    usd = sum(price * count for price, count in paid)
-    priced = all(price > 0 for price, _ in paid)
     return Had(
         gpu,
+        site,
         free=sum(min(one.gpus, count) for one, count in zip(nodes, counts, strict=True)),
         all=sum(counts),
         node_gpus=max(counts),
         nic_bytes_per_s=min(rates),
-        usd_per_gpu_hour=usd / sum(counts) if priced else None,
+        usd_per_gpu_hour=sum(price * count for price, count in paid) / sum(counts)
+        if all(price > 0 for price, _ in paid)
+        else None,
     )
 
 
 def offers(
-    found: Sequence[Had], gpus: int, types: Collection[str], measured: Mapping[str, Calibrated] | None = None
+    found: Sequence[Had],
+    gpus: int,
+    types: Collection[str],
+    network: Network,
+    measured: Mapping[str, Calibrated] | None = None,
 ) -> list[Offer]:
-    """`gpus` of each type that has so many; 0: what is free of it, and all of it. `types`: those that will do; empty: all."""
+    """`gpus` of each place that has so many; 0: what is free of it, and all of it. `types`: those that will do; empty: all."""
+    suiting = [one for one in found if not types or one.gpu.name in types]
+    alone = [one for one in suiting if one.site and one.all >= max(gpus, 1)]
+    together = [
+        one for one in suiting if not one.site and gpus and one.all >= gpus and not any(a.gpu == one.gpu for a in alone)
+    ]
     made = []
-    for one in [one for one in found if not types or one.gpu.name in types][:MOST_TYPES]:
-        counts = {gpus} if gpus else {one.free, one.all}
+    for one in [*alone, *together][:MOST_TYPES]:
         price, source = one.usd_per_gpu_hour, _FLEET
         if price is None and one.gpu.list_price is not None:
             price, source = one.gpu.list_price.usd_per_gpu_hour, f"{_LIST}: {one.gpu.list_price.source}"
-        calibrated = (measured or {}).get(one.gpu.name)
+        fabric, calibrated = _fabric(one, network), (measured or {}).get(one.gpu.name)
         if calibrated is not None:
-            calibrated = replace(
-                calibrated, machine=replace(calibrated.machine, fabric=_fabric(one, calibrated.machine.fabric))
-            )
-        for count in sorted(number for number in counts if 0 < number <= one.all):
+            within = replace(calibrated.machine.fabric, island=fabric.island, tiers=fabric.tiers)
+            calibrated = replace(calibrated, machine=replace(calibrated.machine, fabric=within))
+        for count in sorted(number for number in ({gpus} if gpus else {one.free, one.all}) if 0 < number <= one.all):
+            known = source if price is not None else ""
             made.append(
-                Offer(
-                    one.gpu,
-                    count,
-                    price,
-                    source if price is not None else "",
-                    measured=calibrated,
-                    fabric=_fabric(one),
-                    idle_free=True,
-                )
+                Offer(one.gpu, count, price, known, measured=calibrated, fabric=fabric, idle_free=True, place=one.site)
             )
     return made
 
 
-def _fabric(one: Had, island: Fabric | None = None) -> Fabric:
-    """Nodes and NICs as they are; within nodes as was measured, or as is usual for the type."""
+def _fabric(one: Had, network: Network) -> Fabric:
+    """Nodes and NICs as they are; between sites a site's line is shared by its GPUs."""
     usual = fabric_of(speed_of(one.gpu), one.nic_bytes_per_s, one.node_gpus)
-    return replace(island, island=usual.island, tiers=usual.tiers) if island is not None else usual
+    if one.site or not one.largest_site_gpus:
+        return usual
+    line = network.site_bytes_per_s / one.largest_site_gpus
+    return replace(usual, tiers=(*usual.tiers, Tier(one.largest_site_gpus, line, hop_s=HOP_S[LinkKind.WAN])))
