@@ -99,15 +99,23 @@ def train(told: Told, folder: Path) -> None:
     if told.core_shares:
         HeldBack(told.core_shares[rank]).slow_down(net)
     balance = sampler = None
+    # As torch starts loaders on Linux; a rank that a fork server made would start them through that server, by semaphores with names.
+    forked = "fork" if told.workers else None
     if told.split == "balance":
         balance = Balance(
             data, global_batch=told.global_batch, model=model, micro_batch=told.micro_batch, seed=told.seed, every_steps=told.every_steps,
             speed=told.speeds[rank] if told.speeds else None,
         )  # fmt: skip
-        loader = DataLoader(data, batch_sampler=balance, num_workers=told.workers)
+        loader = DataLoader(data, batch_sampler=balance, num_workers=told.workers, multiprocessing_context=forked)
     else:
         sampler = DistributedSampler(data, seed=told.seed)
-        loader = DataLoader(data, batch_size=told.global_batch // world, sampler=sampler, num_workers=told.workers)
+        loader = DataLoader(
+            data,
+            batch_size=told.global_batch // world,
+            sampler=sampler,
+            num_workers=told.workers,
+            multiprocessing_context=forked,
+        )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     notes: dict[str, list[Any]] = {"losses": [], "step_s": [], "samples": [], "shares": []}
 

@@ -16,6 +16,7 @@ from whaleflux.cli import plan_command, training_plans
 from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.fleet.links import Fabric as Network
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
 from whaleflux.planning.calibration import Calibrated
@@ -44,7 +45,7 @@ def test_nvlink_ends_at_the_node_but_for_racks_of_trays(model, gpus, island):
     nodes = [FreeNode(node(f"s/{number}", gpus, model=model), gpus, 1000, 1 << 30) for number in range(4)]
     measured = {model: Calibrated(Machine.of(CATALOGUE.types[model]), FITTED, {})}
     has = training_offers.had(nodes)
-    [usual], [known] = training_offers.offers(has, 8, ()), training_offers.offers(has, 8, (), measured)
+    [usual], [known] = (training_offers.offers(has, 8, (), Network(), found) for found in (None, measured))
     assert (usual.fabric.island, known.measured.machine.fabric.island) == (island, island)
     assert usual.fabric.tiers[0].gpus == max(island, gpus)
 

@@ -36,7 +36,7 @@ def mesh_of(said: Mapping[str, Any], ranks: int) -> str:
         whole = {name: int(said[name]) for name in ("batch", "sequence", "tp", "pp", "cp")}
     except (KeyError, TypeError, ValueError) as wrong:
         raise InvalidArgument(
-            FieldViolation(KEY, f"is not as whaleflux wrote it ({wrong}); submit the job again")
+            FieldViolation(KEY, f"is not as it was written ({wrong}); submit the job again")
         ) from None
     how = Training(frozen=bool(said.get("adapters")), fp8=float(bool(said.get("fp8"))))
     split = _split(shape, Machine.of(gpu, "fp8" if said.get("fp8") else "bf16"), whole, how, ranks)
