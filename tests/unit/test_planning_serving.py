@@ -147,7 +147,7 @@ class TestCommand:
             (("--token", "0ms"), "more than 0"),
             (("--first-token", "fast"), "--first-token"),
             (("--gpu", "H20O"), "take one of"),
-            (("--prompt", "0"), "--prompt"),
+            (("--prompt", "-1"), "--prompt"),
         ],
     )
     def test_bad_input_is_named(self, more, said):
