@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from benchmarks.plan_lab.predict import Array, batches, seconds
 from benchmarks.plan_lab.tables import Run
 from whaleflux.planning.constants import FITTED, Constants
 
-NAMES = tuple(one.name for one in fields(Constants))
+NAMES = tuple(one.name for one in fields(Constants) if getattr(FITTED, one.name))  # what is 0 only a calibration knows
 _SHARES = {name for name in NAMES if name.endswith("_share") or name.startswith("overlap")}
 # How much a table's mean error counts: all equally, but those twice and more whose stack is described best.
 _WEIGHTS = {"vtrain_single": 2.0, "korthikanti_2022": 4.0, "megatron_2021": 1.5}
@@ -40,7 +40,7 @@ def fit(runs: Sequence[Run], seed: int, start: Constants = FITTED) -> Constants:
 
 
 def _constants(values: Array) -> Constants:
-    return Constants(**{name: float(value) for name, value in zip(NAMES, values, strict=True)})
+    return replace(FITTED, **{name: float(value) for name, value in zip(NAMES, values, strict=True)})
 
 
 def _thinned(runs: Sequence[Run], seed: int) -> list[Run]:
