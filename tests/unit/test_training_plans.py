@@ -17,13 +17,15 @@ from whaleflux.cli.__main__ import app
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.fleet.links import Fabric as Network
+from whaleflux.manifests.job_fields import Spec
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
 from whaleflux.planning.calibration import Calibrated
 from whaleflux.planning.constants import FITTED
 from whaleflux.planning.machine import Machine
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux_scheduler.core import training_offers
+from whaleflux_scheduler.core import rank_maps, training_offers
+from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.ray_nodes import FreeNode
 from whaleflux_scheduler.training_plans import calibrations
 
@@ -339,3 +341,11 @@ class TestMoneyAndPrecision:
             less = await planned(world, tokens=1e9, budget_usd=plan.usd * 0.99)
             assert less.plans[0].misses
             assert f"{plan.gpus} x H100-80GB" in less.words
+
+
+def test_a_record_whose_model_no_rule_takes_any_more_is_placed_all_the_same():
+    held = node("s/a")
+    given = GpuAssignment(((held.name, tuple(gpu.uuid for gpu in held.gpus)),), gpus_by_model=(("H100-80GB", 4),))
+    spec = Spec(gpus=4, tensor_parallel=2, train_model='{"layers": -1}')
+    laid = rank_maps.laid(given, spec, {held.name: held}, Network())
+    assert sorted(rank for there in laid.ranks for rank in there) == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.fleet.links import Fabric
 from whaleflux.fleet.model import Node
@@ -51,11 +52,13 @@ def _trained(spec: Spec) -> Trained | None:
     """The model that was planned, where one was."""
     if not spec.train_model:
         return None
+    try:
+        shape = model_said(spec.train_model)
+    except InvalidArgument:  # a record from before a rule that is stricter now: it is laid as a usual model's
+        return None
     sequence = spec.train_sequence
     batch = spec.train_batch or (round(spec.train_batch_tokens / sequence) if sequence else 0)
-    return Trained(
-        model_said(spec.train_model), batch, sequence, Training(frozen=spec.train_adapters, fp8=float(spec.train_fp8))
-    )
+    return Trained(shape, batch, sequence, Training(frozen=spec.train_adapters, fp8=float(spec.train_fp8)))
 
 
 def _machine(assignment: GpuAssignment) -> Machine | None:
