@@ -96,7 +96,12 @@ class FakeAgent:
         id_ = names.checkpoint_id(request.step, self.epoch, request.serial)
         name, location = f"{JOB}/checkpoints/{id_}", str(self.folder / id_)
         self.checkpoints[name] = checkpoint_pb2.Checkpoint(
-            name=name, step=request.step, location=location, storage=request.storage, state=1
+            name=name,
+            step=request.step,
+            location=location,
+            storage=request.storage,
+            state=1,
+            resharding=request.resharding,
         )
         return agent_pb2.RankResponse(start_save=agent_pb2.StartSaveResponse(checkpoint=name, location=location))
 

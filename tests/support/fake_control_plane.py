@@ -232,6 +232,7 @@ class Checkpoints(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 state=checkpoint_pb2.CHECKPOINT_STATE_WRITING,
                 job_uid=request.job_uid,
                 storage=request.storage,
+                resharding=request.resharding,
             ),
         )
 

@@ -415,3 +415,34 @@ async def test_a_record_that_cannot_be_read_is_no_sign_that_nothing_was_saved(se
     assert refused.value.reason == "RECORD_UNREADABLE"
     made = await committed(service, 10)
     assert (await service.FindRestorable(restorable(), None)).name == made.name
+
+
+# who can read it
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "settled"),
+    [
+        (pb.RESHARDING_ANY_SPLIT, (".metadata",), pb.RESHARDING_ANY_SPLIT),
+        (pb.RESHARDING_SAME_SPLIT, (".metadata",), pb.RESHARDING_SAME_SPLIT),
+        (pb.RESHARDING_SAME_RANKS, (".metadata",), pb.RESHARDING_SAME_RANKS),
+        (pb.RESHARDING_UNSPECIFIED, (".metadata",), pb.RESHARDING_UNSPECIFIED),
+        (pb.RESHARDING_ANY_SPLIT, (), pb.RESHARDING_SAME_RANKS),
+        (pb.RESHARDING_UNSPECIFIED, (), pb.RESHARDING_SAME_RANKS),
+        (pb.RESHARDING_ANY_SPLIT, ("old.metadata",), pb.RESHARDING_SAME_RANKS),
+    ],
+)
+async def test_who_can_read_a_checkpoint_is_settled_by_what_was_written(service, said, files, settled):
+    made = await service.BeginCheckpoint(begin(10, resharding=said), None)
+    reported = report(made.name, 0, 1)
+    reported.pieces.extend(pb.Piece(rank=0, path=path, size_bytes=1, checksum="xxh3-128:2") for path in files)
+    await service.ReportPieces(reported, None)
+    assert (await service.FindRestorable(restorable(), None)).resharding == settled
+
+
+async def test_what_only_a_newer_program_says_of_its_readers_is_not_known(service):
+    made = await service.BeginCheckpoint(begin(10, resharding=99), None)
+    reported = report(made.name, 0, 1)
+    reported.pieces.add(rank=0, path=".metadata", size_bytes=1, checksum="xxh3-128:2")
+    await service.ReportPieces(reported, None)
+    assert (await service.FindRestorable(restorable(), None)).resharding == pb.RESHARDING_UNSPECIFIED

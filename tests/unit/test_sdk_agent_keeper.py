@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.support.fake_agent import FakeAgent
 from whaleflux.checkpoint_storage import storage_id
 from whaleflux.sdk import Checkpointer, RestoreFailed, SaveFailed, agent_keeper
+from whaleflux.sdk.resharding import Resharding, resharding, structure
 from whaleflux.v1 import checkpoint_pb2
 
 LOST = checkpoint_pb2.CHECKPOINT_STATE_LOST
@@ -243,3 +244,62 @@ def test_a_training_that_starts_over_as_asked_for_saves_where_it_is(agent):
     saved = trained(if_unreadable="start_over")
     assert saved.last_error is None
     assert storage_id(folder) not in ("", storage_id(folder.with_name("away")))
+
+
+# who can read what is saved
+
+
+class Loader:
+    """Keeps a position that is its own."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return iter(range(100))
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class SharedLoader(Loader):
+    def load_world_state(self, states, rank, world_size):
+        self.at = max(state["at"] for state in states)
+
+
+def said_with(loader, **more):
+    with checkpointer(**more) as saved:
+        for _ in saved.steps(loader, total=3):
+            saved.report(1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "more", "said"),
+    [
+        (lambda: lambda step: step, {}, "ANY_SPLIT"),
+        (lambda: DataLoader(range(10)), {}, "SAME_RANKS"),
+        (lambda: DataLoader(range(10)), {"on_world_change": "restart_pass"}, "ANY_SPLIT"),
+        (lambda: DataLoader(range(10), sampler=DistributedSampler(range(10), 1, 0)), {}, "ANY_SPLIT"),
+    ],
+)
+def test_a_save_says_whether_other_ranks_can_go_on_in_the_data(agent, make, more, said):
+    said_with(make(), **more)
+    assert agent.committed()[0].resharding == checkpoint_pb2.Resharding.Value(f"RESHARDING_{said}")
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Loader, "SAME_RANKS"), (SharedLoader, "ANY_SPLIT")])
+def test_a_loader_that_keeps_its_own_position_says_whether_others_can_share_it(agent, kind, said):
+    loader = kind()
+    said_with(loader, data=loader)
+    assert agent.committed()[0].resharding == checkpoint_pb2.Resharding.Value(f"RESHARDING_{said}")
+
+
+def test_ranks_with_different_modules_are_stages_of_a_pipeline():
+    whole, stage = nn.Linear(3, 3).state_dict(), nn.Linear(3, 4).state_dict()
+    assert structure(whole) == structure(nn.Linear(3, 3).state_dict())
+    assert resharding([structure(whole)] * 4, positions_move=True) is Resharding.ANY_SPLIT
+    assert resharding([structure(whole), structure(stage)], positions_move=True) is Resharding.SAME_SPLIT
+    assert resharding([structure(whole), structure(stage)], positions_move=False) is Resharding.SAME_RANKS

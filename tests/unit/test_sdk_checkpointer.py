@@ -325,6 +325,16 @@ def test_a_loader_that_does_not_say_how_it_shares_out_is_refused_only_in_the_mid
         moved_to_world({**start, "batches": 5}, [1, 2], 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "batch", "share"), [(2, 4, 6), (4, 2, 6), (3, 4, 4), (8, 3, 2)]
+)  # 6 batches of 4 samples on 2 data-parallel ranks are 48
+def test_a_new_split_goes_on_behind_the_samples_that_were_used(ranks, batch, share):
+    """Ranks that share a model draw the same batch, and batches may be larger now: samples count, not ranks."""
+    start = {"pass": 3, "batches": 6, "generators": None, "at_once": 8}
+    loader = loader_of(96, batch=batch, sampler=torch.utils.data.DistributedSampler(range(96), ranks, 0))
+    assert moved_to_world(start, loader, 4, 4) == {**start, "batches": share}
+
+
 # what is never overwritten, and what is never mistaken
 
 

@@ -293,6 +293,9 @@ def say_decision(decision: Any) -> None:
         output.say(f"  ahead      and {more} more")
 
 
+_READ_BY = {1: "any split", 2: "the same split", 3: "as many ranks"}  # of `Resharding`
+
+
 def checkpoints(
     job_: Annotated[str, typer.Argument(metavar="[JOB]", help="Job; none: all jobs.")] = "",
     sort: Sort = "",
@@ -317,6 +320,7 @@ def checkpoints(
         Column("AGE", lambda c: output.age(c.create_time), value=lambda c: output.age_s(c.create_time)),
         Column("SIZE", lambda c: shown_bytes(c.size_bytes) if c.size_bytes else "-", wide=True,
                value=lambda c: int(c.size_bytes)),
+        Column("READ BY", lambda c: _READ_BY.get(c.resharding, "not known"), wide=True),
         Column("LOCATION", lambda c: c.location, wide=True),
     ]  # fmt: skip
     output.show(ordered(listed, columns, sort), columns, fmt, headers=not no_headers, empty="no checkpoints yet")

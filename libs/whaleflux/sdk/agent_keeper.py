@@ -19,6 +19,7 @@ from whaleflux.sdk import frames
 from whaleflux.sdk.errors import CheckpointError, RestoreFailed
 from whaleflux.sdk.files import SavedPiece
 from whaleflux.sdk.keeper import Loss, Refused, Target
+from whaleflux.sdk.resharding import Resharding
 from whaleflux.v1 import agent_pb2, checkpoint_pb2
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,20 @@ class AgentKeeper:
         request = agent_pb2.ConfirmIntactRequest(checkpoint=target.name)
         self._patiently(agent_pb2.RankRequest(confirm_intact=request))
 
-    def start(self, step: int, serial: int, layout: str, data_position: bytes) -> Target:
+    def start(
+        self, step: int, serial: int, layout: str, data_position: bytes, resharding: Resharding | None = None
+    ) -> Target:
         if self._folder is None:
             self.newest()
         assert self._folder is not None
         storage = self._storage = found_storage(self._folder, self._storage)
         request = agent_pb2.StartSaveRequest(
-            step=step, serial=serial, layout=layout, data_position=data_position, storage=storage
+            step=step,
+            serial=serial,
+            layout=layout,
+            data_position=data_position,
+            storage=storage,
+            resharding=f"RESHARDING_{resharding.value}" if resharding else None,
         )
         answer = self._patiently(agent_pb2.RankRequest(start_save=request)).start_save
         return Target(answer.checkpoint, Path(answer.location), storage=storage)

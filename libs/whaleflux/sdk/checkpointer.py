@@ -42,6 +42,7 @@ from whaleflux.sdk.gpu_share import keep_to_share
 from whaleflux.sdk.keeper import Keeper, Refused, Target, keeper_of_environment
 from whaleflux.sdk.losses import Losses
 from whaleflux.sdk.passes import Passes, beginning, moved_to_world
+from whaleflux.sdk.resharding import Resharding, resharding, structure
 from whaleflux.sdk.state import Parts, Stateful, TrainingState, own_key, state_digest, unpacked
 
 log = logging.getLogger(__name__)
@@ -358,7 +359,8 @@ class Checkpointer:
         target: Target | None = None
         reported = False
         try:
-            target = begun = self._agreement.ask(lambda: self._begin(step), SaveFailed)
+            others = self._resharding(state)
+            target = begun = self._agreement.ask(lambda: self._begin(step, others), SaveFailed)
             ready = self._agreement.each(lambda: self._ready(state, begun), SaveFailed)
             pieces = self._agreement.each(lambda: self._store(ready, begun), SaveFailed)
             reported = True
@@ -371,11 +373,23 @@ class Checkpointer:
                 self._discard(target, step, str(error), with_files=unused)
             raise
 
-    def _begin(self, step: int) -> Target:
+    def _resharding(self, state: dict[str, Any] | Exception) -> Resharding:
+        """Who can read this save: all ranks tell what they hold."""
+        mine = "" if isinstance(state, Exception) else structure(state["model"])
+        return resharding(self._agreement.gather(mine), positions_move=self._positions_move())
+
+    def _positions_move(self) -> bool:
+        if self._on_world_change == "restart_pass":
+            return True
+        if self._parts.data is not None:
+            return hasattr(self._parts.data, "load_world_state")
+        return self._passes is None or self._passes.shares_out
+
+    def _begin(self, step: int, others: Resharding) -> Target:
         """A folder that was not there before: what is committed is never written again."""
         position = json.dumps({"step": step}).encode()
         for _ in range(_FOLDER_TRIES):
-            target = self._keeper.start(step, next(_serials), self._layout, position)
+            target = self._keeper.start(step, next(_serials), self._layout, position, others)
             try:
                 make_folder(target.folder)
             except FileExistsError:

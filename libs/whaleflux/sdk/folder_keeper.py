@@ -15,6 +15,7 @@ from whaleflux.checkpoint_storage import found_storage, storage_id, sync, write_
 from whaleflux.sdk.errors import RestoreFailed
 from whaleflux.sdk.files import SavedPiece
 from whaleflux.sdk.keeper import Loss, Refused, Target
+from whaleflux.sdk.resharding import Resharding
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,9 @@ class FolderKeeper:
     def intact(self, target: Target) -> None:
         """Nobody remembers that it was taken for lost."""
 
-    def start(self, step: int, serial: int, layout: str, data_position: bytes) -> Target:
+    def start(
+        self, step: int, serial: int, layout: str, data_position: bytes, resharding: Resharding | None = None
+    ) -> Target:
         storage = self._storage = found_storage(self._root, self._storage)
         self._collect()
         name = f"s{step:012d}-n{serial:06d}"

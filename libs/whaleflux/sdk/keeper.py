@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from whaleflux.sdk.files import Fault, SavedPiece
+from whaleflux.sdk.resharding import Resharding
 
 Loss = Callable[[], float]
 """A loss that is read when it is needed: it may still be on its way from a GPU."""
@@ -54,8 +55,10 @@ class Keeper(Protocol):
         """A checkpoint that was taken for lost was read, and every byte is what was saved."""
         ...
 
-    def start(self, step: int, serial: int, layout: str, data_position: bytes) -> Target:
-        """Where to write the state after `step` complete steps; one folder for each `serial`."""
+    def start(
+        self, step: int, serial: int, layout: str, data_position: bytes, resharding: Resharding | None = None
+    ) -> Target:
+        """Where to write the state after `step` complete steps; one folder for each `serial`. `resharding` None: not known."""
         ...
 
     def finish(self, target: Target, rank: int, pieces: Sequence[SavedPiece]) -> None:

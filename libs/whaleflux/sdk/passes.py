@@ -12,7 +12,9 @@ from whaleflux.sdk.state import Stateful
 
 log = logging.getLogger(__name__)
 B = TypeVar("B")
-Position = dict[str, Any]  # "pass", "batches" drawn in it, "generators" at its beginning
+Position = dict[
+    str, Any
+]  # "pass", "batches" drawn in it, "generators" at its beginning, "at_once": samples of a batch of all ranks
 
 
 def beginning() -> Position:
@@ -37,7 +39,14 @@ class Passes(Generic[B]):
     @property
     def position(self) -> Position:
         """Where it stands; a dictionary that can be saved."""
-        return {"pass": self._number, "batches": self._given, "generators": self._generators}
+        return {
+            "pass": self._number, "batches": self._given, "generators": self._generators, "at_once": _at_once(self._loader)
+        }  # fmt: skip
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether another number of ranks can go on from here: its sampler deals out one order, or nothing of the pass is used."""
+        return self._given == 0 or _replicas(self._loader) > 0
 
     def __iter__(self) -> Iterator[B]:
         return self
@@ -94,24 +103,37 @@ def moved_to_world(start: Position, loader: Iterable[Any], old_world: int, world
     """The position for another number of ranks. Raises WorldChanged for a loader that does not share its samples out.
 
     A sampler that deals out one order to all ranks in turn (torch's DistributedSampler) has used up the beginning of that
-    order: as many batches as all ranks have drawn. Each of the new ranks leaves out its share of them.
+    order: as many batches as all ranks have drawn. Each of the new ranks leaves out its share of them. Ranks that share a model draw the
+    same batch, and batches may be of another size now: what is drawn at once (`at_once`, samples) counts, where the loader tells.
     """
-    used = int(start["batches"]) * old_world
-    if used == 0 or old_world == world:
+    before, now = int(start.get("at_once") or 0), _at_once(loader)
+    if not (before and now):  # of an older version, or no sampler that tells: ranks are all that is known
+        before, now = old_world, world
+    used = int(start["batches"]) * before
+    if used == 0 or before == now:
         return start
-    if not any(hasattr(part, "num_replicas") for part in _parts(loader)):
+    if not _replicas(loader):
         raise WorldChanged(
             f"{old_world} ranks wrote this checkpoint in the middle of a pass over {_name(loader)}, {world} ranks read it, and "
             "the loader does not tell how it shares its samples out. Use torch's DistributedSampler, or a loader with "
             "load_world_state(states, rank, world_size) as data=; or accept that samples of this pass are seen again or left "
             'out, with Checkpointer(on_world_change="restart_pass"); or run on as many ranks as before'
         )
-    share, again = divmod(used, world)
+    share, again = divmod(used, now)
     if again:
-        log.warning(
-            "%d of the %d batches used in this pass will be seen again: %d ranks share them", again, used, world
-        )
+        log.warning("%d of the %d samples or batches used in this pass will be seen again", again, used)
     return {**start, "batches": share}
+
+
+def _replicas(loader: Iterable[Any]) -> int:
+    """To how many its sampler deals out one order; 0: nobody knows."""
+    return next((int(part.num_replicas) for part in _parts(loader) if hasattr(part, "num_replicas")), 0)
+
+
+def _at_once(loader: Iterable[Any]) -> int:
+    """Samples that all data-parallel ranks draw with a batch each; 0: the loader does not tell."""
+    size = getattr(loader, "batch_size", None)
+    return _replicas(loader) * size if isinstance(size, int) else 0
 
 
 def _parts(loader: Iterable[Any]) -> list[Any]:

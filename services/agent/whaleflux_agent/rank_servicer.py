@@ -159,6 +159,7 @@ class RankServicer:
             job_uid=work.job_uid,
             serial=request.serial,
             storage=request.storage,
+            resharding=request.resharding,
         )
         try:
             begun = await self._checkpoints.BeginCheckpoint(begin, timeout=_BEGIN_S)

@@ -14,7 +14,7 @@ from whaleflux.store.api import ConditionFailed, Equals, Put, Store, Unchanged
 from whaleflux.telemetry import Metric
 from whaleflux.v1 import checkpoint_pb2 as pb
 from whaleflux_checkpoint import convert, records
-from whaleflux_checkpoint.core import state_machine
+from whaleflux_checkpoint.core import resharding, state_machine
 from whaleflux_checkpoint.core.state_machine import State
 from whaleflux_checkpoint.moves import move
 
@@ -60,7 +60,10 @@ class Commit:
             ):
                 return known
             known.state = pb.CHECKPOINT_STATE_COMMITTED
-            known.size_bytes = sum(piece.size_bytes for piece in convert.pieces_of(reports))
+            pieces = convert.pieces_of(reports)
+            known.size_bytes = sum(piece.size_bytes for piece in pieces)
+            said = resharding.settled(convert.resharding_of(known), (piece.path for piece in pieces))
+            known.resharding = convert.resharding_number(said)
             known.commit_time.FromDatetime(self._clock.now())
             fence = fence_of(convert.job_of(name), known.epoch)
             try:

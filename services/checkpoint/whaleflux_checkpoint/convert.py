@@ -13,10 +13,13 @@ from whaleflux.rpc.etags import etag_of
 from whaleflux.store import keys
 from whaleflux.store.api import Entry, Put
 from whaleflux.v1 import checkpoint_pb2 as pb
+from whaleflux_checkpoint.core.resharding import Resharding
 from whaleflux_checkpoint.core.state_machine import Saved, State
 
 _STATES = {state.value: state for state in State}
 _PREFIX = "CHECKPOINT_STATE_"
+_RESHARDINGS = {one.value: one for one in Resharding}
+_RESHARDING_PREFIX = "RESHARDING_"
 
 
 def state_of(message: pb.Checkpoint) -> State:
@@ -26,6 +29,16 @@ def state_of(message: pb.Checkpoint) -> State:
 
 def state_number(state: State) -> pb.CheckpointState:
     return cast("pb.CheckpointState", pb.CheckpointState.Value(_PREFIX + state.value))
+
+
+def resharding_of(message: pb.Checkpoint) -> Resharding:
+    """UNSPECIFIED for what only a newer version knows: nothing more than that may change."""
+    said = enum_name(pb.Resharding, message.resharding, _RESHARDING_PREFIX)
+    return _RESHARDINGS.get(said, Resharding.UNSPECIFIED)
+
+
+def resharding_number(one: Resharding) -> pb.Resharding:
+    return cast("pb.Resharding", pb.Resharding.Value(_RESHARDING_PREFIX + one.value))
 
 
 def saved_of(message: pb.Checkpoint) -> Saved:

@@ -83,6 +83,7 @@ class Checkpoints(rpc.CheckpointServiceServicer):
             job_uid=request.job_uid,
             serial=request.serial,
             storage=request.storage,
+            resharding=request.resharding,
             sites=sorted(placed.sites) if placed is not None else (),
         )
         made.create_time.FromDatetime(self._clock.now())

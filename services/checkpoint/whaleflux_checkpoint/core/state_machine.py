@@ -102,8 +102,7 @@ def newest_restorable(
 ) -> Saved | None:
     """The one to restore, but those that were tried in vain; None when the job never committed one.
 
-    A lost one comes last: it was found damaged, and somebody may have mended what was read. Any world size can be read
-    (torch.distributed.checkpoint reshards). Raises FailedPrecondition when all there are were tried in vain: a training that
+    A lost one comes last: it was found damaged, and somebody may have mended what was read. Who can read it, `resharding` says. Raises FailedPrecondition when all there are were tried in vain: a training that
     starts over must not be taken for one that starts.
     """
     known = [s for s in saved if s.state in RESTORABLE | {State.LOST} and job_uid in {"", s.job_uid}]
