@@ -14,7 +14,8 @@ from whaleflux.cli.__main__ import app
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
-from whaleflux.planning.serving import Requests, decode_s, kv_bytes, prefill_s, replica, serve
+from whaleflux.planning.serving import Lack, Requests, decode_s, kv_bytes, longest, prefill_s, replica, usual
+from whaleflux.planning.serving_sizes import ServingOffer, serve
 
 RUN = CliRunner()
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
@@ -37,7 +38,8 @@ def test_keys_and_values_of_a_token_are_counted_by_head_and_once_where_they_are_
 def test_weights_that_do_not_fit_are_no_replica():
     small = replica(SEVENTY, Machine.of(CATALOGUE.types["RTX4090"]), 2, Requests(2000, 500), 2.0, 0.34)
     assert not small.fits
-    assert small.binding == "the weights do not fit"
+    assert small.lack is Lack.WEIGHTS
+    assert "too much for each GPU" in small.binding
 
 
 def test_a_tighter_objective_takes_fewer_at_once_and_costs_more():
@@ -71,12 +73,81 @@ def test_more_requests_never_make_a_step_faster(count):
 def test_what_meets_it_stands_first_by_price():
     found = serve(
         SEVENTY,
-        [CATALOGUE.types[name] for name in ("H200", "H100-80GB", "A100-80GB")],
+        [ServingOffer.listed(CATALOGUE.types[name]) for name in ("H200", "H100-80GB", "A100-80GB")],
         Requests(2000, 500, token_s=0.05),
     )
-    good = [replica.usd_per_million_tokens for replica in found if replica.meets]
+    made = [size.replica for size in found]
+    good = [one.usd_per_million_tokens for one in made if one.meets]
+    assert good
     assert good == sorted(good)
-    assert [replica.meets for replica in found] == sorted((replica.meets for replica in found), reverse=True)
+    assert [one.meets for one in made] == sorted((one.meets for one in made), reverse=True)
+
+
+OFFERS = st.builds(
+    ServingOffer,
+    st.sampled_from([CATALOGUE.types[name] for name in ("H200", "H100-80GB", "A100-40GB", "RTX4090", "L4")]),
+    st.one_of(st.none(), st.floats(0.1, 10)),
+    node_gpus=st.integers(1, 8),
+    free_gpus=st.integers(0, 8),
+)
+
+
+@given(
+    st.sampled_from([EIGHT, SEVENTY]),
+    st.lists(OFFERS, max_size=4),
+    st.integers(0, 131_072),
+    st.sampled_from([0.0, 0.01, 0.05]),
+    st.sampled_from([0.0, 0.5, 20.0]),
+)
+def test_nothing_is_picked_that_does_not_fit_or_keep_what_is_asked(shape, offers, context, token_s, per_s):
+    asked = Requests(2000, 500, token_s=token_s, context=context, per_s=per_s)
+    found = serve(shape, offers, asked)
+    for size in found:
+        one = size.replica
+        assert one.tp <= size.offer.node_gpus
+        keeps = one.at_once >= 1 and (not token_s or one.token_s <= token_s) and one.requests_per_s >= per_s
+        needed = one.weights_bytes + one.kv_bytes_per_token * max(asked.longest, one.at_once * 2500)
+        assert not one.meets or (keeps and needed <= one.usable_bytes and one.context >= min(context, longest(shape)))
+        assert one.meets or one.usd_per_million_tokens is None
+    ranks = [(not one.replica.meets, not one.replica.fits, not one.starts_now) for one in found]
+    assert ranks == sorted(ranks)
+
+
+def test_the_longest_request_has_to_fit_and_how_long_it_may_be_is_said():
+    short, long = one(EIGHT, 1), one(EIGHT, 1, machine=Machine.of(CATALOGUE.types["RTX4090"]), context=65_536)
+    assert (short.context, short.lack) == (131_072, Lack.NOTHING)
+    assert 0 < long.context < 65_536
+    assert long.lack is Lack.CONTEXT
+    assert f"{long.context:,} tokens fit" in long.binding
+    assert one(EIGHT, 1, machine=Machine.of(CATALOGUE.types["RTX4090"]), context=long.context).fits
+
+
+def test_with_a_rate_the_cheapest_is_what_costs_least_by_the_hour():
+    offers = [ServingOffer.listed(CATALOGUE.types[name]) for name in ("H200", "RTX4090", "L40S")]
+    best, *others = serve(EIGHT, offers, Requests(2000, 500, per_s=0.5))
+    assert best.usd_per_hour == min(one.usd_per_hour for one in (best, *others) if one.replica.meets)
+    too_much = serve(EIGHT, offers, Requests(2000, 500, per_s=1e6))
+    assert {one.replica.lack for one in too_much if one.replica.fits} == {Lack.RATE}
+
+
+def test_what_can_start_now_stands_before_what_is_cheaper_and_waits():
+    free, taken = (ServingOffer(CATALOGUE.types["H200"], usd, "", "", 8, free) for usd, free in ((4.0, 2), (1.0, 0)))
+    found = [one for one in serve(EIGHT, [taken, free], Requests(2000, 500)) if one.replica.meets]
+    assert (found[0].offer, found[0].starts_now, found[0].replica.tp <= 2) == (free, True, True)
+    assert serve(EIGHT, [taken], Requests(2000, 500))[0].replica.meets
+
+
+def test_a_number_of_gpus_that_is_said_is_the_only_one():
+    assert {
+        one.replica.tp for one in serve(EIGHT, [ServingOffer.listed(CATALOGUE.types["H200"])], Requests(9, 9), gpus=4)
+    } == {4}
+    assert not serve(EIGHT, [ServingOffer.listed(CATALOGUE.types["H200"])], Requests(9, 9), gpus=3)
+
+
+def test_usual_requests_stay_within_the_context():
+    assert usual(EIGHT, 0, 0) == (2000, 500)
+    assert usual(EIGHT, 0, 0, 1000) == (800, 200)
+    assert usual(EIGHT, 4000, 0) == (4000, 500)
 
 
 @pytest.mark.parametrize("gpu", ["A100-80GB", "H100-80GB"])
@@ -141,9 +212,36 @@ class TestCommand:
         assert "the weights do not fit" in done.output
         assert "take larger GPUs" in done.output
 
+    def test_types_without_8_bit_are_left_out_of_it(self):
+        done = RUN.invoke(app, ["fits", "llama-3.1-8b", "--serve", "--precision", "fp8", "-o", "json"])
+        assert done.exit_code == 0, done.output
+        named = {one["gpu"] for one in json.loads(done.output)["replicas"]}
+        assert "H200" in named
+        assert "A100-80GB" not in named
+
+    def test_a_longest_request_and_a_rate_bound_what_serves(self):
+        asked = [
+            "fits",
+            "llama-3.1-8b",
+            "--serve",
+            "--gpu",
+            "RTX4090",
+            "--context",
+            "60000",
+            "--rate",
+            "0.2",
+            "-o",
+            "json",
+        ]
+        found = json.loads(RUN.invoke(app, asked).output)["replicas"]
+        assert {one["tp"]: one["lack"] for one in found}[1] == "context"
+        assert all(one["context"] >= 60_000 and one["requests_per_s"] >= 0.2 for one in found if one["meets"])
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [
+            (("--context", "200000"), "131,072"),
+            (("--context", "-1"), "--context"),
             (("--token", "0ms"), "more than 0"),
             (("--first-token", "fast"), "--first-token"),
             (("--gpu", "H20O"), "take one of"),

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from whaleflux.fleet.gpu_types import GpuType
     from whaleflux.planning.fits import Verdict
     from whaleflux.planning.model_shape import ModelShape
+    from whaleflux.planning.serving import Requests
     from whaleflux.planning.space import Asked
 
 _BAR = 30
-_PROMPT, _ANSWER = 2000, 500  # tokens
 
 
 def fits(
@@ -83,6 +83,18 @@ def fits(
     token: Annotated[
         str, typer.Option("--token", help="With --serve: at most so long for each further one: 50ms.")
     ] = "",
+    context: Annotated[
+        int,
+        typer.Option(
+            "--context", min=0, max=1 << 27, help="With --serve: tokens of the longest request; 0: a usual one."
+        ),
+    ] = 0,
+    rate: Annotated[
+        float,
+        typer.Option(
+            "--rate", min=0, max=1e6, help="With --serve: requests a second of one replica; 0: as many as it can."
+        ),
+    ] = 0.0,
     known: Annotated[bool, typer.Option("--list", help="Models that are known by name, and GPU types.")] = False,
     fmt: Output = Format.table,
 ) -> None:
@@ -104,6 +116,7 @@ def fits(
         _show_known(fmt)
         return
     if serving:
+        from whaleflux.planning.serving import Requests
         from whaleflux.quantities import seconds
 
         _refuse_unread(
@@ -118,10 +131,19 @@ def fits(
             quantity_of("--first-token", first_token, seconds, 3600.0),
             quantity_of("--token", token, seconds, 60.0),
         )
-        _serve(model_of(model), gpus_of(gpu) if gpu else None, prompt, answer, limits, precision, fmt)
+        shape = model_of(model)
+        asked_for = Requests(*_tokens(shape, prompt, answer, context), *limits, context=context, per_s=rate)
+        _serve(shape, gpus_of(gpu) if gpu else None, asked_for, precision, fmt)
         return
     _refuse_unread(
-        {"--prompt": prompt, "--answer": answer, "--first-token": first_token, "--token": token},
+        {
+            "--prompt": prompt,
+            "--answer": answer,
+            "--first-token": first_token,
+            "--token": token,
+            "--context": context,
+            "--rate": rate,
+        },
         "is of serving; give --serve too, or leave it out",
     )
     shape, type_ = model_of(model), gpu_of(gpu)
@@ -152,19 +174,18 @@ def _refuse_unread(given: Mapping[str, object], why: str) -> None:
 def _serve(
     shape: ModelShape,
     types: list[GpuType] | None,
-    prompt: int,
-    answer: int,
-    limits: tuple[float, float],
+    asked: Requests,
     precision: Precision,
     fmt: Format,
 ) -> None:
     from whaleflux.cli.serve_report import as_json, report
     from whaleflux.fleet.gpu_types import CATALOGUE
-    from whaleflux.planning.serving import Requests, serve
+    from whaleflux.planning.machine import lacks_precision
+    from whaleflux.planning.serving_sizes import ServingOffer, serve
 
-    asked = Requests(*_tokens(shape, prompt, answer), *limits)
-    every = types or [one for one in CATALOGUE.types.values() if one.speed]
-    found = serve(shape, every, asked, 1.0 if precision is Precision.fp8 else 2.0)
+    able = [one for one in CATALOGUE.types.values() if one.speed and not lacks_precision(one, precision.value)]
+    offers = [ServingOffer.listed(one) for one in types or able]
+    found = [one.replica for one in serve(shape, offers, asked, 1.0 if precision is Precision.fp8 else 2.0)]
     if fmt.is_json:
         output.say_json(as_json(shape, asked, found), fmt)
     else:
@@ -173,21 +194,19 @@ def _serve(
         raise typer.Exit(1)
 
 
-def _tokens(shape: ModelShape, prompt: int, answer: int) -> tuple[int, int]:
+def _tokens(shape: ModelShape, prompt: int, answer: int, context: int) -> tuple[int, int]:
     """(of a prompt, of an answer), within the model's context; what was not said gives way to it. Raises InvalidArgument."""
     from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.planning.serving import longest
+    from whaleflux.planning.serving import longest, usual
 
-    most = longest(shape)
-    answered = answer or max(1, min(_ANSWER, most // 5, most - prompt))
-    prompted = prompt or max(1, min(_PROMPT, most - answered))
+    most, (prompted, answered) = longest(shape), usual(shape, prompt, answer, context)
+    reads = f"{shape.name} reads {most:,} at most (sequence of a model's file)"
     if prompted + answered > most:
+        what = f"{prompted:,} tokens and --answer {answered:,} are {prompted + answered:,}; {reads}: take fewer, or a model with a longer context"
+        raise InvalidArgument(FieldViolation("--prompt", what))
+    if context > most:
         raise InvalidArgument(
-            FieldViolation(
-                "--prompt",
-                f"{prompted:,} tokens and --answer {answered:,} are {prompted + answered:,}; {shape.name} reads {most:,} at most "
-                "(sequence of a model's file): take fewer, or a model with a longer context",
-            )
+            FieldViolation("--context", f"is {context:,} tokens; {reads}: take fewer, or leave it out")
         )
     return prompted, answered
 

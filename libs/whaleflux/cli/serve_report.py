@@ -9,7 +9,6 @@ from typing import Any
 from whaleflux.cli.planning_options import billions
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.serving import Replica, Requests
-from whaleflux.quantities import shown_bytes
 
 _MOST_SHOWN, _MOST_REFUSED = 12, 6
 
@@ -21,14 +20,14 @@ def report(shape: ModelShape, asked: Requests, found: Sequence[Replica]) -> list
     ]
     good = [one for one in found if one.meets]
     if good:
-        heads = ("REPLICA", "AT ONCE", "FIRST TOKEN", "TOKEN", "REQUESTS/S", "$/1M TOKENS", "BOUND BY")
+        heads = ("REPLICA", "AT ONCE", "FIRST TOKEN", "TOKEN", "REQUESTS/S", "$/1M TOKENS", "CONTEXT", "BOUND BY")
         lines += ["", _row(heads), *(_row(_cells(one)) for one in good[:_MOST_SHOWN])]
     if len(good) > _MOST_SHOWN:
         lines.append(f"and {len(good) - _MOST_SHOWN} more: -o json has them all")
     bad = [one for one in found if not one.meets]
     if bad and not good:
-        lines += ["", "nothing meets it", *(f"  {one.tp} x {one.gpu}: {_why(one)}" for one in bad[:_MOST_REFUSED])]
-        lines.append("take larger GPUs, shorter prompts, --precision fp8, or a looser objective")
+        lines += ["", "nothing meets it", *(f"  {one.tp} x {one.gpu}: {one.binding}" for one in bad[:_MOST_REFUSED])]
+        lines.append("take larger GPUs, shorter prompts or context, --precision fp8, or a looser objective")
     return lines
 
 
@@ -38,26 +37,28 @@ def _objective(asked: Requests) -> str:
         for name, limit in (("the first token", asked.first_token_s), ("each further one", asked.token_s))
         if limit
     ]
+    parts += [f"requests of up to {asked.context:,} tokens"] if asked.context else []
+    parts += [f"{asked.per_s:g} requests/s"] if asked.per_s else []
     return f"; {', '.join(parts)}" if parts else ""
-
-
-def _why(one: Replica) -> str:
-    spare = one.usable_bytes - one.weights_bytes
-    return (
-        f"{one.binding} (weights {shown_bytes(one.weights_bytes)} of {shown_bytes(one.usable_bytes)})"
-        if spare < 0
-        else one.binding
-    )
 
 
 def _cells(one: Replica) -> tuple[str, ...]:
     cost = f"{one.usd_per_million_tokens:.3g}" if one.usd_per_million_tokens else "not known"
     first, token = f"{one.first_token_s * 1e3:,.0f} ms", f"{one.token_s * 1e3:.1f} ms"
-    return f"{one.tp} x {one.gpu}", f"{one.at_once:,}", first, token, f"{one.requests_per_s:.2f}", cost, one.binding
+    return (
+        f"{one.tp} x {one.gpu}",
+        f"{one.at_once:,}",
+        first,
+        token,
+        f"{one.requests_per_s:.2f}",
+        cost,
+        f"{one.context:,}",
+        one.binding,
+    )
 
 
 def _row(cells: Sequence[str]) -> str:
-    widths = (18, 9, 13, 10, 12, 13, 0)
+    widths = (18, 9, 13, 10, 12, 13, 10, 0)
     return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
@@ -65,5 +66,5 @@ def as_json(shape: ModelShape, asked: Requests, found: Sequence[Replica]) -> dic
     """For programs."""
     return {
         "model": shape.name, "parameters": shape.parameters, "asked": asdict(asked),
-        "replicas": [asdict(one) | {"fits": one.fits, "meets": one.meets} for one in found],
+        "replicas": [asdict(one) | {"lack": one.lack.value, "fits": one.fits, "meets": one.meets} for one in found],
     }  # fmt: skip

@@ -7,12 +7,11 @@ computed between steps, so that each request is halted by those that come while 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
-from whaleflux.fleet.gpu_types import GpuType
 from whaleflux.planning.arrays import Array
 from whaleflux.planning.collectives import all_reduce_s
 from whaleflux.planning.constants import FITTED, Constants
@@ -21,9 +20,9 @@ from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
 from whaleflux.planning.training import Training
+from whaleflux.quantities import shown_bytes
 
 MOST_REQUESTS = 1024  # at once, on one replica
-_MOST_TP = 64
 # Of the data sheet's memory rate, what decoding kernels reach (H100, A100: 0.80-0.88 measured, flash-decoding and cuBLAS GEMV reports).
 _MEMORY_SHARE = 0.82
 _STEP_S = 1.5e-3  # of an engine's own work between two steps: scheduling, sampling (vLLM V1: 1-2 ms)
@@ -31,23 +30,47 @@ _KERNEL_S = 4e-6  # between two kernels of a captured graph
 _KERNELS = 10  # of a layer
 _WORKING_BYTES = 2e9  # activations and graphs of an engine
 _KV_BYTES = 2.0  # of an element
+_PROMPT, _ANSWER = 2000, 500  # tokens, where nobody says
+
+
+class Lack(Enum):
+    """What keeps a replica from serving; those that come later hold only where none before them does."""
+
+    NOTHING = "nothing"
+    WEIGHTS = "weights"
+    CONTEXT = "context"
+    FIRST_TOKEN = "first_token"  # noqa: S105 - of a language model
+    TOKEN = "token"  # noqa: S105
+    RATE = "rate"
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What is asked: tokens of a prompt and of an answer, and the objective: seconds to the first token, and for each further one (0: none)."""
+    """What is asked: tokens of a prompt and of an answer, and the objective: seconds to the first token, and for each further one (0: none).
+
+    `context`: tokens of the longest request, prompt and answer (0: as usual ones). `per_s`: requests a second of one replica (0: as many as it can).
+    """
 
     prompt: int
     answer: int
     first_token_s: float = 0.0
     token_s: float = 0.0
+    context: int = 0
+    per_s: float = 0.0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that have to fit beside the weights."""
+        return max(self.context, self.prompt + self.answer)
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One way to serve: `tp` GPUs of a type. Rates are of one replica with `at_once` requests under way, all the time.
 
-    `fits`: the weights and one request do; `meets`: within the objective. `kv_bytes_per_token` of one GPU; `held` requests fit at once.
+    `weights_bytes`, `kv_bytes_per_token`, `usable_bytes` of one GPU; `context`: tokens of the longest request that fits beside the weights, at most
+    what the model was made for; `held`: requests that fit at once. Dollars are at the rate that is asked for, else at its best. `binding`: what keeps
+    it from serving, or from more, in words.
     """
 
     gpu: str
@@ -55,12 +78,14 @@ class Replica:
     weights_bytes: float
     kv_bytes_per_token: float
     usable_bytes: float
+    context: int
     held: int
     at_once: int
     first_token_s: float
     token_s: float
     requests_per_s: float
     usd_per_million_tokens: float | None
+    lack: Lack
     binding: str
 
     @property
@@ -69,7 +94,7 @@ class Replica:
 
     @property
     def meets(self) -> bool:
-        return self.at_once >= 1
+        return self.lack is Lack.NOTHING
 
     @property
     def answer_tokens_per_s(self) -> float:
@@ -82,33 +107,11 @@ def longest(shape: ModelShape) -> int:
     return min(shape.sequence, shape.positions) if shape.positions else shape.sequence
 
 
-def serve(
-    shape: ModelShape,
-    gpus: Sequence[GpuType],
-    asked: Requests,
-    weight_bytes: float = 2.0,
-    constants: Constants = FITTED,
-) -> list[Replica]:
-    """Each type with each power of two of its GPUs that divides the heads, at most an island of them; what meets the objective first, the cheapest first.
-
-    Where no price is known, the fewest GPUs. `weight_bytes` of a parameter: 2, or 1 in 8 bit. Raises InvalidArgument where a type's speed is not known.
-    """
-    found = []
-    for gpu in gpus:
-        machine = Machine.of(gpu, "fp8" if weight_bytes < 2 else "bf16")
-        island = min(int(np.asarray(machine.fabric.island)), _MOST_TP)
-        usd = gpu.list_price.usd_per_gpu_hour if gpu.list_price else None
-        for tp in (one for one in _powers(island) if shape.heads % one == 0):
-            found.append(replica(shape, machine, tp, asked, weight_bytes, usd, constants))
-    return sorted(found, key=_rank)
-
-
-def _powers(most: int) -> list[int]:
-    return [1 << power for power in range(most.bit_length())]
-
-
-def _rank(one: Replica) -> tuple[bool, bool, float, int]:
-    return not one.meets, not one.fits, one.usd_per_million_tokens or np.inf, one.tp
+def usual(shape: ModelShape, prompt: int, answer: int, context: int = 0) -> tuple[int, int]:
+    """(tokens of a prompt, of an answer): those that are said; 2000 and 500 where they are 0, or less where `context` or the model's own is short."""
+    most = min(context or longest(shape), longest(shape))
+    answered = answer or max(1, min(_ANSWER, most // 5, most - prompt))
+    return prompt or max(1, min(_PROMPT, most - answered)), answered
 
 
 def replica(
@@ -120,11 +123,12 @@ def replica(
     usd: float | None,
     constants: Constants = FITTED,
 ) -> Replica:
-    """With as many requests at once as give the most tokens within the objective."""
+    """With as many requests at once as give the most tokens within the objective. `usd` of one GPU for an hour."""
     weights = shape.parameters * weight_bytes / tp
     per_token = kv_bytes(shape, tp)
     room = float(machine.usable_bytes) - weights - _WORKING_BYTES
-    held = int(max(0.0, min(MOST_REQUESTS, room // (per_token * (asked.prompt + asked.answer)))))
+    tokens = int(max(0.0, room // per_token))
+    held = min(MOST_REQUESTS, tokens // (asked.prompt + asked.answer)) if tokens >= asked.longest else 0
     first_s = prefill_s(shape, machine, tp, asked.prompt, weight_bytes, constants)
     counts = np.arange(1, max(held, 1) + 1, dtype=np.float64)
     steps = decode_s(shape, machine, tp, counts, asked.prompt + asked.answer / 2, weight_bytes, constants)
@@ -135,24 +139,39 @@ def replica(
     best = int(np.argmax(np.where(within, counts / token_s, -1.0)))
     at_once = int(counts[best]) if within[best] else 0
     rate = at_once / (asked.answer * float(token_s[best])) if at_once else 0.0
-    dollars = usd * tp / 3600 / (rate * asked.answer) * 1e6 if usd and rate else None
+    lack = _lack(asked, room, held, at_once, rate, float(waits[0]))
+    paid = asked.per_s or rate
     return Replica(
-        machine.name, tp, weights, per_token, float(machine.usable_bytes), held, at_once, float(waits[best]), float(token_s[best]), rate, dollars,
-        _binding(asked, held, at_once, room, float(token_s[0]), float(waits[0])),
+        machine.name, tp, weights, per_token, float(machine.usable_bytes), min(tokens, longest(shape)), held, at_once, float(waits[best]),
+        float(token_s[best]), rate, usd * tp / 3600 / (paid * asked.answer) * 1e6 if usd and lack is Lack.NOTHING else None, lack,
+        _binding(lack, asked, room, tokens, per_token, float(token_s[0]), float(waits[0]), rate)
+        or ("memory for keys and values" if at_once == held else "the objective"),
     )  # fmt: skip
 
 
-def _binding(asked: Requests, held: int, at_once: int, room: float, token_s: float, first_s: float) -> str:
-    """What keeps it from more, in words."""
+def _lack(asked: Requests, room: float, held: int, at_once: int, rate: float, first_s: float) -> Lack:
     if room < 0:
-        return "the weights do not fit"
+        return Lack.WEIGHTS
     if held < 1:
-        return "no request fits beside the weights"
+        return Lack.CONTEXT
     if not at_once:
-        first = asked.first_token_s and first_s > asked.first_token_s
-        late, wanted = (first_s, asked.first_token_s) if first else (token_s, asked.token_s)
-        return f"{'the first token comes' if first else 'a token takes'} {late * 1e3:.3g} ms alone, {wanted * 1e3:.3g} are wanted"
-    return "memory for keys and values" if at_once == held else "the objective"
+        return Lack.FIRST_TOKEN if asked.first_token_s and first_s > asked.first_token_s else Lack.TOKEN
+    return Lack.RATE if rate < asked.per_s else Lack.NOTHING
+
+
+def _binding(
+    lack: Lack, asked: Requests, room: float, tokens: int, per_token: float, token_s: float, first_s: float, rate: float
+) -> str:
+    """What keeps it from serving, with the numbers; "" where nothing does."""
+    missing = shown_bytes(asked.longest * per_token - room)
+    words = {
+        Lack.WEIGHTS: f"the weights do not fit: {shown_bytes(-room)} too much for each GPU",
+        Lack.CONTEXT: f"no request of {asked.longest:,} tokens fits beside the weights: {missing} too much for each GPU, {tokens:,} tokens fit",
+        Lack.FIRST_TOKEN: f"the first token comes after {first_s * 1e3:.3g} ms alone, {asked.first_token_s * 1e3:.3g} are wanted",
+        Lack.TOKEN: f"a token takes {token_s * 1e3:.3g} ms alone, {asked.token_s * 1e3:.3g} are wanted",
+        Lack.RATE: f"answers {rate:.3g} requests/s, {asked.per_s:.3g} are wanted",
+    }
+    return words.get(lack, "")
 
 
 def kv_bytes(shape: ModelShape, tp: int) -> float:
