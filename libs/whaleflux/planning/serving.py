@@ -39,8 +39,8 @@ class Lack(Enum):
     NOTHING = "nothing"
     WEIGHTS = "weights"
     CONTEXT = "context"
-    FIRST_TOKEN = "first_token"  # noqa: S105 - of a language model
-    TOKEN = "token"  # noqa: S105
+    FIRST_TOKEN = "first_token"
+    TOKEN = "token"
     RATE = "rate"
 
 
