@@ -145,6 +145,7 @@ _SCHEDULER: dict[str, Probe] = {
     "ListAllocations": _none(_S.ListAllocationsRequest()),
     "PlanRay": _none(_S.PlanRayRequest()),
     "PlanTraining": _none(_S.PlanTrainingRequest()),
+    "PlanServing": _none(_S.PlanServingRequest()),
     "PlanBurst": _none(_S.PlanBurstRequest()),
     "PlanRebalance": _none(_S.PlanRebalanceRequest()),
     "ApplyRebalance": _none(_S.ApplyRebalanceRequest(etag=STALE)),

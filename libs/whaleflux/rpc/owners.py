@@ -178,6 +178,7 @@ TABLE: dict[str, OwnerRule] = {
         PlanRay=FLEET,
         PlanRebalance=FLEET,
         PlanTraining=FLEET,
+        PlanServing=FLEET,
         PlanBurst=FLEET,
         ApplyRebalance=FLEET,
         CreateReservation=RECORD,

@@ -115,6 +115,7 @@ TABLE: Table = {
     _SCHEDULER + "PlanRay": PEOPLE,
     _SCHEDULER + "PlanRebalance": OPERATORS,
     _SCHEDULER + "PlanTraining": PEOPLE,
+    _SCHEDULER + "PlanServing": PEOPLE | {INFERENCE_ROUTER},
     _SCHEDULER + "PlanBurst": OPERATORS,
     _SCHEDULER + "ApplyRebalance": OPERATORS,
     _SCHEDULER + "CreateReservation": PEOPLE,  # users within what their queue is guaranteed, which the servicer asks

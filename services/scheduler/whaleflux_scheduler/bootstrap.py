@@ -58,6 +58,7 @@ from whaleflux_scheduler.reconciler import Reconciler
 from whaleflux_scheduler.reservation_records import RESERVATIONS
 from whaleflux_scheduler.saved_checkpoints import SavedCheckpoints, could_make_room
 from whaleflux_scheduler.servicer import Scheduler
+from whaleflux_scheduler.serving_plans import ServingPlans
 from whaleflux_scheduler.session_news import SessionNews
 from whaleflux_scheduler.steady_clock import SteadyClock
 from whaleflux_scheduler.submit import Submissions
@@ -150,6 +151,7 @@ def assemble(
         history,
         plans,
         TrainingPlans(measured),
+        ServingPlans(),
     )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)

@@ -35,6 +35,7 @@ from whaleflux_scheduler.queues import Queues, queue_message
 from whaleflux_scheduler.ray_book import RayBook
 from whaleflux_scheduler.ray_plans import RayPlans
 from whaleflux_scheduler.reservation_book import ReservationBook
+from whaleflux_scheduler.serving_plans import ServingPlans
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.training_plans import TrainingPlans
 from whaleflux_scheduler.watched_jobs import WatchedJobs
@@ -58,8 +59,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
         history: JobHistory,
         plans: RayPlans,
         trainings: TrainingPlans,
+        servings: ServingPlans,
     ) -> None:
-        self._history, self._plans, self._trainings = history, plans, trainings
+        self._history, self._plans, self._trainings, self._servings = history, plans, trainings, servings
         self._store, self._jobs, self._submissions, self._code = store, jobs, submissions, code
         self._leader, self._broker, self._clock = leader, broker, clock
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
@@ -293,6 +295,9 @@ class Scheduler(rpc.SchedulerServiceServicer):
 
     async def PlanTraining(self, request: pb.PlanTrainingRequest, context: _Context | None) -> pb.PlanTrainingResponse:
         return await self._trainings.planned(request, await self._leader.leading())
+
+    async def PlanServing(self, request: pb.PlanServingRequest, context: _Context | None) -> pb.PlanServingResponse:
+        return await self._servings.planned(request, await self._leader.leading())
 
     # reservations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whaleflux import names
-from whaleflux.errors import FieldViolation, InvalidArgument, ResourceExhausted
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.training_values import model_text
 from whaleflux.planning import replan
@@ -25,14 +24,13 @@ from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
 from whaleflux.planning.training import Training
-from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
+from whaleflux_scheduler.planning_turns import Turns
 
 if TYPE_CHECKING:
     from whaleflux_scheduler.leader_session import Leading
 
-PATIENCE_S = 10.0  # until a plan has its turn
 MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
 USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4 << 20, 0.05, 8192
 _MOST_TYPES, _MOST_TOKENS, _MOST_USD = 64, 1e16, 1e13
@@ -44,7 +42,7 @@ class TrainingPlans:
 
     def __init__(self, measured: Mapping[str, Mapping[str, Calibrated]] | None = None) -> None:
         """`measured` by precision, then type (`calibrations`)."""
-        self._measured, self._one = dict(measured or {}), asyncio.Lock()
+        self._measured, self._turns = dict(measured or {}), Turns("plans of other trainings are being made")
 
     async def planned(self, request: pb.PlanTrainingRequest, leading: Leading) -> pb.PlanTrainingResponse:
         """Of the fleet as it is now. Raises InvalidArgument naming field and limit, ResourceExhausted where others' plans take too long."""
@@ -60,38 +58,9 @@ class TrainingPlans:
         if not offers:
             return pb.PlanTrainingResponse(refused=_too_few(request, has, precision))
         free = {(one.gpu.name, one.site): one.free for one in has}
-        answer = await self._alone(shape, offers, asked, goal, how, precision, free)
+        answer = await self._turns.run(lambda: _answer(shape, offers, asked, goal, how, precision, free))
         answer.refused.extend(unable)
         return answer
-
-    async def _alone(
-        self,
-        shape: ModelShape,
-        offers: list[Offer],
-        asked: Asked,
-        goal: Goal,
-        how: Training,
-        precision: str,
-        free: Mapping[tuple[str, str], int],
-    ) -> pb.PlanTrainingResponse:
-        """In its turn. Who gives up leaves the turn taken until the thread has ended."""
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                await self._one.acquire()
-        except TimeoutError:
-            raise ResourceExhausted(
-                "plans of other trainings are being made; ask again later",
-                reason=ErrorReason.PLANNER_BUSY,
-                retry_after_s=1.0,
-            ) from None
-        working = asyncio.ensure_future(asyncio.to_thread(_answer, shape, offers, asked, goal, how, precision, free))
-        working.add_done_callback(self._next)
-        return await asyncio.shield(working)
-
-    def _next(self, done: asyncio.Future[pb.PlanTrainingResponse]) -> None:
-        self._one.release()
-        if not done.cancelled():
-            done.exception()  # told to who waits, if anybody does
 
 
 def calibrations(folder: str) -> dict[str, dict[str, Calibrated]]:

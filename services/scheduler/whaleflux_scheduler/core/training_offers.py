@@ -1,4 +1,4 @@
-"""The GPUs of the fleet as offers to a training: for each type and site those that are free now, and all of them. Pure.
+"""The GPUs of the fleet as offers to a training, or to what is served: for each type and site those that are free now, and all of them. Pure.
 
 A training stays in one site, where one has as many GPUs as it asks for; else all sites together are offered, with the links between them.
 """
@@ -16,10 +16,10 @@ from whaleflux.fleet.model import LinkKind
 from whaleflux.planning.calibration import Calibrated
 from whaleflux.planning.machine import Fabric, Tier, fabric_of, speed_of
 from whaleflux.planning.offers import Offer
+from whaleflux.planning.serving_sizes import FLEET, ServingOffer
 from whaleflux_scheduler.core.ray_nodes import FreeNode
 
 MOST_TYPES = 8  # and sites of which offers are compared, those with the most GPUs
-_FLEET, _LIST = "inventory", "list price"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Had:
     nic_bytes_per_s: float  # of each GPU, the slowest node's; 0: nobody knows
     usd_per_gpu_hour: float | None
     largest_site_gpus: int = 0  # of several sites
+    node_free: int = 0  # most of one node
 
 
 def had(nodes: Iterable[FreeNode]) -> list[Had]:
@@ -67,11 +68,34 @@ def _had(gpu: GpuType, site: str, nodes: Sequence[FreeNode]) -> Had:
         free=sum(min(one.gpus, count) for one, count in zip(nodes, counts, strict=True)),
         all=sum(counts),
         node_gpus=max(counts),
+        node_free=max(min(one.gpus, count) for one, count in zip(nodes, counts, strict=True)),
         nic_bytes_per_s=min(rates),
         usd_per_gpu_hour=sum(price * count for price, count in paid) / sum(counts)
         if all(price > 0 for price, _ in paid)
         else None,
     )
+
+
+def price_of(one: Had) -> tuple[float | None, str]:
+    """US dollars of a GPU for an hour, and whose price that is: inventory's, else the catalogue's; (None, "") where neither says it."""
+    if one.usd_per_gpu_hour is not None:
+        return one.usd_per_gpu_hour, FLEET
+    listed = ServingOffer.listed(one.gpu)
+    return listed.usd_per_gpu_hour, listed.price_source
+
+
+def serving_offers(found: Iterable[Had], sites: Collection[str]) -> list[ServingOffer]:
+    """What each site has of each type, for replicas of one node. `sites` by their ids; empty: all."""
+    return [
+        ServingOffer(one.gpu, *price_of(one), one.site, one.node_gpus, one.node_free)
+        for one in found
+        if one.site and (not sites or one.site in sites)
+    ]
+
+
+def unknown_types(nodes: Iterable[FreeNode]) -> list[str]:
+    """Types of GPUs that there are and whose speed nobody knows."""
+    return sorted({gpu.model for one in nodes for gpu in one.node.gpus if gpu.offered and not _known(gpu.model)})
 
 
 def offers(
@@ -89,17 +113,14 @@ def offers(
     ]
     made = []
     for one in [*alone, *together][:MOST_TYPES]:
-        price, source = one.usd_per_gpu_hour, _FLEET
-        if price is None and one.gpu.list_price is not None:
-            price, source = one.gpu.list_price.usd_per_gpu_hour, f"{_LIST}: {one.gpu.list_price.source}"
+        price, source = price_of(one)
         fabric, calibrated = _fabric(one, network), (measured or {}).get(one.gpu.name)
         if calibrated is not None:
             within = replace(calibrated.machine.fabric, island=fabric.island, tiers=fabric.tiers)
             calibrated = replace(calibrated, machine=replace(calibrated.machine, fabric=within))
         for count in sorted(number for number in ({gpus} if gpus else {one.free, one.all}) if 0 < number <= one.all):
-            known = source if price is not None else ""
             made.append(
-                Offer(one.gpu, count, price, known, measured=calibrated, fabric=fabric, idle_free=True, place=one.site)
+                Offer(one.gpu, count, price, source, measured=calibrated, fabric=fabric, idle_free=True, place=one.site)
             )
     return made
 
