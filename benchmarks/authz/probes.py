@@ -15,6 +15,7 @@ from whaleflux.v1 import (
     agent_pb2,
     audit_pb2,
     checkpoint_pb2,
+    console_pb2,
     events_pb2,
     health_pb2,
     identity_pb2,
@@ -236,6 +237,15 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "ConfirmDeleted": _job(lambda job: _C.ConfirmDeletedRequest(names=[_checkpoint(job)]), empty=True),
         "MarkLost": _job(lambda job: _C.MarkLostRequest(name=_checkpoint(job), epoch=1)),
         "MarkIntact": _job(lambda job: _C.MarkIntactRequest(name=_checkpoint(job), epoch=1)),
+    },
+    "Cost": {
+        "CreatePrice": _none(console_pb2.CreatePriceRequest(price_id="Not A Price")),
+        "ListPrices": _none(console_pb2.ListPricesRequest()),
+        "EndPrice": _none(console_pb2.EndPriceRequest(name="prices/absent")),
+        "DeletePrice": _none(console_pb2.DeletePriceRequest(name="prices/absent")),
+        "CreateAdjustment": _none(console_pb2.CreateAdjustmentRequest(adjustment_id="Not An Adjustment")),
+        "ListAdjustments": _none(console_pb2.ListAdjustmentsRequest()),
+        "DeleteAdjustment": _none(console_pb2.DeleteAdjustmentRequest(name="adjustments/absent")),
     },
     "Router": {
         "CreateModel": _none(_R.CreateModelRequest(model_id="Not A Model")),

@@ -79,6 +79,7 @@ class ServiceSettings(BaseModel):
     health_monitor: str = Field("", description="Where health_monitor is, host:port.")
     checkpoint: str = Field("", description="Where checkpoint is, host:port.")
     scheduler: str = Field("", description="Where scheduler is, host:port.")
+    console: str = Field("", description="Where console is, host:port.")
     inference_router: str = Field("", description="Where inference_router is, host:port.")
     # end of addresses
 

@@ -101,6 +101,15 @@ SERVICES: tuple[Service, ...] = (
         asked_cpu_millicores=500,
     ),
     Service(
+        "console",
+        "What everything costs, and what of it was wasted.",
+        "console",
+        ("CostService",),
+        tells=("price", "adjustment"),
+        memory_mib=1024,
+        asked_memory_mib=384,
+    ),
+    Service(
         "inference_router",
         "Where each inference request goes.",
         "router",

@@ -232,6 +232,16 @@ TABLE: dict[str, OwnerRule] = {
         MarkIntact=RECORD,
     ),
     **_service(
+        "Cost",
+        CreatePrice=FLEET,
+        ListPrices=FLEET,
+        EndPrice=FLEET,
+        DeletePrice=FLEET,
+        CreateAdjustment=FLEET,
+        ListAdjustments=FLEET,
+        DeleteAdjustment=FLEET,
+    ),
+    **_service(
         "Router",
         CreateModel=RECORD,
         GetModel=LEAVES_OUT,

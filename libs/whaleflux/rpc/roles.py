@@ -29,7 +29,7 @@ BACKUP = "backup"  # copies etcd and the bus' streams, and puts copies back
 SCRAPER = "scraper"  # reads figures over HTTP (/metrics), calls nothing
 ANONYMOUS = "anonymous"
 
-SERVICES = frozenset({*ROLES, CONSOLE})
+SERVICES = frozenset(ROLES)
 PEOPLE = frozenset({ADMIN, OPERATOR, USER})
 OPERATORS = frozenset({ADMIN, OPERATOR})
 HUMANS = PEOPLE | {VIEWER}  # PEOPLE: those of them who change things
@@ -51,6 +51,7 @@ _SCHEDULER = "/whaleflux.v1.SchedulerService/"
 _HEALTH = "/whaleflux.v1.HealthService/"
 _CHECKPOINT = "/whaleflux.v1.CheckpointService/"
 _ROUTER = "/whaleflux.v1.RouterService/"
+_COST = "/whaleflux.v1.CostService/"
 _IDENTITY = "/whaleflux.v1.IdentityService/"
 _READERS = HUMANS | SERVICES
 
@@ -149,6 +150,9 @@ TABLE: Table = {
     _CHECKPOINT + "List*": _READERS | {AGENT},
     _CHECKPOINT + "FindRestorable": frozenset({AGENT, SCHEDULER}) | PEOPLE,
     # inference_router
+    # console: everybody reads what is theirs, operators declare prices
+    _COST + "*": OPERATORS,
+    _COST + "List*": _READERS,
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,
     _ROUTER + "List*": _READERS,

@@ -6,6 +6,7 @@ from typing import Any
 
 from whaleflux.v1.audit_pb2_grpc import AuditServiceStub
 from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from whaleflux.v1.console_pb2_grpc import CostServiceStub
 from whaleflux.v1.events_pb2_grpc import EventServiceStub
 from whaleflux.v1.health_pb2_grpc import HealthServiceStub
 from whaleflux.v1.identity_pb2_grpc import IdentityServiceStub
@@ -21,6 +22,7 @@ class Stubs:
     def __init__(self, channel: Any) -> None:
         self.audit = AuditServiceStub(channel)
         self.checkpoint = CheckpointServiceStub(channel)
+        self.console = CostServiceStub(channel)
         self.events = EventServiceStub(channel)
         self.health = HealthServiceStub(channel)
         self.identity = IdentityServiceStub(channel)

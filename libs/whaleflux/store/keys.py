@@ -60,6 +60,10 @@ ROUTER_VIEWS = (
     ROOT + "router_views/"
 )  # {router}: what each router knows of rollouts and of replicas that leave; lives with its lease
 
+# console
+PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
+ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
+
 # shared machinery
 LEADERS = ROOT + "leaders/"  # {service}
 AUDIT_HEADS = ROOT + "audit/heads/"  # {role}/{replica}/{start}: each process its own; inventory forgets old ones
@@ -96,6 +100,8 @@ _COLLECTIONS = {
     MODELS: ("models",),
     REPLICAS: ("models", "replicas"),
     API_KEYS: ("apiKeys",),
+    PRICES: ("prices",),
+    ADJUSTMENTS: ("adjustments",),
 }
 
 

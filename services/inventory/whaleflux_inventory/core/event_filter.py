@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "lease": ("leases",),
     "jointoken": ("joinTokens",),
     "apikey": ("apiKeys",),
+    "price": ("prices",),
+    "adjustment": ("adjustments",),
 }
 MOST_WORDS = 32
 SKEW = timedelta(minutes=5)  # by which the clock of whoever wrote it down may be ahead of the bus

@@ -1,0 +1,143 @@
+"""What may be said of prices and invoices: every number within reason, no two prices of one scope at one time. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import date
+
+from whaleflux.errors import FieldViolation
+from whaleflux.names import ID_PATTERN
+
+MOST_MICROS_PER_GPU_HOUR = 10_000_000_000  # 10,000 US dollars
+MOST_MICROS = 10**15  # a thousand million US dollars
+MOST_TEXT = 300
+LONGEST_ADJUSTMENT_S = 400 * 86_400
+FIRST_S, LAST_S = 946_684_800, 4_102_444_800  # 2000-01-01 and 2100-01-01
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """For which GPUs a price is; what is empty is any."""
+
+    node: str = ""
+    site: str = ""
+    gpu_class: str = ""
+
+    def __str__(self) -> str:
+        said = (self.node, "" if self.node else self.site, self.gpu_class)
+        return " ".join(part for part in said if part) or "every GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """A stored price, as far as others must not overlap it. Unix seconds; `end_s` None: for good."""
+
+    name: str
+    scope: Scope
+    start_s: float
+    end_s: float | None
+
+    def overlaps(self, other: Validity) -> bool:
+        """Whether both are for the same GPUs at some instant."""
+        ends = [end if end is not None else float(LAST_S) for end in (self.end_s, other.end_s)]
+        return self.scope == other.scope and self.start_s < ends[1] and other.start_s < ends[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """See `whaleflux.v1.Ownership`."""
+
+    capex_micros: int
+    months: int
+    residual_ppm: int = 0
+    power_w: int = 0
+    pue_ppm: int = 0
+    electricity_micros_per_kwh: int = 0
+    colocation_micros_per_kw_month: int = 0
+    support_ppm_per_year: int = 0
+
+
+_BOUNDS = {  # of what owning costs: lowest, highest
+    "capex_micros": (1, 10**13),
+    "months": (1, 120),
+    "residual_ppm": (0, 1_000_000),
+    "power_w": (0, 100_000),
+    "pue_ppm": (0, 5_000_000),
+    "electricity_micros_per_kwh": (0, 100_000_000),
+    "colocation_micros_per_kw_month": (0, 100_000_000_000),
+    "support_ppm_per_year": (0, 1_000_000),
+}
+
+
+def ownership_problems(owned: Ownership, field: str) -> Iterator[FieldViolation]:
+    """What of an owned GPU's costs is beyond reason."""
+    for name, (low, high) in _BOUNDS.items():
+        yield from number(f"{field}.{name}", getattr(owned, name), low, high)
+    if 0 < owned.pue_ppm < 1_000_000:
+        yield FieldViolation(
+            f"{field}.pue_ppm", f"{owned.pue_ppm} is below 1,000,000: a building takes no less than it gives"
+        )
+
+
+def number(field: str, value: int, low: int, high: int) -> Iterator[FieldViolation]:
+    """A whole number within [low, high]."""
+    if not low <= value <= high:
+        yield FieldViolation(field, f"{value} is outside of {low} to {high}")
+
+
+def text(field: str, value: str, *, required: bool) -> Iterator[FieldViolation]:
+    """Printable, of bounded length."""
+    if required and not value.strip():
+        yield FieldViolation(field, "is not set; say whose figure it is, such as a contract or a price list")
+    elif len(value) > MOST_TEXT or not value.isprintable():
+        yield FieldViolation(field, f"use at most {MOST_TEXT} printable characters")
+
+
+def day(field: str, value: str) -> Iterator[FieldViolation]:
+    """YYYY-MM-DD, or nothing."""
+    try:
+        if value:
+            date.fromisoformat(value)
+    except ValueError:
+        yield FieldViolation(field, f"{value[:30]!r} is no day; write it as 2026-11-30")
+
+
+def window(start_s: float | None, end_s: float | None, *, end_required: bool) -> Iterator[FieldViolation]:
+    """A beginning, and an end behind it where there is one."""
+    if start_s is None:
+        yield FieldViolation("start_time", "is not set; say from when on it holds")
+        return
+    if end_s is None and end_required:
+        yield FieldViolation("end_time", "is not set; say until when it holds")
+    for field, value in (("start_time", start_s), ("end_time", end_s)):
+        if value is not None and not FIRST_S <= value <= LAST_S:
+            yield FieldViolation(field, "is outside of 2000 to 2100")
+    if end_s is not None and end_s <= start_s:
+        yield FieldViolation("end_time", "is not behind start_time; give a later one, or none for good")
+
+
+def class_name(field: str, value: str) -> Iterator[FieldViolation]:
+    """A class of GPU as nodes report it, or nothing."""
+    if len(value) > 64 or not value.isprintable():
+        yield FieldViolation(field, "use the name that nodes show, at most 64 printable characters: whaleflux gpus")
+
+
+def resource(field: str, value: str, *collections: str) -> Iterator[FieldViolation]:
+    """A name of these collections, or nothing."""
+    parts = value.split("/")
+    good = tuple(parts[::2]) == collections and all(ID_PATTERN.fullmatch(part) for part in parts[1::2])
+    if value and (not good or len(parts) != 2 * len(collections)):
+        wanted = "/".join(f"{one}/{{{one.rstrip('s')}}}" for one in collections)
+        yield FieldViolation(field, f"{value[:100]!r} does not have the form {wanted}")
+
+
+def clash(new: Validity, there: Iterable[Validity]) -> FieldViolation | None:
+    """The first stored price that is for the same GPUs at some of the same time; None: there is none."""
+    for other in there:
+        if other.name != new.name and new.overlaps(other):
+            return FieldViolation(
+                "start_time",
+                f"{other.name} holds for {other.scope} at that time; end it first: whaleflux prices end {other.name}",
+            )
+    return None

@@ -1,0 +1,44 @@
+"""What console publishes: prices and adjustments coming, changing and going."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from whaleflux.events.publisher import EntryChange, OutgoingEvent
+from whaleflux.events.state_events import asked_for, state_event
+from whaleflux.reasons import What
+from whaleflux.v1 import console_pb2 as pb
+
+SOURCE = "console"
+Describe = Callable[[EntryChange, datetime], OutgoingEvent | None]
+
+
+def of_price(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, CHANGED, DELETED."""
+    return _told(change, now, pb.GpuPrice)
+
+
+def of_adjustment(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, DELETED."""
+    return _told(change, now, pb.Adjustment)
+
+
+def _told(change: EntryChange, now: datetime, kind: Any) -> OutgoingEvent | None:
+    new = kind.FromString(change.new.value) if change.new else None
+    old = kind.FromString(change.old.value) if change.old else None
+    if new is not None and new.last_change.what == What.DELETED:
+        return None  # about to go
+    what = What.DELETED if new is None else What.CREATED if old is None else What.CHANGED
+    record = new or old or kind()
+    words = {What.DELETED: "is forgotten", What.CREATED: "is declared", What.CHANGED: "has another end"}
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=record.name,
+        what=what,
+        message=f"{record.name} {words[what]}",
+        asked=asked_for(old, new),
+    )

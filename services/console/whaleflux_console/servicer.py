@@ -1,0 +1,49 @@
+"""CostService: a thin adapter between the contract and what answers it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from whaleflux.v1 import console_pb2 as pb
+from whaleflux.v1 import console_pb2_grpc as rpc
+from whaleflux_console.prices import Adjustments, Prices
+
+Context = Any  # grpc.aio's, which no rpc here needs
+
+
+class CostServicer(rpc.CostServiceServicer):
+    """Who may call what is the boundary's business."""
+
+    def __init__(self, prices: Prices, adjustments: Adjustments) -> None:
+        self._prices, self._adjustments = prices, adjustments
+
+    async def CreatePrice(self, request: pb.CreatePriceRequest, context: Context) -> pb.GpuPrice:
+        return await self._prices.create(request)
+
+    async def ListPrices(self, request: pb.ListPricesRequest, context: Context) -> pb.ListPricesResponse:
+        page = await self._prices.page(request)
+        return pb.ListPricesResponse(
+            prices=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def EndPrice(self, request: pb.EndPriceRequest, context: Context) -> pb.GpuPrice:
+        return await self._prices.end(request)
+
+    async def DeletePrice(self, request: pb.DeletePriceRequest, context: Context) -> Empty:
+        await self._prices.delete(request.name, request.etag)
+        return Empty()
+
+    async def CreateAdjustment(self, request: pb.CreateAdjustmentRequest, context: Context) -> pb.Adjustment:
+        return await self._adjustments.create(request)
+
+    async def ListAdjustments(self, request: pb.ListAdjustmentsRequest, context: Context) -> pb.ListAdjustmentsResponse:
+        page = await self._adjustments.page(request)
+        return pb.ListAdjustmentsResponse(
+            adjustments=page.items, next_page_token=page.next_page_token, unreadable=page.unreadable
+        )
+
+    async def DeleteAdjustment(self, request: pb.DeleteAdjustmentRequest, context: Context) -> Empty:
+        await self._adjustments.delete(request.name, request.etag)
+        return Empty()
