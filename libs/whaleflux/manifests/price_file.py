@@ -87,7 +87,7 @@ def _price(reader: Reader) -> PriceManifest:
         node=reader.take("node", _node, ""),
         site=reader.take("site", lambda value: names.site(text(value).removeprefix("sites/")), ""),
         gpu_class=reader.take("gpu", text, ""),
-        kind=reader.take("kind", kind, 0),  # type: ignore[arg-type]
+        kind=reader.take("kind", kind, 0),
         micros_per_gpu_hour=reader.take("usd_per_gpu_hour", micros, 0),
         source=reader.take("source", text, ""),
         source_date=reader.take("source_date", str, ""),
