@@ -108,6 +108,62 @@ def test_who_says_no_has_declared_nothing(fleet, file):
     assert not created(fleet)
 
 
+def sized(estimate):
+    """Two sizes that serve, and one that does not."""
+    one = estimate.sizes.add(
+        gpu_type="RTX4090",
+        gpus=1,
+        site="sites/edge",
+        at_once=12,
+        first_token_s=0.25,
+        per_token_s=0.021,
+        starts_now=True,
+    )
+    one.usd_per_hour, one.price_source, one.context_tokens, one.words = (
+        0.5,
+        "inventory",
+        43_936,
+        "memory for keys and values",
+    )
+    estimate.sizes.add(gpu_type="H200", gpus=1, site="sites/onprem", at_once=400, words="the objective")
+    estimate.sizes.add(
+        gpu_type="L4",
+        gpus=1,
+        site="sites/edge",
+        lack="SERVING_LACK_TOKEN",
+        words="a token takes 80 ms alone, 30 are wanted",
+    )
+
+
+def test_the_gpus_that_are_picked_are_shown_with_what_else_serves_and_why_others_do_not(fleet, file, monkeypatch):
+    answer = pb.EstimateDeploymentResponse(sites=[pb.SiteEstimate(replicas=1)])
+    sized(answer.sites[0])
+    monkeypatch.setattr(fleet, "EstimateDeployment", lambda request, timeout: answer)
+    file.write_text(
+        "model: m\nshape: llama-3.1-8b\nslo: {per_token: 30 ms}\nengine: {run: 'serve --tp {gpus} --port {port}'}\n"
+    )
+    done = RUN.invoke(app, ["deploy", str(file), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[1]: line for line in done.output.splitlines() if " x " in line}
+    assert "1 x RTX4090" in lines["next"]
+    assert "43,936" in lines["next"]
+    assert "0.50" in lines["next"]
+    assert "none are free now" in lines["or"]
+    assert "not known" in lines["or"]
+    assert "a token takes 80 ms alone" in lines["not"]
+    said = json.loads(RUN.invoke(app, ["deploy", str(file), "--dry-run", "-o", "json"]).output)
+    assert [one["gpu_type"] for one in said["sites"][0]["sizes"]] == ["RTX4090", "H200", "L4"]
+    fleet.model = pb.Model(name="models/m")
+    assert "1 x RTX4090" in RUN.invoke(app, ["rollout", "status", "m"]).output
+
+
+def test_a_file_that_leaves_its_gpus_open_says_where_the_engine_is_told(fleet, file):
+    file.write_text("model: m\nshape: llama-3.1-8b\nengine: {run: 'serve --port {port}'}\n")
+    done = RUN.invoke(app, ["deploy", str(file), "--dry-run"])
+    assert done.exit_code != 0
+    assert "--tensor-parallel-size {gpus}" in done.output + str(done.exception)
+
+
 def test_a_secret_in_clear_at_a_site_is_noticed(fleet, file):
     file.write_text(FILE.format(weights="w").replace("on: [RTX4090]", "environment: {HF_TOKEN: hf_abc}"))
     done = RUN.invoke(app, ["deploy", "-y", str(file)])

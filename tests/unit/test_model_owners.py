@@ -321,7 +321,7 @@ async def test_a_model_is_no_way_to_end_the_job_of_somebody_else(submitter, kind
 def test_every_field_is_public_or_private_on_purpose():
     private = {
         "Model": "last_change allowed_addresses sites rollout_policy rollout measures",
-        "Engine": "command image addresses environment health_path working_directory secrets weights kv_memory_bytes gpu_memory_bytes",
+        "Engine": "command image addresses environment health_path working_directory secrets weights kv_memory_bytes gpu_memory_bytes shape fp8",
         "Replica": "address job node message declared_address site health_path etag",
     }
     for name, public in rights.PUBLIC.items():

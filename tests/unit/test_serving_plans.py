@@ -68,6 +68,13 @@ async def test_a_site_and_a_number_of_gpus_bound_it():
         assert {(one.gpus, one.site) for one in found.sizes} == {(2, "sites/t")}
 
 
+async def test_a_number_of_gpus_that_no_node_has_is_said():
+    async with World() as world:
+        await world.add(node("t/b", 2, model="H200"))
+        found = await planned(world, gpus=4)
+        assert (list(found.sizes), list(found.refused)) == ([], ["H200: no node of t has 4"])
+
+
 async def test_a_fleet_without_gpus_has_no_sizes():
     async with World() as world:
         assert not (await planned(world)).sizes
@@ -85,6 +92,7 @@ async def test_a_fleet_without_gpus_has_no_sizes():
         ({"first_token": -5}, "first_token"),
         ({"requests_per_s": float("nan")}, "requests_per_s"),
         ({"gpus": 65}, "gpus"),
+        ({"gpus": 3}, "gpus"),
     ],
 )
 async def test_bad_input_names_its_field_and_limit(more, field):

@@ -230,9 +230,10 @@ def _show_plan(manifest: ModelManifest, before: Any, estimate: router_pb2.Estima
     if engine.addresses:
         output.say(f"PLAN  serve {manifest.model_id} by {len(engine.addresses)} server(s) that run elsewhere")
     else:
-        where, count = ", ".join(engine.gpu_models) or "any GPU", deploy_words.wanted_replicas(model)
-        output.say(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {engine.gpus} GPU(s) on {where}")
+        count = deploy_words.wanted_replicas(model)
+        output.say(f"PLAN  serve {manifest.model_id} with {count} replica(s) of {deploy_words.gpus_of(engine)}")
         deploy_words.show_sites(estimate.sites)
+        deploy_words.show_sizes(estimate.sites)
     if before is not None:
         now = deploy_words.wanted_replicas(before)
         output.say(f"  now        {now} replica(s), {before.ready_replicas} ready, v{before.version or 1}")
@@ -261,6 +262,7 @@ def status(model: Model, fmt: Output = Format.table) -> None:
         output.say_json(shown, fmt)
         return
     deploy_words.show_sites(estimate.sites)
+    deploy_words.show_sizes(estimate.sites)
     output.say(
         f"{name} serves v{found.version or 1}"
         if not found.rollout.state

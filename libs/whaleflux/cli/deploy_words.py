@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from whaleflux.v1 import router_pb2
+    from whaleflux.v1.scheduler_pb2 import ServingSize
+
+_MOST_SERVING, _MOST_LACKING = 4, 4  # of a site; -o json has more
 
 
 def wanted_replicas(model: router_pb2.Model) -> int:
@@ -35,6 +38,50 @@ def show_sites(estimates: Iterable[router_pb2.SiteEstimate]) -> None:
         for one in estimates
     ]
     output.table(["SITE", "READY", "READY IN", "WHY"], rows)
+
+
+def gpus_of(engine: router_pb2.Engine) -> str:
+    """What each replica gets, as its model's file bounds it."""
+    types = ", ".join(engine.gpu_models)
+    if not engine.shape:
+        return f"{engine.gpus or 1} GPU(s) on {types or 'any GPU'}"
+    number = f"{engine.gpus} GPU(s)" if engine.gpus else "GPUs that the router picks"
+    return f"{number}{f' of {types}' if types else ''}, what serves it best"
+
+
+def show_sizes(estimates: Iterable[router_pb2.SiteEstimate]) -> None:
+    """Of a model that names its shape: what the next replica gets at each site, what else serves, and why other GPUs do not."""
+    rows = [row for one in estimates for row in _size_rows(one)]
+    if rows:
+        output.say("")
+        output.table(
+            ["SITE", "", "REPLICA", "AT ONCE", "FIRST TOKEN", "TOKEN", "REQUESTS/S", "$/HOUR", "CONTEXT", "WHY"], rows
+        )
+
+
+def _size_rows(estimate: router_pb2.SiteEstimate) -> list[list[str]]:
+    good = [one for one in estimate.sizes if not one.lack][:_MOST_SERVING]
+    bad = [one for one in estimate.sizes if one.lack][:_MOST_LACKING]
+    return [
+        _size_row(estimate, one, word)
+        for one, word in (
+            *((one, "or" if number else "next") for number, one in enumerate(good)),
+            *((one, "not") for one in bad),
+        )
+    ]
+
+
+def _size_row(estimate: router_pb2.SiteEstimate, one: ServingSize, word: str) -> list[str]:
+    where = names.last(estimate.site or one.site)
+    size = f"{one.gpus} x {one.gpu_type}"
+    if one.lack:
+        return [where, word, size, *["-"] * 5, f"{one.context_tokens:,}", one.words]
+    usd = f"{one.usd_per_hour:.2f}" if one.price_source else "not known"
+    why = f"bound by {one.words}" + ("" if one.starts_now else "; none are free now")
+    return [
+        where, word, size, f"{one.at_once:,}", f"{one.first_token_s * 1e3:,.0f} ms", f"{one.per_token_s * 1e3:.1f} ms",
+        f"{one.requests_per_s:.2f}", usd, f"{one.context_tokens:,}", why,
+    ]  # fmt: skip
 
 
 def ready_in(one: router_pb2.SiteEstimate) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from whaleflux import names
 from whaleflux.cli import output
+from whaleflux.cli.deploy_words import gpus_of
 from whaleflux.cli.output import Format
 from whaleflux.cli.state import Output, fleet, job_name, node_name, pages
 
@@ -159,12 +160,13 @@ def _model_lines(model: Any, replicas: list[Any]) -> Lines:
 
     def told(replica: Any) -> str:
         state = output.enum_name(router_pb2.ReplicaState, replica.state, "REPLICA_STATE_")
-        where = f" on {replica.node}" if replica.node else f" at {replica.address}" if replica.address else ""
+        gpus = f" ({replica.gpus} x {replica.gpu_model})" if replica.gpu_model else ""
+        where = f" on {replica.node}{gpus}" if replica.node else f" at {replica.address}" if replica.address else ""
         return f"{names.last(replica.name)} {state}{where}: {replica.message}".rstrip(": ")
 
     return [
         ("name", model.name),
-        ("engine", model.engine.kind + (f", {model.engine.gpus or 1} GPUs each" if not model.engine.addresses else "")),
+        ("engine", ", ".join((model.engine.kind, *([] if model.engine.addresses else [gpus_of(model.engine)])))),
         ("declared", f"{output.age(model.create_time)} ago" + _by(model.last_change)),
         ("replicas", f"{model.ready_replicas} ready of {model.replicas.min}"),
         *(("", told(replica)) for replica in replicas[:16]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from whaleflux.manifests.job_fields import ATTRIBUTES
 from whaleflux.manifests.model_fields import (
     MAX_CANARY_PERCENT,
     MAX_GPUS_PER_REPLICA,
+    MAX_REQUESTS_PER_S,
     MAX_TOKENS,
     READY_WITHIN_S,
     WATCH_S,
@@ -22,6 +25,7 @@ from whaleflux.manifests.model_fields import (
 from whaleflux.manifests.secret_values import set_otherwise
 from whaleflux.manifests.site_values import MAX_REPLICAS, Sites
 from whaleflux.manifests.text_values import Command
+from whaleflux.manifests.training_values import TrainedModel
 
 if TYPE_CHECKING:
     from whaleflux.v1 import router_pb2
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 MAX_COMMAND_CHARS = 65_536
 PORT_MARKS = ("{port}", "$PORT", "${PORT")
 WEIGHTS_MARK = "{weights}"
+GPUS_MARK = re.compile(r"(?<!\$)\{gpus\}")
 
 
 def violations(model: router_pb2.Model) -> list[FieldViolation]:
@@ -53,7 +58,7 @@ def violations(model: router_pb2.Model) -> list[FieldViolation]:
         if wrong
     ]  # fmt: skip
     of_engine = (*Command().violations("engine.command", command), *_secrets(model))
-    return [*found, *of_engine, *QueueName().violations("queue", model.queue), *_deployment(model)]
+    return [*found, *of_engine, *QueueName().violations("queue", model.queue), *_deployment(model), *_sizing(model)]
 
 
 def add_arguments(engine: router_pb2.Engine) -> list[FieldViolation]:
@@ -95,6 +100,37 @@ def _deployment(model: router_pb2.Model) -> Iterator[FieldViolation]:
     for name, (least, most) in (("watch", WATCH_S), ("ready_within", READY_WITHIN_S)):
         if policy.HasField(name) and not least <= getattr(policy, name).ToNanoseconds() / 1e9 <= most:
             yield FieldViolation(f"rollout_policy.{name}", f"use {least:g} to {most:g} s, or leave it out")
+
+
+def _sizing(model: router_pb2.Model) -> Iterator[FieldViolation]:
+    """What decides on the GPUs of its replicas."""
+    engine, asked = model.engine, model.objective
+    numbers = (
+        ("prompt_tokens", asked.prompt_tokens, MAX_TOKENS),
+        ("answer_tokens", asked.answer_tokens, MAX_TOKENS),
+        ("requests_per_s", asked.requests_per_s, MAX_REQUESTS_PER_S),
+    )
+    for name, value, most in numbers:
+        if not 0 <= value <= most or not math.isfinite(value):
+            yield FieldViolation(f"objective.{name}", f"is {value:g}; use 0 (not said) to {most}")
+    if not engine.shape:
+        said = (*((f"objective.{name}", value) for name, value, _ in numbers), ("engine.fp8", engine.fp8))
+        for name in (name for name, value in said if value):
+            yield FieldViolation(
+                name, "decides on the GPUs of a model that names its `shape`; name it, or leave this out"
+            )
+        return
+    yield from TrainedModel().violations("engine.shape", engine.shape)
+    if engine.addresses:
+        yield FieldViolation(
+            "engine.shape", "servers that run elsewhere have their own GPUs; leave it out, or give a command"
+        )
+    elif not engine.gpus and not any(GPUS_MARK.search(word) for word in engine.command):
+        fix = "does not say over how many GPUs the engine divides the model: write --tensor-parallel-size {gpus}, or say `engine.gpus`"
+        yield FieldViolation("engine.command", fix)
+    for name in ("first_token", "per_token"):
+        if asked.HasField(name) and not 0 < getattr(asked, name).ToNanoseconds() / 1e9 <= 3600:
+            yield FieldViolation(f"objective.{name}", "use more than 0 and at most 3600 s, or leave it out")
 
 
 def replicas_of(model: router_pb2.Model) -> dict[str, int]:

@@ -13,12 +13,14 @@ from whaleflux.manifests.reader import Reader
 from whaleflux.manifests.secret_values import Secrets
 from whaleflux.manifests.site_values import MAX_REPLICAS, Sites
 from whaleflux.manifests.text_values import Command, Folder, Id, Text, Texts, Variables, items, text, texts
-from whaleflux.manifests.values import Choice, Schema, Seconds, Size, Value, Violations, Whole
+from whaleflux.manifests.training_values import TrainedModel
+from whaleflux.manifests.values import Choice, Flag, Schema, Seconds, Size, Value, Violations, Whole
 
 ENGINES = ("openai", "vllm", "sglang")
 MAX_TOKENS = 10**9
 MAX_GPUS_PER_REPLICA = 64
 MAX_CANARY_PERCENT = 50
+MAX_REQUESTS_PER_S = 10**6
 WATCH_S, READY_WITHIN_S = (1.0, 86_400.0), (1.0, 7 * 86_400.0)  # least and most
 
 
@@ -108,6 +110,22 @@ class Classes(Value):
         return {"type": "array", "items": {"type": "object", "properties": one, "additionalProperties": False}}
 
 
+@dataclass(frozen=True)
+class Rate(Value):
+    """Requests a second; 0: not set."""
+
+    def words(self) -> str:
+        return f"number above 0, at most {MAX_REQUESTS_PER_S}"
+
+    def parse(self, value: object, base: Path) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_REQUESTS_PER_S:
+            raise ValueError(f"must be a number of requests a second above 0, at most {MAX_REQUESTS_PER_S}")
+        return float(value)
+
+    def schema(self) -> Schema:
+        return {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_REQUESTS_PER_S}
+
+
 MODEL = Field(
     "model", "model_id", ModelId(shown="id"), "Name that clients ask for.", required="give the name that clients ask for",
     example="llama-3-8b",
@@ -128,7 +146,16 @@ MODEL_FIELDS: tuple[Field, ...] = (
         "engine.url", "engine.addresses", Addresses(), "Servers that run elsewhere; nothing is started then.", default="none",
         apart=True, example="[http://10.0.0.7:8000/v1]",
     ),
-    Field("engine.gpus", "engine.gpus", Whole(1, MAX_GPUS_PER_REPLICA), "GPUs per replica.", default="1", absent=1, example="2"),
+    Field(
+        "shape", "engine.shape", TrainedModel(),
+        "What is served, as plans know it. Each replica gets the GPU type and number of GPUs that serve it within `slo` and `context` at the least cost.",
+        default="`engine.gpus` GPUs of any type", example="llama-3.1-8b",
+    ),
+    Field("fp8", "engine.fp8", Flag(), "With `shape`: weights and linear layers are in 8 bit.", default="false", example="true"),
+    Field(
+        "engine.gpus", "engine.gpus", Whole(1, MAX_GPUS_PER_REPLICA), "GPUs per replica. `{gpus}` in `run` is replaced by their number.",
+        default="1, or with `shape` what serves it", example="2",
+    ),
     Field(
         "engine.environment", "engine.environment", Variables(), "Added to the environment of each replica.", default="none",
         example="{HF_HOME: /mnt/models}",
@@ -170,8 +197,20 @@ MODEL_FIELDS: tuple[Field, ...] = (
         "rollout.ready_within", "rollout_policy.ready_within", Seconds(),
         "Within what time each new replica has to be READY; else the engine of before goes on.", default="30 min", example="10 min",
     ),
-    Field("slo.first_token", "objective.first_token", Seconds(), "Time to the first token.", not_yet=True, default="none", example="500 ms"),
-    Field("slo.per_token", "objective.per_token", Seconds(), "Time per further token.", not_yet=True, default="none", example="50 ms"),
+    Field("slo.first_token", "objective.first_token", Seconds(), "With `shape`: at most so long to the first token.", default="none", example="500 ms"),
+    Field("slo.per_token", "objective.per_token", Seconds(), "With `shape`: at most so long for each further one.", default="none", example="50 ms"),
+    Field(
+        "slo.prompt", "objective.prompt_tokens", Whole(1, MAX_TOKENS), "With `shape`: tokens of a usual prompt.",
+        default="2000, or less where `context` is short", example="3000",
+    ),
+    Field(
+        "slo.answer", "objective.answer_tokens", Whole(1, MAX_TOKENS), "With `shape`: tokens of a usual answer.",
+        default="500, or less", example="400",
+    ),
+    Field(
+        "slo.requests", "objective.requests_per_s", Rate(), "With `shape`: requests a second of all replicas together.",
+        default="as many as they can", example="4",
+    ),
     Field(
         "context", "context_window_tokens", Whole(0, MAX_TOKENS), "Most tokens of prompt and answer together.",
         default="not checked", example="8192",

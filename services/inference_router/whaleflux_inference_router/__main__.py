@@ -64,7 +64,8 @@ async def build(ctx: ServiceContext[Settings]) -> Parts:
 
     secrets = SecretServiceStub(ctx.channel("inventory")) if ctx.settings.inventory else None
     inventory = InventoryServiceStub(ctx.channel("inventory")) if ctx.settings.inventory else None
-    router = Router(ctx.store, ctx.clock, current, resolver, secrets, Deployments(inventory))
+    scheduler = SchedulerServiceStub(ctx.channel("scheduler")) if ctx.settings.scheduler else None
+    router = Router(ctx.store, ctx.clock, current, resolver, secrets, Deployments(inventory, scheduler))
     return Parts(
         servicers=[
             (add_RouterServiceServicer_to_server, router, "whaleflux.v1.RouterService"),

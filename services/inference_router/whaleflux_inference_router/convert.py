@@ -121,6 +121,14 @@ def engine_at(found: pb.Model, version: int, site: str) -> pb.Engine:
     return made
 
 
+def objective_at(found: pb.Model, version: int) -> tuple[pb.ServiceObjective, int]:
+    """What the replicas of a version are to keep, and the tokens of their longest request."""
+    old = found.rollout
+    if version == old.from_version and version != found.version and stage_of(found) is not Stage.NONE:
+        return old.from_objective, old.from_context_window_tokens
+    return found.objective, found.context_window_tokens
+
+
 def is_engine_known(found: pb.Model, version: int) -> bool:
     """Whether a replica of that version could be started again; not one that was rolled back."""
     return version in {found.version or 1, found.rollout.from_version or 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from whaleflux import names
 from whaleflux.data import manifest, progress
@@ -15,15 +15,18 @@ from whaleflux.manifests import model_checks
 from whaleflux.rpc import auth
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
-from whaleflux.v1 import inventory_pb2
+from whaleflux.v1 import inventory_pb2, scheduler_pb2
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
+from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from whaleflux_inference_router import convert
 from whaleflux_inference_router.core import arrival
 from whaleflux_inference_router.core.arrival import Card, Measured, Weights
 from whaleflux_inference_router.core.rollout import UNDER_WAY
+from whaleflux_inference_router.serving_sizes import Sizes, ask, refusal, why_none
 
-CALL_S = 10.0
+CALL_S, PLAN_S = 10.0, 15.0
+MOST_SIZES = 64  # of a site that are told
 MOST_NODES, PAGE = 5000, 200  # of a site that are looked at; more are of the same types
 _READY = inventory_pb2.DATASET_COPY_STATE_READY
 
@@ -39,6 +42,7 @@ class Facts:
     cards: dict[str, tuple[Card, ...] | None]
     before: inventory_pb2.Dataset | None = None
     had_bytes: int = 0
+    sizes: Sizes | None = None  # of a model that names its shape
 
     def at(self, site: str) -> Weights:
         """The weights as seen from a site; from none: anybody may have them."""
@@ -52,20 +56,31 @@ class Facts:
 class Deployments:
     """`inventory` None: nothing is known, and nothing refused."""
 
-    def __init__(self, inventory: InventoryServiceStub | None) -> None:
-        self._inventory = inventory
+    def __init__(self, inventory: InventoryServiceStub | None, scheduler: SchedulerServiceStub | None = None) -> None:
+        self._inventory, self._scheduler = inventory, scheduler
 
     async def settle(self, model: pb.Model, before: str = "") -> Facts:
         """Refuses what cannot run where the model says, and writes how much memory its GPUs need. Raises InvalidArgument naming each field."""
         facts = await self.facts(model, before)
         model.engine.gpu_memory_bytes = _least(model, facts)
-        wrong = [*_gated(model, facts), *_misplaced(model, facts)]
+        wrong = [*_gated(model, facts), *_misplaced(model, facts), *_unserved(model, facts)]
         if wrong:
             raise InvalidArgument(wrong)
         return facts
 
     async def facts(self, model: pb.Model, before: str = "") -> Facts:
         """`before`: datasets/{dataset} that it served from until now. Raises InvalidArgument for weights that are not there for the caller."""
+        found = await self._of_inventory(model, before)
+        if self._scheduler is None or not model.engine.shape:
+            return found
+        return replace(found, sizes=await ask(self._plan, model, model.version))
+
+    async def _plan(self, request: scheduler_pb2.PlanServingRequest) -> scheduler_pb2.PlanServingResponse:
+        assert self._scheduler is not None
+        answer: scheduler_pb2.PlanServingResponse = await self._scheduler.PlanServing(request, timeout=PLAN_S)
+        return answer
+
+    async def _of_inventory(self, model: pb.Model, before: str) -> Facts:
         if self._inventory is None or not (model.engine.weights or model.sites):
             return Facts(None, {})
         weights = await self._weights(self._inventory, model.engine.weights) if model.engine.weights else None
@@ -186,8 +201,11 @@ def _at_site(
     if under_way:
         last = min(under_way, key=lambda one: one.done_bytes)
         found = arrival.left(found, measured, *last)
-    made.why = "; ".join((found.why, *waiting[:1]))
+    left_out = facts.sizes.answer.refused if facts.sizes is not None else ()
+    made.why = "; ".join((found.why, *waiting[:1], *(f"left out: {one}" for one in left_out)))
     made.problem = _problem(model, facts, site)
+    if facts.sizes is not None:
+        made.sizes.extend(facts.sizes.shown(site, convert.engine_at(model, model.version, site).gpu_models, MOST_SIZES))
     if found.seconds is not None and not made.problem:
         made.ready_in.FromMilliseconds(round(1000 * found.seconds))
     return made
@@ -200,6 +218,9 @@ def _problem(model: pb.Model, facts: Facts, site: str) -> str:
     if site in facts.cards and not cards:
         return "it has no nodes with GPUs now"
     engine = convert.engine_at(model, model.version, site)
+    if engine.shape:
+        sizes = facts.sizes
+        return why_none(model, sizes, site, engine.gpu_models, model.version) if sizes is not None else ""
     return arrival.misfit(cards, engine.gpu_models, engine.gpus or 1, _least(model, facts))
 
 
@@ -213,6 +234,9 @@ def _measured(model: pb.Model, site: str, others: Iterable[pb.Model]) -> Measure
 
 
 def _least(model: pb.Model, facts: Facts) -> int:
+    """0 where the size that is picked sees to it."""
+    if model.engine.shape:
+        return 0
     size = facts.weights.size_bytes if facts.weights is not None else 0
     return arrival.gpu_memory_bytes(size, model.engine.kv_memory_bytes, model.engine.gpus or 1)
 
@@ -235,9 +259,21 @@ def _misplaced(model: pb.Model, facts: Facts) -> Iterable[FieldViolation]:
             yield FieldViolation(
                 f"model.sites[{i}].site", f"{site.site} is no site of the fleet; use one of: whaleflux sites"
             )
-        elif why := _problem(model, facts, site.site) if facts.cards[site.site] else "":
+        elif why := _problem(model, facts, site.site) if facts.cards[site.site] and not model.engine.shape else "":
             fix = "give it other GPU types there (sites: {SITE: {on: [...]}}), more `engine.gpus`, smaller weights, or leave the site out"
             yield FieldViolation(f"model.sites[{i}]", f"{site.site} {why}; {fix}")
+
+
+def _unserved(model: pb.Model, facts: Facts) -> Iterable[FieldViolation]:
+    """Sites, or the whole fleet, none of whose GPUs serve a model that names its shape. Where there are none yet, some may come."""
+    if facts.sizes is None:
+        return
+    for number, site in enumerate(model.sites or (pb.ModelSite(),)):
+        types = convert.engine_at(model, model.version, site.site).gpu_models
+        refused = refusal(model, facts.sizes, site.site, types, model.version)
+        if refused is not None:
+            field = f"sites[{number}]" if site.site else refused.field
+            yield FieldViolation(f"model.{field}", f"{site.site}: {refused.words}" if site.site else refused.words)
 
 
 def _origin(found: inventory_pb2.Dataset) -> str:

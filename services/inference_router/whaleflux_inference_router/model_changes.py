@@ -43,6 +43,7 @@ def same_engine(before: pb.Model, after: pb.Model) -> bool:
         engine, sites = pb.Engine(), dict[str, pb.ModelSite]()
         engine.CopyFrom(model.engine)
         engine.gpu_memory_bytes = 0
+        engine.gpus = engine.gpus or (0 if engine.shape else 1)
         del engine.addresses[:]  # servers that run elsewhere come and go
         for site in model.sites:
             sites[site.site] = pb.ModelSite()
@@ -53,7 +54,18 @@ def same_engine(before: pb.Model, after: pb.Model) -> bool:
     (old, old_sites), (new, new_sites) = parts(before), parts(after)
     if old_sites.keys() != new_sites.keys() and not old_sites.keys() & new_sites.keys():
         return False
-    return old == new and all(old_sites[site] == new_sites[site] for site in old_sites.keys() & new_sites.keys())
+    return (
+        old == new
+        and _sized_alike(before, after)
+        and all(old_sites[site] == new_sites[site] for site in old_sites.keys() & new_sites.keys())
+    )
+
+
+def _sized_alike(before: pb.Model, after: pb.Model) -> bool:
+    """Whether what decides on the GPUs of replicas is the same. How many share the requests is not asked: what runs stays."""
+    if not after.engine.shape:
+        return True
+    return (before.objective, before.context_window_tokens) == (after.objective, after.context_window_tokens)
 
 
 def check_may_roll(before: pb.Model, after: pb.Model) -> None:

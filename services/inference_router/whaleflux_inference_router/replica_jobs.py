@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.errors import AlreadyExists, FailedPrecondition, NotFound, StatusError
+from whaleflux.manifests import model_checks
 from whaleflux.reasons import ErrorReason
 from whaleflux.rpc import roles
 from whaleflux.rpc.watching import follow
@@ -129,6 +130,11 @@ class ReplicaJobs:
         self.jobs.pop(name, None)
         return True
 
+    async def serving_sizes(self, request: scheduler_pb2.PlanServingRequest) -> scheduler_pb2.PlanServingResponse:
+        """Which GPUs of the fleet serve a model."""
+        answer: scheduler_pb2.PlanServingResponse = await self._scheduler.PlanServing(request, timeout=CALL_S)
+        return answer
+
     def of(self, name: str, owner: str) -> scheduler_pb2.Job | None:
         """The replica's job as it is known; None: there is none, or it is somebody else's."""
         found = self.jobs.get(name)
@@ -138,6 +144,11 @@ class ReplicaJobs:
         """Whether a job that is known has ended."""
         found = self.of(name, owner)
         return found is not None and found.state in ENDED
+
+    def is_waiting(self, name: str, owner: str) -> bool:
+        """Whether a job waits for GPUs, and nobody holds it back."""
+        found = self.of(name, owner)
+        return found is not None and found.state == scheduler_pb2.JOB_STATE_QUEUED and not found.HasField("hold")
 
     def is_known(self, name: str, owner: str) -> bool:
         """Whether anything follows from `endpoint`: not before the scheduler answered, nor where it cannot read the job's record."""
@@ -218,11 +229,12 @@ def _is_of(job: scheduler_pb2.Job, owner: str) -> bool:
 
 
 def _spec(engine: pb.Engine, site: str) -> scheduler_pb2.JobSpec:
+    gpus = engine.gpus or 1
     return scheduler_pb2.JobSpec(
-        command=engine.command,
+        command=[model_checks.GPUS_MARK.sub(str(gpus), word) for word in engine.command],
         launch_once=True,  # one server for all of a replica's GPUs
         image=engine.image,
-        gpus=engine.gpus or 1,
+        gpus=gpus,
         nodes=scheduler_pb2.NodeCount(min=1, max=1),
         gpu=scheduler_pb2.GpuRequirement(any_of=engine.gpu_models, min_memory_bytes=engine.gpu_memory_bytes),
         sites=[names.last(site)] if site else [],

@@ -12,7 +12,7 @@ from typing import Any
 
 from whaleflux import hostport, names, telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, StatusError
+from whaleflux.errors import FailedPrecondition, StatusError
 from whaleflux.store import keys
 from whaleflux.store.api import (
     Absent,
@@ -34,6 +34,7 @@ from whaleflux_inference_router.core.replicas import Observed, State, Wanted, st
 from whaleflux_inference_router.engine_probe import EngineProbe, HttpProbe
 from whaleflux_inference_router.engine_proofs import EngineProofs
 from whaleflux_inference_router.replica_jobs import ReplicaHost, ReplicaJobs, job_name
+from whaleflux_inference_router.replica_starts import ReplicaStarts
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.rollouts import Rollouts
 from whaleflux_inference_router.router_views import RouterViews
@@ -44,7 +45,6 @@ IDLE_TURN_S = 1.0  # while there is no model: a new one is seen that much later
 PROBES_AT_ONCE = 64
 READY_EVERY_S = 1.0  # between probes of a replica that is READY
 MODELS_EVERY_S = 10.0  # between looks at the list of models of a replica that is READY
-REPLACE_EVERY_S = 10.0  # for a job that has ended
 DRAIN_S = 600.0  # longest wait for requests under way
 _log = telemetry.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class ReplicaManager:
         self._probed_at_s: dict[str, float] = {}
         self._models_at_s: dict[str, float] = {}  # when a replica was asked for its list of models
         self._mismatch: dict[str, str] = {}  # and what was wrong with it
-        self._replaced_at_s: dict[str, float] = {}
+        self._starts = ReplicaStarts(jobs, clock)
         self._draining_since_s: dict[str, float] = {}
         self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
 
@@ -147,7 +147,8 @@ class ReplicaManager:
             return
         made.queue, made.owner, made.version, made.site = model.queue, model.owner, one.version, one.site
         engine = convert.engine_at(model, one.version, one.site)
-        made.health_path, made.gpus = engine.health_path, engine.gpus or 1
+        made.health_path = engine.health_path
+        made.gpus = engine.gpus or (0 if engine.shape else 1)  # what it gets is decided when its job is made
         await self._write(made, None)
 
     def _whose(self, replica: pb.Replica) -> str:
@@ -161,7 +162,7 @@ class ReplicaManager:
         if one.address:
             address, why_not, note = await self._dialled(model, one.address)
         else:
-            why_not = await self._ensure_job(model, one, replica) or why_not
+            why_not = await self._starts.ensure(model, one, replica) or why_not
             address = replica.address
             if self._jobs.is_known(replica.job, replica.owner):
                 told, node, gpus = self._jobs.endpoint(replica.job, replica.owner)
@@ -178,7 +179,9 @@ class ReplicaManager:
         changed = pb.Replica()
         changed.CopyFrom(replica)
         changed.state, changed.message = convert.state_number(state), why or note
-        changed.address, changed.gpus = address, replica.gpus or engine.gpus or 1
+        changed.address = address
+        if (job := self._jobs.of(replica.job, replica.owner)) is not None:
+            changed.gpus = job.spec.gpus
         if host.node:
             changed.node, changed.gpu_model = host.node, host.gpu_model
             changed.gpu_memory_bytes, changed.usd_per_hour = host.gpu_memory_bytes, host.usd_per_hour
@@ -206,23 +209,6 @@ class ReplicaManager:
             return "", f"{unknown.message}; correct the model's addresses, or the name server", ""
         return found.address, "", found.note
 
-    async def _ensure_job(self, model: pb.Model, one: Wanted, replica: pb.Replica) -> str:
-        """A replica's job exists and has not ended; one that ends again and again is started now and then. Returns what is in the way."""
-        job, owner = replica.job, replica.owner
-        if not self._jobs.synced or not convert.is_engine_known(model, one.version):
-            return ""
-        if self._jobs.of(job, owner) is None:
-            try:
-                await self._jobs.ensure_job(model, one.id, convert.engine_at(model, one.version, one.site), one.site)
-            except (FailedPrecondition, NotFound, InvalidArgument) as refused:
-                return refused.message
-        elif self._jobs.has_ended(job, owner):
-            now_s = self._clock.monotonic()
-            if now_s - self._replaced_at_s.get(job, -REPLACE_EVERY_S) >= REPLACE_EVERY_S:
-                self._replaced_at_s[job] = now_s
-                await self._jobs.end_job(job, owner)
-        return ""
-
     def _forget(self) -> None:
         """What is known of replicas that exist no more."""
         replicas = self._routing.replicas.values.values()
@@ -231,13 +217,14 @@ class ReplicaManager:
         by_address: tuple[dict[str, Any], ...] = (self._failed, self._probed_at_s, self._models_at_s, self._mismatch)
         for known, kept in (
             *((known, addresses) for known in by_address),
-            (self._replaced_at_s, jobs),
             (self._draining_since_s, names_),
         ):
             for gone in known.keys() - kept:
                 del known[gone]
         self._proofs.keep_only(addresses)
-        self._rollouts.keep_only({m.name for m in self._routing.models.values.values()}, names_)
+        models = {m.name for m in self._routing.models.values.values()}
+        self._starts.keep_only(models, jobs)
+        self._rollouts.keep_only(models, names_)
         self._resolver.keep_only({hostport.parse(r.declared_address)[0] for r in replicas if r.declared_address})
 
     async def _health(self, replica: pb.Replica, address: str, path: str) -> int:

@@ -45,6 +45,9 @@ class ServingPlans:
         able = [one for one in offers if not lacks_precision(one.gpu, precision)]
         refused = {words for one in offers if (words := lacks_precision(one.gpu, precision))}
         refused |= {f"{name}: its speed is not known" for name in training_offers.unknown_types(nodes)}
+        refused |= {
+            f"{one.gpu.name}: no node of {one.site} has {request.gpus}" for one in able if one.node_gpus < request.gpus
+        }
         if len(able) > MOST_OFFERS:
             refused.add(
                 f"{len(able) - MOST_OFFERS} more types at sites with fewer GPUs: only {MOST_OFFERS} are looked at"
@@ -85,6 +88,10 @@ def _asked(request: pb.PlanServingRequest) -> tuple[ModelShape, Requests, frozen
     if not wrong and prompt + answer > (request.context_tokens or most):
         said = f"{prompt:,} and answer_tokens {answer:,} are more than the context of {request.context_tokens or most:,}; take fewer"
         wrong.append(FieldViolation("prompt_tokens", said))
+    if request.gpus > 0 and shape.heads % request.gpus:
+        wrong.append(
+            FieldViolation("gpus", f"is {request.gpus}, which does not divide the {shape.heads} heads; take a divisor")
+        )
     if wrong:
         raise InvalidArgument(wrong)
     sites = frozenset(names.split(site, "sites", field="sites")[0] for site in request.sites)
