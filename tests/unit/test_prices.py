@@ -90,6 +90,21 @@ class TestPrices:
         )
         assert (rack.last_change.actor, rack.source_date) == ("operator/olga", "2025-12-11")
 
+    async def test_what_an_owned_gpu_costs_is_worked_out_and_shown_part_by_part(self):
+        world = World()
+        for one in prices_from_yaml(FILE):
+            await world.create(one.price_id, one.price)
+        h100, rack = (await world.call("ListPrices", pb.ListPricesRequest())).prices
+        parts = {part.name: part.micros_per_gpu_hour for part in rack.components}
+        assert parts == {
+            "depreciation": 40_000_000_000 * 7 // 10 // (36 * 730),
+            "electricity": 165_750,  # 1.275 kW x 1.3 x 0.10 USD
+            "colocation": 1275 * 200_000_000 // 1000 // 730,
+            "support": 40_000_000_000 // 20 // 8760,
+        }
+        assert rack.micros_per_gpu_hour == sum(parts.values())
+        assert not h100.components
+
     async def test_two_of_one_scope_never_hold_at_one_time(self):
         world = World()
         await world.create("a", price(2026, 2028, gpu_class="H200"))

@@ -15,6 +15,7 @@ from whaleflux.store.reading import read_all
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_console.core import price_rules as rules
+from whaleflux_console.core.price_book import Ownership, components
 from whaleflux_console.records import Records
 
 MOST_PRICES = 5_000
@@ -57,6 +58,8 @@ class Prices:
         price.source_date = price.source_date or f"{now:%Y-%m-%d}"
         if problems := list(_price_problems(price)):
             raise InvalidArgument(problems)
+        if price.HasField("ownership"):
+            _work_out(price)
         return await self._stored(price, validate_only=request.validate_only)
 
     async def page(self, request: pb.ListPricesRequest) -> Page[pb.GpuPrice]:
@@ -166,9 +169,18 @@ def _price_problems(price: pb.GpuPrice) -> Iterator[FieldViolation]:
     yield from rules.ownership_problems(ownership(price.ownership), "price.ownership")
 
 
-def ownership(message: pb.Ownership) -> rules.Ownership:
+def _work_out(price: pb.GpuPrice) -> None:
+    """An owned GPU's price, part by part."""
+    parts = components(ownership(price.ownership))
+    price.micros_per_gpu_hour = sum(part.micros_per_hour for part in parts)
+    for part in parts:
+        if part.micros_per_hour:
+            price.components.add(name=part.name, micros_per_gpu_hour=part.micros_per_hour)
+
+
+def ownership(message: pb.Ownership) -> Ownership:
     """What owning a GPU costs, as the core reads it."""
-    return rules.Ownership(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
+    return Ownership(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
 
 
 def _adjustment_problems(one: pb.Adjustment) -> Iterator[FieldViolation]:

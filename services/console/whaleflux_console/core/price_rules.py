@@ -8,6 +8,7 @@ from datetime import date
 
 from whaleflux.errors import FieldViolation
 from whaleflux.names import ID_PATTERN
+from whaleflux_console.core.price_book import Ownership
 
 MOST_MICROS_PER_GPU_HOUR = 10_000_000_000  # 10,000 US dollars
 MOST_MICROS = 10**15  # a thousand million US dollars
@@ -42,20 +43,6 @@ class Validity:
         """Whether both are for the same GPUs at some instant."""
         ends = [end if end is not None else float(LAST_S) for end in (self.end_s, other.end_s)]
         return self.scope == other.scope and self.start_s < ends[1] and other.start_s < ends[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Ownership:
-    """See `whaleflux.v1.Ownership`."""
-
-    capex_micros: int
-    months: int
-    residual_ppm: int = 0
-    power_w: int = 0
-    pue_ppm: int = 0
-    electricity_micros_per_kwh: int = 0
-    colocation_micros_per_kw_month: int = 0
-    support_ppm_per_year: int = 0
 
 
 _BOUNDS = {  # of what owning costs: lowest, highest
