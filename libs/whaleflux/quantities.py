@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 
 _BYTES = {
     "": 1,
@@ -46,6 +47,14 @@ def count(value: object) -> float:
     return _scaled(value, _COUNTS, "a number such as 4M, 300B or 1T")
 
 
+def whole_count(value: object) -> int:
+    """4M, 512k or a whole number from 1 on. Raises ValueError with what would be right."""
+    found = count(value)
+    if found < 1 or found != int(found):
+        raise ValueError("must be a whole number from 1 on, such as 4M or 512k")
+    return int(found)
+
+
 def instant(value: object) -> datetime:
     """2026-12-01T08:00Z, or the same with another offset; without one it is UTC. Raises ValueError."""
     if isinstance(value, datetime):
@@ -72,7 +81,7 @@ def _scaled(value: object, units: dict[str, float] | dict[str, int], wanted: str
     match = _NUMBER.fullmatch(value)
     if match is None or match[2].lower() not in units:
         raise ValueError(f"must be {wanted}")
-    return float(match[1]) * units[match[2].lower()]
+    return float(Decimal(match[1]) * Decimal(str(units[match[2].lower()])))  # 4.1M is whole, and 4.1 * 1e6 is not
 
 
 def shown_bytes(count: float) -> str:
@@ -81,6 +90,14 @@ def shown_bytes(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def exact_bytes(count: int) -> str:
+    """8 GiB, 1500 MB, 5 B: the largest unit in which it is a whole number, as `size_bytes` reads it."""
+    for unit in ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "KB"):
+        if count and not count % _BYTES[unit.lower()]:
+            return f"{count // _BYTES[unit.lower()]} {unit}"
+    return f"{count} B"
 
 
 def shown_count(count: float) -> str:

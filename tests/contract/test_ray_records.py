@@ -18,6 +18,7 @@ from whaleflux.store.etcd import EtcdStore
 from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
+from whaleflux_scheduler.fleet_sites import FleetSites
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.ray_book import RayBook
 from whaleflux_scheduler.ray_loop import RayLoop
@@ -46,7 +47,7 @@ async def book_of(store):
     async with Cache(store, keys.QUEUES, convert.QUEUES.decode) as queues:
         with auth.acting_as(ADMIN):
             access = JobAccess(store, queues)
-            yield RayBook(store, access, SystemClock(), lambda _: None), access.sight()
+            yield RayBook(store, access, SystemClock(), lambda _: None, FleetSites(None)), access.sight()
 
 
 def asked(**fields):

@@ -124,6 +124,7 @@ class FakeInventory:
         self.complete = False  # whether it tells that it has told of all nodes, which the tests set beside it
         self.unreadable: list[str] = []
         self.offers: list[inventory_pb2.Offer] = []
+        self.sites = ["sites/onprem", "sites/elsewhere"]
         self.leases: dict[str, inventory_pb2.Lease] = {}
 
     async def GetDataset(self, request, timeout=None):
@@ -135,6 +136,9 @@ class FakeInventory:
 
     async def ListDatasets(self, request, timeout=None):
         return inventory_pb2.ListDatasetsResponse(datasets=self.datasets.values(), unreadable=self.unreadable)
+
+    async def ListSites(self, request, timeout=None):
+        return inventory_pb2.ListSitesResponse(sites=[inventory_pb2.Site(name=one) for one in self.sites])
 
     async def ListOffers(self, request, timeout=None):
         return inventory_pb2.ListOffersResponse(offers=self.offers)

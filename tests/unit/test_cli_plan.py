@@ -36,6 +36,22 @@ def test_people_get_split_step_money_memory_and_what_binds():
         assert said in done.output
 
 
+def test_fewer_tokens_than_a_step_are_a_step():
+    found = answer("llama-3.1-8b", "--gpu", "H200", "--tokens", "1")["chosen"]
+    assert found["finish_s"] == pytest.approx(found["step_s"])
+    assert found["usd"] > 0
+    done = plan("llama-3.1-8b", "--gpu", "H200", "--tokens", "1", "--deadline", "1s")
+    assert "1 tokens are less than a step of 4 M, which takes 45s" in done.output
+    assert done.exit_code == 1
+
+
+@pytest.mark.parametrize("said", ["0.5", "1.5", "0"])
+def test_tokens_are_whole(said):
+    for option in ("--tokens", "--batch-tokens"):
+        done = plan("llama-3.1-8b", "--gpu", "H200", option, said)
+        assert f"{option}: is '{said}'; it must be a whole number from 1 on" in str(done.exception)
+
+
 def test_the_split_is_said_as_a_job_file_says_it():
     done = plan("dense-700b", "--gpu", "H200", "--gpus", "128")
     assert "in a job file, gpus: 128 and parallel: {tensor: 8, pipeline: 8}" in done.output

@@ -33,7 +33,7 @@ def test_what_is_emitted_is_all_of_stdout_and_breaks_no_rule(tmp_path, form, mor
     path.write_text(done.stdout)
     checked = RUN.invoke(app, ["check-config", str(path), "--gpus", "8"])
     assert checked.exit_code == 0, checked.output
-    assert "breaks none of the 8 rules" in checked.output
+    assert "breaks none of the 9 rules" in checked.output
     assert done.stderr  # what the format cannot say
 
 
@@ -94,6 +94,20 @@ def test_a_picture_that_cannot_be_written_names_the_option(where):
     done = plan("--picture", where)
     assert isinstance(done.exception, InvalidArgument)
     assert "--picture" in str(done.exception)
+
+
+@pytest.mark.parametrize("where", ["plan.png", "plan", ".svg", "plan.svg.pdf"])
+def test_a_picture_that_is_no_svg_is_refused_before_anything_is_planned(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = plan("--picture", where)
+    assert isinstance(done.exception, InvalidArgument)
+    assert f"--picture: is '{where}', and pictures are SVG; name a file that ends in .svg, or -" in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_for_the_terminal_is_refused_where_programs_read():
+    done = plan("--picture", "-", "-o", "json")
+    assert "--picture: is -, which draws in the terminal" in str(done.exception)
 
 
 class TestCheckConfig:

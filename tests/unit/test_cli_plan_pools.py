@@ -39,6 +39,12 @@ def test_programs_get_shares_that_add_up():
     assert found["left_out"] == []
 
 
+def test_fewer_tokens_than_a_step_are_a_step():
+    found = json.loads(plan("llama-3.1-8b", *POOLS, "--tokens", "1", "-o", "json").output)
+    assert found["finish_s"] == pytest.approx(found["best"]["step_s"])
+    assert "1 tokens are less than a step of 2.1 M" in plan("llama-3.1-8b", *POOLS, "--tokens", "1").output
+
+
 def test_a_pool_behind_a_slow_line_is_left_out():
     found = json.loads(plan("llama-3.1-8b", *POOLS, "--between-gbps", "1", "-o", "json").output)
     assert found["left_out"] == ["A100-80GB"]

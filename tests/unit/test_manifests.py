@@ -103,6 +103,33 @@ def test_bad_files(text, field):
     assert field in violations(text)
 
 
+@pytest.mark.parametrize(("said", "tokens"), [("4M", 4_000_000), ("4.1M", 4_100_000), ("512k", 512_000), (4096, 4096)])
+def test_tokens_of_a_batch_are_said_as_commands_take_them(said, tokens):
+    job = job_from_yaml(f"run: sleep 1\nmodel: llama-3.1-8b\nbatch_tokens: {said}\n", Path())
+    assert job.spec.training.batch_tokens == tokens
+
+
+@pytest.mark.parametrize("said", ["0", "1.5", "4X", "2T", "-1", "true", "[4M]"])
+def test_tokens_of_a_batch_that_are_none_are_refused_by_field(said):
+    with pytest.raises(InvalidArgument) as refused:
+        job_from_yaml(f"run: sleep 1\nmodel: llama-3.1-8b\nbatch_tokens: {said}\n", Path())
+    assert [one.field for one in refused.value.violations] == ["batch_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cpus_per_rank: 20000", "cpus_per_rank: is 20000; give a number from 0.001 to 10000"),
+        ("cpus_per_rank: 0.0001", "cpus_per_rank: is 0.0001; give a number from 0.001 to 10000"),
+        ("memory_per_rank: 2000 TiB", "memory_per_rank: is 2000 TiB; give at most 1024 TiB"),
+    ],
+)
+def test_limits_are_said_in_the_units_of_the_file(line, words):
+    with pytest.raises(InvalidArgument) as refused:
+        job_from_yaml(f"run: sleep 1\ngpus: 1\n{line}\n", Path())
+    assert words in str(refused.value)
+
+
 def test_long_values_are_not_repeated_in_full():
     assert all(len(text) < 300 for text in violations("run: x\ngpus: 1\nname: " + "a" * 100_000).values())
 

@@ -1,4 +1,4 @@
-"""Emitted configurations: what each format says of a plan, what it refuses, that scripts run; and the eight rules over what was emitted."""
+"""Emitted configurations: what each format says of a plan, what it refuses, that scripts run; and the nine rules over what was emitted."""
 
 import json
 import os
@@ -341,20 +341,45 @@ BROKEN = [
         "expert-gpus",
         TITAN_EXPERTS + "tensor_parallel_degree = 4\nexpert_parallel_degree = 4\nexpert_tensor_parallel_degree = 2\n",
     ),
+    ("batch", MEGATRON + "--micro-batch-size 2 --global-batch-size 24"),
+    ("batch", MEGATRON + "--tensor-model-parallel-size 4 --context-parallel-size 2 --global-batch-size 7"),
+    ("batch", TITAN + "context_parallel_degree = 2\n[training]\nlocal_batch_size = 2\nglobal_batch_size = 24\n"),
 ]
 
 
 @pytest.mark.parametrize(("rule", "text"), BROKEN, ids=[f"{rule}-{number}" for number, (rule, _) in enumerate(BROKEN)])
-def test_each_of_the_eight_is_caught_with_its_numbers_and_a_fix(rule, text):
+def test_each_of_the_nine_is_caught_with_its_numbers_and_a_fix(rule, text):
     found = {one.rule: one for one in check(text, 16)}
     assert rule in found
     assert found[rule].words
     assert found[rule].fix
 
 
-def test_there_are_eight_and_each_has_a_broken_example():
-    assert len(RULES) == 8
+def test_there_are_nine_and_each_has_a_broken_example():
+    assert len(RULES) == 9
     assert {rule for rule, _ in BROKEN} == RULES.keys()
+
+
+def test_the_batch_is_named_with_the_nearest_that_runs():
+    (found,) = check(MEGATRON + "--tensor-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 100")
+    assert found.words == "--global-batch-size 100 is not a multiple of --micro-batch-size 4 x 8 data-parallel ranks"
+    assert found.fix.startswith("let --global-batch-size be 96 or 128, or take")
+    (small,) = check(MEGATRON + "--micro-batch-size 2 --global-batch-size 8")
+    assert small.fix.startswith("let --global-batch-size be 32, or take")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--micro-batch-size 2 --global-batch-size 64",
+        "--micro-batch-size 2 --global-batch-size 24 --decrease-batch-size-if-needed",
+        "--micro-batch-size $MICRO --global-batch-size $BATCH",
+        "--micro-batch-size 3",
+    ],
+)
+def test_batches_that_run_or_that_nobody_knows_break_none(more):
+    assert check(MEGATRON + more) == ()
+    assert check(TITAN + "[training]\nlocal_batch_size = 2\n", 16) == ()
 
 
 def test_right_ones_of_people_break_none():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from whaleflux.cli import ray_cluster_commands, ray_commands
 from whaleflux.cli.__main__ import app
-from whaleflux.errors import InvalidArgument, NotFound, Unavailable
+from whaleflux.errors import FieldViolation, InvalidArgument, NotFound, Unavailable
 from whaleflux.manifests.ray_file import ray_from_yaml
 from whaleflux.v1 import scheduler_pb2 as pb
 
@@ -41,8 +41,6 @@ class Scheduler:
         made.CopyFrom(request.ray_cluster)
         made.name, made.etag, made.state = f"rayClusters/{request.ray_cluster_id}", '"1"', pb.RAY_CLUSTER_STATE_UP
         if made.max_gpus > 100:
-            from whaleflux.errors import FieldViolation
-
             raise InvalidArgument(FieldViolation("ray_cluster.head_memory_bytes", "is 5; give more"))
         if not request.validate_only:
             self.cluster = made
@@ -50,6 +48,10 @@ class Scheduler:
         return made
 
     def UpdateRayCluster(self, request, timeout):
+        if "atlantis" in request.ray_cluster.sites:
+            raise InvalidArgument(FieldViolation("ray_cluster.sites", "'atlantis' is no site of the fleet"))
+        if request.validate_only:
+            return request.ray_cluster
         self.updates.append(list(request.update_mask.paths))
         self.cluster.max_gpus = request.ray_cluster.max_gpus
         return self.cluster
@@ -156,6 +158,39 @@ def test_what_the_scheduler_refuses_is_named_as_in_the_file(scheduler, file):
     file.write_text(FILE.replace("max_gpus: 4", "max_gpus: 400"))
     refused = ray("up", str(file)).exception
     assert [one.field for one in refused.violations] == ["head.memory"]
+
+
+def test_a_change_is_checked_by_the_fleet_when_it_is_only_checked(scheduler, file):
+    ray("up", str(file))
+    file.write_text(FILE + "sites: [atlantis]\n")
+    refused = ray("up", str(file), "--dry-run").exception
+    assert [one.field for one in refused.violations] == ["sites"]
+    file.write_text(FILE.replace("max_gpus: 4", "max_gpus: 5"))
+    assert "would change: max_gpus" in ray("up", str(file), "--dry-run").stderr
+    assert not scheduler.updates and scheduler.cluster.max_gpus == 4
+
+
+def test_what_never_changes_is_said_in_the_units_of_the_file(scheduler, file):
+    ray("up", str(file))
+    scheduler.cluster.head_cpu_millicores, scheduler.cluster.head_memory_bytes = 2500, 8 << 30
+    file.write_text(FILE + "queue: other\nhead: {cpus: 4, memory: 4 GiB}\n")
+    refused = str(ray("up", str(file)).exception)
+    assert "head.cpus: never changes, and is 2.5 there" in refused
+    assert "head.memory: never changes, and is 8 GiB there" in refused
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cpus: 0.5", "head.cpus: is 0.5; give a number from 1 to 1000"),
+        ("cpus: 1001", "head.cpus: is 1001; give a number from 1 to 1000"),
+        ("memory: 1 GiB", "head.memory: is 1 GiB; give 2 GiB to 1 PiB"),
+    ],
+)
+def test_limits_are_said_in_the_units_of_the_file(line, words):
+    with pytest.raises(InvalidArgument) as refused:
+        ray_from_yaml(f"name: rl\nhead: {{{line}}}")
+    assert words in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from whaleflux.events.memory import MemoryBus
 from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Unknown
-from whaleflux.v1 import agent_pb2, events_pb2
+from whaleflux.v1 import agent_pb2, events_pb2, inventory_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core.ray_leaving import SOON_S
 
@@ -371,6 +371,28 @@ class TestRights:
                 await world.up(**fields)
             assert [violation.field for violation in refused.value.violations] == [said]
             assert (await world.store.list(keys.RAY_CLUSTERS)).revision == before
+
+    async def test_sites_that_the_fleet_has_not_are_refused_naming_those_that_it_has(self):
+        async with RayWorld() as world:
+            await world.up(sites=["onprem"])
+            before = (await world.store.list("", limit=1)).revision
+            with pytest.raises(
+                InvalidArgument, match="'atlantis' is no site of the fleet; name some of elsewhere, onprem"
+            ):
+                await world.up("other", sites=["onprem", "atlantis"])
+            with pytest.raises(InvalidArgument, match="did you mean 'onprem'"):
+                await update(world, "sites", sites=["onprim"])
+            allowed = pb.UpdateRayClusterRequest(
+                ray_cluster=pb.RayCluster(name="rayClusters/rl", sites=["elsewhere"]), validate_only=True
+            )
+            allowed.update_mask.paths.append("sites")
+            assert (await world.scheduler.UpdateRayCluster(allowed, None)).sites == ["elsewhere"]
+            assert (await world.store.list("", limit=1)).revision == before
+
+    async def test_sites_of_machines_that_can_be_rented_count(self):
+        async with RayWorld() as world:
+            world.inventory.offers.append(inventory_pb2.Offer(name="offers/a", site="sites/cloud"))
+            assert (await world.up(sites=["cloud"])).sites == ["cloud"]
 
     async def test_a_name_is_one_cluster(self):
         async with RayWorld() as world:

@@ -10,7 +10,7 @@ from tests.unit.test_inventory_service import FakeDependencies
 from tests.unit.test_secrets_service import World as Secrets
 from whaleflux import names
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from whaleflux.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from whaleflux.events.publisher import EntryChange
 from whaleflux.manifests.offer_file import offers_from_yaml
 from whaleflux.reasons import ConditionType
@@ -97,6 +97,43 @@ def test_every_mistake_of_a_file_is_named_with_its_line():
         offers_from_yaml(FILE + "---\n" + FILE)
 
 
+@pytest.mark.parametrize(
+    ("line", "instead", "words"),
+    [
+        ("price: 20 USD", "price: 0 USD", "price: is 0 USD; give 0.0001 USD to 100000 USD"),
+        ("boot: 4 min", "boot: 3 h", "boot: is 3 h; give 1 s to 2 h"),
+        ("boot: 4 min", "boot: 0", "boot: is 0; give 1 s to 2 h"),
+        ("billing_unit: 1 h", "billing_unit: 32 d", "billing_unit: is 32 d; give 1 s to 31 d"),
+        ("max: 2", "max: 1001", "max: must be a whole number, 1 to 1000"),
+        ("gpus: 8", "gpus: 65", "gpus: must be a whole number, 1 to 64"),
+        ("gpu_memory: 141 GB", "gpu_memory: 5 TiB", "gpu_memory: is 5 TiB; give 1 MiB to 4 TiB"),
+        ("gpu_memory: 141 GB", "gpu_memory: 141", "gpu_memory: is 141; give 1 MiB to 4 TiB"),
+    ],
+)
+def test_limits_are_said_in_the_units_of_the_file(line, instead, words):
+    with pytest.raises(InvalidArgument) as refused:
+        offers_from_yaml(FILE.replace(line, instead))
+    assert f"offers[0].{words}" in str(refused.value)
+
+
+def test_what_inventory_refuses_is_named_as_in_the_file():
+    refused = InvalidArgument(
+        [
+            FieldViolation("offer.machine_type", "is wrong"),
+            FieldViolation("offer.options.faults", "is wrong"),
+            FieldViolation("offer_id", "is wrong"),
+        ]
+    )
+    second = offers_from_yaml(f"{FILE}{FILE.partition('offers:')[2].replace('name: a', 'name: b')}")[1]
+    assert [one.field for one in second.as_in_file(refused).violations] == [
+        "offers[1].machine",
+        "offers[1].options.faults",
+        "offers[1].name",
+    ]
+    (alone,) = offers_from_yaml("{name: a, provider: x, machine: m, gpu: H200, site: cloud, price: 1 USD}")
+    assert alone.as_in_file(refused).violations[0].field == "machine"
+
+
 def test_a_file_without_offers_declares_none_and_says_so():
     with pytest.raises(InvalidArgument, match="offers: is empty"):
         offers_from_yaml("offers: []")
@@ -105,7 +142,7 @@ def test_a_file_without_offers_declares_none_and_says_so():
 async def test_a_name_that_is_taken_is_refused_when_it_is_only_checked(world):
     await world.offer()
     other = offers_from_yaml(FILE)[0].offer
-    other.gpus = 4
+    other.usd_per_hour = 4
     with pytest.raises(AlreadyExists, match="offers rm"):
         await world.call("CreateOffer", pb.CreateOfferRequest(offer_id="a", offer=other, validate_only=True))
 
@@ -115,7 +152,7 @@ async def test_an_offer_is_declared_once_listed_and_forgotten(world):
     assert (made.owner, made.refusals, made.trust) == ("operator/olga", 0, 1.0)
     assert await world.offer(refusals=7, owner="user/mallory") == made  # the same request again
     with pytest.raises(AlreadyExists):
-        await world.offer(gpus=4)
+        await world.offer(usd_per_hour=4)
     assert [one.name for one in (await world.call("ListOffers", pb.ListOffersRequest())).offers] == ["offers/a"]
     await world.call("DeleteOffer", pb.DeleteOfferRequest(name="offers/a"))
     assert not (await world.call("ListOffers", pb.ListOffersRequest())).offers
@@ -157,6 +194,25 @@ async def test_bad_offers_name_the_field_and_change_nothing(world, how, field):
     with pytest.raises(InvalidArgument) as refused:
         await world.offer(**how)
     assert field in [one.field for one in refused.value.violations]
+    assert await world.revision() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"gpu_type": "B200"}, "offer.gpu_type: is B200, but h200x8 has 8 x H200; say H200"),
+        ({"gpus": 4}, "offer.gpus: is 4, but h200x8 has 8 x H200; say 8"),
+        (
+            {"machine_type": "h200x4+a100x4pcie", "gpus": 8},
+            "offer.gpus: is 8, but h200x4+a100x4pcie has 4 x H200, 4 x A100-80GB; say 4",
+        ),
+    ],
+)
+async def test_machines_that_are_played_have_the_gpus_of_their_profile(world, how, words):
+    before = await world.revision()
+    with pytest.raises(InvalidArgument) as refused:
+        await world.offer(**how)
+    assert words in str(refused.value)
     assert await world.revision() == before
 
 

@@ -1,4 +1,4 @@
-"""`whaleflux check-config`: does a configuration of parallel training break one of the eight commonest rules? Works without a fleet."""
+"""`whaleflux check-config`: does a configuration of parallel training break one of the nine commonest rules? Works without a fleet."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def check_config(
     ] = 0,
     fmt: Output = Format.table,
 ) -> None:
-    """Whether a configuration of parallel training can run: the eight commonest mistakes, each with its numbers and a fix. Needs no fleet.
+    """Whether a configuration of parallel training can run: the nine commonest mistakes, each with its numbers and a fix. Needs no fleet.
 
     \b
       whaleflux check-config megatron.sh --gpus 64
       whaleflux check-config torchtitan.toml --gpus 64 -o json
 
     The rules: the GPUs divide by the degrees, interleaving has a pipeline, sequence parallelism has tensor parallelism, stages have a precision,
-    heads divide, expert parallelism has experts, one 16-bit precision, experts' degrees divide too. The exit code is 1 where one is broken.
+    heads divide, expert parallelism has experts, one 16-bit precision, experts' degrees divide too, the batch is whole micro-batches of each rank. The exit code is 1 where one is broken.
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.planning.validity import RULES, check

@@ -10,7 +10,7 @@ import typer
 from whaleflux.cli import output
 from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
-from whaleflux.cli.plan_output import Form, Made, Wanted
+from whaleflux.cli.plan_output import Form, Made, Wanted, picture_of
 from whaleflux.cli.plan_pools import pools_of, refuse_unused, show
 from whaleflux.cli.planning_options import (
     MOST_SEQUENCE,
@@ -130,7 +130,7 @@ def plan(
 
     Needs no fleet, but with --live. The exit code is 1 where nothing fits, or meets the deadline and the budget.
     """  # noqa: D301 - the escape tells click to keep the lines
-    from whaleflux.quantities import count, seconds
+    from whaleflux.quantities import seconds, whole_count
 
     if fmt is not Format.table and not fmt.is_json:
         _refuse("-o", f"{fmt.value} is not made of a plan; use table or json")
@@ -166,6 +166,7 @@ def plan(
             fmt,
         )
         return
+    wanted = Wanted(emit, picture_of(picture, fmt))
     need_numpy()
     shape = model_of(model)
     types = [] if ":" in gpu else gpus_of(gpu)
@@ -181,7 +182,7 @@ def plan(
             "--pp": pp, "--cp": cp, "--ep": ep, "--vp": vp, "--zero": zero >= 0, "--recompute": recompute, "--data-tokens-per-s": data_tokens_per_s,
             "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--software": software, "--emit": emit, "--picture": picture,
         })  # fmt: skip
-        trained = quantity_of("--tokens", tokens, count, _MOST_TOKENS)
+        trained = quantity_of("--tokens", tokens, whole_count, _MOST_TOKENS)
         how = _training(method, precision, "", "", "")
         pools = pools_of(gpu, precision.value, between_gbps)
         return show(shape, pools, samples, length, how, trained, quantity_of("--price", price, money, 1e4), fmt)
@@ -190,7 +191,7 @@ def plan(
     again = None if recompute is None else Recompute[recompute.value.upper()]
     asked = Asked(1, length, micro_batch, tp, pp, cp, ep, zero, again, vp, samples, slack)
     goal = Goal(
-        quantity_of("--tokens", tokens, count, _MOST_TOKENS), quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S),
+        quantity_of("--tokens", tokens, whole_count, _MOST_TOKENS), quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S),
         quantity_of("--budget", budget, money, _MOST_USD),
     )  # fmt: skip
     chosen_by = _objective(objective, deadline)
@@ -198,7 +199,7 @@ def plan(
     offers = _offers(types, gpus or "8", quantity_of("--price", price, money, 1e4), goal)
     offers = _as_measured(offers, measured or [], run_as(software, measured), precision)
     how = _training(method, precision, data_tokens_per_s, checkpoint_every, checkpoint_stall)
-    _show(shape, asked, offers, goal, how, precision.value, Wanted(emit, picture), fmt)
+    _show(shape, asked, offers, goal, how, precision.value, wanted, fmt)
 
 
 def _request(
@@ -207,7 +208,7 @@ def _request(
 ) -> pb.PlanTrainingRequest:  # fmt: skip
     """The same question to the scheduler."""
     from whaleflux.manifests.training_values import model_text
-    from whaleflux.quantities import count, seconds
+    from whaleflux.quantities import seconds, whole_count
     from whaleflux.v1 import scheduler_pb2 as pb
 
     chosen = gpus.strip() or "0"
@@ -215,10 +216,10 @@ def _request(
         _refuse("--gpus", f"is {gpus[:40]!r}; with --live it is one number, or nothing: what is free, and all")
     request = pb.PlanTrainingRequest(
         training=pb.Training(
-            model=model_text(model_of(model)), batch=batch, batch_tokens=int(quantity_of("--batch-tokens", batch_tokens, count, 1e12)),
+            model=model_text(model_of(model)), batch=batch, batch_tokens=int(quantity_of("--batch-tokens", batch_tokens, whole_count, 1e12)),
             sequence=sequence, adapters=method is Method.lora, fp8=precision is Precision.fp8,
         ),
-        gpus=int(chosen), gpu_types=[one.name for one in gpus_of(gpu)] if gpu else [], tokens=quantity_of("--tokens", tokens, count, _MOST_TOKENS),
+        gpus=int(chosen), gpu_types=[one.name for one in gpus_of(gpu)] if gpu else [], tokens=quantity_of("--tokens", tokens, whole_count, _MOST_TOKENS),
         budget_usd=quantity_of("--budget", budget, money, _MOST_USD), cheapest=_objective(objective, deadline) is Objectives.cost,
     )  # fmt: skip
     if within_s := quantity_of("--deadline", deadline, seconds, _MOST_SPAN_S):
@@ -255,13 +256,13 @@ def _refuse(field: str, what: str) -> None:
 
 def _batch(samples: int, tokens: str, sequence: int) -> tuple[int, float]:
     """(samples of a step, how far a plan may be from them)."""
-    from whaleflux.quantities import count
+    from whaleflux.quantities import whole_count
 
     if samples and tokens:
         _refuse("--batch", "and --batch-tokens both say the batch; say one")
     if samples:
         return samples, 0.0
-    wanted = quantity_of("--batch-tokens", tokens or BATCH_TOKENS, count, 1e12)
+    wanted = quantity_of("--batch-tokens", tokens or BATCH_TOKENS, whole_count, 1e12)
     return min(_MOST_BATCH, max(1, round(wanted / sequence))), BATCH_SLACK
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whaleflux.cli import output
+from whaleflux.cli.output import Format
 
 if TYPE_CHECKING:
     from whaleflux.planning.emit.planned import Emitted
@@ -38,6 +39,21 @@ class Wanted:
 
     emit: Form | None = None
     picture: str = ""
+
+
+def picture_of(said: str, fmt: Format) -> str:
+    """Raises InvalidArgument for what no picture can go to."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    if said == TERMINAL and fmt.is_json:
+        wrong = f"is {TERMINAL}, which draws in the terminal, and -o {fmt.value} prints no pictures; name a file, such as plan.svg"
+    elif said and said != TERMINAL and Path(said).suffix.lower() != ".svg":
+        wrong = (
+            f"is {said[:200]!r}, and pictures are SVG; name a file that ends in .svg, or {TERMINAL} for the terminal"
+        )
+    else:
+        return said
+    raise InvalidArgument(FieldViolation("--picture", wrong))
 
 
 @dataclass(frozen=True, slots=True)

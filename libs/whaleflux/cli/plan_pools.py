@@ -12,7 +12,6 @@ from whaleflux.cli import output
 from whaleflux.cli.output import Format
 from whaleflux.cli.planning_options import MOST_GPUS, billions, gpu_of
 from whaleflux.errors import FieldViolation, InvalidArgument
-from whaleflux.quantities import shown_count, shown_duration
 
 if TYPE_CHECKING:
     from whaleflux.planning.mixed_plan import MixedFound, MixedPlan
@@ -124,8 +123,16 @@ def _batches(plan: MixedPlan) -> str:
     return f"micro-batches of {plan.micro_batch}"
 
 
+def _finish_s(plan: MixedPlan, tokens: float) -> float | None:
+    """None: there is no end."""
+    return max(tokens, plan.tokens_per_step) * plan.token_s if tokens else None
+
+
 def _money(plan: MixedPlan, tokens: float, prices: Mapping[str, float | None]) -> list[str]:
-    lines = [f"{shown_count(tokens)} tokens take {shown_duration(tokens * plan.token_s)}"] if tokens else []
+    from whaleflux.cli.plan_report import taken
+
+    finish_s = _finish_s(plan, tokens)
+    lines = [] if finish_s is None else [taken(tokens, plan.tokens_per_step, finish_s)]
     hourly = _usd_per_hour(plan, prices)
     if hourly is None:
         return [*lines, "what it costs is not known: not every GPU has a price; say one for all with --price"]
@@ -153,7 +160,7 @@ def _as_json(
     return {
         "model": shape.name, "parameters": shape.parameters, "pools": [{"gpu": pool.name, "gpus": pool.gpus} for pool in pools],
         "best": asdict(best) if best else None, "words": best.words() if best else "does not fit", "left_out": list(found.left_out),
-        "tokens_per_s": best.tokens_per_s if best else None, "finish_s": tokens * best.token_s if best and tokens else None,
+        "tokens_per_s": best.tokens_per_s if best else None, "finish_s": _finish_s(best, tokens) if best else None,
         "usd_per_million_tokens": hourly * best.token_s * 1e6 / 3600 if best and hourly else None, "alone_s": found.alone_s,
         "others": [asdict(plan) | {"words": plan.words()} for plan in found.others],
     }  # fmt: skip

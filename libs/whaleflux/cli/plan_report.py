@@ -79,12 +79,20 @@ def _step(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:
 def _money(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:
     lines = [""]
     if one.finish_s is not None:
-        lines.append(f"{shown_count(goal.tokens)} tokens take {shown_duration(one.finish_s)}")
+        lines.append(taken(goal.tokens, plan.split.tokens_per_step, one.finish_s))
     if one.usd_per_gpu_hour is None or one.usd_per_million_tokens is None:
         return [*lines, f"what it costs is not known: no price of a {one.gpu} is; say it with --price"]
     all_ = f"${one.usd:,.0f} in all, " if one.usd is not None else ""
     per = f"${one.usd_per_million_tokens:.4g} for 1M tokens"
     return [*lines, f"{all_}{per}, at ${one.usd_per_gpu_hour:.4g} per GPU and hour ({one.price_source})"]
+
+
+def taken(tokens: float, tokens_per_step: float, finish_s: float) -> str:
+    """How long the training takes, in words."""
+    less = (
+        f" are less than a step of {shown_count(tokens_per_step)}, which takes" if tokens < tokens_per_step else " take"
+    )
+    return f"{shown_count(tokens)} tokens{less} {shown_duration(finish_s)}"
 
 
 def _memory(one: Estimate, plan: Candidate, goal: Goal) -> list[str]:

@@ -70,23 +70,28 @@ def _applied(client: Any, manifest: Any, *, dry_run: bool) -> tuple[Any, str]:
         return made, "could be made" if dry_run else "is made"
     _check_fixed(known, manifest.cluster)
     changed = [path for path in _BOUNDS if getattr(known, path) != getattr(manifest.cluster, path)]
-    if dry_run or not changed:
-        return known, f"would change: {', '.join(changed)}" if changed else "is as the file says"
+    if not changed:
+        return known, "is as the file says"
     wanted = pb.RayCluster()
     wanted.CopyFrom(manifest.cluster)
     wanted.name, wanted.etag = known.name, known.etag
-    update = pb.UpdateRayClusterRequest(ray_cluster=wanted)
+    update = pb.UpdateRayClusterRequest(ray_cluster=wanted, validate_only=dry_run)
     update.update_mask.paths.extend(changed)
-    return client.scheduler.UpdateRayCluster(update, timeout=20), f"is changed: {', '.join(changed)}"
+    found = client.scheduler.UpdateRayCluster(update, timeout=20)
+    return (known, f"would change: {', '.join(changed)}") if dry_run else (found, f"is changed: {', '.join(changed)}")
 
 
 def _check_fixed(known: Any, wanted: Any) -> None:
     """Raises InvalidArgument for what cannot be changed of a cluster that is there."""
     from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.manifests.ray_file import as_written
 
     again = f"take it down first (whaleflux ray down {names.last(known.name)}), or choose another name"
     wrong = [
-        FieldViolation(f"ray_cluster.{path}", f"never changes, and is {getattr(known, path)!r} there; {again}")
+        FieldViolation(
+            f"ray_cluster.{path}",
+            f"never changes, and is {as_written(path, getattr(known, path)) or 'not set'} there; {again}",
+        )
         for path in _FIXED
         if getattr(wanted, path) and getattr(known, path) != getattr(wanted, path)
     ]

@@ -72,6 +72,7 @@ def add_offers(
       whaleflux offers add -f offers.yaml --dry-run
       whaleflux offers add -f offers.yaml
     """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.errors import InvalidArgument
     from whaleflux.manifests.offer_file import offers_from_yaml
     from whaleflux.v1 import inventory_pb2 as pb
 
@@ -82,7 +83,10 @@ def add_offers(
                 request = pb.CreateOfferRequest(
                     offer_id=one.offer_id, offer=one.offer, request_id=names.ulid(), validate_only=only_check
                 )
-                client.inventory.CreateOffer(request, timeout=20)
+                try:
+                    client.inventory.CreateOffer(request, timeout=20)
+                except InvalidArgument as refused:
+                    raise one.as_in_file(refused) from None
     what = "could be declared" if dry_run else "are declared; rent one with: whaleflux leases add OFFER --for 2h"
     output.note(f"{', '.join(names.offer(one.offer_id) for one in found)} {what}")
 

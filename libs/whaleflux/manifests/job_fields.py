@@ -41,6 +41,7 @@ from whaleflux.manifests.text_values import Command, Digest, Folder, Id, Text, T
 from whaleflux.manifests.training_values import TrainedModel
 from whaleflux.manifests.values import (
     Choice,
+    Count,
     Dollars,
     Flag,
     Instant,
@@ -251,8 +252,8 @@ class Spec:
         0, "batch", "training.batch", Whole(1, 1 << 24), "Samples of a step.", default="about 4M tokens", example="512", apart=True,
     )  # fmt: skip
     train_batch_tokens: int = _field(
-        0, "batch_tokens", "training.batch_tokens", Whole(1, 10**12), "Tokens of a step, 5 % more or less, in place of `batch`.",
-        default="4194304", example="4000000", apart=True,
+        0, "batch_tokens", "training.batch_tokens", Count(1, 10**12), "Tokens of a step, 5 % more or less, in place of `batch`.",
+        default="4M", example="4M", apart=True,
     )  # fmt: skip
     train_sequence: int = _field(
         0, "sequence", "training.sequence", Whole(1, 1 << 27), "Tokens of a sample.", default="the model's, at most 8192", example="8192", apart=True,

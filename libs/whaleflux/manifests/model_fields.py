@@ -42,6 +42,9 @@ class QueueName(Id):
     def parse(self, value: object, base: Path) -> Any:
         return names.queue(names.check_id("queue", text(value).removeprefix("queues/")))
 
+    def written(self, value: Any) -> str:
+        return names.last(value)
+
     def violations(self, at: str, value: Any) -> Violations:
         try:
             names.split(value or names.DEFAULT_QUEUE, "queues")

@@ -10,7 +10,7 @@ from whaleflux import names, quantities
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.field import Field, name_in_file, read_into
 from whaleflux.manifests.model_fields import QueueName
-from whaleflux.manifests.reader import Reader
+from whaleflux.manifests.reader import Reader, quoted
 from whaleflux.manifests.text_values import Id, Text, Texts, text, texts
 from whaleflux.manifests.values import Scaled, Schema, Seconds, Size, Whole
 from whaleflux.manifests.yaml_text import load
@@ -22,6 +22,7 @@ MAX_GPUS, IDLE_S = 64, 60.0  # where the file says nothing
 MOST_ID_CHARS = 36  # so that the names of its jobs are ids, too
 MOST_GPUS, MOST_NAMED, MOST_PRIORITY = 100_000, 64, 1_000
 LEAST_IDLE_S, MOST_IDLE_S = 1.0, 7 * 86_400.0
+LEAST_HEAD_MILLICORES, MOST_HEAD_MILLICORES = 1_000, 1_000_000
 LEAST_HEAD_BYTES = 2 << 30  # Ray's own processes there take more than one GiB
 
 
@@ -71,7 +72,7 @@ class HeadSize(Size):
     def parse(self, value: object, base: Path) -> Any:
         size = super().parse(value, base)
         if not LEAST_HEAD_BYTES <= size <= self.most:
-            raise ValueError(f"is {size} bytes; give 2 GiB to 1 PiB, such as 4 GiB, or leave it out for no limit")
+            raise ValueError(f"is {quoted(value)}; give 2 GiB to 1 PiB, such as 4 GiB, or leave it out for no limit")
         return size
 
 
@@ -96,7 +97,7 @@ RAY_FIELDS: tuple[Field, ...] = (
         "python", "python", Text(500, "path of a program"), "The interpreter on the nodes that has Ray; its version is the cluster's. It never changes.",
         default="python3", example="/opt/ray/bin/python",
     ),
-    Field("head.cpus", "head_cpu_millicores", Scaled(1_000, 1_000_000, "number from 1 on"), "CPUs of the head's job; they never change.", default="2", example="4"),
+    Field("head.cpus", "head_cpu_millicores", Scaled(1_000, MOST_HEAD_MILLICORES, "number from 1 on", LEAST_HEAD_MILLICORES), "CPUs of the head's job; they never change.", default="2", example="4"),
     Field("head.memory", "head_memory_bytes", HeadSize(), "Memory of the head's job, 2 GiB at least; it never changes.", default="no limit", example="8 GiB"),
     Field(
         "address", "address", Text(300, "`HOST:PORT`"), "Of a head that somebody else has started: a small job reads it, and none is started here.",
@@ -133,6 +134,11 @@ def ray_from_yaml(content: str) -> RayManifest:
 def as_in_file(error: InvalidArgument) -> InvalidArgument:
     """A refusal of the scheduler with its fields as files call them."""
     return InvalidArgument([FieldViolation(_in_file(one.field), one.description) for one in error.violations])
+
+
+def as_written(path: str, value: Any) -> str:
+    """What the contract's field `path` of a cluster holds, as a file would say it."""
+    return next(field.value.written(value) for field in RAY_FIELDS if field.path == path)
 
 
 def _in_file(path: str) -> str:

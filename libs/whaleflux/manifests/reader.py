@@ -40,6 +40,11 @@ class WrittenNumber(float):
         return found
 
 
+def quoted(value: object) -> str:
+    """A value as it stands in the file, at most 40 characters of it."""
+    return str(getattr(value, "written", value))[:40]
+
+
 def kind_of(value: object) -> str:
     """What a value is, in the words of people who write files."""
     kinds = {
@@ -89,6 +94,11 @@ class Reader:
     def has(self, key: str) -> bool:
         return self._content.get(key) is not None
 
+    @property
+    def path(self) -> str:
+        """Where these fields stand in the file: `offers[0]`; "" at its top."""
+        return self._path
+
     def inner(self, key: str, short: str = "") -> Reader:
         """The fields below `key`; none when it is absent. With `short`, a text or a list there stands for that one field."""
         self._known.append(key)
@@ -113,7 +123,8 @@ class Reader:
 
     def items(self, key: str, parse: Callable[[Any], list[Any]]) -> list[Reader]:
         """The fields of each item of the list below `key`."""
-        return [Reader(item, self._name(key), self._wrong) for item in self.take(key, parse, [])]
+        found = enumerate(self.take(key, parse, []))
+        return [Reader(item, f"{self._name(key)}[{number}]", self._wrong) for number, item in found]
 
     def done(self) -> None:
         """Notes every field that nobody took."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from whaleflux import quantities
 from whaleflux.errors import FieldViolation
-from whaleflux.manifests.reader import Reader
+from whaleflux.manifests.reader import Reader, quoted
 
 LEAST_BYTES = 1 << 20  # that anybody means: a smaller number lacks its unit
 
@@ -42,6 +42,10 @@ class Value:
     def write(self, message: Any, name: str, value: Any) -> None:
         """Puts a parsed value into a field of a message."""
         setattr(message, name, value)
+
+    def written(self, value: Any) -> str:
+        """What a field of a message holds, as people write it in a file."""
+        return str(value)
 
     def reading(self, path: str) -> Callable[[Any], Any]:
         """How to read the field at `path` of a message, as immutable data."""
@@ -79,6 +83,21 @@ class Whole(Value):
         return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
 
+class Count(Whole):
+    """A whole number that may be large, with the letters that commands take: 4M."""
+
+    def words(self) -> str:
+        return f"number such as `4M` or `512k`, {self.least} to {quantities.shown_count(self.most).replace(' ', '')}"
+
+    def parse(self, value: object, base: Path) -> Any:
+        if not self.least <= (found := quantities.whole_count(value)) <= self.most:
+            raise ValueError(f"is {quoted(value)}; give a {self.words().replace('`', '')}")
+        return found
+
+    def schema(self) -> Schema:
+        return {"type": ["integer", "string"]}
+
+
 class OptionalWhole(Whole):
     """A whole number whose absence the message tells from 0."""
 
@@ -101,25 +120,30 @@ class WholeOrAuto(Whole):
 
 @dataclass(frozen=True)
 class Scaled(Value):
-    """A number that the message holds as a whole number of parts; 0: not set."""
+    """A number that the message holds as a whole number of parts; 0: not set, so that a written one has `least` parts at least."""
 
     parts: int
     most: int  # parts
     shown: str = "number above 0"
+    least: int = 1  # parts
 
     def words(self) -> str:
         return self.shown
 
     def parse(self, value: object, base: Path) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 10**6:
-            raise ValueError("must be a number above 0 and below 1000000")
+        least, most = self.least / self.parts, self.most / self.parts
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"is {quoted(value)}; give a number from {least:g} to {most:g}")
         return round(self.parts * float(value))
+
+    def written(self, value: Any) -> str:
+        return f"{value / self.parts:g}"
 
     def violations(self, at: str, value: Any) -> Violations:
         yield from number(at, value, 0, self.most)
 
     def schema(self) -> Schema:
-        return {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 10**6}
+        return {"type": "number", "minimum": self.least / self.parts, "maximum": self.most / self.parts}
 
 
 @dataclass(frozen=True)
@@ -136,9 +160,14 @@ class Size(Value):
         size = quantities.size_bytes(value)
         if 0 < size < LEAST_BYTES:
             raise ValueError(f"is {size} bytes, which is no size of memory; say the unit, such as {size} GB")
+        if size > self.most:
+            raise ValueError(f"is {quoted(value)}; give at most {quantities.exact_bytes(self.most)}")
         if not size and self.none != "0":
             raise ValueError(f"must be a size above 0; for {self.none}, leave it out")
         return size
+
+    def written(self, value: Any) -> str:
+        return quantities.exact_bytes(value)
 
     def violations(self, at: str, value: Any) -> Violations:
         yield from number(at, value, 0, self.most)

@@ -50,12 +50,16 @@ class MixedPlan:
         return sum(part.gpus for part in self.parts)
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.sequence
+
+    @property
     def tokens_per_s(self) -> float:
-        return self.global_batch * self.sequence / self.step_s
+        return self.tokens_per_step / self.step_s
 
     @property
     def token_s(self) -> float:
-        return self.step_s / (self.global_batch * self.sequence)
+        return self.step_s / self.tokens_per_step
 
     def words(self) -> str:
         """As people say it."""

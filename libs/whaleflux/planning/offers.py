@@ -56,6 +56,10 @@ class Goal:
     budget_usd: float = 0.0
     objective: Objective = Objective.TIME
 
+    def trained(self, tokens_per_step: float) -> float:
+        """Tokens that are trained on, where there is an end: a step at least."""
+        return max(self.tokens, tokens_per_step) if self.tokens else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -140,7 +144,7 @@ def estimate(
     rate, used = found.best.tokens_per_s, found.best.split.gpus
     paid = used if offer.idle_free else offer.gpus
     needed = shape.training_flops(asked.sequence, frozen=bool(np.any(how.frozen)))
-    finish_s = goal.tokens / rate if goal.tokens else None
+    finish_s = goal.trained(found.best.split.tokens_per_step) / rate if goal.tokens else None
     usd_per_s = None if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour * paid / 3600
     timed = replace(
         known,

@@ -1,7 +1,8 @@
-"""The eight commonest configurations that cannot run, found in what is given to a program.
+"""The nine commonest configurations that cannot run, found in what is given to a program.
 
 It may be flags of Megatron, TOML of torchtitan, JSON of DeepSpeed, or a mesh of FSDP2.
-The rules are those of NVIDIA/Megatron-LM pull request 5768. They read files, know nothing of `planning.emit`, and so judge it too.
+Eight rules are those of NVIDIA/Megatron-LM pull request 5768; that of the batch is asserted by its `num_microbatches_calculator`, and by torchtitan's
+trainer. They read files, know nothing of `planning.emit`, and so judge it too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ class Stated:
     fp16: bool = False
     bf16: bool = False
     stage_precision: bool = True  # what stages send one another has a precision
+    batch: int | None = None  # samples of a step
+    micro_batch: int = 1  # samples at once on a data-parallel rank
+
+    @property
+    def data(self) -> int | None:
+        """Data-parallel ranks; None where the number of GPUs is not known, or not a multiple of what the degrees take."""
+        taken = self.tp * self.pp * (self.context if self.form == "torchtitan" else self.cp)
+        return None if self.gpus is None or self.gpus % taken else self.gpus // taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +146,14 @@ def _flags(text: str, gpus: int | None) -> Stated:
         fp16="fp16" in given,
         bf16="bf16" in given,
         stage_precision=half or "pipeline-dtype" in given,
+        batch=None if "decrease-batch-size-if-needed" in given else _literal(given, "global-batch-size"),
+        micro_batch=_literal(given, "micro-batch-size") or 1,
     )
+
+
+def _literal(given: Mapping[str, str], name: str) -> int | None:
+    """None: nothing is said, or a variable of the shell says it."""
+    return None if given.get(name, "$").startswith("$") else _whole(f"--{name}", given[name])
 
 
 def _unsaid(given: Mapping[str, str]) -> bool:
@@ -191,6 +207,7 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
     copies = tp * pp * cp * degree("data_parallel_replicate_degree")
     stated = None if shards < 1 else copies * shards
     heads, experts = _shape_of(_said(model.get("name", "")), _said(model.get("flavor", "")))
+    batch = _whole("training.global_batch_size", training.get("global_batch_size", -1), -1)
     return Stated(
         form="torchtitan",
         gpus=gpus or stated,
@@ -207,6 +224,8 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
         heads=heads,
         experts=experts,
         bf16=training.get("mixed_precision_param", "bfloat16") == "bfloat16",
+        batch=batch if batch > 0 else None,
+        micro_batch=_whole("training.local_batch_size", training.get("local_batch_size", 1)),
     )
 
 
@@ -381,6 +400,23 @@ def _expert_mesh(it: Stated) -> tuple[str, str] | None:
     )
 
 
+def _batch(it: Stated) -> tuple[str, str] | None:
+    if it.batch is None or it.data is None or it.batch % (it.micro_batch * it.data) == 0:
+        return None
+    micro, whole = (
+        ("local_batch_size", "global_batch_size")
+        if it.form == "torchtitan"
+        else ("--micro-batch-size", "--global-batch-size")
+    )
+    share = it.micro_batch * it.data
+    below = it.batch // share * share
+    nearest = f"{below} or {below + share}" if below else str(share)
+    return (
+        f"{whole} {it.batch} is not a multiple of {micro} {it.micro_batch} x {it.data} data-parallel ranks",
+        f"let {whole} be {nearest}, or take a {micro} or degrees whose product divides it",
+    )
+
+
 RULES: dict[str, Rule] = {
     "gpus": _world,
     "interleaved": _no_pipeline,
@@ -390,4 +426,5 @@ RULES: dict[str, Rule] = {
     "experts": _no_experts,
     "precision": _precisions,
     "expert-gpus": _expert_world,
+    "batch": _batch,
 }

@@ -39,6 +39,7 @@ from whaleflux_scheduler.core.soon_over import MOST_S
 from whaleflux_scheduler.dataset_feed import DatasetFeed
 from whaleflux_scheduler.dataset_readers import DatasetReaders, Known
 from whaleflux_scheduler.diagnosis import FailureDiagnosis
+from whaleflux_scheduler.fleet_sites import FleetSites
 from whaleflux_scheduler.idle_memory import IdleMemory
 from whaleflux_scheduler.job_access import JobAccess
 from whaleflux_scheduler.job_history import JobHistory
@@ -152,6 +153,7 @@ def assemble(
         plans,
         TrainingPlans(measured),
         ServingPlans(),
+        FleetSites(peers.inventory),
     )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from whaleflux import names
 from whaleflux.clock import Clock
@@ -28,6 +28,7 @@ from whaleflux_scheduler.core.give_back import End
 from whaleflux_scheduler.core.model import Job
 from whaleflux_scheduler.core.offered import BurstFacts, Offered, Rented
 from whaleflux_scheduler.idle_memory import IdleMemory, Times
+from whaleflux_scheduler.inventory_lists import ASK_WITHIN_S, all_of
 from whaleflux_scheduler.news_beside import NewsBeside
 from whaleflux_scheduler.planner_thread import PlannerThread
 
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 EVERY_S = 10.0
 DAY_S = 86_400.0
 SETTLES_S = 120.0  # from when a machine joins until its node is looked for work here
-_ASK_WITHIN_S = 10.0
 _MOST_TOLD = 256
 _BEFORE_JOINED = frozenset({ipb.LEASE_STATE_INTENT, ipb.LEASE_STATE_REQUESTED, ipb.LEASE_STATE_BOOTING})
 Mode = Literal["off", "plan", "on"]
@@ -82,7 +82,7 @@ class Bursts:
         if self._inventory is None or self._mode == "off":
             raise short
         try:
-            offers = await _all(self._inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
+            offers, _ = await all_of(self._inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
             now = self._clock.now()
             waiting = await self._planner.ask(lambda planner: planner.would_wait(job, now))
         except StatusError as error:
@@ -127,11 +127,12 @@ class Bursts:
 
     async def _look(self, inventory: InventoryServiceStub) -> tuple[BurstPlan, Sequence[ipb.Lease], Times]:
         times = await self._memory.times()
-        offers = await _all(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
+        offers, _ = await all_of(inventory.ListOffers, ipb.ListOffersRequest(page_size=1000), "offers")
         wanted = ipb.ListLeasesRequest(page_size=1000, show_gone=True)
         longest_s = DAY_S + self._rules.lease_s  # those that were wanted before are over for more than a day
         wanted.gone_since.FromDatetime(self._clock.now() - timedelta(seconds=longest_s))
-        leases = await _all(inventory.ListLeases, wanted, "leases", whole=True)
+        leases, unreadable = await all_of(inventory.ListLeases, wanted, "leases")
+        _refuse_unread(unreadable)
         live = [lease for lease in leases if lease.state != ipb.LEASE_STATE_GONE]
         if not offers and not live:
             return BurstPlan(), leases, times
@@ -183,7 +184,7 @@ class Bursts:
                 request_id=hashlib.sha256(view.encode()).hexdigest()[:32],
             )
             try:
-                await inventory.CreateLease(request, timeout=_ASK_WITHIN_S)
+                await inventory.CreateLease(request, timeout=ASK_WITHIN_S)
             except (Unavailable, DeadlineExceeded):  # nor would the others be answered
                 raise
             except StatusError as refused:  # which is no other job's trouble
@@ -193,7 +194,7 @@ class Bursts:
     async def _end(self, inventory: InventoryServiceStub, end: End) -> None:
         """One that cannot be given back now holds up no other."""
         try:
-            await inventory.EndLease(ipb.EndLeaseRequest(name=end.lease, reason=end.why[:500]), timeout=_ASK_WITHIN_S)
+            await inventory.EndLease(ipb.EndLeaseRequest(name=end.lease, reason=end.why[:500]), timeout=ASK_WITHIN_S)
         except StatusError as error:
             log.warning("%s is not given back in this look: %s", end.lease, error)
 
@@ -240,20 +241,13 @@ class Bursts:
         )
 
 
-async def _all(call: Any, request: Any, field_name: str, *, whole: bool = False) -> list[Any]:
-    """All items of a listing. `whole`: raises FailedPrecondition where some cannot be read, which are not none."""
-    found: list[Any] = []
-    while True:
-        page = await call(request, timeout=_ASK_WITHIN_S)
-        found += getattr(page, field_name)
-        if whole and page.unreadable:
-            raise FailedPrecondition(
-                f"{', '.join(page.unreadable[:5])} cannot be read, so nobody knows what is rented and spent: nothing is rented or given "
-                "back; run the newest version of inventory, or remove these records"
-            )
-        if not page.next_page_token:
-            return found
-        request.page_token = page.next_page_token
+def _refuse_unread(unreadable: Sequence[str]) -> None:
+    """Raises FailedPrecondition where leases cannot be read, which are not none."""
+    if unreadable:
+        raise FailedPrecondition(
+            f"{', '.join(unreadable[:5])} cannot be read, so nobody knows what is rented and spent: nothing is rented or given "
+            "back; run the newest version of inventory, or remove these records"
+        )
 
 
 def _ours(lease: ipb.Lease) -> bool:

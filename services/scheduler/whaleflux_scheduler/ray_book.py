@@ -20,12 +20,14 @@ from whaleflux.trust import audit, ownership
 from whaleflux.trust.sight import Sight
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import ray_clusters
+from whaleflux_scheduler.fleet_sites import FleetSites
 from whaleflux_scheduler.job_access import JobAccess, queue_not_there
 from whaleflux_scheduler.job_verbs import RACES, contended
 from whaleflux_scheduler.ray_records import RAY_CLUSTERS, in_words
 
 UPDATABLE = ("priority", "max_gpus", "sites", "gpu_types", "idle")
 _ASKED = (*UPDATABLE, "queue", "python", "head_cpu_millicores", "head_memory_bytes", "address")
+_SITES = "ray_cluster.sites"
 MOST_SAID = 20
 MOST_KEPT = 200  # clusters of a fleet: the leader looks at each of them every second
 Status = Callable[[str], pb.RayClusterStatus | None]
@@ -34,8 +36,8 @@ Status = Callable[[str], pb.RayClusterStatus | None]
 class RayBook:
     """`status` says what the leader knows of a cluster; None where this replica does not lead."""
 
-    def __init__(self, store: Store, access: JobAccess, clock: Clock, status: Status) -> None:
-        self._store, self._access, self._clock, self._status = store, access, clock, status
+    def __init__(self, store: Store, access: JobAccess, clock: Clock, status: Status, sites: FleetSites) -> None:
+        self._store, self._access, self._clock, self._status, self._sites = store, access, clock, status, sites
 
     # reading
 
@@ -86,6 +88,7 @@ class RayBook:
         message, now = _asked(request.ray_cluster, name), self._clock.now()
         _refuse(ray_clusters.id_mistakes(names.last(name)))
         _check(message)
+        await self._sites.check(_SITES, message.sites)
         queue = names.last(message.queue)
         await self._access.check_use(queue, message.priority)
         message.creator, message.uid = changes.actor(), names.ulid()
@@ -118,7 +121,10 @@ class RayBook:
             for path in paths:
                 _set(message, request.ray_cluster, path)
             _check(message)
+            await self._sites.check(_SITES, message.sites if "sites" in paths else ())
             self._access.check_priority(names.last(message.queue), message.priority)
+            if request.validate_only:
+                return message
             message.last_change.CopyFrom(changes.asked(What.CHANGED, self._clock.now(), in_words(message)))
             if (written := await self._write(entry, message)) is not None:
                 return self._shown(written, sight, whole=False)

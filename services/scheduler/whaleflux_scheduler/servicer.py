@@ -26,6 +26,7 @@ from whaleflux_scheduler.attach import AttachBroker, opening
 from whaleflux_scheduler.code_transfer import CodeTransfer
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core.model import JobState
+from whaleflux_scheduler.fleet_sites import FleetSites
 from whaleflux_scheduler.job_history import JobHistory
 from whaleflux_scheduler.job_verbs import RACES, JobVerbs, contended
 from whaleflux_scheduler.job_view import present_stored
@@ -60,6 +61,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         plans: RayPlans,
         trainings: TrainingPlans,
         servings: ServingPlans,
+        sites: FleetSites,
     ) -> None:
         self._history, self._plans, self._trainings, self._servings = history, plans, trainings, servings
         self._store, self._jobs, self._submissions, self._code = store, jobs, submissions, code
@@ -67,7 +69,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         self._verbs, self._queues = JobVerbs(store, jobs, clock), Queues(store, jobs, clock)
         self._attaching, self._access = attaching, jobs.access
         self._reservations = ReservationBook(store, jobs.access, clock)
-        self._ray = RayBook(store, jobs.access, clock, self._ray_status)
+        self._ray = RayBook(store, jobs.access, clock, self._ray_status, sites)
 
     # queues
 

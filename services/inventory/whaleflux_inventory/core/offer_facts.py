@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from whaleflux_inventory.core.facts import MAX_GPU_BYTES, MAX_GPUS, MAX_TEXT, Findings
+from whaleflux.manifests import offer_file as limits
+from whaleflux_inventory.core.facts import MAX_TEXT, Findings
 from whaleflux_inventory.core.offers import Offer
 
-MAX_USD_PER_HOUR = 100_000.0
-MAX_BOOT_S = 7_200.0
-MAX_BILLING_UNIT_S = 2_678_400.0  # a month of 31 days
-MAX_MACHINES = 1_000
 MAX_OPTIONS = 32
 MAX_OPTION = 2_048
 MIN_LEASE_S, MAX_LEASE_S = 60, 30 * 86_400
@@ -36,12 +33,15 @@ def check(offer: Offer, gpu_memory_bytes: int) -> Findings:
     found.text("offer.gpu_type", offer.gpu_type, 64)
     if not offer.gpu_type:
         found.add("offer.gpu_type", "is empty; name the GPUs as job files do, such as H200")
-    found.number("offer.gpus", offer.gpus, 1, MAX_GPUS)
-    found.number("offer.gpu_memory_bytes", gpu_memory_bytes, 0, MAX_GPU_BYTES)
-    found.number("offer.usd_per_hour", offer.terms.usd_per_hour, 0.0001, MAX_USD_PER_HOUR)
-    found.number("offer.boot_s", offer.terms.boot_s, 0, MAX_BOOT_S)
-    found.number("offer.billing_unit_s", offer.terms.billing_unit_s, 1, MAX_BILLING_UNIT_S)
-    found.number("offer.max_machines", offer.max_machines, 1, MAX_MACHINES)
+    for field, value, least, most in (
+        ("gpus", offer.gpus, 1, limits.MOST_GPUS),
+        ("gpu_memory_bytes", gpu_memory_bytes, 0, limits.MOST_GPU_BYTES),
+        ("usd_per_hour", offer.terms.usd_per_hour, limits.LEAST_USD_PER_HOUR, limits.MOST_USD_PER_HOUR),
+        ("boot_s", offer.terms.boot_s, 0, limits.MOST_BOOT_S),
+        ("billing_unit_s", offer.terms.billing_unit_s, limits.LEAST_BILLING_UNIT_S, limits.MOST_BILLING_UNIT_S),
+        ("max_machines", offer.max_machines, 1, limits.MOST_MACHINES),
+    ):
+        found.number(f"offer.{field}", value, least, most)
     _check_options(found, offer.options)
     return found
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class SimulatedKind:
         """The machine type is a profile; options as the module says."""
         found = dict[str, str]()
         try:
-            Profile.load(offer.machine_type)
+            found |= _differences(offer, Profile.load(offer.machine_type))
         except InvalidArgument as wrong:
             found["machine_type"] = f"{wrong.violations[0].description}; see: whaleflux profiles"
         for key, value in offer.options.items():
@@ -150,6 +151,19 @@ class SimulatedCloud:
         with counted.open("a") as file:
             file.write(".")
         return plan[count] if count < len(plan) else "ok"
+
+
+def _differences(offer: Offer, profile: Profile) -> dict[str, str]:
+    """What an offer says of its machine's GPUs that its profile does not have: jobs would be planned on what never comes."""
+    has = Counter[str]()
+    for part in profile.parts:
+        has[part.model] += part.shape.count
+    machine = f"{offer.machine_type[:40]} has {', '.join(f'{count} x {model}' for model, count in has.items())}"
+    if offer.gpu_type and offer.gpu_type not in has:
+        return {"gpu_type": f"is {offer.gpu_type[:40]}, but {machine}; say {' or '.join(has)}, or another machine"}
+    if offer.gpu_type and offer.gpus != has[offer.gpu_type]:
+        return {"gpus": f"is {offer.gpus}, but {machine}; say {has[offer.gpu_type]}, or another machine"}
+    return {}
 
 
 def _listed(folder: Path, facts: Mapping[str, Any]) -> Machine:

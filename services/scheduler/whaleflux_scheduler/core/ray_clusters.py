@@ -12,8 +12,10 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.ray_file import (
     IDLE_S,
     LEAST_HEAD_BYTES,
+    LEAST_HEAD_MILLICORES,
     LEAST_IDLE_S,
     MOST_GPUS,
+    MOST_HEAD_MILLICORES,
     MOST_ID_CHARS,
     MOST_IDLE_S,
     MOST_NAMED,
@@ -21,7 +23,6 @@ from whaleflux.manifests.ray_file import (
 )
 
 PYTHON, HEAD_MILLICORES = "python3", 2_000  # where nothing is said
-_MILLICORES = (1_000, 1_000_000)
 _AT = "ray_cluster."
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 _PROGRAM = re.compile(r"[^\x00-\x1f\x7f]{1,500}")
@@ -65,9 +66,15 @@ def mistakes(asked: RayCluster) -> Iterator[FieldViolation]:
     yield from _number("max_gpus", asked.max_gpus, 0, MOST_GPUS)
     if not LEAST_IDLE_S <= asked.idle_s <= MOST_IDLE_S:
         yield FieldViolation(_AT + "idle", f"is {asked.idle_s:g} s; give {LEAST_IDLE_S:g} s to 7 days, such as 60 s")
-    yield from _number("head_cpu_millicores", asked.head_cpu_millicores, *_MILLICORES)
+    yield from _number(
+        "head_cpu_millicores",
+        asked.head_cpu_millicores,
+        LEAST_HEAD_MILLICORES,
+        MOST_HEAD_MILLICORES,
+        "thousandths of a CPU",
+    )
     if asked.head_memory_bytes:
-        yield from _number("head_memory_bytes", asked.head_memory_bytes, LEAST_HEAD_BYTES, 1 << 50)
+        yield from _number("head_memory_bytes", asked.head_memory_bytes, LEAST_HEAD_BYTES, 1 << 50, "bytes")
     if not _PROGRAM.fullmatch(asked.python):
         yield FieldViolation(
             _AT + "python", "is no program; give the path of an interpreter on the nodes that has Ray, in one line"
@@ -84,9 +91,9 @@ def id_mistakes(cluster_id: str) -> Iterator[FieldViolation]:
         )
 
 
-def _number(field: str, value: int, least: int, most: int) -> Iterator[FieldViolation]:
+def _number(field: str, value: int, least: int, most: int, unit: str = "") -> Iterator[FieldViolation]:
     if not least <= value <= most:
-        yield FieldViolation(_AT + field, f"is {value}; give {least} to {most}")
+        yield FieldViolation(_AT + field, f"is {value}; give {least} to {most} {unit}".rstrip())
 
 
 def _names(field: str, given: Sequence[str], form: re.Pattern[str], wanted: str) -> Iterator[FieldViolation]:
