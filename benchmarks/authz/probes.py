@@ -24,6 +24,7 @@ from whaleflux.v1 import (
     scheduler_pb2,
     secrets_pb2,
     trust_pb2,
+    usage_pb2,
 )
 
 STALE = '"1"'
@@ -247,6 +248,7 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "ListAdjustments": _none(console_pb2.ListAdjustmentsRequest()),
         "DeleteAdjustment": _none(console_pb2.DeleteAdjustmentRequest(name="adjustments/absent")),
     },
+    "Usage": {"ReportUsage": Probe("node", lambda name: usage_pb2.ReportUsageRequest(node=name))},
     "Router": {
         "CreateModel": _none(_R.CreateModelRequest(model_id="Not A Model")),
         "GetModel": Probe("model", _named(_R.GetModelRequest)),

@@ -30,6 +30,7 @@ class Service:
     reads_streams: tuple[str, ...] = ()  # of the event bus, from which it answers questions
     keeps_streams: bool = False  # sets the bounds of the bus' streams, of sites' too
     accounts: bool = False  # writes what jobs cost
+    takes_usage: bool = False  # publishes what agents saw of their GPUs
     keeps_code: bool = False  # holds the folders that travel with jobs
     signs: bool = False  # holds the authority that admits agents
     reflects: bool = False  # answers gRPC reflection for all of them, behind the front door
@@ -104,8 +105,10 @@ SERVICES: tuple[Service, ...] = (
         "console",
         "What everything costs, and what of it was wasted.",
         "console",
-        ("CostService",),
+        ("CostService", "UsageService"),
         tells=("price", "adjustment"),
+        reads_streams=("USAGE",),
+        takes_usage=True,
         memory_mib=1024,
         asked_memory_mib=384,
     ),

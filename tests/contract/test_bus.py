@@ -13,6 +13,7 @@ from whaleflux.errors import InvalidArgument
 from whaleflux.events.api import MAX_DATA_BYTES
 from whaleflux.events.memory import MemoryBus
 from whaleflux.events.newest import newest
+from whaleflux.events.subjects import usage_id, usage_subject
 from whaleflux.events.trace import context_of
 
 _numbers = itertools.count()
@@ -349,3 +350,16 @@ async def test_the_newest_can_be_read_first(bus, site):
     assert numbers(page) == [5, 4, 3, 2]
     rest = await newest(bus, [f"wf.v1.{site}.node.n1.*"], before=page[-1].sequence, limit=4)
     assert numbers(rest) == [1, 0]
+
+
+async def test_what_gpus_did_is_kept_whole_and_read_by_a_durable_of_its_own(bus, site):
+    subject = usage_subject(f"sites/{site}/nodes/n1", "01jz")
+    for n in (1, 2, 2, 3):
+        await bus.publish(subject, b"%d" % n, id=usage_id(f"sites/{site}/nodes/n1", "boot", "01jz", n))
+    async with bus.subscribe([f"wf.usage.{site}.>"], durable=f"ledger-{site}") as news:
+        assert numbers(await read(news, 3)) == [1, 2, 3]
+        await nothing_comes(news)
+    async with bus.subscribe([f"wf.usage.{site}.>"], durable=f"ledger-{site}") as news:
+        await bus.publish(subject, b"4", id=usage_id(f"sites/{site}/nodes/n1", "boot", "01jz", 4))
+        assert numbers(await read(news, 1)) == [4], "it goes on where it was"
+    assert (await bus.read([f"wf.v1.{site}.>"], limit=0)).matching == 0

@@ -70,7 +70,7 @@ class FakeNvml:
         return value
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:
-        return SimpleNamespace(total=self._answer(handle, "memory"))
+        return SimpleNamespace(total=self._answer(handle, "memory"), used=handle.get("used", 0))
 
     def nvmlDeviceGetPciInfo(self, handle: Any) -> Any:
         return SimpleNamespace(busId=self._answer(handle, "pci"))

@@ -83,7 +83,7 @@ class TestStreamLinks:
         assert stream_links.linked == {"a", "b"}
         assert links.nudged == ["taken.a.API", "taken.b.API"]
         assert set(links.applied) == {
-            ("", "EVENTS"), ("", "ACCOUNTING"), ("", "AUDIT"), ("taken.a.API", "TAKEN-a"), ("taken.b.API", "TAKEN-b"),
+            ("", "EVENTS"), ("", "ACCOUNTING"), ("", "AUDIT"), ("", "USAGE"), ("taken.a.API", "TAKEN-a"), ("taken.b.API", "TAKEN-b"),
             ("$JS.a.API", "EVENTS"), ("$JS.b.API", "EVENTS"),
         }  # fmt: skip
         links.nudged.clear()

@@ -4,7 +4,7 @@ import pytest
 
 from whaleflux.events import permissions
 from whaleflux.events.accounting import account_subject
-from whaleflux.events.subjects import Subject, audit_subject, matches
+from whaleflux.events.subjects import Subject, audit_subject, matches, usage_subject
 from whaleflux.services import ROLES
 
 # What each service's publishers tell of: `news` of the service, by the names of their resources.
@@ -36,13 +36,15 @@ def test_a_service_says_what_it_owns_and_nothing_that_another_one_does(role):
             assert not may(allowed.publish, str(Subject.of(name, "changed", site="a"))), "that is for agents to say"
     assert may(allowed.publish, account_subject("q", "u", "j", "r")) == (role == "scheduler")
     assert may(allowed.publish, audit_subject(role, "1", "s"))
+    assert may(allowed.publish, usage_subject("sites/a/nodes/n", "s")) == (role == "console")
+    assert may(allowed.publish, "$JS.API.CONSUMER.MSG.NEXT.USAGE.ledger") == (role == "console")
     assert allowed.subscribe == (f"_INBOX.{role}.>",)
 
 
 def test_nobody_deletes_what_is_kept_and_inventory_alone_changes_it():
     for role in ROLES:
         allowed = permissions.of_service(role, ["a"]).publish
-        for stream in ("EVENTS", "ACCOUNTING", "AUDIT"):
+        for stream in ("EVENTS", "ACCOUNTING", "AUDIT", "USAGE"):
             for call in ("STREAM.DELETE", "STREAM.PURGE", "STREAM.MSG.DELETE", "STREAM.RESTORE"):
                 assert not may(allowed, f"$JS.API.{call}.{stream}")
             assert may(allowed, f"$JS.API.STREAM.UPDATE.{stream}") == (role == "inventory")

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from whaleflux.errors import InvalidArgument
 from whaleflux.events import Subject, change_id, observation_id, pattern
 from whaleflux.events.subjects import check, check_filters, matches, overlap
-from whaleflux.events.topology import ACCOUNTING, AUDIT, EVENTS, hub_streams, site_streams, streams_for, taken_stream
+from whaleflux.events.topology import (
+    ACCOUNTING,
+    AUDIT,
+    USAGE,
+    EVENTS,
+    hub_streams,
+    site_streams,
+    streams_for,
+    taken_stream,
+)
 
 ids = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 subjects = st.builds(Subject, ids, ids, st.lists(ids, min_size=1, max_size=3).map(tuple), ids)
@@ -86,7 +95,7 @@ def test_ids_name_the_key_and_the_revision_or_the_node_and_its_boot():
 
 
 def test_a_hub_without_sites_is_one_stream_and_sites_add_sources():
-    alone, accounting, trail = hub_streams()
+    alone, accounting, trail, samples = hub_streams()
     assert (alone.name, alone.subjects, alone.sources) == (EVENTS, ("wf.v1.>",), ())
     assert (accounting.name, accounting.subjects, accounting.limits.max_per_subject) == (
         ACCOUNTING,
@@ -94,6 +103,7 @@ def test_a_hub_without_sites_is_one_stream_and_sites_add_sources():
         1,
     )
     assert (trail.name, trail.subjects, trail.sealed) == (AUDIT, ("wf.audit.>",), True), "nobody deletes of it"
+    assert (samples.name, samples.subjects, samples.limits.max_per_subject) == (USAGE, ("wf.usage.>",), 0)
     linked, *_ = hub_streams(["a", "b", "a"])
     assert [(s.stream, s.subjects) for s in linked.sources] == [("TAKEN-a", "wf.v1.a.>"), ("TAKEN-b", "wf.v1.b.>")]
     assert linked.without_sources() == alone
@@ -116,6 +126,7 @@ def test_each_event_is_read_from_exactly_one_stream():
     assert streams_for("hub", ["wf.v1.a.>"]) == ((EVENTS, ("wf.v1.a.>",)),)
     both = streams_for("hub", ["wf.account.>", "wf.v1.a.>"])
     assert both == ((EVENTS, ("wf.v1.a.>",)), (ACCOUNTING, ("wf.account.>",)))
+    assert streams_for("hub", ["wf.usage.a.>"]) == ((USAGE, ("wf.usage.a.>",)),)
     assert streams_for("a", ["wf.v1.a.node.>"]) == ((EVENTS, ("wf.v1.a.node.>",)),)
     assert streams_for("a", ["wf.v1.*.node.>"]) == ((EVENTS, ("wf.v1.a.node.>",)),)
     assert streams_for("a", ["wf.v1.>"]) == ((EVENTS, ("wf.v1.a.>",)),)

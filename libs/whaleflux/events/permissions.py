@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from whaleflux.events.subjects import ACCOUNT_ROOT, AUDIT_ROOT, HUB, ROOT
+from whaleflux.events.subjects import ACCOUNT_ROOT, AUDIT_ROOT, HUB, ROOT, USAGE_ROOT
 from whaleflux.events.topology import (
-    ACCOUNTING,
-    AUDIT,
     CODE,
     EVENTS,
+    HISTORY,
     deliver_prefix,
     site_api,
     site_deliver_prefix,
@@ -59,7 +58,7 @@ def of_service(role: str, sites: Iterable[str] = ()) -> Permissions:
     service = BY_ROLE[role]
     said = [f"{ROOT}.{HUB}.{kind}.>" for kind in service.tells]
     said += [f"{AUDIT_ROOT}.{role}.>", "$JS.API.INFO"]
-    for stream in (EVENTS, ACCOUNTING, AUDIT):
+    for stream in HISTORY:
         said += _api(stream, "STREAM.INFO", "STREAM.CREATE")
     said += _of_role(service)
     if service.keeps_streams:
@@ -70,10 +69,12 @@ def of_service(role: str, sites: Iterable[str] = ()) -> Permissions:
 def _of_role(service: Service) -> Iterator[str]:
     if service.accounts:
         yield f"{ACCOUNT_ROOT}.>"
+    if service.takes_usage:
+        yield f"{USAGE_ROOT}.>"
     for stream in service.reads_streams:
         yield from _reading(stream)
     if service.keeps_streams:
-        for stream in (EVENTS, ACCOUNTING, AUDIT):
+        for stream in HISTORY:
             yield from _api(stream, "STREAM.UPDATE")
     if service.keeps_code:
         yield from ("code.>", f"$JS.API.DIRECT.GET.{CODE}", f"$JS.API.DIRECT.GET.{CODE}.>")

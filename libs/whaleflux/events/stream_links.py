@@ -15,6 +15,7 @@ from whaleflux.clock import Clock, SystemClock
 from whaleflux.errors import StatusError
 from whaleflux.events.topology import (
     ACCOUNTS,
+    SAMPLES,
     TRAIL,
     StreamLimits,
     StreamSpec,
@@ -53,11 +54,12 @@ class StreamLinks:
         site_limits: StreamLimits | None = None,
         accounts: StreamLimits = ACCOUNTS,
         trail: StreamLimits = TRAIL,
+        samples: StreamLimits = SAMPLES,
         clock: Clock | None = None,
     ) -> None:
         self._servers = servers
         self._hub_limits, self._site_limits = hub_limits or StreamLimits(), site_limits or StreamLimits()
-        self._accounts, self._trail = accounts, trail
+        self._accounts, self._trail, self._samples = accounts, trail, samples
         self._clock: Clock = clock or SystemClock()
         self._applied_s = float("-inf")
         self._sites: tuple[str, ...] = tuple(sites)
@@ -82,7 +84,7 @@ class StreamLinks:
         sites = self._sites
         try:
             if not self._hub_is_right or self._clock.monotonic() - self._applied_s >= APPLY_EVERY_S:
-                for spec in hub_streams(sites, self._hub_limits, self._accounts, self._trail):
+                for spec in hub_streams(sites, self._hub_limits, self._accounts, self._trail, self._samples):
                     await self._servers.apply(spec)
                 for site in sites:
                     await self._servers.apply(self._taken(site), api=taken_api(site))

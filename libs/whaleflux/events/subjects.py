@@ -5,7 +5,7 @@ leaf. No site may be named `hub`. `kind` and `id` name the resource (`node`, `on
 ids of a resource with several are joined by `_`, which no id contains. `what` is what happened: `running`, `xid`.
 
 Accounting has a root of its own, `wf.account.<queue>.<user>.<job>.<record>`, since it is kept longer (see `accounting`); so has the audit
-trail, `wf.audit.<role>.<replica>.<start>.records`.
+trail, `wf.audit.<role>.<replica>.<start>.records`, and what GPUs did, `wf.usage.<site>.<node>.<start>.samples`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from typing import Self
 
 from whaleflux.errors import FieldViolation, InvalidArgument
-from whaleflux.names import check_id
+from whaleflux.names import check_id, split
 
 ROOT = "wf.v1"
 ACCOUNT_ROOT = "wf.account"
 AUDIT_ROOT = "wf.audit"
+USAGE_ROOT = "wf.usage"
 HUB = "hub"
 EVERYTHING = f"{ROOT}.>"
 MAX_CHARACTERS = 255
 
-_ROOTS = (ROOT.split("."), ACCOUNT_ROOT.split("."), AUDIT_ROOT.split("."))
+_ROOTS = tuple(root.split(".") for root in (ROOT, ACCOUNT_ROOT, AUDIT_ROOT, USAGE_ROOT))
 _TOKEN = re.compile(r"[a-z0-9]([a-z0-9_-]*[a-z0-9])?")
 
 
@@ -95,8 +96,19 @@ def audit_subject(role: str, replica: str, start: str) -> str:
     return check(f"{AUDIT_ROOT}.{role}.{replica}.{start}.records")
 
 
+def usage_subject(node: str, start: str) -> str:
+    """Where what one start of an agent saw is published; `node` is sites/{site}/nodes/{node}."""
+    site, own = split(node, "sites", "nodes")
+    return check(f"{USAGE_ROOT}.{site}.{own}.{start}.samples")
+
+
+def usage_id(node: str, boot: str, start: str, sequence: int) -> str:
+    """The id of what an agent saw in one interval."""
+    return f"{node}/{boot}/{start}/{sequence}"
+
+
 def check(subject: str) -> str:
-    """Returns `subject` when it is wf.v1.<site>.<kind>.<id>.<what>, or one of accounting or audit, else refuses."""
+    """Returns `subject` when it is wf.v1.<site>.<kind>.<id>.<what>, or one of accounting, audit or usage, else refuses."""
     tokens = subject.split(".")
     if len(subject) > MAX_CHARACTERS or len(tokens) != 6 or tokens[:2] not in _ROOTS:
         raise _bad(subject)

@@ -5,6 +5,7 @@
              EVENTS   wf.v1.> + each TAKEN-x  what everyone said; with no sites this is the whole backbone
              ACCOUNTING  wf.account.>         what every attempt and job cost; the newest record of each, kept for longer
              AUDIT    wf.audit.>              who changed what, and who was refused; nobody deletes of it, it ages out
+             USAGE    wf.usage.>              what GPUs did, until the ledger has read it, and for as long as hours can be closed anew
 
 No event comes twice and none goes in a circle: the site is part of the subject, EVENTS takes of TAKEN-a only the subjects of site a, and
 leaf links refuse plain `wf.>` messages. A site hears nothing of the hub or of other sites: nobody there reads it, and whoever takes a
@@ -18,10 +19,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from whaleflux.errors import FieldViolation, InvalidArgument
-from whaleflux.events.subjects import ACCOUNT_ROOT, AUDIT_ROOT, EVERYTHING, HUB, ROOT
+from whaleflux.events.subjects import ACCOUNT_ROOT, AUDIT_ROOT, EVERYTHING, HUB, ROOT, USAGE_ROOT
 from whaleflux.names import check_id
 
-EVENTS, ACCOUNTING, AUDIT, CODE = "EVENTS", "ACCOUNTING", "AUDIT", "CODE"
+EVENTS, ACCOUNTING, AUDIT, CODE, USAGE = "EVENTS", "ACCOUNTING", "AUDIT", "CODE", "USAGE"
+HISTORY = (EVENTS, ACCOUNTING, AUDIT, USAGE)  # streams at the hub of what happened
 TAKEN_BYTES = 128 << 20  # at the hub, per site, of what EVENTS has at once
 DAY_S = 86400.0
 
@@ -39,6 +41,7 @@ class StreamLimits:
 
 TRAIL = StreamLimits(max_bytes=1 << 30, max_age_s=400 * DAY_S, max_per_subject=0)  # about 4 million records
 ACCOUNTS = StreamLimits(max_bytes=1 << 30, max_age_s=400 * DAY_S, max_per_subject=1)  # one record per attempt or job
+SAMPLES = StreamLimits(max_bytes=2 << 30, max_age_s=3 * DAY_S, max_per_subject=0)  # about 1 kB per node and interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def hub_streams(
     limits: StreamLimits | None = None,
     accounts: StreamLimits = ACCOUNTS,
     trail: StreamLimits = TRAIL,
+    samples: StreamLimits = SAMPLES,
 ) -> tuple[StreamSpec, ...]:
     """The hub's streams; `sites` are those with a leaf server of their own."""
     sources = tuple(Source(s, taken_name(s), taken_api(s), deliver_prefix(s)) for s in _checked(sites))
@@ -107,6 +111,7 @@ def hub_streams(
         StreamSpec(EVENTS, (EVERYTHING,), sources, limits or StreamLimits()),
         StreamSpec(ACCOUNTING, (f"{ACCOUNT_ROOT}.>",), (), accounts),
         StreamSpec(AUDIT, (f"{AUDIT_ROOT}.>",), (), trail, sealed=True),
+        StreamSpec(USAGE, (f"{USAGE_ROOT}.>",), (), samples),
     )
 
 
@@ -123,13 +128,13 @@ def taken_stream(site: str, limits: StreamLimits | None = None) -> StreamSpec:
     return StreamSpec(taken_name(site), (), (source,), replace(bounds, max_bytes=min(bounds.max_bytes, TAKEN_BYTES)))
 
 
-_BY_ROOT = {ACCOUNT_ROOT: ACCOUNTING, AUDIT_ROOT: AUDIT}
+_BY_ROOT = {ACCOUNT_ROOT: ACCOUNTING, AUDIT_ROOT: AUDIT, USAGE_ROOT: USAGE}
 
 
 def streams_for(location: str, filters: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Which stream to read for these filters at `location` (the hub or a site), each with its share of the filters."""
     if location == HUB:
-        shares = {EVENTS: list[str](), ACCOUNTING: list[str](), AUDIT: list[str]()}
+        shares = {stream: list[str]() for stream in HISTORY}
         for one in filters:
             shares[_BY_ROOT.get(".".join(one.split(".")[:2]), EVENTS)].append(one)
         return tuple((stream, tuple(share)) for stream, share in shares.items() if share)

@@ -2,8 +2,8 @@
 
 One that the table of GPU types lists ("h200x8"), or the path of a small JSON file. Options stand behind it:
 "h200x8:mig=3g.71gb,4*1g.18gb" cuts each of its GPUs into these MIG instances, "mig=none" has MIG on without any, "numa=2"
-spreads the GPUs over two NUMA nodes, and "lost=3@60s", "xid=79/0", "ecc=1" break one (`sickness`). "h200x4+a100x4pcie"
-is one machine with the GPUs of both.
+spreads the GPUs over two NUMA nodes, "lost=3@60s", "xid=79/0", "ecc=1" break one (`sickness`), and "usage=45%@50s,0%@10s" says what
+their counters show while work has them (`activity`). "h200x4+a100x4pcie" is one machine with the GPUs of both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from whaleflux.errors import FieldViolation, InvalidArgument
-from whaleflux.fleet import sickness
+from whaleflux.fleet import activity, sickness
+from whaleflux.fleet.activity import Spell
 from whaleflux.fleet.gpu_types import CATALOGUE, Catalogue, LinkGroup, MachineShape, MigProfile
 from whaleflux.fleet.model import Disk, LinkKind, Price, PriceKind
 from whaleflux.fleet.sickness import Fault
@@ -35,6 +36,7 @@ class Profile:
     mig: tuple[MigProfile, ...] | None = None  # instances of each GPU; None: MIG is off
     numa_nodes: int = 0  # over which its GPUs are spread; 0: it does not say
     faults: tuple[Fault, ...] = ()
+    usage: tuple[Spell, ...] = ()  # what its GPUs do while work has them; none: nothing is known of that
     also: tuple[Profile, ...] = ()  # whose GPUs are in the same machine, behind its own
 
     @classmethod
@@ -60,10 +62,12 @@ class Profile:
             return replace(self, faults=(*self.faults, sickness.parse(key, value, self.shape.count)))
         if key == "numa" and value.isdecimal() and 1 <= int(value) <= _MOST_NUMA_NODES:
             return replace(self, numa_nodes=int(value))
+        if key == "usage":
+            return replace(self, usage=activity.parse(value))
         if key == "mig":
             of_type = catalogue.types[self.model].mig if self.model in catalogue.types else ()
             return replace(self, mig=mig_instances(value, of_type))
-        known = f"mig=PROFILES, numa=1 to {_MOST_NUMA_NODES}, lost=GPU@TIME, xid=CODE/GPU@TIME, ecc=GPU@TIME"
+        known = f"mig=PROFILES, numa=1 to {_MOST_NUMA_NODES}, usage=PERCENT%@TIME, lost=GPU@TIME, xid=CODE/GPU@TIME, ecc=GPU@TIME"
         raise InvalidArgument(FieldViolation("profile", f"{key}={value!r} is not an option; use {known}"))
 
     @property

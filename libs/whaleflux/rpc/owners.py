@@ -241,6 +241,7 @@ TABLE: dict[str, OwnerRule] = {
         ListAdjustments=FLEET,
         DeleteAdjustment=FLEET,
     ),
+    **_service("Usage", ReportUsage=own_node("node")),
     **_service(
         "Router",
         CreateModel=RECORD,
@@ -288,6 +289,7 @@ _ROUTINE = frozenset(
         _method("Checkpoint", "BeginCheckpoint"),
         _method("Checkpoint", "ReportPieces"),
         _method("Checkpoint", "ConfirmDeleted"),
+        _method("Usage", "ReportUsage"),
     }
 )
 

@@ -52,6 +52,7 @@ _HEALTH = "/whaleflux.v1.HealthService/"
 _CHECKPOINT = "/whaleflux.v1.CheckpointService/"
 _ROUTER = "/whaleflux.v1.RouterService/"
 _COST = "/whaleflux.v1.CostService/"
+_USAGE = "/whaleflux.v1.UsageService/"
 _IDENTITY = "/whaleflux.v1.IdentityService/"
 _READERS = HUMANS | SERVICES
 
@@ -153,6 +154,7 @@ TABLE: Table = {
     # console: everybody reads what is theirs, operators declare prices
     _COST + "*": OPERATORS,
     _COST + "List*": _READERS,
+    _USAGE + "ReportUsage": frozenset({AGENT}),
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,
     _ROUTER + "List*": _READERS,

@@ -20,7 +20,14 @@ from whaleflux.fleet.xids import is_hardware_fault
 from whaleflux.reasons import ConditionType, NodeReason, What
 from whaleflux.rpc.channel import Channel
 from whaleflux.service import Parts, ServiceContext
-from whaleflux.v1 import agent_pb2_grpc, checkpoint_pb2_grpc, health_pb2, inventory_pb2_grpc, scheduler_pb2_grpc
+from whaleflux.v1 import (
+    agent_pb2_grpc,
+    checkpoint_pb2_grpc,
+    health_pb2,
+    inventory_pb2_grpc,
+    scheduler_pb2_grpc,
+    usage_pb2_grpc,
+)
 from whaleflux_agent import indirect_probe, machine_notices
 from whaleflux_agent.attach import AttachSessions
 from whaleflux_agent.checkpoint_access import CheckpointAccess
@@ -64,6 +71,15 @@ from whaleflux_agent.state import StateDir
 from whaleflux_agent.supervisor import NodeLimits, Supervisor
 from whaleflux_agent.sync import SyncLoop
 from whaleflux_agent.task_runner import NodeContext, Sockets, Task
+from whaleflux_agent.usage.dcgm import Exporter
+from whaleflux_agent.usage.network import NetworkCounters
+from whaleflux_agent.usage.nvml import open_nvml_usage
+from whaleflux_agent.usage.outbox import UsageOutbox
+from whaleflux_agent.usage.played import PlayedUsage
+from whaleflux_agent.usage.sampler import Sampled, Sampler
+from whaleflux_agent.usage.sender import UsageSender
+from whaleflux_agent.usage.source import UsageSource
+from whaleflux_agent.usage.steps import StepLog
 
 _TIDY_EVERY_S = 3600.0
 _PINS_EVERY_S = 10.0
@@ -87,14 +103,16 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
     notices = [await machine_notices.begin(Ec2Metadata(), registration.announce, clock)] if heard else []
     collector = CheckpointCollector(checkpoints, [settings.checkpoints], clock)
     custody = await _open_custody(ctx, checkpoints, collector)
-    observations = Observations(description.node, description.boot_id, names.ulid(clock.now().timestamp()), clock)
+    start = names.ulid(clock.now().timestamp())
+    observations = Observations(description.node, description.boot_id, start, clock)
     sockets = _LaterSockets()
     datasets, supervisor = _supervision(
         ctx, custody, source, registration, observations, inventory, checkpoints, runtimes, isolation, sockets
     )
     await supervisor.restore()
     ray = RayReadings(clock)
-    rank_server = await _serve_ranks(ctx, supervisor, custody.outbox, checkpoints, observations, ray)
+    steps = StepLog()
+    rank_server = await _serve_ranks(ctx, supervisor, custody.outbox, checkpoints, observations, ray, steps)
     isolation.let_pass(socket_path(settings.state_dir).parent)
     sockets.server = rank_server
     ahead = DataAhead(datasets, clock)
@@ -114,6 +132,8 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
         refused=revocation.look_at,
     )
     heartbeat = _heartbeat(ctx, description, supervisor, observations, revocation)
+    counters = _counters(ctx, source)
+    usage = await _usage(ctx, description, start, registration, supervisor, counters, steps)
     return Parts(
         servicers=[
             (
@@ -132,6 +152,7 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             supervisor.run,
             *([sync.run, ahead.run] if settings.run else []),  # the scheduler gives work only to agents that it hears
             heartbeat.run,
+            *usage,
             custody.outbox.run,
             collector.run,
             rank_server.run,
@@ -143,7 +164,13 @@ async def build(ctx: Context, revocation: Revocation | None = None) -> Parts:
             *([lambda: _dataset_pins(datasets, registration, clock)] if settings.run else []),
         ],
         farewells=[lambda: _say_goodbye(heartbeat, revocation)],
-        on_stop=[attached.close, source.close, datasets.close, lambda: asyncio.to_thread(custody.state.close)],
+        on_stop=[
+            attached.close,
+            source.close,
+            counters.close,
+            datasets.close,
+            lambda: asyncio.to_thread(custody.state.close),
+        ],
     )
 
 
@@ -289,13 +316,45 @@ async def _serve_ranks(
     checkpoints: checkpoint_pb2_grpc.CheckpointServiceStub,
     observations: Observations,
     ray: RayReadings,
+    steps: StepLog,
 ) -> RankServer:
     """The ranks' socket, listening."""
     root = _checkpoint_root(ctx.settings)
-    servicer = RankServicer(supervisor, outbox, checkpoints, root, ctx.clock, observations.add, ray)
+    servicer = RankServicer(supervisor, outbox, checkpoints, root, ctx.clock, observations.add, ray, steps)
     server = RankServer(socket_path(ctx.settings.state_dir), servicer, supervisor, observations.add)
     await server.start()
     return server
+
+
+async def _usage(
+    ctx: Context,
+    description: NodeDescription,
+    start: str,
+    registration: Registration,
+    supervisor: Supervisor,
+    counters: UsageSource,
+    steps: StepLog,
+) -> list[Callable[[], Awaitable[None]]]:
+    """The loops that read what GPUs do, and tell the console."""
+    settings, clock = ctx.settings, ctx.clock
+    outbox = UsageOutbox(settings.state_dir / "usage", settings.usage_bytes, start)
+    await outbox.open()
+    of = Sampled(
+        node=description.node,
+        boot_id=description.boot_id,
+        simulated=lambda: registration.simulated,
+        devices=lambda: [gpu.uuid for gpu in registration.machine.node.gpus],
+        works=lambda: [task.work for task in supervisor.holding()],
+    )
+    sampler = Sampler(of, counters, NetworkCounters(), steps, outbox, clock, settings.usage_every_s)
+    stub = usage_pb2_grpc.UsageServiceStub(_channel(ctx, "console"))
+    return [sampler.run, UsageSender(outbox, stub, description.node, clock).run]
+
+
+def _counters(ctx: Context, source: DeviceSource) -> UsageSource:
+    if isinstance(source, ProfileSource):
+        return PlayedUsage(source.scripts(ctx.identity.node), ctx.clock)
+    return open_nvml_usage(Exporter(ctx.settings.dcgm_url), ctx.clock)
 
 
 def _heartbeat(

@@ -57,6 +57,7 @@ class RankServer:
             "fail_save": servicer.fail_save,
             "confirm_intact": servicer.confirm_intact,
             "report_progress": servicer.report_progress,
+            "report_steps": servicer.report_steps,
             "report_ray": servicer.report_ray,
         }
 

@@ -31,6 +31,8 @@ from whaleflux_agent.launch_plans import checkpoint_folder
 from whaleflux_agent.ray_readings import RayReadings
 from whaleflux_agent.supervisor import Supervisor
 from whaleflux_agent.task_runner import Task
+from whaleflux_agent.usage import steps as usage_steps
+from whaleflux_agent.usage.steps import StepLog
 
 RETRY = Backoff()
 
@@ -53,9 +55,11 @@ class RankServicer:
         clock: Clock,
         observe: Callable[[str, Task | None, int, str], None],
         ray: RayReadings,
+        steps: StepLog,
     ) -> None:
         self._supervisor, self._outbox, self._checkpoints = supervisor, outbox, checkpoints
         self._root, self._clock, self._observe, self._ray = checkpoint_root, clock, observe, ray
+        self._steps = steps
 
     async def get_restore(self, task: Task, request: agent_pb2.GetRestoreRequest) -> agent_pb2.GetRestoreResponse:
         """The newest checkpoint but the refused ones. Raises FailedPrecondition when all there are were refused."""
@@ -210,6 +214,14 @@ class RankServicer:
         loss = request.loss if request.HasField("loss") else None
         self._supervisor.note_progress(task, request.rank, request.step, loss)
         return agent_pb2.ReportProgressResponse()
+
+    async def report_steps(self, task: Task, request: agent_pb2.ReportStepsRequest) -> agent_pb2.ReportStepsResponse:
+        """What steps were made of, for the ledger of costs."""
+        _check_rank(request.rank, task.work)
+        if wrong := usage_steps.wrong(request):
+            raise InvalidArgument(FieldViolation("times", wrong))
+        self._steps.add(task.work, request)
+        return agent_pb2.ReportStepsResponse()
 
     async def report_ray(self, task: Task, request: agent_pb2.ReportRayRequest) -> agent_pb2.ReportRayResponse:
         """What waits in the Ray cluster of the task's job: whether it is the part of one, the scheduler knows."""

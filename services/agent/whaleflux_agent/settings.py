@@ -41,7 +41,7 @@ class Settings(ServiceSettings):
             "own_checkpoint_folders", "core_dump_bytes", "container_root",
         ),
         "The agent itself": (
-            "heartbeat_every_s", "metrics_listen", "otlp_endpoint", "log_level", "drain_grace_s",
+            "heartbeat_every_s", "usage_every_s", "usage_bytes", "dcgm_url", "metrics_listen", "otlp_endpoint", "log_level", "drain_grace_s",
         ),
     }  # fmt: skip
 
@@ -80,6 +80,20 @@ class Settings(ServiceSettings):
 
     run: bool = Field(True, description="Take work; --no-run only senses: GPUs, health, heartbeats.")
     heartbeat_every_s: float = Field(0.5, gt=0, le=60, description="Seconds between signs of life.")
+    usage_every_s: float = Field(
+        10.0, ge=1, le=3600, description="Seconds between two readings of what GPUs did, for the ledger of costs."
+    )
+    usage_bytes: int = Field(
+        64 << 20,
+        ge=1 << 20,
+        description="Most bytes of such readings that wait on this disk while nobody takes them; the oldest go first, and are counted.",
+    )
+    dcgm_url: str = Field(
+        "http://127.0.0.1:9400/metrics",
+        max_length=1024,
+        pattern="^(https?://.*)?$",
+        description="Metrics of a DCGM exporter: where one answers it is read, and NVML's performance counters are left to it. Empty: never asked.",
+    )
     checkpoint_root: Path | None = Field(
         None, description="Folder for checkpoints of jobs that name none; others may be deleted below it only."
     )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
+from whaleflux.store.placements import Placements
 from whaleflux.v1.console_pb2_grpc import add_CostServiceServicer_to_server
+from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
+from whaleflux_console.intake import UsageIntake
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.servicer import CostServicer
 from whaleflux_console.settings import Settings
@@ -27,9 +32,17 @@ async def build(ctx: Context) -> Parts:
         await lead(ctx.store, ROLE, ctx.address, partial(_publish, ctx))
 
     return Parts(
-        servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService")],
+        servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService"), *_intake(ctx)],
         loops=[work_while_leading] if ctx.settings.nats else [],
     )
+
+
+def _intake(ctx: Context) -> list[tuple[Callable[[Any, Any], None], Any, str]]:
+    """Without a bus nobody could read what agents say: they keep it."""
+    if not ctx.settings.nats:
+        return []
+    intake = UsageIntake(ctx.bus, Placements(ctx.store), ctx.clock)
+    return [(add_UsageServiceServicer_to_server, intake, "whaleflux.v1.UsageService")]
 
 
 async def _publish(ctx: Context, leader: Leader) -> None:

@@ -142,8 +142,8 @@ def _stream_links(bus: Bus, sites: list[str], settings: Settings, clock: Clock) 
     for site in sites:
         check_id("leaf_sites", site)
     if isinstance(bus, NatsBus):
-        events, accounts, trail = settings.kept()
-        return StreamLinks(bus, sites, hub_limits=events, accounts=accounts, trail=trail, clock=clock)
+        events, accounts, trail, samples = settings.kept()
+        return StreamLinks(bus, sites, hub_limits=events, accounts=accounts, trail=trail, samples=samples, clock=clock)
     if sites:
         raise InvalidArgument(FieldViolation("leaf_sites", "needs a NATS server as the bus (--nats nats://host:4222)"))
     return None

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from whaleflux.config import ServiceSettings
-from whaleflux.events.topology import ACCOUNTS, DAY_S, TRAIL, StreamLimits
+from whaleflux.events.topology import ACCOUNTS, DAY_S, SAMPLES, TRAIL, StreamLimits
 
 
 class Settings(ServiceSettings):
@@ -79,6 +79,14 @@ class Settings(ServiceSettings):
     audit_max_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Most bytes of that, about 500 for each record; the oldest goes first."
     )
+    usage_days: float = Field(
+        3.0, gt=0, le=60, description="Days for which NATS keeps what GPUs did; hours can be closed anew for as long."
+    )
+    usage_max_bytes: int = Field(
+        2 << 30,
+        ge=1 << 20,
+        description="Most bytes of that, about 1 kB for each node and ten seconds; the oldest goes first.",
+    )
     rent_server: str = Field(
         "", description="The front door as rented machines dial it, host:port; without it nothing is rented."
     )
@@ -103,9 +111,10 @@ class Settings(ServiceSettings):
     )
     leaf_sites: str = Field("", description="Sites with a NATS server of their own, comma separated; empty: none.")
 
-    def kept(self) -> tuple[StreamLimits, StreamLimits, StreamLimits]:
-        """Bounds of the streams of events, of accounting, and of the audit trail."""
+    def kept(self) -> tuple[StreamLimits, StreamLimits, StreamLimits, StreamLimits]:
+        """Bounds of the streams of events, of accounting, of the audit trail, and of usage."""
         events = StreamLimits(self.events_max_bytes, self.events_days * DAY_S, self.events_per_subject)
         accounts = replace(ACCOUNTS, max_bytes=self.accounting_max_bytes, max_age_s=self.accounting_days * DAY_S)
         trail = replace(TRAIL, max_bytes=self.audit_max_bytes, max_age_s=self.audit_days * DAY_S)
-        return events, accounts, trail
+        samples = replace(SAMPLES, max_bytes=self.usage_max_bytes, max_age_s=self.usage_days * DAY_S)
+        return events, accounts, trail, samples

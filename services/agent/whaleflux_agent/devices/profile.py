@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from whaleflux import names
 from whaleflux.clock import Clock, SystemClock
+from whaleflux.fleet.activity import Spell
 from whaleflux.fleet.gpu_types import MachineShape, MigProfile
 from whaleflux.fleet.model import Gpu, Node
 from whaleflux.fleet.profile import Profile
@@ -65,6 +66,13 @@ class ProfileSource:
             simulated=True,
         )
         return Machine(node, "simulated")
+
+    def scripts(self, name: str) -> dict[str, tuple[Spell, ...]]:
+        """What the devices of node `name` do while work has them, by UUID; MIG instances do as their GPU."""
+        found = [(gpu, part) for part, own in self._by_part(self._gpus(name)) for gpu in own if part.usage]
+        return {
+            device.uuid: part.usage for gpu, part in found for device in (self._instances(gpu, part.mig or ()) or [gpu])
+        }
 
     def _gpus(self, name: str) -> list[Gpu]:
         places = [(part, index) for part in self.profile.parts for index in range(part.shape.count)]
