@@ -10,8 +10,8 @@ from whaleflux.events.subjects import check, check_filters, matches, overlap
 from whaleflux.events.topology import (
     ACCOUNTING,
     AUDIT,
-    USAGE,
     EVENTS,
+    USAGE,
     hub_streams,
     site_streams,
     streams_for,
