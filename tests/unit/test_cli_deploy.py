@@ -6,9 +6,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from whaleflux.cli import deploy_commands
+from whaleflux.cli import deploy_commands, describe_commands
 from whaleflux.cli.__main__ import app, main
-from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound
+from whaleflux.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from whaleflux.v1 import router_pb2 as pb
 
 RUN = CliRunner()
@@ -24,7 +24,7 @@ class Fleet:
     """A router and an inventory that keep what they were asked."""
 
     def __init__(self):
-        self.router = self.inventory = self
+        self.router = self.inventory = self.events = self
         self.asked, self.datasets, self.model = [], {}, None
 
     def GetModel(self, request, timeout):
@@ -42,6 +42,12 @@ class Fleet:
 
     def CreateModel(self, request, timeout):
         self.asked.append(pb.CreateModelRequest.FromString(request.SerializeToString()))
+
+    def ListReplicas(self, request, timeout):
+        return pb.ListReplicasResponse()
+
+    def ListEvents(self, request, timeout):
+        raise Unavailable("no events are kept")
 
     def UpdateModel(self, request, timeout):
         self.asked.append(request)
@@ -108,6 +114,10 @@ def test_who_says_no_has_declared_nothing(fleet, file):
     assert not created(fleet)
 
 
+def away(*_, **__):
+    raise Unavailable("the router is away")
+
+
 def sized(estimate):
     """Two sizes that serve, and one that does not."""
     one = estimate.sizes.add(
@@ -155,6 +165,26 @@ def test_the_gpus_that_are_picked_are_shown_with_what_else_serves_and_why_others
     assert [one["gpu_type"] for one in said["sites"][0]["sizes"]] == ["RTX4090", "H200", "L4"]
     fleet.model = pb.Model(name="models/m")
     assert "1 x RTX4090" in RUN.invoke(app, ["rollout", "status", "m"]).output
+
+
+def test_a_description_says_which_gpus_the_next_replica_gets(fleet, monkeypatch):
+    answer = pb.EstimateDeploymentResponse(sites=[pb.SiteEstimate(replicas=1)])
+    sized(answer.sites[0])
+    monkeypatch.setattr(fleet, "EstimateDeployment", lambda request, timeout: answer)
+    monkeypatch.setattr(describe_commands, "fleet", lambda: contextlib.nullcontext(fleet))
+    fleet.model = pb.Model(name="models/m", engine=pb.Engine(kind="vllm", shape="llama-3.1-8b", command=["serve"]))
+    lines = RUN.invoke(app, ["describe", "model", "m"]).output.splitlines()
+    said = [line for line in lines if " x " in line]
+    assert "next 1 x RTX4090 at edge: 0.50 USD/h, the first token after 250 ms" in said[0]
+    assert "or 1 x H200 at onprem: not known USD/h" in said[1]
+    assert "not 1 x L4 at edge: a token takes 80 ms alone" in said[2]
+    told = json.loads(RUN.invoke(app, ["describe", "model", "m", "-o", "json"]).output)
+    assert [one["gpu_type"] for one in told["sizes"]] == ["RTX4090", "H200", "L4"]
+    answer.sites[0].Clear()
+    answer.sites[0].problem = "no GPUs take work there now"
+    assert "none: no GPUs take work there now" in RUN.invoke(app, ["describe", "model", "m"]).output
+    monkeypatch.setattr(fleet, "EstimateDeployment", away)
+    assert "not known now: the router is away" in RUN.invoke(app, ["describe", "model", "m"]).output
 
 
 def test_a_file_that_leaves_its_gpus_open_says_where_the_engine_is_told(fleet, file):

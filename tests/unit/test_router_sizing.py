@@ -26,6 +26,7 @@ from whaleflux_inference_router.deployments import Deployments
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
+from whaleflux_inference_router.serving_sizes import request_of
 from whaleflux_scheduler.core.ray_nodes import FreeNode
 from whaleflux_scheduler.serving_plans import ServingPlans
 
@@ -320,3 +321,31 @@ class TestReplicas:
             await t.declare(1)
             await t.turn(6)
             assert (t.states, t.scheduler.asked) == (["READY"], 0)
+
+
+class TestVersions:
+    def changed(self):
+        """A model whose engine is being replaced: with another objective, context and site."""
+        made = model("s", objective__per_token=ms(20), context_window_tokens=4096, count=2)
+        made.version, made.rollout.state = 2, pb.ROLLOUT_STATE_SURGING
+        made.rollout.to_version, made.rollout.from_version = 2, 1
+        made.rollout.from_engine.CopyFrom(model(shape="llama-3.1-70b").engine)
+        made.rollout.from_objective.per_token.MergeFrom(ms(50))
+        made.rollout.from_context_window_tokens = 8192
+        made.rollout.from_sites.add(site="sites/t")
+        return made
+
+    def test_a_replica_of_the_engine_of_before_keeps_what_that_was_to_keep(self):
+        old, new = (request_of(self.changed(), version) for version in (1, 2))
+        assert (old.model, old.per_token.nanos, old.context_tokens) == ("llama-3.1-70b", 50 * 10**6, 8192)
+        assert (new.model, new.per_token.nanos, new.context_tokens) == ("llama-3.1-8b", 20 * 10**6, 4096)
+        assert list(old.sites) == list(new.sites) == ["sites/s", "sites/t"]
+
+    def test_where_one_of_them_is_anywhere_all_sites_are_asked_about(self):
+        anywhere = self.changed()
+        del anywhere.rollout.from_sites[:]
+        assert list(request_of(anywhere, 1).sites) == []
+
+    def test_the_requests_are_shared_by_the_replicas_of_all_sites(self):
+        made = model("s", "t", count=2, objective__requests_per_s=8.0)
+        assert request_of(made, 1).requests_per_s == 2.0

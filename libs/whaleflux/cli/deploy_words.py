@@ -59,6 +59,19 @@ def show_sizes(estimates: Iterable[router_pb2.SiteEstimate]) -> None:
         )
 
 
+def size_lines(estimate: router_pb2.SiteEstimate) -> list[str]:
+    """The same of one site in a few words: next 2 x H200 at onprem, 5.20 USD/h."""
+    problem = [f"none: {estimate.problem}"] if estimate.problem else []
+    return problem + [_size_line(*row) for row in _size_rows(estimate)]
+
+
+def _size_line(site: str, word: str, size: str, *cells: str) -> str:
+    _, first, token, _, usd, _, why = cells
+    if word == "not":
+        return f"{word} {size} at {site}: {why}"
+    return f"{word} {size} at {site}: {usd} USD/h, the first token after {first}, {token} for each further one"
+
+
 def _size_rows(estimate: router_pb2.SiteEstimate) -> list[list[str]]:
     good = [one for one in estimate.sizes if not one.lack][:_MOST_SERVING]
     bad = [one for one in estimate.sizes if one.lack][:_MOST_LACKING]

@@ -57,6 +57,7 @@ class _Description:
         self.name, self.record, self.lines, self.next_ = name, record, lines, next_
         self.attempts: list[Any] = []
         self.events: list[Any] = []
+        self.sizes: list[Any] = []  # of a model whose GPUs are picked
         self.unknown = ""  # why what happened is not known
 
     def say(self) -> None:
@@ -83,6 +84,8 @@ class _Description:
             "attempts": [output.as_json(record) for record in self.attempts],
             "events": [output.as_json(event) for event in self.events],
         }
+        if self.sizes:
+            found["sizes"] = [output.as_json(size) for size in self.sizes]
         return found | ({"events_unknown": self.unknown} if self.unknown else {})
 
 
@@ -149,10 +152,28 @@ def _model(client: Client, given: str) -> _Description:
     shown = _Description(
         name, record, lines, f"whaleflux replicas {names.last(name)} | whaleflux route {names.last(name)}"
     )
+    if record is not None and record.engine.shape:
+        _add_sizes(client, shown)
     _tell(client, shown)
     if record is None and not shown.events:
         raise missing
     return shown
+
+
+def _add_sizes(client: Client, shown: _Description) -> None:
+    """Which GPUs its next replica gets at each site, what else serves, and why others do not."""
+    from whaleflux.cli import deploy_words
+    from whaleflux.errors import StatusError
+    from whaleflux.v1 import router_pb2
+
+    try:
+        estimate = client.router.EstimateDeployment(router_pb2.EstimateDeploymentRequest(name=shown.name), timeout=30)
+    except StatusError as error:
+        shown.lines.append(("GPUs", _why(error)))
+        return
+    shown.sizes = [size for site in estimate.sites for size in site.sizes]
+    words = [line for site in estimate.sites for line in deploy_words.size_lines(site)]
+    shown.lines += [("" if number else "GPUs", line) for number, line in enumerate(words)]
 
 
 def _model_lines(model: Any, replicas: list[Any]) -> Lines:
@@ -166,7 +187,12 @@ def _model_lines(model: Any, replicas: list[Any]) -> Lines:
 
     return [
         ("name", model.name),
-        ("engine", ", ".join((model.engine.kind, *([] if model.engine.addresses else [gpus_of(model.engine)])))),
+        (
+            "engine",
+            ", ".join(
+                (model.engine.kind, *([gpus_of(model.engine)] if model.engine.command or model.engine.image else []))
+            ),
+        ),
         ("declared", f"{output.age(model.create_time)} ago" + _by(model.last_change)),
         ("replicas", f"{model.ready_replicas} ready of {model.replicas.min}"),
         *(("", told(replica)) for replica in replicas[:16]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,14 +69,22 @@ def serve(
     First what meets the objective, of that what can start now, of that the cheapest; where no price is known, the fewest GPUs. `weight_bytes` of a
     parameter: 2, or 1 in 8 bit. Raises InvalidArgument where a type's speed is not known or it has no 8 bit.
     """
-    found = []
+    found, known = list[Size](), dict[tuple[str, int], Replica]()
+    types, precision = {offer.gpu.name: offer.gpu for offer in offers}, "fp8" if weight_bytes < 2 else "bf16"
+    machines = {name: Machine.of(gpu, precision) for name, gpu in types.items()}
     for offer in offers:
-        machine = Machine.of(offer.gpu, "fp8" if weight_bytes < 2 else "bf16")
+        machine = machines[offer.gpu.name]
         most = min(int(np.asarray(machine.fabric.island)), offer.node_gpus or _MOST_TP, _MOST_TP)
         for tp in (one for one in ([gpus] if gpus else _powers(most)) if one <= most and shape.heads % one == 0):
-            made = replica(shape, machine, tp, asked, weight_bytes, offer.usd_per_gpu_hour, constants)
-            found.append(Size(made, offer))
+            if (offer.gpu.name, tp) not in known:  # sites differ in price alone
+                known[offer.gpu.name, tp] = replica(shape, machine, tp, asked, weight_bytes, 1.0, constants)
+            found.append(Size(_priced(known[offer.gpu.name, tp], offer.usd_per_gpu_hour), offer))
     return sorted(found, key=_rank)
+
+
+def _priced(at_one_dollar: Replica, usd: float | None) -> Replica:
+    per_million = at_one_dollar.usd_per_million_tokens
+    return replace(at_one_dollar, usd_per_million_tokens=per_million * usd if per_million and usd else None)
 
 
 def _powers(most: int) -> list[int]:
