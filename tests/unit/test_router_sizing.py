@@ -172,6 +172,13 @@ class TestDeclared:
             assert all(one.per_token_s <= 0.05 for one in good)
             assert any(one.gpu_type == "RTX4090" and "do not fit" in one.words for one in answer.sizes)
 
+    async def test_what_the_next_one_gets_is_told_while_all_answer(self):
+        async with service(*BOTH) as (router, current):
+            await create(router, model(count=0))
+            (answer,) = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)).sites
+            assert answer.why == "all replicas answer"
+            assert answer.sizes
+
     async def test_what_is_declared_keeps_its_bounds_and_not_the_choice(self):
         async with service(*BOTH) as (router, _):
             made = await create(router, model())

@@ -191,6 +191,8 @@ def _at_site(
     ready = sum(one.state == pb.REPLICA_STATE_READY for one in mine)
     weights = facts.at(site)
     made = pb.SiteEstimate(site=site, replicas=count, ready_replicas=ready, missing_bytes=weights.missing_bytes)
+    if facts.sizes is not None:
+        made.sizes.extend(facts.sizes.shown(site, convert.engine_at(model, model.version, site).gpu_models, MOST_SIZES))
     if ready >= count:
         made.ready_in.FromSeconds(0)
         made.why = "all replicas answer"
@@ -204,8 +206,6 @@ def _at_site(
     left_out = facts.sizes.answer.refused if facts.sizes is not None else ()
     made.why = "; ".join((found.why, *waiting[:1], *(f"left out: {one}" for one in left_out)))
     made.problem = _problem(model, facts, site)
-    if facts.sizes is not None:
-        made.sizes.extend(facts.sizes.shown(site, convert.engine_at(model, model.version, site).gpu_models, MOST_SIZES))
     if found.seconds is not None and not made.problem:
         made.ready_in.FromMilliseconds(round(1000 * found.seconds))
     return made
