@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.scheduler_world import node
 from tests.unit.test_router_service import Scheduler, Turns
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import InvalidArgument
+from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Put
@@ -88,6 +88,8 @@ class Fleet(Scheduler):
         self.has, self.asked = list(has), 0
 
     async def PlanServing(self, request, timeout):
+        if self.silent:
+            raise Unavailable("no scheduler")
         self.asked += 1
         nodes = [FreeNode(node(name, count, model=kind), free, 1000, 1 << 30) for name, kind, count, free in self.has]
         leading = SimpleNamespace(
@@ -143,8 +145,9 @@ async def service(*has):
     store, clock = MemoryStore(), VirtualClock()
     async with routing(store, clock) as current:
         with auth.acting_as(ANN):
-            deployments = Deployments(Inventory(), Fleet(*has))
-            yield Router(store, clock, current, Resolver(clock), deployments=deployments), current
+            fleet = Fleet(*has)
+            router = Router(store, clock, current, Resolver(clock), deployments=Deployments(Inventory(), fleet))
+            yield router, current, fleet
 
 
 async def create(router, wanted):
@@ -152,7 +155,7 @@ async def create(router, wanted):
 
 
 async def refused(wanted, *has):
-    async with service(*(has or BOTH)) as (router, current):
+    async with service(*(has or BOTH)) as (router, current, _):
         with pytest.raises(InvalidArgument) as error:
             await create(router, wanted)
         assert not current.models.values
@@ -161,7 +164,7 @@ async def refused(wanted, *has):
 
 class TestDeclared:
     async def test_an_estimate_shows_the_choice_what_else_serves_and_why_others_do_not(self):
-        async with service(*BOTH) as (router, _):
+        async with service(*BOTH) as (router, *_):
             wanted = model(shape="llama-3.1-70b", objective__per_token=ms(50))
             (answer,) = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(model=wanted), None)).sites
             assert not answer.problem
@@ -173,21 +176,21 @@ class TestDeclared:
             assert any(one.gpu_type == "RTX4090" and "do not fit" in one.words for one in answer.sizes)
 
     async def test_what_the_next_one_gets_is_told_while_all_answer(self):
-        async with service(*BOTH) as (router, current):
+        async with service(*BOTH) as (router, *_):
             await create(router, model(count=0))
             (answer,) = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)).sites
             assert answer.why == "all replicas answer"
             assert answer.sizes
 
     async def test_what_is_declared_keeps_its_bounds_and_not_the_choice(self):
-        async with service(*BOTH) as (router, _):
+        async with service(*BOTH) as (router, *_):
             made = await create(router, model())
             assert (made.engine.gpus, list(made.engine.gpu_models), made.engine.gpu_memory_bytes) == (0, [], 0)
             again = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
             assert again.version == 1, "the same file begins no rollout"
 
     async def test_another_objective_or_context_is_another_engine(self):
-        async with service(*BOTH) as (router, _):
+        async with service(*BOTH) as (router, *_):
             made = await create(router, model())
             made.objective.per_token.MergeFrom(ms(20))
             changed = await router.UpdateModel(pb.UpdateModelRequest(model=made), None)
@@ -199,7 +202,7 @@ class TestDeclared:
             (model(shape="llama-3.1-405b"), "model.engine.shape", "too much for each GPU"),
             (model(shape="llama-3.1-70b", engine__gpu_models=["RTX4090"]), "model.engine.shape", "2 x RTX4090"),
             (model(engine__gpu_models=["B200"]), "model.engine.gpu_models", "there are: "),
-            (model(engine__gpus=8), "model.engine.gpu_models", "H200: no node of s has 8"),
+            (model(engine__gpus=8), "model.engine.gpu_models", "H200: no node has 8 of them"),
             (model(engine__gpus=3), "model.engine.gpus", "does not divide the 32 heads"),
             (
                 model(engine__gpu_models=["RTX4090"], context_window_tokens=131_072, engine__gpus=1),
@@ -228,11 +231,27 @@ class TestDeclared:
     async def test_the_rate_is_shared_by_all_replicas(self):
         said = await refused(model(objective__requests_per_s=40.0), ("s/a", "H200", 1, 1))
         enough = int(said["model.objective.requests_per_s"].partition("`replicas.min` to ")[2].split()[0])
-        async with service(("s/a", "H200", 1, 1)) as (router, _):
+        async with service(("s/a", "H200", 1, 1)) as (router, *_):
             await create(router, model(objective__requests_per_s=40.0, count=enough))
 
+    async def test_while_the_scheduler_is_away_an_estimate_says_so_and_nothing_is_declared(self):
+        async with service(*BOTH) as (router, current, fleet):
+            await create(router, model())
+            fleet.silent = True
+            (answer,) = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)).sites
+            assert "which GPUs serve it is not known now: no scheduler" in answer.why
+            with pytest.raises(Unavailable):
+                await router.CreateModel(pb.CreateModelRequest(model_id="n", model=model()), None)
+            assert len(current.models.values) == 1
+
+    async def test_a_site_without_gpus_waits_also_where_others_lack_the_precision(self):
+        async with service(("s/a", "A100-80GB", 4, 4)) as (router, *_):
+            with pytest.raises(InvalidArgument) as error:
+                await create(router, model("s", "t", engine__fp8=True))
+            assert [one.field for one in error.value.violations] == ["model.sites[0]"]
+
     async def test_a_fleet_without_gpus_waits_for_some(self):
-        async with service() as (router, _):
+        async with service() as (router, *_):
             await create(router, model())
             (answer,) = (await router.EstimateDeployment(pb.EstimateDeploymentRequest(name="models/m"), None)).sites
             assert "no GPUs take work" in answer.problem

@@ -47,9 +47,28 @@ async def test_what_does_not_serve_says_why_with_the_numbers():
         weights = await planned(world, "llama-3.1-70b")
         assert {one.lack for one in weights.sizes} == {pb.SERVING_LACK_WEIGHTS}
         assert "too much for each GPU" in weights.sizes[0].words
-        tokens = await planned(world, per_token=1)
+        tokens = await planned(world, per_token=1, context_tokens=8192)
         assert {one.lack for one in tokens.sizes} == {pb.SERVING_LACK_TOKEN}
         assert "1 are wanted" in tokens.sizes[0].words
+
+
+async def test_without_a_context_a_request_of_the_models_own_has_to_fit_as_engines_take_it():
+    async with World() as world:
+        await world.add(node("t/b", 1, model="RTX4090"))
+        (size,) = (await planned(world)).sizes
+        assert size.lack == pb.SERVING_LACK_CONTEXT
+        assert "no request of 131,072 tokens" in size.words
+        (size,) = (await planned(world, context_tokens=size.context_tokens)).sizes
+        assert not size.lack
+
+
+async def test_types_whose_speed_nobody_knows_are_named():
+    async with World() as world:
+        await world.add(node("t/b", 1, model="RIVA128"))
+        found = await planned(world)
+        assert [(one.gpu_type, one.site, one.words) for one in found.refusals] == [
+            ("RIVA128", "sites/t", "its speed is not known")
+        ]
 
 
 async def test_types_that_lack_the_precision_are_refused_and_named():
@@ -57,7 +76,8 @@ async def test_types_that_lack_the_precision_are_refused_and_named():
         await world.add(node("s/a", 4, model="A100-80GB"))
         found = await planned(world, fp8=True)
         assert not found.sizes
-        assert "A100-80GB has none" in found.refused[0]
+        assert [(one.gpu_type, one.site) for one in found.refusals] == [("A100-80GB", "sites/s")]
+        assert "A100-80GB has none" in found.refusals[0].words
 
 
 async def test_a_site_and_a_number_of_gpus_bound_it():
@@ -72,7 +92,8 @@ async def test_a_number_of_gpus_that_no_node_has_is_said():
     async with World() as world:
         await world.add(node("t/b", 2, model="H200"))
         found = await planned(world, gpus=4)
-        assert (list(found.sizes), list(found.refused)) == ([], ["H200: no node of t has 4"])
+        assert not found.sizes
+        assert [(one.site, one.words) for one in found.refusals] == [("sites/t", "no node has 4 of them")]
 
 
 async def test_a_fleet_without_gpus_has_no_sizes():

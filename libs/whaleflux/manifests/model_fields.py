@@ -216,7 +216,7 @@ MODEL_FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "context", "context_window_tokens", Whole(0, MAX_TOKENS), "Most tokens of prompt and answer together.",
-        default="not checked", example="8192",
+        default="not checked; with `shape` the model's own", example="8192",
     ),
     Field(
         "queue", "queue", QueueName(shown="queue"),

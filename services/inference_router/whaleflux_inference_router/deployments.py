@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from whaleflux import names
 from whaleflux.data import manifest, progress
 from whaleflux.data.manifest import Manifest, ManifestWrong
-from whaleflux.errors import FieldViolation, InvalidArgument, NotFound, StatusError
+from whaleflux.errors import (
+    DeadlineExceeded,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    StatusError,
+    Unavailable,
+)
 from whaleflux.manifests import model_checks
 from whaleflux.rpc import auth
 from whaleflux.trust import ownership
@@ -26,7 +34,7 @@ from whaleflux_inference_router.core.rollout import UNDER_WAY
 from whaleflux_inference_router.serving_sizes import Sizes, ask, refusal, why_none
 
 CALL_S, PLAN_S = 10.0, 15.0
-MOST_SIZES = 64  # of a site that are told
+MOST_SIZES, MOST_LEFT_OUT = 64, 8  # of a site that are told
 MOST_NODES, PAGE = 5000, 200  # of a site that are looked at; more are of the same types
 _READY = inventory_pb2.DATASET_COPY_STATE_READY
 
@@ -43,6 +51,7 @@ class Facts:
     before: inventory_pb2.Dataset | None = None
     had_bytes: int = 0
     sizes: Sizes | None = None  # of a model that names its shape
+    unsized: str = ""  # why there are none
 
     def at(self, site: str) -> Weights:
         """The weights as seen from a site; from none: anybody may have them."""
@@ -68,12 +77,20 @@ class Deployments:
             raise InvalidArgument(wrong)
         return facts
 
-    async def facts(self, model: pb.Model, before: str = "") -> Facts:
-        """`before`: datasets/{dataset} that it served from until now. Raises InvalidArgument for weights that are not there for the caller."""
+    async def facts(self, model: pb.Model, before: str = "", *, needed: bool = True) -> Facts:
+        """`before`: datasets/{dataset} that it served from until now. Raises InvalidArgument for weights that are not there for the caller.
+
+        `needed`: what the scheduler does not say now is an error, and not merely not known.
+        """
         found = await self._of_inventory(model, before)
         if self._scheduler is None or not model.engine.shape:
             return found
-        return replace(found, sizes=await ask(self._plan, model, model.version))
+        try:
+            return replace(found, sizes=await ask(self._plan, model, model.version))
+        except (Unavailable, DeadlineExceeded, ResourceExhausted) as away:
+            if needed:
+                raise
+            return replace(found, unsized=away.message)
 
     async def _plan(self, request: scheduler_pb2.PlanServingRequest) -> scheduler_pb2.PlanServingResponse:
         assert self._scheduler is not None
@@ -203,12 +220,19 @@ def _at_site(
     if under_way:
         last = min(under_way, key=lambda one: one.done_bytes)
         found = arrival.left(found, measured, *last)
-    left_out = facts.sizes.answer.refused if facts.sizes is not None else ()
-    made.why = "; ".join((found.why, *waiting[:1], *(f"left out: {one}" for one in left_out)))
+    made.why = "; ".join((found.why, *waiting[:1], *_not_asked(facts, site)))
     made.problem = _problem(model, facts, site)
     if found.seconds is not None and not made.problem:
         made.ready_in.FromMilliseconds(round(1000 * found.seconds))
     return made
+
+
+def _not_asked(facts: Facts, site: str) -> Iterable[str]:
+    """GPUs of which it is not known whether they serve."""
+    if facts.unsized:
+        yield f"which GPUs serve it is not known now: {facts.unsized}"
+    if facts.sizes is not None:
+        yield from (f"left out: {one}" for one in facts.sizes.unable(site)[:MOST_LEFT_OUT])
 
 
 def _problem(model: pb.Model, facts: Facts, site: str) -> str:

@@ -192,7 +192,7 @@ class Router(rpc.RouterServiceServicer):
             if known is not None and sight.reads(rights.queue_of(known), known.owner):
                 model.measures.extend(known.measures)
                 before = known.engine.weights
-        facts = await self._deployments.facts(model, before)
+        facts = await self._deployments.facts(model, before, needed=False)
         others = list(self._routing.models.values.values())
         return pb.EstimateDeploymentResponse(sites=estimate(model, facts, replicas, others))
 

@@ -42,6 +42,10 @@ class Sizes:
     def at(self, site: str, types: Collection[str]) -> list[Size]:
         return sizing.suiting(self.all, site, types)
 
+    def unable(self, site: str) -> tuple[str, ...]:
+        """What is left out there, each with the reason."""
+        return tuple(f"{one.gpu_type}: {one.words}" for one in self.answer.refusals if site in ("", one.site))
+
     def shown(self, site: str, types: Collection[str], most: int) -> list[scheduler_pb2.ServingSize]:
         """As they came, the best first."""
         suiting = set(self.at(site, types))
@@ -151,6 +155,4 @@ def why_none(model: pb.Model, sizes: Sizes, site: str, types: Sequence[str], ver
 
 def refusal(model: pb.Model, sizes: Sizes, site: str, types: Sequence[str], version: int) -> sizing.Refusal | None:
     objective, _ = convert.objective_at(model, version)
-    return sizing.refusal(
-        sizes.at(site, ()), sizes.at(site, types), objective.requests_per_s, tuple(sizes.answer.refused)
-    )
+    return sizing.refusal(sizes.at(site, ()), sizes.at(site, types), objective.requests_per_s, sizes.unable(site))

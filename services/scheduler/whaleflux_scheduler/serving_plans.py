@@ -10,7 +10,7 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.machine import lacks_precision
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.serving import Lack, Requests, longest, usual
-from whaleflux.planning.serving_sizes import Size, serve
+from whaleflux.planning.serving_sizes import ServingOffer, Size, serve
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
 from whaleflux_scheduler.planning_turns import Turns
@@ -42,19 +42,31 @@ class ServingPlans:
         await leading.view.caught_up()
         nodes = await leading.planner.ask(lambda plan: plan.free_nodes())
         offers, precision = training_offers.serving_offers(training_offers.had(nodes), sites), _precision(request)
-        able = [one for one in offers if not lacks_precision(one.gpu, precision)]
-        refused = {words for one in offers if (words := lacks_precision(one.gpu, precision))}
-        refused |= {f"{name}: its speed is not known" for name in training_offers.unknown_types(nodes)}
-        refused |= {
-            f"{one.gpu.name}: no node of {one.site} has {request.gpus}" for one in able if one.node_gpus < request.gpus
-        }
-        if len(able) > MOST_OFFERS:
-            refused.add(
-                f"{len(able) - MOST_OFFERS} more types at sites with fewer GPUs: only {MOST_OFFERS} are looked at"
+        able = [one for one in offers if not _unable(one, request.gpus, precision)]
+        refusals = [
+            _refusal(one.gpu.name, one.site, why) for one in offers if (why := _unable(one, request.gpus, precision))
+        ]
+        unknown = training_offers.unknown_types(nodes)
+        refusals += [
+            _refusal(name, site, "its speed is not known") for name, site in unknown if not sites or site in sites
+        ]
+        if (more := len(able) - MOST_OFFERS) > 0:
+            refusals.append(
+                _refusal("", "", f"{more} types at sites with fewer GPUs: only {MOST_OFFERS} are looked at")
             )
         weight_bytes = 1.0 if request.fp8 else 2.0
         sizes = await self._turns.run(lambda: serve(shape, able[:MOST_OFFERS], asked, weight_bytes, request.gpus))
-        return pb.PlanServingResponse(sizes=map(_message, sizes[:MOST_SIZES]), refused=sorted(refused))
+        return pb.PlanServingResponse(sizes=map(_message, sizes[:MOST_SIZES]), refusals=refusals[:MOST_OFFERS])
+
+
+def _unable(one: ServingOffer, gpus: int, precision: str) -> str:
+    """Why it is not asked whether these serve; "" where it is."""
+    few = f"no node has {gpus} of them" if one.node_gpus < gpus else ""
+    return lacks_precision(one.gpu, precision) or few
+
+
+def _refusal(gpu_type: str, site: str, words: str) -> pb.ServingRefusal:
+    return pb.ServingRefusal(gpu_type=gpu_type, site=names.site(site) if site else "", words=words[:500])
 
 
 def _precision(request: pb.PlanServingRequest) -> str:
@@ -96,7 +108,12 @@ def _asked(request: pb.PlanServingRequest) -> tuple[ModelShape, Requests, frozen
         raise InvalidArgument(wrong)
     sites = frozenset(names.split(site, "sites", field="sites")[0] for site in request.sites)
     asked = Requests(
-        prompt, answer, limits["first_token"], limits["per_token"], request.context_tokens, request.requests_per_s
+        prompt,
+        answer,
+        limits["first_token"],
+        limits["per_token"],
+        request.context_tokens or most,
+        request.requests_per_s,
     )
     return shape, asked, sites
 

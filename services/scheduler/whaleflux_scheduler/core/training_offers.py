@@ -93,9 +93,11 @@ def serving_offers(found: Iterable[Had], sites: Collection[str]) -> list[Serving
     ]
 
 
-def unknown_types(nodes: Iterable[FreeNode]) -> list[str]:
-    """Types of GPUs that there are and whose speed nobody knows."""
-    return sorted({gpu.model for one in nodes for gpu in one.node.gpus if gpu.offered and not _known(gpu.model)})
+def unknown_types(nodes: Iterable[FreeNode]) -> list[tuple[str, str]]:
+    """Types of GPUs whose speed nobody knows, with the sites that have some."""
+    return sorted(
+        {(gpu.model, one.node.site) for one in nodes for gpu in one.node.gpus if gpu.offered and not _known(gpu.model)}
+    )
 
 
 def offers(
