@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from whaleflux.data import manifest as manifests
-from whaleflux.data.sources import Found, Local, SourceChanged, SourceFailed
+from whaleflux.data.sources import Found, Local, SourceChanged, SourceFailed, SourceReplaced
 from whaleflux_agent import dataset_progress, dataset_pull
 from whaleflux_agent.dataset_files import finish, unchanged
 from whaleflux_agent.dataset_progress import Progress, Stopped
@@ -147,8 +147,29 @@ def test_whatever_fails_on_the_way_no_wrong_byte_is_ever_given(original, tmp_pat
 def test_a_source_that_gives_other_bytes_than_the_manifest_is_not_believed(original, tmp_path):
     manifest = pulled(Local(original), tmp_path / "first")
     (original / "sub/b").write_bytes(b"bug")
-    with pytest.raises(Corrupt, match="sub/b: bytes 0 to 3 are not what its manifest says"):
-        pulled(Local(original), tmp_path / "partial", manifest)
+    said = "sub/b: bytes 0 to 3 are not what its manifest says: it is not what it was when it was first read; declare"
+    source = Faulty(original)
+    with pytest.raises(SourceReplaced, match=said):
+        pulled(source, tmp_path / "partial", manifest)
+    assert source.opened <= manifest.chunk_count + 1, "the second reading says that it is no slip on the way"
+
+
+def test_bytes_that_are_wrong_in_another_way_each_time_are_slips_on_the_way(original, tmp_path):
+    class Slipping(Local):
+        slips = 0
+
+        @contextmanager
+        def open(self, found, offset, length):
+            with super().open(found, offset, length) as stream:
+                data = bytearray(stream.read(length))
+                if found.path == "sub/b":
+                    self.slips += 1
+                    data[0] ^= self.slips
+                yield io.BytesIO(data)
+
+    manifest = pulled(Local(original), tmp_path / "first")
+    with pytest.raises(Corrupt, match="sub/b: bytes 0 to 3 are not what its manifest says$"):
+        pulled(Slipping(original), tmp_path / "partial", manifest)
 
 
 def test_a_source_that_is_written_while_it_is_read_makes_no_version(original, tmp_path):

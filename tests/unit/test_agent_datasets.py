@@ -108,12 +108,13 @@ async def test_the_second_node_is_told_what_the_first_has_read_and_takes_nothing
     inventory = Inventory(source)
     await cache_of(tmp_path / "one", inventory).fetch("datasets/c4")
     (source / "part-0").write_bytes(b"ABCDEF")
-    with pytest.raises(LaunchFailed, match="not what its manifest says"):
+    with pytest.raises(LaunchFailed, match="not what its manifest says") as rewritten:
         await cache_of(tmp_path / "two", inventory).fetch("datasets/c4")
     (source / "part-1").write_bytes(b"more")
     (source / "part-0").unlink()
-    with pytest.raises(LaunchFailed, match="not what it was when it was first read"):
+    with pytest.raises(LaunchFailed, match="not what it was when it was first read") as other:
         await cache_of(tmp_path / "two", inventory).fetch("datasets/c4")
+    assert rewritten.value.unfit and other.value.unfit, "no later try goes better"
 
 
 async def test_a_copy_that_somebody_wrote_to_is_given_to_nobody(tmp_path, source):

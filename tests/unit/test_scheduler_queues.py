@@ -298,7 +298,7 @@ async def test_a_request_that_is_repeated_makes_one_queue(world):
         await world.scheduler.CreateQueue(request, None)
 
 
-@pytest.mark.parametrize("prefix", [keys.RAY_CLUSTERS, keys.RESERVATIONS])
+@pytest.mark.parametrize("prefix", [keys.RAY_CLUSTERS, keys.RESERVATIONS, keys.QUEUES])
 async def test_a_record_that_cannot_be_read_may_be_of_the_queue_which_stays(world, prefix):
     await create_queue(world, "q")
     await world.store.commit(Put(prefix + "newer", b"\xff"))

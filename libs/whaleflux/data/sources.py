@@ -50,6 +50,13 @@ class SourceChanged(SourceFailed):
     """Somebody writes it while it is read."""
 
 
+class SourceReplaced(SourceFailed):
+    """It is another one than was first read, and stays so."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} when it was first read; declare it under another name")
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """One file of a source. `version` is compared, never read; "" where the place has none."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from whaleflux import telemetry
 from whaleflux.data import progress
 from whaleflux.data.manifest import ManifestWrong
-from whaleflux.data.sources import Source, SourceFailed
+from whaleflux.data.sources import Source, SourceFailed, SourceReplaced
 from whaleflux.errors import StatusError
 from whaleflux.telemetry import Event
 from whaleflux.v1 import inventory_pb2
@@ -70,7 +70,8 @@ async def said_of(dataset: str, reports: CopyReports, uri: Callable[[], str] = l
         yield
     except (SourceFailed, ManifestWrong, OSError) as failure:
         await reports.say(dataset, FAILED, message=str(failure))
-        raise LaunchFailed(f"{dataset}: cannot fetch {uri() or 'it'}: {failure}") from None
+        why = f"{dataset}: cannot fetch {uri() or 'it'}: {failure}"
+        raise LaunchFailed(why, unfit=isinstance(failure, SourceReplaced)) from None
     except StatusError as failed:
         raise LaunchFailed(f"{dataset}: {failed.message}") from None
     except Stopped:

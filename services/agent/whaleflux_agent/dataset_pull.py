@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from whaleflux.data.manifest import Chunk, Manifest
-from whaleflux.data.sources import Found, Readable, Source, SourceBusy, SourceChanged, SourceFailed
+from whaleflux.data.sources import Found, Readable, Source, SourceBusy, SourceChanged, SourceFailed, SourceReplaced
 from whaleflux_agent.dataset_donors import Place
 from whaleflux_agent.dataset_files import PIECE_BYTES, copy_stretch, digest_of, reserve, write
 from whaleflux_agent.dataset_progress import Pace, Progress, Stopped
@@ -44,7 +44,11 @@ _RECORD = struct.Struct(">I32s")
 
 
 class Corrupt(SourceFailed):
-    """A source gives other bytes than the manifest says."""
+    """A source gives other bytes than the manifest says; `digest` is theirs."""
+
+    def __init__(self, what: str, digest: bytes) -> None:
+        super().__init__(what)
+        self.digest = digest
 
 
 _PULLS = ThreadPoolExecutor(
@@ -222,13 +226,18 @@ class Pull:
                 self._turn.notify_all()
 
     def _bring_from_source(self, run: Sequence[Chunk], journal: BinaryIO) -> None:
-        """All chunks of a run, with some tries."""
+        """All chunks of a run, with some tries. The same wrong bytes twice are no slip on the way: its files were rewritten. Raises SourceReplaced."""
+        other = set[bytes]()
         for tried in range(1, _TRIES + 1):
             try:
                 return self._stream(self._source, [one for one in run if one.index not in self._digests], journal)
             except (SourceChanged, Stopped):
                 raise
             except (SourceFailed, OSError) as failed:
+                if isinstance(failed, Corrupt):
+                    if failed.digest in other:
+                        raise SourceReplaced(f"{failed}: it is not what it was") from None
+                    other.add(failed.digest)
                 if tried == _TRIES or (isinstance(failed, OSError) and failed.errno in _DISK):
                     raise
                 self.progress.stop.wait(PAUSE_S * tried)
@@ -276,9 +285,8 @@ class Pull:
             for chunk in run:
                 digest = self._copy(stream, file.fileno(), chunk, buffer)
                 if chunk.sha256 not in (b"", digest):
-                    raise Corrupt(
-                        f"{path}: bytes {chunk.offset} to {chunk.offset + chunk.size_bytes} are not what its manifest says"
-                    )
+                    stretch = f"{path}: bytes {chunk.offset} to {chunk.offset + chunk.size_bytes}"
+                    raise Corrupt(f"{stretch} are not what its manifest says", digest)
                 self._note(journal, chunk, digest)
                 # Begins to write it, so that not all waits for the end, and leaves the pages to the trainers.
                 os.posix_fadvise(file.fileno(), chunk.offset, chunk.size_bytes, os.POSIX_FADV_DONTNEED)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from whaleflux import names
 from whaleflux.data import manifest
 from whaleflux.data.manifest import Manifest, ManifestWrong
-from whaleflux.data.sources import Source, SourceChanged, SourceFailed
+from whaleflux.data.sources import Source, SourceFailed, SourceReplaced
 from whaleflux.errors import NotFound, StatusError
 from whaleflux.v1 import inventory_pb2, inventory_pb2_grpc
 from whaleflux_agent.dataset_peers import READY, peers_of
@@ -70,7 +70,7 @@ class Versions:
             return Wanted(known)
         sizes = {file.path: file.size_bytes for file in there.manifest.files}
         if any(sizes.get(file.path) != file.size_bytes for file in known.files):
-            raise SourceChanged("it is not what it was when it was first read; declare it under another name")
+            raise SourceReplaced("it is not what it was")
         return Wanted(known, there.found)
 
     async def manifest(self, found: inventory_pb2.Dataset) -> Manifest:
