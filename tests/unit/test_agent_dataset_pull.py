@@ -168,7 +168,7 @@ def test_bytes_that_are_wrong_in_another_way_each_time_are_slips_on_the_way(orig
                 yield io.BytesIO(data)
 
     manifest = pulled(Local(original), tmp_path / "first")
-    with pytest.raises(Corrupt, match="sub/b: bytes 0 to 3 are not what its manifest says$"):
+    with pytest.raises(Corrupt, match=r"sub/b: bytes 0 to 3 are not what its manifest says$"):
         pulled(Slipping(original), tmp_path / "partial", manifest)
 
 

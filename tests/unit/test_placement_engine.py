@@ -308,6 +308,25 @@ class TestPreferences:
         wish = Preference(goal=Goal.CHEAPEST)
         assert placed(made.place(want(8, preference=wish))).node_names == ("sites/a/nodes/spot",)
 
+    def test_of_equally_close_places_the_cheaper_is_taken(self):
+        own = [node(f"own/p/l/n{i}", usd=2.0) for i in range(4)]
+        rented = [node(f"rented/p/l/n{i}", usd=4.0) for i in range(2)]  # the tighter leaf
+        found = placed(engine(*own, *rented).place(want(16)))
+        assert found.cost.usd_per_hour == 16 * 2.0
+        assert placed(engine(*own[:1], *rented).place(want(16))).cost.usd_per_hour == 16 * 4.0, "closer comes first"
+
+    def test_one_node_of_a_gang_is_rented_where_only_one_is_missing(self):
+        own = [node(f"s/p/l/own{i}", usd=3.0) for i in range(3)]
+        rented = [node(f"s/p/l/a{i}", usd=6.0) for i in range(4)]
+        assert placed(engine(*own, *rented).place(want(32))).cost.usd_per_hour == 24 * 3.0 + 8 * 6.0
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.sampled_from([1.0, 2.0, 3.5, 4.0, 7.0]), min_size=2, max_size=8), st.integers(2, 8))
+    def test_no_nodes_beside_those_of_a_gang_are_as_close_and_cheaper(self, prices, count):
+        made = engine(*(node(f"s/p/l/n{i}", usd=usd) for i, usd in enumerate(prices)))
+        count = min(count, len(prices))
+        assert placed(made.place(want(8 * count))).cost.usd_per_hour == 8 * sum(sorted(prices)[:count])
+
 
 class TestData:
     def test_nodes_with_the_data_are_preferred_softly(self):

@@ -178,7 +178,9 @@ class Queues:
     async def _none_below(self, name: str) -> None:
         """Refuses for queues below it, and for records that may be of one; one that comes later changes the record."""
         entries = (await self._store.list(keys.QUEUES)).entries
-        queues = {e.key.removeprefix(keys.QUEUES): convert.queue_of(_read(e, name, pb.Queue.FromString)) for e in entries}
+        queues = {
+            e.key.removeprefix(keys.QUEUES): convert.queue_of(_read(e, name, pb.Queue.FromString)) for e in entries
+        }
         below = quota_rules.children(queues, names.last(name))
         if below:
             more = f" and {len(below) - 1} more" if len(below) > 1 else ""

@@ -114,6 +114,7 @@ class Columns:
         self.open = np.array([r.schedulable for r in self.rows], dtype=np.bool_)
         self.cpu_free = np.array([r.node.cpu_millicores for r in self.rows], dtype=np.int64)
         self.host_free = np.array([r.node.memory_bytes for r in self.rows], dtype=np.int64)
+        self.usd_per_gpu_hour = np.array([r.node.price.usd_per_gpu_hour for r in self.rows], dtype=np.float64)
         # Accounts of every device, healthy or not; `healthy` says where new work may go.
         self.memory_free = np.zeros((self.count, self.width), dtype=np.int64)
         self.healthy = np.zeros((self.count, self.width), dtype=np.bool_)
@@ -244,6 +245,7 @@ class Columns:
         self.healthy[i, : len(node.gpus)] = [gpu.offered for gpu in node.gpus]
         self.cpu_free[i] += node.cpu_millicores - before.cpu_millicores
         self.host_free[i] += node.memory_bytes - before.memory_bytes
+        self.usd_per_gpu_hour[i] = node.price.usd_per_gpu_hour
         if (before.labels, before.disks, before.price) != (node.labels, node.disks, node.price):
             self.matches.clear()
         self.refresh(i)

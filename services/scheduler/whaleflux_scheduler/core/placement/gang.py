@@ -243,17 +243,15 @@ def _spread(supply: Supply, level: Level, d: int, per_node: int, nodes: int, *, 
 
 
 def _rows(supply: Supply, leaf: int, per_node: int, nodes: int, bounds: Bounds) -> list[int] | None:
-    """The fullest nodes of a leaf that still have `per_node` GPUs."""
+    """Of the nodes of a leaf that still have `per_node` GPUs near ones first, then the cheapest, then the fullest."""
     lo, hi = int(supply.columns.lo[Level.LEAF][leaf]), int(supply.columns.hi[Level.LEAF][leaf])
     usable = supply.usable(lo, hi)
     rows = (usable >= per_node).nonzero()[0]
     if len(rows) < nodes:
         return None
     if len(rows) > nodes:
-        key = usable[rows].astype(np.int64)
-        if bounds.near:
-            key += np.array([0 if lo + int(r) in bounds.near else 100 for r in rows])
-        rows = rows[np.argsort(key, kind="stable")[:nodes]]
+        far = np.array([lo + int(r) not in bounds.near for r in rows] if bounds.near else [False] * len(rows))
+        rows = rows[np.lexsort((usable[rows], supply.columns.usd_per_gpu_hour[lo + rows], far))[:nodes]]
     return [lo + int(r) for r in rows]
 
 

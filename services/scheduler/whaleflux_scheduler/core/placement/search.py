@@ -17,7 +17,7 @@ from whaleflux_scheduler.core.placement.api import (
     PlaceRequest,
     Share,
 )
-from whaleflux_scheduler.core.placement.columns import Columns, Ints, cache_bytes
+from whaleflux_scheduler.core.placement.columns import Columns, Floats, Ints, cache_bytes
 from whaleflux_scheduler.core.placement.cover import Counts
 from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.fractions import Device, Together, place_parts
@@ -25,6 +25,10 @@ from whaleflux_scheduler.core.placement.gang import Bounds, even, possible, ragg
 from whaleflux_scheduler.core.placement.supply import Bools, Demand, Supply, allowed_rows, node_conditions
 
 Part = tuple[int, int]  # (row, mask of positions)
+_MOST_PRICES, _MOST_PRICES_OF_CLOSEST = (
+    8,
+    3,
+)  # of a pool, that are tried apart: where price decides, and where it settles ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,16 @@ class Group:
 
 def feasible(columns: Columns, request: PlaceRequest, datasets: Datasets) -> bool:
     """Whether anything fits at all, for the least work."""
-    return any(search.possible() for _, search in searches(columns, request, datasets))
+    return any(search.possible() for _, search in searches(columns, request, datasets, by_price=False))
 
 
-def searches(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Iterator[tuple[GpuOption, Search]]:
-    """For each option: pools of like nodes on each set of rows, and all matching nodes together as the last resort."""
+def searches(
+    columns: Columns, request: PlaceRequest, datasets: Datasets, *, by_price: bool = True
+) -> Iterator[tuple[GpuOption, Search]]:
+    """For each option: pools of like nodes on each set of rows, and all matching nodes together as the last resort.
+
+    `by_price`: also on the cheaper nodes of a pool alone, where something fits only if it does on all of them.
+    """
     if not columns.count:
         return
     allowed = allowed_rows(columns, request)
@@ -52,6 +61,9 @@ def searches(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ite
         pools = _pools(columns, request, option)
         for subset in _restrictions(columns, request, datasets, allowed):
             for shapes in pools:
+                for cheap in _cheaper(columns, request, shapes) if by_price and subset is allowed else ():
+                    rows = cheap if allowed is None else cheap & allowed
+                    yield option, Search(columns, request, option, rows, shapes, near)
                 yield option, Search(columns, request, option, subset, shapes, near)
         if not request.hard_locality and len(pools) > 1:
             yield option, Search(columns, request, option, allowed, None, near, last_resort=True)
@@ -84,7 +96,7 @@ def _find_pools(columns: Columns, request: PlaceRequest, option: GpuOption) -> l
 def _restrictions(
     columns: Columns, request: PlaceRequest, datasets: Datasets, allowed: Bools | None
 ) -> Iterator[Bools | None]:
-    """Row sets to try: nodes that hold the data, those to which it comes, those that could keep it, nodes up to each price, all nodes.
+    """Row sets to try: nodes that hold the data, those to which it comes, those that could keep it, all nodes.
 
     Work without data tries nodes without NVMe first while there are datasets that could use them.
     """
@@ -102,12 +114,27 @@ def _restrictions(
         plain = ~node_conditions(columns, GpuRequirement(nvme=True))
         if plain.any() and not plain.all() and not request.requirement.nvme:
             yield plain if allowed is None else plain & allowed
-    if request.preference.goal is not Goal.CLOSEST:
-        price = np.array([r.node.price.usd_per_gpu_hour for r in columns.rows])
-        for limit in np.unique(price)[:-1][:8]:
-            cheap = price <= limit
-            yield cheap if allowed is None else cheap & allowed
     yield allowed
+
+
+def _cheaper(columns: Columns, request: PlaceRequest, shapes: frozenset[int]) -> Iterator[Bools]:
+    """Rows up to each price of a pool but the highest, where all of it is; of many prices a few, the lowest among them."""
+    limits = _prices(columns, shapes)[:-1]
+    most = _MOST_PRICES_OF_CLOSEST if request.preference.goal is Goal.CLOSEST else _MOST_PRICES
+    if len(limits) > most:
+        limits = limits[np.linspace(0, len(limits) - 1, most).astype(int)]
+    for limit in limits:
+        yield columns.usd_per_gpu_hour <= limit
+
+
+def _prices(columns: Columns, shapes: frozenset[int]) -> Floats:
+    """Distinct prices of the nodes of these shapes, lowest first."""
+    key = ("prices", shapes)
+    found = columns.matches.get(key)
+    if found is None:
+        here = np.isin(columns.shapes, list(shapes))
+        found = columns.keep(key, np.unique(columns.usd_per_gpu_hour[here]))
+    return cast("Floats", found)
 
 
 def room_for(columns: Columns, request: PlaceRequest, datasets: Datasets) -> Ints:
