@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
+from whaleflux.clock import Clock
+from whaleflux.errors import Unavailable
+from whaleflux.store import keys
+from whaleflux.store.api import Condition, ConditionFailed, Entry, Fenced, Put, Store
 from whaleflux.v1 import inventory_pb2 as pb
+from whaleflux_inventory import lease_book
 from whaleflux_inventory.core.lease_rules import Machine, token_of
 from whaleflux_inventory.core.rental_cost import paid_usd
-from whaleflux_inventory.lease_records import set_seconds, terms_of
+from whaleflux_inventory.lease_records import core_offer, set_seconds, terms_of
+from whaleflux_inventory.lease_sight import Account, KnownLease, Lists, is_lease, known_lease
+from whaleflux_inventory.offer_book import OfferBook
 from whaleflux_inventory.rented_nodes import node_of
 
+log = logging.getLogger(__name__)
 MOST_ATTEMPTS = 64  # of a lease, that its token is looked for among
+
+
+class LostLeases:
+    """Finds and writes them. `held`: the condition of whoever leads."""
+
+    def __init__(self, store: Store, clock: Clock, held: Condition, offers: OfferBook) -> None:
+        self._store, self._clock, self._held, self._offers = store, clock, held, offers
+
+    async def found(self, listed: Lists, known: Mapping[str, KnownLease]) -> dict[str, KnownLease]:
+        """Leases for machines that name one which is not there (its record was lost with a backup): only to be ended."""
+        found = dict[str, KnownLease]()
+        for account, machines in listed.items():
+            lost = defaultdict[str, list[Machine]](list)
+            for machine in machines or ():
+                if not machine.ended and machine.lease not in known and machine.lease not in found:
+                    lost[machine.lease].append(machine)
+            for lease, theirs in lost.items():
+                if (made := await self._of_nobody(account, lease, theirs)) is not None:
+                    found[lease] = made
+        return found
+
+    async def _of_nobody(self, account: Account, lease: str, machines: Sequence[Machine]) -> KnownLease | None:
+        """The lease as it is written anew; None: these machines are left alone."""
+        offers = [record for record in self._offers.records() if core_offer(record).account == account]
+        if not offers or not is_lease(lease):
+            log.warning("%s carries the fleet's tag and names no lease; it is left alone", machines[0].id)
+            return None
+        try:
+            record = record_of_lost(machines, offers, self._clock.now().timestamp())
+            key, value = keys.of_name(keys.LEASES, lease), record.SerializeToString(deterministic=True)
+            revision = await self._store.commit(Put(key, value), when=[*lease_book.unused(lease), self._held])
+            return known_lease(Entry(key, value, revision, revision))
+        except (Fenced, Unavailable):
+            raise
+        except ConditionFailed:  # there is one that this version cannot read: that is not none
+            log.warning("%s is of %s, which cannot be read; it is left alone", machines[0].id, lease)
+        except Exception:  # what is listed of one machine is in no other's way
+            log.exception("%s of %s is left alone now", machines[0].id, lease)
+        return None
 
 
 def record_of_lost(machines: Sequence[Machine], offers: Sequence[pb.Offer], now_s: float) -> pb.Lease:
