@@ -1,6 +1,8 @@
 """What GPUs do comes from agents to the event bus, also around a console that is killed: the real suite, a machine that is played."""
 
 import signal
+import sys
+import textwrap
 
 import pytest
 
@@ -15,6 +17,19 @@ from whaleflux.v1 import usage_pb2
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
+TRAINING = textwrap.dedent(
+    """
+    import time
+    import torch
+    from whaleflux.sdk import Checkpointer
+
+    model = torch.nn.Linear(3, 3)
+    with Checkpointer(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) as saved:
+        for step, batch in saved.steps(lambda step: step, total=60):
+            time.sleep(0.01)
+            saved.report(1.0, tokens=50)
+    """
+)
 PLAYED = Machine("onprem", "a", "h200x8:usage=45%@1h", settings=(("usage_every_s", "1"),))
 
 
@@ -38,6 +53,14 @@ def worked(batch, job):
     return {gpu.device for gpu in batch.gpus if gpu.tensor_ppm == 450_000 and [h.job for h in gpu.holders] == [job]}
 
 
+async def train(client, folder):
+    program = folder / "train.py"
+    program.write_text(TRAINING)
+    spec = pb.JobSpec(command=[sys.executable, str(program)], gpus=1)
+    request = pb.CreateJobRequest(parent="queues/default", job_id="steps", job=pb.Job(spec=spec))
+    return (await client.scheduler.CreateJob(request, timeout=10)).name
+
+
 async def test_samples_of_a_job_arrive_and_a_killed_console_loses_none():
     with running_suite() as suite:
         await suite.join([PLAYED])
@@ -55,6 +78,20 @@ async def test_samples_of_a_job_arrive_and_a_killed_console_loses_none():
             assert newest.simulated
             assert {gpu.source for gpu in newest.gpus} == {"simulated"}
             assert sum(gpu.tensor_ppm == 0 for gpu in newest.gpus) == 6, "the others idle"
+
+            ended = await train(client, suite.state)
+
+            async def told():
+                return (
+                    max((s.times.last_step for b in await batches(bus) for s in b.steps if s.job == ended), default=0)
+                    == 60
+                )
+
+            await until(told, "all steps of a training are told of", 60)
+            steps = [one for batch in await batches(bus) for one in batch.steps if one.job == ended]
+            assert [a.times.last_step + 1 for a in steps[:-1]] == [b.times.first_step for b in steps[1:]]
+            assert sum(one.times.tokens for one in steps) == 60 * 50
+            assert all(one.device.startswith("GPU-simulated") and one.epoch == 1 for one in steps)
 
             suite.send("console", signal.SIGKILL)
             before = newest.sequence

@@ -114,6 +114,9 @@ class FakeAgent:
             saved.state = _COMMITTED
         return agent_pb2.RankResponse(finish_save=agent_pb2.FinishSaveResponse())
 
+    def _report_steps(self, request: agent_pb2.ReportStepsRequest) -> agent_pb2.RankResponse:
+        return agent_pb2.RankResponse(report_steps=agent_pb2.ReportStepsResponse())
+
     def _fail_save(self, request: agent_pb2.FailSaveRequest) -> agent_pb2.RankResponse:
         if request.checkpoint:
             self.checkpoints[request.checkpoint].state = checkpoint_pb2.CHECKPOINT_STATE_ABANDONED

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from whaleflux.reasons import ErrorReason
 from whaleflux.sdk import frames
 from whaleflux.sdk.errors import CheckpointError, RestoreFailed
 from whaleflux.sdk.files import SavedPiece
-from whaleflux.sdk.keeper import Loss, Refused, Target
+from whaleflux.sdk.keeper import Loss, Refused, StepReport, Target
 from whaleflux.sdk.resharding import Resharding
-from whaleflux.v1 import agent_pb2, checkpoint_pb2
+from whaleflux.v1 import agent_pb2, checkpoint_pb2, usage_pb2
 
 log = logging.getLogger(__name__)
 
 _CALL_S = 10.0
 _PROGRESS_S = 1.0
 PATIENCE_S, PAUSE_S = 600.0, 0.5
+_STEPS_KEPT = 64  # reports, while the agent restarts
 _PASSING = (Unavailable.code, DeadlineExceeded.code)
 
 
@@ -47,6 +49,8 @@ class AgentKeeper:
         self._storage = ""  # that this job saves on
         self.every_steps = 0
         self._unsent: tuple[int, int, Loss | None] | None = None
+        self._unsent_steps: deque[agent_pb2.ReportStepsRequest] = deque(maxlen=_STEPS_KEPT)
+        self._takes_steps = True
         self._wake, self._closing = threading.Condition(), False
         self._sender: threading.Thread | None = None
 
@@ -131,11 +135,20 @@ class AgentKeeper:
     def progress(self, rank: int, step: int, loss: Loss | None) -> None:
         with self._wake:
             self._unsent = rank, step, loss
-            if self._sender is None:
-                self._sender = threading.Thread(target=self._send_progress, name="whaleflux-progress", daemon=True)
-                self._sender.start()
-                atexit.register(self.close)  # see background.py; and the last step of a program is told of
-            self._wake.notify()
+            self._hurry()
+
+    def steps(self, rank: int, report: StepReport) -> None:
+        with self._wake:
+            if self._takes_steps:
+                self._unsent_steps.append(_steps_request(rank, report))
+                self._hurry()
+
+    def _hurry(self) -> None:
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_progress, name="whaleflux-progress", daemon=True)
+            self._sender.start()
+            atexit.register(self.close)  # see background.py; and the last step of a program is told of
+        self._wake.notify()
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -148,14 +161,33 @@ class AgentKeeper:
     def _send_progress(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._unsent is not None or self._closing)
+                self._wake.wait_for(lambda: self._unsent is not None or self._unsent_steps or self._closing)
                 unsent, self._unsent = self._unsent, None
-            if unsent is None:
+                steps = list(self._unsent_steps)
+                self._unsent_steps.clear()
+            if unsent is None and not steps:
                 return
-            rank, step, loss = unsent
-            report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=_read(loss, step))
-            with contextlib.suppress(AgentError):  # the agent restarts: the next report says the same and more
-                self._ask(agent_pb2.RankRequest(report_progress=report), _PROGRESS_S)
+            if unsent is not None:
+                rank, step, loss = unsent
+                report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=_read(loss, step))
+                with contextlib.suppress(AgentError):  # the agent restarts: the next report says the same and more
+                    self._ask(agent_pb2.RankRequest(report_progress=report), _PROGRESS_S)
+            self._send_steps(steps)
+
+    def _send_steps(self, steps: Sequence[agent_pb2.ReportStepsRequest]) -> None:
+        """While the agent restarts they wait for the next report; an agent that does not know them is not told again."""
+        for at, report in enumerate(steps):
+            try:
+                self._ask(agent_pb2.RankRequest(report_steps=report), _PROGRESS_S)
+            except AgentError as error:
+                with self._wake:
+                    self._takes_steps = error.code in _PASSING
+                    if self._takes_steps and not self._closing:
+                        self._unsent_steps.extendleft(reversed(steps[at:]))
+                if not self._takes_steps:
+                    log.info("the agent takes no times of steps: %s", error)
+                time.sleep(PAUSE_S)
+                return
 
 
 def _read(loss: Loss | None, step: int) -> float | None:
@@ -165,6 +197,19 @@ def _read(loss: Loss | None, step: int) -> float | None:
     except Exception as error:  # whatever the framework raises for its device
         log.warning("the loss of step %d could not be read: %s", step, error)
         return None
+
+
+def _steps_request(rank: int, report: StepReport) -> agent_pb2.ReportStepsRequest:
+    times = usage_pb2.StepTimes(
+        first_step=report.first_step, last_step=report.last_step, tokens=report.tokens, flops=report.flops
+    )
+    for name in ("data", "save", "comm_in_node", "comm_cross"):
+        if (seconds := getattr(report, f"{name}_s")) is not None:
+            setattr(times, f"{name}_us", int(seconds * 1e6))
+    request = agent_pb2.ReportStepsRequest(rank=rank, times=times)
+    request.start_time.FromMicroseconds(round(report.start_s * 1e6))
+    request.end_time.FromMicroseconds(round(report.end_s * 1e6))
+    return request
 
 
 def _refused(one: Refused) -> agent_pb2.RefusedCheckpoint:

@@ -44,6 +44,7 @@ from whaleflux.sdk.losses import Losses
 from whaleflux.sdk.passes import Passes, beginning, moved_to_world
 from whaleflux.sdk.resharding import Resharding, resharding, structure
 from whaleflux.sdk.state import Parts, Stateful, TrainingState, own_key, state_digest, unpacked
+from whaleflux.sdk.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Checkpointer:
         self._pending: Background | None = None
         self._silent, self._began_s = False, 0.0
         self._losses = Losses()
+        self._times = StepTimes(model, self.world_size, functools.partial(self._keeper.steps, self.rank))
         self._end_error: SaveFailed | None = None
         self.step = 0
         self.restored_from = ""
@@ -137,12 +139,18 @@ class Checkpointer:
         every = self._every or self._keeper.every_steps or _DEFAULT_EVERY_STEPS
         at = batches if callable(batches) else self._batch_of(batches)
         began = self.step
-        while self.step < total:
-            batch = at(self.step)
-            yield self.step, batch
-            self.step += 1
-            if self.step % every == 0 and self.step < total:
-                self.save_async()
+        with self._times.running(began):
+            while self.step < total:
+                arrived = self._times.waited_for_data()
+                batch = at(self.step)
+                arrived()
+                yield self.step, batch
+                self.step += 1
+                if self.step % every == 0 and self.step < total:
+                    goes_on = self._times.saved()
+                    self.save_async()
+                    goes_on()
+                self._times.stepped(self.step)
         if self.step > began:
             self._save_last()
 
@@ -162,11 +170,15 @@ class Checkpointer:
         log.warning("pass %d over the data begins again: its samples may be seen twice", start["pass"] + 1)
         return {**start, "batches": 0}
 
-    def report(self, loss: float | torch.Tensor | None = None) -> None:
+    def report(
+        self, loss: float | torch.Tensor | None = None, *, tokens: int | None = None, flops: float | None = None
+    ) -> None:
         """Tells the platform that the current step is done; costs microseconds and never waits, not even for a GPU.
 
-        Any number is a loss, also NaN and infinity; None: this step has none.
+        Any number is a loss, also NaN and infinity; None: this step has none. `tokens` are those that this rank trained on in the step, `flops` the
+        floating-point operations of the model on them (about 6 for each parameter and token), without what is computed again to save memory.
         """
+        self._times.trained_on(tokens, flops)
         self._keeper.progress(self.rank, self.step + 1, None if loss is None else self._losses.later(loss))
 
     def save(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from whaleflux.checkpoint_storage import found_storage, storage_id, sync, write_durably
 from whaleflux.sdk.errors import RestoreFailed
 from whaleflux.sdk.files import SavedPiece
-from whaleflux.sdk.keeper import Loss, Refused, Target
+from whaleflux.sdk.keeper import Loss, Refused, StepReport, Target
 from whaleflux.sdk.resharding import Resharding
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,9 @@ class FolderKeeper:
         """The checkpointer says so itself."""
 
     def progress(self, rank: int, step: int, loss: Loss | None) -> None:
+        """Nobody watches."""
+
+    def steps(self, rank: int, report: StepReport) -> None:
         """Nobody watches."""
 
     def close(self) -> None:

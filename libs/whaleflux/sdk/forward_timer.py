@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from whaleflux.sdk.spans import Moment, Span, between, moment
+
 _KEPT = 256  # measurements
-_Span = Callable[[], float | None]  # seconds, or None: the GPU is not there yet
 
 
 def timed_modules(model: nn.Module) -> list[nn.Module]:
@@ -33,8 +34,8 @@ class ForwardTimer:
     def __init__(self, model: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._open: dict[int, Any] = {}
-        self._spans: list[_Span] = []
-        self._done: deque[tuple[list[_Span], int]] = deque(maxlen=_KEPT)
+        self._spans: list[Span] = []
+        self._done: deque[tuple[list[Span], int]] = deque(maxlen=_KEPT)
         for module in timed_modules(model):
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end, prepend=True)
@@ -46,14 +47,10 @@ class ForwardTimer:
     def _end(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
         began = self._open.pop(id(module), None)
         if began is not None:
-            self._spans.append(_between(began, self._now(module)))
+            self._spans.append(between(began, self._now(module)))
 
-    def _now(self, module: nn.Module) -> float | torch.cuda.Event:
-        if not next((one.is_cuda for one in module.parameters()), False):
-            return self._clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _now(self, module: nn.Module) -> Moment:
+        return moment(next((one.is_cuda for one in module.parameters()), False), self._clock)
 
     def trained(self, samples: int) -> None:
         """What was measured since the last call was of so many samples."""
@@ -70,9 +67,3 @@ class ForwardTimer:
             if samples and None not in seconds:
                 found.append(sum(one for one in seconds if one is not None) / samples)
         return statistics.median(found) if found else None
-
-
-def _between(began: Any, ended: Any) -> _Span:
-    if isinstance(began, float):
-        return lambda: ended - began
-    return lambda: began.elapsed_time(ended) / 1000 if ended.query() else None

@@ -16,6 +16,22 @@ Loss = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
+class StepReport:
+    """What some whole steps of a rank were made of: seconds, sums over them; None: not known. Times are UTC, seconds since 1970."""
+
+    start_s: float
+    end_s: float
+    first_step: int  # from 1 on
+    last_step: int
+    data_s: float | None = None
+    save_s: float | None = None
+    comm_in_node_s: float | None = None
+    comm_cross_s: float | None = None
+    tokens: int | None = None
+    flops: float | None = None  # of the model, without what is computed again
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A checkpoint by name, the folder of its files, and the storage that the folder must lie on ("": not known)."""
 
@@ -71,6 +87,10 @@ class Keeper(Protocol):
 
     def progress(self, rank: int, step: int, loss: Loss | None) -> None:
         """`step` is complete; never blocks."""
+        ...
+
+    def steps(self, rank: int, report: StepReport) -> None:
+        """What steps were made of; never blocks."""
         ...
 
     def close(self) -> None:

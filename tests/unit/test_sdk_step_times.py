@@ -1,0 +1,152 @@
+"""What steps were made of, as a rank tells it."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.fake_agent import FakeAgent
+from whaleflux.sdk import Checkpointer, agent_keeper
+from whaleflux.sdk.keeper import StepReport
+from whaleflux.sdk.step_times import TOLD_EVERY, StepTimes
+
+
+class Loop:
+    """A training loop under a clock that the test moves."""
+
+    def __init__(self, **more):
+        self.now_s, self.told = 100.0, []
+        self.times = StepTimes(
+            nn.Linear(1, 1), 1, self.told.append, lambda: self.now_s, lambda: self.now_s + 1e9, **more
+        )
+
+    def pass_(self, seconds):
+        self.now_s += seconds
+
+    def step(self, step, *, data=0.0, work=1.0, save=0.0, tokens=None, flops=None):
+        arrived = self.times.waited_for_data()
+        self.pass_(data)
+        arrived()
+        self.pass_(work)
+        self.times.trained_on(tokens, flops)
+        if save:
+            goes_on = self.times.saved()
+            self.pass_(save)
+            goes_on()
+        self.times.stepped(step)
+
+
+def test_ten_steps_are_told_together_with_where_their_time_went():
+    loop = Loop()
+    with loop.times.running(40):
+        for step in range(41, 51):
+            loop.step(step, data=0.1, save=2.0 if step == 45 else 0.0, tokens=100, flops=1e9)
+    (told,) = loop.told
+    assert (told.first_step, told.last_step, told.tokens, told.flops) == (41, 50, 1000, pytest.approx(1e10))
+    assert (told.data_s, told.save_s) == (pytest.approx(1.0), pytest.approx(2.0))
+    assert told.end_s - told.start_s == pytest.approx(13.0)
+    assert (told.comm_in_node_s, told.comm_cross_s) == (0, 0), "one rank has nobody to wait for"
+
+
+def test_reports_leave_no_gap_and_the_last_steps_are_told_at_the_end():
+    loop = Loop()
+    with loop.times.running(0):
+        for step in range(1, 26):
+            loop.step(step)
+    assert [(one.first_step, one.last_step) for one in loop.told] == [(1, 10), (11, 20), (21, 25)]
+    assert [one.start_s for one in loop.told[1:]] == [one.end_s for one in loop.told[:-1]]
+
+
+def test_what_a_program_does_not_say_is_not_known():
+    loop = Loop()
+    with loop.times.running(0):
+        for step in range(1, TOLD_EVERY + 1):
+            loop.step(step)
+    assert (loop.told[0].tokens, loop.told[0].flops) == (None, None)
+
+
+def test_a_loop_that_ends_by_an_error_tells_the_steps_that_it_has_done():
+    loop = Loop()
+    with pytest.raises(RuntimeError), loop.times.running(0):
+        loop.step(1)
+        loop.step(2)
+        raise RuntimeError
+    assert [(one.first_step, one.last_step) for one in loop.told] == [(1, 2)]
+
+
+def test_nothing_done_is_nothing_told():
+    loop = Loop()
+    with loop.times.running(7):
+        pass
+    assert loop.told == []
+
+
+def test_what_is_told_fits_into_the_time_of_the_steps():
+    """A wait may be measured on one step of ten, and a span on a GPU may end with the next ten."""
+    loop = Loop()
+    with loop.times.running(0):
+        late = loop.times.waited_for_data()
+        loop.pass_(50)
+        for step in range(1, TOLD_EVERY + 1):
+            loop.step(step, work=0.1)
+        late()  # told with the next ten, whose time is shorter
+        for step in range(TOLD_EVERY + 1, 2 * TOLD_EVERY + 1):
+            loop.step(step, work=0.1)
+    second = loop.told[1]
+    assert second.data_s == pytest.approx(second.end_s - second.start_s)
+
+
+@pytest.fixture
+def agent(tmp_path, monkeypatch):
+    with FakeAgent(tmp_path) as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(agent_keeper, "PAUSE_S", 0.001)
+        yield running
+
+
+def trained(total=20):
+    model = nn.Linear(3, 3)
+    with Checkpointer(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), every=100) as saved:
+        for _ in saved.steps(lambda step: step, total=total):
+            saved.report(1.0, tokens=50, flops=1e6)
+
+
+def test_the_checkpointer_tells_its_agent_by_itself(agent):
+    trained()
+    told = agent.named("report_steps")
+    assert [(one.times.first_step, one.times.last_step, one.times.tokens) for one in told] == [
+        (1, 10, 500),
+        (11, 20, 500),
+    ]
+    assert told[0].end_time == told[1].start_time
+    assert all(one.times.HasField("data_us") and one.times.HasField("comm_cross_us") for one in told)
+    assert not told[0].times.HasField("host_us"), "nobody measured it"
+
+
+def test_an_agent_that_does_not_know_them_is_told_once(agent):
+    agent.refuse = lambda request: (
+        ("INVALID_ARGUMENT", "FIELD_INVALID", "call is not known") if request.HasField("report_steps") else None
+    )
+    trained(100)
+    assert len(agent.named("report_steps")) == 1
+
+
+def test_what_an_agent_that_restarts_did_not_take_is_told_again(agent):
+    fails, all_taken = iter([True, True, False, False]), threading.Event()
+
+    def answer(request):
+        if request.HasField("report_steps") and next(fails, None):
+            return "UNAVAILABLE", "X", "restarts"
+        if request.HasField("report_steps") and request.report_steps.times.first_step == 3:
+            all_taken.set()
+        return None
+
+    agent.refuse = answer
+    keeper = agent_keeper.AgentKeeper(str(agent.socket), "token")
+    for at in range(3):
+        keeper.steps(0, StepReport(at, at + 1, at + 1, at + 1))
+    assert all_taken.wait(30)
+    keeper.close()
+    assert [one.times.first_step for one in agent.named("report_steps")][-3:] == [1, 2, 3]
