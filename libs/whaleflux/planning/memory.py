@@ -72,14 +72,10 @@ def layer_weights(shape: ModelShape, plans: Plans) -> Weights:
     return Weights(np.asarray(shape.layer_weights / plans.tp), np.asarray(experts / (plans.tp * plans.ep)))
 
 
-def stage_weights(shape: ModelShape, plans: Plans, *, last: bool) -> Weights:
-    """Of the first stage, with the embedding, or of the last, with the output layer; of one stage, which has both."""
-    return _weights_of(shape, plans, plans.pp - 1 if last else 0)
-
-
-def _weights_of(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
+def stage_weights(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
+    """Of that stage, counted from 0: the first has the embedding, the last the output layer, one stage both."""
     layer = layer_weights(shape, plans)
-    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
+    layers = plans.stage_layers(shape, stage)
     first, last = np.equal(stage, 0), plans.pp - 1 == stage
     tied = shape.tied & first & last  # one stage: the output layer is the embedding
     end = np.where(first, shape.embedding_weights, 0) + np.where(last & ~tied, shape.head_weights, 0)
@@ -87,7 +83,7 @@ def _weights_of(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
 
 
 def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Array, Array]:
-    """Of one layer and one micro-batch on one rank: (all of them, those that the plan's recomputation keeps on average).
+    """Of one layer and one micro-batch on one rank: (all of them, those that the plan's recomputation keeps of a layer that it is for).
 
     In 8 bit, inputs of linear layers are kept as they were multiplied: one byte; attention keeps its output in 16 bit besides.
     """
@@ -108,7 +104,7 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
     more = np.where(array(how.kept) > 0, how.kept, how.either(how.fused, 1.0, _EAGER_KEPT))
     without = more * plans.tokens * (outer / shared + (inner + permuted) / plans.tp)
     whole = without + plans.tokens * scores / plans.tp
-    inputs = plans.recomputed * 2 * plans.tokens * shape.hidden / shared + (1 - plans.recomputed) * whole
+    inputs = 2 * plans.tokens * shape.hidden / shared
     kept = np.where(
         plans.recompute == Recompute.FULL, inputs, np.where(plans.recompute == Recompute.SELECTIVE, without, whole)
     )
@@ -116,22 +112,36 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
 
 
 def memory(shape: ModelShape, plans: Plans, how: Training) -> Memory:
-    """Of the stage that needs most: the first holds activations of as many micro-batches as there are stages, the last holds the logits."""
-    first, last = memory_of_stage(shape, plans, how, 0), memory_of_stage(shape, plans, how, plans.pp - 1)
-    fuller = last.total_bytes > first.total_bytes
-    return Memory(*(np.where(fuller, getattr(last, one.name), getattr(first, one.name)) for one in fields(Memory)))
+    """Of the stage that needs most.
+
+    The first holds activations of as many micro-batches as there are stages, the last the logits. The second, or the first that computes nothing
+    again, needs more only where the ends have layers of their own, or not all stages recompute.
+    """
+    fullest = _fuller(memory_of_stage(shape, plans, how, 0), memory_of_stage(shape, plans, how, plans.pp - 1))
+    if np.any(plans.own_ends > 0):
+        fullest = _fuller(fullest, memory_of_stage(shape, plans, how, np.minimum(1.0, plans.pp - 1)))
+    if np.any(plans.recomputing > 0):
+        keeping = np.where(plans.recomputing > 0, np.minimum(plans.recomputing, plans.pp - 1), 0)
+        fullest = _fuller(fullest, memory_of_stage(shape, plans, how, keeping))
+    return fullest
+
+
+def _fuller(one: Memory, other: Memory) -> Memory:
+    more = other.total_bytes > one.total_bytes
+    return Memory(*(np.where(more, getattr(other, name.name), getattr(one, name.name)) for name in fields(Memory)))
 
 
 def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value) -> Memory:
     """Of one pipeline stage, counted from 0. `working_bytes` and `logits_bytes` are there at once only in the last one."""
     final = plans.pp - 1 == stage
-    weights = _weights_of(shape, plans, stage)
+    weights = stage_weights(shape, plans, stage)
     trained = how.either(how.frozen, 0.0, 1.0)
-    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp
+    layers, fully = plans.stage_layers(shape, stage), plans.again_layers(shape, stage)
+    some = fully > 0
     whole, kept = activation_bytes(shape, plans, how)
     logits = array(how.logits_bytes) * plans.tokens * shape.vocabulary / plans.tp * np.where(final, 1.0, 0.0)
     again = np.where(
-        plans.recompute == Recompute.FULL, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
+        some, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
     )
     layer = layer_weights(shape, plans)
     gathered = np.where(
@@ -140,7 +150,8 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
     # The loss and a layer that is computed again are never there at once.
     logits = np.maximum(logits - again, 0.0)
     gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)
-    held = layers * kept * _in_flight(plans, stage)
+    full = plans.recompute == Recompute.FULL
+    held = (np.where(full, (layers - fully) * whole, layers * kept) + fully * kept) * _in_flight(plans, stage)
     # Lazy ones of a single micro-batch grow where activations are given back, beside the 16-bit weights: only what is more than those counts.
     beside = array(how.weight_bytes) * weights.owned(plans, plans.zero > 2) + held + again + gathered + logits
     lazy = (array(how.lazy_gradients) > 0) & (plans.micro_batches <= 1)

@@ -8,7 +8,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from whaleflux.planning.arrays import Array, Flags
+from whaleflux.planning.arrays import Array, Flags, Value
 from whaleflux.planning.model_shape import ModelShape
 
 
@@ -26,7 +26,9 @@ class Plans:
 
     `micro_batch`, `global_batch` in samples, `sequence` in tokens. `zero` is the stage of ZeRO (3: FSDP); its shards lie over dp x cp ranks
     divided by `replicas` (HSDP; 1: over all). `ep` divides dp x cp. `vp` are virtual stages of each pipeline stage (1: not interleaved).
-    `recomputed` is the share of a stage's layers that full recomputation is for (Megatron's --recompute-num-layers).
+    `recomputed` is the share of a (virtual) stage's layers, of one that has most, that full recomputation is for: as many in each of the first
+    `recomputing` stages (0: in all), or all where a stage has fewer (Megatron's --recompute-num-layers). `first_layers` and `last_layers` are those of
+    the first and the last stage (0: as many as each stage between them): Megatron's --decoder-first-pipeline-num-layers.
     """
 
     tp: Array
@@ -43,6 +45,9 @@ class Plans:
     recompute: Array
     sequence_parallel: Array
     recomputed: Array
+    recomputing: Array
+    first_layers: Array
+    last_layers: Array
 
     @staticmethod
     def of(
@@ -61,10 +66,14 @@ class Plans:
         recompute: ArrayLike = Recompute.NONE,
         sequence_parallel: ArrayLike = False,
         recomputed: ArrayLike = 1.0,
+        recomputing: ArrayLike = 0,
+        first_layers: ArrayLike = 0,
+        last_layers: ArrayLike = 0,
     ) -> Plans:
         """Of numbers, lists or arrays."""
         given = (
             tp, pp, dp, cp, ep, vp, micro_batch, global_batch, sequence, zero, replicas, recompute, sequence_parallel, recomputed,
+            recomputing, first_layers, last_layers,
         )  # fmt: skip
         return Plans(*(np.asarray(one, dtype=np.float64) for one in given))
 
@@ -93,6 +102,28 @@ class Plans:
         """Of the global batch."""
         return self.global_batch * self.sequence
 
+    @property
+    def own_ends(self) -> Array:
+        """How many stages, the first and the last, have a number of layers of their own."""
+        return np.asarray((self.first_layers > 0).astype(np.float64) + (self.last_layers > 0))
+
+    def between(self, shape: ModelShape) -> Array:
+        """Layers of each stage that has no number of its own; counted up where they are not even, 0 where there is none."""
+        stages, rest = self.pp - self.own_ends, shape.layers - self.first_layers - self.last_layers
+        chunks = np.ceil(rest / (np.maximum(stages, 1) * self.vp))
+        return np.asarray(np.where(stages > 0, np.maximum(chunks, 0) * self.vp, 0.0))
+
+    def stage_layers(self, shape: ModelShape, stage: Value) -> Array:
+        """Of that stage, counted from 0."""
+        last = np.where((self.last_layers > 0) & np.equal(stage, self.pp - 1), self.last_layers, self.between(shape))
+        return np.where((self.first_layers > 0) & np.equal(stage, 0), self.first_layers, last)
+
+    def again_layers(self, shape: ModelShape, stage: Value) -> Array:
+        """Of that stage, those of which full recomputation keeps the input alone."""
+        most = np.maximum(np.maximum(self.first_layers, self.last_layers), self.between(shape))
+        there = (self.recompute == Recompute.FULL) & ((self.recomputing == 0) | (stage < self.recomputing))
+        return np.where(there, np.minimum(self.recomputed * most, self.stage_layers(shape, stage)), 0.0)
+
     def __len__(self) -> int:
         return int(np.broadcast(*(getattr(self, one.name) for one in fields(self))).size)
 
@@ -104,9 +135,20 @@ class Plans:
     def faults(self, shape: ModelShape) -> dict[str, Flags]:
         """What makes plans impossible, by rule: which of them break it. A plan that breaks none can be run."""
         whole_batches = self.micro_batches
-        stages = self.pp * self.vp
+        ends, own = self.first_layers + self.last_layers, self.own_ends
+        rest, stages = shape.layers - ends, self.pp - own
         broken = {
-            "layers must be a multiple of pp x vp": shape.layers % stages != 0,
+            "layers must be a multiple of pp x vp": (own == 0) & (shape.layers % (self.pp * self.vp) != 0),
+            "first_layers and last_layers need pp > 1, and to leave each stage between them as many, in multiples of vp": (own > 0)
+            & (
+                (self.pp < 2)
+                | (rest < stages)
+                | (rest % (np.maximum(stages, 1) * self.vp) != 0)
+                | ((stages == 0) & (rest != 0))
+                | (self.first_layers % self.vp != 0)
+                | (self.last_layers % self.vp != 0)
+            ),
+            "recomputing must be at most pp": self.recomputing > self.pp,
             "heads must be a multiple of tp": shape.heads % self.tp != 0,
             "kv_heads and tp must divide one another": (shape.kv_heads % self.tp != 0)
             & (self.tp % shape.kv_heads != 0),

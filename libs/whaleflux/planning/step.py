@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -110,42 +111,83 @@ def step_time(
     """Of each plan, on ranks that lie in order or over the links of `groups`. Plans are not checked (`Plans.faults`)."""
     links = groups or Groups.in_order(machine.fabric, plans)
     layer = layer_times(shape, machine, plans, how, constants)
-    one = _per_layer(shape, plans, how, constants, links, layer)
-    layers = np.ceil(shape.layers / (plans.pp * plans.vp)) * plans.vp  # of a stage
+    usual, again = (_per_layer(shape, plans, how, constants, links, layer, full) for full in (False, True))
     head = head_s(shape, machine, plans, how, constants)
     sends = _sends_s(shape, plans, how, constants, links)
-    usual, last = layers * one.total, layers * one.total + head
+    slowest = _slowest(shape, plans, usual.total, again.total, head)
     # Gradients of further micro-batches are added to the first one's. m micro-batches on the slowest stage, and its wait for the first one to come through the others and back (1 / v of it interleaved).
-    count = plans.micro_batches
-    bubble = (plans.pp - 1) * (usual + sends) / plans.vp
-    reduced, optimizer = _data_parallel_s(
-        shape, machine, plans, how, constants, links, backward_s=layers * layer.backward_s
-    )
+    count, layers = plans.micro_batches, slowest.layers
+    bubble = (slowest.others_s + (plans.pp - 1) * sends) / plans.vp
+    reduced, optimizer = _data_parallel_s(shape, machine, plans, how, constants, links, layer.backward_s)
     summed = array(how.cast_bytes) * (count - 1) * layers * shape.layer_weights / plans.tp / machine.memory_bytes_per_s
+
+    def of(part: Callable[[_PerLayer], Array]) -> Array:
+        return count * ((layers - slowest.again) * part(usual) + slowest.again * part(again))
+
     parts = {
-        "compute_s": count * (layers * one.compute + head) + summed,
-        "recompute_s": count * layers * one.recompute,
-        "host_s": count * layers * one.host,
-        "tp_s": count * layers * one.tp,
-        "cp_s": count * layers * one.cp,
-        "ep_s": count * layers * one.ep,
+        "compute_s": of(lambda one: one.compute) + count * slowest.head_s + summed,
+        "recompute_s": of(lambda one: one.recompute),
+        "host_s": of(lambda one: one.host),
+        "tp_s": of(lambda one: one.tp),
+        "cp_s": of(lambda one: one.cp),
+        "ep_s": of(lambda one: one.ep),
         "pp_s": count * sends,
-        "dp_s": count * layers * one.dp + reduced,
+        "dp_s": of(lambda one: one.dp) + reduced,
         "bubble_s": bubble,
         "optimizer_s": optimizer,
     }
-    whole = np.broadcast_shapes(*(np.shape(part) for part in parts.values()), np.shape(last))
+    whole = np.broadcast_shapes(*(np.shape(part) for part in parts.values()))
     known = {name: np.broadcast_to(np.asarray(part, dtype=np.float64), whole) for name, part in parts.items()}
     busy = np.asarray(sum(known.values()))
     waited = _stalls(plans, how, busy)
     return StepTime(**known, data_s=waited[0], checkpoint_s=waited[1])
 
 
+@dataclass(frozen=True, slots=True)
+class _Slowest:
+    """The stage that everybody waits for: its layers, how many of them are computed again, its seconds of the output layer; all other stages' seconds."""
+
+    layers: Array
+    again: Array
+    head_s: Array
+    others_s: Array
+
+
+def _slowest(shape: ModelShape, plans: Plans, layer_s: Array, again_s: Array, head: Array) -> _Slowest:
+    """`layer_s` of a micro-batch and layer, `again_s` of one that is computed again, `head` of the output layer."""
+    stages, counts = _kinds_of_stages(plans)
+    layers = [plans.stage_layers(shape, stage) for stage in stages]
+    again = [plans.again_layers(shape, stage) for stage in stages]
+    heads = [head if number == 0 else np.zeros(()) for number in range(len(stages))]
+    busy = [
+        (some - full) * layer_s + full * again_s + end for some, full, end in zip(layers, again, heads, strict=True)
+    ]
+    every = sum(count * took for count, took in zip(counts, busy, strict=True))
+    longest, chosen = busy[0], [layers[0], again[0], heads[0]]
+    for count, took, some, full, end in zip(counts[1:], busy[1:], layers[1:], again[1:], heads[1:], strict=True):
+        longer = (count > 0) & (took > longest)
+        longest = np.where(longer, took, longest)
+        chosen = [np.where(longer, new, old) for new, old in zip((some, full, end), chosen, strict=True)]
+    return _Slowest(*chosen, others_s=np.asarray(every - longest))
+
+
+def _kinds_of_stages(plans: Plans) -> tuple[list[Array], list[Array]]:
+    """(a stage of each kind, how many there are of it): the last one, which comes first, and those before it as far as any differ."""
+    last, before = plans.pp - 1, plans.pp - 1
+    if not (np.any(plans.own_ends > 0) or np.any(plans.recomputing > 0)):
+        return [last, np.zeros(())], [np.ones(()), before]
+    between = np.maximum(before - 1, 0.0)
+    computing = np.where(plans.recomputing > 0, np.clip(plans.recomputing - 1, 0, between), between)
+    stages = [last, np.zeros(()), np.ones(()), 1 + computing]
+    return stages, [np.ones(()), np.minimum(before, 1.0), computing, between - computing]
+
+
 def _per_layer(
-    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, layer: LayerTimes
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, layer: LayerTimes, full: bool
 ) -> _PerLayer:
-    full, selective = plans.recompute == Recompute.FULL, plans.recompute == Recompute.SELECTIVE
-    again = np.where(full, plans.recomputed, 0.0)
+    """`full`: of a layer that full recomputation is for; where a plan has none, as any other."""
+    selective = plans.recompute == Recompute.SELECTIVE
+    again = np.where(plans.recompute == Recompute.FULL, 1.0, 0.0) if full else np.zeros(())
     compute = layer.forward_s + layer.backward_s
     kept = how.either(how.flash, 0.0, 1.0)  # fused attention keeps no scores: nothing to compute again
     recompute = again * layer.forward_s + np.where(selective, kept * layer.core_s, 0.0)
@@ -235,10 +277,11 @@ def _data_parallel_s(
     how: Training,
     constants: Constants,
     links: Groups,
-    backward_s: Array,
+    layer_backward_s: Array,
 ) -> tuple[Array, Array]:
-    """The reduction of gradients (and ZeRO-1 and 2's gather of weights) that the last backward pass does not hide; the optimizer."""
-    weights = stage_weights(shape, plans, last=False)
+    """The reduction of gradients (and ZeRO-1 and 2's gather of weights) that the last backward pass does not hide; the optimizer. Of the stage with most weights."""
+    stage = _heaviest(shape, plans)
+    weights, backward_s = stage_weights(shape, plans, stage), plans.stage_layers(shape, stage) * layer_backward_s
     trained, wire = how.either(how.frozen, 0.0, 1.0), array(how.reduce_bytes)
     whole, scattered, gathered = np.zeros(()), np.zeros(()), np.zeros(())
     for some, among in ((weights.common, links.dp), *(((weights.experts, links.experts),) if shape.experts else ())):
@@ -258,6 +301,23 @@ def _data_parallel_s(
     moved = owned * (array(how.gradient_bytes) * 2 + array(how.optimizer_bytes) * 2 + 2)
     passes = np.where(array(how.optimizer_traffic) > 0, how.optimizer_traffic, constants.fused_traffic)
     return exposed, np.asarray(trained * passes * moved / machine.memory_bytes_per_s)
+
+
+def _heaviest(shape: ModelShape, plans: Plans) -> Array:
+    """The stage that has most weights: where all have as many layers the first, since an embedding is never smaller than the output layer."""
+    found = np.zeros(())
+    if not np.any(plans.own_ends > 0):
+        return found
+    most = _all_weights(shape, plans, found)
+    for stage in (np.minimum(1.0, plans.pp - 1), plans.pp - 1):
+        these = _all_weights(shape, plans, stage)
+        found, most = np.where(these > most, stage, found), np.maximum(these, most)
+    return found
+
+
+def _all_weights(shape: ModelShape, plans: Plans, stage: Array) -> Array:
+    weights = stage_weights(shape, plans, stage)
+    return weights.common + weights.experts
 
 
 def _stalls(plans: Plans, how: Training, busy: Array) -> tuple[Array, Array]:
