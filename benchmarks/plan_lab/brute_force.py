@@ -20,7 +20,8 @@ from whaleflux.planning.training import Training
 
 Numbers = tuple[float, ...]
 _NAMES = (
-    "tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "zero", "replicas", "recompute", "recomputed", "sequence_parallel",
+    "tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "zero", "replicas", "recompute", "recomputed", "recomputing",
+    "sequence_parallel", "first_layers", "last_layers",
 )  # fmt: skip
 _AT_ONCE = 50_000
 
@@ -62,7 +63,7 @@ def every(shape: ModelShape, island: int, gpus: int, batch: int, sequence: int) 
         if gpus > island and island % tp:
             continue
         for pp in range(1, gpus // tp + 1):
-            if shape.layers % pp:
+            if pp > shape.layers:
                 continue
             for cp in (1, 2, 4, 8, 16, 32, 64):
                 if tp * pp * cp > gpus or sequence % (2 * cp) or (cp > 1 and sequence / cp < 1024):
@@ -78,7 +79,7 @@ def _of_ranks(shape: ModelShape, ranks: tuple[int, int, int, int], batch: int, s
             continue
         rounds = batch // (dp * micro)
         for vp in range(1, 17):
-            if vp > 1 and (pp == 1 or (shape.layers // pp) % vp or rounds % pp):
+            if vp > 1 and (pp == 1 or rounds % pp):
                 continue
             for ep in range(1, max(shape.experts, 1) + 1):
                 if ep > 1 and (shape.experts % ep or (dp * cp) % ep):
@@ -86,17 +87,43 @@ def _of_ranks(shape: ModelShape, ranks: tuple[int, int, int, int], batch: int, s
                 for together in (0, 1):
                     if together and (tp == 1 or (sequence // cp) % tp):
                         continue
-                    for zero, replicas, again, share in _rest(shape, pp, vp, dp * cp):
-                        yield (tp, pp, dp, cp, ep, vp, micro, batch, zero, replicas, again, share, together)
+                    for first, last, most in _ends(shape.layers, pp, vp):
+                        for zero, replicas, again, share, stages in _rest(pp, most // vp, dp * cp):
+                            yield (
+                                tp, pp, dp, cp, ep, vp, micro, batch, zero, replicas, again, share, stages, together, first, last,
+                            )  # fmt: skip
 
 
-def _rest(shape: ModelShape, pp: int, vp: int, ranks: int) -> Iterator[tuple[int, int, int, float]]:
-    layers = shape.layers // (pp * vp)
+def _ends(layers: int, pp: int, vp: int) -> Iterator[tuple[int, int, int]]:
+    """(layers of the first stage, of the last, of the fullest one): 0 where all stages have as many."""
+    if layers % (pp * vp) == 0:
+        yield 0, 0, layers // pp
+    if pp == 1 or layers % vp or (layers % pp and not _is_round(pp)):
+        return
+    for more in (0, 1):
+        between = (-(-(layers // vp) // pp) + more) * vp
+        ends = layers - (pp - 2) * between
+        every = {(first, ends - first) for first in range(vp, ends, vp) if max(first, ends - first) <= between}
+        smallest = min((min(pair) for pair in every), default=0)
+        half = -(-ends // vp // 2) * vp
+        for first, last in every - {(between, between)}:
+            if smallest in (first, last) or first == half:
+                yield first, last, max(first, last, between if pp > 2 else 0)
+
+
+def _is_round(pp: int) -> bool:
+    """A power of two, or three of them."""
+    return any(pp == factor * 2**step for factor in (1, 3) for step in range(20))
+
+
+def _rest(pp: int, layers: int, ranks: int) -> Iterator[tuple[int, int, int, float, int]]:
+    """`layers` of a virtual stage of the fullest stage."""
     for zero in (0, 1) if pp > 1 else (0, 1, 2, 3):
         for replicas in (2**step for step in range(12)):
             if replicas > 1 and (zero < 3 or replicas >= ranks or ranks % replicas):
                 continue
-            yield zero, replicas, 0, 1.0
-            yield zero, replicas, 1, 1.0
+            yield zero, replicas, 0, 1.0, 0
+            yield zero, replicas, 1, 1.0, 0
             for some in range(1, layers + 1):
-                yield zero, replicas, 2, some / layers
+                for stages in range(pp):
+                    yield zero, replicas, 2, some / layers, stages

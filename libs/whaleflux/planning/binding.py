@@ -48,13 +48,8 @@ def binding_of(best: Candidate, near: Candidate, free: Candidate, eased: Candida
     if not near.fits:
         words.insert(0, f"{near.split.words()} does not fit: {lacks(near)}")
         if eased is not None:
-            words.insert(1, f"{_again(eased)} would fit, {eased.token_s / near.token_s - 1:.1%} slower")
+            words.insert(1, f"{eased.split.recomputation()} would fit, {eased.token_s / near.token_s - 1:.1%} slower")
     return Binding("memory", "memory: " + "; ".join(words), loses)
-
-
-def _again(plan: Candidate) -> str:
-    share = f" of {plan.split.recomputed:.0%} of its layers" if plan.split.recomputed < 1 else ""
-    return f"{plan.split.recompute} recomputation{share}"
 
 
 def lacks(plan: Candidate) -> str:

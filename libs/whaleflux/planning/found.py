@@ -38,9 +38,14 @@ STEP_WORDS = {
 }
 
 
+_WHOLE = (
+    "tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "sequence", "zero", "replicas", "recomputing", "first_layers", "last_layers",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One plan's numbers, as `Plans` has them. `recompute` is none, selective or full; `recomputed` the share of layers that full is for."""
+    """One plan's numbers, as `Plans` has them. `recompute` is none, selective or full."""
 
     tp: int
     pp: int
@@ -56,6 +61,9 @@ class Split:
     recompute: str
     recomputed: float
     sequence_parallel: bool
+    recomputing: int = 0
+    first_layers: int = 0
+    last_layers: int = 0
 
     @property
     def gpus(self) -> int:
@@ -77,15 +85,30 @@ class Split:
 
     def words(self) -> str:
         """As people say it: tp 8, pp 4, dp 4, ZeRO-1, full recomputation."""
-        parts = [f"{name} {getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "dp") if getattr(self, name) > 1]
+        parts = [
+            f"{name} {getattr(self, name)}{self._ends() if name == 'pp' else ''}"
+            for name in ("tp", "pp", "cp", "ep", "dp")
+            if getattr(self, name) > 1
+        ]
         parts = parts or ["one GPU"]
         if self.vp > 1:
             parts.append(f"{self.vp} virtual stages")
         if self.zero and self.dp * self.cp > 1:
             whole = f"HSDP (ZeRO-3 in {self.replicas} replicas)" if self.replicas > 1 else "FSDP (ZeRO-3)"
             parts.append(whole if self.zero > 2 else f"ZeRO-{self.zero}")
-        part = f" of {self.recomputed:.0%} of the layers" if self.recompute == "full" and self.recomputed < 1 else ""
-        return ", ".join([*parts, f"{'no' if self.recompute == 'none' else self.recompute} recomputation{part}"])
+        return ", ".join([*parts, self.recomputation()])
+
+    def _ends(self) -> str:
+        ends = [f"{layers} layers {where}" for layers, where in ((self.first_layers, "first"), (self.last_layers, "last")) if layers]  # fmt: skip
+        return f" ({', '.join(ends)})" if ends else ""
+
+    def recomputation(self) -> str:
+        """As people say it."""
+        if self.recompute != "full":
+            return f"{'no' if self.recompute == 'none' else self.recompute} recomputation"
+        share = f" of {self.recomputed:.0%} of the layers" if self.recomputed < 1 else ""
+        stages = f" in the first {self.recomputing} stages" if self.recomputing > 1 else " in the first stage"
+        return f"full recomputation{share}{stages if self.recomputing else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +199,7 @@ class PlanFound:
 def split_of(plans: Plans, number: int) -> Split:
     """One of them."""
     one = plans.take(slice(number, number + 1))
-    whole = {name: int(getattr(one, name)[0]) for name in ("tp", "pp", "dp", "cp", "ep", "vp", "micro_batch", "global_batch", "sequence", "zero", "replicas")}  # fmt: skip
+    whole = {name: int(getattr(one, name)[0]) for name in _WHOLE}
     again = Recompute(int(one.recompute[0])).name.lower()
     return Split(
         **whole, recompute=again, recomputed=float(one.recomputed[0]), sequence_parallel=bool(one.sequence_parallel[0])

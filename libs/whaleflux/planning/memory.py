@@ -111,6 +111,19 @@ def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Ar
     return np.asarray(whole), np.asarray(kept)
 
 
+def least_state_bytes(shape: ModelShape, plans: Plans, how: Training) -> Array:
+    """What no way to run these cells (tp, pp, dp, cp) can do without on its fullest GPU, whatever is chosen of the rest.
+
+    That of the average GPU: weights, gradients and the optimizer's state spread as far as ZeRO beside a pipeline, or without one, spreads them.
+    """
+    trained = how.either(how.frozen, 0.0, 1.0)
+    kept = np.where(array(how.lazy_gradients) > 0, array(how.weight_bytes), array(how.weight_bytes) + trained * how.gradient_bytes)
+    experts = shape.moe_layers * shape.expert_weights
+    common = shape.parameters - experts
+    copied = np.where(plans.pp > 1, common * plans.dp * plans.cp, common)
+    return np.asarray((kept * (copied + experts) + trained * how.optimizer_bytes * (common + experts)) / plans.gpus)
+
+
 def memory(shape: ModelShape, plans: Plans, how: Training) -> Memory:
     """Of the stage that needs most.
 

@@ -115,11 +115,15 @@ class Plans:
 
     def stage_layers(self, shape: ModelShape, stage: Value) -> Array:
         """Of that stage, counted from 0."""
+        if not np.any(self.own_ends):
+            return self.between(shape)
         last = np.where((self.last_layers > 0) & np.equal(stage, self.pp - 1), self.last_layers, self.between(shape))
         return np.where((self.first_layers > 0) & np.equal(stage, 0), self.first_layers, last)
 
     def again_layers(self, shape: ModelShape, stage: Value) -> Array:
         """Of that stage, those of which full recomputation keeps the input alone."""
+        if not np.any(self.recompute == Recompute.FULL):
+            return np.zeros(())
         most = np.maximum(np.maximum(self.first_layers, self.last_layers), self.between(shape))
         there = (self.recompute == Recompute.FULL) & ((self.recomputing == 0) | (stage < self.recomputing))
         return np.where(there, np.minimum(self.recomputed * most, self.stage_layers(shape, stage)), 0.0)

@@ -7,7 +7,7 @@ on the GPUs that it uses. So the best plan is the same as if every plan had been
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -19,10 +19,10 @@ from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.found import Candidate, PlanFound, RunnerUp, Split, candidate, split_of
 from whaleflux.planning.layers import head_s, layer_times
 from whaleflux.planning.machine import Machine
-from whaleflux.planning.memory import memory
+from whaleflux.planning.memory import least_state_bytes, memory, memory_of_stage
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
-from whaleflux.planning.space import Asked, cells, frames_in_turn, variants
+from whaleflux.planning.space import Asked, cells, frames_in_turn, joined, variants, with_other_ends
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 
@@ -66,10 +66,15 @@ class _Search:
             return PlanFound(self.asked.gpus, None, None, (), wrong)
         island = int(np.asarray(self.machine.fabric.island))
         every = cells(self.shape, island, self.asked)
+        uneven = cells(self.shape, island, self.asked, uneven=True)
+        if not (np.any(self._has_room(every)) or np.any(self._has_room(uneven))):
+            self._look_for_nearest(every, uneven)
+            return self._answer(every)
         least = self._ideal_gpu_s() / every.gpus
         full = every.gpus >= _FULL_GPUS * np.max(every.gpus, initial=0)
         self._look(every.take(full))
         self._look(every.take(~full & (least < self.best_s)))
+        self._look_at_uneven(uneven.take(self._has_room(uneven)))
         return self._answer(every)
 
     def _ideal_gpu_s(self) -> float:
@@ -85,10 +90,31 @@ class _Search:
         for plans in frames_in_turn(self.shape, self.asked, some):
             self._look_through(plans)
 
+    def _has_room(self, some: Plans) -> Flags:
+        """Whether state alone, without activations, could fit into so many GPUs."""
+        return np.asarray(least_state_bytes(self.shape, some, self.how) <= self.machine.usable_bytes)
+
+    def _look_for_nearest(self, every: Plans, uneven: Plans) -> None:
+        """Where nothing can fit: at single samples without virtual stages, than which no others need less."""
+        asked = replace(self.asked, micro_batch=self.asked.micro_batch or 1, vp=self.asked.vp or 1)
+        for plans in frames_in_turn(self.shape, asked, every):
+            self._note_leanest(plans, self._in_blocks(self._least_bytes, plans))
+        for plans in frames_in_turn(self.shape, asked, uneven, uneven=True):
+            both = with_other_ends(plans)
+            self._note_leanest(both, self._in_blocks(self._least_bytes, both))
+
+    def _look_at_uneven(self, some: Plans) -> None:
+        """At uneven pipelines. Of those that differ in their ends alone the first has the least bound: where it cannot be better no other can."""
+        some = some.take(self._ideal_gpu_s() / some.gpus < self.best_s)
+        for plans in frames_in_turn(self.shape, self.asked, some, uneven=True):
+            promising = plans.take(self._least_s(plans) < self.best_s) if self.best else plans
+            if len(promising):
+                self._look_through(with_other_ends(promising))
+
     def _look_through(self, plans: Plans) -> None:
         """The most promising first, until none can be better."""
         self.looked_at += len(plans)
-        bound, least = self._bounds(plans)
+        bound, least = self._least_s(plans), self._in_blocks(self._least_bytes, plans)
         self._note_leanest(plans, least)
         order = np.argsort(bound, kind="stable")
         self.free = self._unbound(plans, bound, order, self.free, could_fit=False)
@@ -101,19 +127,19 @@ class _Search:
             self._judge(plans.take(rest[:_CHUNK]))
             rest = rest[_CHUNK:]
 
-    def _bounds(self, plans: Plans) -> tuple[Array, Array]:
-        """(least seconds per token, least bytes) of each frame, whatever is chosen of the rest."""
-        bounds, bytes_ = np.empty(len(plans)), np.empty(len(plans))
-        again = self.asked.recompute if self.asked.recompute is not None else Recompute.NONE
-        for start in range(0, len(plans), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            some = plans.take(part)
-            step = step_time(
-                self.shape, self.machine, replace(some, recompute=np.array(again)), self.how, self.constants
-            )
-            bounds[part] = (step.total_s - step.dp_s - step.optimizer_s) / some.tokens_per_step
-            bytes_[part] = self._least_bytes(some)
-        return bounds, bytes_
+    def _in_blocks(self, of: Callable[[Plans], Array], plans: Plans) -> Array:
+        parts = (slice(start, start + _BLOCK) for start in range(0, len(plans), _BLOCK))
+        return np.concatenate([of(plans.take(part)) for part in parts])
+
+    def _least_s(self, plans: Plans) -> Array:
+        """Seconds per token of each frame, whatever is chosen of the rest."""
+        again = np.array(self.asked.recompute if self.asked.recompute is not None else Recompute.NONE)
+
+        def least(some: Plans) -> Array:
+            step = step_time(self.shape, self.machine, replace(some, recompute=again), self.how, self.constants)
+            return np.asarray((step.total_s - step.dp_s - step.optimizer_s) / some.tokens_per_step)
+
+        return self._in_blocks(least, plans)
 
     def _least_bytes(self, frames: Plans) -> Array:
         """Of the stages of ZeRO that `variants` offers of each frame, with one replica: what needs least; infinite where it offers none."""
@@ -179,7 +205,7 @@ class _Search:
 
     def _answer(self, every: Plans) -> PlanFound:
         gpus = self.asked.gpus
-        if self.leanest is None or self.free is None:
+        if self.leanest is None:
             return PlanFound(gpus, None, None, (), no_split(self.shape, self.asked, every), self.looked_at)
         ranked = sorted(self.best.values(), key=lambda one: one[0])
         if not ranked:
@@ -189,7 +215,7 @@ class _Search:
             RunnerUp(_kind_words(split), self._picture(split), seconds / self.best_s - 1)
             for seconds, split in ranked[1 : 1 + _MOST_RUNNERS_UP]
         )
-        best, free, near = (self._picture(one[1]) for one in (ranked[0], self.free, self.near or ranked[0]))
+        best, free, near = (self._picture(one[1]) for one in (ranked[0], self.free or ranked[0], self.near or ranked[0]))
         binding = binding_of(best, near, free, None if near.fits else self._eased(near.split))
         return PlanFound(gpus, best, None, others, binding, self.looked_at)
 
@@ -218,25 +244,37 @@ def fitting(shape: ModelShape, machine: Machine, asked: Asked, how: Training, pl
     if not np.all(np.asarray(how.flash, dtype=bool)):  # fused attention keeps no scores that could be computed again
         scores = replace(plans, recompute=np.full(plans.tp.shape, float(Recompute.SELECTIVE)))
         found.append(scores.take(~whole & (needs(scores) <= usable)))
-    layers = replace(plans.take(~whole), recompute=np.full(int(np.sum(~whole)), float(Recompute.FULL)))
+    rest = plans.take(~whole)
+    stages = _stages_that_need_it(rest, lambda stage: memory_of_stage(shape, rest, how, stage).total_bytes <= usable)
+    layers = replace(rest, recompute=np.full(rest.tp.shape, float(Recompute.FULL)), recomputing=stages)
     layers = layers.take(needs(layers) <= usable)
-    return _joined([*found, _fewest_layers(shape, layers, lambda some: np.asarray(needs(some) <= usable))])
+    return joined([*found, _fewest_layers(shape, layers, lambda some: np.asarray(needs(some) <= usable))])
+
+
+def _stages_that_need_it(plans: Plans, fits: Callable[[Array], Flags]) -> Array:
+    """Of plans that do not fit without recomputation the number of first stages after which all do (0: none does).
+
+    `fits` says of a stage of each whether it does without: of those between the ends no later one needs more.
+    """
+    last = fits(plans.pp - 1)
+    low, high = np.where(last, 0.0, plans.pp - 1), np.where(last, plans.pp - 1, plans.pp)  # too few, enough
+    while np.any(high - low > 1):
+        middle = np.ceil((low + high) / 2)  # `high` where there is nothing between
+        enough = fits(np.minimum(middle, plans.pp - 1)) | (middle == high)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.where(high < plans.pp, high, 0.0)
 
 
 def _fewest_layers(shape: ModelShape, plans: Plans, fits: Callable[[Plans], Flags]) -> Plans:
     """Plans that fit where all layers are computed again, with the fewest of each (virtual) stage with which they do."""
-    most = np.ceil(shape.layers / (plans.pp * plans.vp))
+    between = plans.between(shape)
+    most = np.maximum(np.maximum(plans.first_layers, plans.last_layers), between) / plans.vp
     low, high = np.zeros(len(plans)), most.copy()  # too few, enough
     while np.any(high - low > 1):
         middle = np.ceil((low + high) / 2)  # `high` where there is nothing between
         enough = fits(replace(plans, recomputed=middle / most))
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return replace(plans, recomputed=high / most)
-
-
-def _joined(parts: list[Plans]) -> Plans:
-    whole = [part.take(slice(None)) for part in parts]
-    return Plans(*(np.concatenate([getattr(part, one.name) for part in whole]) for one in fields(Plans)))
 
 
 def _kinds(plans: Plans) -> NDArray[np.intp]:

@@ -1,6 +1,7 @@
 """Which splits are looked at: every valid one of so many GPUs, within the bounds named here, as arrays.
 
-Tensor parallelism stays within an island (beyond one, it divides it), pipelines divide the layers, context parallelism and micro-batches are
+Tensor parallelism stays within an island (beyond one, it divides it), pipelines divide the layers or have layers of their own at both ends
+(`uneven`), context parallelism and micro-batches are
 powers of two, at least 1,024 tokens of a sequence and at most 262,144 tokens of a micro-batch are on a rank, a stage is cut into at most 16
 virtual ones, HSDP's replicas are a power of two. Data parallelism is every divisor of a batch that is exact; where the batch may differ a
 little, the 64 largest numbers that there are GPUs for and the largest multiple of each power of two; the batch is then the nearest that these divide.
@@ -9,7 +10,7 @@ little, the 64 largest numbers that there are GPUs for and the largest multiple 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ MOST_FRAMES = 1_000_000  # known models have up to 400,000, on as many GPUs as m
 _CELLS = 2048  # of which frames are made at once
 _LARGEST = 64
 _ROUNDING = 1e-9
+_MORE = 2  # numbers of layers between the ends of an uneven pipeline: the least that there can be, and so on
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,23 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // one for one in small)})
 
 
-def cells(shape: ModelShape, island: int, asked: Asked) -> Plans:
+def stages_of(shape: ModelShape, asked: Asked, *, uneven: bool) -> list[int]:
+    """Numbers of pipeline stages: what divides the layers; of uneven ones also once and three times a power of two."""
+    if asked.zero > 1:
+        return [asked.pp or 1] if not uneven else []
+    round_ = {factor << step for factor in (1, 3) for step in range(shape.layers.bit_length())} if uneven else set()
+    found = [asked.pp] if asked.pp else sorted({*divisors(shape.layers), *round_})
+    return [one for one in found if one <= (min(asked.gpus, shape.layers) if uneven or not asked.pp else one) and (one > 1 or not uneven)]
+
+
+def cells(shape: ModelShape, island: int, asked: Asked, *, uneven: bool = False) -> Plans:
     """Each tp, pp, cp and dp once; the rest of the split is not chosen yet."""
     gpus, sequence = asked.gpus, asked.sequence
     heads = [one for one in divisors(shape.heads) if one <= min(island, gpus) and (gpus <= island or island % one == 0)]
     whole = [one for one in _powers(gpus) if sequence % (2 * one) == 0 and sequence // one >= LEAST_TOKENS]
     axes = (
         [asked.tp] if asked.tp else heads,
-        [asked.pp] if asked.pp else [1] if asked.zero > 1 else [one for one in divisors(shape.layers) if one <= gpus],
+        stages_of(shape, asked, uneven=uneven),
         [asked.cp] if asked.cp else whole or [1],
     )
     tp, pp, cp = (one.ravel() for one in np.meshgrid(*axes, indexing="ij"))
@@ -94,14 +105,19 @@ def _data_parallel(copies: NDArray[np.intp], asked: Asked) -> tuple[NDArray[np.i
     return both // (MOST_GPUS + 1), both % (MOST_GPUS + 1)
 
 
-def frames(shape: ModelShape, asked: Asked, some: Plans) -> Plans:
-    """Every way to run these cells: micro-batch, virtual stages, expert and sequence parallelism. All are valid (`Plans.faults`)."""
+def frames(shape: ModelShape, asked: Asked, some: Plans, *, uneven: bool = False) -> Plans:
+    """Every way to run these cells: micro-batch, virtual stages, expert and sequence parallelism. All are valid (`Plans.faults`).
+
+    Of uneven pipelines those of which no other has less to do in the last stage (`with_other_ends` has the others).
+    """
     some = _each(some, "micro_batch", [asked.micro_batch] if asked.micro_batch else _powers(MOST_TOKENS))
     if not asked.micro_batch:
         some = some.take((some.micro_batch == 1) | (some.tokens <= MOST_TOKENS))
     virtual = [one for one in divisors(shape.layers) if one <= MOST_VIRTUAL]
     some = _each(some, "vp", [asked.vp] if asked.vp else virtual)
-    some = some.take((some.vp == 1) | ((some.pp > 1) & (shape.layers % (some.pp * some.vp) == 0)))
+    if uneven:
+        some = _with_ends(shape, some)
+    some = some.take((some.vp == 1) | ((some.pp > 1) & (uneven | (shape.layers % (some.pp * some.vp) == 0))))
     some, near = _batches(some, asked)
     some = some.take(near)
     some = _each(some, "ep", [asked.ep]) if asked.ep else _expert_parallel(shape, some)
@@ -109,11 +125,43 @@ def frames(shape: ModelShape, asked: Asked, some: Plans) -> Plans:
     return some.take(some.valid(shape)) if len(some) else some
 
 
-def frames_in_turn(shape: ModelShape, asked: Asked, some: Plans) -> Iterator[Plans]:
+def _with_ends(shape: ModelShape, some: Plans) -> Plans:
+    """Each with as few layers between its ends as can be, or with one more of each chunk; then the last stage has as few as can be.
+
+    No stage has more layers than those between.
+    """
+    some = some.take((shape.layers % some.vp == 0) & (shape.layers >= some.pp * some.vp))
+    chunks, found = shape.layers / some.vp, []
+    for more in range(_MORE):
+        between = np.ceil(chunks / some.pp) + more
+        ends = chunks - between * (some.pp - 2)
+        last = np.maximum(ends - between, 1)
+        uneven = replace(some, first_layers=(ends - last) * some.vp, last_layers=last * some.vp)
+        found.append(uneven.take((ends >= 2) & (ends < 2 * between)))
+    return joined(found)
+
+
+def with_other_ends(some: Plans) -> Plans:
+    """These uneven plans, and each with the layers of its first and last stage exchanged, and with about as many in both."""
+    ends = some.first_layers + some.last_layers
+    half = np.ceil(ends / some.vp / 2) * some.vp
+    swapped = replace(some, first_layers=some.last_layers, last_layers=some.first_layers)
+    halves = replace(some, first_layers=half, last_layers=ends - half)
+    apart = some.first_layers - some.last_layers
+    return joined([some, swapped.take(apart > 0), halves.take(apart > some.vp)])
+
+
+def joined(parts: list[Plans]) -> Plans:
+    """All of them, one after another."""
+    whole = [part.take(slice(None)) for part in parts]
+    return Plans(*(np.concatenate([getattr(part, one.name) for part in whole]) for one in fields(Plans)))
+
+
+def frames_in_turn(shape: ModelShape, asked: Asked, some: Plans, *, uneven: bool = False) -> Iterator[Plans]:
     """The same, of a few cells at a time, none of them empty. Raises InvalidArgument where there are more than `MOST_FRAMES`."""
     count = 0
     for start in range(0, len(some), _CELLS):
-        found = frames(shape, asked, some.take(slice(start, start + _CELLS)))
+        found = frames(shape, asked, some.take(slice(start, start + _CELLS)), uneven=uneven)
         count += len(found)
         if count > MOST_FRAMES:
             raise InvalidArgument(

@@ -111,7 +111,9 @@ def step_time(
     """Of each plan, on ranks that lie in order or over the links of `groups`. Plans are not checked (`Plans.faults`)."""
     links = groups or Groups.in_order(machine.fabric, plans)
     layer = layer_times(shape, machine, plans, how, constants)
-    usual, again = (_per_layer(shape, plans, how, constants, links, layer, full) for full in (False, True))
+    usual = again = _per_layer(shape, plans, how, constants, links, layer, full=False)
+    if np.any(plans.recompute == Recompute.FULL):
+        again = _per_layer(shape, plans, how, constants, links, layer, full=True)
     head = head_s(shape, machine, plans, how, constants)
     sends = _sends_s(shape, plans, how, constants, links)
     slowest = _slowest(shape, plans, usual.total, again.total, head)
