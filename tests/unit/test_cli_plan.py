@@ -54,7 +54,7 @@ def test_tokens_are_whole(said):
 
 def test_the_split_is_said_as_a_job_file_says_it():
     done = plan("dense-700b", "--gpu", "H200", "--gpus", "128")
-    assert "in a job file, gpus: 128 and parallel: {tensor: 8, pipeline: 8}" in done.output
+    assert "in a job file, gpus: 128 and parallel: {tensor: 8, pipeline: 16}" in done.output
 
 
 def test_programs_get_numbers_that_add_up():

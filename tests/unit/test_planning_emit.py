@@ -40,6 +40,61 @@ def flags(emitted):
     return found
 
 
+class TestUneven:
+    """Stages with layers of their own, and recomputation in the first stages alone."""
+
+    SPLIT = {"tp": 8, "pp": 4, "dp": 4, "zero": 1, "sequence_parallel": True, "first_layers": 19, "last_layers": 17}
+
+    def test_megatron_has_flags_for_both_ends(self):
+        said = flags(emit("megatron", planned(**self.SPLIT)))
+        assert (said["decoder-first-pipeline-num-layers"], said["decoder-last-pipeline-num-layers"]) == ("19", "17")
+        virtual = flags(emit("megatron", planned(**self.SPLIT | {"vp": 2, "first_layers": 20, "last_layers": 16})))
+        assert virtual["num-virtual-stages-per-pipeline-rank"] == "2"
+        assert "num-layers-per-virtual-pipeline-stage" not in virtual
+
+    def test_torchtitan_has_less_layers_at_the_ends(self):
+        split = tomllib.loads(emit("torchtitan", planned(**self.SPLIT)).text)["parallelism"]
+        less = [split[f"pipeline_parallel_{end}_stage_less_layers"] for end in ("first", "last")]
+        assert less == [3, 5]
+        assert (80 + sum(less)) == split["pipeline_parallel_layers_per_stage"] * 4
+
+    def test_a_mesh_says_the_layers_of_each_stage(self):
+        said = json.loads(emit("fsdp2", planned(**self.SPLIT)).text)
+        assert said["stage_layers"] == [19, 22, 22, 17]
+
+    def test_ranks_of_the_first_stages_alone_have_flags_of_recomputation(self, tmp_path):
+        again = {"recompute": Recompute.FULL, "recomputed": 0.5, "recomputing": 2}
+        path = tmp_path / "megatron.sh"
+        path.write_text(emit("megatron", planned(**self.SPLIT | again)).text)
+        shown = {"python": '#!/bin/sh\necho rank "$@"\n', "torchrun": '#!/bin/sh\necho torchrun "$@"\n'}
+        for name, text in shown.items():
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+
+        def run(**more):
+            variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MASTER_ADDR": "here", **more}
+            return subprocess.run(
+                ["bash", str(path), "--lr", "1"], env=variables, text=True, capture_output=True, check=True
+            ).stdout
+
+        assert "--recompute-method block --recompute-num-layers 11" in run(RANK="63")  # of 32 in each stage
+        assert "--recompute" not in run(RANK="64")
+        started = run()
+        assert started.startswith("torchrun")
+        assert f"--no-python bash {path} --lr 1" in started
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ({"vp": 2, "first_layers": 20, "last_layers": 16}, "plan with --vp 1"),
+            ({"recompute": Recompute.FULL, "recomputing": 2}, "plan with --recompute full"),
+        ],
+    )
+    def test_what_torchtitan_cannot_say_of_stages_it_refuses(self, more, said):
+        with pytest.raises(InvalidArgument, match=said):
+            emit("torchtitan", planned(**self.SPLIT | more))
+
+
 class TestMegatron:
     def test_a_dense_model_split_in_three_ways(self):
         said = flags(
@@ -247,8 +302,12 @@ def valid_plans(draw):
         "tp": tp, "pp": pp, "dp": dp, "cp": cp, "vp": vp, "micro_batch": micro, "global_batch": micro * dp * pp * draw(st.sampled_from([1, 3])),
         "ep": draw(power), "zero": draw(st.sampled_from([0, 1, 2, 3])), "replicas": draw(st.sampled_from([1, 2])), "sequence": 8192,
         "recompute": draw(st.sampled_from(list(Recompute))), "recomputed": draw(st.sampled_from([0.2, 0.5, 1.0])),
-        "sequence_parallel": draw(st.booleans()),
+        "sequence_parallel": draw(st.booleans()), "recomputing": draw(st.sampled_from([0, 0, pp - 1])),
     }  # fmt: skip
+    if pp > 1 and draw(st.booleans()):
+        less = draw(st.integers(0, pp - 1)) * vp
+        between = (shape.layers + less) // pp
+        split |= {"first_layers": between - less, "last_layers": shape.layers - (pp - 1) * between + less}
     assume(Plans.of(**split).valid(shape).all())
     return planned(shape, Training(fp8=draw(st.sampled_from([0, 1]))), **split)
 
@@ -260,7 +319,7 @@ def torchtitan_starts(text, plan):
     family = model["name"]
     copies, shards = split["data_parallel_replicate_degree"], split["data_parallel_shard_degree"]
     tp, cp, pp = (split[f"{name}_parallel_degree"] for name in ("tensor", "context", "pipeline"))
-    assert copies * shards * tp * cp * pp == plan.gpus
+    assert copies * shards * tp * cp * pp == plan.split.gpus
     if (ep := split.get("expert_parallel_degree", 1)) > 1:
         assert split["expert_tensor_parallel_degree"] == tp
         assert ep % cp == 0
@@ -283,7 +342,7 @@ def deepspeed_starts(text, plan):
     assert stage > 0 or (sums == "bf16") == said["bf16"]["enabled"]
     assert (
         said["train_batch_size"]
-        == plan.gpus * said["train_micro_batch_size_per_gpu"] * said["gradient_accumulation_steps"]
+        == plan.split.gpus * said["train_micro_batch_size_per_gpu"] * said["gradient_accumulation_steps"]
     )
 
 
@@ -303,13 +362,17 @@ def test_what_is_emitted_of_a_valid_plan_breaks_no_rule(plan, form):
         )
         return
     if form == "torchrun":
-        assert plan.nodes * plan.per_node == plan.gpus
+        assert plan.nodes * plan.per_node == plan.split.gpus
         return
-    assert check(emitted.text, plan.gpus) == ()
+    assert check(emitted.text, plan.split.gpus) == ()
     STARTS.get(form, lambda _text, _plan: None)(emitted.text, plan)
-    said = read(emitted.text, plan.gpus)
-    assert said.gpus in (plan.gpus, plan.global_batch)  # DeepSpeed says the batch
-    assert (said.tp, said.pp, said.ep if form != "fsdp2" else plan.ep) == (plan.tp, plan.pp, plan.ep)
+    said = read(emitted.text, plan.split.gpus)
+    assert said.gpus in (plan.split.gpus, plan.split.global_batch)  # DeepSpeed says the batch
+    assert (said.tp, said.pp, said.ep if form != "fsdp2" else plan.split.ep) == (
+        plan.split.tp,
+        plan.split.pp,
+        plan.split.ep,
+    )
 
 
 MEGATRON = "torchrun --nnodes 2 --nproc-per-node 8 pretrain_gpt.py --num-layers 32 --num-attention-heads 32 --bf16 "

@@ -15,7 +15,7 @@ from whaleflux.planning.found import PART_WORDS, Split, candidate
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.pictures import MOST_ROWS, Titles, as_text, rows_of, svg
-from whaleflux.planning.plans import Plans
+from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.schedule import MOST_WORKS, ChunkTimes, scheduled, timeline
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
@@ -36,7 +36,7 @@ def test_each_pass_is_done_once_when_its_stage_is_free_and_what_it_needs_is_ther
 ):
     virtual = virtual if stages > 1 else 1
     count = stages * groups
-    works = scheduled(ChunkTimes(forward, backward, 0.2, send), stages, virtual, count)
+    works = scheduled(ChunkTimes((forward,) * stages, (backward,) * stages, 0.2, send), stages, virtual, count)
     assert (
         len(works)
         == len({(w.stage, w.micro_batch, w.chunk, w.backward) for w in works})
@@ -58,18 +58,27 @@ def test_each_pass_is_done_once_when_its_stage_is_free_and_what_it_needs_is_ther
 @pytest.mark.parametrize(("stages", "virtual", "count"), [(4, 1, 8), (8, 1, 32), (4, 2, 8), (8, 4, 16), (2, 3, 6)])
 def test_the_bubble_is_the_textbooks(stages, virtual, count):
     """(p - 1) (f + b) / v: Narayanan et al. 2021."""
-    works = scheduled(ChunkTimes(1 / virtual, 2 / virtual), stages, virtual, count)
+    works = scheduled(ChunkTimes((1 / virtual,) * stages, (2 / virtual,) * stages), stages, virtual, count)
     assert max(work.end_s for work in works) == pytest.approx(count * 3 + (stages - 1) * 3 / virtual)
 
 
-def test_a_timeline_is_as_long_as_the_step_that_the_cost_model_says():
-    """Without what comes after it, and but for the head: it is one stage's alone."""
-    plan = Plans.of(tp=8, pp=4, dp=4, micro_batch=1, global_batch=32, sequence=8192, sequence_parallel=True)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"first_layers": 24, "last_layers": 16},
+        {"first_layers": 19, "last_layers": 17},
+        {"first_layers": 10, "last_layers": 28, "recompute": Recompute.FULL, "recomputed": 0.25, "recomputing": 2},
+    ],
+)
+def test_a_timeline_is_as_long_as_the_step_that_the_cost_model_says(more):
+    """Without what comes after it, and but for the head: it is one stage's alone. Where the first stage is the slowest it waits less than said."""
+    plan = Plans.of(tp=8, pp=4, dp=4, micro_batch=1, global_batch=32, sequence=8192, sequence_parallel=True, **more)
     shape = model_named("llama-3.1-70b")
     drawn, took = timeline(shape, H200, plan, Training()), step_time(shape, H200, plan, Training())
     assert drawn.drawn == drawn.micro_batches == 8
     said = float(np.ravel(took.total_s - took.dp_s - took.optimizer_s)[0])
-    assert drawn.span_s == pytest.approx(said, rel=0.05)
+    assert drawn.span_s == pytest.approx(said, rel=0.1 if more else 0.05)
 
 
 @settings(max_examples=40, deadline=None)

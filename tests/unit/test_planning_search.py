@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from benchmarks.plan_lab.brute_force import fastest
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.planning.emit import emit
+from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.found import candidate
 from whaleflux.planning.known_models import MODELS, model_named
 from whaleflux.planning.machine import Machine
-from whaleflux.planning.memory import memory
+from whaleflux.planning.memory import least_state_bytes, memory
 from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.offers import Goal, Offer, estimate
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.search import search
-from whaleflux.planning.space import Asked, cells, frames, variants
+from whaleflux.planning.space import Asked, cells, frames, joined, variants, with_other_ends
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 
@@ -80,7 +83,9 @@ def test_what_is_found_is_valid_fits_and_uses_no_more_than_there_is(asked, shape
 @settings(max_examples=30, deadline=None)
 @given(asked=ASKED)
 def test_every_frame_is_valid(asked):
-    plans = variants(asked, frames(EXPERTS, asked, cells(EXPERTS, 8, asked)))
+    even = frames(EXPERTS, asked, cells(EXPERTS, 8, asked))
+    uneven = frames(EXPERTS, asked, cells(EXPERTS, 8, asked, uneven=True), uneven=True)
+    plans = variants(asked, joined([even, with_other_ends(uneven)]))
     assert plans.valid(EXPERTS).all()
     assert (plans.gpus <= asked.gpus).all()
 
@@ -114,7 +119,7 @@ def test_runners_up_differ_in_kind_and_say_what_they_lose():
 def test_memory_binds_in_words_with_the_recomputation_that_would_fit():
     found = search(model_named("dense-700b"), H200, Asked(128, 8192, batch=128))
     assert found.binding.kind == "memory"
-    for word in ("activations", "of 144.6 at stage 0", "full recomputation would fit", "% slower"):
+    for word in ("activations", "of 144.6 at stage", "full recomputation", "would fit", "% slower"):
         assert word in found.binding.words
 
 
@@ -237,7 +242,77 @@ def test_a_model_of_very_many_divisors_is_refused_at_once_and_within_memory():
         "many", 5040, 5040, 2520, 2520, 128, 55440, 32000, 1 << 20, experts=55440, top_k=2, expert_ffn=55440
     )
     began = time.process_time()
+    roomy = replace(H200, memory_bytes=1e18)  # where it cannot fit no way is looked at
     with pytest.raises(InvalidArgument, match=r"model.*more than 1,000,000 ways.*settle pp, ep"):
-        search(shape, H200, Asked(8192, 131_072, batch=55440))
+        search(shape, roomy, Asked(8192, 131_072, batch=55440))
     assert time.process_time() - began < 10
     assert search(shape, H200, Asked(64, 8192, batch=64)).looked_at < 1_000_000
+
+
+@pytest.mark.parametrize(("layers", "pp"), [(136, 16), (61, 8), (126, 16), (13, 3), (5, 2)])
+def test_layers_that_stages_do_not_divide_are_planned_with_ends_of_their_own(layers, pp):
+    shape = replace(LLAMA, layers=layers)
+    split = search(shape, H200, Asked(128, 8192, pp=pp, batch=128)).best.split
+    counts = [int(split.plans().stage_layers(shape, float(stage))[0]) for stage in range(pp)]
+    assert sum(counts) == layers
+    assert len(set(counts[1:-1])) <= 1
+    assert max(counts) - min(counts) < layers
+
+
+def test_a_large_output_layer_leaves_the_last_stage_fewer_layers():
+    """Even stages would all wait for the last one: 32 layers, an output layer of more than two."""
+    shape = model_named("llama-3.1-8b")
+    found = search(shape, H200, Asked(4, 8192, tp=1, cp=1, pp=4, batch=64, vp=1, zero=0)).best
+    even = candidate(shape, H200, replace(found.split, first_layers=0, last_layers=0), Training())
+    assert 0 < found.split.last_layers < 8
+    assert found.step_s < even.step_s
+
+
+def test_first_stages_alone_recompute_where_memory_binds_there():
+    small = replace(H200, memory_bytes=80e9)
+    found = search(LLAMA, small, Asked(32, 8192, tp=2, cp=1, pp=8, vp=1, zero=1, batch=128)).best
+    assert found.split.recompute == "full"
+    assert 1 < found.split.recomputing < 8
+    everywhere, fewer = (
+        candidate(LLAMA, small, replace(found.split, recomputing=stages), Training())
+        for stages in (0, found.split.recomputing - 1)
+    )
+    assert found.step_s < everywhere.step_s
+    assert not fewer.fits
+
+
+@settings(max_examples=40, deadline=None)
+@given(asked=ASKED, shape=st.sampled_from([LLAMA, EXPERTS]))
+def test_no_gpu_holds_less_than_what_cells_cannot_do_without(asked, shape):
+    plans = variants(asked, frames(shape, asked, cells(shape, 8, asked)))
+    assume(len(plans))
+    needed = memory(shape, replace(plans, recompute=np.full(plans.tp.shape, 2.0)), Training()).state_bytes
+    assert (least_state_bytes(shape, plans, Training()) <= needed * (1 + 1e-9)).all()
+
+
+def test_a_model_that_no_gpu_could_hold_a_part_of_is_refused_at_once_with_the_nearest_split():
+    huge = ModelShape("huge", 5040, 32768, 256, 256, 128, 131072, 256000, experts=720, top_k=8, expert_ffn=8192)
+    began = time.process_time()
+    found = search(huge, H200, Asked(16_384, 8192, batch=4096, batch_slack=0.05))
+    assert time.process_time() - began < 5
+    assert (found.best, found.looked_at) == (None, 0)
+    assert "nearest is" in found.binding.words
+
+
+@pytest.mark.parametrize("form", ["torchtitan", "deepspeed", "fsdp2", "megatron"])
+@pytest.mark.parametrize("shape", [LLAMA, model_named("qwen3-30b-a3b")])
+def test_a_search_for_a_format_finds_what_it_can_express_and_loses_what_is_said(form, shape):
+    offer = Offer(CATALOGUE.types["H200"], 64)
+    asked = Asked(64, 8192, batch=256)
+    free, said = (estimate(shape, offer, asked, Goal(), Training(), form=one) for one in ("", form))
+    assert emit(form, Planned.of(shape, said.plan.split.plans(), Training())).text
+    assert said.plan.token_s >= free.plan.token_s * (1 - 1e-9)
+    assert said.quicker in (None, free.plan)
+    assert (said.quicker is None) == (said.plan.split == free.plan.split)
+
+
+def test_a_format_that_can_express_nothing_that_fits_gets_the_best_plan_and_refuses_it_in_words():
+    offer = Offer(CATALOGUE.types["H200"], 16)
+    plan = estimate(LLAMA, offer, Asked(16, 8192, tp=8, batch=16), Goal(), Training(), form="deepspeed").plan
+    with pytest.raises(InvalidArgument, match="tensor parallelism 8"):
+        emit("deepspeed", Planned.of(LLAMA, plan.split.plans(), Training()))

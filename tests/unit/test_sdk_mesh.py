@@ -21,6 +21,8 @@ pytest.importorskip("torch")
         ({"mesh": {}, "recomputed": None}, "recomputed: is 'None'"),
         ({"mesh": {}, "parameters": ["float16"]}, "parameters: is"),
         ({"mesh": {}, "reduce": {}}, "reduce: is"),
+        ({"mesh": {}, "stage_layers": [4, 4]}, "stage_layers: is .*must be 1 whole numbers"),
+        ({"mesh": {}, "stage_layers": ["4"]}, "stage_layers: is"),
         ("{oops", "holds no JSON"),
         ("[1]", "cannot be read"),
         ("nowhere.json", "cannot be read"),

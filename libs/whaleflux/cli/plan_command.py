@@ -341,14 +341,14 @@ def _show(
     from whaleflux.planning.fits import instead
     from whaleflux.planning.offers import as_known, choose
 
-    choice = choose(shape, offers, asked, goal, how, precision)
+    choice = choose(shape, offers, asked, goal, how, precision, wanted.emit.value if wanted.emit else "")
     first = next(one for one in offers if (one.gpu.name, one.gpus) == (choice.chosen.gpu, choice.chosen.gpus))
     would_fit: list[str] = []
     if choice.chosen.plan is None:
         _, as_run, _ = as_known(first, how, precision)
         would_fit = instead(shape, first.gpu, replace(asked, gpus=first.gpus), as_run, precision)
     nearest = choice.chosen.plan or choice.chosen.found.nearest
-    made = Made(shape, first, nearest, how, precision) if nearest else None
+    made = Made(shape, first, nearest, how, precision, choice.chosen.quicker) if nearest else None
     if fmt.is_json:
         output.say_json(as_json(shape, asked, goal, choice, would_fit) | (made.as_json(wanted) if made else {}), fmt)
     else:

@@ -13,7 +13,7 @@ from whaleflux.cli import output
 from whaleflux.cli.output import Format
 
 if TYPE_CHECKING:
-    from whaleflux.planning.emit.planned import Emitted
+    from whaleflux.planning.emit.planned import Emitted, Planned
     from whaleflux.planning.found import Candidate
     from whaleflux.planning.model_shape import ModelShape
     from whaleflux.planning.offers import Offer
@@ -58,25 +58,42 @@ def picture_of(said: str, fmt: Format) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A plan that fits, or the one that is nearest to it, and all that it was made of."""
+    """A plan that fits, or the one that is nearest to it, and all that it was made of; the best of all, where a format cannot express that."""
 
     shape: ModelShape
     offer: Offer
     plan: Candidate
     how: Training
     precision: str
+    quicker: Candidate | None = None
 
     def emitted(self, form: Form) -> Emitted:
         """Raises InvalidArgument where the format cannot express the plan, with what to use."""
+        from dataclasses import replace
+
         from whaleflux.planning.emit import emit
+
+        made = emit(form.value, self._planned(self.plan))
+        return replace(made, notes=(*made.notes, *self._lost(form)))
+
+    def _planned(self, plan: Candidate) -> Planned:
         from whaleflux.planning.emit.planned import Planned
         from whaleflux.planning.machine import speed_of
         from whaleflux.planning.offers import as_known
 
         _, how, _ = as_known(self.offer, self.how, self.precision)
         node_gpus = _NODE_GPUS if speed_of(self.offer.gpu).nvlink_domain <= _NODE_GPUS else _TRAY_GPUS
-        capability = self.offer.gpu.compute_capability
-        return emit(form.value, Planned.of(self.shape, self.plan.split.plans(), how, node_gpus, capability))
+        return Planned.of(self.shape, plan.split.plans(), how, node_gpus, self.offer.gpu.compute_capability)
+
+    def _lost(self, form: Form) -> list[str]:
+        """What it costs that the format cannot express the best plan."""
+        from whaleflux.planning.emit import refused
+
+        if self.quicker is None:
+            return []
+        slower = self.plan.token_s / self.quicker.token_s - 1
+        why = "; ".join(refused(form.value, self._planned(self.quicker)))
+        return [f"{slower:.1%} slower than {self.quicker.split.words()}, which {form.value} cannot express: {why}"]
 
     def why(self) -> tuple[str, ...]:
         from whaleflux.planning.offers import as_known

@@ -153,5 +153,6 @@ def as_json(shape: ModelShape, asked: Asked, goal: Goal, choice: Choice, would_f
 def _in_short(one: Estimate) -> dict[str, Any]:
     """An offer that was not taken: its figures and its split."""
     return asdict(one) | {
-        "found": {"split": asdict(one.plan.split) if one.plan else None, "binding": asdict(one.found.binding)}
+        "found": {"split": asdict(one.plan.split) if one.plan else None, "binding": asdict(one.found.binding)},
+        "quicker": asdict(one.quicker.split) if one.quicker else None,
     }

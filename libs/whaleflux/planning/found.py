@@ -99,7 +99,7 @@ class Split:
         return ", ".join([*parts, self.recomputation()])
 
     def _ends(self) -> str:
-        ends = [f"{layers} layers {where}" for layers, where in ((self.first_layers, "first"), (self.last_layers, "last")) if layers]  # fmt: skip
+        ends = [f"{layers} layer{'s' if layers > 1 else ''} {where}" for layers, where in ((self.first_layers, "first"), (self.last_layers, "last")) if layers]  # fmt: skip
         return f" ({', '.join(ends)})" if ends else ""
 
     def recomputation(self) -> str:

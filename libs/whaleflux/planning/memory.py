@@ -117,9 +117,11 @@ def least_state_bytes(shape: ModelShape, plans: Plans, how: Training) -> Array:
     That of the average GPU: weights, gradients and the optimizer's state spread as far as ZeRO beside a pipeline, or without one, spreads them.
     """
     trained = how.either(how.frozen, 0.0, 1.0)
-    kept = np.where(array(how.lazy_gradients) > 0, array(how.weight_bytes), array(how.weight_bytes) + trained * how.gradient_bytes)
+    kept = np.where(
+        array(how.lazy_gradients) > 0, array(how.weight_bytes), array(how.weight_bytes) + trained * how.gradient_bytes
+    )
     experts = shape.moe_layers * shape.expert_weights
-    common = shape.parameters - experts
+    common = shape.layers * shape.layer_weights + shape.embedding_weights + (0 if shape.tied else shape.head_weights)
     copied = np.where(plans.pp > 1, common * plans.dp * plans.cp, common)
     return np.asarray((kept * (copied + experts) + trained * how.optimizer_bytes * (common + experts)) / plans.gpus)
 
@@ -153,9 +155,7 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
     some = fully > 0
     whole, kept = activation_bytes(shape, plans, how)
     logits = array(how.logits_bytes) * plans.tokens * shape.vocabulary / plans.tp * np.where(final, 1.0, 0.0)
-    again = np.where(
-        some, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0)
-    )
+    again = np.where(some, whole, np.where(plans.recompute == Recompute.SELECTIVE, whole - kept, 0.0))
     layer = layer_weights(shape, plans)
     gathered = np.where(
         plans.zero > 2, 2 * 2 * (layer.common + layer.experts) + _END_BYTES * shape.head_weights / plans.tp, 0.0

@@ -11,6 +11,8 @@ import numpy as np
 from whaleflux.fleet.gpu_types import GpuType
 from whaleflux.planning.calibration import SOFTWARE, Calibrated
 from whaleflux.planning.constants import FITTED, Constants
+from whaleflux.planning.emit import can_express
+from whaleflux.planning.emit.planned import facts_of
 from whaleflux.planning.found import Candidate, PlanFound
 from whaleflux.planning.machine import Fabric, Machine, speed_of
 from whaleflux.planning.model_shape import ModelShape
@@ -67,7 +69,7 @@ class Estimate:
 
     `mfu` is the share of the data sheet's arithmetic that the model itself needs (`ModelShape.training_flops`). `usd` is of
     all `gpus`, those that the plan leaves idle too.
-    `misses` names the deadline or budget that it does not meet.
+    `misses` names the deadline or budget that it does not meet. `quicker` is the best plan of all, where the output format cannot express it.
     """
 
     gpu: str
@@ -84,6 +86,7 @@ class Estimate:
     usd: float | None = None
     usd_per_million_tokens: float | None = None
     misses: tuple[str, ...] = ()
+    quicker: Candidate | None = None
 
     @property
     def plan(self) -> Candidate | None:
@@ -109,10 +112,16 @@ class Choice:
 
 
 def choose(
-    shape: ModelShape, offers: Sequence[Offer], asked: Asked, goal: Goal, how: Training, precision: str = "bf16"
+    shape: ModelShape,
+    offers: Sequence[Offer],
+    asked: Asked,
+    goal: Goal,
+    how: Training,
+    precision: str = "bf16",
+    form: str = "",
 ) -> Choice:
-    """Of at least one offer. `asked.gpus` is each offer's. Raises InvalidArgument where a GPU's speed is not known."""
-    every = [estimate(shape, one, asked, goal, how, precision) for one in offers]
+    """Of at least one offer. `asked.gpus` is each offer's; `form` as in `estimate`. Raises InvalidArgument where a GPU's speed is not known."""
+    every = [estimate(shape, one, asked, goal, how, precision, form) for one in offers]
     ranked = sorted(every, key=lambda one: _rank(one, goal))
     return Choice(ranked[0], tuple(ranked[1:]), "" if ranked[0].meets else _unmet(every, goal))
 
@@ -126,11 +135,14 @@ def as_known(offer: Offer, how: Training, precision: str) -> tuple[Machine, Trai
 
 
 def estimate(
-    shape: ModelShape, offer: Offer, asked: Asked, goal: Goal, how: Training, precision: str = "bf16"
+    shape: ModelShape, offer: Offer, asked: Asked, goal: Goal, how: Training, precision: str = "bf16", form: str = ""
 ) -> Estimate:
-    """What one offer comes to."""
+    """What one offer comes to. `form`: by a plan that this output format can express; by the best of all where it can express none that fits."""
     machine, how, constants = as_known(offer, how, precision)
-    found = search(shape, machine, replace(asked, gpus=offer.gpus), how, constants)
+    asked = replace(asked, gpus=offer.gpus)
+    found, quicker = search(shape, machine, asked, how, constants), None
+    if form and found.best is not None:
+        found, quicker = _said_by(form, shape, machine, offer, asked, how, constants, found)
     known = Estimate(
         offer.gpu.name,
         offer.gpus,
@@ -138,6 +150,7 @@ def estimate(
         offer.place,
         usd_per_gpu_hour=offer.usd_per_gpu_hour,
         price_source=offer.price_source,
+        quicker=quicker,
     )
     if found.best is None:
         return known
@@ -158,6 +171,24 @@ def estimate(
         usd_per_million_tokens=None if usd_per_s is None else usd_per_s / rate * 1e6,
     )
     return replace(timed, misses=tuple(_misses(timed, goal)))
+
+
+def _said_by(
+    form: str,
+    shape: ModelShape,
+    machine: Machine,
+    offer: Offer,
+    asked: Asked,
+    how: Training,
+    constants: Constants,
+    found: PlanFound,
+) -> tuple[PlanFound, Candidate | None]:
+    """(what is found among plans that the format can express, the best of all where that is another); `found` where it can express none that fits."""
+    can = can_express(form, facts_of(shape, how, capability=offer.gpu.compute_capability))
+    if can is None or found.best is None or can(found.best.split.plans()).all():
+        return found, None
+    said = search(shape, machine, asked, how, constants, can)
+    return (said, found.best) if said.best is not None else (found, None)
 
 
 def _misses(one: Estimate, goal: Goal) -> list[str]:

@@ -143,7 +143,9 @@ class Plans:
         rest, stages = shape.layers - ends, self.pp - own
         broken = {
             "layers must be a multiple of pp x vp": (own == 0) & (shape.layers % (self.pp * self.vp) != 0),
-            "first_layers and last_layers need pp > 1, and to leave each stage between them as many, in multiples of vp": (own > 0)
+            "first_layers and last_layers need pp > 1, and to leave each stage between them as many, in multiples of vp": (
+                own > 0
+            )
             & (
                 (self.pp < 2)
                 | (rest < stages)

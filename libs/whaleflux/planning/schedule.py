@@ -10,8 +10,8 @@ from whaleflux.planning.constants import FITTED, Constants
 from whaleflux.planning.layers import head_s, layer_times
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
-from whaleflux.planning.plans import Plans, Recompute
-from whaleflux.planning.step import step_time
+from whaleflux.planning.plans import Plans
+from whaleflux.planning.step import stage_s, step_time
 from whaleflux.planning.training import Training
 
 _LEAST_DRAWN = 8  # micro-batches
@@ -20,10 +20,10 @@ MOST_WORKS = 20_000  # of a timeline: a picture of more is no picture
 
 @dataclass(frozen=True, slots=True)
 class ChunkTimes:
-    """Seconds of one micro-batch in one virtual stage; `head_s` is what the last one has more, a third of it forward; `send_s` to a neighbour."""
+    """Seconds of one micro-batch in one virtual stage of each stage; `head_s` is what the last one has more, a third of it forward; `send_s` to a neighbour."""
 
-    forward_s: float
-    backward_s: float
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
     head_s: float = 0.0
     send_s: float = 0.0
 
@@ -76,19 +76,20 @@ def timeline(
 def chunk_times(
     shape: ModelShape, machine: Machine, plan: Plans, how: Training, constants: Constants = FITTED
 ) -> ChunkTimes:
-    """The cost model's step, taken apart: what the slowest stage does for one micro-batch, communication that nothing hides in it."""
+    """The cost model's step, taken apart: what each stage does for one micro-batch, communication that nothing hides in it."""
     took, layer = step_time(shape, machine, plan, how, constants), layer_times(shape, machine, plan, how, constants)
     count, virtual = _one(plan.micro_batches), _one(plan.vp)
-    head = _one(head_s(shape, machine, plan, how, constants))
-    each = (
-        sum(_one(part) for part in (took.compute_s, took.recompute_s, took.host_s, took.tp_s, took.cp_s, took.ep_s))
-        / count
-        - head
-    )
-    again = _one(plan.recomputed) if _one(plan.recompute) == Recompute.FULL else 0.0
+    stages = np.arange(_one(plan.pp))
+    each = stage_s(shape, machine, plan, how, constants, stages) / virtual
+    again = plan.again_layers(shape, stages) / plan.stage_layers(shape, stages)
     forward, backward = _one(layer.forward_s), _one(layer.backward_s)
-    share = forward / ((1 + again) * forward + backward)
-    return ChunkTimes(each * share / virtual, each * (1 - share) / virtual, head, _one(took.pp_s) / count / 2 / virtual)
+    share = np.broadcast_to(forward / ((1 + again) * forward + backward), stages.shape)
+    return ChunkTimes(
+        tuple((each * share).tolist()),
+        tuple((each * (1 - share)).tolist()),
+        _one(head_s(shape, machine, plan, how, constants)),
+        _one(took.pp_s) / count / 2 / virtual,
+    )
 
 
 def _one(value: object) -> float:
@@ -111,7 +112,7 @@ def scheduled(times: ChunkTimes, stages: int, virtual: int, micro_batches: int) 
                     break
                 start_s = max(ready_s, free_s[stage])
                 last = stage == stages - 1 and chunk == virtual - 1
-                free_s[stage] = start_s + _took_s(times, backward=backward, last=last)
+                free_s[stage] = start_s + _took_s(times, stage, backward=backward, last=last)
                 ended[stage, micro_batch, chunk, backward] = free_s[stage]
                 found.append(Work(stage, micro_batch, chunk, backward, start_s, free_s[stage]))
                 position[stage] += 1
@@ -119,9 +120,9 @@ def scheduled(times: ChunkTimes, stages: int, virtual: int, micro_batches: int) 
     return found
 
 
-def _took_s(times: ChunkTimes, *, backward: bool, last: bool) -> float:
+def _took_s(times: ChunkTimes, stage: int, *, backward: bool, last: bool) -> float:
     head = times.head_s * (2 if backward else 1) / 3 if last else 0.0
-    return (times.backward_s if backward else times.forward_s) + head
+    return (times.backward_s if backward else times.forward_s)[stage] + head
 
 
 def _order(stage: int, stages: int, virtual: int, micro_batches: int) -> list[tuple[int, int, bool]]:

@@ -6,7 +6,7 @@ on the GPUs that it uses. So the best plan is the same as if every plan had been
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -31,15 +31,28 @@ _FIRST, _OF_KIND, _CHUNK = 512, 48, 2048  # frames judged at first, of them for 
 _FULL_GPUS = 0.75  # cells that use so many of the GPUs are looked at first
 _MOST_RUNNERS_UP = 4
 
+Can: TypeAlias = Callable[[Plans], Flags]
+
 
 def search(
-    shape: ModelShape, machine: Machine, asked: Asked, how: Training | None = None, constants: Constants = FITTED
+    shape: ModelShape,
+    machine: Machine,
+    asked: Asked,
+    how: Training | None = None,
+    constants: Constants = FITTED,
+    can: Can | None = None,
 ) -> PlanFound:
     """The fastest plan that fits, the best of other kinds, and what binds. Nothing is checked of `asked` but what `space` does.
 
+    `can`: among those alone that it says it of (what an output format can express).
+
     Raises InvalidArgument where there are too many (`space.MOST_FRAMES`).
     """
-    return _Search(shape, machine, asked, how or Training(), constants).run()
+    return _Search(shape, machine, asked, how or Training(), constants, can or _any).run()
+
+
+def _any(plans: Plans) -> Flags:
+    return np.ones(len(plans), dtype=np.bool_)
 
 
 _Timed: TypeAlias = tuple[float, Split]
@@ -54,6 +67,7 @@ class _Search:
     asked: Asked
     how: Training
     constants: Constants
+    can: Can
     best_s: float = np.inf  # seconds per token
     best: dict[int, _Timed] = field(default_factory=dict)  # by kind
     leanest: _Timed | None = None  # by bytes
@@ -87,8 +101,23 @@ class _Search:
 
     def _look(self, some: Plans) -> None:
         """At all frames of these cells."""
-        for plans in frames_in_turn(self.shape, self.asked, some):
+        for plans in self._frames(self.asked, some):
             self._look_through(plans)
+
+    def _frames(self, asked: Asked, some: Plans, *, uneven: bool = False) -> Iterator[Plans]:
+        """Those that can be said under one stage of ZeRO at least."""
+        stages = [asked.zero] if asked.zero >= 0 else [0, 1, 2, 3]
+        for plans in frames_in_turn(self.shape, asked, some, uneven=uneven):
+            said = np.zeros(len(plans), dtype=np.bool_)
+            for zero in stages:
+                there = ((zero < 2) | (plans.pp == 1)) & ((zero == asked.zero or zero == 0) | (plans.dp * plans.cp > 1))
+                said |= there & self.can(replace(plans, zero=np.full(plans.pp.shape, float(zero))))
+            if np.any(said):
+                yield plans.take(said)
+
+    def _variants(self, plans: Plans) -> Plans:
+        ways = variants(self.asked, plans)
+        return ways.take(self.can(ways))
 
     def _has_room(self, some: Plans) -> Flags:
         """Whether state alone, without activations, could fit into so many GPUs."""
@@ -97,16 +126,16 @@ class _Search:
     def _look_for_nearest(self, every: Plans, uneven: Plans) -> None:
         """Where nothing can fit: at single samples without virtual stages, than which no others need less."""
         asked = replace(self.asked, micro_batch=self.asked.micro_batch or 1, vp=self.asked.vp or 1)
-        for plans in frames_in_turn(self.shape, asked, every):
+        for plans in self._frames(asked, every):
             self._note_leanest(plans, self._in_blocks(self._least_bytes, plans))
-        for plans in frames_in_turn(self.shape, asked, uneven, uneven=True):
+        for plans in self._frames(asked, uneven, uneven=True):
             both = with_other_ends(plans)
             self._note_leanest(both, self._in_blocks(self._least_bytes, both))
 
     def _look_at_uneven(self, some: Plans) -> None:
         """At uneven pipelines. Of those that differ in their ends alone the first has the least bound: where it cannot be better no other can."""
         some = some.take(self._ideal_gpu_s() / some.gpus < self.best_s)
-        for plans in frames_in_turn(self.shape, self.asked, some, uneven=True):
+        for plans in self._frames(self.asked, some, uneven=True):
             promising = plans.take(self._least_s(plans) < self.best_s) if self.best else plans
             if len(promising):
                 self._look_through(with_other_ends(promising))
@@ -158,7 +187,7 @@ class _Search:
         number = int(np.argmin(least))
         if not np.isfinite(least[number]) or (self.leanest is not None and least[number] >= self.leanest[0]):
             return
-        ways = variants(self.asked, plans.take(slice(number, number + 1)))
+        ways = self._variants(plans.take(slice(number, number + 1)))
         again = self.asked.recompute if self.asked.recompute is not None else Recompute.FULL
         chosen = replace(ways, recompute=np.full(ways.tp.shape, float(again)))
         self.leanest = (float(least[number]), split_of(chosen, int(np.argmin(self._leanest_bytes(ways)))))
@@ -168,7 +197,7 @@ class _Search:
     ) -> _Timed | None:
         """What would be fastest if everything fitted, or all that does with full recomputation; `known` where that is faster."""
         while order.size and (known is None or bound[order[0]] < known[0]):
-            ways = self._recomputing(variants(self.asked, plans.take(order[:_FIRST])))
+            ways = self._recomputing(self._variants(plans.take(order[:_FIRST])))
             order = order[_FIRST:]
             if could_fit:
                 ways = ways.take(self._leanest_bytes(ways) <= self.machine.usable_bytes)
@@ -192,7 +221,7 @@ class _Search:
 
     def _judge(self, some: Plans) -> None:
         """Everything that is left to choose of these frames; what is best of each kind is kept."""
-        plans = fitting(self.shape, self.machine, self.asked, self.how, variants(self.asked, some))
+        plans = fitting(self.shape, self.machine, self.asked, self.how, self._variants(some), self.can)
         if not len(plans):
             return
         seconds, kinds = self._seconds(plans), _kinds(plans)
@@ -215,7 +244,9 @@ class _Search:
             RunnerUp(_kind_words(split), self._picture(split), seconds / self.best_s - 1)
             for seconds, split in ranked[1 : 1 + _MOST_RUNNERS_UP]
         )
-        best, free, near = (self._picture(one[1]) for one in (ranked[0], self.free or ranked[0], self.near or ranked[0]))
+        best, free, near = (
+            self._picture(one[1]) for one in (ranked[0], self.free or ranked[0], self.near or ranked[0])
+        )
         binding = binding_of(best, near, free, None if near.fits else self._eased(near.split))
         return PlanFound(gpus, best, None, others, binding, self.looked_at)
 
@@ -224,12 +255,14 @@ class _Search:
 
     def _eased(self, split: Split) -> Candidate | None:
         """The same split with as much recomputation as makes it fit."""
-        plans = fitting(self.shape, self.machine, replace(self.asked, recompute=None), self.how, split.plans())
+        plans = fitting(
+            self.shape, self.machine, replace(self.asked, recompute=None), self.how, split.plans(), self.can
+        )
         return self._picture(split_of(plans, int(np.argmin(self._seconds(plans))))) if len(plans) else None
 
 
-def fitting(shape: ModelShape, machine: Machine, asked: Asked, how: Training, plans: Plans) -> Plans:
-    """Those that fit, each with the least recomputation with which it does."""
+def fitting(shape: ModelShape, machine: Machine, asked: Asked, how: Training, plans: Plans, can: Can = _any) -> Plans:
+    """Those that fit, each with the least recomputation with which it does; in all stages, where `can` says that some cannot be."""
     usable = machine.usable_bytes
 
     def needs(some: Plans) -> Array:
@@ -247,6 +280,7 @@ def fitting(shape: ModelShape, machine: Machine, asked: Asked, how: Training, pl
     rest = plans.take(~whole)
     stages = _stages_that_need_it(rest, lambda stage: memory_of_stage(shape, rest, how, stage).total_bytes <= usable)
     layers = replace(rest, recompute=np.full(rest.tp.shape, float(Recompute.FULL)), recomputing=stages)
+    layers = replace(layers, recomputing=np.where(can(layers), stages, 0.0))
     layers = layers.take(needs(layers) <= usable)
     return joined([*found, _fewest_layers(shape, layers, lambda some: np.asarray(needs(some) <= usable))])
 

@@ -64,7 +64,11 @@ def stages_of(shape: ModelShape, asked: Asked, *, uneven: bool) -> list[int]:
         return [asked.pp or 1] if not uneven else []
     round_ = {factor << step for factor in (1, 3) for step in range(shape.layers.bit_length())} if uneven else set()
     found = [asked.pp] if asked.pp else sorted({*divisors(shape.layers), *round_})
-    return [one for one in found if one <= (min(asked.gpus, shape.layers) if uneven or not asked.pp else one) and (one > 1 or not uneven)]
+    return [
+        one
+        for one in found
+        if one <= (min(asked.gpus, shape.layers) if uneven or not asked.pp else one) and (one > 1 or not uneven)
+    ]
 
 
 def cells(shape: ModelShape, island: int, asked: Asked, *, uneven: bool = False) -> Plans:
@@ -77,7 +81,7 @@ def cells(shape: ModelShape, island: int, asked: Asked, *, uneven: bool = False)
         stages_of(shape, asked, uneven=uneven),
         [asked.cp] if asked.cp else whole or [1],
     )
-    tp, pp, cp = (one.ravel() for one in np.meshgrid(*axes, indexing="ij"))
+    tp, pp, cp = (one.ravel() for one in np.meshgrid(*(np.array(one, dtype=np.intp) for one in axes), indexing="ij"))
     copies = gpus // (tp * pp * cp)
     number, dp = _data_parallel(copies, asked)
     return Plans.of(

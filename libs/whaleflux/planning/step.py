@@ -145,6 +145,16 @@ def step_time(
     return StepTime(**known, data_s=waited[0], checkpoint_s=waited[1])
 
 
+def stage_s(
+    shape: ModelShape, machine: Machine, plans: Plans, how: Training, constants: Constants, stage: Array
+) -> Array:
+    """Seconds of one micro-batch in that stage, counted from 0, forward and backward, without the output layer and sends; ranks in order."""
+    links, layer = Groups.in_order(machine.fabric, plans), layer_times(shape, machine, plans, how, constants)
+    usual, again = (_per_layer(shape, plans, how, constants, links, layer, full).total for full in (False, True))
+    computed = plans.again_layers(shape, stage)
+    return np.asarray((plans.stage_layers(shape, stage) - computed) * usual + computed * again)
+
+
 @dataclass(frozen=True, slots=True)
 class _Slowest:
     """The stage that everybody waits for: its layers, how many of them are computed again, its seconds of the output layer; all other stages' seconds."""
@@ -170,7 +180,7 @@ def _slowest(shape: ModelShape, plans: Plans, layer_s: Array, again_s: Array, he
         longer = (count > 0) & (took > longest)
         longest = np.where(longer, took, longest)
         chosen = [np.where(longer, new, old) for new, old in zip((some, full, end), chosen, strict=True)]
-    return _Slowest(*chosen, others_s=np.asarray(every - longest))
+    return _Slowest(chosen[0], chosen[1], chosen[2], np.asarray(every - longest))
 
 
 def _kinds_of_stages(plans: Plans) -> tuple[list[Array], list[Array]]:

@@ -39,7 +39,8 @@ class PlannedMesh:
     sequence: int
     reshard_after_forward: bool
     reduce_each_micro_batch: bool
-    recomputed: float  # the share of layers whose activations are computed again
+    recomputed: float  # the share of this stage's layers whose activations are computed again
+    stage_layers: tuple[int, ...]  # of each pipeline stage, its virtual ones together; (): the file does not say
     policy: MixedPrecisionPolicy
 
     @property
@@ -82,7 +83,7 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
         given = _replanned(given["replan"])
         sizes = _sizes(given)
     _for_so_many(sizes)
-    recomputed = _share(given, "recomputed")
+    recomputed, layers = _share(given, "recomputed"), _stage_layers(given, sizes["pp"])
     policy = MixedPrecisionPolicy(_dtype(given, "parameters", "bfloat16"), _dtype(given, "reduce", "float32"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
@@ -101,7 +102,8 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
         sequence=_whole(given, "", "sequence"),
         reshard_after_forward=bool(given.get("reshard_after_forward", True)),
         reduce_each_micro_batch=bool(given.get("reduce_each_micro_batch", True)),
-        recomputed=recomputed,
+        recomputed=_of_stage(mesh.get_local_rank("pp"), recomputed, layers, _whole(given, "", "recomputing_stages", sizes["pp"])),
+        stage_layers=layers,
         policy=policy,
     )
 
@@ -141,9 +143,24 @@ def _table(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def _whole(given: Mapping[str, Any], where: str, name: str) -> int:
-    """1 where it is not said."""
-    value = given.get(name, 1)
+def _stage_layers(given: Mapping[str, Any], stages: int) -> tuple[int, ...]:
+    found = given.get("stage_layers", [])
+    whole = isinstance(found, list) and all(type(one) is int and 1 <= one <= 1 << 31 for one in found)
+    if not whole or (found and len(found) != stages):
+        raise _wrong("stage_layers", f"is {str(found)[:40]!r}, must be {stages} whole numbers from 1, one for each stage")
+    return tuple(found)
+
+
+def _of_stage(stage: int, share: float, layers: tuple[int, ...], recomputing: int) -> float:
+    """The file's share is of the fullest stage's layers; as many are computed again in each of the first `recomputing` stages."""
+    if stage >= recomputing:
+        return 0.0
+    return min(1.0, share * max(layers) / layers[stage]) if layers else share
+
+
+def _whole(given: Mapping[str, Any], where: str, name: str, without: int = 1) -> int:
+    """`without` where it is not said."""
+    value = given.get(name, without)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 31:
         raise _wrong(f"{where}.{name}".lstrip("."), f"is {str(value)[:20]!r}, must be a whole number from 1")
     return value

@@ -10,12 +10,18 @@ from collections.abc import Callable
 from typing import Final
 
 from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.planning.arrays import Flags
+from whaleflux.planning.emit.deepspeed import RULES as of_deepspeed
 from whaleflux.planning.emit.deepspeed import deepspeed
+from whaleflux.planning.emit.megatron import RULES as of_megatron
 from whaleflux.planning.emit.megatron import megatron
+from whaleflux.planning.emit.mesh import RULES as of_fsdp2
 from whaleflux.planning.emit.mesh import fsdp2
-from whaleflux.planning.emit.planned import Emitted, Planned
+from whaleflux.planning.emit.planned import Emitted, Facts, Planned, Rule, cannot, expressible
 from whaleflux.planning.emit.torchrun import torchrun
+from whaleflux.planning.emit.torchtitan import RULES as of_torchtitan
 from whaleflux.planning.emit.torchtitan import torchtitan
+from whaleflux.planning.plans import Plans
 
 FORMATS: Final[dict[str, Callable[[Planned], Emitted]]] = {
     "torchrun": torchrun,
@@ -24,6 +30,24 @@ FORMATS: Final[dict[str, Callable[[Planned], Emitted]]] = {
     "fsdp2": fsdp2,
     "deepspeed": deepspeed,
 }
+_RULES: Final[dict[str, tuple[Rule, ...]]] = {
+    "torchrun": (),
+    "megatron": of_megatron,
+    "torchtitan": of_torchtitan,
+    "fsdp2": of_fsdp2,
+    "deepspeed": of_deepspeed,
+}
+
+
+def can_express(form: str, facts: Facts) -> Callable[[Plans], Flags] | None:
+    """Which of plans the format can say, for the search; None: all of them."""
+    rules = _RULES[form]
+    return (lambda plans: expressible(facts, plans, rules)) if rules else None
+
+
+def refused(form: str, planned: Planned) -> list[str]:
+    """What the format cannot express of this plan, each with what to use."""
+    return cannot(planned, _RULES[form])
 
 
 def emit(form: str, planned: Planned) -> Emitted:

@@ -10,8 +10,8 @@ def torchrun(planned: Planned) -> Emitted:
     notes = (
         f"run it once on each of {planned.nodes} nodes" if planned.nodes > 1 else "",
         "MASTER_ADDR (the first node's address) must be set, MASTER_PORT may be" if planned.nodes > 1 else "",
-        f"tensor parallelism {planned.tp} spans nodes of {planned.node_gpus} GPUs"
-        if planned.tp > planned.per_node
+        f"tensor parallelism {planned.split.tp} spans nodes of {planned.node_gpus} GPUs"
+        if planned.split.tp > planned.per_node
         else "",
         *planned.uneven(),
     )
@@ -30,7 +30,7 @@ def environment(planned: Planned, *, sharded: bool = False) -> list[str]:
     One hardware queue keeps collectives of tensor and context parallelism in the order in which they were launched, which their overlap
     rests on (Megatron-LM asks for it on GPUs before Blackwell).
     """
-    one_queue = (planned.tp > 1 or planned.cp > 1) and not sharded
+    one_queue = (planned.split.tp > 1 or planned.split.cp > 1) and not sharded
     return [
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}",
         *(["export CUDA_DEVICE_MAX_CONNECTIONS=1"] if one_queue else []),

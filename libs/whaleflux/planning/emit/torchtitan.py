@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from whaleflux.planning.emit.planned import Emitted, Planned, before_bf16, refuse
+import numpy as np
+
+from whaleflux.planning.emit.planned import BF16, SHARED_REPLICAS, Emitted, Planned, Rule, cannot, refuse
+from whaleflux.planning.found import Split
 from whaleflux.planning.known_models import MODELS
 from whaleflux.planning.model_shape import ModelShape
-from whaleflux.planning.plans import Recompute
+from whaleflux.planning.plans import Plans
 
 Field: TypeAlias = str | int | bool | list[str]
 Sections: TypeAlias = dict[str, dict[str, Field]]
@@ -32,7 +35,7 @@ _FLAVORS = {
 
 def torchtitan(planned: Planned) -> Emitted:
     """Raises InvalidArgument for what torchtitan's fields cannot say."""
-    refuse("torchtitan", *_cannot(planned))
+    refuse("torchtitan", *cannot(planned, RULES))
     sections: Sections = {
         "job": {"description": planned.title()},
         "model": _model(planned),
@@ -46,66 +49,101 @@ def torchtitan(planned: Planned) -> Emitted:
     return Emitted("torchtitan.toml", _toml(sections), tuple(_notes(planned)))
 
 
-def _cannot(planned: Planned) -> list[str]:
-    wrong = {**_wrong_model(planned), **_wrong_split(planned), **_wrong_experts(planned)}
-    return [*before_bf16(planned), *(one for one, there in wrong.items() if there)]
+def _other(shape: ModelShape) -> bool:
+    """A model that it has not itself and that is no Llama of another size."""
+    return not _flavor(shape) and bool(shape.experts or shape.latent or not shape.gated or shape.positions)
 
 
-def _wrong_model(planned: Planned) -> dict[str, bool]:
-    """What its models refuse themselves (torchtitan/models/*/infra/parallelize.py, pipelining_fn in their TrainSpec)."""
-    shape, family = planned.shape, _family(planned.shape)
-    other = shape.experts or shape.latent or not shape.gated or shape.positions
-    return {
-        "adapters; use --emit fsdp2 or deepspeed with a library of adapters": planned.frozen,
-        f"the model {shape.name}, which it does not have; use --emit megatron": not _flavor(shape) and bool(other),
-        f"pipeline parallelism {planned.pp}: its {family} has none; plan with --pp 1, or use --emit megatron": planned.pp
-        > 1
-        and family in ("qwen3", "gpt_oss"),
-        f"context parallelism {planned.cp}: its {family} has none; plan with --cp 1, or use --emit megatron": planned.cp
-        > 1
-        and family == "gpt_oss",
-        f"8 bit with one scale per tensor beside tensor parallelism {planned.tp} of its {family}; plan with --tp 1, or use --emit megatron": planned.fp8
-        == 1
-        and planned.tp > 1
-        and family == "deepseek_v3",
-    }
+# What its models refuse themselves (torchtitan/models/*/infra/parallelize.py, pipelining_fn in their TrainSpec).
+_OF_MODELS = (
+    Rule(lambda facts, _: facts.frozen, lambda _: "adapters; use --emit fsdp2 or deepspeed with a library of adapters"),
+    Rule(
+        lambda facts, _: _other(facts.shape),
+        lambda it: f"the model {it.shape.name}, which it does not have; use --emit megatron",
+    ),
+    Rule(
+        lambda facts, split: (split.pp > 1) & (_family(facts.shape) in ("qwen3", "gpt_oss")),
+        lambda it: (
+            f"pipeline parallelism {it.split.pp}: its {_family(it.shape)} has none; plan with --pp 1, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda facts, split: (split.cp > 1) & (_family(facts.shape) == "gpt_oss"),
+        lambda it: (
+            f"context parallelism {it.split.cp}: its {_family(it.shape)} has none; plan with --cp 1, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda facts, split: (split.tp > 1) & (facts.fp8 == 1) & (_family(facts.shape) == "deepseek_v3"),
+        lambda it: (
+            f"8 bit with one scale per tensor beside tensor parallelism {it.split.tp} of its {_family(it.shape)}; plan with --tp 1, or use --emit megatron"
+        ),
+    ),
+)
+_OF_SPLITS = (
+    Rule(
+        lambda facts, split: facts.shape.kv_heads % split.tp > 0,
+        lambda it: (
+            f"tensor parallelism {it.split.tp} of {it.shape.kv_heads} heads of keys and values, which it does not repeat; "
+            "plan with a --tp that divides them, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda _, split: split.sequence % (2 * split.cp * split.tp) > 0,
+        lambda it: (
+            f"sequences of {it.split.sequence} tokens, which must be a multiple of 2 x cp x tp there; "
+            f"plan with --sequence {_up(it.split.sequence, 2 * it.split.cp * it.split.tp)}"
+        ),
+    ),
+    SHARED_REPLICAS,
+    Rule(
+        lambda _, split: (split.dp > 1)
+        & (_shards(split) == 1)
+        & (split.tp * split.pp * np.where(np.asarray(split.zero) > 0, 1, split.cp) > 1),
+        lambda _: (
+            "data parallelism without shards beside another kind; plan with --zero 1 or more and fewer replicas, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda _, split: (split.vp > 1) & (split.first_layers + split.last_layers > 0),
+        lambda _: (
+            "stages with layers of their own that are cut into virtual ones; plan with --vp 1, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda _, split: split.recomputing > 0,
+        lambda it: (
+            f"recomputation in the first {it.split.recomputing} stages alone; plan with --recompute full, or use --emit megatron"
+        ),
+    ),
+)
+# It takes experts' ranks of all context-parallel ones, and of data-parallel ones only shards (ParallelDims of 0.2.0 and 0.2.1; 0.2.2 wants the latter).
+_OF_EXPERTS = (
+    Rule(
+        lambda _, split: (split.ep > 1) & (_shards(split) * split.cp % split.ep > 0),
+        lambda it: (
+            f"expert parallelism {it.split.ep} across ranks that are no shards; let it divide shards x cp, {_shards(it.split) * it.split.cp} here"
+            f"{'' if it.split.zero else ' (more with --zero 1)'}, or use --emit megatron"
+        ),
+    ),
+    Rule(
+        lambda _, split: (split.ep > 1) & (split.ep % split.cp > 0),
+        lambda it: (
+            f"expert parallelism {it.split.ep} beside context parallelism {it.split.cp}, of which it must be a multiple there; "
+            "plan with a --cp that divides it, or use --emit megatron"
+        ),
+    ),
+)
+RULES = (BF16, *_OF_MODELS, *_OF_SPLITS, *_OF_EXPERTS)
 
 
-def _wrong_split(planned: Planned) -> dict[str, bool]:
-    kv_heads, every = planned.shape.kv_heads, 2 * planned.cp * planned.tp
-    return {
-        f"tensor parallelism {planned.tp} of {kv_heads} heads of keys and values, which it does not repeat; plan with a --tp that divides them, or use --emit megatron": kv_heads
-        % planned.tp
-        > 0,
-        f"sequences of {planned.sequence} tokens, which must be a multiple of 2 x cp x tp there; plan with --sequence {-(-planned.sequence // every) * every}": planned.sequence
-        % every
-        > 0,
-        f"{planned.replicas} replicas that share context-parallel ranks; let replicas divide dp {planned.dp}, or use --emit megatron": planned.dp
-        % planned.replicas
-        > 0,
-        "data parallelism without shards beside another kind; plan with --zero 1 or more, or use --emit megatron": not planned.zero
-        and planned.dp > 1
-        and planned.tp * planned.pp * planned.cp > 1,
-    }
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
-def _wrong_experts(planned: Planned) -> dict[str, bool]:
-    """Expert parallelism takes all context-parallel ranks, and of data-parallel ones only shards (ParallelDims of 0.2.0 and 0.2.1; 0.2.2 wants the latter)."""
-    among = _shards(planned) * planned.cp
-    zero = "" if planned.zero else " (more with --zero 1)"
-    return {
-        f"expert parallelism {planned.ep} across ranks that are no shards; let it divide shards x cp, {among} here{zero}, or use --emit megatron": planned.ep
-        > 1
-        and among % planned.ep > 0,
-        f"expert parallelism {planned.ep} beside context parallelism {planned.cp}, of which it must be a multiple there; plan with a --cp that divides it, or use --emit megatron": planned.ep
-        > 1
-        and planned.ep % planned.cp > 0,
-    }
-
-
-def _shards(planned: Planned) -> int:
+def _shards(split: Split | Plans) -> Any:
     """Data-parallel ranks among which parameters are spread."""
-    return planned.dp // planned.replicas if planned.zero else 1
+    return np.where(np.asarray(split.zero) > 0, split.dp // split.replicas, 1)
 
 
 def _flavor(shape: ModelShape) -> tuple[str, str] | None:
@@ -131,46 +169,51 @@ def _model(planned: Planned) -> dict[str, Field]:
 
 def _training(planned: Planned) -> dict[str, Field]:
     """A pipeline's micro-batches are parts of the local batch; without one, what the global batch has more is accumulated."""
-    local = planned.micro_batch * (planned.micro_batches if planned.pp > 1 else 1)
+    local = planned.split.micro_batch * (planned.split.micro_batches if planned.split.pp > 1 else 1)
     return {
         "local_batch_size": local,
-        "global_batch_size": planned.global_batch,
-        "seq_len": planned.sequence,
+        "global_batch_size": planned.split.global_batch,
+        "seq_len": planned.split.sequence,
         "mixed_precision_param": "bfloat16",
         "mixed_precision_reduce": "float32",
     }
 
 
 def _parallelism(planned: Planned) -> dict[str, Field]:
-    shards = _shards(planned)
+    shards = int(_shards(planned.split))
     found: dict[str, Field] = {
-        "data_parallel_replicate_degree": planned.dp // shards,
+        "data_parallel_replicate_degree": planned.split.dp // shards,
         "data_parallel_shard_degree": shards,
-        "fsdp_reshard_after_forward": "always" if planned.zero > 2 else "never",
-        "tensor_parallel_degree": planned.tp,
+        "fsdp_reshard_after_forward": "always" if planned.split.zero > 2 else "never",
+        "tensor_parallel_degree": planned.split.tp,
         "enable_async_tensor_parallel": planned.overlap_tp and planned.fused,
-        "context_parallel_degree": planned.cp,
-        "pipeline_parallel_degree": planned.pp,
+        "context_parallel_degree": planned.split.cp,
+        "pipeline_parallel_degree": planned.split.pp,
     }
-    if planned.pp > 1:
+    if planned.split.pp > 1:
         found |= {
-            "pipeline_parallel_schedule": "Interleaved1F1B" if planned.vp > 1 else "1F1B",
-            "pipeline_parallel_microbatch_size": planned.micro_batch,
+            "pipeline_parallel_schedule": "Interleaved1F1B" if planned.split.vp > 1 else "1F1B",
+            "pipeline_parallel_microbatch_size": planned.split.micro_batch,
             "pipeline_parallel_layers_per_stage": planned.layers_per_chunk,
-            "pipeline_parallel_first_stage_less_layers": 0,
-            "pipeline_parallel_last_stage_less_layers": 0,
+            "pipeline_parallel_first_stage_less_layers": planned.layers_per_chunk
+            - planned.stage_layers[0] // planned.split.vp,
+            "pipeline_parallel_last_stage_less_layers": planned.layers_per_chunk
+            - planned.stage_layers[-1] // planned.split.vp,
         }
-    if planned.ep > 1:
-        found |= {"expert_parallel_degree": planned.ep, "expert_tensor_parallel_degree": planned.tp}
+    if planned.split.ep > 1:
+        found |= {"expert_parallel_degree": planned.split.ep, "expert_tensor_parallel_degree": planned.split.tp}
     return found
 
 
 def _recomputation(planned: Planned) -> dict[str, Field]:
-    if planned.recompute != Recompute.FULL or planned.recomputed <= 0:
+    if planned.split.recompute != "full" or planned.split.recomputed <= 0:
         return {"mode": "none"}  # attention keeps no scores that could be computed again
-    if planned.recomputed >= 1:
+    if planned.split.recomputed >= 1:
         return {"mode": "full"}
-    return {"mode": "selective", "selective_ac_option": str(max(1, int(1 / planned.recomputed)))}  # every nth layer
+    return {
+        "mode": "selective",
+        "selective_ac_option": str(max(1, int(1 / planned.split.recomputed))),
+    }  # every nth layer
 
 
 def _notes(planned: Planned) -> list[str]:
@@ -186,13 +229,13 @@ def _notes(planned: Planned) -> list[str]:
         )
     if _family(shape) == "gpt_oss":
         notes.append("torchtitan has gpt_oss from 0.2.2 on (0.2.1: among its experiments)")
-    if planned.zero == 1 and planned.pp == 1 and planned.micro_batches > 1:
+    if planned.split.zero == 1 and planned.split.pp == 1 and planned.split.micro_batches > 1:
         notes.append(
-            f"torchtitan has no ZeRO-1: it spreads gradients too, which needs less memory and reduces them in each of {planned.micro_batches} micro-batches"
+            f"torchtitan has no ZeRO-1: it spreads gradients too, which needs less memory and reduces them in each of {planned.split.micro_batches} micro-batches"
         )
-    if planned.tp > 1 and not planned.sequence_parallel:
+    if planned.split.tp > 1 and not planned.split.sequence_parallel:
         notes.append("torchtitan's tensor parallelism is sequence-parallel too: it needs less memory than planned")
-    if planned.recompute == Recompute.SELECTIVE:
+    if planned.split.recompute == "selective":
         notes.append(
             "torchtitan's attention keeps no scores: there is nothing to compute again selectively, mode is none"
         )
