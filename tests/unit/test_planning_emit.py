@@ -1,4 +1,4 @@
-"""Emitted configurations: what each format says of a plan, what it refuses, that scripts run; and the nine rules over what was emitted."""
+"""Emitted configurations: what each format says of a plan, what it refuses, that scripts run; and the ten rules over what was emitted."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from whaleflux.planning.validity import RULES, check, read
 LLAMA = model_named("llama-3.1-70b")
 EXPERTS = model_named("qwen3-30b-a3b")
 DEEPSEEK = model_named("deepseek-v3")
+UNEVEN = {"tp": 8, "pp": 4, "dp": 4, "zero": 1, "sequence_parallel": True, "first_layers": 19, "last_layers": 17}
 SIZES = {"micro_batch": 1, "global_batch": 128, "sequence": 8192}
 
 
@@ -43,29 +44,27 @@ def flags(emitted):
 class TestUneven:
     """Stages with layers of their own, and recomputation in the first stages alone."""
 
-    SPLIT = {"tp": 8, "pp": 4, "dp": 4, "zero": 1, "sequence_parallel": True, "first_layers": 19, "last_layers": 17}
-
     def test_megatron_has_flags_for_both_ends(self):
-        said = flags(emit("megatron", planned(**self.SPLIT)))
+        said = flags(emit("megatron", planned(**UNEVEN)))
         assert (said["decoder-first-pipeline-num-layers"], said["decoder-last-pipeline-num-layers"]) == ("19", "17")
-        virtual = flags(emit("megatron", planned(**self.SPLIT | {"vp": 2, "first_layers": 20, "last_layers": 16})))
+        virtual = flags(emit("megatron", planned(**UNEVEN | {"vp": 2, "first_layers": 20, "last_layers": 16})))
         assert virtual["num-virtual-stages-per-pipeline-rank"] == "2"
         assert "num-layers-per-virtual-pipeline-stage" not in virtual
 
     def test_torchtitan_has_less_layers_at_the_ends(self):
-        split = tomllib.loads(emit("torchtitan", planned(**self.SPLIT)).text)["parallelism"]
+        split = tomllib.loads(emit("torchtitan", planned(**UNEVEN)).text)["parallelism"]
         less = [split[f"pipeline_parallel_{end}_stage_less_layers"] for end in ("first", "last")]
         assert less == [3, 5]
         assert (80 + sum(less)) == split["pipeline_parallel_layers_per_stage"] * 4
 
     def test_a_mesh_says_the_layers_of_each_stage(self):
-        said = json.loads(emit("fsdp2", planned(**self.SPLIT)).text)
+        said = json.loads(emit("fsdp2", planned(**UNEVEN)).text)
         assert said["stage_layers"] == [19, 22, 22, 17]
 
     def test_ranks_of_the_first_stages_alone_have_flags_of_recomputation(self, tmp_path):
         again = {"recompute": Recompute.FULL, "recomputed": 0.5, "recomputing": 2}
         path = tmp_path / "megatron.sh"
-        path.write_text(emit("megatron", planned(**self.SPLIT | again)).text)
+        path.write_text(emit("megatron", planned(**UNEVEN | again)).text)
         shown = {"python": '#!/bin/sh\necho rank "$@"\n', "torchrun": '#!/bin/sh\necho torchrun "$@"\n'}
         for name, text in shown.items():
             (tmp_path / name).write_text(text)
@@ -92,7 +91,7 @@ class TestUneven:
     )
     def test_what_torchtitan_cannot_say_of_stages_it_refuses(self, more, said):
         with pytest.raises(InvalidArgument, match=said):
-            emit("torchtitan", planned(**self.SPLIT | more))
+            emit("torchtitan", planned(**UNEVEN | more))
 
 
 class TestMegatron:
@@ -400,6 +399,19 @@ BROKEN = [
     ("expert-gpus", TITAN_EXPERTS + "data_parallel_replicate_degree = 8\nexpert_parallel_degree = 8\n"),
     ("expert-gpus", TITAN_EXPERTS + "context_parallel_degree = 8\nexpert_parallel_degree = 4\n"),
     ("expert-gpus", TITAN_EXPERTS + "tensor_parallel_degree = 4\nexpert_parallel_degree = 2\n"),
+    ("layers", MEGATRON + "--pipeline-model-parallel-size 5"),
+    ("layers", MEGATRON + "--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 7"),
+    (
+        "layers",
+        MEGATRON
+        + "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 15 --num-virtual-stages-per-pipeline-rank 2",
+    ),
+    ("layers", MEGATRON + "--pipeline-model-parallel-size 4 --account-for-loss-in-pipeline-split"),
+    ("layers", TITAN + "pipeline_parallel_degree = 4\npipeline_parallel_layers_per_stage = 6\n"),
+    (
+        "layers",
+        '{"mesh": {"pp": 2, "dp_shard": 8}, "model": {"layers": 8}, "stage_layers": [4, 5], "parameters": "bfloat16"}',
+    ),
     (
         "expert-gpus",
         TITAN_EXPERTS + "tensor_parallel_degree = 4\nexpert_parallel_degree = 4\nexpert_tensor_parallel_degree = 2\n",
@@ -411,15 +423,15 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("rule", "text"), BROKEN, ids=[f"{rule}-{number}" for number, (rule, _) in enumerate(BROKEN)])
-def test_each_of_the_nine_is_caught_with_its_numbers_and_a_fix(rule, text):
+def test_each_of_the_ten_is_caught_with_its_numbers_and_a_fix(rule, text):
     found = {one.rule: one for one in check(text, 16)}
     assert rule in found
     assert found[rule].words
     assert found[rule].fix
 
 
-def test_there_are_nine_and_each_has_a_broken_example():
-    assert len(RULES) == 9
+def test_there_are_ten_and_each_has_a_broken_example():
+    assert len(RULES) == 10
     assert {rule for rule, _ in BROKEN} == RULES.keys()
 
 
@@ -448,6 +460,9 @@ def test_batches_that_run_or_that_nobody_knows_break_none(more):
 def test_right_ones_of_people_break_none():
     assert check(MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel") == ()
     assert check(TITAN + "tensor_parallel_degree = 4\n", 16) == ()
+    ends = "--decoder-first-pipeline-num-layers 7 --decoder-last-pipeline-num-layers 7"
+    assert check(MEGATRON + f"--pipeline-model-parallel-size 4 {ends}") == ()
+    assert check(MEGATRON + "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*9|t*9|t*9|t*5L") == ()
     for degrees in (
         "expert_parallel_degree = 8",
         "tensor_parallel_degree = 4\nexpert_parallel_degree = 8",

@@ -1,4 +1,4 @@
-"""`whaleflux check-config`: does a configuration of parallel training break one of the nine commonest rules? Works without a fleet."""
+"""`whaleflux check-config`: does a configuration of parallel training break one of ten rules? Works without a fleet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_config(
     ] = 0,
     fmt: Output = Format.table,
 ) -> None:
-    """Whether a configuration of parallel training can run: the nine commonest mistakes, each with its numbers and a fix. Needs no fleet.
+    """Whether a configuration of parallel training can run: ten mistakes, each with its numbers and a fix. Needs no fleet.
 
     \b
       whaleflux check-config megatron.sh --gpus 64

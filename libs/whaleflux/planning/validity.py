@@ -1,8 +1,8 @@
-"""The nine commonest configurations that cannot run, found in what is given to a program.
+"""Ten common configurations that cannot run, found in what is given to a program.
 
 It may be flags of Megatron, TOML of torchtitan, JSON of DeepSpeed, or a mesh of FSDP2.
 Eight rules are those of NVIDIA/Megatron-LM pull request 5768; that of the batch is asserted by its `num_microbatches_calculator`, and by torchtitan's
-trainer. They read files, know nothing of `planning.emit`, and so judge it too.
+trainer; the tenth is of layers that stages do not divide. They read files, know nothing of `planning.emit`, and so judge it too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux.planning.stage_rules import Stages, wrong_layers
 
 MAX_BYTES = 1 << 20
-_MOST = 10**9
+_MOST, _MOST_STAGES = 10**9, 4096
 _MOST_TOML, _MOST_DOTS = 64 << 10, 256  # bytes; of a line: the parser's time grows with the square of a key's parts
 _UNSAID = ("gpu", "auto", "cpu", "xpu")  # as --nproc-per-node: as many as there are
 
@@ -43,6 +44,7 @@ class Stated:
     fp16: bool = False
     bf16: bool = False
     stage_precision: bool = True  # what stages send one another has a precision
+    stages: Stages | None = None  # None: it says nothing of layers
     batch: int | None = None  # samples of a step
     micro_batch: int = 1  # samples at once on a data-parallel rank
 
@@ -148,12 +150,30 @@ def _flags(text: str, gpus: int | None) -> Stated:
         stage_precision=half or "pipeline-dtype" in given,
         batch=None if "decrease-batch-size-if-needed" in given else _literal(given, "global-batch-size"),
         micro_batch=_literal(given, "micro-batch-size") or 1,
+        stages=_stages(given),
     )
 
 
 def _literal(given: Mapping[str, str], name: str) -> int | None:
     """None: nothing is said, or a variable of the shell says it."""
     return None if given.get(name, "$").startswith("$") else _whole(f"--{name}", given[name])
+
+
+def _stages(given: Mapping[str, str]) -> Stages | None:
+    """None: nothing is said, or by a variable of the shell, or by a layout of its own, which is Megatron's to read."""
+    names = ("num-layers", "pipeline-model-parallel-size", "num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
+    ends = tuple(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last"))
+    variables = any(given.get(name, "").startswith("$") for name in (*names, *ends))
+    if "num-layers" not in given or variables or "pipeline-model-parallel-layout" in given:
+        return None
+
+    def number(name: str, without: int = 0) -> int:
+        return _literal(given, name) or without
+
+    counted = sum(f"account-for-{end}-in-pipeline-split" in given for end in ("embedding", "loss"))
+    layers, pp, virtual, each = (number(name) for name in names)
+    first, last = (number(name) for name in ends)
+    return Stages(layers + counted, pp or 1, virtual or each or 1, first, last)
 
 
 def _unsaid(given: Mapping[str, str]) -> bool:
@@ -206,7 +226,7 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
     shards = _whole("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1), -1)
     copies = tp * pp * cp * degree("data_parallel_replicate_degree")
     stated = None if shards < 1 else copies * shards
-    heads, experts = _shape_of(_said(model.get("name", "")), _said(model.get("flavor", "")))
+    heads, experts, layers = _shape_of(_said(model.get("name", "")), _said(model.get("flavor", "")))
     batch = _whole("training.global_batch_size", training.get("global_batch_size", -1), -1)
     return Stated(
         form="torchtitan",
@@ -223,10 +243,21 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
         sequence_parallel=tp > 1,
         heads=heads,
         experts=experts,
+        stages=_parts(split, layers, pp),
         bf16=training.get("mixed_precision_param", "bfloat16") == "bfloat16",
         batch=batch if batch > 0 else None,
         micro_batch=_whole("training.local_batch_size", training.get("local_batch_size", 1)),
     )
+
+
+def _parts(split: Mapping[str, Any], layers: int | None, pp: int) -> Stages | None:
+    """It counts (virtual) stages by the layers of one, the ends as if they had more."""
+    if layers is None or "pipeline_parallel_layers_per_stage" not in split or "module_fqns_per_model_part" in split:
+        return None
+    each = _whole("parallelism.pipeline_parallel_layers_per_stage", split["pipeline_parallel_layers_per_stage"])
+    names = [f"pipeline_parallel_{end}_stage_less_layers" for end in ("first", "last")]
+    counted = layers + sum(_whole(f"parallelism.{name}", split.get(name, 1), 0) for name in names)
+    return Stages(layers, pp, parts=-(-counted // each))
 
 
 def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -236,14 +267,16 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def _shape_of(name: str, flavor: str) -> tuple[int | None, int | None]:
-    """Heads and experts of torchtitan's own models; of others nothing is known."""
+def _shape_of(name: str, flavor: str) -> tuple[int | None, int | None, int | None]:
+    """Heads, experts and layers of torchtitan's own models; of others nothing is known."""
     known = {
         ("llama3", "8B"): (32, 0), ("llama3", "70B"): (64, 0), ("llama3", "405B"): (128, 0), ("qwen3", "8B"): (32, 0), ("qwen3", "14B"): (40, 0),
         ("qwen3", "32B"): (64, 0), ("qwen3", "30B-A3B"): (32, 128), ("qwen3", "235B-A22B"): (64, 128), ("deepseek_v3", "16B"): (16, 64),
         ("deepseek_v3", "671B"): (128, 256), ("gpt_oss", "20b"): (64, 32), ("gpt_oss", "120b"): (64, 128),
     }  # fmt: skip
-    return known.get((name, flavor), (None, None))
+    heads, experts = known.get((name, flavor), (None, None))
+    layers = {("llama3", "8B"): 32, ("llama3", "70B"): 80, ("llama3", "405B"): 126, ("deepseek_v3", "16B"): 27, ("deepseek_v3", "671B"): 61}  # fmt: skip
+    return heads, experts, layers.get((name, flavor))
 
 
 # ---- DeepSpeed and meshes
@@ -264,7 +297,7 @@ def _json(text: str, gpus: int | None) -> Stated:
 def _mesh(given: Mapping[str, Any], gpus: int | None) -> Stated:
     mesh = _table(given, "mesh")
     size = {name: _whole(f"mesh.{name}", mesh.get(name, 1)) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
-    heads = _table(given, "model").get("heads")
+    heads, layers = (_table(given, "model").get(name) for name in ("heads", "layers"))
     data = size["dp_replicate"] * size["dp_shard"]
     return Stated(
         form="fsdp2",
@@ -276,10 +309,23 @@ def _mesh(given: Mapping[str, Any], gpus: int | None) -> Stated:
         interleaved=_whole("virtual_stages", given.get("virtual_stages", 1)) > 1,
         sequence_parallel=bool(given.get("sequence_parallel", False)),
         heads=None if heads is None else _whole("model.heads", heads),
+        stages=_listed(given, layers, size["pp"]),
         fp16=given.get("parameters") == "float16",
         bf16=given.get("parameters") == "bfloat16",
         stage_precision=given.get("parameters") is not None,
     )
+
+
+def _listed(given: Mapping[str, Any], layers: object, pp: int) -> Stages | None:
+    found = given.get("stage_layers")
+    if layers is None or found is None:
+        return None
+    if not isinstance(found, list) or len(found) > _MOST_STAGES:
+        raise InvalidArgument(
+            FieldViolation("stage_layers", f"must be a list of layers, at most {_MOST_STAGES} stages")
+        )
+    each = tuple(_whole(f"stage_layers[{place}]", one) for place, one in enumerate(found))
+    return Stages(_whole("model.layers", layers), pp, listed=each)
 
 
 def _deepspeed(given: Mapping[str, Any], gpus: int | None) -> Stated:
@@ -417,6 +463,16 @@ def _batch(it: Stated) -> tuple[str, str] | None:
     )
 
 
+def _layers(it: Stated) -> tuple[str, str] | None:
+    if it.stages is None or it.pp < 2 or not (wrong := wrong_layers(it.stages)):
+        return None
+    return (
+        wrong,
+        "take a pipeline that divides the layers, or give the first and the last stage layers of their own "
+        "(--decoder-first-pipeline-num-layers and -last- of Megatron, pipeline_parallel_first_stage_less_layers of torchtitan)",
+    )
+
+
 RULES: dict[str, Rule] = {
     "gpus": _world,
     "interleaved": _no_pipeline,
@@ -427,4 +483,5 @@ RULES: dict[str, Rule] = {
     "precision": _precisions,
     "expert-gpus": _expert_world,
     "batch": _batch,
+    "layers": _layers,
 }

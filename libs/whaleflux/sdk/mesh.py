@@ -102,7 +102,9 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
         sequence=_whole(given, "", "sequence"),
         reshard_after_forward=bool(given.get("reshard_after_forward", True)),
         reduce_each_micro_batch=bool(given.get("reduce_each_micro_batch", True)),
-        recomputed=_of_stage(mesh.get_local_rank("pp"), recomputed, layers, _whole(given, "", "recomputing_stages", sizes["pp"])),
+        recomputed=_of_stage(
+            mesh.get_local_rank("pp"), recomputed, layers, _whole(given, "", "recomputing_stages", sizes["pp"])
+        ),
         stage_layers=layers,
         policy=policy,
     )
@@ -147,7 +149,9 @@ def _stage_layers(given: Mapping[str, Any], stages: int) -> tuple[int, ...]:
     found = given.get("stage_layers", [])
     whole = isinstance(found, list) and all(type(one) is int and 1 <= one <= 1 << 31 for one in found)
     if not whole or (found and len(found) != stages):
-        raise _wrong("stage_layers", f"is {str(found)[:40]!r}, must be {stages} whole numbers from 1, one for each stage")
+        raise _wrong(
+            "stage_layers", f"is {str(found)[:40]!r}, must be {stages} whole numbers from 1, one for each stage"
+        )
     return tuple(found)
 
 

@@ -55,3 +55,35 @@ def test_four_ranks_train_as_one_does_with_the_same_batch(tmp_path, alone, split
     assert losses(tmp_path, **split) == pytest.approx(alone, abs=0.05)
     assert len(alone) == STEPS
     assert alone[-1] < alone[0] / 2
+
+
+def test_each_stage_knows_its_layers_and_which_of_them_it_computes_again(tmp_path):
+    script = tmp_path / "stages.py"
+    script.write_text(
+        "import sys\nfrom whaleflux.sdk import device_mesh\n"
+        "plan = device_mesh(device='cpu')\n"
+        "sys.stdout.write(f\"{plan.mesh.get_local_rank('pp')} {plan.stage_layers} {plan.recomputed}\\n\")\n"
+    )
+    shape = model_from_text((EXAMPLE / "shape.yaml").read_text().replace("layers: 4", "layers: 7"), "tiny")
+    stages = {
+        "pp": 3,
+        "first_layers": 2,
+        "last_layers": 2,
+        "recompute": Recompute.FULL,
+        "recomputed": 1 / 3,
+        "recomputing": 2,
+    }
+    plan = Planned.of(shape, Plans.of(micro_batch=1, global_batch=6, sequence=32, **stages), Training())
+    for form in ("torchrun", "fsdp2"):
+        emitted = emit(form, plan)
+        (tmp_path / emitted.file).write_text(emitted.text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "torchrun.sh", script], check=False, cwd=tmp_path, env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert sorted(done.stdout.splitlines()) == [
+        "0 (2, 3, 2) 0.5",
+        f"1 (2, 3, 2) {1 / 3}",
+        "2 (2, 3, 2) 0.0",
+    ], done.stderr[-2000:]

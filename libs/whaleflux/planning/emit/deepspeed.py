@@ -6,7 +6,6 @@ import json
 
 from whaleflux.planning.emit.planned import BF16, FP8, Emitted, Planned, Rule, cannot, refuse
 
-
 RULES = (
     BF16,
     Rule(

@@ -97,9 +97,11 @@ _OF_SPLITS = (
     ),
     SHARED_REPLICAS,
     Rule(
-        lambda _, split: (split.dp > 1)
-        & (_shards(split) == 1)
-        & (split.tp * split.pp * np.where(np.asarray(split.zero) > 0, 1, split.cp) > 1),
+        lambda _, split: (
+            (split.dp > 1)
+            & (_shards(split) == 1)
+            & (split.tp * split.pp * np.where(np.asarray(split.zero) > 0, 1, split.cp) > 1)
+        ),
         lambda _: (
             "data parallelism without shards beside another kind; plan with --zero 1 or more and fewer replicas, or use --emit megatron"
         ),
