@@ -5,7 +5,7 @@
 Speed: CPU seconds of one search in a process that has imported NumPy and searched once (a cold `whaleflux plan` is under a second more), the
 slowest of several models, exact batches and batches that may differ by 5 %, GPUs that are large enough and GPUs that are not; and the process's peak memory.
 Truth: `plan_lab/brute_force.py` looks at every plan in plain loops on random models, GPUs and batches of at most 64 GPUs, and on known models
-on 128. Verdicts: the four splits of 700B over 128 H200 that the literature's formulas judge, with their reasons, and the plan that fits.
+on 128. Uneven: how much longer steps of even pipelines are. Verdicts: the four splits of 700B over 128 H200 that the literature's formulas judge, with their reasons, and the plan that fits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def measure(options: Options) -> Report:
         Target("verdicts", sum(row["as expected"] == "yes" for row in verdicts), 4, "", better="higher"),
     ]
     return Report(
-        rows=[*speed, exact, near, *known, *verdicts, plan_that_fits()], targets=targets, simulated="", notes=[]
+        rows=[*speed, exact, near, *known, *uneven_pipelines(), *verdicts, plan_that_fits()],
+        targets=targets,
+        simulated="",
+        notes=[],
     )
 
 
@@ -143,6 +146,28 @@ def known_at_128(names: tuple[str, ...]) -> list[Row]:
         rows.append(
             {"what": "all plans of 128 GPUs", "model": name, "plans": count, "loop CPU s": took, "worse %": worse}
         )
+    return rows
+
+
+UNEVEN = (
+    ("dense-700b", "H200", 128, 128), ("llama-3.1-405b", "H200", 128, 128), ("llama-3.1-405b", "H100-80GB", 256, 256), ("deepseek-v3", "H200", 256, 1024),
+    ("llama-3.1-8b", "RTX4090", 32, 256), ("llama-3.1-70b", "H100-80GB", 64, 256),
+)  # fmt: skip
+
+
+def uneven_pipelines() -> list[Row]:
+    """What stages with layers of their own, and recomputation of the first stages alone, save of a step."""
+    rows = []
+    for name, gpu, gpus, batch in UNEVEN:
+        shape, machine, asked = model_named(name), Machine.of(CATALOGUE.types[gpu]), Asked(gpus, 8192, batch=batch)
+        best = search(shape, machine, asked).best
+        even = search(shape, machine, asked, can=lambda plans: plans.own_ends == 0).best
+        alike = search(shape, machine, asked, can=lambda plans: (plans.own_ends == 0) & (plans.recomputing == 0)).best
+        if best and even and alike:
+            rows.append({
+                "what": "uneven", "model": name, "GPUs": f"{gpus} {gpu}", "step s": best.step_s, "of even stages": even.step_s,
+                "less %": 100 * (1 - best.step_s / even.step_s), "of stages that all recompute": alike.step_s, "split": best.split.words(),
+            })  # fmt: skip
     return rows
 
 

@@ -83,6 +83,11 @@ class Split:
         numbers = {one.name: [getattr(self, one.name)] for one in fields(self) if one.name != "recompute"}
         return Plans.of(**numbers, recompute=[Recompute[self.recompute.upper()]])
 
+    def stage_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        """Of each pipeline stage, its virtual ones together."""
+        stages = np.arange(self.pp, dtype=np.float64)
+        return tuple(int(one) for one in np.broadcast_to(self.plans().stage_layers(shape, stages), stages.shape))
+
     def words(self) -> str:
         """As people say it: tp 8, pp 4, dp 4, ZeRO-1, full recomputation."""
         parts = [

@@ -110,7 +110,7 @@ class _Search:
         for plans in frames_in_turn(self.shape, asked, some, uneven=uneven):
             said = np.zeros(len(plans), dtype=np.bool_)
             for zero in stages:
-                there = ((zero < 2) | (plans.pp == 1)) & ((zero == asked.zero or zero == 0) | (plans.dp * plans.cp > 1))
+                there = ((zero < 2) | (plans.pp == 1)) & ((zero in (asked.zero, 0)) | (plans.dp * plans.cp > 1))
                 said |= there & self.can(replace(plans, zero=np.full(plans.pp.shape, float(zero))))
             if np.any(said):
                 yield plans.take(said)

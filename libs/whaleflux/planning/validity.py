@@ -468,8 +468,8 @@ def _layers(it: Stated) -> tuple[str, str] | None:
         return None
     return (
         wrong,
-        "take a pipeline that divides the layers, or give the first and the last stage layers of their own "
-        "(--decoder-first-pipeline-num-layers and -last- of Megatron, pipeline_parallel_first_stage_less_layers of torchtitan)",
+        "take a pipeline that divides the layers, or give its ends layers of their own (--decoder-first-pipeline-num-layers, "
+        + "--decoder-last-pipeline-num-layers; torchtitan: pipeline_parallel_first_stage_less_layers)",
     )
 
 

@@ -195,7 +195,9 @@ def _answer(
     every = (choice.chosen, *choice.others)
     return pb.PlanTrainingResponse(
         plans=[
-            _message(one, free[one.gpu, one.place], _mesh(shape, one, how)) for one in every if one.plan is not None
+            _message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how))
+            for one in every
+            if one.plan is not None
         ],
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
@@ -218,7 +220,7 @@ def _mesh(shape: ModelShape, one: Estimate, how: Training) -> str:
     return json.dumps(said | {replan.KEY: replan.wish(model_text(shape), one.plan.split, one.gpu, how)})
 
 
-def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
+def _message(shape: ModelShape, one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
     plan = one.plan
     assert plan is not None
     split = plan.split
@@ -227,6 +229,7 @@ def _message(one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
         parallelism=pb.Parallelism(tensor=split.tp, context=split.cp, expert=split.ep, pipeline=split.pp),
         data=split.dp, virtual_stages=split.vp, micro_batch=split.micro_batch, batch=split.global_batch, sequence=split.sequence, zero=split.zero,
         replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,
+        recomputing_stages=split.recomputing, stage_layers=split.stage_layers(shape),
         step_seconds=plan.seconds, step_s=plan.step_s, tokens_per_s=plan.tokens_per_s, mfu=one.mfu or 0.0, memory_bytes=plan.parts_bytes,
         usable_bytes=plan.usable_bytes, usd_per_hour=(one.usd_per_gpu_hour or 0.0) * split.gpus, usd=one.usd or 0.0,
         words=split.words(), binding=one.found.binding.words, misses=one.misses, mesh=mesh, price_source=one.price_source,

@@ -11,15 +11,15 @@ from typing import Final
 
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.arrays import Flags
-from whaleflux.planning.emit.deepspeed import RULES as of_deepspeed
+from whaleflux.planning.emit.deepspeed import RULES as DEEPSPEED
 from whaleflux.planning.emit.deepspeed import deepspeed
-from whaleflux.planning.emit.megatron import RULES as of_megatron
+from whaleflux.planning.emit.megatron import RULES as MEGATRON
 from whaleflux.planning.emit.megatron import megatron
-from whaleflux.planning.emit.mesh import RULES as of_fsdp2
+from whaleflux.planning.emit.mesh import RULES as FSDP2
 from whaleflux.planning.emit.mesh import fsdp2
 from whaleflux.planning.emit.planned import Emitted, Facts, Planned, Rule, cannot, expressible
 from whaleflux.planning.emit.torchrun import torchrun
-from whaleflux.planning.emit.torchtitan import RULES as of_torchtitan
+from whaleflux.planning.emit.torchtitan import RULES as TORCHTITAN
 from whaleflux.planning.emit.torchtitan import torchtitan
 from whaleflux.planning.plans import Plans
 
@@ -32,10 +32,10 @@ FORMATS: Final[dict[str, Callable[[Planned], Emitted]]] = {
 }
 _RULES: Final[dict[str, tuple[Rule, ...]]] = {
     "torchrun": (),
-    "megatron": of_megatron,
-    "torchtitan": of_torchtitan,
-    "fsdp2": of_fsdp2,
-    "deepspeed": of_deepspeed,
+    "megatron": MEGATRON,
+    "torchtitan": TORCHTITAN,
+    "fsdp2": FSDP2,
+    "deepspeed": DEEPSPEED,
 }
 
 

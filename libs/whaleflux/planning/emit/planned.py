@@ -79,9 +79,7 @@ class Planned(Facts):
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """Of each pipeline stage, its virtual ones together."""
-        stages = np.arange(self.split.pp, dtype=np.float64)
-        layers = self.split.plans().stage_layers(self.shape, stages)
-        return tuple(int(one) for one in np.broadcast_to(layers, stages.shape))
+        return self.split.stage_layers(self.shape)
 
     @property
     def per_node(self) -> int:
