@@ -463,14 +463,16 @@ def _batch(it: Stated) -> tuple[str, str] | None:
     )
 
 
+_LAYERS_FIX = (
+    "take a pipeline that divides the layers, or give its ends layers of their own (--decoder-first-pipeline-num-layers, "
+    "--decoder-last-pipeline-num-layers; torchtitan: pipeline_parallel_first_stage_less_layers)"
+)
+
+
 def _layers(it: Stated) -> tuple[str, str] | None:
     if it.stages is None or it.pp < 2 or not (wrong := wrong_layers(it.stages)):
         return None
-    return (
-        wrong,
-        "take a pipeline that divides the layers, or give its ends layers of their own (--decoder-first-pipeline-num-layers, "
-        + "--decoder-last-pipeline-num-layers; torchtitan: pipeline_parallel_first_stage_less_layers)",
-    )
+    return wrong, _LAYERS_FIX
 
 
 RULES: dict[str, Rule] = {
