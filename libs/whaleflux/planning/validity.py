@@ -161,7 +161,12 @@ def _literal(given: Mapping[str, str], name: str) -> int | None:
 
 def _stages(given: Mapping[str, str]) -> Stages | None:
     """None: nothing is said, or by a variable of the shell, or by a layout of its own, which is Megatron's to read."""
-    names = ("num-layers", "pipeline-model-parallel-size", "num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
+    names = (
+        "num-layers",
+        "pipeline-model-parallel-size",
+        "num-virtual-stages-per-pipeline-rank",
+        "num-layers-per-virtual-pipeline-stage",
+    )
     ends = tuple(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last"))
     variables = any(given.get(name, "").startswith("$") for name in (*names, *ends))
     if "num-layers" not in given or variables or "pipeline-model-parallel-layout" in given:
