@@ -1,11 +1,20 @@
 """`whaleflux plan` over several pools of GPUs, from the command line."""
 
 import json
+import math
+import subprocess
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from tests.unit.fleets import GB, node
 from whaleflux.cli.__main__ import app
+from whaleflux.manifests.job_spec import spec_of
+from whaleflux.manifests.yaml_files import job_from_yaml
+from whaleflux_scheduler.core.placement.api import Placement
+from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.request import place_request
 
 RUN = CliRunner()
 POOLS = ("--gpu", "H100-80GB:16,A100-80GB:32", "--batch", "512", "--sequence", "4096")
@@ -45,6 +54,62 @@ def test_fewer_tokens_than_a_step_are_a_step():
     assert "1 tokens are less than a step of 2.1 M" in plan("llama-3.1-8b", *POOLS, "--tokens", "1").output
 
 
+def test_a_job_file_of_both_pools_is_valid_and_has_the_shares_of_the_plan(tmp_path):
+    done = plan("llama-3.1-8b", *POOLS, "--emit", "job")
+    assert done.exit_code == 0, done.output
+    path = tmp_path / "job.yaml"
+    path.write_text(done.stdout)
+    assert RUN.invoke(app, ["validate", str(path)]).exit_code == 0
+    spec = job_from_yaml(done.stdout, tmp_path).spec
+    balance, mesh = (json.loads(spec.environment[name]) for name in ("BALANCE", "MESH"))
+    assert spec.gpus == 48
+    assert balance["global_batch"] == 512 == 16 * balance["samples"]["H100-80GB"] + 32 * balance["samples"]["A100-80GB"]
+    assert balance["samples"]["H100-80GB"] > balance["samples"]["A100-80GB"]
+    assert math.prod(mesh["mesh"].values()) == 48
+
+
+def test_that_job_is_placed_on_both_pools_and_on_no_smaller_gpus(tmp_path):
+    spec = spec_of(job_from_yaml(plan("llama-3.1-8b", *POOLS, "--emit", "job").stdout, tmp_path).spec)
+    engine = Engine()
+    for number in range(8):
+        small = number > 5
+        model = "RTX4090" if small else "H100-80GB" if number < 2 else "A100-80GB"
+        engine.upsert_node(node(f"n{number}", model=model, memory=(24 if small else 80) * GB))
+    placed = engine.place(place_request("job", spec))
+    assert isinstance(placed, Placement), placed
+    assert {name.rpartition("/")[2] for name in placed.node_names} == {f"n{number}" for number in range(6)}
+
+
+def test_torchrun_starts_once_on_each_node_of_every_pool():
+    done = plan("llama-3.1-8b", *POOLS, "--emit", "torchrun")
+    assert "--nnodes=6 --nproc-per-node=8" in done.stdout
+    assert "export BALANCE='{" in done.stdout
+    assert "2 of H100-80GB, 4 of A100-80GB" in done.stderr
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True).returncode == 0
+
+
+def test_a_pipeline_through_pools_is_said_not_to_run_and_what_runs_says_what_it_loses():
+    """A 70B model is fastest in stages of both pools."""
+    shown = plan("llama-3.1-70b", *POOLS)
+    assert "not to be run from here: no output format lays stages of a pipeline on types of GPU" in shown.output
+    made = plan("llama-3.1-70b", *POOLS, "--emit", "job")
+    assert "replicas: " in made.stdout
+    assert "slower than stages: " in made.stderr
+    assert yaml.safe_load(made.stdout)["parallel"] == {"tensor": 8}
+
+
+def test_programs_are_told_what_cannot_be_run():
+    found = json.loads(plan("llama-3.1-70b", *POOLS, "-o", "json").output)
+    assert found["best"]["kind"] == "stages"
+    assert "no output format" in found["best"]["cannot_run"]
+
+
+def test_where_nothing_over_pools_can_be_run_that_is_said_with_the_reason():
+    done = plan("llama-3.1-70b", "--gpu", "H100-80GB:8,A100-80GB:8", "--batch", "64", "--emit", "job")
+    assert "nothing over these pools fits that job can express" in str(done.exception)
+    assert not done.stdout
+
+
 def test_a_pool_behind_a_slow_line_is_left_out():
     found = json.loads(plan("llama-3.1-8b", *POOLS, "--between-gbps", "1", "-o", "json").output)
     assert found["left_out"] == ["A100-80GB"]
@@ -76,6 +141,8 @@ def test_what_fits_nowhere_ends_with_1():
         (("--gpu", "X:8,A100-80GB:8"), "'X' is not known"),
         (("--gpu", "H100-80GB:8,A100-80GB:8", "--tp", "2"), "--tp: is not read where --gpu names pools"),
         (("--gpu", "H100-80GB:8,A100-80GB:8", "--gpus", "16"), "--gpus: is not read where --gpu names pools"),
+        (("--gpu", "H100-80GB:8,A100-80GB:8", "--emit", "megatron"), "--emit: megatron cannot express replicas"),
+        (("--gpu", "H100-80GB", "--emit", "job"), "--emit: job is of pools"),
         (("--gpu", "H100-80GB", "--between-gbps", "10"), "--between-gbps: is for pools"),
         (("--gpu", "H100-80GB:8,A100-80GB:8", "--batch", "4194304"), "batch: 4194304 samples a step; take 1 to"),
         (("--gpu", "H200:1,H100-80GB:1,A100-80GB:1,A100-40GB:1,RTX4090:1"), "5 kinds of GPUs were given; take 1 to 4"),

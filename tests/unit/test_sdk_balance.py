@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from whaleflux.sdk import Balance  # noqa: E402
-from whaleflux.sdk.balance_settings import Told, settled  # noqa: E402
+from whaleflux.sdk.balance_settings import Told, first_speed, planned_shares, settled  # noqa: E402
 from whaleflux.sdk.forward_timer import ForwardTimer  # noqa: E402
 from whaleflux.sdk.micro_batches import piece, samples_of  # noqa: E402
 
@@ -200,3 +200,45 @@ def test_only_forward_passes_that_train_are_timed():
     timer.trained(1)
     assert timer.sample_s() == pytest.approx(0.5)
     assert timer.sample_s() is None
+
+
+PLANNED = '{"global_batch": 8, "micro_batch": 2, "samples": {"H100-80GB": 18.0, "A100-80GB": 7.0}}'
+
+
+def test_a_plan_says_the_batch_its_parts_and_the_first_speeds(monkeypatch):
+    monkeypatch.setenv("BALANCE", PLANNED)
+    planned = planned_shares()
+    assert first_speed(None, planned, "H100-80GB") / first_speed(None, planned, "A100-80GB") == 18 / 7
+    assert first_speed(None, planned, "RTX4090") is None  # of another unit than these
+    balance = Balance(DATA, shuffle=False)
+    batches = list(balance)
+    assert [len(one) for one in batches] == [8, 8, 4]
+    assert [len(part[0]) for part in balance.parts(next(iter(DataLoader(DATA, batch_size=8))))] == [2, 2, 2, 2]
+
+
+def test_what_the_script_says_goes_before_the_plan(monkeypatch):
+    monkeypatch.setenv("BALANCE", PLANNED)
+    assert len(next(iter(Balance(DATA, global_batch=5, micro_batch=1)))) == 5
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"global_batch": 8}',
+        '{"global_batch": 0, "samples": {}}',
+        '{"global_batch": 8, "samples": {"H200": -1}}',
+    ],
+)
+def test_what_no_plan_wrote_is_refused_with_the_command_that_does(monkeypatch, said):
+    monkeypatch.setenv("BALANCE", said)
+    with pytest.raises(ValueError, match=r"BALANCE .*make it with whaleflux plan"):
+        Balance(DATA)
+
+
+def test_a_batch_that_nobody_says_is_asked_for(monkeypatch):
+    monkeypatch.delenv("BALANCE", raising=False)
+    with pytest.raises(ValueError, match="global_batch is missing"):
+        Balance(DATA)

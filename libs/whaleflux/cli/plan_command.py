@@ -180,12 +180,18 @@ def plan(
         refuse_unused({
             "--gpus": gpus, "--deadline": deadline, "--budget": budget, "--objective": objective, "--micro-batch": micro_batch, "--tp": tp,
             "--pp": pp, "--cp": cp, "--ep": ep, "--vp": vp, "--zero": zero >= 0, "--recompute": recompute, "--data-tokens-per-s": data_tokens_per_s,
-            "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--software": software, "--emit": emit, "--picture": picture,
+            "--checkpoint-every": checkpoint_every, "--checkpoint-stall": checkpoint_stall, "--calibration": measured, "--software": software, "--picture": picture,
         })  # fmt: skip
         trained = quantity_of("--tokens", tokens, whole_count, _MOST_TOKENS)
         how = _training(method, precision, "", "", "")
         pools = pools_of(gpu, precision.value, between_gbps)
-        return show(shape, pools, samples, length, how, trained, quantity_of("--price", price, money, 1e4), fmt)
+        usd = quantity_of("--price", price, money, 1e4)
+        return show(shape, pools, samples, length, how, trained, usd, fmt, emit.value if emit else "")
+    if emit is Form.job:
+        _refuse(
+            "--emit",
+            "job is of pools (--gpu H100-80GB:16,A100-80GB:32); a job file of one type says model, and submit plans it",
+        )
     if between_gbps:
         _refuse("--between-gbps", "is for pools: give --gpu H100-80GB:16,A100-80GB:32")
     again = None if recompute is None else Recompute[recompute.value.upper()]

@@ -31,6 +31,7 @@ class Form(StrEnum):
     torchtitan = "torchtitan"
     fsdp2 = "fsdp2"
     deepspeed = "deepspeed"
+    job = "job"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from whaleflux.cli.planning_options import MOST_GPUS, billions, gpu_of
 from whaleflux.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
+    from whaleflux.planning.emit.planned import Emitted
+    from whaleflux.planning.mixed import MixedAsked
     from whaleflux.planning.mixed_plan import MixedFound, MixedPlan
     from whaleflux.planning.model_shape import ModelShape
     from whaleflux.planning.pools import Pool
@@ -63,18 +65,61 @@ def show(
     tokens: float,
     usd: float,
     fmt: Format,
+    form: str = "",
 ) -> None:
-    """Plans, prints. The exit code is 1 where nothing fits."""
+    """Plans, prints: the report, or what runs the best plan that `form` can say. The exit code is 1 where nothing fits."""
     from whaleflux.planning.mixed import MixedAsked, mixed_search
 
     found = mixed_search(shape, pools, MixedAsked(samples, sequence), how)
     prices = {pool.name: usd or _list_price(pool.name) for pool in pools}
+    made = (
+        _emitted(form, shape, pools, MixedAsked(samples, sequence, runnable=True), how, found)
+        if form and found.best
+        else None
+    )
     if fmt.is_json:
-        output.say_json(_as_json(shape, pools, found, tokens, prices), fmt)
+        output.say_json(
+            _as_json(shape, pools, found, tokens, prices) | ({"emitted": asdict(made)} if made else {}), fmt
+        )
+    elif made:
+        output.write(made.text.encode())
+        for note in made.notes:
+            output.note(note)
     else:
         output.say(*_report(shape, pools, found, tokens, prices))
     if found.best is None:
         raise typer.Exit(1)
+
+
+def _emitted(
+    form: str, shape: ModelShape, pools: list[Pool], asked: MixedAsked, how: Training, found: MixedFound
+) -> Emitted:
+    """Of the best plan over several pools that can be run, with a note of what that loses. Raises InvalidArgument where none can."""
+    from dataclasses import replace
+
+    from whaleflux.planning.emit.mixed import FORMATS, cannot_run
+    from whaleflux.planning.mixed import mixed_search
+
+    if form not in FORMATS:
+        raise InvalidArgument(
+            FieldViolation(
+                "--emit",
+                f"{form} cannot express replicas that take different numbers of samples; take {' or '.join(FORMATS)}",
+            )
+        )
+    best = found.best
+    assert best is not None
+    why = cannot_run(best)
+    plan = mixed_search(shape, pools, asked, how).best if why else best
+    if plan is None:
+        raise InvalidArgument(
+            FieldViolation(
+                "--emit", f"nothing over these pools fits that {form} can express; the best is {best.words()}: {why}"
+            )
+        )
+    made = FORMATS[form](shape, plan, how)
+    lost = f"{plan.step_s / best.step_s - 1:.1%} slower than {best.words()}: {why}"
+    return replace(made, notes=(*made.notes, lost)) if why else made
 
 
 def _list_price(name: str) -> float | None:
@@ -100,7 +145,10 @@ def _report(
             "does not fit, in any pool and over all of them: take more GPUs, shorter sequences, or --method lora",
         ]
     best = found.best
-    lines += [best.words(), f"batch {best.global_batch:,} samples of {best.sequence:,} tokens; {_batches(best)}"]
+    lines += [
+        f"{best.words()}{_unrunnable(best)}",
+        f"batch {best.global_batch:,} samples of {best.sequence:,} tokens; {_batches(best)}",
+    ]
     if found.left_out:
         lines.append(f"left out, since they cost more time than they bring: {', '.join(found.left_out)}")
     lines += [
@@ -112,9 +160,17 @@ def _report(
     ]
     lines += ["", "other ways"]
     for plan in found.others[:_MOST_OTHERS]:
-        lines.append(f"  {plan.step_s / best.step_s - 1:>7.1%} slower  {plan.words()}")
+        lines.append(f"  {plan.step_s / best.step_s - 1:>7.1%} slower  {plan.words()}{_unrunnable(plan)}")
     nothing = [name for name, step_s in found.alone_s.items() if step_s is None]
     return lines + [f"  does not fit  one pool: {name}" for name in nothing]
+
+
+def _unrunnable(plan: MixedPlan) -> str:
+    """Said of plans over several pools."""
+    from whaleflux.planning.emit.mixed import cannot_run
+
+    why = cannot_run(plan) if len(plan.parts) > 1 else ""
+    return f" (not to be run from here: {why})" if why else ""
 
 
 def _batches(plan: MixedPlan) -> str:
@@ -156,11 +212,13 @@ def _as_json(
     shape: ModelShape, pools: list[Pool], found: MixedFound, tokens: float, prices: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """For programs: seconds, bytes, dollars. What is not known is null."""
+    from whaleflux.planning.emit.mixed import cannot_run
+
     best, hourly = found.best, _usd_per_hour(found.best, prices) if found.best else None
     return {
         "model": shape.name, "parameters": shape.parameters, "pools": [{"gpu": pool.name, "gpus": pool.gpus} for pool in pools],
-        "best": asdict(best) if best else None, "words": best.words() if best else "does not fit", "left_out": list(found.left_out),
+        "best": asdict(best) | {"cannot_run": cannot_run(best)} if best else None, "words": best.words() if best else "does not fit", "left_out": list(found.left_out),
         "tokens_per_s": best.tokens_per_s if best else None, "finish_s": _finish_s(best, tokens) if best else None,
         "usd_per_million_tokens": hourly * best.token_s * 1e6 / 3600 if best and hourly else None, "alone_s": found.alone_s,
-        "others": [asdict(plan) | {"words": plan.words()} for plan in found.others],
+        "others": [asdict(plan) | {"words": plan.words(), "cannot_run": cannot_run(plan)} for plan in found.others],
     }  # fmt: skip

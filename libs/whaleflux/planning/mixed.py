@@ -29,10 +29,11 @@ MOST_BATCH = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class MixedAsked:
-    """`batch` in samples of a step, `sequence` in tokens."""
+    """`batch` in samples of a step, `sequence` in tokens. `runnable`: among plans over several pools alone that an output format runs."""
 
     batch: int
     sequence: int
+    runnable: bool = False
 
 
 def mixed_search(
@@ -45,17 +46,12 @@ def mixed_search(
     """The fastest way that fits, never slower than the best pool alone. Raises InvalidArgument for no pools, too many, or a batch that is none."""
     _check(pools, asked)
     trained = how or Training()
-    singles = {pool.name: _alone(shape, pool, asked, trained, constants) for pool in pools}
+    singles = {} if asked.runnable else {pool.name: _alone(shape, pool, asked, trained, constants) for pool in pools}
     found = [one for one in singles.values() if one is not None]
     for some in _sets(pools):
-        found += [
-            plan
-            for plan in (
-                best_replicas(shape, some, asked.batch, asked.sequence, trained, constants),
-                best_stages(shape, some, asked.batch, asked.sequence, trained, constants),
-            )
-            if plan is not None
-        ]
+        replicas = best_replicas(shape, some, asked.batch, asked.sequence, trained, constants, runnable=asked.runnable)
+        stages = None if asked.runnable else best_stages(shape, some, asked.batch, asked.sequence, trained, constants)
+        found += [plan for plan in (replicas, stages) if plan is not None]
     best = min(found, key=lambda plan: plan.step_s, default=None)
     ranked = sorted({plan.words(): plan for plan in found}.values(), key=lambda plan: plan.step_s)
     return MixedFound(

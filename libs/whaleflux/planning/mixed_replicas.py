@@ -61,10 +61,19 @@ class _Costs:
 
 
 def best_replicas(
-    shape: ModelShape, pools: Sequence[Pool], batch: int, sequence: int, how: Training, constants: Constants
+    shape: ModelShape,
+    pools: Sequence[Pool],
+    batch: int,
+    sequence: int,
+    how: Training,
+    constants: Constants,
+    *,
+    runnable: bool = False,
 ) -> MixedPlan | None:
-    """The fastest that fits, on all of these pools; None where nothing does."""
+    """The fastest that fits, on all of these pools; None where nothing does. `runnable`: what `emit.mixed.cannot_run` says nothing of."""
     ways = _ways(shape, pools, batch, sequence)
+    if runnable and len(ways.units):
+        ways = ways.take((ways.plans.pp == 1) & ((ways.plans.zero < 2) | ((ways.plans.zero > 2) & (ways.unit == 1))))
     if not len(ways.units):
         return None
     costs = _costs(shape, pools, ways, how, constants)

@@ -21,7 +21,7 @@ from torch import nn
 
 from whaleflux.planning.whole_shares import dealt, moved
 from whaleflux.sdk.agreement import Agreement
-from whaleflux.sdk.balance_settings import Told, even_ones, own_speed, settled
+from whaleflux.sdk.balance_settings import Told, even_ones, first_speed, planned_shares, settled
 from whaleflux.sdk.forward_timer import ForwardTimer
 from whaleflux.sdk.micro_batches import piece, samples_of, without_exchange
 from whaleflux.sdk.uneven import Epoch, Position, Timeline, part_of, shares_of
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Balance:
     """A batch sampler whose batches are as large as this rank is fast; every rank makes one, with the same arguments.
 
-    `global_batch` is in samples of all ranks. `model` (as DDP or fully_shard made it) is timed, and shares follow what was measured each
+    `global_batch` is in samples of all ranks. It, `micro_batch` and speeds are the plan's (the variable BALANCE) where they are not given. `model` (as DDP or fully_shard made it) is timed, and shares follow what was measured each
     `every_steps` steps, by at most a quarter at once and not for less than 3 %; without it they stay. `speed`: this rank's, in any unit that is
     the same on all ranks, to begin with; else the catalogue's of its GPU, or the same for all where one is not known. `largest_batch`: the most
     samples that this rank's memory holds at once. `micro_batch`: batches are cut into parts of so many samples (`parts`), shares are whole parts.
@@ -45,7 +45,7 @@ class Balance:
         self,
         dataset: Sized,
         *,
-        global_batch: int,
+        global_batch: int | None = None,
         model: nn.Module | None = None,
         micro_batch: int | None = None,
         largest_batch: int | None = None,
@@ -58,13 +58,19 @@ class Balance:
         every_steps: int = 20,
         timeout_s: float = 1800.0,
     ) -> None:
+        planned = planned_shares()
+        global_batch, micro_batch = global_batch or planned.global_batch, micro_batch or planned.micro_batch
+        if global_batch is None:
+            raise ValueError(
+                "global_batch is missing, and no plan says it in BALANCE: give Balance the samples of a step"
+            )
         self._agreement = Agreement(timeout_s)
         self._rank = self._agreement.rank if rank is None else rank
         self._replicas = self._agreement.world_size if num_replicas is None else num_replicas
         self._plan = Epoch(len(dataset), global_batch, self._replicas, drop_last)
         self._unit, self._shuffle, self._seed, self._every = micro_batch or 1, shuffle, seed, every_steps
         common = (len(dataset), global_batch, self._replicas, drop_last, micro_batch, shuffle, seed, every_steps)
-        told = Told(self._rank, own_speed(model) if speed is None else speed, largest_batch, common)
+        told = Told(self._rank, first_speed(model, planned) if speed is None else speed, largest_batch, common)
         self._members = settled(self._agreement.gather(told))
         self._most = [min(one.largest or self._plan.largest, self._plan.largest) for one in self._members]
         self._timeline = Timeline(self._first_shares())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from whaleflux.fleet.gpu_types import CATALOGUE
 
+VARIABLE, _MOST_TEXT = "BALANCE", 1 << 16
 _COMMON = ("samples", "global_batch", "num_replicas", "drop_last", "micro_batch", "shuffle", "seed", "every_steps")
 
 
@@ -31,12 +34,58 @@ class Told:
 
 def own_speed(model: nn.Module | None) -> float | None:
     """Operations per second of this rank's GPU in 16 bit, as the catalogue has them; None: no GPU, or one that it does not know."""
+    known = CATALOGUE.types.get(own_type(model) or "")
+    return known.speed.best_flops("bf16") if known and known.speed else None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShares:
+    """What a plan over several pools says (`whaleflux plan --gpu TYPE:GPUS,... --emit job`). `samples` of a step, by type of GPU."""
+
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    samples: Mapping[str, float] = field(default_factory=dict)
+
+
+def planned_shares(variable: str | None = None) -> PlannedShares:
+    """Of the variable BALANCE, or of that text. Raises ValueError where it is not as a plan writes it."""
+    text = os.environ.get(VARIABLE, "") if variable is None else variable
+    if not text:
+        return PlannedShares()
+    try:
+        said = json.loads(text[:_MOST_TEXT])
+        micro = said.get("micro_batch")
+        samples = {str(name): float(count) for name, count in said["samples"].items()}
+        found = PlannedShares(
+            _whole("global_batch", said["global_batch"]),
+            None if micro is None else _whole("micro_batch", micro),
+            samples,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as wrong:
+        raise ValueError(
+            f"{VARIABLE} is not as a plan writes it ({str(wrong)[:80]}): make it with whaleflux plan MODEL --gpu TYPE:GPUS,... --emit job"
+        ) from None
+    if not all(math.isfinite(one) and one > 0 for one in samples.values()):
+        raise ValueError(
+            f"{VARIABLE} has samples that are no finite numbers above 0: make it with whaleflux plan MODEL --gpu TYPE:GPUS,... --emit job"
+        )
+    return found
+
+
+def own_type(model: nn.Module | None) -> str | None:
+    """The catalogue's name of this rank's GPU; None: no GPU."""
     parameter = next(model.parameters(), None) if model is not None else None
     if parameter is None or not parameter.is_cuda:
         return None
     about = torch.cuda.get_device_properties(parameter.device)
-    known = CATALOGUE.types.get(CATALOGUE.name_of(about.name, about.total_memory))
-    return known.speed.best_flops("bf16") if known and known.speed else None
+    return CATALOGUE.name_of(about.name, about.total_memory)
+
+
+def first_speed(model: nn.Module | None, planned: PlannedShares, type_: str | None = None) -> float | None:
+    """To begin with: the plan's samples of this rank's type of GPU (None where it names others), without a plan the catalogue's speed."""
+    if not planned.samples:
+        return own_speed(model)
+    return planned.samples.get(type_ or own_type(model) or "")
 
 
 def even_ones(speeds: Sequence[float | None]) -> list[float]:
