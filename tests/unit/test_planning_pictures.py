@@ -180,6 +180,17 @@ class TestWhy:
         split = replace(SPLIT, pp=1, dp=2, global_batch=64, recompute="none")
         assert "with 16 it cannot be run (heads must be a multiple of tp)" in reasons(shape, H200, split, Training())[0]
 
+    def test_stages_with_layers_of_their_own_and_recomputation_of_the_first_have_their_reasons(self):
+        shape = replace(DENSE, layers=126)
+        split = replace(SPLIT, first_layers=15, last_layers=15, recomputing=6)
+        said = "\n".join(reasons(shape, H200, split, Training()))
+        assert (
+            "15 layers in the first stage and 15 in the last: with as many in each it cannot be run (layers must be"
+            in said
+        )
+        assert "recomputation in the first 6 of 8 stages: in all a step is" in said
+        assert "pipeline stages 8: hold some layers each; with 4 it cannot be run" in said
+
     def test_a_plan_without_parts_says_what_its_memory_holds(self):
         one = Split(1, 1, 1, 1, 1, 1, 1, 8, 2048, 0, 1, "none", 1.0, sequence_parallel=False)
         assert reasons(model_named("llama-3.2-1b"), H200, one, Training())[0].startswith("memory: each GPU holds")

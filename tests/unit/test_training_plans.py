@@ -22,7 +22,11 @@ from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
 from whaleflux.planning.calibration import Calibrated
 from whaleflux.planning.constants import FITTED
+from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
+from whaleflux.planning.search import search
+from whaleflux.planning.space import Asked
+from whaleflux.planning.training import Training
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import rank_maps, training_offers
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
@@ -167,6 +171,21 @@ class TestJobs:
         ]
         assert training_plans.chosen(pb.PlanTrainingResponse(plans=plans)).gpus == 8
 
+    def test_what_there_is_instead_is_neither_the_chosen_plan_nor_one_twice(self):
+        small, large = (
+            pb.TrainingPlan(gpus=n, free_gpus=8, gpu_type="H200", tokens_per_s=n, words=f"dp {n}") for n in (4, 8)
+        )
+        lines = training_plans.shown(pb.PlanTrainingResponse(plans=[large, large, small, small]))
+        assert [line.split()[1] for line in lines if line.startswith("  instead ")] == ["4"]
+
+    async def test_offers_that_come_to_one_plan_are_one_plan(self):
+        """A batch of one sample of 512 tokens: neither of what is free nor of all are more than some of use."""
+        async with World() as world:
+            await world.add(node("s/a", 32))
+            await world.reaches(await world.submit(1), "RUNNING")
+            plans = (await planned(world, batch=1, sequence=512)).plans
+            assert [one.gpus for one in plans] == [plans[0].gpus]
+
     async def test_without_a_plan_nothing_is_submitted(self, tmp_path):
         one = self.submission("name: t\nrun: x\nmodel: llama-3.1-405b\n", tmp_path)
         with pytest.raises(InvalidArgument, match="cannot be trained on this fleet"):
@@ -292,6 +311,16 @@ class TestAnew:
         assert fewer["mesh"]["tp"] == said["mesh"]["tp"]
         ranks = fewer["mesh"]["dp_replicate"] * fewer["mesh"]["dp_shard"]
         assert ranks * fewer["micro_batch"] * fewer["micro_batches"] == 64, "the batch is the same"
+
+    def test_stages_keep_the_layers_that_were_saved(self):
+        shape = model_named("llama-3.1-8b")
+        split = search(
+            shape, Machine.of(CATALOGUE.types["H200"]), Asked(8, 4096, tp=1, cp=1, ep=1, pp=4, batch=64, vp=1)
+        ).best.split
+        assert split.last_layers
+        anew = json.loads(replan.mesh_of(replan.wish("llama-3.1-8b", split, "H200", Training()), 4))
+        assert tuple(anew["stage_layers"]) == split.stage_layers(shape)
+        assert math.prod(anew["mesh"].values()) == 4
 
     @pytest.mark.parametrize(
         ("more", "said"),

@@ -92,8 +92,8 @@ def shown(answer: pb.PlanTrainingResponse) -> list[str]:
     if plan.free_gpus < plan.gpus:
         lines.append(f"  waits for  {plan.gpus - plan.free_gpus} more GPUs; {plan.free_gpus} are free")
     lines += [f"  misses     {one}" for one in plan.misses]
-    others = [one for one in answer.plans if one is not plan]
-    lines += [f"  instead    {_in_short(one)}" for one in others[:_MOST_SHOWN]]
+    others = dict.fromkeys(_in_short(one) for one in answer.plans if one != plan)
+    lines += [f"  instead    {one}" for one in list(others)[:_MOST_SHOWN]]
     return [*lines, *(f"  no plan    {one}" for one in answer.refused[:_MOST_SHOWN])]
 
 

@@ -6,7 +6,7 @@ on the GPUs that it uses. So the best plan is the same as if every plan had been
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -101,19 +101,16 @@ class _Search:
 
     def _look(self, some: Plans) -> None:
         """At all frames of these cells."""
-        for plans in self._frames(self.asked, some):
+        for plans in frames_in_turn(self.shape, self.asked, some):
             self._look_through(plans)
 
-    def _frames(self, asked: Asked, some: Plans, *, uneven: bool = False) -> Iterator[Plans]:
+    def _sayable(self, frames: Plans) -> Plans:
         """Those that can be said under one stage of ZeRO at least."""
-        stages = [asked.zero] if asked.zero >= 0 else [0, 1, 2, 3]
-        for plans in frames_in_turn(self.shape, asked, some, uneven=uneven):
-            said = np.zeros(len(plans), dtype=np.bool_)
-            for zero in stages:
-                there = ((zero < 2) | (plans.pp == 1)) & ((zero in (asked.zero, 0)) | (plans.dp * plans.cp > 1))
-                said |= there & self.can(replace(plans, zero=np.full(plans.pp.shape, float(zero))))
-            if np.any(said):
-                yield plans.take(said)
+        said = np.zeros(len(frames), dtype=np.bool_)
+        for zero in [self.asked.zero] if self.asked.zero >= 0 else [0, 1, 2, 3]:
+            there = ((zero < 2) | (frames.pp == 1)) & ((zero in (self.asked.zero, 0)) | (frames.dp * frames.cp > 1))
+            said |= there & self.can(replace(frames, zero=np.full(frames.pp.shape, float(zero))))
+        return frames.take(said)
 
     def _variants(self, plans: Plans) -> Plans:
         ways = variants(self.asked, plans)
@@ -126,25 +123,26 @@ class _Search:
     def _look_for_nearest(self, every: Plans, uneven: Plans) -> None:
         """Where nothing can fit: at single samples without virtual stages, than which no others need less."""
         asked = replace(self.asked, micro_batch=self.asked.micro_batch or 1, vp=self.asked.vp or 1)
-        for plans in self._frames(asked, every):
-            self._note_leanest(plans, self._in_blocks(self._least_bytes, plans))
-        for plans in self._frames(asked, uneven, uneven=True):
-            both = with_other_ends(plans)
-            self._note_leanest(both, self._in_blocks(self._least_bytes, both))
+        for plans in frames_in_turn(self.shape, asked, every):
+            self._note_leanest(self._sayable(plans))
+        for plans in frames_in_turn(self.shape, asked, uneven, uneven=True):
+            self._note_leanest(self._sayable(with_other_ends(plans)))
 
     def _look_at_uneven(self, some: Plans) -> None:
         """At uneven pipelines. Of those that differ in their ends alone the first has the least bound: where it cannot be better no other can."""
         some = some.take(self._ideal_gpu_s() / some.gpus < self.best_s)
-        for plans in self._frames(self.asked, some, uneven=True):
+        for plans in frames_in_turn(self.shape, self.asked, some, uneven=True):
             promising = plans.take(self._least_s(plans) < self.best_s) if self.best else plans
             if len(promising):
                 self._look_through(with_other_ends(promising))
 
-    def _look_through(self, plans: Plans) -> None:
+    def _look_through(self, frames: Plans) -> None:
         """The most promising first, until none can be better."""
+        plans = self._sayable(frames)
         self.looked_at += len(plans)
-        bound, least = self._least_s(plans), self._in_blocks(self._least_bytes, plans)
-        self._note_leanest(plans, least)
+        if not len(plans):
+            return
+        bound, least = self._least_s(plans), self._note_leanest(plans)
         order = np.argsort(bound, kind="stable")
         self.free = self._unbound(plans, bound, order, self.free, could_fit=False)
         order = order[least[order] <= self.machine.usable_bytes]
@@ -182,15 +180,17 @@ class _Search:
         bytes_[whole] = np.minimum(bytes_[whole], fsdp)
         return bytes_
 
-    def _note_leanest(self, plans: Plans, least: Array) -> None:
-        """The plan that needs least."""
-        number = int(np.argmin(least))
-        if not np.isfinite(least[number]) or (self.leanest is not None and least[number] >= self.leanest[0]):
-            return
+    def _note_leanest(self, plans: Plans) -> Array:
+        """The plan that needs least. Returns the least bytes of each."""
+        least = self._in_blocks(self._least_bytes, plans) if len(plans) else np.empty(0)
+        number = int(np.argmin(least)) if len(plans) else -1
+        if number < 0 or not np.isfinite(least[number]) or (self.leanest and least[number] >= self.leanest[0]):
+            return least
         ways = self._variants(plans.take(slice(number, number + 1)))
         again = self.asked.recompute if self.asked.recompute is not None else Recompute.FULL
         chosen = replace(ways, recompute=np.full(ways.tp.shape, float(again)))
         self.leanest = (float(least[number]), split_of(chosen, int(np.argmin(self._leanest_bytes(ways)))))
+        return least
 
     def _unbound(
         self, plans: Plans, bound: Array, order: NDArray[np.intp], known: _Timed | None, *, could_fit: bool

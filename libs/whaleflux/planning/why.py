@@ -73,8 +73,23 @@ def _without(split: Split) -> list[tuple[str, Split]]:
         )
     if split.replicas > 1:
         found.append((f"{split.replicas} replicas of shards: with one", replace(split, replicas=1)))
+    if split.recomputing:
+        found.append(
+            (
+                f"recomputation in the first {split.recomputing} of {split.pp} stages: in all",
+                replace(split, recomputing=0),
+            )
+        )
+    if split.first_layers or split.last_layers:
+        ends = f"{split.first_layers or 'as many'} layers in the first stage and {split.last_layers or 'as many'} in the last"
+        found.append((f"{ends}: with as many in each", replace(split, first_layers=0, last_layers=0)))
     if split.recompute != "none":
-        found.append((f"{split.recompute} recomputation: without", replace(split, recompute="none", recomputed=1.0)))
+        found.append(
+            (
+                f"{split.recompute} recomputation: without",
+                replace(split, recompute="none", recomputed=1.0, recomputing=0),
+            )
+        )
     return found
 
 
@@ -111,8 +126,9 @@ def _moved(split: Split, axis: str, size: int) -> Split:
     changed: dict[str, Any] = {axis: size, "dp": dp}
     if axis == "tp":
         changed["sequence_parallel"] = split.sequence_parallel and size > 1
-    if axis == "pp" and size == 1:
-        changed["vp"] = 1
+    if axis == "pp":
+        changed |= {"first_layers": 0, "last_layers": 0, "recomputing": min(split.recomputing, size - 1)}
+        changed["vp"] = 1 if size == 1 else split.vp
     return replace(split, **changed)
 
 

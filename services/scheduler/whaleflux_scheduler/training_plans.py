@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,7 +192,7 @@ def _answer(
     free: Mapping[tuple[str, str], int],
 ) -> pb.PlanTrainingResponse:
     choice = choose(shape, offers, asked, goal, how, precision)
-    every = (choice.chosen, *choice.others)
+    every = _distinct((choice.chosen, *choice.others))
     return pb.PlanTrainingResponse(
         plans=[
             _message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how))
@@ -202,6 +202,14 @@ def _answer(
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
     )
+
+
+def _distinct(every: Sequence[Estimate]) -> list[Estimate]:
+    """The first of those that are one plan on GPUs of one place: what is free, and all of it, may come to the same."""
+    found: dict[object, Estimate] = {}
+    for number, one in enumerate(every):
+        found.setdefault(number if one.plan is None else (one.gpu, one.place, one.plan.split), one)
+    return list(found.values())
 
 
 def _refused(one: Estimate) -> str:
