@@ -21,6 +21,7 @@ from whaleflux.store.api import Entry
 from whaleflux.store.codec import Codec, Stored, merge_repeated
 from whaleflux.v1 import agent_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core.cost import micros_of
 from whaleflux_scheduler.core.model import (
     Attempt,
     Awaited,
@@ -196,6 +197,10 @@ def _attempt_of(message: pb.Attempt, tasks: Mapping[int, tuple[Task, ...]]) -> A
         loss=loss_of(message),
         first_step_time=instant(message, "first_step_time"),
         remote_datasets=tuple(message.remote_datasets),
+        best_communication_s=message.best_communication_s if message.HasField("best_communication_s") else None,
+        best_free_communication_s=(
+            message.best_free_communication_s if message.HasField("best_free_communication_s") else None
+        ),
     )
 
 
@@ -322,6 +327,10 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt, known: Attempt | None 
     message.traceparent = attempt.traceparent
     message.restore_checkpoint = attempt.restore_checkpoint
     message.communication_s, message.usd_per_hour = attempt.communication_s, attempt.usd_per_hour
+    message.micros_per_hour = micros_of(attempt.usd_per_hour)
+    for name in ("best_communication_s", "best_free_communication_s"):
+        if (best_s := getattr(attempt, name)) is not None:
+            setattr(message, name, best_s)
     message.started, message.number = attempt.started, attempt.number
     if not message.gpus_by_model:
         message.gpus_by_model.update(attempt.gpus_by_model)

@@ -22,7 +22,7 @@ _SPEC = frozenset(
 _JOB = frozenset(
     {
         "name", "spec", "state", "epoch", "attempt", "restarts", "recoveries", "decision", "create_time", "start_time", "end_time", "step",
-        "cost_usd", "past_attempts", "submitter", "not_before_time", "uid", "run_s", "latest_end_time", "priority", "state_time", "gpu_s",
+        "cost_usd", "cost_micros", "past_attempts", "submitter", "not_before_time", "uid", "run_s", "latest_end_time", "priority", "state_time", "gpu_s",
         "step_time", "etag", "state_message", "cause", "hold", "last_change", "cancel_requested",
     }
 )  # fmt: skip
@@ -30,7 +30,7 @@ _ATTEMPT = frozenset(
     {
         "epoch", "tasks", "allocate_time", "run_time", "end_time", "end_reason", "incident", "communication_s", "usd_per_hour", "started",
         "number", "gpus_by_model", "step",
-        "first_step_time",
+        "first_step_time", "best_communication_s", "best_free_communication_s", "micros_per_hour",
     }
 )  # fmt: skip
 _TASK = frozenset(

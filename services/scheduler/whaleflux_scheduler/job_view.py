@@ -122,6 +122,7 @@ def present_stored(stored: StoredJob, clock: Clock, known: Job | None = None) ->
     message = scheduler_pb2.Job()
     message.CopyFrom(stored.message)
     message.cost_usd = cost.job_cost_usd(job, clock.now())
+    message.cost_micros = cost.micros_of(message.cost_usd)
     if (at := running_time.latest_end(job)) is not None and not job.ended:
         message.latest_end_time.CopyFrom(convert.timestamp(at))
     return message

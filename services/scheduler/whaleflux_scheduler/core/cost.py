@@ -71,3 +71,8 @@ def budget_ends_at(job: Job) -> datetime | None:
 
 def usd_per_gpu_hour(attempt: Attempt) -> float:
     return attempt.usd_per_hour / attempt.gpus if attempt.gpus else 0.0
+
+
+def micros_of(usd: float) -> int:
+    """Whole micro-dollars."""
+    return round(usd * 1e6)

@@ -113,6 +113,8 @@ class GpuAssignment:
         tuple[int, ...], ...
     ] = ()  # by node, of its GPUs, where a map numbers them; else they are counted node by node
     laid: str = ""  # how, in words
+    best_communication_s: float | None = None  # on the best place of an empty fleet; None: not known
+    best_free_communication_s: float | None = None  # on the best place of what was free
 
     @property
     def rank_counts(self) -> dict[str, int]:
@@ -144,6 +146,8 @@ def place(
         number=next_number(job),
         gpus_by_model=where.gpus_by_model,
         remote_datasets=where.remote_datasets,
+        best_communication_s=where.best_communication_s,
+        best_free_communication_s=where.best_free_communication_s,
     )
     return transition(
         job,

@@ -135,6 +135,8 @@ class Attempt:
     loss: float | None = None
     first_step_time: datetime | None = None  # of elastic jobs
     remote_datasets: tuple[str, ...] = ()  # that its nodes do not pull for it: its queue holds as much as it may
+    best_communication_s: float | None = None  # on the best place of an empty fleet
+    best_free_communication_s: float | None = None  # on the best place of what was free when it was placed
 
     @property
     def began(self) -> tuple[int, datetime, datetime | None]:

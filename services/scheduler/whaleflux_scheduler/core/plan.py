@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 
 from whaleflux_scheduler.core import decisions
 from whaleflux_scheduler.core.data_quota import DataLimit
+from whaleflux_scheduler.core.goals import goal_of
 from whaleflux_scheduler.core.going_on import claimed_place, way_back
 from whaleflux_scheduler.core.holdings import Holdings, places_of
 from whaleflux_scheduler.core.model import ACTIVE, Job, JobState
@@ -26,6 +27,7 @@ from whaleflux_scheduler.core.patience import may_wait
 from whaleflux_scheduler.core.pending import Line, RequestClass
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
+from whaleflux_scheduler.core.placement.least import kind_of
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promising import Promising
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
@@ -292,7 +294,10 @@ class Plan(Promising):
         if limit is not None and self.data_ahead.insists(job, remote):
             self._wait_for_data(job, limit)
             return None
-        assignment = replace(assignment, remote_datasets=remote)
+        best_s, free_s = self._least_communication(job, placement)
+        assignment = replace(
+            assignment, remote_datasets=remote, best_communication_s=best_s, best_free_communication_s=free_s
+        )
         said = self._placed if self._reasons else decisions.unexplained
         decision = said(job, placement, assignment, now)
         if limit is not None:
@@ -313,6 +318,16 @@ class Plan(Promising):
         if self._hopeful and not self._fleet.any_hope:
             self._give_up_hope()
         return Move(job.name, decision, assignment)
+
+    def _least_communication(self, job: Job, placement: Placement) -> tuple[float, float]:
+        """Of an empty fleet, and of what is free: against these its place is compared. On one node there is nothing to compare with."""
+        placed_s = placement.cost.step_communication_s
+        if len({part.node for part in placement.nodes}) < 2:
+            return placed_s, placed_s
+        engine, request = self._fleet.engine, kind_of(self._pending.jobs[job.name].line.kind.request, placement)
+        free_s = engine.least_free_communication_s(request, placement, sought=goal_of(job.spec))
+        least_s = engine.least_communication_s(request)
+        return (free_s if least_s is None else min(least_s, free_s)), free_s
 
     def _wait_for_data(self, job: Job, limit: DataLimit) -> None:
         """Until its queue holds less data, or may hold more."""

@@ -21,6 +21,7 @@ from whaleflux_scheduler.core.placement import cpu
 from whaleflux_scheduler.core.placement import preempt as preemption
 from whaleflux_scheduler.core.placement.api import (
     DatasetFact,
+    Goal,
     Limit,
     NodeAssignment,
     NoPlacement,
@@ -35,6 +36,7 @@ from whaleflux_scheduler.core.placement.datasets import Datasets
 from whaleflux_scheduler.core.placement.decide import decide
 from whaleflux_scheduler.core.placement.exact import Where, place_on
 from whaleflux_scheduler.core.placement.explain import explain
+from whaleflux_scheduler.core.placement.least import LeastCommunication, least_free_s
 from whaleflux_scheduler.core.placement.node_room import NodeRoom
 from whaleflux_scheduler.core.placement.pin_book import Copy, PinBook
 from whaleflux_scheduler.core.placement.search import feasible
@@ -67,6 +69,7 @@ class Engine:
         self._shapes = Shapes()
         self._columns: Columns | None = None
         self._empty_columns: Columns | None = None
+        self._least = LeastCommunication()
         self._undo: list[Callable[[], None]] = []
         self._depth = 0
 
@@ -228,6 +231,14 @@ class Engine:
             rows = {name: replace(row, schedulable=True) for name, row in self._rows.items()}
             self._empty_columns = Columns(rows, self.fabric)
         return self._empty_columns
+
+    def least_communication_s(self, request: PlaceRequest) -> float | None:
+        """Of the request on the fleet with nothing placed and everything schedulable, seconds of a step; None: it does not fit there."""
+        return self._least.of(request, self._empty(), self._datasets)
+
+    def least_free_communication_s(self, request: PlaceRequest, placement: Placement, *, sought: Goal) -> float:
+        """Of the request on what is free now, seconds of a step; never above that of `placement`, which was sought for that goal."""
+        return least_free_s(placement, sought, request, self.columns, self._datasets)
 
     def explain_placed(self, id_: str) -> Placement:
         """The decision as it was made: reasons, cost and alternatives. Raises NotFound."""
