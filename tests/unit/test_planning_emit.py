@@ -16,8 +16,9 @@ from whaleflux.planning.emit import FORMATS, emit
 from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.plans import Plans, Recompute
+from whaleflux.planning.stated import read
 from whaleflux.planning.training import Training
-from whaleflux.planning.validity import RULES, check, read
+from whaleflux.planning.validity import RULES, check
 
 LLAMA = model_named("llama-3.1-70b")
 EXPERTS = model_named("qwen3-30b-a3b")

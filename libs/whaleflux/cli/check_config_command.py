@@ -56,7 +56,7 @@ def check_config(
 def _text(file: Path) -> str:
     """Raises InvalidArgument where it cannot be read as text."""
     from whaleflux.errors import FieldViolation, InvalidArgument
-    from whaleflux.planning.validity import MAX_BYTES
+    from whaleflux.planning.stated import MAX_BYTES
 
     try:
         with file.open("rb") as opened:
