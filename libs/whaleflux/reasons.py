@@ -85,6 +85,11 @@ class ErrorReason(_Words):
     KEY_UNKNOWN = "KEY_UNKNOWN", "the request's API key does not exist, was revoked, or has ended"
     LAST_MEMBER = "LAST_MEMBER", "a queue without members is open to all users, which has to be said"
     NODES_UNREACHABLE = "NODES_UNREACHABLE", "no agent that has these logs, ranks or files can be reached"
+    LEDGER_DAMAGED = (
+        "LEDGER_DAMAGED",
+        "a file of the usage ledger is not what was written; the message names it and what brings it back",
+    )
+    LEDGER_FOLDER = "LEDGER_FOLDER", "the usage ledger's folder is another one than its head in the store names, or empty"
     NODE_NAME_TAKEN = (
         "NODE_NAME_TAKEN",
         "the node's name belongs to another machine; choose another, or replace that one",

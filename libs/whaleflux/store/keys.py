@@ -63,6 +63,8 @@ ROUTER_VIEWS = (
 # console
 PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
 ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
+LEDGER = ROOT + "ledger/"
+LEDGER_HEAD = LEDGER + "head"  # which manifest of the usage ledger's files is the newest
 
 # shared machinery
 LEADERS = ROOT + "leaders/"  # {service}

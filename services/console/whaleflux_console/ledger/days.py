@@ -1,0 +1,24 @@
+"""A day's ledger rows, rolled up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.schemas import DAY_KEYS, DAY_SUMS, DAYS, HOURS
+
+
+def day_table(engine: Engine, day_ms: int, hours: Sequence[Path]) -> Any:
+    """The hours' files as DAYS."""
+    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in hours)
+    source = f"SELECT * FROM read_parquet([{files}], union_by_name = true)" if hours else "SELECT * FROM empty"
+    table = engine.table(rolled_up(source, str(day_ms)), empty=HOURS.empty_table())
+    return table.select(DAYS.names).cast(DAYS)
+
+
+def rolled_up(source: str, day: str) -> str:
+    """SQL: ledger rows of `source` summed by everything but card and attempt, under the SQL expression `day`."""
+    keys, sums = ", ".join(DAY_KEYS), ", ".join(f"sum({name})::BIGINT AS {name}" for name in DAY_SUMS)
+    return f"SELECT {day}::BIGINT AS day_ms, {keys}, {sums} FROM ({source}) GROUP BY ALL ORDER BY {keys}"

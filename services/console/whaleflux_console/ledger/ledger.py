@@ -1,0 +1,246 @@
+"""The usage ledger: what was reported and told goes in, hours are closed and restated, and everything is files that a crash leaves whole.
+
+One at a time writes, under its leadership (`open_ledger`). Whoever gets Unavailable from a write opens the ledger anew: a write whose end
+is not known may be in effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pyarrow.compute as pc
+
+from whaleflux.store.api import Store
+from whaleflux.store.election import Leader
+from whaleflux_console.core.facts import HOUR_MS, Facts
+from whaleflux_console.core.rows import LedgerRow
+from whaleflux_console.ledger import rules as when
+from whaleflux_console.ledger import schemas, usage
+from whaleflux_console.ledger.days import day_table
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.folder import Folder
+from whaleflux_console.ledger.manifest import File, Kind, Position, State, hour_of
+from whaleflux_console.ledger.opening import open_writer
+from whaleflux_console.ledger.rules import Rules
+from whaleflux_console.ledger.shelf import local_files, table_of
+from whaleflux_console.ledger.writer import New, Writer
+
+T = TypeVar("T")
+FACT_BUCKET_MS = (
+    300_000  # what an hour's rows are made of is read by so much: 10,000 GPUs' minutes are too many objects
+)
+KEPT_VERSIONS = 8  # of an hour's rows: exports tell what a restatement changed
+LONGEST_REPORT_MS = HOUR_MS  # of a sample or of steps
+EARLY_MS = 24 * HOUR_MS  # a report from further ahead of the stream's clock is of a clock that cannot be right
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What agents reported, in the order of the stream: SAMPLES and STEPS, the places of the first and last report, and when that was taken."""
+
+    samples: Any
+    steps: Any
+    first: int
+    last: int
+    last_id: str
+    taken_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class HourInput:
+    """Everything that an hour's rows are made of. `made_of` is the commit as of which it was read."""
+
+    hour_ms: int
+    facts: Facts
+    made_of: int
+    minutes: Any  # MINUTES of the hour
+    work: Any  # WORK of the hour
+
+
+class Ledger:
+    """See the module. All that is asked of it is answered from `state`, without reading a file, but `inputs`, `rows` and `verify`."""
+
+    def __init__(self, folder: Folder, writer: Writer, rules: Rules, engine: Engine, notes: Sequence[str] = ()) -> None:
+        self.rules, self.folder, self.engine = rules, folder, engine
+        self.notes = tuple(notes)  # what was not as it had been left when it was opened
+        self.refused_rows = 0  # of reports, whose times cannot be right
+        self._writer = writer
+        self._closed_ms: dict[int, int] = {}
+
+    @property
+    def state(self) -> State:
+        return self._writer.state
+
+    # What comes in
+
+    async def append(self, reports: Reports, *, missed: int = 0) -> None:
+        """Keeps what was reported. What it has already is left out: so reports may come again after a crash. `missed` were gone unread."""
+        position = self.state.position
+        if reports.last <= position.sequence:
+            return
+        if reports.first <= position.sequence:
+            raise ValueError(f"reports {reports.first} to {reports.last} begin before {position.sequence + 1}")
+        after = Position(reports.last, reports.last_id, reports.taken_ms, position.missed + missed)
+        new = await self._in_thread(_by_hour, reports)
+        self.refused_rows += reports.samples.num_rows + reports.steps.num_rows - sum(n.table.num_rows for n in new)
+        await self._writer.commit(new, watermark_ms=reports.taken_ms, position=after)
+
+    async def begin_stream_anew(self) -> None:
+        """The stream is another one than was read so far: its reports are counted from 1 on."""
+        await self._writer.commit(position=replace(self.state.position, sequence=0, id=""))
+
+    async def advance(self, watermark_ms: int) -> None:
+        """Everything that the stream took before this instant is in the ledger, and there was nothing new."""
+        if watermark_ms > self.state.watermark_ms:
+            await self._writer.commit(watermark_ms=watermark_ms)
+
+    async def tell(self, hour_ms: int, facts: Facts) -> None:
+        """Keeps what is known of an hour from owners' records, so that it can be made anew when those are gone.
+
+        Later words count: a fact of the same device and start (attempt, card and start, name) replaces the earlier one.
+        """
+        table = await self._in_thread(schemas.facts_table, facts)
+        if table.num_rows:
+            await self._writer.commit([New(Kind.FACTS, hour_of(hour_ms), table, "facts")])
+
+    # Hours
+
+    def due(self) -> tuple[int, ...]:
+        """Hours to close or to restate now, oldest first."""
+        return when.due(self.state, self.rules, self._closed_ms)
+
+    async def inputs(self, hour_ms: int) -> HourInput:
+        """Raises Damaged when a file of it is: `repair` takes it out."""
+        made_of, state = self.state.number, self.state
+        # A report that began before the hour and reached into it lies with the hour before.
+        raw = [*state.of(Kind.RAW, hour_ms - HOUR_MS), *state.of(Kind.RAW, hour_ms)]
+        steps = [*state.of(Kind.STEPS, hour_ms - HOUR_MS), *state.of(Kind.STEPS, hour_ms)]
+        told, minutes, work = (
+            state.of(Kind.FACTS, hour_ms),
+            state.newest(Kind.MINUTES, hour_ms),
+            state.newest(Kind.WORK, hour_ms),
+        )
+        return await self._in_thread(self._read_inputs, hour_ms, made_of, raw, steps, told, minutes, work)
+
+    def _read_inputs(
+        self,
+        hour_ms: int,
+        made_of: int,
+        raw: list[File],
+        steps: list[File],
+        told: tuple[File, ...],
+        minutes: File | None,
+        work: File | None,
+    ) -> HourInput:
+        seen = self._rolled_up(hour_ms, raw, minutes, usage.samples_of, schemas.MINUTES)
+        done = self._rolled_up(hour_ms, steps, work, usage.steps_of, schemas.WORK)
+        facts = schemas.merged_facts([table_of(self.folder, file) for file in told])
+        samples = usage.samples_told(usage.coarser_samples(self.engine, seen, FACT_BUCKET_MS))
+        stepped = usage.steps_told(usage.coarser_steps(self.engine, done, FACT_BUCKET_MS))
+        return HourInput(hour_ms, replace(facts, samples=samples, steps=stepped), made_of, seen, done)
+
+    def _rolled_up(
+        self, hour_ms: int, files: list[File], before: File | None, roll: Callable[..., Any], schema: Any
+    ) -> Any:
+        """From all reports that are kept; where those of the roll-up are gone, from it and what came since."""
+        known = [] if before is None else [file for file in files if file.commit <= before.made_of]
+        if before is None or known:
+            with local_files(self.folder, files, self.engine.scratch) as paths:
+                return roll(self.engine, hour_ms, paths)
+        with local_files(self.folder, files, self.engine.scratch) as paths:
+            since = roll(self.engine, hour_ms, paths)
+        return usage.joined([table_of(self.folder, before), since], schema)
+
+    async def close(self, made_from: HourInput, rows: Sequence[LedgerRow]) -> int:
+        """Closes or restates the hour with these rows; returns the version. They are in force when it returns, and nothing of them before."""
+        hour_ms = made_from.hour_ms
+        before = self.state.of(Kind.HOURS, hour_ms)
+        version = max((file.version for file in before), default=0) + 1
+        table = await self._in_thread(schemas.rows_table, [replace(row, version=version) for row in rows])
+        new = [
+            New(kind, hour_ms, each, f"v{version}", version, made_from.made_of)
+            for kind, each in ((Kind.HOURS, table), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work))
+        ]
+        old = [*before[: -KEPT_VERSIONS + 1], *self.state.of(Kind.MINUTES, hour_ms), *self.state.of(Kind.WORK, hour_ms)]
+        await self._commit_and_remove(new, old)
+        self._closed_ms[hour_ms] = self.state.watermark_ms
+        while len(self._closed_ms) > when.MAX_DUE * 4:
+            del self._closed_ms[next(iter(self._closed_ms))]
+        return version
+
+    async def rows(self, hour_ms: int, version: int = 0) -> tuple[LedgerRow, ...]:
+        """Of a closed hour, as of a version that is kept (0: the one in force); none of one that is open."""
+        found = [file for file in self.state.of(Kind.HOURS, hour_ms) if version in {0, file.version}]
+        if not found:
+            return ()
+        newest = max(found, key=lambda file: file.version)
+        return schemas.table_rows(await self._in_thread(table_of, self.folder, newest))
+
+    # Upkeep
+
+    async def keep_house(self, now_ms: int) -> None:
+        """Rolls up days that are over, and lets files go that have outlived their time. Once an hour or so."""
+        for day_ms in when.unrolled_days(self.state, self.rules):
+            await self.roll_day(day_ms)
+        if gone := when.outlived(self.state, self.rules, now_ms):
+            await self._commit_and_remove([], gone)
+
+    async def roll_day(self, day_ms: int) -> None:
+        """A day's hours by everything but card and attempt."""
+        made_of, hours = self.state.number, self.state.hours_of_day(day_ms)
+        table = await self._in_thread(self._day, day_ms, hours)
+        before = self.state.of(Kind.DAYS, day_ms)
+        version = max((file.version for file in before), default=0) + 1
+        await self._commit_and_remove([New(Kind.DAYS, day_ms, table, f"v{version}", version, made_of)], before)
+
+    def _day(self, day_ms: int, hours: list[File]) -> Any:
+        with local_files(self.folder, hours, self.engine.scratch) as paths:
+            return day_table(self.engine, day_ms, paths)
+
+    async def _commit_and_remove(self, new: Sequence[New], old: Sequence[File]) -> None:
+        """What no manifest names any more is deleted after the commit, never before."""
+        paths = [file.path for file in old]
+        await self._writer.commit(new, paths)
+        await self._writer.remove(paths)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(functools.partial(work, *arguments))
+
+
+async def open_ledger(
+    folder: Folder,
+    store: Store,
+    leader: Leader,
+    *,
+    rules: Rules | None = None,
+    engine: Engine | None = None,
+    rebuild: bool = False,
+) -> Ledger:
+    """As its leader. Raises OtherFolder when the folder is not the one that the head names, unless `rebuild`."""
+    opened = await open_writer(folder, store, leader, rebuild=rebuild)
+    return Ledger(folder, opened.writer, rules or Rules(), engine or Engine(), opened.notes)
+
+
+def _by_hour(reports: Reports) -> list[New]:
+    """A file per kind and hour in which something began, by device and time: what belongs together lies together."""
+    stem = f"{reports.first}-{reports.last}"
+    found = []
+    for kind, table in ((Kind.RAW, reports.samples), (Kind.STEPS, reports.steps)):
+        sound = _sound(table, reports.taken_ms)
+        hours = pc.multiply(pc.divide(sound["start_ms"], HOUR_MS), HOUR_MS)
+        for hour_ms in sorted(pc.unique(hours).to_pylist()):
+            part = sound.filter(pc.equal(hours, hour_ms)).sort_by([("device", "ascending"), ("start_ms", "ascending")])
+            found.append(New(kind, hour_ms, part, stem, first=reports.first, last=reports.last))
+    return found
+
+
+def _sound(table: Any, taken_ms: int) -> Any:
+    """Rows whose times can be right."""
+    start, end = table["start_ms"], table["end_ms"]
+    forward = pc.and_(pc.greater(end, start), pc.less_equal(pc.subtract(end, start), LONGEST_REPORT_MS))
+    possible = pc.and_(pc.greater_equal(start, 0), pc.less_equal(start, taken_ms + EARLY_MS))
+    return table.filter(pc.and_(forward, possible))

@@ -1,0 +1,154 @@
+"""Columns of the ledger's files, as Arrow knows them, and ledger rows to and from them.
+
+Money is int64 micro-dollars in every file (the test of the schema holds it to that), instants int64 milliseconds since 1970, shares
+int64 millionths. What is not known is null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from whaleflux_console.core import facts as told
+from whaleflux_console.core.rows import CLASSES, Basis, LedgerRow
+
+# Which report a row came with: `reporter` is one start of one agent, which counts its reports from 1 on.
+_REPORT = [("node", pa.string()), ("reporter", pa.string()), ("sequence", pa.int64())]
+_SPAN = [("start_ms", pa.int64()), ("end_ms", pa.int64())]
+_COUNTERS = [
+    (name, pa.int64())
+    for name in (
+        "tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "clock_ppm", "power_mw", "memory_used_bytes",
+        "nvlink_sent_bytes", "nvlink_received_bytes", "pcie_sent_bytes", "pcie_received_bytes",
+    )
+]  # fmt: skip
+_TIMES = [
+    (name, pa.int64()) for name in ("data_us", "host_us", "save_us", "comm_in_node_us", "comm_cross_us", "tokens")
+]
+_RANK = [("uid", pa.string()), ("attempt", pa.int64()), ("rank", pa.int64()), ("device", pa.string())]
+_STEPS = [("first_step", pa.int64()), ("last_step", pa.int64()), *_TIMES, ("flops", pa.float64())]
+_SEEN = [("idle_power", pa.bool_()), ("source", pa.string())]
+
+SAMPLES = pa.schema([*_REPORT, ("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
+STEPS = pa.schema([*_REPORT, *_RANK, *_SPAN, *_STEPS])
+# What stays of them when they are rolled up: means weighted by time, sums of bytes, times and tokens.
+MINUTES = pa.schema([("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
+WORK = pa.schema([*_RANK, *_SPAN, *_STEPS])
+
+MICROS = tuple(f"{kind}_micros" for kind in CLASSES)
+HOURS = pa.schema(
+    [
+        ("hour_ms", pa.int64()),
+        *((name, pa.string()) for name in ("card", "node", "site", "gpu_class", "queue", "user", "job", "uid")),
+        ("attempt", pa.int64()),
+        ("model", pa.string()),
+        ("gpu_ms", pa.int64()),
+        ("bill_micros", pa.int64()),
+        *((name, pa.int64()) for name in MICROS),
+        *((name, pa.string()) for name in ("basis", "price_kind", "price_source", "adjustment")),
+        ("version", pa.int64()),
+    ]
+)
+# The day of the year view: everything but cards, attempts and whose figure a price is.
+DAY_KEYS = ("site", "gpu_class", "node", "queue", "user", "job", "model", "basis", "price_kind", "adjustment")
+DAY_SUMS = ("gpu_ms", "bill_micros", *MICROS)
+DAYS = pa.schema([("day_ms", pa.int64()), *((n, pa.string()) for n in DAY_KEYS), *((n, pa.int64()) for n in DAY_SUMS)])
+
+
+def rows_table(rows: Iterable[LedgerRow]) -> pa.Table:
+    """Ledger rows as HOURS, by card and then whom it worked for."""
+    ordered = sorted(rows, key=lambda row: (row.card, row.job, row.attempt))
+    columns: dict[str, Any] = {
+        name: [getattr(row, name) for row in ordered] for name in HOURS.names if name not in MICROS and name != "basis"
+    }
+    columns["basis"] = [row.basis.value for row in ordered]
+    columns |= {name: [row.micros[place] for row in ordered] for place, name in enumerate(MICROS)}
+    return pa.table([columns[name] for name in HOURS.names], schema=HOURS)
+
+
+def table_rows(table: pa.Table) -> tuple[LedgerRow, ...]:
+    """HOURS as ledger rows."""
+    columns = table.to_pydict()
+    micros = zip(*(columns.pop(name) for name in MICROS), strict=True)
+    columns["basis"] = [Basis(word) for word in columns["basis"]]
+    names = [name for name in columns if name != "micros"]
+    return tuple(
+        LedgerRow(**dict(zip(names, values, strict=True)), micros=sums)
+        for values, sums in zip(zip(*(columns[name] for name in names), strict=True), micros, strict=True)
+    )
+
+
+# Facts that people and owners told: one column each, of which a row has one.
+TOLD: dict[str, type] = {
+    "presences": told.Presence,
+    "holdings": told.Holding,
+    "attempts": told.Attempt,
+    "fragmented": told.Fragmented,
+    "prices": told.PriceSpan,
+    "adjustments": told.Adjustment,
+}
+# What makes one fact the same as an earlier one, of which then only the later counts.
+_IDENTITY: dict[str, tuple[str, ...]] = {
+    "presences": ("device", "start_ms"),
+    "holdings": ("device", "uid", "attempt", "start_ms"),
+    "attempts": ("uid", "attempt"),
+    "fragmented": ("device", "start_ms"),
+    "prices": ("card", "start_ms"),
+    "adjustments": ("name",),
+}
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    if isinstance(hint, types.UnionType):
+        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return pa.struct(list(_fields(typing.cast("type", hint))))
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return pa.string()
+    return {int: pa.int64(), str: pa.string(), bool: pa.bool_(), float: pa.float64()}[hint]
+
+
+def _fields(kind: type) -> Iterable[tuple[str, pa.DataType]]:
+    return ((name, _arrow_type(hint)) for name, hint in typing.get_type_hints(kind).items())
+
+
+FACTS = pa.schema([(name, pa.struct(list(_fields(kind)))) for name, kind in TOLD.items()])
+
+
+def facts_table(facts: told.Facts) -> pa.Table:
+    """Everything but samples and steps, which have files of their own."""
+    counts = {name: len(getattr(facts, name)) for name in TOLD}
+    before, columns, total = 0, [], sum(counts.values())
+    for name, count in counts.items():
+        values = [dataclasses.asdict(fact) for fact in getattr(facts, name)]
+        columns.append([None] * before + values + [None] * (total - before - count))
+        before += count
+    return pa.table([pa.array(c, field.type) for c, field in zip(columns, FACTS, strict=True)], schema=FACTS)
+
+
+def merged_facts(tables: Sequence[pa.Table]) -> told.Facts:
+    """What all of them say together; of one fact told twice the later table's counts."""
+    return told.Facts(**{name: _newest(name, kind, tables) for name, kind in TOLD.items()})
+
+
+def _newest(name: str, kind: type, tables: Sequence[pa.Table]) -> tuple[Any, ...]:
+    identity, found = _IDENTITY[name], {}
+    for table in tables:
+        column = table.column(name) if name in table.column_names else None
+        for values in column.drop_null().to_pylist() if column is not None else ():
+            found[tuple(values[part] for part in identity)] = values
+    return tuple(_made(kind, values) for values in found.values())
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    if kind is told.Attempt and values["plan"] is not None:
+        values = values | {"plan": told.Plan(**values["plan"])}
+    if kind is told.PriceSpan:
+        values = values | {"kind": told.PriceKind(values["kind"])}
+    return kind(**values)

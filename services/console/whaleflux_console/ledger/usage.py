@@ -1,0 +1,142 @@
+"""What agents and ranks reported, rolled up: means weighted by time, sums of steps; never across a gap, and never over what is not known.
+
+A stretch is what reports cover without a gap; where one ends, or where something becomes known or unknown, a new one begins. So what was
+not reported stays unknown, and is no mean of its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from whaleflux_console.core import facts as told
+from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.schemas import MINUTES, SAMPLES, STEPS, WORK
+
+MINUTE_MS = 60_000
+_JOINED_MS = 50  # between two reports: clocks count whole milliseconds, and timers are late
+
+_MEANS = ("tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "clock_ppm", "power_mw")
+_SUMS = ("nvlink_sent_bytes", "nvlink_received_bytes", "pcie_sent_bytes", "pcie_received_bytes")
+_TIMES = ("data_us", "host_us", "save_us", "comm_in_node_us", "comm_cross_us", "tokens")
+
+
+def _stretches(source: str, once: str, of: str, known: str) -> str:
+    """Rows of `source`, each report once (`once`: by what rows of a report differ), with the number of the stretch that they lie in."""
+    only = f"DISTINCT ON (reporter, sequence, {once})" if once else ""
+    return f"""
+    WITH marked AS (SELECT {only} *, {known} AS known FROM ({source})),
+    broken AS (SELECT *, (start_ms > lag(end_ms) OVER w + {_JOINED_MS} OR known <> lag(known) OVER w)::INT AS breaks FROM marked
+        WINDOW w AS (PARTITION BY {of} ORDER BY start_ms, end_ms)),
+    placed AS (SELECT *, sum(coalesce(breaks, 0)) OVER (PARTITION BY {of} ORDER BY start_ms, end_ms) AS stretch FROM broken)
+    """
+
+
+def _known(*columns: str) -> str:
+    return " || ".join(f"({column} IS NULL)::INT::VARCHAR" for column in columns)
+
+
+def _mean(column: str) -> str:
+    """Whole millionths (milliwatts), weighted by how long each was seen."""
+    return f"(sum({column}::HUGEINT * (end_ms - start_ms)) // greatest(sum(end_ms - start_ms), 1))::BIGINT AS {column}"
+
+
+def _sum(column: str) -> str:
+    return f"sum({column})::BIGINT AS {column}"
+
+
+def reported(hour_ms: int, paths: Sequence[Path]) -> str:
+    """SQL of the rows of these files that reach into the hour; `empty` is a table without rows that has all columns."""
+    if not paths:
+        return "SELECT * FROM empty"
+    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
+    inside = f"start_ms < {hour_ms + HOUR_MS} AND end_ms > {hour_ms}"
+    return f"SELECT * FROM empty UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true) WHERE {inside}"
+
+
+def samples_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
+    """Samples in files as MINUTES: one row per device, stretch and minute."""
+    return _samples(engine, reported(hour_ms, paths), "device, start_ms", MINUTE_MS, empty=SAMPLES.empty_table())
+
+
+def coarser_samples(engine: Engine, minutes: pa.Table, bucket_ms: int) -> pa.Table:
+    """The same by longer buckets."""
+    return _samples(engine, "SELECT * FROM minutes", "", bucket_ms, minutes=minutes)
+
+
+def _samples(engine: Engine, source: str, once: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
+    known = _known("tensor_ppm", "sm_active_ppm", "busy_ppm") + " || coalesce(idle_power::VARCHAR, '')"
+    query = f"""{_stretches(source, once, "device", known)}
+    SELECT device, min(start_ms) AS start_ms, max(end_ms) AS end_ms,
+        {", ".join(_mean(c) for c in _MEANS)}, max(memory_used_bytes) AS memory_used_bytes, {", ".join(_sum(c) for c in _SUMS)},
+        bool_and(idle_power) AS idle_power, min(source) AS source
+    FROM placed GROUP BY device, stretch, start_ms // {bucket_ms} ORDER BY device, start_ms"""
+    return _as(engine.table(query, **tables), MINUTES)
+
+
+def steps_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
+    """Steps in files as WORK: one row per rank of an attempt, stretch and minute."""
+    once = "uid, attempt, rank, first_step, start_ms"
+    return _steps(engine, reported(hour_ms, paths), once, MINUTE_MS, empty=STEPS.empty_table())
+
+
+def coarser_steps(engine: Engine, work: pa.Table, bucket_ms: int) -> pa.Table:
+    """The same by longer buckets."""
+    return _steps(engine, "SELECT * FROM work", "", bucket_ms, work=work)
+
+
+def _steps(engine: Engine, source: str, once: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
+    rank = "uid, attempt, rank, device"
+    query = f"""{_stretches(source, once, rank, _known(*_TIMES, "flops"))}
+    SELECT {rank}, min(start_ms) AS start_ms, max(end_ms) AS end_ms, min(first_step) AS first_step, max(last_step) AS last_step,
+        {", ".join(_sum(c) for c in _TIMES)}, sum(flops) AS flops
+    FROM placed GROUP BY {rank}, stretch, start_ms // {bucket_ms} ORDER BY device, start_ms"""
+    return _as(engine.table(query, **tables), WORK)
+
+
+def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    return table.select(schema.names).cast(schema)
+
+
+def samples_told(minutes: pa.Table) -> tuple[told.Sample, ...]:
+    """MINUTES as facts."""
+    names = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source")
+    return tuple(told.Sample(*values) for values in _values(minutes, names))
+
+
+def steps_told(work: pa.Table) -> tuple[told.Steps, ...]:
+    """WORK as facts, whole milliseconds."""
+    names = ("uid", "attempt", "rank", "device", "start_ms", "end_ms", "first_step", "last_step", *_TIMES, "flops")
+    return tuple(
+        told.Steps(*values[:8], *(_ms(value) for value in values[8:13]), *values[13:])
+        for values in _values(work, names)
+    )
+
+
+def _ms(us: int | None) -> int | None:
+    return None if us is None else us // 1000
+
+
+def _values(table: pa.Table, names: tuple[str, ...]) -> Any:
+    return zip(*(table.column(name).to_pylist() for name in names), strict=True)
+
+
+def joined(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    """One after the other; a column that an older file has not is not known."""
+    if not tables:
+        return schema.empty_table()
+    return pa.concat_tables([_completed(table, schema) for table in tables])
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns = [
+        table.column(field.name).cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
