@@ -42,7 +42,15 @@ def reports(first, last=0, *, samples=(), steps=(), taken_ms=BEGIN_MS):
     )
 
 
-def row(hour_ms=BEGIN_MS, card="gpu-0", job="queues/q/jobs/j", node="sites/s/nodes/n", bill=3_000_000, kind=CostClass.USEFUL, **more):
+def row(
+    hour_ms=BEGIN_MS,
+    card="gpu-0",
+    job="queues/q/jobs/j",
+    node="sites/s/nodes/n",
+    bill=3_000_000,
+    kind=CostClass.USEFUL,
+    **more,
+):
     """An hour of a card, all of one class."""
     micros = tuple(bill if each is kind else 0 for each in CLASSES)
     values = {"site": "s", "gpu_class": "H200", "queue": "q", "user": "user/ada", "uid": "u1", "attempt": 1, "model": "", "gpu_ms": HOUR_MS,

@@ -42,7 +42,9 @@ async def test_an_hour_closed_restated(tmp_path):
 
 async def test_facts(tmp_path):
     store = MemoryStore()
-    attempt = told.Attempt("queues/q/jobs/j", "u1", 1, "q", "user/ada", "", 1, 2, None, None, plan=told.Plan(pipeline=4))
+    attempt = told.Attempt(
+        "queues/q/jobs/j", "u1", 1, "q", "user/ada", "", 1, 2, None, None, plan=told.Plan(pipeline=4)
+    )
     first = told.Facts(
         presences=(told.Presence("gpu-0", "gpu-0", "sites/s/nodes/n", "H200", 1_000_000, 0, 10),),
         attempts=(attempt,),

@@ -31,7 +31,6 @@ class Engine:
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "enable_external_access": True,  # of the scratch folder
-            "TimeZone": "UTC",
         }
         self._connection = duckdb.connect(":memory:", config=limits)
         self._lock = threading.Lock()
@@ -46,7 +45,7 @@ class Engine:
         try:
             for name, table in tables.items():
                 cursor.register(name, table)
-            return cursor.execute(query, parameters or []).to_arrow_table()
+            return cursor.sql(query, params=parameters or []).to_arrow_table()
         finally:
             cursor.close()
 

@@ -1,0 +1,153 @@
+"""The ledger as DuckDB has it, for answers: hours of the last weeks, days before that. Made of the files, thrown away with the process.
+
+Each row goes in once and leaves when its day leaves the last weeks or its hour is restated: nothing is updated in place, and no table is
+made or changed after the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from whaleflux.errors import Unavailable
+from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.ledger.damage import Damaged
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.folder import Folder
+from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, day_of
+from whaleflux_console.ledger.schemas import DAY_KEYS, DAY_SUMS
+from whaleflux_console.ledger.shelf import local_files
+
+HOT_DAYS = 35
+_AT_ONCE = 64  # files of one insert
+_COLUMNS = [*DAY_KEYS, *DAY_SUMS]
+
+
+class Cache:
+    """Tables `hourly` (hour_ms) and `daily` (day_ms); a moment is in one of them. Calls block; one at a time changes it."""
+
+    def __init__(self, folder: Folder, engine: Engine, hot_days: int = HOT_DAYS) -> None:
+        self._folder, self._engine, self._hot_ms = folder, engine, hot_days * DAY_MS
+        self._writing = engine.cursor()
+        self._held: dict[tuple[str, int], str] = {}  # (table, start) -> path that its rows are of
+        self.damaged: dict[int, Damaged] = {}  # hour or day -> why it is not in the answers
+        self.hot_from_ms = 0
+        columns = ", ".join([*(f"{n} VARCHAR" for n in DAY_KEYS), *(f"{n} BIGINT" for n in DAY_SUMS)])
+        self._writing.execute(f"ATTACH '{engine.scratch / 'cache.duckdb'}' AS cache")
+        for table, start in (("hourly", "hour_ms"), ("daily", "day_ms")):
+            self._writing.execute(f"CREATE TABLE cache.{table} ({start} BIGINT, {columns})")
+
+    def follow(self, state: State, days: Iterable[int] | None = None) -> None:
+        """Brings these days (None: all) to what the state says, and those that are no longer of the last weeks."""
+        hot_from_ms = max(0, day_of(state.watermark_ms) - self._hot_ms)
+        cooled = range(self.hot_from_ms, hot_from_ms, DAY_MS) if self.hot_from_ms else ()
+        self.hot_from_ms = hot_from_ms
+        if days is None:
+            self._drop_unknown(state)
+        wanted = {day_of(start) for _, start in state.spans} if days is None else {*days, *cooled}
+        hours = [file for day in wanted if day >= hot_from_ms for file in state.hours_of_day(day)]
+        self._bring("hourly", hours, [(day, day + DAY_MS) for day in cooled])
+        self._bring_days(state, sorted(day for day in wanted if day < hot_from_ms))
+
+    def _bring_days(self, state: State, days: Sequence[int]) -> None:
+        rolled = [file for day in days if state.is_rolled(day) and (file := state.newest(Kind.DAYS, day))]
+        self._bring("daily", rolled, [])
+        by_roll = {file.start_ms for file in rolled}
+        for day in (day for day in days if day not in by_roll):
+            self._bring_unrolled(day, state.hours_of_day(day))
+
+    def _bring(self, table: str, files: Sequence[File], leaving: Sequence[tuple[int, int]]) -> None:
+        new = [file for file in files if self._held.get((table, file.start_ms)) != file.path]
+        for begin in range(0, len(new), _AT_ONCE):
+            self._insert(table, new[begin : begin + _AT_ONCE])
+        for begin_ms, end_ms in leaving:
+            self._leave(table, begin_ms, end_ms)
+
+    def _drop_unknown(self, state: State) -> None:
+        """Rows of hours and days that the ledger no longer has."""
+        kinds = {"hourly": (Kind.HOURS,), "daily": (Kind.DAYS, Kind.HOURS)}
+        known = {
+            (table, day_of(start) if table == "daily" else start)
+            for table in kinds
+            for kind, start in state.spans
+            if kind in kinds[table]
+        }
+        for table, start_ms in [held for held in self._held if held not in known]:
+            self._leave(table, start_ms, start_ms + HOUR_MS)
+
+    def _leave(self, table: str, begin_ms: int, end_ms: int) -> None:
+        self._writing.execute(
+            f"DELETE FROM cache.{table} WHERE {_start(table)} BETWEEN ? AND ?", [begin_ms, end_ms - 1]
+        )
+        for start_ms in range(begin_ms, end_ms, HOUR_MS):
+            self._held.pop((table, start_ms), None)
+            self.damaged.pop(start_ms, None)
+
+    def _insert(self, table: str, files: Sequence[File]) -> None:
+        """All of them in one transaction, in place of what was there; one that is damaged is noted and left out."""
+        try:
+            with local_files(self._folder, files, self._engine.scratch) as paths:
+                self._replace(table, [file.start_ms for file in files], _read(table, paths))
+        except Damaged as damage:
+            if len(files) > 1:
+                for file in files:
+                    self._insert(table, [file])
+                return
+            self._replace(table, [files[0].start_ms], "")
+            self.damaged[files[0].start_ms] = damage
+            return
+        for file in files:
+            self._held[table, file.start_ms] = file.path
+            self.damaged.pop(file.start_ms, None)
+
+    def _bring_unrolled(self, day_ms: int, hours: Sequence[File]) -> None:
+        """A cold day without a roll-up that is newer than its hours: summed here."""
+        mark = "|".join(file.path for file in hours)
+        if self._held.get(("daily", day_ms)) == mark:
+            return
+        try:
+            with local_files(self._folder, hours, self._engine.scratch) as paths:
+                self._replace("daily", [day_ms], _read("hourly", paths, f"{day_ms}") if paths else "")
+        except Damaged as damage:
+            self._replace("daily", [day_ms], "")
+            self.damaged[day_ms] = damage
+            return
+        self._held["daily", day_ms] = mark
+        self.damaged.pop(day_ms, None)
+
+    def _replace(self, table: str, starts: Sequence[int], source: str) -> None:
+        self._writing.execute("BEGIN")
+        try:
+            self._writing.execute(
+                f"DELETE FROM cache.{table} WHERE {_start(table)} IN (SELECT unnest(?))", [list(starts)]
+            )
+            if source:
+                self._writing.execute(f"INSERT INTO cache.{table} {source}")
+            self._writing.execute("COMMIT")
+        except Exception:
+            self._writing.execute("ROLLBACK")
+            raise
+
+    def source(self, start_ms: int, end_ms: int) -> str:
+        """SQL of the rows in the window, with `at_ms`; before the last weeks it is whole days. Raises Unavailable until it was filled."""
+        if not self.hot_from_ms and not self._held:
+            raise Unavailable("the ledger is being read; ask again in a moment", retry_after_s=1.0)
+        columns = ", ".join(_COLUMNS)
+        hot = f"SELECT hour_ms AS at_ms, {columns} FROM cache.hourly WHERE hour_ms >= {start_ms} AND hour_ms < {end_ms}"
+        cold = f"SELECT day_ms AS at_ms, {columns} FROM cache.daily WHERE day_ms >= {start_ms} AND day_ms < {end_ms}"
+        return f"{hot} UNION ALL {cold}" if start_ms < self.hot_from_ms else hot
+
+
+def _start(table: str) -> str:
+    return "hour_ms" if table == "hourly" else "day_ms"
+
+
+def _read(table: str, paths: Sequence[Path], day: str = "") -> str:
+    """SQL of what files hold, summed by what the table keeps."""
+    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
+    source = f"SELECT * FROM read_parquet([{files}], union_by_name = true)"
+    sums = ", ".join(f"sum({name})::BIGINT AS {name}" for name in DAY_SUMS)
+    start = day or _start(table)
+    if table == "daily":
+        return f"SELECT day_ms, {', '.join(_COLUMNS)} FROM ({source})"
+    return f"SELECT {start}::BIGINT AS start_ms, {', '.join(DAY_KEYS)}, {sums} FROM ({source}) GROUP BY ALL"
