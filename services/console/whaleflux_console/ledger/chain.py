@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ from whaleflux_console.ledger import manifest
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.folder import Absent, Folder
 from whaleflux_console.ledger.head import Head
-from whaleflux_console.ledger.manifest import Checkpoint, Delta, File, Named, State
+from whaleflux_console.ledger.manifest import Checkpoint, Delta, Named, State
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +126,3 @@ def _highest(folder: Folder) -> int:
     """Above every manifest that cannot be read from its beginning; 0 when the first is there."""
     numbers = [manifest.number_of(found.path) for found in folder.list(manifest.FOLDER)]
     return 0 if not numbers or min(numbers) == 1 else max(numbers)
-
-
-def missing(folder: Folder, files: Iterable[File]) -> list[File]:
-    """Of these files the ones that are proven to be gone: their folders were listed and do not have them."""
-    wanted: dict[str, list[File]] = {}
-    for file in files:
-        wanted.setdefault(file.path.rpartition("/")[0], []).append(file)
-    gone = []
-    for place, expected in wanted.items():
-        there = {found.path for found in folder.list(place)}
-        gone += [file for file in expected if file.path not in there]
-    return gone

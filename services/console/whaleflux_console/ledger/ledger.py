@@ -18,13 +18,15 @@ from whaleflux.store.api import Store
 from whaleflux.store.election import Leader
 from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.rows import LedgerRow
+from whaleflux_console.ledger import repair, schemas, usage
 from whaleflux_console.ledger import rules as when
-from whaleflux_console.ledger import schemas, usage
+from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.days import day_table
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.manifest import File, Kind, Position, State, hour_of
 from whaleflux_console.ledger.opening import open_writer
+from whaleflux_console.ledger.repair import Recovery
 from whaleflux_console.ledger.rules import Rules
 from whaleflux_console.ledger.shelf import local_files, table_of
 from whaleflux_console.ledger.writer import New, Writer
@@ -70,6 +72,7 @@ class Ledger:
         self.refused_rows = 0  # of reports, whose times cannot be right
         self._writer = writer
         self._closed_ms: dict[int, int] = {}
+        self._swept = False
 
     @property
     def state(self) -> State:
@@ -84,14 +87,34 @@ class Ledger:
             return
         if reports.first <= position.sequence:
             raise ValueError(f"reports {reports.first} to {reports.last} begin before {position.sequence + 1}")
-        after = Position(reports.last, reports.last_id, reports.taken_ms, position.missed + missed)
+        after = Position(reports.last, reports.last_id, reports.taken_ms, position.missed + missed, position.again)
+        await self._keep(reports, after)
+
+    async def append_again(self, reports: Reports) -> None:
+        """Keeps what a file held that is gone: the first of the stretches `position.again`, or its beginning."""
+        position = self.state.position
+        (first, last), *others = position.again
+        if not first <= reports.first <= reports.last <= last:
+            raise ValueError(f"reports {reports.first} to {reports.last} are not of {first} to {last}")
+        rest = [(reports.last + 1, last)] if reports.last < last else []
+        await self._keep(reports, replace(position, again=(*rest, *others)))
+
+    async def give_up(self, through: int) -> None:
+        """Of the first stretch of `position.again` the stream no longer has what is up to `through`: it stays unknown."""
+        position = self.state.position
+        (first, last), *others = position.again
+        rest = [(through + 1, last)] if through < last else []
+        lost = min(through, last) - first + 1
+        await self._writer.commit(position=replace(position, missed=position.missed + lost, again=(*rest, *others)))
+
+    async def _keep(self, reports: Reports, position: Position) -> None:
         new = await self._in_thread(_by_hour, reports)
         self.refused_rows += reports.samples.num_rows + reports.steps.num_rows - sum(n.table.num_rows for n in new)
-        await self._writer.commit(new, watermark_ms=reports.taken_ms, position=after)
+        await self._writer.commit(new, watermark_ms=reports.taken_ms, position=position)
 
     async def begin_stream_anew(self) -> None:
         """The stream is another one than was read so far: its reports are counted from 1 on."""
-        await self._writer.commit(position=replace(self.state.position, sequence=0, id=""))
+        await self._writer.commit(position=replace(self.state.position, sequence=0, id="", again=()))
 
     async def advance(self, watermark_ms: int) -> None:
         """Everything that the stream took before this instant is in the ledger, and there was nothing new."""
@@ -183,7 +206,11 @@ class Ledger:
     # Upkeep
 
     async def keep_house(self, now_ms: int) -> None:
-        """Rolls up days that are over, and lets files go that have outlived their time. Once an hour or so."""
+        """Rolls up days that are over, and lets files go that have outlived their time or that a crash left. Once an hour or so."""
+        if not self._swept:
+            strays = await self._in_thread(repair.strays, self.folder, self.state, self._writer.by)
+            await self._writer.remove(strays)
+            self._swept = True
         for day_ms in when.unrolled_days(self.state, self.rules):
             await self.roll_day(day_ms)
         if gone := when.outlived(self.state, self.rules, now_ms):
@@ -200,6 +227,20 @@ class Ledger:
     def _day(self, day_ms: int, hours: list[File]) -> Any:
         with local_files(self.folder, hours, self.engine.scratch) as paths:
             return day_table(self.engine, day_ms, paths)
+
+    async def verify(self, day_ms: int) -> tuple[Damaged, ...]:
+        """Reads every file of a day. Raises Unavailable when one cannot be read: that proves nothing."""
+        return await self._in_thread(repair.damages, self.folder, self.state.of_day(day_ms))
+
+    async def recover(self, damages: Sequence[Damaged]) -> Recovery:
+        """Takes damaged files out of the ledger, so that what they held is read or made again; what lies there is set aside."""
+        plan = repair.plan(self.state, damages)
+        if plan.files:
+            await self._in_thread(repair.set_aside, self.folder, damages)
+            paths = [file.path for file in plan.files]
+            await self._writer.commit(removed=paths, position=replace(self.state.position, again=plan.again))
+            await self._writer.remove(paths)
+        return plan
 
     async def _commit_and_remove(self, new: Sequence[New], old: Sequence[File]) -> None:
         """What no manifest names any more is deleted after the commit, never before."""
@@ -222,7 +263,12 @@ async def open_ledger(
 ) -> Ledger:
     """As its leader. Raises OtherFolder when the folder is not the one that the head names, unless `rebuild`."""
     opened = await open_writer(folder, store, leader, rebuild=rebuild)
-    return Ledger(folder, opened.writer, rules or Rules(), engine or Engine(), opened.notes)
+    ledger = Ledger(folder, opened.writer, rules or Rules(), engine or Engine(), opened.notes)
+    gone = await asyncio.to_thread(repair.gone, folder, ledger.state)
+    if gone:
+        ledger.notes += tuple(str(damage) for damage in gone)
+        await ledger.recover(gone)
+    return ledger
 
 
 def _by_hour(reports: Reports) -> list[New]:

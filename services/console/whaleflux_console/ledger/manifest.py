@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -58,12 +58,16 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far the stream was read. `id` is that report's, which tells a stream that began anew; `missed` were gone before they were read."""
+    """How far the stream was read. `id` is that report's, which tells a stream that began anew; `missed` were gone before they were read.
+
+    `again` are stretches before it, first and last, whose files are gone: they are read once more as long as the stream has them.
+    """
 
     sequence: int = 0
     id: str = ""
     taken_ms: int = 0
     missed: int = 0
+    again: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +206,18 @@ class State:
     def _changed(self, file: File) -> None:
         day_ms = day_of(file.start_ms)
         self.changed_days.add(day_ms)
-        if file.kind in {*INPUTS, Kind.HOURS}:
-            rows = self.newest(Kind.HOURS, file.start_ms)
-            settled = self.told(file.start_ms) <= (rows.made_of if rows else 0)
-            (self.unsettled.discard if settled else self.unsettled.add)(file.start_ms)
+        if file.kind is not Kind.DAYS:
+            (self.unsettled.discard if self._is_settled(file.start_ms) else self.unsettled.add)(file.start_ms)
         if file.kind in {Kind.HOURS, Kind.DAYS}:
             (self.unrolled.discard if self.is_rolled(day_ms) else self.unrolled.add)(day_ms)
+
+    def _is_settled(self, hour_ms: int) -> bool:
+        """Its rows are made of all that is told of it, and what was reported is rolled up."""
+        rows = self.newest(Kind.HOURS, hour_ms)
+        if self.told(hour_ms) > (rows.made_of if rows else 0):
+            return False
+        rolls = ((Kind.RAW, Kind.MINUTES), (Kind.STEPS, Kind.WORK))
+        return all((roll, hour_ms) in self.spans or (kind, hour_ms) not in self.spans for kind, roll in rolls)
 
     def hours_of_day(self, day_ms: int) -> list[File]:
         """Of each closed hour the file that counts."""
@@ -269,13 +279,10 @@ def _file(value: dict[str, Any]) -> File:
 
 
 def _position(value: dict[str, Any]) -> Position:
-    return Position(**_known(Position, value))
+    again = tuple((first, last) for first, last in value.get("again", ()))
+    return Position(**_known(Position, value) | {"again": again})
 
 
 def _known(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
     """Without what a newer version wrote beside it."""
     return {name: value[name] for name in kind.__dataclass_fields__ if name in value}
-
-
-def moved(position: Position, sequence: int, id: str, taken_ms: int) -> Position:
-    return replace(position, sequence=sequence, id=id, taken_ms=taken_ms)

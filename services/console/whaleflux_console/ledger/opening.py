@@ -47,7 +47,6 @@ async def open_writer(folder: Folder, store: Store, leader: Leader, *, rebuild: 
         log.warning("ledger: %s", note)
     writer = Writer(folder, store, leader, state, found, entry)
     writer.knows(await asyncio.to_thread(_checkpoint, folder, start))
-    await asyncio.to_thread(_sweep, folder, writer)
     return Opened(writer, notes)
 
 
@@ -59,9 +58,9 @@ def _mark(folder: Folder) -> str:
 
 
 def _read(folder: Folder, head: Head | None) -> tuple[State, Named, tuple[str, ...]]:
-    if head is None:
+    if head is None or head.number == 0:
         state, start = chain.newest_in(folder)
-        found = f"no head in the store: taken up at manifest {state.number} of the folder"
+        found = f"no head in the store that names any: taken up at manifest {state.number} of the folder"
         return state, start, (found,) if state.number else ()
     try:
         state = chain.load(folder, head)
@@ -84,16 +83,3 @@ def _instead(headed: int, found: int, damage: Damaged) -> str:
 
 def _checkpoint(folder: Folder, start: Named) -> Checkpoint | None:
     return chain.proven(folder, start, manifest.checkpoint_from) if start != _NOTHING else None
-
-
-def _sweep(folder: Folder, writer: Writer) -> None:
-    """Deletes what earlier leaderships wrote into the newest days and never named. A later one's files are not touched."""
-    state = writer.state
-    newest_ms = manifest.day_of(state.watermark_ms)
-    days = {manifest.date(day) for day in (newest_ms - manifest.DAY_MS, newest_ms) if day >= 0}
-    for place in (f"{kind}/date={day}" for kind in manifest.DATA for day in sorted(days)):
-        for found in folder.list(place):
-            by = manifest.leadership_of(found.path)
-            if found.path not in state.files and by is not None and by < int(writer.by, 16):
-                log.info("ledger: deletes %s, which no manifest names", found.path)
-                folder.delete(found.path)
