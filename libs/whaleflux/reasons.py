@@ -89,7 +89,10 @@ class ErrorReason(_Words):
         "LEDGER_DAMAGED",
         "a file of the usage ledger is not what was written; the message names it and what brings it back",
     )
-    LEDGER_FOLDER = "LEDGER_FOLDER", "the usage ledger's folder is another one than its head in the store names, or empty"
+    LEDGER_FOLDER = (
+        "LEDGER_FOLDER",
+        "the usage ledger's folder is another one than its head in the store names, or empty",
+    )
     NODE_NAME_TAKEN = (
         "NODE_NAME_TAKEN",
         "the node's name belongs to another machine; choose another, or replace that one",

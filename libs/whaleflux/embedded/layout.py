@@ -61,6 +61,11 @@ class Layout:
         return self.root / "checkpoints"
 
     @property
+    def ledger(self) -> Path:
+        """Files of the usage ledger."""
+        return self.root / "ledger"
+
+    @property
     def simulated_file(self) -> Path:
         """Which nodes are played."""
         return self.root / "simulated.json"

@@ -211,11 +211,12 @@ class Suite:
             "rent_poll_s": "0.5",
             "rent_silent_s": "60",
         }
+        ledger = {"ledger_folder": str(self.layout.ledger)} if service.role == "console" else {}
         listens = {setting: self.address(setting.removesuffix("_listen")) for setting in service.http}
         # Engines run on this machine; no model reaches the suite's own parts.
         own = ",".join(f"127.0.0.1:{port}" for port in self.ports.values())
         models = {"model_networks": "ordinary,127.0.0.0/8,::1/128", "control_addresses": own}
-        return (authority if service.signs else {}) | (models if service.http else {}) | listens
+        return (authority if service.signs else {}) | (models if service.http else {}) | ledger | listens
 
     def _envoy(self) -> Child:
         config, secrets_file = self.layout.root / "envoy.yaml", self.layout.root / "run" / "envoy-secrets.yaml"

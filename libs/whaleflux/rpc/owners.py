@@ -240,6 +240,9 @@ TABLE: dict[str, OwnerRule] = {
         CreateAdjustment=FLEET,
         ListAdjustments=FLEET,
         DeleteAdjustment=FLEET,
+        GetCost=LEAVES_OUT,
+        GetJobCost=LEAVES_OUT,
+        GetLedger=FLEET,
     ),
     **_service("Usage", ReportUsage=own_node("node")),
     **_service(

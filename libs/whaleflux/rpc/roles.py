@@ -154,6 +154,7 @@ TABLE: Table = {
     # console: everybody reads what is theirs, operators declare prices
     _COST + "*": OPERATORS,
     _COST + "List*": _READERS,
+    _COST + "Get*": _READERS,
     _USAGE + "ReportUsage": frozenset({AGENT}),
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,

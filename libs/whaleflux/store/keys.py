@@ -64,6 +64,7 @@ ROUTER_VIEWS = (
 PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
 ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
 LEDGER = ROOT + "ledger/"
+LEDGER_PRICES = LEDGER + "prices"  # those that closed hours are priced by
 LEDGER_HEAD = LEDGER + "head"  # which manifest of the usage ledger's files is the newest
 
 # shared machinery

@@ -90,6 +90,9 @@ class Metric(StrEnum):
     TASKS = "whaleflux_tasks"
     TRAINING_STEP = "whaleflux_training_step"
     TRAINING_LOSS = "whaleflux_training_loss"
+    LEDGER_RESIDUAL = "whaleflux_ledger_residual_micros"
+    LEDGER_WATERMARK = "whaleflux_ledger_watermark_timestamp_seconds"
+    SPENDING = "whaleflux_spending_micros"
 
 
 METRICS: dict[Metric, MetricSpec] = {
@@ -129,6 +132,13 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.FIRST_TOKEN: MetricSpec("histogram", "Request to first byte of the answer.", ("model",), _SECONDS),
     Metric.TASKS: MetricSpec("gauge", "Tasks on this node by phase.", ("phase",)),
     Metric.TRAINING_STEP: MetricSpec("gauge", "Newest step that a job reported.", ("job",)),
+    Metric.LEDGER_RESIDUAL: MetricSpec(
+        "gauge", "Micro-dollars by which bill and classes of the newest hour differ; alarm on any."
+    ),
+    Metric.LEDGER_WATERMARK: MetricSpec("gauge", "Unix time until which usage is in the ledger."),
+    Metric.SPENDING: MetricSpec(
+        "gauge", "Micro-dollars of the last 24 hours in the ledger, by class.", ("cost_class",)
+    ),
     Metric.TRAINING_LOSS: MetricSpec("gauge", "Newest loss that a job reported.", ("job",)),
 }
 
@@ -166,6 +176,9 @@ class Event(StrEnum):
     SITE_CUT_OFF = "site_cut_off"
     STREAM_LINKS_WAITING = "stream_links_waiting"
     FEED_BROKEN = "feed_broken"
+    HOUR_CLOSED = "hour_closed"  # in the usage ledger
+    LEDGER_FAULT = "ledger_fault"  # what an hour cost does not add up
+    LEDGER_TROUBLE = "ledger_trouble"
     HEALTH_AWAITED = "health_awaited"
     CLOCK_AHEAD = "clock_ahead"  # of most agents' clocks
     HEALTH_KNOWN = "health_known"

@@ -7,34 +7,85 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from whaleflux import telemetry
+from whaleflux.errors import FailedPrecondition, Unavailable
 from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
-from whaleflux.service import Parts, ServiceContext, main
+from whaleflux.service import Loop, Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
 from whaleflux.store.placements import Placements
+from whaleflux.telemetry import Event, Metric
+from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux.v1.console_pb2_grpc import add_CostServiceServicer_to_server
+from whaleflux.v1.health_pb2_grpc import HealthServiceStub
+from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
+from whaleflux.v1.router_pb2_grpc import RouterServiceStub
+from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
+from whaleflux_console.bookkeeper import Progress
+from whaleflux_console.books import Books
+from whaleflux_console.costs import Costs
 from whaleflux_console.intake import UsageIntake
+from whaleflux_console.ledger.answers import Answers
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.folder import Folder
+from whaleflux_console.ledger.object_folder import open_folder
+from whaleflux_console.ledger.rules import Rules
+from whaleflux_console.owners import Peers
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.servicer import CostServicer
 from whaleflux_console.settings import Settings
 
 ROLE = "console"
 Context = ServiceContext[Settings]
+_FOLLOW_S = 2.0
+_log = telemetry.get_logger("whaleflux.console")
 
 
 async def build(ctx: Context) -> Parts:
-    """Any replica answers; one at a time publishes."""
-    servicer = CostServicer(Prices(ctx.store, ctx.clock), Adjustments(ctx.store, ctx.clock))
+    """Any replica answers; one at a time publishes and keeps the ledger."""
+    told = ctx.settings
+    prices, adjustments = Prices(ctx.store, ctx.clock), Adjustments(ctx.store, ctx.clock)
+    loops: list[Loop] = [partial(_publish, ctx)] if told.nats else []
+    on_stop: list[Loop] = []
+    costs: Costs | None = None
+    if told.ledger_folder:
+        folder = open_folder(told.ledger_folder, endpoint=told.ledger_endpoint, region=told.ledger_region)
+        engine = Engine(memory_bytes=told.ledger_memory_bytes, threads=told.ledger_threads)
+        answers, progress = Answers(folder, ctx.store, engine), Progress()
+        costs = Costs(answers, ctx.trust.queue_access, ctx.clock, progress)
+        books = _books(ctx, folder, engine, progress)
+        loops += [partial(_follow, ctx, answers), partial(lead, ctx.store, f"{ROLE}-ledger", ctx.address, books.keep)]
 
-    async def work_while_leading() -> None:
-        await lead(ctx.store, ROLE, ctx.address, partial(_publish, ctx))
+        async def close() -> None:
+            engine.close()
 
+        on_stop.append(close)
+    servicer = CostServicer(prices, adjustments, costs)
     return Parts(
         servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService"), *_intake(ctx)],
-        loops=[work_while_leading] if ctx.settings.nats else [],
+        loops=loops,
+        on_stop=on_stop,
     )
+
+
+def _books(ctx: Context, folder: Folder, engine: Engine, progress: Progress) -> Books:
+    told = ctx.settings
+    rules = Rules(
+        close_after_ms=round(told.ledger_close_after_s * 1000),
+        raw_days=told.ledger_raw_days,
+        minute_days=told.ledger_minute_days,
+        hour_days=told.ledger_hour_days,
+    )
+    peers = Peers(
+        InventoryServiceStub(ctx.channel("inventory")),
+        HealthServiceStub(ctx.channel("health_monitor")),
+        SchedulerServiceStub(ctx.channel("scheduler")),
+        RouterServiceStub(ctx.channel("inference_router")),
+        CheckpointServiceStub(ctx.channel("checkpoint")),
+    )
+    return Books(ctx.store, ctx.clock, ctx.bus if told.nats else None, folder, engine, peers, rules, told.ledger_tick_s, progress)
 
 
 def _intake(ctx: Context) -> list[tuple[Callable[[Any, Any], None], Any, str]]:
@@ -45,18 +96,32 @@ def _intake(ctx: Context) -> list[tuple[Callable[[Any, Any], None], Any, str]]:
     return [(add_UsageServiceServicer_to_server, intake, "whaleflux.v1.UsageService")]
 
 
-async def _publish(ctx: Context, leader: Leader) -> None:
-    async with asyncio.TaskGroup() as group:
-        for name, prefix, describe in (
-            ("console-prices", keys.PRICES, news.of_price),
-            ("console-adjustments", keys.ADJUSTMENTS, news.of_adjustment),
-        ):
+async def _follow(ctx: Context, answers: Answers) -> None:
+    """Keeps this replica's answers up to date, for ever."""
+    while True:
+        try:
+            if await answers.follow():
+                telemetry.gauge(Metric.LEDGER_WATERMARK).set(answers.state.watermark_ms / 1000)
+        except (Unavailable, FailedPrecondition) as trouble:
+            _log.warning(Event.LEDGER_TROUBLE, reason=str(trouble))
+        await ctx.clock.sleep(_FOLLOW_S)
 
-            def told(change: EntryChange, describe: news.Describe = describe) -> OutgoingEvent | None:
-                return describe(change, ctx.clock.now())
 
-            publisher = Publisher(ctx.store, ctx.bus, prefix, told, name=name, leader=leader, clock=ctx.clock)
-            group.create_task(publisher.run())
+async def _publish(ctx: Context) -> None:
+    async def work(leader: Leader) -> None:
+        async with asyncio.TaskGroup() as group:
+            for name, prefix, describe in (
+                ("console-prices", keys.PRICES, news.of_price),
+                ("console-adjustments", keys.ADJUSTMENTS, news.of_adjustment),
+            ):
+
+                def told(change: EntryChange, describe: news.Describe = describe) -> OutgoingEvent | None:
+                    return describe(change, ctx.clock.now())
+
+                publisher = Publisher(ctx.store, ctx.bus, prefix, told, name=name, leader=leader, clock=ctx.clock)
+                group.create_task(publisher.run())
+
+    await lead(ctx.store, ROLE, ctx.address, work)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
+from whaleflux.errors import FailedPrecondition
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import console_pb2_grpc as rpc
+from whaleflux_console.costs import Costs
 from whaleflux_console.prices import Adjustments, Prices
 
 Context = Any  # grpc.aio's, which no rpc here needs
@@ -16,8 +18,9 @@ Context = Any  # grpc.aio's, which no rpc here needs
 class CostServicer(rpc.CostServiceServicer):
     """Who may call what is the boundary's business."""
 
-    def __init__(self, prices: Prices, adjustments: Adjustments) -> None:
+    def __init__(self, prices: Prices, adjustments: Adjustments, costs: Costs | None = None) -> None:
         self._prices, self._adjustments = prices, adjustments
+        self._spent = costs
 
     async def CreatePrice(self, request: pb.CreatePriceRequest, context: Context) -> pb.GpuPrice:
         return await self._prices.create(request)
@@ -47,3 +50,20 @@ class CostServicer(rpc.CostServiceServicer):
     async def DeleteAdjustment(self, request: pb.DeleteAdjustmentRequest, context: Context) -> Empty:
         await self._adjustments.delete(request.name, request.etag)
         return Empty()
+
+    async def GetCost(self, request: pb.GetCostRequest, context: Context) -> pb.GetCostResponse:
+        return await self._costs.spent(request)
+
+    async def GetJobCost(self, request: pb.GetJobCostRequest, context: Context) -> pb.GetJobCostResponse:
+        return await self._costs.of_job(request)
+
+    async def GetLedger(self, request: pb.GetLedgerRequest, context: Context) -> pb.Ledger:
+        return self._costs.ledger()
+
+    @property
+    def _costs(self) -> Costs:
+        if self._spent is None:
+            raise FailedPrecondition(
+                "no usage ledger is kept here; give the console service a folder: --ledger-folder PATH"
+            )
+        return self._spent

@@ -70,6 +70,16 @@ class Answers:
         """As of which it answers."""
         return self._state
 
+    @property
+    def hot_from_ms(self) -> int:
+        """What is older is answered by whole days."""
+        return self._cache.hot_from_ms
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """Files of hours and days that are not in the answers."""
+        return tuple(sorted(damage.path for damage in self._cache.damaged.values()))
+
     async def follow(self) -> bool:
         """Takes up what was committed since; whether there was anything. Raises Damaged when the chain itself is, Unavailable."""
         async with self._following:

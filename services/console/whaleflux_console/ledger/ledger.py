@@ -178,17 +178,39 @@ class Ledger:
             since = roll(self.engine, hour_ms, paths)
         return usage.joined([table_of(self.folder, before), since], schema)
 
-    async def close(self, made_from: HourInput, rows: Sequence[LedgerRow]) -> int:
-        """Closes or restates the hour with these rows; returns the version. They are in force when it returns, and nothing of them before."""
+    def open_hours(self) -> tuple[int, ...]:
+        """Hours of which something is told and that are not closed yet, oldest first."""
+        return tuple(sorted(h for h in self.state.unsettled if when.state_of(self.state, h) is when.HourState.OPEN))
+
+    async def restate(self, hours: Sequence[int]) -> None:
+        """Lets these hours be closed again: something that they are made of, and that is not in these files, is another by now."""
+        empty = schemas.FACTS.empty_table()
+        await self._writer.commit([New(Kind.FACTS, hour_ms, empty, "again") for hour_ms in hours])
+
+    async def close(self, made_from: HourInput, rows: Sequence[LedgerRow], *, interim: bool = False) -> int:
+        """Closes or restates the hour with these rows; returns the version. They are in force when it returns, and nothing of them before.
+
+        `interim`: the hour stays open, and these are its rows so far (version 0).
+        """
         hour_ms = made_from.hour_ms
-        before = self.state.of(Kind.HOURS, hour_ms)
+        so_far = [file for file in self.state.of(Kind.HOURS, hour_ms) if not file.version]
+        if interim:
+            table = await self._in_thread(schemas.rows_table, [replace(row, version=0) for row in rows])
+            await self._commit_and_remove([New(Kind.HOURS, hour_ms, table, "v0", 0, made_from.made_of)], so_far)
+            return 0
+        before = [file for file in self.state.of(Kind.HOURS, hour_ms) if file.version]
         version = max((file.version for file in before), default=0) + 1
         table = await self._in_thread(schemas.rows_table, [replace(row, version=version) for row in rows])
         new = [
             New(kind, hour_ms, each, f"v{version}", version, made_from.made_of)
             for kind, each in ((Kind.HOURS, table), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work))
         ]
-        old = [*before[: -KEPT_VERSIONS + 1], *self.state.of(Kind.MINUTES, hour_ms), *self.state.of(Kind.WORK, hour_ms)]
+        old = [
+            *so_far,
+            *before[: -KEPT_VERSIONS + 1],
+            *self.state.of(Kind.MINUTES, hour_ms),
+            *self.state.of(Kind.WORK, hour_ms),
+        ]
         await self._commit_and_remove(new, old)
         self._closed_ms[hour_ms] = self.state.watermark_ms
         while len(self._closed_ms) > when.MAX_DUE * 4:

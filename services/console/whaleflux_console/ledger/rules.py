@@ -34,7 +34,7 @@ class Rules:
 
 def state_of(state: State, hour_ms: int) -> HourState:
     rows = state.newest(Kind.HOURS, hour_ms)
-    if rows is None:
+    if rows is None or not rows.version:  # of one that is open the rows are as of now
         return HourState.OPEN
     return HourState.CLOSED if rows.version == 1 else HourState.RESTATED
 

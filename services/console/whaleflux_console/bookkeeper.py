@@ -1,0 +1,131 @@
+"""Keeps the ledger while this replica leads: tells it what owners say, closes hours, restates those that prices or invoices changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from whaleflux import telemetry
+from whaleflux.clock import Clock
+from whaleflux.store.election import Leader
+from whaleflux.telemetry import Event, Metric
+from whaleflux_console.core import checks
+from whaleflux_console.core.bill import rows_of_hour
+from whaleflux_console.core.chronicle import Chronicle
+from whaleflux_console.core.facts import HOUR_MS, Facts
+from whaleflux_console.core.rows import LedgerRow
+from whaleflux_console.ledger.ledger import Ledger
+from whaleflux_console.ledger.manifest import Kind
+from whaleflux_console.pricing import Pricing
+
+_log = telemetry.get_logger("whaleflux.console.bookkeeper")
+_SHOWN_FAULTS = 5
+_AGAIN_AT_ONCE = 500  # hours of one commit
+_ADVANCE_EVERY_MS = 60_000  # each is a commit
+_INTERIM_EVERY_S = 60.0
+_INTERIM_PAUSE = 20.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the ledger's keeper can say of itself, for people. Of another replica it is empty."""
+
+    trouble: str = ""
+    residual_micros: int = 0
+
+
+class Bookkeeper:
+    """`tick` is one round; it may end anywhere, and the next goes on from what the ledger has."""
+
+    def __init__(
+        self, ledger: Ledger, leader: Leader, chronicle: Chronicle, pricing: Pricing, clock: Clock, progress: Progress
+    ) -> None:
+        self._ledger, self._leader, self._chronicle = ledger, leader, chronicle
+        self._pricing, self._clock, self._progress = pricing, clock, progress
+        self._whole_until_ms = 0  # hours before are told whole
+        self._house_kept_ms = 0
+        self._next_interim_s = 0.0
+
+    def now_ms(self) -> int:
+        """By this process' clock."""
+        return round(self._clock.now().timestamp() * 1000)
+
+    async def resume(self) -> None:
+        """Takes up what was going on when the ledger was last told. Before the owners are followed."""
+        told = [hour for kind, hour in self._ledger.state.spans if kind is Kind.FACTS]
+        if told:
+            newest = max(told)
+            for hour in (newest - HOUR_MS, newest):
+                self._chronicle.resume((await self._ledger.inputs(hour)).facts)
+            self._whole_until_ms = newest
+
+    async def tick(self) -> None:
+        """Tells what is new, closes what is due."""
+        now_ms = self.now_ms()
+        await self._tell(now_ms)
+        if now_ms - self._ledger.state.watermark_ms >= _ADVANCE_EVERY_MS:
+            await self._ledger.advance(now_ms)
+        await self._restate_for_prices(now_ms)
+        for hour_ms in self._ledger.due():
+            await self.close(hour_ms)
+        await self._interim(now_ms)
+        if now_ms - self._house_kept_ms >= HOUR_MS:
+            self._house_kept_ms = now_ms
+            await self._ledger.keep_house(now_ms)
+
+    async def close(self, hour_ms: int, *, interim: bool = False) -> None:
+        """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden."""
+        made = await self._ledger.inputs(hour_ms)
+        facts = self._pricing.priced(_with_money(made.facts), hour_ms, hour_ms + HOUR_MS)
+        rows = await asyncio.to_thread(rows_of_hour, facts, hour_ms)
+        self._check(facts, hour_ms, rows)
+        version = await self._ledger.close(made, rows, interim=interim)
+        if not interim:
+            _log.info(Event.HOUR_CLOSED, hour=hour_ms, version=version, rows=len(rows))
+
+    async def _interim(self, now_ms: int) -> None:
+        """What open hours cost so far, as often as that takes a twentieth of the time at most."""
+        began_s = self._clock.monotonic()
+        if began_s < self._next_interim_s:
+            return
+        await self._ledger.tell(now_ms, self._chronicle.whole_hour(now_ms // HOUR_MS * HOUR_MS, now_ms))
+        for hour_ms in self._ledger.open_hours():
+            await self.close(hour_ms, interim=True)
+        took_s = self._clock.monotonic() - began_s
+        self._next_interim_s = began_s + max(_INTERIM_EVERY_S, _INTERIM_PAUSE * took_s)
+
+    def _check(self, facts: Facts, hour_ms: int, rows: Sequence[LedgerRow]) -> None:
+        residual = sum(abs(row.bill_micros - sum(row.micros)) for row in rows)
+        telemetry.gauge(Metric.LEDGER_RESIDUAL).set(residual)
+        self._progress.residual_micros = residual
+        if found := checks.faults(facts, hour_ms, rows):
+            self._progress.trouble = f"the hour {hour_ms} does not add up: {'; '.join(found[:_SHOWN_FAULTS])}"
+            _log.error(Event.LEDGER_FAULT, hour=hour_ms, reason=self._progress.trouble)
+
+    async def _tell(self, now_ms: int) -> None:
+        for hour_ms, facts in sorted(self._chronicle.fresh(now_ms).items()):
+            await self._ledger.tell(hour_ms, facts)
+        this_hour = now_ms // HOUR_MS * HOUR_MS
+        if not self._whole_until_ms:
+            self._whole_until_ms = self._chronicle.begin_ms(now_ms) // HOUR_MS * HOUR_MS
+        while self._whole_until_ms < this_hour:
+            await self._ledger.tell(self._whole_until_ms, self._chronicle.whole_hour(self._whole_until_ms, now_ms))
+            self._whole_until_ms += HOUR_MS
+            self._chronicle.forget(self._whole_until_ms - HOUR_MS)
+
+    async def _restate_for_prices(self, now_ms: int) -> None:
+        await self._pricing.read()
+        windows = await self._pricing.changed()
+        if not windows:
+            return
+        closed = [file.start_ms for file in self._ledger.state.all_of(Kind.HOURS)]
+        hours = [hour for hour in closed if any(w.start_ms < hour + HOUR_MS and hour < w.end_ms for w in windows)]
+        for first in range(0, len(hours), _AGAIN_AT_ONCE):
+            await self._ledger.restate(hours[first : first + _AGAIN_AT_ONCE])
+        await self._pricing.note(self._leader)
+
+
+def _with_money(facts: Facts) -> Facts:
+    """Adjustments that were taken back are of nothing."""
+    return replace(facts, adjustments=tuple(one for one in facts.adjustments if one.micros))

@@ -1,0 +1,80 @@
+"""The ledger's keeper as a process part: opens the ledger as its leader, follows the owners, and begins anew after what could not be reached."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from whaleflux import telemetry
+from whaleflux.clock import Clock
+from whaleflux.errors import FailedPrecondition, Unavailable
+from whaleflux.retry import Backoff
+from whaleflux.store.api import Store
+from whaleflux.store.election import Leader
+from whaleflux.telemetry import Event
+from whaleflux_console.bookkeeper import Bookkeeper, Progress
+from whaleflux_console.core.chronicle import Chronicle
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.folder import Folder
+from whaleflux_console.ledger.ledger import Ledger, open_ledger
+from whaleflux_console.ledger.rules import Rules
+from whaleflux_console.owners import Owners, Peers
+from whaleflux_console.pricing import Pricing
+
+_log = telemetry.get_logger("whaleflux.console.books")
+_AGAIN = Backoff(first_s=1.0, longest_s=30.0)
+_WELL_S = 120.0  # after which trouble counts anew
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Everything that keeping the ledger takes."""
+
+    store: Store
+    clock: Clock
+    folder: Folder
+    engine: Engine
+    peers: Peers
+    rules: Rules
+    tick_s: float
+    progress: Progress
+
+    async def keep(self, leader: Leader) -> None:
+        """While it leads."""
+        failures = 0
+        while True:
+            began_s = self.clock.monotonic()
+            try:
+                await self._keep_once(leader)
+            except* (Unavailable, FailedPrecondition) as group:
+                error = _first(group)
+                self.progress.trouble = str(error)
+                _log.warning(Event.LEDGER_TROUBLE, reason=str(error))
+            failures = 1 if self.clock.monotonic() - began_s > _WELL_S else failures + 1
+            await self.clock.sleep(_AGAIN.pause_s(failures))
+
+    async def _keep_once(self, leader: Leader) -> None:
+        ledger = await open_ledger(self.folder, self.store, leader, rules=self.rules, engine=self.engine)
+        chronicle = Chronicle()
+        owners = Owners(self.peers, chronicle, self.clock)
+        pricing = Pricing(self.store)
+        bookkeeper = Bookkeeper(ledger, leader, chronicle, pricing, self.clock, self.progress)
+        await bookkeeper.resume()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(owners.run())
+            group.create_task(self._rounds(owners, bookkeeper, ledger))
+
+    async def _rounds(self, owners: Owners, bookkeeper: Bookkeeper, ledger: Ledger) -> None:
+        await owners.ready.wait()
+        while True:
+            owners.note_fragments()
+            await bookkeeper.tick()
+            self.progress.trouble = "; ".join(ledger.notes) if ledger.notes else self.progress.trouble
+            await self.clock.sleep(self.tick_s)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

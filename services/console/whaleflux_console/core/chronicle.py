@@ -1,0 +1,266 @@
+"""What owners say of the fleet and of jobs, kept as facts for the hours that they touch. Pure: whoever watches the owners calls it.
+
+Facts of an hour are told twice: what begins or ends within a minute or so, and everything once the hour is over. So a crash loses the end of
+what was going on at most, and what goes on is taken up again from what was told (`resume`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Fragmented, Holding, Presence, PriceKind, PriceSpan
+from whaleflux_console.core.lost_work import newest, phases
+from whaleflux_console.core.spans import Span, Spans
+
+LONGEST_BACK_MS = 35 * 24 * HOUR_MS  # beyond that what turns out to be lost stays what it was taken for
+NODE_SAYS = "the node itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What work can hold, as its node reports it now."""
+
+    card: str
+    device: str
+    node: str
+    gpu_class: str  # of the card
+    part_ppm: int
+    available: bool
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodePrice:
+    """What a node says that its cards cost."""
+
+    micros_per_hour: int
+    kind: PriceKind
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """A job's attempts, all that are known, and what they hold or held."""
+
+    name: str
+    attempts: tuple[Attempt, ...]
+    holdings: tuple[Holding, ...]  # those that go on end now
+    lost_from_ms: int | None = (
+        None  # from when on earlier hours are told anew, since work in them turned out to be lost
+    )
+
+    @property
+    def over(self) -> bool:
+        return all(attempt.end_ms is not None for attempt in self.attempts)
+
+    def touches(self, start_ms: int, end_ms: int) -> bool:
+        return any(one.allocate_ms < end_ms and (one.end_ms is None or start_ms < one.end_ms) for one in self.attempts)
+
+
+class Chronicle:
+    """See the module. Instants are the caller's; `now_ms` never goes back."""
+
+    def __init__(self) -> None:
+        self._devices: Spans[Device] = Spans()
+        self._prices: Spans[NodePrice] = Spans()  # by node
+        self._fragmented: Spans[bool] = Spans()
+        self._of_node: dict[str, tuple[str, ...]] = {}
+        self._jobs: dict[str, JobFacts] = {}
+        self._fresh_jobs: dict[str, None] = {}
+
+    def node(self, node: str, devices: Sequence[Device], price: NodePrice | None, now_ms: int, since_ms: int) -> None:
+        """A node is so now; of devices that are new since it joined. None of them and no price: it is gone."""
+        gone = set(self._of_node.get(node, ())) - {one.device for one in devices}
+        for device in gone:
+            self._devices.set(device, None, now_ms)
+        for one in devices:
+            self._devices.set(one.device, one, now_ms, since_ms)
+        self._of_node[node] = tuple(one.device for one in devices)
+        self._prices.set(node, price, now_ms, since_ms)
+
+    def nodes_are(self, nodes: Iterable[str], now_ms: int) -> None:
+        """All others are gone: the first listing is complete."""
+        for node in set(self._of_node) - set(nodes):
+            self.node(node, (), None, now_ms, now_ms)
+
+    def job(self, facts: JobFacts) -> None:
+        """A job is so now."""
+        before = self._jobs.get(facts.name)
+        if before != facts and facts.attempts:
+            self._jobs[facts.name] = replace(facts, lost_from_ms=_newly_lost(before, facts))
+            self._fresh_jobs[facts.name] = None
+
+    def job_gone(self, name: str, now_ms: int) -> None:
+        """Its record is deleted: what it held it holds no more."""
+        job = self._jobs.get(name)
+        if job is not None and not job.over:
+            ended = {one.attempt: replace(one, end_ms=one.end_ms or now_ms) for one in job.attempts}
+            held = [replace(one, end_ms=ended[one.attempt].end_ms or now_ms) for one in job.holdings]
+            self.job(replace(job, attempts=tuple(ended.values()), holdings=tuple(held)))
+
+    def fragmented(self, devices: Iterable[str], now_ms: int) -> None:
+        """Exactly these free devices are of no use to those that wait."""
+        found = set(devices)
+        self._fragmented.keep_only(found, now_ms)
+        for device in found:
+            self._fragmented.set(device, True, now_ms)
+
+    def resume(self, told: Facts) -> None:
+        """Takes up what was going on when it was last told."""
+        newest: dict[str, Presence] = {}
+        for one in told.presences:
+            if one.device not in newest or newest[one.device].start_ms < one.start_ms:
+                newest[one.device] = one
+        last_ms = max((one.end_ms for one in told.presences), default=0)
+        for device, one in newest.items():
+            if one.end_ms >= last_ms - HOUR_MS:
+                value = Device(one.card, one.device, one.node, one.gpu_class, one.part_ppm, one.available)
+                self._devices.resume(device, value, one.start_ms)
+                self._of_node[one.node] = (*self._of_node.get(one.node, ()), device)
+        node_of = {one.card: one.node for one in newest.values()}
+        for price in sorted(told.prices, key=lambda price: price.start_ms):
+            if price.source == NODE_SAYS and price.card in node_of:
+                self._prices.resume(node_of[price.card], NodePrice(price.micros_per_hour, price.kind), price.start_ms)
+
+    def begin_ms(self, now_ms: int) -> int:
+        """Since when anything is known of."""
+        return min((span.start_ms for span in self._devices.touching(0, now_ms + 1, now_ms)), default=now_ms)
+
+    def devices(self) -> tuple[Device, ...]:
+        """Those that are there now."""
+        found = (self._devices.known(key) for key in self._devices.keys)
+        return tuple(device for device in found if device is not None)
+
+    def held(self, now_ms: int) -> dict[str, int]:
+        """Device -> parts per million of it that attempts hold now."""
+        found: dict[str, int] = {}
+        for job in self._jobs.values():
+            running = {one.attempt for one in job.attempts if one.end_ms is None}
+            for one in job.holdings:
+                if one.attempt in running:
+                    found[one.device] = found.get(one.device, 0) + one.share_ppm
+        return found
+
+    def fresh(self, now_ms: int) -> dict[int, Facts]:
+        """Hour -> what is new to tell of it, since this was last asked."""
+        hours: dict[int, list[Facts]] = {}
+        presences, prices = self._devices.fresh(now_ms), self._prices.fresh(now_ms)
+        broken = self._fragmented.fresh(now_ms)
+        spans: tuple[Span[object], ...] = (*presences, *prices, *broken)
+        touched = {hour for span in spans for hour in _hours(max(span.start_ms, now_ms - HOUR_MS), span.end_ms)}
+        for hour in touched:
+            of_hour = [tuple(s for s in found if _touches(s, hour)) for found in (presences, prices, broken)]
+            hours.setdefault(hour, []).append(self._spans_told(*of_hour))  # type: ignore[arg-type]
+        asked, self._fresh_jobs = self._fresh_jobs, {}
+        for name in asked:
+            job = self._jobs[name]
+            for hour in _hours(_told_from(job, now_ms), now_ms):
+                hours.setdefault(hour, []).append(_job_told([job], hour, now_ms))
+        return {hour: joined(found) for hour, found in hours.items()}
+
+    def whole_hour(self, hour_ms: int, now_ms: int) -> Facts:
+        """Everything that touches the hour."""
+        end_ms = hour_ms + HOUR_MS
+        found = (each.touching(hour_ms, end_ms, now_ms) for each in (self._devices, self._prices, self._fragmented))
+        jobs = [job for job in self._jobs.values() if job.touches(hour_ms, end_ms)]
+        return joined([self._spans_told(*found), _job_told(jobs, hour_ms, now_ms)])  # type: ignore[arg-type]
+
+    def forget(self, before_ms: int) -> None:
+        """Lets go what was over before: its hours are told."""
+        for each in (self._devices, self._prices, self._fragmented):
+            each.forget(before_ms)
+        gone = [job.name for job in self._jobs.values() if job.over and not job.touches(before_ms, before_ms + 10**15)]
+        for name in gone:
+            del self._jobs[name]
+
+    def _spans_told(
+        self,
+        presences: Sequence[Span[Device]],
+        prices: Sequence[Span[NodePrice]],
+        fragmented: Sequence[Span[bool]],
+    ) -> Facts:
+        cards: dict[str, set[str]] = {}
+        for device in (span.value for span in presences):
+            cards.setdefault(device.node, set()).add(device.card)
+        for known in self.devices():
+            cards.setdefault(known.node, set()).add(known.card)
+        return Facts(
+            presences=tuple(_presence(span) for span in presences),
+            fragmented=tuple(Fragmented(span.key, span.start_ms, span.end_ms) for span in fragmented),
+            prices=tuple(
+                PriceSpan(card, s.start_ms, s.end_ms, s.value.micros_per_hour, s.value.kind, NODE_SAYS)
+                for s in prices
+                for card in sorted(cards.get(s.key, ()))
+            ),
+        )
+
+
+def _newly_lost(before: JobFacts | None, now: JobFacts) -> int | None:
+    """The beginning of work that turned out to be lost since; None: none did."""
+    if before is None:
+        return None
+    was, now_is = (phases(newest(job.attempts), {}) for job in (before, now))
+    found = [
+        start
+        for key, phase in now_is.items()
+        if key in was and was[key].lost_from_ms != phase.lost_from_ms
+        for start in (was[key].lost_from_ms, phase.lost_from_ms)
+        if start is not None
+    ]
+    return min(found, default=None)
+
+
+def joined(parts: Iterable[Facts]) -> Facts:
+    """All of them together."""
+    found = list(parts)
+    return Facts(
+        presences=tuple(one for part in found for one in part.presences),
+        holdings=tuple(one for part in found for one in part.holdings),
+        attempts=tuple(one for part in found for one in part.attempts),
+        fragmented=tuple(one for part in found for one in part.fragmented),
+        prices=tuple(one for part in found for one in part.prices),
+    )
+
+
+def _presence(span: Span[Device]) -> Presence:
+    one = span.value
+    return Presence(
+        one.card, one.device, one.node, one.gpu_class, one.part_ppm, span.start_ms, span.end_ms, one.available
+    )
+
+
+def _job_told(jobs: Iterable[JobFacts], hour_ms: int, now_ms: int) -> Facts:
+    """All attempts of the jobs, and what they held in the hour."""
+    jobs = list(jobs)
+    end_ms = hour_ms + HOUR_MS
+    return Facts(
+        attempts=tuple(one for job in jobs for one in job.attempts),
+        holdings=tuple(
+            one for job in jobs for one in _until_now(job, now_ms) if one.start_ms < end_ms and hour_ms < one.end_ms
+        ),
+    )
+
+
+def _until_now(job: JobFacts, now_ms: int) -> Iterator[Holding]:
+    running = {one.attempt for one in job.attempts if one.end_ms is None}
+    for one in job.holdings:
+        told = replace(one, end_ms=now_ms) if one.attempt in running else one
+        if told.start_ms < told.end_ms:
+            yield told
+
+
+def _told_from(job: JobFacts, now_ms: int) -> int:
+    """From which hour on a change of the job is told: from the one before now, or from where its work turned out to be lost."""
+    newest = max(one.end_ms or now_ms for one in job.attempts)
+    began = max(one.allocate_ms for one in job.attempts)
+    recent = min(began, newest) if newest < now_ms - HOUR_MS else max(began, now_ms - HOUR_MS)
+    since = recent if job.lost_from_ms is None else min(recent, job.lost_from_ms)
+    return max(since, now_ms - LONGEST_BACK_MS)
+
+
+def _hours(start_ms: int, end_ms: int) -> range:
+    return range(start_ms // HOUR_MS * HOUR_MS, max(end_ms, start_ms + 1), HOUR_MS)
+
+
+def _touches(span: Span[object], hour_ms: int) -> bool:
+    return span.start_ms < hour_ms + HOUR_MS and hour_ms < span.end_ms

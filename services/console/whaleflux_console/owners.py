@@ -1,0 +1,179 @@
+"""Follows what inventory, health_monitor and scheduler say, into the chronicle: who is there, who has it, who waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from whaleflux import telemetry
+from whaleflux.clock import Clock
+from whaleflux.errors import InvalidArgument, StatusError
+from whaleflux.rpc.watching import follow
+from whaleflux.telemetry import Event
+from whaleflux.v1 import health_pb2, inventory_pb2, router_pb2, scheduler_pb2
+from whaleflux_console import convert
+from whaleflux_console.core.chronicle import Chronicle, JobFacts
+from whaleflux_console.core.fragmentation import WaitingGang, fragmented
+from whaleflux_console.saves import Saves
+
+_log = telemetry.get_logger("whaleflux.console.owners")
+_MODELS_EVERY_S = 60.0
+_SAVES_EVERY_S = 2.0
+_CALL_S = 10.0
+_BACKFILL_MS = 7 * 86_400_000  # of a fleet that had no ledger before
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Stubs of those who are asked."""
+
+    inventory: Any
+    health: Any
+    scheduler: Any
+    router: Any
+    checkpoint: Any
+
+
+class Owners:
+    """`ready` is set when all have said once what there is: until then nothing that is not known is taken for gone."""
+
+    def __init__(self, peers: Peers, chronicle: Chronicle, clock: Clock) -> None:
+        self._peers, self._chronicle, self._clock = peers, chronicle, clock
+        self._nodes: dict[str, inventory_pb2.Node] = {}
+        self._health: dict[str, health_pb2.NodeHealth] = {}
+        self._waiting: dict[str, WaitingGang] = {}
+        self._models: dict[str, str] = {}  # job -> the model that it serves
+        self._services: dict[str, scheduler_pb2.Job] = {}  # jobs that serve, while they hold something
+        self._saves = Saves(peers.checkpoint)
+        self._told: set[str] = set()
+        self.ready = asyncio.Event()
+
+    def now_ms(self) -> int:
+        """By this process' clock."""
+        return round(self._clock.now().timestamp() * 1000)
+
+    async def run(self) -> None:
+        """For ever."""
+        inventory, health, scheduler = self._peers.inventory, self._peers.health, self._peers.scheduler
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_models())
+            group.create_task(self._look_up_saves())
+            group.create_task(
+                self._follow(
+                    "health_monitor",
+                    lambda since: health.WatchNodeHealth(health_pb2.WatchNodeHealthRequest(resource_version=since)),
+                    self._take_health,
+                )
+            )
+            group.create_task(
+                self._follow(
+                    "inventory",
+                    lambda since: inventory.WatchNodes(inventory_pb2.WatchNodesRequest(resource_version=since)),
+                    self._take_node,
+                )
+            )
+            group.create_task(
+                self._follow(
+                    "scheduler",
+                    lambda since: scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(resource_version=since)),
+                    self._take_job,
+                )
+            )
+
+    def note_fragments(self) -> None:
+        """What is free and of no use to those that wait, from now on."""
+        now_ms = self.now_ms()
+        found = fragmented(self._chronicle.devices(), self._chronicle.held(now_ms), list(self._waiting.values()))
+        self._chronicle.fragmented(found, now_ms)
+
+    async def _follow(
+        self, feed: str, open_watch: Callable[[int], AsyncIterator[Any]], take: Callable[[str, Any], None]
+    ) -> None:
+        def failure(error: StatusError) -> None:
+            _log.info(Event.FEED_BROKEN, feed=feed, reason=error.reason)
+
+        async for change in follow(open_watch, clock=self._clock, on_broken=failure):
+            if change.name:
+                take(change.name, change.value)
+            if change.synced:
+                if feed == "inventory":
+                    self._chronicle.nodes_are(self._nodes, self.now_ms())
+                self._told.add(feed)
+                if len(self._told) == 3:
+                    self.ready.set()
+
+    def _take_node(self, name: str, node: inventory_pb2.Node | None) -> None:
+        if node is None or node.intent == inventory_pb2.NODE_INTENT_RETIRED:
+            self._nodes.pop(name, None)
+            self._chronicle.node(name, (), None, self.now_ms(), self.now_ms())
+            return
+        self._nodes[name] = node
+        self._tell_node(name)
+
+    def _take_health(self, name: str, health: health_pb2.NodeHealth | None) -> None:
+        if health is None:
+            self._health.pop(name, None)
+        else:
+            self._health[name] = health
+        if name in self._nodes:
+            self._tell_node(name)
+
+    def _tell_node(self, name: str) -> None:
+        node, now_ms = self._nodes[name], self.now_ms()
+        try:
+            devices = convert.devices_of(node, self._health.get(name))
+        except InvalidArgument as strange:  # what cannot be read stays as it was known
+            _log.error(Event.FEED_BROKEN, feed="inventory", node=name, reason=str(strange))
+            return
+        since_ms = max(convert.millis(node, "create_time") or now_ms, now_ms - _BACKFILL_MS)
+        self._chronicle.node(name, devices, convert.node_price_of(node), now_ms, since_ms)
+
+    def _take_job(self, name: str, job: scheduler_pb2.Job | None) -> None:
+        self._waiting.pop(name, None)
+        self._services.pop(name, None)
+        if job is None:
+            self._chronicle.job_gone(name, self.now_ms())
+            return
+        if (gang := convert.waiting_gang(job)) is not None:
+            self._waiting[name] = gang
+        if job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE and not job.HasField("end_time"):
+            self._services[name] = job
+        self._chronicle.job(self._facts_of(job))
+
+    def _facts_of(self, job: scheduler_pb2.Job) -> JobFacts:
+        facts = convert.job_facts(job, self._models.get(job.name, ""), self.now_ms())
+        return self._saves.known(facts)
+
+    async def _look_up_saves(self) -> None:
+        """What jobs that failed had saved, which tells what was lost."""
+        while True:
+            for facts in await self._saves.look_up():
+                self._chronicle.job(facts)
+            await self._clock.sleep(_SAVES_EVERY_S)
+
+    async def _follow_models(self) -> None:
+        """Which job serves which model; the router has no watch of it."""
+        while True:
+            try:
+                found = {one.job: one.name.rpartition("/replicas/")[0] async for one in self._replicas() if one.job}
+            except StatusError as error:
+                _log.info(Event.FEED_BROKEN, feed="inference_router", reason=error.reason)
+            else:
+                before, self._models = self._models, found
+                for name, job in list(self._services.items()):
+                    if found.get(name) != before.get(name):
+                        self._chronicle.job(self._facts_of(job))
+            await self._clock.sleep(_MODELS_EVERY_S)
+
+    async def _replicas(self) -> AsyncIterator[router_pb2.Replica]:
+        token = ""
+        while True:
+            request = router_pb2.ListReplicasRequest(parent="models/-", page_size=500, page_token=token)
+            page = await self._peers.router.ListReplicas(request, timeout=_CALL_S)
+            for one in page.replicas:
+                yield one
+            token = page.next_page_token
+            if not token:
+                return
