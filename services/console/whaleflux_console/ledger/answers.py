@@ -113,7 +113,9 @@ class Answers:
         """Raises InvalidArgument for a question that cannot be answered, Unavailable until the ledger was read once."""
         check(question)
         self._check_days(question)
-        query, parameters = sql(question, self._cache.source(question.start_ms, question.end_ms))
+        query, parameters = sql(
+            question, self._cache.source(question.start_ms, question.end_ms, by_hour=question.time == "hour")
+        )
         async with self._places:
             *rows, total = await self._run(query, parameters)
         width = len(question.by)

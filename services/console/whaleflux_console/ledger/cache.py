@@ -1,7 +1,7 @@
-"""The ledger as DuckDB has it, for answers: hours of the last weeks, days before that. Made of the files, thrown away with the process.
+"""The ledger as DuckDB has it, for answers: all days, and the hours of the last weeks. Made of the files, thrown away with the process.
 
-Each row goes in once and leaves when its day leaves the last weeks or its hour is restated: nothing is updated in place, and no table is
-made or changed after the beginning.
+Rows of an hour or day are replaced together when there is a newer version: nothing is updated in place, and no table is made or changed
+after the beginning. A day's sums are 24 times fewer rows than its hours: who asks about whole days reads those.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from whaleflux_console.ledger.shelf import local_files
 HOT_DAYS = 35
 _AT_ONCE = 64  # files of one insert
 _COLUMNS = [*DAY_KEYS, *DAY_SUMS]
+_SUMS = ", ".join(f"sum({name})::BIGINT AS {name}" for name in DAY_SUMS)
 
 
 class Cache:
-    """Tables `hourly` (hour_ms) and `daily` (day_ms); a moment is in one of them. Calls block; one at a time changes it."""
+    """Tables `hourly` (hour_ms, since `hot_from_ms`) and `daily` (day_ms). Calls block; one at a time changes it."""
 
     def __init__(self, folder: Folder, engine: Engine, hot_days: int = HOT_DAYS) -> None:
         self._folder, self._engine, self._hot_ms = folder, engine, hot_days * DAY_MS
@@ -32,6 +33,7 @@ class Cache:
         self._held: dict[tuple[str, int], str] = {}  # (table, start) -> path that its rows are of
         self.damaged: dict[int, Damaged] = {}  # hour or day -> why it is not in the answers
         self.hot_from_ms = 0
+        self.filled = False
         columns = ", ".join([*(f"{n} VARCHAR" for n in DAY_KEYS), *(f"{n} BIGINT" for n in DAY_SUMS)])
         self._writing.execute(f"ATTACH '{engine.scratch / 'cache.duckdb'}' AS cache")
         for table, start in (("hourly", "hour_ms"), ("daily", "day_ms")):
@@ -46,22 +48,36 @@ class Cache:
             self._drop_unknown(state)
         wanted = {day_of(start) for _, start in state.spans} if days is None else {*days, *cooled}
         hours = [file for day in wanted if day >= hot_from_ms for file in state.hours_of_day(day)]
-        self._bring("hourly", hours, [(day, day + DAY_MS) for day in cooled])
+        self._bring("hourly", hours)
+        self._sum_days({day_of(file.start_ms) for file in hours})
+        for day in cooled:
+            self._leave("hourly", day, day + DAY_MS)
         self._bring_days(state, sorted(day for day in wanted if day < hot_from_ms))
+        self.filled = True
+
+    def _sum_days(self, days: set[int]) -> None:
+        """Days of the last weeks, out of their hours."""
+        if not days:
+            return
+        listed = ", ".join(map(str, sorted(days)))
+        hours = f"SELECT * FROM cache.hourly WHERE hour_ms // {DAY_MS} * {DAY_MS} IN ({listed})"
+        day = f"hour_ms // {DAY_MS} * {DAY_MS}"
+        self._replace(
+            "daily", sorted(days), f"SELECT {day} AS day_ms, {', '.join(DAY_KEYS)}, {_SUMS} FROM ({hours}) GROUP BY ALL"
+        )
+        self._held.update({("daily", each): "its hours" for each in days})
 
     def _bring_days(self, state: State, days: Sequence[int]) -> None:
         rolled = [file for day in days if state.is_rolled(day) and (file := state.newest(Kind.DAYS, day))]
-        self._bring("daily", rolled, [])
+        self._bring("daily", rolled)
         by_roll = {file.start_ms for file in rolled}
         for day in (day for day in days if day not in by_roll):
             self._bring_unrolled(day, state.hours_of_day(day))
 
-    def _bring(self, table: str, files: Sequence[File], leaving: Sequence[tuple[int, int]]) -> None:
+    def _bring(self, table: str, files: Sequence[File]) -> None:
         new = [file for file in files if self._held.get((table, file.start_ms)) != file.path]
         for begin in range(0, len(new), _AT_ONCE):
             self._insert(table, new[begin : begin + _AT_ONCE])
-        for begin_ms, end_ms in leaving:
-            self._leave(table, begin_ms, end_ms)
 
     def _drop_unknown(self, state: State) -> None:
         """Rows of hours and days that the ledger no longer has."""
@@ -128,14 +144,20 @@ class Cache:
             self._writing.execute("ROLLBACK")
             raise
 
-    def source(self, start_ms: int, end_ms: int) -> str:
-        """SQL of the rows in the window, with `at_ms`; before the last weeks it is whole days. Raises Unavailable until it was filled."""
-        if not self.hot_from_ms and not self._held:
+    def source(self, start_ms: int, end_ms: int, *, by_hour: bool) -> str:
+        """SQL of the rows in the window, with `at_ms`; a part that is no whole day lies in the last weeks. Raises Unavailable until filled."""
+        if not self.filled:
             raise Unavailable("the ledger is being read; ask again in a moment", retry_after_s=1.0)
-        columns = ", ".join(_COLUMNS)
-        hot = f"SELECT hour_ms AS at_ms, {columns} FROM cache.hourly WHERE hour_ms >= {start_ms} AND hour_ms < {end_ms}"
-        cold = f"SELECT day_ms AS at_ms, {columns} FROM cache.daily WHERE day_ms >= {start_ms} AND day_ms < {end_ms}"
-        return f"{hot} UNION ALL {cold}" if start_ms < self.hot_from_ms else hot
+        first, last = -(-start_ms // DAY_MS) * DAY_MS, day_of(end_ms)
+        if by_hour or first > last:
+            first = last = start_ms
+        parts = (("hourly", start_ms, first), ("daily", first, last), ("hourly", last, end_ms))
+        return " UNION ALL ".join(_rows(*part) for part in parts if part[1] < part[2]) or _rows("daily", 0, 0)
+
+
+def _rows(table: str, start_ms: int, end_ms: int) -> str:
+    at, columns = _start(table), ", ".join(_COLUMNS)
+    return f"SELECT {at} AS at_ms, {columns} FROM cache.{table} WHERE {at} >= {start_ms} AND {at} < {end_ms}"
 
 
 def _start(table: str) -> str:
@@ -146,8 +168,7 @@ def _read(table: str, paths: Sequence[Path], day: str = "") -> str:
     """SQL of what files hold, summed by what the table keeps."""
     files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
     source = f"SELECT * FROM read_parquet([{files}], union_by_name = true)"
-    sums = ", ".join(f"sum({name})::BIGINT AS {name}" for name in DAY_SUMS)
     start = day or _start(table)
     if table == "daily":
         return f"SELECT day_ms, {', '.join(_COLUMNS)} FROM ({source})"
-    return f"SELECT {start}::BIGINT AS start_ms, {', '.join(DAY_KEYS)}, {sums} FROM ({source}) GROUP BY ALL"
+    return f"SELECT {start}::BIGINT AS start_ms, {', '.join(DAY_KEYS)}, {_SUMS} FROM ({source}) GROUP BY ALL"
