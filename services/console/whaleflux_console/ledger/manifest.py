@@ -214,7 +214,9 @@ class State:
     def _is_settled(self, hour_ms: int) -> bool:
         """Its rows are made of all that is told of it, and what was reported is rolled up."""
         rows = self.newest(Kind.HOURS, hour_ms)
-        if self.told(hour_ms) > (rows.made_of if rows else 0):
+        if rows is None or not rows.version:  # none, or those of an hour that is still open
+            return self.told(hour_ms) == 0
+        if self.told(hour_ms) > rows.made_of:
             return False
         rolls = ((Kind.RAW, Kind.MINUTES), (Kind.STEPS, Kind.WORK))
         return all((roll, hour_ms) in self.spans or (kind, hour_ms) not in self.spans for kind, roll in rolls)
