@@ -196,7 +196,9 @@ def _request(since: str, until: str, queue: str, user: str, site: str, gpu: str,
 def _asked(asked: Any, groups: tuple[str, ...], limit: int) -> Any:
     from whaleflux.v1 import console_pb2 as pb
 
-    by: list[Any] = [pb.CostGrouping.Value(f"COST_GROUPING_{'GPU_CLASS' if one == 'gpu' else one.upper()}") for one in groups]
+    by: list[Any] = [
+        pb.CostGrouping.Value(f"COST_GROUPING_{'GPU_CLASS' if one == 'gpu' else one.upper()}") for one in groups
+    ]
     with fleet() as client:
         return client.console.GetCost(pb.GetCostRequest(filter=asked, group_by=by, limit=limit), timeout=30)
 

@@ -85,7 +85,9 @@ def _books(ctx: Context, folder: Folder, engine: Engine, progress: Progress) -> 
         RouterServiceStub(ctx.channel("inference_router")),
         CheckpointServiceStub(ctx.channel("checkpoint")),
     )
-    return Books(ctx.store, ctx.clock, ctx.bus if told.nats else None, folder, engine, peers, rules, told.ledger_tick_s, progress)
+    return Books(
+        ctx.store, ctx.clock, ctx.bus if told.nats else None, folder, engine, peers, rules, told.ledger_tick_s, progress
+    )
 
 
 def _intake(ctx: Context) -> list[tuple[Callable[[Any, Any], None], Any, str]]:

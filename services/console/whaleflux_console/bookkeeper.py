@@ -22,7 +22,6 @@ from whaleflux_console.pricing import Pricing
 _log = telemetry.get_logger("whaleflux.console.bookkeeper")
 _SHOWN_FAULTS = 5
 _AGAIN_AT_ONCE = 500  # hours of one commit
-_ADVANCE_EVERY_MS = 60_000  # each is a commit
 _INTERIM_EVERY_S = 60.0
 _INTERIM_PAUSE = 20.0
 
@@ -64,8 +63,6 @@ class Bookkeeper:
         """Tells what is new, closes what is due."""
         now_ms = self.now_ms()
         await self._tell(now_ms)
-        if now_ms - self._ledger.state.watermark_ms >= _ADVANCE_EVERY_MS:
-            await self._ledger.advance(now_ms)
         await self._restate_for_prices(now_ms)
         for hour_ms in self._ledger.due():
             await self.close(hour_ms)
@@ -77,7 +74,7 @@ class Bookkeeper:
     async def close(self, hour_ms: int, *, interim: bool = False) -> None:
         """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden."""
         made = await self._ledger.inputs(hour_ms)
-        facts = self._pricing.priced(_with_money(made.facts), hour_ms, hour_ms + HOUR_MS)
+        facts = self._pricing.priced(_as_billed(made.facts), hour_ms, hour_ms + HOUR_MS)
         rows = await asyncio.to_thread(rows_of_hour, facts, hour_ms)
         self._check(facts, hour_ms, rows)
         version = await self._ledger.close(made, rows, interim=interim)
@@ -126,6 +123,10 @@ class Bookkeeper:
         await self._pricing.note(self._leader)
 
 
-def _with_money(facts: Facts) -> Facts:
-    """Adjustments that were taken back are of nothing."""
-    return replace(facts, adjustments=tuple(one for one in facts.adjustments if one.micros))
+def _as_billed(facts: Facts) -> Facts:
+    """Steps by the number of their attempt, which ranks know by its epoch; without adjustments that were taken back."""
+    numbers = {(one.uid, one.epoch): one.attempt for one in facts.attempts}
+    steps = (
+        replace(one, attempt=numbers[one.uid, one.attempt]) for one in facts.steps if (one.uid, one.attempt) in numbers
+    )
+    return replace(facts, steps=tuple(steps), adjustments=tuple(one for one in facts.adjustments if one.micros))

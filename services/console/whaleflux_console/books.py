@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from whaleflux import telemetry
 from whaleflux.clock import Clock
 from whaleflux.errors import FailedPrecondition, Unavailable
+from whaleflux.events.api import Bus
 from whaleflux.retry import Backoff
 from whaleflux.store.api import Store
 from whaleflux.store.election import Leader
@@ -15,6 +16,7 @@ from whaleflux.telemetry import Event
 from whaleflux_console.bookkeeper import Bookkeeper, Progress
 from whaleflux_console.core.chronicle import Chronicle
 from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.feed import EVERY_S, Feed
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.ledger import Ledger, open_ledger
 from whaleflux_console.ledger.rules import Rules
@@ -32,6 +34,7 @@ class Books:
 
     store: Store
     clock: Clock
+    bus: Bus | None  # None: nobody reports what GPUs did
     folder: Folder
     engine: Engine
     peers: Peers
@@ -63,6 +66,15 @@ class Books:
         async with asyncio.TaskGroup() as group:
             group.create_task(owners.run())
             group.create_task(self._rounds(owners, bookkeeper, ledger))
+            group.create_task(self._feed(ledger))
+
+    async def _feed(self, ledger: Ledger) -> None:
+        """What agents report; without a bus there is nothing to wait for."""
+        if self.bus is not None:
+            await Feed(ledger, self.bus, self.clock).run()
+        while True:
+            await ledger.advance(round(self.clock.now().timestamp() * 1000))
+            await self.clock.sleep(EVERY_S)
 
     async def _rounds(self, owners: Owners, bookkeeper: Bookkeeper, ledger: Ledger) -> None:
         await owners.ready.wait()

@@ -131,6 +131,7 @@ def _attempt(job: scheduler_pb2.Job, one: scheduler_pb2.Attempt, model: str) -> 
         else end_ms is not None and reason not in _NO_FAILURE,
         restored_step=_step_of(one.restore_checkpoint),
         last_step=_last_step(job, one),
+        epoch=one.epoch,
         communication_s=one.communication_s or None,
         cross_node=len({task.node for task in one.tasks}) > 1,
     )

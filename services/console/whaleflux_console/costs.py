@@ -61,8 +61,7 @@ class Costs:
         whole = await self.answers.ask(asked)
         seen, hidden = await self._seen(asked)
         narrowed = where if seen is None else where | {"queue": seen}
-        order = _CLASS_OF[request.order_by].value if request.order_by else BILL
-        question = Question(start_ms, end_ms, by, narrowed, order, _limit(request.limit))
+        question = Question(start_ms, end_ms, by, narrowed, _order(request.order_by), _limit(request.limit))
         shown = await self.answers.ask(question) if seen is None or seen else None
         unpriced = await self.answers.ask(Question(start_ms, end_ms, (), where | {"price_kind": ("",)}))
         response = pb.GetCostResponse(
@@ -181,6 +180,12 @@ def _where(asked: pb.CostFilter) -> dict[str, tuple[str, ...]]:
         "gpu_class": asked.gpu_class,
     }
     return {name: (value,) for name, value in values.items() if value}
+
+
+def _order(asked: int) -> str:
+    if asked and asked not in _CLASS_OF:
+        raise InvalidArgument(FieldViolation("order_by", f"{asked} is no cost class; leave it out for the bill"))
+    return _CLASS_OF[asked].value if asked else BILL
 
 
 def _limit(asked: int) -> int:

@@ -67,7 +67,7 @@ class Attempt:
 
     job: str
     uid: str
-    attempt: int
+    attempt: int  # from 1
     queue: str
     user: str  # role/name
     model: str  # models/{model} that it serves; empty: none
@@ -83,6 +83,7 @@ class Attempt:
     communication_s: float | None = None  # modelled, per step: as placed
     best_communication_s: float | None = None  # on the best placement of an empty fleet
     best_free_communication_s: float | None = None  # on the best of what was free when it was placed
+    epoch: int = 0  # by which ranks and agents name it
     cross_node: bool = False
     plan: Plan | None = None  # None: nobody knows whether it is a pipeline; one that is none has Plan()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from whaleflux import names
 from whaleflux_console.core.chronicle import Device
 
 
@@ -23,11 +24,10 @@ class WaitingGang:
 
     def takes(self, device: Device) -> bool:
         """Whether the device would do, wherever it is."""
-        site = device.node.split("/")[1] if "/" in device.node else ""
         return (
             (not self.gpu_classes or device.gpu_class in self.gpu_classes)
             and device.memory_bytes >= self.min_memory_bytes
-            and (not self.sites or site in self.sites)
+            and (not self.sites or names.top(device.node) in self.sites)
         )
 
 
