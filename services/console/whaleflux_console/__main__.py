@@ -15,12 +15,7 @@ from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
 from whaleflux.store.placements import Placements
 from whaleflux.telemetry import Event, Metric
-from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux.v1.console_pb2_grpc import add_CostServiceServicer_to_server
-from whaleflux.v1.health_pb2_grpc import HealthServiceStub
-from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
-from whaleflux.v1.router_pb2_grpc import RouterServiceStub
-from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
 from whaleflux_console.bookkeeper import Progress
@@ -32,7 +27,7 @@ from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.object_folder import open_folder
 from whaleflux_console.ledger.rules import Rules
-from whaleflux_console.owners import Peers
+from whaleflux_console.peers import peers
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.servicer import CostServicer
 from whaleflux_console.settings import Settings
@@ -78,15 +73,16 @@ def _books(ctx: Context, folder: Folder, engine: Engine, progress: Progress) -> 
         minute_days=told.ledger_minute_days,
         hour_days=told.ledger_hour_days,
     )
-    peers = Peers(
-        InventoryServiceStub(ctx.channel("inventory")),
-        HealthServiceStub(ctx.channel("health_monitor")),
-        SchedulerServiceStub(ctx.channel("scheduler")),
-        RouterServiceStub(ctx.channel("inference_router")),
-        CheckpointServiceStub(ctx.channel("checkpoint")),
-    )
     return Books(
-        ctx.store, ctx.clock, ctx.bus if told.nats else None, folder, engine, peers, rules, told.ledger_tick_s, progress
+        ctx.store,
+        ctx.clock,
+        ctx.bus if told.nats else None,
+        folder,
+        engine,
+        peers(ctx.channel),
+        rules,
+        told.ledger_tick_s,
+        progress,
     )
 
 

@@ -20,8 +20,10 @@ from whaleflux_console.ledger.feed import EVERY_S, Feed
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.ledger import Ledger, open_ledger
 from whaleflux_console.ledger.rules import Rules
-from whaleflux_console.owners import Owners, Peers
+from whaleflux_console.owners import Owners
+from whaleflux_console.peers import Peers
 from whaleflux_console.pricing import Pricing
+from whaleflux_console.saves import Saves
 
 _log = telemetry.get_logger("whaleflux.console.books")
 _AGAIN = Backoff(first_s=1.0, longest_s=30.0)
@@ -59,7 +61,7 @@ class Books:
     async def _keep_once(self, leader: Leader) -> None:
         ledger = await open_ledger(self.folder, self.store, leader, rules=self.rules, engine=self.engine)
         chronicle = Chronicle()
-        owners = Owners(self.peers, chronicle, self.clock)
+        owners = Owners(self.peers, Saves(self.peers.checkpoint), chronicle, self.clock)
         pricing = Pricing(self.store)
         bookkeeper = Bookkeeper(ledger, leader, chronicle, pricing, self.clock, self.progress)
         await bookkeeper.resume()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from whaleflux import telemetry
@@ -16,6 +15,7 @@ from whaleflux.v1 import health_pb2, inventory_pb2, router_pb2, scheduler_pb2
 from whaleflux_console import convert
 from whaleflux_console.core.chronicle import Chronicle, JobFacts
 from whaleflux_console.core.fragmentation import WaitingGang, fragmented
+from whaleflux_console.peers import Peers
 from whaleflux_console.saves import Saves
 
 _log = telemetry.get_logger("whaleflux.console.owners")
@@ -25,28 +25,16 @@ _CALL_S = 10.0
 _BACKFILL_MS = 7 * 86_400_000  # of a fleet that had no ledger before
 
 
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """Stubs of those who are asked."""
-
-    inventory: Any
-    health: Any
-    scheduler: Any
-    router: Any
-    checkpoint: Any
-
-
 class Owners:
     """`ready` is set when all have said once what there is: until then nothing that is not known is taken for gone."""
 
-    def __init__(self, peers: Peers, chronicle: Chronicle, clock: Clock) -> None:
-        self._peers, self._chronicle, self._clock = peers, chronicle, clock
+    def __init__(self, peers: Peers, saves: Saves, chronicle: Chronicle, clock: Clock) -> None:
+        self._peers, self._saves, self._chronicle, self._clock = peers, saves, chronicle, clock
         self._nodes: dict[str, inventory_pb2.Node] = {}
         self._health: dict[str, health_pb2.NodeHealth] = {}
         self._waiting: dict[str, WaitingGang] = {}
         self._models: dict[str, str] = {}  # job -> the model that it serves
         self._services: dict[str, scheduler_pb2.Job] = {}  # jobs that serve, while they hold something
-        self._saves = Saves(peers.checkpoint)
         self._told: set[str] = set()
         self.ready = asyncio.Event()
 

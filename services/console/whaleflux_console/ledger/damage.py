@@ -13,7 +13,7 @@ class Damaged(FailedPrecondition):
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(
-            f"the ledger's file {path} {what}: put it back from a copy, or `whaleflux cost rebuild` makes its hours anew from facts and owners",
+            f"the ledger's file {path} {what}: put it back from a copy; what can be read or made again is, and the rest is left as it was",
             metadata={"path": path, "what": what},
         )
         self.path, self.what = path, what

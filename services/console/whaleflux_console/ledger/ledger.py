@@ -24,7 +24,7 @@ from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.days import day_table
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
-from whaleflux_console.ledger.manifest import File, Kind, Position, State, hour_of
+from whaleflux_console.ledger.manifest import File, Kind, Position, State, day_of, hour_of
 from whaleflux_console.ledger.opening import open_writer
 from whaleflux_console.ledger.repair import Recovery
 from whaleflux_console.ledger.rules import Rules
@@ -36,6 +36,7 @@ FACT_BUCKET_MS = (
     300_000  # what an hour's rows are made of is read by so much: 10,000 GPUs' minutes are too many objects
 )
 KEPT_VERSIONS = 8  # of an hour's rows: exports tell what a restatement changed
+MOST_NOTES = 20
 LONGEST_REPORT_MS = HOUR_MS  # of a sample or of steps
 EARLY_MS = 24 * HOUR_MS  # a report from further ahead of the stream's clock is of a clock that cannot be right
 
@@ -63,6 +64,17 @@ class HourInput:
     work: Any  # WORK of the hour
 
 
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Files that an hour is made of."""
+
+    raw: tuple[File, ...]
+    steps: tuple[File, ...]
+    facts: tuple[File, ...]
+    minutes: File | None
+    work: File | None
+
+
 class Ledger:
     """See the module. All that is asked of it is answered from `state`, without reading a file, but `inputs`, `rows` and `verify`."""
 
@@ -73,10 +85,15 @@ class Ledger:
         self._writer = writer
         self._closed_ms: dict[int, int] = {}
         self._swept = False
+        self._proven_ms = 0
 
     @property
     def state(self) -> State:
         return self._writer.state
+
+    def note(self, found: Sequence[Damaged]) -> None:
+        """Keeps the newest of what is to be said to people."""
+        self.notes = tuple(dict.fromkeys((*self.notes, *map(str, found))))[-MOST_NOTES:]
 
     # What comes in
 
@@ -137,46 +154,51 @@ class Ledger:
         return when.due(self.state, self.rules, self._closed_ms)
 
     async def inputs(self, hour_ms: int) -> HourInput:
-        """Raises Damaged when a file of it is: `repair` takes it out."""
-        made_of, state = self.state.number, self.state
-        # A report that began before the hour and reached into it lies with the hour before.
-        raw = [*state.of(Kind.RAW, hour_ms - HOUR_MS), *state.of(Kind.RAW, hour_ms)]
-        steps = [*state.of(Kind.STEPS, hour_ms - HOUR_MS), *state.of(Kind.STEPS, hour_ms)]
-        told, minutes, work = (
+        """Of reports those beside the hour's edges too. Files of reports that are damaged are taken out, and read again from the stream.
+
+        Raises Damaged when what owners told is: nothing is billed by half of it.
+        """
+        while True:
+            try:
+                return await self._in_thread(self._read_inputs, hour_ms, self.state.number, self._sources(hour_ms))
+            except Damaged as damage:
+                file = self.state.files.get(damage.path)
+                if file is None or file.kind is Kind.FACTS:
+                    raise
+                self.note([damage])
+                await self.recover([damage])
+
+    def _sources(self, hour_ms: int) -> _Sources:
+        near = (hour_ms - HOUR_MS, hour_ms, hour_ms + HOUR_MS)  # a report lies with the hour in which it began
+        state = self.state
+        return _Sources(
+            tuple(file for hour in near for file in state.of(Kind.RAW, hour)),
+            tuple(file for hour in near for file in state.of(Kind.STEPS, hour)),
             state.of(Kind.FACTS, hour_ms),
             state.newest(Kind.MINUTES, hour_ms),
             state.newest(Kind.WORK, hour_ms),
         )
-        return await self._in_thread(self._read_inputs, hour_ms, made_of, raw, steps, told, minutes, work)
 
-    def _read_inputs(
-        self,
-        hour_ms: int,
-        made_of: int,
-        raw: list[File],
-        steps: list[File],
-        told: tuple[File, ...],
-        minutes: File | None,
-        work: File | None,
-    ) -> HourInput:
-        seen = self._rolled_up(hour_ms, raw, minutes, usage.samples_of, schemas.MINUTES)
-        done = self._rolled_up(hour_ms, steps, work, usage.steps_of, schemas.WORK)
-        facts = schemas.merged_facts([table_of(self.folder, file) for file in told])
+    def _read_inputs(self, hour_ms: int, made_of: int, sources: _Sources) -> HourInput:
+        seen = self._rolled_up(hour_ms, sources.raw, sources.minutes, usage.samples_of, schemas.MINUTES)
+        done = self._rolled_up(hour_ms, sources.steps, sources.work, usage.steps_of, schemas.WORK)
+        facts = schemas.merged_facts([table_of(self.folder, file) for file in sources.facts])
         samples = usage.samples_told(usage.coarser_samples(self.engine, seen, FACT_BUCKET_MS))
         stepped = usage.steps_told(usage.coarser_steps(self.engine, done, FACT_BUCKET_MS))
-        return HourInput(hour_ms, replace(facts, samples=samples, steps=stepped), made_of, seen, done)
+        told = replace(facts, samples=samples, steps=stepped)
+        return HourInput(hour_ms, told, made_of, usage.within(hour_ms, seen), usage.within(hour_ms, done))
 
     def _rolled_up(
-        self, hour_ms: int, files: list[File], before: File | None, roll: Callable[..., Any], schema: Any
+        self, hour_ms: int, files: Sequence[File], before: File | None, roll: Callable[..., Any], schema: Any
     ) -> Any:
         """From all reports that are kept; where those of the roll-up are gone, from it and what came since."""
-        known = [] if before is None else [file for file in files if file.commit <= before.made_of]
-        if before is None or known:
-            with local_files(self.folder, files, self.engine.scratch) as paths:
-                return roll(self.engine, hour_ms, paths)
+        own = [file for file in files if file.start_ms == hour_ms]
+        if before and not any(file.commit <= before.made_of for file in own):
+            with local_files(self.folder, [f for f in own if f.commit > before.made_of], self.engine.scratch) as paths:
+                since = roll(self.engine, hour_ms, paths)
+            return usage.joined([table_of(self.folder, before), since], schema)
         with local_files(self.folder, files, self.engine.scratch) as paths:
-            since = roll(self.engine, hour_ms, paths)
-        return usage.joined([table_of(self.folder, before), since], schema)
+            return roll(self.engine, hour_ms, paths)
 
     def open_hours(self) -> tuple[int, ...]:
         """Hours of which something is told and that are not closed yet, oldest first."""
@@ -228,7 +250,10 @@ class Ledger:
     # Upkeep
 
     async def keep_house(self, now_ms: int) -> None:
-        """Rolls up days that are over, and lets files go that have outlived their time or that a crash left. Once an hour or so."""
+        """Once an hour or so: rolls up days that are over, and lets files go that have outlived their time or that a crash left.
+
+        It reads one day's files to prove them, another day each time.
+        """
         if not self._swept:
             strays = await self._in_thread(repair.strays, self.folder, self.state, self._writer.by)
             await self._writer.remove(strays)
@@ -237,6 +262,17 @@ class Ledger:
             await self.roll_day(day_ms)
         if gone := when.outlived(self.state, self.rules, now_ms):
             await self._commit_and_remove([], gone)
+        await self._prove_a_day()
+
+    async def _prove_a_day(self) -> None:
+        """From the newest back, and again."""
+        days = sorted({day_of(start_ms) for _, start_ms in self.state.spans}, reverse=True)
+        if days:
+            day_ms = next((day for day in days if day < self._proven_ms), days[0])
+            if found := await self.verify(day_ms):
+                self.note(found)
+                await self.recover([damage for damage in found if not damage.path.startswith(f"{Kind.FACTS}/")])
+            self._proven_ms = day_ms
 
     async def roll_day(self, day_ms: int) -> None:
         """A day's hours by everything but card and attempt."""
@@ -288,7 +324,7 @@ async def open_ledger(
     ledger = Ledger(folder, opened.writer, rules or Rules(), engine or Engine(), opened.notes)
     gone = await asyncio.to_thread(repair.gone, folder, ledger.state)
     if gone:
-        ledger.notes += tuple(str(damage) for damage in gone)
+        ledger.note(gone)
         await ledger.recover(gone)
     return ledger
 

@@ -171,6 +171,11 @@ class State:
         """Of files with versions the one that counts."""
         return max(self.spans.get((kind, start_ms), {}).values(), key=lambda file: file.version, default=None)
 
+    def all_files(self, kind: Kind) -> tuple[File, ...]:
+        """Every file of a kind, in order of time."""
+        found = (file for file in self.files.values() if file.kind is kind)
+        return tuple(sorted(found, key=lambda file: (file.start_ms, file.commit)))
+
     def all_of(self, kind: Kind) -> tuple[File, ...]:
         """The files of a kind that count, in order of time."""
         found = (self.newest(kind, start) for each, start in self.spans if each is kind)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from whaleflux_console.core import facts as told
 from whaleflux_console.core.facts import HOUR_MS
@@ -18,6 +19,7 @@ from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.schemas import MINUTES, SAMPLES, STEPS, WORK
 
 MINUTE_MS = 60_000
+EDGE_MS = 600_000  # of the hours beside: by it a silence across the edge is judged
 _JOINED_MS = 50  # between two reports: clocks count whole milliseconds, and timers are late
 
 _MEANS = ("tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "clock_ppm", "power_mw")
@@ -50,11 +52,11 @@ def _sum(column: str) -> str:
 
 
 def reported(hour_ms: int, paths: Sequence[Path]) -> str:
-    """SQL of the rows of these files that reach into the hour; `empty` is a table without rows that has all columns."""
+    """SQL of the rows of these files that reach into the hour or its edges; `empty` is a table without rows that has all columns."""
     if not paths:
         return "SELECT * FROM empty"
     files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
-    inside = f"start_ms < {hour_ms + HOUR_MS} AND end_ms > {hour_ms}"
+    inside = f"start_ms < {hour_ms + HOUR_MS + EDGE_MS} AND end_ms > {hour_ms - EDGE_MS}"
     return f"SELECT * FROM empty UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true) WHERE {inside}"
 
 
@@ -100,6 +102,11 @@ def _steps(engine: Engine, source: str, once: str, bucket_ms: int, **tables: pa.
 
 def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names).cast(schema)
+
+
+def within(hour_ms: int, table: pa.Table) -> pa.Table:
+    """Rows that reach into the hour."""
+    return table.filter(pc.and_(pc.less(table["start_ms"], hour_ms + HOUR_MS), pc.greater(table["end_ms"], hour_ms)))
 
 
 def samples_told(minutes: pa.Table) -> tuple[told.Sample, ...]:
