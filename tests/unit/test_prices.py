@@ -240,12 +240,12 @@ class TestFiles:
             ("name: a", "kind"),
             ("prices: []", "prices"),
             ("prices: {}", "prices"),
-            (FILE.replace("reserved", "free"), "prices.kind"),
-            (FILE.replace("2.95", "a lot"), "prices.usd_per_gpu_hour"),
+            (FILE.replace("reserved", "free"), "prices[0].kind"),
+            (FILE.replace("2.95", "a lot"), "prices[0].usd_per_gpu_hour"),
             (FILE.replace("name: rack", "name: h100"), "name"),
-            (FILE.replace("months: 36", "months: 3.5"), "prices.owned.months"),
-            (FILE.replace("usd_per_gpu:", "usd:"), "prices.owned.usd_per_gpu"),
-            (FILE.replace("  gpu: H100-80GB", "  gpus: H100-80GB"), "prices.gpus"),
+            (FILE.replace("months: 36", "months: 3.5"), "prices[1].owned.months"),
+            (FILE.replace("usd_per_gpu:", "usd:"), "prices[1].owned.usd_per_gpu"),
+            (FILE.replace("  gpu: H100-80GB", "  gpus: H100-80GB"), "prices[0].gpus"),
         ],
     )
     def test_mistakes_name_their_field(self, text, field):
