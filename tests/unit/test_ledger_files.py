@@ -183,3 +183,17 @@ def test_money_stays_whole_in_what_answers_are_made_of(tmp_path):
             assert "DOUBLE" not in types.values()
     finally:
         engine.close()
+
+
+async def test_minutes_of_rest_are_not_hidden_by_minutes_of_work(tmp_path):
+    def minute(n, busy):
+        seen = {"tensor_ppm": busy, "sm_active_ppm": busy, "idle_power": not busy, "sequence": n}
+        return sample(start_ms=BEGIN_MS + n * MINUTE_MS, end_ms=BEGIN_MS + (n + 1) * MINUTE_MS, **seen)
+
+    async with leading(tmp_path, MemoryStore()) as ledger:
+        await ledger.append(reports(1, samples=[minute(n, 500_000 * (n < 2 or n == 8)) for n in range(9)]))
+        found = [
+            ((each.end_ms - each.start_ms) // MINUTE_MS, each.idle_power)
+            for each in (await ledger.inputs(BEGIN_MS)).facts.samples
+        ]
+        assert found == [(2, False), (3, True), (3, True), (1, False)]

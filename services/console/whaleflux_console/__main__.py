@@ -83,6 +83,7 @@ def _books(ctx: Context, folder: Folder, engine: Engine, progress: Progress) -> 
         rules,
         told.ledger_tick_s,
         progress,
+        told.ledger_rebuild,
     )
 
 

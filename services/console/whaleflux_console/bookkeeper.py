@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from whaleflux_console.core.bill import rows_of_hour
 from whaleflux_console.core.chronicle import Chronicle
 from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.rows import LedgerRow
+from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.ledger import Ledger
 from whaleflux_console.ledger.manifest import Kind
 from whaleflux_console.pricing import Pricing
@@ -65,11 +67,19 @@ class Bookkeeper:
         await self._tell(now_ms)
         await self._restate_for_prices(now_ms)
         for hour_ms in self._ledger.due():
-            await self.close(hour_ms)
+            await self._close_or_leave(hour_ms)
         await self._interim(now_ms)
         if now_ms - self._house_kept_ms >= HOUR_MS:
             self._house_kept_ms = now_ms
             await self._ledger.keep_house(now_ms)
+
+    async def _close_or_leave(self, hour_ms: int) -> None:
+        """An hour of which what owners told is damaged stays as it was: others do not wait for it."""
+        try:
+            await self.close(hour_ms)
+        except Damaged as damage:
+            self._progress.trouble = str(damage)
+            _log.error(Event.LEDGER_TROUBLE, reason=str(damage))
 
     async def close(self, hour_ms: int, *, interim: bool = False) -> None:
         """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden."""
@@ -88,7 +98,8 @@ class Bookkeeper:
             return
         await self._ledger.tell(now_ms, self._chronicle.whole_hour(now_ms // HOUR_MS * HOUR_MS, now_ms))
         for hour_ms in self._ledger.open_hours():
-            await self.close(hour_ms, interim=True)
+            with contextlib.suppress(Damaged):  # said where the hour is closed
+                await self.close(hour_ms, interim=True)
         took_s = self._clock.monotonic() - began_s
         self._next_interim_s = began_s + max(_INTERIM_EVERY_S, _INTERIM_PAUSE * took_s)
 

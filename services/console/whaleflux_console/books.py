@@ -43,6 +43,7 @@ class Books:
     rules: Rules
     tick_s: float
     progress: Progress
+    rebuild: bool = False
 
     async def keep(self, leader: Leader) -> None:
         """While it leads."""
@@ -59,7 +60,9 @@ class Books:
             await self.clock.sleep(_AGAIN.pause_s(failures))
 
     async def _keep_once(self, leader: Leader) -> None:
-        ledger = await open_ledger(self.folder, self.store, leader, rules=self.rules, engine=self.engine)
+        ledger = await open_ledger(
+            self.folder, self.store, leader, rules=self.rules, engine=self.engine, rebuild=self.rebuild
+        )
         chronicle = Chronicle()
         owners = Owners(self.peers, Saves(self.peers.checkpoint), chronicle, self.clock)
         pricing = Pricing(self.store)

@@ -27,3 +27,7 @@ class Settings(ServiceSettings):
     ledger_hour_days: int = Field(
         1_096, ge=35, le=36_600, description="How long hours of cards are kept; days are for good."
     )
+    ledger_rebuild: bool = Field(
+        False,
+        description="Begin with an empty folder, or another one, in place of the one that the ledger's head names: its files are lost for good.",
+    )

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from whaleflux_console.core import facts as told
 from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.core.signals import BUSY_SM_PPM
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.schemas import MINUTES, SAMPLES, STEPS, WORK
 
@@ -42,6 +43,9 @@ def _known(*columns: str) -> str:
     return " || ".join(f"({column} IS NULL)::INT::VARCHAR" for column in columns)
 
 
+_KNOWN = _known("tensor_ppm", "sm_active_ppm", "busy_ppm", "idle_power")
+
+
 def _mean(column: str) -> str:
     """Whole millionths (milliwatts), weighted by how long each was seen."""
     return f"(sum({column}::HUGEINT * (end_ms - start_ms)) // greatest(sum(end_ms - start_ms), 1))::BIGINT AS {column}"
@@ -62,16 +66,17 @@ def reported(hour_ms: int, paths: Sequence[Path]) -> str:
 
 def samples_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
     """Samples in files as MINUTES: one row per device, stretch and minute."""
-    return _samples(engine, reported(hour_ms, paths), "device, start_ms", MINUTE_MS, empty=SAMPLES.empty_table())
+    once = "device, start_ms"
+    return _samples(engine, reported(hour_ms, paths), once, _KNOWN, MINUTE_MS, empty=SAMPLES.empty_table())
 
 
 def coarser_samples(engine: Engine, minutes: pa.Table, bucket_ms: int) -> pa.Table:
-    """The same by longer buckets."""
-    return _samples(engine, "SELECT * FROM minutes", "", bucket_ms, minutes=minutes)
+    """The same by longer buckets, none of which has minutes of rest and of work: by runs of rest is told what was idle."""
+    rests = f"coalesce(idle_power AND sm_active_ppm < {BUSY_SM_PPM} AND coalesce(tensor_ppm, 0) = 0, false)::VARCHAR"
+    return _samples(engine, "SELECT * FROM minutes", "", f"{_KNOWN} || {rests}", bucket_ms, minutes=minutes)
 
 
-def _samples(engine: Engine, source: str, once: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
-    known = _known("tensor_ppm", "sm_active_ppm", "busy_ppm") + " || coalesce(idle_power::VARCHAR, '')"
+def _samples(engine: Engine, source: str, once: str, known: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
     query = f"""{_stretches(source, once, "device", known)}
     SELECT device, min(start_ms) AS start_ms, max(end_ms) AS end_ms,
         {", ".join(_mean(c) for c in _MEANS)}, max(memory_used_bytes) AS memory_used_bytes, {", ".join(_sum(c) for c in _SUMS)},
