@@ -60,5 +60,6 @@ DOORS: dict[str, Door] = {
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_faults": Door(commands=("submit",), fields=("data",)),
     "dataset_pull": Door(commands=("submit",), fields=("data",)),
+    "ledger_speed": Door(commands=("cost",)),
     "locality": Door(commands=("submit",), fields=("data",)),
 }
