@@ -46,6 +46,10 @@ _GPUS = (  # the first that is part of what the table says
     ("v100", "V100-32GB"), ("a10040", "A100-40GB"), ("a100sxm440", "A100-40GB"), ("a100", "A100-80GB"), ("rtx4090", "RTX4090"), ("l40s", "L40S"),
 )  # fmt: skip
 
+# Of 32-bit logits Megatron's cross entropy makes 13 passes where nothing is fused: cast, maximum, difference, exponential, sum, quotient, product, cast;
+# `layers.head_s` counts 5.
+_UNFUSED_LOSS = 13 / 5
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -192,20 +196,39 @@ def _software(cells: Cells) -> tuple[dict[str, float], str]:
     old = cells.get("framework") == "Megatron-DeepSpeed" or precision == "fp16"
     fp4, fp8 = "fp4" in precision, "fp8" in precision
     overlapping = bool(cells.get("container"))  # NeMo: user buffers, distributed optimizer, all overlap on
+    told = overlapping or "DP/TP/PP overlap on" in (cells.get("note") or "")
+    before_2022 = old and not cells.get(
+        "seq_parallel"
+    )  # a table that tells sequence parallelism is of a Megatron that has it
     flags = {
         "flash": not old,
         "fused": not (cells.get("sharding") or cells.get("kernels") or cells.get("compiled") == "False"),
         "lazy_gradients": bool(cells.get("compiled")),
         "fp8": 2 if fp4 or "mx" in precision else fp8,
         "dropout": old,
-        "overlap_tp": overlapping,
-        "overlap_pp": overlapping,
+        "overlap_tp": told,
+        "logits_traffic": 0 if _fuses_loss(cells) else _UNFUSED_LOSS,
+        "overlap_gradients": not before_2022,
+        "fused_gradients": not before_2022 and not cells.get("sharding") and not cells.get("compiled"),
+        "overlap_pp": told,
         "overlap_dp": not old,
         "frozen": "lora" in (cells.get("task") or "").lower(),
         "gradient_bytes": 2 if overlapping else 4,  # NeMo's recipes: grad_reduce_in_fp32 off
         "reduce_bytes": 2 if old or overlapping or cells.get("mp_mode") == "PURE" or cells.get("kernels") else 4,
     }
     return {name: float(value) for name, value in flags.items()}, "fp4" if fp4 else "fp8" if fp8 else "bf16"
+
+
+def _fuses_loss(cells: Cells) -> bool:
+    """The loss is a few kernels: PyTorch's, and NeMo's since 25.02. Megatron's own, without --cross-entropy-loss-fusion, is one for each operation."""
+    container = re.search(r"\d+", cells.get("container") or "")
+    return bool(
+        cells.get("sharding")
+        or cells.get("compiled")
+        or cells.get("kernels")
+        or (container and int(container[0]) >= 25)
+        or "Automodel" in (cells.get("container") or "")
+    )
 
 
 def _measured(cells: Cells, split: Mapping[str, float]) -> float:

@@ -197,3 +197,63 @@ def test_a_node_gets_a_token_once_however_many_of_its_experts_are_there():
     limited = step_time(shape, machine, one, Training()).ep_s
     free = step_time(replace(shape, route_nodes=0), machine, one, Training()).ep_s
     assert limited / free == pytest.approx(4 / (8 * (1 - (7 / 8) ** 8)), rel=0.05)
+
+
+def part(name, how=None, machine=H200, shape=LLAMA, **more):
+    return np.ravel(getattr(step_time(shape, machine, plans(**more), how or Training()), name))
+
+
+def test_tensor_parallel_ranks_share_what_is_sent_between_stages():
+    """Without sequence parallelism they gather it over NVLink afterwards, which costs less than to send all of it eight times."""
+    split, gathered = part("pp_s", sequence_parallel=[True, False])
+    alone = part("pp_s", tp=1, sequence_parallel=False)[0]
+    assert split < gathered < alone / 3
+
+
+def test_only_interleaved_stages_hide_what_they_send():
+    plain, interleaved = part("pp_s", pp=4, vp=[1, 4])
+    assert plain > 0
+    assert interleaved == 0
+    assert (part("pp_s", Training(overlap_pp=False), pp=4, vp=[1, 4]) >= plain).all()
+
+
+def test_inputs_gradients_are_reduced_beside_the_weights():
+    before, since = (part("tp_s", Training(overlap_gradients=on)) for on in (False, True))
+    assert 0.5 * before < since < before
+
+
+def test_gathers_of_eight_bit_tensors_move_half():
+    """Six of ten of a layer's collectives are gathers, and the volume is what counts at this size."""
+    wide, narrow = (part("tp_s", Training(fp8=on, overlap_gradients=False), micro_batch=8) for on in (0, 1))
+    assert narrow / wide == pytest.approx(0.7, abs=0.02)
+
+
+def test_gradients_of_further_micro_batches_are_read_and_written_where_nothing_fuses_that():
+    fused, apart = (part("compute_s", Training(fused_gradients=on), pp=1, dp=16)[0] for on in (True, False))
+    added = 3 * 4 * (512 / 16 - 1) * LLAMA.layers * LLAMA.layer_weights / 8
+    assert apart - fused == pytest.approx(added / H200.memory_bytes_per_s)
+
+
+def test_the_last_layers_gradients_are_reduced_after_the_backward_pass():
+    """However long that is; and all of what it cannot hide."""
+    fast = replace(H200, fabric=replace(H200.fabric, tiers=(Tier(8, 1e12),)))
+    slow = replace(H200, fabric=replace(H200.fabric, tiers=(Tier(8, 1e9),)))
+    hidden, alone = (part("dp_s", Training(overlap_dp=on), fast)[0] for on in (True, False))
+    assert hidden == pytest.approx(alone / 40)  # layers of a stage
+    assert part("dp_s", machine=slow)[0] > 0.9 * part("dp_s", Training(overlap_dp=False), slow)[0]
+
+
+def test_a_ring_of_short_parts_costs_launches_and_sums():
+    """The same tokens on the same GPUs: eight steps of a ring take kernels of their own, long sequences hide them."""
+    short = total(tp=1, pp=1, dp=[16, 2], cp=[1, 8], sequence=8192, sequence_parallel=False)
+    long = total(tp=1, pp=1, dp=[16, 2], cp=[1, 8], sequence=262144, sequence_parallel=False)
+    assert short[1] / short[0] > 1.1
+    assert long[1] / long[0] < 1.03
+
+
+def test_fully_sharded_training_gathers_the_embedding_too():
+    small, large = (
+        part("dp_s", shape=replace(LLAMA, vocabulary=words), tp=1, pp=1, dp=128, zero=3, sequence_parallel=False)[0]
+        for words in (1000, 256_000)
+    )
+    assert large > 1.01 * small

@@ -15,6 +15,10 @@ from whaleflux.planning.training import Training
 
 _MATMULS, _MOE_MATMULS = 4, 6  # of a layer, forward: QKV, output, up (and gate), down; and those of experts
 _KERNELS_EAGER, _KERNELS_FUSED = 40, 20  # of a layer, forward; twice as many backward
+_RING_KERNELS = 8  # of each further step of a ring, forward: sends, halves of keys and values, attention, its sum and its maxima corrected
+_RING_SHARE = (
+    0.75  # of a rank's tokens a further step is for: all of them or, of earlier tokens, half (causal, balanced)
+)
 _OUTER_PASSES = 8  # reads and writes of a token's hidden state by norms, dropout and residuals, forward
 _LOSS_PASSES = 5  # of 32-bit logits: read and written twice forward, once backward
 _CAUSAL = 0.5  # of the scores are computed by fused attention
@@ -24,12 +28,13 @@ _CAUSAL = 0.5  # of the scores are computed by fused attention
 class LayerTimes:
     """Seconds of one average layer and one micro-batch on one rank: the GPU's, forward and backward, and the host's for its kernels, forward.
 
-    `core_s` is the part of `forward_s` that selective recomputation repeats.
+    `core_s` is the part of `forward_s` that selective recomputation repeats, `linear_s` that of multiplications with weights.
     """
 
     forward_s: Array
     backward_s: Array
     core_s: Array
+    linear_s: Array
     host_s: Array
 
 
@@ -37,13 +42,15 @@ def layer_times(shape: ModelShape, machine: Machine, plans: Plans, how: Training
     linear, tails = _linear_s(shape, machine, plans, constants)
     core, core_back = _attention_s(shape, machine, plans, how, constants)
     passing = _elementwise_s(shape, machine, plans, how, constants)
+    ring, ring_back = _ring_s(shape, machine, plans, how, constants)
     gradients = how.either(how.frozen, 1.0, 2.0)  # of inputs, and of weights where they learn
-    kernels = how.either(how.fused, _KERNELS_FUSED, _KERNELS_EAGER)
+    kernels = how.either(how.fused, _KERNELS_FUSED, _KERNELS_EAGER) + _RING_KERNELS * (plans.cp - 1)
     casts = array(how.cast_bytes) / 2 * shape.layer_weights / plans.tp / machine.memory_bytes_per_s
     return LayerTimes(
-        forward_s=linear + tails + core + passing + casts,
-        backward_s=gradients * (linear + tails) + core_back + 2 * passing + casts,
+        forward_s=linear + tails + core + ring + passing + casts,
+        backward_s=gradients * (linear + tails) + core_back + ring_back + 2 * passing + casts,
         core_s=core,
+        linear_s=linear + tails,
         host_s=constants.launch_s * kernels,
     )
 
@@ -81,6 +88,20 @@ def _attention_s(
     moved = 2 * scores * constants.score_passes / machine.memory_bytes_per_s
     eager = operations / (constants.matmul_share * best) + moved
     return how.either(how.flash, fused, eager), how.either(how.flash, 2.5 * fused, 2 * eager)
+
+
+def _ring_s(
+    shape: ModelShape, machine: Machine, plans: Plans, how: Training, constants: Constants
+) -> tuple[Array, Array]:
+    """What attention in `cp` steps takes beyond one step, forward and backward.
+
+    A kernel's tail for each, and its part read, added to the sum, written: of the output, of gradients of queries, and of keys and values.
+    """
+    steps, part = plans.cp - 1, 3 * 2 * _RING_SHARE * plans.tokens / plans.tp / machine.memory_bytes_per_s
+    traffic = how.either(how.fused, constants.fused_traffic, constants.eager_traffic)
+    forward = constants.matmul_tail_s + traffic * part * shape.heads * shape.value_dim
+    backward = 2 * constants.matmul_tail_s + traffic * part * (shape.heads * shape.head_dim + shape.kv_width)
+    return np.asarray(steps * forward), np.asarray(steps * backward)
 
 
 def _elementwise_s(shape: ModelShape, machine: Machine, plans: Plans, how: Training, constants: Constants) -> Array:

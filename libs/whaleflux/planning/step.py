@@ -18,6 +18,7 @@ from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
 
 _SOFT = 4.0
+_BY_COLUMNS = 0.6  # of a layer's multiplications are those of QKV, up and gate: 7 in 12 of GPT, 0.65 of Llama
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +116,14 @@ def step_time(
     if np.any(plans.recompute == Recompute.FULL):
         again = _per_layer(shape, plans, how, constants, links, layer, full=True)
     head = head_s(shape, machine, plans, how, constants)
-    sends = _sends_s(shape, plans, how, constants, links)
     slowest = _slowest(shape, plans, usual.total, again.total, head)
+    sends, waited_for = _sends_s(shape, plans, how, constants, links, beside_s=slowest.layers * usual.total)
     # Gradients of further micro-batches are added to the first one's. m micro-batches on the slowest stage, and its wait for the first one to come through the others and back (1 / v of it interleaved).
     count, layers = plans.micro_batches, slowest.layers
     bubble = (slowest.others_s + (plans.pp - 1) * sends) / plans.vp
     reduced, optimizer = _data_parallel_s(shape, machine, plans, how, constants, links, layer.backward_s)
-    summed = array(how.cast_bytes) * (count - 1) * layers * shape.layer_weights / plans.tp / machine.memory_bytes_per_s
+    summed = (count - 1) * layers * _summed_s(shape, machine, plans, how)
+    ends = count * _end_gathers_s(shape, plans, how, constants, links, head)
 
     def of(part: Callable[[_PerLayer], Array]) -> Array:
         return count * ((layers - slowest.again) * part(usual) + slowest.again * part(again))
@@ -133,8 +135,8 @@ def step_time(
         "tp_s": of(lambda one: one.tp),
         "cp_s": of(lambda one: one.cp),
         "ep_s": of(lambda one: one.ep),
-        "pp_s": count * sends,
-        "dp_s": of(lambda one: one.dp) + reduced,
+        "pp_s": count * waited_for,
+        "dp_s": of(lambda one: one.dp) + ends + reduced,
         "bubble_s": bubble,
         "optimizer_s": optimizer,
     }
@@ -210,8 +212,8 @@ def _per_layer(
         compute=compute,
         recompute=recompute,
         host=host,
-        tp=_tensor_parallel_s(shape, plans, how, constants, links.tp, again),
-        cp=_context_parallel_s(shape, plans, constants, links.cp, layer),
+        tp=_tensor_parallel_s(shape, plans, how, constants, links.tp, again, layer),
+        cp=_context_parallel_s(shape, plans, constants, links.cp, layer, again),
         ep=_expert_parallel_s(shape, plans, constants, links.ep, again),
         dp=_gathers_s(shape, plans, how, constants, links, compute + recompute, again),
     )
@@ -223,30 +225,41 @@ def _hidden(communication: Array, computation: Array, share: float) -> Array:
     return np.asarray(communication - share * beside, dtype=np.float64)
 
 
+def _behind(communication: Array, computation: Array, pieces: Array) -> Array:
+    """What is exposed of communication that follows computation layer by layer: the last layer's part, or all that is longer."""
+    return np.asarray(np.maximum(communication - computation * (1 - 1 / pieces), communication / pieces))
+
+
 def _state_bytes(shape: ModelShape, plans: Plans) -> Array:
     """A micro-batch's hidden state on one rank, 16 bit."""
     return np.asarray(2.0 * plans.tokens * shape.hidden)
 
 
 def _tensor_parallel_s(
-    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Links, again: Array
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Links, again: Array, layer: LayerTimes
 ) -> Array:
-    """Four all-reduces of a micro-batch's state, six with full recomputation; with sequence parallelism each is a gather and a scatter."""
-    volume = _state_bytes(shape, plans)
-    split = 2 * gather_s(volume, links, constants)
-    each = np.where(plans.sequence_parallel > 0, split, all_reduce_s(volume, links, constants))
-    exposed = how.either(how.overlap_tp, 1.0 - constants.overlap_tp, 1.0)
-    return np.asarray((4 + 2 * again) * each * exposed)
+    """All-reduces of a micro-batch's state, two in each pass; with sequence parallelism each is a gather and a scatter.
+
+    Those of backward's inputs run beside multiplications of the layers that are split by columns: all-reduces (scatters) beside the weights'
+    gradients, and with sequence parallelism another gather, of the inputs that were not kept, beside the inputs'.
+    """
+    volume, split = _state_bytes(shape, plans), plans.sequence_parallel > 0
+    reduced, scattered = all_reduce_s(volume, links, constants), gather_s(volume, links, constants)
+    gathered = gather_s(volume * np.where(array(how.fp8) > 0, 0.5, 1.0), links, constants)  # as they are multiplied
+    alone = np.where(split, (4 + 2 * again) * gathered + 2 * (1 + again) * scattered, 2 * (1 + again) * reduced)
+    beside = np.where(split, 2 * (gathered + scattered), 2 * reduced)
+    busy = np.where(split, 2, 1) * _BY_COLUMNS * layer.linear_s * how.either(how.frozen, 0.0, 1.0)
+    hidden = _hidden(beside, busy, constants.overlap)
+    return np.asarray(alone + how.either(how.overlap_gradients, hidden, beside))
 
 
 def _context_parallel_s(
-    shape: ModelShape, plans: Plans, constants: Constants, links: Links, layer: LayerTimes
+    shape: ModelShape, plans: Plans, constants: Constants, links: Links, layer: LayerTimes, again: Array
 ) -> Array:
-    """Keys and values go round the ring, forward once and backward twice, beside the attention on those that are there."""
-    volume = 2.0 * plans.micro_batch * plans.sequence * shape.kv_width / plans.tp
-    return np.where(
-        plans.cp > 1, _hidden(3 * gather_s(volume, links, constants), 3.5 * layer.core_s, constants.overlap), 0.0
-    )
+    """Keys and values go round the ring from rank to rank, once forward and backward with their gradients, beside the attention on those that are there."""
+    part = 2.0 * plans.tokens * shape.kv_width / plans.tp
+    round_s = (plans.cp - 1) * send_s(part, links, constants)
+    return np.where(plans.cp > 1, _hidden((3 + again) * round_s, (3.5 + again) * layer.core_s, constants.overlap), 0.0)
 
 
 def _expert_parallel_s(shape: ModelShape, plans: Plans, constants: Constants, links: Links, again: Array) -> Array:
@@ -275,11 +288,38 @@ def _gathers_s(
     return np.where((plans.zero > 2) & (plans.dp * plans.cp > 1), exposed, 0.0)
 
 
-def _sends_s(shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups) -> Array:
-    """Of one micro-batch between stages, to and fro; interleaved, for each of the virtual ones."""
-    volume = _state_bytes(shape, plans) / np.where(plans.sequence_parallel > 0, plans.tp, 1.0)
-    exposed = how.either(how.overlap_pp, 1.0 - constants.overlap, 1.0)
-    return np.where(plans.pp > 1, 2 * plans.vp * exposed * send_s(volume, links.pp, constants), 0.0)
+def _end_gathers_s(
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, beside_s: Array
+) -> Array:
+    """ZeRO-3: embedding and output layer are gathered once for a micro-batch, since the one that goes last forward comes first backward."""
+    whole = shape.embedding_weights + (0 if shape.tied else shape.head_weights)
+    ends, trained = whole / plans.tp, how.either(how.frozen, 0.0, 1.0)
+    moved = gather_s(2.0 * ends, links.shards, constants)
+    moved = moved + trained * gather_s(array(how.reduce_bytes) * ends, links.shards, constants)
+    exposed = _hidden(moved, beside_s, constants.overlap_shards)
+    return np.where((plans.zero > 2) & (plans.dp * plans.cp > 1), exposed, 0.0)
+
+
+def _sends_s(
+    shape: ModelShape, plans: Plans, how: Training, constants: Constants, links: Groups, beside_s: Array
+) -> tuple[Array, Array]:
+    """Of one micro-batch between stages, to and fro; interleaved, for each of the virtual ones: (all, what its computation does not hide).
+
+    Each tensor-parallel rank sends its part of the state; without sequence parallelism they are gathered there (Megatron's scatter-gather).
+    Only interleaved stages have another micro-batch's pass to do while they send.
+    """
+    volume = _state_bytes(shape, plans)
+    whole = np.where(plans.sequence_parallel > 0, 0.0, gather_s(volume, links.tp, constants))
+    sends = np.where(plans.pp > 1, 2 * plans.vp * (send_s(volume / plans.tp, links.pp, constants) + whole), 0.0)
+    beside = np.where(plans.vp > 1, how.either(how.overlap_pp, 1.0, 0.0), 0.0) * beside_s
+    return np.asarray(sends), np.maximum(sends - beside, 0.0)
+
+
+def _summed_s(shape: ModelShape, machine: Machine, plans: Plans, how: Training) -> Array:
+    """To add a layer's gradients to those of the micro-batches before: read both, written once, where no multiplication does it; of shards their part."""
+    apart = how.either(how.fused_gradients, 0.0, 3 * array(how.reduce_bytes))
+    moved = np.maximum(array(how.cast_bytes), apart) * shape.layer_weights / plans.tp
+    return np.asarray(moved / np.where(plans.zero > 2, plans.shards, 1.0) / machine.memory_bytes_per_s)
 
 
 def _data_parallel_s(
@@ -301,11 +341,13 @@ def _data_parallel_s(
         scattered = scattered + gather_s(wire * some, among, constants)
         gathered = gathered + gather_s(2.0 * some, among, constants)
     beside = how.either(how.overlap_dp, 1.0, 0.0) * backward_s
-    # ZeRO-2 keeps no whole gradients to add to: it reduces those of every micro-batch.
-    rounds = np.where(plans.zero == 2, plans.micro_batches, 1.0)
-    summed = rounds * _hidden(np.where(plans.zero > 0, scattered, whole), beside, constants.overlap)
+    pieces = plans.stage_layers(shape, stage)
+    reduce, spread = np.where(plans.zero > 0, scattered, whole), np.where(plans.zero > 0, gathered, 0.0)
+    # ZeRO-2 keeps no whole gradients to add to: it reduces those of every micro-batch, as FSDP does, which is what it is.
+    rounds, fsdp, share = plans.micro_batches, plans.zero == 2, constants.overlap_shards
+    summed = np.where(fsdp, rounds * _hidden(reduce, beside, share), _behind(reduce, beside, pieces))
     spread = np.where(
-        plans.zero > 0, _hidden(gathered, beside / 2, constants.overlap), 0.0
+        fsdp, _hidden(spread, beside / 2, share), _behind(spread, beside / 2, pieces)
     )  # beside the next forward pass
     exposed = np.where(plans.zero > 2, 0.0, trained * (summed + spread))
     owned = weights.owned(plans, plans.zero > 0)

@@ -25,7 +25,13 @@ class Training:
     fused: Value = True  # element-wise kernels are fused (Transformer Engine, torch.compile)
     dropout: Value = False
     fp8: Value = 0  # linear layers in 8 bit or less, attention in 16: how often tensors are cast (1: scale per tensor, 2: per block)
-    overlap_tp: Value = False  # tensor-parallel collectives run beside the multiplications (user buffers, async TP)
+    overlap_tp: Value = False  # tensor-parallel collectives run beside the multiplications (user buffers, async TP); no published run is faster for it
+    overlap_gradients: Value = (
+        True  # inputs' gradients are reduced over tp beside the weights' gradients (Megatron since v3.0)
+    )
+    fused_gradients: Value = (
+        True  # a micro-batch's gradients are added within the multiplication (Megatron since v3.0), not after it
+    )
     overlap_pp: Value = True  # sends between stages run beside computation
     overlap_dp: Value = True  # gradients are reduced while the backward pass runs
     frozen: Value = False
