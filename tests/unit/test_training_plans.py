@@ -102,6 +102,9 @@ class TestFleet:
             ({"model": "{" * 20_000}, "training.model"), ({"batch": -1}, "training.batch"), ({"batch": 1 << 40}, "training.batch"),
             ({"batch": 8, "batch_tokens": 8}, "training.batch_tokens"), ({"sequence": -5}, "training.sequence"), ({"gpus": -1}, "gpus"),
             ({"gpu_types": ["K900"]}, "gpu_types"), ({"tokens": float("nan")}, "tokens"), ({"budget_usd": 5.0}, "tokens"),
+            ({"tokens": 1.0, "deadline": Duration(seconds=-1)}, "deadline"), ({"tokens": 1.0, "deadline": Duration(seconds=2**62)}, "deadline"),
+            ({"parallelism": pb.Parallelism(tensor=-8)}, "parallelism.tensor"), ({"parallelism": pb.Parallelism(expert=1 << 30)}, "parallelism.expert"),
+            ({"gpu_types": ["H200"] * 65}, "gpu_types"), ({"batch_tokens": -1, "batch": 0}, "training.batch_tokens"), ({"tokens": 1e17}, "tokens"),
         ],
     )  # fmt: skip
     async def test_what_is_wrong_is_named(self, more, field):

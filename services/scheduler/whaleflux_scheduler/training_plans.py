@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from whaleflux import names
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.manifests.job_fields import MAX_PARALLEL
 from whaleflux.manifests.training_values import model_text
 from whaleflux.planning import replan
 from whaleflux.planning.binding import lacks
@@ -33,8 +35,23 @@ if TYPE_CHECKING:
 
 MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
 USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4_000_000, 0.05, 8192
-_MOST_TYPES, _MOST_TOKENS, _MOST_USD = 64, 1e16, 1e13
+_MOST_TYPES, _MOST_TOKENS, _MOST_USD, _MOST_DEADLINE_S = 64, 1e16, 1e13, 1e10
+_PARTS = ("tensor", "pipeline", "context", "expert")  # of the split, as `Asked` has them
 PRECISIONS = ("bf16", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be planned, for whichever GPUs."""
+
+    shape: ModelShape
+    asked: Asked
+    goal: Goal
+    how: Training
+
+    @property
+    def precision(self) -> str:
+        return "fp8" if self.how.fp8 else "bf16"
 
 
 class TrainingPlans:
@@ -46,19 +63,19 @@ class TrainingPlans:
 
     async def planned(self, request: pb.PlanTrainingRequest, leading: Leading) -> pb.PlanTrainingResponse:
         """Of the fleet as it is now. Raises InvalidArgument naming field and limit, ResourceExhausted where others' plans take too long."""
-        shape, asked, goal, how = _asked(request)
+        question = _asked(request)
         await leading.view.caught_up()
         nodes, network = await leading.planner.ask(lambda plan: (plan.free_nodes(), plan.network()))
         has = training_offers.had(nodes)
         _known_types(request.gpu_types, has)
-        precision = "fp8" if request.training.fp8 else "bf16"
+        precision = question.precision
         able = [one for one in has if not lacks_precision(one.gpu, precision)]
         offers = training_offers.offers(able, request.gpus, request.gpu_types, network, self._measured.get(precision))
         unable = _unable(request, has, precision)
         if not offers:
             return pb.PlanTrainingResponse(refused=_too_few(request, has, precision))
         free = {(one.gpu.name, one.site): one.free for one in has}
-        answer = await self._turns.run(lambda: _answer(shape, offers, asked, goal, how, precision, free))
+        answer = await self._turns.run(lambda: _answer(question, offers, free))
         answer.refused.extend(unable)
         return answer
 
@@ -104,13 +121,15 @@ def shape_of(text: str, field: str = "training.model") -> ModelShape:
         ) from None
 
 
-def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Training]:
+def _asked(request: pb.PlanTrainingRequest) -> Question:
+    """Raises InvalidArgument with every mistake."""
     said = request.training
     shape = shape_of(said.model)
     checks = [
         ("training.batch", said.batch, MOST_BATCH), ("training.batch_tokens", said.batch_tokens, MOST_BATCH_TOKENS),
         ("training.sequence", said.sequence, MOST_SEQUENCE), ("gpus", request.gpus, MOST_GPUS), ("gpu_types", len(request.gpu_types), _MOST_TYPES),
         ("tokens", request.tokens, _MOST_TOKENS), ("budget_usd", request.budget_usd, _MOST_USD),
+        *((f"parallelism.{part}", getattr(request.parallelism, part), MAX_PARALLEL) for part in _PARTS),
     ]  # fmt: skip
     wrong = [
         FieldViolation(field, f"is {value:g}; it must be between 0 and {most:g}")
@@ -119,9 +138,9 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
     ]
     if said.batch and said.batch_tokens:
         wrong.append(FieldViolation("training.batch_tokens", "and training.batch both say the batch; say one"))
-    deadline_s = request.deadline.ToTimedelta().total_seconds() if request.HasField("deadline") else 0.0
-    if deadline_s < 0:
-        wrong.append(FieldViolation("deadline", "is in the past; give a time from now on"))
+    deadline_s = request.deadline.ToNanoseconds() / 1e9
+    if not 0 <= deadline_s <= _MOST_DEADLINE_S:
+        wrong.append(FieldViolation("deadline", f"is {deadline_s:g} s from now; it must be 0 to {_MOST_DEADLINE_S:g}"))
     if (deadline_s or request.budget_usd) and not request.tokens:
         wrong.append(
             FieldViolation("tokens", "is missing: deadline and budget_usd need to know how many are to be trained on")
@@ -134,16 +153,9 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
         batch, slack = min(MOST_BATCH, max(1, round((said.batch_tokens or USUAL_BATCH_TOKENS) / sequence))), BATCH_SLACK
     objective = Objective.COST if request.cheapest else Objective.TIME
     how = Training(frozen=said.adapters, fp8=float(said.fp8))
-    said_parts = (
-        request.parallelism.tensor,
-        request.parallelism.pipeline,
-        request.parallelism.context,
-        request.parallelism.expert,
-    )
-    tp, pp, cp, ep = (
-        max(one, 1) if any(said_parts) else 0 for one in said_parts
-    )  # beside another, what is left out is 1
-    return (
+    parts = [getattr(request.parallelism, part) for part in _PARTS]
+    tp, pp, cp, ep = (max(one, 1) if any(parts) else 0 for one in parts)  # beside another, what is left out is 1
+    return Question(
         shape,
         Asked(1, sequence, tp=tp, pp=pp, cp=cp, ep=ep, batch=batch, batch_slack=slack),
         Goal(request.tokens, deadline_s, request.budget_usd, objective),
@@ -151,9 +163,9 @@ def _asked(request: pb.PlanTrainingRequest) -> tuple[ModelShape, Asked, Goal, Tr
     )
 
 
-def _known_types(types: object, has: list[training_offers.Had]) -> None:
+def _known_types(types: Iterable[str], has: list[training_offers.Had]) -> None:
     there = {one.gpu.name for one in has}
-    wrong = [name for name in types if name not in CATALOGUE.types]  # type: ignore[attr-defined]
+    wrong = [name for name in types if name not in CATALOGUE.types]
     if wrong:
         raise InvalidArgument(
             FieldViolation(
@@ -182,23 +194,13 @@ def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had], pr
 # what is answered
 
 
-def _answer(
-    shape: ModelShape,
-    offers: list[Offer],
-    asked: Asked,
-    goal: Goal,
-    how: Training,
-    precision: str,
-    free: Mapping[tuple[str, str], int],
-) -> pb.PlanTrainingResponse:
-    choice = choose(shape, offers, asked, goal, how, precision)
+def _answer(question: Question, offers: list[Offer], free: Mapping[tuple[str, str], int]) -> pb.PlanTrainingResponse:
+    shape, how = question.shape, question.how
+    choice = choose(shape, offers, question.asked, question.goal, how, question.precision)
     every = _distinct((choice.chosen, *choice.others))
+    planned = [one for one in every if one.plan is not None]
     return pb.PlanTrainingResponse(
-        plans=[
-            _message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how))
-            for one in every
-            if one.plan is not None
-        ],
+        plans=[_message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how)) for one in planned],
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
     )
