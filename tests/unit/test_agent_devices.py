@@ -221,6 +221,18 @@ def test_a_malformed_profile_is_refused_by_name(tmp_path, content):
         Profile.load(str(path))
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 100_000, '{"model": "x", "memory_bytes": 1e999, "compute_capability": [9, 0]}', " " * (2 << 20)]
+)  # fmt: skip
+def test_a_file_that_is_no_machine_is_refused_in_plain_words(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(
+        InvalidArgument, match=r"mine\.json is no profile; give JSON of a machine: model, memory_bytes"
+    ) as refused:
+        Profile.load(str(tmp_path / "mine.json"))
+    assert "Error(" not in str(refused.value)
+
+
 def test_an_unknown_profile_lists_the_known_ones():
     with pytest.raises(InvalidArgument, match="h200x8"):
         Profile.load("h900x8")

@@ -45,6 +45,26 @@ def test_fewer_tokens_than_a_step_are_a_step():
     assert done.exit_code == 1
 
 
+def test_a_name_that_is_longer_than_any_file_s_is_no_model():
+    assert str(plan("x" * 5000, "--gpu", "H200").exception).startswith("MODEL: 'xxx")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--deadline", "999999999999d", "--tokens", "1T"), "--deadline: is '999999999999d'; it must be more than 0 and at most 10000000000 s"),
+        (("--price", "20000"), "--price: is '20000'; it must be more than 0 and at most 10000 dollars"),
+    ],
+)  # fmt: skip
+def test_limits_have_their_unit(more, words):
+    assert words in str(plan("llama-3.1-8b", "--gpu", "H200", *more).exception)
+
+
+def test_a_micro_batch_that_divides_no_batch_leads_to_one_that_does():
+    done = plan("llama-3.1-8b", "--gpu", "H200", "--micro-batch", "3", "--batch", "8")
+    assert "another split: dp 8, ZeRO-1, no recomputation, micro-batch 1" in done.output
+
+
 @pytest.mark.parametrize("said", ["0.5", "1.5", "0"])
 def test_tokens_are_whole(said):
     for option in ("--tokens", "--batch-tokens"):

@@ -152,3 +152,15 @@ def test_bad_input_names_the_option_and_the_fix(arguments, said):
     done = plan("llama-3.2-1b", *arguments)
     assert done.exit_code
     assert said in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpu", "H200:8,H200:8"), "--gpu: H200 was given twice"),
+        (("--gpu", "H200:8,A100-80GB:8", "--batch", "2000000"), "--batch: 2000000 samples a step; take 1 to 1048576"),
+        (("--gpu", "H200:8,A100-80GB:8", "--between-gbps", "1e-7"), "--between-gbps: is 1e-07; give 0.001 or more"),
+    ],
+)
+def test_mistakes_are_named_as_they_are_typed(arguments, words):
+    assert str(plan("llama-3.1-8b", *arguments).exception).startswith(words)

@@ -103,6 +103,16 @@ def test_bad_files(text, field):
     assert field in violations(text)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("9" * 5000, "has a number of thousands of digits"), ("2026-13-01", "a date or a number that there is not")],
+)
+def test_values_that_there_are_not_are_told_in_plain_words(value, words):
+    with pytest.raises(InvalidArgument, match=words) as refused:
+        job_from_yaml(f"run: sleep 1\nmodel: llama-3.1-8b\nbatch_tokens: {value}\n", Path())
+    assert "sys." not in str(refused.value)
+
+
 @pytest.mark.parametrize(("said", "tokens"), [("4M", 4_000_000), ("4.1M", 4_100_000), ("512k", 512_000), (4096, 4096)])
 def test_tokens_of_a_batch_are_said_as_commands_take_them(said, tokens):
     job = job_from_yaml(f"run: sleep 1\nmodel: llama-3.1-8b\nbatch_tokens: {said}\n", Path())

@@ -458,6 +458,19 @@ def test_batches_that_run_or_that_nobody_knows_break_none(more):
     assert check(TITAN + "[training]\nlocal_batch_size = 2\n", 16) == ()
 
 
+def test_what_the_trainer_of_hugging_face_fills_in_is_unsaid():
+    auto = (
+        '{"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto", '
+    )
+    assert (
+        check(auto + '"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}')
+        == ()
+    )
+    assert check('{"train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto"}', 16) == ()
+    (found,) = check('{"train_batch_size": 60, "train_micro_batch_size_per_gpu": "auto"}', 16)
+    assert found.rule == "gpus"
+
+
 def test_right_ones_of_people_break_none():
     assert check(MEGATRON + "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel") == ()
     assert check(TITAN + "tensor_parallel_degree = 4\n", 16) == ()
@@ -489,6 +502,9 @@ def test_right_ones_of_people_break_none():
         ("--tensor-model-parallel-size " + "9" * 5000, "must be a whole number from 1"),
         ("--tensor-model-parallel-size ٣", "must be a whole number from 1"),
         ("[parallelism]\ntensor_parallel_degree = true\n", "is 'True'"),
+        ("[parallelism]\ndata_parallel_shard_degree = 0\n", "data_parallel_shard_degree: is '0'"),
+        ("[parallelism]\n[training]\nglobal_batch_size = 0\n", "training.global_batch_size: is '0'"),
+        ('{"train_micro_batch_size_per_gpu": "some"}', "train_micro_batch_size_per_gpu: is 'some'"),
         ("parallelism = 3\n", "parallelism: must be a table"),
         ("x" * 2_000_000, "is longer than"),
         ("x = " + "9" * 5000, "a number of thousands of digits"),

@@ -76,3 +76,20 @@ def test_steady_speeds_come_to_rest(each_s):
 
 def test_noise_within_the_gain_moves_nothing():
     assert moved((10, 10), (1.0, 1.02), (20, 20)) == (10, 10)
+
+
+def test_thousands_that_are_alike_are_reckoned_as_one():
+    class Counting(float):
+        """Seconds of a unit that are counted when they are reckoned with."""
+
+        asked = 0
+
+        def __rtruediv__(self, other):
+            Counting.asked += 1
+            return other / float(self)
+
+    kinds = [Counting(1.0), Counting(2.0)]
+    each_s = [kind for kind in kinds for _ in range(5_000)]
+    found = dealt(15_000, each_s, [1] * 10_000, [15_000] * 10_000)
+    assert found == (2,) * 5_000 + (1,) * 5_000
+    assert Counting.asked < 3 * 10_000

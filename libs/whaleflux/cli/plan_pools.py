@@ -10,7 +10,7 @@ import typer
 
 from whaleflux.cli import output
 from whaleflux.cli.output import Format
-from whaleflux.cli.planning_options import MOST_GPUS, billions, gpu_of
+from whaleflux.cli.planning_options import MOST_GPUS, billions, gpu_of, named
 from whaleflux.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.training import Training
 
 _BETWEEN_HOP_S = 0.01  # between sites, one way
+_LEAST_GBPS = 0.001  # a megabit a second
 _MOST_OTHERS = 8
 
 
@@ -30,6 +31,10 @@ def pools_of(said: str, precision: str, between_gbps: float) -> list[Pool]:
     from whaleflux.planning.machine import Machine
     from whaleflux.planning.pools import SITE_HOP_S, Pool
 
+    if 0 < between_gbps < _LEAST_GBPS:
+        raise InvalidArgument(
+            FieldViolation("--between-gbps", f"is {between_gbps:g}; give {_LEAST_GBPS:g} or more, or 0 for one fabric")
+        )
     found = []
     for part in (one.strip() for one in said.split(",")):
         name, _, number = part.rpartition(":")
@@ -70,7 +75,8 @@ def show(
     """Plans, prints: the report, or what runs the best plan that `form` can say. The exit code is 1 where nothing fits."""
     from whaleflux.planning.mixed import MixedAsked, mixed_search
 
-    found = mixed_search(shape, pools, MixedAsked(samples, sequence), how)
+    with named({"gpu": "--gpu", "batch": "--batch"}):
+        found = mixed_search(shape, pools, MixedAsked(samples, sequence), how)
     prices = {pool.name: usd or _list_price(pool.name) for pool in pools}
     made = (
         _emitted(form, shape, pools, MixedAsked(samples, sequence, runnable=True), how, found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,10 +91,11 @@ def model_of(said: str) -> ModelShape:
             FieldViolation("MODEL", "is missing: a name (whaleflux fits --list), a config.json or a YAML file")
         )
     path = Path(said)
-    if not path.is_file():
+    if not _is_file(path):
         if path.suffix in (".json", ".yaml", ".yml"):
-            raise InvalidArgument(FieldViolation("MODEL", f"{said}: there is no such file"))
-        return model_named(said)
+            raise InvalidArgument(FieldViolation("MODEL", f"{said[:200]}: there is no such file"))
+        with named({"model": "MODEL"}):
+            return model_named(said)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -111,6 +113,26 @@ def model_of(said: str) -> ModelShape:
         raise InvalidArgument(
             FieldViolation("MODEL", f"{said} is no text; give a config.json or a YAML file, not weights")
         ) from None
+
+
+def _is_file(path: Path) -> bool:
+    """No where it cannot be looked at: names may be too long for any file."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def named(options: Mapping[str, str]) -> Iterator[None]:
+    """In the block refusals name what people type: `options` by the planner's name of a field."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+
+    try:
+        yield
+    except InvalidArgument as wrong:
+        renamed = [FieldViolation(options.get(one.field, one.field), one.description) for one in wrong.violations]
+        raise InvalidArgument(renamed) from None
 
 
 def gpu_of(said: str) -> GpuType:
@@ -170,6 +192,7 @@ def numbers_of(said: str, node_gpus: int) -> list[int]:
 def quantity_of(option: str, said: str, read: Callable[[object], float], most: float = 1e18) -> float:
     """What `read` makes of it; 0 where nothing was said. Raises InvalidArgument naming the option, also where it is 0 or too large."""
     from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.quantities import seconds
 
     if not said:
         return 0.0
@@ -178,8 +201,9 @@ def quantity_of(option: str, said: str, read: Callable[[object], float], most: f
     except ValueError as error:
         raise InvalidArgument(FieldViolation(option, f"is {said[:40]!r}; it {error}")) from None
     if not 0 < value <= most:
+        unit = {seconds: " s", money: " dollars"}.get(read, "")
         raise InvalidArgument(
-            FieldViolation(option, f"is {said[:40]!r}; it must be more than 0 and at most {most:.3g}")
+            FieldViolation(option, f"is {said[:40]!r}; it must be more than 0 and at most {most:.12g}{unit}")
         )
     return value
 

@@ -23,6 +23,7 @@ from whaleflux.fleet.sickness import Fault
 
 _MOST_INSTANCES = 7
 _MOST_NUMA_NODES = 8
+_MOST_BYTES = 1 << 20  # of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +91,33 @@ class Profile:
     @classmethod
     def _read(cls, path: Path) -> Profile:
         try:
-            return cls.parse(json.loads(path.read_text()))
-        except OSError as error:
-            raise InvalidArgument(FieldViolation("profile", f"{path} cannot be read: {error.strerror}")) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(FieldViolation("profile", f"{path} is malformed: {error!r}")) from None
+            with path.open("rb") as file:
+                raw = file.read(_MOST_BYTES + 1)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is no path"
+            raise InvalidArgument(FieldViolation("profile", f"{str(path)[:200]} cannot be read: {why}")) from None
+        try:
+            if len(raw) > _MOST_BYTES:
+                raise ValueError
+            return cls.parse(json.loads(raw))
+        except KeyError as missing:
+            raise _no_profile(path, f"has no {missing.args[0]!r}") from None
+        except (ValueError, TypeError, ArithmeticError, RecursionError, AttributeError):
+            raise _no_profile(path, "is no profile") from None
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Profile:
-        """From the content of a file. Raises KeyError, ValueError or TypeError."""
+        """From the content of a file. Raises KeyError, ValueError, TypeError, ArithmeticError or AttributeError."""
         if not isinstance(content, Mapping):
             raise TypeError("it must hold one object")
         major, minor = content["compute_capability"]
         return cls(str(content["model"]), int(content["memory_bytes"]), (int(major), int(minor)), _shape(content))
+
+
+def _no_profile(path: Path, what: str) -> InvalidArgument:
+    """A file that describes no machine."""
+    wanted = "give JSON of a machine: model, memory_bytes, compute_capability, count, links, cpu_millicores, host_memory_bytes, network_bytes_per_s"
+    return InvalidArgument(FieldViolation("profile", f"{str(path)[:200]} {what}; {wanted}"))
 
 
 def mig_instances(text: str, known: Sequence[MigProfile]) -> tuple[MigProfile, ...]:

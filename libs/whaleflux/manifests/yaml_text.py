@@ -93,5 +93,14 @@ def load_all(text: str) -> list[object]:
         )  # PyYAML's name for what is no file
         raise InvalidArgument(FieldViolation("file", f"is not YAML: {said[:500]}")) from None
     except (ValueError, RecursionError, OverflowError) as error:  # odd dates and numbers
-        raise InvalidArgument(FieldViolation("file", f"cannot be read: {str(error)[:200]}")) from None
+        raise InvalidArgument(FieldViolation("file", _odd(error))) from None
     return [one for one in found if one is not None] or [None]
+
+
+def _odd(error: Exception) -> str:
+    """What is wrong with a value that is YAML, and nothing that there can be."""
+    if isinstance(error, RecursionError):
+        return "is nested too deep"
+    if "digits" in str(error):  # Python's own limit
+        return "has a number of thousands of digits; write the number that is meant"
+    return f"has a date or a number that there is not: {str(error)[:200]}"

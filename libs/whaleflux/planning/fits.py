@@ -52,7 +52,7 @@ def instead(shape: ModelShape, gpu: GpuType, asked: Asked, how: Training, precis
     """What would fit: another recomputation or split; where none of these GPUs does, shorter sequences, more GPUs, larger ones, adapters."""
     found = []
     machine = Machine.of(gpu, precision)
-    open_split = replace(asked, tp=0, pp=0, ep=0, vp=0, zero=-1)
+    open_split = replace(asked, tp=0, pp=0, cp=0, ep=0, vp=0, zero=-1)
 
     def fits(what: Asked, on: Machine = machine, trained: Training = how) -> Candidate | None:
         return search(shape, on, what, trained).best
@@ -65,6 +65,8 @@ def instead(shape: ModelShape, gpu: GpuType, asked: Asked, how: Training, precis
         found.append("the same split with full recomputation (--recompute full)")
     if open_split != asked and (other := fits(replace(open_split, recompute=None))):
         return [*found, f"another split: {other.split.words()}"]
+    if asked.micro_batch > 1 and (other := fits(replace(open_split, micro_batch=0, recompute=None))):
+        return [*found, f"another split: {other.split.words()}, micro-batch {other.split.micro_batch}"]
     shorter = next(
         (one for one in _halves(asked.sequence) if fits(replace(open_split, sequence=one, recompute=None))), 0
     )

@@ -15,6 +15,7 @@ from whaleflux.planning.stage_rules import Stages
 MAX_BYTES = 1 << 20
 _MOST, _MOST_STAGES = 10**9, 4096
 _MOST_TOML, _MOST_DOTS = 64 << 10, 256  # bytes; of a line: the parser's time grows with the square of a key's parts
+_AUTO = "auto"  # in DeepSpeed's JSON
 _UNSAID = ("gpu", "auto", "cpu", "xpu")  # as --nproc-per-node: as many as there are
 
 
@@ -201,11 +202,11 @@ def _torchtitan(tables: Mapping[str, Any], gpus: int | None) -> Stated:
         return _whole(f"parallelism.{name}", split.get(name, 1))
 
     tp, pp, cp = (degree(f"{name}_parallel_degree") for name in ("tensor", "pipeline", "context"))
-    shards = _whole("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1), -1)
+    shards = _or_open("parallelism.data_parallel_shard_degree", split.get("data_parallel_shard_degree", -1))
     copies = tp * pp * cp * degree("data_parallel_replicate_degree")
     stated = None if shards < 1 else copies * shards
     heads, experts, layers = _shape_of(_said(model.get("name", "")), _said(model.get("flavor", "")))
-    batch = _whole("training.global_batch_size", training.get("global_batch_size", -1), -1)
+    batch = _or_open("training.global_batch_size", training.get("global_batch_size", -1))
     return Stated(
         form="torchtitan",
         gpus=gpus or stated,
@@ -236,6 +237,11 @@ def _parts(split: Mapping[str, Any], layers: int | None, pp: int) -> Stages | No
     names = [f"pipeline_parallel_{end}_stage_less_layers" for end in ("first", "last")]
     counted = layers + sum(_whole(f"parallelism.{name}", split.get(name, 1), 0) for name in names)
     return Stages(layers, pp, parts=-(-counted // each))
+
+
+def _or_open(name: str, value: object) -> int:
+    """-1: torchtitan works it out."""
+    return -1 if value == -1 else _whole(name, value)
 
 
 def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -308,18 +314,26 @@ def _listed(given: Mapping[str, Any], layers: object, pp: int) -> Stages | None:
 
 def _deepspeed(given: Mapping[str, Any], gpus: int | None) -> Stated:
     """Its batches say the number of GPUs: batch = micro-batch x accumulation x GPUs; what is left over divides nothing."""
-    micro, steps = (
-        _whole(name, given.get(name, 1)) for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    whole = _whole("train_batch_size", given.get("train_batch_size", micro * steps * (gpus or 1)))
+    sizes = {
+        name: _size(name, given.get(name, _AUTO))
+        for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    }
+    micro, steps, whole = sizes.values()
+    share = (micro or 1) * (steps or 1) * (gpus or 1)
     return Stated(
         form="deepspeed",
-        gpus=whole,
-        cp=micro * steps * (gpus or 1),
+        gpus=whole or share,
+        cp=share,
         fp16=_enabled(given, "fp16"),
         bf16=_enabled(given, "bf16"),
     )
 
 
+def _size(name: str, value: object) -> int | None:
+    """None: whoever starts it says so (the Trainer of Hugging Face)."""
+    return None if value == _AUTO else _whole(name, value)
+
+
 def _enabled(given: Mapping[str, Any], name: str) -> bool:
-    return bool(_table(given, name).get("enabled", False))
+    """No where whoever starts it says so."""
+    return _table(given, name).get("enabled", False) not in (False, _AUTO)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,10 +52,11 @@ class _One:
 
 def _level_s(total: int, ones: Sequence[_One]) -> float:
     """How long all would take if units could be cut: never longer than in whole ones."""
-    low, high = 0.0, max(one.takes_s(one.most) for one in ones)
+    alike = Counter(ones).items()  # thousands of replicas are of a few kinds
+    low, high = 0.0, max(one.takes_s(one.most) for one, _ in alike)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if math.fsum(one.units_in(middle) for one in ones) >= total:
+        if math.fsum(count * one.units_in(middle) for one, count in alike) >= total:
             high = middle
         else:
             low = middle
