@@ -27,6 +27,7 @@ DOORS: dict[str, Door] = {
     "front_door_abuse": Door(commands=("up", "deploy")),
     "trust_overhead": Door(commands=("cancel", "submit")),
     "idle_cost": Door(commands=("up",)),
+    "usage_h200": Door(commands=("agent",)),
     "isolation_start": Door(commands=("submit",)),
     "control_plane": Door(commands=("submit",)),
     "fleet_month": Door(commands=("simulate",)),

@@ -1,0 +1,186 @@
+"""Whether what agents and ranks tell of GPUs is true, on the GPUs of this machine: a real training beside the agent's counters.
+
+    python -m benchmarks.usage_h200 --json FILE        measures (5 min, one or two GPUs of Hopper or later, PyTorch, nvidia-ml-py)
+
+The training's FLOPs are counted from its shapes (torch.utils.flop_counter); MFU by counters is `tensor_ppm` of the agent's sampler, in windows
+that lie within a phase. NVLink bytes are compared with what a ring of all-reduces sends. Costs are the medians of blocks of 20 steps, with and without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Options, Report, Row, Target, main
+
+_EVERY_S = 5.0
+_PEAK_FLOPS = 989.4e12  # bf16, dense: data sheet of H100 and H200 SXM
+_MFU_POINTS, _NVLINK_PCT, _COST_PCT, _CORES_PER_8 = 2.0, 2.0, 0.1, 0.01
+_MARGIN_S = 1.0  # around a phase's begin and end
+
+Lines = list[dict[str, Any]]
+
+
+def plan(gpus: int, scale: float) -> list[dict[str, Any]]:
+    """Phases of the training; those with and without costs alternate."""
+
+    def phase(name: str, seconds: float, stall: float = 0.0, sdk: bool = False, kind: str = "train") -> dict[str, Any]:
+        return {"name": name, "seconds": seconds * scale, "stall": stall, "sdk": sdk, "kind": kind}
+
+    found = [phase("warm up", 15), phase("full", 40, sdk=True), phase("half", 40, 0.5, True)]
+    for at in range(4):
+        found += [phase(f"plain {at}", 12), phase(f"told {at}", 12, sdk=True)]
+    if gpus > 1:
+        found.append(phase("reduce", 25, kind="reduce"))
+    return found
+
+
+def measure(options: Options) -> Report:
+    """What counters, ranks and their cost are against what was counted."""
+    gpus = _gpus()
+    if not gpus:
+        return Report(
+            targets=_targets({}),
+            notes=["not run here: it needs an NVIDIA GPU with performance counters, PyTorch and nvidia-ml-py"],
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        seen, ranks = _ran(Path(folder), plan(gpus, 0.25 if options.quick else 1.0), gpus)
+    rows, found = scored(seen, ranks)
+    return Report(rows=rows, targets=_targets(found), notes=[f"{gpus} GPU(s); windows of {_EVERY_S:g} s"])
+
+
+def _gpus() -> int:
+    """At most two."""
+    try:
+        import pynvml  # noqa: F401
+        import torch
+    except ImportError:
+        return 0
+    return min(2, int(torch.cuda.device_count()))
+
+
+def _ran(folder: Path, phases: Sequence[dict[str, Any]], gpus: int) -> tuple[Lines, list[Lines]]:
+    """What the sampler saw, and what each rank said."""
+    module = [sys.executable, "-m", "benchmarks.usage_lab.sampler", str(folder / "seen.jsonl"), str(_EVERY_S)]
+    with subprocess.Popen(module, stdin=subprocess.PIPE) as sampler:
+        try:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+            program = ["-m", "benchmarks.usage_lab.training", str(folder), json.dumps(phases)]
+            subprocess.run([*launcher, *program], check=True, timeout=480)
+        finally:
+            assert sampler.stdin is not None
+            sampler.stdin.close()
+            try:
+                sampler.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                sampler.send_signal(signal.SIGKILL)
+    return _lines(folder / "seen.jsonl"), [_lines(folder / f"rank-{rank}.jsonl") for rank in range(gpus)]
+
+
+def _lines(path: Path) -> Lines:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def scored(seen: Lines, ranks: Sequence[Lines]) -> tuple[list[Row], dict[str, float]]:
+    """Rows, and figures by target. Pure. GPU i runs rank i."""
+    windows = [one for one in seen if "cores" not in one]
+    phases = [{line["phase"]: line for line in rank if "phase" in line} for rank in ranks]
+    rows = [
+        _mfu_row(name, rank, phases[rank][name], windows) for name in ("full", "half") for rank in range(len(ranks))
+    ]
+    rows += [_data_row(rank, phases[rank]["half"], ranks[rank]) for rank in range(len(ranks))]
+    found = {
+        "mfu_points": max(
+            (abs(row["by counters"] - row["counted"]) for row in rows if row["what"].startswith("MFU")),
+            default=math.nan,
+        )
+    }
+    found["data_points"] = max(
+        abs(row["by counters"] - row["counted"]) for row in rows if row["what"].startswith("data")
+    )
+    if "reduce" in phases[0]:
+        row = _nvlink_row(phases[0]["reduce"], windows)
+        rows.append(row)
+        found["nvlink_pct"] = abs(row["by counters"] / row["counted"] - 1) * 100
+    plain, told = (_median(phases[0], kind) for kind in ("plain", "told"))
+    rows.append({"what": "step, ms: plain, told", "counted": plain * 1e3, "by counters": told * 1e3})
+    found["sdk_pct"] = (told / plain - 1) * 100
+    cost = next((one for one in seen if "cores" in one), {"cores": math.nan, "gpus": 1})
+    found["cores_per_8"] = cost["cores"] * 8 / cost["gpus"]
+    rows.append({"what": "sampler, cores per 8 GPUs", "by counters": found["cores_per_8"]})
+    return rows, found
+
+
+def _mfu_row(name: str, rank: int, phase: dict[str, Any], windows: Lines) -> Row:
+    within = [one for one in windows if _within(one, phase)]
+    shares = [gpu["tensor_ppm"] / 1e4 for one in within if (gpu := one["gpus"][rank])["tensor_ppm"] is not None]
+    counted = phase["flops"] / (phase["end_s"] - phase["start_s"]) / _PEAK_FLOPS * 100
+    by_counters = statistics.mean(shares) if shares else math.nan
+    return {
+        "what": f"MFU %, {name}, GPU {rank}",
+        "counted": counted,
+        "by counters": by_counters,
+        "windows": len(shares),
+    }
+
+
+def _data_row(rank: int, phase: dict[str, Any], lines: Lines) -> Row:
+    """What a rank says that it waited for data, against how long its program slept there."""
+    reports = [line["report"] for line in lines if "report" in line]
+    told = sum(
+        one["data_s"] for one in reports if phase["start_s"] <= one["start_s"] and one["end_s"] <= phase["end_s"]
+    )
+    whole_s = phase["end_s"] - phase["start_s"]
+    return {
+        "what": f"data wait %, half, rank {rank}",
+        "counted": phase["slept_s"] / whole_s * 100,
+        "by counters": told / whole_s * 100,
+    }
+
+
+def _nvlink_row(phase: dict[str, Any], windows: Lines) -> Row:
+    """Bytes of a second: whole windows within the phase against the phase's mean."""
+    within = [one for one in windows if _within(one, phase)]
+    sent = sum(one["gpus"][0]["nvlink_sent_bytes"] or 0 for one in within)
+    seconds = sum(one["end_s"] - one["start_s"] for one in within)
+    counted = phase["sent_bytes"] / (phase["end_s"] - phase["start_s"])
+    return {
+        "what": "NVLink sent, GB/s",
+        "counted": counted / 1e9,
+        "by counters": (sent / seconds if seconds else math.nan) / 1e9,
+    }
+
+
+def _within(window: dict[str, Any], phase: dict[str, Any]) -> bool:
+    return bool(window["start_s"] >= phase["start_s"] + _MARGIN_S and window["end_s"] <= phase["end_s"] - _MARGIN_S)
+
+
+def _median(phases: dict[str, Any], kind: str) -> float:
+    """Seconds of a step, over the blocks of all phases of a kind."""
+    blocks: Iterable[float] = (s for name, one in phases.items() if name.startswith(kind) for s in one["blocks_s"])
+    return statistics.median(blocks)
+
+
+def _targets(found: dict[str, float]) -> list[Target]:
+    def target(name: str, most: float, unit: str) -> Target:
+        return Target(f"usage_h200.{name}", found.get(name, math.nan), most, unit)
+
+    return [
+        target("mfu_points", _MFU_POINTS, "points between MFU by counters and by counted FLOPs, at most"),
+        target("data_points", _MFU_POINTS, "points between waits for data as told and as slept"),
+        target("nvlink_pct", _NVLINK_PCT, "% between NVLink bytes by counters and by all-reduces"),
+        target("sdk_pct", _COST_PCT, "% of a step that telling of steps costs"),
+        target("cores_per_8", _CORES_PER_8, "cores that sampling 8 GPUs costs"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main("usage_h200", measure))
