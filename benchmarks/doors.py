@@ -57,6 +57,8 @@ DOORS: dict[str, Door] = {
     "packing_churn": Door(waits_for=_TABLE),
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
     "burst": Door(commands=("offers", "leases", "burst")),
+    "ledger_identity": Door(waits_for="console"),
+    "waste_attribution": Door(waits_for="console"),
     "deploy_models": Door(commands=("deploy", "rollout")),
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_faults": Door(commands=("submit",), fields=("data",)),

@@ -1,1 +1,1 @@
-"""What the benchmarks of the usage ledger share."""
+"""Generated histories of fleets, and simulated work whose waste is known: what the ledger is measured against."""

@@ -142,7 +142,7 @@ class Working:
             parts.tensor_ms += self._counters.tensor_ms(start, end)
         more = whole - sum(part or 0 for part in said) - _count(report) * self._usual_rest_ms
         if more > self._silence_ms and all(kinds):
-            parts.idle_ms += max(0, more * ms // whole - self._counters.busy_ms(start, end))
+            parts.idle_ms += min(more * ms // whole, ms - self._counters.busy_ms(start, end))
 
     def _silent(self, start: int, end: int, following: int, into: Split) -> None:
         """Time without report, before the one at place `following`: idle where no step is missing or counters say so, else what counters tell."""

@@ -199,14 +199,14 @@ def _free(cell: Cell, use: Use, weight: int) -> None:
 def _rows(
     place: Place, cell: Cell, hour_ms: int, work: Attribution, version: int
 ) -> Iterator[tuple[LedgerRow, list[int]]]:
-    """The cell's rows, each with its weights."""
+    """The cell's rows, each with its weights. First over holders, so that what is learned of one's work changes nobody else's bill."""
     keys = sorted(cell.lines)
-    micros = split(cell.bill_micros, [weight for key in keys for weight in cell.lines[key].weights])
-    times = split(cell.present_ms, [sum(cell.lines[key].weights) for key in keys])
-    for i, key in enumerate(keys):
+    held = [sum(cell.lines[key].weights) for key in keys]
+    bills, times = split(cell.bill_micros, held), split(cell.present_ms, held)
+    for key, bill_micros, gpu_ms in zip(keys, bills, times, strict=True):
         line = cell.lines[key]
-        of_line = tuple(micros[i * len(CLASSES) : (i + 1) * len(CLASSES)])
-        yield _row(place, key, line, of_line, times[i], hour_ms, version, work, cell.note), line.weights
+        micros = tuple(split(bill_micros, line.weights))
+        yield _row(place, key, line, micros, gpu_ms, hour_ms, version, work, cell.note), line.weights
 
 
 def _row(
@@ -225,7 +225,7 @@ def _row(
         hour_ms=hour_ms,
         card=place.card,
         node=place.node,
-        site=place.node.rsplit("/nodes/", 1)[0],
+        site=_site(place.node),
         gpu_class=place.gpu_class,
         queue=attempt.queue if attempt else _queue(line.job),
         user=attempt.user if attempt else "",
@@ -243,6 +243,11 @@ def _row(
         micros_per_hour=place.micros_per_hour,
         note=note,
     )
+
+
+def _site(node: str) -> str:
+    """Site of sites/{site}/nodes/{node}."""
+    return node.partition("/nodes/")[0].removeprefix("sites/")
 
 
 def _queue(job: str) -> str:

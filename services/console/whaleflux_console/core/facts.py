@@ -151,7 +151,7 @@ class Adjustment:
     micros: int
     start_ms: int
     end_ms: int
-    site: str = ""  # empty: all
+    site: str = ""  # its id alone; empty: all
     gpu_class: str = ""
     reason: str = ""
 

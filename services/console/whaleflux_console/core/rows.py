@@ -52,7 +52,7 @@ class LedgerRow:
     hour_ms: int
     card: str
     node: str  # sites/{site}/nodes/{node}
-    site: str  # sites/{site}
+    site: str  # its id alone
     gpu_class: str
     queue: str  # queues/{queue}; empty, as the next five: nobody held it
     user: str

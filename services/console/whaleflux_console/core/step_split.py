@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from whaleflux_console.core.facts import WHOLE_PPM, Attempt, Plan, Steps
 from whaleflux_console.core.money import split
@@ -40,7 +41,8 @@ class Parts:
 
 
 Said = tuple[int | None, int | None, int | None, int | None, int | None]
-_DATA, _HOST, _SAVE, _IN_NODE, _CROSS = range(5)
+_AS_SAID = (CostClass.DATA, CostClass.HOST, CostClass.SAVE, CostClass.COMM_IN_NODE)
+_IN_NODE, _CROSS = 3, 4
 
 
 def of_report(report: Steps, *, alone: bool, cross_node: bool) -> Said:
@@ -65,37 +67,44 @@ def bounded(said: Said, whole_ms: int, ms: int) -> list[int]:
 
 def classify(parts: Parts, said: tuple[bool, ...], attempt: Attempt, *, alone: bool, into: Split) -> None:
     """Divides these steps. `said`: which of the five kinds were reported."""
-    data, host, save, in_node, cross = parts.said_ms
-    rest = parts.whole_ms - sum(parts.said_ms)
-    if not (said[_IN_NODE] and said[_CROSS]) and attempt.communication_s is not None:
-        more = max(0, min(rest, round(attempt.communication_s * 1000) * parts.steps - in_node - cross))
-        goes_cross = not said[_CROSS] and (said[_IN_NODE] or attempt.cross_node)
-        in_node, cross = (in_node, cross + more) if goes_cross else (in_node + more, cross)
-        rest -= more
-        into.modelled, said = True, (*said[:_IN_NODE], True, True)
-    for kind, ms in zip(
-        (CostClass.DATA, CostClass.HOST, CostClass.SAVE, CostClass.COMM_IN_NODE),
-        (data, host, save, in_node),
-        strict=True,
-    ):
+    into.measured = into.measured or any(said)
+    said_ms, complete = _with_communication(parts, said, attempt, into)
+    for kind, ms in zip(_AS_SAID, said_ms, strict=False):
         into.add(kind, ms)
-    _across(cross, attempt, into)
+    _across(said_ms[_CROSS], attempt, into)
+    rest = parts.whole_ms - sum(said_ms)
     idle = min(rest, parts.idle_ms)
     into.add(CostClass.ALLOCATED_IDLE, idle)
     rest -= idle
-    into.measured = into.measured or any(said)
-    if all(said) and (alone or attempt.plan is not None):
-        _computed(rest, rest + in_node, attempt.plan, into)
+    if complete and (alone or attempt.plan is not None):
+        _computed(rest, rest + said_ms[_IN_NODE], attempt.plan, into)
     else:
         at_least(min(rest, parts.tensor_ms), rest, attempt.plan, into)
 
 
+def _with_communication(parts: Parts, said: tuple[bool, ...], attempt: Attempt, into: Split) -> tuple[list[int], bool]:
+    """Milliseconds of each kind, with a model's where communication is unsaid, and whether all of them are then known."""
+    said_ms, modelled_s = list(parts.said_ms), _known(attempt.communication_s)
+    if modelled_s is None or (said[_IN_NODE] and said[_CROSS]):
+        return said_ms, all(said)
+    more = round(modelled_s * 1000) * parts.steps - said_ms[_IN_NODE] - said_ms[_CROSS]
+    unsaid = _CROSS if not said[_CROSS] and (said[_IN_NODE] or attempt.cross_node) else _IN_NODE
+    said_ms[unsaid] += max(0, min(parts.whole_ms - sum(said_ms), more))
+    into.modelled = True
+    return said_ms, all(said[:_IN_NODE])
+
+
+def _known(score_s: float | None) -> float | None:
+    """A score that is one."""
+    return score_s if score_s is not None and isfinite(score_s) and score_s >= 0 else None
+
+
 def _across(cross: int, attempt: Attempt, into: Split) -> None:
     """Communication across nodes: what the best free placement would have had too, and what not."""
-    actual, best = attempt.communication_s, attempt.best_free_communication_s
+    actual, best = _known(attempt.communication_s), _known(attempt.best_free_communication_s)
     if not cross:
         return
-    if actual is None or best is None or actual <= 0:
+    if not actual or best is None:
         into.unknown(cross)
         return
     structural = cross * round(min(best, actual) * WHOLE_PPM) // max(1, round(actual * WHOLE_PPM))
@@ -128,9 +137,8 @@ def _compute(ms: int, plan: Plan | None, into: Split) -> None:
     again = ms * plan.recompute_share_ppm // WHOLE_PPM if plan else 0
     into.add(CostClass.RECOMPUTE, again)
     into.add(CostClass.USEFUL, ms - again)
-    into.modelled = (
-        into.modelled or again > 0 or (plan is None and ms > 0)
-    )  # without a plan work done again is in useful
+    without_plan = plan is None and ms > 0  # work done again is in useful then
+    into.modelled = into.modelled or again > 0 or without_plan
 
 
 def at_least(tensor_ms: int, whole_ms: int, plan: Plan | None, into: Split) -> None:
