@@ -31,7 +31,7 @@ JOB, UID = "queues/q/jobs/j", "uid"
 DETECT_MS, RESTART_MS = 15_000, 45_000
 STEP_MS, REPORT_STEPS, SAVE_STEPS, SAMPLE_MS = 2_000.0, 10, 50, 10_000
 COMPUTING = (CostClass.USEFUL, CostClass.RECOMPUTE)
-COMMUNICATING = (CostClass.COMM_IN_NODE, CostClass.COMM_AVOIDABLE, CostClass.COMM_STRUCTURAL)
+ACROSS = (CostClass.COMM_AVOIDABLE, CostClass.COMM_STRUCTURAL)
 BEFORE = (
     CostClass.UNAVAILABLE,
     CostClass.IDLE,
@@ -55,6 +55,7 @@ class _Gpu:
     name: str
     at_ms: float = START_MS
     pieces: list[tuple[float, float, CostClass]] = field(default_factory=list)
+    vain: list[tuple[float, float]] = field(default_factory=list)  # when all that it did was lost
     reports: list[Steps] = field(default_factory=list)
 
     def spend(self, kind: CostClass, ms: float) -> None:
@@ -85,7 +86,8 @@ class WastefulHour:
         truth: Counter[CostClass] = Counter()
         for gpu in self._gpus:
             for start, end, kind in gpu.pieces:
-                truth[kind] += round(end - start)
+                lost = any(first <= start < last for first, last in gpu.vain)
+                truth[CostClass.LOST if lost else kind] += round(end - start)
         return Hour(self._facts(), truth)
 
     def _share(self, kind: CostClass) -> float:
@@ -122,12 +124,12 @@ class WastefulHour:
 
     def _fail(self, number: int) -> None:
         """Steps after the last save, then silence until it is noticed. They are told of as every step is."""
-        marks = [len(gpu.pieces) for gpu in self._gpus]
+        began = [gpu.at_ms for gpu in self._gpus]
         kept, lost_ms = self._step, self._of_hour(CostClass.LOST) - DETECT_MS - RESTART_MS
         self._work(number, self._now + lost_ms, hang_ms=0)
         self._all(CostClass.LOST, DETECT_MS)
-        for gpu, mark in zip(self._gpus, marks, strict=True):
-            gpu.pieces[mark:] = [(start, end, CostClass.LOST) for start, end, _ in gpu.pieces[mark:]]
+        for gpu, start in zip(self._gpus, began, strict=True):
+            gpu.vain.append((start, gpu.at_ms))
         self._last, self._step = self._step, kept
 
     def _record(
@@ -144,7 +146,7 @@ class WastefulHour:
 
     def _scores(self) -> dict[str, float]:
         """What the placement core said: its model is 5 % off."""
-        actual = sum(self._share(kind) for kind in COMMUNICATING[1:]) * STEP_MS / 1000
+        actual = sum(self._share(kind) for kind in ACROSS) * STEP_MS / 1000
         best = self._share(CostClass.COMM_STRUCTURAL) * STEP_MS / 1000
         return {"communication_s": actual * 1.05, "best_communication_s": best * 0.8, "best_free_communication_s": best}
 
@@ -170,22 +172,24 @@ class WastefulHour:
         self._step += 1
         for kind in (CostClass.DATA, CostClass.HOST):
             self._all(kind, self._noisy(self._share(kind) * STEP_MS))
-        within = sum(self._share(kind) for kind in (CostClass.DATA, CostClass.HOST, CostClass.SAVE, *COMMUNICATING))
-        self._compute((1 - within) * STEP_MS)
-        for kind in COMMUNICATING:
+        outside = sum(self._share(kind) for kind in (CostClass.DATA, CostClass.HOST, CostClass.SAVE, *ACROSS))
+        self._compute((1 - outside) * STEP_MS)
+        for kind in ACROSS:
             self._all(kind, self._noisy(self._share(kind) * STEP_MS))
         if self._step % SAVE_STEPS == 0:
             self._all(CostClass.SAVE, self._noisy(self._share(CostClass.SAVE) * STEP_MS * SAVE_STEPS))
 
     def _compute(self, ms: float) -> None:
+        """Micro-batches; what talks within the node (tensor parallelism) does so in each of them."""
         slots = 3 * (MICRO_BATCHES + self._stages - 1)
         whole, busy = pipeline_step(self._stages, MICRO_BATCHES, ms / slots, 0.05, self._random)
-        again = self._share(CostClass.RECOMPUTE)
+        again, talk = self._share(CostClass.RECOMPUTE), self._noisy(self._share(CostClass.COMM_IN_NODE) * STEP_MS) / ms
         for i, gpu in enumerate(self._gpus):
-            mine = busy[i % self._stages]
+            mine = busy[i % self._stages] * (1 - talk)
+            gpu.spend(CostClass.COMM_IN_NODE, busy[i % self._stages] * talk)
             gpu.spend(CostClass.USEFUL, mine * (1 - again))
             gpu.spend(CostClass.RECOMPUTE, mine * again)
-            gpu.spend(CostClass.BUBBLE, whole - mine)
+            gpu.spend(CostClass.BUBBLE, whole - busy[i % self._stages])
 
     def _noisy(self, ms: float) -> float:
         return ms * self._random.uniform(0.5, 1.5)
@@ -236,7 +240,7 @@ def _samples(gpu: _Gpu) -> Iterator[Sample]:
     for start, end, kind in gpu.pieces:
         for slot, ms in _by_slot(start, end):
             tensor[slot] += round(0.8 * ms * 1000) if kind in COMPUTING else 0
-            active[slot] += round(ms * 1000) if kind in COMPUTING + COMMUNICATING else 0
+            active[slot] += round(ms * 1000) if kind in (*COMPUTING, *ACROSS, CostClass.COMM_IN_NODE) else 0
     for slot in range(HOUR_MS // SAMPLE_MS):
         start = START_MS + slot * SAMPLE_MS
         ppm = [counted[slot] * 1000 // SAMPLE_MS for counted in (tensor, active)]
