@@ -28,14 +28,17 @@ _SUMS = ("nvlink_sent_bytes", "nvlink_received_bytes", "pcie_sent_bytes", "pcie_
 _TIMES = ("data_us", "host_us", "save_us", "comm_in_node_us", "comm_cross_us", "tokens")
 
 
-def _stretches(source: str, once: str, of: str, known: str) -> str:
-    """Rows of `source`, each report once (`once`: by what rows of a report differ), with the number of the stretch that they lie in."""
-    only = f"DISTINCT ON (reporter, sequence, {once})" if once else ""
+def _stretches(source: str, once: bool, of: str, known: str) -> str:
+    """Rows of `source`, each report `once`, with the number of the stretch that they lie in."""
+    order = "start_ms, end_ms, reporter, sequence" if once else "start_ms, end_ms"
+    same = ("start_ms", "reporter", "sequence") if once else ()
+    again = " AND ".join(f"{name} = lag({name}) OVER w" for name in same) or "false"
     return f"""
-    WITH marked AS (SELECT {only} *, {known} AS known FROM ({source})),
-    broken AS (SELECT *, (start_ms > lag(end_ms) OVER w + {_JOINED_MS} OR known <> lag(known) OVER w)::INT AS breaks FROM marked
-        WINDOW w AS (PARTITION BY {of} ORDER BY start_ms, end_ms)),
-    placed AS (SELECT *, sum(coalesce(breaks, 0)) OVER (PARTITION BY {of} ORDER BY start_ms, end_ms) AS stretch FROM broken)
+    WITH marked AS (SELECT *, {known} AS known FROM ({source})),
+    broken AS (SELECT *, (start_ms > lag(end_ms) OVER w + {_JOINED_MS} OR known <> lag(known) OVER w)::INT AS breaks,
+        coalesce({again}, false) AS again FROM marked WINDOW w AS (PARTITION BY {of} ORDER BY {order})),
+    placed AS (SELECT * EXCLUDE (known), sum(coalesce(breaks, 0))
+        OVER (PARTITION BY {of} ORDER BY start_ms, end_ms ROWS UNBOUNDED PRECEDING) AS stretch FROM broken WHERE NOT again)
     """
 
 
@@ -66,17 +69,16 @@ def reported(hour_ms: int, paths: Sequence[Path]) -> str:
 
 def samples_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
     """Samples in files as MINUTES: one row per device, stretch and minute."""
-    once = "device, start_ms"
-    return _samples(engine, reported(hour_ms, paths), once, _KNOWN, MINUTE_MS, empty=SAMPLES.empty_table())
+    return _samples(engine, reported(hour_ms, paths), True, _KNOWN, MINUTE_MS, empty=SAMPLES.empty_table())
 
 
 def coarser_samples(engine: Engine, minutes: pa.Table, bucket_ms: int) -> pa.Table:
     """The same by longer buckets, none of which has minutes of rest and of work: by runs of rest is told what was idle."""
     rests = f"coalesce(idle_power AND sm_active_ppm < {BUSY_SM_PPM} AND coalesce(tensor_ppm, 0) = 0, false)::VARCHAR"
-    return _samples(engine, "SELECT * FROM minutes", "", f"{_KNOWN} || {rests}", bucket_ms, minutes=minutes)
+    return _samples(engine, "SELECT * FROM minutes", False, f"{_KNOWN} || {rests}", bucket_ms, minutes=minutes)
 
 
-def _samples(engine: Engine, source: str, once: str, known: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
+def _samples(engine: Engine, source: str, once: bool, known: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
     query = f"""{_stretches(source, once, "device", known)}
     SELECT device, min(start_ms) AS start_ms, max(end_ms) AS end_ms,
         {", ".join(_mean(c) for c in _MEANS)}, max(memory_used_bytes) AS memory_used_bytes, {", ".join(_sum(c) for c in _SUMS)},
@@ -87,16 +89,15 @@ def _samples(engine: Engine, source: str, once: str, known: str, bucket_ms: int,
 
 def steps_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
     """Steps in files as WORK: one row per rank of an attempt, stretch and minute."""
-    once = "uid, attempt, rank, first_step, start_ms"
-    return _steps(engine, reported(hour_ms, paths), once, MINUTE_MS, empty=STEPS.empty_table())
+    return _steps(engine, reported(hour_ms, paths), True, MINUTE_MS, empty=STEPS.empty_table())
 
 
 def coarser_steps(engine: Engine, work: pa.Table, bucket_ms: int) -> pa.Table:
     """The same by longer buckets."""
-    return _steps(engine, "SELECT * FROM work", "", bucket_ms, work=work)
+    return _steps(engine, "SELECT * FROM work", False, bucket_ms, work=work)
 
 
-def _steps(engine: Engine, source: str, once: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
+def _steps(engine: Engine, source: str, once: bool, bucket_ms: int, **tables: pa.Table) -> pa.Table:
     rank = "uid, attempt, rank, device"
     query = f"""{_stretches(source, once, rank, _known(*_TIMES, "flops"))}
     SELECT {rank}, min(start_ms) AS start_ms, max(end_ms) AS end_ms, min(first_step) AS first_step, max(last_step) AS last_step,
