@@ -532,3 +532,11 @@ def test_processes_that_the_machines_say_are_unsaid(launch):
     script = f"torchrun {launch} {MEGATRON.partition('-node 8 ')[2]} --tensor-model-parallel-size 4"
     assert check(script) == check(script, 8) == ()
     assert [one.rule for one in check(script, 6)] == ["gpus"]
+
+
+@pytest.mark.parametrize("form", ["torchrun", "megatron"])
+def test_scripts_set_the_allocator_that_memory_is_planned_with(form):
+    """Whoever sets the variable keeps what they said."""
+    assert (
+        "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" in emit(form, planned(dp=8)).text
+    )

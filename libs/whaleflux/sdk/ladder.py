@@ -43,7 +43,7 @@ _LAYERS = ((2048, 5632), (4096, 11008))  # hidden, ffn
 _HEADS = ((2048, 32_000), (4096, 128_256))  # hidden, vocabulary
 # How layers run: as they are written or compiled, with weights in 16 bit, or in 32 that are cast (autocast).
 _SOFTWARE = ("eager", "compiled", "autocast", "autocast compiled")
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 _BYTES = tuple(1 << power for power in (16, 20, 22, 24, 26, 28, 30))
 
 
@@ -348,19 +348,14 @@ def _collective_s(kind: str, elements: int, size: int, group: Any, device: torch
     """Each rank runs it as often as the others: how often depends on the size alone."""
     whole = torch.zeros(elements, device=device, dtype=torch.bfloat16)
     part = torch.zeros(elements // size, device=device, dtype=torch.bfloat16)
-    rank = dist.get_rank(group)
 
     def run() -> None:
         if kind == "all_reduce":
             dist.all_reduce(whole, group=group)
         elif kind == "all_gather":
             dist.all_gather_into_tensor(whole, part, group=group)
-        elif kind == "reduce_scatter":
+        else:
             dist.reduce_scatter_tensor(part, whole, group=group)
-        elif rank == 0:
-            dist.send(whole, 1, group=group)
-        elif rank == 1:
-            dist.recv(whole, 0, group=group)
 
     for _ in range(3):
         run()

@@ -33,6 +33,8 @@ def environment(planned: Planned, *, sharded: bool = False) -> list[str]:
     one_queue = (planned.split.tp > 1 or planned.split.cp > 1) and not sharded
     return [
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}",
+        # Blocks of the allocator grow in place, which the planner's memory counts on: else a tenth of a GPU lies between them.
+        "export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}",
         *(["export CUDA_DEVICE_MAX_CONNECTIONS=1"] if one_queue else []),
     ]
 
