@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from whaleflux.sdk import PlannedMesh, device_mesh
+from whaleflux.sdk import Checkpointer, PlannedMesh, device_mesh
 
 LAYERS, HIDDEN, HEADS, VOCABULARY = 4, 64, 4, 128
 
@@ -94,20 +94,23 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, plan: PlannedMesh, 
 
 
 def main() -> None:
-    """Prints the loss over all ranks after each step."""
+    """Prints the loss over all ranks after each step. Goes on from the newest checkpoint, whatever split wrote it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--checkpoints", default="checkpoints", help="Folder; a WhaleFlux job has its own.")
     asked = parser.parse_args()
     plan = device_mesh()
     device = plan.mesh.device_type
     model = planned_model(plan, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=asked.lr)
-    for number in range(asked.steps):
-        loss = step(model, optimizer, plan, batch(number, plan).to(device))
-        dist.all_reduce(loss)  # ranks that share a text have the same loss
-        if dist.get_rank() == 0:
-            print(f"step {number + 1} loss {loss.item() / dist.get_world_size():.5f}", flush=True)
+    with Checkpointer(model=model, optimizer=optimizer, location=asked.checkpoints) as saved:
+        for number, texts in saved.steps(lambda number: batch(number, plan).to(device), total=asked.steps):
+            loss = step(model, optimizer, plan, texts)
+            dist.all_reduce(loss)  # ranks that share a text have the same loss
+            saved.report(loss / dist.get_world_size())
+            if dist.get_rank() == 0:
+                print(f"step {number + 1} loss {loss.item() / dist.get_world_size():.5f}", flush=True)
     dist.destroy_process_group()
 
 

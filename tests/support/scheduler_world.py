@@ -100,6 +100,8 @@ class FakeCheckpoint:
 
     def __init__(self) -> None:
         self.newest = ""
+        self.facts: dict[str, object] = {}  # of that
+        self.down: StatusError | None = None
         self.kept: list[checkpoint_pb2.Checkpoint] = []
         self.asked: list[str] = []
         self.listed: list[str] = []  # whose checkpoints were asked for
@@ -111,9 +113,11 @@ class FakeCheckpoint:
 
     async def FindRestorable(self, request, timeout=None):
         self.asked.append(request.job)
+        if self.down:
+            raise self.down
         if not self.newest:
             raise NotFound("checkpoint", request.job)
-        return checkpoint_pb2.Checkpoint(name=self.newest)
+        return checkpoint_pb2.Checkpoint(name=self.newest, **self.facts)
 
 
 class FakeInventory:
@@ -340,8 +344,9 @@ class World:
         let_end_s: float = MOST_S,
         bursting: BurstSettings | None = None,
         people: Callable[[str], auth.Principal | None] | None = None,
+        measured: Any = None,
     ) -> None:
-        self.people = people
+        self.people, self.measured = people, measured
         self.bus, self.rebalancing, self.let_end_s, self.bursting = bus, rebalancing, let_end_s, bursting
         self.clock = clock or LoopClock()
         self.store = MemoryStore(self.clock)
@@ -377,6 +382,7 @@ class World:
             let_end_s=self.let_end_s,
             bursting=self.bursting,
             people=self.people,
+            measured=self.measured,
         )
         scheduler, self.tasks = (servicer for _, servicer, _ in self.service.servicers)
         self.scheduler = AsAdmin(scheduler)

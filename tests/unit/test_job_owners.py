@@ -463,7 +463,7 @@ def test_every_field_of_a_job_is_public_or_private_on_purpose():
         "JobSpec": "command image datasets require_local_data partial_data datasets_by_rank environment retry checkpoint working_directory stop_on_nan setup code "
         "parallelism training depends_on secrets secrets_groups",
         "Job": "traceparent loss request_fingerprint request_key claim awaits ray",
-        "Attempt": "rendezvous traceparent restore_checkpoint loss remote_datasets",
+        "Attempt": "rendezvous traceparent restore_checkpoint loss remote_datasets split",
         "Task": "message endpoint stuck isolation",
     }
     for name, public in job_privacy.PUBLIC.items():

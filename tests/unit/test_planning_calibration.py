@@ -122,6 +122,14 @@ def test_what_is_no_ladder_is_refused_by_name(text, said):
     assert said in str(refused.value)
 
 
+def test_layers_that_were_not_measured_are_said():
+    assert found().lacks() == ""
+    eager = found(layer=[row for row in LADDER["layer"] if row[0] in ("eager", "autocast")])
+    assert eager.lacks("eager") == ""
+    assert "measured eager, autocast alone: compiled layers count with fitted constants" in eager.lacks()
+    assert "measured no layers" in found(layer=[]).lacks()
+
+
 def test_fits_counts_with_what_was_measured(ladder_file):
     asked = ("fits", "llama-3.1-8b", "--gpu", "H200", "--gpus", "8", "-o", "json")
     plain, measured = (

@@ -222,6 +222,23 @@ class TestAttempt:
         assert "directory '/x' is not here" in of.state_message
         assert "no later try mends that on sites/s/nodes/n0, sites/s/nodes/n1" in of.state_message
 
+    def test_what_node_after_node_can_never_do_ends_the_job_after_a_few_of_many(self):
+        """Each says so once: a dataset that is not what it was, on a fleet of which any node is free."""
+        of, tried = job(), 0
+        said = "datasets/d: it is not what it was when it was first read; declare it under another name"
+        while of.state is not JobState.FAILED:
+            where = lifecycle.GpuAssignment(((f"sites/s/nodes/n{tried}", ("GPU",)),))
+            live = lifecycle.place(of, where, SchedulingDecision(NOW, placed=True, summary=""), NOW)
+            told = step(live, said=reports(live, TaskPhase.REFUSED, unfit=True, message=said))
+            of, tried = step(told, diagnosis=Diagnosis(told.epoch)), tried + 1
+            assert tried <= LIMITS.max_refusals
+        assert tried == LIMITS.max_refusals
+        assert of.state_message.startswith(f"refused {tried} times in a row: ")
+        assert said in of.state_message
+        nodes = ", ".join(f"sites/s/nodes/n{tried - 1 - at}" for at in range(4))
+        ends = f"; no later try mends that on {nodes} and {tried - 4} more, and further nodes are not tried: mend it, and submit the job again"
+        assert of.state_message.endswith(ends)
+
     def test_reports_do_not_go_back(self):
         live = running()
         assert step(live, said=reports(live, TaskPhase.ACCEPTED)) is live

@@ -24,9 +24,10 @@ from whaleflux.planning.calibration import Calibrated
 from whaleflux.planning.constants import FITTED
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
+from whaleflux.planning.offers import Offer
 from whaleflux.planning.search import search
 from whaleflux.planning.space import Asked
-from whaleflux.planning.training import Training
+from whaleflux.planning.wish import Wish, wish_in
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import rank_maps, training_offers
 from whaleflux_scheduler.core.lifecycle import GpuAssignment
@@ -300,42 +301,30 @@ class TestLive:
 
 
 class TestAnew:
-    async def wish(self):
+    @pytest.mark.parametrize(("settled", "whole"), [({}, True), ({"tensor": 2}, False)])
+    async def test_a_plan_brings_its_mesh_and_what_it_takes_to_plan_it_anew(self, settled, whole):
         async with World() as world:
             await world.add(node("s/a"), node("s/b"))
-            plan = (await planned(world)).plans[0]
-            return json.loads(plan.mesh)
-
-    async def test_a_plan_brings_its_mesh_and_one_for_other_ranks(self):
-        said = await self.wish()
+            plan = (await planned(world, parallelism=pb.Parallelism(**settled))).plans[0]
+        said = json.loads(plan.mesh)
         assert math.prod(said["mesh"].values()) == 8
-        fewer = json.loads(replan.mesh_of(said["replan"], 4))
+        wish = wish_in([("MESH", plan.mesh)])
+        assert (wish.whole, wish.tp, wish.batch) == (whole, said["mesh"]["tp"], plan.batch)
+        fewer = json.loads(replan.replanned(wish, 4, Offer(CATALOGUE.types[wish.gpu], 4)).mesh)
         assert math.prod(fewer["mesh"].values()) == 4
-        assert fewer["mesh"]["tp"] == said["mesh"]["tp"]
         ranks = fewer["mesh"]["dp_replicate"] * fewer["mesh"]["dp_shard"]
         assert ranks * fewer["micro_batch"] * fewer["micro_batches"] == 64, "the batch is the same"
 
     def test_stages_keep_the_layers_that_were_saved(self):
-        shape = model_named("llama-3.1-8b")
-        split = search(
-            shape, Machine.of(CATALOGUE.types["H200"]), Asked(8, 4096, tp=1, cp=1, ep=1, pp=4, batch=64, vp=1)
-        ).best.split
+        shape, gpu = model_named("llama-3.1-8b"), CATALOGUE.types["H200"]
+        split = search(shape, Machine.of(gpu), Asked(8, 4096, tp=1, cp=1, ep=1, pp=4, batch=64, vp=1)).best.split
         assert split.last_layers
-        anew = json.loads(replan.mesh_of(replan.wish("llama-3.1-8b", split, "H200", Training()), 4))
+        wish = Wish(
+            "llama-3.1-8b", "H200", 64, 4096, 1, 4, 1, first_layers=split.first_layers, last_layers=split.last_layers
+        )
+        anew = json.loads(replan.replanned(wish, 4, Offer(gpu, 4), wish.kept).mesh)
         assert tuple(anew["stage_layers"]) == split.stage_layers(shape)
         assert math.prod(anew["mesh"].values()) == 4
-
-    @pytest.mark.parametrize(
-        ("more", "said"),
-        [
-            ({"tp": 3}, "no plan with tp 3"),
-            ({"gpu": "K900"}, "submit the job again"),
-            ({"batch": "x"}, "submit the job again"),
-        ],
-    )
-    async def test_what_cannot_be_planned_anew_is_said(self, more, said):
-        with pytest.raises(InvalidArgument, match=said):
-            replan.mesh_of((await self.wish())["replan"] | more, 4)
 
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/plan_lab/h200_reality.json"
@@ -346,6 +335,18 @@ class TestMoneyAndPrecision:
         (tmp_path / "h200.json").write_text(json.dumps(json.loads(RECORDED.read_text())["ladder"]))
         found = calibrations(str(tmp_path))
         assert found["fp8"]["H200"].machine.flops > 1.5 * found["bf16"]["H200"].machine.flops
+
+    @pytest.mark.parametrize(("compiled", "notes"), [(True, 0), (False, 1)])
+    async def test_a_calibration_without_compiled_layers_is_said(self, tmp_path, compiled, notes):
+        ladder = json.loads(RECORDED.read_text())["ladder"]
+        kept = [row for row in ladder["layer"] if compiled or "compiled" not in row[0]]
+        (tmp_path / "h200.json").write_text(json.dumps(ladder | {"layer": kept}))
+        async with World(measured=calibrations(str(tmp_path))) as world:
+            await world.add(node("s/a", model="H200"))
+            found = await world.scheduler.PlanTraining(asked(), None)
+        assert len(found.notes) == notes
+        shown = [line for line in training_plans.shown(found) if line.startswith("  note ")]
+        assert ["compiled layers count with fitted constants" in line for line in shown] == [True] * notes
 
     async def test_8_bit_is_refused_where_gpus_have_none(self):
         async with World() as world:

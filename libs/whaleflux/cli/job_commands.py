@@ -176,6 +176,7 @@ def job_lines(found: Any) -> list[tuple[str, str]]:
         ("submitted", output.age(found.create_time) + " ago by " + (found.submitter or "unknown")),
         ("runs on" if _is_placed(found) else "ran on", ", ".join(map(_task, found.attempt.tasks))),
         ("size", _size(found)),
+        ("split", "; ".join(filter(None, (found.attempt.split.words, found.attempt.split.why)))),
         ("isolation", "; ".join(dict.fromkeys(t.isolation for t in found.attempt.tasks if t.isolation))),
         ("still held", "; ".join(_stuck(found))),
         ("attempt", _attempt(found)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from whaleflux.planning.wish import VARIABLE as MESH
 from whaleflux.quantities import shown_bytes, shown_duration
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from whaleflux.v1 import scheduler_pb2 as pb
 
 TIMEOUT_S = 60.0
-MESH = "MESH"  # what `whaleflux.sdk.device_mesh` reads
 _MOST_SHOWN = 6
 
 
@@ -92,6 +92,7 @@ def shown(answer: pb.PlanTrainingResponse) -> list[str]:
     if plan.free_gpus < plan.gpus:
         lines.append(f"  waits for  {plan.gpus - plan.free_gpus} more GPUs; {plan.free_gpus} are free")
     lines += [f"  misses     {one}" for one in plan.misses]
+    lines += [f"  note       {one}" for one in answer.notes]
     others = dict.fromkeys(_in_short(one) for one in answer.plans if one != plan)
     lines += [f"  instead    {one}" for one in list(others)[:_MOST_SHOWN]]
     return [*lines, *(f"  no plan    {one}" for one in answer.refused[:_MOST_SHOWN])]

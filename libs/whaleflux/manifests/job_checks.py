@@ -11,6 +11,7 @@ from whaleflux.manifests.job_fields import ATTRIBUTES, MAX_GPUS, Spec
 from whaleflux.manifests.launchers import find_launcher
 from whaleflux.manifests.secret_values import set_otherwise
 from whaleflux.manifests.values import Violations
+from whaleflux.planning.wish import wish_in
 
 
 def violations(spec: Spec) -> tuple[FieldViolation, ...]:
@@ -212,7 +213,8 @@ def _parallel(spec: Spec) -> Violations:
             f"{spec.expert_parallel} does not divide context x data, which is {data}; use a divisor",
         )
     step = spec.elastic_step or 1
-    if spec.is_elastic and step % copy:
+    planned_anew = spec.train_model and wish_in(spec.environment) is not None  # for each size
+    if spec.is_elastic and step % copy and not planned_anew:
         text = f"{step} is no multiple of tensor x context x pipeline ({copy}), so that not every size holds whole models; use {copy}"
         yield FieldViolation("elastic.step", text)
 

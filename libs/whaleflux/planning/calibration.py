@@ -91,6 +91,13 @@ class Calibrated:
                 )
             )  # fmt: skip
 
+    def lacks(self, software: str = SOFTWARE[0]) -> str:
+        """That layers which run so were not measured, so that fitted constants count for them, in words; "" where they were."""
+        if software in self.kernels:
+            return ""
+        has = f"{', '.join(self.kernels)} alone" if self.kernels else "no layers"
+        return f"the calibration of {self.machine.name} measured {has}: {software} layers count with fitted constants; measure them with whaleflux calibrate"
+
     def running(self, how: Training, software: str = SOFTWARE[0]) -> tuple[Training, Calibrated]:
         """The same training, and this machine, for layers that run so."""
         how, constants = self.of(how, software)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,13 +74,11 @@ def device_mesh(plan: str | Path | Mapping[str, Any] | None = None, device: str 
     """The mesh of `plan`: a path, the file's content, or (None) what the variable MESH names or holds, else `mesh.json` in the working folder.
 
     `device`: cuda where there is one, else cpu. Starts torch.distributed if nobody has. Raises InvalidArgument with the field where the file
-    is wrong, or its mesh is for another number of ranks than WORLD_SIZE; that of a job that `submit` planned is planned anew for them then.
+    is wrong, or its mesh is for another number of ranks than WORLD_SIZE. An elastic job that `submit` planned finds another mesh in each attempt of
+    another size.
     """
     given = _read(plan)
     sizes = _sizes(given)
-    if not _are_there(sizes) and isinstance(given.get("replan"), Mapping):
-        given = _replanned(given["replan"])
-        sizes = _sizes(given)
     _for_so_many(sizes)
     recomputed, layers = _share(given, "recomputed"), _stage_layers(given, sizes["pp"])
     policy = MixedPrecisionPolicy(_dtype(given, "parameters", "bfloat16"), _dtype(given, "reduce", "float32"))
@@ -187,18 +184,6 @@ def _dtype(given: Mapping[str, Any], name: str, without: str) -> torch.dtype:
 
 def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
     return {axis: _whole(_table(given, "mesh"), "mesh", axis) for axis in AXES}
-
-
-def _are_there(sizes: Mapping[str, int]) -> bool:
-    return math.prod(sizes.values()) == int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _replanned(wish: Mapping[str, Any]) -> Mapping[str, Any]:
-    """For as many ranks as there are now: the job was resized, or lost some. Needs NumPy, which programs with torch have."""
-    from whaleflux.planning.replan import mesh_of
-
-    found: Mapping[str, Any] = json.loads(mesh_of(wish, int(os.environ.get("WORLD_SIZE", "1"))))
-    return found
 
 
 def _for_so_many(sizes: Mapping[str, int]) -> None:

@@ -179,6 +179,7 @@ class Event(StrEnum):
     HOUR_CLOSED = "hour_closed"  # in the usage ledger
     LEDGER_FAULT = "ledger_fault"  # what an hour cost does not add up
     LEDGER_TROUBLE = "ledger_trouble"
+    PLAN_REFUSED = "plan_refused"  # of a model, for a job that is planned anew
     HEALTH_AWAITED = "health_awaited"
     CLOCK_AHEAD = "clock_ahead"  # of most agents' clocks
     HEALTH_KNOWN = "health_known"

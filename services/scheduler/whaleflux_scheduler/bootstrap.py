@@ -194,6 +194,8 @@ def assemble(
             told=lambda: publishers[0].revision if publishers else math.inf,
             plan=plan,
             data_known=feed.knows,
+            checkpoint=peers.checkpoint,
+            measured=measured,
         )
         planner, view, told = reconciler.planner, reconciler.view, NewsBeside(bus, clock)
         rebalances = Rebalances(moving.mode, planner, view.caught_up, reconciler.order, told, steady)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from whaleflux import names
 from whaleflux.errors import FailedPrecondition
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.manifests.job_spec import spec_of
+from whaleflux.planning import wish
 from whaleflux.reasons import ErrorReason
 from whaleflux.store import keys
 from whaleflux.store.api import Entry
@@ -24,6 +25,7 @@ from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core.cost import micros_of
 from whaleflux_scheduler.core.model import (
     Attempt,
+    AttemptSplit,
     Awaited,
     Cause,
     Claim,
@@ -201,7 +203,15 @@ def _attempt_of(message: pb.Attempt, tasks: Mapping[int, tuple[Task, ...]]) -> A
         best_free_communication_s=(
             message.best_free_communication_s if message.HasField("best_free_communication_s") else None
         ),
+        split=_split_of(message.split) if message.HasField("split") else None,
     )
+
+
+def _split_of(message: pb.AttemptSplit) -> AttemptSplit:
+    return AttemptSplit(
+        message.tensor, message.pipeline, message.context, message.data, message.micro_batch,
+        message.words, message.mesh, message.why, message.virtual_stages, message.first_layers, message.last_layers,
+    )  # fmt: skip
 
 
 def task_of(message: pb.Task) -> Task:
@@ -336,6 +346,8 @@ def _merge_attempt(attempt: Attempt, message: pb.Attempt, known: Attempt | None 
         message.gpus_by_model.update(attempt.gpus_by_model)
     if not message.remote_datasets:
         message.remote_datasets.extend(attempt.remote_datasets)
+    if attempt.split is not None and not message.HasField("split"):
+        message.split.CopyFrom(pb.AttemptSplit(**asdict(attempt.split)))
     if attempt.end_time is not None:
         message.step = attempt.step
         set_loss(message, attempt.loss)
@@ -511,6 +523,8 @@ def desired_task(stored: StoredJob, task: Task, elsewhere: str = "") -> agent_pb
         job_uid=job.uid,
         remote_datasets=attempt.remote_datasets,
     )
+    if attempt.split is not None and message.spec.environment.get(wish.VARIABLE):
+        message.spec.environment[wish.VARIABLE] = attempt.split.mesh
     for volatile in (
         "phase",
         "exit_code",

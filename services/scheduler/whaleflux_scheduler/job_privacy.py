@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from whaleflux.trust.sight import OTHERS_JOB, Sight
 from whaleflux.v1 import scheduler_pb2 as pb
+from whaleflux_scheduler.core.planned_sizes import PLANNED_ANEW, SIZES
 
 _SPEC = frozenset(
     {
@@ -78,8 +79,10 @@ def shown_decision(decision: pb.Decision, sight: Sight, own: str) -> pb.Decision
 
 
 def without_data(decision: pb.Decision) -> pb.Decision:
-    """Without what says which data the job reads, for those whose it is not; changes `decision` itself."""
-    decision.reasons[:] = [text for text in decision.reasons if "datasets/" not in text]
+    """Without what says which data the job reads and how it splits its model, for those whose it is not; changes `decision` itself."""
+    decision.reasons[:] = [
+        text for text in decision.reasons if "datasets/" not in text and not text.startswith((PLANNED_ANEW, SIZES))
+    ]
     return decision
 
 

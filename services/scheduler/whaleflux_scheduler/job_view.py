@@ -22,7 +22,7 @@ from whaleflux_scheduler.planner_thread import PlannerThread
 
 
 class JobView:
-    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far."""
+    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far; `seen`: a job as the planner sees it."""
 
     def __init__(
         self,
@@ -32,9 +32,10 @@ class JobView:
         clock: Clock,
         caught_up: Callable[[], Awaitable[None]],
         said_of_data: Callable[[Iterable[str]], list[tuple[str, agent_pb2.DataProgress]]],
+        seen: Callable[[Job], Job] = lambda job: job,
     ) -> None:
         self._state, self._planner, self._nodes, self._clock = state, planner, nodes, clock
-        self.caught_up, self._said_of_data = caught_up, said_of_data
+        self.caught_up, self._said_of_data, self._seen = caught_up, said_of_data, seen
 
     def present(self, stored: StoredJob) -> scheduler_pb2.Job:
         """The job with its cost up to now, its live step, and why it waits."""
@@ -66,7 +67,8 @@ class JobView:
         await self.caught_up()
         now, tracking = self._clock.now(), self._state.tracked(job.name)
         avoided = tracking.avoided(now) if tracking is not None else ()
-        decision = await self._planner.ask(lambda planner: planner.explain(job, avoided, now))
+        known = self._seen(job)
+        decision = await self._planner.ask(lambda planner: planner.explain(known, avoided, now))
         return replace(decision, reasons=(*decision.reasons, *self._data_ahead(job)))
 
     async def why_it_stays(self, job: Job) -> str:
@@ -74,7 +76,7 @@ class JobView:
         if not job.spec.is_elastic or job.state is not JobState.RUNNING:
             return ""
         now, tracking = self._clock.now(), self._state.tracked(job.name)
-        known = tracking.by_this_clock(job) if tracking is not None else job
+        known = self._seen(tracking.by_this_clock(job) if tracking is not None else job)
         with contextlib.suppress(ResourceExhausted, Unavailable):
             return await self._planner.ask(lambda planner: planner.why_it_stays(known, now))
         return ""

@@ -16,10 +16,12 @@ from datetime import datetime, timedelta
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
+from whaleflux.planning.calibration import Calibrated
 from whaleflux.store import keys
 from whaleflux.store.api import Store
 from whaleflux.store.election import Leader
 from whaleflux.telemetry import Event, Metric
+from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux_scheduler import spans
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
@@ -52,7 +54,9 @@ from whaleflux_scheduler.jobs import key_of
 from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeChanges, NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
+from whaleflux_scheduler.replanning import Replanning
 from whaleflux_scheduler.reservation_keeper import ReservationKeeper
+from whaleflux_scheduler.saved_checkpoints import Newest
 from whaleflux_scheduler.task_index import nodes_to_tell
 from whaleflux_scheduler.why_ended import WhyEnded
 from whaleflux_scheduler.writer import Transition, Writer, WriterCallbacks
@@ -88,13 +92,17 @@ class Reconciler:
         told: Callable[[], float] = lambda: math.inf,
         plan: Plan | None = None,
         data_known: Callable[[Collection[str]], bool] = lambda _: True,
+        checkpoint: CheckpointServiceStub | None = None,
+        measured: Mapping[str, Mapping[str, Calibrated]] | None = None,
     ) -> None:
         self._data_known = data_known
         self._sources, self._sessions, self._nodes = sources, sessions, nodes
         self._clock, self._timeouts = clock, timeouts
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
-        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data)
+        self._replanning = Replanning(checkpoint, clock, self._state.touch, measured)
+        seen = self._replanning.seen
+        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data, seen)
         self._housekeeping = Housekeeping(
             store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
         )
@@ -147,6 +155,7 @@ class Reconciler:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
                 self._writer.runs_in(group)
+                self._replanning.runs_in(group)
                 group.create_task(self._follow_jobs())
                 group.create_task(self._follow_queues())
                 group.create_task(self._follow_reservations())
@@ -167,9 +176,10 @@ class Reconciler:
         self._datasets |= {fact.name: fact for fact in changed} | dict.fromkeys(gone)
         self._state.wake()
 
-    def saved(self, newest: Mapping[str, datetime]) -> None:
-        """When the newest checkpoint of each job was committed; taken in with the next round."""
-        self._saved = newest
+    def saved(self, newest: Mapping[str, Newest]) -> None:
+        """The newest checkpoint of each job; taken in with the next round."""
+        self._saved = {name: one.at for name, one in newest.items()}
+        self._replanning.saved({name: one.saved for name, one in newest.items()})
 
     def order(self, moves: Sequence[Move]) -> None:
         """Has moves carried out that the planner made beside its steps."""
@@ -334,7 +344,7 @@ class Reconciler:
                 gone.append(name)
                 self._forget(name)
                 continue
-            jobs.append(self._state.tracking(name).by_this_clock(stored.value))
+            jobs.append(self._replanning.seen(self._state.tracking(name).by_this_clock(stored.value)))
             candidates[name] = self._look(stored, now, transitions)
         queues, datasets = self._queues() if self._queues_changed else None, self._datasets
         reserved = self._reserved() if self._reservations_changed else None
@@ -377,6 +387,7 @@ class Reconciler:
         if (tracking := self._state.forget(name)) is not None:
             self.agents.settle(tracking, tracking.reports)
         self._decisions.forget(name)
+        self._replanning.forget(name)
         spans.forget(name)
 
     def _look(self, stored: StoredJob, now: datetime, transitions: dict[str, Transition]) -> Candidate | None:
@@ -420,8 +431,10 @@ class Reconciler:
         if not self._data_known(datasets_of(offer.job)):
             self._state.schedule(offer.job.name, now + ASK_AGAIN)
             return None
+        if not self._replanning.ready(offer.job):
+            return None  # it is told of when its sizes are known
         tracking.offer_as(offer)
-        return Candidate(offer.job, tracking.avoided(now))
+        return Candidate(self._replanning.seen(offer.job), tracking.avoided(now))
 
     def _apply(self, move: Move, now: datetime, transitions: dict[str, Transition]) -> None:
         if move.reservation is not None:

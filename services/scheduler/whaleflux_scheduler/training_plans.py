@@ -15,7 +15,6 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.job_fields import MAX_PARALLEL
 from whaleflux.manifests.training_values import model_text
-from whaleflux.planning import replan
 from whaleflux.planning.binding import lacks
 from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
 from whaleflux.planning.emit.mesh import fsdp2
@@ -26,6 +25,7 @@ from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
 from whaleflux.planning.training import Training
+from whaleflux.planning.wish import KEY, Wish
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
 from whaleflux_scheduler.planning_turns import Turns
@@ -77,6 +77,8 @@ class TrainingPlans:
         free = {(one.gpu.name, one.site): one.free for one in has}
         answer = await self._turns.run(lambda: _answer(question, offers, free))
         answer.refused.extend(unable)
+        measured = {one.gpu.name: one.measured for one in offers if one.measured is not None}
+        answer.notes.extend(filter(None, (one.lacks() for one in measured.values())))
         return answer
 
 
@@ -200,7 +202,10 @@ def _answer(question: Question, offers: list[Offer], free: Mapping[tuple[str, st
     every = _distinct((choice.chosen, *choice.others))
     planned = [one for one in every if one.plan is not None]
     return pb.PlanTrainingResponse(
-        plans=[_message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how)) for one in planned],
+        plans=[
+            _message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how, whole=not _settled(question.asked)))
+            for one in planned
+        ],
         refused=[_refused(one) for one in every if one.plan is None],
         words=choice.words,
     )
@@ -220,14 +225,24 @@ def _refused(one: Estimate) -> str:
     return f"{one.gpus} x {one.gpu} {'in ' + one.place if one.place else 'over several sites'}: {why}"
 
 
-def _mesh(shape: ModelShape, one: Estimate, how: Training) -> str:
+def _settled(asked: Asked) -> bool:
+    """Whether the job's file says anything of the split."""
+    return bool(asked.tp or asked.pp or asked.cp)
+
+
+def _mesh(shape: ModelShape, one: Estimate, how: Training, *, whole: bool) -> str:
     """As `whaleflux.sdk.device_mesh` reads it, with what it takes to plan for another number of ranks; "" where FSDP2 cannot say the plan."""
     assert one.plan is not None
+    split = one.plan.split
     try:
-        said = json.loads(fsdp2(Planned.of(shape, one.plan.split.plans(), how)).text)
+        said = json.loads(fsdp2(Planned.of(shape, split.plans(), how)).text)
     except InvalidArgument:
         return ""
-    return json.dumps(said | {replan.KEY: replan.wish(model_text(shape), one.plan.split, one.gpu, how)})
+    wish = Wish(
+        model_text(shape), one.gpu, split.global_batch, split.sequence, split.tp, split.pp, split.cp,
+        vp=split.vp, first_layers=split.first_layers, last_layers=split.last_layers, adapters=bool(how.frozen), fp8=bool(how.fp8), whole=whole,
+    )  # fmt: skip
+    return json.dumps(said | {KEY: wish.said()})
 
 
 def _message(shape: ModelShape, one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:

@@ -66,7 +66,7 @@ def _start_failed(job: Job, timeouts: Timeouts, now: datetime, changes: dict[str
         in_a_row += 1
         refused += ended_by(attempt) in (EndReason.REFUSED, EndReason.UNFIT)
     if refused >= timeouts.max_refusals and refused == in_a_row and not job.spec.is_service:
-        why = f"refused {_times(refused)} in a row: {job.state_message}"
+        why = f"refused {_times(refused)} in a row: {job.state_message}{_unfit_nodes(job)}"
         return transition(job, JobState.FAILED, end_time=now, state_message=why)
     pause_s = min(LONGEST_START_BACKOFF_S, 2.0 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
     if ended_by(job.attempt) is EndReason.UNFIT and not job.spec.is_service:  # type: ignore[arg-type]
@@ -76,6 +76,23 @@ def _start_failed(job: Job, timeouts: Timeouts, now: datetime, changes: dict[str
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
+
+
+def _unfit_nodes(job: Job) -> str:
+    """Of a job that ends by the number of refusals: on which nodes no later try mends it, and what to do."""
+    said = [
+        task.node
+        for attempt in reversed(tuple(job.attempts()))
+        if ended_by(attempt) is EndReason.UNFIT
+        for task in attempt.tasks
+        if task.unfit
+    ]
+    nodes = list(dict.fromkeys(said))
+    if not nodes:
+        return ""
+    more = f" and {len(nodes) - _MOST_NAMES} more" if len(nodes) > _MOST_NAMES else ""
+    named = ", ".join(nodes[:_MOST_NAMES]) + more
+    return f"; no later try mends that on {named}, and further nodes are not tried: mend it, and submit the job again"
 
 
 def _unfit_again(job: Job) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from datetime import datetime
 
-from whaleflux_scheduler.core import wait_reasons
+from whaleflux_scheduler.core import planned_sizes, wait_reasons
 from whaleflux_scheduler.core.going_on import awaited_nodes
 from whaleflux_scheduler.core.model import SchedulingDecision
 from whaleflux_scheduler.core.moves import Move
@@ -88,7 +88,9 @@ class Answers(Waiting):
         self._unanswered |= {name: None for name in some if name in self._pending.jobs}
 
     def _why(self, line: Line, candidate: Candidate, watch: Stopwatch) -> SchedulingDecision:
-        return self._in_time(self._why_now(line, candidate, watch.began), candidate.job, watch.began)
+        waits = self._in_time(self._why_now(line, candidate, watch.began), candidate.job, watch.began)
+        sizes = tuple(planned_sizes.why_sizes(candidate.job.spec))
+        return replace(waits, reasons=(*sizes, *waits.reasons)) if sizes else waits
 
     def _why_now(self, line: Line, candidate: Candidate, now: datetime) -> SchedulingDecision:
         job = candidate.job

@@ -58,7 +58,7 @@ def placed(
         time=now,
         placed=True,
         summary=_summary(assignment, placement),
-        reasons=(*filter(None, (assignment.laid,)), *placement.reasons)[:MOST_REASONS],
+        reasons=(*_how_split(assignment), *placement.reasons)[:MOST_REASONS],
         alternatives=tuple(
             Option(
                 f"{other.where}: {other.why_not}",
@@ -79,6 +79,11 @@ def unexplained(job: Job, placement: Placement, assignment: GpuAssignment, now: 
     return SchedulingDecision(
         now, True, "", usd_per_hour=cost.usd_per_hour, communication_s=cost.step_communication_s, tasks=tasks
     )
+
+
+def _how_split(assignment: GpuAssignment) -> Iterable[str]:
+    """How the model is split now, where that is not as before, and how ranks lie on the links."""
+    return filter(None, (assignment.split.why if assignment.split is not None else "", assignment.laid))
 
 
 def _summary(assignment: GpuAssignment, placement: Placement) -> str:

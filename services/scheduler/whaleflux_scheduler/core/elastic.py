@@ -2,50 +2,103 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 
 from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.manifests.job_fields import Spec
-from whaleflux_scheduler.core.model import Job
+from whaleflux_scheduler.core.model import AttemptSplit, Job
 
 USUAL_RESTART_S, SAVE_S = 60.0, 30.0
 SINCE_OWN_SAVE_S = 300.0  # that programs lose which resume by themselves: when they saved last is not known
 USUAL_EXPONENT = 0.8  # of the speed by GPUs where nothing is known: each doubling brings 87 % of twice the speed
 
 
+@dataclass(frozen=True, slots=True)
+class SizePlan:
+    """How a model is split over that many GPUs of a type; tokens per second, 0: not known."""
+
+    gpus: int
+    model: str
+    split: AttemptSplit
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SizedSpec(Spec):
+    """Of a job that is planned anew for each of its sizes: it has those alone for which there is a plan (`planned_sizes`).
+
+    `why` says what its checkpoint allows, `first` how it was split when it was submitted.
+    """
+
+    only_sizes: tuple[int, ...] = ()
+    plans: tuple[SizePlan, ...] = ()
+    first: AttemptSplit | None = None
+    why: str = ""
+
+    def plan_of(self, gpus: int, model: str) -> SizePlan | None:
+        """None: it is not planned for these."""
+        return next((one for one in self.plans if (one.gpus, one.model) == (gpus, model)), None)
+
+
+def sizes(spec: Spec) -> Sequence[int]:
+    """All of them, rising."""
+    if isinstance(spec, SizedSpec):
+        return spec.only_sizes
+    return range(spec.elastic_min or spec.gpus, (spec.elastic_max or spec.gpus) + 1, spec.elastic_step or 1)
+
+
+def tensor_parallel(spec: Spec) -> int:
+    """Ranks that share each layer with as many GPUs as it asks for, as far as that is planned; 0 or 1: none do."""
+    plans = spec.plans if isinstance(spec, SizedSpec) else ()
+    planned = next((one.split.tensor for one in plans if one.gpus == spec.gpus), 0)
+    return planned or (spec.tensor_parallel if spec.gpus % max(1, spec.tensor_parallel) == 0 else 0)
+
+
 def least(spec: Spec) -> int:
     """Fewest GPUs that it can run with."""
-    return spec.elastic_min or spec.gpus
+    return sizes(spec)[0]
 
 
 def most(spec: Spec) -> int:
-    return spec.elastic_max or spec.gpus
+    return sizes(spec)[-1]
 
 
 def step(spec: Spec) -> int:
     """Every size is a multiple of it."""
-    return spec.elastic_step or 1
+    return math.gcd(*spec.only_sizes) if isinstance(spec, SizedSpec) else spec.elastic_step or 1
 
 
 def floor(spec: Spec, gpus: int) -> int:
     """The largest size of at most so many GPUs, 0 for none."""
-    size = min(gpus - gpus % step(spec), most(spec))
-    return size if size >= least(spec) else 0
+    at = bisect_right(sizes(spec), gpus)
+    return sizes(spec)[at - 1] if at else 0
+
+
+def above(spec: Spec, gpus: int) -> int:
+    """The next size of more GPUs, 0 for none."""
+    at = bisect_right(sizes(spec), gpus)
+    return sizes(spec)[at] if at < len(sizes(spec)) else 0
+
+
+def below(spec: Spec, gpus: int) -> int:
+    """The next size of fewer GPUs, its least where there is none."""
+    return floor(spec, gpus - 1) or least(spec)
 
 
 @lru_cache(maxsize=4096)
 def sized(spec: Spec, gpus: int) -> Spec:
     """What it asks for with that many GPUs; its range stays."""
-    return replace(spec, gpus=gpus, elastic_max=most(spec))
+    return replace(spec, gpus=gpus, elastic_max=spec.elastic_max or spec.gpus)
 
 
 def at_least(spec: Spec) -> Spec:
     """What has to be free before it can start at all: its smallest size."""
-    return sized(spec, spec.elastic_min) if spec.is_elastic and spec.elastic_min < spec.gpus else spec
+    return sized(spec, least(spec)) if spec.is_elastic and least(spec) != spec.gpus else spec
 
 
 def lost_by_restart_s(job: Job) -> float:
@@ -119,7 +172,7 @@ def speed(spec: Spec, gpus: int) -> float:
 
     Between known sizes it is on the line between them, below them in proportion to the GPUs, and above them it grows no more.
     """
-    known = spec.elastic_speeds
+    known = spec.elastic_speeds or _planned_speeds(spec)
     if not known:
         return float(gpus**USUAL_EXPONENT)
     at = bisect_left(known, (gpus, 0.0))
@@ -130,3 +183,10 @@ def speed(spec: Spec, gpus: int) -> float:
         return fast * gpus / above
     below, slow = known[at - 1]
     return slow + (fast - slow) * (gpus - below) / (above - below)
+
+
+def _planned_speeds(spec: Spec) -> Sequence[tuple[int, float]]:
+    """Of the plans of the first type: the cost model's tokens per second."""
+    if not isinstance(spec, SizedSpec) or not spec.plans:
+        return ()
+    return [(one.gpus, one.tokens_per_s) for one in spec.plans if one.model == spec.plans[0].model and one.tokens_per_s]

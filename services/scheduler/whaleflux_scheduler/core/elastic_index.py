@@ -79,7 +79,7 @@ class ElasticIndex:
         assert job.attempt is not None
         gpus, priority = job.attempt.gpus, float(job.spec.priority)
         extra = gpus - elastic.least(job.spec) if job.claim is None else 0
-        loss = resize.loss(job, gpus, max(elastic.least(job.spec), gpus - elastic.step(job.spec))) if extra else 0.0
+        loss = resize.loss(job, gpus, elastic.below(job.spec, gpus)) if extra else 0.0
         known = _Known(job, gpus, extra, (priority, loss, job.name), (-priority, -resize.best_rise(job), job.name))
         self._known[job.name] = known
         if extra:

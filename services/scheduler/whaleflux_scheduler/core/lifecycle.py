@@ -26,6 +26,7 @@ from whaleflux_scheduler.core.changed import changed
 from whaleflux_scheduler.core.model import (
     ACTIVE,
     Attempt,
+    AttemptSplit,
     Cause,
     Claim,
     ClaimPurpose,
@@ -115,6 +116,7 @@ class GpuAssignment:
     laid: str = ""  # how, in words
     best_communication_s: float | None = None  # on the best place of an empty fleet; None: not known
     best_free_communication_s: float | None = None  # on the best place of what was free
+    split: AttemptSplit | None = None
 
     @property
     def rank_counts(self) -> dict[str, int]:
@@ -148,6 +150,7 @@ def place(
         remote_datasets=where.remote_datasets,
         best_communication_s=where.best_communication_s,
         best_free_communication_s=where.best_free_communication_s,
+        split=where.split,
     )
     return transition(
         job,

@@ -12,6 +12,7 @@ from enum import IntEnum
 
 from whaleflux import names
 from whaleflux.manifests.job_fields import Spec
+from whaleflux.planning.wish import Kept
 
 
 class JobState(IntEnum):
@@ -113,6 +114,28 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptSplit:
+    """How the model is split over an attempt's ranks. `words` for people, `mesh` for the ranks (JSON); `why` where it is not as before."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    micro_batch: int
+    words: str
+    mesh: str
+    why: str = ""
+    virtual_stages: int = 0  # 0: as its mesh says
+    first_layers: int = 0
+    last_layers: int = 0
+
+    @property
+    def kept(self) -> Kept:
+        """What a checkpoint of its pipeline's stages keeps."""
+        return Kept(self.tensor, self.pipeline, self.context, self.virtual_stages, self.first_layers, self.last_layers)
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One try to run the job. `end_time` is set when it is fenced, cancelled or done."""
 
@@ -137,6 +160,7 @@ class Attempt:
     remote_datasets: tuple[str, ...] = ()  # that its nodes do not pull for it: its queue holds as much as it may
     best_communication_s: float | None = None  # on the best place of an empty fleet
     best_free_communication_s: float | None = None  # on the best place of what was free when it was placed
+    split: AttemptSplit | None = None  # of a job that is planned anew for other GPUs
 
     @property
     def began(self) -> tuple[int, datetime, datetime | None]:

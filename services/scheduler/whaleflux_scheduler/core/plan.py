@@ -28,6 +28,7 @@ from whaleflux_scheduler.core.pending import Line, RequestClass
 from whaleflux_scheduler.core.placement.api import Placement, PlaceRequest
 from whaleflux_scheduler.core.placement.engine import Engine
 from whaleflux_scheduler.core.placement.least import kind_of
+from whaleflux_scheduler.core.planned_sizes import may_have
 from whaleflux_scheduler.core.promise_lines import PromiseRules
 from whaleflux_scheduler.core.promising import Promising
 from whaleflux_scheduler.core.queue_shares import HALF_LIFE_S
@@ -192,7 +193,7 @@ class Plan(Promising):
             return None
         if self._reserved.find(job.spec) is not None:
             return self._try_reserved(kind, job, now)
-        if kind.own and (place := self._on(claimed_place, kind, job)) is not None:
+        if kind.own and (place := self._on(claimed_place, kind, job)) is not None and may_have(job, place.gpus):
             return self._give(job, place, now)
         if kind.own and self._awaited_nodes(self._pending.jobs[job.name].candidate):
             self._tell(job.name, "its place")
@@ -209,7 +210,7 @@ class Plan(Promising):
             return self._give(job, self._enlarged(kind, job, placement), now)
         if self._patience.forget(job.name):
             self._promises.waits(job, kind.request)
-        if kind.own and (place := self._on(way_back, kind, job)) is not None:
+        if kind.own and (place := self._on(way_back, kind, job)) is not None and may_have(job, place.gpus):
             return self._give(job, place, now)
         if request is not kind.request:
             return self._keep_to_few(line, job, now)

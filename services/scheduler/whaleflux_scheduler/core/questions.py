@@ -21,6 +21,7 @@ from whaleflux_scheduler.core import (
     decisions,
     elastic,
     goals,
+    planned_sizes,
     rank_maps,
     wait_reasons,
 )
@@ -139,7 +140,8 @@ class Questions:
 
     def explain(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         """Why a waiting job waits, at this moment."""
-        return self._with_money(self._waits_why(job, exclude, now), replace(job, spec=elastic.at_least(job.spec)), now)
+        waits = self._with_money(self._waits_why(job, exclude, now), replace(job, spec=elastic.at_least(job.spec)), now)
+        return replace(waits, reasons=(*planned_sizes.why_sizes(job.spec), *waits.reasons))
 
     def _waits_why(self, job: Job, exclude: Iterable[str], now: datetime) -> SchedulingDecision:
         if kept := wait_reasons.kept_back(job, now):
@@ -362,9 +364,8 @@ class Questions:
     def _assigned(self, job: Job, placement: Placement) -> GpuAssignment:
         """The GPUs, with the rank that each gets."""
         devices = self._fleet.holdings.devices
-        return rank_maps.laid(
-            decisions.assignment_of(placement, devices), job.spec, devices.nodes, self._fleet.engine.fabric
-        )
+        assignment = planned_sizes.with_split(decisions.assignment_of(placement, devices), job)
+        return rank_maps.laid(assignment, job.spec, devices.nodes, self._fleet.engine.fabric)
 
     def _placed(self, job: Job, placement: Placement, assignment: GpuAssignment, now: datetime) -> SchedulingDecision:
         """The decision, with when and for how much it would end there."""

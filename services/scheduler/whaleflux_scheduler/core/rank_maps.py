@@ -35,6 +35,8 @@ def laid(assignment: GpuAssignment, spec: Spec, nodes: Mapping[str, Node], fabri
 
 def _split(assignment: GpuAssignment, spec: Spec) -> Split | None:
     """Of the ranks that it gets; None where they hold no whole models."""
+    if (planned := assignment.split) is not None:
+        return Split(tp=planned.tensor, cp=planned.context, dp=planned.data, pp=planned.pipeline, ep=1)
     copy, ranks = spec.model_parallel, sum(len(uuids) for _, uuids in assignment.nodes)
     if not copy or not ranks or ranks % copy or assignment.gpu_parts or assignment.share_bytes:
         return None

@@ -10,6 +10,7 @@ from whaleflux import names
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.fleet.model import Level
 from whaleflux.manifests.job_fields import Rule, Spec
+from whaleflux_scheduler.core.elastic import tensor_parallel
 from whaleflux_scheduler.core.goals import goal_of
 from whaleflux_scheduler.core.placement.api import (
     GpuOption,
@@ -127,9 +128,10 @@ def _options(spec: Spec) -> tuple[GpuOption, ...]:
 
 def _wished(spec: Spec) -> Iterator[Rule]:
     """Tensor-parallel ranks together in an NVLink island where that costs nothing else, unless the job says more of it."""
-    told = any(rule.size == spec.tensor_parallel and rule.level >= Level.ISLAND for rule in spec.placement)
-    if spec.tensor_parallel > 1 and not told:
-        yield Rule("tensor", Level.ISLAND, spec.tensor_parallel, preferred=True)
+    tensor = tensor_parallel(spec)
+    told = any(rule.size == tensor and rule.level >= Level.ISLAND for rule in spec.placement)
+    if tensor > 1 and not told:
+        yield Rule("tensor", Level.ISLAND, tensor, preferred=True)
 
 
 def _subgroups(parts_of: Sequence[Rule]) -> tuple[Subgroup, ...]:

@@ -70,10 +70,8 @@ def gives_in_s(job: Job, now: datetime) -> float:
 
 def marginal(job: Job, gpus: int) -> float:
     """The rise of the logarithm of its speed for each GPU of the next step up from so many; 0: there is none."""
-    more = gpus + elastic.step(job.spec)
-    if more > elastic.most(job.spec):
-        return 0.0
-    return _rise(job, gpus, more)
+    more = elastic.above(job.spec, gpus)
+    return _rise(job, gpus, more) if more else 0.0
 
 
 def loss(job: Job, gpus: int, fewer: int) -> float:
@@ -135,8 +133,8 @@ class _Step:
 def _steps(job: Job, model: str, gpus: int) -> Iterator[_Step]:
     """One more step of its own type, or the fewest GPUs of another one that are faster than all that it has."""
     if (rise := marginal(job, gpus)) > 0:
-        step = elastic.step(job.spec)
-        yield _Step(rise, model, gpus + step, step)
+        more = elastic.above(job.spec, gpus)
+        yield _Step(rise, model, more, more - gpus)
     if (model, gpus) != (elastic.model_of(job), job.attempt.gpus if job.attempt else 0):
         return  # it is on its way to another size already
     here = elastic.pace(job.spec, gpus, model)
@@ -149,8 +147,7 @@ def _steps(job: Job, model: str, gpus: int) -> Iterator[_Step]:
 
 def _fewest(spec: Spec, speed: float) -> int:
     """Its least size that is so fast; 0 for none."""
-    step, least = elastic.step(spec), elastic.least(spec)
-    sizes = range(least, elastic.most(spec) + 1, step)
+    sizes = elastic.sizes(spec)
     at = bisect_left(sizes, speed, key=lambda gpus: elastic.speed(spec, gpus))
     return sizes[at] if at < len(sizes) else 0
 

@@ -6,7 +6,7 @@ A resize is a claim of a running job on the GPUs that it goes on with (`Claim`, 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -223,13 +223,12 @@ def _size(place: Placement) -> int:
 def _largest(
     engine: Engine, request: PlaceRequest, job: Job, wished: int, allowed: Callable[[int], bool]
 ) -> Placement | None:
-    step, few = elastic.step(job.spec), elastic.least(job.spec)
+    sizes = elastic.sizes(job.spec)
 
-    def fit(steps: int) -> Placement | None:
-        size = few + steps * step
-        return _fits(engine, request, job, size) if allowed(size) else None
+    def fit(at: int) -> Placement | None:
+        return _fits(engine, request, job, sizes[at]) if allowed(sizes[at]) else None
 
-    low, high = 0, (elastic.floor(job.spec, wished) - few) // step
+    low, high = 0, bisect_right(sizes, wished) - 1
     if high <= 0 or (found := fit(high)) is not None:
         return found if high > 0 else None
     high -= 1

@@ -401,4 +401,8 @@ class Waiting(Questions):
 def _asking_for_least(candidate: Candidate) -> Candidate:
     """An elastic job waits for its least size, and takes more when it starts."""
     job, least = candidate.job, elastic.at_least(candidate.job.spec)
-    return candidate if least is job.spec else Candidate(replace(job, spec=least), candidate.exclude, job.spec.gpus)
+    return (
+        candidate
+        if least is job.spec
+        else Candidate(replace(job, spec=least), candidate.exclude, max(job.spec.gpus, least.gpus))
+    )
