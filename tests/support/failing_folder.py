@@ -1,4 +1,4 @@
-"""A folder whose process ends at one of its operations: before it, or after it."""
+"""A folder at one of whose operations the process ends, or something fails once: before it, or after it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Ended(BaseException):
 
 
 class EndingFolder:
-    """Ends at the operation `at` that changes something (from 0 on); `after`: when it is done. Counts them in `changes`."""
+    """Raises at the operation `at` that changes something (from 0 on); `after`: when it is done. Counts them in `changes`."""
 
-    def __init__(self, inner: Folder, at: int = -1, *, after: bool = False) -> None:
-        self._inner, self._at, self._after, self.changes = inner, at, after, 0
+    def __init__(self, inner: Folder, at: int = -1, *, after: bool = False, error: type[BaseException] = Ended) -> None:
+        self._inner, self._at, self._after, self._error, self.changes = inner, at, after, error, 0
         self.read, self.list, self.local = inner.read, inner.list, inner.local
 
     def write(self, path: str, content: bytes) -> None:
@@ -26,7 +26,7 @@ class EndingFolder:
         here = self.changes == self._at
         self.changes += 1
         if here and not self._after:
-            raise Ended
+            raise self._error("no room")
         change()
         if here:
-            raise Ended
+            raise self._error("no room")

@@ -84,6 +84,30 @@ async def test_it_may_end_at_any_change_of_a_file(tmp_path, engine, after):
         assert data == set(ledger.state.files), "nothing that no manifest names is left"
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+async def test_any_change_of_a_file_may_fail_and_the_same_leader_goes_on(tmp_path, engine, after):
+    for at in range(await count_changes(tmp_path / "whole", engine)):
+        place, store = tmp_path / str(at), MemoryStore()
+        failing, tries = EndingFolder(LocalFolder(place), at, after=after, error=Unavailable), 0
+        async with elect(store, "console", "first") as leader:
+            while True:
+                try:
+                    ledger = await open_ledger(failing, store, leader, engine=engine)
+                    await work(ledger, [])
+                    break
+                except Unavailable:
+                    tries += 1
+            assert tries <= 1
+            assert kept(ledger) == list(range(1, 7))
+            assert (await ledger.rows(BEGIN_MS))[0].bill_micros == row().bill_micros
+            assert await ledger.verify(BEGIN_MS) == ()
+        async with elect(store, "console", "second") as leader:
+            ledger = await open_ledger(LocalFolder(place), store, leader, engine=engine)
+            assert kept(ledger) == list(range(1, 7))
+            await ledger.keep_house(BEGIN_MS)
+        assert {found.path for kind in Kind for found in LocalFolder(place).list(kind)} == set(ledger.state.files)
+
+
 async def test_an_old_leader_cannot_commit(tmp_path, engine):
     store, folder = MemoryStore(), LocalFolder(tmp_path)
     async with elect(store, "console", "old") as leader:

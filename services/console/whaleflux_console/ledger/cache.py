@@ -16,7 +16,7 @@ from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, day_of
 from whaleflux_console.ledger.schemas import DAY_KEYS, DAY_SUMS
-from whaleflux_console.ledger.shelf import local_files
+from whaleflux_console.ledger.shelf import local_files, rows_in
 
 HOT_DAYS = 35
 _AT_ONCE = 64  # files of one insert
@@ -166,8 +166,7 @@ def _start(table: str) -> str:
 
 def _read(table: str, paths: Sequence[Path], day: str = "") -> str:
     """SQL of what files hold, summed by what the table keeps."""
-    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
-    source = f"SELECT * FROM read_parquet([{files}], union_by_name = true)"
+    source = rows_in(paths)
     start = day or _start(table)
     if table == "daily":
         return f"SELECT day_ms, {', '.join(_COLUMNS)} FROM ({source})"

@@ -8,12 +8,12 @@ from typing import Any
 
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.schemas import DAY_KEYS, DAY_SUMS, DAYS, HOURS
+from whaleflux_console.ledger.shelf import rows_in
 
 
 def day_table(engine: Engine, day_ms: int, hours: Sequence[Path]) -> Any:
     """The hours' files as DAYS."""
-    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in hours)
-    source = f"SELECT * FROM read_parquet([{files}], union_by_name = true)" if hours else "SELECT * FROM empty"
+    source = rows_in(hours) if hours else "SELECT * FROM empty"
     table = engine.table(rolled_up(source, str(day_ms)), empty=HOURS.empty_table())
     return table.select(DAYS.names).cast(DAYS)
 

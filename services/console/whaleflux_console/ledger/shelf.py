@@ -34,3 +34,9 @@ def _local(folder: Folder, file: File, copy: Path) -> Path:
         return there
     copy.write_bytes(content)
     return copy
+
+
+def rows_in(paths: Sequence[Path]) -> str:
+    """SQL of the rows of at least one file; a column that only some have is null in the others."""
+    listed = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
+    return f"SELECT * FROM read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"

@@ -18,6 +18,7 @@ from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.signals import BUSY_SM_PPM
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.schemas import MINUTES, SAMPLES, STEPS, WORK
+from whaleflux_console.ledger.shelf import rows_in
 
 MINUTE_MS = 60_000
 EDGE_MS = 600_000  # of the hours beside: by it a silence across the edge is judged
@@ -62,9 +63,8 @@ def reported(hour_ms: int, paths: Sequence[Path]) -> str:
     """SQL of the rows of these files that reach into the hour or its edges; `empty` is a table without rows that has all columns."""
     if not paths:
         return "SELECT * FROM empty"
-    files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
     inside = f"start_ms < {hour_ms + HOUR_MS + EDGE_MS} AND end_ms > {hour_ms - EDGE_MS}"
-    return f"SELECT * FROM empty UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true) WHERE {inside}"
+    return f"SELECT * FROM empty UNION ALL BY NAME {rows_in(paths)} WHERE {inside}"
 
 
 def samples_of(engine: Engine, hour_ms: int, paths: Sequence[Path]) -> pa.Table:
