@@ -10,6 +10,7 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import health_pb2, inventory_pb2, scheduler_pb2, types_pb2
 from whaleflux_console.core.chronicle import Device, JobFacts, NodePrice
+from whaleflux_console.core.declared_plan import plan_of
 from whaleflux_console.core.facts import WHOLE_PPM, Adjustment, Attempt, Holding, PriceKind
 from whaleflux_console.core.fragmentation import WaitingGang
 from whaleflux_console.core.price_book import Price
@@ -133,6 +134,9 @@ def _attempt(job: scheduler_pb2.Job, one: scheduler_pb2.Attempt, model: str) -> 
         last_step=_last_step(job, one),
         epoch=one.epoch,
         communication_s=one.communication_s or None,
+        best_communication_s=one.best_communication_s if one.HasField("best_communication_s") else None,
+        best_free_communication_s=one.best_free_communication_s if one.HasField("best_free_communication_s") else None,
+        plan=plan_of(job.spec.parallelism.pipeline, job.spec.environment.get("MESH", "")),
         cross_node=len({task.node for task in one.tasks}) > 1,
     )
 

@@ -53,6 +53,8 @@ HOURS = pa.schema(
         *((name, pa.int64()) for name in MICROS),
         *((name, pa.string()) for name in ("basis", "price_kind", "price_source", "adjustment")),
         ("version", pa.int64()),
+        ("micros_per_hour", pa.int64()),
+        ("note", pa.string()),
     ]
 )
 # The day of the year view: everything but cards, attempts and whose figure a price is.
