@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.counting_nvml import CountingNvml, counting
 from tests.support.fake_nvml import error
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import FieldViolation, InvalidArgument, StatusError, Unavailable
+from whaleflux.errors import FieldViolation, InvalidArgument, PermissionDenied, StatusError, Unavailable
 from whaleflux.fleet import activity
 from whaleflux.fleet.activity import Spell
 from whaleflux.fleet.profile import Profile
@@ -439,6 +439,15 @@ class TestSender:
         console.error = Unimplemented("the server does not know this call")
         sender = UsageSender(outbox, console, NODE, VirtualClock())
         assert [await sender.deliver() for _ in range(3)] == [NOBODY_TAKES_IT_S] * 3
+        assert len(outbox) == 3
+
+    async def test_who_may_not_speak_now_keeps_everything(self, outbox):
+        """A certificate that ended while the node was cut off is renewed a moment later."""
+        console = Console()
+        console.error = PermissionDenied("of another node")
+        sender = UsageSender(outbox, console, NODE, VirtualClock())
+        assert await sender.deliver() > 0
+        assert await sender.deliver() > 0
         assert len(outbox) == 3
 
     async def test_what_is_refused_keeps_nothing_back(self, outbox):

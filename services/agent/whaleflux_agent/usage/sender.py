@@ -1,4 +1,4 @@
-"""Delivers batches, the oldest first; what the console refuses is dropped, all else is tried again for ever."""
+"""Delivers batches, the oldest first; what cannot be right is dropped, all else is tried again for ever."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import StatusError
+from whaleflux.errors import InvalidArgument, StatusError
 from whaleflux.retry import Backoff, worth_repeating
 from whaleflux.telemetry import Event
 from whaleflux.v1 import usage_pb2, usage_pb2_grpc
@@ -58,12 +58,14 @@ class UsageSender:
         if error.code == _UNIMPLEMENTED:
             self._say("no console takes it: it waits in the node's outbox")
             return NOBODY_TAKES_IT_S
-        if worth_repeating(error):
-            self._failures += 1
-            return RETRY.pause_s(self._failures, asked_s=error.retry_after_s or 0.0)
-        self._say(error.message)
-        await self._outbox.remove([sent[0][0]])  # the first may be what is wrong; what comes behind it is tried again
-        return RETRY.pause_s(1)
+        if error.code == InvalidArgument.code:
+            self._say(error.message)
+            await self._outbox.remove([sent[0][0]])  # it may be what is wrong; what comes behind it is tried again
+            return RETRY.pause_s(1)
+        if not worth_repeating(error):  # who speaks is not admitted: it may be later, with another certificate
+            self._say(error.message)
+        self._failures += 1
+        return RETRY.pause_s(self._failures, asked_s=error.retry_after_s or 0.0)
 
     def _say(self, reason: str) -> None:
         """Once for each reason."""
