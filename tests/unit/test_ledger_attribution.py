@@ -100,7 +100,22 @@ class TestPlan:
 
 
 class TestWhatIsNotSaid:
-    @pytest.mark.parametrize("field", ["data_ms", "host_ms", "save_ms"])
+    def test_of_the_host_alone_is_within_the_rest_and_flagged(self):
+        found = split(replace(REPORT, host_ms=None))
+        assert told(found)["useful"] == 650_000
+        assert found.modelled
+
+    def test_of_the_host_is_unknown_as_far_as_counters_saw_nothing_run(self):
+        ran = [Sample("GPU-0", 0, END, None, None, None, "nvml", busy_ppm=700_000)]
+        found = told(split(replace(REPORT, host_ms=None), samples=ran))
+        assert found["unknown"] == 300_000 - 130_000  # data and saves are waits that are known
+        assert found["useful"] == 650_000 - 170_000
+
+    def test_of_communication_is_unknown_where_the_score_is_of_another_model(self):
+        found = told(split(replace(REPORT, comm_cross_ms=None), attempt=replace(ATTEMPT, of_its_model=False)))
+        assert found == SAID | {"unknown": 800_000}
+
+    @pytest.mark.parametrize("field", ["data_ms", "save_ms"])
     def test_of_a_part_makes_the_rest_unknown_and_no_other_part_more(self, field):
         full, found = told(split(REPORT)), told(split(replace(REPORT, **{field: None})))
         assert found.pop("unknown") == 600_000 + getattr(REPORT, field)

@@ -104,6 +104,10 @@ def cost_job(name: Annotated[str, typer.Argument(metavar="JOB", help="Job.")], f
     if fmt.is_json:
         output.say_json(output.as_json(answer), fmt)
         return
+    if not answer.total.gpu_hours:
+        output.note(f"{job_name(name)} held no GPU in the last year, as far as the ledger is")
+        _say_until(answer)
+        return
     output.say(f"{job_name(name)}: {usd(answer.total.bill_micros)} USD for {answer.total.gpu_hours:,.2f} GPU-hours")
     _waterfall(answer.total)
     if answer.micros_per_useful_gpu_hour:

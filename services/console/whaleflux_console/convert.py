@@ -136,7 +136,10 @@ def _attempt(job: scheduler_pb2.Job, one: scheduler_pb2.Attempt, model: str) -> 
         communication_s=one.communication_s or None,
         best_communication_s=one.best_communication_s if one.HasField("best_communication_s") else None,
         best_free_communication_s=one.best_free_communication_s if one.HasField("best_free_communication_s") else None,
-        plan=plan_of(job.spec.parallelism.pipeline, job.spec.environment.get("MESH", "")),
+        of_its_model=bool(job.spec.parallelism.model or job.spec.environment.get("MESH")),
+        plan=plan_of(
+            one.split.pipeline or job.spec.parallelism.pipeline, one.split.mesh or job.spec.environment.get("MESH", "")
+        ),
         cross_node=len({task.node for task in one.tasks}) > 1,
     )
 

@@ -78,18 +78,13 @@ class Costs:
         return response
 
     async def of_job(self, request: pb.GetJobCostRequest) -> pb.GetJobCostResponse:
-        """One job's bill, whole and by day. Raises NotFound for one that the caller may not see, or that never held anything."""
+        """One job's bill, whole and by day; nothing of one that held no GPU so far. Raises NotFound for one that the caller may not see."""
         queue, _ = names.split(request.job, "queues", "jobs", field="job")
-        found = ownership.may_see(auth.principal(), self.queue_access(queue))
+        if not ownership.may_see(auth.principal(), self.queue_access(queue)):
+            raise NotFound("job", request.job, "see: whaleflux jobs")
         end_ms = (self._now_ms() // DAY_MS + 1) * DAY_MS
         question = Question(end_ms - LONGEST_JOB_MS, end_ms, ("day",), {"job": (request.job,)})
-        answer = await self.answers.ask(question) if found else None
-        if answer is None or not answer.total.gpu_ms:
-            raise NotFound(
-                "cost of job",
-                request.job,
-                "it held no GPU in the last year, as far as the ledger is: whaleflux cost status",
-            )
+        answer = await self.answers.ask(question)
         useful_ms = answer.total.gpu_ms * answer.total.of(CostClass.USEFUL) // max(answer.total.bill_micros, 1)
         response = pb.GetJobCostResponse(
             total=_group(answer.total),

@@ -16,7 +16,7 @@ from whaleflux_console.core.intervals import disjoint
 from whaleflux_console.core.lost_work import Key, Phases, newest, phases
 from whaleflux_console.core.rows import CostClass
 from whaleflux_console.core.signals import Counters
-from whaleflux_console.core.step_split import Parts, Said, Split, at_least, bounded, classify, of_report
+from whaleflux_console.core.step_split import HOST, Parts, Said, Split, at_least, bounded, classify, of_report
 
 SILENCE_MS = 60_000  # no step for so long, and for so many usual steps, is idle
 SILENCE_STEPS = 10
@@ -140,8 +140,12 @@ class Working:
         parts.steps += _count(report) if ms == whole else _count(report) * ms // whole
         if not all(kinds) or (self._attempt.plan is None and not self._alone):
             parts.tensor_ms += self._counters.tensor_ms(start, end)
+        if not kinds[HOST]:
+            seen_ms, ran_ms = self._counters.ran_ms(start, end)
+            parts.seen_ms += seen_ms
+            parts.ran_ms += ran_ms
         more = whole - sum(part or 0 for part in said) - _count(report) * self._usual_rest_ms
-        if more > self._silence_ms and all(kinds):
+        if more > self._silence_ms and all(kind for place, kind in enumerate(kinds) if place != HOST):
             parts.idle_ms += min(more * ms // whole, ms - self._counters.busy_ms(start, end))
 
     def _silent(self, start: int, end: int, following: int, into: Split) -> None:

@@ -83,6 +83,7 @@ class Attempt:
     communication_s: float | None = None  # modelled, per step: as placed
     best_communication_s: float | None = None  # on the best placement of an empty fleet
     best_free_communication_s: float | None = None  # on the best of what was free when it was placed
+    of_its_model: bool = True  # these seconds are of its own model; else of a yardstick: only how they compare counts
     epoch: int = 0  # by which ranks and agents name it
     cross_node: bool = False
     plan: Plan | None = None  # None: nobody knows whether it is a pipeline; one that is none has Plan()
@@ -120,6 +121,7 @@ class Sample:
     sm_active_ppm: int | None = None
     idle_power: bool | None = None  # it drew no more than idle + 15 %
     source: str = ""  # "gpm", "dcgm", "nvml", "simulated"
+    busy_ppm: int | None = None  # any kernel ran
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ class Counters:
         """How much of [start_ms, end_ms) is in samples that show that something ran."""
         return self._weighed(start_ms, end_ms, lambda sample: WHOLE_PPM * ((sample.sm_active_ppm or 0) >= BUSY_SM_PPM))
 
+    def ran_ms(self, start_ms: int, end_ms: int) -> tuple[int, int]:
+        """For how much of [start_ms, end_ms) it is known whether anything ran, and for how much of that something did."""
+        return self._weighed(start_ms, end_ms, _seen_ppm), self._weighed(start_ms, end_ms, lambda s: _ran_ppm(s) or 0)
+
     def _weighed(self, start_ms: int, end_ms: int, share_ppm: Callable[[Sample], int]) -> int:
         total = 0
         for start, end, sample in self._samples[bisect_right(self._ends, start_ms) :]:
@@ -52,6 +56,16 @@ class Counters:
                 break
             total += (min(end, end_ms) - max(start, start_ms)) * share_ppm(sample)
         return total // WHOLE_PPM
+
+
+def _ran_ppm(sample: Sample) -> int | None:
+    """The share of the time in which any kernel ran: what says most of it counts."""
+    said = [share for share in (sample.busy_ppm, sample.sm_active_ppm, sample.tensor_ppm) if share is not None]
+    return max(said, default=None)
+
+
+def _seen_ppm(sample: Sample) -> int:
+    return WHOLE_PPM if _ran_ppm(sample) is not None else 0
 
 
 def _runs_at_rest(samples: Sequence[tuple[int, int, Sample]]) -> list[tuple[int, int]]:

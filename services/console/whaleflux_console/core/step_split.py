@@ -36,13 +36,17 @@ class Parts:
     whole_ms: int = 0
     steps: int = 0
     tensor_ms: int = 0  # worked at least, by counters
+    seen_ms: int = (
+        0  # of which counters say whether anything ran; asked where nobody says how long the host was waited for
+    )
+    ran_ms: int = 0  # of these, something did
     idle_ms: int = 0  # within steps that took far longer than others
     said_ms: list[int] = field(default_factory=lambda: [0] * 5)
 
 
 Said = tuple[int | None, int | None, int | None, int | None, int | None]
 _AS_SAID = (CostClass.DATA, CostClass.HOST, CostClass.SAVE, CostClass.COMM_IN_NODE)
-_IN_NODE, _CROSS = 3, 4
+_DATA, HOST, _SAVE, _IN_NODE, _CROSS = range(5)
 
 
 def of_report(report: Steps, *, alone: bool, cross_node: bool) -> Said:
@@ -77,6 +81,8 @@ def classify(parts: Parts, said: tuple[bool, ...], attempt: Attempt, *, alone: b
     into.add(CostClass.ALLOCATED_IDLE, idle)
     rest -= idle
     if complete and (alone or attempt.plan is not None):
+        if not said[HOST]:
+            rest = _stalled(rest, said_ms[_DATA] + said_ms[_SAVE] + idle, parts, into)
         _computed(rest, rest + said_ms[_IN_NODE], attempt.plan, into)
     else:
         at_least(min(rest, parts.tensor_ms), rest, attempt.plan, into)
@@ -84,14 +90,14 @@ def classify(parts: Parts, said: tuple[bool, ...], attempt: Attempt, *, alone: b
 
 def _with_communication(parts: Parts, said: tuple[bool, ...], attempt: Attempt, into: Split) -> tuple[list[int], bool]:
     """Milliseconds of each kind, with a model's where communication is unsaid, and whether all of them are then known."""
-    said_ms, modelled_s = list(parts.said_ms), _known(attempt.communication_s)
+    said_ms, modelled_s = list(parts.said_ms), _known(attempt.communication_s) if attempt.of_its_model else None
     if modelled_s is None or (said[_IN_NODE] and said[_CROSS]):
-        return said_ms, all(said)
+        return said_ms, all(said[place] for place in (_DATA, _SAVE, _IN_NODE, _CROSS))
     more = round(modelled_s * 1000) * parts.steps - said_ms[_IN_NODE] - said_ms[_CROSS]
     unsaid = _CROSS if not said[_CROSS] and (said[_IN_NODE] or attempt.cross_node) else _IN_NODE
     said_ms[unsaid] += max(0, min(parts.whole_ms - sum(said_ms), more))
     into.modelled = True
-    return said_ms, all(said[:_IN_NODE])
+    return said_ms, said[_DATA] and said[_SAVE]
 
 
 def _known(score_s: float | None) -> float | None:
@@ -111,6 +117,17 @@ def _across(cross: int, attempt: Attempt, into: Split) -> None:
     into.add(CostClass.COMM_STRUCTURAL, structural)
     into.add(CostClass.COMM_AVOIDABLE, cross - structural)
     into.modelled = True
+
+
+def _stalled(rest: int, told_ms: int, parts: Parts, into: Split) -> int:
+    """What of the rest it worked, where nobody says how long the host was waited for.
+
+    While nothing ran it stood still, for a reason that is known for `told_ms` alone. Where no counter tells either, waiting is in the rest.
+    """
+    unexplained = min(rest, max(0, parts.seen_ms - parts.ran_ms - told_ms))
+    into.unknown(unexplained)
+    into.modelled = True
+    return rest - unexplained
 
 
 def _computed(rest: int, in_pipeline: int, plan: Plan | None, into: Split) -> None:

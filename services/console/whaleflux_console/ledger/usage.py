@@ -117,7 +117,7 @@ def within(hour_ms: int, table: pa.Table) -> pa.Table:
 
 def samples_told(minutes: pa.Table) -> tuple[told.Sample, ...]:
     """MINUTES as facts."""
-    names = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source")
+    names = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source", "busy_ppm")
     return tuple(told.Sample(*values) for values in _values(minutes, names))
 
 
