@@ -14,7 +14,7 @@ def counting(index: int, **more: Any) -> dict[str, Any]:
     """An H200 with performance counters. `percent` and `mib_s` are by GPM metric, what they were since the sample before."""
     return {
         "uuid": f"GPU-{index}", "memory": 141 << 30, "used": 1 << 30, "gpm": True, "clock": 1980, "max_clock": 1980, "busy": 0,
-        "energy_mj": 0, "sent_kib": 0, "received_kib": 0, "percent": {}, "instances": [], "gi": None, "parent": None,
+        "power_mw": 80_000, "sent_kib": 0, "received_kib": 0, "percent": {}, "instances": [], "gi": None, "parent": None,
     } | more  # fmt: skip
 
 
@@ -65,8 +65,8 @@ class CountingNvml(FakeNvml):
             raise error("NotSupported")
         return SimpleNamespace(gpu=self._answer(handle, "busy"))
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:
-        return int(self._answer(handle, "energy_mj"))
+    def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:
+        return int(self._answer(handle, "power_mw"))
 
     def nvmlDeviceGetFieldValues(self, handle: Any, ids: list[Any]) -> Any:
         kib = {138: handle["sent_kib"], 139: handle["received_kib"]}

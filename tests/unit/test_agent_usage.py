@@ -76,13 +76,13 @@ class TestCounters:
         assert nvml.samples == set()
 
     async def test_cumulative_counters_are_told_as_what_they_grew_by(self):
-        nvml, clock = CountingNvml([counting(0, energy_mj=5_000_000, sent_kib=7, received_kib=1 << 40)]), VirtualClock()
+        nvml, clock = CountingNvml([counting(0, sent_kib=7, received_kib=1 << 40)]), VirtualClock()
         source = source_of(nvml, clock)
         (first,) = await source.sample(["GPU-0"], ())
-        assert (first.power_mw, first.nvlink_sent_bytes) == (None, None)
+        assert (first.power_mw, first.nvlink_sent_bytes) == (80_000, None)
 
         def work():
-            nvml.gpus[0] |= {"energy_mj": 10_000_000, "sent_kib": 7 + 1000, "received_kib": 3}
+            nvml.gpus[0] |= {"power_mw": 500_000, "sent_kib": 7 + 1000, "received_kib": 3}
 
         seen = (await interval(source, clock, ["GPU-0"], change=work))["GPU-0"]
         assert (seen.power_mw, seen.nvlink_sent_bytes) == (500_000, 1_024_000)
@@ -111,7 +111,7 @@ class TestCounters:
         nvml, clock = CountingNvml([counting(0, percent=BUSY), counting(1, percent=BUSY)]), VirtualClock()
         source = source_of(nvml, clock)
         await source.sample(["GPU-0", "GPU-1"], ())
-        gone = dict.fromkeys(("clock", "max_clock", "busy", "energy_mj", "memory", "gpm_error"), error("GpuIsLost"))
+        gone = dict.fromkeys(("clock", "max_clock", "busy", "power_mw", "memory", "gpm_error"), error("GpuIsLost"))
         seen = await interval(source, clock, ["GPU-0", "GPU-1"], change=lambda: nvml.gpus[0].update(gone))
         assert (seen["GPU-0"].tensor_ppm, seen["GPU-0"].power_mw, seen["GPU-0"].busy_ppm) == (None, None, None)
         assert seen["GPU-1"].tensor_ppm == 915_000

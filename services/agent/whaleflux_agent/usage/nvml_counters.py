@@ -24,7 +24,6 @@ _SM_CLOCK = 1  # NVML_CLOCK_SM
 
 @dataclass(slots=True)
 class _Cumulative:
-    energy_mj: int | None = None
     nvlink_sent: int | None = None
     nvlink_received: int | None = None
 
@@ -39,7 +38,9 @@ class _Device:
     place: tuple[str, int | None]  # UUID of the GPU, and the instance
     gpm: Gpm
     idle: IdlePower = field(default_factory=IdlePower)
+    highest_clock: int = 0  # asked once: the driver takes 2 ms for it
     clocks: list[float] = field(default_factory=list)  # over the highest, of each tick
+    powers_mw: list[float] = field(default_factory=list)  # a mean of ticks: the energy counter takes the driver 4 ms
     busy: list[float] = field(default_factory=list)
     last: _Cumulative = field(default_factory=_Cumulative)
 
@@ -110,9 +111,13 @@ class NvmlCounters:
     def _tick(self, device: _Device) -> None:
         nvml = self._nvml
         clock = self._may(lambda: nvml.nvmlDeviceGetClockInfo(device.gpu, _SM_CLOCK))
-        highest = self._may(lambda: nvml.nvmlDeviceGetMaxClockInfo(device.gpu, _SM_CLOCK))
-        if clock is not None and highest:
-            device.clocks.append(clock / highest)
+        if not device.highest_clock:
+            device.highest_clock = self._may(lambda: nvml.nvmlDeviceGetMaxClockInfo(device.gpu, _SM_CLOCK)) or 0
+        if clock is not None and device.highest_clock:
+            device.clocks.append(clock / device.highest_clock)
+        power = None if device.instance is not None else self._may(lambda: nvml.nvmlDeviceGetPowerUsage(device.gpu))
+        if power is not None:
+            device.powers_mw.append(power)
         busy = self._may(lambda: nvml.nvmlDeviceGetUtilizationRates(device.handle))
         if busy is not None:
             device.busy.append(busy.gpu / 100)
@@ -127,9 +132,10 @@ class NvmlCounters:
         rate = {metric: value * gpm.MIB for metric, value in counted.items()}
         clock = usage.ppm(usage.mean(device.clocks))
         busy = share.get(gpm.GRAPHICS, usage.ppm(usage.mean(device.busy)))
-        device.clocks, device.busy = [], []
+        mean_mw = usage.mean(device.powers_mw)
+        power = None if mean_mw is None else round(mean_mw)
+        device.clocks, device.busy, device.powers_mw = [], [], []
         moved = self._moved(device)
-        power = None if moved.energy_mj is None else round(moved.energy_mj / interval_s)
         memory = self._may(lambda: self._nvml.nvmlDeviceGetMemoryInfo(device.handle))
         return DeviceUsage(
             device=uuid,
@@ -152,11 +158,9 @@ class NvmlCounters:
         """How much each counter has grown; a MIG instance has none of its own."""
         if device.instance is not None:
             return _Cumulative()
-        energy = self._may(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(device.gpu))
         sent, received = self._nvlink(device.gpu)
-        before, device.last = device.last, _Cumulative(energy, sent, received)
+        before, device.last = device.last, _Cumulative(sent, received)
         return _Cumulative(
-            usage.grown(before.energy_mj, energy),
             usage.grown(before.nvlink_sent, sent),
             usage.grown(before.nvlink_received, received),
         )
