@@ -248,6 +248,7 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "ListAdjustments": _none(console_pb2.ListAdjustmentsRequest()),
         "GetCost": _none(console_pb2.GetCostRequest()),
         "GetJobCost": _job(lambda job: console_pb2.GetJobCostRequest(job=job), empty=True),
+        "ExportCost": _none(console_pb2.ExportCostRequest()),
         "GetLedger": _none(console_pb2.GetLedgerRequest()),
         "DeleteAdjustment": _none(console_pb2.DeleteAdjustmentRequest(name="adjustments/absent")),
     },

@@ -18,6 +18,7 @@ from whaleflux_console.bookkeeper import Bookkeeper, Progress
 from whaleflux_console.core.chronicle import Chronicle, Device, JobFacts, NodePrice
 from whaleflux_console.core.facts import HOUR_MS, Attempt, Holding, PriceKind
 from whaleflux_console.costs import Costs
+from whaleflux_console.invoicing import Invoicing
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import LocalFolder
@@ -54,7 +55,10 @@ class World:
         async with elect(self.store, "console-ledger", "here") as leader:
             ledger = await open_ledger(folder, self.store, leader, engine=engine)
             self.chronicle, progress = Chronicle(), Progress()
-            self.keeper = Bookkeeper(ledger, leader, self.chronicle, Pricing(self.store), self.clock, progress)
+            invoicing = Invoicing(self.store, ledger, leader)
+            self.keeper = Bookkeeper(
+                ledger, leader, self.chronicle, Pricing(self.store), invoicing, self.clock, progress
+            )
             await self.keeper.resume()
             self.answers = Answers(folder, self.store, engine)
             costs = Costs(self.answers, lambda queue: self.access.get(queue, OPEN), self.clock, progress)

@@ -51,7 +51,7 @@ GIVEN = {
     "secrets add": ["x", "--from-file", "VALUE"], "secrets rotate": ["x", "--from-file", "VALUE"],
     "submit": ["JOB", "-y", "-d"], "validate": ["JOB"], "simulate": ["CLUSTER", "JOBS"], "reservation create": ["x", "--gpus", "1", "--for", "1h"],
     "config": ["--help"], "ray explain": ["DEMAND"], "fits": ["llama-3.1-8b", "--gpu", "H200"], "plan": ["llama-3.1-8b", "--gpu", "H200"],
-    "check-config": ["CONFIG"], "cost job": ["x"],
+    "check-config": ["CONFIG"], "cost job": ["x"], "cost export": ["--check"],
 }  # fmt: skip
 NO_DOCUMENT = {
     "audit export": "writes a file of JSON lines",
@@ -94,7 +94,7 @@ def test_every_read_prints_one_document_as_json_and_an_item_a_line_as_jsonl(word
     document = json.loads(shown)
     lines = [json.loads(one) for one in answered([*line, "-o", "jsonl"], monkeypatch, capsys)[0].splitlines()]
     assert lines == (document if isinstance(document, list) else [document]), words
-    assert document or not asked or words in {"secrets rewrap", "burst history", "cost status"}, (
+    assert document or not asked or words in {"secrets rewrap", "burst history", "cost status", "cost export"}, (
         "nothing was made of the answers"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -113,6 +114,43 @@ def cost_job(name: Annotated[str, typer.Argument(metavar="JOB", help="Job.")], f
     if answer.micros_per_useful_gpu_hour:
         output.note(f"{usd(answer.micros_per_useful_gpu_hour)} USD per useful GPU-hour")
     _say_until(answer)
+
+
+@cost.command("export")
+def cost_export(
+    file: Annotated[Path | None, typer.Argument(help="Where to write.", metavar="FILE")] = None,
+    kind: Annotated[str, typer.Option("-f", "--format", help="csv or parquet.")] = "csv",
+    since: Annotated[
+        str, typer.Option("--since", help="From which day on, such as 2026-11-01; none: this month.")
+    ] = "",
+    until: Until = "",
+    account: Annotated[str, typer.Option("--account", help="BillingAccountId of every charge.")] = "whaleflux",
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; only say whether it is right.")] = False,
+    fmt: Output = Format.table,
+) -> None:
+    """Writes closed hours as charges of FOCUS 1.2, and says whether they keep its rules and sum to the bill. Exit code 1: they do not.
+
+    \b
+      whaleflux cost export november.csv --since 2026-11-01 --until 2026-12-01
+      whaleflux cost export november.parquet -f parquet --since 2026-11-01 --until 2026-12-01
+      whaleflux cost export --check
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.cli import cost_export as export
+
+    request = export.request(kind, since, until, account, file, check=check)
+    with fleet() as client:
+        found = export.write(client.console.ExportCost(request, timeout=export.LONGEST_S), None if check else file)
+    if fmt.is_json:
+        output.say_json(output.as_json(found), fmt)
+    else:
+        output.say(
+            f"{found.rows:,} charges ({found.corrections:,} corrections) from {_at(found, 'start_time')} until "
+            f"{_at(found, 'end_time')}: {usd(found.billed_micros, 6)} USD, of a bill of {usd(found.bill_micros, 6)}"
+        )
+    for fault in found.faults:
+        output.fail(fault)
+    if found.faults:
+        raise typer.Exit(1)
 
 
 @cost.command("status")

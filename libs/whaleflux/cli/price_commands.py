@@ -166,6 +166,7 @@ def list_adjustments(sort: Sort = "", fmt: Output = Format.table, no_headers: No
         Column("FOR", scope),
         Column("FROM", lambda one: _at(one, "start_time")),
         Column("UNTIL", lambda one: _at(one, "end_time")),
+        Column("STATE", _how_far),
         Column("REASON", lambda one: one.reason),
     ]
     empty = "no invoice was adjusted; declare one with: whaleflux prices adjust NAME"
@@ -183,7 +184,14 @@ def remove_adjustment(
     with fleet() as client:
         confirm(f"take {full} back?", yes)
         client.console.DeleteAdjustment(pb.DeleteAdjustmentRequest(name=full), timeout=20)
-    output.note(f"{full} is taken back")
+    output.note(f"{full} is taken back; hours that have a part of it are closed again without it")
+
+
+def _how_far(one: Any) -> str:
+    from whaleflux.v1 import console_pb2 as pb
+
+    said = output.enum_name(pb.AdjustmentState, one.state, "ADJUSTMENT_STATE_").lower().replace("_", " ")
+    return "too old: declare it for a later window" if said == "too old" else said
 
 
 def usd(micros: int, digits: int = 2) -> str:

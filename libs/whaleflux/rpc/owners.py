@@ -242,6 +242,7 @@ TABLE: dict[str, OwnerRule] = {
         DeleteAdjustment=FLEET,
         GetCost=LEAVES_OUT,
         GetJobCost=LEAVES_OUT,
+        ExportCost=FLEET,
         GetLedger=FLEET,
     ),
     **_service("Usage", ReportUsage=own_node("node")),

@@ -16,6 +16,7 @@ from whaleflux_console.core.bill import rows_of_hour
 from whaleflux_console.core.chronicle import Chronicle
 from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.rows import LedgerRow
+from whaleflux_console.invoicing import Invoicing
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.ledger import Ledger
 from whaleflux_console.ledger.manifest import Kind
@@ -40,10 +41,18 @@ class Bookkeeper:
     """`tick` is one round; it may end anywhere, and the next goes on from what the ledger has."""
 
     def __init__(
-        self, ledger: Ledger, leader: Leader, chronicle: Chronicle, pricing: Pricing, clock: Clock, progress: Progress
+        self,
+        ledger: Ledger,
+        leader: Leader,
+        chronicle: Chronicle,
+        pricing: Pricing,
+        invoicing: Invoicing,
+        clock: Clock,
+        progress: Progress,
     ) -> None:
         self._ledger, self._leader, self._chronicle = ledger, leader, chronicle
-        self._pricing, self._clock, self._progress = pricing, clock, progress
+        self._pricing, self._invoicing = pricing, invoicing
+        self._clock, self._progress = clock, progress
         self._whole_until_ms = 0  # hours before are told whole
         self._house_kept_ms = 0
         self._next_interim_s = 0.0
@@ -66,6 +75,7 @@ class Bookkeeper:
         now_ms = self.now_ms()
         await self._tell(now_ms)
         await self._restate_for_prices(now_ms)
+        await self._invoicing.round(now_ms)
         for hour_ms in self._ledger.due():
             await self._close_or_leave(hour_ms)
         await self._interim(now_ms)

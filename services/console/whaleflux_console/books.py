@@ -15,6 +15,7 @@ from whaleflux.store.election import Leader
 from whaleflux.telemetry import Event
 from whaleflux_console.bookkeeper import Bookkeeper, Progress
 from whaleflux_console.core.chronicle import Chronicle
+from whaleflux_console.invoicing import Invoicing
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.feed import EVERY_S, Feed
 from whaleflux_console.ledger.folder import Folder
@@ -66,7 +67,8 @@ class Books:
         chronicle = Chronicle()
         owners = Owners(self.peers, Saves(self.peers.checkpoint), chronicle, self.clock)
         pricing = Pricing(self.store)
-        bookkeeper = Bookkeeper(ledger, leader, chronicle, pricing, self.clock, self.progress)
+        invoicing = Invoicing(self.store, ledger, leader)
+        bookkeeper = Bookkeeper(ledger, leader, chronicle, pricing, invoicing, self.clock, self.progress)
         await bookkeeper.resume()
         async with asyncio.TaskGroup() as group:
             group.create_task(owners.run())

@@ -17,22 +17,26 @@ Describe = Callable[[EntryChange, datetime], OutgoingEvent | None]
 
 def of_price(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     """CREATED, CHANGED, DELETED."""
-    return _told(change, now, pb.GpuPrice)
+    return _told(change, now, pb.GpuPrice, lambda _: "has another end")
 
 
 def of_adjustment(change: EntryChange, now: datetime) -> OutgoingEvent | None:
-    """CREATED, DELETED."""
-    return _told(change, now, pb.Adjustment)
+    """CREATED, CHANGED (how far it is), DELETED."""
+    return _told(change, now, pb.Adjustment, _how_far)
 
 
-def _told(change: EntryChange, now: datetime, kind: Any) -> OutgoingEvent | None:
+def _how_far(one: pb.Adjustment) -> str:
+    return f"is {pb.AdjustmentState.Name(one.state).removeprefix('ADJUSTMENT_STATE_').lower().replace('_', ' ')}"
+
+
+def _told(change: EntryChange, now: datetime, kind: Any, changed: Callable[[Any], str]) -> OutgoingEvent | None:
     new = kind.FromString(change.new.value) if change.new else None
     old = kind.FromString(change.old.value) if change.old else None
     if new is not None and new.last_change.what == What.DELETED:
         return None  # about to go
     what = What.DELETED if new is None else What.CREATED if old is None else What.CHANGED
     record = new or old or kind()
-    words = {What.DELETED: "is forgotten", What.CREATED: "is declared", What.CHANGED: "has another end"}
+    words = {What.DELETED: "is forgotten", What.CREATED: "is declared", What.CHANGED: changed(record)}
     return state_event(
         change,
         now,

@@ -20,6 +20,11 @@ from whaleflux_console.records import Records
 
 MOST_PRICES = 5_000
 _OUTPUT = ("components", "create_time", "last_change", "etag")
+_NOT_SPREAD = {
+    pb.ADJUSTMENT_STATE_UNSPECIFIED,
+    pb.ADJUSTMENT_STATE_WAITING,
+    pb.ADJUSTMENT_STATE_TOO_OLD,
+}
 _KINDS = "owned, on-demand, reserved or spot"
 
 
@@ -127,7 +132,9 @@ class Adjustments:
         """Declares an adjustment. Raises InvalidArgument naming every field that is wrong."""
         one = pb.Adjustment()
         one.CopyFrom(request.adjustment)
-        one.ClearField("etag")
+        for field in ("etag", "ledger"):
+            one.ClearField(field)
+        one.state = pb.ADJUSTMENT_STATE_WAITING
         one.name = adjustment_name(request.adjustment_id)
         if problems := list(_adjustment_problems(one)):
             raise InvalidArgument(problems)
@@ -138,9 +145,17 @@ class Adjustments:
         return await self._records.page(request.page_size, request.page_token)
 
     async def delete(self, name: str, etag: str) -> None:
-        """Takes an adjustment back."""
+        """Takes an adjustment back: what was spread is told by the ledger's keeper that it is nothing, and then the record goes."""
         names.split(name, "adjustments")
-        await self._records.delete(name, etag)
+        _, there = await self._records.read(name)
+        if there.state in _NOT_SPREAD:
+            await self._records.delete(name, etag or there.etag)
+            return
+
+        def take_back(one: pb.Adjustment) -> None:
+            one.state = pb.ADJUSTMENT_STATE_TAKING_BACK
+
+        await self._records.change(name, etag, take_back, "it is taken back")
 
 
 def _price_problems(price: pb.GpuPrice) -> Iterator[FieldViolation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -10,6 +11,7 @@ from whaleflux.errors import FailedPrecondition
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import console_pb2_grpc as rpc
 from whaleflux_console.costs import Costs
+from whaleflux_console.exports import Exports
 from whaleflux_console.prices import Adjustments, Prices
 
 Context = Any  # grpc.aio's, which no rpc here needs
@@ -56,6 +58,10 @@ class CostServicer(rpc.CostServiceServicer):
 
     async def GetJobCost(self, request: pb.GetJobCostRequest, context: Context) -> pb.GetJobCostResponse:
         return await self._costs.of_job(request)
+
+    async def ExportCost(self, request: pb.ExportCostRequest, context: Context) -> AsyncIterator[pb.ExportCostResponse]:
+        async for part in Exports(self._costs.answers, self._costs.clock).export(request):
+            yield part
 
     async def GetLedger(self, request: pb.GetLedgerRequest, context: Context) -> pb.Ledger:
         return self._costs.ledger()

@@ -12,7 +12,7 @@ from typing import Any
 
 from whaleflux.errors import DeadlineExceeded, FieldViolation, InvalidArgument
 from whaleflux.store.api import Store
-from whaleflux_console.core.rows import CLASSES, CostClass
+from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
 from whaleflux_console.ledger import chain
 from whaleflux_console.ledger.cache import HOT_DAYS, Cache
 from whaleflux_console.ledger.damage import Damaged
@@ -21,6 +21,8 @@ from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.head import Head, read_head
 from whaleflux_console.ledger.manifest import DAY_MS, Kind, State, date, day_of
 from whaleflux_console.ledger.question import CLASS, Question, check
+from whaleflux_console.ledger.schemas import table_rows
+from whaleflux_console.ledger.shelf import table_of
 from whaleflux_console.ledger.sql import sql
 
 DEADLINE_S = 10.0
@@ -130,6 +132,18 @@ class Answers:
             raise InvalidArgument(FieldViolation("window", f"{since}: begin and end with a whole day (UTC)"))
         if start < first_hot and question.time == "hour":
             raise InvalidArgument(FieldViolation("by", f"{since}: ask by day, or for a later window"))
+
+    async def versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
+        """A closed hour's rows as of each version that is kept, oldest first. Raises Damaged for a file that is not as it was written."""
+        try:
+            return await asyncio.to_thread(self._read_versions, hour_ms)
+        except Damaged:  # closed again meanwhile, perhaps
+            await self.follow()
+            return await asyncio.to_thread(self._read_versions, hour_ms)
+
+    def _read_versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
+        files = sorted((f for f in self._state.of(Kind.HOURS, hour_ms) if f.version), key=lambda file: file.version)
+        return [table_rows(table_of(self._folder, file)) for file in files]
 
     async def _run(self, query: str, parameters: Sequence[Any]) -> Any:
         cursor = self._engine.cursor()

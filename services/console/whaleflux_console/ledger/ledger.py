@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from whaleflux_console.ledger.manifest import File, Kind, Position, State, day_o
 from whaleflux_console.ledger.opening import open_writer
 from whaleflux_console.ledger.repair import Recovery
 from whaleflux_console.ledger.rules import Rules
-from whaleflux_console.ledger.shelf import local_files, table_of
+from whaleflux_console.ledger.shelf import local_files, rows_in, table_of
 from whaleflux_console.ledger.writer import New, Writer
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ FACT_BUCKET_MS = (
 )
 KEPT_VERSIONS = 8  # of an hour's rows: exports tell what a restatement changed
 MOST_NOTES = 20
+_HOURS_READ = 24  # files that one query reads
 LONGEST_REPORT_MS = HOUR_MS  # of a sample or of steps
 EARLY_MS = 24 * HOUR_MS  # a report from further ahead of the stream's clock is of a clock that cannot be right
 
@@ -91,6 +92,11 @@ class Ledger:
     def state(self) -> State:
         return self._writer.state
 
+    @property
+    def id(self) -> str:
+        """Tells it from one that began anew in another folder, or in this one after everything was lost."""
+        return self._writer.folder_id
+
     def note(self, found: Sequence[Damaged]) -> None:
         """Keeps the newest of what is to be said to people."""
         self.notes = tuple(dict.fromkeys((*self.notes, *map(str, found))))[-MOST_NOTES:]
@@ -143,9 +149,13 @@ class Ledger:
 
         Later words count: a fact of the same device and start (attempt, card and start, name) replaces the earlier one.
         """
-        table = await self._in_thread(schemas.facts_table, facts)
-        if table.num_rows:
-            await self._writer.commit([New(Kind.FACTS, hour_of(hour_ms), table, "facts")])
+        await self.tell_hours({hour_ms: facts})
+
+    async def tell_hours(self, told: Mapping[int, Facts]) -> None:
+        """The same of many hours, by one commit: all of it or nothing."""
+        tables = [(hour_ms, await self._in_thread(schemas.facts_table, facts)) for hour_ms, facts in told.items()]
+        if new := [New(Kind.FACTS, hour_of(hour_ms), table, "facts") for hour_ms, table in tables if table.num_rows]:
+            await self._writer.commit(new)
 
     # Hours
 
@@ -246,6 +256,21 @@ class Ledger:
             return ()
         newest = max(found, key=lambda file: file.version)
         return schemas.table_rows(await self._in_thread(table_of, self.folder, newest))
+
+    async def bills(self, hours: Sequence[int], site: str = "", gpu_class: str = "") -> dict[int, int]:
+        """What the usage of closed hours cost, micro-dollars, of a site and class alone if these are given; hours without such are left out."""
+        files = [file for hour_ms in hours if (file := self.state.newest(Kind.HOURS, hour_ms))]
+        found: dict[int, int] = {}
+        for first in range(0, len(files), _HOURS_READ):
+            found |= await self._in_thread(self._bills, files[first : first + _HOURS_READ], site, gpu_class)
+        return found
+
+    def _bills(self, files: Sequence[File], site: str, gpu_class: str) -> dict[int, int]:
+        with local_files(self.folder, files, self.engine.scratch) as paths:
+            query = f"""SELECT hour_ms, sum(bill_micros)::BIGINT AS micros FROM ({rows_in(paths)})
+                WHERE adjustment = '' AND $1 IN ('', site) AND $2 IN ('', gpu_class) GROUP BY hour_ms"""
+            table = self.engine.table(query, [site, gpu_class])
+        return dict(zip(table["hour_ms"].to_pylist(), table["micros"].to_pylist(), strict=True))
 
     # Upkeep
 

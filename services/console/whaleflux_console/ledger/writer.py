@@ -58,6 +58,11 @@ class Writer:
         self._lists: dict[str, Named] = {}
         self.by = f"{leader.created:x}"
 
+    @property
+    def folder_id(self) -> str:
+        """Which folder's files they are: one that began anew has another."""
+        return self._head.folder
+
     def knows(self, checkpoint: Checkpoint | None) -> None:
         """The checkpoint that the state was read from: lists of days that do not change are named again."""
         self._lists = dict(checkpoint.days) if checkpoint else {}
