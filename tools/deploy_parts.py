@@ -11,12 +11,14 @@ _AUTHORITY = {
     "ca_key": "/authority/ca.key",
     "secrets_key_file": "/authority/secrets.keys",
 }
+_LEDGER = "/var/lib/whaleflux/ledger"  # in the service's state: a volume of its own in Kubernetes, where state is the Pod's
 
 
 def _own_settings(service: Service, host: str = "0.0.0.0") -> dict[str, str]:
     """What a deployment tells this service alone; `host` is what it binds what the front door alone dials to."""
     listens = {setting: f"{host}:{port}" for setting, port in service.http.items()}
-    return {_variable(name): value for name, value in ((_AUTHORITY if service.signs else {}) | listens).items()}
+    kept = (_AUTHORITY if service.signs else {}) | ({"ledger_folder": _LEDGER} if service.keeps_ledger else {})
+    return {_variable(name): value for name, value in (kept | listens).items()}
 
 
 def _variable(setting: str) -> str:
@@ -161,10 +163,11 @@ def kubernetes(s: Service) -> str:
         cpu=s.asked_cpu_millicores,
         asked=_memory(s.asked_memory_mib, "Gi", "Mi"),
         memory=_memory(s.memory_mib, "Gi", "Mi"),
-        mounts=_AUTHORITY_MOUNT if s.signs else "",
-        volumes=_AUTHORITY_VOLUME if s.signs else "",
+        mounts=(_AUTHORITY_MOUNT if s.signs else "") + (_LEDGER_MOUNT if s.keeps_ledger else ""),
+        volumes=(_AUTHORITY_VOLUME if s.signs else "") + (_LEDGER_VOLUME.format(host=s.host) if s.keeps_ledger else ""),
         grpc=GRPC_PORT,
-        also="".join(_HTTP_SERVICE.format(host=s.host, name=n, port=p, dns=POLICY_HOST) for n, p in names.items()),
+        also="".join(_HTTP_SERVICE.format(host=s.host, name=n, port=p, dns=POLICY_HOST) for n, p in names.items())
+        + (_LEDGER_CLAIM.format(host=s.host) if s.keeps_ledger else ""),
     )
 
 
@@ -172,6 +175,22 @@ _AUTHORITY_MOUNT = "            - {name: authority, mountPath: /authority, readO
 _AUTHORITY_VOLUME = """\
         - name: authority # to sign certificates of agents; leave it away where another manager does that
           secret: {secretName: whaleflux-authority, defaultMode: 0440}
+"""
+_LEDGER_MOUNT = f"            - {{name: ledger, mountPath: {_LEDGER}}}\n"
+_LEDGER_VOLUME = """\
+        - name: ledger
+          persistentVolumeClaim: {{claimName: {host}-ledger}}
+"""
+_LEDGER_CLAIM = """\
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: {host}-ledger # what was used and what it cost: bills are made of it, so keep a copy
+  labels: {{app.kubernetes.io/name: {host}}}
+spec:
+  accessModes: [ReadWriteOnce] # of one node; replicas on several need ReadWriteMany, as production has it, or an object store
+  resources: {{requests: {{storage: 20Gi}}}}
 """
 _HTTP_SERVICE = """\
 ---

@@ -32,6 +32,7 @@ class Service:
     accounts: bool = False  # writes what jobs cost
     takes_usage: bool = False  # publishes what agents saw of their GPUs
     keeps_code: bool = False  # holds the folders that travel with jobs
+    keeps_ledger: bool = False  # of what was used and what it cost, in a folder that outlives its replicas
     signs: bool = False  # holds the authority that admits agents
     reflects: bool = False  # answers gRPC reflection for all of them, behind the front door
     http: Mapping[str, int] = field(default_factory=dict)  # HTTP over mTLS for the front door alone: setting -> port
@@ -109,6 +110,7 @@ SERVICES: tuple[Service, ...] = (
         tells=("price", "adjustment"),
         reads_streams=("USAGE",),
         takes_usage=True,
+        keeps_ledger=True,
         memory_mib=1024,
         asked_memory_mib=384,
     ),

@@ -138,6 +138,16 @@ def test_keys_are_seen_by_who_shows_them_alone():
     }
 
 
+def test_the_ledger_lies_in_the_volume_of_the_console_alone():
+    folder = SERVICES["console"]["environment"]["WHALEFLUX_LEDGER_FOLDER"]
+    mounts = dict(volume.split(":")[:2][::-1] for volume in SERVICES["console"]["volumes"])
+    (volume,) = [name for mount, name in mounts.items() if folder.startswith(f"{mount}/")]
+    assert volume in FILE["volumes"]
+    assert [name for name, s in SERVICES.items() if any(v.startswith(f"{volume}:") for v in s.get("volumes", []))] == [
+        "console"
+    ]
+
+
 def hyphens(role):
     return role.replace("_", "-")
 

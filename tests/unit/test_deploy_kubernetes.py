@@ -113,6 +113,21 @@ def test_services_understand_their_settings():
         assert any(d["metadata"]["name"] == host for d in of_kind(BASE, "Service"))
 
 
+@pytest.mark.parametrize("overlay", ["overlays/dev", "overlays/production"])
+def test_the_ledger_outlives_the_pods_of_the_console(overlay):
+    """In a volume that every replica reaches: one node's is enough for one replica only."""
+    found = rendered(overlay)
+    (claim,) = of_kind(found, "PersistentVolumeClaim")
+    spec = dict(pods(found))["console"]["spec"]
+    (volume,) = [v["name"] for v in spec["volumes"] if "persistentVolumeClaim" in v]
+    assert {"name": volume, "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}} in spec["volumes"]
+    container = spec["containers"][0]
+    (place,) = [v["value"] for v in container["env"] if v["name"] == "WHALEFLUX_LEDGER_FOLDER"]
+    assert {"name": volume, "mountPath": place} in container["volumeMounts"]
+    (replicas,) = [d["spec"]["replicas"] for d in of_kind(found, "Deployment") if d["metadata"]["name"] == "console"]
+    assert claim["spec"]["accessModes"] == (["ReadWriteOnce"] if replicas == 1 else ["ReadWriteMany"])
+
+
 def test_the_agent_only_senses_and_understands_its_settings():
     settings = next(d["data"] for d in BASE if d["metadata"]["name"] == "agent-settings")
     template = dict(pods(BASE))["agent"]
