@@ -11,7 +11,9 @@ _AUTHORITY = {
     "ca_key": "/authority/ca.key",
     "secrets_key_file": "/authority/secrets.keys",
 }
-_LEDGER = "/var/lib/whaleflux/ledger"  # in the service's state: a volume of its own in Kubernetes, where state is the Pod's
+_LEDGER = (
+    "/var/lib/whaleflux/ledger"  # in the service's state: a volume of its own in Kubernetes, where state is the Pod's
+)
 
 
 def _own_settings(service: Service, host: str = "0.0.0.0") -> dict[str, str]:
