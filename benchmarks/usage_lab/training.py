@@ -72,19 +72,30 @@ class Training:
             torch.cuda.synchronize()
 
 
+def usual_step_s(one: Training) -> float:
+    """How long a step takes that waits for nothing; before a phase begins, so that all of the phase is alike."""
+    one.wait()
+    began = time.perf_counter()
+    for _ in range(_BLOCK):
+        one.step()
+    one.wait()
+    return (time.perf_counter() - began) / _BLOCK
+
+
 def trained(one: Training, phase: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
     """Steps for so long, on all ranks equally many; each block ends when the GPU has."""
     times = StepTimes(one.model, dist.get_world_size(), lambda report: write({"report": asdict(report)}))
     step, slept_s, blocks = 0, 0.0, list[float]()
+    pause_s = phase["stall"] / (1 - phase["stall"]) * usual_step_s(one) if phase["stall"] else 0.0
     begun = time.time()
     with times.running(0) if phase["sdk"] else contextlib.nullcontext():
         while together(one.device, time.time() - begun < phase["seconds"]):
             block = time.perf_counter()
             for _ in range(_BLOCK):
                 arrived = times.waited_for_data() if phase["sdk"] else None
-                if phase["stall"] and blocks:
+                if pause_s:
                     one.wait()
-                    time.sleep(pause_s := phase["stall"] * blocks[0] / _BLOCK / (1 - phase["stall"]))
+                    time.sleep(pause_s)
                     slept_s += pause_s
                 if arrived is not None:
                     arrived()
