@@ -215,6 +215,7 @@ class ConditionType(_Words):
 class What(_Words):
     """What an event says happened, where it is no new state: records that came and went, and observations of agents."""
 
+    BUDGET_REACHED = "BUDGET_REACHED", "a month has cost a share of its budget at which somebody wants to know"
     CHANGED = "CHANGED", "the record's content changed"
     CLOSED = "CLOSED", "an incident is over"
     COPIES = "COPIES", "where copies of a dataset are changed"

@@ -15,6 +15,7 @@ from whaleflux.trust.ownership import OPEN, Access
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_console.bookkeeper import Bookkeeper, Progress
+from whaleflux_console.budgets import Budgets
 from whaleflux_console.core.chronicle import Chronicle, Device, JobFacts, NodePrice
 from whaleflux_console.core.facts import HOUR_MS, Attempt, Holding, PriceKind
 from whaleflux_console.costs import Costs
@@ -62,7 +63,12 @@ class World:
             await self.keeper.resume()
             self.answers = Answers(folder, self.store, engine)
             costs = Costs(self.answers, lambda queue: self.access.get(queue, OPEN), self.clock, progress)
-            self.rpc = CostServicer(Prices(self.store, self.clock), Adjustments(self.store, self.clock), costs)
+            self.rpc = CostServicer(
+                Prices(self.store, self.clock),
+                Adjustments(self.store, self.clock),
+                Budgets(self.store, self.clock),
+                costs,
+            )
             self.ledger = ledger
             try:
                 yield self
@@ -246,6 +252,6 @@ class TestAsking:
 
     async def test_without_a_folder_there_is_no_ledger_and_the_answer_says_what_to_do(self):
         store, clock = MemoryStore(), VirtualClock()
-        servicer = CostServicer(Prices(store, clock), Adjustments(store, clock))
+        servicer = CostServicer(Prices(store, clock), Adjustments(store, clock), Budgets(store, clock))
         with pytest.raises(FailedPrecondition, match="--ledger-folder"):
             await servicer.GetLedger(pb.GetLedgerRequest(), None)

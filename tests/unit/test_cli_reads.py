@@ -15,7 +15,7 @@ ACTS = {
     "set-priority", "delete", "exec", "shell", "port-forward", "cp", "serve", "deploy", "unserve", "rollout undo", "config use", "config add", "config remove",
     "keys create", "keys delete", "datasets add", "datasets pin", "datasets unpin", "datasets rm", "queue create", "queue set", "queue rm", "reservation create", "reservation update", "reservation rm", "token delete",
     "login", "logout", "user add", "user link", "user set", "user disable", "user enable", "group create", "group add", "group remove", "group rm",
-    "prices set", "prices import", "prices end", "prices rm", "prices adjust", "prices unadjust",
+    "prices set", "prices import", "prices end", "prices rm", "prices adjust", "prices unadjust", "budget set", "budget rm",
     "tokens rm", "secrets set", "secrets rm", "offers add", "offers rm", "leases add", "leases end", "ray up", "ray down",
 }  # fmt: skip
 FILES = {"import"}  # what it makes is a job file, and -o says where it goes
@@ -94,7 +94,7 @@ def test_every_read_prints_one_document_as_json_and_an_item_a_line_as_jsonl(word
     document = json.loads(shown)
     lines = [json.loads(one) for one in answered([*line, "-o", "jsonl"], monkeypatch, capsys)[0].splitlines()]
     assert lines == (document if isinstance(document, list) else [document]), words
-    assert document or not asked or words in {"secrets rewrap", "burst history", "cost status", "cost export"}, (
+    assert document or not asked or words in {"secrets rewrap", "burst history", "cost status", "cost export", "cost forecast"}, (
         "nothing was made of the answers"
     )
 

@@ -15,6 +15,7 @@ from whaleflux.store.memory import MemoryStore
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_console import news
+from whaleflux_console.budgets import Budgets
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.servicer import CostServicer
 
@@ -51,7 +52,9 @@ def price(start=2026, end=None, **fields):
 class World:
     def __init__(self):
         self.store, self.clock = MemoryStore(), VirtualClock()
-        self.rpc = CostServicer(Prices(self.store, self.clock), Adjustments(self.store, self.clock))
+        self.rpc = CostServicer(
+            Prices(self.store, self.clock), Adjustments(self.store, self.clock), Budgets(self.store, self.clock)
+        )
 
     async def call(self, method, request):
         with auth.acting_as(auth.Identity("operator", "olga")):

@@ -12,6 +12,7 @@ import typer
 from whaleflux.cli import (
     attach_commands,
     audit_commands,
+    budget_commands,
     burst_commands,
     calibrate_command,
     check_config_command,
@@ -124,6 +125,7 @@ _GROUPS = [
     ("leases", rental_commands.leases, "Fleet"),
     ("cost", cost_commands.cost, "Cost"),
     ("prices", price_commands.prices, "Cost"),
+    ("budget", budget_commands.budget, "Cost"),
     ("queue", queue_commands.queue, "Jobs"),
     ("rollout", deploy_commands.rollout, "Models"),
     ("ray", ray_cluster_commands.ray, "Jobs"),

@@ -116,6 +116,47 @@ def cost_job(name: Annotated[str, typer.Argument(metavar="JOB", help="Job.")], f
     _say_until(answer)
 
 
+@cost.command("forecast")
+def cost_forecast(queue: Queue = "", user: User = "", site: Site = "", fmt: Output = Format.table) -> None:
+    """What this month will have cost, out of the days before, and how far off such forecasts were.
+
+    \b
+      whaleflux cost forecast
+      whaleflux cost forecast --queue research -o json
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.v1 import console_pb2 as pb
+
+    asked = _request("7d", "", queue, user, site, "", "")
+    with fleet() as client:
+        request = pb.GetForecastRequest(queue=asked.queue, user=asked.user, site=asked.site)
+        found = client.console.GetForecast(request, timeout=30)
+    lines = [
+        ("month", f"{_at(found, 'start_time')} until {_at(found, 'end_time')}"),
+        ("spent", f"{usd(found.spent_micros)} USD"),
+        ("expected", expected(found)),
+        ("four of five were within", _range(found)),
+        ("tried", f"on {found.trials} days of the past{_off(found)}"),
+        ("usage known until", _at(found, "watermark")),
+    ]
+    output.show_one(found, lines, fmt)
+
+
+def expected(found: Any) -> str:
+    """Of the whole month, for people."""
+    if not found.HasField("expected_micros"):
+        return "unknown: fewer than 3 whole days are in the ledger"
+    return f"{usd(found.expected_micros)} USD"
+
+
+def _range(found: Any) -> str:
+    known = found.HasField("low_micros")
+    return f"{usd(found.low_micros)} to {usd(found.high_micros)} USD" if known else "unknown: too few days to try it on"
+
+
+def _off(found: Any) -> str:
+    return f"; half were off by {found.error_ppm / 10_000:.1f} % or less" if found.HasField("error_ppm") else ""
+
+
 @cost.command("export")
 def cost_export(
     file: Annotated[Path | None, typer.Argument(help="Where to write.", metavar="FILE")] = None,

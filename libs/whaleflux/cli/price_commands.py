@@ -143,7 +143,7 @@ def adjust(
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import console_pb2 as pb
 
-    one = pb.Adjustment(micros=_micros("--usd", usd_more), gpu_class=gpu, reason=reason)
+    one = pb.Adjustment(micros=micros_of("--usd", usd_more), gpu_class=gpu, reason=reason)
     one.site = names.site(site.removeprefix("sites/")) if site else ""
     one.start_time.FromDatetime(_instant("--from", start))
     one.end_time.FromDatetime(_instant("--until", until))
@@ -230,7 +230,8 @@ def _instant(flag: str, value: str) -> Any:
     return _parsed(flag, value, quantities.instant)
 
 
-def _micros(flag: str, value: str) -> int:
+def micros_of(flag: str, value: str) -> int:
+    """An amount of US dollars as micro-dollars. Raises InvalidArgument naming the flag."""
     from whaleflux.manifests.price_file import micros
 
     return int(_parsed(flag, value, micros))

@@ -63,6 +63,7 @@ ROUTER_VIEWS = (
 # console
 PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
 ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
+BUDGETS = ROOT + "budgets/"  # {budget}: what a month may cost, and which thresholds were told
 LEDGER = ROOT + "ledger/"
 LEDGER_PRICES = LEDGER + "prices"  # those that closed hours are priced by
 LEDGER_HEAD = LEDGER + "head"  # which manifest of the usage ledger's files is the newest
@@ -105,6 +106,7 @@ _COLLECTIONS = {
     API_KEYS: ("apiKeys",),
     PRICES: ("prices",),
     ADJUSTMENTS: ("adjustments",),
+    BUDGETS: ("budgets",),
 }
 
 

@@ -20,7 +20,9 @@ from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
 from whaleflux_console.bookkeeper import Progress
 from whaleflux_console.books import Books
+from whaleflux_console.budgets import Budgets, BudgetWatch
 from whaleflux_console.costs import Costs
+from whaleflux_console.forecasts import Forecasts
 from whaleflux_console.intake import UsageIntake
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.engine import Engine
@@ -51,13 +53,15 @@ async def build(ctx: Context) -> Parts:
         answers, progress = Answers(folder, ctx.store, engine), Progress()
         costs = Costs(answers, ctx.trust.queue_access, ctx.clock, progress)
         books = _books(ctx, folder, engine, progress)
+        watch = BudgetWatch(ctx.store, Forecasts(answers, ctx.clock), ctx.clock)
+        loops += [partial(lead, ctx.store, f"{ROLE}-budgets", ctx.address, watch.run)]
         loops += [partial(_follow, ctx, answers), partial(lead, ctx.store, f"{ROLE}-ledger", ctx.address, books.keep)]
 
         async def close() -> None:
             engine.close()
 
         on_stop.append(close)
-    servicer = CostServicer(prices, adjustments, costs)
+    servicer = CostServicer(prices, adjustments, Budgets(ctx.store, ctx.clock), costs)
     return Parts(
         servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService"), *_intake(ctx)],
         loops=loops,
@@ -112,6 +116,7 @@ async def _publish(ctx: Context) -> None:
             for name, prefix, describe in (
                 ("console-prices", keys.PRICES, news.of_price),
                 ("console-adjustments", keys.ADJUSTMENTS, news.of_adjustment),
+                ("console-budgets", keys.BUDGETS, news.of_budget),
             ):
 
                 def told(change: EntryChange, describe: news.Describe = describe) -> OutgoingEvent | None:

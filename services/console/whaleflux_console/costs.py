@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +18,7 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.bookkeeper import Progress
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.rows import CLASSES, CostClass
+from whaleflux_console.forecasts import Forecasts
 from whaleflux_console.ledger.answers import Answer, Answers, Sum
 from whaleflux_console.ledger.manifest import DAY_MS, Kind
 from whaleflux_console.ledger.question import BILL, Question
@@ -93,6 +94,16 @@ class Costs:
         )
         response.watermark.FromMilliseconds(answer.as_of_ms)
         return response
+
+    async def forecast(self, where: Mapping[str, tuple[str, ...]]) -> pb.Forecast:
+        """Of this month, of what the caller may see."""
+        forecasts = Forecasts(self.answers, self.clock)
+        seen, _ = await self._seen(forecasts.question(where))
+        return await forecasts.of(where if seen is None else {**where, "queue": seen})
+
+    def may_see_queue(self, queue: str) -> bool:
+        """Whether the caller may; of no queue anybody."""
+        return self._may_see(auth.principal(), queue)
 
     def ledger(self) -> pb.Ledger:
         """How far it is."""

@@ -25,6 +25,26 @@ def of_adjustment(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     return _told(change, now, pb.Adjustment, _how_far)
 
 
+def of_budget(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, CHANGED, DELETED; BUDGET_REACHED when the month's spending came over a threshold."""
+    new = pb.Budget.FromString(change.new.value) if change.new else None
+    old = pb.Budget.FromString(change.old.value) if change.old else None
+    if new is None or old is None:
+        return _told(change, now, pb.Budget, str)
+    told = set(old.alerted_percents) if old.alerted_month == new.alerted_month else set()
+    if reached := set(new.alerted_percents) - told:
+        return state_event(
+            change,
+            now,
+            source=SOURCE,
+            resource=new.name,
+            what=What.BUDGET_REACHED,
+            message=f"{new.alerted_month} has cost {max(reached)} % of {new.name}: whaleflux budget ls",
+            attributes={"percent": str(max(reached)), "month": new.alerted_month},
+        )
+    return _told(change, now, pb.Budget, lambda _: "is changed")
+
+
 def _how_far(one: pb.Adjustment) -> str:
     return f"is {pb.AdjustmentState.Name(one.state).removeprefix('ADJUSTMENT_STATE_').lower().replace('_', ' ')}"
 

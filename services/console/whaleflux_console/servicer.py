@@ -10,8 +10,10 @@ from google.protobuf.empty_pb2 import Empty
 from whaleflux.errors import FailedPrecondition
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import console_pb2_grpc as rpc
+from whaleflux_console.budgets import Budgets
 from whaleflux_console.costs import Costs
 from whaleflux_console.exports import Exports
+from whaleflux_console.forecasts import scope_of
 from whaleflux_console.prices import Adjustments, Prices
 
 Context = Any  # grpc.aio's, which no rpc here needs
@@ -20,8 +22,8 @@ Context = Any  # grpc.aio's, which no rpc here needs
 class CostServicer(rpc.CostServiceServicer):
     """Who may call what is the boundary's business."""
 
-    def __init__(self, prices: Prices, adjustments: Adjustments, costs: Costs | None = None) -> None:
-        self._prices, self._adjustments = prices, adjustments
+    def __init__(self, prices: Prices, adjustments: Adjustments, budgets: Budgets, costs: Costs | None = None) -> None:
+        self._prices, self._adjustments, self._budgets = prices, adjustments, budgets
         self._spent = costs
 
     async def CreatePrice(self, request: pb.CreatePriceRequest, context: Context) -> pb.GpuPrice:
@@ -62,6 +64,20 @@ class CostServicer(rpc.CostServiceServicer):
     async def ExportCost(self, request: pb.ExportCostRequest, context: Context) -> AsyncIterator[pb.ExportCostResponse]:
         async for part in Exports(self._costs.answers, self._costs.clock).export(request):
             yield part
+
+    async def GetForecast(self, request: pb.GetForecastRequest, context: Context) -> pb.Forecast:
+        scope = scope_of(request)
+        return await self._costs.forecast(scope)
+
+    async def SetBudget(self, request: pb.SetBudgetRequest, context: Context) -> pb.Budget:
+        return await self._budgets.set(request)
+
+    async def ListBudgets(self, request: pb.ListBudgetsRequest, context: Context) -> pb.ListBudgetsResponse:
+        return await self._budgets.page(request, self._spent)
+
+    async def DeleteBudget(self, request: pb.DeleteBudgetRequest, context: Context) -> Empty:
+        await self._budgets.delete(request.name, request.etag)
+        return Empty()
 
     async def GetLedger(self, request: pb.GetLedgerRequest, context: Context) -> pb.Ledger:
         return self._costs.ledger()

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "apikey": ("apiKeys",),
     "price": ("prices",),
     "adjustment": ("adjustments",),
+    "budget": ("budgets",),
 }
 MOST_WORDS = 32
 SKEW = timedelta(minutes=5)  # by which the clock of whoever wrote it down may be ahead of the bus

@@ -1,0 +1,144 @@
+"""What a month may cost: declared, listed with what is spent, and told of once when a threshold is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from whaleflux import names, telemetry
+from whaleflux.clock import Clock
+from whaleflux.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from whaleflux.store import keys
+from whaleflux.store.api import ConditionFailed, Entry, Put, Store, Unchanged
+from whaleflux.store.election import Leader
+from whaleflux.store.reading import read_all
+from whaleflux.telemetry import Event
+from whaleflux.v1 import console_pb2 as pb
+from whaleflux_console.core import budget_rules, price_rules
+from whaleflux_console.costs import Costs
+from whaleflux_console.forecasts import Forecasts, scope_of
+from whaleflux_console.records import Records
+
+MOST_BUDGETS = 1_000
+_EVERY_S = 60.0
+_OUTPUT = ("alerted_month", "alerted_percents", "forecast", "last_change", "etag")
+_log = telemetry.get_logger("whaleflux.console.budgets")
+
+
+class Budgets:
+    """Their records."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._records = Records(store, clock, pb.Budget, keys.BUDGETS, "budget", "whaleflux budget ls")
+
+    async def set(self, request: pb.SetBudgetRequest) -> pb.Budget:
+        """Declares or changes one. Raises InvalidArgument naming every field that is wrong."""
+        wanted = pb.Budget()
+        wanted.CopyFrom(request.budget)
+        for field in _OUTPUT:
+            wanted.ClearField(field)
+        wanted.name = names.join(("budgets", request.budget_id))
+        if not wanted.alert_percents:
+            wanted.alert_percents.extend(budget_rules.DEFAULT_PERCENTS)
+        if problems := list(_problems(wanted)):
+            raise InvalidArgument(problems)
+        return wanted if request.validate_only else await self._stored(wanted, request.budget.etag)
+
+    async def page(self, request: pb.ListBudgetsRequest, costs: Costs | None) -> pb.ListBudgetsResponse:
+        """One page, each with its forecast; without those of queues that the caller may not see."""
+        page = await self._records.page(request.page_size, request.page_token)
+        seen = [one for one in page.items if costs is None or not one.queue or costs.may_see_queue(one.queue)]
+        for one in seen if costs else ():
+            one.forecast.CopyFrom(await costs.forecast(scope_of(one)) if costs else pb.Forecast())
+        return pb.ListBudgetsResponse(budgets=seen, next_page_token=page.next_page_token, unreadable=page.unreadable)
+
+    async def delete(self, name: str, etag: str) -> None:
+        """Forgets it."""
+        names.split(name, "budgets")
+        await self._records.delete(name, etag)
+
+    async def _stored(self, wanted: pb.Budget, etag: str) -> pb.Budget:
+        def edit(there: pb.Budget) -> None:
+            told, month = list(there.alerted_percents), there.alerted_month
+            there.CopyFrom(wanted)
+            there.alerted_month = month
+            there.alerted_percents.extend(percent for percent in told if percent in wanted.alert_percents)
+
+        try:
+            return await self._records.change(wanted.name, etag, edit, "it is set anew")
+        except NotFound:
+            if etag:
+                raise
+        if len((await self._store.list(keys.BUDGETS)).entries) >= MOST_BUDGETS:
+            raise FailedPrecondition(
+                f"there are {MOST_BUDGETS} budgets already; forget some: whaleflux budget rm BUDGET"
+            )
+        try:
+            return await self._records.create(wanted.name, wanted)
+        except AlreadyExists:
+            raise Aborted(f"{wanted.name} was declared meanwhile; repeat the request", retry_after_s=0.1) from None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetWatch:
+    """Notes in a budget's record which thresholds its month has reached: by that note the event is told, once, whoever leads."""
+
+    store: Store
+    forecasts: Forecasts
+    clock: Clock
+
+    async def run(self, leader: Leader) -> None:
+        """While it leads."""
+        while True:
+            try:
+                await self.round(leader)
+            except Unavailable as trouble:
+                _log.warning(Event.LEDGER_TROUBLE, reason=str(trouble))
+            await self.clock.sleep(_EVERY_S)
+
+    async def round(self, leader: Leader) -> None:
+        """Looks at every budget once."""
+        for entry, budget in read_all((await self.store.list(keys.BUDGETS)).entries, _budget).values:
+            await self._look(leader, entry, budget)
+
+    async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget) -> None:
+        month = f"{self.clock.now():%Y-%m}"
+        told = list(budget.alerted_percents) if budget.alerted_month == month else []
+        spent = (await self.forecasts.of(scope_of(budget))).spent_micros
+        reached = budget_rules.reached(spent, budget.micros_per_month, budget.alert_percents)
+        if set(reached) <= set(told):
+            return
+        budget.alerted_month = month
+        budget.ClearField("alerted_percents")
+        budget.alerted_percents.extend(sorted({*told, *reached}))
+        value = budget.SerializeToString(deterministic=True)
+        try:
+            await self.store.commit(Put(entry.key, value), when=[leader.held, Unchanged(entry)])
+        except ConditionFailed:  # somebody changed it: the next round looks again
+            _log.info(Event.LEDGER_TROUBLE, reason=f"{budget.name} changed meanwhile")
+
+
+def _budget(entry: Entry) -> pb.Budget:
+    return pb.Budget.FromString(entry.value)
+
+
+def _problems(one: pb.Budget) -> Iterator[FieldViolation]:
+    scopes = [name for name in ("queue", "user", "site") if getattr(one, name)]
+    if len(scopes) > 1:
+        yield FieldViolation(
+            f"budget.{scopes[1]}", f"is set beside {scopes[0]}; a budget is for one of them, or for all"
+        )
+    yield from price_rules.resource("budget.queue", one.queue, "queues")
+    yield from price_rules.resource("budget.site", one.site, "sites")
+    yield from budget_rules.user("budget.user", one.user)
+    yield from price_rules.number("budget.micros_per_month", one.micros_per_month, 1, price_rules.MOST_MICROS)
+    yield from budget_rules.percents("budget.alert_percents", one.alert_percents)

@@ -1,0 +1,33 @@
+"""What a budget may say, and which of its thresholds are reached. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from whaleflux.errors import FieldViolation
+
+DEFAULT_PERCENTS = (50, 80, 100)
+MOST_PERCENTS = 8
+_HIGHEST_PERCENT = 1_000
+_MOST_USER = 128  # characters
+
+
+def reached(spent_micros: int, budget_micros: int, percents: Sequence[int]) -> list[int]:
+    """Thresholds that the spending is at or above, in whole micro-dollars."""
+    return sorted({percent for percent in percents if spent_micros * 100 >= budget_micros * percent})
+
+
+def percents(field: str, values: Sequence[int]) -> Iterator[FieldViolation]:
+    """Few, different, of 1 to 1000."""
+    if len(values) > MOST_PERCENTS or len(set(values)) < len(values):
+        yield FieldViolation(field, f"takes at most {MOST_PERCENTS} different ones")
+    for value in values:
+        if not 1 <= value <= _HIGHEST_PERCENT:
+            yield FieldViolation(field, f"{value} is outside of 1 to {_HIGHEST_PERCENT}")
+
+
+def user(field: str, value: str) -> Iterator[FieldViolation]:
+    """role/name, or nothing."""
+    role, _, name = value.partition("/")
+    if value and (not role or not name or len(value) > _MOST_USER or not value.isprintable()):
+        yield FieldViolation(field, f"{value[:64]!r} is no role/name; use one such as user/ann")

@@ -1,0 +1,113 @@
+"""Budgets: declared, changed, listed with what is spent; thresholds are told once a month, also when the keeper starts again."""
+
+import contextlib
+from datetime import UTC, datetime
+
+import pytest
+
+from tests.unit.test_bookkeeper import LATE, World
+from whaleflux.errors import InvalidArgument, NotFound
+from whaleflux.events.publisher import EntryChange
+from whaleflux.store import keys
+from whaleflux.store.election import elect
+from whaleflux.trust.ownership import Access
+from whaleflux.v1 import console_pb2 as pb
+from whaleflux.v1 import events_pb2
+from whaleflux_console import news
+from whaleflux_console.budgets import BudgetWatch
+from whaleflux_console.forecasts import Forecasts
+
+SPENT = 4_000_000  # of the world's two GPUs, by LATE: 2,000,000 an hour each; open hours beside
+
+
+@contextlib.asynccontextmanager
+async def spending(tmp_path):
+    async with World(tmp_path).running() as world:
+        world.fleet()
+        world.run(LATE - 80 * 60_000)
+        await world.until(LATE)
+        await world.tick()
+        yield world
+
+
+async def set_(world, name="b", micros=10_000_000, etag="", **fields):
+    one = pb.Budget(micros_per_month=micros, etag=etag, **fields)
+    return await world.ask("SetBudget", pb.SetBudgetRequest(budget_id=name, budget=one))
+
+
+async def listed(world, **who):
+    return list((await world.ask("ListBudgets", pb.ListBudgetsRequest(), **who)).budgets)
+
+
+async def watched(world, count=1):
+    """Rounds of a leader that begins anew each time; what it would publish of `b`."""
+    told = []
+    for _ in range(count):
+        before = await world.store.get(keys.BUDGETS + "b")
+        async with elect(world.store, "console-budgets", "here") as leader:
+            await BudgetWatch(world.store, Forecasts(world.answers, world.clock), world.clock).round(leader)
+        after = await world.store.get(keys.BUDGETS + "b")
+        if after != before:
+            out = news.of_budget(EntryChange(after.key, before, after, after.revision), world.clock.now())
+            event = events_pb2.Event.FromString(out.data)
+            told.append((event.what, event.attributes["percent"]))
+    return told
+
+
+async def test_what_is_spent_stands_beside_what_may_be(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world)
+        await set_(world, "mine", queue="queues/q")
+        everything, mine = await listed(world)
+        assert list(everything.alert_percents) == [50, 80, 100]
+        whole = await world.cost()
+        assert everything.forecast.spent_micros > whole.total.bill_micros == SPENT
+        assert 0 < mine.forecast.spent_micros < everything.forecast.spent_micros
+        assert not everything.forecast.HasField("expected_micros")
+        world.access["q"] = Access(members=frozenset({"users/bob"}))
+        assert [one.name for one in await listed(world, role="user", name="ann")] == ["budgets/b"]
+        asked = pb.GetForecastRequest(queue="queues/q")
+        assert (await world.ask("GetForecast", asked, role="user", name="ann")).spent_micros == 0
+        assert (await world.ask("GetForecast", asked, role="user", name="bob")).spent_micros > 0
+
+
+async def test_a_threshold_is_told_once_a_month_whoever_leads(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world, micros=2 * SPENT, alert_percents=[30, 50, 100])
+        assert await watched(world, 3) == [("BUDGET_REACHED", "50")]
+        await set_(world, micros=SPENT, alert_percents=[50, 100])
+        assert await watched(world, 3) == [("BUDGET_REACHED", "100")]
+        await world.clock.advance((datetime(2027, 1, 1, tzinfo=UTC) - world.clock.now()).total_seconds())
+        assert await watched(world) == []
+        assert (await listed(world))[0].forecast.spent_micros == 0
+
+
+async def test_it_is_changed_under_its_etag_and_forgotten(tmp_path):
+    async with spending(tmp_path) as world:
+        first = await set_(world)
+        second = await set_(world, micros=7, etag=first.etag)
+        assert second.micros_per_month == 7
+        await world.ask("DeleteBudget", pb.DeleteBudgetRequest(name="budgets/b"))
+        assert await listed(world) == []
+        with pytest.raises(NotFound):
+            await world.ask("DeleteBudget", pb.DeleteBudgetRequest(name="budgets/b"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"micros": 0}, "budget.micros_per_month"),
+        ({"queue": "q"}, "budget.queue"),
+        ({"user": "ann"}, "budget.user"),
+        ({"queue": "queues/q", "site": "sites/a"}, "budget.site"),
+        ({"alert_percents": [0]}, "budget.alert_percents"),
+        ({"alert_percents": [50, 50]}, "budget.alert_percents"),
+        ({"alert_percents": list(range(1, 10))}, "budget.alert_percents"),
+    ],
+)
+async def test_what_is_wrong_names_its_field_and_changes_nothing(tmp_path, fields, field):
+    async with spending(tmp_path) as world:
+        with pytest.raises(InvalidArgument) as caught:
+            await set_(world, **fields)
+        assert [violation.field for violation in caught.value.violations] == [field]
+        assert await listed(world) == []
