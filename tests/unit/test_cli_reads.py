@@ -94,9 +94,11 @@ def test_every_read_prints_one_document_as_json_and_an_item_a_line_as_jsonl(word
     document = json.loads(shown)
     lines = [json.loads(one) for one in answered([*line, "-o", "jsonl"], monkeypatch, capsys)[0].splitlines()]
     assert lines == (document if isinstance(document, list) else [document]), words
-    assert document or not asked or words in {"secrets rewrap", "burst history", "cost status", "cost export", "cost forecast"}, (
-        "nothing was made of the answers"
-    )
+    assert (
+        document
+        or not asked
+        or words in {"secrets rewrap", "burst history", "cost status", "cost export", "cost forecast"}
+    ), "nothing was made of the answers"
 
 
 def test_what_prints_no_document_is_a_read():
