@@ -107,7 +107,7 @@ SERVICES: tuple[Service, ...] = (
         "What everything costs, and what of it was wasted.",
         "console",
         ("CostService", "UsageService"),
-        tells=("price", "adjustment", "budget"),
+        tells=("price", "adjustment", "budget", "recommendation"),
         reads_streams=("USAGE",),
         takes_usage=True,
         keeps_ledger=True,

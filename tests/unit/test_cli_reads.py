@@ -15,7 +15,7 @@ ACTS = {
     "set-priority", "delete", "exec", "shell", "port-forward", "cp", "serve", "deploy", "unserve", "rollout undo", "config use", "config add", "config remove",
     "keys create", "keys delete", "datasets add", "datasets pin", "datasets unpin", "datasets rm", "queue create", "queue set", "queue rm", "reservation create", "reservation update", "reservation rm", "token delete",
     "login", "logout", "user add", "user link", "user set", "user disable", "user enable", "group create", "group add", "group remove", "group rm",
-    "prices set", "prices import", "prices end", "prices rm", "prices adjust", "prices unadjust", "budget set", "budget rm",
+    "prices set", "prices import", "prices end", "prices rm", "prices adjust", "prices unadjust", "budget set", "budget rm", "cost recommendations accept", "cost recommendations dismiss",
     "tokens rm", "secrets set", "secrets rm", "offers add", "offers rm", "leases add", "leases end", "ray up", "ray down",
 }  # fmt: skip
 FILES = {"import"}  # what it makes is a job file, and -o says where it goes

@@ -13,7 +13,7 @@ TOLD = {
     "health_monitor": ("sites/a/nodes/n", "incidents/i"),
     "checkpoint": ("queues/q/jobs/j/checkpoints/c",),
     "scheduler": ("queues/q", "queues/q/jobs/j"),
-    "console": ("prices/p", "adjustments/a", "budgets/b"),
+    "console": ("prices/p", "adjustments/a", "budgets/b", "recommendations/r"),
     "inference_router": ("models/m", "models/m/replicas/r", "apiKeys/k"),
 }
 

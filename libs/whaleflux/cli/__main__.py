@@ -41,6 +41,7 @@ from whaleflux.cli import (
     queue_commands,
     ray_cluster_commands,
     rebalance_commands,
+    recommendation_commands,
     rental_commands,
     reservation_commands,
     secret_commands,
@@ -137,6 +138,7 @@ _GROUPS = [
     ("group", people_commands.group, "People"),
     ("tokens", people_commands.tokens, "People"),
 ]
+cost_commands.cost.add_typer(recommendation_commands.recommendations, name="recommendations")
 for _name, _group, _panel in _GROUPS:
     app.add_typer(_group, name=_name, rich_help_panel=_panel)
     for _registered in _group.registered_commands:

@@ -248,6 +248,9 @@ TABLE: dict[str, OwnerRule] = {
         ListBudgets=LEAVES_OUT,
         DeleteBudget=FLEET,
         GetLedger=FLEET,
+        ListRecommendations=LEAVES_OUT,
+        AcceptRecommendation=RECORD,
+        DismissRecommendation=RECORD,
     ),
     **_service("Usage", ReportUsage=own_node("node")),
     **_service(

@@ -155,6 +155,8 @@ TABLE: Table = {
     _COST + "*": OPERATORS,
     _COST + "List*": _READERS,
     _COST + "Get*": _READERS,
+    _COST + "AcceptRecommendation": PEOPLE,  # of their own jobs; the fleet's are operators'
+    _COST + "DismissRecommendation": PEOPLE,
     _USAGE + "ReportUsage": frozenset({AGENT}),
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,

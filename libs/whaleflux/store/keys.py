@@ -64,6 +64,7 @@ ROUTER_VIEWS = (
 PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
 ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
 BUDGETS = ROOT + "budgets/"  # {budget}: what a month may cost, and which thresholds were told
+RECOMMENDATIONS = ROOT + "recommendations/"  # {recommendation}: those that were accepted or dismissed
 LEDGER = ROOT + "ledger/"
 LEDGER_PRICES = LEDGER + "prices"  # those that closed hours are priced by
 LEDGER_HEAD = LEDGER + "head"  # which manifest of the usage ledger's files is the newest
@@ -107,6 +108,7 @@ _COLLECTIONS = {
     PRICES: ("prices",),
     ADJUSTMENTS: ("adjustments",),
     BUDGETS: ("budgets",),
+    RECOMMENDATIONS: ("recommendations",),
 }
 
 

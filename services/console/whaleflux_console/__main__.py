@@ -31,6 +31,7 @@ from whaleflux_console.ledger.object_folder import open_folder
 from whaleflux_console.ledger.rules import Rules
 from whaleflux_console.peers import peers
 from whaleflux_console.prices import Adjustments, Prices
+from whaleflux_console.recommendations import Recommendations
 from whaleflux_console.servicer import CostServicer
 from whaleflux_console.settings import Settings
 
@@ -47,11 +48,13 @@ async def build(ctx: Context) -> Parts:
     loops: list[Loop] = [partial(_publish, ctx)] if told.nats else []
     on_stop: list[Loop] = []
     costs: Costs | None = None
+    recommended: Recommendations | None = None
     if told.ledger_folder:
         folder = open_folder(told.ledger_folder, endpoint=told.ledger_endpoint, region=told.ledger_region)
         engine = Engine(memory_bytes=told.ledger_memory_bytes, threads=told.ledger_threads)
         answers, progress = Answers(folder, ctx.store, engine), Progress()
         costs = Costs(answers, ctx.trust.queue_access, ctx.clock, progress)
+        recommended = Recommendations(ctx.store, answers, ctx.trust.queue_access, ctx.clock)
         books = _books(ctx, folder, engine, progress)
         watch = BudgetWatch(ctx.store, Forecasts(answers, ctx.clock), ctx.clock)
         loops += [partial(lead, ctx.store, f"{ROLE}-budgets", ctx.address, watch.run)]
@@ -61,7 +64,7 @@ async def build(ctx: Context) -> Parts:
             engine.close()
 
         on_stop.append(close)
-    servicer = CostServicer(prices, adjustments, Budgets(ctx.store, ctx.clock), costs)
+    servicer = CostServicer(prices, adjustments, Budgets(ctx.store, ctx.clock), costs, recommended)
     return Parts(
         servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService"), *_intake(ctx)],
         loops=loops,
@@ -117,6 +120,7 @@ async def _publish(ctx: Context) -> None:
                 ("console-prices", keys.PRICES, news.of_price),
                 ("console-adjustments", keys.ADJUSTMENTS, news.of_adjustment),
                 ("console-budgets", keys.BUDGETS, news.of_budget),
+                ("console-recommendations", keys.RECOMMENDATIONS, news.of_recommendation),
             ):
 
                 def told(change: EntryChange, describe: news.Describe = describe) -> OutgoingEvent | None:

@@ -1,4 +1,4 @@
-"""What console publishes: prices and adjustments coming, changing and going."""
+"""What console publishes: prices and adjustments coming, changing and going, and what is decided about recommendations."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ def of_budget(change: EntryChange, now: datetime) -> OutgoingEvent | None:
             attributes={"percent": str(max(reached)), "month": new.alerted_month},
         )
     return _told(change, now, pb.Budget, lambda _: "is changed")
+
+
+def of_recommendation(change: EntryChange, now: datetime) -> OutgoingEvent | None:
+    """CREATED, CHANGED: it is accepted or dismissed; one that is forgotten for a newer one is no news."""
+    if change.new is None:
+        return None
+    new = pb.Recommendation.FromString(change.new.value)
+    old = pb.Recommendation.FromString(change.old.value) if change.old else None
+    word = "accepted" if new.state == pb.RECOMMENDATION_STATE_ACCEPTED else "dismissed"
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=new.name,
+        what=What.CHANGED if old else What.CREATED,
+        message=f"{new.name}, about {new.subject}, is {word}",
+        asked=asked_for(old, new),
+    )
 
 
 def _how_far(one: pb.Adjustment) -> str:

@@ -15,6 +15,7 @@ from whaleflux_console.costs import Costs
 from whaleflux_console.exports import Exports
 from whaleflux_console.forecasts import scope_of
 from whaleflux_console.prices import Adjustments, Prices
+from whaleflux_console.recommendations import Recommendations
 
 Context = Any  # grpc.aio's, which no rpc here needs
 
@@ -22,9 +23,16 @@ Context = Any  # grpc.aio's, which no rpc here needs
 class CostServicer(rpc.CostServiceServicer):
     """Who may call what is the boundary's business."""
 
-    def __init__(self, prices: Prices, adjustments: Adjustments, budgets: Budgets, costs: Costs | None = None) -> None:
+    def __init__(
+        self,
+        prices: Prices,
+        adjustments: Adjustments,
+        budgets: Budgets,
+        costs: Costs | None = None,
+        recommendations: Recommendations | None = None,
+    ) -> None:
         self._prices, self._adjustments, self._budgets = prices, adjustments, budgets
-        self._spent = costs
+        self._spent, self._recommended = costs, recommendations
 
     async def CreatePrice(self, request: pb.CreatePriceRequest, context: Context) -> pb.GpuPrice:
         return await self._prices.create(request)
@@ -82,10 +90,33 @@ class CostServicer(rpc.CostServiceServicer):
     async def GetLedger(self, request: pb.GetLedgerRequest, context: Context) -> pb.Ledger:
         return self._costs.ledger()
 
+    async def ListRecommendations(
+        self, request: pb.ListRecommendationsRequest, context: Context
+    ) -> pb.ListRecommendationsResponse:
+        return await self._recommendations.page(request)
+
+    async def AcceptRecommendation(
+        self, request: pb.AcceptRecommendationRequest, context: Context
+    ) -> pb.Recommendation:
+        return await self._recommendations.accept(request)
+
+    async def DismissRecommendation(
+        self, request: pb.DismissRecommendationRequest, context: Context
+    ) -> pb.Recommendation:
+        return await self._recommendations.dismiss(request)
+
     @property
     def _costs(self) -> Costs:
         if self._spent is None:
-            raise FailedPrecondition(
-                "no usage ledger is kept here; give the console service a folder: --ledger-folder PATH"
-            )
+            raise _no_ledger()
         return self._spent
+
+    @property
+    def _recommendations(self) -> Recommendations:
+        if self._recommended is None:
+            raise _no_ledger()
+        return self._recommended
+
+
+def _no_ledger() -> FailedPrecondition:
+    return FailedPrecondition("no usage ledger is kept here; give the console service a folder: --ledger-folder PATH")

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # and the collections of a full name
     "price": ("prices",),
     "adjustment": ("adjustments",),
     "budget": ("budgets",),
+    "recommendation": ("recommendations",),
 }
 MOST_WORDS = 32
 SKEW = timedelta(minutes=5)  # by which the clock of whoever wrote it down may be ahead of the bus

@@ -1,0 +1,125 @@
+"""The ledger's window as recommendations need it, without what is in queues that the caller may not see."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.core.recommend.evidence import Part, Spent, Window, share_ppm
+from whaleflux_console.core.recommend.tracking import After
+from whaleflux_console.core.rows import CostClass
+from whaleflux_console.ledger.answers import Answers, Sum
+from whaleflux_console.ledger.manifest import DAY_MS, Kind, day_of
+from whaleflux_console.ledger.question import MAX_ROWS, Question
+
+MOST_JOBS = 1_000  # the dearest of those that held GPUs in the window's last two hours
+_AT_END_MS = 2 * HOUR_MS
+_CASH = ("on_demand", "spot")
+_USAGE: dict[str, tuple[str, ...]] = {"adjustment": ("",)}  # without credits and invoices, which nobody can save
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Asks the ledger."""
+
+    answers: Answers
+    may_see: Callable[[str], bool]  # queues/{queue}
+
+    async def window(self, hours: int) -> Window:
+        """The last whole hours of the ledger. Raises Unavailable until it was read once."""
+        state = self.answers.state
+        end_ms = state.watermark_ms // HOUR_MS * HOUR_MS
+        known = [start for kind, start in state.spans if kind is Kind.HOURS and start < end_ms]
+        start_ms = max(end_ms - hours * HOUR_MS, min(known, default=end_ms), self.answers.hot_from_ms)
+        if start_ms >= end_ms:
+            return Window(end_ms, end_ms)
+        return Window(start_ms, end_ms, await self._jobs(start_ms, end_ms), await self._pools(start_ms, end_ms))
+
+    async def after(self, jobs: Sequence[tuple[str, int]], pools: Sequence[tuple[str, int]]) -> _Afterwards:
+        """What subjects cost since some times: from the first whole day (UTC) behind them."""
+        end_ms = self.answers.state.watermark_ms // HOUR_MS * HOUR_MS
+        first_ms = max(day_of(self.answers.hot_from_ms + DAY_MS - 1), end_ms - 35 * DAY_MS)
+        since = {name: max(first_ms, (at // DAY_MS + 1) * DAY_MS) for name, at in (*jobs, *pools)}
+        start_ms = day_of(min(since.values(), default=end_ms))
+        parts: dict[str, list[tuple[int, Part]]] = defaultdict(list)
+        if start_ms < end_ms and jobs:
+            where = _USAGE | {"job": tuple(name for name, _ in jobs)}
+            for row in await self._ask(start_ms, end_ms, ("job", "day"), where):
+                parts[row.keys[0]].append((int(row.keys[1]), _part(row)))
+        if start_ms < end_ms and pools:
+            for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "day"), _USAGE | {"job": ("",)}):
+                parts[f"{row.keys[0]}/{row.keys[1]}"].append((int(row.keys[2]), _part(row)))
+        return _Afterwards(since, dict(parts), end_ms)
+
+    async def _jobs(self, start_ms: int, end_ms: int) -> tuple[Spent, ...]:
+        last_ms = max(start_ms, end_ms - _AT_END_MS)
+        held = await self._ask(last_ms, end_ms, ("job",), _USAGE, MOST_JOBS)
+        seen = {row.keys[0]: row for row in held if row.keys[0] and self.may_see(row.keys[0].partition("/jobs/")[0])}
+        if not seen:
+            return ()
+        days = (end_ms - start_ms) // DAY_MS + 2
+        names = tuple(seen)[: MAX_ROWS // days]
+        where = _USAGE | {"job": names}
+        by_day: dict[str, list[Sum]] = defaultdict(list)
+        for row in await self._ask(start_ms, end_ms, ("job", "user", "day"), where):
+            by_day[row.keys[0]].append(row)
+        paid: dict[str, list[Sum]] = defaultdict(list)
+        for row in await self._ask(start_ms, end_ms, ("job", "price_kind", "model"), where):
+            paid[row.keys[0]].append(row)
+        hours = (end_ms - last_ms) // HOUR_MS
+        return tuple(
+            Spent(
+                name,
+                tuple(_part(row) for row in by_day[name]),
+                _cash_ppm(paid[name], 1),
+                by_day[name][-1].keys[1],
+                paid[name][-1].keys[2],
+                -(-seen[name].gpu_ms // (HOUR_MS * hours)),
+            )
+            for name in names
+            if by_day[name] and paid[name]
+        )
+
+    async def _pools(self, start_ms: int, end_ms: int) -> tuple[Spent, ...]:
+        where = _USAGE | {"job": ("",)}
+        hours: dict[str, list[Sum]] = defaultdict(list)
+        for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "hour"), where):
+            hours[f"{row.keys[0]}/{row.keys[1]}"].append(row)
+        paid: dict[str, list[Sum]] = defaultdict(list)
+        for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "price_kind"), where):
+            paid[f"{row.keys[0]}/{row.keys[1]}"].append(row)
+        return tuple(
+            Spent(name, tuple(_part(row) for row in rows), _cash_ppm(paid[name], 2)) for name, rows in hours.items()
+        )
+
+    async def _ask(
+        self, start_ms: int, end_ms: int, by: tuple[str, ...], where: dict[str, tuple[str, ...]], limit: int = MAX_ROWS
+    ) -> tuple[Sum, ...]:
+        return (await self.answers.ask(Question(start_ms, end_ms, by, where, limit=limit))).rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Afterwards:
+    """By subject: since when, and its days."""
+
+    since: dict[str, int]
+    parts: dict[str, list[tuple[int, Part]]]
+    end_ms: int
+
+    def of(self, subject: str, decided_ms: int, kinds: Sequence[CostClass]) -> After:
+        """What it cost since the first whole day behind its decision."""
+        start_ms = max(self.since.get(subject, self.end_ms), (decided_ms // DAY_MS + 1) * DAY_MS)
+        found = [part for at, part in self.parts.get(subject, []) if at >= start_ms]
+        bill, paid = sum(part.bill_micros for part in found), sum(part.of(*kinds) for part in found)
+        return After(start_ms, max(start_ms, self.end_ms), bill, paid)
+
+
+def _part(row: Sum) -> Part:
+    return Part(row.gpu_ms, row.micros)
+
+
+def _cash_ppm(rows: Sequence[Sum], place: int) -> int:
+    cash = sum(row.bill_micros for row in rows if row.keys[place] in _CASH)
+    return share_ppm(cash, sum(row.bill_micros for row in rows))
