@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +75,31 @@ class TestFleet:
             sizes = {(one.gpus, one.free_gpus) for one in (await planned(world)).plans}
             assert sizes == {(4, 4), (8, 4)}
 
-    async def test_an_exact_number_that_the_fleet_has_not_is_said(self):
+    async def test_more_gpus_than_a_type_has_are_planned_on_those_that_there_are(self):
         async with World() as world:
-            await world.add(node("s/a"))
-            found = await planned(world, gpus=64)
-            assert not found.plans
-            assert "s has 4, not 64" in found.refused[0]
+            await world.add(node("s/a"), node("s/b", 2, model="H200"))
+            plans = (await planned(world, gpus=64)).plans
+            assert {(one.gpu_type, one.gpus, one.offered_gpus, one.node_gpus) for one in plans} == {
+                ("H100-80GB", 4, 4, 4),
+                ("H200", 2, 2, 2),
+            }
+
+    async def test_an_elastic_job_s_sizes_bound_its_plan(self):
+        async with World() as world:
+            await world.add(node("s/a", 8))
+            free = (await planned(world, batch=12, gpus=7)).plans[0]
+            bounded = (await planned(world, batch=12, gpus=7, min_gpus=4, gpus_step=4)).plans[0]
+            assert (free.gpus, bounded.gpus) == (6, 4)
+            refused = (await planned(world, gpus=64, min_gpus=16)).refused
+            assert refused == ["H100-80GB: s has 8, and at least 16 are asked for"]
+            assert (
+                "no split uses 4 to 8 GPUs and a multiple of 4"
+                in (
+                    await planned(
+                        world, batch=1, sequence=512, min_gpus=4, gpus_step=4, parallelism=pb.Parallelism(tensor=1)
+                    )
+                ).refused[0]
+            )
 
     async def test_a_model_that_fits_nowhere_says_what_is_too_much(self):
         async with World() as world:
@@ -105,6 +125,7 @@ class TestFleet:
             ({"gpu_types": ["K900"]}, "gpu_types"), ({"tokens": float("nan")}, "tokens"), ({"budget_usd": 5.0}, "tokens"),
             ({"tokens": 1.0, "deadline": Duration(seconds=-1)}, "deadline"), ({"tokens": 1.0, "deadline": Duration(seconds=2**62)}, "deadline"),
             ({"parallelism": pb.Parallelism(tensor=-8)}, "parallelism.tensor"), ({"parallelism": pb.Parallelism(expert=1 << 30)}, "parallelism.expert"),
+            ({"gpus": 4, "min_gpus": 8}, "min_gpus"), ({"gpus_step": -1}, "gpus_step"), ({"sites": ["sites/s"] * 101}, "sites"), ({"sites": ["s/t/u"]}, "sites"),
             ({"gpu_types": ["H200"] * 65}, "gpu_types"), ({"batch_tokens": -1, "batch": 0}, "training.batch_tokens"), ({"tokens": 1e17}, "tokens"),
         ],
     )  # fmt: skip
@@ -127,6 +148,17 @@ class TestSites:
             }
             (four, also) = (await planned(world, gpus=4)).plans
             assert {four.site, also.site} == {"sites/s", "sites/t"}
+
+    async def test_only_sites_and_nodes_that_will_do_are_planned_on(self):
+        async with World() as world:
+            labelled = replace(node("t/d", 2), labels=(("pool", "research"),))
+            await world.add(node("s/a"), node("t/c"), labelled)
+            assert {one.site for one in (await planned(world, sites=["sites/t"])).plans} == {"sites/t"}
+            assert [
+                one.gpus for one in (await planned(world, nodes=pb.NodeCount(labels={"pool": "research"}))).plans
+            ] == [2]
+            nowhere = await planned(world, sites=["sites/s"], nodes=pb.NodeCount(labels={"pool": "research"}))
+            assert "at s on nodes with label pool=research" in nowhere.refused[0]
 
     async def test_over_several_sites_their_links_count(self):
         async with World() as world:
@@ -233,6 +265,74 @@ class TestJobs:
         lines = training_plans.plan_all(self.client(None, answer), [one])
         assert one.request.job.spec.gpus == 2
         assert any("leaves out 1 of the 3 GPUs" in line for line in lines)
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "parallel: {tensor: 8}",
+            "parallel: {expert: 2}",
+            "gpus: 12\nparallel: {tensor: 8}",
+            "elastic: {min: 8}\ncheckpoint: {every: 9}",
+            "elastic: {min: 8}\ncheckpoint: {every: 9}\nparallel: {tensor: 8}",
+            "nodes: {min: 2}\nplace: {tensor: {level: node, size: 8}}",
+        ],
+    )
+    def test_what_the_plan_settles_is_not_asked_of_the_file(self, lines, tmp_path):
+        spec = job_from_yaml(f"name: t\nrun: x\nmodel: llama-3.1-8b\nbatch: 16\n{lines}\n", tmp_path).spec
+        assert spec.training.model == "llama-3.1-8b"
+
+    @pytest.mark.parametrize(
+        ("lines", "field"),
+        [
+            ("gpus: 4\nparallel: {tensor: 8}", "parallelism"),
+            ("gpus: 4\nelastic: {min: 8}\ncheckpoint: {every: 9}", "elastic.min"),
+            (
+                "elastic: {min: 8}\ncheckpoint: {every: 9}\nparallel: {tensor: 8}\nenvironment: {MESH: mine}",
+                "elastic.step",
+            ),
+        ],
+    )
+    def test_what_no_plan_can_mend_is_refused(self, lines, field, tmp_path):
+        with pytest.raises(InvalidArgument) as refused:
+            job_from_yaml(f"name: t\nrun: x\nmodel: llama-3.1-8b\n{lines}\n", tmp_path)
+        assert {one.field for one in refused.value.violations} == {field}
+
+    async def test_an_elastic_job_is_planned_within_its_sizes_and_shown_as_it_starts(self, tmp_path):
+        async with World() as world:
+            await world.add(node("s/a", 8))
+            text = (
+                f"name: t\nrun: x\ngpus: 4\nelastic: {{min: 2}}\ncheckpoint: {{every: 9}}\nbatch: 64\nmodel: {SMALL}\n"
+            )
+            one = self.submission(text, tmp_path)
+            asked = training_plans.request_of(one.request.job.spec)
+            assert (asked.min_gpus, asked.gpus) == (2, 4)
+            answer = await world.scheduler.PlanTraining(asked, None)
+            lines = training_plans.plan_all(self.client(world, answer), [one])
+            assert one.request.job.spec.gpus == 4
+            assert [line for line in lines if "planned for 4 GPUs; it starts with fewer, at least 2" in line]
+            one.request.parent, one.request.validate_only = "queues/default", True
+            decision = (await world.scheduler.CreateJob(one.request, None)).decision
+            assert decision.usd_per_hour == pytest.approx(8.0)
+
+    def test_sites_nodes_types_and_groups_are_asked_for(self, tmp_path):
+        text = "name: t\nrun: x\nmodel: llama-3.1-8b\nsites: [s]\nnodes: {labels: {pool: a}}\ngpu: {memory: '>= 100 GB'}\nplace: {tensor: {level: node, size: 4}}\n"
+        asked = training_plans.request_of(self.submission(text, tmp_path).request.job.spec)
+        assert (list(asked.sites), dict(asked.nodes.labels), asked.gpus_step) == (["sites/s"], {"pool": "a"}, 4)
+        assert {CATALOGUE.types[name].memory_bytes >= 100e9 for name in asked.gpu_types} == {True}
+
+    def test_a_place_that_the_plan_cannot_keep_is_refused(self, tmp_path):
+        one = self.submission("name: t\nrun: x\nmodel: llama-3.1-8b\nplace: {all: node}\n", tmp_path)
+        answer = pb.PlanTrainingResponse(
+            plans=[pb.TrainingPlan(gpus=16, free_gpus=16, node_gpus=8, gpu_type="H200", tokens_per_s=1.0, step_s=1.0)]
+        )
+        with pytest.raises(InvalidArgument, match=r"holds 16 ranks in one node, .* nodes have 8; write gpus: 8"):
+            training_plans.plan_all(self.client(None, answer), [one])
+
+    def test_gpus_that_are_not_there_are_said(self, tmp_path):
+        one = self.submission("name: t\nrun: x\ngpus: 24\nmodel: llama-3.1-8b\n", tmp_path)
+        plan = pb.TrainingPlan(gpus=16, free_gpus=16, offered_gpus=16, gpu_type="H200", tokens_per_s=1.0, step_s=1.0)
+        lines = training_plans.plan_all(self.client(None, pb.PlanTrainingResponse(plans=[plan])), [one])
+        assert any("leaves out 8 of the 24 GPUs that the file asks for: 16 x H200 are there" in line for line in lines)
 
     def test_a_config_file_is_a_model(self, tmp_path):
         (tmp_path / "mine.yaml").write_text("layers: 4\nhidden: 256\nheads: 4\nvocabulary: 1000\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from whaleflux import names
 from whaleflux.planning.wish import VARIABLE as MESH
 from whaleflux.quantities import shown_bytes, shown_duration
 
@@ -34,19 +36,67 @@ def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
             lines += ["", *shown(known[key])] if lines else shown(known[key])
         plan = chosen(known[key])
         if spec.gpus > plan.gpus:
-            left = f"{spec.gpus - plan.gpus} of the {spec.gpus} GPUs that the file asks for"
-            lines.append(f"  leaves out {left}: no split of all of them is as fast")
+            lines.append(f"  leaves out {_left_out(spec.gpus, plan)}")
+        if spec.elastic.min:
+            lines.append(
+                f"  elastic    planned for {plan.gpus} GPUs; it starts with fewer, at least {spec.elastic.min}, where so many are not free"
+            )
+        _refuse_elsewhere(spec, plan)
         _fill(spec, plan)
     return lines
 
 
+def _left_out(asked: int, plan: pb.TrainingPlan) -> str:
+    """GPUs that the file asks for, and why the plan has fewer."""
+    left = f"{asked - plan.gpus} of the {asked} GPUs that the file asks for"
+    if 0 < plan.offered_gpus < asked:
+        return f"{left}: {plan.offered_gpus} x {plan.gpu_type} are there"
+    return f"{left}: no split of all of them is as fast"
+
+
+def _refuse_elsewhere(spec: pb.JobSpec, plan: pb.TrainingPlan) -> None:
+    """Raises InvalidArgument where `place` holds more ranks in a node than the plan's nodes have GPUs."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.v1 import types_pb2
+
+    for rule in spec.placement:
+        ranks = rule.size or plan.gpus
+        within = rule.level >= types_pb2.TOPOLOGY_LEVEL_NODE and not rule.preferred
+        if within and 0 < plan.node_gpus < ranks:
+            what = f"holds {ranks} ranks in one node, and the plan is {plan.gpus} x {plan.gpu_type} of which nodes have {plan.node_gpus}"
+            fix = f"write gpus: {plan.node_gpus} to plan for one node, a size of at most that, or a wider level"
+            raise InvalidArgument(FieldViolation(f"place.{rule.group}", f"{what}; {fix}"))
+
+
 def request_of(spec: pb.JobSpec) -> pb.PlanTrainingRequest:
-    """What a job asks: with its own number and types of GPUs where it says them."""
+    """What a job asks: with its own numbers and types of GPUs, sites and nodes where it says them."""
     from whaleflux.v1 import scheduler_pb2 as pb
 
     return pb.PlanTrainingRequest(
-        training=spec.training, gpus=spec.gpus, gpu_types=spec.gpu.any_of, parallelism=spec.parallelism
+        training=spec.training,
+        gpus=spec.gpus or spec.elastic.max,
+        min_gpus=spec.elastic.min,
+        gpus_step=math.lcm(*(max(1, one) for one in (spec.elastic.step, *(rule.size for rule in spec.placement)))),
+        gpu_types=_types(spec.gpu),
+        parallelism=spec.parallelism,
+        sites=[names.site(names.last(site)) for site in spec.sites],
+        nodes=spec.nodes,
     )
+
+
+def _types(asked: pb.GpuRequirement) -> list[str]:
+    """Those that will do; empty: all."""
+    from whaleflux.fleet.gpu_types import CATALOGUE
+
+    if not (asked.min_memory_bytes or asked.min_compute_capability):
+        return list(asked.any_of)
+    able = [
+        one.name
+        for one in CATALOGUE.types.values()
+        if one.memory_bytes >= asked.min_memory_bytes
+        and one.compute_capability[0] * 10 + one.compute_capability[1] >= asked.min_compute_capability
+    ]
+    return [name for name in able if not asked.any_of or name in asked.any_of]
 
 
 def chosen(answer: pb.PlanTrainingResponse) -> pb.TrainingPlan:

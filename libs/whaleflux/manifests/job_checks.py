@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 
 from whaleflux.errors import FieldViolation
@@ -11,6 +13,7 @@ from whaleflux.manifests.job_fields import ATTRIBUTES, MAX_GPUS, Spec
 from whaleflux.manifests.launchers import find_launcher
 from whaleflux.manifests.secret_values import set_otherwise
 from whaleflux.manifests.values import Violations
+from whaleflux.planning.wish import VARIABLE as MESH
 from whaleflux.planning.wish import wish_in
 
 
@@ -21,24 +24,30 @@ def violations(spec: Spec) -> tuple[FieldViolation, ...]:
         for name, field in ATTRIBUTES.items()
         for violation in field.value.violations(field.path, getattr(spec, name))
     ]
-    checks: tuple[Callable[[Spec], Violations], ...] = (
-        _work,
-        _code,
-        _setup,
-        _launch,
-        _ranks,
-        _elastic,
-        _nodes,
-        _placement,
-        _training,
-        _parallel,
-        _types,
-        _parts,
-        _data,
-        _secrets,
-        _reservation,
+    return (*found, *(violation for check in CHECKS for violation in check(spec)), *_elastic_split(spec))
+
+
+def before_plan(spec: Spec) -> tuple[FieldViolation, ...]:
+    """The same of a file, whose number of GPUs is open, or a ceiling, where it names a model: what the plan settles is not asked."""
+    if not spec.train_model or spec.ranks:
+        return violations(spec)
+    found = violations(replace(spec, gpus=_could_be_planned(spec)))
+    meshed = any(name == MESH for name, _ in spec.environment)
+    return found if meshed else tuple(one for one in found if one not in _elastic_split(spec))
+
+
+def _could_be_planned(spec: Spec) -> int:
+    """A number of GPUs that suits the split, sizes and groups that the file says: the most up to its own, else the least."""
+    sizes = (
+        spec.elastic_step,
+        *(rule.size for rule in spec.placement),
+        spec.model_parallel * max(1, spec.expert_parallel),
     )
-    return (*found, *(violation for check in checks for violation in check(spec)))
+    unit = math.lcm(*(max(1, size) for size in sizes))
+    if spec.gpus:
+        return spec.gpus - spec.gpus % unit or spec.gpus
+    least = max(1, spec.elastic_min, spec.min_nodes)
+    return -(-least // unit) * unit
 
 
 def too_late(spec: Spec, now: datetime) -> tuple[FieldViolation, ...]:
@@ -212,9 +221,13 @@ def _parallel(spec: Spec) -> Violations:
             "parallelism.expert",
             f"{spec.expert_parallel} does not divide context x data, which is {data}; use a divisor",
         )
-    step = spec.elastic_step or 1
+
+
+def _elastic_split(spec: Spec) -> Violations:
+    """Every size holds whole copies of the model."""
+    copy, step = spec.model_parallel, spec.elastic_step or 1
     planned_anew = spec.train_model and wish_in(spec.environment) is not None  # for each size
-    if spec.is_elastic and step % copy and not planned_anew:
+    if copy and spec.is_elastic and step % copy and not planned_anew:
         text = f"{step} is no multiple of tensor x context x pipeline ({copy}), so that not every size holds whole models; use {copy}"
         yield FieldViolation("elastic.step", text)
 
@@ -294,3 +307,22 @@ def _data(spec: Spec) -> Violations:
 def _secrets(spec: Spec) -> Violations:
     for i, words in set_otherwise(spec.secrets, (name for name, _ in spec.environment)):
         yield FieldViolation(f"secrets[{i}].variable", words)
+
+
+CHECKS: tuple[Callable[[Spec], Violations], ...] = (
+    _work,
+    _code,
+    _setup,
+    _launch,
+    _ranks,
+    _elastic,
+    _nodes,
+    _placement,
+    _training,
+    _parallel,
+    _types,
+    _parts,
+    _data,
+    _secrets,
+    _reservation,
+)

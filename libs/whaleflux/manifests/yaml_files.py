@@ -5,7 +5,6 @@ Every mistake is found at once and named with its field, its line and what would
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,9 +171,7 @@ def _against_the_contract(spec: scheduler_pb2.JobSpec) -> list[FieldViolation]:
     from whaleflux.manifests.job_spec import spec_of
 
     read = spec_of(spec)
-    if read.train_model and not read.world_size:  # which is planned when it is submitted
-        read = dataclasses.replace(read, gpus=1)
-    found = (*job_checks.violations(read), *job_checks.too_late(read, SystemClock().now()))
+    found = (*job_checks.before_plan(read), *job_checks.too_late(read, SystemClock().now()))
     return [FieldViolation(name_in_file(ATTRIBUTES.values(), one.field), one.description) for one in found]
 
 

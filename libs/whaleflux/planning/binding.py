@@ -93,6 +93,10 @@ def settled_wrong(shape: ModelShape, asked: Asked) -> Binding | None:
 
 def no_split(shape: ModelShape, asked: Asked, every: Plans) -> Binding:
     """Which rule forbids all."""
+    if not len(every) and (asked.least_gpus > 1 or asked.gpus_step > 1):
+        step = f" and a multiple of {asked.gpus_step}" if asked.gpus_step > 1 else ""
+        words = f"no split uses {asked.least_gpus} to {asked.gpus} GPUs{step}; take a batch that more ranks can share"
+        return Binding("rule", words)
     if not len(every):
         return Binding("rule", f"tp x pp x cp must be at most the {asked.gpus} GPUs")
     every = replace(every, zero=np.array(float(max(asked.zero, 0))))

@@ -36,6 +36,7 @@ class Asked:
 
     `gpus` are there; a plan may leave some of them idle. `batch` in samples of a step, from which a plan's may differ by the share `batch_slack`;
     0: one micro-batch, with a pipeline four for each stage. `recompute` FULL is of all layers; None: of as few as make the plan fit.
+    A plan uses at least `least_gpus`, and a multiple of `gpus_step`.
     """
 
     gpus: int
@@ -50,6 +51,8 @@ class Asked:
     vp: int = 0
     batch: int = 0
     batch_slack: float = 0.0
+    least_gpus: int = 1
+    gpus_step: int = 1
 
 
 def divisors(number: int) -> list[int]:
@@ -84,9 +87,10 @@ def cells(shape: ModelShape, island: int, asked: Asked, *, uneven: bool = False)
     tp, pp, cp = (one.ravel() for one in np.meshgrid(*(np.array(one, dtype=np.intp) for one in axes), indexing="ij"))
     copies = gpus // (tp * pp * cp)
     number, dp = _data_parallel(copies, asked)
-    return Plans.of(
+    found = Plans.of(
         tp=tp[number], pp=pp[number], cp=cp[number], dp=dp, micro_batch=1, global_batch=1, sequence=sequence
     )
+    return found.take((found.gpus >= asked.least_gpus) & (found.gpus % asked.gpus_step == 0))
 
 
 def _powers(most: int) -> list[int]:

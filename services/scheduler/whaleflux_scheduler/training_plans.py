@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from whaleflux import names
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
+from whaleflux.fleet.model import Node
 from whaleflux.manifests.job_fields import MAX_PARALLEL
+from whaleflux.manifests.site_values import MOST_SITES
 from whaleflux.manifests.training_values import model_text
 from whaleflux.planning.binding import lacks
 from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
@@ -28,6 +30,8 @@ from whaleflux.planning.training import Training
 from whaleflux.planning.wish import KEY, Wish
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
+from whaleflux_scheduler.core.placement.api import GpuRequirement
+from whaleflux_scheduler.core.placement.supply import conditions_of, node_fits
 from whaleflux_scheduler.planning_turns import Turns
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
 USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4_000_000, 0.05, 8192
 _MOST_TYPES, _MOST_TOKENS, _MOST_USD, _MOST_DEADLINE_S = 64, 1e16, 1e13, 1e10
+MOST_LABELS = 64
 _PARTS = ("tensor", "pipeline", "context", "expert")  # of the split, as `Asked` has them
 PRECISIONS = ("bf16", "fp8")
 
@@ -66,16 +71,18 @@ class TrainingPlans:
         question = _asked(request)
         await leading.view.caught_up()
         nodes, network = await leading.planner.ask(lambda plan: (plan.free_nodes(), plan.network()))
-        has = training_offers.had(nodes)
+        sites, need = _where(request)
+        has = training_offers.had(one for one in nodes if _will_do(one.node, sites, need))
         _known_types(request.gpu_types, has)
         precision = question.precision
         able = [one for one in has if not lacks_precision(one.gpu, precision)]
-        offers = training_offers.offers(able, request.gpus, request.gpu_types, network, self._measured.get(precision))
+        measured_of, least = self._measured.get(precision), request.min_gpus
+        offers = training_offers.offers(able, request.gpus, request.gpu_types, network, measured_of, least)
         unable = _unable(request, has, precision)
         if not offers:
             return pb.PlanTrainingResponse(refused=_too_few(request, has, precision))
-        free = {(one.gpu.name, one.site): one.free for one in has}
-        answer = await self._turns.run(lambda: _answer(question, offers, free))
+        there = {(one.gpu.name, one.site): one for one in has}
+        answer = await self._turns.run(lambda: _answer(question, offers, there))
         answer.refused.extend(unable)
         measured = {one.gpu.name: one.measured for one in offers if one.measured is not None}
         answer.notes.extend(filter(None, (one.lacks() for one in measured.values())))
@@ -131,6 +138,8 @@ def _asked(request: pb.PlanTrainingRequest) -> Question:
         ("training.batch", said.batch, MOST_BATCH), ("training.batch_tokens", said.batch_tokens, MOST_BATCH_TOKENS),
         ("training.sequence", said.sequence, MOST_SEQUENCE), ("gpus", request.gpus, MOST_GPUS), ("gpu_types", len(request.gpu_types), _MOST_TYPES),
         ("tokens", request.tokens, _MOST_TOKENS), ("budget_usd", request.budget_usd, _MOST_USD),
+        ("min_gpus", request.min_gpus, request.gpus or MOST_GPUS), ("gpus_step", request.gpus_step, MOST_GPUS),
+        ("sites", len(request.sites), MOST_SITES), ("nodes.labels", len(request.nodes.labels), MOST_LABELS),
         *((f"parallelism.{part}", getattr(request.parallelism, part), MAX_PARALLEL) for part in _PARTS),
     ]  # fmt: skip
     wrong = [
@@ -159,10 +168,32 @@ def _asked(request: pb.PlanTrainingRequest) -> Question:
     tp, pp, cp, ep = (max(one, 1) if any(parts) else 0 for one in parts)  # beside another, what is left out is 1
     return Question(
         shape,
-        Asked(1, sequence, tp=tp, pp=pp, cp=cp, ep=ep, batch=batch, batch_slack=slack),
+        Asked(
+            1,
+            sequence,
+            tp=tp,
+            pp=pp,
+            cp=cp,
+            ep=ep,
+            batch=batch,
+            batch_slack=slack,
+            least_gpus=request.min_gpus,
+            gpus_step=request.gpus_step or 1,
+        ),
         Goal(request.tokens, deadline_s, request.budget_usd, objective),
         how,
     )
+
+
+def _where(request: pb.PlanTrainingRequest) -> tuple[frozenset[str], GpuRequirement]:
+    """Ids of the sites that will do (none: all), and what each node has to have."""
+    sites = frozenset(names.split(site, "sites", field="sites")[0] for site in request.sites)
+    asked = request.nodes
+    return sites, GpuRequirement(labels=tuple(asked.labels.items()), nvme=asked.nvme, no_spot=asked.no_spot)
+
+
+def _will_do(node: Node, sites: frozenset[str], need: GpuRequirement) -> bool:
+    return (not sites or node.site in sites) and node_fits(node, need)
 
 
 def _known_types(types: Iterable[str], has: list[training_offers.Had]) -> None:
@@ -185,25 +216,35 @@ def _unable(request: pb.PlanTrainingRequest, has: list[training_offers.Had], pre
 def _too_few(request: pb.PlanTrainingRequest, has: list[training_offers.Had], precision: str) -> list[str]:
     wanted = [one for one in has if not request.gpu_types or one.gpu.name in request.gpu_types]
     if not wanted:
-        return ["the fleet has no GPUs of these types that take work; see: whaleflux gpus"]
+        return [f"the fleet has no GPUs of these types{_limits(request)} that take work; see: whaleflux gpus"]
     return [
         lacks_precision(one.gpu, precision)
-        or f"{one.gpu.name}: {one.site or 'the fleet'} has {one.all}, not {request.gpus}"
+        or f"{one.gpu.name}: {one.site or 'the fleet'} has {one.all}, and at least {request.min_gpus} are asked for"
         for one in wanted
     ]
+
+
+def _limits(request: pb.PlanTrainingRequest) -> str:
+    """Where they have to be, for a sentence."""
+    sites, need = _where(request)
+    conditions = conditions_of(need)
+    at = f" at {', '.join(sorted(sites)[:4])}" if sites else ""
+    return at + (f" on nodes with {conditions}" if conditions else "")
 
 
 # what is answered
 
 
-def _answer(question: Question, offers: list[Offer], free: Mapping[tuple[str, str], int]) -> pb.PlanTrainingResponse:
+def _answer(
+    question: Question, offers: list[Offer], there: Mapping[tuple[str, str], training_offers.Had]
+) -> pb.PlanTrainingResponse:
     shape, how = question.shape, question.how
     choice = choose(shape, offers, question.asked, question.goal, how, question.precision)
     every = _distinct((choice.chosen, *choice.others))
     planned = [one for one in every if one.plan is not None]
     return pb.PlanTrainingResponse(
         plans=[
-            _message(shape, one, free[one.gpu, one.place], _mesh(shape, one, how, whole=not _settled(question.asked)))
+            _message(shape, one, there[one.gpu, one.place], _mesh(shape, one, how, whole=not _settled(question.asked)))
             for one in planned
         ],
         refused=[_refused(one) for one in every if one.plan is None],
@@ -245,12 +286,12 @@ def _mesh(shape: ModelShape, one: Estimate, how: Training, *, whole: bool) -> st
     return json.dumps(said | {KEY: wish.said()})
 
 
-def _message(shape: ModelShape, one: Estimate, free: int, mesh: str) -> pb.TrainingPlan:
+def _message(shape: ModelShape, one: Estimate, there: training_offers.Had, mesh: str) -> pb.TrainingPlan:
     plan = one.plan
     assert plan is not None
     split = plan.split
     message = pb.TrainingPlan(
-        gpu_type=one.gpu, gpus=split.gpus, free_gpus=min(free, split.gpus),
+        gpu_type=one.gpu, gpus=split.gpus, free_gpus=min(there.free, split.gpus), offered_gpus=one.found.gpus, node_gpus=there.node_gpus,
         parallelism=pb.Parallelism(tensor=split.tp, context=split.cp, expert=split.ep, pipeline=split.pp),
         data=split.dp, virtual_stages=split.vp, micro_batch=split.micro_batch, batch=split.global_batch, sequence=split.sequence, zero=split.zero,
         replicas=split.replicas, recompute=split.recompute, recomputed=split.recomputed, sequence_parallel=split.sequence_parallel,

@@ -109,6 +109,10 @@ class Questions:
 
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
+        if planned_sizes.wish_of(job.spec) is not None:  # of smaller sizes nobody knows yet which have a plan
+            decision = self._planned(job, now)
+            if decision.placed:
+                return decision
         job = replace(job, spec=elastic.at_least(job.spec))
         decision = self._planned(job, now)
         return decision if decision.placed else self._with_money(decision, job, now)

@@ -106,25 +106,36 @@ def offers(
     types: Collection[str],
     network: Network,
     measured: Mapping[str, Calibrated] | None = None,
+    least: int = 1,
 ) -> list[Offer]:
-    """`gpus` of each place that has so many; 0: what is free of it, and all of it. `types`: those that will do; empty: all."""
+    """`gpus` of each place that has so many, else all that there are of a type; 0: what is free of each place, and all of it.
+
+    `types`: those that will do; empty: all. Offers of fewer than `least` GPUs are left out.
+    """
     suiting = [one for one in found if not types or one.gpu.name in types]
-    alone = [one for one in suiting if one.site and one.all >= max(gpus, 1)]
-    together = [
-        one for one in suiting if not one.site and gpus and one.all >= gpus and not any(a.gpu == one.gpu for a in alone)
-    ]
     made = []
-    for one in [*alone, *together][:MOST_TYPES]:
+    for one in _places(suiting, gpus)[:MOST_TYPES]:
         price, source = price_of(one)
         fabric, calibrated = _fabric(one, network), (measured or {}).get(one.gpu.name)
         if calibrated is not None:
             within = replace(calibrated.machine.fabric, island=fabric.island, tiers=fabric.tiers)
             calibrated = replace(calibrated, machine=replace(calibrated.machine, fabric=within))
-        for count in sorted(number for number in ({gpus} if gpus else {one.free, one.all}) if 0 < number <= one.all):
+        counts = {min(gpus, one.all)} if gpus else {one.free, one.all}
+        for count in sorted(number for number in counts if number >= max(least, 1)):
             made.append(
                 Offer(one.gpu, count, price, source, measured=calibrated, fabric=fabric, idle_free=True, place=one.site)
             )
     return made
+
+
+def _places(suiting: Sequence[Had], gpus: int) -> list[Had]:
+    """Sites that have so many; of a type of which none has, the widest place."""
+    alone = [one for one in suiting if one.site and one.all >= gpus]
+    enough, widest = {one.gpu.name for one in alone}, dict[str, Had]()
+    for one in suiting:  # the most GPUs first
+        if one.gpu.name not in enough:
+            widest.setdefault(one.gpu.name, one)
+    return [*alone, *widest.values()]
 
 
 def _fabric(one: Had, network: Network) -> Fabric:

@@ -242,7 +242,7 @@ def node_conditions(columns: Columns, need: GpuRequirement) -> Bools:
     key = (need.labels, need.nvme, need.no_spot)
     found = columns.matches.get(key)
     if found is None:
-        fitting = [_node_fits(row.node, need) for row in columns.rows]
+        fitting = [node_fits(row.node, need) for row in columns.rows]
         found = columns.keep(key, np.array(fitting, dtype=np.bool_))
     return cast("Bools", found)
 
@@ -253,7 +253,8 @@ def conditions_of(need: GpuRequirement) -> str:
     return ", ".join([*labels, *["NVMe"] * need.nvme, *["a price that is not spot"] * need.no_spot])
 
 
-def _node_fits(node: Node, need: GpuRequirement) -> bool:
+def node_fits(node: Node, need: GpuRequirement) -> bool:
+    """Whether it has what is asked of the node itself."""
     if need.nvme and not any(d.nvme for d in node.disks):
         return False
     if need.no_spot and node.price.kind is PriceKind.SPOT:
