@@ -59,6 +59,7 @@ DOORS: dict[str, Door] = {
     "burst": Door(commands=("offers", "leases", "burst")),
     "ledger_identity": Door(commands=("cost",)),
     "waste_attribution": Door(commands=("waste",)),
+    "tco_replay": Door(commands=("cost",)),
     "deploy_models": Door(commands=("deploy", "rollout")),
     "dataset_peers": Door(commands=("submit",), fields=("data",)),
     "dataset_faults": Door(commands=("submit",), fields=("data",)),
