@@ -66,6 +66,12 @@ def test_within_a_node_there_is_nothing_to_compare_with():
     assert attempt.best_communication_s == attempt.best_free_communication_s == attempt.communication_s
 
 
+def test_work_without_gpus_on_several_nodes_has_nothing_to_compare_with():
+    (attempt,) = Fleet().placed(job("j", 0, ranks=2, min_nodes=2))
+    assert len(attempt.nodes) == 2
+    assert attempt.best_communication_s == attempt.best_free_communication_s == attempt.communication_s == 0
+
+
 def test_the_fleet_without_work_is_asked_once_for_gangs_of_a_kind(monkeypatch):
     asked = []
     whole = decide.candidates

@@ -88,6 +88,8 @@ class TestUneven:
         [
             ({"vp": 2, "first_layers": 20, "last_layers": 16}, "plan with --vp 1"),
             ({"recompute": Recompute.FULL, "recomputing": 2}, "plan with --recompute full"),
+            ({"pp": 4, "first_layers": 8, "last_layers": 32}, "stage of 32 layers, more than each between them has"),
+            ({"pp": 4, "first_layers": 26, "last_layers": 0}, "stage of 26 layers, more than each between them has"),
         ],
     )
     def test_what_torchtitan_cannot_say_of_stages_it_refuses(self, more, said):

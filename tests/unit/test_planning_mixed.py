@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from whaleflux.errors import InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.constants import FITTED
+from whaleflux.planning.found import Split, candidate
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.mixed import MixedAsked, mixed_search
-from whaleflux.planning.mixed_plan import ALONE, REPLICAS, STAGES
+from whaleflux.planning.mixed_plan import ALONE, REPLICAS, STAGES, alone
 from whaleflux.planning.mixed_replicas import best_replicas
 from whaleflux.planning.mixed_stages import best_stages
 from whaleflux.planning.pools import Pool, joined, slowest
@@ -107,6 +108,12 @@ def test_stages_on_two_pools_of_one_kind_are_as_long_as_a_uniform_pipeline():
     whole = search(LARGE, half.machine, Asked(gpus=32, sequence=4096, batch=256, cp=1, vp=1)).best
     assert whole.split.pp > 1
     assert mixed.step_s == pytest.approx(whole.step_s, rel=0.06)
+
+
+def test_one_pool_alone_says_the_layers_of_its_stages():
+    split = Split(1, 3, 2, 1, 1, 1, 1, 96, 4096, 1, 1, "full", 1.0, False, first_layers=10, last_layers=8)
+    plan = alone(FLEET[0], candidate(SMALL, FLEET[0].machine, split, Training()), SMALL)
+    assert plan.parts[0].layers == (10, 14, 8)
 
 
 def test_gpus_that_cost_more_than_they_bring_are_left_out():

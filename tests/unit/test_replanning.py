@@ -1,5 +1,6 @@
 """Planned elastic jobs on other GPUs than they were planned for: what their checkpoints allow, and the plan that their ranks get."""
 
+import asyncio
 import json
 import math
 from dataclasses import replace
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.scheduler_world import World, node, until
-from whaleflux.errors import Unavailable
+from whaleflux.clock import SystemClock
+from whaleflux.errors import NotFound, Unavailable
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.manifests.job_checks import violations
 from whaleflux.manifests.job_fields import Spec
@@ -23,6 +25,7 @@ from whaleflux_scheduler import job_privacy
 from whaleflux_scheduler.core import elastic, planned_sizes
 from whaleflux_scheduler.core.model import Attempt, AttemptSplit, Job, JobState
 from whaleflux_scheduler.core.planned_sizes import Allowance, Saved
+from whaleflux_scheduler.replanning import Replanning
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 GPU = "H100-80GB"
@@ -158,6 +161,28 @@ class TestFile:
         assert wish_in([("MESH", mesh)]) is None
         assert wish_in([]) is None
 
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            *(("batch", one) for one in ("1e999", "1e30", "1" + "0" * 30, "NaN", "true", "0", '"96"', "null")),
+            *((one, "1" + "0" * 30) for one in ("sequence", "tp", "pp", "cp", "vp", "first_layers", "last_layers")),
+            *((one, "-1") for one in ("sequence", "tp", "vp", "first_layers", "last_layers")),
+            ("model", "7"), ("gpu", "null"), ("fp8", "2"), ("whole", '"no"'),
+        ],
+    )  # fmt: skip
+    def test_numbers_that_no_plan_has_are_no_wish(self, name, said):
+        """Whoever submits a job may write its mesh, and what stands there is computed with by the leader."""
+        mesh = json.loads(mesh_of())
+        mesh[KEY] |= {name: "HERE"}
+        assert wish_in([("MESH", json.dumps(mesh).replace('"HERE"', said))]) is None
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"mesh": [2, 2]}, {"mesh": None}, {"mesh": {"dp_shard": "2"}}, {"mesh": {"dp_shard": 0}}, {"micro_batch": {}}],
+    )
+    def test_nor_is_one_beside_a_mesh_that_cannot_be_read(self, other):
+        assert wish_in([("MESH", json.dumps(json.loads(mesh_of()) | other))]) is None
+
 
 class Trains(World):
     """Nodes of two GPUs each, and a planned job on all four."""
@@ -258,6 +283,27 @@ async def test_a_checkpoint_service_that_does_not_answer_keeps_the_split_until_i
         attempt = (await world.reaches_attempt(name, 2)).attempt
         assert (len(attempt.tasks[0].gpu_uuids), attempt.split.tensor) == (2, 2)
         assert "it is not known who can read what it saved" in attempt.split.why
+
+
+async def test_who_is_told_that_nobody_answered_may_ask_again_at_once():
+    """The asking that ends is not in the way of the next."""
+    job, asked, looked = job_of(spec_of(), split(2, data=2)), [], []
+
+    class Away:
+        async def FindRestorable(self, request, timeout):
+            asked.append(request.job)
+            raise Unavailable("away") if len(asked) == 1 else NotFound("checkpoint", request.job)
+
+    class Impatient(SystemClock):
+        async def sleep(self, _seconds):
+            pass
+
+    replanning = Replanning(Away(), Impatient(), lambda name: looked.append(replanning.ready(job)))
+    async with asyncio.TaskGroup() as tasks:
+        replanning.runs_in(tasks)
+        assert not replanning.ready(job)
+    assert asked == [job.name] * 2
+    assert looked[-1]
 
 
 @pytest.mark.parametrize("resumes", [True, False])

@@ -69,7 +69,7 @@ def _alone(shape: ModelShape, pool: Pool, asked: MixedAsked, how: Training, cons
     found = search(
         shape, pool.machine, Asked(gpus=pool.gpus, sequence=asked.sequence, batch=asked.batch), how, constants
     )
-    return alone(pool, found.best, shape.layers) if found.best is not None else None
+    return alone(pool, found.best, shape) if found.best is not None else None
 
 
 def _check(pools: Sequence[Pool], asked: MixedAsked) -> None:

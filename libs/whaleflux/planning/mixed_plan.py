@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from whaleflux.planning.found import Candidate
+from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.pools import Pool
 
 ALONE, REPLICAS, STAGES = "one pool", "replicas", "stages"
@@ -101,11 +102,11 @@ class MixedFound:
         return tuple(name for name in self.alone_s if name not in used)
 
 
-def alone(pool: Pool, plan: Candidate, layers: int) -> MixedPlan:
+def alone(pool: Pool, plan: Candidate, shape: ModelShape) -> MixedPlan:
     """One pool's best plan, in these terms."""
     split = plan.split
     part = PoolPart(
-        pool.name, split.gpus, split.tp, (split.global_batch // split.dp,) * split.dp, (layers // split.pp,) * split.pp, plan.step_s,
+        pool.name, split.gpus, split.tp, (split.global_batch // split.dp,) * split.dp, split.stage_layers(shape), plan.step_s,
         plan.total_bytes, plan.usable_bytes,
     )  # fmt: skip
     return MixedPlan(

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 VARIABLE = "MESH"  # of the ranks' environment, which `whaleflux.sdk.device_mesh` reads
 KEY = "replan"  # of a mesh
-_MOST_CHARS = 1 << 16
+MOST_BATCH, MOST_SEQUENCE = 1 << 24, 1 << 27  # samples, tokens: of what is planned at all
+_MOST_CHARS, _MOST = 1 << 16, 1 << 17  # of a mesh; of ranks, stages and layers
 
 
 class Kept(NamedTuple):
@@ -61,18 +62,35 @@ def wish_in(environment: Iterable[tuple[str, str]]) -> Wish | None:
 
 @lru_cache(maxsize=1024)
 def _wish(mesh: str) -> Wish | None:
-    said = _table(mesh).get(KEY)
-    if not isinstance(said, Mapping):
+    """Whoever submits a job may write its mesh: what no plan says is no wish, for the scheduler works on what is one."""
+    table = _table(mesh)
+    said = table.get(KEY)
+    if not isinstance(said, Mapping) or not _runs(table):
+        return None
+    given = {one.name: said[one.name] for one in fields(Wish) if one.name in said}
+    if not all(_possible(one.name, str(one.type), given[one.name]) for one in fields(Wish) if one.name in given):
         return None
     try:
-        wish = Wish(**{one.name: _of(one.type, said[one.name]) for one in fields(Wish) if one.name in said})
-    except (TypeError, ValueError):
+        return Wish(**given)
+    except TypeError:  # one is missing
         return None
-    return wish if min(wish.batch, wish.sequence, wish.tp, wish.pp, wish.cp) >= 1 else None
 
 
-def _of(kind: Any, value: Any) -> Any:
-    return {"str": str, "int": int, "bool": bool}[kind](value)
+def _runs(table: Mapping[str, Any]) -> bool:
+    """Whether the plan that it was submitted with can be read in it."""
+    axes = table.get("mesh")
+    if not isinstance(axes, Mapping):
+        return False
+    numbers = (axes.get("dp_replicate", 1), axes.get("dp_shard", 1), table.get("micro_batch", 1))
+    return all(type(one) is int and 1 <= one <= MOST_BATCH for one in numbers)
+
+
+def _possible(name: str, kind: str, value: Any) -> bool:
+    if kind != "int":
+        return type(value).__name__ == kind
+    least = 0 if name in ("vp", "first_layers", "last_layers") else 1
+    most = {"batch": MOST_BATCH, "sequence": MOST_SEQUENCE}.get(name, _MOST)
+    return type(value) is int and least <= value <= most
 
 
 def plain_mesh(mesh: str) -> dict[str, Any]:

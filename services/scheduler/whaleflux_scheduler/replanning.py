@@ -112,6 +112,7 @@ class Replanning:
             await self._clock.sleep(AGAIN_S)
             if self._asked.get(job.name) == (job.epoch, saved):
                 del self._asked[job.name]
+                self._under_way.discard((job.name, job.epoch))  # who is told now may ask at once
                 self._touch(job.name)
 
     async def _restorable(self, job: Job) -> tuple[Saved | None, bool]:

@@ -27,7 +27,7 @@ from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
 from whaleflux.planning.training import Training
-from whaleflux.planning.wish import KEY, Wish
+from whaleflux.planning.wish import KEY, MOST_BATCH, MOST_SEQUENCE, Wish
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
 from whaleflux_scheduler.core.placement.api import GpuRequirement
@@ -37,7 +37,7 @@ from whaleflux_scheduler.planning_turns import Turns
 if TYPE_CHECKING:
     from whaleflux_scheduler.leader_session import Leading
 
-MOST_MODEL_BYTES, MOST_BATCH, MOST_BATCH_TOKENS, MOST_SEQUENCE = 16 << 10, 1 << 24, 1e12, 1 << 27
+MOST_MODEL_BYTES, MOST_BATCH_TOKENS = 16 << 10, 1e12
 USUAL_BATCH_TOKENS, BATCH_SLACK, USUAL_SEQUENCE = 4_000_000, 0.05, 8192
 _MOST_TYPES, _MOST_TOKENS, _MOST_USD, _MOST_DEADLINE_S = 64, 1e16, 1e13, 1e10
 MOST_LABELS = 64

@@ -113,6 +113,13 @@ _OF_SPLITS = (
         ),
     ),
     Rule(
+        lambda facts, split: _longer_end(facts.shape, split),
+        lambda it: (
+            f"a first or last stage of {max(it.split.first_layers, it.split.last_layers)} layers, more than each between them has: it says how many fewer "
+            "they have; let the ends have at most as many, or use --emit megatron"
+        ),
+    ),
+    Rule(
         lambda _, split: split.recomputing > 0,
         lambda it: (
             f"recomputation in the first {it.split.recomputing} stages alone; plan with --recompute full, or use --emit megatron"
@@ -141,6 +148,13 @@ RULES = (BF16, *_OF_MODELS, *_OF_SPLITS, *_OF_EXPERTS)
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
+
+
+def _longer_end(shape: ModelShape, split: Split | Plans) -> Any:
+    """Whether the first or the last stage has more layers than each of those between, where there are any."""
+    first, last = np.asarray(split.first_layers), np.asarray(split.last_layers)
+    stages = split.pp - (first > 0) - (last > 0)
+    return (stages > 0) & (np.maximum(first, last) * stages > shape.layers - first - last)
 
 
 def _shards(split: Split | Plans) -> Any:

@@ -321,9 +321,9 @@ class Plan(Promising):
         return Move(job.name, decision, assignment)
 
     def _least_communication(self, job: Job, placement: Placement) -> tuple[float, float]:
-        """Of an empty fleet, and of what is free: against these its place is compared. On one node there is nothing to compare with."""
+        """Of an empty fleet, and of what is free: against these its place is compared. On one node, or without GPUs, there is nothing to compare with."""
         placed_s = placement.cost.step_communication_s
-        if len({part.node for part in placement.nodes}) < 2:
+        if not placement.gpus or len({part.node for part in placement.nodes}) < 2:
             return placed_s, placed_s
         engine, request = self._fleet.engine, kind_of(self._pending.jobs[job.name].line.kind.request, placement)
         free_s = engine.least_free_communication_s(request, placement, sought=goal_of(job.spec))
