@@ -129,7 +129,7 @@ def test_two_sites_over_a_slow_line_are_one_pipeline_or_none():
     fleet = tuple(replace(one, uplink_bytes_per_s=1.25e9 / one.gpus, uplink_hop_s=0.01) for one in FLEET)
     found = mixed_search(LARGE, fleet, MixedAsked(512, 4096))
     assert found.best.kind == STAGES
-    assert found.best.step_s < 0.95 * min(found.alone_s.values())
+    assert found.best.step_s < 0.87 * min(found.alone_s.values())
     replicas = [plan for plan in found.others if plan.kind == REPLICAS]
     assert all(plan.step_s > found.best.step_s for plan in replicas)
 

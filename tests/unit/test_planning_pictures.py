@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.found import PART_WORDS, Split, candidate
 from whaleflux.planning.known_models import model_named
-from whaleflux.planning.machine import Machine
+from whaleflux.planning.machine import Machine, Tier
 from whaleflux.planning.pictures import MOST_ROWS, Titles, as_text, rows_of, svg
 from whaleflux.planning.plans import Plans, Recompute
-from whaleflux.planning.schedule import MOST_WORKS, ChunkTimes, scheduled, timeline
+from whaleflux.planning.schedule import MOST_WORKS, ChunkTimes, chunk_times, scheduled, timeline
 from whaleflux.planning.step import step_time
 from whaleflux.planning.training import Training
 from whaleflux.planning.why import reasons
@@ -79,6 +79,25 @@ def test_a_timeline_is_as_long_as_the_step_that_the_cost_model_says(more):
     assert drawn.drawn == drawn.micro_batches == 8
     said = float(np.ravel(took.total_s - took.dp_s - took.optimizer_s)[0])
     assert drawn.span_s == pytest.approx(said, rel=0.1 if more else 0.05)
+
+
+@pytest.mark.parametrize(("stages", "waits"), [(2, 1), (4, 2)])
+def test_a_stage_waits_once_for_each_neighbour(stages, waits):
+    """A state forth and a gradient back cross at once: of two stages each has one neighbour."""
+    slow = replace(H200, fabric=replace(H200.fabric, island=1, tiers=(Tier(1, 1e8),)))
+    plan = Plans.of(pp=stages, micro_batch=1, global_batch=64, sequence=8192)
+    took, each_s = step_time(DENSE, slow, plan, Training()), 2 * 8192 * DENSE.hidden / 1e8
+    assert float(np.ravel(took.pp_s)[0]) == pytest.approx(64 * waits * each_s, rel=0.1)
+    assert chunk_times(DENSE, slow, plan, Training()).send_s == pytest.approx(each_s, rel=0.1)
+
+
+def test_a_timeline_of_two_stages_on_a_slow_line_is_as_long_as_the_step():
+    slow = replace(H200, fabric=replace(H200.fabric, island=1, tiers=(Tier(1, 5e7),)))
+    plan = Plans.of(pp=2, micro_batch=1, global_batch=8, sequence=8192)
+    took = step_time(DENSE, slow, plan, Training())
+    said = float(np.ravel(took.total_s - took.dp_s - took.optimizer_s)[0])
+    assert float(np.ravel(took.pp_s)[0]) > 0.1 * said
+    assert timeline(DENSE, slow, plan, Training()).span_s == pytest.approx(said, rel=0.05)
 
 
 @settings(max_examples=40, deadline=None)

@@ -34,7 +34,7 @@ def check_config(
       whaleflux check-config torchtitan.toml --gpus 64 -o json
 
     The rules: the GPUs divide by the degrees, interleaving has a pipeline, sequence parallelism has tensor parallelism, stages have a precision,
-    heads divide, expert parallelism has experts, one 16-bit precision, experts' degrees divide too, the batch is whole micro-batches of each rank. The exit code is 1 where one is broken.
+    heads divide, expert parallelism has experts, one 16-bit precision, experts' degrees divide too, the batch is whole micro-batches of each rank, the stages have all layers. The exit code is 1 where one is broken.
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.planning.validity import RULES, check

@@ -267,9 +267,9 @@ def ladder_from_text(text: str) -> Ladder:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):
-        raise _wrong("is no JSON; make one with: whaleflux calibrate > FILE") from None
+        raise _wrong("is no JSON; make one with: whaleflux calibrate --file FILE") from None
     if not isinstance(said, dict) or said.get("version") != VERSION:
-        raise _wrong(f"is no ladder of version {VERSION}; make one with: whaleflux calibrate > FILE")
+        raise _wrong(f"is no ladder of version {VERSION}; make one with: whaleflux calibrate --file FILE")
     if said.get("simulated") is not False:
         raise _wrong("was measured on a CPU, which says nothing of GPUs; run whaleflux calibrate where GPUs are")
     rows = {kind: _rows(kind, said.get(kind), columns) for kind, columns in _ROWS.items()}

@@ -88,7 +88,7 @@ def chunk_times(
         tuple((each * share).tolist()),
         tuple((each * (1 - share)).tolist()),
         _one(head_s(shape, machine, plan, how, constants)),
-        _one(took.pp_s) / count / 2 / virtual,
+        _one(took.pp_s) / count / (1 if stages.size == 2 and virtual == 1 else 2) / virtual,
     )
 
 

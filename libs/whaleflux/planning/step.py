@@ -312,7 +312,9 @@ def _sends_s(
     whole = np.where(plans.sequence_parallel > 0, 0.0, gather_s(volume, links.tp, constants))
     sends = np.where(plans.pp > 1, 2 * plans.vp * (send_s(volume / plans.tp, links.pp, constants) + whole), 0.0)
     beside = np.where(plans.vp > 1, how.either(how.overlap_pp, 1.0, 0.0), 0.0) * beside_s
-    return np.asarray(sends), np.maximum(sends - beside, 0.0)
+    # A state forth and a gradient back cross at once: a stage waits once for each neighbour, and of two stages each has one.
+    waits = np.where((plans.vp == 1) & (plans.pp == 2), sends / 2, sends)
+    return np.asarray(sends), np.maximum(waits - beside, 0.0)
 
 
 def _summed_s(shape: ModelShape, machine: Machine, plans: Plans, how: Training) -> Array:
