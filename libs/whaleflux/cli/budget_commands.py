@@ -40,7 +40,7 @@ def list_budgets(sort: Sort = "", fmt: Output = Format.table, no_headers: NoHead
         Column("NAME", lambda one: names.last(one.name)),
         Column("FOR", _scope),
         Column("USD/MONTH", lambda one: usd(one.micros_per_month)),
-        Column("SPENT", lambda one: usd(one.forecast.spent_micros) if one.HasField("forecast") else "unknown"),
+        Column("SPENT", lambda one: usd(one.forecast.spent_micros) if _is_known(one) else "unknown"),
         Column("SHARE", _share),
         Column("EXPECTED", lambda one: expected(one.forecast).partition(":")[0]),
         Column("ALERTS", lambda one: ", ".join(f"{percent} %" for percent in one.alert_percents)),
@@ -107,8 +107,13 @@ def _scope(one: Any) -> str:
 
 
 def _share(one: Any) -> str:
-    known = one.HasField("forecast") and one.micros_per_month
+    known = _is_known(one) and one.micros_per_month
     return f"{100 * one.forecast.spent_micros / one.micros_per_month:.1f} %" if known else "unknown"
+
+
+def _is_known(one: Any) -> bool:
+    """Whether a ledger says what is spent: one that has nothing yet does not."""
+    return bool(one.forecast.HasField("watermark"))
 
 
 def _told(one: Any) -> str:

@@ -132,7 +132,12 @@ def cost_forecast(queue: Queue = "", user: User = "", site: Site = "", fmt: Outp
         found = client.console.GetForecast(request, timeout=30)
     lines = [
         ("month", f"{_at(found, 'start_time')} until {_at(found, 'end_time')}"),
-        ("spent", f"{usd(found.spent_micros)} USD"),
+        (
+            "spent",
+            f"{usd(found.spent_micros)} USD"
+            if found.HasField("watermark")
+            else "unknown: nothing is in the ledger yet",
+        ),
         ("expected", expected(found)),
         ("four of five were within", _range(found)),
         ("tried", f"on {found.trials} days of the past{_off(found)}"),
@@ -155,6 +160,53 @@ def _range(found: Any) -> str:
 
 def _off(found: Any) -> str:
     return f"; half were off by {found.error_ppm / 10_000:.1f} % or less" if found.HasField("error_ppm") else ""
+
+
+@cost.command("units")
+def cost_units(
+    by: Annotated[str, typer.Option("--by", help="job, model or queue.")] = "job",
+    since: Since = "7d",
+    until: Until = "",
+    queue: Queue = "",
+    limit: Most = 50,
+    fmt: Output = Format.table,
+    no_headers: NoHeaders = False,
+) -> None:
+    """What a million trained tokens, a run and a useful GPU-hour cost, in hours that are closed.
+
+    \b
+      whaleflux cost units
+      whaleflux cost units --by queue --since 30d
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.v1 import console_pb2 as pb
+
+    if by not in ("job", "model", "queue"):
+        raise InvalidArgument(FieldViolation("--by", f"{by!r}: use job, model or queue"))
+    window = _request(since, until, queue, "", "", "", "")
+    asked = pb.GetUnitCostsRequest(queue=window.queue, group_by=f"COST_GROUPING_{by.upper()}", limit=limit)
+    asked.start_time.CopyFrom(window.start_time)
+    if until:
+        asked.end_time.CopyFrom(window.end_time)
+    with fleet() as client:
+        answer = client.console.GetUnitCosts(asked, timeout=120)
+    columns = [
+        output.Column(by.upper(), lambda one: _shown(one.key)),
+        output.Column("USD/1M TOKENS", lambda one: _unit(one, "micros_per_million_tokens", 4)),
+        output.Column("USD/RUN", lambda one: usd(one.micros_per_run)),
+        output.Column("USD/USEFUL GPU-H", lambda one: _unit(one, "micros_per_useful_gpu_hour")),
+        output.Column("RUNS", lambda one: str(one.runs)),
+        output.Column("TOKENS", lambda one: f"{one.tokens:,}" if one.HasField("tokens") else "unknown"),
+        output.Column("USD", lambda one: usd(one.bill_micros)),
+    ]
+    empty = "no run held GPUs in hours that are closed; see: whaleflux cost status"
+    output.show(answer.units, columns, fmt, headers=not no_headers, empty=empty)
+    if fmt is Format.table:
+        _say_until(answer)
+
+
+def _unit(one: Any, field: str, digits: int = 2) -> str:
+    return usd(getattr(one, field), digits) if one.HasField(field) else "unknown"
 
 
 @cost.command("export")

@@ -244,6 +244,7 @@ TABLE: dict[str, OwnerRule] = {
         GetJobCost=LEAVES_OUT,
         ExportCost=FLEET,
         GetForecast=LEAVES_OUT,
+        GetUnitCosts=LEAVES_OUT,
         SetBudget=FLEET,
         ListBudgets=LEAVES_OUT,
         DeleteBudget=FLEET,

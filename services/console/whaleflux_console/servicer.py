@@ -16,6 +16,7 @@ from whaleflux_console.exports import Exports
 from whaleflux_console.forecasts import scope_of
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.recommendations import Recommendations
+from whaleflux_console.unit_answers import unit_costs_of
 
 Context = Any  # grpc.aio's, which no rpc here needs
 
@@ -76,6 +77,9 @@ class CostServicer(rpc.CostServiceServicer):
     async def GetForecast(self, request: pb.GetForecastRequest, context: Context) -> pb.Forecast:
         scope = scope_of(request)
         return await self._costs.forecast(scope)
+
+    async def GetUnitCosts(self, request: pb.GetUnitCostsRequest, context: Context) -> pb.GetUnitCostsResponse:
+        return await unit_costs_of(self._costs, request)
 
     async def SetBudget(self, request: pb.SetBudgetRequest, context: Context) -> pb.Budget:
         return await self._budgets.set(request)

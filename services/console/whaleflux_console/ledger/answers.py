@@ -13,7 +13,8 @@ from typing import Any
 from whaleflux.errors import DeadlineExceeded, FieldViolation, InvalidArgument
 from whaleflux.store.api import Store
 from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
-from whaleflux_console.ledger import chain
+from whaleflux_console.core.units import Run
+from whaleflux_console.ledger import chain, runs
 from whaleflux_console.ledger.cache import HOT_DAYS, Cache
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.engine import Engine
@@ -65,6 +66,7 @@ class Answers:
         self._state = State()
         self._head: Head | None = None
         self._following = asyncio.Lock()
+        self._windows = asyncio.Semaphore(1)  # whose files are read
         self._places = asyncio.Semaphore(AT_ONCE)
 
     @property
@@ -140,6 +142,18 @@ class Answers:
         except Damaged:  # closed again meanwhile, perhaps
             await self.follow()
             return await asyncio.to_thread(self._read_versions, hour_ms)
+
+    async def runs(self, start_ms: int, end_ms: int) -> list[Run]:
+        """What each run cost and did in the closed hours of a window. Raises Damaged for a file that is not as it was written."""
+        async with self._windows:
+            try:
+                return await asyncio.to_thread(self._read_runs, start_ms, end_ms)
+            except Damaged:  # closed again meanwhile, perhaps
+                await self.follow()
+                return await asyncio.to_thread(self._read_runs, start_ms, end_ms)
+
+    def _read_runs(self, start_ms: int, end_ms: int) -> list[Run]:
+        return runs.runs(self._folder, self._engine, runs.days(self._state, start_ms, end_ms))
 
     def _read_versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
         files = sorted((f for f in self._state.of(Kind.HOURS, hour_ms) if f.version), key=lambda file: file.version)
