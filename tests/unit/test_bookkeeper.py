@@ -66,7 +66,7 @@ class World:
             self.rpc = CostServicer(
                 Prices(self.store, self.clock),
                 Adjustments(self.store, self.clock),
-                Budgets(self.store, self.clock),
+                Budgets(self.store, self.clock, lambda queue: self.access.get(queue, OPEN)),
                 costs,
             )
             self.ledger = ledger
@@ -252,6 +252,6 @@ class TestAsking:
 
     async def test_without_a_folder_there_is_no_ledger_and_the_answer_says_what_to_do(self):
         store, clock = MemoryStore(), VirtualClock()
-        servicer = CostServicer(Prices(store, clock), Adjustments(store, clock), Budgets(store, clock))
+        servicer = CostServicer(Prices(store, clock), Adjustments(store, clock), Budgets(store, clock, lambda _: OPEN))
         with pytest.raises(FailedPrecondition, match="--ledger-folder"):
             await servicer.GetLedger(pb.GetLedgerRequest(), None)

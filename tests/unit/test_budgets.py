@@ -6,15 +6,19 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.unit.test_bookkeeper import LATE, World
+from whaleflux.clock import VirtualClock
 from whaleflux.errors import InvalidArgument, NotFound
 from whaleflux.events.publisher import EntryChange
+from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.election import elect
+from whaleflux.store.memory import MemoryStore
+from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import events_pb2
 from whaleflux_console import news
-from whaleflux_console.budgets import BudgetWatch
+from whaleflux_console.budgets import Budgets, BudgetWatch
 from whaleflux_console.forecasts import Forecasts
 
 SPENT = 4_000_000  # of the world's two GPUs, by LATE: 2,000,000 an hour each; open hours beside
@@ -82,6 +86,25 @@ async def test_a_threshold_is_told_once_a_month_whoever_leads(tmp_path):
         assert (await listed(world))[0].forecast.spent_micros == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("ListBudgets", pb.ListBudgetsRequest()),
+        ("GetForecast", pb.GetForecastRequest()),
+        ("GetUnitCosts", pb.GetUnitCostsRequest()),
+        ("GetCost", pb.GetCostRequest()),
+    ],
+)
+async def test_of_nothing_too_it_is_asked_who_may_see_it(tmp_path, method, request_):
+    """The boundary refuses an answer for which nobody asked."""
+    async with World(tmp_path).running() as world:
+        await world.until(LATE)
+        await world.tick()
+        asked = ownership.watch_questions()
+        await world.ask(method, request_)
+        assert asked.yes
+
+
 async def test_it_is_changed_under_its_etag_and_forgotten(tmp_path):
     async with spending(tmp_path) as world:
         first = await set_(world)
@@ -111,3 +134,16 @@ async def test_what_is_wrong_names_its_field_and_changes_nothing(tmp_path, field
             await set_(world, **fields)
         assert [violation.field for violation in caught.value.violations] == [field]
         assert await listed(world) == []
+
+
+async def test_without_a_ledger_too_budgets_of_queues_that_are_not_ones_own_stay_unseen():
+    store, clock = MemoryStore(), VirtualClock()
+    budgets = Budgets(store, clock, lambda _: Access(members=frozenset({"users/bob"})))
+    one = pb.Budget(micros_per_month=7, queue="queues/q")
+    with auth.acting_as(auth.Identity("operator", "olga")):
+        await budgets.set(pb.SetBudgetRequest(budget_id="b", budget=one))
+    seen = {}
+    for name in ("ann", "bob"):
+        with auth.acting_as(auth.Identity("user", name)):
+            seen[name] = [b.name for b in (await budgets.page(pb.ListBudgetsRequest(), None)).budgets]
+    assert seen == {"ann": [], "bob": ["budgets/b"]}

@@ -12,6 +12,7 @@ from whaleflux.manifests.price_file import micros, prices_from_yaml
 from whaleflux.rpc import auth
 from whaleflux.store import Put, keys
 from whaleflux.store.memory import MemoryStore
+from whaleflux.trust.ownership import OPEN
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
 from whaleflux_console import news
@@ -53,7 +54,9 @@ class World:
     def __init__(self):
         self.store, self.clock = MemoryStore(), VirtualClock()
         self.rpc = CostServicer(
-            Prices(self.store, self.clock), Adjustments(self.store, self.clock), Budgets(self.store, self.clock)
+            Prices(self.store, self.clock),
+            Adjustments(self.store, self.clock),
+            Budgets(self.store, self.clock, lambda _: OPEN),
         )
 
     async def call(self, method, request):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from whaleflux import names, telemetry
@@ -16,11 +16,14 @@ from whaleflux.errors import (
     NotFound,
     Unavailable,
 )
+from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import ConditionFailed, Entry, Put, Store, Unchanged
 from whaleflux.store.election import Leader
 from whaleflux.store.reading import read_all
 from whaleflux.telemetry import Event
+from whaleflux.trust import ownership
+from whaleflux.trust.ownership import Access
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.core import budget_rules, price_rules
 from whaleflux_console.costs import Costs
@@ -36,8 +39,8 @@ _log = telemetry.get_logger("whaleflux.console.budgets")
 class Budgets:
     """Their records."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store = store
+    def __init__(self, store: Store, clock: Clock, queue_access: Callable[[str], Access]) -> None:
+        self._store, self._queue_access = store, queue_access
         self._records = Records(store, clock, pb.Budget, keys.BUDGETS, "budget", "whaleflux budget ls")
 
     async def set(self, request: pb.SetBudgetRequest) -> pb.Budget:
@@ -55,8 +58,9 @@ class Budgets:
 
     async def page(self, request: pb.ListBudgetsRequest, costs: Costs | None) -> pb.ListBudgetsResponse:
         """One page, each with its forecast; without those of queues that the caller may not see."""
+        ownership.note_asked()
         page = await self._records.page(request.page_size, request.page_token)
-        seen = [one for one in page.items if costs is None or not one.queue or costs.may_see_queue(one.queue)]
+        seen = [one for one in page.items if self._may_see(one.queue)]
         for one in seen if costs else ():
             one.forecast.CopyFrom(await costs.forecast(scope_of(one)) if costs else pb.Forecast())
         return pb.ListBudgetsResponse(budgets=seen, next_page_token=page.next_page_token, unreadable=page.unreadable)
@@ -65,6 +69,9 @@ class Budgets:
         """Forgets it."""
         names.split(name, "budgets")
         await self._records.delete(name, etag)
+
+    def _may_see(self, queue: str) -> bool:
+        return not queue or ownership.may_see(auth.principal(), self._queue_access(names.last(queue)))
 
     async def _stored(self, wanted: pb.Budget, etag: str) -> pb.Budget:
         def edit(there: pb.Budget) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from whaleflux.trust import ownership
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.units import UnitCost, unit_costs
@@ -32,6 +33,7 @@ async def unit_costs_of(costs: Costs, request: pb.GetUnitCostsRequest) -> pb.Get
         runs = await costs.answers.runs(start_ms, end_ms)
     except Damaged as damage:
         raise FailedPrecondition(f"{damage}; it is made again by itself, see: whaleflux cost status") from None
+    ownership.note_asked()
     may = {queue: costs.may_see_queue(queue) for queue in {run.queue for run in runs}}
     shown = [run for run in runs if may[run.queue] and request.queue in {"", run.queue}]
     found = unit_costs(shown, _BY[request.group_by])[: request.limit or DEFAULT_LIMIT]
