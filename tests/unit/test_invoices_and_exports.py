@@ -10,6 +10,7 @@ from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.rpc import auth
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.ledger.manifest import Kind
 
 HOURS = 3
 DONE = T + HOURS * HOUR_MS + 30 * MINUTE
@@ -88,6 +89,15 @@ async def test_one_whose_window_is_too_old_to_be_billed_anew_says_so_and_bills_n
     assert await state(closed) == [pb.ADJUSTMENT_STATE_TOO_OLD]
     await closed.ask("DeleteAdjustment", pb.DeleteAdjustmentRequest(name="adjustments/a"))
     assert await state(closed) == []
+
+
+async def test_an_hour_whose_file_is_damaged_is_made_again_first(closed):
+    (hour,) = (file for file in closed.ledger.state.of(Kind.HOURS, T + HOUR_MS) if file.version)
+    (closed.path / hour.path).write_bytes(b"not what was written")
+    await adjust(closed)
+    await rounds(closed, count=5)
+    assert await state(closed) == [pb.ADJUSTMENT_STATE_SPREAD]
+    assert await by_adjustment(closed) == {"": 12_000_000, "adjustments/a": -1_000_001}
 
 
 @pytest.mark.parametrize("taken_back", [False, True])

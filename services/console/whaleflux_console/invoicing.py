@@ -21,6 +21,7 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console import convert
 from whaleflux_console.core.adjustments import by_hour
 from whaleflux_console.core.facts import HOUR_MS, Adjustment, Facts
+from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.ledger import Ledger
 from whaleflux_console.ledger.manifest import DAY_MS, Kind
 
@@ -41,6 +42,9 @@ class Invoicing:
         for entry, record in read.values:
             try:
                 await self._step(entry, record, now_ms)
+            except Damaged as damage:  # that hour is made again first, and the adjustment waits for it
+                self._ledger.note([damage])
+                await self._ledger.recover([damage])
             except (Aborted, ConditionFailed):  # somebody takes it back at this moment: the next round sees that
                 _log.info(Event.LEDGER_TROUBLE, reason=f"{record.name} changed meanwhile")
 
