@@ -178,7 +178,9 @@ def servicer(world):
     """What the world asks, with recommendations."""
     store, clock = world.store, world.clock
     told = Recommendations(store, world.answers, lambda queue: world.access.get(queue, OPEN), clock)
-    return CostServicer(Prices(store, clock), Adjustments(store, clock), Budgets(store, clock, lambda _: OPEN), None, told)
+    return CostServicer(
+        Prices(store, clock), Adjustments(store, clock), Budgets(store, clock, lambda _: OPEN), None, told
+    )
 
 
 async def fill(world, first, until, **classes):

@@ -64,7 +64,9 @@ async def build(ctx: Context) -> Parts:
             engine.close()
 
         on_stop.append(close)
-    servicer = CostServicer(prices, adjustments, Budgets(ctx.store, ctx.clock, ctx.trust.queue_access), costs, recommended)
+    servicer = CostServicer(
+        prices, adjustments, Budgets(ctx.store, ctx.clock, ctx.trust.queue_access), costs, recommended
+    )
     return Parts(
         servicers=[(add_CostServiceServicer_to_server, servicer, "whaleflux.v1.CostService"), *_intake(ctx)],
         loops=loops,
