@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import cert_manager, code_parts, deploy_parts, docs_parts
+from tools import cert_manager, code_parts, dashboards, deploy_parts, docs_parts
 from whaleflux import frontdoor, ports, reasons
 from whaleflux.events import nats_config
 from whaleflux.manifests import reference
@@ -44,6 +44,10 @@ FILES: dict[str, Callable[[], str]] = {
             ("certificates", cert_manager.certificates),
             ("identities", cert_manager.identities),
         )
+    },
+    **{
+        f"deploy/observability/grafana/dashboards/{name}.json": lambda name=name: dashboards.page(name)  # type: ignore[misc]
+        for name in dashboards.DASHBOARDS
     },
     "deploy/envoy/public.yaml": lambda: _ENVOY + frontdoor.render_public_secrets(frontdoor.deployed()),
     "deploy/envoy/secrets.yaml": lambda: _ENVOY + frontdoor.render_secrets(frontdoor.deployed()),

@@ -13,7 +13,6 @@ import yaml
 from tests.support.deploy_files import DEPLOY, SETTINGS, VERSIONS, unknown_settings
 from whaleflux import bootstrap, frontdoor, services
 from whaleflux.rpc import store_authority
-from whaleflux.telemetry.registry import METRICS
 
 COMPOSE = DEPLOY / "compose"
 FILE = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
@@ -222,44 +221,25 @@ def test_envoy_finds_every_service_of_the_file():
 
 class TestObservability:
     FOLDER = DEPLOY / "observability"
-    DASHBOARD = json.loads((FOLDER / "grafana" / "dashboards" / "whaleflux.json").read_text())
-    EXPRESSIONS = tuple(target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", []))
 
-    def test_the_dashboard_asks_for_registered_metrics_and_their_labels_only(self):
-        assert len(self.EXPRESSIONS) > 20
-        specs = {metric.value: spec for metric, spec in METRICS.items()}
-        for expression in self.EXPRESSIONS:
-            (name,) = set(re.findall(r"whaleflux_\w+", expression))
-            base = name.removesuffix("_bucket")
-            assert base in specs, expression
-            assert (name != base) == ("histogram_quantile" in expression) == (specs[base].kind == "histogram")
-            labels = {part.strip() for by in re.findall(r"by \(([^)]*)\)", expression) for part in by.split(",")}
-            assert labels <= {*specs[base].labels, "le", "service"}, expression
-
-    def test_rates_are_taken_of_counters_and_histograms_only(self):
-        for expression in self.EXPRESSIONS:
-            counted = "rate(" in expression or "increase(" in expression
-            name = re.findall(r"whaleflux_\w+", expression)[0].removesuffix("_bucket")
-            kind = next(spec.kind for metric, spec in METRICS.items() if metric.value == name)
-            assert counted == (kind in ("counter", "histogram")), expression
-
-    def test_panels_do_not_overlap(self):
-        cells = set()
-        for panel in self.DASHBOARD["panels"]:
-            at = panel["gridPos"]
-            own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-            assert not own & cells
-            cells |= own
-            assert at["x"] + at["w"] <= 24
-
-    def test_the_data_sources_are_those_of_the_dashboard_and_run(self):
+    def test_data_sources_are_what_runs_and_traces_are_found_from_figures(self):
         sources = yaml.safe_load((self.FOLDER / "grafana" / "datasources" / "whaleflux.yaml").read_text())[
             "datasources"
         ]
-        used = {panel["datasource"]["uid"] for panel in self.DASHBOARD["panels"] if "datasource" in panel}
-        assert used <= {source["uid"] for source in sources}
         for source in sources:
             assert re.fullmatch(r"http://([\w-]+):\d+", source["url"])[1] in SERVICES
+        (figures,) = [source for source in sources if source["type"] == "prometheus"]
+        (traces,) = [source for source in sources if source["type"] == "jaeger"]
+        assert figures["jsonData"]["exemplarTraceIdDestinations"] == [
+            {"name": "trace_id", "datasourceUid": traces["uid"]}
+        ]
+        assert "--enable-feature=exemplar-storage" in SERVICES["prometheus"]["command"]
+
+    def test_prometheus_has_the_rules_that_its_configuration_names(self):
+        config = yaml.safe_load((self.FOLDER / "prometheus.yaml").read_text())
+        mounted = {volume.split(":")[1]: volume.split(":")[0] for volume in SERVICES["prometheus"]["volumes"]}
+        for file in config["rule_files"]:
+            assert (COMPOSE / mounted[f"/etc/prometheus/{file}"]).is_file()
 
     def test_prometheus_scrapes_everything_that_has_metrics(self):
         config = yaml.safe_load((self.FOLDER / "prometheus.yaml").read_text())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+from prometheus_client import REGISTRY
 
 from whaleflux import frontdoor
 from whaleflux.clock import VirtualClock
@@ -433,6 +434,18 @@ class TestReplicas:
             assert kept.state == 99, "neither ended nor written over"
             with pytest.raises(Unavailable, match="m-0: it is UNKNOWN; models/m/replicas/m-1: it is DRAINING"):
                 t.current.decide(Request("m"))
+
+    async def test_models_below_their_minimum_are_shown(self):
+        def short():
+            return REGISTRY.get_sample_value("whaleflux_models_below_minimum")
+
+        async with turns() as t:
+            await t.declare(1)
+            await t.turn(2)
+            assert short() == 1, "nothing is ready yet"
+            t.healthy.add("*")
+            await t.turn(4)
+            assert (t.states, short()) == (["READY"], 0)
 
     async def test_a_replica_that_is_wanted_again_while_it_drains_comes_anew(self):
         async with turns() as t:

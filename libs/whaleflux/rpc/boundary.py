@@ -186,8 +186,10 @@ class Boundary(grpc.aio.ServerInterceptor):
             started = time.monotonic()
             in_flight.inc()
             serving = _Serving(method, context)
+            seen: dict[str, str] | None = None
             try:
                 with telemetry.server_span(method, serving.metadata, traced=traced) as span:
+                    seen = telemetry.exemplar()
                     call = Call(method, context, span, lambda: False)
                     serving.span = span
                     try:
@@ -201,7 +203,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                     return answered
             finally:
                 in_flight.dec()
-                durations.observe(time.monotonic() - started)
+                durations.observe(time.monotonic() - started, seen)
 
         return answer
 

@@ -18,6 +18,7 @@ from whaleflux.errors import Compacted, NotFound, Unavailable
 from whaleflux.retry import Backoff
 from whaleflux.store.api import Absent, ConditionFailed, Fenced, Held, Lease, Put, Store
 from whaleflux.store.keys import LEADERS
+from whaleflux.telemetry import Metric, gauge
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,13 @@ async def lead(
     is given up, and the next one finds out.
     """
     done, failures = False, 0
+    leads = gauge(Metric.LEADER).labels(name)
+    leads.set(0)
     while not done:
         async with elect(store, name, identity, ttl_s=ttl_s) as leader:
             log.info("%s leads %s", identity, name)
             began_s = asyncio.get_running_loop().time()
+            leads.set(1)
             try:
                 done = await _work(leader, work)
             except* Fenced:
@@ -80,6 +84,8 @@ async def lead(
                 lasted_s = asyncio.get_running_loop().time() - began_s
                 failures = failures + 1 if lasted_s < _SETTLED_S else 1
                 log.warning("%s gives up %s: %s", identity, name, _first(outage))
+            finally:
+                leads.set(0)
         if failures and not done:
             await asyncio.sleep(_RETRY.pause_s(failures))
 

@@ -12,7 +12,8 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 
 from whaleflux.telemetry.registry import METRICS, MetricSpec, UnregisteredName
 
@@ -130,7 +131,8 @@ def _handler(ready: Callable[[], bool], tls: MetricsTls | None) -> type[BaseHTTP
             if self.path == "/metrics" and tls is not None and not tls.may_read(self.connection):
                 self._answer(403, b"figures are for a certificate of the role scraper, operator or admin\n")
             elif self.path == "/metrics":
-                self._answer(200, generate_latest(), CONTENT_TYPE_LATEST)
+                encode, kind = choose_encoder(self.headers.get("Accept", ""))  # OpenMetrics alone carries exemplars
+                self._answer(200, encode(REGISTRY), kind)
             elif self.path == "/healthz":
                 self._answer(200, b"ok\n")
             elif self.path == "/readyz":

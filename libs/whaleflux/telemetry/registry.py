@@ -54,6 +54,7 @@ class MetricSpec:
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_WAITS_S = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 
 
 class Metric(StrEnum):
@@ -67,6 +68,7 @@ class Metric(StrEnum):
     LOOP_LAG = "whaleflux_event_loop_lag_seconds"
     PLAN_DURATION = "whaleflux_plan_duration_seconds"
     RAY_START_DELAY = "whaleflux_ray_start_delay_seconds"
+    JOB_WAIT = "whaleflux_job_wait_seconds"
     QUEUE_DEPTH = "whaleflux_queue_depth"
     CAS_CONFLICTS = "whaleflux_cas_conflicts_total"
     LEADER = "whaleflux_leader"
@@ -85,6 +87,7 @@ class Metric(StrEnum):
     ROUTE_DURATION = "whaleflux_route_duration_seconds"
     ROUTE_DECISIONS = "whaleflux_route_decisions_total"
     ENDPOINTS_REFUSED = "whaleflux_endpoints_refused_total"
+    MODELS_SHORT = "whaleflux_models_below_minimum"
     REPLICAS = "whaleflux_replicas"
     FIRST_TOKEN = "whaleflux_first_token_seconds"  # tokens of text
     TASKS = "whaleflux_tasks"
@@ -106,9 +109,10 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.RAY_START_DELAY: MetricSpec(
         "histogram", "From what waits in a Ray cluster coming to the scheduler to workers for it.", (), _SECONDS
     ),
+    Metric.JOB_WAIT: MetricSpec("histogram", "Submission of a job to its first placement.", (), _WAITS_S),
     Metric.QUEUE_DEPTH: MetricSpec("gauge", "Items that wait.", ("queue",)),
     Metric.CAS_CONFLICTS: MetricSpec("counter", "Compare-and-swap writes that lost.", ("kind",)),
-    Metric.LEADER: MetricSpec("gauge", "1 while this process leads.", ("name",)),
+    Metric.LEADER: MetricSpec("gauge", "1 while this process leads, 0 while it stands by.", ("name",)),
     Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
     Metric.AUDIT_LOST: MetricSpec("counter", "Records of the audit trail that there was no room for; alarm on any."),
@@ -128,6 +132,7 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.ENDPOINTS_REFUSED: MetricSpec(
         "counter", "Updates of addresses that a front door refused; alarm on any.", ()
     ),
+    Metric.MODELS_SHORT: MetricSpec("gauge", "Models with fewer replicas that are ready than their file asks for."),
     Metric.REPLICAS: MetricSpec("gauge", "Replicas by state.", ("state",)),
     Metric.FIRST_TOKEN: MetricSpec("histogram", "Request to first byte of the answer.", ("model",), _SECONDS),
     Metric.TASKS: MetricSpec("gauge", "Tasks on this node by phase.", ("phase",)),

@@ -162,6 +162,19 @@ def server_span(method: str, headers: Iterable[tuple[str, str | bytes]], *, trac
         yield started
 
 
+def exemplar(traceparent: str = "") -> dict[str, str] | None:
+    """What a histogram is given beside a value, so that a slow one leads to its trace (the running one by itself).
+
+    None where no collector is told of it: neither without one nor of a trace that is not sampled.
+
+    https://prometheus.io/docs/specs/om/open_metrics_spec/#exemplars
+    """
+    if _provider is None:
+        return None
+    context = trace.get_current_span(_context_of(traceparent)).get_span_context() if traceparent else _running()
+    return {"trace_id": f"{context.trace_id:032x}"} if context.trace_flags.sampled else None
+
+
 def emit_span(
     name: str,
     start_time: datetime,

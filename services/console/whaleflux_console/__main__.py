@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 from whaleflux import telemetry
-from whaleflux.errors import FailedPrecondition, Unavailable
+from whaleflux.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
 from whaleflux.service import Loop, Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
 from whaleflux.store.placements import Placements
-from whaleflux.telemetry import Event, Metric
+from whaleflux.telemetry import Event
 from whaleflux.v1.console_pb2_grpc import add_CostServiceServicer_to_server
 from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
@@ -22,6 +22,7 @@ from whaleflux_console.bookkeeper import Progress
 from whaleflux_console.books import Books
 from whaleflux_console.budgets import Budgets, BudgetWatch
 from whaleflux_console.costs import Costs
+from whaleflux_console.figures import Figures
 from whaleflux_console.forecasts import Forecasts
 from whaleflux_console.intake import UsageIntake
 from whaleflux_console.ledger.answers import Answers
@@ -105,12 +106,13 @@ def _intake(ctx: Context) -> list[tuple[Callable[[Any, Any], None], Any, str]]:
 
 
 async def _follow(ctx: Context, answers: Answers) -> None:
-    """Keeps this replica's answers up to date, for ever."""
+    """Keeps this replica's answers and figures up to date, for ever."""
+    figures = Figures(answers, ctx.clock)
     while True:
         try:
-            if await answers.follow():
-                telemetry.gauge(Metric.LEDGER_WATERMARK).set(answers.state.watermark_ms / 1000)
-        except (Unavailable, FailedPrecondition) as trouble:
+            await answers.follow()
+            await figures.show()
+        except (Unavailable, FailedPrecondition, DeadlineExceeded) as trouble:
             _log.warning(Event.LEDGER_TROUBLE, reason=str(trouble))
         await ctx.clock.sleep(_FOLLOW_S)
 

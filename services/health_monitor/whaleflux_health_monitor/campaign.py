@@ -25,13 +25,12 @@ class Campaign:
         await lead(self._dependencies.store, NAME, self._identity, self._work)
 
     async def _work(self, leader: Leader) -> None:
-        telemetry.gauge(Metric.LEADER).labels(NAME).set(1)
         try:
             self.session = await self._begun(leader)
             await self.session.run()
         finally:
             self.session = None
-            telemetry.gauge(Metric.LEADER).labels(NAME).set(0)
+            telemetry.gauge(Metric.NODES).clear()  # another replica shows them now
 
     async def _begun(self, leader: Leader) -> LeaderSession:
         failures = 0

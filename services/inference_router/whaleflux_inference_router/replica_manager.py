@@ -7,7 +7,7 @@ what differs; what fails is tried again at the next turn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from whaleflux import hostport, names, telemetry
@@ -84,6 +84,7 @@ class ReplicaManager:
                 group.create_task(self._jobs.watch_jobs())
                 group.create_task(self._turns())
         finally:
+            telemetry.gauge(Metric.MODELS_SHORT).set(0)  # another replica's to say now
             await self._proofs.close()
 
     async def _turns(self) -> None:
@@ -113,6 +114,8 @@ class ReplicaManager:
         counts = [convert.state_of(r) for r in self._routing.replicas.values.values()]
         for state in State:
             telemetry.gauge(Metric.REPLICAS).labels(state.value).set(counts.count(state))
+        short = sum(_ready(replicas.get(model_id, {})) < model.replicas.min for model_id, model in models.items())
+        telemetry.gauge(Metric.MODELS_SHORT).set(short)
 
     async def _model(self, model: pb.Model | None, model_id: str, existing: dict[str, pb.Replica]) -> None:
         should: tuple[Wanted, ...] = ()
@@ -311,3 +314,7 @@ def _unchanged(replica: pb.Replica) -> Unchanged:
     """The replica's key is still at the revision that its etag names."""
     revision = int(replica.etag.strip('"'))
     return Unchanged(Entry(convert.replica_key(replica.name), b"", revision, 0))
+
+
+def _ready(replicas: Mapping[str, pb.Replica]) -> int:
+    return sum(convert.state_of(replica) is State.READY for replica in replicas.values())

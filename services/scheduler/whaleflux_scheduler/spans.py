@@ -49,7 +49,10 @@ def placed(before: Job, after: Job, diagnosed: DiagnosisResult | None, move: Mov
     telemetry.emit_span(
         "scheduler.allocate", decided, now, traceparent=attempt.traceparent, parent=deciding, attributes=known
     )
-    telemetry.histogram(Metric.PLAN_DURATION).labels("place").observe((decided - begun).total_seconds())
+    seen = telemetry.exemplar(after.traceparent)
+    telemetry.histogram(Metric.PLAN_DURATION).labels("place").observe((decided - begun).total_seconds(), seen)
+    if before.attempt is None and not before.past_attempts:
+        telemetry.histogram(Metric.JOB_WAIT).observe(max(0.0, (now - before.create_time).total_seconds()), seen)
     _log.info(Event.JOB_PLACED, job=after.name, epoch=attempt.epoch, decision=after.state_message)
 
 
@@ -59,7 +62,9 @@ def transitioned(before: Job, after: Job, now: datetime) -> None:
         _log.info(Event.JOB_STARTED, job=after.name, epoch=after.epoch)
         past = after.past_attempts[-1] if after.past_attempts else None
         if past is not None and past.end_time is not None:
-            telemetry.histogram(Metric.RECOVERY_DURATION).observe((now - past.end_time).total_seconds())
+            telemetry.histogram(Metric.RECOVERY_DURATION).observe(
+                (now - past.end_time).total_seconds(), telemetry.exemplar(after.traceparent)
+            )
     elif after.state is JobState.RECOVERING:
         end = ended_by(after.attempt) if after.attempt is not None else None
         telemetry.counter(Metric.RECOVERIES).labels(end.value if end else "unknown").inc()
