@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import REGISTRY
-from tests.support.ledger_world import BEGIN_MS, leading
 
+from tests.support.ledger_world import BEGIN_MS, leading
 from tests.support.spans import traced, untraced
 from tests.unit.test_ledger_answers import answering, close, fleet, hour
 from whaleflux import telemetry
