@@ -100,6 +100,11 @@ def exact_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def shown_number(value: float) -> str:
+    """19,700, 105, 34.6, 0.072: as many digits as people need, and no power of ten for what is large."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def shown_count(count: float) -> str:
     """1.5 T, 4.19 M, 512: three digits are enough for people."""
     for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):

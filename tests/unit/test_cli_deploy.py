@@ -272,3 +272,14 @@ def test_nobody_is_asked_whether_to_go_back_to_nothing(fleet):
     done = RUN.invoke(app, ["rollout", "undo", "m"])
     assert isinstance(done.exception, FailedPrecondition)
     assert "?" not in done.output
+
+
+@pytest.mark.parametrize("more", [(), ("-o", "json")])
+@pytest.mark.parametrize(("lack", "code"), [("SERVING_LACK_TOKEN", 2), ("SERVING_LACK_UNSPECIFIED", 0)])
+def test_a_dry_run_ends_as_deploy_where_nothing_at_a_site_serves_it(fleet, file, monkeypatch, more, lack, code):
+    answer = pb.EstimateDeploymentResponse(sites=[pb.SiteEstimate(site="sites/edge", replicas=1)])
+    answer.sites[0].sizes.add(gpu_type="L4", gpus=1, site="sites/edge", lack=lack, words="too slow")
+    monkeypatch.setattr(fleet, "EstimateDeployment", lambda *_, **__: answer, raising=False)
+    done = RUN.invoke(app, ["deploy", str(file), "--dry-run", *more])
+    assert done.exit_code == code, done.output
+    assert not fleet.datasets

@@ -1,6 +1,7 @@
 """`whaleflux fits`, from the command line, without a fleet."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -60,12 +61,14 @@ def test_what_there_is_is_listed():
         (("llama-3.1-8b", "--gpu", "H200", "-o", "csv"), "use table or json"),
         (
             ("llama-3.1-8b", "--gpu", "A100-80GB", "--precision", "fp8"),
-            "a A100-80GB has none; take bf16, or a type that has it: H",
+            "fp8: the A100-80GB has none; take bf16, or a type that has it: H",
         ),
         (("llama-3.1-8b", "--gpu", "H200", "--software", "eager"), "--software: is known of what was measured only"),
         (("llama-3.1-8b", "--serve", "--prompt", "200000"), "llama-3.1-8b reads 131,072 at most"),
         (("gpt2", "--serve", "--prompt", "4000"), "gpt2 reads 1,024 at most"),
         (("llama-3.1-8b", "--serve", "--prompt", "131000", "--answer", "73"), "are 131,073"),
+        (("llama-3.1-8b", "--serve", "--context", "100", "--prompt", "200"), "more than --context 100"),
+        (("llama-3.1-8b", "--serve", "--context", "100", "--prompt", "50", "--answer", "60"), "are 110, more than"),
         (("llama-3.1-8b", "--serve", "--tp", "8"), "--tp: is of training"),
         (("llama-3.1-8b", "--serve", "--gpus", "3"), "--gpus: is of training"),
         (("llama-3.1-8b", "--serve", "--calibration", "x"), "--calibration: is of training"),
@@ -98,3 +101,41 @@ def test_a_short_context_shortens_what_was_not_said_of_requests():
 def test_zero_3_has_no_pipeline():
     done = fits("llama-3.1-8b", "--gpu", "H200", "--gpus", "16", "--zero", "3", "--pp", "2")
     assert (done.exit_code, "ZeRO-3 has no pipeline" in done.output) == (1, True)
+
+
+def test_a_prompt_and_its_answer_may_fill_the_context():
+    done = fits("llama-3.1-8b", "--serve", "--gpu", "H200", "--context", "100", "--prompt", "50", "--answer", "50")
+    assert done.exit_code == 0, done.output
+
+
+def test_columns_of_what_serves_stay_apart():
+    done = fits("llama-3.1-8b", "--serve", "--prompt", "100000", "--answer", "1")
+    table = [line for line in done.output.splitlines() if line.startswith("REPLICA") or " x " in line]
+    assert len(table) > 5
+    assert {len(re.split(r"\s{2,}", line)) for line in table} == {8}
+    assert "e+" not in done.output
+
+
+def test_what_is_missed_is_said_with_units_and_without_powers_of_ten():
+    words = ("llama-3.1-8b", "--serve", "--gpu", "A100-40GB")
+    assert "ms alone, 1 ms are wanted" in fits(*words, "--first-token", "1ms").output
+    assert "ms alone, 0.1 ms are wanted" in fits(*words, "--token", "0.1ms").output
+    assert "100,000 are wanted" in fits(*words, "--rate", "100000").output
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("sequence: 0\n", ["mine.yaml: sequence"]),
+        (
+            "latent: {query_rank: -1, kv_rank: 64, rope: 32, value: 64}\n",
+            ["mine.yaml: latent.query_rank"],
+        ),
+    ],
+)
+def test_a_mistake_of_a_model_s_file_names_the_file_once(tmp_path, more, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text("layers: 24\nhidden: 2048\nheads: 16\nvocabulary: 50304\n" + more)
+    done = fits(str(path), "--gpu", "H200")
+    assert isinstance(done.exception, InvalidArgument)
+    assert [one.field for one in done.exception.violations] == said

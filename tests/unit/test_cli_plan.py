@@ -41,7 +41,7 @@ def test_fewer_tokens_than_a_step_are_a_step():
     assert found["finish_s"] == pytest.approx(found["step_s"])
     assert found["usd"] > 0
     done = plan("llama-3.1-8b", "--gpu", "H200", "--tokens", "1", "--deadline", "1s")
-    assert "1 tokens are less than a step of 4 M, which takes 45s" in done.output
+    assert "1 tokens are less than a step of 4 M, which takes 47s" in done.output
     assert done.exit_code == 1
 
 
@@ -284,7 +284,7 @@ def test_numbers_out_of_range_are_refused_by_the_command_line(words):
     "words",
     [
         ("--sequence", "1"), ("--sequence", "134217728"), ("--batch", "1"), ("--batch", "16777213"), ("--gpus", "131072"), ("--gpus", "1-131072"),
-        ("--tp", "7"), ("--pp", "4096"), ("--micro-batch", "65536"), ("--ep", "8"), ("--vp", "3"), ("--batch-tokens", "1"),
+        ("--tp", "7"), ("--pp", "4096"), ("--micro-batch", "65536"), ("--ep", "8"), ("--vp", "3"), ("--batch-tokens", "8192"),
     ],
 )  # fmt: skip
 def test_odd_but_possible_questions_have_an_answer(words):
@@ -330,3 +330,15 @@ def test_where_all_miss_the_goal_the_nearest_to_it_is_shown():
     assert [one["gpus"] for one in found["others"]] == [16, 8]
     cheapest = answer(*words, "--budget", "$100")
     assert cheapest["chosen"]["usd"] == min(one["usd"] for one in (cheapest["chosen"], *cheapest["others"]))
+
+
+def test_fewer_tokens_than_a_sequence_are_no_batch():
+    wrong = plan("llama-3.1-8b", "--gpu", "H200", "--batch-tokens", "1").exception
+    assert isinstance(wrong, InvalidArgument)
+    assert "--batch-tokens: is 1, less than one sequence of 8,192" in str(wrong)
+
+
+def test_what_does_not_fit_is_said_without_powers_of_ten():
+    done = plan("llama-3.1-405b", "--gpu", "L4", "--gpus", "1", "--batch", "4096", "--sequence", "131072")
+    assert "does not fit" in done.output
+    assert "e+" not in done.output

@@ -140,3 +140,12 @@ class TestCheckConfig:
     def test_a_file_that_is_not_there(self):
         done = RUN.invoke(app, ["check-config", "/nowhere"])
         assert "FILE: /nowhere cannot be read" in str(done.exception)
+
+
+@pytest.mark.parametrize("text", ["[parallelism]\ntensor_parallel_degree =\n", "[model]\nname = llama3\n"])
+def test_toml_that_cannot_be_read_is_told_with_its_line(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    done = RUN.invoke(app, ["check-config", str(path)])
+    assert "is no TOML" in str(done.exception)
+    assert "at line 2" in str(done.exception)

@@ -164,3 +164,13 @@ def test_bad_input_names_the_option_and_the_fix(arguments, said):
 )
 def test_mistakes_are_named_as_they_are_typed(arguments, words):
     assert str(plan("llama-3.1-8b", *arguments).exception).startswith(words)
+
+
+def test_idle_gpus_of_a_pool_are_said_and_paid_for_as_without_pools():
+    words = ("llama-3.1-8b", "--batch", "64", "--sequence", "4096")
+    pooled = plan(*words, "--gpu", "H100-80GB:72")
+    assert "H100-80GB: uses 64 of its 72 GPUs; 8 stay idle, and are paid for" in pooled.output
+    found = json.loads(plan(*words, "--gpu", "H100-80GB:72", "-o", "json").output)
+    alone = json.loads(plan(*words, "--gpu", "H100-80GB", "--gpus", "72", "-o", "json").output)["chosen"]
+    assert found["idle_gpus"] == {"H100-80GB": 8}
+    assert found["usd_per_million_tokens"] == pytest.approx(alone["usd_per_million_tokens"])

@@ -134,7 +134,7 @@ HOSTILE = {
     "more experts visited than there are": (changed(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9), "num_experts_per_tok"),
     "experts that nobody visits": (changed(model_type="mixtral", num_local_experts=8), "num_experts_per_tok"),
     "more dense layers than layers": (json.dumps(DEEPSEEK | {"first_k_dense_replace": 99}), "first_k_dense_replace"),
-    "half of latent attention": (json.dumps({k: v for k, v in DEEPSEEK.items() if k != "v_head_dim"}), "latent.value"),
+    "half of latent attention": (json.dumps({k: v for k, v in DEEPSEEK.items() if k != "v_head_dim"}), "v_head_dim"),
     "torn JSON": (json.dumps(LLAMA)[:-20], "file"),
     "nested 100,000 deep": ('{"a":' * 100_000, "file"),
     "a list of JSON": (json.dumps([LLAMA]), "file"),

@@ -49,7 +49,7 @@ async def test_what_does_not_serve_says_why_with_the_numbers():
         assert "too much for each GPU" in weights.sizes[0].words
         tokens = await planned(world, per_token=1, context_tokens=8192)
         assert {one.lack for one in tokens.sizes} == {pb.SERVING_LACK_TOKEN}
-        assert "1 are wanted" in tokens.sizes[0].words
+        assert "1 ms are wanted" in tokens.sizes[0].words
 
 
 async def test_without_a_context_a_request_of_the_models_own_has_to_fit_as_engines_take_it():

@@ -82,9 +82,10 @@ def deploy(
         estimate = client.router.EstimateDeployment(asked, timeout=30)
         if dry_run and fmt.is_json:
             output.show_one(estimate, [], fmt)
-            return
-        _show_plan(manifest, before, estimate)
+        else:
+            _show_plan(manifest, before, estimate)
         if dry_run:
+            _leave(estimate)
             return
         _ask(client, manifest.model_id, planned, before, yes=yes)
         if declared is not None:
@@ -96,6 +97,12 @@ def deploy(
             from whaleflux.cli.replica_waiting import until_ready
 
             until_ready(client, name)
+
+
+def _leave(estimate: router_pb2.EstimateDeploymentResponse) -> None:
+    """Of a dry run: with the code of wrong input, as `deploy` would, where none of a site's GPUs serve a model that names its shape."""
+    if any(site.sizes and all(size.lack for size in site.sizes) for site in estimate.sites):
+        raise typer.Exit(2)
 
 
 def _ask(client: Any, model_id: str, planned: router_pb2.Model, before: Any, *, yes: bool) -> None:

@@ -201,6 +201,9 @@ def _tokens(shape: ModelShape, prompt: int, answer: int, context: int) -> tuple[
 
     most, (prompted, answered) = longest(shape), usual(shape, prompt, answer, context)
     reads = f"{shape.name} reads {most:,} at most (sequence of a model's file)"
+    if 0 < context <= most and prompted + answered > context:
+        what = f"{prompted:,} tokens and --answer {answered:,} are {prompted + answered:,}, more than --context {context:,}: take fewer, or a longer context"
+        raise InvalidArgument(FieldViolation("--prompt", what))
     if prompted + answered > most:
         what = f"{prompted:,} tokens and --answer {answered:,} are {prompted + answered:,}; {reads}: take fewer, or a model with a longer context"
         raise InvalidArgument(FieldViolation("--prompt", what))

@@ -269,6 +269,11 @@ def _batch(samples: int, tokens: str, sequence: int) -> tuple[int, float]:
     if samples:
         return samples, 0.0
     wanted = quantity_of("--batch-tokens", tokens or BATCH_TOKENS, whole_count, 1e12)
+    if tokens and wanted < sequence:
+        _refuse(
+            "--batch-tokens",
+            f"is {wanted:,.0f}, less than one sequence of {sequence:,}; take {sequence:,} or more, or a shorter --sequence",
+        )
     return min(_MOST_BATCH, max(1, round(wanted / sequence))), BATCH_SLACK
 
 

@@ -16,7 +16,7 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 if TYPE_CHECKING:
     from whaleflux.planning.emit.planned import Emitted
     from whaleflux.planning.mixed import MixedAsked
-    from whaleflux.planning.mixed_plan import MixedFound, MixedPlan
+    from whaleflux.planning.mixed_plan import MixedFound, MixedPlan, PoolPart
     from whaleflux.planning.model_shape import ModelShape
     from whaleflux.planning.pools import Pool
     from whaleflux.planning.training import Training
@@ -133,9 +133,10 @@ def _list_price(name: str) -> float | None:
     return known.usd_per_gpu_hour if known else None
 
 
-def _usd_per_hour(plan: MixedPlan, prices: Mapping[str, float | None]) -> float | None:
-    """Of the GPUs that it uses; None: a price is not known."""
-    each = [(part.gpus, prices[part.pool]) for part in plan.parts]
+def _usd_per_hour(plan: MixedPlan, pools: list[Pool], prices: Mapping[str, float | None]) -> float | None:
+    """Of all GPUs of the pools that it uses: those that stay idle are paid for, too; None: a price is not known."""
+    used = {part.pool for part in plan.parts}
+    each = [(pool.gpus, prices[pool.name]) for pool in pools if pool.name in used]
     return sum(gpus * price for gpus, price in each if price) if all(price for _, price in each) else None
 
 
@@ -155,12 +156,16 @@ def _report(
         f"{best.words()}{_unrunnable(best)}",
         f"batch {best.global_batch:,} samples of {best.sequence:,} tokens; {_batches(best)}",
     ]
+    lines += [
+        f"{part.pool}: uses {part.gpus} of its {part.gpus + idle} GPUs; {idle} stay idle, and are paid for"
+        for part, idle in _idle(best, pools)
+    ]
     if found.left_out:
         lines.append(f"left out, since they cost more time than they bring: {', '.join(found.left_out)}")
     lines += [
         "",
         f"step {best.step_s:.4g} s, {best.tokens_per_s:,.0f} tokens/s",
-        *_money(best, tokens, prices),
+        *_money(best, pools, tokens, prices),
         "",
         *_parts(best),
     ]
@@ -169,6 +174,12 @@ def _report(
         lines.append(f"  {plan.step_s / best.step_s - 1:>7.1%} slower  {plan.words()}{_unrunnable(plan)}")
     nothing = [name for name, step_s in found.alone_s.items() if step_s is None]
     return lines + [f"  does not fit  one pool: {name}" for name in nothing]
+
+
+def _idle(plan: MixedPlan, pools: list[Pool]) -> list[tuple[PoolPart, int]]:
+    """(part, GPUs of its pool that it has no use for), where there are some."""
+    there = {pool.name: pool.gpus for pool in pools}
+    return [(part, there[part.pool] - part.gpus) for part in plan.parts if there[part.pool] > part.gpus]
 
 
 def _unrunnable(plan: MixedPlan) -> str:
@@ -190,17 +201,17 @@ def _finish_s(plan: MixedPlan, tokens: float) -> float | None:
     return max(tokens, plan.tokens_per_step) * plan.token_s if tokens else None
 
 
-def _money(plan: MixedPlan, tokens: float, prices: Mapping[str, float | None]) -> list[str]:
+def _money(plan: MixedPlan, pools: list[Pool], tokens: float, prices: Mapping[str, float | None]) -> list[str]:
     from whaleflux.cli.plan_report import taken
 
     finish_s = _finish_s(plan, tokens)
     lines = [] if finish_s is None else [taken(tokens, plan.tokens_per_step, finish_s)]
-    hourly = _usd_per_hour(plan, prices)
+    hourly = _usd_per_hour(plan, pools, prices)
     if hourly is None:
         return [*lines, "what it costs is not known: not every GPU has a price; say one for all with --price"]
     return [
         *lines,
-        f"${hourly * plan.token_s * 1e6 / 3600:.4g} for 1M tokens, at ${hourly:,.2f} an hour for the GPUs that are used",
+        f"${hourly * plan.token_s * 1e6 / 3600:.4g} for 1M tokens, at ${hourly:,.2f} an hour for the GPUs of the pools that are used",
     ]
 
 
@@ -220,10 +231,10 @@ def _as_json(
     """For programs: seconds, bytes, dollars. What is not known is null."""
     from whaleflux.planning.emit.mixed import cannot_run
 
-    best, hourly = found.best, _usd_per_hour(found.best, prices) if found.best else None
+    best, hourly = found.best, _usd_per_hour(found.best, pools, prices) if found.best else None
     return {
         "model": shape.name, "parameters": shape.parameters, "pools": [{"gpu": pool.name, "gpus": pool.gpus} for pool in pools],
-        "best": asdict(best) | {"cannot_run": cannot_run(best)} if best else None, "words": best.words() if best else "does not fit", "left_out": list(found.left_out),
+        "best": asdict(best) | {"cannot_run": cannot_run(best)} if best else None, "words": best.words() if best else "does not fit", "left_out": list(found.left_out), "idle_gpus": {part.pool: idle for part, idle in _idle(best, pools)} if best else {},
         "tokens_per_s": best.tokens_per_s if best else None, "finish_s": _finish_s(best, tokens) if best else None,
         "usd_per_million_tokens": hourly * best.token_s * 1e6 / 3600 if best and hourly else None, "alone_s": found.alone_s,
         "others": [asdict(plan) | {"words": plan.words(), "cannot_run": cannot_run(plan)} for plan in found.others],

@@ -84,7 +84,7 @@ def model_of(said: str) -> ModelShape:
     """A file where there is one of that name, else a known name. Raises InvalidArgument."""
     from whaleflux.errors import FieldViolation, InvalidArgument
     from whaleflux.planning.known_models import model_named
-    from whaleflux.planning.model_files import MAX_BYTES, model_from_text
+    from whaleflux.planning.model_files import MAX_BYTES
 
     if not said:
         raise InvalidArgument(
@@ -106,13 +106,26 @@ def model_of(said: str) -> ModelShape:
                     f"{said[:80]} is longer than {MAX_BYTES} bytes; a config.json has a few thousand: is it another file?",
                 )
             )
-        return model_from_text(raw.decode("utf-8"), path.stem if path.stem != "config" else path.resolve().parent.name)
+        called = path.stem if path.stem != "config" else path.resolve().parent.name
+        return _model_in(raw.decode("utf-8"), called, path.name[:80])
     except OSError as error:
         raise InvalidArgument(FieldViolation("MODEL", f"{said} cannot be read: {error.strerror}")) from None
     except UnicodeDecodeError:
         raise InvalidArgument(
             FieldViolation("MODEL", f"{said} is no text; give a config.json or a YAML file, not weights")
         ) from None
+
+
+def _model_in(text: str, called: str, file: str) -> ModelShape:
+    """Mistakes name the file too: its `sequence` is not `--sequence`."""
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.planning.model_files import model_from_text
+
+    try:
+        return model_from_text(text, called)
+    except InvalidArgument as wrong:
+        named = [FieldViolation(f"{file}: {one.field}", one.description) for one in wrong.violations]
+        raise InvalidArgument(named) from None
 
 
 def _is_file(path: Path) -> bool:

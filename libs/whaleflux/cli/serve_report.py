@@ -9,6 +9,7 @@ from typing import Any
 from whaleflux.cli.planning_options import billions
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.serving import Replica, Requests
+from whaleflux.quantities import shown_number
 
 _MOST_SHOWN, _MOST_REFUSED = 12, 6
 
@@ -21,7 +22,7 @@ def report(shape: ModelShape, asked: Requests, found: Sequence[Replica]) -> list
     good = [one for one in found if one.meets]
     if good:
         heads = ("REPLICA", "AT ONCE", "FIRST TOKEN", "TOKEN", "REQUESTS/S", "$/1M TOKENS", "CONTEXT", "BOUND BY")
-        lines += ["", _row(heads), *(_row(_cells(one)) for one in good[:_MOST_SHOWN])]
+        lines += ["", *_aligned([heads, *map(_cells, good[:_MOST_SHOWN])])]
     if len(good) > _MOST_SHOWN:
         lines.append(f"and {len(good) - _MOST_SHOWN} more: -o json has them all")
     bad = [one for one in found if not one.meets]
@@ -33,17 +34,17 @@ def report(shape: ModelShape, asked: Requests, found: Sequence[Replica]) -> list
 
 def _objective(asked: Requests) -> str:
     parts = [
-        f"{name} within {limit * 1e3:.4g} ms"
+        f"{name} within {shown_number(limit * 1e3)} ms"
         for name, limit in (("the first token", asked.first_token_s), ("each further one", asked.token_s))
         if limit
     ]
     parts += [f"requests of up to {asked.context:,} tokens"] if asked.context else []
-    parts += [f"{asked.per_s:g} requests/s"] if asked.per_s else []
+    parts += [f"{shown_number(asked.per_s)} requests/s"] if asked.per_s else []
     return f"; {', '.join(parts)}" if parts else ""
 
 
 def _cells(one: Replica) -> tuple[str, ...]:
-    cost = f"{one.usd_per_million_tokens:.3g}" if one.usd_per_million_tokens else "not known"
+    cost = shown_number(one.usd_per_million_tokens) if one.usd_per_million_tokens else "not known"
     first, token = f"{one.first_token_s * 1e3:,.0f} ms", f"{one.token_s * 1e3:.1f} ms"
     return (
         f"{one.tp} x {one.gpu}",
@@ -57,9 +58,10 @@ def _cells(one: Replica) -> tuple[str, ...]:
     )
 
 
-def _row(cells: Sequence[str]) -> str:
-    widths = (18, 9, 13, 10, 12, 13, 10, 0)
-    return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return ["".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
 
 
 def as_json(shape: ModelShape, asked: Requests, found: Sequence[Replica]) -> dict[str, Any]:

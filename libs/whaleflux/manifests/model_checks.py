@@ -26,6 +26,7 @@ from whaleflux.manifests.secret_values import set_otherwise
 from whaleflux.manifests.site_values import MAX_REPLICAS, Sites
 from whaleflux.manifests.text_values import Command
 from whaleflux.manifests.training_values import TrainedModel
+from whaleflux.quantities import shown_number
 
 if TYPE_CHECKING:
     from whaleflux.v1 import router_pb2
@@ -112,7 +113,7 @@ def _sizing(model: router_pb2.Model) -> Iterator[FieldViolation]:
     )
     for name, value, most in numbers:
         if not 0 <= value <= most or not math.isfinite(value):
-            yield FieldViolation(f"objective.{name}", f"is {value:g}; use 0 (not said) to {most}")
+            yield FieldViolation(f"objective.{name}", f"is {shown_number(value)}; use 0 (not said) to {most:,}")
     if not engine.shape:
         said = (*((f"objective.{name}", value) for name, value, _ in numbers), ("engine.fp8", engine.fp8))
         for name in (name for name, value in said if value):

@@ -10,6 +10,7 @@ from whaleflux.planning.found import PART_WORDS, Binding, Candidate
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
 from whaleflux.planning.space import Asked, frames_in_turn
+from whaleflux.quantities import shown_number
 
 _COUNTS = 0.02  # slower by less than this, memory is not what binds
 _KINDS = {
@@ -44,11 +45,16 @@ def binding_of(best: Candidate, near: Candidate, free: Candidate, eased: Candida
     loses = best.token_s / free.token_s - 1
     if loses < _COUNTS:
         return _longest(best)
-    words = [f"with room for everything, {free.split.words()} would be fastest: what was chosen is {loses:.1%} slower"]
+    words = [
+        f"with room for everything, {free.split.words()} would be fastest: what was chosen is {loses:.1%} slower than that"
+    ]
     if not near.fits:
         words.insert(0, f"{near.split.words()} does not fit: {lacks(near)}")
         if eased is not None:
-            words.insert(1, f"{eased.split.recomputation()} would fit, {eased.token_s / near.token_s - 1:.1%} slower")
+            words.insert(
+                1,
+                f"{eased.split.recomputation()} would fit, {eased.token_s / near.token_s - 1:.1%} slower than that would be with room",
+            )
     return Binding("memory", "memory: " + "; ".join(words), loses)
 
 
@@ -57,7 +63,8 @@ def lacks(plan: Candidate) -> str:
     part = max(plan.parts_bytes, key=lambda name: plan.parts_bytes[name])
     where = f" at stage {plan.fullest}" if plan.split.pp > 1 else ""
     needed, there = plan.total_bytes / 1e9, plan.usable_bytes / 1e9
-    return f"{PART_WORDS[part]} {plan.parts_bytes[part] / 1e9:.3g} GB of {there:.4g}{where}, {needed:.4g} GB in all"
+    most = shown_number(plan.parts_bytes[part] / 1e9)
+    return f"{PART_WORDS[part]} {most} GB of {there:.4g}{where}, {shown_number(needed)} GB in all"
 
 
 def _longest(best: Candidate) -> Binding:

@@ -153,7 +153,7 @@ def lacks_precision(gpu: GpuType, precision: str) -> str:
     if precision in speed_of(gpu).flops:
         return ""
     have = [one.name for one in CATALOGUE.types.values() if one.speed and precision in one.speed.flops]
-    return f"{precision}: a {gpu.name} has none; take bf16, or a type that has it: {', '.join(have)}"
+    return f"{precision}: the {gpu.name} has none; take bf16, or a type that has it: {', '.join(have)}"
 
 
 def speed_of(gpu: GpuType) -> GpuSpeed:

@@ -151,7 +151,11 @@ def _from_fields(content: Mapping[str, Any], name: str) -> ModelShape:
             wrong.append(
                 FieldViolation(f"latent.{str(label)[:_SHOWN]}", f"is not known; known are: {', '.join(_LATENT)}")
             )
-    ranks = {label: _number(latent, label, _NUMBERS[label], wrong) for label in _LATENT} if latent is not None else None
+    within: list[FieldViolation] = []
+    ranks = (
+        {label: _number(latent, label, _NUMBERS[label], within) for label in _LATENT} if latent is not None else None
+    )
+    wrong += [FieldViolation(f"latent.{one.field}", one.description) for one in within]
     called = content.get("name")
     return _shape(str(called)[:100] if isinstance(called, str) else name, numbers, switches, ranks, {}, wrong)
 
@@ -206,6 +210,7 @@ _FAMILIES = {
     "nemotron": _Family(gated=False),
 }  # fmt: skip
 _FLAGS = {"tied": "tie_word_embeddings"}
+_RANKS = {"query_rank": "q_lora_rank", "kv_rank": "kv_lora_rank", "rope": "qk_rope_head_dim", "value": "v_head_dim"}
 
 
 def _from_config(content: Mapping[str, Any], name: str) -> ModelShape:
@@ -237,6 +242,7 @@ def _from_config(content: Mapping[str, Any], name: str) -> ModelShape:
     if family.learned_positions:
         numbers["positions"] = numbers["sequence"]
     tied = _switch(content, _FLAGS["tied"], family.tied, wrong)
+    labels |= {f"latent.{ours}": theirs for ours, theirs in _RANKS.items()}
     return _shape(
         name, numbers, {"gated": family.gated, "tied": tied}, _config_latent(content, numbers, wrong), labels, wrong
     )
@@ -254,12 +260,8 @@ def _config_latent(
         wrong.append(FieldViolation("qk_nope_head_dim", "is missing: dimensions of a head that are not rotated"))
     numbers["head_dim"] = (rope or 0) + (other or 0) or None
     numbers["kv_heads"] = numbers["heads"]
-    return {
-        "query_rank": read("q_lora_rank", "query_rank") or 0,
-        "kv_rank": read("kv_lora_rank", "kv_rank"),
-        "rope": rope,
-        "value": read("v_head_dim", "value"),
-    }
+    read_ranks = {ours: read(theirs, ours) for ours, theirs in _RANKS.items() if ours != "rope"}
+    return read_ranks | {"query_rank": read_ranks["query_rank"] or 0, "rope": rope}
 
 
 def _shape(
@@ -278,9 +280,9 @@ def _shape(
             wrong.append(FieldViolation(label, f"is missing: {_NUMBERS[need].meaning}"))
     if ranks is not None:
         wrong += [
-            FieldViolation(f"latent.{one}", f"is missing: {_NUMBERS[one].meaning}")
+            FieldViolation(label, f"is missing: {_NUMBERS[one].meaning}")
             for one in _LATENT
-            if ranks.get(one) is None
+            if ranks.get(one) is None and (label := labels.get(f"latent.{one}", f"latent.{one}")) not in said
         ]
     if wrong:
         raise InvalidArgument(wrong[:20])

@@ -20,7 +20,7 @@ from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans
 from whaleflux.planning.training import Training
-from whaleflux.quantities import shown_bytes
+from whaleflux.quantities import shown_bytes, shown_number
 
 MOST_REQUESTS = 1024  # at once, on one replica
 # Of the data sheet's memory rate, what decoding kernels reach (H100, A100: 0.80-0.88 measured, flash-decoding and cuBLAS GEMV reports).
@@ -167,9 +167,9 @@ def _binding(
     words = {
         Lack.WEIGHTS: f"the weights do not fit: {shown_bytes(-room)} too much for each GPU",
         Lack.CONTEXT: f"no request of {asked.longest:,} tokens fits beside the weights: {missing} too much for each GPU, {tokens:,} tokens fit",
-        Lack.FIRST_TOKEN: f"the first token comes after {first_s * 1e3:.3g} ms alone, {asked.first_token_s * 1e3:.3g} are wanted",
-        Lack.TOKEN: f"a token takes {token_s * 1e3:.3g} ms alone, {asked.token_s * 1e3:.3g} are wanted",
-        Lack.RATE: f"answers {rate:.3g} requests/s, {asked.per_s:.3g} are wanted",
+        Lack.FIRST_TOKEN: f"the first token comes after {shown_number(first_s * 1e3)} ms alone, {shown_number(asked.first_token_s * 1e3)} ms are wanted",
+        Lack.TOKEN: f"a token takes {shown_number(token_s * 1e3)} ms alone, {shown_number(asked.token_s * 1e3)} ms are wanted",
+        Lack.RATE: f"answers {shown_number(rate)} requests/s, {shown_number(asked.per_s)} are wanted",
     }
     return words.get(lack, "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from whaleflux.planning.stage_rules import Stages
 MAX_BYTES = 1 << 20
 _MOST, _MOST_STAGES = 10**9, 4096
 _MOST_TOML, _MOST_DOTS = 64 << 10, 256  # bytes; of a line: the parser's time grows with the square of a key's parts
+_TABLE = re.compile(r"^\s*\[(parallelism|training|model)\b", re.MULTILINE)  # torchtitan's, which no script has
 _AUTO = "auto"  # in DeepSpeed's JSON
 _UNSAID = ("gpu", "auto", "cpu", "xpu")  # as --nproc-per-node: as many as there are
 
@@ -189,7 +191,11 @@ def _as_toml(text: str) -> dict[str, Any] | None:
         return None
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except tomllib.TOMLDecodeError as wrong:
+        if _TABLE.search(text):
+            raise _unknown(f"is no TOML: {str(wrong)[:200]}") from None
+        return None
+    except RecursionError:
         return None
     except ValueError:
         raise _unknown("has a number of thousands of digits") from None

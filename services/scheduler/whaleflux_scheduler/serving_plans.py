@@ -11,6 +11,7 @@ from whaleflux.planning.machine import lacks_precision
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.serving import Lack, Requests, longest, usual
 from whaleflux.planning.serving_sizes import ServingOffer, Size, serve
+from whaleflux.quantities import shown_number
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
 from whaleflux_scheduler.planning_turns import Turns
@@ -88,7 +89,7 @@ def _asked(request: pb.PlanServingRequest) -> tuple[ModelShape, Requests, frozen
         ("sites", len(request.sites), MOST_SITES), *((name, value, 3600.0) for name, value in limits.items()),
     )  # fmt: skip
     wrong = [
-        FieldViolation(field, f"is {value:g}; it must be between 0 and {limit:g}")
+        FieldViolation(field, f"is {shown_number(value)}; it must be between 0 and {shown_number(limit)}")
         for field, value, limit in checks
         if not 0 <= value <= limit or not math.isfinite(value)
     ]

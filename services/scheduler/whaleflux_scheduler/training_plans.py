@@ -28,6 +28,7 @@ from whaleflux.planning.offers import Estimate, Goal, Objective, Offer, choose
 from whaleflux.planning.space import MOST_GPUS, Asked
 from whaleflux.planning.training import Training
 from whaleflux.planning.wish import KEY, MOST_BATCH, MOST_SEQUENCE, Wish
+from whaleflux.quantities import shown_number
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler.core import training_offers
 from whaleflux_scheduler.core.placement.api import GpuRequirement
@@ -143,7 +144,7 @@ def _asked(request: pb.PlanTrainingRequest) -> Question:
         *((f"parallelism.{part}", getattr(request.parallelism, part), MAX_PARALLEL) for part in _PARTS),
     ]  # fmt: skip
     wrong = [
-        FieldViolation(field, f"is {value:g}; it must be between 0 and {most:g}")
+        FieldViolation(field, f"is {shown_number(value)}; it must be between 0 and {shown_number(most)}")
         for field, value, most in checks
         if not 0 <= value <= most or not math.isfinite(value)
     ]
@@ -161,6 +162,9 @@ def _asked(request: pb.PlanTrainingRequest) -> Question:
     sequence = said.sequence or min(shape.sequence, USUAL_SEQUENCE)
     batch, slack = said.batch, 0.0
     if not batch:
+        if 0 < said.batch_tokens < sequence:
+            what = f"is {said.batch_tokens:,}, less than one sequence of {sequence:,}; take {sequence:,} or more, or a shorter sequence"
+            raise InvalidArgument(FieldViolation("training.batch_tokens", what))
         batch, slack = min(MOST_BATCH, max(1, round((said.batch_tokens or USUAL_BATCH_TOKENS) / sequence))), BATCH_SLACK
     objective = Objective.COST if request.cheapest else Objective.TIME
     how = Training(frozen=said.adapters, fp8=float(said.fp8))
