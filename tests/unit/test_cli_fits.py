@@ -139,3 +139,9 @@ def test_a_mistake_of_a_model_s_file_names_the_file_once(tmp_path, more, said):
     done = fits(str(path), "--gpu", "H200")
     assert isinstance(done.exception, InvalidArgument)
     assert [one.field for one in done.exception.violations] == said
+
+
+def test_what_fits_within_the_model_s_own_error_is_called_tight():
+    words = ("llama-3.1-8b", "--gpu", "RTX4090", "--method", "lora", "--sequence")
+    assert "to spare; tight: " in fits(*words, "2048").output
+    assert fits(*words, "512").output.endswith("to spare\n")

@@ -176,3 +176,15 @@ def test_700b_on_128_h200_fits_with_a_split_that_is_named():
     assert refused.instead[0].startswith("another split: ")
     assert np.isfinite(refused.picture.step_s)
     assert replace(asked, tp=0) != asked
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_adapters_have_weights_gradients_and_an_optimizer_of_their_own(zero):
+    """Of rank 16 on all linear layers of Llama 3.1 8B PEFT counts 41,943,040 parameters."""
+    one = Plans.of(micro_batch=1, global_batch=1, sequence=2048, zero=zero)
+    held = memory(model_named("llama-3.1-8b"), one, Training(frozen=True))
+    assert float(held.gradients_bytes) == 4 * 41_943_040
+    assert float(held.optimizer_bytes) == 12 * 41_943_040
+    assert float(held.weights_bytes) == pytest.approx(
+        2 * (model_named("llama-3.1-8b").parameters + 41_943_040), rel=1e-4
+    )

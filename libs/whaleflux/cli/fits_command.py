@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.space import Asked
 
 _BAR = 30
+_ERROR = 0.03  # of memory, on the mean (docs/guide/planning.md)
 
 
 def fits(
@@ -280,7 +281,9 @@ def _lines(shape: ModelShape, gpu: GpuType, asked: Asked, found: Verdict) -> lis
         f"  {'there is':<24}{shown_bytes(picture.usable_bytes):>9}  of what the driver reports, less what it and NCCL hold"
     )
     if picture.fits:
-        return [*lines, "", f"fits, {shown_bytes(picture.usable_bytes - picture.total_bytes)} to spare"]
+        spare = picture.usable_bytes - picture.total_bytes
+        tight = f"; tight: the model itself errs by {_ERROR:.0%}" if spare < _ERROR * picture.usable_bytes else ""
+        return [*lines, "", f"fits, {shown_bytes(spare)} to spare{tight}"]
     short = shown_bytes(picture.total_bytes - picture.usable_bytes)
     largest = shown_bytes(max(picture.parts_bytes.values()))
     return [*lines, "", f"does not fit: {short} too much; most of it {picture.binding}, {largest}", *_next(found)]

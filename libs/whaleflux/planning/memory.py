@@ -12,7 +12,7 @@ import numpy as np
 from whaleflux.planning.arrays import Array, Flags, Value, array
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
-from whaleflux.planning.training import Training
+from whaleflux.planning.training import ADAPTER_RANK, Training
 
 # Eager kernels keep what fused ones compute anew: norms in 32 bit, parts of the activation. Measured on an H200, six shapes, PyTorch 2.11: 1.58-1.62.
 _EAGER_KEPT = 1.6
@@ -80,6 +80,13 @@ def stage_weights(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
     tied = shape.tied & first & last  # one stage: the output layer is the embedding
     end = np.where(first, shape.embedding_weights, 0) + np.where(last & ~tied, shape.head_weights, 0)
     return Weights(layers * layer.common + end / plans.tp, layers * layer.experts)
+
+
+def stage_adapters(shape: ModelShape, plans: Plans, stage: Value) -> Weights:
+    """Of adapters (LoRA) on every linear layer of that stage. Tensor parallelism splits one of an adapter's two matrices: both count whole."""
+    layers = ADAPTER_RANK * plans.stage_layers(shape, stage)
+    experts = shape.moe_layers / shape.layers * shape.experts * shape.mlp_ends(shape.expert_ffn)
+    return Weights(np.asarray(layers * shape.layer_ends), np.asarray(layers * experts / plans.ep))
 
 
 def activation_bytes(shape: ModelShape, plans: Plans, how: Training) -> tuple[Array, Array]:
@@ -150,7 +157,13 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
     """Of one pipeline stage, counted from 0. `working_bytes` and `logits_bytes` are there at once only in the last one."""
     final = plans.pp - 1 == stage
     weights = stage_weights(shape, plans, stage)
-    trained = how.either(how.frozen, 0.0, 1.0)
+    frozen, adapters = how.either(how.frozen, 1.0, 0.0), stage_adapters(shape, plans, stage)
+
+    def owned(spread: Flags) -> Array:
+        """Of what is trained."""
+        return np.where(frozen > 0, adapters.owned(plans, spread), weights.owned(plans, spread))
+
+    multiplied = weights.owned(plans, plans.zero > 2) + frozen * adapters.owned(plans, plans.zero > 2)
     layers, fully = plans.stage_layers(shape, stage), plans.again_layers(shape, stage)
     some = fully > 0
     whole, kept = activation_bytes(shape, plans, how)
@@ -162,16 +175,16 @@ def memory_of_stage(shape: ModelShape, plans: Plans, how: Training, stage: Value
     )
     # The loss and a layer that is computed again are never there at once.
     logits = np.maximum(logits - again, 0.0)
-    gradients = trained * how.gradient_bytes * weights.owned(plans, plans.zero > 1)
+    gradients = how.gradient_bytes * owned(plans.zero > 1)
     full = plans.recompute == Recompute.FULL
     held = (np.where(full, (layers - fully) * whole, layers * kept) + fully * kept) * _in_flight(plans, stage)
     # Lazy ones of a single micro-batch grow where activations are given back, beside the 16-bit weights: only what is more than those counts.
-    beside = array(how.weight_bytes) * weights.owned(plans, plans.zero > 2) + held + again + gathered + logits
+    beside = array(how.weight_bytes) * multiplied + held + again + gathered + logits
     lazy = (array(how.lazy_gradients) > 0) & (plans.micro_batches <= 1)
     parts = (
-        array(how.weight_bytes) * weights.owned(plans, plans.zero > 2),
+        array(how.weight_bytes) * multiplied,
         np.where(lazy, np.maximum(gradients - beside, 0.0), gradients),
-        trained * how.optimizer_bytes * weights.owned(plans, plans.zero > 0),
+        how.optimizer_bytes * owned(plans.zero > 0),
         held,
         again + gathered,
         logits,

@@ -102,6 +102,28 @@ class ModelShape:
         mlp = dense * self.mlp_weights(self.ffn) + self.moe_layers * self.routed_beside_weights
         return self.attention_weights + 2 * self.hidden + mlp / self.layers
 
+    def mlp_ends(self, ffn: int) -> int:
+        """Inputs and outputs of its linear layers, summed: an adapter has its rank of weights for each."""
+        return (3 if self.gated else 2) * (self.hidden + ffn)
+
+    @property
+    def attention_ends(self) -> int:
+        """Of one layer's projections."""
+        out = self.heads * self.value_dim + self.hidden
+        queries, one = self.heads * self.head_dim, self.latent
+        if one is None:
+            return self.hidden + queries + 2 * self.hidden + self.kv_width + out
+        rank = one.query_rank
+        compressed = self.hidden + one.kv_rank + one.rope + one.kv_rank
+        return self.hidden + queries + 2 * rank + compressed + self.heads * (self.head_dim - one.rope + one.value) + out
+
+    @property
+    def layer_ends(self) -> float:
+        """Of the average layer, without its routed experts."""
+        dense = self.layers - self.moe_layers
+        mlp = dense * self.mlp_ends(self.ffn) + self.moe_layers * self.shared_experts * self.mlp_ends(self.expert_ffn)
+        return self.attention_ends + mlp / self.layers
+
     @property
     def embedding_weights(self) -> int:
         return (self.vocabulary + self.positions) * self.hidden

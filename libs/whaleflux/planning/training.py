@@ -8,13 +8,15 @@ import numpy as np
 
 from whaleflux.planning.arrays import Array, Value
 
+ADAPTER_RANK = 16  # of adapters, which are on every linear layer but the output: what people usually take
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
     """Each is one value, or one for each plan. The defaults are today's Megatron-Core or FSDP2 in bf16.
 
     Bytes are per parameter: `weight_bytes` of what is multiplied, `gradient_bytes` as they are summed up, `optimizer_bytes` of master weights
-    and Adam's two moments, `reduce_bytes` of gradients on the wire. `frozen`: the weights are (LoRA): neither gradients nor optimizer.
+    and Adam's two moments, `reduce_bytes` of gradients on the wire. `frozen`: the weights are (LoRA): gradients and optimizer are of adapters alone.
     `kept`: activations against the formula's (0: 1 where fused, else 1.6). `logits_bytes` and `logits_traffic` of one logit at the loss: held at
     most, and moved in passes of 4 bytes against those of the constants (0: as those); `optimizer_traffic` likewise. `cast_bytes` are moved for each weight and
     micro-batch where weights are kept in 32 bit and multiplied in 16 (autocast, FSDP2's mixed precision: 12). `data_tokens_per_s` is what a GPU's share of the loader delivers (0: never waited for); a checkpoint halts training for

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from whaleflux.planning.constants import FITTED, Constants
-from whaleflux.planning.found import PART_WORDS, Candidate, Split, candidate
+from whaleflux.planning.found import PART_WORDS, Candidate, Split, candidate, split_of
 from whaleflux.planning.machine import Machine
 from whaleflux.planning.model_shape import ModelShape
+from whaleflux.planning.space import Asked, frames, joined, with_other_ends
 from whaleflux.planning.training import Training
 
 _NAMES = {
@@ -20,6 +21,7 @@ _NAMES = {
     "ep": "expert parallelism",
     "vp": "virtual stages",
 }
+_FREE = ("ep", "vp")  # which take no GPUs from data parallelism
 _WHAT = {
     "tp": "split each layer",
     "pp": "hold some layers each",
@@ -38,6 +40,15 @@ class _Judge:
     how: Training
     constants: Constants
     this: Candidate
+
+    def runnable(self, moved: Split) -> Split:
+        """Itself where it can be run, else the best that differs in virtual stages and layers of the ends alone; itself where none can."""
+        if np.all(moved.plans().valid(self.shape)):
+            return moved
+        found = [
+            candidate(self.shape, self.machine, one, self.how, self.constants) for one in _staged(self.shape, moved)
+        ]
+        return min(found, key=lambda one: (not one.fits, one.step_s)).split if found else moved
 
     def against(self, other: Split) -> str:
         """What would be with another split, in a few words."""
@@ -96,10 +107,38 @@ def _without(split: Split) -> list[tuple[str, Split]]:
 def _of_axis(axis: str, judge: _Judge) -> str:
     split, size = judge.this.split, getattr(judge.this.split, axis)
     where = _where(size, judge.machine) if axis == "tp" else _WHAT[axis]
-    less = f"with {_less(size)} {judge.against(_moved(split, axis, _less(size)))}"
+    less = _neighbour(axis, _less(size), judge)
     twice = axis == "tp" and split.dp % 2 == 0
-    more = f"; with {2 * size} {judge.against(_moved(split, axis, 2 * size))}" if twice else ""
+    more = f"; {_neighbour(axis, 2 * size, judge)}" if twice else ""
     return f"{_NAMES[axis]} {size}: {where}; {less}{more}"
+
+
+def _neighbour(axis: str, size: int, judge: _Judge) -> str:
+    """What would be with so many along `axis`, and what else has to change for that."""
+    moved = _moved(judge.this.split, axis, size)
+    other = moved if axis in _FREE else judge.runnable(moved)
+    return f"with {size}{_besides(moved, other)} {judge.against(other)}"
+
+
+def _besides(moved: Split, other: Split) -> str:
+    """What was changed so that it can be run, in words."""
+    ends = ((other.first_layers, "first"), (other.last_layers, "last"))
+    words = [f"{count} layers {where}" for count, where in ends if count and other != moved]
+    if other.vp != moved.vp:
+        words.append(f"{other.vp} virtual stages" if other.vp > 1 else "no virtual stages")
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _staged(shape: ModelShape, moved: Split) -> list[Split]:
+    """The same along every axis, with each number of virtual stages and layers of the ends that can be run."""
+    asked = Asked(moved.gpus, moved.sequence, moved.micro_batch, ep=moved.ep, batch=moved.global_batch)
+    cell = replace(moved, first_layers=0, last_layers=0, vp=1).plans()
+    some = [frames(shape, asked, cell)]
+    if moved.pp > 1:
+        some.append(with_other_ends(frames(shape, asked, cell, uneven=True)))
+    every = joined(some)
+    valid = every.take(every.valid(shape) & (every.sequence_parallel == moved.sequence_parallel))
+    return [split_of(valid, number) for number in range(len(valid))]
 
 
 def _where(size: int, machine: Machine) -> str:
@@ -121,8 +160,7 @@ def _less(size: int) -> int:
 def _moved(split: Split, axis: str, size: int) -> Split:
     """So many GPUs along `axis`; the others go to, or come from, data parallelism (which those of experts and virtual stages are not taken from)."""
     old = getattr(split, axis)
-    free = axis in ("ep", "vp")
-    dp = split.dp if free else split.dp * old // size
+    dp = split.dp if axis in _FREE else split.dp * old // size
     changed: dict[str, Any] = {axis: size, "dp": dp}
     if axis == "tp":
         changed["sequence_parallel"] = split.sequence_parallel and size > 1
