@@ -129,7 +129,7 @@ def test_of_several_offers_the_cheapest_by_the_deadline_and_the_fastest_within_t
     [
         (("--deadline", "1h"), "the deadline of 1h is too near: the fastest, 64 x H200"),
         (("--budget", "100"), "the budget of $100 is too small: the cheapest"),
-        (("--deadline", "5d", "--budget", "7940"), "no offer meets both"),
+        (("--deadline", "5d", "--budget", "8100"), "no offer meets both"),
     ],
 )
 def test_a_goal_that_nothing_meets_says_by_how_much(more, said):
