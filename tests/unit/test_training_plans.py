@@ -314,6 +314,19 @@ class TestJobs:
             decision = (await world.scheduler.CreateJob(one.request, None)).decision
             assert decision.usd_per_hour == pytest.approx(8.0)
 
+    async def test_where_fewer_are_free_the_preview_is_of_the_least_size_that_has_a_plan(self, tmp_path):
+        async with World() as world:
+            await world.add(node("s/a", 8))
+            await world.reaches(await world.submit(2), "RUNNING")
+            text = f"name: t\nrun: x\ngpus: 8\nelastic: {{min: 3}}\ncheckpoint: {{every: 9}}\nbatch: 64\nmodel: {SMALL}\nparallel: {{tensor: 2}}\n"
+            one = self.submission(text, tmp_path)
+            answer = await world.scheduler.PlanTraining(training_plans.request_of(one.request.job.spec), None)
+            training_plans.plan_all(self.client(world, answer), [one])
+            one.request.parent, one.request.validate_only = "queues/default", True
+            decision = (await world.scheduler.CreateJob(one.request, None)).decision
+            assert (one.request.job.spec.gpus, decision.usd_per_hour) == (8, pytest.approx(2.0 * 4))
+            assert any(reason.startswith("it can go on with 4, 6, 8 GPUs") for reason in decision.reasons)
+
     def test_sites_nodes_types_and_groups_are_asked_for(self, tmp_path):
         text = "name: t\nrun: x\nmodel: llama-3.1-8b\nsites: [s]\nnodes: {labels: {pool: a}}\ngpu: {memory: '>= 100 GB'}\nplace: {tensor: {level: node, size: 4}}\n"
         asked = training_plans.request_of(self.submission(text, tmp_path).request.job.spec)
@@ -332,7 +345,7 @@ class TestJobs:
         one = self.submission("name: t\nrun: x\ngpus: 24\nmodel: llama-3.1-8b\n", tmp_path)
         plan = pb.TrainingPlan(gpus=16, free_gpus=16, offered_gpus=16, gpu_type="H200", tokens_per_s=1.0, step_s=1.0)
         lines = training_plans.plan_all(self.client(None, pb.PlanTrainingResponse(plans=[plan])), [one])
-        assert any("leaves out 8 of the 24 GPUs that the file asks for: 16 x H200 are there" in line for line in lines)
+        assert any("leaves out 8 of the 24 GPUs that are asked for: 16 x H200 are there" in line for line in lines)
 
     def test_a_config_file_is_a_model(self, tmp_path):
         (tmp_path / "mine.yaml").write_text("layers: 4\nhidden: 256\nheads: 4\nvocabulary: 1000\n")
@@ -371,6 +384,10 @@ class TestLive:
         assert (request.tokens, request.deadline.seconds, list(request.gpu_types)) == (1e9, 172_800, ["H200"])
         assert "waits for  4 more GPUs; 4 are free" in done.output
         assert "$28.00/h (inventory)" in done.output
+
+    def test_more_gpus_than_the_plan_uses_are_said(self, asked):
+        done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", "--gpus", "9"])
+        assert "leaves out 1 of the 9 GPUs that are asked for" in done.output
 
     def test_as_json(self, asked):
         done = RUN.invoke(app, ["plan", "llama-3.1-8b", "--live", "-o", "json"])

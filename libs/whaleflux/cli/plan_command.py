@@ -249,7 +249,7 @@ def _on_fleet(request: pb.PlanTrainingRequest, fmt: Format) -> None:
     if fmt.is_json:
         output.show_one(answer, [], fmt)
     else:
-        output.say(*shown(answer))
+        output.say(*shown(answer, request.gpus))
     if not answer.plans or answer.words:
         raise typer.Exit(1)
 

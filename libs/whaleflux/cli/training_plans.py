@@ -33,10 +33,8 @@ def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
         key = asked.SerializeToString(deterministic=True)
         if key not in known:
             known[key] = client.scheduler.PlanTraining(asked, timeout=TIMEOUT_S)
-            lines += ["", *shown(known[key])] if lines else shown(known[key])
+            lines += ["", *shown(known[key], asked.gpus)] if lines else shown(known[key], asked.gpus)
         plan = chosen(known[key])
-        if spec.gpus > plan.gpus:
-            lines.append(f"  leaves out {_left_out(spec.gpus, plan)}")
         if spec.elastic.min:
             lines.append(
                 f"  elastic    planned for {plan.gpus} GPUs; it starts with fewer, at least {spec.elastic.min}, where so many are not free"
@@ -47,8 +45,8 @@ def plan_all(client: Any, jobs: Sequence[Submission]) -> list[str]:
 
 
 def _left_out(asked: int, plan: pb.TrainingPlan) -> str:
-    """GPUs that the file asks for, and why the plan has fewer."""
-    left = f"{asked - plan.gpus} of the {asked} GPUs that the file asks for"
+    """GPUs that are asked for, and why the plan has fewer."""
+    left = f"{asked - plan.gpus} of the {asked} GPUs that are asked for"
     if 0 < plan.offered_gpus < asked:
         return f"{left}: {plan.offered_gpus} x {plan.gpu_type} are there"
     return f"{left}: no split of all of them is as fast"
@@ -126,8 +124,8 @@ def _fill(spec: pb.JobSpec, plan: pb.TrainingPlan) -> None:
         spec.environment[MESH] = plan.mesh
 
 
-def shown(answer: pb.PlanTrainingResponse) -> list[str]:
-    """For people: the plan that is taken, and what else there is."""
+def shown(answer: pb.PlanTrainingResponse, asked_gpus: int = 0) -> list[str]:
+    """For people: the plan that is taken, and what else there is. `asked_gpus`: the most that it may use; 0: any."""
     if not answer.plans:
         return [f"no plan: {one}" for one in answer.refused]
     plan = chosen(answer)
@@ -139,6 +137,8 @@ def shown(answer: pb.PlanTrainingResponse) -> list[str]:
         f"  cost       {_cost(plan)}",
         f"  what binds {plan.binding}",
     ]
+    if asked_gpus > plan.gpus:
+        lines.append(f"  leaves out {_left_out(asked_gpus, plan)}")
     if plan.free_gpus < plan.gpus:
         lines.append(f"  waits for  {plan.gpus - plan.free_gpus} more GPUs; {plan.free_gpus} are free")
     lines += [f"  misses     {one}" for one in plan.misses]

@@ -22,7 +22,7 @@ from whaleflux_scheduler.planner_thread import PlannerThread
 
 
 class JobView:
-    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far; `seen`: a job as the planner sees it."""
+    """Lives as long as its leadership. `caught_up` returns when the planner knows what has come so far; `seen`: a job as the planner sees it; `sized`: one that is not submitted."""
 
     def __init__(
         self,
@@ -32,10 +32,11 @@ class JobView:
         clock: Clock,
         caught_up: Callable[[], Awaitable[None]],
         said_of_data: Callable[[Iterable[str]], list[tuple[str, agent_pb2.DataProgress]]],
-        seen: Callable[[Job], Job] = lambda job: job,
+        seen: Callable[[Job], Job],
+        sized: Callable[[Job], Awaitable[Job]],
     ) -> None:
         self._state, self._planner, self._nodes, self._clock = state, planner, nodes, clock
-        self.caught_up, self._said_of_data, self._seen = caught_up, said_of_data, seen
+        self.caught_up, self._said_of_data, self._seen, self._sized = caught_up, said_of_data, seen, sized
 
     def present(self, stored: StoredJob) -> scheduler_pb2.Job:
         """The job with its cost up to now, its live step, and why it waits."""
@@ -110,8 +111,8 @@ class JobView:
     async def dry_run(self, job: Job) -> SchedulingDecision:
         """What would be decided for a job that is not submitted."""
         await self.caught_up()
-        now = self._clock.now()
-        decision = await self._planner.ask(lambda planner: planner.dry_run(job, now))
+        now, sized = self._clock.now(), await self._sized(job)
+        decision = await self._planner.ask(lambda planner: planner.dry_run(sized, now))
         known = self._nodes.limits_not_kept(job.spec, [task.node for task in decision.tasks])
         first = tuple(f"first it waits for {one.job} {dependencies.words(one)}" for one in job.awaits)
         tasks = tuple(replace(task, isolation=self._nodes.isolation_on(task.node)) for task in decision.tasks)

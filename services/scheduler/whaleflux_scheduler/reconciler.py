@@ -101,8 +101,10 @@ class Reconciler:
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
         self._replanning = Replanning(checkpoint, clock, self._state.touch, measured)
-        seen = self._replanning.seen
-        self.view = JobView(self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data, seen)
+        seen, sized = self._replanning.seen, self._replanning.sized
+        self.view = JobView(
+            self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data, seen, sized
+        )
         self._housekeeping = Housekeeping(
             store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
         )

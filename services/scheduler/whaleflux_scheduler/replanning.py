@@ -78,6 +78,13 @@ class Replanning:
         why = self._allowance(job, wish).why if plans is not None else "its plans are being made"
         return replace(job, spec=planned_sizes.with_plans(job.spec, plans or (), why, has))
 
+    async def sized(self, job: Job) -> Job:
+        """The same of a job that is not submitted yet: its plans are made at once."""
+        wish = planned_sizes.wish_of(job.spec)
+        if wish is not None and (allowed := self._allowance(job, wish)) and _key(job.spec, allowed) not in self._plans:
+            await self._plan(job.name, job.spec, wish, allowed)
+        return self.seen(job)
+
     def saved(self, newest: Mapping[str, Saved]) -> None:
         """The newest checkpoints of jobs that run."""
         before, self._running = self._running, newest

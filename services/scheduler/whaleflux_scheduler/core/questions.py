@@ -109,12 +109,14 @@ class Questions:
 
     def dry_run(self, job: Job, now: datetime) -> SchedulingDecision:
         """What `decide` would answer for a job that does not exist yet."""
-        if planned_sizes.wish_of(job.spec) is not None:  # of smaller sizes nobody knows yet which have a plan
+        if planned_sizes.wish_of(job.spec) is not None:  # it starts with what it was planned for, where that is free
             decision = self._planned(job, now)
             if decision.placed:
                 return decision
+        sizes = tuple(planned_sizes.why_sizes(job.spec))
         job = replace(job, spec=elastic.at_least(job.spec))
         decision = self._planned(job, now)
+        decision = replace(decision, reasons=(*decision.reasons, *sizes))
         return decision if decision.placed else self._with_money(decision, job, now)
 
     def _planned(self, job: Job, now: datetime) -> SchedulingDecision:
