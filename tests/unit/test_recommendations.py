@@ -58,6 +58,11 @@ class TestKinds:
         assert one.command == f"whaleflux requeue --hold {JOB}"
         assert not found([job(part(useful=190 * USD, allocated_idle=2 * USD))])[0]
 
+    def test_what_serves_a_model_is_changed_by_its_file_since_a_cancelled_replica_would_come_again(self):
+        one = found([job(part(allocated_idle=96 * USD), model="models/m")])[0][Kind.RELEASE_IDLE]
+        assert one.command == "whaleflux deploy FILE"
+        assert "replicas.min" in one.change
+
     def test_low_is_what_the_worst_day_supports(self):
         days = (part(allocated_idle=192 * USD), part(useful=96 * USD, allocated_idle=96 * USD))
         one = found([job(*days)])[0][Kind.RELEASE_IDLE]

@@ -32,7 +32,7 @@ def find(window: Window, job: Spent) -> Recommendation | None:
         Kind.CHECKPOINT_INTERVAL,
         job.subject,
         f"saves and lost work cost least together when it saves {how}: change checkpoint.every in its job file",
-        f"whaleflux requeue {job.subject}",
+        "whaleflux submit FILE",  # a job that runs keeps its interval
         {dearer: saved},
         0 if dearer is CostClass.LOST else 500_000,  # failures come in bursts: one window may hold none
         Level.LOW,

@@ -28,7 +28,7 @@ def find(window: Window, job: Spent) -> Recommendation | None:
         Kind.FEWER_GPUS,
         job.subject,
         f"{job.gpus // 2} instead of {job.gpus} GPUs do its work for less, in {longer // 100}.{longer % 100:02d} times the time: change gpus in its job file",
-        f"whaleflux cancel {job.subject}",
+        "whaleflux submit FILE",  # a job that runs keeps its size
         {kind: whole.of(kind) // 2 for kind in COMMUNICATION},
         min(WHOLE_PPM, lowest * WHOLE_PPM // ppm),
         Level.MEDIUM,

@@ -27,8 +27,8 @@ def find(window: Window, job: Spent) -> Recommendation | None:
         job.subject,
         f"{share_ppm(idle, whole.bill_micros) // 10_000} % of what it held did nothing; put it back until it is needed"
         if not job.model
-        else f"{job.model} had nothing to do for {share_ppm(idle, whole.bill_micros) // 10_000} % of its GPUs' time; run fewer replicas",
-        f"whaleflux requeue --hold {job.subject}" if not job.model else f"whaleflux cancel {job.subject}",
+        else f"{job.model} had nothing to do for {share_ppm(idle, whole.bill_micros) // 10_000} % of its GPUs' time; lower replicas.min in its model file",
+        f"whaleflux requeue --hold {job.subject}" if not job.model else "whaleflux deploy FILE",
         {CostClass.ALLOCATED_IDLE: saved},
         min(WHOLE_PPM, lowest * WHOLE_PPM // share_ppm(idle, whole.bill_micros)),
         Level.LOW if not job.model else Level.MEDIUM,
