@@ -7,8 +7,8 @@ import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
-from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, reports, row, sample
 
+from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, reports, row, sample
 from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore

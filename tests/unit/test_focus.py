@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.ledger_world import BEGIN_MS, row
 
+from tests.support.ledger_world import BEGIN_MS, row
 from whaleflux_console.core.facts import HOUR_MS, PriceKind
 from whaleflux_console.core.focus import COLUMNS, charge, charges
 from whaleflux_console.core.focus_rules import faults

@@ -3,8 +3,8 @@
 import contextlib
 
 import pytest
-from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, row
 
+from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, row
 from whaleflux.errors import InvalidArgument
 from whaleflux.store.memory import MemoryStore
 from whaleflux_console.core.facts import HOUR_MS, Facts

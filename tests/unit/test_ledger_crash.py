@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, reports, row, sample
 
 from tests.support.failing_folder import Ended, EndingFolder
+from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, reports, row, sample
 from whaleflux.errors import Aborted, Unavailable
 from whaleflux.store import keys
 from whaleflux.store.api import Delete, Put

@@ -3,8 +3,8 @@
 from datetime import UTC, datetime
 
 import pytest
-from tests.support.ledger_world import BEGIN_MS, leading
 
+from tests.support.ledger_world import BEGIN_MS, leading
 from whaleflux.clock import VirtualClock
 from whaleflux.errors import Unavailable
 from whaleflux.events.memory import MemoryBus

@@ -1,8 +1,8 @@
 """The ledger's files: what is in them is what was told, once, and nothing is in force that no head names."""
 
 import pytest
-from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, reports, row, sample, step
 
+from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, reports, row, sample, step
 from whaleflux.store.memory import MemoryStore
 from whaleflux_console.core import facts as told
 from whaleflux_console.core.facts import HOUR_MS

@@ -4,7 +4,6 @@ import shutil
 from dataclasses import replace
 
 from tests.support.ledger_world import BEGIN_MS, leading, reports, sample, step
-
 from whaleflux.store.memory import MemoryStore
 from whaleflux_console.core import facts as told
 from whaleflux_console.core.bill import rows_of_hour

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.ledger_world import BEGIN_MS, sample, step
 
+from tests.support.ledger_world import BEGIN_MS, sample, step
 from whaleflux_console.ledger import usage
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.schemas import SAMPLES, STEPS

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.ledger_world import reports, step
 
+from tests.support.ledger_world import reports, step
 from tests.unit.test_bookkeeper import LATE, MINUTE, T, World
 from whaleflux.errors import InvalidArgument
 from whaleflux.trust.ownership import Access
