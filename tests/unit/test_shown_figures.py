@@ -52,6 +52,13 @@ async def test_a_leader_is_seen_while_it_leads():
     assert [*seen, shown(Metric.LEADER, name="seen-leading")] == [1, 0]
 
 
+def test_a_counter_is_seen_before_its_first_event():
+    """Else Prometheus takes the first event for where the counter begins, and no alert fires on it."""
+    assert shown(Metric.CLAIMS_REFUSED, what="seen-early") is None
+    telemetry.from_zero(Metric.CLAIMS_REFUSED, "seen-early")
+    assert shown(Metric.CLAIMS_REFUSED, what="seen-early") == 0
+
+
 async def test_spending_is_shown_by_class_and_asked_for_once_a_minute(tmp_path):
     store = MemoryStore()
     async with leading(tmp_path, store) as ledger:

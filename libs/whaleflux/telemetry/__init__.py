@@ -5,7 +5,7 @@ one raises, so that dashboards and queries never chase a misspelling.
 """
 
 from whaleflux.telemetry.logs import get_logger, setup_logging
-from whaleflux.telemetry.metrics import MetricsServer, MetricsTls, counter, gauge, histogram, start_metrics
+from whaleflux.telemetry.metrics import MetricsServer, MetricsTls, counter, from_zero, gauge, histogram, start_metrics
 from whaleflux.telemetry.registry import Attribute, Event, Metric, UnregisteredName
 from whaleflux.telemetry.traces import (
     attach,
@@ -39,6 +39,7 @@ __all__ = [
     "emit_span",
     "exemplar",
     "flush",
+    "from_zero",
     "gauge",
     "get_logger",
     "histogram",

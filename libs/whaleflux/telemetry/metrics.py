@@ -66,6 +66,16 @@ def _histogram(name: str) -> Histogram:
     return Histogram(name, spec.help, spec.labels, buckets=spec.buckets)
 
 
+def from_zero(metric: str, *values: str) -> None:
+    """Shows the series of a counter or histogram before it counts anything; `values` of its label, of which each is one.
+
+    Call it where the process starts. Rates are taken between two samples: a series that begins with its first event hides that event.
+    """
+    kept = (counter if _BY_NAME[str(metric)].kind == "counter" else histogram)(metric)
+    for value in values:
+        kept.labels(value)
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsTls:
     """How figures are shown beyond loopback: to whom `may_read`; probes, which kubelets send, need no certificate."""

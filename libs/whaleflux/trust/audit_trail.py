@@ -54,6 +54,7 @@ class Trail:
     """See the module; an `Audit`. `run` is a loop of its service, `close` its end."""
 
     def __init__(self, bus: Bus, store: Store, clock: Clock, role: str, replica: str, options: Options) -> None:
+        telemetry.from_zero(Metric.AUDIT_LOST)
         self._bus, self._store, self._clock, self._options = bus, store, clock, options
         self._role, self._replica, self._start = role, token(replica), names.ulid()
         self._left, self._spool = self._opened(options.folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from whaleflux import telemetry
 from whaleflux.events.publisher import Publisher
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
+from whaleflux.telemetry import Metric
 from whaleflux.v1.checkpoint_pb2_grpc import add_CheckpointServiceServicer_to_server
 from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from whaleflux_checkpoint.collector import Collector
@@ -18,6 +20,7 @@ from whaleflux_checkpoint.settings import Settings
 
 async def build(ctx: ServiceContext[Settings]) -> Parts:
     """Any replica answers; one at a time publishes and collects."""
+    telemetry.from_zero(Metric.CHECKPOINT_COMMITS, "committed", "fenced")
 
     async def publish(leader: Leader) -> None:
         publisher = Publisher(

@@ -14,7 +14,7 @@ from whaleflux.service import Loop, Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
 from whaleflux.store.placements import Placements
-from whaleflux.telemetry import Event
+from whaleflux.telemetry import Event, Metric
 from whaleflux.v1.console_pb2_grpc import add_CostServiceServicer_to_server
 from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
@@ -45,6 +45,7 @@ _log = telemetry.get_logger("whaleflux.console")
 async def build(ctx: Context) -> Parts:
     """Any replica answers; one at a time publishes and keeps the ledger."""
     told = ctx.settings
+    telemetry.from_zero(Metric.CLAIMS_REFUSED, "usage")
     prices, adjustments = Prices(ctx.store, ctx.clock), Adjustments(ctx.store, ctx.clock)
     loops: list[Loop] = [partial(_publish, ctx)] if told.nats else []
     on_stop: list[Loop] = []

@@ -13,6 +13,7 @@ from whaleflux.events.publisher import EntryChange, OutgoingEvent, Publisher
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
+from whaleflux.telemetry import Metric
 from whaleflux.v1 import inventory_pb2
 from whaleflux.v1.health_pb2_grpc import add_HealthServiceServicer_to_server
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
@@ -30,6 +31,7 @@ Context = ServiceContext[Settings]
 async def build(ctx: Context) -> Parts:
     """Every replica answers reads; the leader hears agents and judges; one at a time publishes."""
     settings = ctx.settings
+    telemetry.from_zero(Metric.CLAIMS_REFUSED, "heartbeat")
     inventory = InventoryServiceStub(ctx.channel("inventory"))
 
     def watch_nodes(since: int) -> AsyncIterator[inventory_pb2.WatchNodesResponse]:

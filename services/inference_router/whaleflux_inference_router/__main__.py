@@ -8,13 +8,14 @@ import contextlib
 from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
 from envoy.service.endpoint.v3.eds_pb2_grpc import add_EndpointDiscoveryServiceServicer_to_server
 
-from whaleflux import hostport
+from whaleflux import hostport, telemetry
 from whaleflux.events.publisher import Publisher
 from whaleflux.hostport import HostPort
 from whaleflux.rpc.limits import CallLimits
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.store import keys
 from whaleflux.store.election import Leader, lead
+from whaleflux.telemetry import Metric
 from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceStub
@@ -38,6 +39,7 @@ from whaleflux_inference_router.settings import Settings
 
 async def build(ctx: ServiceContext[Settings]) -> Parts:
     """Any replica decides and answers; one at a time manages the models' replicas and publishes."""
+    telemetry.from_zero(Metric.ENDPOINTS_REFUSED)
     stack = contextlib.AsyncExitStack()
     rights = ModelRights(ctx.trust.queue_access, ctx.trust.known)
     current = await stack.enter_async_context(routing(ctx.store, ctx.clock, rights))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from whaleflux import telemetry
 from whaleflux.service import Parts, ServiceContext, main
 from whaleflux.service_connections import open_code_store
+from whaleflux.telemetry import Metric
 from whaleflux_scheduler.bootstrap import Peers, assemble
 from whaleflux_scheduler.bursts import BurstSettings
 from whaleflux_scheduler.rebalances import RebalanceSettings
@@ -14,6 +16,9 @@ from whaleflux_scheduler.training_plans import calibrations
 async def build(ctx: ServiceContext[Settings]) -> Parts:
     """Any replica reads and takes jobs; one at a time decides and serves the agents."""
     settings = ctx.settings
+    telemetry.from_zero(Metric.JOB_WAIT)
+    telemetry.from_zero(Metric.RECOVERY_DURATION)
+    telemetry.from_zero(Metric.CLAIMS_REFUSED, "progress", "ray")
     peers = Peers.dial(
         inventory=ctx.channel("inventory") if settings.inventory else None,
         health=ctx.channel("health_monitor") if settings.health_monitor else None,
