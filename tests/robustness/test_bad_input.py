@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +27,18 @@ from whaleflux.services import ROLES
 from whaleflux.store import keys, placements
 from whaleflux.store.api import Put, Store
 from whaleflux.store.memory import MemoryStore
-from whaleflux.v1 import checkpoint_pb2, health_pb2, inventory_pb2, router_pb2, scheduler_pb2
+from whaleflux.trust.ownership import OPEN
+from whaleflux.v1 import checkpoint_pb2, console_pb2, health_pb2, inventory_pb2, router_pb2, scheduler_pb2
 from whaleflux_checkpoint.servicer import Checkpoints
+from whaleflux_console.bookkeeper import Progress
+from whaleflux_console.budgets import Budgets
+from whaleflux_console.costs import Costs
+from whaleflux_console.ledger.answers import Answers
+from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.folder import LocalFolder
+from whaleflux_console.prices import Adjustments, Prices
+from whaleflux_console.recommendations import Recommendations
+from whaleflux_console.servicer import CostServicer
 from whaleflux_health_monitor.campaign import Campaign
 from whaleflux_health_monitor.core.evidence import Probe
 from whaleflux_health_monitor.core.timing import Timing
@@ -164,7 +176,21 @@ async def health_monitor() -> AsyncIterator[Service]:
         await asyncio.gather(loop, return_exceptions=True)
 
 
-SERVICES = (inventory, scheduler, checkpoint, inference_router, health_monitor)
+@contextlib.asynccontextmanager
+async def console() -> AsyncIterator[Service]:
+    store, clock = MemoryStore(), SystemClock()
+    engine = Engine(memory_bytes=64 << 20, threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Answers(LocalFolder(Path(folder)), store, engine)
+        costs = Costs(answers, lambda _: OPEN, clock, Progress())
+        recommended = Recommendations(store, answers, lambda _: OPEN, clock)
+        budgets = Budgets(store, clock, lambda _: OPEN)
+        rpc = CostServicer(Prices(store, clock), Adjustments(store, clock), budgets, costs, recommended)
+        yield Service(rpc, store, console_pb2.DESCRIPTOR.services_by_name["CostService"], _at_once)
+    engine.close()
+
+
+SERVICES = (inventory, scheduler, checkpoint, inference_router, health_monitor, console)
 assert {make.__name__ for make in SERVICES} == set(ROLES)
 
 
@@ -255,6 +281,9 @@ ABSURD = [
     (inference_router, "CreateModel", lambda: router_pb2.CreateModelRequest(model_id=HUGE), "model_id"),
     (inference_router, "CreateApiKey", lambda: router_pb2.CreateApiKeyRequest(display_name=HUGE), "display_name"),
     (health_monitor, "GetNodeHealth", lambda: health_pb2.GetNodeHealthRequest(name=HUGE), "name"),
+    (console, "CreatePrice", lambda: console_pb2.CreatePriceRequest(price_id=HUGE), "price_id"),
+    (console, "CreatePrice", lambda: console_pb2.CreatePriceRequest(price_id="p", price={"source": HUGE}), "price.source"),
+    (console, "GetCost", lambda: console_pb2.GetCostRequest(limit=-1), "limit"),
     (health_monitor, "ListNodeHealth", lambda: health_pb2.ListNodeHealthRequest(page_size=-1), "page_size"),
 ]  # fmt: skip
 

@@ -31,7 +31,8 @@ _KINDS = {
 
 def millis(message: Any, field: str) -> int | None:
     """A time of a message, milliseconds since 1970; None where it is not set."""
-    return getattr(message, field).ToMilliseconds() if message.HasField(field) else None
+    at = getattr(message, field)
+    return int(at.seconds) * 1000 + int(at.nanos) // 1_000_000 if message.HasField(field) else None
 
 
 def devices_of(node: inventory_pb2.Node, health: health_pb2.NodeHealth | None) -> tuple[Device, ...]:

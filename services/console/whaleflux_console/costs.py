@@ -15,6 +15,7 @@ from whaleflux.rpc.auth import Principal
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.v1 import console_pb2 as pb
+from whaleflux_console.asked_times import asked_ms
 from whaleflux_console.bookkeeper import Progress
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.rows import CLASSES, CostClass
@@ -128,8 +129,8 @@ class Costs:
     def _window(self, asked: pb.CostFilter) -> tuple[int, int]:
         """Whole hours, rounded outwards."""
         now_ms = self._now_ms()
-        end_ms = asked.end_time.ToMilliseconds() if asked.HasField("end_time") else now_ms
-        start_ms = asked.start_time.ToMilliseconds() if asked.HasField("start_time") else end_ms - DEFAULT_WINDOW_MS
+        end_ms = asked_ms(asked, "end_time", now_ms, within="filter.")
+        start_ms = asked_ms(asked, "start_time", end_ms - DEFAULT_WINDOW_MS, within="filter.")
         if start_ms >= end_ms:
             raise InvalidArgument(FieldViolation("filter.start_time", "is not before end_time; give an earlier one"))
         first_ms = start_ms // HOUR_MS * HOUR_MS

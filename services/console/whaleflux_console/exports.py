@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from whaleflux.clock import Clock
 from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from whaleflux.v1 import console_pb2 as pb
+from whaleflux_console.asked_times import asked_ms
 from whaleflux_console.core import focus_rules
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.focus import COLUMNS, DECIMALS, QUANTITIES, UNIT_PRICES, charges
@@ -82,8 +83,8 @@ class Exports:
         """Whole days, up to the first hour that is not closed."""
         now = self.clock.now()
         month_ms = round(datetime(now.year, now.month, 1, tzinfo=UTC).timestamp() * 1000)
-        start_ms = day_of(asked.start_time.ToMilliseconds()) if asked.HasField("start_time") else month_ms
-        end_ms = asked.end_time.ToMilliseconds() if asked.HasField("end_time") else round(now.timestamp() * 1000)
+        start_ms = day_of(asked_ms(asked, "start_time", month_ms))
+        end_ms = asked_ms(asked, "end_time", round(now.timestamp() * 1000))
         if not 0 <= start_ms < end_ms:
             raise InvalidArgument(FieldViolation("start_time", "is not before end_time; give an earlier one"))
         if end_ms - start_ms > MAX_WINDOW_MS:

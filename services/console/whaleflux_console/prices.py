@@ -14,6 +14,7 @@ from whaleflux.store.api import ConditionFailed, NoneCreated, Store
 from whaleflux.store.reading import read_all
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
+from whaleflux_console.asked_times import is_instant
 from whaleflux_console.core import price_rules as rules
 from whaleflux_console.core.price_book import Ownership, components
 from whaleflux_console.records import Records
@@ -41,7 +42,9 @@ def adjustment_name(adjustment_id: str) -> str:
 def seconds(message: Any, field: str) -> float | None:
     """A time of a message, Unix seconds; None where it is not set."""
     at = getattr(message, field)
-    return float(at.seconds) + at.nanos / 1e9 if message.HasField(field) else None
+    if not message.HasField(field):
+        return None
+    return float(at.seconds) + at.nanos / 1e9 if is_instant(at) else -1.0  # which no window holds
 
 
 class Prices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from whaleflux.trust import ownership
 from whaleflux.v1 import console_pb2 as pb
+from whaleflux_console.asked_times import asked_ms
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.units import UnitCost, unit_costs
 from whaleflux_console.costs import DEFAULT_LIMIT, DEFAULT_WINDOW_MS, MOST_GROUPS, Costs
@@ -47,8 +48,8 @@ async def unit_costs_of(costs: Costs, request: pb.GetUnitCostsRequest) -> pb.Get
 
 def _window(asked: pb.GetUnitCostsRequest, now_ms: int) -> tuple[int, int]:
     """Whole hours, rounded outwards."""
-    end_ms = asked.end_time.ToMilliseconds() if asked.HasField("end_time") else now_ms
-    start_ms = asked.start_time.ToMilliseconds() if asked.HasField("start_time") else end_ms - DEFAULT_WINDOW_MS
+    end_ms = asked_ms(asked, "end_time", now_ms)
+    start_ms = asked_ms(asked, "start_time", end_ms - DEFAULT_WINDOW_MS)
     if not 0 <= start_ms < end_ms:
         raise InvalidArgument(FieldViolation("start_time", "is not before end_time; give an earlier one"))
     if end_ms - start_ms > LONGEST_MS:
