@@ -97,6 +97,9 @@ class Nobody:
     async def gpus_held(self, node: str) -> int:
         return 0
 
+    async def connected_boot(self, node: str) -> str:
+        return ""
+
 
 @contextlib.asynccontextmanager
 async def inventory() -> AsyncIterator[Service]:

@@ -213,7 +213,7 @@ class TestDeclared:
             (model(objective__first_token=ms(2)), "model.objective.first_token", "Set `slo.first_token` to more than"),
             (model(objective__requests_per_s=1e5), "model.objective.requests_per_s", "Set `replicas.min` to"),
             (model("t", shape="llama-3.1-70b"), "model.sites[0]", "sites/t: nothing in the fleet serves it"),
-            (model(context_window_tokens=200_000), "model.context_window_tokens", "131072"),
+            (model(context_window_tokens=200_000), "model.context_window_tokens", "131,072"),
             (model(shape="lama"), "model.engine.shape", "no model that is known by name"),
             (model(objective__prompt_tokens=-1), "model.objective.prompt_tokens", "use 0"),
             (model(objective__requests_per_s=float("nan")), "model.objective.requests_per_s", "use 0"),

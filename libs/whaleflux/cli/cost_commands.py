@@ -106,8 +106,9 @@ def cost_job(name: Annotated[str, typer.Argument(metavar="JOB", help="Job.")], f
         output.say_json(output.as_json(answer), fmt)
         return
     if not answer.total.gpu_hours:
-        output.note(f"{job_name(name)} held no GPU in the last year, as far as the ledger is")
-        _say_until(answer)
+        output.note(
+            f"{job_name(name)} held no GPU in the last year, as far as the ledger is; see: whaleflux cost status"
+        )
         return
     output.say(f"{job_name(name)}: {usd(answer.total.bill_micros)} USD for {answer.total.gpu_hours:,.2f} GPU-hours")
     _waterfall(answer.total)

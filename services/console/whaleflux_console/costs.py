@@ -9,7 +9,7 @@ from typing import Any
 
 from whaleflux import names
 from whaleflux.clock import Clock
-from whaleflux.errors import FieldViolation, InvalidArgument, NotFound
+from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.rpc import auth
 from whaleflux.rpc.auth import Principal
 from whaleflux.trust import ownership
@@ -59,11 +59,12 @@ class Costs:
         start_ms, end_ms = self._window(request.filter)
         by = _by(request.group_by)
         where = _where(request.filter)
+        order, limit = _order(request.order_by), _limit(request.limit)
         asked = Question(start_ms, end_ms, (), where)
         whole = await self.answers.ask(asked)
         seen, hidden = await self._seen(asked)
         narrowed = where if seen is None else where | {"queue": seen}
-        question = Question(start_ms, end_ms, by, narrowed, _order(request.order_by), _limit(request.limit))
+        question = Question(start_ms, end_ms, by, narrowed, order, limit)
         shown = await self.answers.ask(question) if seen is None or seen else None
         unpriced = await self.answers.ask(Question(start_ms, end_ms, (), where | {"price_kind": ("",)}))
         response = pb.GetCostResponse(
@@ -80,13 +81,15 @@ class Costs:
         return response
 
     async def of_job(self, request: pb.GetJobCostRequest) -> pb.GetJobCostResponse:
-        """One job's bill, whole and by day; nothing of one that held no GPU so far. Raises NotFound for one that the caller may not see."""
+        """One job's bill, whole and by day; nothing of one that held no GPU so far, or that the caller may not see."""
         queue, _ = names.split(request.job, "queues", "jobs", field="job")
         if not ownership.may_see(auth.principal(), self.queue_access(queue)):
-            raise NotFound("job", request.job, "see: whaleflux jobs")
+            return pb.GetJobCostResponse()
         end_ms = (self._now_ms() // DAY_MS + 1) * DAY_MS
         question = Question(end_ms - LONGEST_JOB_MS, end_ms, ("day",), {"job": (request.job,)})
         answer = await self.answers.ask(question)
+        if not answer.total.gpu_ms:
+            return pb.GetJobCostResponse()
         useful_ms = answer.total.gpu_ms * answer.total.of(CostClass.USEFUL) // max(answer.total.bill_micros, 1)
         response = pb.GetJobCostResponse(
             total=_group(answer.total),

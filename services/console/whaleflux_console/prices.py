@@ -60,7 +60,7 @@ class Prices:
         price.CopyFrom(request.price)
         for field in _OUTPUT:
             price.ClearField(field)
-        price.name = price_name(request.price_id)
+        price.name = price_name(names.check_id("price_id", request.price_id))
         now = self._clock.now()
         price.create_time.FromDatetime(now)
         price.source_date = price.source_date or f"{now:%Y-%m-%d}"
@@ -138,7 +138,7 @@ class Adjustments:
         for field in ("etag", "ledger"):
             one.ClearField(field)
         one.state = pb.ADJUSTMENT_STATE_WAITING
-        one.name = adjustment_name(request.adjustment_id)
+        one.name = adjustment_name(names.check_id("adjustment_id", request.adjustment_id))
         if problems := list(_adjustment_problems(one)):
             raise InvalidArgument(problems)
         return one if request.validate_only else await self._records.create(one.name, one)

@@ -100,6 +100,8 @@ _JUDGES: dict[tuple[str, ...], Callable[[pb.Event, Sight], bool]] = {  # of othe
     ("apiKeys",): _of_api_key,
     ("incidents",): _of_incident,
     ("sites",): _of_everybody,
+    ("prices",): _of_everybody,
+    ("adjustments",): _of_everybody,
     ("sites", "nodes"): _of_everybody,
 }
 
