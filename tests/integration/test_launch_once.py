@@ -1,6 +1,7 @@
 """One suite, two nodes: a plain torchrun under `launch: once` makes one world; what no node can run ends at once."""
 
 import asyncio
+import contextlib
 import sys
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.support.suite import running_suite, until
 from whaleflux.demo.fleet import Machine
+from whaleflux.errors import FailedPrecondition
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.v1 import scheduler_pb2
 
@@ -54,7 +56,16 @@ async def submitted(client, text, folder, name):
     request = scheduler_pb2.CreateJobRequest(
         parent="queues/default", job_id=name, job=scheduler_pb2.Job(spec=spec), request_id=name
     )
-    return (await client.scheduler.CreateJob(request, timeout=10)).name
+    made = []
+
+    async def taken():
+        """Until the scheduler has heard of both nodes it says that the job could never run."""
+        with contextlib.suppress(FailedPrecondition):
+            made[:] = [await client.scheduler.CreateJob(request, timeout=10)]
+        return bool(made)
+
+    await until(taken, f"{name} was taken", 30)
+    return made[0].name
 
 
 async def ended(client, name, timeout_s):
