@@ -62,6 +62,7 @@ def test_a_job_file_of_both_pools_is_valid_and_has_the_shares_of_the_plan(tmp_pa
     assert RUN.invoke(app, ["validate", str(path)]).exit_code == 0
     spec = job_from_yaml(done.stdout, tmp_path).spec
     balance, mesh = (json.loads(spec.environment[name]) for name in ("BALANCE", "MESH"))
+    assert spec.environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True", "as memory is counted"
     assert spec.gpus == 48
     assert balance["global_batch"] == 512 == 16 * balance["samples"]["H100-80GB"] + 32 * balance["samples"]["A100-80GB"]
     assert balance["samples"]["H100-80GB"] > balance["samples"]["A100-80GB"]
@@ -84,6 +85,7 @@ def test_torchrun_starts_once_on_each_node_of_every_pool():
     done = plan("llama-3.1-8b", *POOLS, "--emit", "torchrun")
     assert "--nnodes=6 --nproc-per-node=8" in done.stdout
     assert "export BALANCE='{" in done.stdout
+    assert "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" in done.stdout
     assert "2 of H100-80GB, 4 of A100-80GB" in done.stderr
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True).returncode == 0
 

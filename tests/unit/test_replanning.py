@@ -134,6 +134,21 @@ class TestSizes:
         sized = planned_sizes.with_plans(spec, (), "", 4)
         assert list(elastic.sizes(sized)) == [4], "it keeps the size that it was planned for"
 
+    def test_it_runs_on_the_types_alone_that_it_has_plans_for_and_says_so(self):
+        """Elsewhere its ranks would read the mesh of another number of them."""
+        types = (GPU, "H200", "A100-80GB")
+        small = "L4"  # which it does not fit on
+        wish = replace(WISH, model=json.dumps(json.loads(MODEL) | {"layers": 26, "hidden": 4096, "heads": 32}))
+        spec = replace(spec_of(wish), any_of=(*types, small, "K900"))
+        known = {model: Offer(CATALOGUE.types[model], 4) for model in (*types, small)}
+        found = planned_sizes.plans_of(spec, wish, Allowance(None, ""), known.get)
+        sized = planned_sizes.with_plans(spec, found, "", 4)
+        assert sized.any_of == types
+        assert all(sized.plan_of(gpus, model) for gpus in sized.only_sizes for model in types)
+        assert "it can go on with H100-80GB, H200, A100-80GB alone: on L4, K900 it has no plan" in [
+            *planned_sizes.why_sizes(sized)
+        ]
+
     @given(
         st.sets(st.integers(1, 40), min_size=1, max_size=8).map(sorted).map(tuple), st.integers(0, 50)
     )  # sizes; GPUs
@@ -304,6 +319,21 @@ async def test_who_is_told_that_nobody_answered_may_ask_again_at_once():
             replanning.runs_in(tasks)
             assert not replanning.ready(job)
     assert asked.count("queues/q/jobs/k") == 3
+
+
+async def test_a_bug_in_a_plan_keeps_the_first_plan_and_ends_nobody():
+    class Broken(dict):
+        def get(self, key, default=None):
+            raise ZeroDivisionError(key)
+
+    told, job = [], job_of(spec_of())
+    replanning = Replanning(None, LoopClock(), told.append, Broken(bf16={}))
+    async with asyncio.TaskGroup() as tasks:
+        replanning.runs_in(tasks)
+        assert not replanning.ready(job)
+    assert told == [job.name]
+    assert replanning.ready(job)
+    assert list(elastic.sizes(replanning.seen(job).spec)) == [4]
 
 
 @pytest.mark.parametrize("resumes", [True, False])

@@ -1,5 +1,6 @@
 """Models that name their shape: which GPUs their replicas get, what is refused, and what a change of the fleet changes."""
 
+import asyncio
 import contextlib
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.scheduler_world import node
 from tests.unit.test_router_service import Scheduler, Turns
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import InvalidArgument, Unavailable
+from whaleflux.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from whaleflux.rpc import auth
 from whaleflux.store import keys
 from whaleflux.store.api import Put
@@ -26,7 +27,7 @@ from whaleflux_inference_router.deployments import Deployments
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import routing
 from whaleflux_inference_router.servicer import Router
-from whaleflux_inference_router.serving_sizes import request_of
+from whaleflux_inference_router.serving_sizes import ReplicaSizes, request_of
 from whaleflux_scheduler.core.ray_nodes import FreeNode
 from whaleflux_scheduler.serving_plans import ServingPlans
 
@@ -278,6 +279,21 @@ def got(t):
 
 
 class TestReplicas:
+    async def test_a_scheduler_that_hangs_is_waited_for_once_and_not_for_each_replica(self):
+        clock, asked = VirtualClock(), []
+
+        async def hangs(request):
+            asked.append(request)
+            await clock.sleep(10)
+            raise DeadlineExceeded("no answer")
+
+        sizes = ReplicaSizes(hangs, clock)
+        starts = [asyncio.ensure_future(sizes.sized(model(count=4), 1, "")) for _ in range(4)]
+        await clock.advance(10.5)
+        done, _ = await asyncio.wait(starts, timeout=1)
+        assert [type(one.exception()) for one in done] == [DeadlineExceeded] * 4
+        assert len(asked) == 1
+
     async def test_each_gets_what_serves_it_and_its_engine_is_told_how_many(self):
         async with turns(*BOTH) as t:
             await declare(t, model(shape="llama-3.1-70b", count=2, objective__per_token=ms(40)))

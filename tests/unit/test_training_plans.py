@@ -21,7 +21,7 @@ from whaleflux.fleet.links import Fabric as Network
 from whaleflux.manifests.job_fields import Spec
 from whaleflux.manifests.yaml_files import job_from_yaml
 from whaleflux.planning import replan
-from whaleflux.planning.calibration import Calibrated
+from whaleflux.planning.calibration import MAX_BYTES, Calibrated
 from whaleflux.planning.constants import FITTED
 from whaleflux.planning.known_models import model_named
 from whaleflux.planning.machine import Machine
@@ -63,6 +63,14 @@ async def planned(world, *arguments, **more):
 
 
 class TestFleet:
+    @pytest.mark.parametrize(("types", "notes"), [((), 1), (("A100-80GB",), 0)])
+    async def test_what_is_not_compared_is_said(self, types, notes):
+        async with World() as world:
+            await world.add(*(node(f"s{number}/a", 1) for number in range(8)), node("t/a", 1, model="A100-80GB"))
+            found = await planned(world, gpu_types=types)
+        said = "only the 8 types at sites with the most GPUs are compared, and 1 more are not; to compare others, name their types or sites"
+        assert list(found.notes) == [said] * notes
+
     async def test_of_what_is_free_and_of_all(self):
         async with World() as world:
             await world.add(node("s/a"), node("s/b"))
@@ -195,6 +203,7 @@ class TestJobs:
             assert spec.gpus == answer.plans[0].gpus
             assert list(spec.gpu.any_of) == [answer.plans[0].gpu_type]
             assert spec.parallelism.tensor == answer.plans[0].parallelism.tensor
+            assert spec.environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True", "as memory is counted"
             assert any(line.startswith("TRAINING") for line in lines)
             one.request.parent = "queues/default"
             job = await world.scheduler.CreateJob(one.request, None)
@@ -452,6 +461,11 @@ class TestMoneyAndPrecision:
         (tmp_path / "h200.json").write_text(json.dumps(json.loads(RECORDED.read_text())["ladder"]))
         found = calibrations(str(tmp_path))
         assert found["fp8"]["H200"].machine.flops > 1.5 * found["bf16"]["H200"].machine.flops
+
+    def test_a_calibration_that_is_another_file_is_not_read_whole(self, tmp_path):
+        (tmp_path / "h200.json").write_text(" " * (MAX_BYTES + 1))
+        with pytest.raises(InvalidArgument, match=f"h200.json: .*longer than {MAX_BYTES} bytes"):
+            calibrations(str(tmp_path))
 
     @pytest.mark.parametrize(("compiled", "notes"), [(True, 0), (False, 1)])
     async def test_a_calibration_without_compiled_layers_is_said(self, tmp_path, compiled, notes):

@@ -13,7 +13,6 @@ from whaleflux.cli.calibrate_command import calibration
 from whaleflux.cli.output import Format
 from whaleflux.cli.planning_options import (
     MOST_GPUS,
-    MOST_SEQUENCE,
     Again,
     Method,
     Precision,
@@ -27,6 +26,7 @@ from whaleflux.cli.planning_options import (
     run_as,
 )
 from whaleflux.cli.state import Output
+from whaleflux.planning.wish import MOST_SEQUENCE
 
 if TYPE_CHECKING:
     from whaleflux.fleet.gpu_types import GpuType
@@ -87,7 +87,7 @@ def fits(
     context: Annotated[
         int,
         typer.Option(
-            "--context", min=0, max=1 << 27, help="With --serve: tokens of the longest request; 0: a usual one."
+            "--context", min=0, max=MOST_SEQUENCE, help="With --serve: tokens of the longest request; 0: a usual one."
         ),
     ] = 0,
     rate: Annotated[

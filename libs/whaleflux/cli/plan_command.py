@@ -13,7 +13,6 @@ from whaleflux.cli.output import Format
 from whaleflux.cli.plan_output import Form, Made, Wanted, picture_of
 from whaleflux.cli.plan_pools import pools_of, refuse_unused, show
 from whaleflux.cli.planning_options import (
-    MOST_SEQUENCE,
     Again,
     Method,
     Objectives,
@@ -28,6 +27,7 @@ from whaleflux.cli.planning_options import (
     run_as,
 )  # fmt: skip
 from whaleflux.cli.state import Output, fleet
+from whaleflux.planning.wish import MOST_BATCH, MOST_SEQUENCE
 
 if TYPE_CHECKING:
     from whaleflux.fleet.gpu_types import GpuType
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from whaleflux.v1 import scheduler_pb2 as pb
 
 BATCH_TOKENS, BATCH_SLACK = "4M", 0.05  # where nobody says a batch; how far a plan's may be from so many tokens
-_MOST_BATCH, _MOST_TOKENS, _MOST_SPAN_S, _MOST_USD = 1 << 24, 1e16, 1e10, 1e13
+_MOST_TOKENS, _MOST_SPAN_S, _MOST_USD = 1e16, 1e10, 1e13
 
 
 def plan(
@@ -62,7 +62,7 @@ def plan(
     batch_tokens: Annotated[
         str, typer.Option("--batch-tokens", help="About so many in a step, 5 % more or less; 4M where nothing is said.")
     ] = "",
-    batch: Annotated[int, typer.Option("--batch", min=0, max=_MOST_BATCH, help="Samples in a step, exactly.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=0, max=MOST_BATCH, help="Samples in a step, exactly.")] = 0,
     sequence: Annotated[
         int, typer.Option("--sequence", min=0, max=MOST_SEQUENCE, help="Tokens; 0: the model's, at most 8192.")
     ] = 0,
@@ -274,7 +274,7 @@ def _batch(samples: int, tokens: str, sequence: int) -> tuple[int, float]:
             "--batch-tokens",
             f"is {wanted:,.0f}, less than one sequence of {sequence:,}; take {sequence:,} or more, or a shorter --sequence",
         )
-    return min(_MOST_BATCH, max(1, round(wanted / sequence))), BATCH_SLACK
+    return min(MOST_BATCH, max(1, round(wanted / sequence))), BATCH_SLACK
 
 
 def _checked(goal: Goal) -> Goal:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from whaleflux.planning.model_shape import ModelShape
 
 MOST_GPUS = 131_072
-MOST_SEQUENCE, MOST_TYPES = 1 << 27, 8
+MOST_TYPES = 8
 _NUMBERS = re.compile(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*")
 
 

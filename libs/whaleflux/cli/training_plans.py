@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from whaleflux import names
+from whaleflux.planning.wish import ALLOCATOR, GROWING
 from whaleflux.planning.wish import VARIABLE as MESH
 from whaleflux.quantities import shown_bytes, shown_duration
 
@@ -122,6 +123,8 @@ def _fill(spec: pb.JobSpec, plan: pb.TrainingPlan) -> None:
         spec.parallelism.model = spec.training.model
     if plan.mesh and MESH not in spec.environment:
         spec.environment[MESH] = plan.mesh
+        if ALLOCATOR not in spec.environment:
+            spec.environment[ALLOCATOR] = GROWING
 
 
 def shown(answer: pb.PlanTrainingResponse, asked_gpus: int = 0) -> list[str]:

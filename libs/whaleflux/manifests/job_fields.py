@@ -53,6 +53,7 @@ from whaleflux.manifests.values import (
     Whole,
     WholeOrAuto,
 )
+from whaleflux.planning.wish import MOST_BATCH, MOST_SEQUENCE
 
 __all__ = ["JOB_FIELDS", "JobKind", "Rule", "SecretUse", "Spec"]
 
@@ -249,14 +250,14 @@ class Spec:
         default="the program's own affair", example="llama-3.1-8b", apart=True,
     )  # fmt: skip
     train_batch: int = _field(
-        0, "batch", "training.batch", Whole(1, 1 << 24), "Samples of a step.", default="about 4M tokens", example="512", apart=True,
+        0, "batch", "training.batch", Whole(1, MOST_BATCH), "Samples of a step.", default="about 4M tokens", example="512", apart=True,
     )  # fmt: skip
     train_batch_tokens: int = _field(
         0, "batch_tokens", "training.batch_tokens", Count(1, 10**12), "Tokens of a step, 5 % more or less, in place of `batch`.",
         default="4M", example="4M", apart=True,
     )  # fmt: skip
     train_sequence: int = _field(
-        0, "sequence", "training.sequence", Whole(1, 1 << 27), "Tokens of a sample.", default="the model's, at most 8192", example="8192", apart=True,
+        0, "sequence", "training.sequence", Whole(1, MOST_SEQUENCE), "Tokens of a sample.", default="the model's, at most 8192", example="8192", apart=True,
     )  # fmt: skip
     train_adapters: bool = _field(
         False, "adapters", "training.adapters", Flag(), "Adapters on frozen weights (LoRA) are trained.", default="false", example="true", apart=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.planning.model_shape import Latent, ModelShape
+from whaleflux.planning.wish import MOST_SEQUENCE
 
 MAX_BYTES = 1 << 20  # a config.json has a few kilobytes
 _MAX_YAML = 16 << 10  # which is slow to read, and has a dozen lines
@@ -34,8 +35,8 @@ _NUMBERS = {
     "head_dim": _Kind(1, 4096, "width of a head"),
     "ffn": _Kind(1, 1 << 22, "inner width of the feed-forward part"),
     "vocabulary": _Kind(1, 10_000_000, "tokens that there are"),
-    "sequence": _Kind(1, 1 << 27, "longest sequence"),
-    "positions": _Kind(0, 1 << 27, "learned position embeddings"),
+    "sequence": _Kind(1, MOST_SEQUENCE, "longest sequence"),
+    "positions": _Kind(0, MOST_SEQUENCE, "learned position embeddings"),
     "experts": _Kind(0, 65_536, "routed experts of a layer"),
     "top_k": _Kind(0, 65_536, "experts that a token visits"),
     "expert_ffn": _Kind(0, 1 << 22, "inner width of one expert"),

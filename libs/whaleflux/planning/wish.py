@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 VARIABLE = "MESH"  # of the ranks' environment, which `whaleflux.sdk.device_mesh` reads
+# Blocks of the allocator grow in place, which the planner's memory counts on: else a tenth of a GPU lies between them.
+ALLOCATOR, GROWING = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 KEY = "replan"  # of a mesh
 MOST_BATCH, MOST_SEQUENCE = 1 << 24, 1 << 27  # samples, tokens: of what is planned at all
 _MOST_CHARS, _MOST = 1 << 16, 1 << 17  # of a mesh; of ranks, stages and layers

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from whaleflux.clock import Clock
-from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from whaleflux.errors import FailedPrecondition, FieldViolation, InvalidArgument, StatusError
 from whaleflux.manifests import model_checks
 from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import router_pb2 as pb
@@ -98,7 +98,7 @@ class ReplicaSizes:
 
     def __init__(self, call: Ask, clock: Clock) -> None:
         self._call, self._clock = call, clock
-        self._known: dict[tuple[str, int, str], tuple[float, Sizes]] = {}
+        self._known: dict[tuple[str, int, str], tuple[float, Sizes | StatusError]] = {}
         self._asking: dict[str, asyncio.Lock] = {}
 
     async def sized(self, model: pb.Model, version: int, site: str) -> pb.Engine:
@@ -127,17 +127,28 @@ class ReplicaSizes:
     async def _sizes(self, model: pb.Model, version: int) -> Sizes:
         """Of all replicas that want to know it at the same time one asks."""
         async with self._asking.setdefault(model.name, asyncio.Lock()):
-            return await self._sizes_now(model, version)
-
-    async def _sizes_now(self, model: pb.Model, version: int) -> Sizes:
-        key, now_s = (model.name, version, model.etag), self._clock.monotonic()
-        if (known := self._known.get(key)) is not None and now_s - known[0] < KNOWN_S:
-            return known[1]
-        found = await ask(self._call, model, version)
-        self._known = {one: kept for one, kept in self._known.items() if now_s - kept[0] < KNOWN_S} | {
-            key: (now_s, found)
-        }
+            found = await self._sizes_now(model, version)
+        if isinstance(found, StatusError):
+            raise found
         return found
+
+    async def _sizes_now(self, model: pb.Model, version: int) -> Sizes | StatusError:
+        """What was refused counts as long: else each replica of a model waits for its own deadline, one after another."""
+        key = model.name, version, model.etag
+        known = self._fresh()
+        if key in known:
+            return known[key][1]
+        found: Sizes | StatusError
+        try:
+            found = await ask(self._call, model, version)
+        except StatusError as refused:
+            found = refused
+        self._known = self._fresh() | {key: (self._clock.monotonic(), found)}
+        return found
+
+    def _fresh(self) -> dict[tuple[str, int, str], tuple[float, Sizes | StatusError]]:
+        now_s = self._clock.monotonic()
+        return {key: known for key, known in self._known.items() if now_s - known[0] < KNOWN_S}
 
     def keep_only(self, models: Collection[str]) -> None:
         """Forgets what exists no more."""

@@ -19,10 +19,13 @@ class Turns:
     def __init__(self, busy: str) -> None:
         self._busy, self._one = busy, asyncio.Lock()
 
-    async def run(self, work: Callable[[], _Answer]) -> _Answer:
-        """In a thread, in its turn. Who gives up leaves the turn taken until the thread has ended. Raises ResourceExhausted after `PATIENCE_S`."""
+    async def run(self, work: Callable[[], _Answer], patience_s: float | None = PATIENCE_S) -> _Answer:
+        """In a thread, in its turn. Who gives up leaves the turn taken until the thread has ended.
+
+        Raises ResourceExhausted after `patience_s`; None: it waits for its turn, however long.
+        """
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(patience_s):
                 await self._one.acquire()
         except TimeoutError:
             raise ResourceExhausted(

@@ -27,6 +27,7 @@ from whaleflux_scheduler.core import planned_sizes
 from whaleflux_scheduler.core.elastic import SizePlan
 from whaleflux_scheduler.core.model import Job, JobState
 from whaleflux_scheduler.core.planned_sizes import Allowance, Saved
+from whaleflux_scheduler.planning_turns import Turns
 
 ANSWER_S, AGAIN_S = 2.0, 10.0  # of the checkpoint service, and when it is asked again where it gave none
 MOST_KNOWN = 512  # sets of plans
@@ -51,7 +52,7 @@ class Replanning:
         self._running: Mapping[str, Saved] = {}  # of jobs that run
         self._plans: OrderedDict[_Key, tuple[SizePlan, ...]] = OrderedDict()
         self._under_way: set[object] = set()
-        self._one = asyncio.Lock()
+        self._turns = Turns("jobs are being planned anew")
         self._tasks: asyncio.TaskGroup | None = None
 
     def runs_in(self, tasks: asyncio.TaskGroup) -> None:
@@ -149,8 +150,7 @@ class Replanning:
 
     async def _plan(self, name: str, spec: Spec, wish: Wish, allowed: Allowance) -> None:
         """One at a time."""
-        async with self._one:
-            plans = await asyncio.to_thread(self._plans_of, spec, wish, allowed)
+        plans = await self._turns.run(lambda: self._plans_of(spec, wish, allowed), patience_s=None)
         self._plans[_key(spec, allowed)] = plans
         while len(self._plans) > MOST_KNOWN:
             self._plans.popitem(last=False)
@@ -161,7 +161,9 @@ class Replanning:
             return planned_sizes.plans_of(spec, wish, allowed, lambda model: self._offer(model, fp8=wish.fp8))
         except InvalidArgument as error:  # a record from before a rule that is stricter now: it keeps its first plan
             _log.warning(Event.PLAN_REFUSED, model=wish.model[:80], reason=str(error)[:300])
-            return ()
+        except Exception as error:  # a bug on what one job asks must not end the leader, and each that follows it
+            _log.error(Event.PLAN_REFUSED, model=wish.model[:80], reason=repr(error)[:300], exc_info=True)
+        return ()
 
     def _offer(self, model: str, *, fp8: bool) -> Offer | None:
         known = CATALOGUE.types.get(model)

@@ -18,7 +18,7 @@ from whaleflux.manifests.job_fields import MAX_PARALLEL
 from whaleflux.manifests.site_values import MOST_SITES
 from whaleflux.manifests.training_values import model_text
 from whaleflux.planning.binding import lacks
-from whaleflux.planning.calibration import Calibrated, calibrated, ladder_from_text
+from whaleflux.planning.calibration import MAX_BYTES, Calibrated, calibrated, ladder_from_text
 from whaleflux.planning.emit.mesh import fsdp2
 from whaleflux.planning.emit.planned import Planned
 from whaleflux.planning.known_models import model_said
@@ -86,7 +86,8 @@ class TrainingPlans:
         answer = await self._turns.run(lambda: _answer(question, offers, there))
         answer.refused.extend(unable)
         measured = {one.gpu.name: one.measured for one in offers if one.measured is not None}
-        answer.notes.extend(filter(None, (one.lacks() for one in measured.values())))
+        more = training_offers.not_compared(able, request.gpus, request.gpu_types)
+        answer.notes.extend(filter(None, (*(one.lacks() for one in measured.values()), more)))
         return answer
 
 
@@ -95,7 +96,13 @@ def calibrations(folder: str) -> dict[str, dict[str, Calibrated]]:
     found: dict[str, dict[str, Calibrated]] = {one: {} for one in PRECISIONS}
     for path in sorted(Path(folder).glob("*.json")) if folder else ():
         try:
-            ladder = ladder_from_text(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            if len(raw) > MAX_BYTES:
+                raise InvalidArgument(
+                    FieldViolation("calibrations", f"is longer than {MAX_BYTES} bytes: is it another file?")
+                )
+            ladder = ladder_from_text(raw.decode("utf-8"))
         except (InvalidArgument, OSError, UnicodeDecodeError) as error:
             raise InvalidArgument(FieldViolation("calibrations", f"{path}: {error}")) from None
         gpu = CATALOGUE.types.get(CATALOGUE.name_of(ladder.gpu, int(ladder.memory_bytes)))

@@ -15,12 +15,15 @@ from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.fleet.gpu_types import CATALOGUE
 from whaleflux.planning.emit.mesh import fsdp2
 from whaleflux.planning.emit.planned import Emitted, Planned
+from whaleflux.planning.emit.torchrun import exports
 from whaleflux.planning.mixed_plan import ALONE, STAGES, MixedPlan
 from whaleflux.planning.model_shape import ModelShape
 from whaleflux.planning.plans import Plans, Recompute
 from whaleflux.planning.training import Training
+from whaleflux.planning.wish import ALLOCATOR, GROWING
+from whaleflux.planning.wish import VARIABLE as MESH
 
-BALANCE, MESH = "BALANCE", "MESH"  # variables that `whaleflux.sdk` reads
+BALANCE = "BALANCE"  # which `whaleflux.sdk` reads, as it does MESH
 _NODE_GPUS, _MOST_NAME = 8, 40
 
 
@@ -57,6 +60,7 @@ def job_file(shape: ModelShape, plan: MixedPlan, how: Training) -> Emitted:
         f"  compute_capability: {capability[0]}.{capability[1]}",
         *tensor,
         "environment:",
+        f"  {ALLOCATOR}: {GROWING}",
         *(f"  {name}: '{value}'" for name, value in _environment(shape, plan, how).items()),
     ]
     notes = (
@@ -76,8 +80,7 @@ def torchrun_file(shape: ModelShape, plan: MixedPlan, how: Training) -> Emitted:
         "#!/usr/bin/env bash",
         f"# {_title(shape, plan)}",
         "set -euo pipefail",
-        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}",
-        *(["export CUDA_DEVICE_MAX_CONNECTIONS=1"] if tp > 1 and plan.zero < 2 else []),
+        *exports(one_queue=tp > 1 and plan.zero < 2),
         *(f"export {name}='{value}'" for name, value in _environment(shape, plan, how).items()),
         f'exec torchrun --nnodes={plan.gpus // each} --nproc-per-node={each} --rdzv-backend=c10d {meets} "$@"',
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from whaleflux.planning.emit.planned import Emitted, Planned
+from whaleflux.planning.wish import ALLOCATOR, GROWING
 
 
 def torchrun(planned: Planned) -> Emitted:
@@ -30,11 +31,14 @@ def environment(planned: Planned, *, sharded: bool = False) -> list[str]:
     One hardware queue keeps collectives of tensor and context parallelism in the order in which they were launched, which their overlap
     rests on (Megatron-LM asks for it on GPUs before Blackwell).
     """
-    one_queue = (planned.split.tp > 1 or planned.split.cp > 1) and not sharded
+    return exports(one_queue=(planned.split.tp > 1 or planned.split.cp > 1) and not sharded)
+
+
+def exports(*, one_queue: bool) -> list[str]:
+    """The same, where it is known whether collectives share one queue."""
     return [
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}",
-        # Blocks of the allocator grow in place, which the planner's memory counts on: else a tenth of a GPU lies between them.
-        "export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}",
+        f"export {ALLOCATOR}=${{{ALLOCATOR}:-{GROWING}}}",
         *(["export CUDA_DEVICE_MAX_CONNECTIONS=1"] if one_queue else []),
     ]
 

@@ -32,13 +32,14 @@ class SizePlan:
 class SizedSpec(Spec):
     """Of a job that is planned anew for each of its sizes: it has those alone for which there is a plan (`planned_sizes`).
 
-    `why` says what its checkpoint allows, `first` how it was split when it was submitted.
+    `why` says what its checkpoint allows, `first` how it was split when it was submitted; `not_on`: types that would do, and have no plan.
     """
 
     only_sizes: tuple[int, ...] = ()
     plans: tuple[SizePlan, ...] = ()
     first: AttemptSplit | None = None
     why: str = ""
+    not_on: tuple[str, ...] = ()
 
     def plan_of(self, gpus: int, model: str) -> SizePlan | None:
         """None: it is not planned for these."""

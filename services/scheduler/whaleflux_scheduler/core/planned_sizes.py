@@ -19,7 +19,7 @@ from whaleflux_scheduler.core.lifecycle import GpuAssignment
 from whaleflux_scheduler.core.model import Attempt, AttemptSplit, Job
 
 PLANNED_ANEW, SIZES = "planned anew for ", "it can go on with "  # how reasons begin that tell of a split
-MOST_PLANS = 24  # of a job at once: up to two seconds
+MOST_PLANS, MOST_TYPES = 24, 8  # of a job at once: up to two seconds
 ANY_SPLIT, SAME_SPLIT, SAME_RANKS, UNKNOWN = "ANY_SPLIT", "SAME_SPLIT", "SAME_RANKS", "UNSPECIFIED"  # as the contract
 OfferOf = Callable[[str], Offer | None]
 """Of a GPU type, as it counts for plans; None: nobody knows how fast it is."""
@@ -96,11 +96,18 @@ def _writer(job: Job, epoch: int) -> AttemptSplit | None:
 
 
 def plans_of(spec: Spec, wish: Wish, allowed: Allowance, offer_of: OfferOf) -> tuple[SizePlan, ...]:
-    """Of each size and GPU type that it may have, the smallest first; sizes that are no faster than a smaller one are left out."""
-    offers = [offer for model in spec.any_of or (wish.gpu,) if (offer := offer_of(model)) is not None][:2]
-    found = [_of_type(spec, wish, allowed, offer, MOST_PLANS // len(offers)) for offer in offers]
-    known = set.intersection(*({one.gpus for one in plans} for plans in found)) if found else set()
-    return tuple(one for plans in found for one in plans if one.gpus in known)
+    """Of each size and GPU type that it may have, the smallest first; sizes that are no faster than a smaller one are left out.
+
+    A size has plans on all types, so that a type that shares none with those before it is left out whole.
+    """
+    offers = [offer for model in spec.any_of or (wish.gpu,) if (offer := offer_of(model)) is not None][:MOST_TYPES]
+    found, known = list[SizePlan](), set[int]()
+    for offer in offers:
+        plans = _of_type(spec, wish, allowed, offer, MOST_PLANS // len(offers))
+        there = {one.gpus for one in plans}
+        if shared := there & known if found else there:
+            found, known = [*found, *plans], shared
+    return tuple(one for one in found if one.gpus in known)
 
 
 def _of_type(spec: Spec, wish: Wish, allowed: Allowance, offer: Offer, most: int) -> list[SizePlan]:
@@ -166,13 +173,15 @@ def submitted(spec: Spec, wish: Wish) -> AttemptSplit:
 
 
 def with_plans(spec: Spec, plans: Iterable[SizePlan], why: str, as_it_is: int) -> SizedSpec:
-    """With these sizes; without any plan the one that it has or was planned for, `as_it_is`."""
+    """With these sizes, on the types that they are planned for; without any plan the one that it has or was planned for, `as_it_is`."""
     known, wish = tuple(plans), wish_of(spec)
     only = tuple(sorted({one.gpus for one in known})) or (as_it_is,)
     whole = {one.name: getattr(spec, one.name) for one in fields(Spec)}
+    types = tuple(dict.fromkeys(one.model for one in known)) or spec.any_of
     return SizedSpec(
-        **whole, only_sizes=only, plans=known, first=submitted(spec, wish) if wish is not None else None, why=why
-    )
+        **whole | {"any_of": types}, only_sizes=only, plans=known, why=why,
+        first=submitted(spec, wish) if wish is not None else None, not_on=tuple(one for one in spec.any_of if one not in types),
+    )  # fmt: skip
 
 
 def with_split(assignment: GpuAssignment, job: Job) -> GpuAssignment:
@@ -206,6 +215,8 @@ def why_sizes(spec: Spec) -> Iterator[str]:
     if isinstance(spec, SizedSpec) and spec.plans and len(spec.only_sizes) < len(sizes(_plain(spec))):
         listed = ", ".join(map(str, spec.only_sizes[:8])) + (", ..." if len(spec.only_sizes) > 8 else "")
         yield f"{SIZES}{listed} GPUs: {spec.why}; other sizes have no plan, or none that is faster"
+    if isinstance(spec, SizedSpec) and spec.not_on:
+        yield f"{SIZES}{', '.join(spec.any_of)} alone: on {', '.join(spec.not_on[:8])} it has no plan"
 
 
 def _plain(spec: SizedSpec) -> Spec:

@@ -112,9 +112,8 @@ def offers(
 
     `types`: those that will do; empty: all. Offers of fewer than `least` GPUs are left out.
     """
-    suiting = [one for one in found if not types or one.gpu.name in types]
     made = []
-    for one in _places(suiting, gpus)[:MOST_TYPES]:
+    for one in _places(found, gpus, types)[:MOST_TYPES]:
         price, source = price_of(one)
         fabric, calibrated = _fabric(one, network), (measured or {}).get(one.gpu.name)
         if calibrated is not None:
@@ -128,8 +127,16 @@ def offers(
     return made
 
 
-def _places(suiting: Sequence[Had], gpus: int) -> list[Had]:
-    """Sites that have so many; of a type of which none has, the widest place."""
+def not_compared(found: Sequence[Had], gpus: int, types: Collection[str]) -> str:
+    """What `offers` leaves out of the same, in words; "": nothing."""
+    more = len(_places(found, gpus, types)) - MOST_TYPES
+    which = f"only the {MOST_TYPES} types at sites with the most GPUs are compared, and {more} more are not"
+    return f"{which}; to compare others, name their types or sites" if more > 0 else ""
+
+
+def _places(found: Sequence[Had], gpus: int, types: Collection[str]) -> list[Had]:
+    """Of types that will do, the sites that have so many; of a type of which none has, the widest place."""
+    suiting = [one for one in found if not types or one.gpu.name in types]
     alone = [one for one in suiting if one.site and one.all >= gpus]
     enough, widest = {one.gpu.name for one in alone}, dict[str, Had]()
     for one in suiting:  # the most GPUs first
