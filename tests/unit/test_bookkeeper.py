@@ -24,6 +24,7 @@ from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import LocalFolder
 from whaleflux_console.ledger.ledger import open_ledger
+from whaleflux_console.ledger.manifest import Kind
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.pricing import Pricing
 from whaleflux_console.servicer import CostServicer
@@ -69,7 +70,7 @@ class World:
                 Budgets(self.store, self.clock, lambda queue: self.access.get(queue, OPEN)),
                 costs,
             )
-            self.ledger = ledger
+            self.ledger, self.progress = ledger, progress
             try:
                 yield self
             finally:
@@ -150,6 +151,56 @@ class TestKeeping:
             world.run(T)
             await world.tick()
             assert (await world.cost()).total.bill_micros == 4_000_000
+
+    async def test_a_restart_closes_no_hour_again(self, tmp_path):
+        world = World(tmp_path)
+        async with world.running():
+            world.fleet()
+            world.run(T, T + 30 * MINUTE)
+            await world.until(LATE)
+            await world.tick()
+        await world.until(LATE + HOUR_MS)
+        async with world.running():
+            world.fleet(ms=LATE + HOUR_MS)
+            world.run(T, T + 30 * MINUTE)
+            await world.tick()
+            await world.until(LATE + 2 * HOUR_MS)
+            await world.tick()
+            assert (await world.ask("GetLedger", pb.GetLedgerRequest())).restated_hours == 0
+
+    async def test_an_hour_in_which_nothing_changes_is_told_of_no_more(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.fleet()
+            told = []
+            for minute in (5, 10, 15):
+                await world.until(T + minute * MINUTE)
+                await world.tick()
+                told.append(len(world.ledger.state.of(Kind.FACTS, T)))
+            assert told[0] == told[-1] > 0
+            assert (await world.cost()).total.bill_micros == 2 * 2_000_000 * 15 // 60
+
+    async def test_what_was_wrong_is_said_until_it_is_right(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.fleet()
+            world.progress.trouble = "it was"
+            await world.until(T + MINUTE)
+            await world.tick()
+            assert (await world.ask("GetLedger", pb.GetLedgerRequest())).trouble == ""
+
+    async def test_a_price_record_that_cannot_be_read_after_a_restart_changes_no_bill_either(self, tmp_path):
+        world = World(tmp_path)
+        async with world.running():
+            await world.ask("CreatePrice", price())
+            world.fleet()
+            await world.until(LATE)
+            await world.tick()
+        await world.store.commit(Put(keys.PRICES + "p", b"\xff\xff"))
+        async with world.running():
+            world.fleet(ms=LATE)
+            await world.until(LATE + 20 * MINUTE)
+            await world.tick()
+            assert (await world.cost()).total.bill_micros == 7_200_000
+            assert (await world.ask("GetLedger", pb.GetLedgerRequest())).restated_hours == 0
 
     async def test_a_price_that_is_declared_later_closes_its_hours_again(self, tmp_path):
         async with World(tmp_path).running() as world:

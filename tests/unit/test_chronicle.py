@@ -93,14 +93,20 @@ class TestDevices:
 
     def test_after_a_restart_what_was_going_on_goes_on_without_a_gap(self):
         told = Facts(
-            presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, T + 10 * MINUTE),),
+            presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, T + 10 * MINUTE, goes_on=True),),
             prices=(PriceSpan("g0", T, T + 10 * MINUTE, 2_000_000, PriceKind.OWNED, NODE_SAYS),),
         )
         found = Chronicle()
         found.resume(told)
-        found.node(N, [replace(device(), memory_bytes=0)], PRICE, T + 50 * MINUTE, T)
+        found.node(N, [device()], PRICE, T + 50 * MINUTE, T)
         (one,) = found.whole_hour(T, T + HOUR_MS).presences
         assert (one.start_ms, one.end_ms) == (T, T + HOUR_MS)
+        assert found.devices()[0].memory_bytes == 80
+
+    def test_after_a_restart_what_had_ended_has_ended(self):
+        found = Chronicle()
+        found.resume(Facts(presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, T + 10 * MINUTE),)))
+        assert found.devices() == ()
 
     def test_what_is_told_of_an_hour_is_forgotten_when_it_is_over(self):
         found = Chronicle()
@@ -117,7 +123,7 @@ class TestJobs:
         found.job(job([attempt()], [holding(end=T + 1)]))
         told = found.fresh(T + 5 * MINUTE)[T]
         assert [one.end_ms for one in told.holdings] == [T + 5 * MINUTE]
-        assert found.held(T + 5 * MINUTE) == {"g0": 1_000_000}
+        assert found.held() == {"g0": 1_000_000}
 
     def test_of_a_job_whose_record_is_gone_nothing_goes_on(self):
         found = Chronicle()
@@ -125,7 +131,7 @@ class TestJobs:
         found.job_gone("queues/q/jobs/j", T + MINUTE)
         told = found.whole_hour(T, T + HOUR_MS)
         assert [one.end_ms for one in told.holdings] == [T + MINUTE]
-        assert found.held(T + HOUR_MS) == {}
+        assert found.held() == {}
 
     def test_work_that_turns_out_to_be_lost_is_told_to_the_hours_that_it_was_done_in(self):
         found, now = Chronicle(), T + 5 * HOUR_MS
@@ -136,6 +142,19 @@ class TestJobs:
         told = found.fresh(now + MINUTE)
         assert sorted(told) == [T + hour * HOUR_MS for hour in range(1, 6)]
         assert all(len(facts.attempts) == 2 for facts in told.values())
+
+    def test_after_a_restart_nothing_is_told_again_of_what_was_over(self):
+        found, now = Chronicle(), T + 5 * HOUR_MS
+        found.resume(Facts(presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, now, goes_on=True),)))
+        found.job(job([attempt(end=T + MINUTE)], [holding(end=T + MINUTE)]))
+        assert found.fresh(now + MINUTE) == {}
+
+    def test_what_failed_while_nobody_looked_is_told_to_the_hours_that_it_was_done_in(self):
+        found, now = Chronicle(), T + 5 * HOUR_MS
+        found.resume(Facts(presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, now - MINUTE, goes_on=True),)))
+        failed = attempt(last_step=100, end=now, failed=True, last_saved_step=10, last_saved_ms=T + HOUR_MS)
+        found.job(job([failed, attempt(2, now, restored_step=10)], [holding(end=now), holding(2, now, now + 1)]))
+        assert sorted(found.fresh(now + MINUTE)) == [T + hour * HOUR_MS for hour in range(1, 6)]
 
 
 class TestFragmentation:

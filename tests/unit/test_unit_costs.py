@@ -1,7 +1,7 @@
 """What units of work cost: out of closed hours and what ranks told, without what the caller may not see."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.ledger_world import reports, step
@@ -20,6 +20,7 @@ def runs(draw):
     return Run(draw(st.text(max_size=3)), job, "q", "", bill, HOUR_MS, draw(st.integers(0, HOUR_MS)), tokens)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(st.lists(runs(), max_size=20))
 def test_units_sum_to_what_their_runs_cost(some):
     found = unit_costs(some, "job")

@@ -13,7 +13,7 @@ from whaleflux.store.election import Leader
 from whaleflux.telemetry import Event, Metric
 from whaleflux_console.core import checks
 from whaleflux_console.core.bill import rows_of_hour
-from whaleflux_console.core.chronicle import Chronicle
+from whaleflux_console.core.chronicle import Chronicle, with_more
 from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.rows import LedgerRow
 from whaleflux_console.invoicing import Invoicing
@@ -34,7 +34,6 @@ class Progress:
     """What the ledger's keeper can say of itself, for people. Of another replica it is empty."""
 
     trouble: str = ""
-    residual_micros: int = 0
 
 
 class Bookkeeper:
@@ -73,6 +72,7 @@ class Bookkeeper:
     async def tick(self) -> None:
         """Tells what is new, closes what is due."""
         now_ms = self.now_ms()
+        self._progress.trouble = "; ".join(self._ledger.notes)
         await self._tell(now_ms)
         await self._restate_for_prices(now_ms)
         await self._invoicing.round(now_ms)
@@ -91,10 +91,15 @@ class Bookkeeper:
             self._progress.trouble = str(damage)
             _log.error(Event.LEDGER_TROUBLE, reason=str(damage))
 
-    async def close(self, hour_ms: int, *, interim: bool = False) -> None:
-        """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden."""
+    async def close(self, hour_ms: int, *, so_far: Facts | None = None) -> None:
+        """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden.
+
+        `so_far`: it stays open, and this goes on in it.
+        """
+        interim = so_far is not None
         made = await self._ledger.inputs(hour_ms)
-        facts = self._pricing.priced(_as_billed(made.facts), hour_ms, hour_ms + HOUR_MS)
+        known = with_more(made.facts, so_far) if so_far else made.facts
+        facts = self._pricing.priced(_as_billed(known), hour_ms, hour_ms + HOUR_MS)
         rows = await asyncio.to_thread(rows_of_hour, facts, hour_ms)
         self._check(facts, hour_ms, rows)
         version = await self._ledger.close(made, rows, interim=interim)
@@ -106,24 +111,22 @@ class Bookkeeper:
         began_s = self._clock.monotonic()
         if began_s < self._next_interim_s:
             return
-        await self._ledger.tell(now_ms, self._chronicle.whole_hour(now_ms // HOUR_MS * HOUR_MS, now_ms))
-        for hour_ms in self._ledger.open_hours():
+        for hour_ms in sorted({*self._ledger.open_hours(), now_ms // HOUR_MS * HOUR_MS}):
             with contextlib.suppress(Damaged):  # said where the hour is closed
-                await self.close(hour_ms, interim=True)
+                await self.close(hour_ms, so_far=self._chronicle.whole_hour(hour_ms, now_ms))
         took_s = self._clock.monotonic() - began_s
         self._next_interim_s = began_s + max(_INTERIM_EVERY_S, _INTERIM_PAUSE * took_s)
 
     def _check(self, facts: Facts, hour_ms: int, rows: Sequence[LedgerRow]) -> None:
-        residual = sum(abs(row.bill_micros - sum(row.micros)) for row in rows)
-        telemetry.gauge(Metric.LEDGER_RESIDUAL).set(residual)
-        self._progress.residual_micros = residual
+        telemetry.gauge(Metric.LEDGER_RESIDUAL).inc(sum(abs(row.bill_micros - sum(row.micros)) for row in rows))
         if found := checks.faults(facts, hour_ms, rows):
             self._progress.trouble = f"the hour {hour_ms} does not add up: {'; '.join(found[:_SHOWN_FAULTS])}"
             _log.error(Event.LEDGER_FAULT, hour=hour_ms, reason=self._progress.trouble)
 
     async def _tell(self, now_ms: int) -> None:
-        for hour_ms, facts in sorted(self._chronicle.fresh(now_ms).items()):
-            await self._ledger.tell(hour_ms, facts)
+        fresh = sorted(self._chronicle.fresh(now_ms).items())
+        for first in range(0, len(fresh), _AGAIN_AT_ONCE):
+            await self._ledger.tell_hours(dict(fresh[first : first + _AGAIN_AT_ONCE]))
         this_hour = now_ms // HOUR_MS * HOUR_MS
         if not self._whole_until_ms:
             self._whole_until_ms = self._chronicle.begin_ms(now_ms) // HOUR_MS * HOUR_MS

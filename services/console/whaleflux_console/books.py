@@ -72,7 +72,7 @@ class Books:
         await bookkeeper.resume()
         async with asyncio.TaskGroup() as group:
             group.create_task(owners.run())
-            group.create_task(self._rounds(owners, bookkeeper, ledger))
+            group.create_task(self._rounds(owners, bookkeeper))
             group.create_task(self._feed(ledger))
 
     async def _feed(self, ledger: Ledger) -> None:
@@ -83,12 +83,11 @@ class Books:
             await ledger.advance(round(self.clock.now().timestamp() * 1000))
             await self.clock.sleep(EVERY_S)
 
-    async def _rounds(self, owners: Owners, bookkeeper: Bookkeeper, ledger: Ledger) -> None:
+    async def _rounds(self, owners: Owners, bookkeeper: Bookkeeper) -> None:
         await owners.ready.wait()
         while True:
             owners.note_fragments()
             await bookkeeper.tick()
-            self.progress.trouble = "; ".join(ledger.notes) if ledger.notes else self.progress.trouble
             await self.clock.sleep(self.tick_s)
 
 

@@ -73,7 +73,7 @@ class Owners:
     def note_fragments(self) -> None:
         """What is free and of no use to those that wait, from now on."""
         now_ms = self.now_ms()
-        found = fragmented(self._chronicle.devices(), self._chronicle.held(now_ms), list(self._waiting.values()))
+        found = fragmented(self._chronicle.devices(), self._chronicle.held(), list(self._waiting.values()))
         self._chronicle.fragmented(found, now_ms)
 
     async def _follow(
@@ -132,7 +132,7 @@ class Owners:
 
     def _facts_of(self, job: scheduler_pb2.Job) -> JobFacts:
         facts = convert.job_facts(job, self._models.get(job.name, ""), self.now_ms())
-        return self._saves.known(facts)
+        return self._saves.known(facts) if self._chronicle.is_news(facts) else facts
 
     async def _look_up_saves(self) -> None:
         """What jobs that failed had saved, which tells what was lost."""

@@ -19,7 +19,7 @@ from whaleflux_console.core import price_rules as rules
 from whaleflux_console.core.price_book import Ownership, components
 from whaleflux_console.records import Records
 
-MOST_PRICES = 5_000
+MOST_PRICES = 1_000  # those that hours were closed by are one record of the store
 _OUTPUT = ("components", "create_time", "last_change", "etag")
 _NOT_SPREAD = {
     pb.ADJUSTMENT_STATE_UNSPECIFIED,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 from whaleflux import telemetry
 from whaleflux.errors import InvalidArgument
@@ -17,7 +20,7 @@ from whaleflux.telemetry import Event
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console import convert
 from whaleflux_console.core.chronicle import NODE_SAYS
-from whaleflux_console.core.facts import Facts, PriceSpan
+from whaleflux_console.core.facts import Facts, PriceKind, PriceSpan
 from whaleflux_console.core.price_book import FOR_GOOD_MS, Price, PriceBook, Priced
 
 _log = telemetry.get_logger("whaleflux.console.pricing")
@@ -32,7 +35,7 @@ class Window:
 
 
 class Pricing:
-    """`book` is of the records as they were last read. Which of them hours were closed by lies in the store, so that no change is missed."""
+    """Prices are of the records as they were last read. Which of them hours were closed by lies in the store, so that no change is missed."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -42,7 +45,7 @@ class Pricing:
     async def read(self) -> None:
         """The declared prices of now. One that cannot be read stays as it was known."""
         read = read_all((await self._store.list(keys.PRICES)).entries, _price)
-        known = {price.name: price for price in self._prices}
+        known = {**await self._read_seen(), **{price.name: price for price in self._prices}}
         unread = [known[name] for name in map(keys.name_of, read.unreadable) if name in known]
         self._prices = (*(price for _, price in read.values if price is not None), *unread)
 
@@ -79,9 +82,15 @@ class Pricing:
         if self._seen is None:
             entry = await self._store.get(keys.LEDGER_PRICES)
             value = entry.value if entry else b"{}"
-            found = {name: Price(**fields) for name, fields in json.loads(value).items()}
+            found = {name: _seen_price(fields) for name, fields in json.loads(value).items()}
             self._seen = (hashlib.sha256(value).hexdigest(), found)
         return self._seen[1]
+
+
+def _seen_price(fields: Mapping[str, Any]) -> Price:
+    """Without what a newer version noted beside it."""
+    known = {name: fields[name] for name in Price.__dataclass_fields__ if name in fields}
+    return Price(**known | {"kind": PriceKind(fields["kind"])})
 
 
 def _price(entry: Entry) -> Price | None:
@@ -94,15 +103,14 @@ def _price(entry: Entry) -> Price | None:
 
 def _of_nodes(said: list[PriceSpan], node_of: Mapping[str, str]) -> Iterator[Price]:
     """What nodes say, once for each node and time."""
-    found: dict[tuple[str, int], PriceSpan] = {}
+    found: dict[str, dict[int, PriceSpan]] = defaultdict(dict)
     for one in said:
         if one.card in node_of:
-            key = (node_of[one.card], one.start_ms)
-            found[key] = max(found.get(key, one), one, key=lambda span: span.end_ms)
-    for (node, start_ms), one in found.items():
-        later = [start for other, start in found if other == node and start > start_ms]
-        end_ms = min(later, default=FOR_GOOD_MS)
-        yield Price(node, one.kind, one.micros_per_hour, start_ms, end_ms, NODE_SAYS, "", node=node, by_node=True)
+            found[node_of[one.card]][one.start_ms] = one
+    for node, spans in found.items():
+        for start_ms, end_ms in pairwise([*sorted(spans), FOR_GOOD_MS]):
+            one = spans[start_ms]
+            yield Price(node, one.kind, one.micros_per_hour, start_ms, end_ms, NODE_SAYS, "", node=node, by_node=True)
 
 
 def _site(node: str) -> str:

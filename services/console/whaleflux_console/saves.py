@@ -17,8 +17,14 @@ _log = telemetry.get_logger("whaleflux.console.saves")
 _MOST_WAITING = 10_000
 _AT_ONCE = 20
 _CALL_S = 5.0
-_PAGE = 100
-_KEPT = frozenset({checkpoint_pb2.CHECKPOINT_STATE_COMMITTED, checkpoint_pb2.CHECKPOINT_STATE_CERTIFIED})
+_PAGE, _MOST_PAGES = 500, 20
+_SAVED = frozenset(  # an expired one was there when the attempt failed
+    {
+        checkpoint_pb2.CHECKPOINT_STATE_COMMITTED,
+        checkpoint_pb2.CHECKPOINT_STATE_CERTIFIED,
+        checkpoint_pb2.CHECKPOINT_STATE_EXPIRED,
+    }
+)
 
 
 class Saves:
@@ -52,19 +58,28 @@ class Saves:
         return found
 
     async def _ask(self, facts: JobFacts) -> None:
-        request = checkpoint_pb2.ListCheckpointsRequest(parent=facts.name, page_size=_PAGE)
-        listed = await self._checkpoint.ListCheckpoints(request, timeout=_CALL_S)
+        saved = await self._saves_of(facts.name)
         for one in facts.attempts:
-            if not one.failed or one.end_ms is None:
-                continue
-            saved = [
+            if one.failed and one.end_ms is not None:
+                within = [(step, ms) for step, ms in saved if one.allocate_ms <= ms <= one.end_ms]
+                self._saved[one.uid, one.attempt] = max(within, default=(0, 0))
+                self._bound(self._saved)
+
+    async def _saves_of(self, job: str) -> list[tuple[int, int]]:
+        """Step and time of each save."""
+        found: list[tuple[int, int]] = []
+        request = checkpoint_pb2.ListCheckpointsRequest(parent=job, page_size=_PAGE)
+        for _ in range(_MOST_PAGES):
+            listed = await self._checkpoint.ListCheckpoints(request, timeout=_CALL_S)
+            found += [
                 (each.step, each.commit_time.ToMilliseconds())
                 for each in listed.checkpoints
-                if each.state in _KEPT and each.HasField("commit_time")
+                if each.state in _SAVED and each.HasField("commit_time")
             ]
-            within = [(step, ms) for step, ms in saved if one.allocate_ms <= ms <= one.end_ms]
-            self._saved[one.uid, one.attempt] = max(within, default=(0, 0))
-            self._bound(self._saved)
+            request.page_token = listed.next_page_token
+            if not request.page_token:
+                break
+        return found
 
     def _with_save(self, one: Attempt) -> Attempt:
         step, at_ms = self._saved.get((one.uid, one.attempt), (0, 0))

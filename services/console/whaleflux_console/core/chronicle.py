@@ -7,13 +7,14 @@ what was going on at most, and what goes on is taken up again from what was told
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Fragmented, Holding, Presence, PriceKind, PriceSpan
 from whaleflux_console.core.lost_work import newest, phases
 from whaleflux_console.core.spans import Span, Spans
 
 LONGEST_BACK_MS = 35 * 24 * HOUR_MS  # beyond that what turns out to be lost stays what it was taken for
+FOR_GOOD_MS = 4_102_444_800_000
 NODE_SAYS = "the node itself"
 
 
@@ -27,7 +28,7 @@ class Device:
     gpu_class: str  # of the card
     part_ppm: int
     available: bool
-    memory_bytes: int = 0
+    memory_bytes: int = field(default=0, compare=False)  # no part of what is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Chronicle:
         self._of_node: dict[str, tuple[str, ...]] = {}
         self._jobs: dict[str, JobFacts] = {}
         self._fresh_jobs: dict[str, None] = {}
+        self._resumed_ms = 0  # what was over by then is told
 
     def node(self, node: str, devices: Sequence[Device], price: NodePrice | None, now_ms: int, since_ms: int) -> None:
         """A node is so now; of devices that are new since it joined. None of them and no price: it is gone."""
@@ -86,9 +88,14 @@ class Chronicle:
     def job(self, facts: JobFacts) -> None:
         """A job is so now."""
         before = self._jobs.get(facts.name)
-        if before != facts and facts.attempts:
+        if before != facts and self.is_news(facts):
             self._jobs[facts.name] = replace(facts, lost_from_ms=_newly_lost(before, facts))
             self._fresh_jobs[facts.name] = None
+
+    def is_news(self, facts: JobFacts) -> bool:
+        """Whether anything of it goes on, or went on when nobody had told of it yet."""
+        known = facts.name in self._jobs
+        return bool(facts.attempts) and (known or not facts.over or facts.touches(self._resumed_ms, FOR_GOOD_MS))
 
     def job_gone(self, name: str, now_ms: int) -> None:
         """Its record is deleted: what it held it holds no more."""
@@ -111,9 +118,9 @@ class Chronicle:
         for one in told.presences:
             if one.device not in newest or newest[one.device].start_ms < one.start_ms:
                 newest[one.device] = one
-        last_ms = max((one.end_ms for one in told.presences), default=0)
+        self._resumed_ms = max(self._resumed_ms, *(one.end_ms for one in told.presences), 0)
         for device, one in newest.items():
-            if one.end_ms >= last_ms - HOUR_MS:
+            if one.goes_on:
                 value = Device(one.card, one.device, one.node, one.gpu_class, one.part_ppm, one.available)
                 self._devices.resume(device, value, one.start_ms)
                 self._of_node[one.node] = (*self._of_node.get(one.node, ()), device)
@@ -131,7 +138,7 @@ class Chronicle:
         found = (self._devices.known(key) for key in self._devices.keys)
         return tuple(device for device in found if device is not None)
 
-    def held(self, now_ms: int) -> dict[str, int]:
+    def held(self) -> dict[str, int]:
         """Device -> parts per million of it that attempts hold now."""
         found: dict[str, int] = {}
         for job in self._jobs.values():
@@ -154,7 +161,7 @@ class Chronicle:
         asked, self._fresh_jobs = self._fresh_jobs, {}
         for name in asked:
             job = self._jobs[name]
-            for hour in _hours(_told_from(job, now_ms), now_ms):
+            for hour in _hours(_told_from(job, now_ms), _told_until(job, now_ms)):
                 hours.setdefault(hour, []).append(_job_told([job], hour, now_ms))
         return {hour: joined(found) for hour, found in hours.items()}
 
@@ -169,7 +176,9 @@ class Chronicle:
         """Lets go what was over before: its hours are told."""
         for each in (self._devices, self._prices, self._fragmented):
             each.forget(before_ms)
-        gone = [job.name for job in self._jobs.values() if job.over and not job.touches(before_ms, before_ms + 10**15)]
+        gone = [
+            job.name for job in self._jobs.values() if job.over and not job.touches(before_ms, before_ms + FOR_GOOD_MS)
+        ]
         for name in gone:
             del self._jobs[name]
 
@@ -197,17 +206,21 @@ class Chronicle:
 
 def _newly_lost(before: JobFacts | None, now: JobFacts) -> int | None:
     """The beginning of work that turned out to be lost since; None: none did."""
-    if before is None:
-        return None
-    was, now_is = (phases(newest(job.attempts), {}) for job in (before, now))
-    found = [
-        start
-        for key, phase in now_is.items()
-        if key in was and was[key].lost_from_ms != phase.lost_from_ms
-        for start in (was[key].lost_from_ms, phase.lost_from_ms)
-        if start is not None
-    ]
+    was, now_is = ({} if job is None else phases(newest(job.attempts), {}) for job in (before, now))
+    found = []
+    for key, phase in now_is.items():
+        earlier = (
+            was[key].lost_from_ms if key in was else None
+        )  # of a job that is seen again after a restart nothing is known
+        if earlier != phase.lost_from_ms:
+            found += [start for start in (earlier, phase.lost_from_ms) if start is not None]
     return min(found, default=None)
+
+
+def with_more(facts: Facts, more: Facts) -> Facts:
+    """What is told of an hour, and what would be told now: of one thing told twice the bill takes both for one."""
+    both = joined([facts, more])
+    return replace(both, steps=facts.steps, samples=facts.samples, adjustments=facts.adjustments)
 
 
 def joined(parts: Iterable[Facts]) -> Facts:
@@ -225,7 +238,15 @@ def joined(parts: Iterable[Facts]) -> Facts:
 def _presence(span: Span[Device]) -> Presence:
     one = span.value
     return Presence(
-        one.card, one.device, one.node, one.gpu_class, one.part_ppm, span.start_ms, span.end_ms, one.available
+        one.card,
+        one.device,
+        one.node,
+        one.gpu_class,
+        one.part_ppm,
+        span.start_ms,
+        span.end_ms,
+        one.available,
+        span.goes_on,
     )
 
 
@@ -250,16 +271,21 @@ def _until_now(job: JobFacts, now_ms: int) -> Iterator[Holding]:
 
 
 def _told_from(job: JobFacts, now_ms: int) -> int:
-    """From which hour on a change of the job is told: from the one before now, or from where its work turned out to be lost."""
-    newest = max(one.end_ms or now_ms for one in job.attempts)
-    began = max(one.allocate_ms for one in job.attempts)
-    recent = min(began, newest) if newest < now_ms - HOUR_MS else max(began, now_ms - HOUR_MS)
+    """From which hour on a change of the job is told: from the one before now, or from where its work turned out to be lost.
+
+    Hours that nobody has told yet are told whole (`whole_hour`).
+    """
+    recent = max(now_ms - HOUR_MS, *(one.allocate_ms for one in job.attempts))
     since = recent if job.lost_from_ms is None else min(recent, job.lost_from_ms)
     return max(since, now_ms - LONGEST_BACK_MS)
 
 
+def _told_until(job: JobFacts, now_ms: int) -> int:
+    return max(one.end_ms or now_ms for one in job.attempts)
+
+
 def _hours(start_ms: int, end_ms: int) -> range:
-    return range(start_ms // HOUR_MS * HOUR_MS, max(end_ms, start_ms + 1), HOUR_MS)
+    return range(start_ms // HOUR_MS * HOUR_MS, end_ms, HOUR_MS)
 
 
 def _touches(span: Span[object], hour_ms: int) -> bool:

@@ -36,6 +36,7 @@ class Presence:
     start_ms: int
     end_ms: int
     available: bool = True
+    goes_on: bool = False  # when it was told it still was so
 
 
 @dataclass(frozen=True, slots=True)

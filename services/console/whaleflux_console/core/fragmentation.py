@@ -5,8 +5,10 @@ Per kind of device: with F of them free and D wanted by gangs that find no place
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from whaleflux import names
 from whaleflux_console.core.chronicle import Device
@@ -32,12 +34,13 @@ class WaitingGang:
 
 
 def fragmented(devices: Iterable[Device], held: Mapping[str, int], waiting: Sequence[WaitingGang]) -> frozenset[str]:
-    """The devices that are fragmented now; of equal ones those of the lowest names."""
+    """The devices that are fragmented now; of equal ones those of the lowest names. Costs what is free, once for each kind of demand."""
     free = sorted((d for d in devices if d.available and not held.get(d.device, 0)), key=lambda d: d.device)
+    demand: Counter[WaitingGang] = Counter()
+    for gang in waiting:
+        demand[replace(gang, job="", gpus=0)] += gang.gpus
     found: set[str] = set()
-    for gang in sorted(waiting, key=lambda gang: gang.job):
-        left = [d.device for d in free if d.device not in found and gang.takes(d)]
-        found.update(left[: gang.gpus])
-        if len(found) == len(free):
-            break
+    for kind in sorted(demand, key=repr):
+        left = (d.device for d in free if d.device not in found and kind.takes(d))
+        found.update(list(islice(left, demand[kind])))
     return frozenset(found)

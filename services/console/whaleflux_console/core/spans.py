@@ -32,7 +32,8 @@ class Spans(Generic[V]):
     def set(self, key: str, value: V | None, now_ms: int, since_ms: int | None = None) -> None:
         """From now on (of a key that is new: from `since_ms` on) it is so; None: not any more."""
         before = self._open.get(key)
-        if before is not None and before[1] == value:
+        if before is not None and value is not None and before[1] == value:
+            self._open[key] = (before[0], value)  # equal in what counts
             return
         if before is not None:
             self._end(key, now_ms)

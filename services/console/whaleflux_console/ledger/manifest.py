@@ -219,8 +219,10 @@ class State:
     def _is_settled(self, hour_ms: int) -> bool:
         """Its rows are made of all that is told of it, and what was reported is rolled up."""
         rows = self.newest(Kind.HOURS, hour_ms)
-        if rows is None or not rows.version:  # none, or those of an hour that is still open
+        if rows is None:
             return self.told(hour_ms) == 0
+        if not rows.version:  # those of an hour that is still open, of which nothing new need have been told
+            return False
         if self.told(hour_ms) > rows.made_of:
             return False
         rolls = ((Kind.RAW, Kind.MINUTES), (Kind.STEPS, Kind.WORK))
