@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from whaleflux_console.core.chronicle import NODE_SAYS, Chronicle, Device, JobFacts, NodePrice
@@ -34,6 +34,7 @@ def job(attempts, holdings):
 
 
 class TestSpans:
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
     @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from("abc"), st.sampled_from([None, 1, 2])), max_size=30))
     def test_of_a_key_no_two_values_hold_at_a_time_and_nothing_is_left_out(self, changes):
         spans, now, history = Spans(), 0, {}
