@@ -101,6 +101,24 @@ async def test_steps_that_cannot_be_true_are_left_out_and_told_of(world, claim, 
     assert kept == world.steps()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (253_402_300_799, "no instants of 1970 to 2100"),
+        (2**62, "no instants of 1970 to 2100"),
+        (0, "s before the batch's; use -5 to 86400 s"),
+    ],
+)
+async def test_steps_of_no_time_of_their_batch_hold_nothing_up(world, seconds, said):
+    await world.place()
+    strange = world.steps()
+    strange.start_time.seconds = strange.end_time.seconds = seconds
+    answer = await world.report(world.batch(steps=[strange, world.steps()]), clock_s=3)
+    assert (answer.refused_records, said in answer.refused_reason) == (1, True)
+    ((kept,),) = [one.steps for one in await world.taken()]
+    assert kept.times == world.steps().times
+
+
 async def test_a_node_speaks_for_no_attempt_that_is_elsewhere(world):
     await world.place(nodes=[OTHER])
     gpu = pb.GpuUsage(
@@ -173,6 +191,8 @@ async def test_small_differences_of_clocks_are_the_way_of_the_message(world):
         (lambda w: w.request(w.batch(gpus=[pb.GpuUsage(device="g")] * (MOST_GPUS + 1))), "batches[0].gpus"),
         (lambda w: w.request(w.batch(gpus=[pb.GpuUsage(device="g" * 600_000)])), "batches"),
         (lambda w: pb.ReportUsageRequest(node=NODE, batches=[w.batch()]), "time"),
+        (lambda w: pb.ReportUsageRequest(node=NODE, batches=[w.batch()], time={"seconds": 2**62}), "time"),
+        (lambda w: w.request(pb.UsageBatch(node=NODE, boot_id="b", start=START, sequence=1, start_time={"seconds": -9})), "batches[0].start_time"),
     ],
 )  # fmt: skip
 async def test_what_no_agent_says_is_refused_by_field_and_changes_nothing(world, make, field):

@@ -25,6 +25,7 @@ from whaleflux.telemetry import Metric
 from whaleflux.usage_checks import MOST_INTERVAL_S, wrong_device, wrong_network, wrong_steps
 from whaleflux.v1 import usage_pb2 as pb
 from whaleflux.v1.usage_pb2_grpc import UsageServiceServicer
+from whaleflux_console.asked_times import is_instant
 
 MOST_BATCHES, MOST_BYTES = 64, 512 << 10
 MOST_GPUS, MOST_STEPS, MOST_HOLDERS = 64, 4096, 64
@@ -87,8 +88,7 @@ class UsageIntake(UsageServiceServicer):
             else:
                 kept.gpus.append(await self._held(seen, batch.node, refused))
         for steps in batch.steps:
-            took_us = round(_seconds_between(steps.start_time, steps.end_time) * 1e6)
-            if why := wrong_steps(steps.times, took_us) or await self._misplaced(steps, batch.node):
+            if why := _wrong_times(steps, batch) or await self._misplaced(steps, batch.node):
                 refused.add(why)
             else:
                 kept.steps.append(steps)
@@ -128,6 +128,7 @@ def check(request: pb.ReportUsageRequest) -> None:
     names.split(request.node, "sites", "nodes", field="node")
     if not request.HasField("time"):
         raise _wrong("time", "is not set; use the time that the node's clock shows")
+    _check_instant("time", request.time)
     if not 1 <= len(request.batches) <= MOST_BATCHES:
         raise _wrong("batches", f"{len(request.batches)} batches; use 1 to {MOST_BATCHES}")
     if request.ByteSize() > MOST_BYTES:
@@ -160,12 +161,29 @@ def _check_sizes(field: str, batch: pb.UsageBatch) -> None:
 
 
 def _check_times(field: str, batch: pb.UsageBatch, now: Timestamp) -> None:
+    _check_instant(f"{field}.start_time", batch.start_time)
+    _check_instant(f"{field}.end_time", batch.end_time)
     took_s = _seconds_between(batch.start_time, batch.end_time)
     if not 0 <= took_s <= MOST_INTERVAL_S:
         raise _wrong(f"{field}.end_time", f"is {took_s:g} s behind start_time; use 0 to {MOST_INTERVAL_S:g} s")
     age_s = _seconds_between(batch.end_time, now)
     if not -_MOST_AHEAD_S <= age_s <= OLDEST_S:
         raise _wrong(f"{field}.end_time", f"is {age_s:g} s before `time`; use {-_MOST_AHEAD_S:g} to {OLDEST_S:g} s")
+
+
+def _check_instant(field: str, at: Timestamp) -> None:
+    if not is_instant(at):
+        raise _wrong(field, "is no instant of 1970 to 2100; use the time that the node's clock shows")
+
+
+def _wrong_times(steps: pb.StepUsage, batch: pb.UsageBatch) -> str:
+    """What cannot be true of when they were done, and of what they say of that time."""
+    if not (is_instant(steps.start_time) and is_instant(steps.end_time)):
+        return "start_time and end_time are no instants of 1970 to 2100; use the times that the node's clock shows"
+    age_s = _seconds_between(steps.end_time, batch.end_time)
+    if not -_MOST_AHEAD_S <= age_s <= MOST_INTERVAL_S:
+        return f"end_time is {age_s:g} s before the batch's; use {-_MOST_AHEAD_S:g} to {MOST_INTERVAL_S:g} s"
+    return wrong_steps(steps.times, round(_seconds_between(steps.start_time, steps.end_time) * 1e6))
 
 
 def _dated(batch: pb.UsageBatch, behind: timedelta) -> pb.UsageBatch:
