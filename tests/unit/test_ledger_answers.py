@@ -1,11 +1,13 @@
 """Answers about cost: they sum to the whole, say what is not in them, and refuse what cannot be answered with the fix."""
 
+import asyncio
 import contextlib
+import threading
 
 import pytest
 
 from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, row
-from whaleflux.errors import InvalidArgument
+from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.store.memory import MemoryStore
 from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.rows import CostClass
@@ -97,6 +99,87 @@ async def test_restatements_and_later_hours_are_followed(tmp_path):
             assert await answers.follow()
             assert (await answers.ask(whole)).total.bill_micros == 23
             assert not await answers.follow()
+
+
+async def test_what_could_not_be_read_at_first_is_read_at_the_next_look(tmp_path):
+    store, folder, engine = MemoryStore(), LocalFolder(tmp_path), Engine()
+    whole, rows_away = Question(BEGIN_MS, BEGIN_MS + DAY_MS), []
+    read = folder.read
+
+    def reading(path):
+        if path.startswith("hours/") and rows_away:
+            raise Unavailable("out of reach")
+        return read(path)
+
+    folder.read = reading
+    async with leading(tmp_path, store) as ledger:
+        await close(ledger, fleet(hour(0)))
+        answers = Answers(folder, store, engine)
+        await answers.follow()
+        await close(ledger, fleet(hour(1)))
+        await ledger.advance(hour(3))
+        rows_away.append(True)
+        with pytest.raises(Unavailable):
+            await answers.follow()
+        found = await answers.ask(whole)
+        assert (found.total.bill_micros, found.as_of_ms) == (22, 0)
+        rows_away.clear()
+        assert await answers.follow()
+        found = await answers.ask(whole)
+        assert (found.total.bill_micros, found.as_of_ms) == (44, hour(3))
+    engine.close()
+
+
+async def test_a_look_that_is_cancelled_leaves_no_other_beside_the_next(tmp_path):
+    store, folder, engine = MemoryStore(), LocalFolder(tmp_path), Engine()
+    begun, goes_on, at_once = threading.Event(), threading.Event(), []
+    read, reading = folder.read, set()
+
+    def slowly(path):
+        if path.startswith("hours/"):
+            reading.add(threading.get_ident())
+            at_once.append(len(reading))
+            begun.set()
+            goes_on.wait(30)
+            reading.discard(threading.get_ident())
+        return read(path)
+
+    folder.read = slowly
+    async with leading(tmp_path, store) as ledger:
+        await close(ledger, fleet(hour(0)))
+    answers = Answers(folder, store, engine)
+    first = asyncio.create_task(answers.follow())
+    assert await asyncio.to_thread(begun.wait, 30)
+    first.cancel()
+    second = asyncio.create_task(answers.follow())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(at_once) == 1
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+    assert max(at_once) == 1
+    assert (await answers.ask(Question(BEGIN_MS, BEGIN_MS + DAY_MS))).total.bill_micros == 22
+    engine.close()
+
+
+async def test_the_state_changes_where_it_is_asked(tmp_path):
+    """Who walks through it on the event loop never finds it half changed."""
+    store, threads = MemoryStore(), set()
+    async with leading(tmp_path, store) as ledger:
+        await close(ledger, fleet(hour(0)))
+        async with answering(tmp_path, store) as answers:
+
+            class Watched(dict):
+                def __setitem__(self, path, file):
+                    threads.add(threading.get_ident())
+                    super().__setitem__(path, file)
+
+            answers.state.files = Watched(answers.state.files)
+            await close(ledger, fleet(hour(1)))
+            await answers.follow()
+    assert threads == {threading.get_ident()}
 
 
 async def test_days_before_the_last_weeks_are_kept_by_day(tmp_path):

@@ -6,9 +6,9 @@ An answer says as of when it is, and which hours are not in it since their files
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from whaleflux.errors import DeadlineExceeded, FieldViolation, InvalidArgument
 from whaleflux.store.api import Store
@@ -20,12 +20,14 @@ from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.head import Head, read_head
-from whaleflux_console.ledger.manifest import DAY_MS, Kind, State, date, day_of
+from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, date, day_of
 from whaleflux_console.ledger.question import CLASS, Question, check
 from whaleflux_console.ledger.schemas import table_rows
 from whaleflux_console.ledger.shelf import table_of
 from whaleflux_console.ledger.sql import sql
 
+T = TypeVar("T")
+Files = TypeVar("Files")
 DEADLINE_S = 10.0
 AT_ONCE = 4  # questions that are worked on side by side; others wait their turn
 
@@ -58,13 +60,14 @@ class Answer:
 
 
 class Answers:
-    """Call `follow` first, and again when the ledger may have changed."""
+    """Call `follow` first, and again when the ledger may have changed. `state` changes on the event loop alone, where it is asked."""
 
     def __init__(self, folder: Folder, store: Store, engine: Engine, *, hot_days: int = HOT_DAYS) -> None:
         self._folder, self._store, self._engine = folder, store, engine
         self._cache = Cache(folder, engine, hot_days)
         self._state = State()
-        self._head: Head | None = None
+        self._as_of_ms = 0  # of what the cache holds
+        self._head: Head | None = None  # that the cache is as of; None: it may lack any day
         self._following = asyncio.Lock()
         self._windows = asyncio.Semaphore(1)  # whose files are read
         self._places = asyncio.Semaphore(AT_ONCE)
@@ -90,28 +93,30 @@ class Answers:
             head, _ = await read_head(self._store)
             if head is None or head == self._head:
                 return False
-            await asyncio.to_thread(self._take, head)
-            self._head = head
+            changed = await self._advance(head)
+            self._head = None  # what ends before the cache has it all begins anew
+            await _to_the_end(self._cache.follow, self._state, changed)
+            self._head, self._as_of_ms = head, self._state.watermark_ms
             return True
 
-    def _take(self, head: Head) -> None:
-        changed = self._advance(head)
-        self._cache.follow(self._state, changed)
-
-    def _advance(self, head: Head) -> Iterable[int] | None:
+    async def _advance(self, head: Head) -> Iterable[int] | None:
         """Days whose hours changed; None: any may have."""
         if self._head is None or self._head.folder != head.folder or head.number < self._head.number:
-            self._state = chain.load(self._folder, head)
-            return None
+            return await self._load(head)
         try:
-            deltas = chain.advance(self._folder, self._state, head.at)
+            steps = await asyncio.to_thread(chain.behind, self._folder, self._state, head.at)
         except Damaged:  # too far behind, or the chain is another one: from its checkpoint
-            self._state = chain.load(self._folder, head)
-            return None
+            return await self._load(head)
+        for delta, named in steps:
+            self._state.apply(delta, named)
+        deltas = [delta for delta, _ in steps]
         kinds = (f"{Kind.HOURS}/", f"{Kind.DAYS}/")
         added = {day_of(file.start_ms) for delta in deltas for file in delta.added if file.path.startswith(kinds)}
         gone = any(path.startswith(kinds) for delta in deltas for path in delta.removed)
         return None if gone and not added else added
+
+    async def _load(self, head: Head) -> None:
+        self._state = await asyncio.to_thread(chain.load, self._folder, head)
 
     async def ask(self, question: Question) -> Answer:
         """Raises InvalidArgument for a question that cannot be answered, Unavailable until the ledger was read once."""
@@ -124,7 +129,7 @@ class Answers:
             *rows, total = await self._run(query, parameters)
         width = len(question.by)
         kept, whole = tuple(_in_time(question, [_sum(row[1:], width) for row in rows])), _sum((*total[1 + width :],), 0)
-        return Answer(kept, _rest(whole, kept, question), whole, self._state.watermark_ms, self._damaged(question))
+        return Answer(kept, _rest(whole, kept, question), whole, self._as_of_ms, self._damaged(question))
 
     def _check_days(self, question: Question) -> None:
         """Before the last weeks there are whole days alone."""
@@ -137,26 +142,29 @@ class Answers:
 
     async def versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
         """A closed hour's rows as of each version that is kept, oldest first. Raises Damaged for a file that is not as it was written."""
-        try:
-            return await asyncio.to_thread(self._read_versions, hour_ms)
-        except Damaged:  # closed again meanwhile, perhaps
-            await self.follow()
-            return await asyncio.to_thread(self._read_versions, hour_ms)
+        return await self._read(lambda: self._versions(hour_ms), self._rows_of)
 
     async def runs(self, start_ms: int, end_ms: int) -> list[Run]:
         """What each run cost and did in the closed hours of a window. Raises Damaged for a file that is not as it was written."""
         async with self._windows:
-            try:
-                return await asyncio.to_thread(self._read_runs, start_ms, end_ms)
-            except Damaged:  # closed again meanwhile, perhaps
-                await self.follow()
-                return await asyncio.to_thread(self._read_runs, start_ms, end_ms)
+            return await self._read(
+                lambda: runs.days(self._state, start_ms, end_ms),
+                lambda days: runs.runs(self._folder, self._engine, days),
+            )
 
-    def _read_runs(self, start_ms: int, end_ms: int) -> list[Run]:
-        return runs.runs(self._folder, self._engine, runs.days(self._state, start_ms, end_ms))
+    async def _read(self, find: Callable[[], Files], read: Callable[[Files], T]) -> T:
+        """What the files in force say; those of a newer version where they were replaced meanwhile."""
+        try:
+            return await _to_the_end(read, find())
+        except Damaged:
+            await self.follow()
+            return await _to_the_end(read, find())
 
-    def _read_versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
-        files = sorted((f for f in self._state.of(Kind.HOURS, hour_ms) if f.version), key=lambda file: file.version)
+    def _versions(self, hour_ms: int) -> list[File]:
+        files = (file for file in self._state.of(Kind.HOURS, hour_ms) if file.version)
+        return sorted(files, key=lambda file: file.version)
+
+    def _rows_of(self, files: Sequence[File]) -> list[tuple[LedgerRow, ...]]:
         return [table_rows(table_of(self._folder, file)) for file in files]
 
     async def _run(self, query: str, parameters: Sequence[Any]) -> Any:
@@ -179,6 +187,16 @@ class Answers:
         found = self._cache.damaged.items()
         first_ms = day_of(question.start_ms)
         return tuple(sorted(damage.path for at, damage in found if first_ms <= at < question.end_ms))
+
+
+async def _to_the_end(work: Callable[..., T], *arguments: Any) -> T:
+    """In a thread. Whoever is cancelled meanwhile keeps its turn until the thread is done: that cannot be stopped."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(working)
+    finally:
+        if not working.done():
+            await asyncio.wait([working])
 
 
 def _fetched(cursor: Any, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from whaleflux.errors import Unavailable
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.ledger.damage import Damaged
+from whaleflux_console.ledger.days import rolled_up
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, day_of
@@ -21,7 +22,6 @@ from whaleflux_console.ledger.shelf import local_files, rows_in
 HOT_DAYS = 35
 _AT_ONCE = 64  # files of one insert
 _COLUMNS = [*DAY_KEYS, *DAY_SUMS]
-_SUMS = ", ".join(f"sum({name})::BIGINT AS {name}" for name in DAY_SUMS)
 
 
 class Cache:
@@ -60,11 +60,9 @@ class Cache:
         if not days:
             return
         listed = ", ".join(map(str, sorted(days)))
-        hours = f"SELECT * FROM cache.hourly WHERE hour_ms // {DAY_MS} * {DAY_MS} IN ({listed})"
         day = f"hour_ms // {DAY_MS} * {DAY_MS}"
-        self._replace(
-            "daily", sorted(days), f"SELECT {day} AS day_ms, {', '.join(DAY_KEYS)}, {_SUMS} FROM ({hours}) GROUP BY ALL"
-        )
+        hours = f"SELECT * FROM cache.hourly WHERE {day} IN ({listed})"
+        self._replace("daily", sorted(days), rolled_up(hours, f"({day})"))
         self._held.update({("daily", each): "its hours" for each in days})
 
     def _bring_days(self, state: State, days: Sequence[int]) -> None:
@@ -167,7 +165,6 @@ def _start(table: str) -> str:
 def _read(table: str, paths: Sequence[Path], day: str = "") -> str:
     """SQL of what files hold, summed by what the table keeps."""
     source = rows_in(paths)
-    start = day or _start(table)
     if table == "daily":
         return f"SELECT day_ms, {', '.join(_COLUMNS)} FROM ({source})"
-    return f"SELECT {start}::BIGINT AS start_ms, {', '.join(DAY_KEYS)}, {_SUMS} FROM ({source}) GROUP BY ALL"
+    return rolled_up(source, day or "hour_ms")

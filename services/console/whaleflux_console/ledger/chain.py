@@ -51,8 +51,16 @@ def from_checkpoint(folder: Folder, checkpoint: Checkpoint) -> State:
         return manifest.opened(checkpoint, lists)
 
 
-def advance(folder: Folder, state: State, to: Named) -> list[Delta]:
-    """Applies the manifests behind the state up to `to`; returns them. Raises Damaged when these are not one chain."""
+def advance(folder: Folder, state: State, to: Named) -> bool:
+    """Applies the manifests behind the state up to `to`; whether there are any. Raises Damaged when these are not one chain."""
+    steps = behind(folder, state, to)
+    for delta, named in steps:
+        state.apply(delta, named)
+    return bool(steps)
+
+
+def behind(folder: Folder, state: State, to: Named) -> list[tuple[Delta, Named]]:
+    """The manifests behind the state up to `to`, oldest first. Raises Damaged when these are not one chain."""
     steps: list[tuple[Delta, Named]] = []
     at = to
     while at.path != state.at.path:
@@ -61,9 +69,7 @@ def advance(folder: Folder, state: State, to: Named) -> list[Delta]:
             raise Damaged(at.path, f"does not go on from {state.at.path or 'the beginning'}")
         steps.append((delta, at))
         at = Named(delta.previous, delta.previous_sha256)
-    for delta, named in reversed(steps):
-        state.apply(delta, named)
-    return [delta for delta, _ in reversed(steps)]
+    return steps[::-1]
 
 
 def continuation(folder: Folder, at: Named, number: int) -> Named:

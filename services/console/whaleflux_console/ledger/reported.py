@@ -25,7 +25,7 @@ _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 
 def reports_of(events: Sequence[StoredEvent]) -> Reports:
-    """Events in the order of the stream, at least one. One that can't be read holds nothing: the intake lets none through."""
+    """Events in the order of the stream, at least one; the intake lets none through that cannot be read."""
     samples: dict[str, list[Any]] = defaultdict(list)
     steps: dict[str, list[Any]] = defaultdict(list)
     for event in events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.units import Run
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
@@ -25,10 +26,9 @@ _QUERY = """
 
 
 def days(state: State, start_ms: int, end_ms: int) -> list[Day]:
-    """Files of the closed hours in the window, by day."""
-    closed = sorted(at for kind, at in state.spans if kind is Kind.HOURS and start_ms <= at < end_ms)
+    """Files of the closed hours in a window of whole hours, by day."""
     found: dict[int, Day] = {}
-    for hour_ms in closed:
+    for hour_ms in range(start_ms, end_ms, HOUR_MS):
         newest = state.newest(Kind.HOURS, hour_ms)
         if newest is None or not newest.version:
             continue

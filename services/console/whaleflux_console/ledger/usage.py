@@ -17,10 +17,10 @@ from whaleflux_console.core import facts as told
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.signals import BUSY_SM_PPM
 from whaleflux_console.ledger.engine import Engine
+from whaleflux_console.ledger.rules import MINUTE_MS
 from whaleflux_console.ledger.schemas import MINUTES, SAMPLES, STEPS, WORK
 from whaleflux_console.ledger.shelf import rows_in
 
-MINUTE_MS = 60_000
 EDGE_MS = 600_000  # of the hours beside: by it a silence across the edge is judged
 _JOINED_MS = 50  # between two reports: clocks count whole milliseconds, and timers are late
 
