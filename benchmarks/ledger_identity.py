@@ -17,7 +17,7 @@ from benchmarks.ledger_lab.histories import START_MS, History, adjustments, hist
 from whaleflux_console.core import checks
 from whaleflux_console.core.adjustments import by_hour, matches
 from whaleflux_console.core.bill import rows_of_hour
-from whaleflux_console.core.facts import Adjustment, Facts
+from whaleflux_console.core.facts import HOUR_MS, Adjustment, Facts
 from whaleflux_console.core.rows import LedgerRow
 
 HISTORIES, QUICK = 10_000, 300
@@ -94,7 +94,7 @@ def _with_invoices(
     parts = [part for one in invoices for part in by_hour(one, _matching(one, usage))]
     return {
         hour: rows_of_hour(
-            replace(made.facts, adjustments=tuple(part for part in parts if hour <= part.start_ms < hour + 3_600_000)),
+            replace(made.facts, adjustments=tuple(part for part in parts if hour <= part.start_ms < hour + HOUR_MS)),
             hour,
             version=2,
         )

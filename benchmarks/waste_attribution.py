@@ -11,7 +11,8 @@ from dataclasses import replace
 from random import Random
 
 from benchmarks.common import Options, Report, Row, Target, main
-from benchmarks.ledger_lab.wasteful_hour import GPUS, START_MS, Hour, Wasted, WastefulHour
+from benchmarks.ledger_lab.histories import START_MS
+from benchmarks.ledger_lab.wasteful_hour import GPUS, Hour, Wasted, WastefulHour
 from whaleflux_console.core.bill import rows_of_hour
 from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Steps
 from whaleflux_console.core.rows import CLASSES, CostClass

@@ -7,24 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
+from benchmarks.ledger_lab.histories import START_MS
 from benchmarks.ledger_lab.pipeline import step as pipeline_step
-from whaleflux_console.core.facts import (
-    HOUR_MS,
-    WHOLE_PPM,
-    Attempt,
-    Facts,
-    Fragmented,
-    Holding,
-    Plan,
-    Presence,
-    PriceKind,
-    PriceSpan,
-    Sample,
-    Steps,
-)
+from whaleflux_console.core import facts as told
+from whaleflux_console.core.facts import HOUR_MS, WHOLE_PPM
 from whaleflux_console.core.rows import CostClass
 
-START_MS = 490_000 * HOUR_MS
 END_MS = START_MS + HOUR_MS
 GPUS, STAGES, MICRO_BATCHES = 8, 4, 8
 JOB, UID = "queues/q/jobs/j", "uid"
@@ -44,7 +32,7 @@ Wasted = Mapping[CostClass, float]  # shares: of the hour for what is outside of
 class Hour:
     """What happened, and what was told of it."""
 
-    facts: Facts
+    facts: told.Facts
     truth_ms: Counter[CostClass]  # over all GPUs
 
 
@@ -56,7 +44,7 @@ class _Gpu:
     at_ms: float = START_MS
     pieces: list[tuple[float, float, CostClass]] = field(default_factory=list)
     vain: list[tuple[float, float]] = field(default_factory=list)  # when all that it did was lost
-    reports: list[Steps] = field(default_factory=list)
+    reports: list[told.Steps] = field(default_factory=list)
 
     def spend(self, kind: CostClass, ms: float) -> None:
         ends = min(float(END_MS), self.at_ms + ms)
@@ -73,8 +61,8 @@ class WastefulHour:
         self._gpus = [_Gpu(f"GPU-{i}") for i in range(GPUS)]
         self._stages = STAGES if wasted.get(CostClass.BUBBLE) else 1
         self._step = 0
-        self._attempts: list[Attempt] = []
-        self._holdings: list[Holding] = []
+        self._attempts: list[told.Attempt] = []
+        self._holdings: list[told.Holding] = []
 
     def play(self) -> Hour:
         """The whole hour."""
@@ -120,7 +108,9 @@ class WastefulHour:
             self._fail(number)
         end = self._now if fails else None
         self._attempts.append(self._record(number, allocated, first, end, restored, kept, saved))
-        self._holdings += [Holding(gpu.name, JOB, UID, number, WHOLE_PPM, allocated, self._now) for gpu in self._gpus]
+        self._holdings += [
+            told.Holding(gpu.name, JOB, UID, number, WHOLE_PPM, allocated, self._now) for gpu in self._gpus
+        ]
 
     def _fail(self, number: int) -> None:
         """Steps after the last save, then silence until it is noticed. They are told of as every step is."""
@@ -134,17 +124,17 @@ class WastefulHour:
 
     def _record(
         self, number: int, allocated: int, first: int, end: int | None, restored: int | None, kept: int, saved: int
-    ) -> Attempt:
+    ) -> told.Attempt:
         actual_s, best_s = self._scores()
-        return Attempt(
+        return told.Attempt(
             JOB, UID, number, "queues/q", "researcher/r", "", allocated, first - 1_000, first, end,
             failed=end is not None, restored_step=restored, last_step=self._last if end else kept,
             last_saved_step=kept, last_saved_ms=saved, cross_node=True, plan=self._plan(),
             communication_s=actual_s, best_communication_s=best_s * 0.8, best_free_communication_s=best_s,
         )  # fmt: skip
 
-    def _plan(self) -> Plan:
-        return Plan(self._stages, 1, MICRO_BATCHES, round(self._share(CostClass.RECOMPUTE) * WHOLE_PPM))
+    def _plan(self) -> told.Plan:
+        return told.Plan(self._stages, 1, MICRO_BATCHES, round(self._share(CostClass.RECOMPUTE) * WHOLE_PPM))
 
     def _scores(self) -> tuple[float, float]:
         """What the placement core said of this placement, 5 % off, and of the best one."""
@@ -195,47 +185,47 @@ class WastefulHour:
     def _noisy(self, ms: float) -> float:
         return ms * self._random.uniform(0.5, 1.5)
 
-    def _facts(self) -> Facts:
-        return Facts(
+    def _facts(self) -> told.Facts:
+        return told.Facts(
             presences=tuple(self._presences()),
             holdings=tuple(self._holdings),
             attempts=tuple(self._attempts),
             steps=tuple(report for gpu in self._gpus for report in gpu.reports),
             samples=tuple(sample for gpu in self._gpus for sample in _samples(gpu)),
             fragmented=tuple(
-                Fragmented(gpu.name, round(start), round(end))
+                told.Fragmented(gpu.name, round(start), round(end))
                 for gpu in self._gpus
                 for start, end, kind in gpu.pieces
                 if kind is CostClass.FRAGMENTED
             ),
             prices=tuple(
-                PriceSpan(gpu.name, START_MS - 1_234, END_MS + 1, 3_500_000, PriceKind.ON_DEMAND, "simulated")
+                told.PriceSpan(gpu.name, START_MS - 1_234, END_MS + 1, 3_500_000, told.PriceKind.ON_DEMAND, "simulated")
                 for gpu in self._gpus
             ),
         )
 
-    def _presences(self) -> Iterator[Presence]:
+    def _presences(self) -> Iterator[told.Presence]:
         out_until = START_MS + round(self._of_hour(CostClass.UNAVAILABLE))
         for i, gpu in enumerate(self._gpus):
             node = f"sites/s/nodes/n{i // 4}"
-            yield Presence(gpu.name, gpu.name, node, "H200", WHOLE_PPM, START_MS, out_until, available=False)
-            yield Presence(gpu.name, gpu.name, node, "H200", WHOLE_PPM, out_until, END_MS)
+            yield told.Presence(gpu.name, gpu.name, node, "H200", WHOLE_PPM, START_MS, out_until, available=False)
+            yield told.Presence(gpu.name, gpu.name, node, "H200", WHOLE_PPM, out_until, END_MS)
 
 
-def _report(gpu: _Gpu, number: int, rank: int, began: int, first: int, last: int, mark: int) -> Steps:
+def _report(gpu: _Gpu, number: int, rank: int, began: int, first: int, last: int, mark: int) -> told.Steps:
     spent: Counter[CostClass] = Counter()
     flat: dict[CostClass, float] = dict.fromkeys(CostClass, 0.0)
     for start, end, kind in gpu.pieces[mark:]:
         flat[kind] += end - start
     spent.update({kind: round(ms) for kind, ms in flat.items()})
-    return Steps(
+    return told.Steps(
         UID, number, rank, gpu.name, began, round(gpu.at_ms), first, last,
         data_ms=spent[CostClass.DATA], host_ms=spent[CostClass.HOST], save_ms=spent[CostClass.SAVE],
         comm_in_node_ms=spent[CostClass.COMM_IN_NODE], comm_cross_ms=spent[CostClass.COMM_AVOIDABLE] + spent[CostClass.COMM_STRUCTURAL],
     )  # fmt: skip
 
 
-def _samples(gpu: _Gpu) -> Iterator[Sample]:
+def _samples(gpu: _Gpu) -> Iterator[told.Sample]:
     """What counters show each 10 s: tensor pipes work for 80 % of what computes, SMs for all of it and for communication."""
     tensor, active = Counter[int](), Counter[int]()
     for start, end, kind in gpu.pieces:
@@ -245,7 +235,7 @@ def _samples(gpu: _Gpu) -> Iterator[Sample]:
     for slot in range(HOUR_MS // SAMPLE_MS):
         start = START_MS + slot * SAMPLE_MS
         ppm = [counted[slot] * 1000 // SAMPLE_MS for counted in (tensor, active)]
-        yield Sample(gpu.name, start, start + SAMPLE_MS, ppm[0], ppm[1], ppm[1] < 10_000, "simulated")
+        yield told.Sample(gpu.name, start, start + SAMPLE_MS, ppm[0], ppm[1], ppm[1] < 10_000, "simulated")
 
 
 def _by_slot(start: float, end: float) -> Iterator[tuple[int, float]]:

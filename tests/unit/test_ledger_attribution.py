@@ -208,32 +208,24 @@ class TestIdle:
 
 
 class TestPhases:
+    FAILED = replace(
+        ATTEMPT,
+        first_step_ms=100_000,
+        end_ms=900_000,
+        failed=True,
+        last_step=800,
+        last_saved_step=600,
+        last_saved_ms=650_000,
+    )
+
     def test_startup_then_work_then_in_vain(self):
-        times = replace(
-            ATTEMPT,
-            first_step_ms=100_000,
-            end_ms=900_000,
-            failed=True,
-            last_step=800,
-            last_saved_step=600,
-            last_saved_ms=650_000,
-        )
         steps = replace(REPORT, start_ms=100_000, end_ms=900_000, first_step=1, last_step=800)
-        found = told(split(steps, attempt=times))
+        found = told(split(steps, attempt=self.FAILED))
         assert (found["startup"], found["lost"]) == (100_000, 300_000)
         assert sum(found.values()) == END
 
     def test_modelled_when_no_step_times_are_there(self):
-        times = replace(
-            ATTEMPT,
-            first_step_ms=100_000,
-            end_ms=900_000,
-            failed=True,
-            last_step=800,
-            last_saved_step=600,
-            last_saved_ms=650_000,
-        )
-        found = split(attempt=times)
+        found = split(attempt=self.FAILED)
         assert told(found) == {"startup": 100_000, "unknown": 550_000, "lost": 350_000}
         assert found.modelled
-        assert not split(attempt=times, end=500_000).modelled
+        assert not split(attempt=self.FAILED, end=500_000).modelled

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux_console.core.price_rules import LAST_S
 
-LAST_S = 4_102_444_800  # 2100-01-01
 _NANOS = 1_000_000_000
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 
-from whaleflux.errors import FieldViolation
-from whaleflux.names import ID_PATTERN
-from whaleflux_console.core.price_book import Ownership
+from whaleflux import names
+from whaleflux.errors import FieldViolation, InvalidArgument
+from whaleflux_console.core.price_book import FOR_GOOD_MS, Ownership
 
 MOST_MICROS_PER_GPU_HOUR = 10_000_000_000  # 10,000 US dollars
 MOST_MICROS = 10**15  # a thousand million US dollars
 MOST_TEXT = 300
 LONGEST_ADJUSTMENT_S = 400 * 86_400
-FIRST_S, LAST_S = 946_684_800, 4_102_444_800  # 2000-01-01 and 2100-01-01
+FIRST_S, LAST_S = 946_684_800, FOR_GOOD_MS // 1000  # 2000-01-01 and 2100-01-01
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,11 @@ def class_name(field: str, value: str) -> Iterator[FieldViolation]:
 
 def resource(field: str, value: str, *collections: str) -> Iterator[FieldViolation]:
     """A name of these collections, or nothing."""
-    parts = value.split("/")
-    good = tuple(parts[::2]) == collections and all(ID_PATTERN.fullmatch(part) for part in parts[1::2])
-    if value and (not good or len(parts) != 2 * len(collections)):
-        wanted = "/".join(f"{one}/{{{one.rstrip('s')}}}" for one in collections)
-        yield FieldViolation(field, f"{value[:100]!r} does not have the form {wanted}")
+    try:
+        if value:
+            names.split(value, *collections, field=field)
+    except InvalidArgument as wrong:
+        yield from wrong.violations
 
 
 def clash(new: Validity, there: Iterable[Validity]) -> FieldViolation | None:

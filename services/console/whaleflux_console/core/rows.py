@@ -28,7 +28,6 @@ class CostClass(StrEnum):
 
 
 CLASSES: tuple[CostClass, ...] = tuple(CostClass)
-UNALLOCATED = (CostClass.IDLE, CostClass.FRAGMENTED, CostClass.UNAVAILABLE)
 WASTE = tuple(c for c in CLASSES if c not in {CostClass.USEFUL, CostClass.COMM_STRUCTURAL, CostClass.UNKNOWN})
 
 
