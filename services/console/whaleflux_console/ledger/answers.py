@@ -102,11 +102,13 @@ class Answers:
     async def _advance(self, head: Head) -> Iterable[int] | None:
         """Days whose hours changed; None: any may have."""
         if self._head is None or self._head.folder != head.folder or head.number < self._head.number:
-            return await self._load(head)
+            await self._load(head)
+            return None
         try:
             steps = await asyncio.to_thread(chain.behind, self._folder, self._state, head.at)
         except Damaged:  # too far behind, or the chain is another one: from its checkpoint
-            return await self._load(head)
+            await self._load(head)
+            return None
         for delta, named in steps:
             self._state.apply(delta, named)
         deltas = [delta for delta, _ in steps]
