@@ -86,6 +86,24 @@ async def test_a_threshold_is_told_once_a_month_whoever_leads(tmp_path):
         assert (await listed(world))[0].forecast.spent_micros == 0
 
 
+async def test_of_a_budget_that_is_raised_thresholds_are_told_when_they_are_reached_again(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world, micros=SPENT // 4, alert_percents=[50, 100, 400])
+        assert await watched(world) == [("BUDGET_REACHED", "400")]
+        await set_(world, micros=100 * SPENT, alert_percents=[1, 50, 100])
+        assert await watched(world) == [("BUDGET_REACHED", "1")]
+        await set_(world, micros=SPENT * 3 // 4, alert_percents=[1, 50, 100])
+        assert await watched(world, 2) == [("BUDGET_REACHED", "100")]
+
+
+async def test_a_budget_for_another_user_is_told_of_anew(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world, micros=SPENT // 4, alert_percents=[50])
+        assert await watched(world) == [("BUDGET_REACHED", "50")]
+        await set_(world, micros=1, alert_percents=[50], queue="queues/q")
+        assert await watched(world) == [("BUDGET_REACHED", "50")]
+
+
 @pytest.mark.parametrize(
     ("method", "request_"),
     [

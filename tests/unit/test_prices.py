@@ -177,6 +177,21 @@ class TestPrices:
         stale = pb.EndPriceRequest(name="prices/a", end_time=at(2026, 6), etag=made.etag)
         await refused(world.call("EndPrice", stale), Aborted)
 
+    async def test_an_end_that_somebody_sets_meanwhile_is_never_put_off(self):
+        world = World()
+        await world.create("a", price())
+        read = world.store.get
+
+        async def and_then_it_ends(key):
+            found, world.store.get = await read(key), read
+            await world.call("EndPrice", pb.EndPriceRequest(name="prices/a", end_time=at(2027)))
+            return found
+
+        world.store.get = and_then_it_ends
+        await refused(world.call("EndPrice", pb.EndPriceRequest(name="prices/a", end_time=at(2028))), Aborted)
+        (one,) = (await world.call("ListPrices", pb.ListPricesRequest())).prices
+        assert one.end_time == at(2027)
+
     async def test_one_that_is_forgotten_is_gone(self):
         world = World()
         await world.create("a", price())
@@ -235,7 +250,7 @@ class TestFiles:
     def test_amounts_are_exact(self):
         assert [micros(x) for x in ("$2.95", "0.000001", 2, "-120.50 USD")] == [2_950_000, 1, 2_000_000, -120_500_000]
 
-    @pytest.mark.parametrize("value", ["2,95", "1 EUR", "nan", "inf", "0.0000001", True, None, "1e30"])
+    @pytest.mark.parametrize("value", ["2,95", "1 EUR", "nan", "inf", "0.0000001", True, None, "1e30", "2$95"])
     def test_what_is_no_amount_is_refused(self, value):
         with pytest.raises(ValueError, match=r"must be|more than"):
             micros(value)

@@ -259,13 +259,20 @@ class TestAsked:
 
     async def test_a_dismissed_one_comes_again_after_thirty_days(self, tmp_path):
         async with week(tmp_path) as world:
-            name = await self.name(world, pb.RECOMMENDATION_KIND_HAND_BACK)
+            name = await self.name(world, pb.RECOMMENDATION_KIND_RELEASE_IDLE)
             request = pb.DismissRecommendationRequest(name=name, reason="a launch is near")
             assert (await world.ask("DismissRecommendation", request)).last_change.reason == "a launch is near"
             assert name not in await self.names(world)
             assert name in await self.names(world, include_decided=True)
             await world.until(T + 31 * DAY_MS + 30 * HOUR_MS)
-            assert name in await self.names(world)
+            await fill(world, 31 * 24, 31 * 24 + 40)
+            assert (await self.names(world, include_decided=True)).count(name) == 1
+            (one,) = (
+                await world.ask("ListRecommendations", listed(kind=pb.RECOMMENDATION_KIND_RELEASE_IDLE))
+            ).recommendations
+            assert one.name == name
+            done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=name))
+            assert (done.start_time, done.end_time) == (one.start_time, one.end_time)  # of what is shown now
 
     @pytest.mark.parametrize(
         ("request_", "field"),

@@ -55,7 +55,9 @@ def micros(value: object) -> int:
     """$2.95, -120.50 USD or a number of US dollars as whole micro-dollars, exactly. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("must be an amount such as 2.95 USD")
-    said = str(value).strip().replace("$", "", 1).removesuffix("USD").removesuffix("usd").strip()
+    said = str(value).strip().removesuffix("USD").removesuffix("usd").strip()
+    if said.lstrip("+-").startswith("$"):
+        said = said.replace("$", "", 1)
     try:
         amount = Decimal(said)
     except InvalidOperation:

@@ -10,6 +10,7 @@ from whaleflux.clock import Clock
 from whaleflux.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
     InvalidArgument,
@@ -61,8 +62,9 @@ class Budgets:
         ownership.note_asked()
         page = await self._records.page(request.page_size, request.page_token)
         seen = [one for one in page.items if self._may_see(one.queue)]
-        for one in seen if costs else ():
-            one.forecast.CopyFrom(await costs.forecast(scope_of(one)) if costs else pb.Forecast())
+        if costs is not None:
+            for one in seen:
+                one.forecast.CopyFrom(await costs.forecast(scope_of(one)))
         return pb.ListBudgetsResponse(budgets=seen, next_page_token=page.next_page_token, unreadable=page.unreadable)
 
     async def delete(self, name: str, etag: str) -> None:
@@ -75,10 +77,11 @@ class Budgets:
 
     async def _stored(self, wanted: pb.Budget, etag: str) -> pb.Budget:
         def edit(there: pb.Budget) -> None:
-            told, month = list(there.alerted_percents), there.alerted_month
+            told = _still_told(there, wanted)
+            month = there.alerted_month
             there.CopyFrom(wanted)
             there.alerted_month = month
-            there.alerted_percents.extend(percent for percent in told if percent in wanted.alert_percents)
+            there.alerted_percents.extend(told)
 
         try:
             return await self._records.change(wanted.name, etag, edit, "it is set anew")
@@ -108,7 +111,7 @@ class BudgetWatch:
         while True:
             try:
                 await self.round(leader)
-            except Unavailable as trouble:
+            except (Unavailable, DeadlineExceeded) as trouble:
                 _log.warning(Event.LEDGER_TROUBLE, reason=str(trouble))
             await self.clock.sleep(_EVERY_S)
 
@@ -120,7 +123,7 @@ class BudgetWatch:
     async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget) -> None:
         month = f"{self.clock.now():%Y-%m}"
         told = list(budget.alerted_percents) if budget.alerted_month == month else []
-        spent = (await self.forecasts.of(scope_of(budget))).spent_micros
+        spent = await self.forecasts.spent_micros(scope_of(budget))
         reached = budget_rules.reached(spent, budget.micros_per_month, budget.alert_percents)
         if set(reached) <= set(told):
             return
@@ -136,6 +139,14 @@ class BudgetWatch:
 
 def _budget(entry: Entry) -> pb.Budget:
     return pb.Budget.FromString(entry.value)
+
+
+def _still_told(was: pb.Budget, wanted: pb.Budget) -> list[int]:
+    """Thresholds that need not be told again: what was told of another queue, user or site says nothing of this one's."""
+    if scope_of(was) != scope_of(wanted):
+        return []
+    kept = [percent for percent in was.alerted_percents if percent in wanted.alert_percents]
+    return budget_rules.still_reached(kept, was.alerted_percents, was.micros_per_month, wanted.micros_per_month)
 
 
 def _problems(one: pb.Budget) -> Iterator[FieldViolation]:

@@ -23,7 +23,7 @@ from whaleflux_console.forecasts import Forecasts
 from whaleflux_console.ledger.answers import Answer, Answers, Sum
 from whaleflux_console.ledger.manifest import DAY_MS, Kind
 from whaleflux_console.ledger.question import BILL, Question
-from whaleflux_console.ledger.rules import HourState, state_of
+from whaleflux_console.ledger.rules import open_hours
 
 DEFAULT_WINDOW_MS = 7 * DAY_MS
 LONGEST_JOB_MS = 366 * DAY_MS
@@ -41,8 +41,8 @@ _BY = {
     pb.COST_GROUPING_DAY: "day",
     pb.COST_GROUPING_HOUR: "hour",
 }
-_NUMBER_OF: dict[CostClass, Any] = {kind: pb.CostClass.Value(f"COST_CLASS_{kind.name}") for kind in CLASSES}
-_CLASS_OF = {number: kind for kind, number in _NUMBER_OF.items()}
+NUMBER_OF: dict[CostClass, Any] = {kind: pb.CostClass.Value(f"COST_CLASS_{kind.name}") for kind in CLASSES}
+CLASS_OF = {number: kind for kind, number in NUMBER_OF.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Costs:
         start_ms, end_ms = self._window(request.filter)
         by = _by(request.group_by)
         where = _where(request.filter)
-        order, limit = _order(request.order_by), _limit(request.limit)
+        order, limit = _order(request.order_by), most_groups(request.limit)
         asked = Question(start_ms, end_ms, (), where)
         whole = await self.answers.ask(asked)
         seen, hidden = await self._seen(asked)
@@ -163,9 +163,8 @@ class Costs:
         state = self.answers.state
         if answer.as_of_ms:
             response.watermark.FromMilliseconds(answer.as_of_ms)
-        still_open = [hour for hour in state.unsettled if state_of(state, hour) is HourState.OPEN]
-        if still_open:
-            response.open_since.FromMilliseconds(min(still_open))
+        if still_open := open_hours(state):
+            response.open_since.FromMilliseconds(still_open[0])
 
     def _now_ms(self) -> int:
         return round(self.clock.now().timestamp() * 1000)
@@ -193,12 +192,13 @@ def _where(asked: pb.CostFilter) -> dict[str, tuple[str, ...]]:
 
 
 def _order(asked: int) -> str:
-    if asked and asked not in _CLASS_OF:
+    if asked and asked not in CLASS_OF:
         raise InvalidArgument(FieldViolation("order_by", f"{asked} is no cost class; leave it out for the bill"))
-    return _CLASS_OF[asked].value if asked else BILL
+    return CLASS_OF[asked].value if asked else BILL
 
 
-def _limit(asked: int) -> int:
+def most_groups(asked: int) -> int:
+    """How many groups an answer may have. Raises InvalidArgument."""
     if not 0 <= asked <= MOST_GROUPS:
         raise InvalidArgument(FieldViolation("limit", f"{asked}: use 1 to {MOST_GROUPS}, or 0 for {DEFAULT_LIMIT}"))
     return asked or DEFAULT_LIMIT
@@ -210,7 +210,7 @@ def _group(row: Sum, by: tuple[str, ...] = ()) -> pb.CostGroup:
         keys=keys,
         bill_micros=row.bill_micros,
         classes=[
-            pb.ClassCost(cost_class=_NUMBER_OF[k], micros=m) for k, m in zip(CLASSES, row.micros, strict=True) if m
+            pb.ClassCost(cost_class=NUMBER_OF[k], micros=m) for k, m in zip(CLASSES, row.micros, strict=True) if m
         ],
         gpu_hours=row.gpu_ms / HOUR_MS,
     )

@@ -7,7 +7,6 @@ import csv
 import io
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -21,12 +20,13 @@ from whaleflux_console.asked_times import asked_ms
 from whaleflux_console.core import focus_rules
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.focus import COLUMNS, DECIMALS, QUANTITIES, UNIT_PRICES, charges
+from whaleflux_console.core.forecast import month_of
 from whaleflux_console.core.rows import LedgerRow
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.manifest import DAY_MS, Kind, day_of
 from whaleflux_console.ledger.question import MAX_WINDOW_MS, Question
-from whaleflux_console.ledger.rules import HourState, state_of
+from whaleflux_console.ledger.rules import open_hours
 
 DEFAULT_ACCOUNT = "whaleflux"
 MOST_ACCOUNT = 128  # characters
@@ -82,7 +82,7 @@ class Exports:
     def _window(self, asked: pb.ExportCostRequest) -> tuple[int, int]:
         """Whole days, up to the first hour that is not closed."""
         now = self.clock.now()
-        month_ms = round(datetime(now.year, now.month, 1, tzinfo=UTC).timestamp() * 1000)
+        month_ms = round(month_of(now)[0].timestamp() * 1000)
         start_ms = day_of(asked_ms(asked, "start_time", month_ms))
         end_ms = asked_ms(asked, "end_time", round(now.timestamp() * 1000))
         if not 0 <= start_ms < end_ms:
@@ -91,8 +91,7 @@ class Exports:
             raise InvalidArgument(FieldViolation("start_time", "is more than five years before the end; export a part"))
         unit = DAY_MS if end_ms < self.answers.hot_from_ms else HOUR_MS
         state = self.answers.state
-        still_open = [hour for hour in state.unsettled if state_of(state, hour) is HourState.OPEN]
-        return start_ms, max(min([-(-end_ms // unit) * unit, *still_open]), start_ms + HOUR_MS)
+        return start_ms, max(min([-(-end_ms // unit) * unit, *open_hours(state)]), start_ms + HOUR_MS)
 
     async def _summary(self, seen: _Seen, start_ms: int, end_ms: int) -> pb.CostExport:
         bill = (await self.answers.ask(Question(start_ms, end_ms))).total.bill_micros

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from typing import Any
 
 from whaleflux import names
 from whaleflux.clock import Clock
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.core.facts import HOUR_MS
-from whaleflux_console.core.forecast import DAY_MS, HISTORY_DAYS, Forecast, forecast
+from whaleflux_console.core.forecast import DAY_MS, HISTORY_DAYS, Forecast, forecast, month_of
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.question import Question
 
@@ -27,12 +26,6 @@ def scope_of(message: Any) -> dict[str, tuple[str, ...]]:
     }
 
 
-def month_of(now: datetime) -> tuple[datetime, datetime]:
-    """Its beginning and the next one's, UTC."""
-    start = datetime(now.year, now.month, 1, tzinfo=UTC)
-    return start, start.replace(year=now.year + now.month // 12, month=now.month % 12 + 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Forecasts:
     """One question to the ledger each: its days tell both what was spent and what will be."""
@@ -45,6 +38,12 @@ class Forecasts:
         now_ms = round(self.clock.now().timestamp() * 1000)
         end_ms = now_ms // HOUR_MS * HOUR_MS + HOUR_MS
         return Question(max(0, now_ms // DAY_MS * DAY_MS - HISTORY_DAYS * DAY_MS), end_ms, ("day",), where)
+
+    async def spent_micros(self, where: Where) -> int:
+        """Of this month, until now. Raises Unavailable until the ledger was read once."""
+        start_ms = round(month_of(self.clock.now())[0].timestamp() * 1000)
+        asked = replace(self.question(where), start_ms=start_ms, by=())
+        return (await self.answers.ask(asked)).total.bill_micros
 
     async def of(self, where: Where) -> pb.Forecast:
         """This month's. Raises Unavailable until the ledger was read once."""

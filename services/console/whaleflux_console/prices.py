@@ -20,6 +20,7 @@ from whaleflux_console.core.price_book import Ownership, components
 from whaleflux_console.records import Records
 
 MOST_PRICES = 1_000  # those that hours were closed by are one record of the store
+MOST_ADJUSTMENTS = 5_000
 _OUTPUT = ("components", "create_time", "last_change", "etag")
 _NOT_SPREAD = {
     pb.ADJUSTMENT_STATE_UNSPECIFIED,
@@ -79,18 +80,14 @@ class Prices:
         names.split(request.name, "prices")
         if not request.HasField("end_time"):
             request.end_time.FromDatetime(self._clock.now())
-        _, price = await self._records.read(request.name)
         end_s = seconds(request, "end_time")
-        if problems := list(rules.window(seconds(price, "start_time"), end_s, end_required=True)):
-            raise InvalidArgument(problems)
-        if price.HasField("end_time") and (seconds(price, "end_time") or 0.0) < (end_s or 0.0):
-            raise InvalidArgument(
-                FieldViolation(
-                    "end_time", f"{price.name} ends before that; declare another price for the time after it"
-                )
-            )
 
         def edit(there: pb.GpuPrice) -> None:
+            if problems := list(rules.window(seconds(there, "start_time"), end_s, end_required=True)):
+                raise InvalidArgument(problems)
+            if there.HasField("end_time") and (seconds(there, "end_time") or 0.0) < (end_s or 0.0):
+                said = f"{there.name} ends before that; declare another price for the time after it"
+                raise InvalidArgument(FieldViolation("end_time", said))
             there.end_time.CopyFrom(request.end_time)
 
         return await self._records.change(request.name, request.etag, edit, "its end was set")
@@ -129,6 +126,7 @@ class Adjustments:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         hint = "whaleflux prices adjustments"
+        self._store = store
         self._records = Records(store, clock, pb.Adjustment, keys.ADJUSTMENTS, "adjustment", hint)
 
     async def create(self, request: pb.CreateAdjustmentRequest) -> pb.Adjustment:
@@ -141,6 +139,10 @@ class Adjustments:
         one.name = adjustment_name(names.check_id("adjustment_id", request.adjustment_id))
         if problems := list(_adjustment_problems(one)):
             raise InvalidArgument(problems)
+        if len((await self._store.list(keys.ADJUSTMENTS)).entries) >= MOST_ADJUSTMENTS:
+            raise FailedPrecondition(
+                f"there are {MOST_ADJUSTMENTS} adjustments already; take old ones back: whaleflux prices unadjust NAME"
+            )
         return one if request.validate_only else await self._records.create(one.name, one)
 
     async def page(self, request: pb.ListAdjustmentsRequest) -> Page[pb.Adjustment]:

@@ -27,7 +27,7 @@ from whaleflux_console.core.recommend.evidence import Window
 from whaleflux_console.core.recommend.joint import Joint, joint, recommend
 from whaleflux_console.core.recommend.recommendation import Kind, Level, Recommendation
 from whaleflux_console.core.recommend.tracking import Before, Record
-from whaleflux_console.core.rows import CLASSES, CostClass
+from whaleflux_console.costs import CLASS_OF, NUMBER_OF
 from whaleflux_console.evidence import Evidence
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.manifest import DAY_MS
@@ -39,8 +39,6 @@ _HINT = "whaleflux cost recommendations"
 _KINDS: dict[Kind, Any] = {kind: pb.RecommendationKind.Value(f"RECOMMENDATION_KIND_{kind.name}") for kind in Kind}
 _KIND_OF = {number: kind for kind, number in _KINDS.items()}
 _LEVELS: dict[Level, Any] = {one: pb.RecommendationLevel.Value(f"RECOMMENDATION_LEVEL_{one.name}") for one in Level}
-_CLASSES: dict[CostClass, Any] = {kind: pb.CostClass.Value(f"COST_CLASS_{kind.name}") for kind in CLASSES}
-_CLASS_OF = {number: kind for kind, number in _CLASSES.items()}
 Decided = Mapping[str, tuple[Entry, pb.Recommendation]]
 
 
@@ -63,10 +61,13 @@ class Recommendations:
         window, found = await self._found(hours, decided, records, wanted)
         shown = [_message(one, window) for one in found.found]
         if request.include_decided:
+            again = {one.name for one in shown}  # dismissed long ago, and open again
             shown += [
                 self._told(message, realised)
                 for _, message in decided.values()
-                if self._sees(message.subject) and (wanted is None or message.kind == _KINDS[wanted])
+                if message.name not in again
+                and self._sees(message.subject)
+                and (wanted is None or message.kind == _KINDS[wanted])
             ]
         response = pb.ListRecommendationsResponse(
             recommendations=shown[first : first + size],
@@ -96,7 +97,7 @@ class Recommendations:
         ownership.note_asked()
         decided = await self._decided()
         there = decided.get(name)
-        message = there[1] if there else await self._open(name, decided)
+        message = there[1] if there and self._counts(there[1]) else await self._open(name, decided)
         if message is None or not self._sees(message.subject):
             raise NotFound("recommendation", name, f"the ledger shows none of that name; see: {_HINT}")
         self._require_change(message)
@@ -141,6 +142,7 @@ class Recommendations:
         return window, joint(left, window)
 
     def _counts(self, message: pb.Recommendation) -> bool:
+        """Whether it is decided still: one that was dismissed long ago is open again, by what the ledger shows now."""
         age_ms = self.clock.now().timestamp() * 1000 - message.decide_time.ToMilliseconds()
         return message.state == pb.RECOMMENDATION_STATE_ACCEPTED or age_ms < DISMISSED_MS
 
@@ -159,7 +161,7 @@ class Recommendations:
         found = {}
         for one in accepted:
             after = later.of(
-                one.subject, one.decide_time.ToMilliseconds(), [_CLASS_OF[c.cost_class] for c in one.evidence]
+                one.subject, one.decide_time.ToMilliseconds(), [CLASS_OF[c.cost_class] for c in one.evidence]
             )
             saved = tracking.realised_micros_per_month(_before(one), after)
             if saved is not None:
@@ -187,7 +189,7 @@ class Recommendations:
 
 def _read(entry: Entry) -> pb.Recommendation:
     message = pb.Recommendation.FromString(entry.value)
-    if message.kind not in _KIND_OF or any(part.cost_class not in _CLASS_OF for part in message.evidence):
+    if message.kind not in _KIND_OF or any(part.cost_class not in CLASS_OF for part in message.evidence):
         raise DecodeError("of a newer console")
     message.etag = etag_of(entry)
     return message
@@ -206,7 +208,7 @@ def _message(one: Recommendation, window: Window) -> pb.Recommendation:
         cash_ppm=one.cash_ppm,
         risk=_LEVELS[one.risk],
         effort=_LEVELS[one.effort],
-        evidence=[pb.ClassCost(cost_class=_CLASSES[kind], micros=micros) for kind, micros in one.evidence.items()],
+        evidence=[pb.ClassCost(cost_class=NUMBER_OF[kind], micros=micros) for kind, micros in one.evidence.items()],
         bill_micros=one.bill_micros,
         state=pb.RECOMMENDATION_STATE_OPEN,
         owner=one.owner,

@@ -8,7 +8,7 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.asked_times import asked_ms
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.units import UnitCost, unit_costs
-from whaleflux_console.costs import DEFAULT_LIMIT, DEFAULT_WINDOW_MS, MOST_GROUPS, Costs
+from whaleflux_console.costs import DEFAULT_WINDOW_MS, Costs, most_groups
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.manifest import DAY_MS
 
@@ -26,10 +26,7 @@ async def unit_costs_of(costs: Costs, request: pb.GetUnitCostsRequest) -> pb.Get
     start_ms, end_ms = _window(request, round(costs.clock.now().timestamp() * 1000))
     if request.group_by not in _BY:
         raise InvalidArgument(FieldViolation("group_by", f"{request.group_by}: use job (3), model (4) or queue (1)"))
-    if not 0 <= request.limit <= MOST_GROUPS:
-        raise InvalidArgument(
-            FieldViolation("limit", f"{request.limit}: use 1 to {MOST_GROUPS}, or 0 for {DEFAULT_LIMIT}")
-        )
+    most = most_groups(request.limit)
     try:
         runs = await costs.answers.runs(start_ms, end_ms)
     except Damaged as damage:
@@ -37,7 +34,7 @@ async def unit_costs_of(costs: Costs, request: pb.GetUnitCostsRequest) -> pb.Get
     ownership.note_asked()
     may = {queue: costs.may_see_queue(queue) for queue in {run.queue for run in runs}}
     shown = [run for run in runs if may[run.queue] and request.queue in {"", run.queue}]
-    found = unit_costs(shown, _BY[request.group_by])[: request.limit or DEFAULT_LIMIT]
+    found = unit_costs(shown, _BY[request.group_by])[:most]
     response = pb.GetUnitCostsResponse(units=map(_message, found))
     response.start_time.FromMilliseconds(start_ms)
     response.end_time.FromMilliseconds(end_ms)

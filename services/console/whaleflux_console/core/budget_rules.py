@@ -17,6 +17,11 @@ def reached(spent_micros: int, budget_micros: int, percents: Sequence[int]) -> l
     return sorted({percent for percent in percents if spent_micros * 100 >= budget_micros * percent})
 
 
+def still_reached(kept: Sequence[int], told: Sequence[int], was_micros: int, now_micros: int) -> list[int]:
+    """Those of `kept` that the spending is at or above in the new amount too, as far as what was `told` of the old one shows it."""
+    return reached(max(told, default=0) * was_micros // 100, now_micros, kept)
+
+
 def percents(field: str, values: Sequence[int]) -> Iterator[FieldViolation]:
     """Few, different, of 1 to 1000."""
     if len(values) > MOST_PERCENTS or len(set(values)) < len(values):

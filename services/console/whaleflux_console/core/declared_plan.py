@@ -10,9 +10,8 @@ from whaleflux_console.core.facts import WHOLE_PPM, Plan
 
 MOST_CHARACTERS = 100_000
 MOST = 1_000_000  # stages, micro-batches
-_FORWARD_SHARE = (
-    3  # a step is a forward pass and a backward one of twice its work; recomputing does a forward pass again
-)
+# A step is a forward pass and a backward one of twice its work; recomputing does a forward pass again.
+_FORWARD_SHARE = 3
 
 
 def plan_of(pipeline: int, mesh_text: str) -> Plan | None:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from whaleflux_console.core.facts import HOUR_MS, PriceKind
+from whaleflux_console.core.forecast import month_of
 from whaleflux_console.core.rows import CLASSES, LedgerRow
 
 VERSION = "1.2"
@@ -56,7 +57,7 @@ def charges(versions: Sequence[Sequence[LedgerRow]], account: str) -> Iterator[d
             yield charge(row, account, correction=True)
 
 
-def changes(before: Iterable[LedgerRow], after: Iterable[LedgerRow]) -> Iterator[LedgerRow]:
+def changes(before: Iterable[LedgerRow], after: Sequence[LedgerRow]) -> Iterator[LedgerRow]:
     """What the later version has more than the one before (or less), row by row; `before` and these sum to `after`."""
     left = dict(_summed(before))
     for key, row in _summed(after):
@@ -118,8 +119,7 @@ def _unless_nothing(row: LedgerRow) -> Iterator[LedgerRow]:
 
 def _when(hour_ms: int) -> dict[str, str]:
     at = datetime.fromtimestamp(hour_ms / 1000, UTC)
-    month = at.replace(day=1, hour=0)
-    following = month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
+    month, following = month_of(at)
     ends = datetime.fromtimestamp((hour_ms + HOUR_MS) / 1000, UTC)
     named = {
         "ChargePeriodStart": at,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from statistics import median
 
 from whaleflux_console.core.facts import HOUR_MS
@@ -30,6 +31,12 @@ class Forecast:
     high_micros: int | None
     error: float | None
     trials: int
+
+
+def month_of(at: datetime) -> tuple[datetime, datetime]:
+    """Its beginning and the next one's, UTC."""
+    start = datetime(at.year, at.month, 1, tzinfo=UTC)
+    return start, start.replace(year=at.year + at.month // 12, month=at.month % 12 + 1)
 
 
 def forecast(spent_micros: int, days: Mapping[int, int], now_ms: int, end_ms: int) -> Forecast | None:

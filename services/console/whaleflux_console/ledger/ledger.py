@@ -212,7 +212,7 @@ class Ledger:
 
     def open_hours(self) -> tuple[int, ...]:
         """Hours of which something is told and that are not closed yet, oldest first."""
-        return tuple(sorted(h for h in self.state.unsettled if when.state_of(self.state, h) is when.HourState.OPEN))
+        return when.open_hours(self.state)
 
     async def restate(self, hours: Sequence[int]) -> None:
         """Lets these hours be closed again: something that they are made of, and that is not in these files, is another by now."""

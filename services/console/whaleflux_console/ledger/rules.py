@@ -39,6 +39,11 @@ def state_of(state: State, hour_ms: int) -> HourState:
     return HourState.CLOSED if rows.version == 1 else HourState.RESTATED
 
 
+def open_hours(state: State) -> tuple[int, ...]:
+    """Hours of which something is told and that are not closed yet, oldest first."""
+    return tuple(sorted(hour for hour in state.unsettled if state_of(state, hour) is HourState.OPEN))
+
+
 def due(state: State, rules: Rules, closed_ms: Mapping[int, int]) -> tuple[int, ...]:
     """Hours to close or to restate, oldest first. `closed_ms`: by which watermark an hour was last closed, as far as it is remembered."""
     ready_ms = state.watermark_ms - HOUR_MS - rules.close_after_ms
