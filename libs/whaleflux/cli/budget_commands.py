@@ -8,7 +8,8 @@ import typer
 
 from whaleflux import names
 from whaleflux.cli import output
-from whaleflux.cli.cost_commands import expected
+from whaleflux.cli.cost_filters import narrow
+from whaleflux.cli.cost_words import expected
 from whaleflux.cli.filters import Sort, ordered
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.price_commands import micros_of, usd
@@ -72,9 +73,7 @@ def set_budget(
     from whaleflux.v1 import console_pb2 as pb
 
     one = pb.Budget(micros_per_month=micros_of("--usd", usd_per_month), alert_percents=_percents(alerts))
-    one.queue = names.queue(queue.removeprefix("queues/")) if queue else ""
-    one.site = names.site(site.removeprefix("sites/")) if site else ""
-    one.user = user if not user or "/" in user else f"user/{user}"
+    narrow(one, queue, user, site)
     with fleet() as client:
         request = pb.SetBudgetRequest(budget_id=name, budget=one, validate_only=dry_run)
         made = client.console.SetBudget(request, timeout=20)

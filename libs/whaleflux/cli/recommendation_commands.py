@@ -93,7 +93,14 @@ def _asked(hours: int, kind: str, decided: bool) -> Any:
     number: Any = pb.RecommendationKind.Value(f"RECOMMENDATION_KIND_{kind.upper() or 'UNSPECIFIED'}")
     request = pb.ListRecommendationsRequest(window_hours=hours, kind=number, include_decided=decided, page_size=1000)
     with fleet() as client:
-        return client.console.ListRecommendations(request, timeout=30)
+        answer = client.console.ListRecommendations(request, timeout=30)
+        request.page_token = answer.next_page_token
+        while request.page_token:
+            more = client.console.ListRecommendations(request, timeout=30)
+            answer.recommendations.extend(more.recommendations)
+            request.page_token = more.next_page_token
+    answer.next_page_token = ""
+    return answer
 
 
 def _full(name: str) -> str:
