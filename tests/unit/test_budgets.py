@@ -75,6 +75,16 @@ async def test_what_is_spent_stands_beside_what_may_be(tmp_path):
         assert (await world.ask("GetForecast", asked, role="user", name="bob")).spent_micros > 0
 
 
+@pytest.mark.parametrize("named", [{"queue": "queues/q"}, {"job": "queues/q/jobs/j"}])
+async def test_what_is_asked_for_by_a_name_that_one_may_not_see_cost_nothing(tmp_path, named):
+    async with spending(tmp_path) as world:
+        world.access["q"] = Access(members=frozenset({"users/bob"}))
+        asked = pb.GetCostRequest(filter=pb.CostFilter(**named))
+        told = await world.ask("GetCost", asked, role="user", name="ann")
+        assert (told.total, told.HasField("hidden")) == (pb.CostGroup(), False)
+        assert (await world.ask("GetCost", asked, role="user", name="bob")).total.bill_micros > 0
+
+
 async def test_a_threshold_is_told_once_a_month_whoever_leads(tmp_path):
     async with spending(tmp_path) as world:
         await set_(world, micros=2 * SPENT, alert_percents=[30, 50, 100])

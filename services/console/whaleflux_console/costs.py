@@ -30,6 +30,7 @@ LONGEST_JOB_MS = 366 * DAY_MS
 DEFAULT_LIMIT, MOST_GROUPS = 50, 1_000
 MOST_QUEUES = 10_000
 _SHOWN_FILES = 20
+_NO_QUEUE = "queues/"  # has no name, so that nothing is in it
 _BY = {
     pb.COST_GROUPING_QUEUE: "queue",
     pb.COST_GROUPING_USER: "user",
@@ -58,7 +59,7 @@ class Costs:
         """Groups of a window. Raises InvalidArgument naming what is wrong, Unavailable until the ledger was read once."""
         start_ms, end_ms = self._window(request.filter)
         by = _by(request.group_by)
-        where = _where(request.filter)
+        where = self._where(request.filter)
         order, limit = _order(request.order_by), most_groups(request.limit)
         asked = Question(start_ms, end_ms, (), where)
         whole = await self.answers.ask(asked)
@@ -157,6 +158,12 @@ class Costs:
     def _may_see(self, who: Principal, queue: str) -> bool:
         return not queue or ownership.may_see(who, self.queue_access(queue.removeprefix("queues/")))
 
+    def _where(self, asked: pb.CostFilter) -> dict[str, tuple[str, ...]]:
+        """What is asked for by the name of a queue, or of a job, that the caller may not see is as one that is not there."""
+        found = _named(asked)
+        sees = self.may_see_queue(asked.queue or asked.job.partition("/jobs/")[0])
+        return found if sees else found | {"queue": (_NO_QUEUE,)}
+
     def _dated(self, response: Any, answer: Answer, start_ms: int, end_ms: int) -> None:
         response.start_time.FromMilliseconds(start_ms)
         response.end_time.FromMilliseconds(end_ms)
@@ -178,7 +185,7 @@ def _by(groupings: Iterable[int]) -> tuple[str, ...]:
     return tuple(_BY[number] for number in found)  # type: ignore[index]
 
 
-def _where(asked: pb.CostFilter) -> dict[str, tuple[str, ...]]:
+def _named(asked: pb.CostFilter) -> dict[str, tuple[str, ...]]:
     site = names.last(asked.site) if asked.site.startswith("sites/") else asked.site
     values = {
         "queue": asked.queue,
