@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from whaleflux.v1 import usage_pb2
 
-MOST_PPM = 2_000_000
+MOST_PPM = 2_000_000  # clocks can be above what the driver calls the highest
 MOST_INTERVAL_S = 86_400.0
 MOST_BYTES_PER_S = 1 << 44  # of one device or node: 17 TB/s
 _MOST_STEPS, _MOST_STEP = 1_000_000, 1 << 53

@@ -3,6 +3,9 @@
 import asyncio
 import threading
 from datetime import timedelta
+from http.client import BadStatusLine
+from urllib.error import URLError
+from urllib.request import OpenerDirector
 
 import pytest
 from hypothesis import given
@@ -190,6 +193,33 @@ class TestExporter:
             900_000,
         )
         assert seen["MIG-a"].tensor_ppm == 250_000
+
+    @pytest.mark.parametrize(
+        ("fault", "read"),
+        [
+            (URLError(ConnectionRefusedError()), {}),
+            (URLError(TimeoutError()), None),
+            (TimeoutError(), None),
+            (BadStatusLine("SSH-2.0"), None),
+        ],
+    )
+    def test_nobody_there_is_told_from_no_answer(self, monkeypatch, fault, read):
+        def fails(*_arguments, **_named):
+            raise fault
+
+        monkeypatch.setattr(OpenerDirector, "open", fails)
+        assert Exporter("http://127.0.0.1:9400/metrics").read() == read
+
+    async def test_counters_stay_with_an_exporter_that_is_late(self, monkeypatch):
+        answers = iter([dcgm.parse(EXPORTED), None, {}])
+        monkeypatch.setattr(Exporter, "read", lambda self: next(answers))
+        nvml, clock = CountingNvml([counting(0, percent=BUSY)]), VirtualClock()
+        source = source_of(nvml, clock, "http://127.0.0.1:9400/metrics")
+        reads = []
+        for _ in range(3):
+            await source.sample(["GPU-0"], ())
+            reads.append(len(nvml.samples))
+        assert reads == [0, 0, 1], "taken over once it is gone"
 
 
 class TestPlayed:
@@ -390,12 +420,14 @@ class Console:
     """UsageService as a stub: raises `error` while it is set."""
 
     def __init__(self):
-        self.taken, self.error, self.calls = [], None, 0
+        self.taken, self.error, self.calls, self.refused = [], None, 0, set()
 
     async def ReportUsage(self, request, timeout):
         self.calls += 1
         if self.error is not None:
             raise self.error
+        if self.refused & {one.sequence for one in request.batches}:
+            raise InvalidArgument(FieldViolation("batches", "one is wrong"))
         self.taken.extend(request.batches)
         return usage_pb2.ReportUsageResponse()
 
@@ -451,13 +483,15 @@ class TestSender:
         assert len(outbox) == 3
 
     async def test_what_is_refused_keeps_nothing_back(self, outbox):
+        for _ in range(7):
+            await outbox.put(batch())
         console = Console()
-        console.error = InvalidArgument(FieldViolation("batches[0]", "is wrong"))
+        console.refused = {3, 8}
         sender = UsageSender(outbox, console, NODE, VirtualClock())
-        assert await sender.deliver() > 0
-        console.error = None
-        await sender.deliver()
-        assert [one.sequence for one in console.taken] == [2, 3]
+        while len(outbox):
+            await sender.deliver()
+        assert [one.sequence for one in console.taken] == [1, 2, 4, 5, 6, 7, 9, 10], "nor takes it others with it"
+        assert console.calls < 20
 
 
 class TestSampler:

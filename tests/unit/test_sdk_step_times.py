@@ -4,12 +4,15 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from tests.support.fake_agent import FakeAgent
 from whaleflux.sdk import Checkpointer, agent_keeper
 from whaleflux.sdk.keeper import StepReport
 from whaleflux.sdk.step_times import TOLD_EVERY, StepTimes
+from whaleflux_agent.usage.steps import wrong
 
 
 class Loop:
@@ -127,10 +130,34 @@ def test_the_checkpointer_tells_its_agent_by_itself(agent):
 
 def test_an_agent_that_does_not_know_them_is_told_once(agent):
     agent.refuse = lambda request: (
-        ("INVALID_ARGUMENT", "FIELD_INVALID", "call is not known") if request.HasField("report_steps") else None
+        ("INVALID_ARGUMENT", "FIELD_INVALID", "call: is not set, or is not known to this agent")
+        if request.HasField("report_steps")
+        else None
     )
     trained(100)
     assert len(agent.named("report_steps")) == 1
+
+
+def test_one_report_that_cannot_be_true_does_not_silence_the_next(agent):
+    agent.refuse = lambda request: (
+        ("INVALID_ARGUMENT", "FIELD_INVALID", "times: flops is 1e+30; use 0 to 1e+17 for 1 s")
+        if request.report_steps.times.flops > 1e29
+        else None
+    )
+    keeper = agent_keeper.AgentKeeper(str(agent.socket), "token")
+    for at in range(3):
+        keeper.steps(0, StepReport(at, at + 1, at + 1, at + 1, flops=1e30 if at == 1 else 1e9))
+    keeper.close()
+    assert [one.times.first_step for one in agent.named("report_steps")] == [1, 2, 3]
+
+
+@given(st.floats(1.7e9, 1.8e9), st.lists(st.floats(0, 60), min_size=4, max_size=4))
+def test_parts_fit_into_their_steps_in_the_whole_microseconds_that_are_told(start_s, parts):
+    data_s, save_s, here_s, cross_s = parts
+    told = agent_keeper.steps_request(
+        0, StepReport(start_s, start_s + sum(parts), 1, 10, data_s, save_s, here_s, cross_s)
+    )
+    assert wrong(told) == ""
 
 
 def test_what_an_agent_that_restarts_did_not_take_is_told_again(agent):

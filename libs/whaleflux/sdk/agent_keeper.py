@@ -14,7 +14,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from whaleflux.checkpoint_storage import found_storage
-from whaleflux.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from whaleflux.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 from whaleflux.reasons import ErrorReason
 from whaleflux.sdk import frames
 from whaleflux.sdk.errors import CheckpointError, RestoreFailed
@@ -29,6 +29,7 @@ _CALL_S = 10.0
 _PROGRESS_S = 1.0
 PATIENCE_S, PAUSE_S = 600.0, 0.5
 _STEPS_KEPT = 64  # reports, while the agent restarts
+_UNKNOWN_CALL = "call: "  # how an older agent's refusal begins
 _PASSING = (Unavailable.code, DeadlineExceeded.code)
 
 
@@ -50,7 +51,7 @@ class AgentKeeper:
         self.every_steps = 0
         self._unsent: tuple[int, int, Loss | None] | None = None
         self._unsent_steps: deque[agent_pb2.ReportStepsRequest] = deque(maxlen=_STEPS_KEPT)
-        self._takes_steps = True
+        self._takes_steps, self._refused_steps = True, False
         self._wake, self._closing = threading.Condition(), False
         self._sender: threading.Thread | None = None
 
@@ -140,7 +141,7 @@ class AgentKeeper:
     def steps(self, rank: int, report: StepReport) -> None:
         with self._wake:
             if self._takes_steps:
-                self._unsent_steps.append(_steps_request(rank, report))
+                self._unsent_steps.append(steps_request(rank, report))
                 self._hurry()
 
     def _hurry(self) -> None:
@@ -175,11 +176,15 @@ class AgentKeeper:
             self._send_steps(steps)
 
     def _send_steps(self, steps: Sequence[agent_pb2.ReportStepsRequest]) -> None:
-        """While the agent restarts they wait for the next report; an agent that does not know them is not told again."""
+        """While the agent restarts they wait; one that cannot be true is left out; an agent that does not know the call is not told again."""
         for at, report in enumerate(steps):
             try:
                 self._ask(agent_pb2.RankRequest(report_steps=report), _PROGRESS_S)
             except AgentError as error:
+                if error.code == InvalidArgument.code and not str(error).startswith(_UNKNOWN_CALL):
+                    log.log(logging.DEBUG if self._refused_steps else logging.WARNING, "times of steps: %s", error)
+                    self._refused_steps = True
+                    continue
                 with self._wake:
                     self._takes_steps = error.code in _PASSING
                     if self._takes_steps and not self._closing:
@@ -199,16 +204,21 @@ def _read(loss: Loss | None, step: int) -> float | None:
         return None
 
 
-def _steps_request(rank: int, report: StepReport) -> agent_pb2.ReportStepsRequest:
+def steps_request(rank: int, report: StepReport) -> agent_pb2.ReportStepsRequest:
+    """In whole microseconds: parts that fit into their steps still do when each is rounded."""
+    start_us, end_us = round(report.start_s * 1e6), round(report.end_s * 1e6)
+    left_us = end_us - start_us
     times = usage_pb2.StepTimes(
         first_step=report.first_step, last_step=report.last_step, tokens=report.tokens, flops=report.flops
     )
     for name in ("data", "save", "comm_in_node", "comm_cross"):
         if (seconds := getattr(report, f"{name}_s")) is not None:
-            setattr(times, f"{name}_us", int(seconds * 1e6))
+            part_us = min(int(seconds * 1e6), left_us)
+            setattr(times, f"{name}_us", part_us)
+            left_us -= part_us
     request = agent_pb2.ReportStepsRequest(rank=rank, times=times)
-    request.start_time.FromMicroseconds(round(report.start_s * 1e6))
-    request.end_time.FromMicroseconds(round(report.end_s * 1e6))
+    request.start_time.FromMicroseconds(start_us)
+    request.end_time.FromMicroseconds(end_us)
     return request
 
 

@@ -47,9 +47,9 @@ class PlannedShares:
     samples: Mapping[str, float] = field(default_factory=dict)
 
 
-def planned_shares(variable: str | None = None) -> PlannedShares:
-    """Of the variable BALANCE, or of that text. Raises ValueError where it is not as a plan writes it."""
-    text = os.environ.get(VARIABLE, "") if variable is None else variable
+def planned_shares() -> PlannedShares:
+    """Of the variable BALANCE. Raises ValueError where it is not as a plan writes it."""
+    text = os.environ.get(VARIABLE, "")
     if not text:
         return PlannedShares()
     try:

@@ -1,14 +1,15 @@
 """How long training stood still for communication: what is seen of it from a rank's own process, on a few steps of each ten.
 
 Collectives that a program waits for are timed where they are called; those of DistributedDataParallel, which run beside the backward pass, by its own
-timers (its reducer samples each hundredth step). What FSDP and tensor parallel modules wait for happens within streams that nobody else sees:
-of them nothing is known, and nothing is said.
+timers (its reducer samples each hundredth step). What FSDP and tensor parallel modules wait for happens within streams that nobody else sees,
+and of a call that returns at once nobody sees here when it is waited for: of them nothing is known, and nothing is said.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from whaleflux.sdk.background import Background
 from whaleflux.sdk.spans import Span, between, moment
 
 _COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-    "all_to_all", "all_to_all_single", "broadcast", "gather", "scatter", "barrier", "recv",
+    "all_to_all", "all_to_all_single", "broadcast", "gather", "scatter", "barrier", "send", "recv",
+    "batch_isend_irecv",
 )  # fmt: skip
 _NS = 1e9
 
@@ -30,12 +33,14 @@ class ExposedCommunication:
 
     def __init__(self, model: nn.Module, world_size: int, on_gpu: bool) -> None:
         self._model, self._on_gpu = model, on_gpu
+        self._is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         self.is_known = world_size == 1 or not _is_sharded(model)
         self._measures = self.is_known and world_size > 1
         self.sampling = False  # whether this step is one that is measured
         self._spans: list[tuple[bool, Span]] = []  # whether within the node
         self._whole: dict[str, Any] = {}
         self._depth = 0
+        self._waits_later = False  # the program called what returns at once
 
     def start(self) -> None:
         """Begins to see collectives."""
@@ -52,7 +57,9 @@ class ExposedCommunication:
 
     def take(self, sampled_steps: int, steps: int) -> tuple[float | None, float | None]:
         """Seconds within the node and across nodes, of `steps` steps of which `sampled_steps` were measured; None: not known."""
-        if not self.is_known:
+        waits_later, self._waits_later = self._waits_later, False
+        if not self.is_known or waits_later:
+            self._spans.clear()
             return None, None
         if not self._measures:
             return 0.0, 0.0
@@ -67,21 +74,27 @@ class ExposedCommunication:
     def _timed(self, whole: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(whole)
         def timed(*arguments: Any, **named: Any) -> Any:
-            if not self.sampling or self._depth or named.get("async_op"):
+            if self._depth or isinstance(
+                threading.current_thread(), Background
+            ):  # a save's, which training goes on beside
                 return whole(*arguments, **named)
             self._depth += 1  # one collective may be made of others
-            began = moment(self._on_gpu)
+            began = moment(self._on_gpu) if self.sampling else None
             try:
-                return whole(*arguments, **named)
+                answer = whole(*arguments, **named)
             finally:
                 self._depth -= 1
+            if isinstance(answer, dist.Work | list):
+                self._waits_later |= not self._is_ddp  # whose hooks do so, and whose timers see it
+            elif began is not None:
                 self._spans.append((_is_here(named.get("group")), between(began, moment(self._on_gpu))))
+            return answer
 
         return timed
 
     def _of_ddp(self) -> float:
         """Seconds of a step; 0 where no DDP communicates."""
-        if not isinstance(self._model, nn.parallel.DistributedDataParallel):
+        if not self._is_ddp:
             return 0.0
         seen = self._model._get_ddp_logging_data()  # its only door
         whole, beside = seen.get("backward_comm_time", 0), seen.get("backward_compute_comm_overlap_time", 0)

@@ -12,9 +12,8 @@ from whaleflux.sdk.state import Stateful
 
 log = logging.getLogger(__name__)
 B = TypeVar("B")
-Position = dict[
-    str, Any
-]  # "pass", "batches" drawn in it, "generators" at its beginning, "at_once": samples of a batch of all ranks
+# "pass", "batches" drawn in it, "generators" at its beginning, "at_once": samples of a batch of all ranks
+Position = dict[str, Any]
 
 
 def beginning() -> Position:

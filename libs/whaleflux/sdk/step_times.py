@@ -73,6 +73,7 @@ class StepTimes:
 
     def saved(self) -> Callable[[], None]:
         """Training stands still for a save; call what comes back when it goes on."""
+        self._communication.sampling = False  # what it communicates counts as the save
         return self._open(self._save)
 
     def trained_on(self, tokens: int | None, flops: float | None) -> None:

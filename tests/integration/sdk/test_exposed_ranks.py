@@ -14,6 +14,7 @@ PROGRAM = textwrap.dedent(
     import json, os, sys, time
     import torch, torch.distributed as dist
     from torch import nn
+    from whaleflux.sdk.background import Background
     from whaleflux.sdk.exposed import ExposedCommunication
 
     dist.init_process_group("gloo")
@@ -25,6 +26,7 @@ PROGRAM = textwrap.dedent(
         from torch.distributed.fsdp import fully_shard
         fully_shard(model)
     whole, seen = dist.all_reduce, ExposedCommunication(model, 2, on_gpu=False)
+    others = dist.new_group(backend="gloo")
     seen.start()
     for step in range(5):
         seen.sampling = step == 0
@@ -34,6 +36,14 @@ PROGRAM = textwrap.dedent(
             model(torch.ones(8, 64)).sum().backward()
         if sys.argv[2] == "calls":
             dist.all_reduce(torch.ones(1000))
+        if sys.argv[2] == "save":
+            Background(lambda: dist.all_gather_object([None, None], rank, group=others), "save").result(30)
+        if sys.argv[2] == "beside":
+            dist.all_reduce(torch.ones(1000), async_op=True).wait()
+        if sys.argv[2] == "pipeline":
+            kind = dist.isend if rank else dist.irecv
+            for work in dist.batch_isend_irecv([dist.P2POp(kind, torch.ones(1000), 1 - rank)]):
+                work.wait()
     told = seen.take(1, 5)
     seen.stop()
     assert dist.all_reduce is whole
@@ -66,5 +76,10 @@ def test_what_ddp_did_beside_the_backward_pass_does_not_count(tmp_path):
     assert late[0] < waits[0]
 
 
-def test_what_happens_within_streams_of_others_is_not_known(tmp_path):
-    assert told(tmp_path, "fsdp") == [[None, None], [None, None]]
+@pytest.mark.parametrize("kind", ["fsdp", "beside", "pipeline"])
+def test_what_a_program_waits_for_later_or_in_streams_of_others_is_not_known(tmp_path, kind):
+    assert told(tmp_path, kind) == [[None, None], [None, None]]
+
+
+def test_a_save_beside_the_training_is_no_communication_of_it(tmp_path):
+    assert told(tmp_path, "save") == [[0, 0], [0, 0]]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from urllib.error import URLError
 
 from whaleflux_agent.core import usage
 from whaleflux_agent.core.usage import DeviceUsage
@@ -31,16 +32,16 @@ class Exporter:
 
     url: str
 
-    def read(self) -> Mapping[Place, Mapping[str, float]]:
-        """Profiling fields of each device that it profiles; empty: nobody there does."""
+    def read(self) -> Mapping[Place, Mapping[str, float]] | None:
+        """Profiling fields of each device that it profiles; empty: nobody there does; None: no answer, and so not known now."""
         if not self.url:
             return {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(self.url, timeout=ANSWER_WITHIN_S) as answer:
                 return parse(answer.read(_MOST_BYTES).decode("utf-8", "replace"))
-        except (OSError, ValueError):
-            return {}
+        except (OSError, ValueError, HTTPException) as error:
+            return {} if isinstance(error, URLError) and isinstance(error.reason, ConnectionRefusedError) else None
 
 
 def parse(text: str) -> dict[Place, dict[str, float]]:
@@ -62,18 +63,12 @@ def with_counters(seen: DeviceUsage, fields: Mapping[str, float] | None) -> Devi
     """The same with what the exporter says of it. Pure."""
     if not fields:
         return seen
-    share: dict[str, Any] = {name: usage.ppm(value) for name, value in fields.items()}
-    return DeviceUsage(
-        device=seen.device,
+    share = {name: usage.ppm(value) for name, value in fields.items()}
+    return replace(
+        seen,
         source="dcgm",
         tensor_ppm=usage.times(share.get(_TENSOR), seen.clock_ppm),
         sm_active_ppm=share.get(_SM),
         dram_active_ppm=share.get(_DRAM),
         busy_ppm=share.get(_BUSY, seen.busy_ppm),
-        clock_ppm=seen.clock_ppm,
-        power_mw=seen.power_mw,
-        idle_power=seen.idle_power,
-        memory_used_bytes=seen.memory_used_bytes,
-        nvlink_sent_bytes=seen.nvlink_sent_bytes,
-        nvlink_received_bytes=seen.nvlink_received_bytes,
     )

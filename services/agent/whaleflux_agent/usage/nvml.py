@@ -42,17 +42,21 @@ class NvmlUsage:
         self._counters, self._exporter, self._clock = NvmlCounters(nvml), exporter, clock
         self._nvml, self._http = _Worker("usage", within_s), _Worker("dcgm", 2 * ANSWER_WITHIN_S)
         self._last_s = clock.monotonic()
+        self._is_exported = False  # by the last answer: one that is late leaves the counters to the exporter
 
     async def tick(self) -> None:
         await self._nvml.ask(self._counters.tick, None)
 
     async def sample(self, devices: Sequence[str], held: Collection[str]) -> list[DeviceUsage]:
-        exported: Mapping[Place, Mapping[str, float]] = await self._http.ask(self._exporter.read, {})
+        answer = await self._http.ask(self._exporter.read, None)
+        if answer is not None:
+            self._is_exported = bool(answer)
+        exported, with_gpm = answer or {}, not self._is_exported
         now_s = self._clock.monotonic()
         interval_s, self._last_s = max(0.001, now_s - self._last_s), now_s
 
         def take() -> list[DeviceUsage]:
-            seen = self._counters.take(devices, interval_s, with_gpm=not exported)
+            seen = self._counters.take(devices, interval_s, with_gpm=with_gpm)
             return [with_counters(one, self._exported(one.device, exported)) for one in seen]
 
         return await self._nvml.ask(take, [])

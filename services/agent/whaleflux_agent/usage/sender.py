@@ -25,7 +25,7 @@ class UsageSender:
 
     def __init__(self, outbox: UsageOutbox, stub: usage_pb2_grpc.UsageServiceStub, node: str, clock: Clock) -> None:
         self._outbox, self._stub, self._node, self._clock = outbox, stub, node, clock
-        self._failures, self._told = 0, ""
+        self._failures, self._told, self._at_once = 0, "", MOST_BATCHES
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -37,7 +37,7 @@ class UsageSender:
 
     async def deliver(self) -> float:
         """One call; how long to wait before the next, seconds, 0 when it was taken."""
-        waiting = await self._outbox.first(MOST_BATCHES, MOST_BYTES)
+        waiting = await self._outbox.first(self._at_once, MOST_BYTES)
         whole = [(path, batch) for path, batch in waiting if batch.node == self._node]
         if len(whole) < len(waiting):  # unreadable, or of another identity that this folder had
             await self._outbox.remove([path for path, batch in waiting if batch.node != self._node])
@@ -49,7 +49,7 @@ class UsageSender:
             answer = await self._stub.ReportUsage(request, timeout=CALL_S)
         except StatusError as error:
             return await self._refused(error, whole)
-        self._failures = 0
+        self._failures, self._at_once = 0, MOST_BATCHES
         self._say("" if not answer.refused_records else answer.refused_reason)
         await self._outbox.remove([path for path, _ in whole])
         return 0.0
@@ -60,7 +60,9 @@ class UsageSender:
             return NOBODY_TAKES_IT_S
         if error.code == InvalidArgument.code:
             self._say(error.message)
-            await self._outbox.remove([sent[0][0]])  # it may be what is wrong; what comes behind it is tried again
+            self._at_once = max(1, len(sent) // 2)  # fewer and fewer, until the one that is wrong is alone
+            if len(sent) == 1:
+                await self._outbox.remove([sent[0][0]])
             return RETRY.pause_s(1)
         if not worth_repeating(error):  # who speaks is not admitted: it may be later, with another certificate
             self._say(error.message)
