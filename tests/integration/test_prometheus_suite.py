@@ -142,9 +142,15 @@ async def test_every_query_of_the_dashboards_returns_data_and_times_lead_to_trac
             assert seen.get("alerts")["alerts"] == [] or {
                 alert["labels"]["alertname"] for alert in seen.get("alerts")["alerts"] if alert["state"] == "firing"
             } <= {"WhaleFluxUnknownShareHigh", "WhaleFluxIdleAllocatedHigh", "WhaleFluxRecoverySlow"}
-            found = seen.get("query_exemplars", query="whaleflux_recovery_duration_seconds_bucket", start=0, end=4e9)
-            traces = {one["labels"]["trace_id"] for series in found for one in series["exemplars"]}
-            assert traces
+            traces = set()
+
+            async def leads_to_traces():
+                asked = {"query": "whaleflux_recovery_duration_seconds_bucket", "start": 0, "end": 4e9}
+                found = await asyncio.to_thread(lambda: seen.get("query_exemplars", **asked))
+                traces.update(one["labels"]["trace_id"] for series in found for one in series["exemplars"])
+                return traces
+
+            await until(leads_to_traces, "the training that failed once is back, and its recovery names its trace", 90)
             await until(
                 lambda: traces <= {span.trace for span in collector.spans}, "the collector has these traces", 30
             )

@@ -73,7 +73,7 @@ class StandIn(ModuleType):
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
         self._asked(handle)
-        return SimpleNamespace(total=40 << 30)
+        return SimpleNamespace(total=40 << 30, used=0)
 
     def nvmlDeviceGetUUID(self, handle: str) -> str:
         return self._asked(handle)

@@ -152,6 +152,14 @@ class TestCounters:
         grown = usage.grown(before, now)
         assert grown is None or (grown >= 0 and before + grown == now)
 
+    async def test_a_driver_that_surprises_costs_the_interval_and_not_the_agent(self, monkeypatch):
+        nvml, clock = CountingNvml([counting(0)]), VirtualClock()
+        source = source_of(nvml, clock)
+        with monkeypatch.context() as surprising:
+            surprising.setattr(nvml, "nvmlDeviceGetMemoryInfo", lambda handle: object())
+            assert await source.sample(["GPU-0"], ()) == []
+        assert [one.device for one in await source.sample(["GPU-0"], ())] == ["GPU-0"]
+
 
 EXPORTED = """
 # HELP DCGM_FI_PROF_PIPE_TENSOR_ACTIVE Ratio of cycles the tensor (HMMA) pipe is active.

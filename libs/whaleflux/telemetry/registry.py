@@ -223,6 +223,7 @@ class Event(StrEnum):
     RANK_CALL_FAILED = "rank_call_failed"
     USAGE_DROPPED = "usage_dropped"  # folder, reason: batches of usage that found no room
     USAGE_REFUSED = "usage_refused"  # reason
+    USAGE_UNREADABLE = "usage_unreadable"  # reason: what devices did is not known while it lasts
     DATASET_CACHED = "dataset_cached"  # dataset, bytes; of them pulled, from peers, and from other copies there
     DATASET_UNCACHED = "dataset_uncached"  # dataset, reason: not even a part of it could be kept
     DATASET_PEER_WRONG = "dataset_peer_wrong"  # dataset, node, reason

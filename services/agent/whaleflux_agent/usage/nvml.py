@@ -7,11 +7,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from whaleflux import telemetry
 from whaleflux.clock import Clock
+from whaleflux.telemetry import Event
 from whaleflux_agent.core.usage import DeviceUsage
 from whaleflux_agent.usage.dcgm import ANSWER_WITHIN_S, Exporter, Place, with_counters
 from whaleflux_agent.usage.nvml_counters import NvmlCounters
 
+_log = telemetry.get_logger("whaleflux.agent")
 R = TypeVar("R")
 NVML_WITHIN_S = 5.0
 
@@ -22,13 +25,22 @@ class _Worker:
     def __init__(self, name: str, within_s: float) -> None:
         self._thread, self._within_s = ThreadPoolExecutor(1, thread_name_prefix=name), within_s
         self._asked: asyncio.Future[Any] | None = None
+        self._said = ""
 
     async def ask(self, question: Callable[[], R], otherwise: R) -> R:
+        """The answer, or `otherwise`: what a driver's surprise costs is the knowledge of an interval, never the agent."""
         if self._asked is not None and not self._asked.done():
             return otherwise
         self._asked = asked = asyncio.get_running_loop().run_in_executor(self._thread, question)
         done, _ = await asyncio.wait({asked}, timeout=self._within_s)
-        return asked.result() if done else otherwise
+        if not done:
+            return otherwise
+        if (error := asked.exception()) is not None:
+            if self._said != (said := f"{type(error).__name__}: {error}"):
+                self._said = said
+                _log.error(Event.USAGE_UNREADABLE, reason=said, exc_info=error)
+            return otherwise
+        return asked.result()
 
     def close(self) -> None:
         """A thread that hangs is left to the end of the process."""
