@@ -253,7 +253,8 @@ class DatasetStore:
     def _free_bytes(self) -> int:
         """Of the disk, beside what is left to others; what is on its way has its room there already, or is about to."""
         state = shutil.disk_usage(self.root)
-        coming = sum(max(0, size - allocated(self.partial(key))) for key, size in self._reserved.items())
+        # A copy: pulls begin and end on the event loop while this is asked in a thread.
+        coming = sum(max(0, size - allocated(self.partial(key))) for key, size in dict(self._reserved).items())
         return int(state.free - min(_SPARE_SHARE * state.total, _MOST_SPARE_BYTES) - coming)
 
     def release(self, key: str) -> None:
