@@ -571,6 +571,13 @@ async def test_a_lost_leadership_writes_nothing_and_the_next_begins_with_what_wa
     assert await world.phase(B1) == "READY"
 
 
+async def test_the_next_leader_shows_how_many_nodes_are_in_which_phase_before_any_changes(world):
+    world.join(*FIVE)
+    await world.run(2)
+    await next_leader(world, *FIVE)
+    assert REGISTRY.get_sample_value("whaleflux_nodes", {"phase": "READY"}) == 5
+
+
 async def stopped_in_order(world, name, kind):
     """The agent says goodbye and goes when that is on record."""
     agent = world.agents.pop(name)

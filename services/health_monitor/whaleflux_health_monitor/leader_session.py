@@ -72,6 +72,7 @@ class LeaderSession:
         self._recorder = Recorder(dependencies.store, leader, dependencies.clock)
         self._hurry = asyncio.Event()
         self._somebody = asyncio.Event()  # there is a node to judge
+        self._recount = True  # nodes by phase may be others than are shown
         self._probes = asyncio.Semaphore(PROBES_AT_ONCE)
         self._reporting = asyncio.Lock()
         self._placements = Cache(dependencies.store, keys.JOB_PLACEMENTS, lambda entry: placements.read(entry.value))
@@ -225,6 +226,7 @@ class LeaderSession:
                 group.create_task(self._probe(name, address))
             if verdicts := self.monitor.tick(now_s):
                 self._record(verdicts)
+            if verdicts or self._recount:
                 self._count()
             await self._pause()
 
@@ -266,6 +268,7 @@ class LeaderSession:
             telemetry.histogram(Metric.DETECTION_DURATION).labels(verdict.phase.value).observe(since_s)
 
     def _count(self) -> None:
+        self._recount = False
         counts = Counter(node.phase for node in self.monitor.nodes.values())
         for phase in Phase:
             telemetry.gauge(Metric.NODES).labels(phase.value).set(counts[phase])
@@ -278,6 +281,7 @@ class LeaderSession:
             follow(self._dependencies.watch_nodes, clock=self._dependencies.clock, on_broken=on_broken)
         ) as followed:
             async for change in followed:
+                self._recount = True
                 if change.value is not None:
                     address = change.value.facts.address
                     now_s = self._dependencies.clock.monotonic()
