@@ -178,6 +178,7 @@ def hostile(**fields):
         b"no archive",
         hostile(data=os.urandom(4000))[:-100],
     ],
+    ids=range(12),  # an archive has the time of its making in it, and several processes have to collect the same tests
 )
 def test_a_hostile_or_damaged_archive_leaves_nothing(tmp_path, content):
     (tmp_path / "archive").write_bytes(content)
