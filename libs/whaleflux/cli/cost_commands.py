@@ -9,6 +9,7 @@ import typer
 
 from whaleflux.cli import output
 from whaleflux.cli.cost_filters import (
+    CLASS,
     By,
     Gpu,
     Model,
@@ -24,15 +25,16 @@ from whaleflux.cli.cost_filters import (
     which,
 )
 from whaleflux.cli.cost_words import (
+    NO_WASTE,
     at,
+    by_class,
+    by_group,
     expected,
-    figures,
-    most_of_it,
     off,
-    rest,
     say_about,
     say_until,
     shown,
+    waste_by_group,
     wasted,
     waterfall,
     within,
@@ -67,6 +69,7 @@ def cost_alone(
       whaleflux cost
       whaleflux cost --by job --since 24h
       whaleflux cost --by day,queue --since 30d -o csv
+      whaleflux cost --by queue,class
       whaleflux cost job my-training
     """  # noqa: D301 - the escape tells click to keep the lines
     if context.invoked_subcommand is not None:
@@ -76,9 +79,7 @@ def cost_alone(
     if fmt.is_json:
         output.say_json(output.as_json(answer), fmt)
         return
-    rows = [(*map(shown, one.keys), *figures(one, answer.total)) for one in answer.groups]
-    rows += [(label, *[""] * (len(groups) - 1), *figures(one, answer.total)) for label, one in rest(answer)]
-    headers = [*(name.upper() for name in groups), "USD", "SHARE", "GPU-H", "USEFUL", "WASTE", "UNKNOWN"]
+    headers, rows = by_class(answer, groups) if CLASS in groups else by_group(answer, groups)
     if fmt is Format.csv:
         output.say_csv(headers, rows)
         return
@@ -275,9 +276,7 @@ def waste(
         waterfall(answer.total)
         say_about(answer)
         return
-    found = sorted(answer.groups, key=wasted, reverse=True) if groups else [answer.total]
-    rows = [(*map(shown, one.keys), usd(wasted(one)), most_of_it(one), usd(one.bill_micros)) for one in found]
-    headers = [*(name.upper() for name in groups), "WASTE USD", "MOST OF IT", "BILL USD"]
+    headers, rows = by_class(answer, groups, NO_WASTE) if CLASS in groups else waste_by_group(answer, groups)
     if fmt is Format.csv:
         output.say_csv(headers, rows)
         return

@@ -10,7 +10,8 @@ from whaleflux import names
 from whaleflux.cli.filters import since_s
 from whaleflux.cli.state import fleet
 
-_BY = ("queue", "user", "job", "model", "site", "gpu", "node", "day", "hour")
+CLASS = "class"  # of the bill: useful, idle and so on; every answer has them, so that the console is not asked for it
+_BY = ("queue", "user", "job", "model", "site", "gpu", "node", "day", "hour", CLASS)
 By = Annotated[str, typer.Option("--by", help=f"By what, up to three with commas: {', '.join(_BY)}.")]
 Since = Annotated[str, typer.Option("--since", help="From when on: 7d, 24h, or a time such as 2026-11-01.")]
 Until = Annotated[str, typer.Option("--until", help="Until when: a time; none: now.")]
@@ -59,7 +60,9 @@ def answered(asked: Any, groups: tuple[str, ...], limit: int) -> Any:
     from whaleflux.v1 import console_pb2 as pb
 
     by: list[Any] = [
-        pb.CostGrouping.Value(f"COST_GROUPING_{'GPU_CLASS' if one == 'gpu' else one.upper()}") for one in groups
+        pb.CostGrouping.Value(f"COST_GROUPING_{'GPU_CLASS' if one == 'gpu' else one.upper()}")
+        for one in groups
+        if one != CLASS
     ]
     with fleet() as client:
         return client.console.GetCost(pb.GetCostRequest(filter=asked, group_by=by, limit=limit), timeout=30)

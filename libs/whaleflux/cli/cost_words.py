@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC
 from typing import Any
 
 from whaleflux.cli import output
+from whaleflux.cli.cost_filters import CLASS
 from whaleflux.cli.price_commands import usd
 
 _WIDTH = 30  # characters of a bar
@@ -27,7 +29,7 @@ _CLASSES = {  # of the contract, in its order, in the words of people
     "LOST": "lost in failures",
     "UNKNOWN": "unknown",
 }
-_NO_WASTE = ("USEFUL", "COMM_STRUCTURAL", "UNKNOWN")
+NO_WASTE = ("USEFUL", "COMM_STRUCTURAL", "UNKNOWN")
 
 
 def _classes(one: Any) -> dict[str, int]:
@@ -38,26 +40,73 @@ def _classes(one: Any) -> dict[str, int]:
 
 def wasted(one: Any) -> int:
     """Micro-dollars of a group that did nothing."""
-    return sum(micros for name, micros in _classes(one).items() if name not in _NO_WASTE)
+    return sum(micros for name, micros in _classes(one).items() if name not in NO_WASTE)
 
 
-def most_of_it(one: Any) -> str:
+def _most_of_it(one: Any) -> str:
     """The class that most of a group's waste is of."""
-    found = {name: micros for name, micros in _classes(one).items() if name not in _NO_WASTE}
+    found = {name: micros for name, micros in _classes(one).items() if name not in NO_WASTE}
     name = max(found, key=lambda each: found[each], default="")
     return f"{_CLASSES.get(name, name.lower())} {usd(found[name])}" if name else "-"
 
 
-def figures(one: Any, total: Any) -> tuple[str, ...]:
+def by_group(answer: Any, groups: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Headers and rows of an answer, a row a group."""
+    rows = [(*map(shown, one.keys), *_figures(one, answer.total)) for one in answer.groups]
+    rows += [(label, *[""] * (len(groups) - 1), *_figures(one, answer.total)) for label, one in _rest(answer)]
+    return [*(name.upper() for name in groups), "USD", "SHARE", "GPU-H", "USEFUL", "WASTE", "UNKNOWN"], rows
+
+
+def by_class(
+    answer: Any, groups: Sequence[str], without: Sequence[str] = ()
+) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The same, a row for each class of each group's bill but those `without`. All rows but the last sum to it."""
+    others = [name for name in groups if name != CLASS]
+    parts = [([*map(shown, one.keys)], one) for one in answer.groups] if others else [([], answer.total)]
+    parts += [([label, *[""] * (len(others) - 1)], one) for label, one in _rest(answer)[:-1]] if others else []
+    found = [(keys, name, micros) for keys, one in parts for name, micros in _dearest(one) if name not in without]
+    found.append(
+        (
+            ["TOTAL", *[""] * (len(others) - 1)] if others else [],
+            "" if others else "TOTAL",
+            sum(micros for *_, micros in found),
+        )
+    )
+    rows = [
+        (*keys, _CLASSES.get(name, name), usd(micros), _share(micros, answer.total)) for keys, name, micros in found
+    ]
+    return [*(name.upper() for name in others), "CLASS", "USD", "SHARE"], rows
+
+
+def _dearest(one: Any) -> list[tuple[str, int]]:
+    return sorted(_classes(one).items(), key=lambda item: -item[1])
+
+
+def waste_by_group(answer: Any, groups: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Headers and rows of what did nothing, the most first; without groups the whole."""
+    found = sorted(answer.groups, key=wasted, reverse=True) if groups else [answer.total]
+    rows = [(*map(shown, one.keys), usd(wasted(one)), _most_of_it(one), usd(one.bill_micros)) for one in found]
+    return [*(name.upper() for name in groups), "WASTE USD", "MOST OF IT", "BILL USD"], rows
+
+
+def _share(micros: int, total: Any) -> str:
+    return f"{100 * micros / total.bill_micros:.1f} %" if total.bill_micros else "-"
+
+
+def _figures(one: Any, total: Any) -> tuple[str, ...]:
     """A group's bill, share, GPU-hours, and what of it was useful, wasted, unknown."""
     classes = _classes(one)
     unknown = classes.get("UNKNOWN", 0)
     parts = (classes.get("USEFUL", 0), wasted(one), unknown)
-    share = f"{100 * one.bill_micros / total.bill_micros:.1f} %" if total.bill_micros else "-"
-    return (usd(one.bill_micros), share, f"{one.gpu_hours:,.2f}", *(usd(part) for part in parts))
+    return (
+        usd(one.bill_micros),
+        _share(one.bill_micros, total),
+        f"{one.gpu_hours:,.2f}",
+        *(usd(part) for part in parts),
+    )
 
 
-def rest(answer: Any) -> list[tuple[str, Any]]:
+def _rest(answer: Any) -> list[tuple[str, Any]]:
     """What is not in the groups, and all of it."""
     found = [("(all others)", answer.others)] if answer.HasField("others") else []
     found += [("(queues not yours)", answer.hidden)] if answer.HasField("hidden") else []
@@ -80,8 +129,7 @@ def waterfall(one: Any) -> None:
     rows = []
     for name, words in _CLASSES.items():
         if micros := classes.get(name, 0):
-            share = f"{100 * micros / one.bill_micros:.1f} %" if one.bill_micros else "-"
-            rows.append((words, usd(micros), share, "#" * max(1, round(_WIDTH * abs(micros) / most))))
+            rows.append((words, usd(micros), _share(micros, one), "#" * max(1, round(_WIDTH * abs(micros) / most))))
     output.table(("WHAT FOR", "USD", "SHARE", ""), rows)
 
 
