@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whaleflux.usage_checks import MOST_PPM
-
 PPM = 1_000_000
 _IDLE_ABOVE = 1.15  # of the power that a GPU draws without work
 _NO_KERNEL_PPM = 1_000  # counters have noise
+_MOST_PPM = 2 * PPM  # usage_checks.MOST_PPM, which a core does not reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ def ppm(share: float | None) -> int | None:
     """Millionths of a share (1.0 is all); None for what is no share."""
     if share is None or not math.isfinite(share) or share < 0:
         return None
-    return min(MOST_PPM, round(share * PPM))
+    return min(_MOST_PPM, round(share * PPM))
 
 
 def times(ppm_of: int | None, by_ppm: int | None) -> int | None:
