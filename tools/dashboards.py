@@ -32,7 +32,9 @@ _JOBS = Panel(
     "Jobs by state", "As the scheduler that leads counts them.", {"max by (state) (whaleflux_jobs)": "{{state}}"}
 )
 _NODES = Panel(
-    "Nodes by phase", "As the health monitor judges them.", {"max by (phase) (whaleflux_nodes)": "{{phase}}"}
+    "Nodes by phase",
+    "As the health monitor judges them.",
+    {"sum by (phase) (max by (site, phase) (whaleflux_nodes))": "{{phase}}"},
 )
 _HELD = Panel(
     "GPUs held",
@@ -71,6 +73,16 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             ),
             Panel(
                 "Tasks by phase", "Over all agents that are scraped.", {"sum by (phase) (whaleflux_tasks)": "{{phase}}"}
+            ),
+            Panel(
+                "Sites that are cut off",
+                "1 while all of a site is silent as one; its work goes on there.",
+                {"max by (site) (whaleflux_sites_cut_off)": "{{site}}"},
+            ),
+            Panel(
+                "Faults of GPUs per hour",
+                "Xids of the hardware, by what the GPU needs before it is used again.",
+                {"sum by (action) (increase(whaleflux_gpu_faults_total[1h]))": "{{action}}"},
             ),
             Panel(
                 "Last sign of life to verdict",
@@ -189,6 +201,11 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "s",
             ),
             Panel(
+                "Budgets of this month",
+                "By what the whole month is expected to cost.",
+                {"max by (forecast) (whaleflux_budgets)": "{{forecast}}"},
+            ),
+            Panel(
                 "Residual",
                 "By how much a bill and its parts differ: always 0.",
                 {"max(whaleflux_ledger_residual_micros)": "micro-dollars"},
@@ -222,6 +239,12 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "Timers late, 99 %",
                 "A blocked event loop delays everything of its process.",
                 {"service:whaleflux_event_loop_lag_seconds:p99": "{{service}}"},
+                "s",
+            ),
+            Panel(
+                "Time of the store's answers, 99 %",
+                "Of gets and commits, as services see them; failed ones too.",
+                {"service:whaleflux_store_duration_seconds:p99": "{{service}}"},
                 "s",
             ),
             Panel(

@@ -22,9 +22,10 @@ def open_store(settings: ServiceSettings, clock: Clock) -> Store:
 
         return MemoryStore(clock)
     from whaleflux.store.etcd import EtcdStore
+    from whaleflux.store.timed import TimedStore
 
     endpoints, secure = _endpoints("store", settings, plain="http", encrypted="https")
-    return EtcdStore(endpoints, tls=_tls_files(settings) if secure else None)
+    return TimedStore(EtcdStore(endpoints, tls=_tls_files(settings) if secure else None), clock.monotonic)
 
 
 async def open_bus(settings: ServiceSettings, clock: Clock, role: str) -> Bus:

@@ -49,6 +49,14 @@ def slow(metric, le, slow_per_minute, labels=""):
     }
 
 
+def stored(slow_per_minute):
+    """Ten commits a minute, so many of them slower than 0.25 s."""
+    return {
+        f'whaleflux_store_duration_seconds_bucket{{service="s",call="commit",le="{le}"}}': f"0+{within}x60"
+        for le, within in (("0.25", 10 - slow_per_minute), ("0.5", 10), ("+Inf", 10))
+    }
+
+
 def waits(bucket):
     """Jobs that were placed, all within the bucket."""
     edges = ("60.0", "3600.0", "14400.0", "+Inf")
@@ -72,6 +80,25 @@ CASES = {
         {f'whaleflux_leader{{name="scheduler",instance="{i}"}}': f"{int(i == 'b')}x9" for i in "ab"},
     ),
     "WhaleFluxEventLoopLagging": ("30m", lag(2), lag(0)),
+    "WhaleFluxEtcdSlow": ("30m", stored(slow_per_minute=2), stored(slow_per_minute=0)),
+    "WhaleFluxSitePartitioned": (
+        "5m",
+        {f'whaleflux_sites_cut_off{{site="{site}"}}': f"{int(site == 'b')}x9" for site in "ab"},
+        {f'whaleflux_sites_cut_off{{site="{site}"}}': "0x9" for site in "ab"},
+    ),
+    "WhaleFluxGpuXidFatal": (
+        "5m",
+        {'whaleflux_gpu_faults_total{action="restart_host"}': "0 0 1x20"},
+        {
+            'whaleflux_gpu_faults_total{action="restart_host"}': "1x20",
+            'whaleflux_gpu_faults_total{action="restart_work"}': "0 0 1x20",
+        },
+    ),
+    "WhaleFluxBudgetForecastExceeded": (
+        "90m",
+        {'whaleflux_budgets{forecast="over"}': "1x120", 'whaleflux_budgets{forecast="within"}': "3x120"},
+        {'whaleflux_budgets{forecast="over"}': "1x20 0x100", 'whaleflux_budgets{forecast="unknown"}': "3x120"},
+    ),
     "WhaleFluxCertificateExpiring": (
         "10m",
         {'whaleflux_certificate_expiry_seconds{service="s",instance="i"}': "80000x20"},
@@ -79,8 +106,8 @@ CASES = {
     ),
     "WhaleFluxNodeUnreachable": (
         "5m",
-        {'whaleflux_nodes{phase="UNREACHABLE"}': "1x9"},
-        {'whaleflux_nodes{phase="READY"}': "9x9", 'whaleflux_nodes{phase="UNREACHABLE"}': "0x9"},
+        {f'whaleflux_nodes{{phase="UNREACHABLE",site="{site}"}}': f"{int(site == 'b')}x9" for site in "ab"},
+        {'whaleflux_nodes{phase="READY",site="a"}': "9x9", 'whaleflux_nodes{phase="UNREACHABLE",site="a"}': "0x9"},
     ),
     "WhaleFluxNodeQuarantinedLong": (
         "25h",

@@ -4,6 +4,7 @@ import contextlib
 from datetime import UTC, datetime
 
 import pytest
+from prometheus_client import REGISTRY
 
 from tests.unit.test_bookkeeper import LATE, World
 from whaleflux.clock import VirtualClock
@@ -18,7 +19,9 @@ from whaleflux.trust.ownership import Access
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import events_pb2
 from whaleflux_console import news
+from whaleflux_console.budget_figures import BudgetFigures
 from whaleflux_console.budgets import Budgets, BudgetWatch
+from whaleflux_console.core.budget_rules import outlook
 from whaleflux_console.forecasts import Forecasts
 
 SPENT = 4_000_000  # of the world's two GPUs, by LATE: 2,000,000 an hour each; open hours beside
@@ -175,3 +178,33 @@ async def test_without_a_ledger_too_budgets_of_queues_that_are_not_ones_own_stay
         with auth.acting_as(auth.Identity("user", name)):
             seen[name] = [b.name for b in (await budgets.page(pb.ListBudgetsRequest(), None)).budgets]
     assert seen == {"ann": [], "bob": ["budgets/b"]}
+
+
+def budgets_shown():
+    return [REGISTRY.get_sample_value("whaleflux_budgets", {"forecast": one}) for one in ("within", "over", "unknown")]
+
+
+async def test_how_many_budgets_will_hold_is_shown_without_their_names(tmp_path):
+    async with spending(tmp_path) as world:
+        figures = BudgetFigures(world.store, Forecasts(world.answers, world.clock), world.clock)
+        await figures.show()
+        assert budgets_shown() == [0, 0, 0]
+        await set_(world, "small", SPENT // 2)
+        await set_(world, "large", SPENT * 1000)
+        await figures.show()
+        assert budgets_shown() == [0, 1, 1], "what is spent is known, the month needs three days"
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected", "found"),
+    [
+        (5, 9, "within"),
+        (5, 10, "within"),
+        (5, 11, "over"),
+        (11, None, "over"),
+        (5, None, "unknown"),
+        (10, None, "unknown"),
+    ],
+)
+def test_a_budget_is_over_where_the_month_is_expected_to_cost_more(spent, expected, found):
+    assert outlook(spent, expected, 10).value == found

@@ -23,6 +23,7 @@ from whaleflux_health_monitor import news
 from whaleflux_health_monitor.campaign import Campaign
 from whaleflux_health_monitor.core.evidence import Probe
 from whaleflux_health_monitor.core.timing import Timing
+from whaleflux_health_monitor.figures import show_no_gpu_faults
 from whaleflux_health_monitor.leader_session import Dependencies
 from whaleflux_health_monitor.servicer import HealthServicer
 
@@ -157,6 +158,10 @@ async def world():
 def running(node_index, epoch=1, step=0):
     return {"task": f"j-{epoch}-{node_index}", "job": JOB, "epoch": epoch, "step": step, "traceparent": LAUNCH,
             "alive": True}  # fmt: skip
+
+
+def shown(metric, **labels):
+    return REGISTRY.get_sample_value(metric, labels)
 
 
 def refused():
@@ -575,7 +580,38 @@ async def test_the_next_leader_shows_how_many_nodes_are_in_which_phase_before_an
     world.join(*FIVE)
     await world.run(2)
     await next_leader(world, *FIVE)
-    assert REGISTRY.get_sample_value("whaleflux_nodes", {"phase": "READY"}) == 5
+    assert [shown("whaleflux_nodes", site=site, phase="READY") for site in "abc"] == [2, 2, 1]
+    assert [shown("whaleflux_nodes", site=site, phase="UNREACHABLE") for site in "abc"] == [0, 0, 0]
+
+
+async def test_a_site_that_is_cut_off_is_shown_until_it_is_back_and_one_that_is_gone_no_more(world):
+    world.join(*FIVE)
+    await world.run(2)
+    assert [shown("whaleflux_sites_cut_off", site=site) for site in "abc"] == [0, 0, 0]
+    await world.kill(A1, Probe.NO_ROUTE)
+    await world.kill(A2, Probe.NO_ROUTE)
+    await world.run(8)
+    assert [shown("whaleflux_sites_cut_off", site=site) for site in "abc"] == [1, 0, 0]
+    assert shown("whaleflux_nodes", site="a", phase="SUSPECT") == 2
+    world.join(A1, A2)
+    await world.run(2)
+    assert [shown("whaleflux_sites_cut_off", site=site) for site in "abc"] == [0, 0, 0]
+    world.nodes.put_nowait(ipb.WatchNodesResponse(deleted=C1))
+    await world.run(1)
+    assert [shown("whaleflux_sites_cut_off", site=site) for site in "abc"] == [0, 0, None]
+    assert shown("whaleflux_nodes", site="c", phase="READY") is None
+
+
+@pytest.mark.parametrize(("code", "action"), [(94, "restart_work"), (48, "reset_gpu"), (79, "restart_host")])
+async def test_an_xid_of_the_hardware_is_counted_by_what_the_gpu_needs(world, code, action):
+    show_no_gpu_faults()
+    before = shown("whaleflux_gpu_faults_total", action=action)
+    world.join(*FIVE)
+    await world.run(2)
+    for seen in (code, 13):
+        world.agents[A2].say(observation={"kind": "XID", "code": seen, "gpu_index": 3, "detail": "Xid"})
+    await world.run(0.5)
+    assert shown("whaleflux_gpu_faults_total", action=action) == before + 1
 
 
 async def stopped_in_order(world, name, kind):

@@ -70,12 +70,15 @@ class Metric(StrEnum):
     RAY_START_DELAY = "whaleflux_ray_start_delay_seconds"
     JOB_WAIT = "whaleflux_job_wait_seconds"
     QUEUE_DEPTH = "whaleflux_queue_depth"
+    STORE_DURATION = "whaleflux_store_duration_seconds"
     CAS_CONFLICTS = "whaleflux_cas_conflicts_total"
     LEADER = "whaleflux_leader"
     EVENTS_PUBLISHED = "whaleflux_events_published_total"
     EVENTS_CONSUMED = "whaleflux_events_consumed_total"
     AUDIT_LOST = "whaleflux_audit_lost_total"
     NODES = "whaleflux_nodes"
+    SITES_CUT_OFF = "whaleflux_sites_cut_off"
+    GPU_FAULTS = "whaleflux_gpu_faults_total"
     GPUS = "whaleflux_gpus"
     GPUS_ALLOCATED = "whaleflux_gpus_allocated"
     JOBS = "whaleflux_jobs"
@@ -96,6 +99,7 @@ class Metric(StrEnum):
     LEDGER_RESIDUAL = "whaleflux_ledger_residual_micros"
     LEDGER_WATERMARK = "whaleflux_ledger_watermark_timestamp_seconds"
     SPENDING = "whaleflux_spending_micros"
+    BUDGETS = "whaleflux_budgets"
 
 
 METRICS: dict[Metric, MetricSpec] = {
@@ -111,12 +115,21 @@ METRICS: dict[Metric, MetricSpec] = {
     ),
     Metric.JOB_WAIT: MetricSpec("histogram", "Submission of a job to its first placement.", (), _WAITS_S),
     Metric.QUEUE_DEPTH: MetricSpec("gauge", "Items that wait.", ("queue",)),
+    Metric.STORE_DURATION: MetricSpec(
+        "histogram", "Time in which the store answers a get or a commit, or fails to.", ("call",), _SECONDS
+    ),
     Metric.CAS_CONFLICTS: MetricSpec("counter", "Compare-and-swap writes that lost.", ("kind",)),
     Metric.LEADER: MetricSpec("gauge", "1 while this process leads, 0 while it stands by.", ("name",)),
     Metric.EVENTS_PUBLISHED: MetricSpec("counter", "Events published.", ("what",)),
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
     Metric.AUDIT_LOST: MetricSpec("counter", "Records of the audit trail that there was no room for; alarm on any."),
-    Metric.NODES: MetricSpec("gauge", "Nodes by phase.", ("phase",)),
+    Metric.NODES: MetricSpec("gauge", "Nodes by phase, of each site.", ("site", "phase")),
+    Metric.SITES_CUT_OFF: MetricSpec("gauge", "1 while all of a site is silent as one, else 0.", ("site",)),
+    Metric.GPU_FAULTS: MetricSpec(
+        "counter",
+        "Xids of the hardware that agents told of, by what the GPU needs before it is used again.",
+        ("action",),
+    ),
     Metric.GPUS: MetricSpec("gauge", "GPUs of nodes that take work, by model.", ("model",)),
     Metric.GPUS_ALLOCATED: MetricSpec("gauge", "GPUs held by jobs, lost ones too, by model.", ("model",)),
     Metric.JOBS: MetricSpec("gauge", "Jobs by state.", ("state",)),
@@ -143,6 +156,9 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.LEDGER_WATERMARK: MetricSpec("gauge", "Unix time until which usage is in the ledger."),
     Metric.SPENDING: MetricSpec(
         "gauge", "Micro-dollars of the last 24 hours in the ledger, by class.", ("cost_class",)
+    ),
+    Metric.BUDGETS: MetricSpec(
+        "gauge", "Budgets by what this month is expected to have cost in the end: within, over, unknown.", ("forecast",)
     ),
     Metric.TRAINING_LOSS: MetricSpec("gauge", "Newest loss that a job reported.", ("job",)),
 }

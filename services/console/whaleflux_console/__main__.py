@@ -20,6 +20,7 @@ from whaleflux.v1.usage_pb2_grpc import add_UsageServiceServicer_to_server
 from whaleflux_console import news
 from whaleflux_console.bookkeeper import Progress
 from whaleflux_console.books import Books
+from whaleflux_console.budget_figures import BudgetFigures
 from whaleflux_console.budgets import Budgets, BudgetWatch
 from whaleflux_console.costs import Costs
 from whaleflux_console.figures import Figures
@@ -60,6 +61,7 @@ async def build(ctx: Context) -> Parts:
         books = _books(ctx, folder, engine, progress)
         watch = BudgetWatch(ctx.store, Forecasts(answers, ctx.clock), ctx.clock)
         loops += [partial(lead, ctx.store, f"{ROLE}-budgets", ctx.address, watch.run)]
+        loops += [BudgetFigures(ctx.store, Forecasts(answers, ctx.clock), ctx.clock).run]
         loops += [partial(_follow, ctx, answers), partial(lead, ctx.store, f"{ROLE}-ledger", ctx.address, books.keep)]
 
         async def close() -> None:

@@ -20,6 +20,7 @@ from whaleflux.v1.inventory_pb2_grpc import InventoryServiceStub
 from whaleflux_health_monitor import news
 from whaleflux_health_monitor.campaign import Campaign
 from whaleflux_health_monitor.core.timing import Timing
+from whaleflux_health_monitor.figures import show_no_gpu_faults
 from whaleflux_health_monitor.leader_session import NAME, Dependencies
 from whaleflux_health_monitor.prober import Prober
 from whaleflux_health_monitor.servicer import HealthServicer
@@ -32,6 +33,7 @@ async def build(ctx: Context) -> Parts:
     """Every replica answers reads; the leader hears agents and judges; one at a time publishes."""
     settings = ctx.settings
     telemetry.from_zero(Metric.CLAIMS_REFUSED, "heartbeat")
+    show_no_gpu_faults()
     inventory = InventoryServiceStub(ctx.channel("inventory"))
 
     def watch_nodes(since: int) -> AsyncIterator[inventory_pb2.WatchNodesResponse]:

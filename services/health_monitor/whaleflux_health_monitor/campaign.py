@@ -6,7 +6,7 @@ from whaleflux import telemetry
 from whaleflux.errors import Unavailable
 from whaleflux.retry import Backoff
 from whaleflux.store.election import Leader, lead, leader_of
-from whaleflux.telemetry import Event, Metric
+from whaleflux.telemetry import Event
 from whaleflux_health_monitor.leader_session import NAME, Dependencies, LeaderSession, not_leader
 
 _RETRY = Backoff()
@@ -30,7 +30,6 @@ class Campaign:
             await self.session.run()
         finally:
             self.session = None
-            telemetry.gauge(Metric.NODES).clear()  # another replica shows them now
 
     async def _begun(self, leader: Leader) -> LeaderSession:
         failures = 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC
@@ -33,8 +32,10 @@ from whaleflux_health_monitor.core.attribution import TaskFailure, attribute, is
 from whaleflux_health_monitor.core.evidence import NodeState, Probe, Running
 from whaleflux_health_monitor.core.liveness import NodeVerdict
 from whaleflux_health_monitor.core.monitor import Monitor
+from whaleflux_health_monitor.core.partitions import Partitions
 from whaleflux_health_monitor.core.phases import Phase
 from whaleflux_health_monitor.core.timing import HEARTBEAT_S, LONGEST_HEARTBEAT_S, Timing
+from whaleflux_health_monitor.figures import FleetFigures, count_gpu_fault
 from whaleflux_health_monitor.health_records import EmitSpan, HealthRecords
 from whaleflux_health_monitor.recorder import AT_ONCE, Recorder
 
@@ -72,7 +73,9 @@ class LeaderSession:
         self._recorder = Recorder(dependencies.store, leader, dependencies.clock)
         self._hurry = asyncio.Event()
         self._somebody = asyncio.Event()  # there is a node to judge
+        self._figures = FleetFigures()
         self._recount = True  # nodes by phase may be others than are shown
+        self._shown = Partitions()
         self._probes = asyncio.Semaphore(PROBES_AT_ONCE)
         self._reporting = asyncio.Lock()
         self._placements = Cache(dependencies.store, keys.JOB_PLACEMENTS, lambda entry: placements.read(entry.value))
@@ -101,6 +104,7 @@ class LeaderSession:
                 group.create_task(self._follow_inventory())
                 group.create_task(self._judge(group))
         finally:
+            self._figures.clear()
             self.ended.set()
 
     # evidence, from the servicer
@@ -165,6 +169,7 @@ class LeaderSession:
         if outcome := _INDIRECT_OUTCOMES.get(seen.kind):
             self.monitor.indirectly_probed(seen.detail, node, outcome)
         elif seen.kind == What.XID and is_hardware_fault(seen.code):
+            count_gpu_fault(seen.code)
             self._gpu_failed(node, f"XID_{seen.code}", f"GPU {seen.gpu_index}: {seen.detail[:300]}")
 
     def _age_s(self, node: str, seen: pb.Observation) -> float:
@@ -226,7 +231,7 @@ class LeaderSession:
                 group.create_task(self._probe(name, address))
             if verdicts := self.monitor.tick(now_s):
                 self._record(verdicts)
-            if verdicts or self._recount:
+            if verdicts or self._recount or self._shown != self.monitor.partitions:
                 self._count()
             await self._pause()
 
@@ -268,10 +273,8 @@ class LeaderSession:
             telemetry.histogram(Metric.DETECTION_DURATION).labels(verdict.phase.value).observe(since_s)
 
     def _count(self) -> None:
-        self._recount = False
-        counts = Counter(node.phase for node in self.monitor.nodes.values())
-        for phase in Phase:
-            telemetry.gauge(Metric.NODES).labels(phase.value).set(counts[phase])
+        self._recount, self._shown = False, self.monitor.partitions
+        self._figures.show(self.monitor.nodes.values(), self._shown.sites)
 
     async def _follow_inventory(self) -> None:
         def on_broken(error: StatusError) -> None:

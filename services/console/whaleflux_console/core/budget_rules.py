@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from enum import Enum
 
 from whaleflux.errors import FieldViolation
 
@@ -10,6 +11,21 @@ DEFAULT_PERCENTS = (50, 80, 100)
 MOST_PERCENTS = 8
 _HIGHEST_PERCENT = 1_000
 _MOST_USER = 128  # characters
+
+
+class Outlook(Enum):
+    """What is to be expected of a budget's month."""
+
+    WITHIN = "within"
+    OVER = "over"
+    UNKNOWN = "unknown"  # too few days are known to foretell it
+
+
+def outlook(spent_micros: int, expected_micros: int | None, budget_micros: int) -> Outlook:
+    """Whether the whole month costs more than the budget; None: nobody knows what it will have cost."""
+    if max(spent_micros, expected_micros or 0) > budget_micros:
+        return Outlook.OVER
+    return Outlook.UNKNOWN if expected_micros is None else Outlook.WITHIN
 
 
 def reached(spent_micros: int, budget_micros: int, percents: Sequence[int]) -> list[int]:
