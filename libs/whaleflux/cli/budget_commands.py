@@ -46,6 +46,7 @@ def list_budgets(sort: Sort = "", fmt: Output = Format.table, no_headers: NoHead
         Column("EXPECTED", lambda one: expected(one.forecast).partition(":")[0]),
         Column("ALERTS", lambda one: ", ".join(f"{percent} %" for percent in one.alert_percents)),
         Column("TOLD", _told),
+        Column("STOPS", _stops),
     ]
     empty = "there are no budgets; declare one with: whaleflux budget set NAME --usd 10000 --queue QUEUE"
     output.show(ordered(found, columns, sort), columns, fmt, headers=not no_headers, empty=empty)
@@ -61,23 +62,28 @@ def set_budget(
     alerts: Annotated[
         str, typer.Option("--alert", help="At which percents an event tells, with commas.")
     ] = "50,80,100",
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Once all of it is spent, start no work that has not begun, until the month is over.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check.")] = False,
 ) -> None:
-    """Declares a budget, or changes it. An event tells once a month of each threshold that is reached; nothing is stopped.
+    """Declares a budget, or changes it. An event tells once a month of each threshold that is reached; nothing that has begun is stopped.
 
     \b
       whaleflux budget set research --queue research --usd 20000
+      whaleflux budget set edge --site edge --usd 3000 --stop
       whaleflux budget set all --usd 150000 --alert 80,100,120
       whaleflux events --what BUDGET_REACHED
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.v1 import console_pb2 as pb
 
-    one = pb.Budget(micros_per_month=micros_of("--usd", usd_per_month), alert_percents=_percents(alerts))
+    one = pb.Budget(micros_per_month=micros_of("--usd", usd_per_month), alert_percents=_percents(alerts), stop=stop)
     narrow(one, queue, user, site)
     with fleet() as client:
         request = pb.SetBudgetRequest(budget_id=name, budget=one, validate_only=dry_run)
         made = client.console.SetBudget(request, timeout=20)
-    output.note(f"{made.name} {'could be' if dry_run else 'is'} set: {usd(made.micros_per_month)} USD a month")
+    then = ", then no new work starts" if stop else ""
+    output.note(f"{made.name} {'could be' if dry_run else 'is'} set: {usd(made.micros_per_month)} USD a month{then}")
 
 
 @budget.command("rm")
@@ -118,3 +124,12 @@ def _is_known(one: Any) -> bool:
 def _told(one: Any) -> str:
     percents = ", ".join(f"{percent} %" for percent in one.alerted_percents)
     return f"{percents} in {one.alerted_month}" if percents else "-"
+
+
+def _stops(one: Any) -> str:
+    """That it stopped new work in a month that is over is no news."""
+    from datetime import UTC, datetime
+
+    if one.stop and one.stopped_month == f"{datetime.now(UTC):%Y-%m}":
+        return f"new work, since {one.stopped_time.ToDatetime():%Y-%m-%d %H:%M} UTC"
+    return "new work, at 100 %" if one.stop else "-"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from whaleflux import names, telemetry
 from whaleflux.clock import Clock
@@ -33,7 +36,8 @@ from whaleflux_console.records import Records
 
 MOST_BUDGETS = 1_000
 _EVERY_S = 60.0
-_OUTPUT = ("alerted_month", "alerted_percents", "forecast", "last_change", "etag")
+_STOPPED = ("stopped_month", "stopped_time", "stopped_micros")
+_OUTPUT = ("alerted_month", "alerted_percents", *_STOPPED, "forecast", "last_change", "etag")
 _log = telemetry.get_logger("whaleflux.console.budgets")
 
 
@@ -77,11 +81,13 @@ class Budgets:
 
     async def _stored(self, wanted: pb.Budget, etag: str) -> pb.Budget:
         def edit(there: pb.Budget) -> None:
-            told = _still_told(there, wanted)
-            month = there.alerted_month
+            was = pb.Budget()
+            was.CopyFrom(there)
             there.CopyFrom(wanted)
-            there.alerted_month = month
-            there.alerted_percents.extend(told)
+            there.alerted_month = was.alerted_month
+            there.alerted_percents.extend(_still_told(was, wanted))
+            if _still_stops(was, wanted):
+                _stop(there, was.stopped_month, was.stopped_time, was.stopped_micros)
 
         try:
             return await self._records.change(wanted.name, etag, edit, "it is set anew")
@@ -100,7 +106,8 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class BudgetWatch:
-    """Notes in a budget's record which thresholds its month has reached: by that note the event is told, once, whoever leads."""
+    """Notes in a budget's record which thresholds its month has reached, and that it stops new work: by that the event is told, once, and
+    schedulers know, whoever leads."""
 
     store: Store
     forecasts: Forecasts
@@ -116,25 +123,59 @@ class BudgetWatch:
             await self.clock.sleep(_EVERY_S)
 
     async def round(self, leader: Leader) -> None:
-        """Looks at every budget once."""
-        for entry, budget in read_all((await self.store.list(keys.BUDGETS)).entries, _budget).values:
-            await self._look(leader, entry, budget)
+        """Looks at every budget once. How far that is known to be true is noted for schedulers, which go on by it while this is away."""
+        budgets = read_all((await self.store.list(keys.BUDGETS)).entries, _budget).values
+        now = self.clock.now()
+        for entry, budget in budgets:
+            await self._look(leader, entry, budget, now)
+        if any(budget.stop for _, budget in budgets):
+            look = pb.BudgetLook()
+            look.time.FromDatetime(now)
+            await self.store.commit(Put(keys.BUDGET_LOOK, look.SerializeToString()), when=[leader.held])
 
-    async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget) -> None:
-        month = f"{self.clock.now():%Y-%m}"
-        told = list(budget.alerted_percents) if budget.alerted_month == month else []
+    async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget, now: datetime) -> None:
         spent = await self.forecasts.spent_micros(scope_of(budget))
-        reached = budget_rules.reached(spent, budget.micros_per_month, budget.alert_percents)
-        if set(reached) <= set(told):
-            return
-        budget.alerted_month = month
-        budget.ClearField("alerted_percents")
-        budget.alerted_percents.extend(sorted({*told, *reached}))
+        before = budget.SerializeToString(deterministic=True)
+        _note_thresholds(budget, spent, f"{now:%Y-%m}")
+        _note_stop(budget, spent, now)
         value = budget.SerializeToString(deterministic=True)
+        if value == before:
+            return
         try:
             await self.store.commit(Put(entry.key, value), when=[leader.held, Unchanged(entry)])
         except ConditionFailed:  # somebody changed it: the next round looks again
             _log.info(Event.LEDGER_TROUBLE, reason=f"{budget.name} changed meanwhile")
+
+
+def _note_thresholds(budget: pb.Budget, spent_micros: int, month: str) -> None:
+    told = list(budget.alerted_percents) if budget.alerted_month == month else []
+    reached = budget_rules.reached(spent_micros, budget.micros_per_month, budget.alert_percents)
+    if not set(reached) <= set(told):
+        budget.alerted_month = month
+        budget.ClearField("alerted_percents")
+        budget.alerted_percents.extend(sorted({*told, *reached}))
+
+
+def _note_stop(budget: pb.Budget, spent_micros: int, now: datetime) -> None:
+    """A stop of another month is over by itself, whatever this clock says: it is left as it is."""
+    month = f"{now:%Y-%m}"
+    spent = budget.stop and spent_micros >= budget.micros_per_month
+    if spent and budget.stopped_month != month:
+        at = Timestamp()
+        at.FromDatetime(now)
+        _stop(budget, month, at, spent_micros)
+    elif not spent and budget.stopped_month == month:  # its bill became less
+        _clear(budget)
+
+
+def _stop(budget: pb.Budget, month: str, at: Timestamp, spent_micros: int) -> None:
+    budget.stopped_month, budget.stopped_micros = month, spent_micros
+    budget.stopped_time.CopyFrom(at)
+
+
+def _clear(budget: pb.Budget) -> None:
+    for field in _STOPPED:
+        budget.ClearField(field)
 
 
 def _budget(entry: Entry) -> pb.Budget:
@@ -147,6 +188,12 @@ def _still_told(was: pb.Budget, wanted: pb.Budget) -> list[int]:
         return []
     kept = [percent for percent in was.alerted_percents if percent in wanted.alert_percents]
     return budget_rules.still_reached(kept, was.alerted_percents, was.micros_per_month, wanted.micros_per_month)
+
+
+def _still_stops(was: pb.Budget, wanted: pb.Budget) -> bool:
+    """Whether the stop goes on: for the same work, and the month had cost all of the new amount too."""
+    same = wanted.stop and bool(was.stopped_month) and scope_of(was) == scope_of(wanted)
+    return same and was.stopped_micros >= wanted.micros_per_month
 
 
 def _problems(one: pb.Budget) -> Iterator[FieldViolation]:

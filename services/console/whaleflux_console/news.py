@@ -32,17 +32,22 @@ def of_budget(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     if new is None or old is None:
         return _told(change, now, pb.Budget, str)
     told = set(old.alerted_percents) if old.alerted_month == new.alerted_month else set()
-    if reached := set(new.alerted_percents) - told:
-        return state_event(
-            change,
-            now,
-            source=SOURCE,
-            resource=new.name,
-            what=What.BUDGET_REACHED,
-            message=f"{new.alerted_month} has cost {max(reached)} % of {new.name}: whaleflux budget ls",
-            attributes={"percent": str(max(reached)), "month": new.alerted_month},
-        )
-    return _told(change, now, pb.Budget, lambda _: "is changed")
+    reached = set(new.alerted_percents) - told
+    stops = new.stopped_month if new.stopped_month != old.stopped_month else ""
+    if not reached and not stops:
+        lifted = old.stopped_month and not new.stopped_month
+        return _told(change, now, pb.Budget, lambda _: "admits new work again" if lifted else "is changed")
+    percent, month = max({*reached, *({100} if stops else ())}), stops or new.alerted_month
+    more = "; no new work of it is started until the month is over" if stops else ""
+    return state_event(
+        change,
+        now,
+        source=SOURCE,
+        resource=new.name,
+        what=What.BUDGET_REACHED,
+        message=f"{month} has cost {percent} % of {new.name}{more}: whaleflux budget ls",
+        attributes={"percent": str(percent), "month": month, "stops": "true" if stops else "false"},
+    )
 
 
 def of_recommendation(change: EntryChange, now: datetime) -> OutgoingEvent | None:

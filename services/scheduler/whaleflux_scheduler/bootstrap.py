@@ -28,6 +28,7 @@ from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
 from whaleflux_scheduler import convert, news, placements
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.attach import AttachBroker
+from whaleflux_scheduler.budget_stops import BudgetStops
 from whaleflux_scheduler.bursts import Bursts, BurstSettings
 from whaleflux_scheduler.code_collection import CodeCollection
 from whaleflux_scheduler.code_transfer import CodeTransfer
@@ -157,6 +158,7 @@ def assemble(
     )
     tasks = Tasks(leader_session, broker, attaching, secrets, DatasetReaders(jobs, submissions.who_may_use, people))
     nodes = NodeView(sessions.connected, monitored=peers.health is not None)
+    stops = BudgetStops(store, nodes)
     prepared = PreparedPlan(nodes, clock, queue_half_life_s, rules=moving.rules, promises=promises, let_end_s=let_end_s)
     service = Service(
         servicers=[
@@ -174,7 +176,7 @@ def assemble(
     async def decide(leader: Leader) -> None:
         """One leadership: everything that it remembers ends with it."""
         newest = await store.list(keys.JOBS, limit=1)
-        caches = jobs_cache, queues_cache, reservations_cache, ray_cache
+        caches = jobs_cache, queues_cache, reservations_cache, ray_cache, stops.records
         await asyncio.gather(*(one.at_least(newest.revision, timeout_s=30.0, asks_after_s=0.0) for one in caches))
         plan, steady = prepared.take(), SteadyClock(clock)
         diagnosis = FailureDiagnosis(peers.health, peers.checkpoint, clock)
@@ -190,6 +192,7 @@ def assemble(
             diagnosis,
             steady,
             timeouts,
+            stops,
             keep_ended=keep_ended,
             told=lambda: publishers[0].revision if publishers else math.inf,
             plan=plan,
@@ -231,7 +234,7 @@ def assemble(
 
     async def run() -> None:
         """Who follows knows the nodes already when it is to lead."""
-        async with jobs_cache, queues_cache, reservations_cache, ray_cache, asyncio.TaskGroup() as group:
+        async with jobs_cache, queues_cache, reservations_cache, ray_cache, stops.records, asyncio.TaskGroup() as group:
             feeds = [group.create_task(feed()) for feed in (*_feeds(nodes, peers), prepared.run)]
             await lead(store, ELECTION, address, decide)
             for feed in feeds:

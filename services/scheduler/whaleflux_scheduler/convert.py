@@ -140,6 +140,7 @@ def _job_of(message: pb.Job, state: JobState, tasks: Mapping[int, tuple[Task, ..
         hold=_hold(message.hold) if message.HasField("hold") else None,
         priority=message.priority if message.HasField("priority") else None,
         is_ray_worker=message.ray.role == pb.RAY_ROLE_WORKER,
+        submitter=message.submitter,
         claim=claim_of(message.claim) if message.HasField("claim") else None,
     )
 

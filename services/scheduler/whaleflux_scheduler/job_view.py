@@ -12,10 +12,12 @@ from whaleflux.manifests.job_fields import Spec
 from whaleflux.reasons import ErrorReason
 from whaleflux.v1 import agent_pb2, scheduler_pb2
 from whaleflux_scheduler import convert, data_claims
+from whaleflux_scheduler.budget_stops import BudgetStops
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import cost, dependencies, running_time
 from whaleflux_scheduler.core.model import Job, JobState, SchedulingDecision
 from whaleflux_scheduler.core.queue_shares import QueueUse
+from whaleflux_scheduler.core.wait_reasons import kept_back
 from whaleflux_scheduler.leader_state import LeaderState
 from whaleflux_scheduler.node_view import NodeView
 from whaleflux_scheduler.planner_thread import PlannerThread
@@ -34,8 +36,9 @@ class JobView:
         said_of_data: Callable[[Iterable[str]], list[tuple[str, agent_pb2.DataProgress]]],
         seen: Callable[[Job], Job],
         sized: Callable[[Job], Awaitable[Job]],
+        stops: BudgetStops,
     ) -> None:
-        self._state, self._planner, self._nodes, self._clock = state, planner, nodes, clock
+        self._state, self._planner, self._nodes, self._clock, self._stops = state, planner, nodes, clock, stops
         self.caught_up, self._said_of_data, self._seen, self._sized = caught_up, said_of_data, seen, sized
 
     def present(self, stored: StoredJob) -> scheduler_pb2.Job:
@@ -52,6 +55,7 @@ class JobView:
         if tracking.waits is not None and job.state is JobState.QUEUED:
             message.decision.CopyFrom(convert.decision_message(tracking.waits))
             message.state_message = tracking.waits.summary
+        message.decision.reasons.extend(self._stops.closed(job, self._clock.now()))
         if ahead := self._data_ahead(job):
             message.decision.reasons.extend(ahead)
             message.state_message = "; ".join(filter(None, (message.state_message, *ahead)))
@@ -68,9 +72,24 @@ class JobView:
         await self.caught_up()
         now, tracking = self._clock.now(), self._state.tracked(job.name)
         avoided = tracking.avoided(now) if tracking is not None else ()
-        known = self._seen(job)
+        if spent := await self._kept_by_budget(job):
+            return spent
+        known = self._stops.admit(self._seen(job), now).job
         decision = await self._planner.ask(lambda planner: planner.explain(known, avoided, now))
-        return replace(decision, reasons=(*decision.reasons, *self._data_ahead(job)))
+        closed = await self._closed_sites(job)
+        return replace(decision, reasons=(*decision.reasons, *closed, *self._data_ahead(job)))
+
+    async def _kept_by_budget(self, job: Job) -> SchedulingDecision | None:
+        """Who held it, or what it waits for, comes first."""
+        now = self._clock.now()
+        if kept_back(job, now) or (spent := self._stops.why(job, now)) is None:
+            return None
+        return replace(spent, reasons=(*spent.reasons, *await self._stops.how_sure(now)))
+
+    async def _closed_sites(self, job: Job) -> tuple[str, ...]:
+        now = self._clock.now()
+        closed = self._stops.closed(job, now)
+        return (*closed, *await self._stops.how_sure(now)) if closed else ()
 
     async def why_it_stays(self, job: Job) -> str:
         """Why a running elastic job does not grow; "" for any other, and where the planner has no time."""
@@ -111,8 +130,12 @@ class JobView:
     async def dry_run(self, job: Job) -> SchedulingDecision:
         """What would be decided for a job that is not submitted."""
         await self.caught_up()
+        if spent := await self._kept_by_budget(replace(job, awaits=())):
+            return spent
         now, sized = self._clock.now(), await self._sized(job)
-        decision = await self._planner.ask(lambda planner: planner.dry_run(sized, now))
+        admitted = self._stops.admit(sized, now).job
+        decision = await self._planner.ask(lambda planner: planner.dry_run(admitted, now))
+        decision = replace(decision, reasons=(*decision.reasons, *await self._closed_sites(job)))
         known = self._nodes.limits_not_kept(job.spec, [task.node for task in decision.tasks])
         first = tuple(f"first it waits for {one.job} {dependencies.words(one)}" for one in job.awaits)
         tasks = tuple(replace(task, isolation=self._nodes.isolation_on(task.node)) for task in decision.tasks)

@@ -7,11 +7,12 @@ scheduler that has no health_monitor at all takes a connected agent for proof en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from whaleflux import telemetry
+from whaleflux import names, telemetry
 from whaleflux.convert import enum_name, node_from_proto
 from whaleflux.errors import InvalidArgument, StatusError
 from whaleflux.fleet.model import Node
@@ -50,6 +51,7 @@ class NodeView:
         self._unknown: set[str] = set()  # nodes of which it is not known what they have
         self._nodes: dict[str, inventory_pb2.Node] = {}
         self._facts: dict[str, Node] = {}  # the same, as the planner takes them
+        self._sites: Counter[str] = Counter()  # nodes of each
         self._health: dict[str, health_pb2.NodeHealth] = {}
         self._occupied: dict[str, set[str]] = {}  # node -> jobs on it of unreadable records: their GPUs are not known
         self._changed = NodeChanges()
@@ -59,6 +61,11 @@ class NodeView:
     def complete(self) -> bool:
         """Whether all that the fleet has is known."""
         return self._told_all and not self._unknown
+
+    @property
+    def sites(self) -> Set[str]:
+        """Ids of all that have nodes."""
+        return self._sites.keys()
 
     def begin(self, known: Mapping[str, Node] = MappingProxyType({})) -> None:
         """A leadership begins, whose plan knows these nodes: it is told of all others, and looks at all.
@@ -116,7 +123,8 @@ class NodeView:
         self._unknown.discard(name)
         if node is None:
             self._nodes.pop(name, None)
-            self._facts.pop(name, None)
+            if self._facts.pop(name, None) is not None:
+                self._left(names.top(name))
             self._changed.nodes.pop(name, None)
             self._changed.removed.add(name)
         else:
@@ -130,8 +138,14 @@ class NodeView:
                 self._unknown.add(name)
             self._nodes[name] = node
             self._changed.removed.discard(name)
+            self._sites[names.top(name)] += name not in self._facts
             self._changed.nodes[name] = self._facts[name] = fact
         self.touch(name)
+
+    def _left(self, site: str) -> None:
+        self._sites[site] -= 1
+        if not self._sites[site]:
+            del self._sites[site]
 
     def limits_not_kept(self, spec: Spec, nodes: Iterable[str]) -> tuple[str, ...]:
         """What a user of these nodes should know of the limits in the spec, in sentences."""

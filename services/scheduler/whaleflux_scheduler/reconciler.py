@@ -25,11 +25,13 @@ from whaleflux.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from whaleflux_scheduler import spans
 from whaleflux_scheduler.agent_sessions import AgentSessions
 from whaleflux_scheduler.agents import Agents
+from whaleflux_scheduler.budget_stops import BudgetStops
 from whaleflux_scheduler.clock_watch import ClockWatch
 from whaleflux_scheduler.convert import StoredJob
 from whaleflux_scheduler.core import (
     after_failure,
     attempt_failures,
+    budget_stops,
     dependencies,
     lifecycle,
     task_observations,
@@ -87,6 +89,7 @@ class Reconciler:
         diagnosis: FailureDiagnosis,
         clock: Clock,
         timeouts: Timeouts,
+        stops: BudgetStops,
         *,
         keep_ended: int = 10_000,
         told: Callable[[], float] = lambda: math.inf,
@@ -96,14 +99,14 @@ class Reconciler:
         measured: Mapping[str, Mapping[str, Calibrated]] | None = None,
     ) -> None:
         self._data_known = data_known
-        self._sources, self._sessions, self._nodes = sources, sessions, nodes
+        self._sources, self._sessions, self._nodes, self._stops = sources, sessions, nodes, stops
         self._clock, self._timeouts = clock, timeouts
         self._state, self.planner = LeaderState(), PlannerThread(clock, plan)
         self.agents = Agents(sources.jobs, self._state, sessions, nodes, clock)
         self._replanning = Replanning(checkpoint, clock, self._state.touch, measured)
         seen, sized = self._replanning.seen, self._replanning.sized
         self.view = JobView(
-            self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data, seen, sized
+            self._state, self.planner, nodes, clock, self._caught_up, sessions.said_of_data, seen, sized, stops
         )
         self._housekeeping = Housekeeping(
             store, leader, sources.jobs, self._state, self.planner, clock, keep_ended, told
@@ -130,6 +133,7 @@ class Reconciler:
 
     def load(self) -> None:
         """Takes in what the store holds. Before this, an agent would be told that nothing is desired."""
+        self._stops.changed()
         for stored in self._sources.jobs.values.values():
             self._loaded[stored.value.name] = stored.value
             self._state.record(stored.value.name, stored.value)
@@ -161,6 +165,7 @@ class Reconciler:
                 group.create_task(self._follow_jobs())
                 group.create_task(self._follow_queues())
                 group.create_task(self._follow_reservations())
+                group.create_task(self._follow_budgets())
                 group.create_task(self._keeper.run())
                 group.create_task(self._alarm())
                 group.create_task(self._confirm_clock())
@@ -246,6 +251,20 @@ class Reconciler:
             self._reservations_changed = True
             self._state.wake()
 
+    async def _follow_budgets(self) -> None:
+        async for _ in self._stops.records.changes():
+            self._look_at_stops()
+
+    def _look_at_stops(self) -> None:
+        """Those that were never placed look at what changed of budgets that stop new work, which is seldom."""
+        if self._stops.changed():
+            self._state.touch(*self._never_placed())
+
+    def _never_placed(self) -> Iterator[str]:
+        for stored in self._sources.jobs.values.values():
+            if stored.value.state is JobState.QUEUED and budget_stops.is_new(stored.value):
+                yield stored.value.name
+
     async def _alarm(self) -> None:
         """Wakes the loop when a deadline of a job has come; what lasts lasts no longer when the clock is set back."""
         while True:
@@ -317,6 +336,8 @@ class Reconciler:
     async def _round(self) -> None:
         now = self._look_at_clock()
         changes = self._nodes.take_changes()
+        if self._stops.sites_changed():
+            self._state.touch(*self._never_placed())
         names = self._state.take_touched()
         for node in changes.touched:
             names |= self._state.jobs_on(node)
@@ -405,7 +426,8 @@ class Reconciler:
         after = job if waits else lifecycle.advance(job, observed, now, self._timeouts)
         if after is not job or tracking.step_is_due:
             after = tracking.with_step(after)
-        self._state.schedule(job.name, self._sight.due(job, tracking, observed, now))
+        dues = self._sight.due(job, tracking, observed, now), self._stops.over_at(job, now)
+        self._state.schedule(job.name, min((at for at in dues if at is not None), default=None))
         if job.state is JobState.RECOVERING and after.state is JobState.RECOVERING:
             diagnosed = tracking.diagnosed
             if diagnosed is not None and diagnosed.diagnosis.epoch == job.epoch:
@@ -419,7 +441,8 @@ class Reconciler:
             transitions[job.name] = Transition(stored, after, reports)
             return None
         self.agents.settle(tracking, reports)
-        if job.state is JobState.QUEUED and (kept := wait_reasons.kept_back(_as_known(job, observed), now)):
+        kept = wait_reasons.kept_back(_as_known(job, observed), now) or self._stops.why(job, now)
+        if job.state is JobState.QUEUED and kept:
             self._waits(job.name, tracking, kept)
         elif job.state is JobState.QUEUED and after_failure.paused_until(job, now) is None:
             return self._offer(Offer(stored, job, reports), tracking, now)
@@ -436,7 +459,8 @@ class Reconciler:
         if not self._replanning.ready(offer.job):
             return None  # it is told of when its sizes are known
         tracking.offer_as(offer)
-        return Candidate(self._replanning.seen(offer.job), tracking.avoided(now))
+        seen = self._replanning.seen(offer.job)
+        return Candidate(self._stops.admit(seen, now).job, tracking.avoided(now))
 
     def _apply(self, move: Move, now: datetime, transitions: dict[str, Transition]) -> None:
         if move.reservation is not None:

@@ -335,6 +335,7 @@ class Job:
     hold: Hold | None = None
     priority: int | None = None  # where it was changed; `spec` has it already
     is_ray_worker: bool = False  # somebody's task waits for it
+    submitter: str = ""  # role/name: whose it is
 
     @property
     def queue(self) -> str:

@@ -11,6 +11,7 @@ from whaleflux import names
 from whaleflux.manifests.gpu_values import GpuChoice
 from whaleflux.quantities import shown_duration
 from whaleflux_scheduler.core import dependencies
+from whaleflux_scheduler.core.budget_stops import BudgetStop
 from whaleflux_scheduler.core.data_quota import DataLimit
 from whaleflux_scheduler.core.model import Claim, ClaimPurpose, Job, SchedulingDecision
 from whaleflux_scheduler.core.patience import Waits
@@ -131,6 +132,36 @@ def kept_back(job: Job, now: datetime) -> SchedulingDecision | None:
             why = f"for up to {more + 1} jobs, such as {first.job} {dependencies.words(first)}"
         return _held_back(why, now)
     return None
+
+
+def budget_is_spent(stop: BudgetStop, over: datetime, now: datetime) -> SchedulingDecision:
+    """The month has cost all of a budget that starts no new work then."""
+    return _held_back(
+        f"{_spent(stop)}, so nothing new of {_scope(stop)} starts before {_minute(over)}",
+        now,
+        f"an operator may raise it, or let new work start: whaleflux budget set {stop.budget}{_option(stop)} --usd N [--stop]",
+    )
+
+
+def closed_by_budget(stop: BudgetStop) -> str:
+    """It may start anywhere but in that site."""
+    return f"it may not start in site {stop.site}: {_spent(stop)}; see: whaleflux budget ls"
+
+
+def _spent(stop: BudgetStop) -> str:
+    amounts = f"${stop.spent_micros / 1e6:,.2f} of ${stop.micros_per_month / 1e6:,.2f}"
+    seen = f" by {_minute(stop.time)}" if stop.time is not None else ""
+    return f"budget {stop.budget} is spent ({amounts} in {stop.month}{seen})"
+
+
+def _scope(stop: BudgetStop) -> str:
+    named = (("queue", stop.queue), ("", stop.user), ("site", stop.site))
+    return next((f"{kind} {value}".strip() for kind, value in named if value), "the fleet")
+
+
+def _option(stop: BudgetStop) -> str:
+    named = (("queue", stop.queue), ("user", stop.user), ("site", stop.site))
+    return next((f" --{option} {value}" for option, value in named if value), "")
 
 
 def others_alike_go_first(now: datetime) -> SchedulingDecision:
