@@ -7,9 +7,8 @@ import pytest
 from tests.support.suite import running_suite, until
 from whaleflux.demo.fleet import Machine
 from whaleflux.errors import StatusError
-from whaleflux.v1 import console_pb2
+from whaleflux.v1 import console_pb2, types_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux.v1 import types_pb2
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

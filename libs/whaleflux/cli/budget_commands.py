@@ -63,7 +63,10 @@ def set_budget(
         str, typer.Option("--alert", help="At which percents an event tells, with commas.")
     ] = "50,80,100",
     stop: Annotated[
-        bool, typer.Option("--stop", help="Once all of it is spent, start no work that has not begun, until the month is over.")
+        bool,
+        typer.Option(
+            "--stop", help="Once all of it is spent, start no work that has not begun, until the month is over."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check.")] = False,
 ) -> None:

@@ -106,8 +106,7 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class BudgetWatch:
-    """Notes in a budget's record which thresholds its month has reached, and that it stops new work: by that the event is told, once, and
-    schedulers know, whoever leads."""
+    """Notes in a budget's record what its month has reached, and that it stops new work: so it is told once, whoever leads."""
 
     store: Store
     forecasts: Forecasts
