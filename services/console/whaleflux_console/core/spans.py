@@ -29,6 +29,17 @@ class Spans(Generic[V]):
         self._ended: list[Span[V]] = []
         self._fresh: dict[tuple[str, int], None] = {}
 
+    def copied(self) -> Spans[V]:
+        """As it is now."""
+        found: Spans[V] = Spans()
+        found._open, found._ended, found._fresh = dict(self._open), list(self._ended), dict(self._fresh)
+        return found
+
+    def taken(self) -> Spans[V]:
+        """A copy that has what is new; here that begins anew."""
+        found, self._fresh = self.copied(), {}
+        return found
+
     def set(self, key: str, value: V | None, now_ms: int, since_ms: int | None = None) -> None:
         """From now on (of a key that is new: from `since_ms` on) it is so; None: not any more."""
         before = self._open.get(key)
