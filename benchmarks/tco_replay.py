@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.common import Options, Report, Row, Target, main
-from benchmarks.tco_lab import blind, kinds
+from benchmarks.tco_lab import blind, kinds, pools
 from benchmarks.tco_lab.speeds import NODE, App, apps
 from benchmarks.tco_lab.work import Work, nodes, submissions, week
 from whaleflux_console.core.facts import WHOLE_PPM
@@ -68,6 +68,12 @@ def measure(options: Options) -> Report:
                 work = week(trace, number, LOAD, gpus, idle, known, options.seed + number)
                 report.rows += _ladder(work, gpus, number, idle, RebalanceRules() if options.extra.moves else None)
     cases = _cases(known, CASES, options.seed)
+    ours = (
+        pools.cases(options.seed, back=10, together=2)
+        if options.quick
+        else pools.cases(options.seed, back=40, together=20)
+    )
+    cases += [case for case in ours if case.promised]
     report.rows += [_kind(kind, cases) for kind in dict.fromkeys(case.kind for case in cases)]
     report.targets += [
         Target(f"replayed/promised, {row['kind']}", row["kept"], KEPT, "", "higher")

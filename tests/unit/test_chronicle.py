@@ -177,19 +177,25 @@ class TestFragmentation:
     def test_nobody_waits(self):
         assert fragmented(self.FREE, {}, []) == frozenset()
 
-    def test_the_lesser_of_what_is_free_and_what_is_wanted(self):
-        gang = WaitingGang("j", 8, ("H100",))
+    def test_what_a_gang_would_use_if_it_lay_together(self):
+        gang = WaitingGang("j", 2, ("H100",))
         assert fragmented(self.FREE, {}, [gang]) == {"g0", "g1"}
         assert fragmented(self.FREE, {}, [replace(gang, gpus=1)]) == {"g0"}
 
+    def test_a_gang_for_which_too_few_are_free_wherever_they_lie_makes_none_of_them_fragmented(self):
+        gang = WaitingGang("j", 8, ("H100",))
+        assert fragmented(self.FREE, {}, [gang]) == frozenset()
+        assert fragmented(self.FREE, {}, [gang, replace(gang, job="k", gpus=1)]) == {"g0"}
+
     def test_what_is_held_broken_too_small_or_elsewhere_is_not_wanted(self):
-        gang = WaitingGang("j", 8, ("H100",), min_memory_bytes=80, sites=("a",))
+        gang = WaitingGang("j", 1, ("H100",), min_memory_bytes=80, sites=("a",))
         away = device("g3", node="sites/b/nodes/n")
         odd = (device("g0", available=False), device("g1", memory=79), away, device("g4"), device("g5"))
         assert fragmented(odd, {"g4": 250_000}, [gang]) == {"g5"}
 
     @given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 12))
-    def test_never_more_than_is_free_or_wanted(self, sizes, free):
+    def test_never_more_than_is_free_or_wanted_and_whole_gangs(self, sizes, free):
         devices = [device(f"g{i}") for i in range(free)]
-        found = fragmented(devices, {}, [WaitingGang(f"j{i}", size) for i, size in enumerate(sizes)])
-        assert len(found) == min(free, sum(sizes))
+        found = len(fragmented(devices, {}, [WaitingGang(f"j{i}", size) for i, size in enumerate(sizes)]))
+        fitting = [sum(sorted(sizes)[:count]) for count in range(len(sizes) + 1)]
+        assert found == max(one for one in fitting if one <= free)

@@ -1,12 +1,14 @@
 """What would save money: each kind by its trigger, what all save together, what people decide, and what that really saved."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_bookkeeper import N, T, World
+from tests.support.ledger_world import reports, row, step
+from tests.unit.test_bookkeeper import MINUTE, N, T, World
 from whaleflux.errors import InvalidArgument, NotFound, PermissionDenied
 from whaleflux.store import keys
 from whaleflux.trust.ownership import OPEN, Access
@@ -14,7 +16,7 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.budgets import Budgets
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.recommend import tracking
-from whaleflux_console.core.recommend.evidence import MONTH_MS, Part, Spent, Window
+from whaleflux_console.core.recommend.evidence import MONTH_MS, Pace, Part, Spent, Window
 from whaleflux_console.core.recommend.joint import recommend
 from whaleflux_console.core.recommend.recommendation import Kind
 from whaleflux_console.core.recommend.tracking import After, Before
@@ -45,8 +47,8 @@ def pool(*parts):
     return Spent("a/H100", parts, cash_ppm=1_000_000)
 
 
-def found(window_jobs=(), pools=(), trust=None, window=WEEK):
-    made = recommend(Window(window.start_ms, window.end_ms, tuple(window_jobs), tuple(pools)), trust)
+def found(window_jobs=(), pools=(), trust=None, window=WEEK, **more):
+    made = recommend(Window(window.start_ms, window.end_ms, tuple(window_jobs), tuple(pools), **more), trust)
     return {one.kind: one for one in made.found}, made
 
 
@@ -101,24 +103,105 @@ class TestKinds:
         gone = found(pools=[pool(*hours[:140])])[0]  # nothing was free in the other 28 hours
         assert Kind.HAND_BACK not in gone
 
+    def test_half_a_gpu_more_that_was_free_is_not_handed_back_with_it(self):
+        hours = [Part(4 * HOUR_MS, micros(idle=2_500_000, fragmented=1_500_000))] * 168
+        assert found(pools=[pool(*hours)])[0][Kind.HAND_BACK].saved_micros == 168 * 2 * USD
+
+    def test_no_less_than_whole_nodes_are_handed_back(self):
+        hours = [part(gpus=7, hours=1, idle=7 * USD)] * 168
+        eights = Spent("a/H100", tuple(hours), node_gpus=8)
+        assert not found(pools=[eights])[0]
+        one = found(pools=[replace(eights, node_gpus=3)])[0][Kind.HAND_BACK]
+        assert one.saved_micros == 168 * 6 * USD
+        assert one.change.startswith("6 GPUs, as many as 2 nodes have")
+
     def test_a_fragmented_pool_is_moved_together_once_it_lasts(self):
         hour = part(gpus=4, hours=1, fragmented=4 * USD)
-        assert found(pools=[pool(hour, hour, hour)])[0][Kind.DEFRAGMENT].saved_micros == 12 * USD
+        assert found(pools=[pool(hour, hour, hour)])[0][Kind.DEFRAGMENT].saved_micros == 12 * USD * 60 // 100
         assert not found(pools=[pool(hour, hour)])[0]
+
+
+def pace(job, node="sites/a/nodes/slow", own=120, hour=0, bill=100 * USD):
+    """Of steps that take 200 us, 100 of them a median rank's own."""
+    return Pace(hour, f"queues/q/jobs/{job}", f"u{job}", node, own, 100, 200, bill)
+
+
+def waiting(job, **more):
+    return Spent(
+        f"queues/q/jobs/{job}", (part(useful=100 * USD, comm_in_node=60 * USD, comm_structural=20 * USD, **more),)
+    )
+
+
+class TestSlowNodes:
+    def test_a_node_that_two_jobs_wait_for_is_mended_and_saves_what_they_waited_above_the_median(self):
+        kinds, made = found([waiting("a")], others=(waiting("b"),), paces=(pace("a"), pace("b", own=140)))
+        one = kinds[Kind.SLOW_NODE]
+        assert (one.subject, one.command) == ("sites/a/nodes/slow", "whaleflux drain sites/a/nodes/slow")
+        assert one.saved_micros == 10 * USD + 20 * USD
+        assert one.saved == {"comm_in_node": 22_500_000, "comm_structural": 7_500_000, "comm_avoidable": 0}
+        assert one.low_ppm == pytest.approx(1_000_000 * 10 / 15, abs=10)
+        assert made.total_micros <= made.targeted_micros <= made.bill_micros
+
+    @pytest.mark.parametrize("paces", [(pace("a"),), (pace("a"), pace("a", hour=1)), (pace("a"), pace("b", own=100))])
+    def test_one_job_alone_may_be_uneven_by_itself(self, paces):
+        assert Kind.SLOW_NODE not in found([waiting("a"), waiting("b")], paces=paces)[0]
+
+    def test_who_is_on_it_still_starts_once_more(self):
+        two = (pace("a"), pace("b"))
+        one = found([waiting("a", startup=4 * USD)], others=(waiting("b", startup=4 * USD),), paces=two)[0]
+        assert one[Kind.SLOW_NODE].saved_micros == (10 - 4) * USD + 10 * USD
+
+    def test_two_slow_nodes_of_a_job_promise_together_no_more_than_the_slowest_above_the_median(self):
+        both = [
+            pace(job, node, own) for job in "ab" for node, own in (("sites/a/nodes/m", 120), ("sites/a/nodes/n", 140))
+        ]
+        made = found([waiting("a"), waiting("b")], paces=tuple(both))[1]
+        saved = {one.subject: one.saved_micros for one in made.found if one.kind is Kind.SLOW_NODE}
+        assert saved == {"sites/a/nodes/m": 20 * USD, "sites/a/nodes/n": 20 * USD}
+
+    def test_never_more_than_the_jobs_paid_for_waiting(self):
+        dear = (pace("a", bill=10_000 * USD), pace("b", bill=10_000 * USD))
+        one = found([waiting("a"), waiting("b")], paces=dear)[0][Kind.SLOW_NODE]
+        assert one.saved_micros == 160 * USD
+
+    def test_what_half_the_gpus_would_save_already_is_not_promised_again(self):
+        jobs = [replace(waiting("a"), gpus=8), replace(waiting("b"), gpus=8)]
+        paces = (pace("a", own=180), pace("b", own=180))
+        kinds, made = found(jobs, paces=paces)
+        assert made.total_micros == 2 * 80 * USD
+        assert kinds[Kind.SLOW_NODE].saved_micros == 80 * USD
 
 
 AMOUNTS = st.lists(st.integers(0, 10**9), min_size=len(CLASSES), max_size=len(CLASSES)).map(tuple)
 PARTS = st.lists(st.builds(Part, st.integers(1, 10**9), AMOUNTS), min_size=1, max_size=30).map(tuple)
 
+PACES = st.lists(
+    st.builds(
+        Pace,
+        st.integers(0, 2),
+        st.sampled_from([f"queues/q/jobs/j{n}" for n in range(5)]),
+        st.sampled_from(["u", "v"]),
+        st.sampled_from(["sites/a/nodes/m", "sites/a/nodes/n"]),
+        st.integers(0, 10**6),
+        st.integers(0, 10**6),
+        st.integers(0, 10**6),
+        st.integers(0, 10**9),
+    ),
+    max_size=12,
+).map(tuple)
+
 
 class TestTogether:
-    @given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=3), st.integers(1, 64))
-    def test_all_together_never_save_more_than_their_waste_costs_nor_that_more_than_the_bill(self, jobs, pools, gpus):
+    @given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=3), st.integers(1, 64), PACES)
+    def test_all_together_never_save_more_than_their_waste_costs_nor_that_more_than_the_bill(
+        self, jobs, pools, gpus, paces
+    ):
         window = Window(
             0,
             30 * HOUR_MS,
             tuple(Spent(f"queues/q/jobs/j{n}", one, gpus=gpus) for n, one in enumerate(jobs)),
             tuple(Spent(f"s/c{n}", one) for n, one in enumerate(pools)),
+            paces=paces,
         )
         made = recommend(window)
         assert 0 <= made.total_micros <= made.targeted_micros <= made.bill_micros
@@ -126,8 +209,10 @@ class TestTogether:
         for one in made.found:
             assert 0 < one.saved_micros <= sum(one.evidence.values()) <= one.bill_micros
             assert 0 <= one.low_ppm <= 1_000_000
-            for kind, saved in one.saved.items():
-                paid[one.subject, kind] = paid.get((one.subject, kind), 0) + saved
+            for subject, piece in one.pieces.items():
+                for kind, saved in piece.items():
+                    paid[subject, kind] = paid.get((subject, kind), 0) + saved
+            assert sum(sum(piece.values()) for piece in one.pieces.values()) == one.saved_micros
         for spent in (*window.jobs, *window.pools):
             assert all(paid.get((spent.subject, kind), 0) <= spent.whole.of(kind) for kind in CLASSES)
         assert [one.saved_micros for one in made.found] == sorted((o.saved_micros for o in made.found), reverse=True)
@@ -162,13 +247,31 @@ class TestTracking:
 def rows(hour, **classes):
     """A job's hour, and a free GPU's."""
     held = micros(**(classes or {"useful": USD, "allocated_idle": USD}))
-    common = {"hour_ms": hour, "node": N, "site": "a", "gpu_class": "H100", "basis": Basis.MEASURED}
+    common = {"hour_ms": hour, "site": "a", "gpu_class": "H100", "basis": Basis.MEASURED}
     common |= {"gpu_ms": HOUR_MS, "price_kind": "on_demand", "price_source": "list", "model": "", "attempt": 1}
     yield LedgerRow(
-        card="g0", queue="queues/q", user="user/ann", job=JOB, uid="u", bill_micros=sum(held), micros=held, **common
+        card="g0",
+        node=N,
+        queue="queues/q",
+        user="user/ann",
+        job=JOB,
+        uid="u",
+        bill_micros=sum(held),
+        micros=held,
+        **common,
     )
     free = micros(idle=2 * USD)
-    yield LedgerRow(card="g1", queue="", user="", job="", uid="", bill_micros=2 * USD, micros=free, **common)
+    yield LedgerRow(
+        card="g1",
+        node="sites/a/nodes/free",
+        queue="",
+        user="",
+        job="",
+        uid="",
+        bill_micros=2 * USD,
+        micros=free,
+        **common,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -188,10 +291,23 @@ def servicer(world):
     )
 
 
-async def fill(world, first, until, **classes):
+def rank(job, node):
+    """Ten steps of a second; whoever is not slow waits for the slow one for a fifth of each."""
+    waited = {"comm_in_node_us": 0, "comm_cross_us": 0 if node == "slow" else 2_000_000}
+    return step(0, T, T + 10_000, device=f"{job}-{node}", uid=f"u{job}", **waited)
+
+
+def held(hour, job, node):
+    """A card's hour of it."""
+    classes = micros(useful=USD) if node == "slow" else micros(useful=800_000, comm_structural=200_000)
+    return row(hour, f"{job}-{node}", f"queues/q/jobs/{job}", f"sites/a/nodes/{node}", USD, uid=f"u{job}", site="a", micros=classes,
+               queue="queues/q")  # fmt: skip
+
+
+async def fill(world, first, until, made=None, **classes):
     for hour in range(T + first * HOUR_MS, T + until * HOUR_MS, HOUR_MS):
         await world.ledger.tell(hour, (await world.ledger.inputs(hour)).facts)
-        await world.ledger.close(await world.ledger.inputs(hour), tuple(rows(hour, **classes)))
+        await world.ledger.close(await world.ledger.inputs(hour), tuple(made(hour) if made else rows(hour, **classes)))
     await world.ledger.advance(T + until * HOUR_MS)
     await world.until(T + until * HOUR_MS)
     await world.answers.follow()
@@ -290,6 +406,24 @@ class TestAsked:
             with pytest.raises(InvalidArgument) as caught:
                 await world.ask("ListRecommendations", request_)
             assert [violation.field for violation in caught.value.violations] == [field]
+
+    async def test_a_node_that_two_jobs_wait_for_is_found_in_what_their_ranks_told(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.rpc = servicer(world)
+            told = [rank(job, node) for job in "ab" for node in ("m", "n", "slow")]
+            await world.ledger.append(reports(1, steps=told, taken_ms=T + MINUTE))
+            await fill(world, 0, 1, made=lambda hour: [held(hour, job, n) for job in "ab" for n in ("m", "n", "slow")])
+            request = listed(kind=pb.RECOMMENDATION_KIND_SLOW_NODE)
+            (one,) = (await world.ask("ListRecommendations", request)).recommendations
+            assert (one.subject, one.command) == ("sites/a/nodes/slow", "whaleflux drain sites/a/nodes/slow")
+            assert one.expected_micros_per_month == 2 * 400_000 * 730
+            assert one.bill_micros == 6 * USD
+            world.access["q"] = Access(members=frozenset({"users/bob"}))
+            assert not (await world.ask("ListRecommendations", request, role="user", name="eve")).recommendations
+            with pytest.raises(NotFound):
+                await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name), "user", "eve")
+            done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
+            assert done.state == pb.RECOMMENDATION_STATE_ACCEPTED
 
     async def test_what_the_ledger_does_not_show_cannot_be_accepted(self, tmp_path):
         async with week(tmp_path) as world:

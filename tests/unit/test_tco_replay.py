@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.tco_lab import blind, kinds
+from benchmarks.tco_lab import blind, kinds, pools
 from benchmarks.tco_lab.speeds import App, Step
 from benchmarks.tco_lab.work import Work, submissions
 from whaleflux_console.core.recommend import release_idle
@@ -45,3 +45,12 @@ class TestKinds:
 def test_the_scheduler_gets_each_gang_on_the_fewest_nodes():
     (one,) = submissions([work(0, 5.0, 4, idle_s=20.0)])
     assert (one.spec.max_nodes, one.run_s, one.at_s) == (1, 120.0, 5.0)
+
+
+class TestPools:
+    def test_what_is_handed_back_is_whole_nodes_and_work_that_comes_too_late_is_taken_off(self):
+        found = [pools.handed_back(random.Random(seed)) for seed in (0, 3)]
+        assert found[0].promised > 0
+        assert 0.5 < found[0].replayed / found[0].promised < 1.5
+        assert found[0].replayed <= 2 * 24 * 64 * 1_000_000
+        assert found[1] == pools.Case("hand_back", 0.0, 0.0)  # it needed all of them

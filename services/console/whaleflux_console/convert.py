@@ -73,9 +73,10 @@ def job_facts(job: scheduler_pb2.Job, model: str, now_ms: int) -> JobFacts:
 
 
 def waiting_gang(job: scheduler_pb2.Job) -> WaitingGang | None:
-    """What the job waits for where it is a place that it lacks; None: it does not wait, or for something else."""
+    """What the job waits for where it is a place that it lacks, promised or not; None: it does not wait, or for something else."""
     spec = job.spec
-    waits = job.state == scheduler_pb2.JOB_STATE_QUEUED and bool(job.decision.exclusions) and not job.HasField("claim")
+    claims, promised = job.HasField("claim"), job.claim.purpose == scheduler_pb2.CLAIM_PURPOSE_RESERVATION
+    waits = job.state == scheduler_pb2.JOB_STATE_QUEUED and (promised if claims else bool(job.decision.exclusions))
     parts = spec.gpu.mig_profile or spec.gpu.mig_memory_bytes or spec.gpu.share_memory_bytes
     if not waits or not spec.gpus or parts:
         return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from whaleflux_console.core.facts import HOUR_MS
-from whaleflux_console.core.recommend.evidence import Part, Spent, Window, share_ppm
+from whaleflux_console.core.recommend.evidence import Pace, Part, Spent, Window, share_ppm
+from whaleflux_console.core.recommend.slow_node import LEAST_JOBS
 from whaleflux_console.core.recommend.tracking import After
 from whaleflux_console.core.rows import CostClass
 from whaleflux_console.ledger.answers import Answers, Sum
+from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.manifest import DAY_MS, Kind, day_of
 from whaleflux_console.ledger.question import MAX_ROWS, Question
 
@@ -35,7 +37,15 @@ class Evidence:
         start_ms = max(end_ms - hours * HOUR_MS, min(known, default=end_ms), self.answers.hot_from_ms)
         if start_ms >= end_ms:
             return Window(end_ms, end_ms)
-        return Window(start_ms, end_ms, await self._jobs(start_ms, end_ms), await self._pools(start_ms, end_ms))
+        last_ms = max(start_ms, end_ms - _AT_END_MS)
+        held = await self._ask(last_ms, end_ms, ("job",), _USAGE, MOST_JOBS)
+        hours = (end_ms - last_ms) // HOUR_MS
+        gpus = {row.keys[0]: -(-row.gpu_ms // (HOUR_MS * hours)) for row in held if self._sees(row.keys[0])}
+        jobs = await self._jobs(start_ms, end_ms, gpus)
+        paces = await self._paces(start_ms, end_ms)
+        gone = {pace.job: 0 for pace in paces if pace.job not in gpus}
+        others = await self._jobs(start_ms, end_ms, gone)
+        return Window(start_ms, end_ms, jobs, await self._pools(start_ms, end_ms), others, tuple(paces))
 
     async def after(self, jobs: Sequence[tuple[str, int]], pools: Sequence[tuple[str, int]]) -> _Afterwards:
         """What subjects cost since some times: from the first whole day (UTC) behind them."""
@@ -53,14 +63,26 @@ class Evidence:
                 parts[f"{row.keys[0]}/{row.keys[1]}"].append((int(row.keys[2]), _part(row)))
         return _Afterwards(since, dict(parts), end_ms)
 
-    async def _jobs(self, start_ms: int, end_ms: int) -> tuple[Spent, ...]:
-        last_ms = max(start_ms, end_ms - _AT_END_MS)
-        held = await self._ask(last_ms, end_ms, ("job",), _USAGE, MOST_JOBS)
-        seen = {row.keys[0]: row for row in held if row.keys[0] and self.may_see(row.keys[0].partition("/jobs/")[0])}
-        if not seen:
+    def _sees(self, job: str) -> bool:
+        return bool(job) and self.may_see(job.partition("/jobs/")[0])
+
+    async def _paces(self, start_ms: int, end_ms: int) -> list[Pace]:
+        """Of nodes that were slow in several jobs; none while a file is damaged, which is made again by itself."""
+        try:
+            found = [pace for pace in await self.answers.paces(start_ms, end_ms) if self._sees(pace.job)]
+        except Damaged:
+            return []
+        jobs: dict[str, set[str]] = defaultdict(set)
+        for pace in found:
+            jobs[pace.node].add(pace.job)
+        return [pace for pace in found if len(jobs[pace.node]) >= LEAST_JOBS]
+
+    async def _jobs(self, start_ms: int, end_ms: int, gpus: Mapping[str, int]) -> tuple[Spent, ...]:
+        """What these jobs cost, which hold so many GPUs now."""
+        if not gpus:
             return ()
         days = (end_ms - start_ms) // DAY_MS + 2
-        names = tuple(seen)[: MAX_ROWS // days]
+        names = tuple(gpus)[: MAX_ROWS // days]
         where = _USAGE | {"job": names}
         by_day: dict[str, list[Sum]] = defaultdict(list)
         for row in await self._ask(start_ms, end_ms, ("job", "user", "day"), where):
@@ -68,7 +90,6 @@ class Evidence:
         paid: dict[str, list[Sum]] = defaultdict(list)
         for row in await self._ask(start_ms, end_ms, ("job", "price_kind", "model"), where):
             paid[row.keys[0]].append(row)
-        hours = (end_ms - last_ms) // HOUR_MS
         return tuple(
             Spent(
                 name,
@@ -76,7 +97,7 @@ class Evidence:
                 _cash_ppm(paid[name], 1),
                 by_day[name][-1].keys[1],
                 paid[name][-1].keys[2],
-                -(-seen[name].gpu_ms // (HOUR_MS * hours)),
+                gpus[name],
             )
             for name in names
             if by_day[name] and paid[name]
@@ -90,9 +111,19 @@ class Evidence:
         paid: dict[str, list[Sum]] = defaultdict(list)
         for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "price_kind"), where):
             paid[f"{row.keys[0]}/{row.keys[1]}"].append(row)
+        nodes = await self._node_gpus(end_ms)
         return tuple(
-            Spent(name, tuple(_part(row) for row in rows), _cash_ppm(paid[name], 2)) for name, rows in hours.items()
+            Spent(name, tuple(_part(row) for row in rows), _cash_ppm(paid[name], 2), node_gpus=nodes.get(name, 1))
+            for name, rows in hours.items()
         )
+
+    async def _node_gpus(self, end_ms: int) -> Mapping[str, int]:
+        """GPUs of each pool's largest node in the last hour."""
+        most: dict[str, int] = defaultdict(int)
+        for row in await self._ask(end_ms - HOUR_MS, end_ms, ("site", "gpu_class", "node"), _USAGE):
+            name = f"{row.keys[0]}/{row.keys[1]}"
+            most[name] = max(most[name], -(-row.gpu_ms // HOUR_MS))
+        return most
 
     async def _ask(
         self, start_ms: int, end_ms: int, by: tuple[str, ...], where: dict[str, tuple[str, ...]], limit: int = MAX_ROWS

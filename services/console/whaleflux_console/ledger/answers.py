@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from whaleflux.errors import DeadlineExceeded, FieldViolation, InvalidArgument
 from whaleflux.store.api import Store
+from whaleflux_console.core.recommend.evidence import Pace
 from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
 from whaleflux_console.core.units import Run
 from whaleflux_console.ledger import chain, runs
@@ -21,6 +22,7 @@ from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.head import Head, read_head
 from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, date, day_of
+from whaleflux_console.ledger.paces import Paces, hours_of
 from whaleflux_console.ledger.question import CLASS, Question, check
 from whaleflux_console.ledger.schemas import table_rows
 from whaleflux_console.ledger.shelf import table_of
@@ -64,7 +66,7 @@ class Answers:
 
     def __init__(self, folder: Folder, store: Store, engine: Engine, *, hot_days: int = HOT_DAYS) -> None:
         self._folder, self._store, self._engine = folder, store, engine
-        self._cache = Cache(folder, engine, hot_days)
+        self._cache, self._paces = Cache(folder, engine, hot_days), Paces(folder, engine)
         self._state = State()
         self._as_of_ms = 0  # of what the cache holds
         self._head: Head | None = None  # that the cache is as of; None: it may lack any day
@@ -153,6 +155,14 @@ class Answers:
                 lambda: runs.days(self._state, start_ms, end_ms),
                 lambda days: runs.runs(self._folder, self._engine, days),
             )
+
+    async def paces(self, start_ms: int, end_ms: int) -> list[Pace]:
+        """Nodes that were slower than others of their run in closed hours of a window, as far as they are read: see `Paces`.
+
+        Raises Damaged for a file that is not as it was written.
+        """
+        async with self._windows:
+            return await self._read(lambda: hours_of(self._state, start_ms, end_ms), self._paces.slow)
 
     async def _read(self, find: Callable[[], Files], read: Callable[[Files], T]) -> T:
         """What the files in force say; those of a newer version where they were replaced meanwhile."""

@@ -44,7 +44,7 @@ class Spent:
     owner: str = ""  # role/name; of a pool empty
     model: str = ""  # models/{model} that the job serves
     gpus: int = 0  # that it holds now
-    gpu_class: str = ""
+    node_gpus: int = 1  # of a pool: of its largest node
 
     @property
     def whole(self) -> Part:
@@ -52,13 +52,29 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """An hour of a run in which the ranks on one node were slower than its median rank. Times are microseconds of a step, means of the hour."""
+
+    hour_ms: int
+    job: str  # queues/{queue}/jobs/{job}
+    uid: str
+    node: str  # sites/{site}/nodes/{node}
+    own_us: int  # of the node's ranks, without communication
+    median_us: int  # the same of all ranks of the run, the lower of two in the middle
+    step_us: int
+    bill_micros: int  # of what the run held on other nodes in the hour
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
-    """[start_ms, end_ms), whole hours that are in the ledger; `jobs` are those that held GPUs at its end."""
+    """[start_ms, end_ms), whole hours that are in the ledger; `jobs` are those that held GPUs at its end, `others` those of `paces` beside them."""
 
     start_ms: int
     end_ms: int
     jobs: tuple[Spent, ...] = ()
     pools: tuple[Spent, ...] = ()
+    others: tuple[Spent, ...] = ()
+    paces: tuple[Pace, ...] = ()
 
     @property
     def hours(self) -> int:

@@ -12,22 +12,25 @@ BASE_PPM = 100_000  # in all but a tenth of the hours at least so many were free
 
 
 def find(window: Window, pool: Spent) -> Recommendation | None:
-    """Whole GPUs that were free in nine hours of ten, at the pool's mean price; hours in which they were needed are not saved."""
+    """Whole nodes' GPUs that were free in nine hours of ten, at the pool's mean price; hours in which they were needed are not saved."""
     hours = sorted(_free_gpus(part) for part in pool.parts)
     if window.hours < LEAST_HOURS:
         return None
     hours = [0] * (window.hours - len(hours)) + hours
-    base = hours[len(hours) * BASE_PPM // WHOLE_PPM]
-    if base < 1:
+    nodes = hours[len(hours) * BASE_PPM // WHOLE_PPM] // pool.node_gpus
+    base = nodes * pool.node_gpus
+    if nodes < 1:
         return None
     saved = sum(
-        part.of(CostClass.IDLE) * min(base, _free_gpus(part)) // max(1, _free_gpus(part)) for part in pool.parts
+        min(part.of(CostClass.IDLE), part.bill_micros * base * HOUR_MS // part.gpu_ms)
+        for part in pool.parts
+        if part.gpu_ms > 0
     )
     lowest = hours[0]
     return Recommendation(
         Kind.HAND_BACK,
         pool.subject,
-        f"{base} GPUs were free in nine hours of ten; end that much of what is rented, or sell or lend what is owned",
+        f"{base} GPUs, as many as {nodes} nodes have, were free in nine hours of ten; drain and end what is rented, or sell or lend what is owned",
         "whaleflux leases ls",
         {CostClass.IDLE: saved},
         min(WHOLE_PPM, lowest * WHOLE_PPM // base),

@@ -7,7 +7,7 @@ exceeds what was wasted, and that never exceeds the bill.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from whaleflux_console.core.facts import WHOLE_PPM
 from whaleflux_console.core.recommend import (
@@ -17,6 +17,7 @@ from whaleflux_console.core.recommend import (
     hand_back,
     one_island,
     release_idle,
+    slow_node,
 )
 from whaleflux_console.core.recommend.evidence import Window
 from whaleflux_console.core.recommend.recommendation import Kind, Recommendation
@@ -41,39 +42,67 @@ def recommend(window: Window, trust_ppm: Mapping[Kind, int] | None = None) -> Jo
     found = [
         *(one for job in window.jobs for find in _OF_JOBS if (one := find(window, job))),
         *(one for pool in window.pools for find in _OF_POOLS if (one := find(window, pool))),
+        *slow_node.find(window),
     ]
     trusted = [_trusted(one, (trust_ppm or {}).get(one.kind, WHOLE_PPM)) for one in found]
-    return joint(apart(sorted(trusted, key=lambda one: (-one.saved_micros, one.kind, one.subject))), window)
+    ordered = sorted(trusted, key=lambda one: (-one.saved_micros, one.kind, one.subject))
+    return joint(apart(ordered, window), window)
 
 
-def apart(found: Iterable[Recommendation]) -> tuple[Recommendation, ...]:
+def apart(found: Iterable[Recommendation], window: Window) -> tuple[Recommendation, ...]:
     """Without what an earlier one saves already; one that has nothing left is left out."""
-    left: dict[tuple[str, CostClass], int] = {}
-    kept: list[Recommendation] = []
-    for one in found:
-        saved: dict[CostClass, int] = {}
-        for kind, micros in one.saved.items():
-            room = left.setdefault((one.subject, kind), one.evidence[kind])
-            saved[kind] = max(0, min(micros, room))
-            left[one.subject, kind] = room - saved[kind]
-        if sum(saved.values()) > 0:
-            kept.append(replace(one, saved=saved))
-    return tuple(sorted(kept, key=lambda one: (-one.saved_micros, one.kind, one.subject)))
+    left = _Left(window)
+    kept = [one.saving(left.taken(one.pieces)) for one in found]
+    return tuple(
+        sorted(
+            (one for one in kept if one.saved_micros > 0), key=lambda one: (-one.saved_micros, one.kind, one.subject)
+        )
+    )
 
 
 def joint(found: Sequence[Recommendation], window: Window) -> Joint:
     """Their sum, held against what was paid."""
-    paid = {(one.subject, kind): micros for one in found for kind, micros in one.evidence.items()}
+    about = {(subject, kind) for one in found for subject in one.pieces for kind in one.evidence}
+    left = _Left(window)
     made = Joint(
         tuple(found),
         sum(one.saved_micros for one in found),
-        sum(paid.values()),
-        sum(spent.whole.bill_micros for spent in (*window.jobs, *window.pools)),
+        sum(left.of(subject, kind) for subject, kind in about),
+        sum(spent.whole.bill_micros for spent in left.paid.values()),
     )
     if not made.total_micros <= made.targeted_micros <= made.bill_micros:
         raise ArithmeticError(f"saves {made.total_micros} of {made.targeted_micros} of a bill of {made.bill_micros}")
     return made
 
 
+class _Left:
+    """What is still paid for each class of each subject."""
+
+    def __init__(self, window: Window) -> None:
+        self.paid = {spent.subject: spent for spent in (*window.jobs, *window.pools, *window.others)}
+        self._left: dict[tuple[str, CostClass], int] = {}
+
+    def of(self, subject: str, kind: CostClass) -> int:
+        if (subject, kind) not in self._left:
+            self._left[subject, kind] = self.paid[subject].whole.of(kind)
+        return self._left[subject, kind]
+
+    def taken(self, pieces: Mapping[str, Mapping[CostClass, int]]) -> dict[str, dict[CostClass, int]]:
+        """As much of it as is left, which is then saved."""
+        found = {
+            subject: {kind: max(0, min(micros, self.of(subject, kind))) for kind, micros in saved.items()}
+            for subject, saved in pieces.items()
+        }
+        for subject, saved in found.items():
+            for kind, micros in saved.items():
+                self._left[subject, kind] -= micros
+        return found
+
+
 def _trusted(one: Recommendation, ppm: int) -> Recommendation:
-    return replace(one, saved={kind: micros * ppm // WHOLE_PPM for kind, micros in one.saved.items()})
+    return one.saving(
+        {
+            subject: {kind: micros * ppm // WHOLE_PPM for kind, micros in saved.items()}
+            for subject, saved in one.pieces.items()
+        }
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from whaleflux_console.core.rows import CostClass
@@ -19,6 +19,7 @@ class Kind(StrEnum):
     CHECKPOINT_INTERVAL = "checkpoint_interval"
     FEWER_GPUS = "fewer_gpus"
     HAND_BACK = "hand_back"
+    SLOW_NODE = "slow_node"
 
 
 class Level(StrEnum):
@@ -48,6 +49,19 @@ class Recommendation:
     evidence: Mapping[CostClass, int]  # what the window paid for these classes
     cash_ppm: int  # what of it is of GPUs paid by the hour; the rest are hours of GPUs that others can use
     owner: str = ""
+    spread: Mapping[str, Mapping[CostClass, int]] = field(
+        default_factory=dict
+    )  # whose bills it saves, where not its subject's
+
+    @property
+    def pieces(self) -> Mapping[str, Mapping[CostClass, int]]:
+        """What is saved of whose bill; they sum to `saved`."""
+        return self.spread or {self.subject: self.saved}
+
+    def saving(self, pieces: Mapping[str, Mapping[CostClass, int]]) -> Recommendation:
+        """The same with less to save."""
+        saved = {kind: sum(piece.get(kind, 0) for piece in pieces.values()) for kind in self.saved}
+        return replace(self, saved=saved, spread=pieces if self.spread else {})
 
     @property
     def saved_micros(self) -> int:
