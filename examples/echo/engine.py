@@ -3,7 +3,7 @@
     python examples/echo/engine.py --port 8000
 
 Take it to try a fleet, its keys and its routes, or as the pattern of an engine of your own: `/health` answers 200 when it can
-serve, `/v1/models` names the model, a stream ends with `[DONE]`, and SIGTERM ends it.
+serve, `/v1/models` names the model, `/metrics` counts tokens (what a million of them costs follows), a stream ends with `[DONE]`, and SIGTERM ends it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 MODEL = "echo"
 MAX_BODY_BYTES = 1 << 20
+TOKENS = {"prompt_tokens_total": 0, "generation_tokens_total": 0}  # a word is one
+_counting = threading.Lock()
 
 
 class Engine(BaseHTTPRequestHandler):
@@ -26,6 +29,10 @@ class Engine(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            lines = (f"# TYPE {name} counter\n{name} {tokens}\n" for name, tokens in TOKENS.items())
+            self.send(200, "text/plain; version=0.0.4", "".join(lines).encode())
+            return
         models = {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "examples"}]}
         known = {"/health": {"status": "ok"}, "/v1/models": models}
         self.answer(200 if self.path in known else 404, known.get(self.path, _error(f"no such path: {self.path}")))
@@ -42,6 +49,7 @@ class Engine(BaseHTTPRequestHandler):
         except (ValueError, KeyError, IndexError, TypeError):
             self.answer(400, _error("messages: a list is needed whose last entry has `content`"))
             return
+        count(len(words))
         if asked.get("stream"):
             self.stream(words)
         else:
@@ -51,9 +59,11 @@ class Engine(BaseHTTPRequestHandler):
             self.answer(200, _envelope("chat.completion") | {"choices": [choice], "usage": counted})
 
     def answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
+        self.send(status, "application/json", json.dumps(content).encode())
+
+    def send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -75,6 +85,13 @@ class Engine(BaseHTTPRequestHandler):
     def event(self, data: str) -> None:
         self.wfile.write(f"data: {data}\n\n".encode())
         self.wfile.flush()
+
+
+def count(words: int) -> None:
+    """A prompt of so many words, and its answer."""
+    with _counting:
+        for name in TOKENS:
+            TOKENS[name] += words
 
 
 def _envelope(kind: str) -> dict[str, Any]:

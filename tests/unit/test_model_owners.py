@@ -322,7 +322,7 @@ def test_every_field_is_public_or_private_on_purpose():
     private = {
         "Model": "last_change allowed_addresses sites rollout_policy rollout measures",
         "Engine": "command image addresses environment health_path working_directory secrets weights kv_memory_bytes gpu_memory_bytes shape fp8",
-        "Replica": "address job node message declared_address site health_path etag",
+        "Replica": "address job node message declared_address site health_path input_tokens output_tokens etag",
     }
     for name, public in rights.PUBLIC.items():
         assert {field.name for field in getattr(pb, name).DESCRIPTOR.fields} == public | set(private[name].split()), (

@@ -33,6 +33,7 @@ from whaleflux_inference_router.request_authorizer import Answer, Asked, Request
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.router_views import RouterViews
 from whaleflux_inference_router.routing_state import routing
+from whaleflux_inference_router.served_tokens import ServedTokens
 from whaleflux_inference_router.servicer import Router
 
 NODE = "sites/edge/nodes/n1"
@@ -374,6 +375,29 @@ class Turns:
 async def turns():
     async with service() as (_, current, store), elect(store, "inference_router", "t") as leader:
         yield Turns(store, current, leader)
+
+
+class Counting:
+    """Engines that count tokens, at one address."""
+
+    async def metrics(self, address):
+        return "prompt_tokens_total 7\ngeneration_tokens_total 5\n" if address == "10.0.0.1:80" else ""
+
+
+class TestServedTokens:
+    async def test_who_asks_is_told_what_engines_count_and_nothing_of_the_others(self):
+        async with service() as (_, current, store):
+            router = Router(store, current.clock, current, served=ServedTokens(current.clock, Counting()))
+            for number in (1, 2):
+                one = pb.Replica(name=f"models/m/replicas/m-{number}", state=pb.REPLICA_STATE_READY)
+                one.address = f"10.0.0.{number}:80"
+                await store.commit(Put(f"{keys.REPLICAS}m/m-{number}", encode(one)))
+            told = await router.ListReplicas(pb.ListReplicasRequest(parent="models/-", with_served_tokens=True), None)
+            first, second = told.replicas
+            assert (first.input_tokens, first.output_tokens) == (7, 5)
+            assert not second.HasField("input_tokens")
+            unasked = await router.ListReplicas(pb.ListReplicasRequest(parent="models/-"), None)
+            assert not unasked.replicas[0].HasField("input_tokens")
 
 
 class TestReplicas:

@@ -154,10 +154,11 @@ def cost_units(
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
-    """What a million trained tokens, a run and a useful GPU-hour cost, in hours that are closed.
+    """What a million tokens, a run, one that succeeded and a useful GPU-hour cost, in hours that are closed.
 
     \b
       whaleflux cost units
+      whaleflux cost units --by model
       whaleflux cost units --by queue --since 30d
     """  # noqa: D301 - the escape tells click to keep the lines
     from whaleflux.errors import FieldViolation, InvalidArgument
@@ -172,19 +173,38 @@ def cost_units(
         asked.end_time.CopyFrom(window.end_time)
     with fleet() as client:
         answer = client.console.GetUnitCosts(asked, timeout=120)
-    columns = [
-        output.Column(by.upper(), lambda one: shown(one.key)),
+    served = [
+        output.Column("USD/1M SERVED", lambda one: _unit(one, "micros_per_million_served_tokens", 4)),
+        output.Column("USD/1M ANSWERED", lambda one: _unit(one, "micros_per_million_output_tokens", 4)),
+        output.Column("TOKENS IN", lambda one: _tokens(one, "input_tokens")),
+        output.Column("TOKENS OUT", lambda one: _tokens(one, "output_tokens")),
+        output.Column("USD", lambda one: usd(one.bill_micros)),
+    ]
+    trained = [
         output.Column("USD/1M TOKENS", lambda one: _unit(one, "micros_per_million_tokens", 4)),
         output.Column("USD/RUN", lambda one: usd(one.micros_per_run)),
         output.Column("USD/USEFUL GPU-H", lambda one: _unit(one, "micros_per_useful_gpu_hour")),
+        output.Column("USD/SUCCESS", lambda one: _unit(one, "micros_per_successful_run")),
+        output.Column("FAILED", _failed),
         output.Column("RUNS", lambda one: str(one.runs)),
-        output.Column("TOKENS", lambda one: f"{one.tokens:,}" if one.HasField("tokens") else "unknown"),
+        output.Column("TOKENS", lambda one: _tokens(one, "tokens")),
         output.Column("USD", lambda one: usd(one.bill_micros)),
     ]
+    columns = [output.Column(by.upper(), lambda one: shown(one.key)), *(served if by == "model" else trained)]
     empty = "no run held GPUs in hours that are closed; see: whaleflux cost status"
     output.show(answer.units, columns, fmt, headers=not no_headers, empty=empty)
     if fmt is Format.table:
         say_until(answer)
+
+
+def _tokens(one: Any, field: str) -> str:
+    return f"{getattr(one, field):,}" if one.HasField(field) else "unknown"
+
+
+def _failed(one: Any) -> str:
+    """How many runs, and which share of the bill was theirs."""
+    share = f", {100 * one.failed_micros / one.bill_micros:.1f} %" if one.bill_micros else ""
+    return f"{one.failed_runs}{share}" if one.failed_runs else "-"
 
 
 def _unit(one: Any, field: str, digits: int = 2) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 from whaleflux import convert, names
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.v1 import console_pb2 as pb
-from whaleflux.v1 import health_pb2, inventory_pb2, scheduler_pb2, types_pb2
+from whaleflux.v1 import health_pb2, inventory_pb2, router_pb2, scheduler_pb2, types_pb2
 from whaleflux_console.core.chronicle import Device, JobFacts, NodePrice
 from whaleflux_console.core.declared_plan import plan_of
-from whaleflux_console.core.facts import WHOLE_PPM, Adjustment, Attempt, Holding, PriceKind
+from whaleflux_console.core.facts import WHOLE_PPM, Adjustment, Attempt, Ending, Holding, Outcome, PriceKind
 from whaleflux_console.core.fragmentation import WaitingGang
 from whaleflux_console.core.price_book import Price
+from whaleflux_console.core.served_tokens import Counters
 
 # An attempt that ended so lost nothing but what its own end says: it was done, or stopped and saved as somebody asked.
 _NO_FAILURE = frozenset(
@@ -69,7 +70,29 @@ def job_facts(job: scheduler_pb2.Job, model: str, now_ms: int) -> JobFacts:
     attempts = [one for one in (*job.past_attempts, job.attempt) if one.number and one.HasField("allocate_time")]
     found = tuple(_attempt(job, one, model) for one in attempts)
     holdings = tuple(held for one in attempts for held in _holdings(job, one, now_ms))
-    return JobFacts(job.name, found, holdings)
+    return JobFacts(job.name, found, holdings, _outcome(job))
+
+
+def counters_of(replica: router_pb2.Replica) -> Counters | None:
+    """What its engine counts; None: nothing that is known."""
+    told = (
+        replica.input_tokens if replica.HasField("input_tokens") else None,
+        replica.output_tokens if replica.HasField("output_tokens") else None,
+    )
+    return None if told == (None, None) else Counters(*told)
+
+
+_ENDINGS = {
+    scheduler_pb2.JOB_STATE_SUCCEEDED: Ending.SUCCEEDED,
+    scheduler_pb2.JOB_STATE_FAILED: Ending.FAILED,
+    scheduler_pb2.JOB_STATE_CANCELLED: Ending.CANCELLED,
+}
+
+
+def _outcome(job: scheduler_pb2.Job) -> Outcome | None:
+    serves = job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE
+    ending = None if serves else _ENDINGS.get(job.state)
+    return Outcome(job.uid, ending) if ending is not None else None
 
 
 def waiting_gang(job: scheduler_pb2.Job) -> WaitingGang | None:

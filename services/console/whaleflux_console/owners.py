@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from whaleflux import telemetry
@@ -21,7 +21,8 @@ from whaleflux_console.saves import Saves
 _log = telemetry.get_logger("whaleflux.console.owners")
 _MODELS_EVERY_S = 60.0
 _SAVES_EVERY_S = 2.0
-_CALL_S = 10.0
+_CALL_S = 20.0
+_REPLICAS = 200  # of a page: each engine is asked for what it served
 _BACKFILL_MS = 7 * 86_400_000  # of a fleet that had no ledger before
 
 
@@ -142,23 +143,34 @@ class Owners:
             await self._clock.sleep(_SAVES_EVERY_S)
 
     async def _follow_models(self) -> None:
-        """Which job serves which model; the router has no watch of it."""
+        """Which job serves which model, and how much; the router has no watch of it."""
         while True:
             try:
-                found = {one.job: one.name.rpartition("/replicas/")[0] async for one in self._replicas() if one.job}
+                replicas = [one async for one in self._replicas() if one.job]
             except StatusError as error:
                 _log.info(Event.FEED_BROKEN, feed="inference_router", reason=error.reason)
             else:
+                found = {one.job: one.name.rpartition("/replicas/")[0] for one in replicas}
                 before, self._models = self._models, found
+                self._take_served(replicas)
                 for name, job in list(self._services.items()):
                     if found.get(name) != before.get(name):
                         self._chronicle.job(self._facts_of(job))
             await self._clock.sleep(_MODELS_EVERY_S)
 
+    def _take_served(self, replicas: Iterable[router_pb2.Replica]) -> None:
+        for one in replicas:
+            counters, job = convert.counters_of(one), self._services.get(one.job)
+            if counters is not None and job is not None and job.HasField("attempt"):
+                began_ms = convert.millis(job.attempt, "allocate_time") or 0
+                self._chronicle.served(job.uid, job.attempt.number, counters, self.now_ms(), began_ms)
+
     async def _replicas(self) -> AsyncIterator[router_pb2.Replica]:
         token = ""
         while True:
-            request = router_pb2.ListReplicasRequest(parent="models/-", page_size=500, page_token=token)
+            request = router_pb2.ListReplicasRequest(
+                parent="models/-", page_size=_REPLICAS, page_token=token, with_served_tokens=True
+            )
             page = await self._peers.router.ListReplicas(request, timeout=_CALL_S)
             for one in page.replicas:
                 yield one

@@ -66,4 +66,12 @@ def _message(one: UnitCost) -> pb.UnitCost:
         micros_per_million_tokens=one.micros_per_million_tokens,
         micros_per_run=one.micros_per_run,
         micros_per_useful_gpu_hour=one.micros_per_useful_gpu_hour,
+        input_tokens=one.input_tokens,
+        output_tokens=one.output_tokens,
+        micros_per_million_served_tokens=one.micros_per_million_served,
+        micros_per_million_output_tokens=one.micros_per_million_output,
+        succeeded_runs=one.succeeded_runs,
+        failed_runs=one.failed_runs,
+        failed_micros=one.failed_micros,
+        micros_per_successful_run=one.micros_per_successful_run,
     )

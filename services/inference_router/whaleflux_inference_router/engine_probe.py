@@ -16,7 +16,7 @@ ONE_TOKEN = (
     ("/v1/completions", {"prompt": "1"}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}]}),
 )
-MAX_ANSWER_BYTES = 256 << 10
+MAX_ANSWER_BYTES, MAX_METRICS_BYTES = 256 << 10, 2 << 20
 
 
 class EngineProbe(Protocol):
@@ -28,6 +28,10 @@ class EngineProbe(Protocol):
 
     async def served_models(self, address: str) -> frozenset[str] | None:
         """Names in its list of models; None where it keeps no such list, or does not tell."""
+        ...
+
+    async def metrics(self, address: str) -> str:
+        """What it exports of itself at /metrics; "" where that is nothing, or too much to read."""
         ...
 
     async def first_token(self, address: str, model: str) -> str:
@@ -45,6 +49,10 @@ class HttpProbe:
     async def served_models(self, address: str) -> frozenset[str] | None:
         status, body = await _get(address, "/v1/models", body=True)
         return _names(body) if status == 200 else None
+
+    async def metrics(self, address: str) -> str:
+        status, body = await _get(address, "/metrics", body=True, most=MAX_METRICS_BYTES)
+        return body.decode("utf-8", "replace") if status == 200 and len(body) < MAX_METRICS_BYTES else ""
 
     async def first_token(self, address: str, model: str) -> str:
         for path, asked in ONE_TOKEN:
@@ -81,23 +89,27 @@ def _names(body: bytes) -> frozenset[str] | None:
     return names or None
 
 
-async def _get(address: str, path: str, *, body: bool) -> tuple[int, bytes]:
+async def _get(address: str, path: str, *, body: bool, most: int = MAX_ANSWER_BYTES) -> tuple[int, bytes]:
     """Status (0: no answer within `PROBE_S`) and body."""
-    return await _ask(address, path, None, PROBE_S, read=body)
+    return await _ask(address, path, None, PROBE_S, most=most if body else 0)
 
 
-async def _ask(address: str, path: str, sent: bytes | None, within_s: float, *, read: bool = True) -> tuple[int, bytes]:
+async def _ask(
+    address: str, path: str, sent: bytes | None, within_s: float, *, most: int = MAX_ANSWER_BYTES
+) -> tuple[int, bytes]:
     """The same, of a GET or with a body; HTTP/1.0, so that the answer's body ends with the connection."""
     try:
         async with asyncio.timeout(within_s):
             reader, writer = await asyncio.open_connection(*hostport.parse(address))
             try:
-                head = f"{'GET' if sent is None else 'POST'} {quote(path)} HTTP/1.0\r\nhost: {address}\r\naccept: application/json\r\n"
+                head = (
+                    f"{'GET' if sent is None else 'POST'} {quote(path)} HTTP/1.0\r\nhost: {address}\r\naccept: */*\r\n"
+                )
                 if sent is not None:
                     head += f"content-type: application/json\r\ncontent-length: {len(sent)}\r\n"
                 writer.write(head.encode("latin-1") + b"\r\n" + (sent or b""))
                 line = await reader.readline()
-                return _status(line), (await _body(reader)) if read else b""
+                return _status(line), (await _body(reader, most)) if most else b""
             finally:
                 writer.close()
     except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError):
@@ -109,9 +121,8 @@ def _status(line: bytes) -> int:
     return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
 
 
-async def _body(reader: asyncio.StreamReader) -> bytes:
+async def _body(reader: asyncio.StreamReader, most: int) -> bytes:
     """As long as its head says, else to the end: some engines keep the connection whatever they are told."""
-    most = MAX_ANSWER_BYTES
     while line := (await reader.readline()).strip().lower():
         if line.startswith(b"content-length:"):
             most = min(most, int(line.partition(b":")[2]))

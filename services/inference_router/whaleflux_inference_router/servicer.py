@@ -28,6 +28,7 @@ from whaleflux_inference_router.core.rollout import UNDER_WAY, Stage
 from whaleflux_inference_router.deployments import Deployments, estimate, order_of
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import RoutingState
+from whaleflux_inference_router.served_tokens import ServedTokens
 
 _Context = grpc.aio.ServicerContext[object, object]
 
@@ -43,10 +44,12 @@ class Router(rpc.RouterServiceServicer):
         resolver: Resolver | None = None,
         secrets: SecretServiceStub | None = None,
         deployments: Deployments | None = None,
+        served: ServedTokens | None = None,
     ) -> None:
         self._store, self._clock, self._routing, self._rights = store, clock, routing, routing.rights
         self._resolver, self._secrets = resolver or Resolver(clock), secrets
         self._deployments = deployments or Deployments(None)
+        self._served = served or ServedTokens(clock)
         self.keys = ApiKeys(store, clock, routing)
 
     async def CreateModel(self, request: pb.CreateModelRequest, context: _Context | None) -> pb.Model:
@@ -223,6 +226,8 @@ class Router(rpc.RouterServiceServicer):
             keep=lambda one: sight.sees(rights.queue_of(one), owners.get(convert.model_of(one.name), "")),
         )
         shown = []
+        if request.with_served_tokens:
+            await self._served.add_to(page.items)
         for replica in page.items:
             load = self._routing.load_tracker.loads.get(replica.name)
             replica.in_flight = load.in_flight if load else 0

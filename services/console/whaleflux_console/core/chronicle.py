@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Fragmented, Holding, Presence, PriceKind, PriceSpan
+from whaleflux_console.core.facts import (
+    HOUR_MS,
+    Attempt,
+    Facts,
+    Fragmented,
+    Holding,
+    Outcome,
+    Presence,
+    PriceKind,
+    PriceSpan,
+)
 from whaleflux_console.core.lost_work import newest, phases
-from whaleflux_console.core.price_book import NODE_SAYS
+from whaleflux_console.core.served_tokens import Counters, ServedTokens
 from whaleflux_console.core.spans import Span, Spans
 
 LONGEST_BACK_MS = 35 * 24 * HOUR_MS  # beyond that what turns out to be lost stays what it was taken for
 FOR_GOOD_MS = 4_102_444_800_000
+NODE_SAYS = "the node itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class JobFacts:
     name: str
     attempts: tuple[Attempt, ...]
     holdings: tuple[Holding, ...]  # those that go on end now
+    outcome: Outcome | None = None
     lost_from_ms: int | None = (
         None  # from when on earlier hours are told anew, since work in them turned out to be lost
     )
@@ -68,22 +80,8 @@ class Chronicle:
         self._of_node: dict[str, tuple[str, ...]] = {}
         self._jobs: dict[str, JobFacts] = {}
         self._fresh_jobs: dict[str, None] = {}
+        self._served = ServedTokens()
         self._resumed_ms = 0  # what was over by then is told
-
-    def copied(self) -> Chronicle:
-        """As it is now, for a thread that looks through it meanwhile."""
-        found = Chronicle()
-        found._devices, found._prices = self._devices.copied(), self._prices.copied()
-        found._fragmented = self._fragmented.copied()
-        found._of_node, found._jobs, found._fresh_jobs = dict(self._of_node), dict(self._jobs), dict(self._fresh_jobs)
-        return found
-
-    def taken(self) -> Chronicle:
-        """A copy that has what is `fresh`; here that begins anew."""
-        found = self.copied()
-        found._devices, found._prices = self._devices.taken(), self._prices.taken()
-        found._fragmented, self._fresh_jobs = self._fragmented.taken(), {}
-        return found
 
     def node(self, node: str, devices: Sequence[Device], price: NodePrice | None, now_ms: int, since_ms: int) -> None:
         """A node is so now; of devices that are new since it joined. None of them and no price: it is gone."""
@@ -120,6 +118,10 @@ class Chronicle:
             held = [replace(one, end_ms=ended[one.attempt].end_ms or now_ms) for one in job.holdings]
             self.job(replace(job, attempts=tuple(ended.values()), holdings=tuple(held)))
 
+    def served(self, uid: str, attempt: int, counters: Counters, now_ms: int, began_ms: int) -> None:
+        """The counters of a replica's engine are so now."""
+        self._served.read(uid, attempt, counters, now_ms, began_ms)
+
     def fragmented(self, devices: Iterable[str], now_ms: int) -> None:
         """Exactly these free devices are of no use to those that wait."""
         found = set(devices)
@@ -129,6 +131,7 @@ class Chronicle:
 
     def resume(self, told: Facts) -> None:
         """Takes up what was going on when it was last told."""
+        self._served.resume(told.served)
         newest: dict[str, Presence] = {}
         for one in told.presences:
             if one.device not in newest or newest[one.device].start_ms < one.start_ms:
@@ -178,6 +181,8 @@ class Chronicle:
             job = self._jobs[name]
             for hour in _hours(_told_from(job, now_ms), _told_until(job, now_ms)):
                 hours.setdefault(hour, []).append(_job_told([job], hour, now_ms))
+        for hour, served in self._served.fresh(now_ms).items():
+            hours.setdefault(hour, []).append(Facts(served=served))
         return {hour: joined(found) for hour, found in hours.items()}
 
     def whole_hour(self, hour_ms: int, now_ms: int) -> Facts:
@@ -185,12 +190,14 @@ class Chronicle:
         end_ms = hour_ms + HOUR_MS
         found = (each.touching(hour_ms, end_ms, now_ms) for each in (self._devices, self._prices, self._fragmented))
         jobs = [job for job in self._jobs.values() if job.touches(hour_ms, end_ms)]
-        return joined([self._spans_told(*found), _job_told(jobs, hour_ms, now_ms)])  # type: ignore[arg-type]
+        spans = self._spans_told(*found)  # type: ignore[arg-type]
+        return joined([spans, _job_told(jobs, hour_ms, now_ms), Facts(served=self._served.of_hour(hour_ms))])
 
     def forget(self, before_ms: int) -> None:
         """Lets go what was over before: its hours are told."""
         for each in (self._devices, self._prices, self._fragmented):
             each.forget(before_ms)
+        self._served.forget(before_ms)
         gone = [
             job.name for job in self._jobs.values() if job.over and not job.touches(before_ms, before_ms + FOR_GOOD_MS)
         ]
@@ -232,6 +239,12 @@ def _newly_lost(before: JobFacts | None, now: JobFacts) -> int | None:
     return min(found, default=None)
 
 
+def with_more(facts: Facts, more: Facts) -> Facts:
+    """What is told of an hour, and what would be told now: of one thing told twice the bill takes both for one."""
+    both = joined([facts, more])
+    return replace(both, steps=facts.steps, samples=facts.samples, adjustments=facts.adjustments)
+
+
 def joined(parts: Iterable[Facts]) -> Facts:
     """All of them together."""
     found = list(parts)
@@ -241,6 +254,8 @@ def joined(parts: Iterable[Facts]) -> Facts:
         attempts=tuple(one for part in found for one in part.attempts),
         fragmented=tuple(one for part in found for one in part.fragmented),
         prices=tuple(one for part in found for one in part.prices),
+        served=tuple(one for part in found for one in part.served),
+        outcomes=tuple(one for part in found for one in part.outcomes),
     )
 
 
@@ -265,6 +280,7 @@ def _job_told(jobs: Iterable[JobFacts], hour_ms: int, now_ms: int) -> Facts:
     end_ms = hour_ms + HOUR_MS
     return Facts(
         attempts=tuple(one for job in jobs for one in job.attempts),
+        outcomes=tuple(job.outcome for job in jobs if job.outcome is not None),
         holdings=tuple(
             one for job in jobs for one in _until_now(job, now_ms) if one.start_ms < end_ms and hour_ms < one.end_ms
         ),
@@ -285,6 +301,8 @@ def _told_from(job: JobFacts, now_ms: int) -> int:
     Hours that nobody has told yet are told whole (`whole_hour`).
     """
     recent = max(now_ms - HOUR_MS, *(one.allocate_ms for one in job.attempts))
+    if job.outcome is not None:  # also of one that ended long after it had held something
+        recent = min(recent, _told_until(job, now_ms) - 1)
     since = recent if job.lost_from_ms is None else min(recent, job.lost_from_ms)
     return max(since, now_ms - LONGEST_BACK_MS)
 

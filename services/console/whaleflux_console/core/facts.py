@@ -160,6 +160,38 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """What a replica of a model served, of one hour, by its engine's counters; `read_*` are these as they were read last in it.
+
+    Tokens are None where nobody knows how many of those that are counted are of this hour.
+    """
+
+    uid: str  # of the replica's job
+    attempt: int
+    hour_ms: int
+    input_tokens: int | None
+    output_tokens: int | None
+    read_input: int | None
+    read_output: int | None
+
+
+class Ending(StrEnum):
+    """How a job that was to end ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A job that was to end, unlike one that serves, has ended."""
+
+    uid: str
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Everything that is known of a window.
 
@@ -176,3 +208,5 @@ class Facts:
     fragmented: tuple[Fragmented, ...] = ()
     prices: tuple[PriceSpan, ...] = ()
     adjustments: tuple[Adjustment, ...] = ()
+    served: tuple[Served, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()

@@ -1,4 +1,4 @@
-"""What a unit of work costs: a million trained tokens, a run, a GPU-hour that was useful."""
+"""What a unit of work costs: a million trained or served tokens, a run, one that succeeded, a GPU-hour that was useful."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from whaleflux_console.core.facts import HOUR_MS
+from whaleflux_console.core.facts import HOUR_MS, Ending
 
 _MILLION = 1_000_000
 BY = ("job", "model", "queue")
@@ -24,6 +24,9 @@ class Run:
     gpu_ms: int
     useful_gpu_ms: int
     tokens: int | None
+    input_tokens: int | None = None  # served; None: nobody knows
+    output_tokens: int | None = None
+    ending: str | None = None  # of Ending; None: it goes on, or serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,14 @@ class UnitCost:
     micros_per_million_tokens: int | None  # by the bills of those runs alone
     micros_per_run: int
     micros_per_useful_gpu_hour: int | None
+    input_tokens: int | None  # served, of the runs that say them
+    output_tokens: int | None
+    micros_per_million_served: int | None  # of both together, by the bills of runs that say both
+    micros_per_million_output: int | None  # the same, were prompts free
+    succeeded_runs: int
+    failed_runs: int
+    failed_micros: int  # their bills
+    micros_per_successful_run: int | None  # by the bills of all runs that ended, cancelled ones among them
 
 
 def unit_costs(runs: Iterable[Run], by: str) -> list[UnitCost]:
@@ -53,7 +64,11 @@ def unit_costs(runs: Iterable[Run], by: str) -> list[UnitCost]:
 def _unit(key: str, runs: list[Run]) -> UnitCost:
     bill, useful = sum(run.bill_micros for run in runs), sum(run.useful_gpu_ms for run in runs)
     told = [run for run in runs if run.tokens is not None]
-    tokens = sum(run.tokens or 0 for run in told)
+    served = [run for run in runs if run.input_tokens is not None and run.output_tokens is not None]
+    tokens, paid = sum(run.tokens or 0 for run in told), _bill(served)
+    prompts, answers = _tokens(runs, "input_tokens"), _tokens(runs, "output_tokens")
+    failed = [run for run in runs if run.ending == Ending.FAILED]
+    succeeded = sum(run.ending == Ending.SUCCEEDED for run in runs)
     return UnitCost(
         key=key,
         runs=len(runs),
@@ -61,7 +76,30 @@ def _unit(key: str, runs: list[Run]) -> UnitCost:
         gpu_ms=sum(run.gpu_ms for run in runs),
         useful_gpu_ms=useful,
         tokens=tokens if told else None,
-        micros_per_million_tokens=_MILLION * sum(run.bill_micros for run in told) // tokens if tokens else None,
+        micros_per_million_tokens=_over(_MILLION * _bill(told), tokens),
         micros_per_run=bill // len(runs),
-        micros_per_useful_gpu_hour=HOUR_MS * bill // useful if useful else None,
+        micros_per_useful_gpu_hour=_over(HOUR_MS * bill, useful),
+        input_tokens=prompts,
+        output_tokens=answers,
+        micros_per_million_served=_over(
+            _MILLION * paid, (_tokens(served, "input_tokens") or 0) + (_tokens(served, "output_tokens") or 0)
+        ),
+        micros_per_million_output=_over(_MILLION * paid, _tokens(served, "output_tokens") or 0),
+        succeeded_runs=succeeded,
+        failed_runs=len(failed),
+        failed_micros=_bill(failed),
+        micros_per_successful_run=_over(_bill([run for run in runs if run.ending]), succeeded),
     )
+
+
+def _bill(runs: Iterable[Run]) -> int:
+    return sum(run.bill_micros for run in runs)
+
+
+def _over(micros: int, units: int) -> int | None:
+    return micros // units if units else None
+
+
+def _tokens(runs: Iterable[Run], name: str) -> int | None:
+    known = [getattr(run, name) for run in runs if getattr(run, name) is not None]
+    return sum(known) if known else None

@@ -32,6 +32,7 @@ class Kind(StrEnum):
     MINUTES = "minutes"  # samples, rolled up
     WORK = "work"  # steps, rolled up
     HOURS = "hours"  # ledger rows
+    RUNS = "runs"  # what runs served in an hour, and how they ended
     DAYS = "days"  # ledger rows of a day, rolled up
 
 

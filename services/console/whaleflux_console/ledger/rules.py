@@ -92,3 +92,4 @@ def _kept_days(rules: Rules) -> Iterator[tuple[Kind, int]]:
     yield Kind.WORK, rules.minute_days
     yield Kind.FACTS, rules.hour_days
     yield Kind.HOURS, rules.hour_days
+    yield Kind.RUNS, rules.hour_days
