@@ -68,10 +68,11 @@ protos: $(STAMP) ## Generates the stubs, checks the contract, and that it breaks
 clients: $(STAMP) ## Clients for other languages: make clients LANG=go|typescript (see docs/clients.md)
 	@$(BIN)/python tools/clients.py "$(LANG)"
 
-soak: $(STAMP) ## Long forms of tests: a million operations on a plan (PLAN_OPERATIONS=n PLAN_SEED=n), moves and preemptions in whose midst something is killed, the checkpointer over ranks, then 1,000 random histories, in hours (HISTORIES=n HISTORY_SEED=n)
+soak: $(STAMP) ## Long forms of tests: a million operations on a plan (PLAN_OPERATIONS=n PLAN_SEED=n), moves and preemptions in whose midst something is killed, the checkpointer over ranks, the fault of each alert, then 1,000 random histories, in hours (HISTORIES=n HISTORY_SEED=n)
 	@$(BIN)/python -m tests.support.plan_soak.driver --operations $${PLAN_OPERATIONS:-1000000} --seed $${PLAN_SEED:-1}
 	@WHALEFLUX_TEST_MOVES=1 $(BIN)/python -m pytest -q tests/integration/test_moves_suite.py
 	@WHALEFLUX_TEST_KILLS=$${WHALEFLUX_TEST_KILLS:-10} $(BIN)/python -m pytest -q tests/integration/sdk/test_ranks.py
+	@WHALEFLUX_TEST_ALERTS=1 $(BIN)/python -m pytest -q tests/robustness/test_alerts_fire.py
 	@HISTORIES=$${HISTORIES:-1000} $(BIN)/python -m pytest -q -rA tests/robustness/test_random_histories.py $(ARGS)
 
 bench: $(STAMP) ## All benchmarks, or one: make bench NAME=packing

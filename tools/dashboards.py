@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-
-_SOURCE = {"type": "prometheus", "uid": "$datasource"}
-_WIDTH, _HEIGHT = 8, 7  # of a panel; a row of Grafana's grid is 24 wide
+from tools import grafana
+from tools.grafana import Choice, Panel
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """`queries`: PromQL -> legend. `unit` as Grafana names it."""
-
-    title: str
-    about: str
-    queries: dict[str, str]
-    unit: str = "none"
-
-
-def _quantiles(metric: str, by: str = "") -> dict[str, str]:
+def _quantiles(metric: str, by: str = "", where: str = "") -> dict[str, str]:
     labels = f"le, {by}" if by else "le"
     legend = f"{{{{{by}}}}} " if by else ""
     return {
-        f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket[$__rate_interval])))": f"{legend}{name}"
+        f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{where}[$__rate_interval])))": f"{legend}{name}"
         for q, name in (("0.5", "half"), ("0.99", "99 %"))
     }
 
 
+_OF_QUEUES = '{job=~"queues/$queue/jobs/.*"}'
+_OF_SERVICES = '{service=~"$service"}'
 _JOBS = Panel(
     "Jobs by state", "As the scheduler that leads counts them.", {"max by (state) (whaleflux_jobs)": "{{state}}"}
 )
@@ -59,12 +48,26 @@ _RECOVERED = Panel(
     {"sum by (cause) (increase(whaleflux_recoveries_total[1h]))": "{{cause}}"},
 )
 
+
+def _of_sites(query: str) -> str:
+    return query.replace("{}", '{site=~"$site"}')
+
+
 DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
     "overview": ("Overview", (_UP, _NODES, _HELD, _JOBS, _REPLICAS, _SPENT)),
     "fleet": (
         "Fleet and health",
         (
-            _NODES,
+            Panel(
+                "Nodes by phase",
+                "As the health monitor judges them, of the chosen sites.",
+                {_of_sites("sum by (phase) (max by (site, phase) (whaleflux_nodes{}))"): "{{phase}}"},
+            ),
+            Panel(
+                "Nodes that take work, by site",
+                "READY ones.",
+                {'max by (site) (whaleflux_nodes{phase="READY",site=~"$site"})': "{{site}}"},
+            ),
             Panel("GPUs by model", "Of nodes that take work.", {"max by (model) (whaleflux_gpus)": "{{model}}"}),
             Panel(
                 "GPUs held by model",
@@ -77,7 +80,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel(
                 "Sites that are cut off",
                 "1 while all of a site is silent as one; its work goes on there.",
-                {"max by (site) (whaleflux_sites_cut_off)": "{{site}}"},
+                {_of_sites("max by (site) (whaleflux_sites_cut_off{})"): "{{site}}"},
             ),
             Panel(
                 "Faults of GPUs per hour",
@@ -118,12 +121,14 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
         "Training",
         (
             Panel(
-                "Loss", "The newest loss that each job reported.", {"max by (job) (whaleflux_training_loss)": "{{job}}"}
+                "Loss",
+                "The newest loss that each job reported.",
+                {f"max by (job) (whaleflux_training_loss{_OF_QUEUES})": "{{job}}"},
             ),
             Panel(
                 "Training step",
                 "A step back is work repeated after a failure.",
-                {"max by (job) (whaleflux_training_step)": "{{job}}"},
+                {f"max by (job) (whaleflux_training_step{_OF_QUEUES})": "{{job}}"},
             ),
             Panel(
                 "Checkpoints per hour",
@@ -165,7 +170,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel(
                 "First byte of the answer",
                 "By model; a request to its first byte.",
-                _quantiles("whaleflux_first_token_seconds", "model"),
+                _quantiles("whaleflux_first_token_seconds", "model", '{model=~"$model"}'),
                 "s",
             ),
             Panel(
@@ -177,9 +182,14 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "Time of a routing decision", "Within the router.", _quantiles("whaleflux_route_duration_seconds"), "s"
             ),
             Panel(
+                "Addresses that a front door refused, per hour",
+                "One that is refused freezes the addresses of all models: always 0.",
+                {"sum(increase(whaleflux_endpoints_refused_total[1h]))": "refused"},
+            ),
+            Panel(
                 "First token later than 2.5 s",
                 "Share of the answers; the objective is 1 %.",
-                {"model:whaleflux_first_token_slow:ratio_rate1h": "{{model}}"},
+                {'model:whaleflux_first_token_slow:ratio_rate1h{model=~"$model"}': "{{model}}"},
                 "percentunit",
             ),
         ),
@@ -220,37 +230,39 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel(
                 "Calls per second",
                 "Answered, whatever the answer.",
-                {"sum by (service) (rate(whaleflux_rpc_requests_total[$__rate_interval]))": "{{service}}"},
+                {
+                    'sum by (service) (rate(whaleflux_rpc_requests_total{service=~"$service"}[$__rate_interval]))': "{{service}}"
+                },
             ),
             Panel(
                 "Refused and failed calls per second",
                 "By gRPC's status.",
                 {
-                    'sum by (service, code) (rate(whaleflux_rpc_requests_total{code!="OK"}[$__rate_interval]))': "{{service}} {{code}}"
+                    'sum by (service, code) (rate(whaleflux_rpc_requests_total{code!="OK",service=~"$service"}[$__rate_interval]))': "{{service}} {{code}}"
                 },
             ),
             Panel(
                 "Time of a call",
                 "By service; a point leads to its trace.",
-                _quantiles("whaleflux_rpc_duration_seconds", "service"),
+                _quantiles("whaleflux_rpc_duration_seconds", "service", _OF_SERVICES),
                 "s",
             ),
             Panel(
                 "Timers late, 99 %",
                 "A blocked event loop delays everything of its process.",
-                {"service:whaleflux_event_loop_lag_seconds:p99": "{{service}}"},
+                {f"service:whaleflux_event_loop_lag_seconds:p99{_OF_SERVICES}": "{{service}}"},
                 "s",
             ),
             Panel(
                 "Time of the store's answers, 99 %",
                 "Of gets and commits, as services see them; failed ones too.",
-                {"service:whaleflux_store_duration_seconds:p99": "{{service}}"},
+                {f"service:whaleflux_store_duration_seconds:p99{_OF_SERVICES}": "{{service}}"},
                 "s",
             ),
             Panel(
                 "Open streams",
                 "Long calls that are held open.",
-                {"sum by (service) (whaleflux_rpc_open_streams)": "{{service}}"},
+                {f"sum by (service) (whaleflux_rpc_open_streams{_OF_SERVICES})": "{{service}}"},
             ),
             Panel(
                 "Events published per second",
@@ -258,10 +270,22 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 {"sum by (what) (rate(whaleflux_events_published_total[$__rate_interval]))": "{{what}}"},
             ),
             Panel(
+                "Claims of agents that were refused, per hour",
+                "Of work that is not placed on their node.",
+                {"sum by (what) (increase(whaleflux_agent_claims_refused_total[1h]))": "{{what}}"},
+            ),
+            Panel(
+                "Records of the audit trail that were lost, per hour",
+                "There was no room for them while the event bus was away: always 0.",
+                {
+                    f"sum by (service) (increase(whaleflux_audit_lost_total{_OF_SERVICES}[1h]))": "{{service}}",
+                },
+            ),
+            Panel(
                 "Life left of certificates",
                 "Renewed when a third is left.",
                 {
-                    "min by (service, instance) (whaleflux_certificate_expiry_seconds) - time()": "{{service}} {{instance}}"
+                    f"min by (service, instance) (whaleflux_certificate_expiry_seconds{_OF_SERVICES}) - time()": "{{service}} {{instance}}"
                 },
                 "s",
             ),
@@ -270,56 +294,16 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
 }
 
 
+# What a page is narrowed down to by who looks.
+CHOICES: dict[str, tuple[Choice, ...]] = {
+    "fleet": (Choice("site", "whaleflux_nodes", "site"),),
+    "training": (Choice("queue", "whaleflux_training_step", "job", r"/queues\/(.*)\/jobs\//"),),
+    "inference": (Choice("model", "whaleflux_first_token_seconds_count", "model"),),
+    "control-plane": (Choice("service", "up", "service"),),
+}
+
+
 def page(name: str) -> str:
     """The dashboard as Grafana's JSON."""
     title, panels = DASHBOARDS[name]
-    whole = {
-        "uid": f"whaleflux-{name}",
-        "title": f"WhaleFlux: {title}",
-        "tags": ["whaleflux"],
-        "schemaVersion": 39,
-        "version": 1,
-        "editable": False,
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "timezone": "browser",
-        "annotations": {"list": []},
-        "links": [
-            {"type": "dashboards", "title": "WhaleFlux", "tags": ["whaleflux"], "asDropdown": True, "keepTime": True}
-        ],
-        "templating": {
-            "list": [{"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}]
-        },
-        "panels": [_panel(panel, place) for place, panel in enumerate(panels)],
-    }
-    return json.dumps(whole, indent=1) + "\n"
-
-
-def _panel(panel: Panel, place: int) -> dict[str, object]:
-    across = 24 // _WIDTH
-    return {
-        "id": place + 1,
-        "type": "timeseries",
-        "title": panel.title,
-        "description": panel.about,
-        "datasource": _SOURCE,
-        "gridPos": {"h": _HEIGHT, "w": _WIDTH, "x": place % across * _WIDTH, "y": place // across * _HEIGHT},
-        "fieldConfig": {
-            "defaults": {"unit": panel.unit, "custom": {"fillOpacity": 8, "showPoints": "auto"}},
-            "overrides": [],
-        },
-        "options": {
-            "legend": {"displayMode": "list", "placement": "bottom"},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        },
-        "targets": [
-            {
-                "refId": chr(ord("A") + at),
-                "expr": expr,
-                "legendFormat": legend,
-                "exemplar": "_bucket" in expr,
-                "datasource": _SOURCE,
-            }
-            for at, (expr, legend) in enumerate(panel.queries.items())
-        ],
-    }
+    return grafana.page(f"whaleflux-{name}", f"WhaleFlux: {title}", panels, CHOICES.get(name, ()))

@@ -4,17 +4,13 @@ import asyncio
 import contextlib
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import textwrap
-import urllib.parse
-import urllib.request
 
 import pytest
-import yaml
 
 from tests.support.deploy_files import DEPLOY
+from tests.support.prometheus import free_port, prometheus, rules
 from tests.support.spans import collecting
 from tests.support.suite import running_suite, until
 from tools.dashboards import DASHBOARDS
@@ -55,58 +51,6 @@ WITHOUT_CAUSE = (
 )
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-class Prometheus:
-    """Asked over HTTP; `rules` with every group evaluated each second."""
-
-    def __init__(self, port):
-        self.port = port
-
-    def get(self, path, **asked):
-        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(asked)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def found(self, query):
-        return self.get("query", query=query.replace("$__rate_interval", "1m"))["result"]
-
-
-@contextlib.contextmanager
-def prometheus(folder, targets):
-    rules = yaml.safe_load((DEPLOY / "observability/rules.yaml").read_text())
-    for group in rules["groups"]:
-        group["interval"] = "1s"
-    (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
-    scraped = [
-        {"job_name": name, "static_configs": [{"targets": [address], "labels": {"service": name}}]}
-        for name, address in targets.items()
-    ]
-    told = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-        "rule_files": ["rules.yaml"],
-        "scrape_configs": scraped,
-    }
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(told))
-    port = free_port()
-    command = [
-        "prometheus",
-        f"--config.file={folder / 'prometheus.yaml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--enable-feature=exemplar-storage",
-    ]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as running:
-        try:
-            yield Prometheus(port)
-        finally:
-            running.terminate()
-
-
 async def submit(client, name, command):
     spec = pb.JobSpec(command=command, gpus=1)
     request = pb.CreateJobRequest(parent="queues/default", job_id=name, job=pb.Job(spec=spec))
@@ -123,7 +67,7 @@ async def test_every_query_of_the_dashboards_returns_data_and_times_lead_to_trac
         await suite.join([Machine("onprem", "a", "h200x8:usage=45%@1h", settings=settings)])
         targets = {role: f"127.0.0.1:{suite.port(f'{role}_metrics')}" for role in ROLES}
         targets["agent"] = shown_at
-        with prometheus(tmp_path, targets) as seen:
+        with prometheus(tmp_path, targets, rules()) as seen:
             async with suite.client() as client:
                 (tmp_path / "train.py").write_text(TRAINING)
                 await submit(client, "train", [sys.executable, str(tmp_path / "train.py")])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from tests.support.deploy_files import DEPLOY
-from tools.dashboards import DASHBOARDS
+from tools.dashboards import CHOICES, DASHBOARDS
+from tools.grafana import filled
 from whaleflux.telemetry.registry import METRICS
 
 RULES_FILE = DEPLOY / "observability" / "rules.yaml"
@@ -251,7 +252,7 @@ def test_queries_ask_for_registered_metrics_and_their_labels(query):
 def test_prometheus_reads_the_rules_and_the_dashboards_queries(tmp_path):
     found = promtool("check", "rules", str(RULES_FILE))
     assert found.returncode == 0, found.stdout + found.stderr
-    rules = [{"record": f"q{at}", "expr": q.replace("$__rate_interval", "1m")} for at, q in enumerate(QUERIES)]
+    rules = [{"record": f"q{at}", "expr": filled(q, "1m")} for at, q in enumerate(QUERIES)]
     file = Path(tmp_path, "queries.yaml")
     file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
     found = promtool("check", "rules", str(file))
@@ -277,6 +278,49 @@ class TestDashboards:
         assert [v["name"] for v in page["templating"]["list"] if v["type"] == "datasource"] == ["datasource"]
         used = {one["datasource"]["uid"] for panel in page["panels"] for one in (panel, *panel["targets"])}
         assert used == {"$datasource"}
+
+    @pytest.mark.parametrize("name", sorted(DASHBOARDS))
+    def test_a_page_offers_the_choices_that_its_queries_use_and_of_labels_that_there_are(self, name):
+        page = PAGES[name]
+        asked = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
+        used = {found for query in asked for found in re.findall(r"\$(?!__)(\w+)", query)}
+        offered = {one["name"]: one for one in page["templating"]["list"] if one["type"] == "query"}
+        assert used == offered.keys() == {choice.name for choice in CHOICES.get(name, ())}
+        for choice in CHOICES.get(name, ()):
+            base = choice.metric.removesuffix("_count")
+            assert base == "up" or choice.label in {"service", *SPECS[base].labels}
+            assert offered[choice.name]["query"] == f"label_values({choice.metric}, {choice.label})"
+            assert offered[choice.name]["includeAll"] and offered[choice.name]["datasource"]["uid"] == "$datasource"
+
+    def test_sites_and_queues_can_be_chosen(self):
+        assert {choice.name for choices in CHOICES.values() for choice in choices} >= {"site", "queue"}
+
+    @pytest.mark.parametrize(
+        ("query", "asked"),
+        [
+            ('a{site=~"$site",b="c"}', 'a{site=~".*",b="c"}'),
+            ('a{job=~"queues/$queue/jobs/.*"}', 'a{job=~"queues/.*/jobs/.*"}'),
+            ("rate(a[$__rate_interval])", "rate(a[1m])"),
+        ],
+    )
+    def test_where_all_is_chosen_a_query_asks_for_all(self, query, asked):
+        assert filled(query, "1m") == asked
+
+    @pytest.mark.parametrize("alert", sorted(ALERTS))
+    def test_a_panel_of_an_alerts_page_shows_it_and_leads_to_its_runbook(self, alert):
+        uid = ALERTS[alert]["annotations"]["dashboard_url"].removeprefix("/d/")
+        (page,) = [page for page in PAGES.values() if page["uid"] == uid]
+        links = [link["url"] for panel in page["panels"] for link in panel["links"]]
+        assert f"${{runbooks}}/{alert}/" in links
+        assert "runbooks" in {one["name"] for one in page["templating"]["list"]}
+        (shown,) = page["annotations"]["list"]
+        assert alert in re.search(r'alertname=~"([^"]*)"', shown["expr"])[1].split("|")
+
+    @pytest.mark.parametrize("name", sorted(DASHBOARDS))
+    def test_pages_lead_to_each_other_with_the_time_and_what_was_chosen(self, name):
+        (link,) = PAGES[name]["links"]
+        assert (link["keepTime"], link["includeVars"]) == (True, True)
+        assert all(set(link["tags"]) <= set(page["tags"]) for page in PAGES.values())
 
     def test_every_file_is_made(self):
         assert {path.stem for path in (DEPLOY / "observability/grafana/dashboards").iterdir()} == DASHBOARDS.keys()

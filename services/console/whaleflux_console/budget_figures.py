@@ -16,7 +16,8 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console.core.budget_rules import Outlook, outlook
 from whaleflux_console.forecasts import Forecasts, scope_of
 
-EVERY_S = 300.0  # a forecast is made of days: it changes slowly
+EVERY_S = 60.0
+REST = 20  # times as long as a look took, at least: a thousand budgets take a twentieth of a core at most
 _log = telemetry.get_logger("whaleflux.console.budgets")
 
 
@@ -31,13 +32,12 @@ class BudgetFigures:
     async def run(self) -> None:
         """For ever; until the ledger was read once nothing is shown."""
         while True:
+            begun_s = self.clock.monotonic()
             try:
                 await self.show()
-                pause_s = EVERY_S
             except (Unavailable, DeadlineExceeded) as trouble:
                 _log.warning(Event.LEDGER_TROUBLE, reason=str(trouble))
-                pause_s = EVERY_S / 10
-            await self.clock.sleep(pause_s)
+            await self.clock.sleep(max(EVERY_S, REST * (self.clock.monotonic() - begun_s)))
 
     async def show(self) -> None:
         """One question to the ledger for each budget, one after the other."""
