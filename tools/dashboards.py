@@ -83,6 +83,11 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 {_of_sites("max by (site) (whaleflux_sites_cut_off{})"): "{{site}}"},
             ),
             Panel(
+                "Nodes with broken GPUs",
+                "A GPU of theirs is out of use; the others go on.",
+                {_of_sites("max by (site) (whaleflux_nodes_with_broken_gpus{})"): "{{site}}"},
+            ),
+            Panel(
                 "Faults of GPUs per hour",
                 "Xids of the hardware, by what the GPU needs before it is used again.",
                 {"sum by (action) (increase(whaleflux_gpu_faults_total[1h]))": "{{action}}"},

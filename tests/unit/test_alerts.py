@@ -110,10 +110,10 @@ CASES = {
         {f'whaleflux_nodes{{phase="UNREACHABLE",site="{site}"}}': f"{int(site == 'b')}x9" for site in "ab"},
         {'whaleflux_nodes{phase="READY",site="a"}': "9x9", 'whaleflux_nodes{phase="UNREACHABLE",site="a"}': "0x9"},
     ),
-    "WhaleFluxNodeQuarantinedLong": (
+    "WhaleFluxGpuBrokenLong": (
         "25h",
-        {'whaleflux_nodes{phase="QUARANTINED"}': "1x1600"},
-        {'whaleflux_nodes{phase="QUARANTINED"}': "1x1000 0x600"},
+        {f'whaleflux_nodes_with_broken_gpus{{site="{site}"}}': f"{int(site == 'b')}x1600" for site in "ab"},
+        {'whaleflux_nodes_with_broken_gpus{site="a"}': "1x1000 0x600"},
     ),
     "WhaleFluxJobWaitLong": ("90m", waits("14400.0"), waits("3600.0")),
     "WhaleFluxGpusIdleWhileJobsWait": (

@@ -602,6 +602,18 @@ async def test_a_site_that_is_cut_off_is_shown_until_it_is_back_and_one_that_is_
     assert shown("whaleflux_nodes", site="c", phase="READY") is None
 
 
+async def test_nodes_with_a_broken_gpu_are_shown_until_it_is_well(world):
+    world.join(*FIVE)
+    await world.run(2)
+    assert [shown("whaleflux_nodes_with_broken_gpus", site=site) for site in "abc"] == [0, 0, 0]
+    world.inventory_says(A1, facts=machine((2, "XID_48: reset the GPU")))
+    await world.run(1)
+    assert [shown("whaleflux_nodes_with_broken_gpus", site=site) for site in "abc"] == [1, 0, 0]
+    world.inventory_says(A1, facts=machine())
+    await world.run(1)
+    assert [shown("whaleflux_nodes_with_broken_gpus", site=site) for site in "abc"] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("code", "action"), [(94, "restart_work"), (48, "reset_gpu"), (79, "restart_host")])
 async def test_an_xid_of_the_hardware_is_counted_by_what_the_gpu_needs(world, code, action):
     show_no_gpu_faults()

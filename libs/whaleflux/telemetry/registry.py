@@ -77,6 +77,7 @@ class Metric(StrEnum):
     EVENTS_CONSUMED = "whaleflux_events_consumed_total"
     AUDIT_LOST = "whaleflux_audit_lost_total"
     NODES = "whaleflux_nodes"
+    NODES_SICK = "whaleflux_nodes_with_broken_gpus"
     SITES_CUT_OFF = "whaleflux_sites_cut_off"
     GPU_FAULTS = "whaleflux_gpu_faults_total"
     GPUS = "whaleflux_gpus"
@@ -124,6 +125,7 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.EVENTS_CONSUMED: MetricSpec("counter", "Events handled, by outcome.", ("what", "outcome")),
     Metric.AUDIT_LOST: MetricSpec("counter", "Records of the audit trail that there was no room for; alarm on any."),
     Metric.NODES: MetricSpec("gauge", "Nodes by phase, of each site.", ("site", "phase")),
+    Metric.NODES_SICK: MetricSpec("gauge", "Nodes with a GPU that is out of use, of each site.", ("site",)),
     Metric.SITES_CUT_OFF: MetricSpec("gauge", "1 while all of a site is silent as one, else 0.", ("site",)),
     Metric.GPU_FAULTS: MetricSpec(
         "counter",

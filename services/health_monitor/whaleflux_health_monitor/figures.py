@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Container
 
 from whaleflux import telemetry
 from whaleflux.fleet.xids import HARDWARE_FAULTS, XidAction
@@ -18,12 +18,14 @@ class FleetFigures:
     def __init__(self) -> None:
         self._sites: frozenset[str] = frozenset()
 
-    def show(self, nodes: Iterable[NodeState], cut_off: frozenset[str]) -> None:
-        """Nodes by site and phase, and which sites are silent as one."""
+    def show(self, nodes: Collection[NodeState], cut_off: Container[str], sick: Container[str]) -> None:
+        """Nodes by site and phase, those with a GPU out of use (`sick`, by name), and which sites are silent as one."""
         counts = Counter((node.site, node.phase) for node in nodes)
+        broken = Counter(node.site for node in nodes if node.name in sick)
         sites = frozenset(site for site, _ in counts)
         for site in sites:
             telemetry.gauge(Metric.SITES_CUT_OFF).labels(site).set(site in cut_off)
+            telemetry.gauge(Metric.NODES_SICK).labels(site).set(broken[site])
             for phase in Phase:
                 telemetry.gauge(Metric.NODES).labels(site, phase.value).set(counts[site, phase])
         for site in self._sites - sites:
@@ -53,5 +55,6 @@ def _label(action: XidAction) -> str:
 
 def _forget(site: str) -> None:
     telemetry.gauge(Metric.SITES_CUT_OFF).remove(site)
+    telemetry.gauge(Metric.NODES_SICK).remove(site)
     for phase in Phase:
         telemetry.gauge(Metric.NODES).remove(site, phase.value)

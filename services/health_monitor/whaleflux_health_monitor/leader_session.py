@@ -274,7 +274,8 @@ class LeaderSession:
 
     def _count(self) -> None:
         self._recount, self._shown = False, self.monitor.partitions
-        self._figures.show(self.monitor.nodes.values(), self._shown.sites)
+        sick = {name for name, wrong in self._devices.items() if wrong}
+        self._figures.show(self.monitor.nodes.values(), self._shown.sites, sick)
 
     async def _follow_inventory(self) -> None:
         def on_broken(error: StatusError) -> None:
