@@ -15,7 +15,7 @@ def _quantiles(metric: str, by: str = "", where: str = "") -> dict[str, str]:
     }
 
 
-_OF_QUEUES = '{job=~"queues/$queue/jobs/.*"}'
+_OF_QUEUES = '{training=~"queues/$queue/jobs/.*"}'
 _OF_SERVICES = '{service=~"$service"}'
 _JOBS = Panel(
     "Jobs by state", "As the scheduler that leads counts them.", {"max by (state) (whaleflux_jobs)": "{{state}}"}
@@ -128,12 +128,12 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel(
                 "Loss",
                 "The newest loss that each job reported.",
-                {f"max by (job) (whaleflux_training_loss{_OF_QUEUES})": "{{job}}"},
+                {f"max by (training) (whaleflux_training_loss{_OF_QUEUES})": "{{training}}"},
             ),
             Panel(
                 "Training step",
                 "A step back is work repeated after a failure.",
-                {f"max by (job) (whaleflux_training_step{_OF_QUEUES})": "{{job}}"},
+                {f"max by (training) (whaleflux_training_step{_OF_QUEUES})": "{{training}}"},
             ),
             Panel(
                 "Checkpoints per hour",
@@ -302,7 +302,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
 # What a page is narrowed down to by who looks.
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "fleet": (Choice("site", "whaleflux_nodes", "site"),),
-    "training": (Choice("queue", "whaleflux_training_step", "job", r"/queues\/(.*)\/jobs\//"),),
+    "training": (Choice("queue", "whaleflux_training_step", "training", r"/queues\/(.*)\/jobs\//"),),
     "inference": (Choice("model", "whaleflux_first_token_seconds_count", "model"),),
     "control-plane": (Choice("service", "up", "service"),),
 }

@@ -53,17 +53,17 @@ NOWHERE = (
 IDLE = Machine("onprem", "idle", "a100x8:usage=0%@1h", settings=AGENT)
 UNSEEN = Machine("unseen", "a", "a100x8", settings=AGENT)
 SMALL = Machine("small", "two", "rtx4090x2", settings=AGENT)
-# Five steps that are saved, then none, though it runs on.
-STALLS = textwrap.dedent(
+# Saves each step; after as many as its argument says it stands still, though it runs on.
+TRAINING = textwrap.dedent(
     """
-    import time
+    import sys, time
     import torch
     from whaleflux.sdk import Checkpointer
 
     model = torch.nn.Linear(3, 3)
     with Checkpointer(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) as saved:
         for step, batch in saved.steps(lambda step: step, total=100_000):
-            time.sleep(3600 if step == 5 else 1)
+            time.sleep(3600 if step == int(sys.argv[1]) else 1)
             saved.report(1.0)
     """
 )
@@ -184,15 +184,22 @@ async def job_too_large_for_what_is_free(world: World) -> AsyncIterator[None]:
         yield
 
 
-@contextlib.asynccontextmanager
-async def training_stalls(world: World) -> AsyncIterator[None]:
-    program = world.folder / "stalls.py"
-    program.write_text(STALLS)
-    policy = scheduler_pb2.CheckpointPolicy(every_steps=1, keep=3)
-    async with world.running(
-        f"stalls-{datetime.now(UTC):%M%S}", [sys.executable, str(program)], 1, "small", checkpoint=policy
-    ):
-        yield
+def stalls(*, beside_one_that_goes_on: bool) -> Fault:
+    """A training that stands still after five steps."""
+
+    @contextlib.asynccontextmanager
+    async def provoked(world: World) -> AsyncIterator[None]:
+        program = world.folder / "training.py"
+        program.write_text(TRAINING)
+        policy = scheduler_pb2.CheckpointPolicy(every_steps=1, keep=3)
+        async with contextlib.AsyncExitStack() as stack:
+            for id_, steps in (("stands", 5), ("goes-on", -1))[: 1 + beside_one_that_goes_on]:
+                command = [sys.executable, str(program), str(steps)]
+                name = f"{id_}-{datetime.now(UTC):%M%S}"
+                await stack.enter_async_context(world.running(name, command, 1, "small", checkpoint=policy))
+            yield
+
+    return provoked
 
 
 @contextlib.asynccontextmanager
@@ -368,8 +375,8 @@ FAULTS: dict[str, tuple[Fault, float, bool]] = {
     "WhaleFluxEventLoopLagging": (stutters("checkpoint"), 90, False),
     "WhaleFluxNoLeader": (hangs("etcd"), 90, False),
     "WhaleFluxGpusIdleWhileJobsWait": (job_too_large_for_what_is_free, 90, False),
-    "WhaleFluxJobNotProgressing": (training_stalls, 180, False),
-    "WhaleFluxCheckpointStale": (training_stalls, 240, False),
+    "WhaleFluxJobNotProgressing": (stalls(beside_one_that_goes_on=True), 180, False),
+    "WhaleFluxCheckpointStale": (stalls(beside_one_that_goes_on=False), 240, False),
     "WhaleFluxRecoverySlow": (restart_waits, 180, False),
     "WhaleFluxReplicaBelowMinimum": (more_gpus_than_there_are, 60, False),
     "WhaleFluxFirstTokenSloBurn": (engine_is_slow, 120, False),

@@ -123,8 +123,8 @@ CASES = {
     ),
     "WhaleFluxJobNotProgressing": (
         "40m",
-        {'whaleflux_training_step{job="j"}': "0+1x5 5x60"},
-        {'whaleflux_training_step{job="j"}': "0+1x60"},
+        {'whaleflux_training_step{training="a"}': "0+1x5 5x60", 'whaleflux_training_step{training="b"}': "0+1x60"},
+        {f'whaleflux_training_step{{training="{name}"}}': "0+1x60" for name in "ab"},
     ),
     "WhaleFluxRecoverySlow": (
         "2h",
@@ -246,6 +246,12 @@ def test_queries_ask_for_registered_metrics_and_their_labels(query):
     labels = {"le", "service", "instance", *(label for base in asked for label in SPECS[base].labels)}
     by = {part.strip() for found in re.findall(r"by \(([^)]*)\)", whole(query)) for part in found.split(",")}
     assert by <= labels
+
+
+def test_no_label_is_one_that_prometheus_gives_to_what_it_scrapes():
+    """It would rename ours: what is summed by it would be summed over all."""
+    labels = {label for spec in SPECS.values() for label in spec.labels}
+    assert labels.isdisjoint({"job", "instance", "service", "severity", "alertname", "alertstate"})
 
 
 @needs_promtool

@@ -45,7 +45,10 @@ class Attribute(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """What a metric is; `labels` have few values (methods, kinds), ids only where the id is the point (a job's loss)."""
+    """What a metric is; `labels` have few values (methods, kinds), ids only where the id is the point (a job's loss).
+
+    None is named job, instance or service: Prometheus gives these to what it scrapes, and renames ours.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
@@ -151,7 +154,7 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.REPLICAS: MetricSpec("gauge", "Replicas by state.", ("state",)),
     Metric.FIRST_TOKEN: MetricSpec("histogram", "Request to first byte of the answer.", ("model",), _SECONDS),
     Metric.TASKS: MetricSpec("gauge", "Tasks on this node by phase.", ("phase",)),
-    Metric.TRAINING_STEP: MetricSpec("gauge", "Newest step that a job reported.", ("job",)),
+    Metric.TRAINING_STEP: MetricSpec("gauge", "Newest step that a job reported.", ("training",)),
     Metric.LEDGER_RESIDUAL: MetricSpec(
         "gauge", "Micro-dollars by which bill and classes of the newest hour differ; alarm on any."
     ),
@@ -162,7 +165,7 @@ METRICS: dict[Metric, MetricSpec] = {
     Metric.BUDGETS: MetricSpec(
         "gauge", "Budgets by what this month is expected to have cost in the end: within, over, unknown.", ("forecast",)
     ),
-    Metric.TRAINING_LOSS: MetricSpec("gauge", "Newest loss that a job reported.", ("job",)),
+    Metric.TRAINING_LOSS: MetricSpec("gauge", "Newest loss that a job reported.", ("training",)),
 }
 
 
