@@ -10,7 +10,7 @@ from benchmarks.ledger_lab.fleet import BEGIN_MS, MadeFleet
 from whaleflux import names
 from whaleflux.store.election import elect
 from whaleflux.store.memory import MemoryStore
-from whaleflux_console.core.facts import HOUR_MS, Facts
+from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.cache import HOT_DAYS
 from whaleflux_console.ledger.engine import Engine
@@ -18,7 +18,6 @@ from whaleflux_console.ledger.folder import LocalFolder
 from whaleflux_console.ledger.ledger import HourInput, Ledger, open_ledger
 from whaleflux_console.ledger.manifest import DAY_MS
 from whaleflux_console.ledger.question import Question
-from whaleflux_console.ledger.schemas import MINUTES, WORK
 
 
 async def fill(folder: Path, store: MemoryStore, fleet: MadeFleet, days: int, hot_days: int = HOT_DAYS) -> int:
@@ -38,7 +37,7 @@ async def fill(folder: Path, store: MemoryStore, fleet: MadeFleet, days: int, ho
 
 async def _close(ledger: Ledger, fleet: MadeFleet, hour_ms: int) -> int:
     rows = list(fleet.rows(hour_ms))
-    nothing = HourInput(hour_ms, Facts(), ledger.state.number, MINUTES.empty_table(), WORK.empty_table())
+    nothing = HourInput(hour_ms, ledger.state.number)
     await ledger.close(nothing, rows)
     return len(rows)
 

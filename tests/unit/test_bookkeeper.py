@@ -14,10 +14,11 @@ from whaleflux.store.memory import MemoryStore
 from whaleflux.trust.ownership import OPEN, Access
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import types_pb2
+from whaleflux_console.biller import LARGE_ROWS
 from whaleflux_console.bookkeeper import Bookkeeper, Progress
 from whaleflux_console.budgets import Budgets
 from whaleflux_console.core.chronicle import Chronicle, Device, JobFacts, NodePrice
-from whaleflux_console.core.facts import HOUR_MS, Attempt, Holding, PriceKind
+from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Fragmented, Holding, PriceKind
 from whaleflux_console.costs import Costs
 from whaleflux_console.invoicing import Invoicing
 from whaleflux_console.ledger.answers import Answers
@@ -186,6 +187,21 @@ class TestKeeping:
             await world.until(T + MINUTE)
             await world.tick()
             assert (await world.ask("GetLedger", pb.GetLedgerRequest())).trouble == ""
+
+    async def test_an_hour_that_takes_too_long_stays_as_it_was_and_others_are_closed(self, tmp_path):
+        many = tuple(Fragmented(f"g{i}", T, T + 1) for i in range(LARGE_ROWS))  # time jumps while its process works
+        async with World(tmp_path).running() as world:
+            world.fleet(T - HOUR_MS)
+            await world.until(T + 40 * MINUTE)
+            await world.tick()
+            await world.ledger.tell(T, Facts(fragmented=many))
+            await world.until(LATE + HOUR_MS)
+            await world.tick()
+            assert f"the hour {T} took more than" in world.progress.trouble
+            state = world.ledger.state
+            closed = [hour for kind, hour in state.spans if kind is Kind.HOURS and state.newest(kind, hour).version]
+            assert T not in closed
+            assert T + HOUR_MS in closed
 
     async def test_a_price_record_that_cannot_be_read_after_a_restart_changes_no_bill_either(self, tmp_path):
         world = World(tmp_path)

@@ -5,9 +5,10 @@ from dataclasses import replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from whaleflux_console.core.chronicle import NODE_SAYS, Chronicle, Device, JobFacts, NodePrice
+from whaleflux_console.core.chronicle import Chronicle, Device, JobFacts, NodePrice
 from whaleflux_console.core.facts import HOUR_MS, Attempt, Facts, Holding, Presence, PriceKind, PriceSpan
 from whaleflux_console.core.fragmentation import WaitingGang, fragmented
+from whaleflux_console.core.price_book import NODE_SAYS
 from whaleflux_console.core.spans import Spans
 
 N = "sites/a/nodes/n"
@@ -91,6 +92,18 @@ class TestDevices:
         found.node(N, [device()], PRICE, T, T)
         found.nodes_are([], T + MINUTE)
         assert found.devices() == ()
+
+    def test_a_copy_stays_as_it_was_and_what_was_taken_to_be_told_is_told_once(self):
+        found = Chronicle()
+        found.node(N, [device()], PRICE, T, T)
+        taken = found.taken(T + MINUTE)
+        found.node(N, [device("g1")], PRICE, T + MINUTE, T + MINUTE)
+        assert [one.device for one in taken.whole_hour(T, T + 2 * MINUTE).presences] == ["g0"]
+        assert [one.device for one in taken.fresh(T + MINUTE)[T].presences] == ["g0"]
+        assert {(one.device, one.goes_on) for one in found.fresh(T + 2 * MINUTE)[T].presences} == {
+            ("g0", False),
+            ("g1", True),
+        }
 
     def test_after_a_restart_what_was_going_on_goes_on_without_a_gap(self):
         told = Facts(

@@ -9,7 +9,7 @@ import pytest
 from tests.support.ledger_world import BEGIN_MS, MINUTE_MS, leading, row
 from whaleflux.errors import InvalidArgument, Unavailable
 from whaleflux.store.memory import MemoryStore
-from whaleflux_console.core.facts import HOUR_MS, Facts
+from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.rows import CostClass
 from whaleflux_console.ledger.answers import Answers
 from whaleflux_console.ledger.engine import Engine
@@ -17,12 +17,11 @@ from whaleflux_console.ledger.folder import LocalFolder
 from whaleflux_console.ledger.ledger import HourInput
 from whaleflux_console.ledger.manifest import DAY_MS
 from whaleflux_console.ledger.question import Question
-from whaleflux_console.ledger.schemas import MINUTES, WORK
 
 
 async def close(ledger, rows, made_of=1_000_000):
     hour_ms = rows[0].hour_ms
-    made = HourInput(hour_ms, Facts(), ledger.state.number, MINUTES.empty_table(), WORK.empty_table())
+    made = HourInput(hour_ms, ledger.state.number)
     return await ledger.close(made, rows)
 
 

@@ -12,16 +12,17 @@ from tests.support.fake_agent import FakeAgent
 from whaleflux.sdk import Checkpointer, agent_keeper
 from whaleflux.sdk.keeper import StepReport
 from whaleflux.sdk.step_times import TOLD_EVERY, StepTimes
+from whaleflux.sdk.trace import TracedStep
 from whaleflux_agent.usage.steps import wrong
 
 
 class Loop:
     """A training loop under a clock that the test moves."""
 
-    def __init__(self, **more):
+    def __init__(self, world_size=1, **more):
         self.now_s, self.told = 100.0, []
         self.times = StepTimes(
-            nn.Linear(1, 1), 1, self.told.append, lambda: self.now_s, lambda: self.now_s + 1e9, **more
+            nn.Linear(1, 1), world_size, self.told.append, lambda: self.now_s, lambda: self.now_s + 1e9, **more
         )
 
     def pass_(self, seconds):
@@ -100,6 +101,56 @@ def test_what_is_told_fits_into_the_time_of_the_steps():
     assert second.data_s == pytest.approx(second.end_s - second.start_s)
 
 
+class Seen:
+    """Looks, of which the newest saw this."""
+
+    def __init__(self, newest):
+        self.newest, self.spoiled = newest, 0
+
+    def spoil(self):
+        self.spoiled += 1
+
+    def nothing(self, *_):
+        pass
+
+    start = stop = stepped = waited = nothing
+
+
+def test_a_look_at_one_step_speaks_for_those_after_it():
+    loop = Loop(looks=Seen(TracedStep(whole_s=1.0, host_s=0.2, in_node_s=0.3, cross_s=0.1)), world_size=2)
+    with loop.times.running(0):
+        for step in range(1, 11):
+            loop.step(step, data=0.5)
+    told = loop.told[0]
+    assert (told.comm_in_node_s, told.comm_cross_s) == (pytest.approx(3.0), pytest.approx(1.0))
+    assert told.host_s == pytest.approx(2.0)
+
+
+def test_what_a_step_took_longer_because_it_was_looked_at_is_no_wait_of_others():
+    loop = Loop(looks=Seen(TracedStep(whole_s=1.15, host_s=0.2, in_node_s=None, cross_s=None)))
+    with loop.times.running(0):
+        for step in range(1, 11):
+            loop.step(step, data=0.5)
+    assert loop.told[0].host_s == pytest.approx(0.5)
+
+
+def test_before_the_first_look_nothing_is_known_but_of_a_rank_that_is_alone():
+    for world_size, known in ((1, 0.0), (2, None)):
+        loop = Loop(looks=Seen(None), world_size=world_size)
+        with loop.times.running(0):
+            loop.step(1)
+        assert (loop.told[0].comm_in_node_s, loop.told[0].comm_cross_s, loop.told[0].host_s) == (known, known, None)
+
+
+def test_a_step_with_a_save_is_none_like_others():
+    seen = Seen(None)
+    loop = Loop(looks=seen)
+    with loop.times.running(0):
+        loop.step(1, save=1.0)
+        loop.step(2)
+    assert seen.spoiled == 1
+
+
 @pytest.fixture
 def agent(tmp_path, monkeypatch):
     with FakeAgent(tmp_path) as running:
@@ -125,7 +176,7 @@ def test_the_checkpointer_tells_its_agent_by_itself(agent):
     ]
     assert told[0].end_time == told[1].start_time
     assert all(one.times.HasField("data_us") and one.times.HasField("comm_cross_us") for one in told)
-    assert not told[0].times.HasField("host_us"), "nobody measured it"
+    assert not told[0].times.HasField("host_us"), "no GPU waits where none computes"
 
 
 def test_an_agent_that_does_not_know_them_is_told_once(agent):
@@ -151,13 +202,14 @@ def test_one_report_that_cannot_be_true_does_not_silence_the_next(agent):
     assert [one.times.first_step for one in agent.named("report_steps")] == [1, 2, 3]
 
 
-@given(st.floats(1.7e9, 1.8e9), st.lists(st.floats(0, 60), min_size=4, max_size=4))
+@given(st.floats(1.7e9, 1.8e9), st.lists(st.floats(0, 60), min_size=5, max_size=5))
 def test_parts_fit_into_their_steps_in_the_whole_microseconds_that_are_told(start_s, parts):
-    data_s, save_s, here_s, cross_s = parts
+    data_s, host_s, save_s, here_s, cross_s = parts
     told = agent_keeper.steps_request(
-        0, StepReport(start_s, start_s + sum(parts), 1, 10, data_s, save_s, here_s, cross_s)
+        0, StepReport(start_s, start_s + sum(parts), 1, 10, data_s, host_s, save_s, here_s, cross_s)
     )
     assert wrong(told) == ""
+    assert told.times.HasField("host_us")
 
 
 def test_what_an_agent_that_restarts_did_not_take_is_told_again(agent):

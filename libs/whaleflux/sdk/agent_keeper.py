@@ -211,7 +211,7 @@ def steps_request(rank: int, report: StepReport) -> agent_pb2.ReportStepsRequest
     times = usage_pb2.StepTimes(
         first_step=report.first_step, last_step=report.last_step, tokens=report.tokens, flops=report.flops
     )
-    for name in ("data", "save", "comm_in_node", "comm_cross"):
+    for name in ("data", "save", "comm_in_node", "comm_cross", "host"):
         if (seconds := getattr(report, f"{name}_s")) is not None:
             part_us = min(int(seconds * 1e6), left_us)
             setattr(times, f"{name}_us", part_us)

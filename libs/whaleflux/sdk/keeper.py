@@ -24,6 +24,7 @@ class StepReport:
     first_step: int  # from 1 on
     last_step: int
     data_s: float | None = None
+    host_s: float | None = None  # the GPU had nothing to do otherwise
     save_s: float | None = None
     comm_in_node_s: float | None = None
     comm_cross_s: float | None = None

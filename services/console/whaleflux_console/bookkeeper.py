@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
 from whaleflux.store.election import Leader
 from whaleflux.telemetry import Event, Metric
-from whaleflux_console.core import checks
-from whaleflux_console.core.bill import rows_of_hour
-from whaleflux_console.core.chronicle import Chronicle, with_more
+from whaleflux_console.biller import NotBilled, bill
+from whaleflux_console.core.chronicle import Chronicle
 from whaleflux_console.core.facts import HOUR_MS, Facts
-from whaleflux_console.core.rows import LedgerRow
 from whaleflux_console.invoicing import Invoicing
+from whaleflux_console.ledger.billing import Billed, Known
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.ledger import Ledger
 from whaleflux_console.ledger.manifest import Kind
+from whaleflux_console.ledger.schemas import facts_table
 from whaleflux_console.pricing import Pricing
 
 _log = telemetry.get_logger("whaleflux.console.bookkeeper")
-_SHOWN_FAULTS = 5
 _AGAIN_AT_ONCE = 500  # hours of one commit
 _INTERIM_EVERY_S = 60.0
 _INTERIM_PAUSE = 20.0
@@ -66,7 +64,7 @@ class Bookkeeper:
         if told:
             newest = max(told)
             for hour in (newest - HOUR_MS, newest):
-                self._chronicle.resume((await self._ledger.inputs(hour)).facts)
+                await asyncio.to_thread(self._chronicle.resume, await self._ledger.told(hour))
             self._whole_until_ms = newest
 
     async def tick(self) -> None:
@@ -84,12 +82,12 @@ class Bookkeeper:
             await self._ledger.keep_house(now_ms)
 
     async def _close_or_leave(self, hour_ms: int) -> None:
-        """An hour of which what owners told is damaged stays as it was: others do not wait for it."""
+        """An hour of which what owners told is damaged, or that cannot be billed now, stays as it was: others do not wait for it."""
         try:
             await self.close(hour_ms)
-        except Damaged as damage:
-            self._progress.trouble = str(damage)
-            _log.error(Event.LEDGER_TROUBLE, reason=str(damage))
+        except (Damaged, NotBilled) as trouble:
+            self._progress.trouble = str(trouble)
+            _log.error(Event.LEDGER_TROUBLE, reason=str(trouble))
 
     async def close(self, hour_ms: int, *, so_far: Facts | None = None) -> None:
         """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden.
@@ -98,13 +96,13 @@ class Bookkeeper:
         """
         interim = so_far is not None
         made = await self._ledger.inputs(hour_ms)
-        known = with_more(made.facts, so_far) if so_far else made.facts
-        facts = self._pricing.priced(_as_billed(known), hour_ms, hour_ms + HOUR_MS)
-        rows = await asyncio.to_thread(rows_of_hour, facts, hour_ms)
-        self._check(facts, hour_ms, rows)
-        version = await self._ledger.close(made, rows, interim=interim)
+        told = (*made.told, await asyncio.to_thread(facts_table, so_far)) if so_far else made.told
+        known = Known(hour_ms, told, made.samples, made.steps, self._pricing.prices)
+        found = await bill(known, self._ledger.engine.scratch)
+        self._note(hour_ms, found)
+        version = await self._ledger.close_with(made, found.rows, interim=interim)
         if not interim:
-            _log.info(Event.HOUR_CLOSED, hour=hour_ms, version=version, rows=len(rows))
+            _log.info(Event.HOUR_CLOSED, hour=hour_ms, version=version, rows=found.rows.num_rows)
 
     async def _interim(self, now_ms: int) -> None:
         """What open hours cost so far, as often as that takes a twentieth of the time at most."""
@@ -112,26 +110,28 @@ class Bookkeeper:
         if began_s < self._next_interim_s:
             return
         for hour_ms in sorted({*self._ledger.open_hours(), now_ms // HOUR_MS * HOUR_MS}):
-            with contextlib.suppress(Damaged):  # said where the hour is closed
-                await self.close(hour_ms, so_far=self._chronicle.whole_hour(hour_ms, now_ms))
+            so_far = await asyncio.to_thread(self._chronicle.copied().whole_hour, hour_ms, now_ms)
+            with contextlib.suppress(Damaged, NotBilled):  # said where the hour is closed
+                await self.close(hour_ms, so_far=so_far)
         took_s = self._clock.monotonic() - began_s
         self._next_interim_s = began_s + max(_INTERIM_EVERY_S, _INTERIM_PAUSE * took_s)
 
-    def _check(self, facts: Facts, hour_ms: int, rows: Sequence[LedgerRow]) -> None:
-        telemetry.gauge(Metric.LEDGER_RESIDUAL).inc(sum(abs(row.bill_micros - sum(row.micros)) for row in rows))
-        if found := checks.faults(facts, hour_ms, rows):
-            self._progress.trouble = f"the hour {hour_ms} does not add up: {'; '.join(found[:_SHOWN_FAULTS])}"
+    def _note(self, hour_ms: int, found: Billed) -> None:
+        telemetry.gauge(Metric.LEDGER_RESIDUAL).inc(found.residual_micros)
+        if found.faults:
+            self._progress.trouble = f"the hour {hour_ms} does not add up: {'; '.join(found.faults)}"
             _log.error(Event.LEDGER_FAULT, hour=hour_ms, reason=self._progress.trouble)
 
     async def _tell(self, now_ms: int) -> None:
-        fresh = sorted(self._chronicle.fresh(now_ms).items())
+        fresh = sorted((await asyncio.to_thread(self._chronicle.taken(now_ms).fresh, now_ms)).items())
         for first in range(0, len(fresh), _AGAIN_AT_ONCE):
             await self._ledger.tell_hours(dict(fresh[first : first + _AGAIN_AT_ONCE]))
         this_hour = now_ms // HOUR_MS * HOUR_MS
         if not self._whole_until_ms:
             self._whole_until_ms = self._chronicle.begin_ms(now_ms) // HOUR_MS * HOUR_MS
         while self._whole_until_ms < this_hour:
-            await self._ledger.tell(self._whole_until_ms, self._chronicle.whole_hour(self._whole_until_ms, now_ms))
+            whole = await asyncio.to_thread(self._chronicle.copied().whole_hour, self._whole_until_ms, now_ms)
+            await self._ledger.tell(self._whole_until_ms, whole)
             self._whole_until_ms += HOUR_MS
             self._chronicle.forget(self._whole_until_ms - HOUR_MS)
 
@@ -145,12 +145,3 @@ class Bookkeeper:
         for first in range(0, len(hours), _AGAIN_AT_ONCE):
             await self._ledger.restate(hours[first : first + _AGAIN_AT_ONCE])
         await self._pricing.note(self._leader)
-
-
-def _as_billed(facts: Facts) -> Facts:
-    """Steps by the number of their attempt, which ranks know by its epoch; without adjustments that were taken back."""
-    numbers = {(one.uid, one.epoch): one.attempt for one in facts.attempts}
-    steps = (
-        replace(one, attempt=numbers[one.uid, one.attempt]) for one in facts.steps if (one.uid, one.attempt) in numbers
-    )
-    return replace(facts, steps=tuple(steps), adjustments=tuple(one for one in facts.adjustments if one.micros))

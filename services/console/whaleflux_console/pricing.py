@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from whaleflux import telemetry
 from whaleflux.errors import InvalidArgument
@@ -19,9 +16,7 @@ from whaleflux.store.reading import read_all
 from whaleflux.telemetry import Event
 from whaleflux.v1 import console_pb2 as pb
 from whaleflux_console import convert
-from whaleflux_console.core.chronicle import NODE_SAYS
-from whaleflux_console.core.facts import Facts, PriceKind, PriceSpan
-from whaleflux_console.core.price_book import FOR_GOOD_MS, Price, PriceBook, Priced
+from whaleflux_console.core.price_book import Price, price_from
 
 _log = telemetry.get_logger("whaleflux.console.pricing")
 
@@ -49,19 +44,10 @@ class Pricing:
         unread = [known[name] for name in map(keys.name_of, read.unreadable) if name in known]
         self._prices = (*(price for _, price in read.values if price is not None), *unread)
 
-    def priced(self, facts: Facts, start_ms: int, end_ms: int) -> Facts:
-        """The facts with what each card costs: as declared, else as its node says."""
-        said = [price for price in facts.prices if price.source == NODE_SAYS]
-        node_of = {one.card: one.node for one in facts.presences}
-        book = PriceBook([*self._prices, *_of_nodes(said, node_of)])
-        cards = {(one.card, one.node): _site(one.node) for one in facts.presences}
-        classes = {one.card: one.gpu_class for one in facts.presences}
-        spans = [
-            span
-            for (card, node), site in sorted(cards.items())
-            for span in book.spans(Priced(card, node, site, classes[card]), start_ms, end_ms)
-        ]
-        return replace(facts, prices=tuple(spans))
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        """All that are declared, as last read."""
+        return self._prices
 
     async def changed(self) -> tuple[Window, ...]:
         """Windows whose prices are others than hours were closed by."""
@@ -82,15 +68,9 @@ class Pricing:
         if self._seen is None:
             entry = await self._store.get(keys.LEDGER_PRICES)
             value = entry.value if entry else b"{}"
-            found = {name: _seen_price(fields) for name, fields in json.loads(value).items()}
+            found = {name: price_from(fields) for name, fields in json.loads(value).items()}
             self._seen = (hashlib.sha256(value).hexdigest(), found)
         return self._seen[1]
-
-
-def _seen_price(fields: Mapping[str, Any]) -> Price:
-    """Without what a newer version noted beside it."""
-    known = {name: fields[name] for name in Price.__dataclass_fields__ if name in fields}
-    return Price(**known | {"kind": PriceKind(fields["kind"])})
 
 
 def _price(entry: Entry) -> Price | None:
@@ -99,20 +79,3 @@ def _price(entry: Entry) -> Price | None:
     except InvalidArgument as strange:
         _log.error(Event.FEED_BROKEN, feed="prices", reason=str(strange))
         return None
-
-
-def _of_nodes(said: list[PriceSpan], node_of: Mapping[str, str]) -> Iterator[Price]:
-    """What nodes say, once for each node and time."""
-    found: dict[str, dict[int, PriceSpan]] = defaultdict(dict)
-    for one in said:
-        if one.card in node_of:
-            found[node_of[one.card]][one.start_ms] = one
-    for node, spans in found.items():
-        for start_ms, end_ms in pairwise([*sorted(spans), FOR_GOOD_MS]):
-            one = spans[start_ms]
-            yield Price(node, one.kind, one.micros_per_hour, start_ms, end_ms, NODE_SAYS, "", node=node, by_node=True)
-
-
-def _site(node: str) -> str:
-    """sites/{site} of sites/{site}/nodes/{node}."""
-    return node.partition("/nodes/")[0]

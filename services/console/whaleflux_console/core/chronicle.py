@@ -21,12 +21,12 @@ from whaleflux_console.core.facts import (
     PriceSpan,
 )
 from whaleflux_console.core.lost_work import newest, phases
+from whaleflux_console.core.price_book import NODE_SAYS
 from whaleflux_console.core.served_tokens import Counters, ServedTokens
 from whaleflux_console.core.spans import Span, Spans
 
 LONGEST_BACK_MS = 35 * 24 * HOUR_MS  # beyond that what turns out to be lost stays what it was taken for
 FOR_GOOD_MS = 4_102_444_800_000
-NODE_SAYS = "the node itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,23 @@ class Chronicle:
         self._fresh_jobs: dict[str, None] = {}
         self._served = ServedTokens()
         self._resumed_ms = 0  # what was over by then is told
+
+    def copied(self) -> Chronicle:
+        """As it is now, for a thread that looks through it meanwhile."""
+        found = Chronicle()
+        found._devices, found._prices = self._devices.copied(), self._prices.copied()
+        found._fragmented = self._fragmented.copied()
+        found._of_node, found._jobs, found._fresh_jobs = dict(self._of_node), dict(self._jobs), dict(self._fresh_jobs)
+        found._served = self._served.copied()
+        return found
+
+    def taken(self, now_ms: int) -> Chronicle:
+        """A copy that has what is `fresh` now; here that begins anew."""
+        found = self.copied()
+        found._devices, found._prices = self._devices.taken(), self._prices.taken()
+        found._fragmented, self._fresh_jobs = self._fragmented.taken(), {}
+        found._served = self._served.taken(now_ms)
+        return found
 
     def node(self, node: str, devices: Sequence[Device], price: NodePrice | None, now_ms: int, since_ms: int) -> None:
         """A node is so now; of devices that are new since it joined. None of them and no price: it is gone."""
@@ -237,12 +254,6 @@ def _newly_lost(before: JobFacts | None, now: JobFacts) -> int | None:
         if earlier != phase.lost_from_ms:
             found += [start for start in (earlier, phase.lost_from_ms) if start is not None]
     return min(found, default=None)
-
-
-def with_more(facts: Facts, more: Facts) -> Facts:
-    """What is told of an hour, and what would be told now: of one thing told twice the bill takes both for one."""
-    both = joined([facts, more])
-    return replace(both, steps=facts.steps, samples=facts.samples, adjustments=facts.adjustments)
 
 
 def joined(parts: Iterable[Facts]) -> Facts:

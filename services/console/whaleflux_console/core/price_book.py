@@ -6,14 +6,16 @@ A card and a time without price is a gap: no span, so that its bill is 0 and its
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
-from whaleflux_console.core.facts import WHOLE_PPM, PriceKind, PriceSpan
+from whaleflux_console.core.facts import WHOLE_PPM, Facts, PriceKind, PriceSpan
 
 HOURS_PER_MONTH = 730  # 8,760 a year, by 12
 MONTHS_PER_YEAR = 12
+NODE_SAYS = "the node itself"  # the source of a price that a node gives
 FOR_GOOD_MS = 4_102_444_800_000  # 2100-01-01: the end of what has none
 
 
@@ -141,3 +143,41 @@ def _winners(prices: Sequence[Price]) -> list[tuple[int, int, Price]]:
         else:
             found.append((start, end, winner))
     return found
+
+
+def priced(facts: Facts, prices: Iterable[Price], start_ms: int, end_ms: int) -> Facts:
+    """The facts with what each card costs: as declared, else as its node says."""
+    said = [price for price in facts.prices if price.source == NODE_SAYS]
+    node_of = {one.card: one.node for one in facts.presences}
+    book = PriceBook([*prices, *_of_nodes(said, node_of)])
+    cards = {(one.card, one.node): _site(one.node) for one in facts.presences}
+    classes = {one.card: one.gpu_class for one in facts.presences}
+    spans = [
+        span
+        for (card, node), site in sorted(cards.items())
+        for span in book.spans(Priced(card, node, site, classes[card]), start_ms, end_ms)
+    ]
+    return replace(facts, prices=tuple(spans))
+
+
+def _of_nodes(said: Iterable[PriceSpan], node_of: Mapping[str, str]) -> Iterator[Price]:
+    """What nodes say, once for each node and time."""
+    found: dict[str, dict[int, PriceSpan]] = defaultdict(dict)
+    for one in said:
+        if one.card in node_of:
+            found[node_of[one.card]][one.start_ms] = one
+    for node, spans in found.items():
+        for start_ms, end_ms in pairwise([*sorted(spans), FOR_GOOD_MS]):
+            one = spans[start_ms]
+            yield Price(node, one.kind, one.micros_per_hour, start_ms, end_ms, NODE_SAYS, "", node=node, by_node=True)
+
+
+def price_from(fields: Mapping[str, Any]) -> Price:
+    """Of its fields as JSON has them, without what a newer version noted beside it."""
+    known = {name: fields[name] for name in Price.__dataclass_fields__ if name in fields}
+    return Price(**known | {"kind": PriceKind(fields["kind"])})
+
+
+def _site(node: str) -> str:
+    """sites/{site} of sites/{site}/nodes/{node}."""
+    return node.partition("/nodes/")[0]

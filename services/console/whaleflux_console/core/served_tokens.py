@@ -33,6 +33,19 @@ class ServedTokens:
         self._told_ms: dict[int, int] = {}  # by hour, when it was told last
         self._fresh: set[int] = set()
 
+    def copied(self) -> ServedTokens:
+        """As they are now."""
+        found = ServedTokens()
+        found._hours = {hour: dict(served) for hour, served in self._hours.items()}
+        found._newest, found._told_ms, found._fresh = dict(self._newest), dict(self._told_ms), set(self._fresh)
+        return found
+
+    def taken(self, now_ms: int) -> ServedTokens:
+        """A copy that has what is `fresh` now; here that begins anew."""
+        found = self.copied()
+        self.fresh(now_ms)
+        return found
+
     def read(self, uid: str, attempt: int, counters: Counters, now_ms: int, began_ms: int) -> None:
         """Its counters are so now. `began_ms`: when the attempt was placed."""
         hour_ms = now_ms // HOUR_MS * HOUR_MS

@@ -29,6 +29,17 @@ class Spans(Generic[V]):
         self._ended: list[Span[V]] = []
         self._fresh: dict[tuple[str, int], None] = {}
 
+    def copied(self) -> Spans[V]:
+        """As it is now."""
+        found: Spans[V] = Spans()
+        found._open, found._ended, found._fresh = dict(self._open), list(self._ended), dict(self._fresh)
+        return found
+
+    def taken(self) -> Spans[V]:
+        """A copy that has what is new; here that begins anew."""
+        found, self._fresh = self.copied(), {}
+        return found
+
     def set(self, key: str, value: V | None, now_ms: int, since_ms: int | None = None) -> None:
         """From now on (of a key that is new: from `since_ms` on) it is so; None: not any more."""
         before = self._open.get(key)
@@ -64,24 +75,25 @@ class Spans(Generic[V]):
     def fresh(self, now_ms: int) -> tuple[Span[V], ...]:
         """What began or ended since this was last asked."""
         asked, self._fresh = self._fresh, {}
-        everything = [*self._ended, *self._going_on(now_ms)]
-        return tuple(span for span in everything if (span.key, span.start_ms) in asked) if asked else ()
+        if not asked:
+            return ()
+        everything = [*self._ended, *self._going_on(now_ms, {key for key, _ in asked})]
+        return tuple(span for span in everything if (span.key, span.start_ms) in asked)
 
     def touching(self, start_ms: int, end_ms: int, now_ms: int) -> tuple[Span[V], ...]:
         """All that was so at some time of the window."""
-        everything = [*self._ended, *self._going_on(now_ms)]
+        everything = [*self._ended, *self._going_on(now_ms, self._open)]
         return tuple(span for span in everything if span.start_ms < end_ms and start_ms < span.end_ms)
 
     def forget(self, before_ms: int) -> None:
         """Lets go what ended before."""
         self._ended = [span for span in self._ended if span.end_ms > before_ms]
 
-    def _going_on(self, now_ms: int) -> Iterable[Span[V]]:
-        return (
-            Span(key, value, start_ms, now_ms, goes_on=True)
-            for key, (start_ms, value) in self._open.items()
-            if start_ms < now_ms
-        )
+    def _going_on(self, now_ms: int, keys: Iterable[str]) -> Iterable[Span[V]]:
+        for key in keys:
+            start_ms, value = self._open.get(key, (now_ms, None))
+            if value is not None and start_ms < now_ms:
+                yield Span(key, value, start_ms, now_ms, goes_on=True)
 
     def _end(self, key: str, now_ms: int) -> None:
         start_ms, value = self._open.pop(key)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pyarrow.compute as pc
@@ -59,10 +59,17 @@ class HourInput:
     """Everything that an hour's rows are made of. `made_of` is the commit as of which it was read."""
 
     hour_ms: int
-    facts: Facts
     made_of: int
-    minutes: Any  # MINUTES of the hour
-    work: Any  # WORK of the hour
+    told: tuple[Any, ...] = ()  # FACTS, oldest first
+    samples: Any = field(default_factory=schemas.MINUTES.empty_table)  # by FACT_BUCKET_MS, with the hour's edges
+    steps: Any = field(default_factory=schemas.WORK.empty_table)
+    minutes: Any = field(default_factory=schemas.MINUTES.empty_table)  # of the hour
+    work: Any = field(default_factory=schemas.WORK.empty_table)
+
+    @property
+    def facts(self) -> Facts:
+        """Made anew each time, which takes seconds where the hour is a large one."""
+        return schemas.facts_of(self.told, self.samples, self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +164,13 @@ class Ledger:
         if new := [New(Kind.FACTS, hour_of(hour_ms), table, "facts") for hour_ms, table in tables if table.num_rows]:
             await self._writer.commit(new)
 
+    async def told(self, hour_ms: int) -> Facts:
+        """What is known of an hour from owners' records. Raises Damaged."""
+        return await self._in_thread(self._told, self.state.of(Kind.FACTS, hour_ms))
+
+    def _told(self, files: Sequence[File]) -> Facts:
+        return schemas.facts_of([table_of(self.folder, file) for file in files])
+
     # Hours
 
     def due(self) -> tuple[int, ...]:
@@ -192,11 +206,15 @@ class Ledger:
     def _read_inputs(self, hour_ms: int, made_of: int, sources: _Sources) -> HourInput:
         seen = self._rolled_up(hour_ms, sources.raw, sources.minutes, usage.samples_of, schemas.MINUTES)
         done = self._rolled_up(hour_ms, sources.steps, sources.work, usage.steps_of, schemas.WORK)
-        facts = schemas.merged_facts([table_of(self.folder, file) for file in sources.facts])
-        samples = usage.samples_told(usage.coarser_samples(self.engine, seen, FACT_BUCKET_MS))
-        stepped = usage.steps_told(usage.coarser_steps(self.engine, done, FACT_BUCKET_MS))
-        told = replace(facts, samples=samples, steps=stepped)
-        return HourInput(hour_ms, told, made_of, usage.within(hour_ms, seen), usage.within(hour_ms, done))
+        return HourInput(
+            hour_ms,
+            made_of,
+            tuple(table_of(self.folder, file) for file in sources.facts),
+            usage.coarser_samples(self.engine, seen, FACT_BUCKET_MS),
+            usage.coarser_steps(self.engine, done, FACT_BUCKET_MS),
+            usage.within(hour_ms, seen),
+            usage.within(hour_ms, done),
+        )
 
     def _rolled_up(
         self, hour_ms: int, files: Sequence[File], before: File | None, roll: Callable[..., Any], schema: Any
@@ -219,23 +237,27 @@ class Ledger:
         empty = schemas.FACTS.empty_table()
         await self._writer.commit([New(Kind.FACTS, hour_ms, empty, "again") for hour_ms in hours])
 
-    async def close(self, made_from: HourInput, rows: Sequence[LedgerRow], *, interim: bool = False) -> int:
-        """Closes or restates the hour with these rows; returns the version. They are in force when it returns, and nothing of them before.
+    async def close(self, made_from: HourInput, rows: Sequence[LedgerRow]) -> int:
+        """As `close_with`."""
+        return await self.close_with(made_from, await self._in_thread(schemas.rows_table, rows))
+
+    async def close_with(self, made_from: HourInput, rows: Any, *, interim: bool = False) -> int:
+        """Closes or restates the hour with these HOURS; returns the version. They are in force when it returns, and nothing of them before.
 
         `interim`: the hour stays open, and these are its rows so far (version 0).
         """
         hour_ms = made_from.hour_ms
         so_far = [file for file in self.state.of(Kind.HOURS, hour_ms) if not file.version]
         if interim:
-            table = await self._in_thread(schemas.rows_table, [replace(row, version=0) for row in rows])
+            table = schemas.of_version(rows, 0)
             await self._commit_and_remove([New(Kind.HOURS, hour_ms, table, "v0", 0, made_from.made_of)], so_far)
             return 0
         before = [file for file in self.state.of(Kind.HOURS, hour_ms) if file.version]
         version = max((file.version for file in before), default=0) + 1
-        table = await self._in_thread(schemas.rows_table, [replace(row, version=version) for row in rows])
+        table = schemas.of_version(rows, version)
         new = [
             New(kind, hour_ms, each, f"v{version}", version, made_from.made_of)
-            for kind, each in self._files_of(made_from, table)
+            for kind, each in await self._in_thread(_files_of, made_from, table)
         ]
         old = [
             *so_far,
@@ -249,11 +271,6 @@ class Ledger:
         while len(self._closed_ms) > when.MAX_DUE * 4:
             del self._closed_ms[next(iter(self._closed_ms))]
         return version
-
-    def _files_of(self, made_from: HourInput, rows: Any) -> Iterator[tuple[Kind, Any]]:
-        yield from ((Kind.HOURS, rows), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work))
-        if (known := schemas.runs_table(made_from.hour_ms, made_from.facts)).num_rows:
-            yield Kind.RUNS, known
 
     async def rows(self, hour_ms: int, version: int = 0) -> tuple[LedgerRow, ...]:
         """Of a closed hour, as of a version that is kept (0: the one in force); none of one that is open."""
@@ -360,6 +377,13 @@ async def open_ledger(
         ledger.note(gone)
         await ledger.recover(gone)
     return ledger
+
+
+def _files_of(made_from: HourInput, rows: Any) -> list[tuple[Kind, Any]]:
+    """What an hour that is closed leaves."""
+    known = schemas.runs_table(made_from.hour_ms, schemas.of_runs(made_from.told))
+    made = [(Kind.HOURS, rows), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work)]
+    return [*made, (Kind.RUNS, known)] if known.num_rows else made
 
 
 def _by_hour(reports: Reports) -> list[New]:

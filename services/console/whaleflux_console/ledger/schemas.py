@@ -37,6 +37,8 @@ _SEEN = [("idle_power", pa.bool_()), ("source", pa.string())]
 
 SAMPLES = pa.schema([*_REPORT, ("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
 STEPS = pa.schema([*_REPORT, *_RANK, *_SPAN, *_STEPS])
+# What of samples the bill asks for, as Sample has it.
+SAMPLES_BILLED = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source", "busy_ppm")
 # What stays of them when they are rolled up: means weighted by time, sums of bytes, times and tokens.
 MINUTES = pa.schema([("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
 WORK = pa.schema([*_RANK, *_SPAN, *_STEPS])
@@ -61,6 +63,12 @@ HOURS = pa.schema(
 DAY_KEYS = ("site", "gpu_class", "node", "queue", "user", "job", "model", "basis", "price_kind", "adjustment")
 DAY_SUMS = ("gpu_ms", "bill_micros", *MICROS)
 DAYS = pa.schema([("day_ms", pa.int64()), *((n, pa.string()) for n in DAY_KEYS), *((n, pa.int64()) for n in DAY_SUMS)])
+
+
+def of_version(rows: pa.Table, version: int) -> pa.Table:
+    """The same rows, as that version of their hour."""
+    place = HOURS.get_field_index("version")
+    return rows.set_column(place, HOURS.field(place), pa.repeat(pa.scalar(version, pa.int64()), rows.num_rows))
 
 
 # What runs did in an hour beside their steps: what was served, and how those ended that have.
@@ -147,18 +155,46 @@ FACTS = pa.schema([(name, pa.struct(list(_fields(kind)))) for name, kind in TOLD
 
 def facts_table(facts: told.Facts) -> pa.Table:
     """Everything but samples and steps, which have files of their own."""
-    counts = {name: len(getattr(facts, name)) for name in TOLD}
-    before, columns, total = 0, [], sum(counts.values())
-    for name, count in counts.items():
-        values = [dataclasses.asdict(fact) for fact in getattr(facts, name)]
-        columns.append([None] * before + values + [None] * (total - before - count))
-        before += count
-    return pa.table([pa.array(c, field.type) for c, field in zip(columns, FACTS, strict=True)], schema=FACTS)
+    before, columns, total = 0, [], sum(len(getattr(facts, name)) for name in TOLD)
+    for name, kind in TOLD.items():
+        found, type_ = getattr(facts, name), FACTS.field(name).type
+        after = total - before - len(found)
+        parts = (pa.nulls(before, type_), _structs(found, kind, type_), pa.nulls(after, type_))
+        columns.append(pa.chunked_array([part for part in parts if len(part)], type_))
+        before += len(found)
+    return pa.table(columns, schema=FACTS).combine_chunks()
 
 
-def merged_facts(tables: Sequence[pa.Table]) -> told.Facts:
-    """What all of them say together; of one fact told twice the later table's counts."""
-    return told.Facts(**{name: _newest(name, kind, tables) for name, kind in TOLD.items()})
+def _structs(facts: Sequence[Any], kind: type, type_: pa.StructType) -> pa.Array:
+    """Column by column: as objects of their own, tens of thousands of facts take seconds."""
+    if not facts:
+        return pa.array([], type_)
+    columns = [_column(facts, name, type_.field(name).type) for name in typing.get_type_hints(kind)]
+    return pa.StructArray.from_arrays(columns, fields=list(type_))
+
+
+def _column(facts: Sequence[Any], name: str, type_: pa.DataType) -> pa.Array:
+    values = [getattr(fact, name) for fact in facts]
+    if pa.types.is_struct(type_):
+        values = [None if value is None else dataclasses.asdict(value) for value in values]
+    return pa.array(values, type_)
+
+
+def facts_of(tables: Sequence[pa.Table], samples: pa.Table | None = None, steps: pa.Table | None = None) -> told.Facts:
+    """What FACTS say together; of one fact told twice the later table's counts. `samples` are MINUTES, `steps` WORK."""
+    found = {name: _newest(name, kind, tables) for name, kind in TOLD.items()}
+    if samples is not None:
+        found["samples"] = _samples(samples)
+    if steps is not None:
+        found["steps"] = _steps(steps)
+    return told.Facts(**found)
+
+
+def of_runs(tables: Sequence[pa.Table]) -> told.Facts:
+    """Of FACTS what was served and how runs ended, without making anything of the rest, which is most of them."""
+    return facts_of(
+        [table.select([name for name in ("served", "outcomes") if name in table.column_names]) for table in tables]
+    )
 
 
 def _newest(name: str, kind: type, tables: Sequence[pa.Table]) -> tuple[Any, ...]:
@@ -178,3 +214,24 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
     if kind is told.Outcome:
         values = values | {"ending": told.Ending(values["ending"])}
     return kind(**values)
+
+
+def _samples(minutes: pa.Table) -> tuple[told.Sample, ...]:
+    return tuple(told.Sample(*values) for values in _values(minutes, SAMPLES_BILLED))
+
+
+def _steps(work: pa.Table) -> tuple[told.Steps, ...]:
+    # whole milliseconds
+    names = (*(name for name, _ in [*_RANK, *_SPAN]), *(name for name, _ in _STEPS))
+    return tuple(
+        told.Steps(*values[:8], *(_ms(value) for value in values[8:13]), *values[13:])
+        for values in _values(work, names)
+    )
+
+
+def _ms(us: int | None) -> int | None:
+    return None if us is None else us // 1000
+
+
+def _values(table: pa.Table, names: tuple[str, ...]) -> Any:
+    return zip(*(table.column(name).to_pylist() for name in names), strict=True)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from whaleflux_console.core import facts as told
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.signals import BUSY_SM_PPM
 from whaleflux_console.ledger.engine import Engine
@@ -113,29 +111,6 @@ def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def within(hour_ms: int, table: pa.Table) -> pa.Table:
     """Rows that reach into the hour."""
     return table.filter(pc.and_(pc.less(table["start_ms"], hour_ms + HOUR_MS), pc.greater(table["end_ms"], hour_ms)))
-
-
-def samples_told(minutes: pa.Table) -> tuple[told.Sample, ...]:
-    """MINUTES as facts."""
-    names = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source", "busy_ppm")
-    return tuple(told.Sample(*values) for values in _values(minutes, names))
-
-
-def steps_told(work: pa.Table) -> tuple[told.Steps, ...]:
-    """WORK as facts, whole milliseconds."""
-    names = ("uid", "attempt", "rank", "device", "start_ms", "end_ms", "first_step", "last_step", *_TIMES, "flops")
-    return tuple(
-        told.Steps(*values[:8], *(_ms(value) for value in values[8:13]), *values[13:])
-        for values in _values(work, names)
-    )
-
-
-def _ms(us: int | None) -> int | None:
-    return None if us is None else us // 1000
-
-
-def _values(table: pa.Table, names: tuple[str, ...]) -> Any:
-    return zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
 def joined(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
