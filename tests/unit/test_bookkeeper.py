@@ -169,6 +169,31 @@ class TestKeeping:
             await world.tick()
             assert (await world.ask("GetLedger", pb.GetLedgerRequest())).restated_hours == 0
 
+    async def test_a_restart_while_work_goes_on_closes_no_hour_again_either(self, tmp_path):
+        world = World(tmp_path)
+        async with world.running():
+            world.fleet()
+            world.run(T)
+            await world.until(LATE)
+            await world.tick()
+        await world.until(LATE + MINUTE)
+        async with world.running():
+            world.fleet(ms=LATE + MINUTE)
+            world.run(T)
+            await world.until(LATE + 20 * MINUTE)
+            await world.tick()
+            told = await world.ask("GetLedger", pb.GetLedgerRequest())
+            assert (told.closed_hours, told.restated_hours, told.waiting_hours) == (1, 0, 0)
+
+    async def test_that_nothing_is_taken_in_any_more_is_said_by_whoever_answers(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.fleet()
+            await world.until(T + 10 * MINUTE)
+            await world.tick()
+            assert (await world.ask("GetLedger", pb.GetLedgerRequest())).trouble == ""
+            await world.clock.advance(300)
+            assert "nothing was taken in for 5 min" in (await world.ask("GetLedger", pb.GetLedgerRequest())).trouble
+
     async def test_an_hour_in_which_nothing_changes_is_told_of_no_more(self, tmp_path):
         async with World(tmp_path).running() as world:
             world.fleet()

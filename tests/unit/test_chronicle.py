@@ -163,6 +163,13 @@ class TestJobs:
         found.job(job([attempt(end=T + MINUTE)], [holding(end=T + MINUTE)]))
         assert found.fresh(now + MINUTE) == {}
 
+    def test_what_an_attempt_served_stays_known_when_its_replica_is_gone_and_after_a_restart(self):
+        served = replace(attempt(), model="models/m")
+        found = Chronicle()
+        found.resume(Facts(attempts=(served,)))
+        found.job(job([attempt(end=T + MINUTE)], [holding(end=T + MINUTE)]))
+        assert [one.model for one in found.whole_hour(T, T + HOUR_MS).attempts] == ["models/m"]
+
     def test_what_failed_while_nobody_looked_is_told_to_the_hours_that_it_was_done_in(self):
         found, now = Chronicle(), T + 5 * HOUR_MS
         found.resume(Facts(presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, now - MINUTE, goes_on=True),)))

@@ -74,6 +74,13 @@ async def test_it_waits_for_its_hours_then_sums_over_them_to_the_micro_dollar_an
         assert await by_adjustment(world) == {"": 12_000_000}
 
 
+async def test_who_declares_one_of_closed_hours_sees_it_in_them_at_once(closed):
+    await adjust(closed)
+    await closed.until(DONE)
+    await closed.tick()
+    assert await by_adjustment(closed) == {"": 12_000_000, "adjustments/a": -1_000_001}
+
+
 async def test_one_for_a_class_that_is_not_there_is_in_the_bill_all_the_same(closed):
     await adjust(closed, 5, gpu_class="H200")
     await rounds(closed)

@@ -47,6 +47,29 @@ async def test_an_hour_closed_restated(tmp_path):
         assert await ledger.rows(BEGIN_MS, version=1) == (row(version=1),)
 
 
+async def test_what_is_told_again_and_changes_nothing_is_no_new_version(tmp_path):
+    store = MemoryStore()
+    rows = [row(), row(card="gpu-1")]
+    async with leading(tmp_path, store) as ledger:
+        await ledger.append(reports(1, samples=[sample()]))
+        assert await ledger.close(await ledger.inputs(BEGIN_MS), rows) == 1
+        await ledger.restate([BEGIN_MS])
+        assert ledger.due() == (BEGIN_MS,)
+        assert await ledger.close(await ledger.inputs(BEGIN_MS), rows[::-1]) == 1
+        assert (ledger.due(), len(ledger.state.of(Kind.HOURS, BEGIN_MS))) == ((), 1)
+    async with leading(tmp_path, store) as ledger:
+        assert (await ledger.verify(DAY_MS * (BEGIN_MS // DAY_MS)), ledger.notes) == ((), ())
+        assert await ledger.close(await ledger.inputs(BEGIN_MS), [row(bill=5)]) == 2
+
+
+async def test_of_many_versions_the_first_is_kept(tmp_path):
+    async with leading(tmp_path, MemoryStore()) as ledger:
+        for bill in range(1, 21):
+            await ledger.restate([BEGIN_MS])
+            await ledger.close(await ledger.inputs(BEGIN_MS), [row(bill=bill)])
+        assert [file.version for file in ledger.state.of(Kind.HOURS, BEGIN_MS)] == [1, *range(14, 21)]
+
+
 async def test_facts(tmp_path):
     store = MemoryStore()
     attempt = told.Attempt(

@@ -23,6 +23,11 @@ def of(*attempts, steps=()):
     return {key[1]: found for key, found in phases({("u", one.attempt): one for one in attempts}, by_attempt).items()}
 
 
+def test_what_an_attempt_served_is_known_once_one_record_says_it():
+    told = [attempt(model="models/m"), attempt(end=900, failed=True)]
+    assert {newest(order)["u", 1].model for order in (told, told[::-1])} == {"models/m"}
+
+
 class TestStart:
     def test_until_the_first_step_or_its_report_or_the_program_without_steps(self):
         assert of(attempt())[1] == Phases(100)

@@ -258,7 +258,10 @@ def cost_status(fmt: Output = Format.table) -> None:
     lines = [
         ("usage known until", at(found, "watermark")),
         ("begins", at(found, "start_time")),
-        ("closed hours", f"{found.closed_hours}, of which closed again: {found.restated_hours}"),
+        (
+            "closed hours",
+            f"{found.closed_hours}, of which closed again: {found.restated_hours}, to be closed again soon: {found.waiting_hours}",
+        ),
         ("files", f"{found.size_bytes / 1e6:,.1f} MB, manifest {found.manifest}"),
         ("reports missed", str(found.missed_reports)),
         ("damaged files", ", ".join(found.damaged_files) or "none"),

@@ -141,6 +141,8 @@ def adjustment_of(message: pb.Adjustment) -> Adjustment:
 def _attempt(job: scheduler_pb2.Job, one: scheduler_pb2.Attempt, model: str) -> Attempt:
     queue, _ = names.split(job.name, "queues", "jobs")
     end_ms, reason = millis(one, "end_time"), one.end_reason.partition(":")[0]
+    serves = job.spec.kind == scheduler_pb2.JOB_KIND_SERVICE  # what it served is not lost by its end
+    succeeded = one.number == job.attempt.number and job.state == scheduler_pb2.JOB_STATE_SUCCEEDED
     return Attempt(
         job=job.name,
         uid=job.uid,
@@ -152,9 +154,7 @@ def _attempt(job: scheduler_pb2.Job, one: scheduler_pb2.Attempt, model: str) -> 
         run_ms=millis(one, "run_time"),
         first_step_ms=millis(one, "first_step_time"),
         end_ms=end_ms,
-        failed=end_ms is not None and reason not in _NO_FAILURE and job.state != scheduler_pb2.JOB_STATE_SUCCEEDED
-        if one.number == job.attempt.number
-        else end_ms is not None and reason not in _NO_FAILURE,
+        failed=end_ms is not None and reason not in _NO_FAILURE and not succeeded and not serves,
         restored_step=_step_of(one.restore_checkpoint),
         last_step=_last_step(job, one),
         epoch=one.epoch,

@@ -23,13 +23,14 @@ from whaleflux_console.forecasts import Forecasts
 from whaleflux_console.ledger.answers import Answer, Answers, Sum
 from whaleflux_console.ledger.manifest import DAY_MS, Kind
 from whaleflux_console.ledger.question import BILL, Question
-from whaleflux_console.ledger.rules import open_hours
+from whaleflux_console.ledger.rules import HourState, open_hours, state_of
 
 DEFAULT_WINDOW_MS = 7 * DAY_MS
 LONGEST_JOB_MS = 366 * DAY_MS
 DEFAULT_LIMIT, MOST_GROUPS = 50, 1_000
 MOST_QUEUES = 10_000
 _SHOWN_FILES = 20
+_LATE_MS = 120_000  # what was used is in the ledger within seconds
 _NO_QUEUE = "queues/"  # has no name, so that nothing is in it
 _BY = {
     pb.COST_GROUPING_QUEUE: "queue",
@@ -122,9 +123,11 @@ class Costs:
             damaged_files=self.answers.damaged[:_SHOWN_FILES],
             trouble=self.progress.trouble,
             missed_reports=state.position.missed,
+            waiting_hours=sum(state_of(state, hour) is not HourState.OPEN for hour in state.unsettled),
         )
         if state.watermark_ms:
             found.watermark.FromMilliseconds(state.watermark_ms)
+            found.trouble = found.trouble or _late(self._now_ms() - state.watermark_ms)
         starts = [start for kind, start in state.spans if kind in {Kind.HOURS, Kind.DAYS}]
         if starts:
             found.start_time.FromMilliseconds(min(starts))
@@ -175,6 +178,16 @@ class Costs:
 
     def _now_ms(self) -> int:
         return round(self.clock.now().timestamp() * 1000)
+
+
+def _late(by_ms: int) -> str:
+    """That nobody takes in what is used, in words; "" while somebody does."""
+    if by_ms <= _LATE_MS:
+        return ""
+    return (
+        f"nothing was taken in for {by_ms // 60_000} min: the console that leads, etcd or NATS does not go on; "
+        "see the runbook WhaleFluxLedgerLagging"
+    )
 
 
 def _by(groupings: Iterable[int]) -> tuple[str, ...]:

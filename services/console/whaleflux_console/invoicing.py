@@ -85,6 +85,7 @@ class Invoicing:
     async def _tell(self, parts: Mapping[int, Adjustment]) -> None:
         for some in _portions(sorted(parts.items())):
             await self._ledger.tell_hours({hour_ms: Facts(adjustments=(part,)) for hour_ms, part in some})
+            self._ledger.hurry(hour_ms for hour_ms, _ in some)
 
     async def _note(self, entry: Entry, record: pb.Adjustment, state: Any) -> Entry:
         record.state, record.ledger = state, self._ledger.id

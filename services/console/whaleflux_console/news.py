@@ -37,8 +37,10 @@ def of_budget(change: EntryChange, now: datetime) -> OutgoingEvent | None:
     if not reached and not stops:
         lifted = old.stopped_month and not new.stopped_month
         return _told(change, now, pb.Budget, lambda _: "admits new work again" if lifted else "is changed")
-    percent, month = max({*reached, *({100} if stops else ())}), stops or new.alerted_month
-    more = "; no new work of it is started until the month is over" if stops else ""
+    percents, month = sorted({*reached, *({100} if stops else ())}), stops or new.alerted_month
+    *below, percent = percents  # what is reached between two looks is one event
+    more = f" (and so {', '.join(map(str, below))} %)" if below else ""
+    more += "; no new work of it is started until the month is over" if stops else ""
     return state_event(
         change,
         now,

@@ -82,6 +82,7 @@ class Chronicle:
         self._fresh_jobs: dict[str, None] = {}
         self._served = ServedTokens()
         self._resumed_ms = 0  # what was over by then is told
+        self._models: dict[str, str] = {}  # job's uid -> its model, which nobody says any more once the replica is gone
 
     def copied(self) -> Chronicle:
         """As it is now, for a thread that looks through it meanwhile."""
@@ -117,10 +118,16 @@ class Chronicle:
 
     def job(self, facts: JobFacts) -> None:
         """A job is so now."""
+        facts = self._with_models(facts)
         before = self._jobs.get(facts.name)
         if before != facts and self.is_news(facts):
             self._jobs[facts.name] = replace(facts, lost_from_ms=_newly_lost(before, facts))
             self._fresh_jobs[facts.name] = None
+
+    def _with_models(self, facts: JobFacts) -> JobFacts:
+        self._models.update({one.uid: one.model for one in facts.attempts if one.model})
+        known = (replace(one, model=one.model or self._models.get(one.uid, "")) for one in facts.attempts)
+        return replace(facts, attempts=tuple(known))
 
     def is_news(self, facts: JobFacts) -> bool:
         """Whether anything of it goes on, or went on when nobody had told of it yet."""
@@ -159,6 +166,7 @@ class Chronicle:
                 value = Device(one.card, one.device, one.node, one.gpu_class, one.part_ppm, one.available)
                 self._devices.resume(device, value, one.start_ms)
                 self._of_node[one.node] = (*self._of_node.get(one.node, ()), device)
+        self._models.update({one.uid: one.model for one in told.attempts if one.model})
         node_of = {one.card: one.node for one in newest.values()}
         for price in sorted(told.prices, key=lambda price: price.start_ms):
             if price.source == NODE_SAYS and price.card in node_of:
@@ -219,7 +227,8 @@ class Chronicle:
             job.name for job in self._jobs.values() if job.over and not job.touches(before_ms, before_ms + FOR_GOOD_MS)
         ]
         for name in gone:
-            del self._jobs[name]
+            for one in self._jobs.pop(name).attempts:
+                self._models.pop(one.uid, None)
 
     def _spans_told(
         self,

@@ -7,7 +7,7 @@ attempt. The steps that are then done again count once: as lost where they were 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from whaleflux_console.core.facts import Attempt, Steps
@@ -27,12 +27,13 @@ class Phases:
 
 
 def newest(attempts: Iterable[Attempt]) -> dict[Key, Attempt]:
-    """Of each attempt the record that knows most: records come as it goes on, in any order."""
+    """Of each attempt the record that knows most: records come as it goes on, in any order. What it served is known once one of them says it."""
     found: dict[Key, Attempt] = {}
     for one in attempts:
         known = found.setdefault((one.uid, one.attempt), one)
         if known != one:
-            found[one.uid, one.attempt] = max(known, one, key=_knowledge)
+            most = max(known, one, key=_knowledge)
+            found[one.uid, one.attempt] = replace(most, model=most.model or known.model or one.model)
     return found
 
 

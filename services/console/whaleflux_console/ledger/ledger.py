@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 FACT_BUCKET_MS = (
     300_000  # what an hour's rows are made of is read by so much: 10,000 GPUs' minutes are too many objects
 )
-KEPT_VERSIONS = 8  # of an hour's rows: exports tell what a restatement changed
+KEPT_VERSIONS = 8  # of an hour's rows, the first and the newest: exports tell what restatements changed
 MOST_NOTES = 20
 _HOURS_READ = 24  # files that one query reads
 LONGEST_REPORT_MS = HOUR_MS  # of a sample or of steps
@@ -233,9 +233,15 @@ class Ledger:
         return when.open_hours(self.state)
 
     async def restate(self, hours: Sequence[int]) -> None:
-        """Lets these hours be closed again: something that they are made of, and that is not in these files, is another by now."""
+        """Lets these hours be closed again at once: something that they are made of, and that is not in these files, is another by now."""
         empty = schemas.FACTS.empty_table()
         await self._writer.commit([New(Kind.FACTS, hour_ms, empty, "again") for hour_ms in hours])
+        self.hurry(hours)
+
+    def hurry(self, hours: Iterable[int]) -> None:
+        """Somebody waits to see what these hours cost: they are closed again without waiting for what comes late."""
+        for hour_ms in hours:
+            self._closed_ms.pop(hour_ms, None)
 
     async def close(self, made_from: HourInput, rows: Sequence[LedgerRow]) -> int:
         """As `close_with`."""
@@ -243,6 +249,8 @@ class Ledger:
 
     async def close_with(self, made_from: HourInput, rows: Any, *, interim: bool = False) -> int:
         """Closes or restates the hour with these HOURS; returns the version. They are in force when it returns, and nothing of them before.
+
+        Rows that say what is in force already are no new version: they stand for all that was told until now.
 
         `interim`: the hour stays open, and these are its rows so far (version 0).
         """
@@ -253,7 +261,9 @@ class Ledger:
             await self._commit_and_remove([New(Kind.HOURS, hour_ms, table, "v0", 0, made_from.made_of)], so_far)
             return 0
         before = [file for file in self.state.of(Kind.HOURS, hour_ms) if file.version]
-        version = max((file.version for file in before), default=0) + 1
+        last = before[-1] if before else None
+        is_same = last is not None and await self._in_thread(self._says, last, rows)
+        version = (last.version if last else 0) + (not is_same)
         table = schemas.of_version(rows, version)
         new = [
             New(kind, hour_ms, each, f"v{version}", version, made_from.made_of)
@@ -261,7 +271,7 @@ class Ledger:
         ]
         old = [
             *so_far,
-            *before[: -KEPT_VERSIONS + 1],
+            *(before[-1:] if is_same else before[1 : max(1, len(before) - KEPT_VERSIONS + 2)]),
             *self.state.of(Kind.MINUTES, hour_ms),
             *self.state.of(Kind.WORK, hour_ms),
             *self.state.of(Kind.RUNS, hour_ms),
@@ -271,6 +281,14 @@ class Ledger:
         while len(self._closed_ms) > when.MAX_DUE * 4:
             del self._closed_ms[next(iter(self._closed_ms))]
         return version
+
+    def _says(self, file: File, rows: Any) -> bool:
+        """Whether these are the rows of the file."""
+        try:
+            there = table_of(self.folder, file)
+        except Damaged:
+            return False
+        return bool(schemas.in_order(there).equals(schemas.in_order(schemas.of_version(rows, file.version))))
 
     async def rows(self, hour_ms: int, version: int = 0) -> tuple[LedgerRow, ...]:
         """Of a closed hour, as of a version that is kept (0: the one in force); none of one that is open."""

@@ -71,6 +71,11 @@ def of_version(rows: pa.Table, version: int) -> pa.Table:
     return rows.set_column(place, HOURS.field(place), pa.repeat(pa.scalar(version, pa.int64()), rows.num_rows))
 
 
+def in_order(table: pa.Table) -> pa.Table:
+    """The same rows in the one order that they have by all of their columns."""
+    return table.combine_chunks().sort_by([(name, "ascending") for name in table.column_names])
+
+
 # What runs did in an hour beside their steps: what was served, and how those ended that have.
 RUNS = pa.schema(
     [("uid", pa.string()), ("input_tokens", pa.int64()), ("output_tokens", pa.int64()), ("ending", pa.string())]
