@@ -226,6 +226,7 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "WatchNodeHealth": _none(_H.WatchNodeHealthRequest()),
         "GetIncident": _none(_H.GetIncidentRequest(name="incidents/absent")),
         "ListIncidents": _none(_H.ListIncidentsRequest()),
+        "WatchIncidents": _none(_H.WatchIncidentsRequest()),
     },
     "Checkpoint": {
         "BeginCheckpoint": _job(_begin),
@@ -270,6 +271,7 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "RollBackModel": Probe("model", _named(_R.RollBackModelRequest, etag=STALE)),
         "EstimateDeployment": Probe("model", _named(_R.EstimateDeploymentRequest)),
         "ListReplicas": Probe("model", lambda name: _R.ListReplicasRequest(parent=name), empty=True),
+        "WatchReplicas": Probe("model", lambda name: _R.WatchReplicasRequest(parent=name), empty=True),
         "Route": Probe("model", lambda name: _R.RouteRequest(model=name)),
         "CreateApiKey": _none(_R.CreateApiKeyRequest(ttl_s=-1)),
         "ListApiKeys": _none(_R.ListApiKeysRequest()),

@@ -1,5 +1,6 @@
 """Whose models, replicas and keys may be seen, used and changed by whom: by rpc, and by key at the front door."""
 
+import asyncio
 import contextlib
 import json
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from whaleflux.clock import VirtualClock
 from whaleflux.errors import (
     AlreadyExists,
+    Compacted,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -20,7 +22,7 @@ from whaleflux.frontdoor import NO_REPLICA_STATUS
 from whaleflux.rpc import auth, owners
 from whaleflux.rpc.auth import Identity, Principal
 from whaleflux.store import keys
-from whaleflux.store.api import Put
+from whaleflux.store.api import Delete, Put
 from whaleflux.store.memory import MemoryStore
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import OPEN, Access
@@ -133,12 +135,77 @@ async def test_a_model_is_there_for_whom_its_queue_is_for_and_what_serves_it_is_
             assert "s" in may or found.message.replace(name, "models/none") == absent.message
             listed = await f.call(principal, "ListModels", pb.ListModelsRequest())
             assert (name in [one.name for one in listed.models]) == ("s" in may)
-            replicas = await f.call(principal, "ListReplicas", pb.ListReplicasRequest(parent="models/-"))
+            replicas = await f.call(
+                principal, "ListReplicas", pb.ListReplicasRequest(parent="models/-")
+            )
             mine = [one for one in replicas.replicas if one.name.startswith(name)]
             assert [one.address for one in mine] == {"": [], "s": [""], "src": ["10.1.1.1:77"]}[may]
             route = await f.call(principal, "Route", pb.RouteRequest(model=model))
             assert isinstance(route, NotFound) == ("s" not in may)
             assert ("10.1.1.1" in str(route)) == ("r" in may), "who has an engine's address needs no key"
+
+
+class ReplicaWatch:
+    """What one caller is told of replicas."""
+
+    def __init__(self, f, caller, since=0, parent=""):
+        self.caller, self.asked = caller, ownership.watch_questions()
+        self.stream = f.router.WatchReplicas(pb.WatchReplicasRequest(resource_version=since, parent=parent), None)
+
+    async def until(self, which):
+        """The messages up to the first of that kind."""
+        found = []
+        with auth.acting_as(self.caller):
+            async with asyncio.timeout(5):
+                while not found or found[-1].WhichOneof("event") != which:
+                    found.append(await anext(self.stream))
+        return found
+
+
+async def test_a_watch_of_replicas_tells_what_a_list_of_them_shows():
+    async with fleet() as f:
+        for caller, model, may in TABLE:
+            watch = ReplicaWatch(f, CALLERS[caller], parent=f"models/{model}")
+            *told, mark = await watch.until("bookmark")
+            assert watch.asked.yes
+            assert [one.added.address for one in told] == {"": [], "s": [""], "src": ["10.1.1.1:77"]}[may]
+            with auth.acting_as(CALLERS["operator"]):
+                listed = await f.router.ListReplicas(pb.ListReplicasRequest(parent=f"models/{model}"), None)
+            assert mark.resource_version == listed.resource_version
+
+
+async def test_a_replica_that_ends_is_told_to_whom_it_was_there_also_when_its_model_went_first():
+    async with fleet() as f:
+        owner, stranger = ReplicaWatch(f, ANN), ReplicaWatch(f, EVE)
+        since = (await owner.until("bookmark"))[-1].resource_version
+        await stranger.until("bookmark")
+        resumed = ReplicaWatch(f, ANN, since)
+        await f.current.seen(f.current.models, await f.store.commit(Delete(keys.MODELS + "team")))
+        await f.store.commit(Delete(keys.REPLICAS + "team/r"), Delete(keys.REPLICAS + "open/r"))
+        assert {(await owner.until("deleted"))[-1].deleted for _ in range(2)} == {
+            f"models/{m}/replicas/r" for m in MODELS
+        }
+        assert (await stranger.until("deleted"))[-1].deleted == "models/open/replicas/r"
+        with pytest.raises(Compacted):  # whose it was nobody knows any more, and this caller may have it on a list
+            while True:
+                await resumed.until("deleted")
+
+
+async def test_a_watch_of_replicas_begins_anew_when_the_caller_sees_other_models():
+    async with fleet() as f:
+        watch = ReplicaWatch(f, MATE)
+        assert len(await watch.until("bookmark")) == 3
+        f.queues["team"] = Access(frozenset({"groups/other"}))
+        await f.current.clock.advance(2.0)
+        await f.store.commit(Put(keys.REPLICAS + "open/r", encode(pb.Replica(name="models/open/replicas/r"))))
+        with pytest.raises(Compacted):
+            await watch.until("modified")
+
+
+async def test_a_watch_of_replicas_asks_for_a_model_by_its_name():
+    async with fleet() as f:
+        with pytest.raises(InvalidArgument, match="parent"):
+            await ReplicaWatch(f, ANN, parent="model/open").until("bookmark")
 
 
 @pytest.mark.parametrize("method", ["UpdateModel", "DeleteModel"])
@@ -333,6 +400,6 @@ def test_every_field_is_public_or_private_on_purpose():
 def test_every_method_is_tried():
     router = {m.rpartition("/")[2] for m in owners.TABLE if "Router" in m}
     assert router == {
-        "CreateModel", "GetModel", "ListModels", "UpdateModel", "DeleteModel", "ListReplicas", "Route", "CreateApiKey", "ListApiKeys",
-        "DeleteApiKey", "RollBackModel", "EstimateDeployment",
+        "CreateModel", "GetModel", "ListModels", "UpdateModel", "DeleteModel", "ListReplicas", "WatchReplicas", "Route", "CreateApiKey", "ListApiKeys",
+        "DeleteApiKey", "RollBackModel", "EstimateDeployment", "WatchReplicas",
     }  # fmt: skip

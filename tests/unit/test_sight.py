@@ -7,14 +7,14 @@ import pytest
 from tests.support.scheduler_world import World, node
 from tests.support.virtual_time import LoopClock
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, StatusError
+from whaleflux.errors import AlreadyExists, Compacted, InvalidArgument, NotFound, PermissionDenied, StatusError
 from whaleflux.events.memory import MemoryBus
 from whaleflux.events.publisher import EntryChange
 from whaleflux.events.subjects import Subject
 from whaleflux.rpc import auth
 from whaleflux.rpc.auth import Identity, Principal
 from whaleflux.store import keys
-from whaleflux.store.api import Entry, Put
+from whaleflux.store.api import Delete, Entry, Put
 from whaleflux.store.memory import MemoryStore
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import OPEN, Access
@@ -192,6 +192,37 @@ async def test_an_incident_names_no_jobs_of_others_and_quotes_no_program():
         assert ("queues/team" in str(one)) == others, caller.name
         assert (SECRET in str(one)) == (caller is OPERATOR)
         assert "queues/open/jobs/y" in one.epochs
+
+
+async def test_a_watch_of_incidents_tells_what_their_list_shows_and_begins_anew_when_a_queue_opens():
+    store, clock, queues = MemoryStore(), VirtualClock(), dict(QUEUES)
+    await store.commit(Put(keys.INCIDENTS + "i", hit("queues/team/jobs/x").SerializeToString()))
+    health = HealthServicer(store, None, clock, None, lambda queue: queues.get(queue, OPEN))
+    with auth.acting_as(EVE):
+        asked, watch = (
+            ownership.watch_questions(),
+            health.WatchIncidents(health_pb2.WatchIncidentsRequest(), None),
+        )
+        listed = await health.ListIncidents(health_pb2.ListIncidentsRequest(), None)
+        first, mark = [await anext(watch) for _ in range(2)]
+    assert asked.yes
+    assert (first.added, mark.resource_version) == (listed.incidents[0], listed.resource_version)
+    assert list(first.added.jobs) == [OTHERS_JOB]
+    await store.commit(Delete(keys.INCIDENTS + "i"))
+    gone = await anext(watch)
+    assert (gone.deleted, gone.resource_version) == ("incidents/i", listed.resource_version + 1)
+    queues["team"] = OPEN
+    await clock.advance(2.0)
+    await store.commit(Put(keys.INCIDENTS + "j", hit("queues/team/jobs/x").SerializeToString()))
+    with pytest.raises(Compacted):
+        await anext(watch)
+    with auth.acting_as(EVE):
+        resumed = health.WatchIncidents(health_pb2.WatchIncidentsRequest(resource_version=gone.resource_version), None)
+        assert list((await anext(resumed)).added.jobs) == ["queues/team/jobs/x"]
+
+
+def hit(job):
+    return health_pb2.Incident(name="incidents/i", jobs=[job], message=f"lost {job}")
 
 
 class TestDatasets:

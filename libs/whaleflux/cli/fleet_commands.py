@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -153,6 +154,7 @@ def incidents(
     since: Since = "",
     sort: Sort = "",
     all_: Annotated[bool, typer.Option("-a", "--all", help="Ended ones too.")] = False,
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Show again at each change.")] = False,
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
@@ -161,12 +163,44 @@ def incidents(
     \b
       whaleflux incidents --node h200-b -a
       whaleflux incidents --since 1d -o csv
+      whaleflux incidents -w -o jsonl       each as it opens and changes, a line each
+
+    With -w, json is an incident a line, as jsonl is: it has no end.
     """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.cli import watching
     from whaleflux.v1 import health_pb2
 
     kinds = words(kind, "--kind", enum_words(health_pb2.IncidentKind, "INCIDENT_KIND_"))
-    oldest_s = since_s(since)
-    columns = [
+    ended, oldest_s, columns = all_ or bool(since), since_s(since), _incident_columns()
+    ordered([], columns, sort)
+
+    def keeps(one: Any) -> bool:
+        return (
+            wanted(kinds, output.enum_name(health_pb2.IncidentKind, one.kind, "INCIDENT_KIND_"))
+            and contains(node, *one.nodes) and contains(job, *one.jobs)
+            and (not one.end_time.seconds or (ended and one.end_time.seconds >= oldest_s))
+        )  # fmt: skip
+
+    def draw(found: Sequence[Any]) -> None:
+        empty = "no such incidents" if ended else "no open incidents"
+        output.show(ordered(found, columns, sort), columns, fmt, headers=not no_headers, empty=empty)
+
+    with fleet() as client:
+        if watch:
+            watching.watch(
+                lambda after: client.health.WatchIncidents(health_pb2.WatchIncidentsRequest(resource_version=after)),
+                fmt, lambda found: draw(sorted(found, key=lambda i: -i.start_time.ToNanoseconds())), keeps,
+            )  # fmt: skip
+            return
+        request = health_pb2.ListIncidentsRequest(show_ended=ended, page_size=1000)
+        listed = pages(client.health.ListIncidents, request, "incidents")
+    draw([one for one in listed if keeps(one)])
+
+
+def _incident_columns() -> list[Column]:
+    from whaleflux.v1 import health_pb2
+
+    return [
         Column("NAME", lambda i: i.name),
         Column("KIND", lambda i: output.enum_name(health_pb2.IncidentKind, i.kind, "INCIDENT_KIND_")),
         Column("NODES", lambda i: ", ".join(i.nodes)),
@@ -175,18 +209,6 @@ def incidents(
         Column("WHAT", lambda i: i.message),
         Column("ACTION", lambda i: i.action, wide=True),
     ]
-    ordered([], columns, sort)
-    request = health_pb2.ListIncidentsRequest(show_ended=all_ or bool(since), page_size=1000)
-    with fleet() as client:
-        listed = pages(client.health.ListIncidents, request, "incidents")
-    matching = [
-        i for i in listed
-        if wanted(kinds, output.enum_name(health_pb2.IncidentKind, i.kind, "INCIDENT_KIND_"))
-        and contains(node, *i.nodes) and contains(job, *i.jobs)
-        and (not i.end_time.seconds or i.end_time.seconds >= oldest_s)
-    ]  # fmt: skip
-    empty = "no open incidents" if not all_ and not since else "no such incidents"
-    output.show(ordered(matching, columns, sort), columns, fmt, headers=not no_headers, empty=empty)
 
 
 def status(fmt: Output = Format.table) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -39,18 +40,46 @@ def models(fmt: Output = Format.table, no_headers: NoHeaders = False) -> None:
 
 def replicas(
     model: Annotated[str, typer.Argument(help="Model; none: all.")] = "",
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Show again at each change.")] = False,
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
-    """Replicas of models: where they run and how loaded they are."""
+    """Replicas of models: where they run and how loaded they are.
+
+    \b
+      whaleflux replicas llama-3-8b -o wide
+      whaleflux replicas -w -o jsonl        each as it starts, gets ready and leaves, a line each
+
+    With -w, json is a replica a line, as jsonl is: it has no end.
+    """  # noqa: D301 - the escape tells click to keep the lines
+    from whaleflux.cli import watching
     from whaleflux.v1 import router_pb2
 
+    parent, columns = names.model(model) if model else "models/-", _replica_columns()
+
+    def draw(found: Sequence[Any]) -> None:
+        output.show(found, columns, fmt, headers=not no_headers, empty="no replicas")
+
     with fleet() as client:
-        request = router_pb2.ListReplicasRequest(parent=names.model(model) if model else "models/-")
-        listed = pages(client.router.ListReplicas, request, "replicas")
+        listed = pages(client.router.ListReplicas, router_pb2.ListReplicasRequest(parent=parent), "replicas")
         if model and not listed:  # a model that is not there is told
-            client.router.GetModel(router_pb2.GetModelRequest(name=request.parent), timeout=10)
-    columns = [
+            client.router.GetModel(router_pb2.GetModelRequest(name=parent), timeout=10)
+        if watch:
+            watching.watch(
+                lambda after: client.router.WatchReplicas(
+                    router_pb2.WatchReplicasRequest(parent=parent, resource_version=after)
+                ),
+                fmt,
+                lambda found: draw(sorted(found, key=lambda replica: replica.name)),
+            )
+            return
+    draw(listed)
+
+
+def _replica_columns() -> list[Column]:
+    from whaleflux.v1 import router_pb2
+
+    return [
         Column("NAME", lambda r: r.name),
         Column("VERSION", lambda r: f"v{r.version or 1}", wide=True),
         Column("STATE", lambda r: output.enum_name(router_pb2.ReplicaState, r.state, "REPLICA_STATE_")),
@@ -61,7 +90,6 @@ def replicas(
         Column("WHY", lambda r: r.message, wide=True),
         Column("JOB", lambda r: r.job, wide=True),
     ]
-    output.show(listed, columns, fmt, headers=not no_headers, empty="no replicas")
 
 
 def unserve(model: Annotated[str, typer.Argument(help="Model.")], yes: Yes = False) -> None:

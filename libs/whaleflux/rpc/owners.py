@@ -217,6 +217,7 @@ TABLE: dict[str, OwnerRule] = {
         WatchNodeHealth=FLEET,
         GetIncident=LEAVES_OUT,
         ListIncidents=LEAVES_OUT,
+        WatchIncidents=LEAVES_OUT,
     ),
     **_service(
         "Checkpoint",
@@ -264,6 +265,7 @@ TABLE: dict[str, OwnerRule] = {
         RollBackModel=RECORD,
         EstimateDeployment=RECORD,
         ListReplicas=LEAVES_OUT,
+        WatchReplicas=LEAVES_OUT,
         Route=LEAVES_OUT,
         CreateApiKey=RECORD,
         ListApiKeys=LEAVES_OUT,

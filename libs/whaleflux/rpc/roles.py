@@ -144,7 +144,7 @@ TABLE: Table = {
     _HEALTH + "ReportFailure": frozenset({SCHEDULER}),
     _HEALTH + "Get*": _READERS,
     _HEALTH + "List*": _READERS,
-    _HEALTH + "WatchNodeHealth": _READERS,
+    _HEALTH + "Watch*": _READERS,
     # checkpoint: written by agents on behalf of their ranks
     _CHECKPOINT + "*": frozenset({AGENT}),
     _CHECKPOINT + "Get*": _READERS | {AGENT},
@@ -161,6 +161,7 @@ TABLE: Table = {
     _ROUTER + "*": OPERATORS,
     _ROUTER + "Get*": _READERS,
     _ROUTER + "List*": _READERS,
+    _ROUTER + "WatchReplicas": _READERS,
     _ROUTER + "ListApiKeys": PEOPLE,
     _ROUTER + "CreateApiKey": PEOPLE,
     _ROUTER + "DeleteApiKey": PEOPLE,

@@ -144,6 +144,50 @@ class Followed(Generic[T]):
     synced: bool = False
 
 
+class Following:
+    """What a client knows of a collection, over streams of which each goes on where the last broke. Pure.
+
+    `since` is the `resource_version` that the next stream asks for. The responses need the oneof `event` of all our watches.
+    """
+
+    def __init__(self) -> None:
+        self.since = 0
+        self._known: set[str] = set()
+        self._listed: set[str] | None = set()  # names of the first listing while it is being delivered, else None
+
+    def received(self, response: Any) -> list[Followed[Any]]:
+        """What is to be told of a message."""
+        told = self._apply(response)
+        if response.WhichOneof("event") == Kind.BOOKMARK.value and self._listed is not None:
+            self._listed.update(response.bookmark.unreadable)
+            told += [Followed(name) for name in self._known - self._listed]
+            self._known &= self._listed
+            self._listed = None
+            told.append(Followed(synced=True))
+        self.since = max(self.since, response.resource_version)
+        return told
+
+    def ended(self, error: StatusError | None) -> None:
+        """A stream broke, or ended without an error."""
+        if isinstance(error, OutOfRange):  # Compacted, or what a proxy left of it
+            self.since = 0
+        if self.since == 0:
+            self._listed = set()
+
+    def _apply(self, response: Any) -> list[Followed[Any]]:
+        which = response.WhichOneof("event")
+        if which == Kind.DELETED.value:
+            self._known.discard(response.deleted)
+            return [Followed(response.deleted)]
+        if which in {Kind.ADDED.value, Kind.MODIFIED.value}:
+            value = getattr(response, which)
+            self._known.add(value.name)
+            if self._listed is not None:
+                self._listed.add(value.name)
+            return [Followed(value.name, value)]
+        return []
+
+
 async def follow(
     open_watch: Callable[[int], AsyncIterator[Any]],
     *,
@@ -153,46 +197,19 @@ async def follow(
     """A resource collection of another service, for ever: `open_watch(resource_version)` is its Watch rpc.
 
     Broken streams are opened again with growing pauses (0.1 to 2 s) after the last message; on Compacted everything
-    is listed anew. `on_broken` hears why each stream ended. The responses need the oneof `event` of all our watches.
+    is listed anew. `on_broken` hears why each stream ended.
     """
-    time = clock or SystemClock()
-    known: set[str] = set()
-    listed: set[str] | None = set()  # names of the first listing while it is being delivered, else None
-    since, failures = 0, 0
+    time, following, failures = clock or SystemClock(), Following(), 0
     while True:
+        broken: StatusError | None = None
         try:
-            stream = open_watch(since)
-            async for response in stream:
+            async for response in open_watch(following.since):
                 failures = 0
-                for told in _apply(response, known, listed):
+                for told in following.received(response):
                     yield told
-                if response.WhichOneof("event") == Kind.BOOKMARK.value and listed is not None:
-                    listed.update(response.bookmark.unreadable)
-                    for name in known - listed:
-                        yield Followed(name)
-                    known &= listed
-                    listed = None
-                    yield Followed(synced=True)
-                since = max(since, response.resource_version)
         except StatusError as error:
+            broken = error
             on_broken(error)
-            if isinstance(error, OutOfRange):  # Compacted, or what a proxy left of it
-                since = 0
-        if since == 0:
-            listed = set()
+        following.ended(broken)
         failures += 1
         await time.sleep(RETRY.pause_s(failures))
-
-
-def _apply(response: Any, known: set[str], listed: set[str] | None) -> list[Followed[Any]]:
-    which = response.WhichOneof("event")
-    if which == Kind.DELETED.value:
-        known.discard(response.deleted)
-        return [Followed(response.deleted)]
-    if which in {Kind.ADDED.value, Kind.MODIFIED.value}:
-        value = getattr(response, which)
-        known.add(value.name)
-        if listed is not None:
-            listed.add(value.name)
-        return [Followed(value.name, value)]
-    return []

@@ -79,6 +79,10 @@ class Sight:
         now = {queue: self.sees_queue(queue) for queue in queues}
         return any(before.get(queue, sees) != sees for queue, sees in now.items())
 
+    def asked(self) -> list[str]:
+        """Ids of the queues that were asked for so far."""
+        return list(self._seen)
+
     def _told(self, found: re.Match[str], own: str) -> str:
         return found[0] if found[0] == own or self.sees_queue(found["queue"]) else OTHERS_JOB
 

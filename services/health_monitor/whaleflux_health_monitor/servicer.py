@@ -21,6 +21,7 @@ from whaleflux.trust import ownership
 from whaleflux.trust.audit import Audit, AuditRecord, NoAudit
 from whaleflux.trust.ownership import OPEN, Access
 from whaleflux.trust.sight import Sight
+from whaleflux.trust.watched import Rules, Watched
 from whaleflux.v1 import health_pb2 as pb
 from whaleflux.v1 import health_pb2_grpc as rpc
 from whaleflux_health_monitor import convert
@@ -138,7 +139,23 @@ class HealthServicer(rpc.HealthServiceServicer):
         page, token = _page(shown, size, request.page_token)
         unreadable = map(keys.name_of, read.unreadable)
         told = (shown_incident(incident, sight) for incident in page)
-        return pb.ListIncidentsResponse(incidents=told, next_page_token=token, unreadable=unreadable)
+        return pb.ListIncidentsResponse(
+            incidents=told, next_page_token=token, unreadable=unreadable, resource_version=snapshot.revision
+        )
+
+    async def WatchIncidents(
+        self, request: pb.WatchIncidentsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchIncidentsResponse]:
+        sight = self._sight()
+        seen = Watched(sight, self._clock, Rules(hides=lambda _: False, names=lambda _: True, queues=sight.asked))
+        changes = watch_resources(
+            self._store, keys.INCIDENTS, request.resource_version, convert.incident_of, clock=self._clock
+        )
+        async with contextlib.aclosing(changes):
+            async for change in changes:
+                if (told := seen.as_told(change)) is not None:
+                    shown = None if told.value is None else shown_incident(told.value, sight)
+                    yield fill(pb.WatchIncidentsResponse(), told, shown)
 
     def _sight(self) -> Sight:
         ownership.note_asked()

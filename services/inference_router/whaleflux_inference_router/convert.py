@@ -67,6 +67,11 @@ def replica_key(name: str) -> str:
     return keys.of_name(keys.REPLICAS, name)
 
 
+def replicas_of(model: str) -> str:
+    """Prefix of the keys of a model's replicas; of all replicas for ""."""
+    return f"{keys.REPLICAS}{model}/" if model else keys.REPLICAS
+
+
 def model_of(name: str) -> str:
     """Id of the model that a replica or model name belongs to."""
     return names.top(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 import grpc
 from google.protobuf import empty_pb2
 
@@ -12,11 +15,13 @@ from whaleflux.reasons import ErrorReason, What
 from whaleflux.rpc import auth, changes, roles
 from whaleflux.rpc.etags import check_etag
 from whaleflux.rpc.paging import list_page, page_size
+from whaleflux.rpc.watching import fill, watch_resources
 from whaleflux.store import keys
 from whaleflux.store.api import Absent, ConditionFailed, Entry, Put, Store, Unchanged
 from whaleflux.store.once import commit_once
 from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
+from whaleflux.trust.watched import Watched
 from whaleflux.v1 import router_pb2 as pb
 from whaleflux.v1 import router_pb2_grpc as rpc
 from whaleflux.v1.secrets_pb2_grpc import SecretServiceStub
@@ -26,6 +31,7 @@ from whaleflux_inference_router.core.ranking import Request, unknown_model
 from whaleflux_inference_router.core.replicas import State
 from whaleflux_inference_router.core.rollout import UNDER_WAY, Stage
 from whaleflux_inference_router.deployments import Deployments, estimate, order_of
+from whaleflux_inference_router.replica_reader import ReplicaReader
 from whaleflux_inference_router.resolver import Resolver
 from whaleflux_inference_router.routing_state import RoutingState
 from whaleflux_inference_router.served_tokens import ServedTokens
@@ -212,28 +218,39 @@ class Router(rpc.RouterServiceServicer):
         return empty_pb2.Empty()
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: _Context | None) -> pb.ListReplicasResponse:
-        (model,) = (
-            ("",) if request.parent in {"", "models/-"} else names.split(request.parent, "models", field="parent")
-        )
-        sight, owners = self._rights.sight(), self._owners()
+        model = _parent(request.parent)
+        reader = ReplicaReader(self._routing, self._rights.sight())
         page = await list_page(
             self._store,
             keys.REPLICAS,
             convert.replica,
             size=page_size(request.page_size, default=500),
             token=request.page_token,
-            scope=f"{keys.REPLICAS}{model}/" if model else "",
-            keep=lambda one: sight.sees(rights.queue_of(one), owners.get(convert.model_of(one.name), "")),
+            scope=convert.replicas_of(model) if model else "",
+            keep=lambda one: not reader.hides(one),
         )
-        shown = []
         if request.with_served_tokens:
             await self._served.add_to(page.items)
-        for replica in page.items:
-            load = self._routing.load_tracker.loads.get(replica.name)
-            replica.in_flight = load.in_flight if load else 0
-            shown.append(rights.shown_replica(replica, sight, owners.get(convert.model_of(replica.name), "")))
-        unreadable = page.unreadable if sight.everything else ()
-        return pb.ListReplicasResponse(replicas=shown, next_page_token=page.next_page_token, unreadable=unreadable)
+        return pb.ListReplicasResponse(
+            replicas=map(reader.shown, page.items),
+            next_page_token=page.next_page_token,
+            unreadable=page.unreadable if reader.sight.everything else (),
+            resource_version=page.revision,
+        )
+
+    async def WatchReplicas(
+        self, request: pb.WatchReplicasRequest, context: _Context | None
+    ) -> AsyncIterator[pb.WatchReplicasResponse]:
+        model, since = _parent(request.parent), request.resource_version
+        reader = ReplicaReader(self._routing, self._rights.sight())
+        changes = watch_resources(self._store, convert.replicas_of(model), since, convert.replica, clock=self._clock)
+        seen = Watched(reader.sight, self._clock, reader.rules(resumed=since > 0))
+        async with contextlib.aclosing(changes):
+            async for change in changes:
+                if (told := seen.as_told(change)) is not None:
+                    yield fill(
+                        pb.WatchReplicasResponse(), told, None if told.value is None else reader.shown(told.value)
+                    )
 
     async def Route(self, request: pb.RouteRequest, context: _Context | None) -> pb.RouteResponse:
         numbers = (request.prompt_tokens, request.max_output_tokens, request.prompt_bytes)
@@ -256,10 +273,6 @@ class Router(rpc.RouterServiceServicer):
         await self.keys.delete(request)
         return empty_pb2.Empty()
 
-    def _owners(self) -> dict[str, str]:
-        """Whose each model is, by its id."""
-        return {convert.model_of(model.name): model.owner for model in self._routing.models.values.values()}
-
     def _shown(self, model: pb.Model, sight: Sight) -> pb.Model:
         replicas = self._routing.snapshot.replicas.get(convert.model_of(model.name), ())
         model.ready_replicas = sum(r.state == State.READY.value for r in replicas)
@@ -280,6 +293,11 @@ class Router(rpc.RouterServiceServicer):
         if not sight.changes(rights.queue_of(model), model.owner):
             raise ownership.not_owner(name, model.owner)
         return entry
+
+
+def _parent(name: str) -> str:
+    """Id of the model whose replicas are asked for; "": of all."""
+    return "" if name in {"", "models/-"} else names.split(name, "models", field="parent")[0]
 
 
 def _most(model: pb.Model) -> int:

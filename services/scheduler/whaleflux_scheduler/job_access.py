@@ -15,6 +15,7 @@ from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.trust.sight import Sight
 from whaleflux.trust.view import UNKNOWN, access_of
+from whaleflux.trust.watched import Rules
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_scheduler import convert
 from whaleflux_scheduler.convert import StoredJob, StoredQueue
@@ -79,6 +80,12 @@ class JobAccess:
     def hides(self, stored: StoredJob, sight: Sight) -> bool:
         """Whether the job is not there for the caller."""
         return not sight.sees(self._queue_of(stored), stored.message.submitter)
+
+    def watch_rules(self, sight: Sight) -> Rules[StoredJob]:
+        """Of a watch of jobs."""
+        return Rules(
+            lambda stored: self.hides(stored, sight), lambda key: sight.sees_named(keys.name_of(key)), self.queues
+        )
 
     def check_change(self, stored: StoredJob, sight: Sight) -> None:
         """Raises PermissionDenied (NOT_OWNER) for a job that the caller sees and may not change."""

@@ -19,6 +19,7 @@ from whaleflux.store import keys
 from whaleflux.store.api import ConditionFailed, Store
 from whaleflux.trust import ownership
 from whaleflux.trust.sight import Sight
+from whaleflux.trust.watched import Watched
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux.v1 import scheduler_pb2_grpc as rpc
 from whaleflux_scheduler import allocations, convert, decision_records, job_privacy, logs
@@ -39,7 +40,6 @@ from whaleflux_scheduler.reservation_book import ReservationBook
 from whaleflux_scheduler.serving_plans import ServingPlans
 from whaleflux_scheduler.submit import Submissions
 from whaleflux_scheduler.training_plans import TrainingPlans
-from whaleflux_scheduler.watched_jobs import WatchedJobs
 
 _Context = grpc.aio.ServicerContext[object, object]
 
@@ -168,7 +168,7 @@ class Scheduler(rpc.SchedulerServiceServicer):
         changes = watch_resources(
             self._store, only or keys.JOBS, request.resource_version, self._jobs.decode, clock=self._clock
         )
-        seen = WatchedJobs(self._access, sight, self._clock)
+        seen = Watched(sight, self._clock, self._access.watch_rules(sight))
         async with contextlib.aclosing(changes):
             async for change in changes:
                 if only and change.key not in ("", only):  # another job whose name begins with this one's
