@@ -135,9 +135,7 @@ async def test_a_model_is_there_for_whom_its_queue_is_for_and_what_serves_it_is_
             assert "s" in may or found.message.replace(name, "models/none") == absent.message
             listed = await f.call(principal, "ListModels", pb.ListModelsRequest())
             assert (name in [one.name for one in listed.models]) == ("s" in may)
-            replicas = await f.call(
-                principal, "ListReplicas", pb.ListReplicasRequest(parent="models/-")
-            )
+            replicas = await f.call(principal, "ListReplicas", pb.ListReplicasRequest(parent="models/-"))
             mine = [one for one in replicas.replicas if one.name.startswith(name)]
             assert [one.address for one in mine] == {"": [], "s": [""], "src": ["10.1.1.1:77"]}[may]
             route = await f.call(principal, "Route", pb.RouteRequest(model=model))
@@ -401,5 +399,5 @@ def test_every_method_is_tried():
     router = {m.rpartition("/")[2] for m in owners.TABLE if "Router" in m}
     assert router == {
         "CreateModel", "GetModel", "ListModels", "UpdateModel", "DeleteModel", "ListReplicas", "WatchReplicas", "Route", "CreateApiKey", "ListApiKeys",
-        "DeleteApiKey", "RollBackModel", "EstimateDeployment", "WatchReplicas",
+        "DeleteApiKey", "RollBackModel", "EstimateDeployment",
     }  # fmt: skip
