@@ -53,7 +53,8 @@ def _followed(open_watch: OpenWatch) -> Iterator[Followed[Any]]:
 
     following, patience = Following(), Patience(FOLLOW_OUTAGE_S)
     while True:
-        pause_s, broken = 0.2, None
+        pause_s = 0.2
+        broken: StatusError | None = None
         try:
             for response in open_watch(following.since):
                 patience.received()
