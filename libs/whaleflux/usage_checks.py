@@ -17,6 +17,7 @@ _MOST_STEPS, _MOST_STEP = 1_000_000, 1 << 53
 _MOST_TOKENS_PER_S, _MOST_FLOPS_PER_S = 1e9, 1e17  # of one rank
 _MOST_POWER_MW = 10_000_000
 _MOST_MEMORY_BYTES = 1 << 43
+MOST_LOSS = 1e100  # so that a sum of many is a number
 _SHARES = ("tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "clock_ppm")
 _DEVICE_RATES = ("nvlink_sent_bytes", "nvlink_received_bytes", "pcie_sent_bytes", "pcie_received_bytes")
 NETWORK_RATES = ("rdma_sent_bytes", "rdma_received_bytes", "kernel_sent_bytes", "kernel_received_bytes")
@@ -53,11 +54,26 @@ def _wrong_steps(times: usage_pb2.StepTimes, took_us: int) -> Iterator[str]:
             yield wrong
     if (parts := sum(getattr(times, name) for name in _PARTS)) > took_us:
         yield f"{', '.join(_PARTS)} are {parts} together; they fit into the {took_us} us of the steps"
+    if wrong := _wrong_losses(times):
+        yield wrong
     seconds = took_us / 1e6
     if wrong := _above(times, "tokens", math.ceil(seconds * _MOST_TOKENS_PER_S)):
         yield wrong
     if not 0 <= times.flops <= seconds * _MOST_FLOPS_PER_S:  # also of what is no number
         yield f"flops is {times.flops}; use 0 to {seconds * _MOST_FLOPS_PER_S:g} for {seconds:g} s"
+
+
+def _wrong_losses(times: usage_pb2.StepTimes) -> str:
+    """A sum may be off by what rounding makes of it."""
+    loss, steps = times.loss, times.last_step - times.first_step + 1
+    if min(loss.count, loss.not_finite) < 0 or loss.count + loss.not_finite > steps:
+        return f"loss.count is {loss.count}, loss.not_finite {loss.not_finite}; use 0 or more, together at most the {steps} steps"
+    if not all(abs(value) <= MOST_LOSS for value in (loss.min, loss.max, loss.sum / max(loss.count, 1))):
+        return f"loss.min, loss.max or the mean is no number up to {MOST_LOSS:g}; count such steps as loss.not_finite"
+    slack = 1e-6 * max(abs(loss.min), abs(loss.max)) * loss.count
+    if not loss.min * loss.count - slack <= loss.sum <= loss.max * loss.count + slack:
+        return f"loss.sum is {loss.sum:g}; use {loss.count} times something from loss.min {loss.min:g} to loss.max {loss.max:g}"
+    return ""
 
 
 def _wrong_device(seen: usage_pb2.GpuUsage, interval_s: float) -> Iterator[str]:

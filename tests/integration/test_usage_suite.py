@@ -12,10 +12,10 @@ from whaleflux.embedded.layout import Layout
 from whaleflux.events.nats import NatsBus, NatsOptions
 from whaleflux.events.permissions import inbox
 from whaleflux.rpc.tls_files import client_context
+from whaleflux.v1 import console_pb2, usage_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
-from whaleflux.v1 import usage_pb2
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(480)]
 
 TRAINING = textwrap.dedent(
     """
@@ -92,6 +92,18 @@ async def test_samples_of_a_job_arrive_and_a_killed_console_loses_none():
             assert [a.times.last_step + 1 for a in steps[:-1]] == [b.times.first_step for b in steps[1:]]
             assert sum(one.times.tokens for one in steps) == 60 * 50
             assert all(one.device.startswith("GPU-simulated") and one.epoch == 1 for one in steps)
+
+            async def points_of():
+                asked = console_pb2.GetStepHistoryRequest(job=ended)
+                return (await client.console.GetStepHistory(asked, timeout=20)).points
+
+            async def went():
+                return max((point.last_step for point in await points_of()), default=0) == 60
+
+            await until(went, "the ledger shows how the training went", 200)
+            points = await points_of()
+            assert {(point.loss.mean, point.loss.max, point.ranks) for point in points} == {(1.0, 1.0, 1)}
+            assert all(point.HasField("data_s") and point.tokens_per_s > 0 for point in points)
 
             suite.send("console", signal.SIGKILL)
             before = newest.sequence

@@ -171,7 +171,7 @@ async def test_what_outlived_its_time_goes_when_it_is_rolled_up_and_late_reports
         assert kinds(ledger) == {Kind.RAW, Kind.STEPS, Kind.FACTS}, "nothing goes before the hour is closed"
         await ledger.close(await ledger.inputs(BEGIN_MS), [row()])
         await ledger.keep_house(BEGIN_MS + 2 * DAY_MS)
-        assert kinds(ledger) == {Kind.FACTS, Kind.MINUTES, Kind.WORK, Kind.HOURS, Kind.DAYS}
+        assert kinds(ledger) == {Kind.FACTS, Kind.MINUTES, Kind.WORK, Kind.PROGRESS, Kind.HOURS, Kind.DAYS}
         assert not list((tmp_path / "raw").rglob("*.parquet"))
         late = sample(start_ms=BEGIN_MS + 10_000, tensor_ppm=9, sequence=2)
         await ledger.append(reports(2, samples=[late], taken_ms=BEGIN_MS + 11 * DAY_MS))

@@ -179,6 +179,32 @@ def test_the_checkpointer_tells_its_agent_by_itself(agent):
     assert not told[0].times.HasField("host_us"), "no GPU waits where none computes"
 
 
+def test_losses_are_told_with_their_steps_as_far_as_they_can_be_read(agent):
+    def lost():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    keeper = agent_keeper.AgentKeeper(str(agent.socket), "token")
+    values = [3.0, 1.0, float("nan"), float("inf"), 1e200]
+    keeper.steps(0, StepReport(0, 1, 1, 10, losses=(*(lambda v=v: v for v in values), lost)))
+    keeper.steps(0, StepReport(1, 2, 11, 20))
+    keeper.close()
+    first, second = (one.times for one in agent.named("report_steps"))
+    assert (first.loss.count, first.loss.sum, first.loss.min, first.loss.max, first.loss.not_finite) == (
+        2,
+        4.0,
+        1.0,
+        3.0,
+        3,
+    )
+    assert not second.HasField("loss")
+
+
+def test_the_checkpointer_tells_the_loss_of_each_step(agent):
+    trained()
+    told = [one.times.loss for one in agent.named("report_steps")]
+    assert [(loss.count, loss.sum) for loss in told] == [(10, 10.0), (10, 10.0)]
+
+
 def test_an_agent_that_does_not_know_them_is_told_once(agent):
     agent.refuse = lambda request: (
         ("INVALID_ARGUMENT", "FIELD_INVALID", "call: is not set, or is not known to this agent")

@@ -38,6 +38,7 @@ from whaleflux.cli import (
     people_commands,
     plan_command,
     price_commands,
+    progress_command,
     queue_commands,
     ray_cluster_commands,
     rebalance_commands,
@@ -91,7 +92,7 @@ _PANELS: dict[str, list[Callable[..., None]]] = {
     ],
     "Jobs": [
         submit_commands.submit, file_commands.validate, file_commands.explain_field, import_command.import_, job_commands.jobs,
-        job_commands.job, history_commands.history,
+        job_commands.job, progress_command.progress, history_commands.history,
         log_commands.logs, job_commands.explain, job_commands.checkpoints, job_verb_commands.cancel, job_verb_commands.hold,
         job_verb_commands.release, job_verb_commands.requeue, job_verb_commands.set_priority, job_verb_commands.delete,
         queue_commands.queues,

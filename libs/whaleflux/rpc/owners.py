@@ -243,6 +243,7 @@ TABLE: dict[str, OwnerRule] = {
         DeleteAdjustment=FLEET,
         GetCost=LEAVES_OUT,
         GetJobCost=LEAVES_OUT,
+        GetStepHistory=LEAVES_OUT,
         ExportCost=FLEET,
         GetForecast=LEAVES_OUT,
         GetUnitCosts=LEAVES_OUT,

@@ -21,6 +21,7 @@ from whaleflux.sdk.errors import CheckpointError, RestoreFailed
 from whaleflux.sdk.files import SavedPiece
 from whaleflux.sdk.keeper import Loss, Refused, StepReport, Target
 from whaleflux.sdk.resharding import Resharding
+from whaleflux.usage_checks import MOST_LOSS
 from whaleflux.v1 import agent_pb2, checkpoint_pb2, usage_pb2
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class AgentKeeper:
         self._storage = ""  # that this job saves on
         self.every_steps = 0
         self._unsent: tuple[int, int, Loss | None] | None = None
-        self._unsent_steps: deque[agent_pb2.ReportStepsRequest] = deque(maxlen=_STEPS_KEPT)
+        self._unsent_steps: deque[tuple[agent_pb2.ReportStepsRequest, Sequence[Loss]]] = deque(maxlen=_STEPS_KEPT)
         self._takes_steps, self._refused_steps = True, False
         self._wake, self._closing = threading.Condition(), False
         self._sender: threading.Thread | None = None
@@ -141,7 +142,7 @@ class AgentKeeper:
     def steps(self, rank: int, report: StepReport) -> None:
         with self._wake:
             if self._takes_steps:
-                self._unsent_steps.append(steps_request(rank, report))
+                self._unsent_steps.append((steps_request(rank, report), report.losses))
                 self._hurry()
 
     def _hurry(self) -> None:
@@ -173,7 +174,9 @@ class AgentKeeper:
                 report = agent_pb2.ReportProgressRequest(rank=rank, step=step, loss=_read(loss, step))
                 with contextlib.suppress(AgentError):  # the agent restarts: the next report says the same and more
                     self._ask(agent_pb2.RankRequest(report_progress=report), _PROGRESS_S)
-            self._send_steps(steps)
+            for told, losses in steps:  # soon: losses on a GPU are kept for some steps only
+                _add_losses(told, losses)
+            self._send_steps([told for told, _ in steps])
 
     def _send_steps(self, steps: Sequence[agent_pb2.ReportStepsRequest]) -> None:
         """While the agent restarts they wait; one that cannot be true is left out; an agent that does not know the call is not told again."""
@@ -188,7 +191,9 @@ class AgentKeeper:
                 with self._wake:
                     self._takes_steps = error.code in _PASSING
                     if self._takes_steps and not self._closing:
-                        self._unsent_steps.extendleft(reversed(steps[at:]))
+                        self._unsent_steps.extendleft((told, ()) for told in reversed(steps[at:]))
+                    if not self._takes_steps:
+                        self._unsent_steps.clear()
                 if not self._takes_steps:
                     log.info("the agent takes no times of steps: %s", error)
                 time.sleep(PAUSE_S)
@@ -202,6 +207,26 @@ def _read(loss: Loss | None, step: int) -> float | None:
     except Exception as error:  # whatever the framework raises for its device
         log.warning("the loss of step %d could not be read: %s", step, error)
         return None
+
+
+def _add_losses(request: agent_pb2.ReportStepsRequest, losses: Sequence[Loss]) -> None:
+    """What can be read of them."""
+    for loss in losses:
+        try:
+            value = loss()
+        except (
+            Exception
+        ) as error:  # whatever the framework raises for its device; the step itself is told of all the same
+            log.debug("a loss could not be read: %s", error)
+            continue
+        noted = request.times.loss
+        if not abs(value) <= MOST_LOSS:
+            noted.not_finite += 1
+            continue
+        noted.min = min(noted.min, value) if noted.count else value
+        noted.max = max(noted.max, value) if noted.count else value
+        noted.sum += value
+        noted.count += 1
 
 
 def steps_request(rank: int, report: StepReport) -> agent_pb2.ReportStepsRequest:

@@ -178,8 +178,9 @@ class Checkpointer:
         Any number is a loss, also NaN and infinity; None: this step has none. `tokens` are those that this rank trained on in the step, `flops` the
         floating-point operations of the model on them (about 6 for each parameter and token), without what is computed again to save memory.
         """
-        self._times.trained_on(tokens, flops)
-        self._keeper.progress(self.rank, self.step + 1, None if loss is None else self._losses.later(loss))
+        value = None if loss is None else self._losses.later(loss)
+        self._times.trained_on(tokens, flops, value)
+        self._keeper.progress(self.rank, self.step + 1, value)
 
     def save(self) -> None:
         """Saves the state after `step` complete steps; returns when it is durable and reported. Raises SaveFailed."""

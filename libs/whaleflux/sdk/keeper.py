@@ -30,6 +30,7 @@ class StepReport:
     comm_cross_s: float | None = None
     tokens: int | None = None
     flops: float | None = None  # of the model, without what is computed again
+    losses: tuple[Loss, ...] = ()  # of those of the steps that had one; read by whoever sends the report
 
 
 @dataclass(frozen=True, slots=True)

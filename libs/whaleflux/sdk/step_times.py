@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from whaleflux.sdk.keeper import StepReport
+from whaleflux.sdk.keeper import Loss, StepReport
 from whaleflux.sdk.looks import Looks, is_on_gpu
 from whaleflux.sdk.spans import Span, between, moment
 
@@ -50,6 +50,7 @@ class StepTimes:
         self._data, self._save = _Kind([]), _Kind([])
         self._tokens: int | None = None
         self._flops: float | None = None
+        self._losses: list[Loss] = []
         self._step = self._first = 0
         self._began_s = self._offset_s = 0.0
 
@@ -81,8 +82,10 @@ class StepTimes:
         self._looks.spoil()
         return self._open(self._save)
 
-    def trained_on(self, tokens: int | None, flops: float | None) -> None:
+    def trained_on(self, tokens: int | None, flops: float | None, loss: Loss | None = None) -> None:
         """What this step was, of this rank."""
+        if loss is not None:
+            self._losses.append(loss)
         if tokens is not None:
             self._tokens = (self._tokens or 0) + tokens
         if flops is not None:
@@ -119,8 +122,10 @@ class StepTimes:
                 host_s=told[4],
                 tokens=self._tokens,
                 flops=self._flops,
+                losses=tuple(self._losses[-steps:]),  # who reports by hand may do so without steps
             )
         )
+        self._losses.clear()
         self._tokens = self._flops = None
         self._first, self._began_s = self._step, ended_s
 

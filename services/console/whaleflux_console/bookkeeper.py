@@ -100,7 +100,7 @@ class Bookkeeper:
         known = Known(hour_ms, told, made.samples, made.steps, self._pricing.prices)
         found = await bill(known, self._ledger.engine.scratch)
         self._note(hour_ms, found)
-        version = await self._ledger.close_with(made, found.rows, interim=interim)
+        version = await self._ledger.close_with(replace(made, told=told), found.rows, interim=interim)
         if not interim:
             _log.info(Event.HOUR_CLOSED, hour=hour_ms, version=version, rows=found.rows.num_rows)
 

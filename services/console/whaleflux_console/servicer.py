@@ -16,6 +16,7 @@ from whaleflux_console.exports import Exports
 from whaleflux_console.forecasts import scope_of
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.recommendations import Recommendations
+from whaleflux_console.step_history import StepHistory
 from whaleflux_console.unit_answers import unit_costs_of
 
 Context = Any  # grpc.aio's, which no rpc here needs
@@ -69,6 +70,9 @@ class CostServicer(rpc.CostServiceServicer):
 
     async def GetJobCost(self, request: pb.GetJobCostRequest, context: Context) -> pb.GetJobCostResponse:
         return await self._costs.of_job(request)
+
+    async def GetStepHistory(self, request: pb.GetStepHistoryRequest, context: Context) -> pb.GetStepHistoryResponse:
+        return await StepHistory(self._costs.answers, self._costs.queue_access).of_job(request)
 
     async def ExportCost(self, request: pb.ExportCostRequest, context: Context) -> AsyncIterator[pb.ExportCostResponse]:
         async for part in Exports(self._costs.answers, self._costs.clock).export(request):

@@ -76,6 +76,19 @@ def _join(last: usage_pb2.StepUsage, request: agent_pb2.ReportStepsRequest) -> N
     for name in _SUMS:
         if request.times.HasField(name):
             setattr(last.times, name, getattr(last.times, name) + getattr(request.times, name))
+    if request.times.HasField("loss"):
+        _join_losses(last.times, request.times.loss)
+
+
+def _join_losses(times: usage_pb2.StepTimes, more: usage_pb2.StepLosses) -> None:
+    """Not every step has a loss: one without is no gap."""
+    if not times.loss.count:
+        times.loss.min, times.loss.max = more.min, more.max
+    elif more.count:
+        times.loss.min, times.loss.max = min(times.loss.min, more.min), max(times.loss.max, more.max)
+    times.loss.count += more.count
+    times.loss.sum += more.sum
+    times.loss.not_finite += more.not_finite
 
 
 def _device_of(work: Work, rank: int) -> str:

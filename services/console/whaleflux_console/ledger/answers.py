@@ -16,13 +16,14 @@ from whaleflux_console.core.recommend.evidence import Pace
 from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
 from whaleflux_console.core.units import Run
 from whaleflux_console.ledger import chain, runs
-from whaleflux_console.ledger.cache import HOT_DAYS, Cache
+from whaleflux_console.ledger.cache import HOT_DAYS, Cache, reading
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.head import Head, read_head
 from whaleflux_console.ledger.manifest import DAY_MS, File, Kind, State, date, day_of
 from whaleflux_console.ledger.paces import Paces, hours_of
+from whaleflux_console.ledger.progress import ProgressCache
 from whaleflux_console.ledger.question import CLASS, Question, check
 from whaleflux_console.ledger.schemas import table_rows
 from whaleflux_console.ledger.shelf import table_of
@@ -67,6 +68,7 @@ class Answers:
     def __init__(self, folder: Folder, store: Store, engine: Engine, *, hot_days: int = HOT_DAYS) -> None:
         self._folder, self._store, self._engine = folder, store, engine
         self._cache, self._paces = Cache(folder, engine, hot_days), Paces(folder, engine)
+        self._progress = ProgressCache(folder, engine)
         self._state = State()
         self._as_of_ms = 0  # of what the cache holds
         self._head: Head | None = None  # that the cache is as of; None: it may lack any day
@@ -87,7 +89,8 @@ class Answers:
     @property
     def damaged(self) -> tuple[str, ...]:
         """Files of hours and days that are not in the answers."""
-        return tuple(sorted(damage.path for damage in self._cache.damaged.values()))
+        found = (*self._cache.damaged.values(), *self._progress.damaged.values())
+        return tuple(sorted(damage.path for damage in found))
 
     async def follow(self) -> bool:
         """Takes up what was committed since; whether there was anything. Raises Damaged when the chain itself is, Unavailable."""
@@ -97,9 +100,13 @@ class Answers:
                 return False
             changed = await self._advance(head)
             self._head = None  # what ends before the cache has it all begins anew
-            await _to_the_end(self._cache.follow, self._state, changed)
+            await _to_the_end(self._fill, self._state, changed)
             self._head, self._as_of_ms = head, self._state.watermark_ms
             return True
+
+    def _fill(self, state: State, changed: Iterable[int] | None) -> None:
+        self._cache.follow(state, changed)
+        self._progress.follow(state, changed, self._cache.hot_from_ms)
 
     async def _advance(self, head: Head) -> Iterable[int] | None:
         """Days whose hours changed; None: any may have."""
@@ -143,6 +150,14 @@ class Answers:
             raise InvalidArgument(FieldViolation("window", f"{since}: begin and end with a whole day (UTC)"))
         if start < first_hot and question.time == "hour":
             raise InvalidArgument(FieldViolation("by", f"{since}: ask by day, or for a later window"))
+
+    async def select(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Rows of `progress.minutes`. Raises Unavailable until the ledger was read once."""
+        if not self._cache.filled:
+            raise reading()
+        async with self._places:
+            found: list[tuple[Any, ...]] = await self._run(query, parameters)
+        return found
 
     async def versions(self, hour_ms: int) -> list[tuple[LedgerRow, ...]]:
         """A closed hour's rows as of each version that is kept, oldest first. Raises Damaged for a file that is not as it was written."""

@@ -145,12 +145,17 @@ class Cache:
     def source(self, start_ms: int, end_ms: int, *, by_hour: bool) -> str:
         """SQL of the rows in the window, with `at_ms`; a part that is no whole day lies in the last weeks. Raises Unavailable until filled."""
         if not self.filled:
-            raise Unavailable("the ledger is being read; ask again in a moment", retry_after_s=1.0)
+            raise reading()
         first, last = -(-start_ms // DAY_MS) * DAY_MS, day_of(end_ms)
         if by_hour or first > last:
             first = last = start_ms
         parts = (("hourly", start_ms, first), ("daily", first, last), ("hourly", last, end_ms))
         return " UNION ALL ".join(_rows(*part) for part in parts if part[1] < part[2]) or _rows("daily", 0, 0)
+
+
+def reading() -> Unavailable:
+    """Before anything is known."""
+    return Unavailable("the ledger is being read; ask again in a moment", retry_after_s=1.0)
 
 
 def _rows(table: str, start_ms: int, end_ms: int) -> str:

@@ -26,6 +26,7 @@ from whaleflux_console.ledger.engine import Engine
 from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.manifest import File, Kind, Position, State, day_of, hour_of
 from whaleflux_console.ledger.opening import open_writer
+from whaleflux_console.ledger.progress import progress_of
 from whaleflux_console.ledger.repair import Recovery
 from whaleflux_console.ledger.rules import Rules
 from whaleflux_console.ledger.shelf import local_files, rows_in, table_of
@@ -256,9 +257,15 @@ class Ledger:
         """
         hour_ms = made_from.hour_ms
         so_far = [file for file in self.state.of(Kind.HOURS, hour_ms) if not file.version]
+        steps_before = self.state.of(Kind.PROGRESS, hour_ms)
         if interim:
+            went = await self._in_thread(progress_of, self.engine, hour_ms, made_from.work, made_from.told)
             table = schemas.of_version(rows, 0)
-            await self._commit_and_remove([New(Kind.HOURS, hour_ms, table, "v0", 0, made_from.made_of)], so_far)
+            new = [
+                New(kind, hour_ms, each, "v0", 0, made_from.made_of)
+                for kind, each in ((Kind.HOURS, table), (Kind.PROGRESS, went))
+            ]
+            await self._commit_and_remove(new, [*so_far, *steps_before])
             return 0
         before = [file for file in self.state.of(Kind.HOURS, hour_ms) if file.version]
         last = before[-1] if before else None
@@ -267,11 +274,12 @@ class Ledger:
         table = schemas.of_version(rows, version)
         new = [
             New(kind, hour_ms, each, f"v{version}", version, made_from.made_of)
-            for kind, each in await self._in_thread(_files_of, made_from, table)
+            for kind, each in await self._in_thread(_files_of, self.engine, made_from, table)
         ]
         old = [
             *so_far,
             *(before[-1:] if is_same else before[1 : max(1, len(before) - KEPT_VERSIONS + 2)]),
+            *steps_before,
             *self.state.of(Kind.MINUTES, hour_ms),
             *self.state.of(Kind.WORK, hour_ms),
             *self.state.of(Kind.RUNS, hour_ms),
@@ -397,10 +405,11 @@ async def open_ledger(
     return ledger
 
 
-def _files_of(made_from: HourInput, rows: Any) -> list[tuple[Kind, Any]]:
+def _files_of(engine: Engine, made_from: HourInput, rows: Any) -> list[tuple[Kind, Any]]:
     """What an hour that is closed leaves."""
     known = schemas.runs_table(made_from.hour_ms, schemas.of_runs(made_from.told))
-    made = [(Kind.HOURS, rows), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work)]
+    went = progress_of(engine, made_from.hour_ms, made_from.work, made_from.told)
+    made = [(Kind.HOURS, rows), (Kind.MINUTES, made_from.minutes), (Kind.WORK, made_from.work), (Kind.PROGRESS, went)]
     return [*made, (Kind.RUNS, known)] if known.num_rows else made
 
 

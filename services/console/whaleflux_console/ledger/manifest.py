@@ -31,6 +31,7 @@ class Kind(StrEnum):
     FACTS = "facts"  # who was there, who held it, attempts, prices
     MINUTES = "minutes"  # samples, rolled up
     WORK = "work"  # steps, rolled up
+    PROGRESS = "progress"  # steps, by attempt
     HOURS = "hours"  # ledger rows
     RUNS = "runs"  # what runs served in an hour, and how they ended
     DAYS = "days"  # ledger rows of a day, rolled up
@@ -226,7 +227,7 @@ class State:
             return False
         if self.told(hour_ms) > rows.made_of:
             return False
-        rolls = ((Kind.RAW, Kind.MINUTES), (Kind.STEPS, Kind.WORK))
+        rolls = ((Kind.RAW, Kind.MINUTES), (Kind.STEPS, Kind.WORK), (Kind.STEPS, Kind.PROGRESS))
         return all((roll, hour_ms) in self.spans or (kind, hour_ms) not in self.spans for kind, roll in rolls)
 
     def hours_of_day(self, day_ms: int) -> list[File]:

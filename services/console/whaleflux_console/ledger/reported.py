@@ -18,8 +18,11 @@ from whaleflux_console.ledger.schemas import SAMPLES, STEPS
 _SAID = tuple(
     name for name in SAMPLES.names if name in pb.GpuUsage.DESCRIPTOR.fields_by_name and name not in {"device", "source"}
 )
-_TIMES = tuple(name for name in STEPS.names if name in pb.StepTimes.DESCRIPTOR.fields_by_name)
+_TIMES = tuple(
+    name for name in STEPS.names if name in pb.StepTimes.DESCRIPTOR.fields_by_name
+)  # each a column of its name
 _ALWAYS = {"first_step", "last_step"}
+_LOSS = tuple(field.name for field in pb.StepLosses.DESCRIPTOR.fields)
 _MS = timedelta(milliseconds=1)
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
@@ -70,6 +73,10 @@ def _add_steps(columns: dict[str, list[Any]], batch: pb.UsageBatch) -> None:
     for name in _TIMES:
         columns[name] += [
             getattr(each.times, name) if name in _ALWAYS or each.times.HasField(name) else None for each in done
+        ]
+    for name in _LOSS:
+        columns[f"loss_{name}"] += [
+            getattr(each.times.loss, name) if each.times.HasField("loss") else None for each in done
         ]
 
 

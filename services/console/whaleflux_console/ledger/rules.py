@@ -91,5 +91,6 @@ def _kept_days(rules: Rules) -> Iterator[tuple[Kind, int]]:
     yield Kind.MINUTES, rules.minute_days
     yield Kind.WORK, rules.minute_days
     yield Kind.FACTS, rules.hour_days
+    yield Kind.PROGRESS, rules.hour_days
     yield Kind.HOURS, rules.hour_days
     yield Kind.RUNS, rules.hour_days

@@ -32,7 +32,10 @@ _TIMES = [
     (name, pa.int64()) for name in ("data_us", "host_us", "save_us", "comm_in_node_us", "comm_cross_us", "tokens")
 ]
 _RANK = [("uid", pa.string()), ("attempt", pa.int64()), ("rank", pa.int64()), ("device", pa.string())]
-_STEPS = [("first_step", pa.int64()), ("last_step", pa.int64()), *_TIMES, ("flops", pa.float64())]
+_LOSS = [
+    ("loss_count", pa.int64()), ("loss_sum", pa.float64()), ("loss_min", pa.float64()), ("loss_max", pa.float64()), ("loss_not_finite", pa.int64()),
+]  # fmt: skip
+_STEPS = [("first_step", pa.int64()), ("last_step", pa.int64()), *_TIMES, ("flops", pa.float64()), *_LOSS]
 _SEEN = [("idle_power", pa.bool_()), ("source", pa.string())]
 
 SAMPLES = pa.schema([*_REPORT, ("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
@@ -42,6 +45,22 @@ SAMPLES_BILLED = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm",
 # What stays of them when they are rolled up: means weighted by time, sums of bytes, times and tokens.
 MINUTES = pa.schema([("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
 WORK = pa.schema([*_RANK, *_SPAN, *_STEPS])
+
+# How trainings went: steps of an hour by attempt and minute, over all ranks. `steps` are ranks' steps, and so are those beside what not every
+# rank says; of losses null: none had one. `wall_ms` is what a rank took on average.
+STEP_PARTS = ("data", "host", "save", "comm_in_node", "comm_cross")
+PROGRESS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("job", "user", "uid")),
+        ("attempt", pa.int64()),
+        *_SPAN,
+        *((name, pa.int64()) for name in ("first_step", "last_step", "ranks", "steps", "took_ms", "wall_ms", "fastest_us", "slowest_us")),
+        *((f"{part}_{of}", pa.int64()) for part in STEP_PARTS for of in ("us", "steps")),
+        ("tokens", pa.int64()),
+        ("flops", pa.float64()),
+        *_LOSS,
+    ]
+)  # fmt: skip
 
 MICROS = tuple(f"{kind}_micros" for kind in CLASSES)
 HOURS = pa.schema(
@@ -227,7 +246,7 @@ def _samples(minutes: pa.Table) -> tuple[told.Sample, ...]:
 
 def _steps(work: pa.Table) -> tuple[told.Steps, ...]:
     # whole milliseconds
-    names = (*(name for name, _ in [*_RANK, *_SPAN]), *(name for name, _ in _STEPS))
+    names = tuple(field[0] for field in [*_RANK, *_SPAN, *_STEPS] if field not in _LOSS)
     return tuple(
         told.Steps(*values[:8], *(_ms(value) for value in values[8:13]), *values[13:])
         for values in _values(work, names)

@@ -24,6 +24,9 @@ _JOINED_MS = 50  # between two reports: clocks count whole milliseconds, and tim
 
 _MEANS = ("tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "clock_ppm", "power_mw")
 _SUMS = ("nvlink_sent_bytes", "nvlink_received_bytes", "pcie_sent_bytes", "pcie_received_bytes")
+# Rows without a loss say nothing of the others'; of rows that have no number, least and greatest are no losses either.
+LOSSES = """sum(loss_count)::BIGINT AS loss_count, sum(loss_sum) AS loss_sum, sum(loss_not_finite)::BIGINT AS loss_not_finite,
+        min(loss_min) FILTER (loss_count > 0) AS loss_min, max(loss_max) FILTER (loss_count > 0) AS loss_max"""
 _TIMES = ("data_us", "host_us", "save_us", "comm_in_node_us", "comm_cross_us", "tokens")
 
 
@@ -99,7 +102,7 @@ def _steps(engine: Engine, source: str, once: bool, bucket_ms: int, **tables: pa
     rank = "uid, attempt, rank, device"
     query = f"""{_stretches(source, once, rank, _known(*_TIMES, "flops"))}
     SELECT {rank}, min(start_ms) AS start_ms, max(end_ms) AS end_ms, min(first_step) AS first_step, max(last_step) AS last_step,
-        {", ".join(_sum(c) for c in _TIMES)}, sum(flops) AS flops
+        {", ".join(_sum(c) for c in _TIMES)}, sum(flops) AS flops, {LOSSES}
     FROM placed GROUP BY {rank}, stretch, start_ms // {bucket_ms} ORDER BY device, start_ms"""
     return _as(engine.table(query, **tables), WORK)
 
