@@ -147,7 +147,7 @@ class HealthServicer(rpc.HealthServiceServicer):
         self, request: pb.WatchIncidentsRequest, context: Context
     ) -> AsyncIterator[pb.WatchIncidentsResponse]:
         sight = self._sight()
-        everybodys = Rules[pb.Incident](hides=lambda _: False, names=lambda _: True, queues=sight.asked)
+        everybodys: Rules[pb.Incident] = Rules(hides=lambda _: False, names=lambda _: True, queues=sight.asked)
         seen = Watched(sight, self._clock, everybodys)
         changes = watch_resources(
             self._store, keys.INCIDENTS, request.resource_version, convert.incident_of, clock=self._clock
