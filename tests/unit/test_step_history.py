@@ -109,6 +109,8 @@ async def test_a_point_says_what_steps_took_and_were_made_of(tmp_path):
     ]
     async with asking(tmp_path, *steps) as ask:
         answer = await ask()
+        billed = (await ask.ledger.inputs(BEGIN_MS)).facts.steps
+    assert [(one.last_step, one.tokens) for one in billed] == [(60, 6000), (30, 3000)], "losses are no part of the bill"
     (point,) = answer.points
     assert (point.attempt, point.first_step, point.last_step, point.ranks) == (1, 1, 60, 2)
     assert (point.step_s, point.fastest_step_s, point.slowest_step_s) == pytest.approx((120 / 90, 1.0, 2.0))
