@@ -250,6 +250,7 @@ _OTHERS: dict[str, dict[str, Probe]] = {
         "GetCost": _none(console_pb2.GetCostRequest()),
         "GetJobCost": _job(lambda job: console_pb2.GetJobCostRequest(job=job), empty=True),
         "GetStepHistory": _job(lambda job: console_pb2.GetStepHistoryRequest(job=job), empty=True),
+        "GetDeviceHistory": _none(console_pb2.GetDeviceHistoryRequest(node="sites/s/nodes/absent")),
         "GetUnitCosts": _none(console_pb2.GetUnitCostsRequest()),
         "GetForecast": _none(console_pb2.GetForecastRequest()),
         "SetBudget": _none(console_pb2.SetBudgetRequest(budget_id="Not A Budget")),

@@ -6,27 +6,50 @@ from typing import Annotated, Any
 
 import typer
 
-from whaleflux.cli import output
-from whaleflux.cli.filters import Sort, contains, ordered
+from whaleflux.cli import gpu_history, output
+from whaleflux.cli.event_commands import Until
+from whaleflux.cli.filters import Since, Sort, contains, ordered
 from whaleflux.cli.fleet_reads import all_health, all_nodes, gpu_groups, held_gpus
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import NoHeaders, Output, fleet
 
+_OF_ALL = "is for the list of GPUs, and with a NODE its GPUs' history is shown; leave out one of the two"
+
 
 def gpus(
+    node: Annotated[
+        str, typer.Argument(metavar="[NODE]", help="What the GPUs of this node did; none: all that there are.")
+    ] = "",
     type_: Annotated[str, typer.Option("--type", help="Whose model has this in its name.")] = "",
     site: Annotated[str, typer.Option("--site", help="Of this site.")] = "",
     free: Annotated[bool, typer.Option("--free", help="Only where some are free.")] = False,
     sort: Sort = "",
+    since: Since = "",
+    until: Until = "",
+    points: Annotated[
+        int, typer.Option("-n", "--points", help="With NODE: so many points in time of each GPU.", min=0, max=1000)
+    ] = 0,
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
-    """What GPUs there are, what is free, what they cost.
+    """What GPUs there are, what is free, what they cost; with a NODE, what its GPUs did.
 
     \b
       whaleflux gpus --free --sort $/gpu-h      the cheapest that can be had now
       whaleflux gpus --type h200 -o json
+      whaleflux gpus h200-a                     what each did in the last hour: tensor cores, power, memory
+      whaleflux gpus h200-a --since 1d -n 96    the same by a quarter of an hour
+
+    Of a node up to a week at once. -o wide also has the least of each figure in the time of a row, and bandwidth of memory.
     """  # noqa: D301 - the escape tells click to keep the lines
+    if node:
+        gpu_history.refuse({"--type": type_, "--site": site, "--free": free, "--sort": sort}, _OF_ALL)
+        gpu_history.show(node, since, until, points or 1, fmt, headers=not no_headers)
+        return
+    gpu_history.refuse(
+        {"--since": since, "--until": until, "-n": points},
+        "is of one node's GPUs; name it: whaleflux gpus NODE --since 1h",
+    )
     ordered([], _GPU_COLUMNS, sort)
     with fleet() as client:
         groups = gpu_groups(all_nodes(client), all_health(client), held_gpus(client))

@@ -244,6 +244,7 @@ TABLE: dict[str, OwnerRule] = {
         GetCost=LEAVES_OUT,
         GetJobCost=LEAVES_OUT,
         GetStepHistory=LEAVES_OUT,
+        GetDeviceHistory=FLEET,
         ExportCost=FLEET,
         GetForecast=LEAVES_OUT,
         GetUnitCosts=LEAVES_OUT,

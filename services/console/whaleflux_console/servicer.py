@@ -12,6 +12,7 @@ from whaleflux.v1 import console_pb2 as pb
 from whaleflux.v1 import console_pb2_grpc as rpc
 from whaleflux_console.budgets import Budgets
 from whaleflux_console.costs import Costs
+from whaleflux_console.device_history import DeviceHistory
 from whaleflux_console.exports import Exports
 from whaleflux_console.forecasts import scope_of
 from whaleflux_console.prices import Adjustments, Prices
@@ -73,6 +74,11 @@ class CostServicer(rpc.CostServiceServicer):
 
     async def GetStepHistory(self, request: pb.GetStepHistoryRequest, context: Context) -> pb.GetStepHistoryResponse:
         return await StepHistory(self._costs.answers, self._costs.queue_access).of_job(request)
+
+    async def GetDeviceHistory(
+        self, request: pb.GetDeviceHistoryRequest, context: Context
+    ) -> pb.GetDeviceHistoryResponse:
+        return await DeviceHistory(self._costs.answers, self._costs.clock).of_node(request)
 
     async def ExportCost(self, request: pb.ExportCostRequest, context: Context) -> AsyncIterator[pb.ExportCostResponse]:
         async for part in Exports(self._costs.answers, self._costs.clock).export(request):

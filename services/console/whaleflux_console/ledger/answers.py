@@ -15,7 +15,7 @@ from whaleflux.store.api import Store
 from whaleflux_console.core.recommend.evidence import Pace
 from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
 from whaleflux_console.core.units import Run
-from whaleflux_console.ledger import chain, runs
+from whaleflux_console.ledger import chain, devices, runs
 from whaleflux_console.ledger.cache import HOT_DAYS, Cache, reading
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.engine import Engine
@@ -178,6 +178,15 @@ class Answers:
         """
         async with self._windows:
             return await self._read(lambda: hours_of(self._state, start_ms, end_ms), self._paces.slow)
+    async def devices(self, asked: devices.Asked) -> list[devices.Row]:
+        """See `devices.rows`. Raises Damaged for a file that is not as it was written, DeadlineExceeded, Unavailable until the ledger was read."""
+        if not self._cache.filled:
+            raise reading()
+        async with self._windows:
+            return await self._read(
+                lambda: devices.files(self._state, asked),
+                lambda files: devices.rows(self._folder, self._engine, asked, files),
+            )
 
     async def _read(self, find: Callable[[], Files], read: Callable[[Files], T]) -> T:
         """What the files in force say; those of a newer version where they were replaced meanwhile."""

@@ -43,7 +43,7 @@ STEPS = pa.schema([*_REPORT, *_RANK, *_SPAN, *_STEPS])
 # What of samples the bill asks for, as Sample has it.
 SAMPLES_BILLED = ("device", "start_ms", "end_ms", "tensor_ppm", "sm_active_ppm", "idle_power", "source", "busy_ppm")
 # What stays of them when they are rolled up: means weighted by time, sums of bytes, times and tokens.
-MINUTES = pa.schema([("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
+MINUTES = pa.schema([("node", pa.string()), ("device", pa.string()), *_SPAN, *_COUNTERS, *_SEEN])
 WORK = pa.schema([*_RANK, *_SPAN, *_STEPS])
 
 # How trainings went: steps of an hour by attempt and minute, over all ranks. `steps` are ranks' steps, and so are those beside what not every

@@ -81,7 +81,7 @@ def coarser_samples(engine: Engine, minutes: pa.Table, bucket_ms: int) -> pa.Tab
 
 def _samples(engine: Engine, source: str, once: bool, known: str, bucket_ms: int, **tables: pa.Table) -> pa.Table:
     query = f"""{_stretches(source, once, "device", known)}
-    SELECT device, min(start_ms) AS start_ms, max(end_ms) AS end_ms,
+    SELECT min(node) AS node, device, min(start_ms) AS start_ms, max(end_ms) AS end_ms,
         {", ".join(_mean(c) for c in _MEANS)}, max(memory_used_bytes) AS memory_used_bytes, {", ".join(_sum(c) for c in _SUMS)},
         bool_and(idle_power) AS idle_power, min(source) AS source
     FROM placed GROUP BY device, stretch, start_ms // {bucket_ms} ORDER BY device, start_ms"""
