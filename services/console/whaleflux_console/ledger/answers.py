@@ -178,6 +178,7 @@ class Answers:
         """
         async with self._windows:
             return await self._read(lambda: hours_of(self._state, start_ms, end_ms), self._paces.slow)
+
     async def devices(self, asked: devices.Asked) -> list[devices.Row]:
         """See `devices.rows`. Raises Damaged for a file that is not as it was written, DeadlineExceeded, Unavailable until the ledger was read."""
         if not self._cache.filled:
