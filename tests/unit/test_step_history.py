@@ -276,7 +276,7 @@ class TestOnTheWay:
     def test_the_stream_s_losses_are_columns(self):
         steps = [StepUsage(epoch=7, times=times) for times in (self.times(1, 10, 2.0, 3.0), self.times(11, 20))]
         data = UsageBatch(node="sites/s/nodes/n", steps=steps).SerializeToString()
-        table = reports_of([StoredEvent(1, "s", data, "i", {}, datetime.now(UTC))]).steps.to_pydict()
+        table = reports_of([StoredEvent(1, "s", data, "i", {}, datetime(2026, 12, 1, tzinfo=UTC))]).steps.to_pydict()
         found = [table[f"loss_{name}"] for name in ("count", "sum", "min", "max", "not_finite")]
         assert found == [[2, None], [5.0, None], [2.0, None], [3.0, None], [0, None]]
 
