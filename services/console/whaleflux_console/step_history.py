@@ -43,7 +43,7 @@ class StepHistory:
             return response
         response.attempts.extend(_attempts(rows))
         width = _width([one for one in response.attempts if one.last_step >= first], first, last, points)
-        found = await self.answers.select(POINTS, [request.job, rows[0][0], first, last, width])
+        found = await self.answers.select(POINTS, [rows[0][6], rows[0][0], first, last, width])
         reads = sight.reads(queue, rows[-1][5])
         response.points.extend(_point(row, reads=reads) for row in found)
         response.losses_hidden = not reads and any(_has_loss(row) for row in found)
@@ -79,7 +79,7 @@ def _attempts(rows: Sequence[Sequence[Any]]) -> list[pb.StepAttempt]:
     """In their order; where a later one begins before the end of an earlier one, that one's steps from there on were done again."""
     found: list[pb.StepAttempt] = []
     again_from = _LAST_STEP
-    for attempt, first, last, start_ms, end_ms, _ in reversed(rows):
+    for attempt, first, last, start_ms, end_ms, *_ in reversed(rows):
         made = pb.StepAttempt(attempt=attempt, first_step=first, last_step=last)
         _timed(made, start_ms, end_ms)
         if again_from <= last:

@@ -12,6 +12,7 @@ from whaleflux_console.ledger.folder import Folder
 from whaleflux_console.ledger.manifest import File, Kind, State, hour_of
 from whaleflux_console.ledger.schemas import MINUTES
 from whaleflux_console.ledger.shelf import local_files, rows_in
+from whaleflux_console.ledger.usage import EDGE_MS
 
 MOST_ROWS = 8_000
 FIGURES = ("tensor_ppm", "sm_active_ppm", "dram_active_ppm", "busy_ppm", "power_mw", "memory_used_bytes")
@@ -44,9 +45,9 @@ class Asked:
 
 
 def files(state: State, asked: Asked) -> list[File]:
-    """Those that hold what began in hours of the window, and in the one before it, of which the end may reach into it."""
+    """Those that hold what began in hours of the window, or so shortly before that its end may reach into it."""
     found: list[File] = []
-    for hour_ms in range(hour_of(asked.start_ms) - HOUR_MS, asked.end_ms, HOUR_MS):
+    for hour_ms in range(hour_of(max(0, asked.start_ms - EDGE_MS)), asked.end_ms, HOUR_MS):
         minutes = state.newest(Kind.MINUTES, hour_ms)
         found += [minutes] if minutes else state.of(Kind.RAW, hour_ms)
     return found

@@ -37,11 +37,11 @@ _MADE = f"""
         {_SAID}, sum(tokens)::BIGINT AS tokens, sum(flops) AS flops, {LOSSES}
     FROM own w JOIN owned o ON w.uid = o.uid AND w.attempt = o.epoch
     GROUP BY w.uid, o.attempt, start_ms // {MINUTE_MS} ORDER BY uid, attempt, start_ms"""
-# One row per attempt: keys, then its first and last step and instants.
+# Attempts of the last job that had the name, the newest first: first and last step and instants, whose it is, its uid.
 ATTEMPTS = """
-    SELECT attempt, min(first_step), max(last_step), min(start_ms), max(end_ms), any_value("user")
-    FROM progress.minutes WHERE job = $1 AND uid = (SELECT arg_max(uid, start_ms) FROM progress.minutes WHERE job = $1)
-    GROUP BY attempt ORDER BY attempt DESC LIMIT $2"""
+    WITH named AS MATERIALIZED (SELECT * FROM progress.minutes WHERE job = $1)
+    SELECT attempt, min(first_step), max(last_step), min(start_ms), max(end_ms), any_value("user"), any_value(uid)
+    FROM named WHERE uid = (SELECT arg_max(uid, start_ms) FROM named) GROUP BY attempt ORDER BY attempt DESC LIMIT $2"""
 _PARTS = ", ".join(f"sum({part}_us) / nullif(sum({part}_steps), 0) / 1e6" for part in STEP_PARTS)
 # Points of `width` steps: see `StepPoint` of the contract for the order of the columns.
 POINTS = f"""
@@ -49,8 +49,7 @@ POINTS = f"""
         sum(took_ms) / sum(steps) / 1e3, min(fastest_us) / 1e6, max(slowest_us) / 1e6, {_PARTS},
         sum(tokens) * 1e3 / nullif(sum(wall_ms) FILTER (tokens IS NOT NULL), 0), sum(flops) * 1e3 / nullif(sum(wall_ms) FILTER (flops IS NOT NULL), 0),
         sum(loss_sum) FILTER (loss_count > 0) / nullif(sum(loss_count), 0), min(loss_min), max(loss_max), sum(loss_not_finite)::BIGINT
-    FROM progress.minutes WHERE job = $1 AND uid = (SELECT arg_max(uid, start_ms) FROM progress.minutes WHERE job = $1)
-        AND attempt >= $2 AND last_step >= $3 AND first_step <= $4
+    FROM progress.minutes WHERE uid = $1 AND attempt >= $2 AND last_step >= $3 AND first_step <= $4
     GROUP BY attempt, (first_step - 1) // $5 ORDER BY attempt, 2"""
 
 
