@@ -48,10 +48,14 @@ class Prometheus:
         return result
 
     def firing(self) -> set[str]:
-        """Names of the alerts that fire; none while Prometheus starts."""
+        """Names of the alerts that fire."""
+        return {one["labels"]["alertname"] for one in self.get("alerts")["alerts"] if one["state"] == "firing"}
+
+    def scraped(self, service: str) -> bool:
+        """Whether figures of the service are there; False while Prometheus starts."""
         with contextlib.suppress(OSError):
-            return {one["labels"]["alertname"] for one in self.get("alerts")["alerts"] if one["state"] == "firing"}
-        return set()
+            return bool(self.found(f'up{{service="{service}"}} == 1'))
+        return False
 
 
 def rules() -> dict[str, Any]:
