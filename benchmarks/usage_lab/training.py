@@ -2,8 +2,8 @@
 
     torchrun -m benchmarks.usage_lab.training FOLDER PLAN
 
-PLAN is JSON: [{"name", "seconds", "stall": share of each step's time that it then sleeps, "sdk": whether steps are told, "kind": "train" or
-"reduce"}]. Rank r writes a line per phase and, while steps are told, a line per report into FOLDER/rank-r.jsonl.
+PLAN is JSON: [{"name", "seconds", "stall": share of each step's time that it then sleeps, "sdk": whether steps are told, "kind": "train" (it
+sleeps before the step, for data), "host" (it sleeps amid the step), "launches" (kernels so small that the GPU waits for each) or "reduce"}]. Rank r writes a line per phase and, while steps are told, a line per report into FOLDER/rank-r.jsonl.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from whaleflux.sdk.looks import Looks
 from whaleflux.sdk.step_times import StepTimes
 
 _WIDTH, _LAYERS, _TOKENS, _BATCH = 4096, 8, 2048, 8
+_SMALL = (256, 8, 128, 4)
 _REDUCED_BYTES = 512 << 20
 _BLOCK = 20  # steps between two looks at the clock
 
@@ -61,9 +63,13 @@ class Training:
             self.model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
-    def step(self) -> None:
+    def step(self, amid: Callable[[], None] | None = None) -> None:
+        """`amid`: what the program does between the passes."""
         x = torch.randn(self.shape, device=self.device, dtype=torch.bfloat16)
-        self.model(x).float().square().mean().backward()
+        loss = self.model(x).float().square().mean()
+        if amid is not None:
+            amid()
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -84,32 +90,80 @@ def usual_step_s(one: Training) -> float:
 
 def trained(one: Training, phase: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
     """Steps for so long, on all ranks equally many; each block ends when the GPU has."""
-    times = StepTimes(one.model, dist.get_world_size(), lambda report: write({"report": asdict(report)}))
+    looks = Looks(dist.get_world_size(), one.device.type == "cuda")
+    times = StepTimes(one.model, dist.get_world_size(), lambda report: write({"report": asdict(report)}), looks=looks)
     step, slept_s, blocks = 0, 0.0, list[float]()
     pause_s = phase["stall"] / (1 - phase["stall"]) * usual_step_s(one) if phase["stall"] else 0.0
+
+    def sleep() -> None:
+        nonlocal slept_s
+        if pause_s:
+            one.wait()
+            time.sleep(pause_s)
+            slept_s += pause_s
+
+    amid = sleep if phase["kind"] == "host" else None
     begun = time.time()
     with times.running(0) if phase["sdk"] else contextlib.nullcontext():
         while together(one.device, time.time() - begun < phase["seconds"]):
             block = time.perf_counter()
             for _ in range(_BLOCK):
                 arrived = times.waited_for_data() if phase["sdk"] else None
-                if pause_s:
-                    one.wait()
-                    time.sleep(pause_s)
-                    slept_s += pause_s
+                if amid is None:
+                    sleep()
                 if arrived is not None:
                     arrived()
-                one.step()
+                one.step(amid)
                 step += 1
                 if phase["sdk"]:
                     times.trained_on(one.shape[0] * one.shape[1], one.flops)
                     times.stepped(step)
             one.wait()
             blocks.append(time.perf_counter() - block)
-    write(
-        _phase(phase, begun)
-        | {"steps": step, "flops": step * one.flops, "slept_s": slept_s, "blocks_s": [b / _BLOCK for b in blocks]}
-    )
+    counted = {"steps": step, "flops": step * one.flops, "slept_s": slept_s, "look_cost_s": looks.cost_s}
+    write(_phase(phase, begun) | counted | {"blocks_s": [b / _BLOCK for b in blocks]})
+
+
+def launched(device: torch.device, phase: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+    """Steps of small kernels, told; before them the same work as one graph, in which the GPU waits for no call: the rest of a step is the host's."""
+    width, layers, tokens, batch = _SMALL
+    small = nn.Sequential(*(Block(width) for _ in range(layers))).to(device, torch.bfloat16)
+    x = torch.randn((batch, tokens, width), device=device, dtype=torch.bfloat16)
+
+    def work() -> None:
+        small(x).float().square().mean().backward()
+        small.zero_grad(set_to_none=False)
+
+    graph_s = _as_graph_s(work)
+    looks = Looks(1, on_gpu=True)
+    times = StepTimes(small, 1, lambda report: write({"report": asdict(report)}), looks=looks)
+    step, begun = 0, time.time()
+    with times.running(0):
+        while time.time() - begun < phase["seconds"]:
+            work()
+            step += 1
+            times.stepped(step)
+            torch.cuda.synchronize()  # no queue: a step is as long as it takes to launch
+    write(_phase(phase, begun) | {"steps": step, "graph_s": graph_s, "look_cost_s": looks.cost_s})
+
+
+def _as_graph_s(work: Callable[[], None]) -> float:
+    """Seconds of one replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(_BLOCK):
+        graph.replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / _BLOCK
 
 
 def reduced(device: torch.device, phase: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
@@ -149,10 +203,12 @@ def main(folder: Path, plan: list[dict[str, Any]], sizes: tuple[int, int, int, i
             lines.write(json.dumps(found) + "\n")
 
         for phase in plan:
-            if phase["kind"] == "train":
-                trained(training, phase, write)
-            else:
+            if phase["kind"] == "reduce":
                 reduced(device, phase, write)
+            elif phase["kind"] == "launches":
+                launched(device, phase, write)
+            else:
+                trained(training, phase, write)
     dist.destroy_process_group()
 
 

@@ -49,6 +49,11 @@ def test_gaps_are_the_host_s_but_for_those_while_it_waits_for_data():
     assert told(seen) == [70, 30, 0, 0], "30 of 100 were a wait for data: from 110, when the GPU was done, to 140"
 
 
+def test_what_a_gpu_needs_from_one_kernel_to_the_next_is_its_own():
+    seen = on_gpu(BEFORE, kernel("gemm", 112, 150, 105), kernel("gemm", 153, 160, 152))
+    assert told(seen) == [50, 3, 0, 0]
+
+
 def test_copies_keep_a_gpu_busy_and_hide_no_communication():
     seen = on_gpu(
         BEFORE,
@@ -59,10 +64,10 @@ def test_copies_keep_a_gpu_busy_and_hide_no_communication():
     assert told(seen) == [70, 0, 20, 0]
 
 
-def test_a_graph_is_launched_by_one_call():
+def test_a_graph_is_launched_by_one_call_and_waits_for_no_other():
     call = Event("cudaGraphLaunch", 105 * MS, 106 * MS, call=7)
     ran = [Event("gemm", at * MS, (at + 10) * MS, on_gpu=True, call=7) for at in (110, 130)]
-    assert told(on_gpu(BEFORE, [call, *ran])) == [30, 10, 0, 0]
+    assert told(on_gpu(BEFORE, [call, *ran])) == [30, 0, 0, 0]
 
 
 def test_groups_say_where_a_collective_was():

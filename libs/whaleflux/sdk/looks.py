@@ -32,7 +32,7 @@ _FIRST_CUDA = (12, 6)  # before, CUPTI crashed programs that use CUDA graphs
 
 
 class Looks:
-    """Of one training. `newest` is what the last step that was looked at was made of; None: not known."""
+    """Of one training. `newest` is what the last step that was looked at was made of, None: not known; `cost_s` what looking has cost."""
 
     def __init__(self, world_size: int, on_gpu: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self._on_gpu, self._clock = on_gpu, clock
@@ -47,6 +47,7 @@ class Looks:
         self._whole: Callable[[profile], None] | None = None
         self.every = EVERY
         self.newest: TracedStep | None = None
+        self.cost_s: float | None = None
 
     def start(self, step: int) -> None:
         """Steps begin, `step` of them done before."""
@@ -108,8 +109,8 @@ class Looks:
         assert trace is not None
         self._guarded(lambda: self._read(trace))
         self._since, self._since_s = step, self._clock()
-        cost_s = self._since_s - self._began_s - len(self._traced) * self._usual_s
-        self.every = steps_between(cost_s, self._usual_s)
+        self.cost_s = self._since_s - self._began_s - len(self._traced) * self._usual_s
+        self.every = steps_between(self.cost_s, self._usual_s)
 
     def _read(self, trace: profile) -> None:
         trace.__exit__(None, None, None)

@@ -55,19 +55,22 @@ def of_gpu(
 
     On the GPU it lasts from the end of what was launched before to the end of what was launched in it.
     """
-    launched = {one.call: one.start_ns for one in events if not one.on_gpu and one.name.startswith("cu")}
-    ran = [one for one in events if one.on_gpu and launched.get(one.call, one.start_ns) < end_ns]
+    calls = {one.call: one for one in events if not one.on_gpu and one.name.startswith("cu")}
+    ran = [one for one in events if one.on_gpu and calls.get(one.call, one).start_ns < end_ns]
     if not ran:
         return None
-    before = (one.end_ns for one in ran if launched.get(one.call, one.start_ns) < begin_ns)
+    before = (one.end_ns for one in ran if calls.get(one.call, one).start_ns < begin_ns)
     window = [(max(before, default=begin_ns), max(one.end_ns for one in ran))]
-    idle = without(window, merged((one.start_ns, one.end_ns) for one in ran))
-    host = without(idle, merged(waits))
+    idle, asleep = without(window, merged((one.start_ns, one.end_ns) for one in ran)), merged(waits)
+    ready = {one.start_ns: calls.get(one.call, one).end_ns for one in ran}
+    host = without(
+        [(start, end) for start, end in idle if ready[end] > start], asleep
+    )  # else the GPU only changes over
     operators = {one.call: one for one in events if not one.on_gpu and one.collective}
     kinds = _Kinds()
     for one in ran:
         kinds.add(one, _kind_of_kernel(one, operators.get(one.operator), places))
-    whole_ns = length_ns(window) - length_ns(idle) + length_ns(host)
+    whole_ns = length_ns(window) - length_ns(common(idle, asleep))
     return TracedStep(whole_ns / _NS, length_ns(host) / _NS, *kinds.exposed(window, merged(kinds.computing)))
 
 
