@@ -190,10 +190,10 @@ class AgentKeeper:
                     continue
                 with self._wake:
                     self._takes_steps = error.code in _PASSING
-                    if self._takes_steps and not self._closing:
-                        self._unsent_steps.extendleft((told, ()) for told in reversed(steps[at:]))
                     if not self._takes_steps:
-                        self._unsent_steps.clear()
+                        self._unsent_steps.clear()  # told meanwhile
+                    elif not self._closing:
+                        self._unsent_steps.extendleft((told, ()) for told in reversed(steps[at:]))
                 if not self._takes_steps:
                     log.info("the agent takes no times of steps: %s", error)
                 time.sleep(PAUSE_S)
