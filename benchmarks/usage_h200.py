@@ -1,6 +1,6 @@
 """Whether what agents and ranks tell of GPUs is true, on the GPUs of this machine: a real training beside the agent's counters.
 
-    python -m benchmarks.usage_h200 --json FILE        measures (6 min, one or two GPUs of Hopper or later, PyTorch, nvidia-ml-py)
+    python -m benchmarks.usage_h200 --json FILE        measures (6 min, one or two GPUs of Hopper or later, PyTorch and what the agent needs)
 
 The training's FLOPs are counted from its shapes (torch.utils.flop_counter); MFU by counters is `tensor_ppm` of the agent's sampler, in windows
 that lie within a phase. Waits for the CPU are told of the steps behind the first that was looked at: against how long the program slept amid its steps, and
@@ -41,7 +41,7 @@ def plan(gpus: int, scale: float) -> list[dict[str, Any]]:
     found = [phase("warm up", 15), phase("full", 40, sdk=True), phase("half", 40, 0.5, True)]
     found += [phase("host", 40, 0.25, True, "host"), phase("launches", 8, sdk=True, kind="launches")]
     for at in range(8):
-        found += [phase(f"plain {at}", 7), phase(f"told {at}", 7, sdk=True)]
+        found += [phase(f"plain {at}", 5), phase(f"told {at}", 5, sdk=True)]
     if gpus > 1:
         found.append(phase("reduce", 25, kind="reduce"))
     return found

@@ -38,7 +38,7 @@ class Looks:
         self._on_gpu, self._clock = on_gpu, clock
         self._measures = _can_trace() if on_gpu else world_size > 1
         self._first = self._since = 0
-        self._since_s = self._usual_s = self._began_s = 0.0
+        self._since_s = self._usual_s = self._began_s = self._begin_s = 0.0
         self._trace: profile | None = None
         self._traced: list[int] = []  # when the steps that are traced began and ended
         self._waits: list[Interval] = []
@@ -103,13 +103,18 @@ class Looks:
         )
         self._trace = trace  # before it is prepared: it is ours
         self._guarded(trace.__enter__)
+        self._begin_s = self._clock() - self._began_s
 
     def _end(self, step: int) -> None:
         trace, self._trace = self._trace, None
         assert trace is not None
+        if self._on_gpu:
+            torch.cuda.synchronize()  # what was still queued is no cost of the look, as the GPU would have to do it anyway
+        read_s = self._clock()
         self._guarded(lambda: self._read(trace))
         self._since, self._since_s = step, self._clock()
-        self.cost_s = self._since_s - self._began_s - len(self._traced) * self._usual_s
+        slower_s = self.newest.whole_s - self._usual_s if self.newest else 0.0
+        self.cost_s = self._begin_s + self._since_s - read_s + len(self._traced) * max(0.0, slower_s)
         self.every = steps_between(self.cost_s, self._usual_s)
 
     def _read(self, trace: profile) -> None:
@@ -188,7 +193,8 @@ def _can_trace() -> bool:
 def _event(one: Any) -> Event:
     """Of Kineto's."""
     on_gpu = one.device_type() != torch.autograd.DeviceType.CPU
-    meta = one.extra_meta() if one.name() == "record_param_comms" else {}
+    named = one.name() == "record_param_comms" and hasattr(one, "extra_meta")  # PyTorch 2.11 has it not
+    meta = one.extra_meta() if named else {}
     return Event(
         name=one.name(),
         start_ns=one.start_ns(),
