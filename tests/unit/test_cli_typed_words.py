@@ -12,6 +12,7 @@ from whaleflux.cli.__main__ import app
 from whaleflux.cli.typed_words import argument_word, called, word_for
 from whaleflux.errors import FieldViolation, InvalidArgument
 from whaleflux.manifests.job_fields import MAX_GPUS
+from whaleflux.v1 import console_pb2 as console
 from whaleflux.v1 import identity_pb2 as identity
 from whaleflux.v1 import inventory_pb2 as inventory
 from whaleflux.v1 import router_pb2 as router
@@ -44,6 +45,12 @@ REQUESTS = {
     "route": router.RouteRequest,
     "leases add": inventory.CreateLeaseRequest, "leases show": inventory.GetLeaseRequest, "leases end": inventory.EndLeaseRequest,
     "offers rm": inventory.DeleteOfferRequest,
+    "prices set": console.CreatePriceRequest, "prices end": console.EndPriceRequest, "prices rm": console.DeletePriceRequest,
+    "prices adjust": console.CreateAdjustmentRequest, "prices unadjust": console.DeleteAdjustmentRequest,
+    "budget set": console.SetBudgetRequest, "budget rm": console.DeleteBudgetRequest,
+    "cost": console.GetCostRequest, "waste": console.GetCostRequest, "cost job": console.GetJobCostRequest, "cost units": console.GetUnitCostsRequest,
+    "cost forecast": console.GetForecastRequest, "cost export": console.ExportCostRequest,
+    "cost recommendations": console.ListRecommendationsRequest, "cost recommendations dismiss": console.DismissRecommendationRequest,
 }  # fmt: skip
 NOT_TYPED = {"etag", "request_id", "validate_only", "update_mask", "page_size", "page_token"}  # the command's own
 # What services fill in, by the message that holds it, and what people say otherwise than by these commands.
@@ -59,6 +66,7 @@ NOT_ASKED = {
     "Token": {"name", "create_time", "expire_time", "last_use_time", "secret", "last_change"},
     "Secret": {"name", "owner", "create_time", "last_change", "version", "size_bytes", "update_time", "versions", "uid"},
     "RouteRequest": {"prompt_bytes"},
+    "Ownership": {field.name for field in console.Ownership.DESCRIPTOR.fields},  # in files alone: prices import
 }  # fmt: skip
 NOT_ON = {
     ("queue set", "members"): "--member adds, --open empties",
@@ -67,6 +75,10 @@ NOT_ON = {
     ("reservation update", "maintenance"): "fixed",
     ("user set", "kind"): "fixed",
     ("secrets set", "value"): "secrets rotate",
+    ("cost", "job"): "cost job",
+    ("waste", "job"): "cost job",
+    ("cost", "order_by"): "by the bill",
+    ("waste", "order_by"): "by the bill",
 }
 
 
@@ -157,6 +169,13 @@ def test_what_is_left_out_is_really_there():
         ("--context x queue rm q", "name", "NAME"),
         ("--context=x --debug reservation create a --nodes n", "node", "--nodes"),
         ("reservation update a", "reservation.start_time", "--start"),
+        ("prices set p", "price.micros_per_gpu_hour", "--usd-per-gpu-hour"),
+        ("prices set p", "start_time", "--from"),
+        ("prices end p", "end_time", "--at"),
+        ("cost", "filter.start_time", "--since"),
+        ("cost export", "end_time", "--until"),
+        ("budget set b", "budget.alert_percents", "--alert"),
+        ("prices import -f x", "prices/edge: owned.residual_percent", "prices/edge: owned.residual_percent"),
         ("cordon n1", "node", "NODE"),
         ("rebalance apply 5f", "etag", "ETAG"),
         ("submit job.yaml", "job.spec.deadline_time", "deadline"),

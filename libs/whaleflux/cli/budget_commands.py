@@ -8,11 +8,12 @@ import typer
 
 from whaleflux import names
 from whaleflux.cli import output
+from whaleflux.cli.absent_scopes import note_absent
 from whaleflux.cli.cost_filters import narrow
 from whaleflux.cli.cost_words import expected
 from whaleflux.cli.filters import Sort, ordered
 from whaleflux.cli.output import Column, Format
-from whaleflux.cli.price_commands import micros_of, usd
+from whaleflux.cli.price_commands import micros_of, usd, usd_exact
 from whaleflux.cli.state import NoHeaders, Output, Yes, confirm, fleet, pages
 
 budget = typer.Typer(
@@ -85,8 +86,10 @@ def set_budget(
     with fleet() as client:
         request = pb.SetBudgetRequest(budget_id=name, budget=one, validate_only=dry_run)
         made = client.console.SetBudget(request, timeout=20)
-    then = ", then no new work starts" if stop else ""
-    output.note(f"{made.name} {'could be' if dry_run else 'is'} set: {usd(made.micros_per_month)} USD a month{then}")
+        then = ", then no new work starts" if stop else ""
+        how = "could be" if dry_run else "is"
+        output.note(f"{made.name} {how} set: {usd_exact(made.micros_per_month)} USD a month{then}")
+        note_absent(client, [one])
 
 
 @budget.command("rm")
@@ -105,7 +108,7 @@ def _percents(text: str) -> list[int]:
     from whaleflux.errors import FieldViolation, InvalidArgument
 
     words = [word.strip().removesuffix("%").strip() for word in text.split(",") if word.strip()]
-    if any(not word.isdigit() or len(word) > 4 for word in words):
+    if not words or any(not word.isdigit() or len(word) > 4 for word in words):
         raise InvalidArgument(FieldViolation("--alert", f"{text!r}: use whole percents with commas, such as 50,80,100"))
     return [int(word) for word in words]
 

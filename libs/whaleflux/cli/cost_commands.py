@@ -24,6 +24,7 @@ from whaleflux.cli.cost_filters import (
     narrow,
     which,
 )
+from whaleflux.cli.cost_nothing import is_nothing, note_nothing, note_rounded
 from whaleflux.cli.cost_words import (
     NO_WASTE,
     at,
@@ -75,7 +76,8 @@ def cost_alone(
     if context.invoked_subcommand is not None:
         return
     groups = groupings(by)
-    answer = answered(which(since, until, queue, user, site, gpu, model), groups, limit)
+    asked = which(since, until, queue, user, site, gpu, model)
+    answer = answered(asked, groups, limit)
     if fmt.is_json:
         output.say_json(output.as_json(answer), fmt)
         return
@@ -84,7 +86,14 @@ def cost_alone(
         output.say_csv(headers, rows)
         return
     output.table([] if no_headers else headers, rows)
+    _say_about(asked, answer)
+
+
+def _say_about(asked: Any, answer: Any) -> None:
+    note_rounded(asked, answer)
     say_about(answer)
+    if is_nothing(answer.total):
+        note_nothing(asked)
 
 
 @cost.command("job")
@@ -142,6 +151,9 @@ def cost_forecast(queue: Queue = "", user: User = "", site: Site = "", fmt: Outp
         ("usage known until", at(found, "watermark")),
     ]
     output.show_one(found, lines, fmt)
+    if fmt is Format.table and not found.spent_micros:
+        month = pb.CostFilter(start_time=found.start_time, queue=request.queue, user=request.user, site=request.site)
+        note_nothing(month)
 
 
 @cost.command("units")
@@ -194,7 +206,10 @@ def cost_units(
     empty = "no run held GPUs in hours that are closed; see: whaleflux cost status"
     output.show(answer.units, columns, fmt, headers=not no_headers, empty=empty)
     if fmt is Format.table:
+        note_rounded(window, answer)
         say_until(answer)
+        if not answer.units:
+            note_nothing(window)
 
 
 def _tokens(one: Any, field: str) -> str:
@@ -290,18 +305,19 @@ def waste(
       whaleflux waste --by job --since 24h
     """  # noqa: D301 - the escape tells click to keep the lines
     groups = groupings(by) if by else ()
-    answer = answered(which(since, until, queue, user, site, gpu, model), groups, limit)
+    asked = which(since, until, queue, user, site, gpu, model)
+    answer = answered(asked, groups, limit)
     if fmt.is_json:
         output.say_json(output.as_json(answer), fmt)
         return
     if not groups and fmt is Format.table:
         output.say(f"{usd(answer.total.bill_micros)} USD were spent, {usd(wasted(answer.total))} USD of it wasted")
         waterfall(answer.total)
-        say_about(answer)
+        _say_about(asked, answer)
         return
     headers, rows = by_class(answer, groups, NO_WASTE) if CLASS in groups else waste_by_group(answer, groups)
     if fmt is Format.csv:
         output.say_csv(headers, rows)
         return
     output.table([] if no_headers else headers, rows)
-    say_about(answer)
+    _say_about(asked, answer)

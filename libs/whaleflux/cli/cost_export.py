@@ -20,8 +20,14 @@ def request(kind: str, since: str, until: str, account: str, file: Path | None, 
 
     if kind not in FORMATS:
         raise InvalidArgument(FieldViolation("--format", f"{kind!r}: use {' or '.join(FORMATS)}"))
-    if (file is None) != check:
+    if file is None and not check:
         raise InvalidArgument(FieldViolation("FILE", "give a file to write, or --check to write none"))
+    if file is not None and check:
+        raise InvalidArgument(FieldViolation("FILE", "is not written with --check; leave one of the two out"))
+    if file is not None and file.is_dir():
+        raise InvalidArgument(FieldViolation("FILE", f"{file} is a folder; name a file in it"))
+    if not account.strip():
+        raise InvalidArgument(FieldViolation("--account", "is empty; give an id, or leave it out for whaleflux"))
     asked = pb.ExportCostRequest(
         format=pb.COST_FORMAT_PARQUET if kind == "parquet" else pb.COST_FORMAT_CSV, billing_account=account
     )
@@ -44,6 +50,9 @@ def write(parts: Iterable[Any], file: Path | None) -> Any:
                 out.write(part.data)
                 summary = part.summary
         os.replace(unfinished, file)
+    except OSError as error:
+        error.filename, error.filename2 = str(file), None  # the one that was asked for
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     return summary

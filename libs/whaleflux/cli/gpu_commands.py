@@ -32,7 +32,7 @@ def gpus(
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:
-    """What GPUs there are, what is free, what they cost; with a NODE, what its GPUs did.
+    """What GPUs there are, what is free, what their nodes say that they cost (bills: whaleflux prices); with a NODE, what its GPUs did.
 
     \b
       whaleflux gpus --free --sort $/gpu-h      the cheapest that can be had now

@@ -26,6 +26,7 @@ class GroupedCommands(TyperGroup):
             return super().invoke(ctx)
         except BadParameter as wrong:
             if (said := out_of_bounds(wrong.param)) is None:
+                wrong.message = wrong.message.removeprefix("Value error, ")  # of the library that reads them
                 raise
             raise InvalidArgument(FieldViolation(option_of(wrong.param), _given(wrong) + said)) from None
 

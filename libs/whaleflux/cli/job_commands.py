@@ -71,6 +71,7 @@ def jobs(
       whaleflux jobs -o json | jq .[].name
 
     --since leaves out what had ended before; it and --state also find jobs that ended longer ago.
+    COST is by what the nodes say that they cost; what is billed, by declared prices: whaleflux cost.
     """  # noqa: D301 - the escape tells click to keep the lines
     import time
 

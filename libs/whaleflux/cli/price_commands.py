@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from whaleflux import names
 from whaleflux.cli import output
+from whaleflux.cli.absent_scopes import note_absent
 from whaleflux.cli.files import read
 from whaleflux.cli.filters import Sort, ordered
 from whaleflux.cli.output import Column, Format
@@ -74,13 +76,13 @@ def set_price(
     \b
       whaleflux prices set h100-2026 --gpu H100-80GB --usd-per-gpu-hour 2.95 --kind reserved --from 2026-01-01 --source "Contract 17"
     """  # noqa: D301 - the escape tells click to keep the lines
-    import json
+    from whaleflux.manifests.price_file import price_from_fields
 
     said = {
         "name": name, "usd_per_gpu_hour": usd_per_gpu_hour, "source": source, "from": start, "kind": kind, "gpu": gpu, "site": site,
         "node": node, "until": until, "source_date": source_date,
     }  # fmt: skip
-    _declare(json.dumps({key: value for key, value in said.items() if value}), dry_run)
+    _declare([price_from_fields({key: value for key, value in said.items() if value})], dry_run)
 
 
 @prices.command("import")
@@ -94,7 +96,9 @@ def import_prices(
       whaleflux prices import -f prices.yaml --dry-run
       whaleflux prices import -f prices.yaml
     """  # noqa: D301 - the escape tells click to keep the lines
-    _declare(read(file)[0], dry_run)
+    from whaleflux.manifests.price_file import prices_from_yaml
+
+    _declare(prices_from_yaml(read(file)[0]), dry_run, of_a_file=True)
 
 
 @prices.command("end")
@@ -150,7 +154,8 @@ def adjust(
     request = pb.CreateAdjustmentRequest(adjustment_id=name, adjustment=one, validate_only=dry_run)
     with fleet() as client:
         made = client.console.CreateAdjustment(request, timeout=20)
-    output.note(f"{made.name} {'could be' if dry_run else 'is'} declared: {usd(made.micros)} USD")
+        output.note(f"{made.name} {'could be' if dry_run else 'is'} declared: {usd_exact(made.micros)} USD")
+        note_absent(client, [one])
 
 
 @prices.command("adjustments")
@@ -162,7 +167,7 @@ def list_adjustments(sort: Sort = "", fmt: Output = Format.table, no_headers: No
         found: list[Any] = pages(client.console.ListAdjustments, pb.ListAdjustmentsRequest(), "adjustments")
     columns = [
         Column("NAME", lambda one: names.last(one.name)),
-        Column("USD", lambda one: usd(one.micros)),
+        Column("USD", lambda one: usd_exact(one.micros)),
         Column("FOR", scope),
         Column("FROM", lambda one: _at(one, "start_time")),
         Column("UNTIL", lambda one: _at(one, "end_time")),
@@ -196,7 +201,13 @@ def _how_far(one: Any) -> str:
 
 def usd(micros: int, digits: int = 2) -> str:
     """Micro-dollars as US dollars, for people."""
-    return f"{micros / 1_000_000:,.{digits}f}"
+    return f"{micros / 1_000_000:z,.{digits}f}"
+
+
+def usd_exact(micros: int) -> str:
+    """The same to the micro-dollar, with two decimals at least: 1,200.00, -0.000007."""
+    whole, part = usd(micros, 6).split(".")
+    return f"{whole}.{part.rstrip('0'):0<2}"
 
 
 def scope(one: Any) -> str:
@@ -206,18 +217,31 @@ def scope(one: Any) -> str:
     return " ".join(part for part in said if part) or "every GPU"
 
 
-def _declare(content: str, dry_run: bool) -> None:
-    from whaleflux.manifests.price_file import prices_from_yaml
-    from whaleflux.v1 import console_pb2 as pb
-
-    found = prices_from_yaml(content)
+def _declare(found: Sequence[Any], dry_run: bool, *, of_a_file: bool = False) -> None:
     with fleet() as client:
         for only_check in (True, False):  # all are checked before the first is stored
             for one in found if only_check or not dry_run else ():
-                request = pb.CreatePriceRequest(price_id=one.price_id, price=one.price, validate_only=only_check)
-                client.console.CreatePrice(request, timeout=20)
+                _create(client, one, only_check, of_a_file)
+        note_absent(client, [one.price for one in found])
     what = "could be declared" if dry_run else "are declared; see: whaleflux prices ls"
     output.note(f"{', '.join(_price_name(one.price_id) for one in found)} {what}")
+
+
+def _create(client: Any, one: Any, only_check: bool, of_a_file: bool) -> None:
+    from whaleflux.errors import FieldViolation, InvalidArgument
+    from whaleflux.manifests.price_file import field_in_file
+    from whaleflux.v1 import console_pb2 as pb
+
+    try:
+        request = pb.CreatePriceRequest(price_id=one.price_id, price=one.price, validate_only=only_check)
+        client.console.CreatePrice(request, timeout=20)
+    except InvalidArgument as error:
+        if not of_a_file:
+            raise
+        named = [
+            FieldViolation(f"prices/{one.price_id}: {field_in_file(v.field)}", v.description) for v in error.violations
+        ]
+        raise InvalidArgument(named) from None
 
 
 def _price_name(name: str) -> str:

@@ -11,6 +11,7 @@ from whaleflux.cli import output
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.price_commands import usd
 from whaleflux.cli.state import NoHeaders, Output, fleet
+from whaleflux.reasons import What
 
 recommendations = typer.Typer(
     invoke_without_command=True,
@@ -81,6 +82,10 @@ def dismiss(
     with fleet() as client:
         done = client.console.DismissRecommendation(request, timeout=20)
     output.note(f"{done.name} is dismissed")
+    if done.last_change.what == What.CHANGED:
+        output.note(
+            "it was decided before, which no longer counts: of an accepted one what it saves is not tracked any more"
+        )
 
 
 def _asked(hours: int, kind: str, decided: bool) -> Any:
@@ -123,6 +128,9 @@ def _state(one: Any) -> str:
 def _say_about(answer: Any) -> None:
     from whaleflux.v1 import console_pb2 as pb
 
+    if answer.start_time == answer.end_time:
+        output.note("no whole hour is in the ledger yet; see: whaleflux cost status")
+        return
     start, end = (f"{one.ToDatetime():%Y-%m-%dT%H:%MZ}" for one in (answer.start_time, answer.end_time))
     total, targeted = usd(answer.total_micros_per_month), usd(answer.targeted_micros_per_month)
     bill = usd(answer.bill_micros_per_month)

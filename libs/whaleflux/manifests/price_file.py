@@ -1,8 +1,9 @@
-"""Files with prices of GPUs: `prices:` and a list, or one price alone; several documents too."""
+"""Prices of GPUs as people write them: files with `prices:` and a list, or one price alone; several documents too."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
@@ -51,6 +52,22 @@ def prices_from_yaml(content: str) -> list[PriceManifest]:
     return found
 
 
+def price_from_fields(said: Mapping[str, str]) -> PriceManifest:
+    """One price, of a file's fields. Raises InvalidArgument naming every mistake."""
+    wrong: list[FieldViolation] = []
+    found = _price(Reader(dict(said), "", wrong))
+    if wrong:
+        raise InvalidArgument(wrong)
+    return found
+
+
+def field_in_file(field: str) -> str:
+    """What a file calls a field of the contract: owned.residual_percent for price.ownership.residual_ppm."""
+    *_, inner, name = ["", *field.split(".")]
+    said = _WORDS.get(name, name)
+    return f"owned.{said}" if inner == "ownership" else said
+
+
 def micros(value: object) -> int:
     """$2.95, -120.50 USD or a number of US dollars as whole micro-dollars, exactly. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -62,8 +79,10 @@ def micros(value: object) -> int:
         amount = Decimal(said)
     except InvalidOperation:
         raise ValueError("must be an amount such as 2.95 USD; other currencies are not converted") from None
-    if not amount.is_finite() or abs(amount) > _MOST_USD:
-        raise ValueError(f"must be an amount of at most {_MOST_USD:,} USD")
+    if not amount.is_finite():
+        raise ValueError("must be an amount such as 2.95 USD")
+    if abs(amount) > _MOST_USD:
+        raise ValueError(f"is more than {_MOST_USD:,} USD, the most that any amount may be")
     if amount * 1_000_000 != int(amount * 1_000_000):
         raise ValueError("has more than six decimals of a dollar")
     return int(amount * 1_000_000)
@@ -98,8 +117,9 @@ def _price(reader: Reader) -> PriceManifest:
         price.start_time.FromDatetime(start)
     if (end := reader.take("until", quantities.instant, None)) is not None:
         price.end_time.FromDatetime(end)
+    owned = reader.inner("owned")
     if reader.has("owned"):
-        price.ownership.CopyFrom(_ownership(reader.inner("owned")))
+        price.ownership.CopyFrom(_ownership(owned))
     elif not reader.has("usd_per_gpu_hour"):
         reader.note("usd_per_gpu_hour", "is missing; give it, or what owning costs under `owned:`")
     reader.done()
@@ -149,6 +169,20 @@ def _ppm_of_percent(value: object) -> int:
     return round(value * 10_000)
 
 
+_WORDS = {  # by the contract's field
+    "capex_micros": "usd_per_gpu",
+    "colocation_micros_per_kw_month": "usd_per_kw_month",
+    "electricity_micros_per_kwh": "usd_per_kwh",
+    "end_time": "until",
+    "gpu_class": "gpu",
+    "micros_per_gpu_hour": "usd_per_gpu_hour",
+    "ownership": "owned",
+    "price_id": "name",
+    "pue_ppm": "pue",
+    "residual_ppm": "residual_percent",
+    "start_time": "from",
+    "support_ppm_per_year": "support_percent_per_year",
+}
 _NEEDED = {
     "name": "an id such as h100-2026",
     "kind": "owned, on-demand, reserved or spot",

@@ -139,7 +139,7 @@ class Costs:
         end_ms = asked_ms(asked, "end_time", now_ms, within="filter.")
         start_ms = asked_ms(asked, "start_time", end_ms - DEFAULT_WINDOW_MS, within="filter.")
         if start_ms >= end_ms:
-            raise InvalidArgument(FieldViolation("filter.start_time", "is not before end_time; give an earlier one"))
+            raise InvalidArgument(FieldViolation("filter.start_time", "is not before the end; give an earlier one"))
         first_ms = start_ms // HOUR_MS * HOUR_MS
         if first_ms < self.answers.hot_from_ms:  # what is older is kept by day
             first_ms = first_ms // DAY_MS * DAY_MS

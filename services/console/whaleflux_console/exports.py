@@ -86,7 +86,7 @@ class Exports:
         start_ms = day_of(asked_ms(asked, "start_time", month_ms))
         end_ms = asked_ms(asked, "end_time", round(now.timestamp() * 1000))
         if not 0 <= start_ms < end_ms:
-            raise InvalidArgument(FieldViolation("start_time", "is not before end_time; give an earlier one"))
+            raise InvalidArgument(FieldViolation("start_time", "is not before the end; give an earlier one"))
         if end_ms - start_ms > MAX_WINDOW_MS:
             raise InvalidArgument(FieldViolation("start_time", "is more than five years before the end; export a part"))
         unit = DAY_MS if end_ms < self.answers.hot_from_ms else HOUR_MS

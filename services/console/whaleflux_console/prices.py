@@ -170,7 +170,7 @@ def _price_problems(price: pb.GpuPrice) -> Iterator[FieldViolation]:
     ):
         yield from rules.resource(field, value, *collections)
     if price.node and price.site:
-        yield FieldViolation("price.site", "is set beside node, which says the site; leave one of the two out")
+        yield FieldViolation("price.site", "is set beside a node, which says the site; leave one of the two out")
     yield from rules.class_name("price.gpu_class", price.gpu_class)
     yield from rules.window(seconds(price, "start_time"), seconds(price, "end_time"), end_required=False)
     yield from rules.text("price.source", price.source, required=True)
@@ -183,9 +183,9 @@ def _price_problems(price: pb.GpuPrice) -> Iterator[FieldViolation]:
         )
         return
     if price.kind != types_pb2.PRICE_KIND_OWNED:
-        yield FieldViolation("price.ownership", "is for kind owned alone; give micros_per_gpu_hour instead")
+        yield FieldViolation("price.ownership", "is for kind owned alone; give a price per GPU and hour instead")
     if price.micros_per_gpu_hour:
-        yield FieldViolation("price.micros_per_gpu_hour", "is worked out of ownership; give one of the two")
+        yield FieldViolation("price.micros_per_gpu_hour", "is worked out of what owning costs; give one of the two")
     yield from rules.ownership_problems(ownership(price.ownership), "price.ownership")
 
 
@@ -214,7 +214,7 @@ def _adjustment_problems(one: pb.Adjustment) -> Iterator[FieldViolation]:
     yield from rules.window(start_s, end_s, end_required=True)
     if start_s is not None and end_s is not None and end_s - start_s > rules.LONGEST_ADJUSTMENT_S:
         yield FieldViolation(
-            "adjustment.end_time", "is more than 400 days behind start_time; declare one for each year"
+            "adjustment.end_time", "is more than 400 days behind its beginning; declare one for each year"
         )
 
 

@@ -48,7 +48,7 @@ def _window(asked: pb.GetUnitCostsRequest, now_ms: int) -> tuple[int, int]:
     end_ms = asked_ms(asked, "end_time", now_ms)
     start_ms = asked_ms(asked, "start_time", end_ms - DEFAULT_WINDOW_MS)
     if not 0 <= start_ms < end_ms:
-        raise InvalidArgument(FieldViolation("start_time", "is not before end_time; give an earlier one"))
+        raise InvalidArgument(FieldViolation("start_time", "is not before the end; give an earlier one"))
     if end_ms - start_ms > LONGEST_MS:
         most = LONGEST_MS // DAY_MS
         raise InvalidArgument(FieldViolation("start_time", f"is more than {most} days before the end; ask for a part"))

@@ -40,8 +40,10 @@ def still_reached(kept: Sequence[int], told: Sequence[int], was_micros: int, now
 
 def percents(field: str, values: Sequence[int]) -> Iterator[FieldViolation]:
     """Few, different, of 1 to 1000."""
-    if len(values) > MOST_PERCENTS or len(set(values)) < len(values):
-        yield FieldViolation(field, f"takes at most {MOST_PERCENTS} different ones")
+    if len(values) > MOST_PERCENTS:
+        yield FieldViolation(field, f"are {len(values)}; use at most {MOST_PERCENTS}")
+    if twice := sorted({value for value in values if list(values).count(value) > 1}):
+        yield FieldViolation(field, f"{twice[0]} is there twice; leave one out")
     for value in values:
         if not 1 <= value <= _HIGHEST_PERCENT:
             yield FieldViolation(field, f"{value} is outside of 1 to {_HIGHEST_PERCENT}")

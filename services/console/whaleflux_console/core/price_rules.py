@@ -62,15 +62,32 @@ def ownership_problems(owned: Ownership, field: str) -> Iterator[FieldViolation]
     for name, (low, high) in _BOUNDS.items():
         yield from number(f"{field}.{name}", getattr(owned, name), low, high)
     if 0 < owned.pue_ppm < 1_000_000:
-        yield FieldViolation(
-            f"{field}.pue_ppm", f"{owned.pue_ppm} is below 1,000,000: a building takes no less than it gives"
-        )
+        said = amount("pue_ppm", owned.pue_ppm)
+        yield FieldViolation(f"{field}.pue_ppm", f"{said} is below 1: a building takes no less than it gives")
 
 
 def number(field: str, value: int, low: int, high: int) -> Iterator[FieldViolation]:
-    """A whole number within [low, high]."""
+    """A whole number within [low, high]; what is wrong is said in the units in which people write it, see `amount`."""
     if not low <= value <= high:
-        yield FieldViolation(field, f"{value} is outside of {low} to {high}")
+        name = field.rpartition(".")[2]
+        said, least, most = (amount(name, one) for one in (value, low, high))
+        yield FieldViolation(field, f"{said} is outside of {least} to {most}")
+
+
+def amount(name: str, value: int) -> str:
+    """The value of a field as people write it: micro-dollars as USD, parts per million as % (of PUE as a factor)."""
+    if "micros" in name:
+        return f"{_decimal(value, 6)} USD"
+    if name == "pue_ppm":
+        return _decimal(value, 6)
+    return f"{_decimal(value, 4)} %" if "ppm" in name else f"{value:,}"
+
+
+def _decimal(value: int, decimals: int) -> str:
+    """`value` x 10^-decimals, exactly and without zeros at its end."""
+    whole, rest = divmod(abs(value), 10**decimals)
+    part = f".{rest:0{decimals}}".rstrip("0").rstrip(".")
+    return f"{'-' if value < 0 else ''}{whole:,}{part}"
 
 
 def text(field: str, value: str, *, required: bool) -> Iterator[FieldViolation]:
@@ -101,7 +118,9 @@ def window(start_s: float | None, end_s: float | None, *, end_required: bool) ->
         if value is not None and not FIRST_S <= value <= LAST_S:
             yield FieldViolation(field, "is outside of 2000 to 2100")
     if end_s is not None and end_s <= start_s:
-        yield FieldViolation("end_time", "is not behind start_time; give a later one, or none for good")
+        yield FieldViolation(
+            "end_time", "is not behind its beginning; give a later one" + ("" if end_required else ", or none for good")
+        )
 
 
 def class_name(field: str, value: str) -> Iterator[FieldViolation]:
