@@ -38,7 +38,7 @@ class MadeFleet:
     def _row(self, card: int, week: int, worker: int | None, chance: random.Random) -> LedgerRow:
         site = f"site-{card * 2 // self.cards}"
         held = worker is not None
-        queue = f"queue-{worker % self.queues}" if worker is not None else ""
+        queue = names.queue(f"queue-{worker % self.queues}") if worker is not None else ""
         micros = _divided(chance, held=held)
         return LedgerRow(
             hour_ms=0,
@@ -48,7 +48,7 @@ class MadeFleet:
             gpu_class="H200" if card % 3 else "H100",
             queue=queue,
             user=f"user/person-{worker % self.users}" if worker is not None else "",
-            job=names.job(queue, f"job-{week}-{worker}") if held else "",
+            job=names.job(f"queue-{(worker or 0) % self.queues}", f"job-{week}-{worker}") if held else "",
             uid=f"uid-{week}-{worker}" if held else "",
             attempt=1 if held else 0,
             model=names.model(f"model-{worker % 20}") if worker is not None and worker % 4 == 0 else "",

@@ -123,7 +123,7 @@ async def month(folder: Path, gpus: int, hours: int, seed: int) -> Month:
         for hour in range(hours):
             begun = time.process_time()
             for quarter in range(4):
-                await ledger.append(_minutes(hour * 4 + quarter, gpus, chance))
+                await ledger.append(minutes(hour * 4 + quarter, gpus, chance))
             appended += time.process_time() - begun
             rows = list(fleet.rows(BEGIN_MS + hour * HOUR_MS))
             begun = time.process_time()
@@ -136,13 +136,13 @@ async def month(folder: Path, gpus: int, hours: int, seed: int) -> Month:
         )
 
 
-def _minutes(quarter: int, gpus: int, chance: np.random.Generator) -> Reports:
+def minutes(quarter: int, gpus: int, chance: np.random.Generator, begin_ms: int = BEGIN_MS) -> Reports:
     """A quarter of an hour of the whole fleet."""
     count = gpus * 15
     device = pa.DictionaryArray.from_arrays(
         pa.array(np.tile(np.arange(gpus, dtype=np.int32), 15)), pa.array([f"GPU-{n:032x}" for n in range(gpus)])
     ).cast(pa.string())
-    start = BEGIN_MS + (quarter * 15 + np.repeat(np.arange(15), gpus)) * 60_000
+    start = begin_ms + (quarter * 15 + np.repeat(np.arange(15), gpus)) * 60_000
     given = {
         "node": pa.array(["sites/s/nodes/n"]).take(pa.array(np.zeros(count, np.int32))),
         "reporter": pa.array(["boot/start"]).take(pa.array(np.zeros(count, np.int32))),
@@ -160,5 +160,5 @@ def _minutes(quarter: int, gpus: int, chance: np.random.Generator) -> Reports:
     last = (quarter + 1) * count
     samples = pa.table(columns, schema=SAMPLES)
     return Reports(
-        samples, STEPS.empty_table(), quarter * count + 1, last, f"id-{last}", BEGIN_MS + (quarter + 1) * 900_000
+        samples, STEPS.empty_table(), quarter * count + 1, last, f"id-{last}", begin_ms + (quarter + 1) * 900_000
     )

@@ -28,6 +28,7 @@ from whaleflux_console.ledger.ledger import open_ledger
 from whaleflux_console.ledger.manifest import Kind
 from whaleflux_console.prices import Adjustments, Prices
 from whaleflux_console.pricing import Pricing
+from whaleflux_console.retelling import Retelling
 from whaleflux_console.servicer import CostServicer
 
 N = "sites/a/nodes/n"
@@ -46,7 +47,7 @@ class World:
     def __init__(self, path, store=None):
         self.path, self.store = path, store or MemoryStore()
         self.clock = VirtualClock(datetime.fromtimestamp(T / 1000, UTC))
-        self.access = {}
+        self.access, self.jobs = {}, []
 
     async def until(self, ms):
         await self.clock.advance((ms - millis(self.clock)) / 1000)
@@ -58,9 +59,16 @@ class World:
         async with elect(self.store, "console-ledger", "here") as leader:
             ledger = await open_ledger(folder, self.store, leader, engine=engine)
             self.chronicle, progress = Chronicle(), Progress()
-            invoicing = Invoicing(self.store, ledger, leader)
+            invoicing, pricing = Invoicing(self.store, ledger, leader), Pricing(self.store)
             self.keeper = Bookkeeper(
-                ledger, leader, self.chronicle, Pricing(self.store), invoicing, self.clock, progress
+                ledger,
+                leader,
+                self.chronicle,
+                pricing,
+                invoicing,
+                self.clock,
+                progress,
+                Retelling(ledger, self.know, pricing),
             )
             await self.keeper.resume()
             self.answers = Answers(folder, self.store, engine)
@@ -77,6 +85,10 @@ class World:
             finally:
                 engine.close()
 
+    async def know(self, hour_ms):
+        """What owners know."""
+        return self.chronicle.known_of(hour_ms, self.jobs, millis(self.clock))
+
     async def tick(self):
         now = millis(self.clock)
         await self.ledger.advance(now)
@@ -91,7 +103,8 @@ class World:
         name = f"queues/{queue}/jobs/j"
         one = Attempt(name, "u", 1, f"queues/{queue}", "user/ann", "", start, start, None, end)
         held = Holding(device, name, "u", 1, 1_000_000, start, end or start + 1)
-        self.chronicle.job(JobFacts(name, (one,), (held,)))
+        self.jobs.append(JobFacts(name, (one,), (held,)))
+        self.chronicle.job(self.jobs[-1])
 
     async def ask(self, method, request, role="operator", name="olga", groups=()):
         with auth.acting_as(auth.Identity(role, name)):
@@ -227,6 +240,46 @@ class TestKeeping:
             closed = [hour for kind, hour in state.spans if kind is Kind.HOURS and state.newest(kind, hour).version]
             assert T not in closed
             assert T + HOUR_MS in closed
+
+    @pytest.mark.parametrize(
+        "harm", [lambda file: file.write_bytes(file.read_bytes()[:-9] + b"another!?"), lambda file: file.unlink()]
+    )
+    async def test_facts_that_are_damaged_are_told_again_by_their_owners(self, tmp_path, harm):
+        async with World(tmp_path).running() as world:
+            world.fleet()
+            world.run(T + 30 * MINUTE, T + 50 * MINUTE)
+            await world.until(LATE)
+            await world.tick()
+            before = (await world.cost(pb.COST_GROUPING_QUEUE)).groups
+            for file in world.ledger.state.of(Kind.FACTS, T):
+                harm(tmp_path / file.path)
+            await world.until(LATE + 2 * HOUR_MS)
+            await world.tick()
+            await world.until(LATE + 2 * HOUR_MS + 20 * MINUTE)
+            await world.tick()
+            assert await world.ledger.damaged_facts(T) == ()
+            assert world.ledger.state.newest(Kind.HOURS, T).version > 1
+            assert (await world.cost(pb.COST_GROUPING_QUEUE)).groups == before
+            assert any(note.startswith("the ledger's file facts/") for note in world.ledger.notes), "people are told"
+
+    async def test_facts_that_owners_no_longer_know_leave_the_hour_as_it_was(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.fleet()
+            world.run(T + 30 * MINUTE, T + 50 * MINUTE)
+            await world.until(LATE)
+            await world.tick()
+            before = (await world.cost(pb.COST_GROUPING_QUEUE)).groups
+            world.jobs.clear()  # its record is deleted
+            await world.until(LATE + HOUR_MS)
+            await world.tick()  # and is forgotten here
+            for file in world.ledger.state.of(Kind.FACTS, T):
+                (tmp_path / file.path).write_bytes(b"no facts")
+            await world.until(LATE + 3 * HOUR_MS)
+            await world.tick()
+            await world.tick()
+            assert "no longer know of g0 for u" in world.progress.trouble
+            assert world.ledger.state.newest(Kind.HOURS, T).version == 1
+            assert (await world.cost(pb.COST_GROUPING_QUEUE)).groups == before
 
     async def test_a_price_record_that_cannot_be_read_after_a_restart_changes_no_bill_either(self, tmp_path):
         world = World(tmp_path)

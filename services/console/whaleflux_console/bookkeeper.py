@@ -20,6 +20,7 @@ from whaleflux_console.ledger.ledger import Ledger
 from whaleflux_console.ledger.manifest import Kind
 from whaleflux_console.ledger.schemas import facts_table
 from whaleflux_console.pricing import Pricing
+from whaleflux_console.retelling import Retelling
 
 _log = telemetry.get_logger("whaleflux.console.bookkeeper")
 _AGAIN_AT_ONCE = 500  # hours of one commit
@@ -46,10 +47,11 @@ class Bookkeeper:
         invoicing: Invoicing,
         clock: Clock,
         progress: Progress,
+        retelling: Retelling,
     ) -> None:
         self._ledger, self._leader, self._chronicle = ledger, leader, chronicle
         self._pricing, self._invoicing = pricing, invoicing
-        self._clock, self._progress = clock, progress
+        self._clock, self._progress, self._retelling = clock, progress, retelling
         self._whole_until_ms = 0  # hours before are told whole
         self._house_kept_ms = 0
         self._next_interim_s = 0.0
@@ -64,7 +66,8 @@ class Bookkeeper:
         if told:
             newest = max(told)
             for hour in (newest - HOUR_MS, newest):
-                await asyncio.to_thread(self._chronicle.resume, await self._ledger.told(hour))
+                with contextlib.suppress(Damaged):  # said where the hour is closed; owners tell what is there
+                    await asyncio.to_thread(self._chronicle.resume, await self._ledger.told(hour))
             self._whole_until_ms = newest
 
     async def tick(self) -> None:
@@ -84,10 +87,20 @@ class Bookkeeper:
     async def _close_or_leave(self, hour_ms: int) -> None:
         """An hour of which what owners told is damaged, or that cannot be billed now, stays as it was: others do not wait for it."""
         try:
-            await self.close(hour_ms)
+            try:
+                await self.close(hour_ms)
+            except Damaged as damage:
+                await self._tell_again(hour_ms, damage)
         except (Damaged, NotBilled) as trouble:
             self._progress.trouble = str(trouble)
             _log.error(Event.LEDGER_TROUBLE, reason=str(trouble))
+
+    async def _tell_again(self, hour_ms: int, damage: Damaged) -> None:
+        """Closes the hour by what owners still know of it. Raises Damaged when that is not enough."""
+        self._ledger.note([damage])
+        if why := await self._retelling.told_again(hour_ms, self.now_ms()):
+            raise Damaged(damage.path, f"{damage.what}, and {why}")
+        await self.close(hour_ms)
 
     async def close(self, hour_ms: int, *, so_far: Facts | None = None) -> None:
         """Closes or restates one hour. Rows that do not add up are told of, and are in the ledger all the same: money is not hidden.

@@ -24,6 +24,7 @@ from whaleflux_console.ledger.rules import Rules
 from whaleflux_console.owners import Owners
 from whaleflux_console.peers import Peers
 from whaleflux_console.pricing import Pricing
+from whaleflux_console.retelling import Retelling
 from whaleflux_console.saves import Saves
 
 _log = telemetry.get_logger("whaleflux.console.books")
@@ -68,7 +69,16 @@ class Books:
         owners = Owners(self.peers, Saves(self.peers.checkpoint), chronicle, self.clock)
         pricing = Pricing(self.store)
         invoicing = Invoicing(self.store, ledger, leader)
-        bookkeeper = Bookkeeper(ledger, leader, chronicle, pricing, invoicing, self.clock, self.progress)
+        bookkeeper = Bookkeeper(
+            ledger,
+            leader,
+            chronicle,
+            pricing,
+            invoicing,
+            self.clock,
+            self.progress,
+            Retelling(ledger, owners.know, pricing),
+        )
         await bookkeeper.resume()
         async with asyncio.TaskGroup() as group:
             group.create_task(owners.run())

@@ -8,12 +8,13 @@ from typing import Any
 
 from whaleflux import telemetry
 from whaleflux.clock import Clock
-from whaleflux.errors import InvalidArgument, StatusError
+from whaleflux.errors import InvalidArgument, StatusError, Unavailable
 from whaleflux.rpc.watching import follow
 from whaleflux.telemetry import Event
 from whaleflux.v1 import health_pb2, inventory_pb2, router_pb2, scheduler_pb2
 from whaleflux_console import convert
 from whaleflux_console.core.chronicle import Chronicle, JobFacts
+from whaleflux_console.core.facts import HOUR_MS, Facts
 from whaleflux_console.core.fragmentation import WaitingGang, fragmented
 from whaleflux_console.peers import Peers
 from whaleflux_console.saves import Saves
@@ -23,6 +24,7 @@ _MODELS_EVERY_S = 60.0
 _SAVES_EVERY_S = 2.0
 _CALL_S = 20.0
 _REPLICAS = 200  # of a page: each engine is asked for what it served
+_LISTING_S = 60.0
 _BACKFILL_MS = 7 * 86_400_000  # of a fleet that had no ledger before
 
 
@@ -45,7 +47,7 @@ class Owners:
 
     async def run(self) -> None:
         """For ever."""
-        inventory, health, scheduler = self._peers.inventory, self._peers.health, self._peers.scheduler
+        inventory, health = self._peers.inventory, self._peers.health
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_models())
             group.create_task(self._look_up_saves())
@@ -63,13 +65,27 @@ class Owners:
                     self._take_node,
                 )
             )
-            group.create_task(
-                self._follow(
-                    "scheduler",
-                    lambda since: scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(resource_version=since)),
-                    self._take_job,
-                )
-            )
+            group.create_task(self._follow("scheduler", self._watch_jobs, self._take_job))
+
+    async def know(self, hour_ms: int) -> Facts:
+        """All that they know now of an hour: what is there, and every job that still has a record. Raises Unavailable."""
+        jobs: list[JobFacts] = []
+        try:
+            async with asyncio.timeout(_LISTING_S):
+                async for change in follow(self._watch_jobs, clock=self._clock):
+                    if change.value is not None:
+                        jobs.append(convert.job_facts(change.value, self._models.get(change.name, ""), self.now_ms()))
+                    if change.synced:
+                        break
+        except TimeoutError:
+            raise Unavailable(
+                "the scheduler did not list its jobs: an hour's facts are asked for again later"
+            ) from None
+        saved = [self._saves.known(job) for job in jobs if job.touches(hour_ms, hour_ms + HOUR_MS)]
+        return await asyncio.to_thread(self._chronicle.copied().known_of, hour_ms, saved, self.now_ms())
+
+    def _watch_jobs(self, since: int) -> AsyncIterator[Any]:
+        return self._peers.scheduler.WatchJobs(scheduler_pb2.WatchJobsRequest(resource_version=since))  # type: ignore[no-any-return]
 
     def note_fragments(self) -> None:
         """What is free and of no use to those that wait, from now on."""

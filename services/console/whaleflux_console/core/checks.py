@@ -144,6 +144,27 @@ def _held(facts: Facts, hour_ms: int) -> dict[tuple[str, str, int], int]:
     return held
 
 
+def lacking(before: Sequence[LedgerRow], after: Sequence[LedgerRow]) -> Iterator[str]:
+    """Of what rows of an hour have more than other rows of it: cards, holders, adjustments. Each row is rounded to whole ms."""
+    had, has = _times(before), _times(after)
+    for (card, uid, attempt), times in sorted(had.items()):
+        found = has.get((card, uid, attempt), [])
+        if sum(found) + len(found) + len(times) < sum(times):
+            yield f"{card} for {uid or 'anybody'}"
+    were, are = ({row.adjustment for row in rows if row.adjustment} for rows in (before, after))
+    yield from sorted(were - are)
+
+
+def _times(rows: Iterable[LedgerRow]) -> dict[tuple[str, str, int], list[int]]:
+    """Milliseconds of each card, and of each holder on it."""
+    found: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for row in rows:
+        if not row.adjustment:
+            for key in {(row.card, "", 0), (row.card, row.uid, row.attempt)}:
+                found[key].append(row.gpu_ms)
+    return found
+
+
 def invoice_faults(adjustments: Iterable[Adjustment], rows: Iterable[LedgerRow]) -> Iterator[str]:
     """Adjustments whose rows, over all hours of their windows, do not sum to them."""
     found: Counter[str] = Counter()

@@ -218,6 +218,10 @@ class Chronicle:
         spans = self._spans_told(*found)  # type: ignore[arg-type]
         return joined([spans, _job_told(jobs, hour_ms, now_ms), Facts(served=self._served.of_hour(hour_ms))])
 
+    def known_of(self, hour_ms: int, jobs: Sequence[JobFacts], now_ms: int) -> Facts:
+        """The hour with these jobs, which may be over for long."""
+        return joined([self.whole_hour(hour_ms, now_ms), _job_told(jobs, hour_ms, now_ms)])
+
     def forget(self, before_ms: int) -> None:
         """Lets go what was over before: its hours are told."""
         for each in (self._devices, self._prices, self._fragmented):

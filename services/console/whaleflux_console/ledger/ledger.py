@@ -178,20 +178,28 @@ class Ledger:
         """Hours to close or to restate now, oldest first."""
         return when.due(self.state, self.rules, self._closed_ms)
 
-    async def inputs(self, hour_ms: int) -> HourInput:
+    async def inputs(self, hour_ms: int, *, sound_facts: bool = False) -> HourInput:
         """Of reports those beside the hour's edges too. Files of reports that are damaged are taken out, and read again from the stream.
 
-        Raises Damaged when what owners told is: nothing is billed by half of it.
+        Raises Damaged when what owners told is: nothing is billed by half of it. `sound_facts`: what is left of it, for a look.
         """
         while True:
+            sources = self._sources(hour_ms)
+            if sound_facts:
+                damaged = {damage.path for damage in await self.damaged_facts(hour_ms)}
+                sources = replace(sources, facts=tuple(file for file in sources.facts if file.path not in damaged))
             try:
-                return await self._in_thread(self._read_inputs, hour_ms, self.state.number, self._sources(hour_ms))
+                return await self._in_thread(self._read_inputs, hour_ms, self.state.number, sources)
             except Damaged as damage:
                 file = self.state.files.get(damage.path)
                 if file is None or file.kind is Kind.FACTS:
                     raise
                 self.note([damage])
                 await self.recover([damage])
+
+    async def damaged_facts(self, hour_ms: int) -> tuple[Damaged, ...]:
+        """Files of what owners told of an hour that are gone or damaged."""
+        return await self._in_thread(repair.damages, self.folder, self.state.of(Kind.FACTS, hour_ms))
 
     def _sources(self, hour_ms: int) -> _Sources:
         near = (hour_ms - HOUR_MS, hour_ms, hour_ms + HOUR_MS)  # a report lies with the hour in which it began
@@ -344,8 +352,7 @@ class Ledger:
         if days:
             day_ms = next((day for day in days if day < self._proven_ms), days[0])
             if found := await self.verify(day_ms):
-                self.note(found)
-                await self.recover([damage for damage in found if not damage.path.startswith(f"{Kind.FACTS}/")])
+                await self.mend(found)
             self._proven_ms = day_ms
 
     async def roll_day(self, day_ms: int) -> None:
@@ -363,6 +370,15 @@ class Ledger:
     async def verify(self, day_ms: int) -> tuple[Damaged, ...]:
         """Reads every file of a day. Raises Unavailable when one cannot be read: that proves nothing."""
         return await self._in_thread(repair.damages, self.folder, self.state.of_day(day_ms))
+
+    async def mend(self, found: Sequence[Damaged]) -> None:
+        """Takes out what can be read or made again. Hours whose facts are damaged are to be closed again, for which their owners are asked."""
+        self.note(found)
+        facts = [damage for damage in found if damage.path.startswith(f"{Kind.FACTS}/")]
+        await self.recover([damage for damage in found if damage not in facts])
+        hours = {file.start_ms for damage in facts if (file := self.state.files.get(damage.path))}
+        if waiting := sorted(hours - self.state.unsettled):
+            await self.restate(waiting)
 
     async def recover(self, damages: Sequence[Damaged]) -> Recovery:
         """Takes damaged files out of the ledger, so that what they held is read or made again; what lies there is set aside."""
@@ -400,8 +416,7 @@ async def open_ledger(
     ledger = Ledger(folder, opened.writer, rules or Rules(), engine or Engine(), opened.notes)
     gone = await asyncio.to_thread(repair.gone, folder, ledger.state)
     if gone:
-        ledger.note(gone)
-        await ledger.recover(gone)
+        await ledger.mend(gone)
     return ledger
 
 
