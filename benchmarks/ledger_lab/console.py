@@ -192,7 +192,9 @@ class BusyConsole:
 
 def request_of(question: Question) -> pb.GetCostRequest:
     """The same by CostService, which tells the classes of each group anyway."""
-    filter_ = pb.CostFilter(**{name: values[0] for name, values in question.where.items()})
+    filter_ = pb.CostFilter()
+    for name, values in question.where.items():
+        setattr(filter_, name, values[0])
     filter_.start_time.FromMilliseconds(question.start_ms)
     filter_.end_time.FromMilliseconds(question.end_ms)
     by = [pb.CostGrouping.Value(f"COST_GROUPING_{word.upper()}") for word in question.by if word != CLASS]
