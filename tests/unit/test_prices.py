@@ -39,6 +39,9 @@ prices:
 """
 
 
+NODE_FILE = "prices:\n- name: node" + FILE.partition("- name: rack")[2].replace("site: onprem", "site: edge")
+
+
 def at(year, month=1, day=1):
     stamp = timestamp_pb2.Timestamp()
     stamp.FromDatetime(datetime(year, month, day, tzinfo=UTC))
@@ -95,6 +98,22 @@ class TestPrices:
             support_ppm_per_year=50_000,
         )
         assert (rack.last_change.actor, rack.source_date) == ("operator/olga", "2025-12-11")
+
+    async def test_each_gpu_of_a_node_that_is_owned_costs_its_share_of_every_part(self):
+        world = World()
+        of_node = NODE_FILE.replace("usd_per_gpu: 40000", "usd_per_node: 320000, gpus: 8").replace("1275", "10200")
+        for text in (FILE, of_node):
+            for one in prices_from_yaml(text):
+                await world.create(one.price_id, one.price)
+        _, node, rack = (await world.call("ListPrices", pb.ListPricesRequest())).prices
+        assert (node.name, node.ownership.gpus, node.ownership.power_w) == ("prices/node", 8, 10_200)
+        assert (node.components, node.micros_per_gpu_hour) == (rack.components, rack.micros_per_gpu_hour)
+
+    @pytest.mark.parametrize("gpus", [-1, 1_025])
+    async def test_a_node_has_so_many_gpus(self, gpus):
+        one = price(kind=1, micros_per_gpu_hour=0, ownership=pb.Ownership(capex_micros=1, months=1, gpus=gpus))
+        wrong = await refused(World().create("a", one))
+        assert [violation.field for violation in wrong.violations] == ["price.ownership.gpus"]
 
     async def test_what_an_owned_gpu_costs_is_worked_out_and_shown_part_by_part(self):
         world = World()
@@ -266,6 +285,10 @@ class TestFiles:
             (FILE.replace("name: rack", "name: h100"), "name"),
             (FILE.replace("months: 36", "months: 3.5"), "prices[1].owned.months"),
             (FILE.replace("usd_per_gpu:", "usd:"), "prices[1].owned.usd_per_gpu"),
+            (FILE.replace("usd_per_gpu: 40000", "usd_per_node: 1"), "prices[1].owned.gpus"),
+            (FILE.replace("usd_per_gpu: 40000", "gpus: 8"), "prices[1].owned.usd_per_node"),
+            (FILE.replace("usd_per_gpu: 40000", "usd_per_node: 1, gpus: 0"), "prices[1].owned.gpus"),
+            (FILE.replace("months: 36", "months: 36, usd_per_node: 1, gpus: 8"), "prices[1].owned.usd_per_gpu"),
             (FILE.replace("  gpu: H100-80GB", "  gpus: H100-80GB"), "prices[0].gpus"),
         ],
     )

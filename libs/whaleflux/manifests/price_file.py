@@ -129,10 +129,16 @@ def _price(reader: Reader) -> PriceManifest:
 def _ownership(reader: Reader) -> console_pb2.Ownership:
     from whaleflux.v1 import console_pb2 as pb
 
-    reader.require("usd_per_gpu", "what one GPU cost with its share of the node and the network, such as 40000 USD")
+    of_node = reader.has("usd_per_node") or reader.has("gpus")
+    if of_node:
+        reader.require("usd_per_node", "what a node cost with its share of the network, such as 320000 USD")
+        reader.require("gpus", "how many GPUs such a node has, such as 8")
+    else:
+        reader.require("usd_per_gpu", "what one GPU cost with its share of the node and the network, such as 40000 USD")
     reader.require("months", "over how many months that is written off, such as 36")
     made = pb.Ownership(
-        capex_micros=reader.take("usd_per_gpu", micros, 0),
+        capex_micros=reader.take("usd_per_node" if of_node else "usd_per_gpu", micros, 0),
+        gpus=reader.take("gpus", _count, 0),
         months=reader.take("months", _whole, 0),
         residual_ppm=reader.take("residual_percent", _ppm_of_percent, 0),
         power_w=reader.take("power_w", _whole, 0),
@@ -155,6 +161,12 @@ def _whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         raise ValueError("must be a whole number")
     return value
+
+
+def _count(value: object) -> int:
+    if not (found := _whole(value)):
+        raise ValueError("must be 1 or more")
+    return found
 
 
 def _ppm(value: object) -> int:

@@ -21,7 +21,7 @@ FOR_GOOD_MS = 4_102_444_800_000  # 2100-01-01: the end of what has none
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """What owning a GPU with its share of node, network and cabling costs: see `whaleflux.v1.Ownership`."""
+    """What owning a GPU with its share of node, network and cabling costs, or a node of `gpus`: see `whaleflux.v1.Ownership`."""
 
     capex_micros: int
     months: int  # over which it is written off, at least 1
@@ -31,6 +31,7 @@ class Ownership:
     electricity_micros_per_kwh: int = 0
     colocation_micros_per_kw_month: int = 0
     support_ppm_per_year: int = 0  # of capex
+    gpus: int = 0  # of the node whose costs these are; 0: they are one GPU's
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,18 @@ class Component:
 
 
 def components(owned: Ownership) -> tuple[Component, ...]:
-    """What the GPU costs per hour whether it works or not, part by part, each rounded down; their sum is its price."""
+    """What each GPU costs per hour whether it works or not, part by part, each rounded down; their sum is its price."""
     fallen_ppm = WHOLE_PPM - owned.residual_ppm
     pue_ppm = owned.pue_ppm or WHOLE_PPM
     hours = owned.months * HOURS_PER_MONTH
     year = MONTHS_PER_YEAR * HOURS_PER_MONTH
+    power, room = owned.power_w * pue_ppm, owned.power_w * owned.colocation_micros_per_kw_month
+    gpus = owned.gpus or 1
     return (
-        Component("depreciation", owned.capex_micros * fallen_ppm // (WHOLE_PPM * hours)),
-        Component("electricity", owned.power_w * pue_ppm * owned.electricity_micros_per_kwh // (1000 * WHOLE_PPM)),
-        Component("colocation", owned.power_w * owned.colocation_micros_per_kw_month // (1000 * HOURS_PER_MONTH)),
-        Component("support", owned.capex_micros * owned.support_ppm_per_year // (WHOLE_PPM * year)),
+        Component("depreciation", owned.capex_micros * fallen_ppm // (WHOLE_PPM * hours * gpus)),
+        Component("electricity", power * owned.electricity_micros_per_kwh // (1000 * WHOLE_PPM * gpus)),
+        Component("colocation", room // (1000 * HOURS_PER_MONTH * gpus)),
+        Component("support", owned.capex_micros * owned.support_ppm_per_year // (WHOLE_PPM * year * gpus)),
     )
 
 

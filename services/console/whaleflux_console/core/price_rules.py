@@ -54,6 +54,7 @@ _BOUNDS = {  # of what owning costs: lowest, highest
     "electricity_micros_per_kwh": (0, 100_000_000),
     "colocation_micros_per_kw_month": (0, 100_000_000_000),
     "support_ppm_per_year": (0, 1_000_000),
+    "gpus": (0, 1_024),
 }
 
 
