@@ -58,6 +58,7 @@ DOORS: dict[str, Door] = {
     "mixed_pools": Door(waits_for="planning over pools of rented and owned GPUs"),
     "burst": Door(commands=("offers", "leases", "burst")),
     "ledger_identity": Door(commands=("cost",)),
+    "forecast_error": Door(commands=("cost",)),
     "waste_attribution": Door(commands=("waste",)),
     "tco_replay": Door(commands=("cost",)),
     "deploy_models": Door(commands=("deploy", "rollout")),

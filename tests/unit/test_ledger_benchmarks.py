@@ -1,11 +1,14 @@
 """The ledger's benchmarks, small: their simulated truth is found again, and what they report is what they measured."""
 
+import gzip
 from argparse import Namespace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from benchmarks import forecast_error
 from benchmarks.common import Options
 from benchmarks.ledger_lab.pipeline import step
 from benchmarks.ledger_lab.wasteful_hour import GPUS, WastefulHour
@@ -51,3 +54,17 @@ class TestIdentity:
         monkeypatch.setattr(ledger_identity, "QUICK_CARDS", 20)
         report = ledger_identity.measure(Options(Path(), 1, quick=True, json_path=None, extra=Namespace()))
         assert [target.value for target in report.targets[:2]] == [0, 0]
+
+
+class TestForecastError:
+    def test_a_trace_is_billed_by_day_and_a_steady_one_is_foretold(self, tmp_path):
+        day = datetime(2026, 1, 1, tzinfo=UTC)
+        jobs = [f"{day + timedelta(days=n):%Y-%m-%d} 12:00:00,86400,24,0,q" for n in range(60)]
+        with gzip.open(tmp_path / "trace.csv.gz", "wt") as file:
+            file.write("\n".join(["timestamp,duration,num_gpus,gpu_time,cluster", *jobs]))
+        spent = forecast_error.spending(tmp_path / "trace.csv.gz")
+        assert set(spent) == {"all", "q"}
+        assert set(spent["q"].values()) == {24 * 24 * forecast_error.USD_MICROS_PER_GPU_HOUR}
+        trials = list(forecast_error.trials(spent["q"], 7))
+        assert len(trials) == len(spent["q"]) - forecast_error.KNOWN_DAYS - 7 + 1
+        assert {trial.errors for trial in trials} == {(0.0, 0.0)}
