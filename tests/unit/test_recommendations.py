@@ -424,6 +424,9 @@ class TestAsked:
                 await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name), "user", "eve")
             done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
             assert done.state == pb.RECOMMENDATION_STATE_ACCEPTED
+            decided = listed(include_decided=True, kind=pb.RECOMMENDATION_KIND_SLOW_NODE)
+            assert len((await world.ask("ListRecommendations", decided)).recommendations) == 1
+            assert not (await world.ask("ListRecommendations", decided, role="user", name="eve")).recommendations
 
     async def test_what_the_ledger_does_not_show_cannot_be_accepted(self, tmp_path):
         async with week(tmp_path) as world:

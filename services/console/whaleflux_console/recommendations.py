@@ -175,7 +175,7 @@ class Recommendations:
 
     def _sees(self, subject: str) -> bool:
         if not _is_job(subject):
-            return True
+            return auth.principal().is_operator or _is_pool(subject)
         queue, _ = names.split(subject, "queues", "jobs")
         return ownership.may_see(auth.principal(), self.queue_access(queue))
 
@@ -252,6 +252,11 @@ def _earliest(subjects: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 def _oldest(decided: Decided) -> list[Write]:
     by_age = sorted(decided.values(), key=lambda pair: pair[1].decide_time.ToMilliseconds())
     return [Delete(entry.key) for entry, _ in by_age[: max(0, len(by_age) - MOST_DECIDED + 1)]]
+
+
+def _is_pool(subject: str) -> bool:
+    """What nobody held: of others is said what the jobs of queues cost that not everybody may see."""
+    return subject.count("/") == 1
 
 
 def _is_job(subject: str) -> bool:
