@@ -69,9 +69,9 @@ def measure(options: Options) -> Report:
                 report.rows += _ladder(work, gpus, number, idle, RebalanceRules() if options.extra.moves else None)
     cases = _cases(known, CASES, options.seed)
     ours = (
-        pools.cases(options.seed, back=10, together=2)
+        pools.cases(options.seed, back=10, together=2, reserved=10)
         if options.quick
-        else pools.cases(options.seed, back=40, together=20)
+        else pools.cases(options.seed, back=40, together=20, reserved=40)
     )
     cases += [case for case in ours if case.promised]
     report.rows += [_kind(kind, cases) for kind in dict.fromkeys(case.kind for case in cases)]

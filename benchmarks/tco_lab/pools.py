@@ -7,7 +7,7 @@ console's own function, an hour at a time, as it bills them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.tco_lab.kinds import DAY_S, MICROS_PER_GPU_S, Case
@@ -15,9 +15,10 @@ from benchmarks.tco_lab.speeds import NODE
 from benchmarks.tco_lab.work import nodes
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_console.core.chronicle import Device
+from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.fragmentation import WaitingGang, fragmented
-from whaleflux_console.core.recommend import defragment, hand_back
-from whaleflux_console.core.recommend.evidence import Part, Spent, Window
+from whaleflux_console.core.recommend import commit, defragment, hand_back
+from whaleflux_console.core.recommend.evidence import Part, Rented, Reserved, Spent, Window
 from whaleflux_console.core.recommend.recommendation import Recommendation
 from whaleflux_console.core.rows import CLASSES, CostClass
 from whaleflux_scheduler.core.rebalance import RebalanceRules
@@ -37,12 +38,28 @@ class Half:
     fragmented_gpu_s: float
     work_gpu_s: float
     moves_gpu_s: float
+    held: tuple[Part, ...]  # by hour: of GPUs that work
 
 
-def cases(seed: int, *, back: int, together: int) -> list[Case]:
-    """So many of each kind: `together` takes half a minute each."""
+def cases(seed: int, *, back: int, together: int, reserved: int) -> list[Case]:
+    """So many of each kind: `together` takes half a minute each, the others seconds."""
     drawn = random.Random(seed)
-    return [*(handed_back(drawn) for _ in range(back)), *(moved_together(drawn) for _ in range(together))]
+    numbers = {handed_back: back, moved_together: together, committed: reserved}
+    return [play(drawn) for play, count in numbers.items() for _ in range(count)]
+
+
+def committed(drawn: random.Random) -> Case:
+    """What works in nine hours of ten is reserved, at a price between the least and the most that is usual; the next week has other jobs."""
+    gpus, load, price = 64, drawn.uniform(0.4, 0.9), drawn.uniform(0.4, 0.9)
+    first, second = (_played(_jobs(drawn, load * gpus, 0.2, days=7), gpus, days=7) for _ in range(2))
+    reserved = Reserved("prices/r", round(price * 1_000_000), "drawn")
+    spent = [Spent("s/c/on_demand", one.held, node_gpus=NODE) for one in (first, second)]
+    said = commit.find(Window(0, 7 * 24 * HOUR_MS), Rented(spent[0], reserved))
+    if said is None:
+        return Case("commit", 0.0, 0.0)
+    many = int(said.change.split()[0])
+    used = sum(min(part.bill_micros, many * 1_000_000) for part in second.held)
+    return Case("commit", said.saved_micros, used - many * reserved.micros_per_hour * 7 * 24)
 
 
 def moved_together(drawn: random.Random) -> Case:
@@ -70,13 +87,13 @@ def handed_back(drawn: random.Random) -> Case:
     return Case("hand_back", said.saved_micros, (back * DAYS * DAY_S - late_gpu_s) * MICROS_PER_GPU_S)
 
 
-def _jobs(drawn: random.Random, gpus: float, gangs: float) -> list[Submission]:
+def _jobs(drawn: random.Random, gpus: float, gangs: float, days: int = DAYS) -> list[Submission]:
     """Work for so many GPUs; `gangs` of it is of jobs on whole nodes."""
-    wanted, rows = gpus * DAYS * DAY_S, list[tuple[float, int, float]]()
+    wanted, rows = gpus * days * DAY_S, list[tuple[float, int, float]]()
     while wanted > 0:
         size = NODE * drawn.choice((1, 1, 2, 4)) if drawn.random() < gangs / 4 else drawn.choice((1, 1, 2, 3))
         run_s = min(2 * DAY_S, drawn.expovariate(1 / (6 * HOUR_S)) + 600)
-        rows.append((drawn.uniform(0, DAYS * DAY_S), size, run_s))
+        rows.append((drawn.uniform(0, days * DAY_S), size, run_s))
         wanted -= size * run_s
     return [_submission(number, *row) for number, row in enumerate(sorted(rows))]
 
@@ -102,9 +119,9 @@ class Log(MoveLog):
         self.kept.append((at_s, move, job))
 
 
-def _played(jobs: Sequence[Submission], gpus: int, rules: RebalanceRules | None = None) -> Half:
+def _played(jobs: Sequence[Submission], gpus: int, rules: RebalanceRules | None = None, days: int = DAYS) -> Half:
     """The half, by the production step."""
-    end_s, log = DAYS * DAY_S, Log()
+    end_s, log = days * DAY_S, Log()
     simulation = Simulation(nodes(gpus, 1.0), Workload(jobs, {}, DELAYS), log=log, rebalance=rules)
     moved = [proposal.cost_gpu_s for plan in simulation.run(end_s).rebalances for proposal in plan.proposals]
     hours = [[0.0, 0.0] for _ in range(round(end_s / HOUR_S))]
@@ -114,10 +131,13 @@ def _played(jobs: Sequence[Submission], gpus: int, rules: RebalanceRules | None 
             if inside_s > 0:
                 hours[hour][0] += (free - wasted) * inside_s
                 hours[hour][1] += wasted * inside_s
-    parts = tuple(_part(idle, wasted) for idle, wasted in hours if idle or wasted)
+    parts = tuple(
+        _part({CostClass.IDLE: idle, CostClass.FRAGMENTED: wasted}) for idle, wasted in hours if idle or wasted
+    )
+    held = tuple(_part({CostClass.USEFUL: gpus * HOUR_S - idle - wasted}) for idle, wasted in hours)
     done = {job for _, move, job in log.kept if move == "succeeded"}
     work_gpu_s = sum(one.run_s * one.spec.gpus for one in jobs if one.name in done)
-    return Half(parts, sum(wasted for _, wasted in hours), work_gpu_s, sum(moved))
+    return Half(parts, sum(wasted for _, wasted in hours), work_gpu_s, sum(moved), held)
 
 
 def _levels(jobs: Sequence[Submission], log: Log, gpus: int, end_s: float) -> Iterator[tuple[float, float, int, int]]:
@@ -141,7 +161,6 @@ def _levels(jobs: Sequence[Submission], log: Log, gpus: int, end_s: float) -> It
         free += {"start": -1, "suspend": 1, "succeeded": 1}.get(move, 0) * size.get(job, 0)
 
 
-def _part(idle_gpu_s: float, wasted_gpu_s: float) -> Part:
-    by_class = {CostClass.IDLE: idle_gpu_s, CostClass.FRAGMENTED: wasted_gpu_s}
-    micros = tuple(round(by_class.get(kind, 0.0) * MICROS_PER_GPU_S) for kind in CLASSES)
-    return Part(round((idle_gpu_s + wasted_gpu_s) * 1000), micros)
+def _part(gpu_s: Mapping[CostClass, float]) -> Part:
+    micros = tuple(round(gpu_s.get(kind, 0.0) * MICROS_PER_GPU_S) for kind in CLASSES)
+    return Part(round(sum(gpu_s.values()) * 1000), micros)

@@ -13,10 +13,11 @@ from whaleflux.errors import InvalidArgument, NotFound, PermissionDenied
 from whaleflux.store import keys
 from whaleflux.trust.ownership import OPEN, Access
 from whaleflux.v1 import console_pb2 as pb
+from whaleflux.v1 import types_pb2
 from whaleflux_console.budgets import Budgets
 from whaleflux_console.core.facts import HOUR_MS
 from whaleflux_console.core.recommend import tracking
-from whaleflux_console.core.recommend.evidence import MONTH_MS, Pace, Part, Spent, Window
+from whaleflux_console.core.recommend.evidence import MONTH_MS, Pace, Part, Rented, Reserved, Spent, Window
 from whaleflux_console.core.recommend.joint import recommend
 from whaleflux_console.core.recommend.recommendation import Kind
 from whaleflux_console.core.recommend.tracking import After, Before
@@ -172,6 +173,42 @@ class TestSlowNodes:
         assert kinds[Kind.SLOW_NODE].saved_micros == 80 * USD
 
 
+def rented(*parts, usd=0.6, node_gpus=1):
+    return Rented(
+        Spent("a/H100/on_demand", parts, node_gpus=node_gpus),
+        Reserved("prices/r", round(usd * USD), "quote, 2026-11-30"),
+    )
+
+
+class TestCommit:
+    HOURS = (
+        *[part(gpus=8, hours=1, useful=8 * USD)] * 150,
+        *[part(gpus=2, hours=1, useful=2 * USD)] * 18,
+    )  # a tenth are fewer
+
+    def test_what_works_in_nine_hours_of_ten_is_reserved_and_paid_in_all_of_them(self):
+        one = found(rented=(rented(*self.HOURS),))[0][Kind.COMMIT]
+        assert one.saved_micros == 168 * 2 * 400_000
+        assert "2 GPUs" in one.change
+        assert "0.60 (prices/r, quote, 2026-11-30) instead of 1.00 USD" in one.change
+        assert one.low_ppm == 1_000_000
+
+    def test_whole_nodes_are_reserved_and_none_where_that_is_dearer_or_a_week_is_not_known(self):
+        assert not found(rented=(rented(*self.HOURS, node_gpus=4),))[0]
+        assert not found(rented=(rented(*self.HOURS, usd=1.0),))[0]
+        assert not found(rented=(rented(*self.HOURS[:160]),), window=Window(0, 167 * HOUR_MS))[0]
+
+    def test_what_is_idle_or_waits_is_not_committed_to(self):
+        hours = [part(gpus=8, hours=1, useful=2 * USD, allocated_idle=3 * USD, comm_in_node=2 * USD, idle=USD)] * 168
+        one = found(rented=(rented(*hours),))[0][Kind.COMMIT]
+        assert one.saved_micros == 168 * 2 * 400_000
+
+    def test_what_nobody_knows_of_is_not_in_what_it_saves_at_least(self):
+        one = found(rented=(rented(*[part(gpus=8, hours=1, useful=6 * USD, unknown=2 * USD)] * 168),))[0][Kind.COMMIT]
+        assert one.saved_micros == 168 * 8 * 400_000
+        assert one.low_ppm == 1_000_000 * (6 * 10 - 8 * 6) // (8 * 4)
+
+
 AMOUNTS = st.lists(st.integers(0, 10**9), min_size=len(CLASSES), max_size=len(CLASSES)).map(tuple)
 PARTS = st.lists(st.builds(Part, st.integers(1, 10**9), AMOUNTS), min_size=1, max_size=30).map(tuple)
 
@@ -202,6 +239,8 @@ class TestTogether:
             tuple(Spent(f"queues/q/jobs/j{n}", one, gpus=gpus) for n, one in enumerate(jobs)),
             tuple(Spent(f"s/c{n}", one) for n, one in enumerate(pools)),
             paces=paces,
+            rented=tuple(rented(*one, usd=0.0) for one in pools[:1]),
+            all_micros=sum(Spent("", one).whole.bill_micros for one in (*jobs, *pools, *pools[:1])),
         )
         made = recommend(window)
         assert 0 <= made.total_micros <= made.targeted_micros <= made.bill_micros
@@ -213,7 +252,7 @@ class TestTogether:
                 for kind, saved in piece.items():
                     paid[subject, kind] = paid.get((subject, kind), 0) + saved
             assert sum(sum(piece.values()) for piece in one.pieces.values()) == one.saved_micros
-        for spent in (*window.jobs, *window.pools):
+        for spent in (*window.jobs, *window.pools, *(one.spent for one in window.rented)):
             assert all(paid.get((spent.subject, kind), 0) <= spent.whole.of(kind) for kind in CLASSES)
         assert [one.saved_micros for one in made.found] == sorted((o.saved_micros for o in made.found), reverse=True)
 
@@ -275,10 +314,10 @@ def rows(hour, **classes):
 
 
 @contextlib.asynccontextmanager
-async def week(tmp_path, hours=30):
+async def week(tmp_path, hours=30, **classes):
     async with World(tmp_path).running() as world:
         world.rpc = servicer(world)
-        await fill(world, 0, hours)
+        await fill(world, 0, hours, **classes)
         yield world
 
 
@@ -311,6 +350,19 @@ async def fill(world, first, until, made=None, **classes):
     await world.ledger.advance(T + until * HOUR_MS)
     await world.until(T + until * HOUR_MS)
     await world.answers.follow()
+
+
+def reserved_price(name, micros, gpu_class):
+    """Of a contract that begins in a year."""
+    one = pb.GpuPrice(
+        kind=types_pb2.PRICE_KIND_RESERVED, micros_per_gpu_hour=micros, gpu_class=gpu_class, source="quote",
+        source_date="2026-11-30",
+    )  # fmt: skip
+    one.start_time.FromMilliseconds(T + 365 * DAY_MS)
+    one.end_time.FromMilliseconds(T + 2 * 365 * DAY_MS)
+    if name == "b":
+        one.site = "sites/a"
+    return pb.CreatePriceRequest(price_id=name, price=one)
 
 
 def listed(**more):
@@ -425,6 +477,21 @@ class TestAsked:
             done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
             assert done.state == pb.RECOMMENDATION_STATE_ACCEPTED
             decided = listed(include_decided=True, kind=pb.RECOMMENDATION_KIND_SLOW_NODE)
+            assert len((await world.ask("ListRecommendations", decided)).recommendations) == 1
+            assert not (await world.ask("ListRecommendations", decided, role="user", name="eve")).recommendations
+
+    async def test_a_reserved_price_on_record_is_held_against_what_is_rented_by_the_hour_for_operators(self, tmp_path):
+        async with week(tmp_path, hours=170, useful=2 * USD) as world:
+            request = listed(kind=pb.RECOMMENDATION_KIND_COMMIT)
+            assert not (await world.ask("ListRecommendations", request)).recommendations
+            for name, micros, gpu in (("b", 700_000, "H100"), ("a", 600_000, "H100"), ("c", 100_000, "A100")):
+                await world.ask("CreatePrice", reserved_price(name, micros, gpu))
+            (one,) = (await world.ask("ListRecommendations", request)).recommendations
+            assert (one.subject, one.cash_ppm) == ("a/H100/on_demand", 1_000_000)
+            assert one.expected_micros_per_month == 730 * 1_400_000
+            assert "(prices/a, quote, 2026-11-30)" in one.change
+            await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
+            decided = listed(include_decided=True, kind=pb.RECOMMENDATION_KIND_COMMIT)
             assert len((await world.ask("ListRecommendations", decided)).recommendations) == 1
             assert not (await world.ask("ListRecommendations", decided, role="user", name="eve")).recommendations
 

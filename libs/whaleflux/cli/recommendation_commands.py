@@ -17,7 +17,16 @@ recommendations = typer.Typer(
     invoke_without_command=True,
     help="What would save money, by what the ledger shows of the last week, the dearest first.",
 )
-_KINDS = ("release_idle", "one_island", "defragment", "checkpoint_interval", "fewer_gpus", "hand_back", "slow_node")
+_KINDS = (
+    "release_idle",
+    "one_island",
+    "defragment",
+    "checkpoint_interval",
+    "fewer_gpus",
+    "hand_back",
+    "slow_node",
+    "commit",
+)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Recommendation.")]
 
 

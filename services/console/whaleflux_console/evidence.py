@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from whaleflux_console.core.facts import HOUR_MS
-from whaleflux_console.core.recommend.evidence import Pace, Part, Spent, Window, share_ppm
+from whaleflux import names
+from whaleflux_console.core.facts import HOUR_MS, PriceKind
+from whaleflux_console.core.price_book import Price, said
+from whaleflux_console.core.recommend.evidence import Pace, Part, Rented, Reserved, Spent, Window, share_ppm
 from whaleflux_console.core.recommend.slow_node import LEAST_JOBS
 from whaleflux_console.core.recommend.tracking import After
 from whaleflux_console.core.rows import CostClass
@@ -28,6 +30,8 @@ class Evidence:
 
     answers: Answers
     may_see: Callable[[str], bool]  # queues/{queue}
+    reserved: Sequence[Price] = ()  # those on record, for whoever may see what the whole fleet costs
+    sees_all: bool = False
 
     async def window(self, hours: int) -> Window:
         """The last whole hours of the ledger. Raises Unavailable until it was read once."""
@@ -45,7 +49,32 @@ class Evidence:
         paces = await self._paces(start_ms, end_ms)
         gone = {pace.job: 0 for pace in paces if pace.job not in gpus}
         others = await self._jobs(start_ms, end_ms, gone)
-        return Window(start_ms, end_ms, jobs, await self._pools(start_ms, end_ms), others, tuple(paces))
+        nodes = await self._node_gpus(end_ms)
+        pools = await self._pools(start_ms, end_ms, nodes)
+        made = Window(start_ms, end_ms, jobs, pools, others, tuple(paces))
+        if not self.sees_all:
+            return made
+        (whole,) = await self._ask(start_ms, end_ms, (), _USAGE) or (None,)
+        rented = await self._rented(start_ms, end_ms, nodes)
+        return replace(made, rented=rented, all_micros=whole.bill_micros if whole else 0)
+
+    async def _rented(self, start_ms: int, end_ms: int, nodes: Mapping[str, int]) -> tuple[Rented, ...]:
+        """What is paid by the hour where a reserved price is on record."""
+        if not self.reserved:
+            return ()
+        hours: dict[tuple[str, str], list[Part]] = defaultdict(list)
+        for row in await self._ask(
+            start_ms, end_ms, ("site", "gpu_class", "hour"), _USAGE | {"price_kind": ("on_demand",)}
+        ):
+            hours[row.keys[0], row.keys[1]].append(_part(row))
+        return tuple(
+            Rented(
+                Spent(f"{site}/{gpu_class}/on_demand", tuple(parts), node_gpus=nodes.get(f"{site}/{gpu_class}", 1)),
+                best,
+            )
+            for (site, gpu_class), parts in hours.items()
+            if (best := cheapest(self.reserved, site, gpu_class, end_ms)) is not None
+        )
 
     async def after(self, jobs: Sequence[tuple[str, int]], pools: Sequence[tuple[str, int]]) -> _Afterwards:
         """What subjects cost since some times: from the first whole day (UTC) behind them."""
@@ -103,7 +132,7 @@ class Evidence:
             if by_day[name] and paid[name]
         )
 
-    async def _pools(self, start_ms: int, end_ms: int) -> tuple[Spent, ...]:
+    async def _pools(self, start_ms: int, end_ms: int, nodes: Mapping[str, int]) -> tuple[Spent, ...]:
         where = _USAGE | {"job": ("",)}
         hours: dict[str, list[Sum]] = defaultdict(list)
         for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "hour"), where):
@@ -111,7 +140,6 @@ class Evidence:
         paid: dict[str, list[Sum]] = defaultdict(list)
         for row in await self._ask(start_ms, end_ms, ("site", "gpu_class", "price_kind"), where):
             paid[f"{row.keys[0]}/{row.keys[1]}"].append(row)
-        nodes = await self._node_gpus(end_ms)
         return tuple(
             Spent(name, tuple(_part(row) for row in rows), _cash_ppm(paid[name], 2), node_gpus=nodes.get(name, 1))
             for name, rows in hours.items()
@@ -145,6 +173,20 @@ class _Afterwards:
         found = [part for at, part in self.parts.get(subject, []) if at >= start_ms]
         bill, paid = sum(part.bill_micros for part in found), sum(part.of(*kinds) for part in found)
         return After(start_ms, max(start_ms, self.end_ms), bill, paid)
+
+
+def cheapest(prices: Iterable[Price], site: str, gpu_class: str, now_ms: int) -> Reserved | None:
+    """The least reserved price on record for a site's GPUs of a class that holds now or will."""
+    found = [
+        price
+        for price in prices
+        if price.kind is PriceKind.RESERVED
+        and price.until_ms > now_ms
+        and price.gpu_class == gpu_class
+        and names.top(price.node or price.site or f"sites/{site}") == site
+    ]
+    best = min(found, key=lambda price: (price.micros_per_hour, price.name), default=None)
+    return Reserved(best.name, best.micros_per_hour, said(best)) if best else None
 
 
 def _part(row: Sum) -> Part:

@@ -21,7 +21,9 @@ from whaleflux.store.reading import read_all
 from whaleflux.trust import ownership
 from whaleflux.trust.ownership import Access
 from whaleflux.v1 import console_pb2 as pb
-from whaleflux_console.core.facts import HOUR_MS, WHOLE_PPM
+from whaleflux_console.convert import price_of
+from whaleflux_console.core.facts import HOUR_MS, WHOLE_PPM, PriceKind
+from whaleflux_console.core.price_book import Price
 from whaleflux_console.core.recommend import tracking
 from whaleflux_console.core.recommend.evidence import Window
 from whaleflux_console.core.recommend.joint import Joint, joint, recommend
@@ -129,6 +131,8 @@ class Recommendations:
         evidence = Evidence(
             self.answers,
             lambda queue: ownership.may_see(who, self.queue_access(queue.removeprefix("queues/"))),
+            await self._reserved() if who.is_operator else (),
+            who.is_operator,
         )
         ownership.note_asked()
         window = await evidence.window(hours)
@@ -140,6 +144,11 @@ class Recommendations:
             if f"recommendations/{one.id}" not in away and (wanted is None or one.kind is wanted)
         ]
         return window, joint(left, window)
+
+    async def _reserved(self) -> list[Price]:
+        """Reserved prices as they are declared; one that cannot be read is not offered."""
+        found = read_all((await self.store.list(keys.PRICES)).entries, _price)
+        return [price for _, price in found.values if price.kind is PriceKind.RESERVED]
 
     def _counts(self, message: pb.Recommendation) -> bool:
         """Whether it is decided still: one that was dismissed long ago is open again, by what the ledger shows now."""
@@ -252,6 +261,13 @@ def _earliest(subjects: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 def _oldest(decided: Decided) -> list[Write]:
     by_age = sorted(decided.values(), key=lambda pair: pair[1].decide_time.ToMilliseconds())
     return [Delete(entry.key) for entry, _ in by_age[: max(0, len(by_age) - MOST_DECIDED + 1)]]
+
+
+def _price(entry: Entry) -> Price:
+    try:
+        return price_of(pb.GpuPrice.FromString(entry.value))
+    except InvalidArgument as strange:
+        raise DecodeError(str(strange)) from None
 
 
 def _is_pool(subject: str) -> bool:

@@ -66,6 +66,23 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserved:
+    """A reserved price that is on record."""
+
+    name: str  # prices/{price}
+    micros_per_hour: int  # of a GPU
+    source: str  # whose figure, and its date
+
+
+@dataclass(frozen=True, slots=True)
+class Rented:
+    """GPUs of a site and class that are paid by the hour, as {site}/{class}/on_demand by hour, and what they would cost reserved."""
+
+    spent: Spent
+    reserved: Reserved
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """[start_ms, end_ms), whole hours that are in the ledger; `jobs` are those that held GPUs at its end, `others` those of `paces` beside them."""
 
@@ -75,6 +92,8 @@ class Window:
     pools: tuple[Spent, ...] = ()
     others: tuple[Spent, ...] = ()
     paces: tuple[Pace, ...] = ()
+    rented: tuple[Rented, ...] = ()
+    all_micros: int = 0  # what the whole fleet cost: parts of `rented` may be of `jobs`, too; 0: the sum of all parts
 
     @property
     def hours(self) -> int:

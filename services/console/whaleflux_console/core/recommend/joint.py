@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from whaleflux_console.core.facts import WHOLE_PPM
 from whaleflux_console.core.recommend import (
     checkpoint_interval,
+    commit,
     defragment,
     fewer_gpus,
     hand_back,
@@ -43,6 +44,7 @@ def recommend(window: Window, trust_ppm: Mapping[Kind, int] | None = None) -> Jo
         *(one for job in window.jobs for find in _OF_JOBS if (one := find(window, job))),
         *(one for pool in window.pools for find in _OF_POOLS if (one := find(window, pool))),
         *slow_node.find(window),
+        *(one for rented in window.rented if (one := commit.find(window, rented))),
     ]
     trusted = [_trusted(one, (trust_ppm or {}).get(one.kind, WHOLE_PPM)) for one in found]
     ordered = sorted(trusted, key=lambda one: (-one.saved_micros, one.kind, one.subject))
@@ -68,7 +70,7 @@ def joint(found: Sequence[Recommendation], window: Window) -> Joint:
         tuple(found),
         sum(one.saved_micros for one in found),
         sum(left.of(subject, kind) for subject, kind in about),
-        sum(spent.whole.bill_micros for spent in left.paid.values()),
+        window.all_micros or sum(spent.whole.bill_micros for spent in left.paid.values()),
     )
     if not made.total_micros <= made.targeted_micros <= made.bill_micros:
         raise ArithmeticError(f"saves {made.total_micros} of {made.targeted_micros} of a bill of {made.bill_micros}")
@@ -80,6 +82,7 @@ class _Left:
 
     def __init__(self, window: Window) -> None:
         self.paid = {spent.subject: spent for spent in (*window.jobs, *window.pools, *window.others)}
+        self.paid.update({rented.spent.subject: rented.spent for rented in window.rented})
         self._left: dict[tuple[str, CostClass], int] = {}
 
     def of(self, subject: str, kind: CostClass) -> int:

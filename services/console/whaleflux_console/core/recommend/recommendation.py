@@ -20,6 +20,7 @@ class Kind(StrEnum):
     FEWER_GPUS = "fewer_gpus"
     HAND_BACK = "hand_back"
     SLOW_NODE = "slow_node"
+    COMMIT = "commit"
 
 
 class Level(StrEnum):
