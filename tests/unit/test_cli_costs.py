@@ -1,11 +1,11 @@
 """Commands of costs: what is not there is said beside zeros and beside what is declared for it, and errors are in the words of who typed."""
 
-import asyncio
 import contextlib
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.support.virtual_time import VirtualTimeLoop
 from whaleflux.cli import (
     budget_commands,
     cost_commands,
@@ -51,7 +51,8 @@ class Console:
             with auth.acting_as(auth.Identity("operator", "olga")):
                 return await getattr(self._rpc, method)(request, None)
 
-        return asyncio.run(call())
+        with contextlib.closing(VirtualTimeLoop()) as loop:
+            return loop.run_until_complete(call())
 
     def CreatePrice(self, request, timeout):
         return self._ask("CreatePrice", request)
