@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.ledger_world import reports, row, step
@@ -229,6 +229,7 @@ PACES = st.lists(
 
 
 class TestTogether:
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
     @given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=3), st.integers(1, 64), PACES)
     def test_all_together_never_save_more_than_their_waste_costs_nor_that_more_than_the_bill(
         self, jobs, pools, gpus, paces

@@ -183,7 +183,7 @@ def cheapest(prices: Iterable[Price], site: str, gpu_class: str, now_ms: int) ->
         if price.kind is PriceKind.RESERVED
         and price.until_ms > now_ms
         and price.gpu_class == gpu_class
-        and names.top(price.node or price.site or f"sites/{site}") == site
+        and (not (where := price.node or price.site) or names.top(where) == site)
     ]
     best = min(found, key=lambda price: (price.micros_per_hour, price.name), default=None)
     return Reserved(best.name, best.micros_per_hour, said(best)) if best else None
