@@ -25,7 +25,7 @@ from whaleflux_console.ledger.manifest import DAY_MS
 MONTH_GPUS, MONTH_HOURS = 16_384, 720
 QUICK_GPUS = 2_048
 KILLS, QUICK_KILLS = 200, 4
-YEAR_DAYS = 365
+YEAR_DAYS, QUICK_YEAR_DAYS = 365, 60
 
 
 def measure(options: Options) -> Report:
@@ -72,17 +72,17 @@ async def _month(report: Report, folder: Path, options: Options) -> None:
 
 
 async def _questions(report: Report, folder: Path, options: Options) -> None:
-    """By CostService of a console process, while it closes an hour and after that."""
-    fleet = MadeFleet(cards=512 if options.quick else 2_048)
+    """By CostService of a console process, while it closes hours and after that."""
+    fleet, days = MadeFleet(cards=512 if options.quick else 2_048), QUICK_YEAR_DAYS if options.quick else YEAR_DAYS
     busy = console.BusyConsole(folder, QUICK_GPUS if options.quick else MONTH_GPUS, options.seed)
     async with an_etcd(folder) as endpoint:
         store = EtcdStore([endpoint])
-        rows = await busy.fill(store, fleet, YEAR_DAYS, 3 if options.quick else 35)
+        rows = await busy.fill(store, fleet, days, 3 if options.quick else 35)
         await store.close()
-        asked = questions.questions(busy.end_ms - YEAR_DAYS * DAY_MS, YEAR_DAYS)
+        asked = questions.questions(busy.end_ms - days * DAY_MS, days)
         requests = {name: console.request_of(question) for name, question in asked}
         async with busy.running(endpoint) as stub:
-            taken = await console.ask(stub, requests, 3 if options.quick else 25)
+            taken = await console.ask(busy, stub, requests, 3 if options.quick else 25)
     for name in requests:
         closing, after = taken.closing[name], taken.after[name]
         report.rows.append(
@@ -91,11 +91,11 @@ async def _questions(report: Report, folder: Path, options: Options) -> None:
         )  # fmt: skip
     closing = [ms for each in taken.closing.values() for ms in each]
     report.rows.append(
-        {"what": f"closing an hour of {busy.gpus} GPUs", "wall_s": round(taken.closing_s, 1), "answers": len(closing),
+        {"what": f"closing hours of {busy.gpus} GPUs", "wall_s": round(taken.closing_s, 1), "answers": len(closing),
          "light_p95_ms": round(percentile(taken.light, 95), 1), "light_max_ms": round(max(taken.light), 1)}
     )  # fmt: skip
     report.notes.append(
-        f"questions: a year of {fleet.jobs} jobs at a time on {fleet.cards} cards, {rows:,} rows, asked by CostService over mTLS"
+        f"questions: a year of {days} days, {fleet.jobs} jobs at a time on {fleet.cards} cards, {rows:,} rows, asked by CostService over mTLS"
     )
     report.targets += [
         Target("worst_question_p95", max(percentile(each, 95) for each in taken.after.values()), 200.0, "ms", per="python"),

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.control_plane_suite import Child, Played, machine
 from benchmarks.ledger_lab import questions, rates
 from benchmarks.ledger_lab.fleet import MadeFleet
-from whaleflux.errors import StatusError
+from whaleflux.errors import StatusError, Unavailable
 from whaleflux.fleet.model import Node
 from whaleflux.rpc import roles
 from whaleflux.rpc.auth import Authority
@@ -39,10 +39,11 @@ from whaleflux.v1.scheduler_pb2_grpc import SchedulerServiceServicer, add_Schedu
 from whaleflux_console.core.facts import HOUR_MS, WHOLE_PPM, Attempt, Facts, Holding, Presence
 from whaleflux_console.ledger.folder import LocalFolder
 from whaleflux_console.ledger.ledger import open_ledger
-from whaleflux_console.ledger.manifest import DAY_MS, day_of, hour_of
+from whaleflux_console.ledger.manifest import DAY_MS, Kind, day_of, hour_of
 from whaleflux_console.ledger.question import BILL, CLASS, Question
 
 GANG = 16
+WAITING = 4  # hours: some of them are closed before the year is read
 READY_S, CLOSED_S = 180.0, 600.0
 _PEERS = ("inventory", "health_monitor", "scheduler", "inference_router", "checkpoint")  # the last two say nothing
 _HELD_S = 7_200
@@ -116,14 +117,16 @@ def _node(number: int) -> Node:
 
 
 class BusyConsole:
-    """A year of a fleet lies in the folder, and the last hour of another one waits to be closed."""
+    """A year of a fleet lies in the folder, and the last hours of another one wait to be closed."""
 
     def __init__(self, folder: Path, gpus: int, seed: int) -> None:
         self._folder, self._seed = folder, seed
         self._fleet = PlayedFleet(gpus)
         self._authority = CertificateAuthority.create(datetime.now(UTC))
-        now_ms = round(time.time() * 1000)
-        self.end_ms, self.hour_ms = day_of(now_ms), hour_of(now_ms) - HOUR_MS  # the year's end, the hour to be closed
+        self._waiting_ms = hour_of(round(time.time() * 1000)) - WAITING * HOUR_MS
+        self.end_ms = day_of(self._waiting_ms)  # of the year
+        self.closed_hours = 0  # when none waits any more
+        self.started_s = 0.0
 
     @property
     def gpus(self) -> int:
@@ -135,10 +138,13 @@ class BusyConsole:
         rows = await questions.fill(place, store, fleet, days, hot_days, begin_ms=self.end_ms - days * DAY_MS)
         async with elect(store, "console-ledger", "benchmark", ttl_s=questions.FILL_TTL_S) as leader:
             ledger = await open_ledger(LocalFolder(place), store, leader)
-            await ledger.tell(self.hour_ms, await asyncio.to_thread(self._fleet.told, self.hour_ms))
             chance = np.random.default_rng(self._seed)
-            for quarter in range(4):
-                await ledger.append(rates.minutes(quarter, self._fleet.gpus, chance, self.hour_ms))
+            for hour in range(WAITING):
+                hour_ms = self._waiting_ms + hour * HOUR_MS
+                await ledger.tell(hour_ms, await asyncio.to_thread(self._fleet.told, hour_ms))
+                for quarter in range(hour * 4, hour * 4 + 4):
+                    await ledger.append(rates.minutes(quarter, self._fleet.gpus, chance, self._waiting_ms))
+            self.closed_hours = len(ledger.state.all_of(Kind.HOURS)) + WAITING
         return rows
 
     @contextlib.asynccontextmanager
@@ -150,6 +156,7 @@ class BusyConsole:
         server.add(add_SchedulerServiceServicer_to_server, self._fleet, "whaleflux.v1.SchedulerService")
         peers = server.bind("127.0.0.1:0")
         await server.start()
+        self.started_s = time.perf_counter()
         process = Child(self._command(endpoint, peers), self._folder / "console.log", dict(os.environ))
         try:
             channel = connect(
@@ -204,7 +211,7 @@ def request_of(question: Question) -> pb.GetCostRequest:
 
 @dataclass(slots=True)
 class Taken:
-    """Milliseconds of each answer, by what was asked, while an hour was closed and after it; `closing_s`: how long that took."""
+    """Milliseconds of each answer, by what was asked, while hours were closed and after that; `closing_s`: how long it was seen."""
 
     opened_s: float = 0.0
     closing_s: float = 0.0
@@ -212,15 +219,16 @@ class Taken:
     after: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     light: list[float] = field(
         default_factory=list
-    )  # of a call that asks nothing of the ledger's files, while it was closed
+    )  # of a call that asks nothing of the ledger, while they were closed
 
 
-async def ask(stub: CostServiceStub, asked: Mapping[str, pb.GetCostRequest], rounds: int) -> Taken:
-    """Asks everything in turn while the last hour is closed, and `rounds` times after it."""
-    begun, taken = time.perf_counter(), Taken()
+async def ask(busy: BusyConsole, stub: CostServiceStub, asked: Mapping[str, pb.GetCostRequest], rounds: int) -> Taken:
+    """Asks everything in turn while the last hours are closed, and `rounds` times after that."""
+    taken = Taken()
     await _answered(stub, next(iter(asked.values())))
-    taken.opened_s = time.perf_counter() - begun
-    probe = asyncio.create_task(_probe(stub, taken))
+    taken.opened_s = time.perf_counter() - busy.started_s
+    probe = asyncio.create_task(_probe(stub, taken, busy.closed_hours))
+    await asyncio.sleep(0)
     while not probe.done():
         for name, request in asked.items():
             taken.closing[name].append(await _ms(stub.GetCost(request)))
@@ -240,14 +248,16 @@ async def _answered(stub: CostServiceStub, request: pb.GetCostRequest) -> None:
             await asyncio.sleep(0.05)
 
 
-async def _probe(stub: CostServiceStub, taken: Taken) -> None:
-    """Until one more hour is closed."""
-    before, begun = (await stub.GetLedger(pb.GetLedgerRequest())).closed_hours, time.perf_counter()
+async def _probe(stub: CostServiceStub, taken: Taken, closed_hours: int) -> None:
+    """Until so many hours are closed."""
+    begun = time.perf_counter()
     async with asyncio.timeout(CLOSED_S):
-        while (await stub.GetLedger(pb.GetLedgerRequest())).closed_hours == before:
+        while (await stub.GetLedger(pb.GetLedgerRequest())).closed_hours < closed_hours:
             await asyncio.sleep(0.02)
             taken.light.append(await _ms(stub.ListAdjustments(pb.ListAdjustmentsRequest())))
     taken.closing_s = time.perf_counter() - begun
+    if not taken.light:
+        raise Unavailable(f"all {WAITING} hours were closed before the first answer: let more of them wait")
 
 
 async def _ms(call: Awaitable[object]) -> float:

@@ -62,9 +62,7 @@ class Costs:
         by = _by(request.group_by)
         where = self._where(request.filter)
         order, limit = _order(request.order_by), most_groups(request.limit)
-        asked = Question(start_ms, end_ms, (), where)
-        whole = await self.answers.ask(asked)
-        seen, hidden = await self._seen(asked)
+        seen, hidden, whole = await self._seen(Question(start_ms, end_ms, (), where))
         narrowed = where if seen is None else where | {"queue": seen}
         question = Question(start_ms, end_ms, by, narrowed, order, limit)
         shown = await self.answers.ask(question) if seen is None or seen else None
@@ -104,7 +102,7 @@ class Costs:
     async def forecast(self, where: Mapping[str, tuple[str, ...]]) -> pb.Forecast:
         """Of this month, of what the caller may see."""
         forecasts = Forecasts(self.answers, self.clock)
-        seen, _ = await self._seen(forecasts.question(where))
+        seen, _, _ = await self._seen(forecasts.question(where))
         return await forecasts.of(where if seen is None else {**where, "queue": seen})
 
     def may_see_queue(self, queue: str) -> bool:
@@ -145,8 +143,8 @@ class Costs:
             first_ms = first_ms // DAY_MS * DAY_MS
         return max(first_ms, 0), -(-end_ms // HOUR_MS) * HOUR_MS
 
-    async def _seen(self, asked: Question) -> tuple[tuple[str, ...] | None, Sum | None]:
-        """Queues of the window that the caller may see (None: all there are), and what is in the others."""
+    async def _seen(self, asked: Question) -> tuple[tuple[str, ...] | None, Sum | None, Answer]:
+        """Queues of the window that the caller may see (None: all there are), what is in the others, and all of it by queue."""
         who = auth.principal()
         by_queue = await self.answers.ask(
             Question(asked.start_ms, asked.end_ms, ("queue",), asked.where, limit=MOST_QUEUES)
@@ -154,9 +152,10 @@ class Costs:
         hidden = [row for row in by_queue.rows if not self._may_see(who, row.keys[0])]
         if not hidden:
             ownership.note_asked()
-            return None, None
+            return None, None, by_queue
         unseen = {row.keys[0] for row in hidden}
-        return tuple(row.keys[0] for row in by_queue.rows if row.keys[0] not in unseen), _summed(hidden)
+        seen = tuple(row.keys[0] for row in by_queue.rows if row.keys[0] not in unseen)
+        return seen, _summed(hidden), by_queue
 
     def _may_see(self, who: Principal, queue: str) -> bool:
         return not queue or ownership.may_see(who, self.queue_access(queue.removeprefix("queues/")))
