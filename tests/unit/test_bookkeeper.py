@@ -250,7 +250,7 @@ class TestKeeping:
             world.run(T + 30 * MINUTE, T + 50 * MINUTE)
             await world.until(LATE)
             await world.tick()
-            before = (await world.cost(pb.COST_GROUPING_QUEUE)).groups
+            before, closed = (await world.cost(pb.COST_GROUPING_QUEUE)).groups, world.ledger.state.newest(Kind.HOURS, T)
             for file in world.ledger.state.of(Kind.FACTS, T):
                 harm(tmp_path / file.path)
             await world.until(LATE + 2 * HOUR_MS)
@@ -258,7 +258,8 @@ class TestKeeping:
             await world.until(LATE + 2 * HOUR_MS + 20 * MINUTE)
             await world.tick()
             assert await world.ledger.damaged_facts(T) == ()
-            assert world.ledger.state.newest(Kind.HOURS, T).version > 1
+            assert world.ledger.state.newest(Kind.HOURS, T).commit > closed.commit, "it is closed again"
+            assert T not in world.ledger.state.unsettled
             assert (await world.cost(pb.COST_GROUPING_QUEUE)).groups == before
             assert any(note.startswith("the ledger's file facts/") for note in world.ledger.notes), "people are told"
 
