@@ -1,6 +1,9 @@
-"""What the same work costs, rung by rung: blind placement, ours, (with --moves) running jobs moved, idle GPUs released, jobs right-sized; and what each kind of recommendation keeps of its promise.
+"""What the same work costs, rung by rung: blind placement, ours, running jobs moved together, idle GPUs released, jobs right-sized, half of the GPUs spot; and what each kind of recommendation keeps of its promise.
 
-python -m benchmarks.tco_replay [--quick] [--gpus 128 1024] [--weeks 8 9] [--idle 0.1] [--moves] --json FILE
+python -m benchmarks.tco_replay [--quick] [--gpus 128 1024] [--weeks 2 5] --json FILE
+
+The base is the best of three blind ways in each figure. A case differs from the usual one in one thing: idle time and what spot
+machines do are assumed ([P]), so each has a case without it or with more of it.
 """
 
 from __future__ import annotations
@@ -8,158 +11,161 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 
 from benchmarks.common import Options, Report, Row, Target, main
-from benchmarks.tco_lab import blind, kinds, pools
-from benchmarks.tco_lab.speeds import NODE, App, apps
-from benchmarks.tco_lab.work import Work, nodes, submissions, week
+from benchmarks.tco_lab import kinds, ladder, pools
+from benchmarks.tco_lab.speeds import App, apps
+from benchmarks.tco_lab.work import halves, week
 from whaleflux_console.core.facts import WHOLE_PPM
-from whaleflux_console.core.recommend import fewer_gpus, tracking
+from whaleflux_console.core.recommend import tracking
 from whaleflux_console.core.recommend.recommendation import Kind
-from whaleflux_console.core.recommend.release_idle import GRACE_MS
-from whaleflux_scheduler.core.rebalance import RebalanceRules
 from whaleflux_scheduler.simulation import traces
-from whaleflux_scheduler.simulation.runner import SIMULATED, Simulation
-from whaleflux_scheduler.simulation.workload import Delays, Workload
+from whaleflux_scheduler.simulation.runner import SIMULATED
 
-USD_PER_GPU_HOUR = 2.95  # H100 SXM, on demand: Nebius, catalog v8 snapshot (2025-26), validation/prices.csv
-LOAD = 0.9
-HELD_OUT = (8, 11)  # weeks of the trace that nothing was tuned on
-DONE = 0.95  # owned GPUs are counted until so much of the work is done: the last days belong to a few long jobs
+LOAD, IDLE = 0.9, 0.1
+HELD_OUT = (2, 5, 8, 10)  # weeks of the trace; the scheduler's rules were chosen on its weeks 12 and 13
+WEEK_OF_MANY = (2,)  # and those behind it, one over the other, until they fill the fleet
+MANY = 1024
 KEPT, SAVED = 0.9, 35.0
 CASES = 1_000
-DELAYS = Delays(start_s=30.0, save_s=30.0, restart_s=60.0)
+FEWEST_JOBS = 100  # a week that a few huge jobs fill says nothing of the others: it is left out
+SIZED, SPOT = "right-sized", "half of it spot"
+NOTES = (
+    "[P] assumed, since no trace has it: idle time (10 % of run time in the mean, exponential), and that a spot node is taken back once a day",
+    "not in it: classes of GPUs (Gavel measured K80, P100 and V100, of which only V100 has a dated price), and Lingjun's tree (no speeds by distance beyond a node were measured, so a tree would change no dollar)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One ladder: whose jobs of which week, and what differs from the usual."""
+
+    gpus: int
+    week: int
+    clusters: str  # "a" or "b" of the virtual clusters, or "all"
+    idle: float = IDLE  # [P] of run time, in the mean
+    network: float = 1.0  # times faster than between T4s
+    tuned: bool = True  # batches as a user chose them, else any that was measured
+
+    @property
+    def what(self) -> str:
+        """What differs."""
+        if not self.tuned:
+            return "any batch"
+        if self.network != 1.0:
+            return f"network x{self.network:g}"
+        return f"idle {self.idle:g}" if self.idle != IDLE else "usual"
 
 
 def main_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, nargs="+", help="fleet sizes (default 128 1024; quick: 128)")
     parser.add_argument("--weeks", type=int, nargs="+", help=f"weeks of the trace, from 0 (default {HELD_OUT})")
-    parser.add_argument(
-        "--idle", type=float, nargs="+", help="mean idle time over run time (default 0 0.1 0.2; quick: 0.1)"
-    )
-    parser.add_argument(
-        "--moves", action="store_true", help="also move running jobs, each minute's look: minutes of CPU a rung"
-    )
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """One rung: GPU-seconds that were paid for, and when so much of the work was done."""
-
-    held_gpu_s: float
-    done_s: float
-    p95_s: float
+def cases(sizes: Sequence[int], weeks: Sequence[int], *, quick: bool) -> Iterator[Case]:
+    """Each week of each half of the clusters as usual, and of each size's first week what else might be so."""
+    for gpus in sizes:
+        many = gpus >= MANY
+        yield from (Case(gpus, week, half) for week in weeks for half in (("all",) if many or quick else ("a", "b")))
+        if not quick:
+            usual = Case(gpus, weeks[0], "all" if many else "a")
+            yield from (replace(usual, idle=0.0), replace(usual, idle=0.3))
+            yield from (replace(usual, network=4.0), replace(usual, tuned=False))
 
 
 def measure(options: Options) -> Report:
     """Dollars per GPU-hour of useful work on Philly's jobs with Pollux's speeds, by elastic and by owned GPUs."""
-    known = apps(options.file("traces", "pollux", "throughput"))
+    folder = options.file("traces", "pollux", "throughput")
+    known = apps(folder)
     report = Report(
-        simulated=f"{SIMULATED}; idle time and which application a job is are drawn, sizes, times and speeds are traces'"
+        simulated=f"{SIMULATED}; sizes and times are Philly's, speeds Pollux's; which job is which is drawn"
     )
-    sizes = options.extra.gpus or ([128] if options.quick else [128, 1024])
-    weeks = options.extra.weeks or (HELD_OUT[:1] if options.quick else HELD_OUT)
-    for gpus in sizes:
+    report.notes += NOTES
+    for gpus in options.extra.gpus or ([128] if options.quick else [128, MANY]):
+        weeks = options.extra.weeks or (HELD_OUT[:1] if options.quick else WEEK_OF_MANY if gpus >= MANY else HELD_OUT)
         trace = traces.read(options.trace("pollux", "philly.csv.gz"), gpus // 2)
-        for idle in options.extra.idle or ([0.1] if options.quick else [0.0, 0.1, 0.2]):
-            for number in weeks:
-                work = week(trace, number, LOAD, gpus, idle, known, options.seed + number)
-                report.rows += _ladder(work, gpus, number, idle, RebalanceRules() if options.extra.moves else None)
-    cases = _cases(known, CASES, options.seed)
-    ours = (
-        pools.cases(options.seed, back=10, together=2, reserved=10)
-        if options.quick
-        else pools.cases(options.seed, back=40, together=20, reserved=40)
-    )
-    cases += [case for case in ours if case.promised]
-    report.rows += [_kind(kind, cases) for kind in dict.fromkeys(case.kind for case in cases)]
-    report.targets += [
-        Target(f"replayed/promised, {row['kind']}", row["kept"], KEPT, "", "higher")
-        for row in report.rows
-        if "kind" in row
-    ]
+        for case in cases([gpus], weeks, quick=options.quick):
+            report.rows += _ladder(case, trace, folder, options.seed)
+    report.rows += _spread(report.rows)
+    promises = _promises(known, options.seed, options.quick)
+    report.targets += [Target(f"replayed/promised, {row['kind']}", row["kept"], KEPT, "", "higher") for row in promises]
     report.targets += _savings(report.rows)
+    report.rows += promises
     return report
 
 
-def _ladder(work: Sequence[Work], gpus: int, number: int, idle: float, rules: RebalanceRules | None) -> list[Row]:
-    """Each rung with all below it."""
-    sized = [_right_sized(_released(one)) for one in work]
-    rungs = {
-        "blind": _blind(work, gpus),
-        "placement": _ours(work, gpus, None),
-        **({"moves": _ours(work, gpus, rules)} if rules else {}),
-        "idle released": _ours([_released(one) for one in work], gpus, rules),
-        "right-sized": _ours(sized, gpus, rules),
-    }
+def _ladder(case: Case, trace: traces.Trace, folder: Path, seed: int) -> list[Row]:
+    """Each rung with all below it, against the best of the blind ways; nothing of a week of too few jobs."""
+    theirs = halves(trace).get(case.clusters)
+    rows = [row for row in trace.rows if theirs is None or row.queue in theirs]
+    known = apps(folder, case.network)
+    work = week(rows, case.week, LOAD, case.gpus, case.idle, known, seed + case.week, tuned=case.tuned)
+    if len(work) < FEWEST_JOBS:
+        return []
     useful_h = sum(one.useful_gpu_s for one in work) / 3600
-    base = rungs["blind"]
-    rows, before = list[Row](), base
-    for name, ran in rungs.items():
-        rows.append(
+    blind = ladder.baselines(work, case.gpus)
+    base = before = ladder.best(list(blind.values()))
+    found = list[Row]()
+    for name, ran in {**blind, "best blind": base, **ladder.rungs(work, case.gpus, seed)}.items():
+        paid_usd = case.gpus * ran.done_s / 3600 * ladder.USD_PER_GPU_HOUR
+        owned: Row = {
+            "owned $/h": round(paid_usd / (ladder.DONE * useful_h), 3),
+            "owned saved %": _percent(base.done_s, ran.done_s),
+        }
+        found.append(
             {
-                "gpus": gpus, "week": number, "idle": idle, "jobs": len(work), "rung": name,
-                "elastic $/h": round(ran.held_gpu_s / 3600 * USD_PER_GPU_HOUR / useful_h, 3),
-                "elastic saved %": _percent(base.held_gpu_s, ran.held_gpu_s),
-                "its share": round(_percent(base.held_gpu_s, ran.held_gpu_s) - _percent(base.held_gpu_s, before.held_gpu_s), 1),
-                "owned $/h": round(gpus * ran.done_s / 3600 * USD_PER_GPU_HOUR / (DONE * useful_h), 3),
-                "owned saved %": _percent(base.done_s, ran.done_s),
-                "p95 completion h": round(ran.p95_s / 3600, 1),
+                "gpus": case.gpus, "week": case.week, "clusters": case.clusters, "case": case.what, "jobs": len(work),
+                "rung": name,
+                "elastic $/h": round(ran.usd / useful_h, 3),
+                "elastic saved %": _percent(base.usd, ran.usd),
+                "its share": 0.0 if name in blind else round(100 * (before.usd - ran.usd) / base.usd, 1),
+                **({} if name == SPOT else owned),
+                "p95 h": round(ran.p95_s / 3600, 1),
+                "gangs' p95 h": round(ran.gangs_p95_s / 3600, 1),
+                "p95 later %": round(-_percent(base.p95_s, ran.p95_s), 1),
             }
         )  # fmt: skip
-        before = ran
-    return rows
+        before = base if name in blind else ran
+    return found
 
 
 def _percent(before: float, after: float) -> float:
     return round(100 * (1 - after / before), 1)
 
 
-def _blind(work: Sequence[Work], gpus: int) -> Ran:
-    done = blind.run(work, gpus)
-    held = sum((ran.end_s - ran.start_s + DELAYS.start_s) * one.gpus for one, ran in zip(work, done, strict=True))
-    return _ran(work, held, [ran.end_s for ran in done])
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """Of each rung over the usual cases: median, least and most."""
+    usual = [row for row in rows if row["case"] == "usual"]
+    return [
+        {"gpus": gpus, "of": rung, "cases": len(mine), **_over(mine, "elastic saved %"), **_over(mine, "owned saved %")}
+        for gpus in dict.fromkeys(row["gpus"] for row in usual)
+        for rung in dict.fromkeys(row["rung"] for row in usual)
+        if (mine := [row for row in usual if (row["gpus"], row["rung"]) == (gpus, rung)])
+    ]
 
 
-def _ours(work: Sequence[Work], gpus: int, rules: RebalanceRules | None) -> Ran:
-    """By the production scheduler's step."""
-    simulation = Simulation(
-        nodes(gpus, USD_PER_GPU_HOUR), Workload(list(submissions(work)), {}, DELAYS), rebalance=rules
-    )
-    result = simulation.run()
-    return _ran(work, result.held.total, [one.end_s for one in result.outcomes])
+def _over(rows: Sequence[Row], column: str) -> Row:
+    values = [row[column] for row in rows if column in row]
+    if not values:
+        return {}
+    return {
+        f"{column}, median": round(median(values), 1),
+        f"{column}, least": min(values),
+        f"{column}, most": max(values),
+    }
 
 
-def _ran(work: Sequence[Work], held_gpu_s: float, ends: Sequence[float]) -> Ran:
-    whole, so_far, done_s = sum(one.useful_gpu_s for one in work), 0.0, 0.0
-    for end_s, one in sorted(zip(ends, work, strict=True), key=lambda pair: pair[0]):
-        so_far, done_s = so_far + one.useful_gpu_s, end_s
-        if so_far >= DONE * whole:
-            break
-    took = sorted(end_s - one.at_s for end_s, one in zip(ends, work, strict=True))
-    return Ran(held_gpu_s, done_s, took[int(0.95 * (len(took) - 1))])
-
-
-def _released(one: Work) -> Work:
-    """Its GPUs go back half an hour into its rest."""
-    return replace(one, idle_s=min(one.idle_s, GRACE_MS / 1000))
-
-
-def _right_sized(one: Work) -> Work:
-    """On half of its GPUs where the console says so and both speeds were measured: for the same work at the same global batch."""
-    best, half = one.fewest_nodes, -(-one.gpus // 2 // NODE)
-    sizes = [size for size in one.app.batches(one.gpus, best) if 2 * size in one.app.batches(one.gpus // 2, half)]
-    if one.gpus < 2 or not sizes:
-        return one
-    batch = sizes[len(sizes) // 2]
-    now, then = one.app.step(one.gpus, best, batch), one.app.step(one.gpus // 2, half, 2 * batch)
-    name = "comm_in_node" if best == 1 else "comm_structural"
-    part = kinds.part(one.run_s, one.gpus, **{name: one.run_s * min(1.0, now.sync_s / now.step_s)})
-    if not kinds.promised(fewer_gpus.find, [part], one.gpus):
-        return one
-    return replace(one, gpus=one.gpus // 2, run_s=one.run_s * then.step_s / now.step_s)
+def _promises(known: Sequence[App], seed: int, quick: bool) -> list[Row]:
+    """Of each kind; a case of `defragment` takes half a minute, so the quick form has none."""
+    counts = (10, 0, 10) if quick else (40, 20, 40)
+    back, together, reserved = counts
+    of_pools = pools.cases(seed, back=back, together=together, reserved=reserved)
+    cases = [*_cases(known, CASES, seed), *(case for case in of_pools if case.promised)]
+    return [_kind(kind, cases) for kind in dict.fromkeys(case.kind for case in cases)]
 
 
 def _cases(known: Sequence[App], count: int, seed: int) -> list[kinds.Case]:
@@ -196,10 +202,17 @@ def _kept(cases: Sequence[kinds.Case]) -> float:
 
 
 def _savings(rows: Sequence[Row]) -> list[Target]:
-    last = [row for row in rows if row.get("rung") == "right-sized"]
+    """Over the usual cases; a rung is late where its p95 is more than a hundredth behind the best blind one."""
+    usual = [row for row in rows if row.get("case") == "usual"]
+    named = (("elastic", SIZED), ("elastic", SPOT), ("owned", SIZED))
+    saved = {pair: [row[f"{pair[0]} saved %"] for row in usual if row["rung"] == pair[1]] for pair in named}
+    late = sum(row["p95 later %"] > 1 for row in usual if row["rung"] in ladder.RUNGS)
     return [
-        Target(f"saved, {how}, worst", min(row[f"{how} saved %"] for row in last), SAVED, "%", "higher")
-        for how in ("elastic", "owned")
+        *(
+            Target(f"saved, {how}, {rung}, worst", min(all_of), SAVED, "%", "higher")
+            for (how, rung), all_of in saved.items()
+        ),
+        Target("rungs whose p95 completion is later", late, 0, ""),
     ]
 
 

@@ -91,15 +91,17 @@ def fewer(drawn: random.Random, app: App) -> Case:
     """A job on whole nodes, then on half of them with twice the batch each, where both were measured."""
     gpus = drawn.choice((2, 4, 8, 16))
     nodes, half = -(-gpus // NODE), -(-gpus // 2 // NODE)
-    sizes = [size for size in app.batches(gpus, nodes) if 2 * size in app.batches(gpus // 2, half)]
-    if not sizes:
+    sizes = [(size, app.doubled(gpus // 2, half, size)) for size in app.batches(gpus, nodes)]
+    found = [(size, double) for size, double in sizes if double is not None]
+    if not found:
         return Case("fewer_gpus", 0.0, 0.0)
-    batch = drawn.choice(sizes)
-    now, then = app.step(gpus, nodes, batch), app.step(gpus // 2, half, 2 * batch)
+    batch, double = drawn.choice(found)
+    now, then = app.step(gpus, nodes, batch), app.step(gpus // 2, half, double)
+    slower = then.step_s * 2 * batch / double / now.step_s  # for as many samples
     share = min(1.0, now.sync_s / now.step_s)
     name = "comm_in_node" if nodes == 1 else "comm_structural"
     said = promised(fewer_gpus.find, [part(DAY_S, gpus, **{name: share * DAY_S})] * DAYS, gpus)
-    saved = DAYS * DAY_S * (1 - then.step_s / (2 * now.step_s)) * gpus * MICROS_PER_GPU_S
+    saved = DAYS * DAY_S * (1 - slower / 2) * gpus * MICROS_PER_GPU_S
     return Case("fewer_gpus", said, saved if said else 0.0)
 
 

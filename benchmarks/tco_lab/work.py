@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.tco_lab.speeds import NODE, App
-from whaleflux.fleet.model import Gpu, Link, LinkKind, Node, Price
+from whaleflux.fleet.model import Gpu, Link, LinkKind, Node, Price, PriceKind
 from whaleflux.manifests.job_fields import Spec
 from whaleflux_scheduler.simulation import traces
-from whaleflux_scheduler.simulation.workload import Submission
+from whaleflux_scheduler.simulation.workload import NodeEvent, Submission
 
 WEEK_S = 7 * 86400.0
-WEEK_FILLS = 256  # GPUs, about, that a week of the trace keeps busy
 SHORTEST_S = 60.0  # of a job: less is a test of its script
 
 
@@ -26,7 +25,13 @@ class Work:
     run_s: float
     gpus: int
     app: App
+    batch: int  # of each GPU
     idle_s: float
+    was_gpus: int  # before anybody made it smaller
+
+    def slowdown(self, nodes: int) -> float:
+        """Of its steps, on so many nodes."""
+        return self.app.slowdown(self.gpus, nodes, self.batch)
 
     @property
     def fewest_nodes(self) -> int:
@@ -37,39 +42,58 @@ class Work:
         return self.run_s * self.gpus
 
 
+def halves(trace: traces.Trace) -> dict[str, frozenset[str]]:
+    """The virtual clusters in two groups of like size, so that a saving can be looked for among other people's jobs, too."""
+    gpu_s: dict[str, float] = {}
+    for row in trace.rows:
+        gpu_s[row.queue] = gpu_s.get(row.queue, 0.0) + row.run_s * row.gpus
+    order = sorted(gpu_s, key=lambda queue: (-gpu_s[queue], queue))
+    return {"a": frozenset(order[0::4] + order[3::4]), "b": frozenset(order[1::4] + order[2::4])}
+
+
 def week(
-    trace: traces.Trace, number: int, load: float, gpus: int, idle: float, apps: Sequence[App], seed: int
+    rows: Sequence[traces.Row],
+    number: int,
+    load: float,
+    gpus: int,
+    idle: float,
+    apps: Sequence[App],
+    seed: int,
+    *,
+    tuned: bool = True,
 ) -> list[Work]:
     """A week's jobs at a load of that many GPUs: each an application by lot, idle for `idle` of its run time in the mean (exponential).
 
     A fleet that a week does not fill gets the weeks behind it too, one over the other. Jobs longer than a week are cut to it.
     """
-    begin_s, folded = number * WEEK_S, -(-gpus // WEEK_FILLS)
-    rows = [
-        replace(row, at_s=(row.at_s - begin_s) % WEEK_S, run_s=min(row.run_s, WEEK_S))
-        for row in trace.rows
-        if begin_s <= row.at_s < begin_s + folded * WEEK_S and row.run_s > SHORTEST_S
-    ]
-    drawn = random.Random(seed)
-    drawn.shuffle(rows)
     wanted, kept = load * gpus * WEEK_S, list[traces.Row]()
-    for row in rows:
-        if wanted <= 0:
-            break
-        kept.append(row)
-        wanted -= row.run_s * row.gpus
+    drawn = random.Random(seed)
+    last = max(row.at_s for row in rows)
+    while wanted > 0 and number * WEEK_S <= last:
+        of_week = _rows(rows, number)
+        drawn.shuffle(of_week)
+        for row in of_week:
+            if wanted > 0:
+                kept.append(row)
+                wanted -= row.run_s * row.gpus
+        number += 1
     kept.sort(key=lambda row: row.at_s)
+    return [_work(n, row, drawn.choice(apps), idle, drawn, tuned) for n, row in enumerate(kept)]
+
+
+def _rows(rows: Sequence[traces.Row], number: int) -> list[traces.Row]:
+    begin_s = number * WEEK_S
     return [
-        Work(
-            n,
-            row.at_s,
-            row.run_s,
-            row.gpus,
-            drawn.choice(apps),
-            drawn.expovariate(1 / idle) * row.run_s if idle else 0.0,
-        )
-        for n, row in enumerate(kept)
+        replace(row, at_s=row.at_s - begin_s, run_s=min(row.run_s, WEEK_S))
+        for row in rows
+        if begin_s <= row.at_s < begin_s + WEEK_S and row.run_s > SHORTEST_S
     ]
+
+
+def _work(number: int, row: traces.Row, app: App, idle: float, drawn: random.Random, tuned: bool) -> Work:
+    batch = app.drawn(row.gpus, drawn, tuned=tuned)
+    idle_s = drawn.expovariate(1 / idle) * row.run_s if idle else 0.0
+    return Work(number, row.at_s, row.run_s, row.gpus, app, batch, idle_s, row.gpus)
 
 
 def submissions(work: Sequence[Work]) -> Iterator[Submission]:
@@ -80,15 +104,27 @@ def submissions(work: Sequence[Work]) -> Iterator[Submission]:
         yield Submission(f"queues/q/jobs/j{one.number:06}", spec, one.at_s, one.run_s + one.idle_s)
 
 
-def nodes(gpus: int, usd: float) -> list[Node]:
-    """Nodes of four, 16 below a leaf."""
-    return [_node(number, usd) for number in range(gpus // NODE)]
+def nodes(gpus: int, usd: float, spot_usd: float = 0.0) -> list[Node]:
+    """Nodes of four, 16 below a leaf. With a price of spot every second one is of it."""
+    return [_node(n, spot_usd if spot_usd and n % 2 else usd, bool(spot_usd and n % 2)) for n in range(gpus // NODE)]
 
 
-def _node(number: int, usd: float) -> Node:
+def interrupted(nodes: Sequence[Node], mean_s: float, away_s: float, until_s: float, seed: int) -> list[NodeEvent]:
+    """Spot nodes are taken back at random, each about every `mean_s`, and come again after `away_s`."""
+    drawn, found = random.Random(seed), list[NodeEvent]()
+    for node in nodes:
+        at_s = drawn.expovariate(1 / mean_s) if node.price.kind is PriceKind.SPOT else until_s
+        while at_s < until_s:
+            found += [NodeEvent(at_s, "down", (node.name,)), NodeEvent(at_s + away_s, "up", (node.name,))]
+            at_s += away_s + drawn.expovariate(1 / mean_s)
+    return sorted(found, key=lambda event: event.at_s)
+
+
+def _node(number: int, usd: float, spot: bool) -> Node:
     gpus = tuple(Gpu(i, f"GPU-{number}-{i}", "H100-80GB", 80 * 10**9, (9, 0)) for i in range(NODE))
     links = tuple(Link(a, b, LinkKind.NVLINK, 300e9) for a in range(NODE) for b in range(a + 1, NODE))
     return Node(
         f"sites/s/nodes/n{number:04}", "s", gpus=gpus, links=links, leaf=f"l{number // 16}", cpu_millicores=128_000,
-        memory_bytes=10**12, network_bytes_per_s=50e9, price=Price(usd_per_gpu_hour=usd), simulated=True,
+        memory_bytes=10**12, network_bytes_per_s=50e9,
+        price=Price(usd_per_gpu_hour=usd, kind=PriceKind.SPOT if spot else PriceKind.ON_DEMAND), simulated=True,
     )  # fmt: skip

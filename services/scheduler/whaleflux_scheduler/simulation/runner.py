@@ -29,7 +29,7 @@ class Simulation:
     """A fleet and a workload; `run` once.
 
     With `decision_time` so many times the CPU time of each decision passes, and what happens meanwhile waits for the next one: no two runs are
-    equal then.
+    equal then. Moves of running jobs are looked for every `look_every_s`, the leader's minute unless told otherwise.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Simulation:
         spans: Spans | None = None,
         decision_time: float = 0.0,
         rebalance: RebalanceRules | None = None,
+        look_every_s: float = LOOK_EVERY_S,
         after_rebalance: AfterRebalance | None = None,
     ) -> None:
         hourly = sum(len(node.gpus) * node.price.usd_per_gpu_hour for node in nodes)
@@ -49,7 +50,7 @@ class Simulation:
         self._state = State(nodes, workload.queues, workload.delays, result, workload.reservations)
         self._plan, self._decision_time = Plan(reasons=False, rules=rebalance), decision_time
         self._rebalance, self._after_rebalance = rebalance is not None, after_rebalance
-        self._look_s = LOOK_EVERY_S
+        self._look_every_s = self._look_s = look_every_s
         self._arrivals = workload.in_order()
         for event in events:
             self._state.timeline.add(event.at_s, happenings.node_event, self._state, event)
@@ -105,10 +106,10 @@ class Simulation:
             result.apply_s += time.thread_time() - decided
 
     def _look_for_moves(self) -> None:
-        """As the leader does each minute when it may move."""
+        """As the leader does when it may move."""
         state, result = self._state, self._state.result
         at_s, begun = state.now_s, time.thread_time()
-        self._look_s = at_s + LOOK_EVERY_S
+        self._look_s = at_s + self._look_every_s
         self._plan.take_in(News(saved=state.saved(at_s)), instant(at_s))
         plan = self._plan.plan_rebalance(instant(at_s))
         result.looks, result.look_s = result.looks + 1, result.look_s + time.thread_time() - begun
