@@ -22,11 +22,8 @@ DONE = 0.95  # owned GPUs are counted until so much of the work is done: the las
 DELAYS = Delays(start_s=30.0, save_s=30.0, restart_s=60.0)
 LOOK_EVERY_S = 1800.0  # for moves: the leader looks each minute, which can only find more
 RUNGS = ("placement", "consolidation", "idle released", "right-sized", "half of it spot")
-INTERRUPTED_S, AWAY_S, TAIL_WEEKS = (
-    86400.0,
-    3600.0,
-    8,
-)  # [P] a spot node is taken back once a day and comes again after an hour
+INTERRUPTED_S, AWAY_S = 86400.0, 3600.0  # [P] a spot node is taken back about once a day and comes again after an hour
+TAIL_WEEKS = 8  # for which interruptions are drawn
 
 
 @dataclass(frozen=True, slots=True)
