@@ -47,6 +47,7 @@ WAITING = 4  # hours: some of them are closed before the year is read
 READY_S, CLOSED_S = 180.0, 600.0
 _PEERS = ("inventory", "health_monitor", "scheduler", "inference_router", "checkpoint")  # the last two say nothing
 _HELD_S = 7_200
+_CALL_S = 30.0
 
 
 class PlayedFleet(Played, SchedulerServiceServicer):
@@ -231,11 +232,11 @@ async def ask(busy: BusyConsole, stub: CostServiceStub, asked: Mapping[str, pb.G
     await asyncio.sleep(0)
     while not probe.done():
         for name, request in asked.items():
-            taken.closing[name].append(await _ms(stub.GetCost(request)))
+            taken.closing[name].append(await _ms(stub.GetCost(request, timeout=_CALL_S)))
     await probe
     for _ in range(rounds):
         for name, request in asked.items():
-            taken.after[name].append(await _ms(stub.GetCost(request)))
+            taken.after[name].append(await _ms(stub.GetCost(request, timeout=_CALL_S)))
     return taken
 
 
@@ -243,7 +244,7 @@ async def _answered(stub: CostServiceStub, request: pb.GetCostRequest) -> None:
     async with asyncio.timeout(READY_S):
         while True:
             with contextlib.suppress(StatusError):
-                await stub.GetCost(request)
+                await stub.GetCost(request, timeout=_CALL_S)
                 return
             await asyncio.sleep(0.05)
 
@@ -252,9 +253,9 @@ async def _probe(stub: CostServiceStub, taken: Taken, closed_hours: int) -> None
     """Until so many hours are closed."""
     begun = time.perf_counter()
     async with asyncio.timeout(CLOSED_S):
-        while (await stub.GetLedger(pb.GetLedgerRequest())).closed_hours < closed_hours:
+        while (await stub.GetLedger(pb.GetLedgerRequest(), timeout=_CALL_S)).closed_hours < closed_hours:
             await asyncio.sleep(0.02)
-            taken.light.append(await _ms(stub.ListAdjustments(pb.ListAdjustmentsRequest())))
+            taken.light.append(await _ms(stub.ListAdjustments(pb.ListAdjustmentsRequest(), timeout=_CALL_S)))
     taken.closing_s = time.perf_counter() - begun
     if not taken.light:
         raise Unavailable(f"all {WAITING} hours were closed before the first answer: let more of them wait")

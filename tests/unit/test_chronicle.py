@@ -157,6 +157,16 @@ class TestJobs:
         assert sorted(told) == [T + hour * HOUR_MS for hour in range(1, 6)]
         assert all(len(facts.attempts) == 2 for facts in told.values())
 
+    def test_an_end_that_is_learned_late_is_told_to_every_hour_since(self):
+        found, now = Chronicle(), T + 2 * HOUR_MS + 30 * MINUTE
+        found.job(job([attempt()], [holding(end=now)]))
+        found.fresh(now)
+        found.job(job([attempt(end=T + 5 * MINUTE)], [holding(end=T + 5 * MINUTE)]))
+        told = found.fresh(now + MINUTE)
+        assert {hour: [one.end_ms for one in facts.holdings] for hour, facts in told.items()} == {
+            T + hour * HOUR_MS: [T + 5 * MINUTE] for hour in range(3)
+        }
+
     def test_after_a_restart_nothing_is_told_again_of_what_was_over(self):
         found, now = Chronicle(), T + 5 * HOUR_MS
         found.resume(Facts(presences=(Presence("g0", "g0", N, "H100", 1_000_000, T, now, goes_on=True),)))

@@ -62,6 +62,19 @@ async def test_what_is_told_again_and_changes_nothing_is_no_new_version(tmp_path
         assert await ledger.close(await ledger.inputs(BEGIN_MS), [row(bill=5)]) == 2
 
 
+async def test_hours_that_cannot_be_closed_keep_no_newer_one_waiting(tmp_path):
+    async with leading(tmp_path, MemoryStore()) as ledger:
+        hours = [BEGIN_MS + at * HOUR_MS for at in range(60)]
+        for hour_ms in hours:
+            await ledger.restate([hour_ms])
+        await ledger.advance(hours[-1] + 2 * HOUR_MS)
+        for hour_ms in ledger.due():
+            ledger.put_off(hour_ms)
+        assert ledger.due() == tuple(hours[48:])
+        await ledger.advance(hours[-1] + 3 * HOUR_MS)
+        assert ledger.due() == tuple(hours[:48])
+
+
 async def test_of_many_versions_the_first_is_kept(tmp_path):
     async with leading(tmp_path, MemoryStore()) as ledger:
         for bill in range(1, 21):

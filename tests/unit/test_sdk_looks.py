@@ -75,6 +75,14 @@ def test_a_program_that_profiles_itself_goes_first_and_sees_all_of_it(looks):
     assert looks.newest is None
 
 
+def test_what_was_seen_before_a_program_profiles_itself_is_told_no_more(looks):
+    walked(looks, 1, FIRST + 10)
+    assert looks.newest is not None
+    with profile(use_kineto=True):
+        walked(looks, FIRST + 11, FIRST + 13)
+    assert looks.newest is None
+
+
 def test_nothing_is_begun_while_the_program_profiles_itself():
     with profile(use_kineto=True) as theirs:
         looks = Looks(2, on_gpu=False)

@@ -48,6 +48,16 @@ def access(queue):
     return QUEUES.get(queue, ownership.Access(frozenset({"groups/-"})))
 
 
+def test_a_queue_that_was_asked_for_after_it_changed_is_seen_otherwise_at_the_next_look_all_the_same():
+    queues = {"team": QUEUES["team"]}
+    sight = Sight(EVE, queues.__getitem__)
+    assert not sight.look_again(queues)
+    queues["team"] = OPEN
+    assert sight.sees_queue("team"), "by a job that changed meanwhile"
+    assert sight.look_again(queues)
+    assert not sight.look_again(queues)
+
+
 def told(describe, record, before=None):
     """The event that an owner's publisher makes of a record."""
     at = VirtualClock().now()

@@ -82,19 +82,24 @@ class Looks:
         """This step is none like others: it has a save, or somebody else looks at it."""
         if self._trace is not None:
             trace, self._trace = self._trace, None
-            trace.__exit__(None, None, None)
+            self._guarded(lambda: trace.__exit__(None, None, None))
 
     def give_way(self, other: profile) -> None:
         """The program profiles itself, and two cannot: from now on nobody looks here."""
         if other is not self._trace:
             self._measures = False
             self.spoil()
+            self.newest = None  # what the last look saw would be told for ever
 
     def _begin(self, step: int) -> None:
         if torch.autograd._profiler_enabled():
             return
         self._began_s = self._clock()
         self._usual_s = (self._began_s - self._since_s) / max(1, step - self._since)
+        self._guarded(self._prepare)
+        self._begin_s = self._clock() - self._began_s
+
+    def _prepare(self) -> None:
         self._traced, self._waits, self._places = [], [], places()
         by_group = self._on_gpu and (self._names or self._places.common is None)
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each look is two lines of output
@@ -102,8 +107,7 @@ class Looks:
             use_kineto=True, use_cpu=by_group or not self._on_gpu, use_device="cuda" if self._on_gpu else None
         )
         self._trace = trace  # before it is prepared: it is ours
-        self._guarded(trace.__enter__)
-        self._begin_s = self._clock() - self._began_s
+        trace.__enter__()
 
     def _end(self, step: int) -> None:
         trace, self._trace = self._trace, None
@@ -130,7 +134,7 @@ class Looks:
         """A profiler that fails costs the knowledge, not the training."""
         try:
             work()
-        except (RuntimeError, AttributeError) as error:
+        except Exception as error:
             log.info("steps are not looked at, since PyTorch's profiler fails: %s", error)
             self._measures, self._trace, self.newest = False, None, None
 

@@ -6,6 +6,7 @@ Nothing here waits for a GPU but a look at one step in some hundreds: what it ha
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class StepTimes:
         self._data, self._save = _Kind([]), _Kind([])
         self._tokens: int | None = None
         self._flops: float | None = None
-        self._losses: list[Loss] = []
+        self._losses: deque[Loss] = deque(maxlen=TOLD_EVERY)  # who has no steps() never tells them
         self._step = self._first = 0
         self._began_s = self._offset_s = 0.0
 
@@ -122,7 +123,7 @@ class StepTimes:
                 host_s=told[4],
                 tokens=self._tokens,
                 flops=self._flops,
-                losses=tuple(self._losses[-steps:]),  # who reports by hand may do so without steps
+                losses=tuple(self._losses)[-steps:],  # who reports by hand may do so without steps
             )
         )
         self._losses.clear()

@@ -63,9 +63,8 @@ ROUTER_VIEWS = (
 # console
 PRICES = ROOT + "prices/"  # {price}: what GPUs cost, where nodes do not say it
 ADJUSTMENTS = ROOT + "adjustments/"  # {adjustment}: what invoices have more or less
-BUDGETS = (
-    ROOT + "budgets/"
-)  # {budget}: what a month may cost, which thresholds were told, and whether it stops new work, which schedulers read
+# {budget}: what a month may cost, which thresholds were told, and whether it stops new work, which schedulers read
+BUDGETS = ROOT + "budgets/"
 BUDGET_LOOK = ROOT + "budget_look"  # when budgets that stop work were last held against what is spent
 RECOMMENDATIONS = ROOT + "recommendations/"  # {recommendation}: those that were accepted or dismissed
 LEDGER = ROOT + "ledger/"

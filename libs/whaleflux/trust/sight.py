@@ -34,6 +34,7 @@ class Sight:
         if self.everything:
             ownership.note_asked()
         self._seen: dict[str, tuple[Access, bool]] = {}
+        self._is_other = False  # a queue is seen that was not, or the other way round, since the last look
 
     def sees_queue(self, queue: str) -> bool:
         """Whether the queue is there for the caller; a token for some queues sees no others."""
@@ -43,6 +44,7 @@ class Sight:
         if known is not None and known[0] is access:
             return known[1]
         sees = self._in_scope(queue) and ownership.may_see(self.principal, access)
+        self._is_other |= known is not None and known[1] != sees
         self._seen[queue] = access, sees
         return sees
 
@@ -74,10 +76,11 @@ class Sight:
         return names.RESERVATION_IN_TEXT.sub(lambda found: self._told_of_reservation(found[0], own), jobs)
 
     def look_again(self, queues: Iterable[str]) -> bool:
-        """Whether the caller sees others of these queues than before; those that were not asked for yet are asked now."""
-        before = {queue: known[1] for queue, known in self._seen.items()}
-        now = {queue: self.sees_queue(queue) for queue in queues}
-        return any(before.get(queue, sees) != sees for queue, sees in now.items())
+        """Whether the caller sees others of these queues than at the last look; those that were not asked for yet are asked now."""
+        for queue in queues:
+            self.sees_queue(queue)
+        is_other, self._is_other = self._is_other, False
+        return is_other
 
     def asked(self) -> list[str]:
         """Ids of the queues that were asked for so far."""

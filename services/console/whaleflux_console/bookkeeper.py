@@ -26,6 +26,7 @@ _log = telemetry.get_logger("whaleflux.console.bookkeeper")
 _AGAIN_AT_ONCE = 500  # hours of one commit
 _INTERIM_EVERY_S = 60.0
 _INTERIM_PAUSE = 20.0
+_MOST_SAID, _MOST_WRONG = 20, 1_000  # hours
 
 
 @dataclass(slots=True)
@@ -55,6 +56,8 @@ class Bookkeeper:
         self._whole_until_ms = 0  # hours before are told whole
         self._house_kept_ms = 0
         self._next_interim_s = 0.0
+        self._left: dict[int, str] = {}  # hours that could not be closed, and why
+        self._wrong: dict[int, Billed] = {}  # hours that do not add up
 
     def now_ms(self) -> int:
         """By this process' clock."""
@@ -73,13 +76,14 @@ class Bookkeeper:
     async def tick(self) -> None:
         """Tells what is new, closes what is due."""
         now_ms = self.now_ms()
-        self._progress.trouble = "; ".join(self._ledger.notes)
+        self._say_trouble()
         await self._tell(now_ms)
         await self._restate_for_prices(now_ms)
         await self._invoicing.round(now_ms)
         for hour_ms in self._ledger.due():
             await self._close_or_leave(hour_ms)
         await self._interim(now_ms)
+        self._say_trouble()
         if now_ms - self._house_kept_ms >= HOUR_MS:
             self._house_kept_ms = now_ms
             await self._ledger.keep_house(now_ms)
@@ -92,8 +96,11 @@ class Bookkeeper:
             except Damaged as damage:
                 await self._tell_again(hour_ms, damage)
         except (Damaged, NotBilled) as trouble:
-            self._progress.trouble = str(trouble)
+            self._ledger.put_off(hour_ms)
+            self._left[hour_ms] = str(trouble)
             _log.error(Event.LEDGER_TROUBLE, reason=str(trouble))
+        else:
+            self._left.pop(hour_ms, None)
 
     async def _tell_again(self, hour_ms: int, damage: Damaged) -> None:
         """Closes the hour by what owners still know of it. Raises Damaged when that is not enough."""
@@ -130,10 +137,20 @@ class Bookkeeper:
         self._next_interim_s = began_s + max(_INTERIM_EVERY_S, _INTERIM_PAUSE * took_s)
 
     def _note(self, hour_ms: int, found: Billed) -> None:
-        telemetry.gauge(Metric.LEDGER_RESIDUAL).inc(found.residual_micros)
-        if found.faults:
-            self._progress.trouble = f"the hour {hour_ms} does not add up: {'; '.join(found.faults)}"
-            _log.error(Event.LEDGER_FAULT, hour=hour_ms, reason=self._progress.trouble)
+        self._wrong.pop(hour_ms, None)
+        if found.residual_micros or found.faults:
+            self._wrong[hour_ms] = found
+            _log.error(Event.LEDGER_FAULT, hour=hour_ms, reason="; ".join(found.faults))
+        telemetry.gauge(Metric.LEDGER_RESIDUAL).set(sum(one.residual_micros for one in self._wrong.values()))
+
+    def _say_trouble(self) -> None:
+        """What is wrong until it is right, the newest of it."""
+        wrong = [f"the hour {hour} does not add up: {'; '.join(one.faults)}" for hour, one in self._wrong.items()]
+        found = [*self._ledger.notes, *self._left.values(), *wrong]
+        self._progress.trouble = "; ".join(dict.fromkeys(found[-_MOST_SAID:]))
+        for hours in (self._left, self._wrong):
+            while len(hours) > _MOST_WRONG:
+                hours.pop(next(iter(hours)))
 
     async def _tell(self, now_ms: int) -> None:
         fresh = sorted((await asyncio.to_thread(self._chronicle.taken(now_ms).fresh, now_ms)).items())

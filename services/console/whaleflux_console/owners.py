@@ -159,7 +159,7 @@ class Owners:
             await self._clock.sleep(_SAVES_EVERY_S)
 
     async def _follow_models(self) -> None:
-        """Which job serves which model, and how much; the router has no watch of it."""
+        """Which job serves which model, and how much; counters of engines are in no watch."""
         while True:
             try:
                 replicas = [one async for one in self._replicas() if one.job]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from whaleflux.errors import Unavailable
 from whaleflux_console.biller import bill
 from whaleflux_console.core.checks import lacking
 from whaleflux_console.core.facts import Facts
@@ -29,11 +30,14 @@ class Retelling:
         self._asked: dict[int, tuple[int, str]] = {}  # hour -> when, and why it stayed as it was
 
     async def told_again(self, hour_ms: int, now_ms: int) -> str:
-        """Empty: the hour can be closed again. Else why it stays as it was. Raises NotBilled, Unavailable."""
+        """Empty: the hour can be closed again. Else why it stays as it was. Raises NotBilled; Unavailable where the ledger's folder is."""
         asked_ms, why = self._asked.get(hour_ms, (-AGAIN_MS, ""))
         if now_ms - asked_ms < AGAIN_MS and why:
             return why
-        facts = await self._owners_know(hour_ms)
+        try:
+            facts = await self._owners_know(hour_ms)
+        except Unavailable as late:  # that proves nothing: they are asked when the hour is due again
+            return late.message
         if lacks := await self._lacks(hour_ms, facts):
             why = f"its owners no longer know of {'; '.join(lacks[:_SHOWN])}"
             self._asked = dict([*self._asked.items(), (hour_ms, (now_ms, why))][-_MOST:])

@@ -40,7 +40,8 @@ class ServedTokens:
         async with self._asking:
             at_s, known = self._known.pop(address, (float("-inf"), TokenCounters()))
             if self._clock.monotonic() - at_s >= ASKED_EVERY_S:
-                at_s, known = self._clock.monotonic(), token_counters(await self._probe.metrics(address))
+                text = await self._probe.metrics(address)  # a tenant's, and as long as it likes up to a limit
+                at_s, known = self._clock.monotonic(), await asyncio.to_thread(token_counters, text)
             self._known[address] = at_s, known
             while len(self._known) > _MOST_KNOWN:
                 del self._known[next(iter(self._known))]

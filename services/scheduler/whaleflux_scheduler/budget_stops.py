@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
+from google.protobuf.message import DecodeError
+
 from whaleflux import names
 from whaleflux.store import keys
 from whaleflux.store.api import Entry, Store
@@ -83,8 +85,16 @@ class BudgetStops:
     async def how_sure(self, now: datetime) -> tuple[str, ...]:
         """In words, where the console has not looked lately: what was spent, or changed in a bill, since is not known."""
         entry = await self._store.get(keys.BUDGET_LOOK)
-        at = instant(pb.BudgetLook.FromString(entry.value), "time") if entry is not None else None
+        at = _looked_at(entry)
         if at is not None and now - at <= LOOKS_MAY_TAKE:
             return ()
         since = f"since {at:%Y-%m-%d %H:%M} UTC" if at is not None else "at any time that is known"
         return (f"the console has not held budgets against what is spent {since}: this is what was known last",)
+
+
+def _looked_at(entry: Entry | None) -> datetime | None:
+    """None: at no time that is known."""
+    try:
+        return instant(pb.BudgetLook.FromString(entry.value), "time") if entry is not None else None
+    except DecodeError:
+        return None

@@ -40,6 +40,7 @@ class _Worker:
                 self._said = said
                 _log.error(Event.USAGE_UNREADABLE, reason=said, exc_info=error)
             return otherwise
+        self._said = ""
         return asked.result()
 
     def close(self) -> None:

@@ -21,12 +21,11 @@ from whaleflux_console.core.facts import (
     PriceSpan,
 )
 from whaleflux_console.core.lost_work import newest, phases
-from whaleflux_console.core.price_book import NODE_SAYS
+from whaleflux_console.core.price_book import FOR_GOOD_MS, NODE_SAYS
 from whaleflux_console.core.served_tokens import Counters, ServedTokens
 from whaleflux_console.core.spans import Span, Spans
 
 LONGEST_BACK_MS = 35 * 24 * HOUR_MS  # beyond that what turns out to be lost stays what it was taken for
-FOR_GOOD_MS = 4_102_444_800_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +203,8 @@ class Chronicle:
         asked, self._fresh_jobs = self._fresh_jobs, {}
         for name in asked:
             job = self._jobs[name]
-            for hour in _hours(_told_from(job, now_ms), _told_until(job, now_ms)):
-                hours.setdefault(hour, []).append(_job_told([job], hour, now_ms))
+            for hour in _hours(_told_from(job, now_ms), now_ms):
+                hours.setdefault(hour, []).append(_job_told([job], hour, now_ms, corrects=True))
         for hour, served in self._served.fresh(now_ms).items():
             hours.setdefault(hour, []).append(Facts(served=served))
         return {hour: joined(found) for hour, found in hours.items()}
@@ -298,15 +297,22 @@ def _presence(span: Span[Device]) -> Presence:
     )
 
 
-def _job_told(jobs: Iterable[JobFacts], hour_ms: int, now_ms: int) -> Facts:
-    """All attempts of the jobs, and what they held in the hour."""
+def _job_told(jobs: Iterable[JobFacts], hour_ms: int, now_ms: int, *, corrects: bool = False) -> Facts:
+    """All attempts of the jobs, and what they held in the hour.
+
+    `corrects`: also what the newest attempt held no more, in place of what was told while nobody knew that it had ended.
+    """
     jobs = list(jobs)
     end_ms = hour_ms + HOUR_MS
+    newest_of = {job.name: max((one.attempt for one in job.attempts), default=0) for job in jobs if corrects}
     return Facts(
         attempts=tuple(one for job in jobs for one in job.attempts),
         outcomes=tuple(job.outcome for job in jobs if job.outcome is not None),
         holdings=tuple(
-            one for job in jobs for one in _until_now(job, now_ms) if one.start_ms < end_ms and hour_ms < one.end_ms
+            one
+            for job in jobs
+            for one in _until_now(job, now_ms)
+            if one.start_ms < end_ms and (hour_ms < one.end_ms or one.attempt == newest_of.get(job.name))
         ),
     )
 
@@ -320,19 +326,14 @@ def _until_now(job: JobFacts, now_ms: int) -> Iterator[Holding]:
 
 
 def _told_from(job: JobFacts, now_ms: int) -> int:
-    """From which hour on a change of the job is told: from the one before now, or from where its work turned out to be lost.
+    """From which hour on a change of the job is told: from the one before now, from its end, or from where its work turned out to be lost.
 
     Hours that nobody has told yet are told whole (`whole_hour`).
     """
     recent = max(now_ms - HOUR_MS, *(one.allocate_ms for one in job.attempts))
-    if job.outcome is not None:  # also of one that ended long after it had held something
-        recent = min(recent, _told_until(job, now_ms) - 1)
+    recent = min(recent, max(one.end_ms or now_ms for one in job.attempts) - 1)
     since = recent if job.lost_from_ms is None else min(recent, job.lost_from_ms)
     return max(since, now_ms - LONGEST_BACK_MS)
-
-
-def _told_until(job: JobFacts, now_ms: int) -> int:
-    return max(one.end_ms or now_ms for one in job.attempts)
 
 
 def _hours(start_ms: int, end_ms: int) -> range:

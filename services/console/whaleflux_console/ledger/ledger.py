@@ -38,6 +38,7 @@ FACT_BUCKET_MS = (
 )
 KEPT_VERSIONS = 8  # of an hour's rows, the first and the newest: exports tell what restatements changed
 MOST_NOTES = 20
+_MOST_PUT_OFF = 10_000  # hours
 _HOURS_READ = 24  # files that one query reads
 LONGEST_REPORT_MS = HOUR_MS  # of a sample or of steps
 EARLY_MS = 24 * HOUR_MS  # a report from further ahead of the stream's clock is of a clock that cannot be right
@@ -293,10 +294,14 @@ class Ledger:
             *self.state.of(Kind.RUNS, hour_ms),
         ]
         await self._commit_and_remove(new, old)
-        self._closed_ms[hour_ms] = self.state.watermark_ms
-        while len(self._closed_ms) > when.MAX_DUE * 4:
-            del self._closed_ms[next(iter(self._closed_ms))]
+        self.put_off(hour_ms)
         return version
+
+    def put_off(self, hour_ms: int) -> None:
+        """The hour is not due for a while: it is closed, or cannot be now, and others are."""
+        self._closed_ms[hour_ms] = self.state.watermark_ms
+        while len(self._closed_ms) > _MOST_PUT_OFF:
+            del self._closed_ms[next(iter(self._closed_ms))]
 
     def _says(self, file: File, rows: Any) -> bool:
         """Whether these are the rows of the file."""

@@ -45,13 +45,13 @@ def open_hours(state: State) -> tuple[int, ...]:
 
 
 def due(state: State, rules: Rules, closed_ms: Mapping[int, int]) -> tuple[int, ...]:
-    """Hours to close or to restate, oldest first. `closed_ms`: by which watermark an hour was last closed, as far as it is remembered."""
+    """Hours to close or to restate, oldest first. `closed_ms`: by which watermark an hour was last closed, or put off, as far as it is remembered."""
     ready_ms = state.watermark_ms - HOUR_MS - rules.close_after_ms
 
     def is_due(hour_ms: int) -> bool:
-        if state_of(state, hour_ms) is HourState.OPEN:
-            return hour_ms <= ready_ms
-        return closed_ms.get(hour_ms, 0) + rules.restate_every_ms <= state.watermark_ms
+        if hour_ms in closed_ms and state.watermark_ms < closed_ms[hour_ms] + rules.restate_every_ms:
+            return False
+        return hour_ms <= ready_ms or state_of(state, hour_ms) is not HourState.OPEN
 
     return tuple(sorted(filter(is_due, state.unsettled)))[:MAX_DUE]
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _INPUT = {"prompt_tokens_total", "tgi_request_input_length_sum"}
 _OUTPUT = {"generation_tokens_total", "tokens_predicted_total", "tgi_request_generated_tokens_sum"}
-_LINE = re.compile(r"(?:[A-Za-z_]\w*:)?([A-Za-z_]\w*)(?:\{[^\n]*\})?[ \t]+(\S+)")
+_LINE = re.compile(rf"^(?:[A-Za-z_]\w*:)?({'|'.join(sorted(_INPUT | _OUTPUT))})(?:\{{[^\n]*\}})?[ \t]+(\S+)", re.M)
 MOST_TOKENS = 1 << 60
 
 
@@ -24,12 +25,12 @@ class TokenCounters(NamedTuple):
 
 def token_counters(text: str) -> TokenCounters:
     """Sums over all labels. A value that is no count makes its counter unknown."""
-    return TokenCounters(_total(text, _INPUT), _total(text, _OUTPUT))
+    found = [(line[1], _count(line[2])) for line in _LINE.finditer(text)]
+    return TokenCounters(_total(found, _INPUT), _total(found, _OUTPUT))
 
 
-def _total(text: str, wanted: set[str]) -> int | None:
-    found = [match[2] for line in text.splitlines() if (match := _LINE.match(line)) and match[1] in wanted]
-    counts = [_count(value) for value in found]
+def _total(found: Iterable[tuple[str, int | None]], wanted: set[str]) -> int | None:
+    counts = [count for name, count in found if name in wanted]
     known = [count for count in counts if count is not None]
     return sum(known) if counts and len(known) == len(counts) else None
 
