@@ -21,6 +21,7 @@ from whaleflux.v1 import console_pb2, events_pb2
 from whaleflux.v1 import scheduler_pb2 as pb
 from whaleflux_console import news
 from whaleflux_console.budgets import Budgets, BudgetWatch
+from whaleflux_console.forecasts import Spent
 from whaleflux_scheduler.core.budget_stops import BudgetStop, admit, over_at
 from whaleflux_scheduler.core.model import Job, JobState
 
@@ -32,11 +33,11 @@ class Console:
     """Declares budgets and holds them against what is spent: the console's own parts, beside a ledger that says what the test says."""
 
     def __init__(self, store, clock):
-        self.store, self.clock, self.spent = store, clock, 0
+        self.store, self.clock, self.micros = store, clock, 0
         self.budgets = Budgets(store, clock, lambda _: Access())
 
-    async def spent_micros(self, where):
-        return self.spent
+    async def spent(self, where):
+        return Spent(self.micros, round(self.clock.now().timestamp() * 1000))
 
     async def set(self, name="b", usd=100, stop=True, **scope):
         one = console_pb2.Budget(micros_per_month=usd * USD, stop=stop, **scope)
@@ -44,7 +45,7 @@ class Console:
             return await self.budgets.set(console_pb2.SetBudgetRequest(budget_id=name, budget=one))
 
     async def spends(self, usd):
-        self.spent = usd * USD
+        self.micros = usd * USD
         await self.look()
 
     async def look(self):

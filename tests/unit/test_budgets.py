@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 
 from tests.unit.test_bookkeeper import LATE, World
 from whaleflux.clock import VirtualClock
-from whaleflux.errors import InvalidArgument, NotFound
+from whaleflux.errors import DeadlineExceeded, InvalidArgument, NotFound
 from whaleflux.events.publisher import EntryChange
 from whaleflux.rpc import auth
 from whaleflux.store import keys
@@ -46,13 +46,26 @@ async def listed(world, **who):
     return list((await world.ask("ListBudgets", pb.ListBudgetsRequest(), **who)).budgets)
 
 
-async def watched(world, count=1):
+class Busy:
+    """A ledger that answers in time of everything but queues."""
+
+    def __init__(self, forecasts):
+        self.forecasts = forecasts
+
+    async def spent(self, where):
+        if "queue" in where:
+            raise DeadlineExceeded("not answered within 10 s")
+        return await self.forecasts.spent(where)
+
+
+async def watched(world, count=1, forecasts=None):
     """Rounds of a leader that begins anew each time; what it would publish of `b`."""
     told = []
     for _ in range(count):
         before = await world.store.get(keys.BUDGETS + "b")
         async with elect(world.store, "console-budgets", "here") as leader:
-            await BudgetWatch(world.store, Forecasts(world.answers, world.clock), world.clock).round(leader)
+            asked = forecasts or Forecasts(world.answers, world.clock)
+            await BudgetWatch(world.store, asked, world.clock).round(leader)
         after = await world.store.get(keys.BUDGETS + "b")
         if after != before:
             out = news.of_budget(EntryChange(after.key, before, after, after.revision), world.clock.now())
@@ -97,6 +110,44 @@ async def test_a_threshold_is_told_once_a_month_whoever_leads(tmp_path):
         await world.clock.advance((datetime(2027, 1, 1, tzinfo=UTC) - world.clock.now()).total_seconds())
         assert await watched(world) == []
         assert (await listed(world))[0].forecast.spent_micros == 0
+
+
+async def looked_ms(world):
+    """As of when budgets are known to be held; None: never."""
+    entry = await world.store.get(keys.BUDGET_LOOK)
+    return entry and pb.BudgetLook.FromString(entry.value).time.ToMilliseconds()
+
+
+async def test_a_look_at_a_ledger_that_stands_still_is_as_of_then(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world, stop=True)
+        await watched(world)
+        then_ms = (await world.cost()).watermark.ToMilliseconds()
+        assert 0 < await looked_ms(world) == then_ms <= LATE
+        await world.clock.advance(3600)
+        await watched(world)
+        assert await looked_ms(world) == then_ms
+
+
+async def test_before_anything_is_in_the_ledger_no_look_is_noted(tmp_path):
+    async with World(tmp_path).running() as world:
+        await world.until(LATE)
+        await world.answers.follow()
+        await set_(world, stop=True)
+        await watched(world)
+        assert await looked_ms(world) is None
+
+
+async def test_a_budget_that_cannot_be_looked_at_keeps_no_other_from_it_and_schedulers_are_not_told_of_a_look(tmp_path):
+    async with spending(tmp_path) as world:
+        await set_(world, "a", micros=1, queue="queues/q")
+        await set_(world, "b", micros=SPENT, stop=True, alert_percents=[100])
+        assert await watched(world, forecasts=Busy(Forecasts(world.answers, world.clock))) == [
+            ("BUDGET_REACHED", "100")
+        ]
+        assert await looked_ms(world) is None
+        await watched(world)
+        assert await looked_ms(world)
 
 
 async def test_of_a_budget_that_is_raised_thresholds_are_told_when_they_are_reached_again(tmp_path):

@@ -282,6 +282,10 @@ class TestWords:
             ("prices/edge: owned.residual_percent", "130 % is outside of 0 % to 100 %"),
             ("prices/edge: owned.pue", "0.9 is below 1: a building takes no less than it gives"),
         ]
+        of_node = "owned: {usd_per_node: 20000000, gpus: 8, months: 36}"
+        file.write_text(f"name: edge\nkind: owned\nfrom: 2026-01-01\nsource: s\n{of_node}")
+        ((field, said),) = refused("prices import -f", str(file))
+        assert field == "prices/edge: owned.usd_per_node" and said.startswith("20,000,000 USD is outside of")
         file.write_text("name: a\nkind: owned\nfrom: 2026-01-01\nsource: s\nowns: {}\nusd_per_gpu_hour: 1\n")
         (known,) = [said for field, said in refused("prices import -f", str(file)) if field == "owns"]
         assert "owned" in known

@@ -78,8 +78,23 @@ class TestATable:
 
 
 def test_json_is_a_line_for_each_change(capsys):
-    found = lines(capsys, [told(added=incident("a")), told(2), told(3, modified=incident("a", ended=True)), told(4)])
-    assert found == [{"name": "incidents/a"}, {"name": "incidents/a", "deleted": True}]
+    found = lines(
+        capsys, [told(added=incident("a")), told(2), told(3, added=incident("b")), told(4, deleted="incidents/b")]
+    )
+    assert found == [{"name": "incidents/a"}, {"name": "incidents/b"}, {"name": "incidents/b", "deleted": True}]
+
+
+def test_json_tells_what_ended_once_as_it_is_then(capsys):
+    ended = incident("a", ended=True)
+    found = lines(
+        capsys,
+        [told(added=incident("a")), told(added=incident("old", ended=True)), told(2), told(3, modified=ended), told(4, modified=ended)],
+        [told(5, deleted="incidents/a")],
+    )  # fmt: skip
+    assert [(one["name"], "endTime" in one or "end_time" in one, one.get("deleted", False)) for one in found] == [
+        ("incidents/a", False, False),
+        ("incidents/a", True, False),
+    ]
 
 
 def test_what_is_refused_is_told(capsys):

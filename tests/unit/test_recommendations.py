@@ -472,7 +472,8 @@ class TestAsked:
             assert one.expected_micros_per_month == 2 * 400_000 * 730
             assert one.bill_micros == 6 * USD
             world.access["q"] = Access(members=frozenset({"users/bob"}))
-            assert not (await world.ask("ListRecommendations", request, role="user", name="eve")).recommendations
+            for name in ("bob", "eve"):  # nodes are the operators'
+                assert not (await world.ask("ListRecommendations", request, role="user", name=name)).recommendations
             with pytest.raises(NotFound):
                 await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name), "user", "eve")
             done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
@@ -480,6 +481,45 @@ class TestAsked:
             decided = listed(include_decided=True, kind=pb.RECOMMENDATION_KIND_SLOW_NODE)
             assert len((await world.ask("ListRecommendations", decided)).recommendations) == 1
             assert not (await world.ask("ListRecommendations", decided, role="user", name="eve")).recommendations
+
+    async def test_a_short_window_between_forgets_nothing_of_a_long_one(self, tmp_path):
+        async with World(tmp_path).running() as world:
+            world.rpc = servicer(world)
+            told = [rank(job, node) for job in "ab" for node in ("m", "n", "slow")]
+            await world.ledger.append(reports(1, steps=told, taken_ms=T + MINUTE))
+            await fill(world, 0, 1, made=lambda hour: [held(hour, job, n) for job in "ab" for n in ("m", "n", "slow")])
+            later = [
+                rank(job, node) | {"start_ms": T + hour * HOUR_MS, "end_ms": T + hour * HOUR_MS + 10_000}
+                for hour in range(1, 26) for job in "ab" for node in ("m", "n")
+            ]  # fmt: skip
+            await world.ledger.append(reports(2, steps=later, taken_ms=T + 26 * HOUR_MS))
+            await fill(world, 1, 26, made=lambda hour: [held(hour, job, n) for job in "ab" for n in ("m", "n")])
+            slow = listed(kind=pb.RECOMMENDATION_KIND_SLOW_NODE)
+            await world.ask("ListRecommendations", slow)
+            (one,) = (await world.ask("ListRecommendations", slow)).recommendations  # hours are read in two calls
+            await world.ask("ListRecommendations", listed(window_hours=1))
+            done = await world.ask("AcceptRecommendation", pb.AcceptRecommendationRequest(name=one.name))
+            assert done.state == pb.RECOMMENDATION_STATE_ACCEPTED
+
+    @pytest.mark.parametrize("last_ms", [HOUR_MS // 2, 0])
+    async def test_a_node_that_came_within_the_hour_has_all_of_its_gpus(self, tmp_path, last_ms):
+        """Three of four are free: no whole node is."""
+
+        def made(hour):
+            there_ms = last_ms if hour == T + 39 * HOUR_MS else HOUR_MS
+            for card, job in (("g0", JOB), ("g1", ""), ("g2", ""), ("g3", "")):
+                paid = USD * there_ms // HOUR_MS
+                classes = micros(useful=paid) if job else micros(idle=paid)
+                yield row(hour, card, job, N, paid, uid="u" if job else "", site="a", gpu_class="H100", micros=classes,
+                          queue="queues/q" if job else "", gpu_ms=there_ms)  # fmt: skip
+
+        async with World(tmp_path).running() as world:
+            world.rpc = servicer(world)
+            await fill(world, 0, 40, made=made)
+            request = listed(kind=pb.RECOMMENDATION_KIND_HAND_BACK)
+            assert not (await world.ask("ListRecommendations", request)).recommendations
+            assert await world.answers.node_cards(T + 39 * HOUR_MS) == {"a/H100": 4}
+            assert await world.answers.node_cards(T + 40 * HOUR_MS) == {}
 
     async def test_a_reserved_price_on_record_is_held_against_what_is_rented_by_the_hour_for_operators(self, tmp_path):
         async with week(tmp_path, hours=170, useful=2 * USD) as world:

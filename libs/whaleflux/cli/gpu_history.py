@@ -18,9 +18,9 @@ def show(node: str, since: str, until: str, points: int, fmt: Format, *, headers
     from whaleflux.v1 import console_pb2 as pb
 
     request = pb.GetDeviceHistoryRequest(points=points)
-    for field, text in (("start_time", since), ("end_time", until)):
+    for field, text, flag in (("start_time", since, "--since"), ("end_time", until, "--until")):
         if text:
-            getattr(request, field).FromNanoseconds(int(since_s(text, "--since" if text is since else "--until") * 1e9))
+            getattr(request, field).FromNanoseconds(int(since_s(text, flag) * 1e9))
     with fleet() as client:
         request.node = node_name(client, node)
         answer = client.console.GetDeviceHistory(request, timeout=20)

@@ -239,7 +239,8 @@ def _create(client: Any, one: Any, only_check: bool, of_a_file: bool) -> None:
         if not of_a_file:
             raise
         named = [
-            FieldViolation(f"prices/{one.price_id}: {field_in_file(v.field)}", v.description) for v in error.violations
+            FieldViolation(f"prices/{one.price_id}: {field_in_file(v.field, one.price)}", v.description)
+            for v in error.violations
         ]
         raise InvalidArgument(named) from None
 

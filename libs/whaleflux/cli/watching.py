@@ -21,7 +21,10 @@ def watch(
     draw: Callable[[list[Any]], None],
     keeps: Callable[[Any], bool] = lambda _: True,
 ) -> None:
-    """Until it is interrupted: `draw` shows all resources that `keeps` keeps; JSON is one resource a line, `deleted` when it is gone."""
+    """Until it is interrupted: `draw` shows all resources that `keeps` keeps; JSON is one resource a line.
+
+    What is not kept any more is told once more as it is then; what is gone as its name and `deleted`.
+    """
     from whaleflux.errors import FieldViolation, InvalidArgument
 
     if fmt in {Format.csv, Format.name}:
@@ -69,9 +72,9 @@ def _followed(open_watch: OpenWatch) -> Iterator[Followed[Any]]:
         time.sleep(pause_s)
 
 
-def _lines(told: Followed[Any], known: dict[str, Any]) -> None:
-    if told.name in known:
-        output.say_json(output.as_json(known[told.name]), Format.jsonl)
+def _lines(told: Followed[Any], _: dict[str, Any]) -> None:
+    if told.value is not None:
+        output.say_json(output.as_json(told.value), Format.jsonl)
     elif told.name:
         output.say_json({"name": told.name, "deleted": True}, Format.jsonl)
 

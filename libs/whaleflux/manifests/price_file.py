@@ -61,10 +61,10 @@ def price_from_fields(said: Mapping[str, str]) -> PriceManifest:
     return found
 
 
-def field_in_file(field: str) -> str:
-    """What a file calls a field of the contract: owned.residual_percent for price.ownership.residual_ppm."""
+def field_in_file(field: str, price: console_pb2.GpuPrice) -> str:
+    """What the file of this price calls a field of the contract: owned.residual_percent for price.ownership.residual_ppm."""
     *_, inner, name = ["", *field.split(".")]
-    said = _WORDS.get(name, name)
+    said = _cost_word(price.ownership.gpus > 0) if name == "capex_micros" else _WORDS.get(name, name)
     return f"owned.{said}" if inner == "ownership" else said
 
 
@@ -137,7 +137,7 @@ def _ownership(reader: Reader) -> console_pb2.Ownership:
         reader.require("usd_per_gpu", "what one GPU cost with its share of the node and the network, such as 40000 USD")
     reader.require("months", "over how many months that is written off, such as 36")
     made = pb.Ownership(
-        capex_micros=reader.take("usd_per_node" if of_node else "usd_per_gpu", micros, 0),
+        capex_micros=reader.take(_cost_word(of_node), micros, 0),
         gpus=reader.take("gpus", _count, 0),
         months=reader.take("months", _whole, 0),
         residual_ppm=reader.take("residual_percent", _ppm_of_percent, 0),
@@ -149,6 +149,10 @@ def _ownership(reader: Reader) -> console_pb2.Ownership:
     )
     reader.done()
     return made
+
+
+def _cost_word(of_node: bool) -> str:
+    return "usd_per_node" if of_node else "usd_per_gpu"
 
 
 def _node(value: object) -> str:
@@ -182,7 +186,6 @@ def _ppm_of_percent(value: object) -> int:
 
 
 _WORDS = {  # by the contract's field
-    "capex_micros": "usd_per_gpu",
     "colocation_micros_per_kw_month": "usd_per_kw_month",
     "electricity_micros_per_kwh": "usd_per_kwh",
     "end_time": "until",

@@ -18,6 +18,7 @@ from whaleflux.errors import (
     FieldViolation,
     InvalidArgument,
     NotFound,
+    StatusError,
     Unavailable,
 )
 from whaleflux.rpc import auth
@@ -122,28 +123,39 @@ class BudgetWatch:
             await self.clock.sleep(_EVERY_S)
 
     async def round(self, leader: Leader) -> None:
-        """Looks at every budget once. How far that is known to be true is noted for schedulers, which go on by it while this is away."""
+        """Looks at every budget once, also when one of them cannot be looked at.
+
+        As of when all of that is true, which is no later than the ledger, is noted for schedulers: they go on by it while this is away.
+        """
         budgets = read_all((await self.store.list(keys.BUDGETS)).entries, _budget).values
         now = self.clock.now()
-        for entry, budget in budgets:
-            await self._look(leader, entry, budget, now)
-        if any(budget.stop for _, budget in budgets):
+        as_of_ms = [await self._looked(leader, entry, budget, now) for entry, budget in budgets]
+        if all(as_of_ms) and any(budget.stop for _, budget in budgets):
             look = pb.BudgetLook()
-            look.time.FromDatetime(now)
+            look.time.FromMilliseconds(min(round(now.timestamp() * 1000), *as_of_ms))
             await self.store.commit(Put(keys.BUDGET_LOOK, look.SerializeToString()), when=[leader.held])
 
-    async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget, now: datetime) -> None:
-        spent = await self.forecasts.spent_micros(scope_of(budget))
+    async def _looked(self, leader: Leader, entry: Entry, budget: pb.Budget, now: datetime) -> int:
+        """As of when the ledger was, Unix milliseconds; 0: nobody knows. Trouble with one budget keeps no other from being looked at."""
+        try:
+            return await self._look(leader, entry, budget, now)
+        except StatusError as trouble:
+            _log.warning(Event.LEDGER_TROUBLE, reason=f"{budget.name}: {trouble}")
+            return 0
+
+    async def _look(self, leader: Leader, entry: Entry, budget: pb.Budget, now: datetime) -> int:
+        spent = await self.forecasts.spent(scope_of(budget))
         before = budget.SerializeToString(deterministic=True)
-        _note_thresholds(budget, spent, f"{now:%Y-%m}")
-        _note_stop(budget, spent, now)
+        _note_thresholds(budget, spent.micros, f"{now:%Y-%m}")
+        _note_stop(budget, spent.micros, now)
         value = budget.SerializeToString(deterministic=True)
         if value == before:
-            return
+            return spent.as_of_ms
         try:
             await self.store.commit(Put(entry.key, value), when=[leader.held, Unchanged(entry)])
         except ConditionFailed:  # somebody changed it: the next round looks again
             _log.info(Event.LEDGER_TROUBLE, reason=f"{budget.name} changed meanwhile")
+        return spent.as_of_ms
 
 
 def _note_thresholds(budget: pb.Budget, spent_micros: int, month: str) -> None:

@@ -31,7 +31,7 @@ class Evidence:
     answers: Answers
     may_see: Callable[[str], bool]  # queues/{queue}
     reserved: Sequence[Price] = ()  # those on record, for whoever may see what the whole fleet costs
-    sees_all: bool = False
+    sees_all: bool = False  # an operator: nodes are theirs
 
     async def window(self, hours: int) -> Window:
         """The last whole hours of the ledger. Raises Unavailable until it was read once."""
@@ -46,7 +46,7 @@ class Evidence:
         hours = (end_ms - last_ms) // HOUR_MS
         gpus = {row.keys[0]: -(-row.gpu_ms // (HOUR_MS * hours)) for row in held if self._sees(row.keys[0])}
         jobs = await self._jobs(start_ms, end_ms, gpus)
-        paces = await self._paces(start_ms, end_ms)
+        paces = await self._paces(start_ms, end_ms) if self.sees_all else []
         gone = {pace.job: 0 for pace in paces if pace.job not in gpus}
         others = await self._jobs(start_ms, end_ms, gone)
         nodes = await self._node_gpus(end_ms)
@@ -146,12 +146,11 @@ class Evidence:
         )
 
     async def _node_gpus(self, end_ms: int) -> Mapping[str, int]:
-        """GPUs of each pool's largest node in the last hour."""
-        most: dict[str, int] = defaultdict(int)
-        for row in await self._ask(end_ms - HOUR_MS, end_ms, ("site", "gpu_class", "node"), _USAGE):
-            name = f"{row.keys[0]}/{row.keys[1]}"
-            most[name] = max(most[name], -(-row.gpu_ms // HOUR_MS))
-        return most
+        """GPUs of each pool's largest node in the last hour; of none while its file is damaged, which is made again by itself."""
+        try:
+            return await self.answers.node_cards(end_ms - HOUR_MS)
+        except Damaged:
+            return {}
 
     async def _ask(
         self, start_ms: int, end_ms: int, by: tuple[str, ...], where: dict[str, tuple[str, ...]], limit: int = MAX_ROWS

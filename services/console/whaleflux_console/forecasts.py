@@ -27,6 +27,14 @@ def scope_of(message: Any) -> dict[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Of a month, until now, by a ledger that has what was reported before `as_of_ms`; 0: nobody knows."""
+
+    micros: int
+    as_of_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forecasts:
     """One question to the ledger each: its days tell both what was spent and what will be."""
 
@@ -39,11 +47,12 @@ class Forecasts:
         end_ms = now_ms // HOUR_MS * HOUR_MS + HOUR_MS
         return Question(max(0, now_ms // DAY_MS * DAY_MS - HISTORY_DAYS * DAY_MS), end_ms, ("day",), where)
 
-    async def spent_micros(self, where: Where) -> int:
-        """Of this month, until now. Raises Unavailable until the ledger was read once."""
+    async def spent(self, where: Where) -> Spent:
+        """Of this month. Raises Unavailable until the ledger was read once, DeadlineExceeded."""
         start_ms = round(month_of(self.clock.now())[0].timestamp() * 1000)
         asked = replace(self.question(where), start_ms=start_ms, by=())
-        return (await self.answers.ask(asked)).total.bill_micros
+        answer = await self.answers.ask(asked)
+        return Spent(answer.total.bill_micros, answer.as_of_ms)
 
     async def of(self, where: Where) -> pb.Forecast:
         """This month's. Raises Unavailable until the ledger was read once."""

@@ -6,7 +6,7 @@ An answer says as of when it is, and which hours are not in it since their files
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from whaleflux.store.api import Store
 from whaleflux_console.core.recommend.evidence import Pace
 from whaleflux_console.core.rows import CLASSES, CostClass, LedgerRow
 from whaleflux_console.core.units import Run
-from whaleflux_console.ledger import chain, devices, runs
+from whaleflux_console.ledger import chain, devices, node_cards, runs
 from whaleflux_console.ledger.cache import HOT_DAYS, Cache, reading
 from whaleflux_console.ledger.damage import Damaged
 from whaleflux_console.ledger.engine import Engine
@@ -178,6 +178,14 @@ class Answers:
         """
         async with self._windows:
             return await self._read(lambda: hours_of(self._state, start_ms, end_ms), self._paces.slow)
+
+    async def node_cards(self, hour_ms: int) -> Mapping[str, int]:
+        """GPUs of the largest node of each {site}/{class} in an hour. Raises Damaged for a file that is not as it was written."""
+        async with self._windows:
+            return await self._read(
+                lambda: [file] if (file := self._state.newest(Kind.HOURS, hour_ms)) else [],
+                lambda files: node_cards.most(self._folder, self._engine, files),
+            )
 
     async def devices(self, asked: devices.Asked) -> list[devices.Row]:
         """See `devices.rows`. Raises Damaged for a file that is not as it was written, DeadlineExceeded, Unavailable until the ledger was read."""

@@ -12,6 +12,7 @@ from whaleflux_console.ledger.manifest import File, Kind, State
 from whaleflux_console.ledger.shelf import local_files, rows_in
 
 MOST_AT_ONCE = 24  # hours whose files one call reads: the newest; later calls read the others
+MOST_KEPT = 840  # hours, the newest: as many as the longest window that can be asked for has
 Hour = tuple[File, File]  # HOURS and WORK in force
 
 # What a rank does not say of its communication says nothing of its own time. A node counts beside others alone, and is slow from a twentieth on.
@@ -35,19 +36,18 @@ _QUERY = """
 
 
 class Paces:
-    """Calls block; one at a time. Remembers the hours of the last call's window."""
+    """Calls block; one at a time. Remembers hours that were read, whichever windows are asked for between."""
 
     def __init__(self, folder: Folder, engine: Engine) -> None:
         self._folder, self._engine = folder, engine
-        self._known: dict[tuple[str, str], tuple[Pace, ...]] = {}  # by paths
+        self._known: dict[tuple[int, str, str], tuple[Pace, ...]] = {}  # by hour and paths
 
     def slow(self, hours: Sequence[Hour]) -> list[Pace]:
         """Of these hours as far as they are read. Raises Damaged for a file that is not as it was written."""
-        new = [hour for hour in hours if _paths(hour) not in self._known][-MOST_AT_ONCE:]
-        read = {_paths(hour): tuple(self._read(*hour)) for hour in new}
-        known = self._known | read
-        self._known = {_paths(hour): known[_paths(hour)] for hour in hours if _paths(hour) in known}
-        return [pace for found in self._known.values() for pace in found]
+        new = [hour for hour in hours if _key(hour) not in self._known][-MOST_AT_ONCE:]
+        known = self._known | {_key(hour): tuple(self._read(*hour)) for hour in new}
+        self._known = {key: known[key] for key in sorted(known)[-MOST_KEPT:]}
+        return [pace for hour in hours for pace in known.get(_key(hour), ())]
 
     def _read(self, paid: File, done: File) -> Iterable[Pace]:
         with (
@@ -69,5 +69,5 @@ def hours_of(state: State, start_ms: int, end_ms: int) -> list[Hour]:
     return found
 
 
-def _paths(hour: Hour) -> tuple[str, str]:
-    return hour[0].path, hour[1].path
+def _key(hour: Hour) -> tuple[int, str, str]:
+    return hour[0].start_ms, hour[0].path, hour[1].path
