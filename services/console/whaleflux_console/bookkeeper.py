@@ -24,7 +24,7 @@ from whaleflux_console.retelling import Retelling
 
 _log = telemetry.get_logger("whaleflux.console.bookkeeper")
 _AGAIN_AT_ONCE = 500  # hours of one commit
-_INTERIM_EVERY_S = 60.0
+_INTERIM_EVERY_S = 20.0
 _INTERIM_PAUSE = 20.0
 _MOST_SAID, _MOST_WRONG = 20, 1_000  # hours
 

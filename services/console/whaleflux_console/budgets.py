@@ -36,7 +36,7 @@ from whaleflux_console.forecasts import Forecasts, scope_of
 from whaleflux_console.records import Records
 
 MOST_BUDGETS = 1_000
-_EVERY_S = 60.0
+_EVERY_S = 20.0
 _STOPPED = ("stopped_month", "stopped_time", "stopped_micros")
 _OUTPUT = ("alerted_month", "alerted_percents", *_STOPPED, "forecast", "last_change", "etag")
 _log = telemetry.get_logger("whaleflux.console.budgets")
