@@ -10,12 +10,14 @@ from whaleflux.cli import output
 from whaleflux.cli.output import Column, Format
 from whaleflux.cli.state import JobArgument, NoHeaders, Output, fleet, job_name
 
+MOST_STEP = 1 << 53
+
 
 def progress(
     name: JobArgument,
     points: Annotated[int, typer.Option("-n", "--points", help="About so many points.", min=1, max=2000)] = 30,
-    first: Annotated[int, typer.Option("--from", metavar="STEP", help="From this step on.", min=0)] = 0,
-    last: Annotated[int, typer.Option("--to", metavar="STEP", help="Up to this step.", min=0)] = 0,
+    first: Annotated[int, typer.Option("--from", metavar="STEP", help="From this step on.", min=0, max=MOST_STEP)] = 0,
+    last: Annotated[int, typer.Option("--to", metavar="STEP", help="Up to this step.", min=0, max=MOST_STEP)] = 0,
     fmt: Output = Format.table,
     no_headers: NoHeaders = False,
 ) -> None:

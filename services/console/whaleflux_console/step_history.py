@@ -36,11 +36,10 @@ class StepHistory:
         points, first, last = _points(request.points), *_range(request)
         ownership.note_asked()
         sight = Sight(auth.principal(), self.queue_access)
-        response = pb.GetStepHistoryResponse()
-        self._dated(response)
         rows = sorted(await self.answers.select(ATTEMPTS, [request.job, MOST_ATTEMPTS]))
         if not rows or not sight.sees(queue, rows[-1][5]):
-            return response
+            return pb.GetStepHistoryResponse()
+        response = self._dated()
         response.attempts.extend(_attempts(rows))
         width = _width([one for one in response.attempts if one.last_step >= first], first, last, points)
         found = await self.answers.select(POINTS, [rows[0][6], rows[0][0], first, last, width])
@@ -49,10 +48,12 @@ class StepHistory:
         response.losses_hidden = not reads and any(_has_loss(row) for row in found)
         return response
 
-    def _dated(self, response: pb.GetStepHistoryResponse) -> None:
+    def _dated(self) -> pb.GetStepHistoryResponse:
+        response = pb.GetStepHistoryResponse()
         response.horizon.FromMilliseconds(self.answers.hot_from_ms)
         if self.answers.state.watermark_ms:
             response.watermark.FromMilliseconds(self.answers.state.watermark_ms)
+        return response
 
 
 def _points(asked: int) -> int:
