@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Of the first lane's folders what the second one runs, so that the two are about equally long.
-MOVED = ("tests/integration/sdk", "tests/integration/test_authz_matrix.py", "tests/integration/test_secrets_leak.py")
+MOVED = ("tests/integration/sdk",)
 FIRST = ("tests/e2e", "tests/integration", *(f"--ignore={path}" for path in MOVED))
 SECOND = ("tests/contract", *MOVED, "tests/robustness", "tests/simulation", "tests/unit")
 AT_MOST = 3  # tests of a lane that get a second try: more have a cause that is no busy machine

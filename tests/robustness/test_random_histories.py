@@ -1,6 +1,6 @@
 """Random histories of a whole suite: whatever users, machines and services do, no work is lost and no GPU is given twice.
 
-16 histories by default, HISTORIES=1000 for the full run (`make soak`); HISTORY_SEED names the first seed. A
+8 histories by default, HISTORIES=1000 for the full run (`make soak`); HISTORY_SEED names the first seed. A
 history that fails prints its seed and its action log; that seed alone repeats it: HISTORIES=1 HISTORY_SEED=N.
 """
 
@@ -28,7 +28,7 @@ from whaleflux.v1 import checkpoint_pb2, scheduler_pb2
 
 pytestmark = [pytest.mark.robustness, pytest.mark.timeout(600)]
 FIRST = int(os.environ.get("HISTORY_SEED", "1"))
-COUNT = int(os.environ.get("HISTORIES", "16"))
+COUNT = int(os.environ.get("HISTORIES", "8"))
 ENDED_WITHIN_S = 90.0
 HISTORIES_PER_WORLD = 50  # then a fresh one: the journal of a world grows
 
